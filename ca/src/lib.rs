@@ -1,0 +1,1 @@
+//! The certificate authority: its keys, its policy and its service.

@@ -1,0 +1,1 @@
+//! Who is where: workloads, services and policies; resolving and endpoint choice.

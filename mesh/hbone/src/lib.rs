@@ -1,0 +1,1 @@
+//! The tunnel: HTTP/2 CONNECT over mutual TLS, client, server and pool.

@@ -1,0 +1,1 @@
+//! SPIFFE identities, workload certificates and their renewal, TLS configurations.

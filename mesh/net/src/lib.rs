@@ -1,0 +1,1 @@
+//! Sockets, network namespaces, original destinations, relaying and draining.

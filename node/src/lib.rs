@@ -1,0 +1,1 @@
+//! The node agent: which pods are in the mesh, and their redirection.

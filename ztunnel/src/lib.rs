@@ -1,0 +1,1 @@
+//! The node proxy: identity, mutual TLS, policy and balancing at L4.
