@@ -1,0 +1,54 @@
+# Every command a user or contributor needs. `make help` lists them.
+
+CARGO ?= cargo
+# Fast to build; the demo and the tests use it, figures come from `release`.
+PROFILE ?= ci
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+BIN := $(TARGET_DIR)/$(PROFILE)
+TOOLS := $(TARGET_DIR)/tools
+DENY_VERSION := 0.20.2
+STATIC_TARGET := x86_64-unknown-linux-gnu
+
+.PHONY: help build demo test unit e2e bench bench-micro lint fmt deny doc static packages clean
+
+help: ## what there is
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
+
+build: ## all programs, with the profile $(PROFILE)
+	$(CARGO) build --profile $(PROFILE) --workspace --bins
+
+demo: build ## a mesh of two nodes on this machine; ONCE=1 checks it and ends
+	$(BIN)/ambit up examples/bookinfo/manifests $(if $(ONCE),--once)
+
+test: packages build ## every test; needs root
+	@test "$$(id -u)" = 0 || { echo "make test needs root: the namespace tests make network namespaces" >&2; exit 1; }
+	$(CARGO) test --profile $(PROFILE) --workspace
+
+packages: ## the Debian packages whose programs the tests send through the tunnel
+	bash tests/packages.sh
+
+bench: ## the L4 figures of this machine, beside no mesh and a raw relay
+	$(CARGO) build --release --workspace --bins
+	$(TARGET_DIR)/release/ambit-bench --out docs/benchmarks.md --json target/benchmarks.json
+
+lint: ## formatting, clippy, documentation, dependencies
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --profile $(PROFILE) --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --workspace --no-deps
+	$(MAKE) deny
+
+deny: $(TOOLS)/bin/cargo-deny ## licences, bans and sources of dependencies
+	$(TOOLS)/bin/cargo-deny check --hide-inclusion-graph bans licenses sources
+
+$(TOOLS)/bin/cargo-deny:
+	$(CARGO) install cargo-deny --version $(DENY_VERSION) --locked --debug --root $(TOOLS) --target-dir $(TOOLS)/build
+	rm -rf $(TOOLS)/build
+
+fmt: ## format everything
+	$(CARGO) fmt --all
+
+static: ## programs that need nothing beside themselves
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --workspace --bins --target $(STATIC_TARGET)
+
+clean: ## remove what was built
+	$(CARGO) clean
