@@ -1,0 +1,280 @@
+//! The node proxy's configuration: one typed value, built once at start and never changed.
+//!
+//! `app` destructures it; everything else receives only the part that it needs. Where values come
+//! from (file, environment, flags) and how a wrong key is reported is [`load`]'s business.
+
+pub mod load;
+mod span;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use load::ConfigError;
+pub use span::Span;
+
+/// Everything that can be set. Every key has a default, so an empty file is a valid one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Config {
+    /// Name of the node that this proxy serves; decides who is "on the same node".
+    pub node: String,
+    /// The network that this node is in; workloads of another are reached through its gateway.
+    pub network: String,
+    /// The cluster's name: first part of workload uids, and the `clusterid` sent with credentials.
+    pub cluster_id: String,
+    /// The trust domain of this node's pods.
+    pub trust_domain: String,
+    /// Other trust domains whose peers are accepted as if they were of ours.
+    pub trust_domain_aliases: Vec<String>,
+    /// `host:port` of the control plane, which serves xDS and certificates.
+    pub control_plane: String,
+    /// PEM file with the roots that the control plane's own certificate must chain to.
+    pub control_plane_root: PathBuf,
+    /// DNS name that the control plane's certificate must bear.
+    pub control_plane_server_name: String,
+    /// File with the service account token (audience `istio-ca`), read again before each use.
+    pub token_file: PathBuf,
+    /// The node agent's socket (contracts.md, section 3).
+    pub zds_socket: PathBuf,
+    /// Where the admin server listens; loopback unless there is a reason.
+    pub admin_address: SocketAddr,
+    /// Where Prometheus metrics are served.
+    pub metrics_address: SocketAddr,
+    /// Where readiness is served.
+    pub readiness_address: SocketAddr,
+    /// Data-path threads; 0 means one per available core, at most 16.
+    pub workers: u16,
+    /// How a connection between two pods of this node is carried.
+    pub same_node: SameNode,
+    /// How long open connections may go on after the proxy was told to stop.
+    pub drain_timeout: Span,
+    /// The DNS proxy of each pod.
+    pub dns: Dns,
+    /// Whether each pod gets a SOCKS5 listener on its loopback, port 15080.
+    pub socks5: bool,
+    /// The access log.
+    pub access_log: AccessLog,
+    /// Certificate revocation list (PEM or DER); watched. None: nothing is revoked.
+    pub crl_file: Option<PathBuf>,
+    /// Name of the proxy's own pod, part of its xDS node id.
+    pub pod_name: String,
+    /// Namespace of the proxy's own pod.
+    pub pod_namespace: String,
+    /// Address of the proxy's own pod, part of its xDS node id.
+    pub instance_ip: IpAddr,
+    /// Filter of the program's log, as in `info,ztunnel=debug`.
+    pub log_level: String,
+    /// The subscription to the control plane.
+    pub xds: Xds,
+    /// The certificates of this node's pods.
+    pub certificates: Certificates,
+    /// Bounds of everything that waits or grows.
+    pub limits: Limits,
+}
+
+/// How two pods of one node are connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SameNode {
+    /// Bytes go from socket to socket in the kernel; policy and reporting are those of a tunnel.
+    Splice,
+    /// As between nodes: mutual TLS and HBONE.
+    Tunnel,
+}
+
+/// The DNS proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Dns {
+    /// Whether pods' DNS questions are answered from the directory.
+    pub enabled: bool,
+    /// Resolvers for everything that the directory doesn't know; empty: those of the proxy's own
+    /// `/etc/resolv.conf`.
+    pub upstreams: Vec<SocketAddr>,
+    /// The domain of the cluster's service names.
+    pub cluster_domain: String,
+}
+
+/// The access log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct AccessLog {
+    /// Whether a line is written for each connection that ended.
+    pub enabled: bool,
+    /// Shape of a line.
+    pub format: LogFormat,
+    /// File to append to; none: standard output.
+    pub path: Option<PathBuf>,
+}
+
+/// Shape of an access-log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Fields separated by tabs, `key=value`.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The subscription to the control plane.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Xds {
+    /// Ask for a destination when a pod first dials it, instead of subscribing to everything.
+    pub on_demand: bool,
+}
+
+/// The certificates of this node's pods.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Certificates {
+    /// Lifetime asked for; the authority may grant less. From one minute to 90 days.
+    pub lifetime: Span,
+    /// Which cipher suite is offered first; both are always accepted.
+    pub cipher: Cipher,
+}
+
+/// The preferred TLS 1.3 cipher suite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cipher {
+    /// AES-128-GCM: a tenth less CPU a byte.
+    #[serde(rename = "aes128")]
+    Aes128,
+    /// AES-256-GCM.
+    #[serde(rename = "aes256")]
+    Aes256,
+}
+
+/// Bounds of everything that waits or grows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Budget of a connection from accept to an open upstream, over all attempts.
+    pub connect_timeout: Span,
+    /// Budget of one attempt on one endpoint.
+    pub attempt_timeout: Span,
+    /// How many endpoints are tried before a connection fails; at least 1.
+    pub connect_attempts: u8,
+    /// Budget of a TLS plus HTTP/2 handshake, either side.
+    pub handshake_timeout: Span,
+    /// How long a connection waits for its pod to appear in the directory, or for an on-demand answer.
+    pub directory_wait: Span,
+    /// How long an unused HBONE connection is kept.
+    pub pool_idle: Span,
+    /// Open connections a worker holds before it stops accepting.
+    pub connections_per_worker: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: String::new(),
+            network: String::new(),
+            cluster_id: "Kubernetes".into(),
+            trust_domain: "cluster.local".into(),
+            trust_domain_aliases: Vec::new(),
+            control_plane: "ambit-control.ambit-system.svc:15012".into(),
+            control_plane_root: "/var/run/secrets/istio/root-cert.pem".into(),
+            control_plane_server_name: "ambit-control.ambit-system.svc".into(),
+            token_file: "/var/run/secrets/tokens/istio-token".into(),
+            zds_socket: "/var/run/ztunnel/ztunnel.sock".into(),
+            admin_address: (Ipv4Addr::LOCALHOST, 15000).into(),
+            metrics_address: (Ipv4Addr::UNSPECIFIED, 15020).into(),
+            readiness_address: (Ipv4Addr::UNSPECIFIED, 15021).into(),
+            workers: 0,
+            same_node: SameNode::Splice,
+            drain_timeout: Span::from_secs(600),
+            dns: Dns::default(),
+            socks5: false,
+            access_log: AccessLog::default(),
+            crl_file: None,
+            pod_name: "ztunnel".into(),
+            pod_namespace: "ambit-system".into(),
+            instance_ip: Ipv4Addr::LOCALHOST.into(),
+            log_level: "info".into(),
+            xds: Xds::default(),
+            certificates: Certificates::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Default for Dns {
+    fn default() -> Self {
+        Self { enabled: true, upstreams: Vec::new(), cluster_domain: "cluster.local".into() }
+    }
+}
+
+impl Default for AccessLog {
+    fn default() -> Self {
+        Self { enabled: true, format: LogFormat::Text, path: None }
+    }
+}
+
+impl Default for Certificates {
+    fn default() -> Self {
+        Self { lifetime: Span::from_secs(24 * 3600), cipher: Cipher::Aes128 }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Span::from_secs(10),
+            attempt_timeout: Span::from_secs(5),
+            connect_attempts: 3,
+            handshake_timeout: Span::from_secs(5),
+            directory_wait: Span::from_secs(5),
+            pool_idle: Span::from_secs(120),
+            connections_per_worker: 262_144,
+        }
+    }
+}
+
+impl Config {
+    /// The number of data-path threads to start.
+    pub fn worker_count(&self) -> usize {
+        match self.workers {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get().min(16)),
+            n => usize::from(n),
+        }
+    }
+
+    /// Checks what types alone can't say.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] naming the key whose value can't work.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let wrong = |key: &str, reason: &str| {
+            Err(ConfigError::Value { key: key.to_owned(), reason: reason.to_owned() })
+        };
+        if self.node.is_empty() {
+            return wrong("node", "is not set; it is the name of the node that this proxy serves");
+        }
+        if self.workers > 256 {
+            return wrong("workers", "is more than 256");
+        }
+        if self.limits.connect_attempts == 0 {
+            return wrong("limits.connectAttempts", "is 0: no connection could ever be made");
+        }
+        if self.limits.connections_per_worker == 0 {
+            return wrong("limits.connectionsPerWorker", "is 0: no connection could ever be accepted");
+        }
+        let lifetime = self.certificates.lifetime.get().as_secs();
+        // contracts.md, section 5: maximum 90 days; below a minute renewal can't keep up.
+        if !(60..=90 * 24 * 3600).contains(&lifetime) {
+            return wrong("certificates.lifetime", "is not between one minute and 90 days");
+        }
+        if self
+            .control_plane
+            .rsplit_once(':')
+            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+        {
+            return wrong("controlPlane", "is not host:port");
+        }
+        Ok(())
+    }
+}
