@@ -1,1 +1,39 @@
 //! Sockets, network namespaces, original destinations, relaying and draining.
+//!
+//! The node proxy, the tunnel and the node agent build on this crate. It knows no Kubernetes, no
+//! certificates and no HTTP. System calls and `unsafe` of the workspace live here.
+//!
+//! - [`netns`]: entering network namespaces, always on threads of their own;
+//! - [`stock`], [`connect`]: marked sockets made ahead, and connections from a chosen source;
+//! - [`listen`], [`accept`]: listening sockets in a namespace, and accepting under pressure;
+//! - [`socket`]: options, original destinations, resets;
+//! - [`conntrack`]: the original destination of redirected datagrams;
+//! - [`seqpacket`]: packets with descriptors over unix sockets;
+//! - [`splice`], [`relay`]: moving bytes between connections;
+//! - [`drain`]: the two steps in which a server stops.
+
+pub mod accept;
+pub mod connect;
+pub mod conntrack;
+pub mod drain;
+pub mod listen;
+pub mod netns;
+mod pipe;
+pub mod relay;
+pub mod seqpacket;
+pub mod socket;
+pub mod splice;
+pub mod stock;
+
+pub use connect::{ConnectError, connect};
+pub use drain::{Drain, DrainSignal};
+pub use netns::{Netns, NetnsError, NetnsId};
+pub use socket::{Family, original_dst};
+pub use stock::SocketStock;
+
+/// The mark that every socket of the node proxy in a pod bears (contracts.md, section 1).
+pub const PROXY_MARK: u32 = 0x539;
+/// The connection mark of connections that came from the node proxy (contracts.md, section 1).
+pub const PROXY_CONNMARK: u32 = 0x111;
+/// The bits of a packet or connection mark that belong to the mesh.
+pub const MARK_MASK: u32 = 0xfff;

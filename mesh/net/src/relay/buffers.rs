@@ -1,0 +1,169 @@
+//! Read buffers that belong to a worker, not to a connection.
+//!
+//! A connection at rest holds none. When bytes arrive, it takes a buffer of its [`Tier`] from the
+//! worker, reads, splits off what was read and gives the rest back; when the last piece of a buffer
+//! was written the memory is used again. In steady traffic nothing is allocated.
+//!
+//! Each worker keeps at most [`KEPT`] buffers a tier (2.6 MiB when all are in use); more are
+//! allocated under pressure and freed when their pieces are. [`trim`] frees large ones that were not
+//! used for two seconds.
+
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+
+use super::Tier;
+
+/// Buffers that a worker keeps for each tier.
+pub const KEPT: usize = 8;
+/// How long large buffers outlive their last use.
+const LARGE_KEPT_FOR: Duration = Duration::from_secs(2);
+
+/// Allocation size: several small reads share one, so that a small piece costs no allocation; one
+/// stalled reader then pins no more than this.
+const fn allocation(tier: Tier) -> usize {
+    match tier {
+        Tier::Idle => 16 * 1024,
+        Tier::Steady => 64 * 1024,
+        Tier::Bulk => 256 * 1024,
+    }
+}
+
+#[derive(Default)]
+struct Shelf {
+    idle: Vec<BytesMut>,
+    steady: Vec<BytesMut>,
+    bulk: Vec<BytesMut>,
+    bulk_used: Option<Instant>,
+}
+
+impl Shelf {
+    fn tier(&mut self, tier: Tier) -> &mut Vec<BytesMut> {
+        match tier {
+            Tier::Idle => &mut self.idle,
+            Tier::Steady => &mut self.steady,
+            Tier::Bulk => &mut self.bulk,
+        }
+    }
+}
+
+thread_local! {
+    static SHELF: RefCell<Shelf> = RefCell::new(Shelf::default());
+}
+
+/// Takes an empty buffer with room for at least one read of `tier`.
+pub fn take(tier: Tier) -> BytesMut {
+    let size = tier.read_size();
+    SHELF.with_borrow_mut(|shelf| {
+        let kept = shelf.tier(tier);
+        let free = kept
+            .iter_mut()
+            .rposition(|buffer| buffer.capacity() >= size || buffer.try_reclaim(allocation(tier)));
+        match free {
+            Some(index) => kept.swap_remove(index),
+            None => BytesMut::with_capacity(allocation(tier)),
+        }
+    })
+}
+
+/// Gives back what is left of a buffer after its pieces were split off.
+///
+/// `now` is when it was last used; only the largest tier looks at it.
+pub fn give_back(tier: Tier, mut buffer: BytesMut, now: Option<Instant>) {
+    buffer.clear();
+    SHELF.with_borrow_mut(|shelf| {
+        if tier == Tier::Bulk && now.is_some() {
+            shelf.bulk_used = now;
+        }
+        let kept = shelf.tier(tier);
+        if kept.len() < KEPT {
+            kept.push(buffer);
+        }
+    });
+}
+
+/// Frees this worker's large buffers if none was used for two seconds. Called from a periodic task
+/// of the worker.
+pub fn trim(now: Instant) {
+    SHELF.with_borrow_mut(|shelf| {
+        let stale = shelf.bulk_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR);
+        if stale {
+            shelf.bulk = Vec::new();
+            shelf.bulk_used = None;
+        }
+    });
+}
+
+/// Bytes of memory that this worker's shelf keeps allocated for the largest tier.
+pub fn bulk_bytes_kept() -> usize {
+    SHELF.with_borrow(|shelf| shelf.bulk.len() * allocation(Tier::Bulk))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BufMut;
+
+    use super::*;
+
+    fn on_fresh_worker(test: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(test).join().expect("test thread");
+    }
+
+    #[test]
+    fn a_written_piece_lets_its_buffer_be_used_again() {
+        on_fresh_worker(|| {
+            let mut buffer = take(Tier::Bulk);
+            buffer.put_bytes(7, 200 * 1024);
+            let address = buffer.as_ptr();
+            let piece = buffer.split().freeze();
+            give_back(Tier::Bulk, buffer, Some(Instant::now()));
+            drop(piece);
+            assert_eq!(take(Tier::Bulk).as_ptr(), address);
+        });
+    }
+
+    #[test]
+    fn a_piece_that_waits_keeps_its_bytes() {
+        on_fresh_worker(|| {
+            let mut buffer = take(Tier::Bulk);
+            buffer.put_bytes(7, 256 * 1024);
+            let piece = buffer.split().freeze();
+            give_back(Tier::Bulk, buffer, Some(Instant::now()));
+            let mut other = take(Tier::Bulk);
+            other.put_bytes(9, 256 * 1024);
+            assert!(piece.iter().all(|byte| *byte == 7));
+        });
+    }
+
+    #[test]
+    fn small_reads_share_an_allocation() {
+        on_fresh_worker(|| {
+            let mut first = take(Tier::Idle);
+            let start = first.as_ptr() as usize;
+            first.put_bytes(1, 64);
+            let one = first.split().freeze();
+            give_back(Tier::Idle, first, None);
+            let mut second = take(Tier::Idle);
+            second.put_bytes(2, 64);
+            assert_eq!(second.as_ptr() as usize, start + 64);
+            assert_eq!(one.as_ptr() as usize, start);
+        });
+    }
+
+    #[test]
+    fn large_buffers_are_freed_when_the_worker_is_quiet() {
+        on_fresh_worker(|| {
+            let now = Instant::now();
+            let buffers: Vec<_> = (0..2 * KEPT).map(|_| take(Tier::Bulk)).collect();
+            for buffer in buffers {
+                give_back(Tier::Bulk, buffer, Some(now));
+            }
+            assert_eq!(bulk_bytes_kept(), KEPT * 256 * 1024);
+            trim(now + Duration::from_secs(1));
+            assert_eq!(bulk_bytes_kept(), KEPT * 256 * 1024);
+            trim(now + LARGE_KEPT_FOR);
+            assert_eq!(bulk_bytes_kept(), 0);
+        });
+    }
+}

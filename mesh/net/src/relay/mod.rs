@@ -1,0 +1,115 @@
+//! Moving bytes between two streams: read sizes that follow the traffic, buffers shared by a worker,
+//! live counters, half-close and reset passed on.
+//!
+//! The proxies call [`relay_tcp`] where bytes pass unchanged between two sockets and `splice` is not
+//! wanted; `ambit-hbone` builds its tunnel relay from the same [`Sizing`], [`buffers`] and
+//! [`Counters`]. Nothing here knows TLS, HTTP/2 or who is allowed to talk to whom.
+
+pub mod buffers;
+mod copy;
+mod sizing;
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+pub use copy::{relay, relay_tcp};
+pub use sizing::{Sizing, Tier};
+
+/// Bytes of one connection, counted while it lives, so that a dump of open connections shows them.
+///
+/// Both counters only grow. *Sent* is what the downstream (the side that was accepted) gave and the
+/// upstream took over; *received* is what was delivered to the downstream.
+#[derive(Debug, Default)]
+pub struct Counters {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Counters {
+    /// Counters at zero.
+    pub const fn new() -> Counters {
+        Counters { sent: AtomicU64::new(0), received: AtomicU64::new(0) }
+    }
+
+    /// Bytes from downstream to upstream so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes from upstream to downstream so far.
+    pub fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Adds bytes that went from downstream to upstream.
+    pub fn add_sent(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Adds bytes that went from upstream to downstream.
+    pub fn add_received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of both directions together.
+    pub fn total(&self) -> u64 {
+        self.sent() + self.received()
+    }
+}
+
+/// One of the two ends of a relay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The connection that was accepted.
+    Downstream,
+    /// The connection that was made for it.
+    Upstream,
+}
+
+impl std::fmt::Display for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Side::Downstream => "downstream",
+            Side::Upstream => "upstream",
+        })
+    }
+}
+
+/// Why a relay ended before both directions were finished.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    /// Reading from one side failed, most often because it was reset.
+    #[error("reading from {side}: {source}")]
+    Read {
+        /// The side that was read from.
+        side: Side,
+        /// What the socket said.
+        source: io::Error,
+    },
+    /// Writing to one side failed, most often because it was reset.
+    #[error("writing to {side}: {source}")]
+    Write {
+        /// The side that was written to.
+        side: Side,
+        /// What the socket said.
+        source: io::Error,
+    },
+    /// No byte moved in either direction for the idle limit.
+    #[error("no byte moved for {0:?}")]
+    Idle(Duration),
+}
+
+/// Makes the kernel answer with RST instead of FIN when `socket` is dropped.
+///
+/// RFC 9293 §3.10.5: an ABORT is what the peer must see when the other half of a relay was reset; a
+/// FIN would let it believe that it had received everything.
+///
+/// # Errors
+///
+/// What `setsockopt(SO_LINGER)` returned; the socket is then closed in the ordinary way.
+pub fn reset_on_close(socket: &TcpStream) -> io::Result<()> {
+    socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO))
+}

@@ -1,0 +1,110 @@
+//! How much to read at once: small while a connection is quiet, large once traffic is proven.
+
+use std::time::{Duration, Instant};
+
+/// Traffic after which reads of [`Tier::Steady`] are used even if none filled its buffer.
+const STEADY_AFTER: u64 = 128 * 1024;
+/// Traffic after which reads of [`Tier::Bulk`] are used.
+const BULK_AFTER: u64 = 10 * 1024 * 1024;
+/// A pause after which a direction starts over at [`Tier::Idle`].
+const QUIET: Duration = Duration::from_secs(2);
+
+/// The three read sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    /// 1 KiB: most connections most of the time.
+    Idle,
+    /// 16 KiB: after a read that filled its buffer, or 128 KiB of traffic.
+    Steady,
+    /// 256 KiB: after 10 MiB of traffic.
+    Bulk,
+}
+
+impl Tier {
+    /// Bytes asked for in one read.
+    pub const fn read_size(self) -> usize {
+        match self {
+            Tier::Idle => 1024,
+            Tier::Steady => 16 * 1024,
+            Tier::Bulk => 256 * 1024,
+        }
+    }
+}
+
+/// The read size of one direction of one connection, following what it has carried.
+///
+/// Growth is earned: 16 KiB after a full read or 128 KiB, 256 KiB after 10 MiB. After two seconds
+/// without a byte everything is to be earned again.
+#[derive(Debug)]
+pub struct Sizing {
+    tier: Tier,
+    proven: u64,
+    last: Option<Instant>,
+}
+
+impl Default for Sizing {
+    fn default() -> Self {
+        Sizing::new()
+    }
+}
+
+impl Sizing {
+    /// A direction that has not carried anything.
+    pub const fn new() -> Sizing {
+        Sizing { tier: Tier::Idle, proven: 0, last: None }
+    }
+
+    /// The tier of the next read.
+    pub const fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Records a read of `bytes` that ended at `now` and returns the tier of the next one.
+    pub fn record(&mut self, bytes: usize, now: Instant) -> Tier {
+        if self.last.is_some_and(|last| now.saturating_duration_since(last) >= QUIET) {
+            *self = Sizing::new();
+        }
+        self.last = Some(now);
+        self.proven = self.proven.saturating_add(bytes as u64);
+        let filled = bytes >= self.tier.read_size();
+        self.tier = match self.tier {
+            _ if self.proven >= BULK_AFTER => Tier::Bulk,
+            Tier::Idle if filled || self.proven >= STEADY_AFTER => Tier::Steady,
+            tier => tier,
+        };
+        self.tier
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_read_or_128_kib_proves_steady_traffic() {
+        let now = Instant::now();
+        let mut sizing = Sizing::new();
+        assert_eq!(sizing.record(64, now), Tier::Idle);
+        assert_eq!(sizing.record(1024, now), Tier::Steady);
+
+        let mut sizing = Sizing::new();
+        for _ in 0..(STEADY_AFTER / 512 - 1) {
+            assert_eq!(sizing.record(512, now), Tier::Idle);
+        }
+        assert_eq!(sizing.record(512, now), Tier::Steady);
+    }
+
+    #[test]
+    fn ten_mebibytes_prove_bulk_and_two_quiet_seconds_take_it_back() {
+        let now = Instant::now();
+        let mut sizing = Sizing::new();
+        let mut carried = 0;
+        while carried + 16 * 1024 < BULK_AFTER {
+            assert!(sizing.record(16 * 1024, now) < Tier::Bulk);
+            carried += 16 * 1024;
+        }
+        assert_eq!(sizing.record(16 * 1024, now), Tier::Bulk);
+        assert_eq!(sizing.record(100, now + Duration::from_millis(1999)), Tier::Bulk);
+        assert_eq!(sizing.record(100, now + Duration::from_secs(4)), Tier::Idle);
+    }
+}
