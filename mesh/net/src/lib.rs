@@ -19,6 +19,7 @@ pub mod drain;
 pub mod listen;
 pub mod netns;
 mod pipe;
+mod readiness;
 pub mod relay;
 pub mod seqpacket;
 pub mod socket;

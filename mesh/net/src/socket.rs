@@ -1,0 +1,175 @@
+//! Single sockets: making them with the mesh's options, original destinations, resets.
+//!
+//! Everything here acts in the calling thread's namespace or on a socket that exists already.
+
+use std::io;
+use std::mem::size_of;
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+/// First keepalive probe after this much silence.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+/// Between unanswered keepalive probes.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Unanswered probes after which the peer counts as gone: two minutes after the last word.
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// The address family of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6, and only that.
+    V6,
+}
+
+impl Family {
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    pub(crate) fn domain(self) -> Domain {
+        match self {
+            Self::V4 => Domain::IPV4,
+            Self::V6 => Domain::IPV6,
+        }
+    }
+}
+
+/// Makes a non-blocking TCP socket ready to bind and connect: no delay, keepalive; with a mark also
+/// transparent, so that it may bear a foreign source address. A mark needs `CAP_NET_ADMIN`.
+pub fn tcp(family: Family, mark: Option<u32>) -> io::Result<Socket> {
+    let socket = Socket::new(family.domain(), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    set_keepalive(&socket)?;
+    // The port is chosen at connect, for the whole four-tuple: one source port serves many destinations.
+    set_int(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    if family == Family::V6 {
+        socket.set_only_v6(true)?;
+    }
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+        set_transparent(&socket, family)?;
+    }
+    Ok(socket)
+}
+
+/// Turns on keepalive with the mesh's times, so that a peer that vanished is noticed in two minutes.
+pub fn set_keepalive(socket: &impl AsFd) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE_IDLE)
+        .with_interval(KEEPALIVE_INTERVAL)
+        .with_retries(KEEPALIVE_PROBES);
+    SockRef::from(socket).set_tcp_keepalive(&keepalive)
+}
+
+/// The options of a connection that was accepted: no delay and keepalive.
+pub fn prepare_accepted(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_tcp_nodelay(true)?;
+    set_keepalive(socket)
+}
+
+/// Marks every packet that the socket sends from now on. Needs `CAP_NET_ADMIN`.
+pub fn set_mark(socket: &impl AsFd, mark: u32) -> io::Result<()> {
+    SockRef::from(socket).set_mark(mark)
+}
+
+/// Lets the socket bear addresses that are not local (ip(7), `IP_TRANSPARENT`). Needs `CAP_NET_ADMIN`.
+pub fn set_transparent(socket: &impl AsFd, family: Family) -> io::Result<()> {
+    match family {
+        Family::V4 => set_int(socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1),
+        Family::V6 => set_int(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1),
+    }
+}
+
+/// Makes the close of this connection a reset: the peer sees an error, not an end of data.
+pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_linger(Some(Duration::ZERO))
+}
+
+/// Closes a connection with a reset.
+pub fn reset(socket: impl AsFd) -> io::Result<()> {
+    reset_on_close(&socket)
+}
+
+/// Where a redirected connection was going before `redirect` took it (`SO_ORIGINAL_DST`).
+///
+/// # Errors
+/// `ENOENT` when connection tracking does not know the connection, `ENOPROTOOPT` when the
+/// namespace tracks none. A connection that was not redirected yields its own local address.
+pub fn original_dst(socket: &impl AsFd) -> io::Result<SocketAddr> {
+    let local = SockRef::from(socket).local_addr()?.as_socket();
+    match local {
+        Some(SocketAddr::V6(local)) if local.ip().to_ipv4_mapped().is_none() => original_dst_v6(socket),
+        Some(_) => original_dst_v4(socket),
+        None => Err(io::Error::new(io::ErrorKind::InvalidInput, "not an internet socket")),
+    }
+}
+
+fn original_dst_v4(socket: &impl AsFd) -> io::Result<SocketAddr> {
+    let raw: libc::sockaddr_in = get_option(socket, libc::SOL_IP, libc::SO_ORIGINAL_DST)?;
+    let ip = u32::from_be(raw.sin_addr.s_addr).into();
+    Ok(SocketAddrV4::new(ip, u16::from_be(raw.sin_port)).into())
+}
+
+fn original_dst_v6(socket: &impl AsFd) -> io::Result<SocketAddr> {
+    let raw: libc::sockaddr_in6 = get_option(socket, libc::SOL_IPV6, libc::IP6T_SO_ORIGINAL_DST)?;
+    let ip = raw.sin6_addr.s6_addr.into();
+    Ok(SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, raw.sin6_scope_id).into())
+}
+
+/// Plain old address structures that a socket option fills in.
+trait OptionValue: Copy {
+    fn zeroed() -> Self;
+}
+
+impl OptionValue for libc::sockaddr_in {
+    fn zeroed() -> Self {
+        Self { sin_family: 0, sin_port: 0, sin_addr: libc::in_addr { s_addr: 0 }, sin_zero: [0; 8] }
+    }
+}
+
+impl OptionValue for libc::sockaddr_in6 {
+    fn zeroed() -> Self {
+        Self {
+            sin6_family: 0,
+            sin6_port: 0,
+            sin6_flowinfo: 0,
+            sin6_addr: libc::in6_addr { s6_addr: [0; 16] },
+            sin6_scope_id: 0,
+        }
+    }
+}
+
+#[allow(unsafe_code, reason = "getsockopt for options that neither nix nor socket2 read in both families")]
+fn get_option<T: OptionValue>(socket: &impl AsFd, level: i32, name: i32) -> io::Result<T> {
+    let mut value = T::zeroed();
+    let mut length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: `value` is writable for `length` bytes and valid for every bit pattern; the descriptor is open.
+    let outcome = unsafe {
+        libc::getsockopt(socket.as_fd().as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut length)
+    };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+}
+
+#[allow(unsafe_code, reason = "setsockopt for options that socket2 sets in one family only")]
+pub(crate) fn set_int(socket: &impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the option's value is one readable integer; the descriptor is open.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,183 @@
+//! Sockets made ahead in a pod's namespace, so that a worker connects without a thread hop.
+//!
+//! One stock a pod. The helper thread of [`netns`](crate::netns) refills it in batches when it runs
+//! low; it grows with demand up to [`MAX_STOCK`] and shrinks to one socket when nobody draws from it.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use socket2::Socket;
+
+use crate::netns::{Netns, NetnsError};
+use crate::socket::{self, Family};
+
+/// Sockets of one family that a stock holds at most.
+pub const MAX_STOCK: usize = 64;
+/// What a stock aims at before it knows the demand.
+const INITIAL: usize = 2;
+/// What an idle stock keeps.
+const IDLE: usize = 1;
+
+/// A pod's ready-made TCP sockets. Cloning shares the stock.
+#[derive(Clone, Debug)]
+pub struct SocketStock(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    inside: Netns,
+    mark: Option<u32>,
+    v4: Shelf,
+    v6: Shelf,
+}
+
+/// The sockets of one family. The lock guards the list for the length of a push or pop.
+#[derive(Debug)]
+struct Shelf {
+    family: Family,
+    sockets: Mutex<Vec<OwnedFd>>,
+    target: AtomicUsize,
+    refilling: AtomicBool,
+    drawn: AtomicUsize,
+}
+
+impl Shelf {
+    fn new(family: Family) -> Self {
+        Self {
+            family,
+            sockets: Mutex::new(Vec::new()),
+            target: AtomicUsize::new(INITIAL),
+            refilling: AtomicBool::new(false),
+            drawn: AtomicUsize::new(0),
+        }
+    }
+}
+
+/// Every stock that lives, for the trimming of idle ones.
+static STOCKS: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+
+impl SocketStock {
+    /// A stock for `inside`; with a mark, sockets are transparent too (see [`socket::tcp`]). The
+    /// first sockets are made when the first is asked for.
+    pub fn new(inside: Netns, mark: Option<u32>) -> Self {
+        let shared =
+            Arc::new(Shared { inside, mark, v4: Shelf::new(Family::V4), v6: Shelf::new(Family::V6) });
+        STOCKS.lock().push(Arc::downgrade(&shared));
+        Self(shared)
+    }
+
+    /// The namespace that the sockets belong to.
+    pub fn netns(&self) -> &Netns {
+        &self.0.inside
+    }
+
+    /// The mark that the sockets bear.
+    pub fn mark(&self) -> Option<u32> {
+        self.0.mark
+    }
+
+    /// A socket, unbound and not connected: from the stock, or, when it is empty, made now.
+    pub async fn take(&self, family: Family) -> Result<Socket, NetnsError> {
+        if let Some(socket) = self.try_take(family) {
+            return Ok(socket);
+        }
+        let mark = self.0.mark;
+        let id = self.0.inside.id();
+        self.0.inside.run(move || socket::tcp(family, mark)).await?.map_err(|source| NetnsError::Socket {
+            attempt: "make a TCP socket".into(),
+            id,
+            source,
+        })
+    }
+
+    /// A socket if one is in stock. Never waits.
+    pub fn try_take(&self, family: Family) -> Option<Socket> {
+        let shelf = self.0.shelf(family);
+        shelf.drawn.fetch_add(1, Ordering::Relaxed);
+        let (taken, left) = {
+            let mut sockets = shelf.sockets.lock();
+            (sockets.pop(), sockets.len())
+        };
+        let target = shelf.target.load(Ordering::Relaxed);
+        if taken.is_none() {
+            shelf.target.store((target * 2).min(MAX_STOCK), Ordering::Relaxed);
+        }
+        if left <= target / 2 {
+            self.refill(family);
+        }
+        taken.map(Socket::from)
+    }
+
+    /// Sockets in stock now, of both families.
+    pub fn len(&self) -> usize {
+        self.0.v4.sockets.lock().len() + self.0.v6.sockets.lock().len()
+    }
+
+    /// Whether the stock is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Asks the helper thread to bring the shelf up to its target, unless it was asked already.
+    fn refill(&self, family: Family) {
+        if self.0.shelf(family).refilling.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let shared = Arc::clone(&self.0);
+        let asked = self.0.inside.submit(move |entered| {
+            let shelf = shared.shelf(family);
+            match entered {
+                Ok(()) => shared.fill(shelf),
+                Err(error) => tracing::warn!(%error, "socket stock not refilled"),
+            }
+            shelf.refilling.store(false, Ordering::Release);
+        });
+        if asked.is_err() {
+            self.0.shelf(family).refilling.store(false, Ordering::Release);
+        }
+    }
+}
+
+impl Shared {
+    fn shelf(&self, family: Family) -> &Shelf {
+        match family {
+            Family::V4 => &self.v4,
+            Family::V6 => &self.v6,
+        }
+    }
+
+    /// Runs inside the namespace.
+    fn fill(&self, shelf: &Shelf) {
+        let missing = shelf.target.load(Ordering::Relaxed).saturating_sub(shelf.sockets.lock().len());
+        for _ in 0..missing {
+            match socket::tcp(shelf.family, self.mark) {
+                Ok(socket) => shelf.sockets.lock().push(socket.into()),
+                Err(error) => {
+                    tracing::warn!(netns = %self.inside.id(), %error, "socket stock not refilled");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Gives back what stocks hold that nobody has drawn from since the last call. Called by the helper
+/// thread when it is idle.
+pub(crate) fn trim_idle() {
+    let mut stocks = STOCKS.lock();
+    stocks.retain(|stock| stock.strong_count() > 0);
+    for shared in stocks.iter().filter_map(Weak::upgrade) {
+        for shelf in [&shared.v4, &shared.v6] {
+            if shelf.drawn.swap(0, Ordering::Relaxed) == 0 {
+                shelf.target.store(INITIAL, Ordering::Relaxed);
+                let surplus = {
+                    let mut sockets = shelf.sockets.lock();
+                    let keep = sockets.len().min(IDLE);
+                    sockets.split_off(keep)
+                };
+                drop(surplus);
+            }
+        }
+    }
+}
