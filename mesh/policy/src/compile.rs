@@ -1,0 +1,474 @@
+//! From `istio.security.Authorization` to a policy that can be evaluated.
+//!
+//! What cannot be read is an error here, so nothing is left to check per connection. A caller that must go on without the
+//! policy uses [`Policy::closed`], which fails in the safe direction.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use ambit_api::security;
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::matcher::{Nets, Pattern, Ports, ServiceAccount, ServiceAccounts, Texts};
+use crate::name::PolicyName;
+use crate::request::Request;
+
+/// Which workloads a policy applies to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Scope {
+    /// All.
+    Global,
+    /// Those of the policy's namespace.
+    Namespace,
+    /// Those that list it by name.
+    WorkloadSelector,
+}
+
+/// What a policy does when it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Action {
+    /// Lets the connection in, unless a DENY matches.
+    Allow,
+    /// Keeps it out.
+    Deny,
+}
+
+/// The field of a match that an error is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Field {
+    /// `namespaces`, `not_namespaces`.
+    Namespaces,
+    /// `principals`, `not_principals`.
+    Principals,
+    /// `source_ips`, `not_source_ips`.
+    SourceIps,
+    /// `destination_ips`, `not_destination_ips`.
+    DestinationIps,
+    /// `destination_ports`, `not_destination_ports`.
+    DestinationPorts,
+}
+
+impl std::fmt::Display for Field {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Namespaces => "namespaces",
+            Self::Principals => "principals",
+            Self::SourceIps => "source_ips",
+            Self::DestinationIps => "destination_ips",
+            Self::DestinationPorts => "destination_ports",
+        })
+    }
+}
+
+/// Why a policy cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CompileError {
+    /// The policy has no name.
+    #[error("policy of namespace {namespace:?} has no name")]
+    Nameless {
+        /// Its namespace.
+        namespace: String,
+    },
+    /// A scope that this version does not know.
+    #[error("policy {policy} has unknown scope {scope}")]
+    Scope {
+        /// Which policy.
+        policy: PolicyName,
+        /// The number on the wire.
+        scope: i32,
+    },
+    /// An action that this version does not know.
+    #[error("policy {policy} has unknown action {action}")]
+    Action {
+        /// Which policy.
+        policy: PolicyName,
+        /// The number on the wire.
+        action: i32,
+    },
+    /// A text comparison of no known kind.
+    #[error("policy {policy}, rule {rule}: a value of {field} has no known way to compare")]
+    Comparison {
+        /// Which policy.
+        policy: PolicyName,
+        /// Which rule, from 0.
+        rule: usize,
+        /// Which field.
+        field: Field,
+    },
+    /// An address that is neither 4 nor 16 bytes long, or a prefix longer than the address.
+    #[error(
+        "policy {policy}, rule {rule}: {field} has an address of {bytes} bytes with prefix length {length}"
+    )]
+    Address {
+        /// Which policy.
+        policy: PolicyName,
+        /// Which rule, from 0.
+        rule: usize,
+        /// Which field.
+        field: Field,
+        /// Length of the address in bytes.
+        bytes: usize,
+        /// Prefix length in bits.
+        length: u32,
+    },
+    /// A port above 65535.
+    #[error("policy {policy}, rule {rule}: {port} in {field} is no port")]
+    Port {
+        /// Which policy.
+        policy: PolicyName,
+        /// Which rule, from 0.
+        rule: usize,
+        /// Which field.
+        field: Field,
+        /// The number on the wire.
+        port: u32,
+    },
+}
+
+/// A policy, ready to be evaluated. Immutable; kept behind an `Arc`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Policy {
+    name: PolicyName,
+    namespace: Box<str>,
+    scope: Scope,
+    action: Action,
+    rules: Box<[Rule]>,
+    dry_run: bool,
+}
+
+impl Policy {
+    /// Compiles a policy as it comes from the control plane.
+    ///
+    /// # Errors
+    /// [`CompileError`] says which policy, rule and field cannot be read.
+    pub fn compile(source: &security::Authorization) -> Result<Self, CompileError> {
+        if source.name.is_empty() {
+            return Err(CompileError::Nameless { namespace: source.namespace.clone() });
+        }
+        let name = PolicyName::new(&source.namespace, &source.name);
+        let scope =
+            scope(source).ok_or_else(|| CompileError::Scope { policy: name.clone(), scope: source.scope })?;
+        let action = match security::Action::try_from(source.action) {
+            Ok(security::Action::Allow) => Action::Allow,
+            Ok(security::Action::Deny) => Action::Deny,
+            Err(_) => return Err(CompileError::Action { policy: name, action: source.action }),
+        };
+        let rules = source
+            .rules
+            .iter()
+            .enumerate()
+            .map(|(rule, source)| Rule::compile(source, Place { policy: &name, rule }))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            name,
+            namespace: source.namespace.as_str().into(),
+            scope,
+            action,
+            rules,
+            dry_run: source.dry_run,
+        })
+    }
+
+    /// What stands in for a policy that [`Policy::compile`] rejects: an ALLOW that allows nothing, or a DENY that denies everything,
+    /// for the workloads that the policy was meant for (of an unknown scope: its namespace; of an unknown action: DENY).
+    ///
+    /// style.md, "Bad objects": a DENY that can't be read denies; an ALLOW that can't be read allows nothing.
+    pub fn closed(source: &security::Authorization) -> Self {
+        let (action, rules): (_, Box<[Rule]>) = match security::Action::try_from(source.action) {
+            Ok(security::Action::Allow) => (Action::Allow, Box::from([])),
+            Ok(security::Action::Deny) | Err(_) => {
+                (Action::Deny, Box::from([Rule { clauses: Box::from([]) }]))
+            }
+        };
+        Self {
+            name: PolicyName::new(&source.namespace, &source.name),
+            namespace: source.namespace.as_str().into(),
+            scope: scope(source).unwrap_or(Scope::Namespace),
+            action,
+            rules,
+            dry_run: source.dry_run,
+        }
+    }
+
+    /// `<namespace>/<name>`.
+    pub fn name(&self) -> &PolicyName {
+        &self.name
+    }
+
+    /// The policy's own namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Which workloads it applies to.
+    pub fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    /// What it does when it matches.
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
+    /// Whether it is only logged and counted.
+    pub fn dry_run(&self) -> bool {
+        self.dry_run
+    }
+
+    /// Whether one of its rules matches. A policy with no rules never matches.
+    pub fn matches(&self, request: &Request<'_>) -> bool {
+        let request = Facts::of(request);
+        self.rules.iter().any(|rule| rule.matches(&request))
+    }
+
+    pub(crate) fn rules(&self) -> &[Rule] {
+        &self.rules
+    }
+}
+
+fn scope(source: &security::Authorization) -> Option<Scope> {
+    match security::Scope::try_from(source.scope) {
+        Ok(security::Scope::Global) => Some(Scope::Global),
+        Ok(security::Scope::Namespace) => Some(Scope::Namespace),
+        Ok(security::Scope::WorkloadSelector) => Some(Scope::WorkloadSelector),
+        Err(_) => None,
+    }
+}
+
+/// A request with its addresses in canonical form: an IPv4 address mapped into IPv6 is the IPv4 address.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Facts<'a> {
+    pub(crate) principal: Option<&'a str>,
+    pub(crate) namespace: Option<&'a str>,
+    pub(crate) service_account: Option<(&'a str, &'a str)>,
+    pub(crate) source_ip: IpAddr,
+    pub(crate) destination_ip: IpAddr,
+    pub(crate) destination_port: u16,
+}
+
+impl<'a> Facts<'a> {
+    pub(crate) fn of(request: &Request<'a>) -> Self {
+        Self {
+            principal: request.peer.map(|peer| peer.principal),
+            namespace: request.peer.map(|peer| peer.namespace),
+            service_account: request.peer.map(|peer| (peer.namespace, peer.service_account)),
+            source_ip: request.source_ip.to_canonical(),
+            destination_ip: request.destination_ip.to_canonical(),
+            destination_port: request.destination_port,
+        }
+    }
+}
+
+/// Clauses, AND'ed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub(crate) struct Rule {
+    pub(crate) clauses: Box<[Clause]>,
+}
+
+impl Rule {
+    fn compile(source: &security::Rule, place: Place<'_>) -> Result<Self, CompileError> {
+        let clauses = source.clauses.iter().map(|clause| Clause::compile(clause, place));
+        Ok(Self { clauses: clauses.collect::<Result<_, _>>()? })
+    }
+
+    pub(crate) fn matches(&self, request: &Facts<'_>) -> bool {
+        self.clauses.iter().all(|clause| clause.matches(request))
+    }
+}
+
+/// Matches, OR'ed; an empty clause matches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub(crate) struct Clause {
+    pub(crate) matches: Box<[Match]>,
+}
+
+impl Clause {
+    fn compile(source: &security::Clause, place: Place<'_>) -> Result<Self, CompileError> {
+        let matches = source.matches.iter().map(|source| Match::compile(source, place));
+        Ok(Self { matches: matches.collect::<Result<_, _>>()? })
+    }
+
+    fn matches(&self, request: &Facts<'_>) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(|candidate| candidate.matches(request))
+    }
+}
+
+/// Fields, AND'ed; an empty match never matches.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Match {
+    #[serde(skip_serializing_if = "Texts::is_empty")]
+    pub(crate) namespaces: Texts,
+    #[serde(skip_serializing_if = "Texts::is_empty")]
+    not_namespaces: Texts,
+    #[serde(skip_serializing_if = "Texts::is_empty")]
+    pub(crate) principals: Texts,
+    #[serde(skip_serializing_if = "Texts::is_empty")]
+    not_principals: Texts,
+    #[serde(skip_serializing_if = "Nets::is_empty")]
+    pub(crate) source_ips: Nets,
+    #[serde(skip_serializing_if = "Nets::is_empty")]
+    not_source_ips: Nets,
+    #[serde(skip_serializing_if = "Nets::is_empty")]
+    pub(crate) destination_ips: Nets,
+    #[serde(skip_serializing_if = "Nets::is_empty")]
+    not_destination_ips: Nets,
+    #[serde(skip_serializing_if = "Ports::is_empty")]
+    pub(crate) destination_ports: Ports,
+    #[serde(skip_serializing_if = "Ports::is_empty")]
+    not_destination_ports: Ports,
+    #[serde(skip_serializing_if = "ServiceAccounts::is_empty")]
+    pub(crate) service_accounts: ServiceAccounts,
+    #[serde(skip_serializing_if = "ServiceAccounts::is_empty")]
+    not_service_accounts: ServiceAccounts,
+}
+
+impl Match {
+    fn compile(source: &security::Match, place: Place<'_>) -> Result<Self, CompileError> {
+        // Extensions carry what L4 can't see; alone they leave the match empty, which never matches.
+        let security::Match {
+            namespaces,
+            not_namespaces,
+            principals,
+            not_principals,
+            source_ips,
+            not_source_ips,
+            destination_ips,
+            not_destination_ips,
+            destination_ports,
+            not_destination_ports,
+            service_accounts,
+            not_service_accounts,
+            extensions: _,
+        } = source;
+        Ok(Self {
+            namespaces: place.texts(namespaces, Field::Namespaces)?,
+            not_namespaces: place.texts(not_namespaces, Field::Namespaces)?,
+            principals: place.texts(principals, Field::Principals)?,
+            not_principals: place.texts(not_principals, Field::Principals)?,
+            source_ips: place.nets(source_ips, Field::SourceIps)?,
+            not_source_ips: place.nets(not_source_ips, Field::SourceIps)?,
+            destination_ips: place.nets(destination_ips, Field::DestinationIps)?,
+            not_destination_ips: place.nets(not_destination_ips, Field::DestinationIps)?,
+            destination_ports: place.ports(destination_ports)?,
+            not_destination_ports: place.ports(not_destination_ports)?,
+            service_accounts: accounts(service_accounts),
+            not_service_accounts: accounts(not_service_accounts),
+        })
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn matches(&self, request: &Facts<'_>) -> bool {
+        if self.is_empty() {
+            return false;
+        }
+        (self.principals.is_empty() || self.principals.matches(request.principal))
+            && (self.namespaces.is_empty() || self.namespaces.matches(request.namespace))
+            && (self.service_accounts.is_empty() || self.service_accounts.matches(request.service_account))
+            && (self.source_ips.is_empty() || self.source_ips.matches(request.source_ip))
+            && (self.destination_ips.is_empty() || self.destination_ips.matches(request.destination_ip))
+            && (self.destination_ports.is_empty() || self.destination_ports.matches(request.destination_port))
+            && !self.not_principals.matches(request.principal)
+            && !self.not_namespaces.matches(request.namespace)
+            && !self.not_service_accounts.matches(request.service_account)
+            && !self.not_source_ips.matches(request.source_ip)
+            && !self.not_destination_ips.matches(request.destination_ip)
+            && !self.not_destination_ports.matches(request.destination_port)
+    }
+}
+
+fn accounts(source: &[security::ServiceAccountMatch]) -> ServiceAccounts {
+    let accounts = source.iter().map(|account| ServiceAccount {
+        namespace: account.namespace.as_str().into(),
+        service_account: account.service_account.as_str().into(),
+    });
+    ServiceAccounts::new(accounts.collect())
+}
+
+/// Where in which policy something is read.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    policy: &'a PolicyName,
+    rule: usize,
+}
+
+impl Place<'_> {
+    fn texts(self, source: &[security::StringMatch], field: Field) -> Result<Texts, CompileError> {
+        use security::string_match::MatchType;
+        // contracts.md, section 4: principals compare without `spiffe://`.
+        let plain = |text: &str| -> Box<str> {
+            match field {
+                Field::Principals => text.strip_prefix("spiffe://").unwrap_or(text).into(),
+                _ => text.into(),
+            }
+        };
+        let (mut exact, mut patterns) = (Vec::new(), Vec::new());
+        for value in source {
+            match &value.match_type {
+                Some(MatchType::Exact(text)) => exact.push(plain(text)),
+                Some(MatchType::Prefix(text)) => patterns.push(Pattern::Prefix(plain(text))),
+                Some(MatchType::Suffix(text)) => patterns.push(Pattern::Suffix(text.as_str().into())),
+                Some(MatchType::Presence(())) => patterns.push(Pattern::Presence),
+                None => {
+                    return Err(CompileError::Comparison {
+                        policy: self.policy.clone(),
+                        rule: self.rule,
+                        field,
+                    });
+                }
+            }
+        }
+        Ok(Texts::new(exact, patterns))
+    }
+
+    fn nets(self, source: &[security::Address], field: Field) -> Result<Nets, CompileError> {
+        let nets = source.iter().map(|address| {
+            net(&address.address, address.length).ok_or_else(|| CompileError::Address {
+                policy: self.policy.clone(),
+                rule: self.rule,
+                field,
+                bytes: address.address.len(),
+                length: address.length,
+            })
+        });
+        Ok(Nets::new(nets.collect::<Result<_, _>>()?))
+    }
+
+    fn ports(self, source: &[u32]) -> Result<Ports, CompileError> {
+        let ports = source.iter().map(|&port| {
+            u16::try_from(port).map_err(|_| CompileError::Port {
+                policy: self.policy.clone(),
+                rule: self.rule,
+                field: Field::DestinationPorts,
+                port,
+            })
+        });
+        Ok(Ports::new(ports.collect::<Result<_, _>>()?))
+    }
+}
+
+/// The network of an address of 4 or 16 bytes; one mapped into IPv6 becomes the IPv4 network, as requests are.
+fn net(bytes: &[u8], length: u32) -> Option<IpNet> {
+    let mut length = u8::try_from(length).ok()?;
+    let address = if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        IpAddr::from(v4)
+    } else {
+        let v6 = Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?);
+        match (v6.to_ipv4_mapped(), length.checked_sub(96)) {
+            (Some(v4), Some(within_v4)) => {
+                length = within_v4;
+                v4.into()
+            }
+            _ => v6.into(),
+        }
+    };
+    Some(IpNet::new(address, length).ok()?.trunc())
+}

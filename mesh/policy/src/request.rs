@@ -1,0 +1,115 @@
+//! What is decided, about what, and by which policy.
+
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+use crate::compile::{Action, Policy};
+use crate::name::PolicyName;
+
+/// The authenticated peer of a connection: the parts of its SPIFFE id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer<'a> {
+    /// The SPIFFE id without `spiffe://`: `<trust domain>/ns/<namespace>/sa/<service account>`.
+    pub principal: &'a str,
+    /// The peer's namespace.
+    pub namespace: &'a str,
+    /// The peer's service account.
+    pub service_account: &'a str,
+}
+
+/// A connection that asks to be let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request<'a> {
+    /// Who is at the other end, if it proved an identity.
+    pub peer: Option<Peer<'a>>,
+    /// The address that the client connected from.
+    pub source_ip: IpAddr,
+    /// The workload's address that is connected to.
+    pub destination_ip: IpAddr,
+    /// The workload's port that is connected to.
+    pub destination_port: u16,
+}
+
+/// Whether a connection is let in, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Decision {
+    /// No ALLOW policy applies to the workload, and no DENY matched.
+    AllowedByDefault,
+    /// This ALLOW policy matched, and no DENY did.
+    AllowedBy(PolicyName),
+    /// This DENY policy matched.
+    DeniedBy(PolicyName),
+    /// ALLOW policies apply to the workload and none matched.
+    DeniedByDefault,
+}
+
+impl Decision {
+    /// Whether the connection is let in.
+    pub fn allowed(&self) -> bool {
+        matches!(self, Self::AllowedByDefault | Self::AllowedBy(_))
+    }
+
+    /// The policy that decided, if a single one did.
+    pub fn by(&self) -> Option<&PolicyName> {
+        match self {
+            Self::AllowedBy(name) | Self::DeniedBy(name) => Some(name),
+            Self::AllowedByDefault | Self::DeniedByDefault => None,
+        }
+    }
+}
+
+/// The answer of a policy set for one connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Verdict {
+    /// What is enforced.
+    pub decision: Decision,
+    /// What would be enforced if the policies marked `dry_run` were in force too; `None` when none of those applies to the workload.
+    /// To be logged and counted, never enforced.
+    pub dry_run: Option<Decision>,
+}
+
+impl Verdict {
+    /// Whether the connection is let in.
+    pub fn allowed(&self) -> bool {
+        self.decision.allowed()
+    }
+
+    /// The policy that decided, if a single one did.
+    pub fn by(&self) -> Option<&PolicyName> {
+        self.decision.by()
+    }
+
+    /// Whether enforcing the dry-run policies would have changed whether the connection is let in.
+    pub fn dry_run_differs(&self) -> bool {
+        self.dry_run.as_ref().is_some_and(|dry_run| dry_run.allowed() != self.decision.allowed())
+    }
+}
+
+/// Decides `request` by walking over `policies`, all of which apply. For a handful of policies; [`crate::PolicySet`] is for all others.
+///
+/// contracts.md, section 4: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
+pub fn evaluate<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Request<'_>) -> Verdict {
+    let has_dry_run = policies.clone().any(Policy::dry_run);
+    Verdict {
+        decision: decide(policies.clone().filter(|policy| !policy.dry_run()), request),
+        dry_run: has_dry_run.then(|| decide(policies, request)),
+    }
+}
+
+/// Decides by every policy given.
+fn decide<'p>(policies: impl Iterator<Item = &'p Policy>, request: &Request<'_>) -> Decision {
+    let mut decision = Decision::AllowedByDefault;
+    for policy in policies {
+        match policy.action() {
+            Action::Deny if policy.matches(request) => return Decision::DeniedBy(policy.name().clone()),
+            Action::Deny => {}
+            Action::Allow if matches!(decision, Decision::AllowedBy(_)) => {}
+            Action::Allow if policy.matches(request) => decision = Decision::AllowedBy(policy.name().clone()),
+            Action::Allow => decision = Decision::DeniedByDefault,
+        }
+    }
+    decision
+}
