@@ -1,0 +1,226 @@
+//! The delta client: proxies hand in a handler per type and get a handle and a driver.
+//!
+//! [`Client`] is a cheap handle (readiness, demands, metrics); [`Driver`] owns the stream and must be
+//! run. Dropping every `Client` ends the driver; dropping the driver leaves what was applied in place
+//! and fails demands.
+
+mod driver;
+mod handler;
+mod session;
+#[cfg(test)]
+mod session_tests;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
+
+use ambit_api::core::Node;
+use prost_types::value::Kind;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use driver::{Connector, Driver};
+pub use handler::{Handler, Rejected, Update};
+use session::{Mode, Session};
+
+/// An error of any kind from the connector.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// How many demands may wait for the driver to look at them.
+const COMMAND_QUEUE: usize = 1024;
+
+/// Who we are and how we behave towards the server.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// Sent with the first request of every stream.
+    pub node: Node,
+    /// Largest answer accepted, in bytes.
+    pub max_message_size: usize,
+    /// Limit on connecting and on opening the stream, each.
+    pub open_timeout: Duration,
+    /// First delay between attempts.
+    pub min_delay: Duration,
+    /// Longest delay between attempts.
+    pub max_delay: Duration,
+    /// Most names demanded per type.
+    pub max_names: usize,
+}
+
+impl ClientConfig {
+    /// Defaults: answers up to 200 MiB, 10 s to open, delays of 250 ms to 15 s, 100,000 names a type.
+    pub fn new(node: Node) -> Self {
+        Self {
+            node,
+            max_message_size: 200 << 20,
+            open_timeout: Duration::from_secs(10),
+            min_delay: Duration::from_millis(250),
+            max_delay: Duration::from_secs(15),
+            max_names: 100_000,
+        }
+    }
+}
+
+/// The node message of a ztunnel: id `ztunnel~<ip>~<pod>.<ns>~<ns>.svc.cluster.local`.
+///
+/// `metadata` becomes string fields of the node's metadata (`NAMESPACE`, `NODE_NAME`, `CLUSTER_ID`,
+/// `NETWORK`, … as the field knows them).
+pub fn ztunnel_node(ip: IpAddr, pod: &str, namespace: &str, metadata: BTreeMap<String, String>) -> Node {
+    let fields = metadata
+        .into_iter()
+        .map(|(key, value)| (key, prost_types::Value { kind: Some(Kind::StringValue(value)) }))
+        .collect();
+    Node {
+        id: format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
+        cluster: String::new(),
+        metadata: Some(prost_types::Struct { fields }),
+        locality: None,
+    }
+}
+
+/// Live counters of a client; the program registers them.
+#[derive(Debug, Default)]
+pub struct ClientMetrics {
+    /// Streams opened.
+    pub connections: AtomicU64,
+    /// Streams that ended and attempts that failed.
+    pub disconnections: AtomicU64,
+    /// Whether a stream is open now.
+    pub connected: AtomicBool,
+    /// Answers received.
+    pub answers: AtomicU64,
+    /// Resources received.
+    pub resources: AtomicU64,
+    /// Removals received.
+    pub removals: AtomicU64,
+    /// Resources rejected.
+    pub rejected: AtomicU64,
+}
+
+/// What a demand found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// The server sent a resource of that name or alias; the handler has seen it.
+    Present,
+    /// The server said that there is none now; should it appear, the handler gets it.
+    Absent,
+}
+
+/// Why a demand was not answered.
+#[derive(Debug, thiserror::Error, Clone, PartialEq, Eq)]
+pub enum DemandError {
+    /// The type is unknown to this client or subscribed as a whole.
+    #[error("{type_url} is not subscribed on demand; cannot ask for {name:?}")]
+    NotOnDemand {
+        /// The type asked for.
+        type_url: String,
+        /// The name asked for.
+        name: String,
+    },
+    /// The limit on names or on waiting demands is reached.
+    #[error("too many names are demanded of {type_url}; cannot ask for {name:?}")]
+    TooMany {
+        /// The type asked for.
+        type_url: String,
+        /// The name asked for.
+        name: String,
+    },
+    /// The driver has ended.
+    #[error("the discovery client has stopped")]
+    Stopped,
+}
+
+enum Command {
+    Demand { type_url: Arc<str>, name: String, reply: oneshot::Sender<Result<Found, DemandError>> },
+}
+
+/// Handle to a running client. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    commands: mpsc::Sender<Command>,
+    ready: watch::Receiver<bool>,
+    metrics: Arc<ClientMetrics>,
+}
+
+impl Client {
+    /// Starts to describe a client.
+    pub fn builder(config: ClientConfig) -> ClientBuilder {
+        ClientBuilder { config, types: Vec::new() }
+    }
+
+    /// Whether the first state of every type has been applied. Never returns to false: a proxy keeps
+    /// serving from what it knows while the control plane is away.
+    pub fn is_ready(&self) -> bool {
+        *self.ready.borrow()
+    }
+
+    /// Waits for [`is_ready`](Self::is_ready); false if the driver ended before that.
+    pub async fn ready(&self) -> bool {
+        self.ready.clone().wait_for(|ready| *ready).await.is_ok()
+    }
+
+    /// Subscribes to one name of a type taken on demand and waits for the server's word on it.
+    /// Asking again for a name that was answered returns at once. The caller sets the time limit;
+    /// a dropped future leaves the subscription in place.
+    pub async fn demand(&self, type_url: &str, name: &str) -> Result<Found, DemandError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Demand { type_url: type_url.into(), name: name.to_owned(), reply };
+        self.commands.try_send(command).map_err(|failed| match failed {
+            mpsc::error::TrySendError::Full(_) => {
+                DemandError::TooMany { type_url: type_url.to_owned(), name: name.to_owned() }
+            }
+            mpsc::error::TrySendError::Closed(_) => DemandError::Stopped,
+        })?;
+        answer.await.unwrap_or(Err(DemandError::Stopped))
+    }
+
+    /// Live counters.
+    pub fn metrics(&self) -> &Arc<ClientMetrics> {
+        &self.metrics
+    }
+}
+
+/// Collects types and their handlers.
+pub struct ClientBuilder {
+    config: ClientConfig,
+    types: Vec<session::Subscription>,
+}
+
+impl ClientBuilder {
+    /// Subscribes to all resources of a type. Types are asked for in the order of these calls.
+    #[must_use]
+    pub fn wildcard<M>(self, type_url: &str, handler: impl Handler<M>) -> Self
+    where
+        M: prost::Message + Default + 'static,
+    {
+        self.add::<M>(type_url, Mode::Wildcard, handler)
+    }
+
+    /// Subscribes to those resources of a type that are demanded ([`Client::demand`]).
+    #[must_use]
+    pub fn on_demand<M>(self, type_url: &str, handler: impl Handler<M>) -> Self
+    where
+        M: prost::Message + Default + 'static,
+    {
+        self.add::<M>(type_url, Mode::OnDemand(HashMap::new()), handler)
+    }
+
+    fn add<M>(mut self, type_url: &str, mode: Mode, handler: impl Handler<M>) -> Self
+    where
+        M: prost::Message + Default + 'static,
+    {
+        let sink = handler::typed::<M>(type_url, handler);
+        self.types.push(session::Subscription::new(type_url, mode, sink));
+        self
+    }
+
+    /// Makes handle and driver; nothing is sent until the driver runs.
+    pub fn build<C: Connector>(self, connector: C) -> (Client, Driver<C>) {
+        let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
+        let (ready_sender, ready) = watch::channel(false);
+        let metrics = Arc::new(ClientMetrics::default());
+        let session = Session::new(self.config.node.clone(), self.types, self.config.max_names);
+        let driver = Driver::new(self.config, session, connector, queue, ready_sender, Arc::clone(&metrics));
+        (Client { commands, ready, metrics }, driver)
+    }
+}

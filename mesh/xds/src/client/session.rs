@@ -1,0 +1,290 @@
+//! The client's half of the delta protocol, without I/O: answers and demands in, requests out.
+//!
+//! Driven by [`super::driver`]; it never sleeps, sends or reads a clock. What is held (names and
+//! versions) survives disconnections, so that a new stream asks only for what differs.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use ambit_api::core::Node;
+use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use ambit_api::rpc::Status;
+
+use super::handler::{Rejected, Sink};
+use super::{DemandError, Found};
+use crate::{MORE, WILDCARD};
+
+/// `google.rpc.Code.INVALID_ARGUMENT`.
+const INVALID_ARGUMENT: i32 = 3;
+/// Longest message of a nack, in bytes; further rejections are only counted.
+const MAX_NACK_MESSAGE: usize = 4096;
+/// With more requests than this waiting, a plain ack replaces an older one of its type: servers look
+/// at the latest nonce only.
+const COALESCE_ABOVE: usize = 32;
+
+/// How a type is subscribed.
+pub(super) enum Mode {
+    Wildcard,
+    /// The names demanded, with the server's word on each once it spoke.
+    OnDemand(HashMap<String, Option<Found>>),
+}
+
+/// One type: its handler and what is held of it.
+pub(super) struct Subscription {
+    type_url: Arc<str>,
+    mode: Mode,
+    sink: Box<dyn Sink>,
+    /// Name to version of everything that was accepted.
+    held: HashMap<String, String>,
+    /// The first state has been applied completely, on this or an earlier stream.
+    complete: bool,
+    /// Names answered by answers that said more would follow.
+    answered: HashSet<String>,
+}
+
+impl Subscription {
+    pub(super) fn new(type_url: &str, mode: Mode, sink: Box<dyn Sink>) -> Self {
+        Self {
+            type_url: type_url.into(),
+            mode,
+            sink,
+            held: HashMap::new(),
+            complete: false,
+            answered: HashSet::new(),
+        }
+    }
+
+    /// The request that opens this type on a new stream.
+    fn opening(&self) -> DeltaDiscoveryRequest {
+        let initial = self.held.iter().map(|(name, version)| (name.clone(), version.clone())).collect();
+        let (subscribe, unsubscribe) = match &self.mode {
+            // An empty first request means all; every server of the field understands that form.
+            Mode::Wildcard => (Vec::new(), Vec::new()),
+            Mode::OnDemand(names) => (names.keys().cloned().collect(), vec![WILDCARD.to_owned()]),
+        };
+        DeltaDiscoveryRequest {
+            type_url: self.type_url.to_string(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            initial_resource_versions: initial,
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    fn apply(&mut self, response: &DeltaDiscoveryResponse) -> Vec<Rejected> {
+        let rejected = self.sink.apply(&response.removed_resources, &response.resources);
+        let refused: HashSet<&str> = rejected.iter().map(|rejected| rejected.name.as_str()).collect();
+        for name in &response.removed_resources {
+            self.held.remove(name);
+        }
+        for resource in &response.resources {
+            // A rejected resource keeps its earlier version, so a new stream brings it again.
+            if !refused.contains(resource.name.as_str()) {
+                self.held.insert(resource.name.clone(), resource.version.clone());
+            }
+        }
+        rejected
+    }
+
+    /// Notes which demanded names an answer speaks of; returns those whose state is now complete.
+    fn settle(&mut self, response: &DeltaDiscoveryResponse, more: bool) -> Vec<(String, Found)> {
+        let Mode::OnDemand(names) = &mut self.mode else { return Vec::new() };
+        let mut note = |name: &String, found: Found| {
+            if let Some(state) = names.get_mut(name) {
+                *state = Some(found);
+                self.answered.insert(name.clone());
+            }
+        };
+        for name in &response.removed_resources {
+            note(name, Found::Absent);
+        }
+        for resource in &response.resources {
+            note(&resource.name, Found::Present);
+            for alias in &resource.aliases {
+                note(alias, Found::Present);
+            }
+        }
+        if more {
+            return Vec::new();
+        }
+        let answered = std::mem::take(&mut self.answered);
+        answered
+            .into_iter()
+            .filter_map(|name| {
+                let found = names.get(&name).copied().flatten()?;
+                Some((name, found))
+            })
+            .collect()
+    }
+}
+
+/// A demanded name that the server has spoken of.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Answered {
+    pub(super) type_url: Arc<str>,
+    pub(super) name: String,
+    pub(super) found: Found,
+}
+
+/// What one answer did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Outcome {
+    pub(super) rejected: Vec<Rejected>,
+    pub(super) answered: Vec<Answered>,
+}
+
+/// All types of one client.
+pub(super) struct Session {
+    node: Node,
+    types: Vec<Subscription>,
+    outbox: VecDeque<DeltaDiscoveryRequest>,
+    connected: bool,
+    max_names: usize,
+}
+
+impl Session {
+    pub(super) fn new(node: Node, types: Vec<Subscription>, max_names: usize) -> Self {
+        Self { node, types, outbox: VecDeque::new(), connected: false, max_names }
+    }
+
+    /// A stream is open: asks for every type, naming what is held.
+    pub(super) fn handle_connected(&mut self) {
+        self.connected = true;
+        self.outbox.clear();
+        for subscription in &mut self.types {
+            subscription.answered.clear();
+            self.outbox.push_back(subscription.opening());
+        }
+        if let Some(first) = self.outbox.front_mut() {
+            first.node = Some(self.node.clone());
+        }
+    }
+
+    /// The stream is gone: what waited to be sent is void, what is held stays.
+    pub(super) fn handle_disconnected(&mut self) {
+        self.connected = false;
+        self.outbox.clear();
+    }
+
+    /// Applies an answer and queues its ack or nack.
+    pub(super) fn handle_response(&mut self, response: &DeltaDiscoveryResponse) -> Outcome {
+        let mut outcome = Outcome::default();
+        let more = response.system_version_info.ends_with(MORE);
+        match self.types.iter_mut().find(|known| *known.type_url == *response.type_url) {
+            Some(subscription) => {
+                outcome.rejected = subscription.apply(response);
+                let type_url = Arc::clone(&subscription.type_url);
+                let settled = subscription.settle(response, more);
+                subscription.complete |= !more;
+                outcome.answered = settled
+                    .into_iter()
+                    .map(|(name, found)| Answered { type_url: Arc::clone(&type_url), name, found })
+                    .collect();
+            }
+            None => outcome.rejected.push(Rejected {
+                name: response.type_url.clone(),
+                reason: "this type was never subscribed".to_owned(),
+            }),
+        }
+        self.acknowledge(response, &outcome.rejected);
+        outcome
+    }
+
+    fn acknowledge(&mut self, response: &DeltaDiscoveryResponse, rejected: &[Rejected]) {
+        let error_detail = (!rejected.is_empty()).then(|| nack(rejected));
+        if error_detail.is_none() && self.outbox.len() >= COALESCE_ABOVE {
+            self.outbox.retain(|request| !is_plain_ack_of(request, &response.type_url));
+        }
+        self.outbox.push_back(DeltaDiscoveryRequest {
+            type_url: response.type_url.clone(),
+            response_nonce: response.nonce.clone(),
+            error_detail,
+            ..DeltaDiscoveryRequest::default()
+        });
+    }
+
+    /// Asks for one name. `Ok(None)`: the answer is still to come.
+    pub(super) fn handle_demand(&mut self, type_url: &str, name: &str) -> Result<Option<Found>, DemandError> {
+        let max_names = self.max_names;
+        let names =
+            self.types.iter_mut().find(|known| *known.type_url == *type_url).and_then(
+                |known| match &mut known.mode {
+                    Mode::OnDemand(names) => Some(names),
+                    Mode::Wildcard => None,
+                },
+            );
+        let Some(names) = names else {
+            return Err(DemandError::NotOnDemand { type_url: type_url.to_owned(), name: name.to_owned() });
+        };
+        if let Some(state) = names.get(name) {
+            return Ok(*state);
+        }
+        if names.len() >= max_names {
+            return Err(DemandError::TooMany { type_url: type_url.to_owned(), name: name.to_owned() });
+        }
+        names.insert(name.to_owned(), None);
+        if self.connected {
+            self.subscribe(type_url, name);
+        }
+        Ok(None)
+    }
+
+    /// Adds a name to a request that only subscribes, or queues a new one.
+    fn subscribe(&mut self, type_url: &str, name: &str) {
+        let open = self.outbox.iter_mut().find(|request| {
+            request.type_url == type_url
+                && request.response_nonce.is_empty()
+                && !request.resource_names_subscribe.is_empty()
+        });
+        if let Some(request) = open {
+            request.resource_names_subscribe.push(name.to_owned());
+            return;
+        }
+        self.outbox.push_back(DeltaDiscoveryRequest {
+            type_url: type_url.to_owned(),
+            resource_names_subscribe: vec![name.to_owned()],
+            ..DeltaDiscoveryRequest::default()
+        });
+    }
+
+    /// Whether a request waits to be sent.
+    pub(super) fn wants_to_send(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// The next request to send.
+    pub(super) fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
+        self.outbox.pop_front()
+    }
+
+    /// Whether the first state of every type has been applied.
+    pub(super) fn is_ready(&self) -> bool {
+        self.types.iter().all(|subscription| subscription.complete)
+    }
+}
+
+fn is_plain_ack_of(request: &DeltaDiscoveryRequest, type_url: &str) -> bool {
+    request.type_url == type_url
+        && !request.response_nonce.is_empty()
+        && request.error_detail.is_none()
+        && request.resource_names_subscribe.is_empty()
+}
+
+fn nack(rejected: &[Rejected]) -> Status {
+    let mut message = String::new();
+    for (index, Rejected { name, reason }) in rejected.iter().enumerate() {
+        let next = format!("{name}: {reason}");
+        if message.len() + next.len() + 2 > MAX_NACK_MESSAGE {
+            if message.is_empty() {
+                message.extend(next.chars().take(MAX_NACK_MESSAGE / 4));
+            }
+            message.push_str(&format!("; {} more", rejected.len() - index));
+            break;
+        }
+        if index > 0 {
+            message.push_str("; ");
+        }
+        message.push_str(&next);
+    }
+    Status { code: INVALID_ARGUMENT, message, details: Vec::new() }
+}

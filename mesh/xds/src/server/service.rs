@@ -1,0 +1,368 @@
+//! The gRPC service: one stream per subscriber, answers made only when the transport takes them.
+//!
+//! The response body is a stream that is polled when HTTP/2 has room, so a slow subscriber holds one
+//! answer and costs nobody else anything. There is no task and no queue per subscriber.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{BoxStream, SelectAll, StreamExt};
+use http_body::Frame;
+use tokio_stream::wrappers::WatchStream;
+use tonic::codec::Codec;
+use tonic::codegen::{Body, Service, StdError};
+use tonic::metadata::MetadataMap;
+use tonic::{Status, Streaming};
+use tonic_prost::ProstCodec;
+use tracing::{debug, info, warn};
+
+use super::answer::{Answer, Builder};
+use super::metrics::ServerMetrics;
+use super::subscription::{Lagged, Subscription, TooManyNames};
+use super::table::Table;
+
+const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+/// Types that are not served but asked for, per stream.
+const MAX_UNKNOWN_TYPES: usize = 16;
+
+/// Limits of the service.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// Streams at the same time.
+    pub max_subscribers: i64,
+    /// Largest request, in bytes: a reconnecting proxy names every version it holds.
+    pub max_request_size: usize,
+    /// Names a stream may ask for one by one, per type.
+    pub max_names: usize,
+    /// How long a new stream may stay silent.
+    pub first_request: Duration,
+}
+
+impl Default for ServerConfig {
+    /// 10,000 streams, 64 MiB, 100,000 names, 30 s.
+    fn default() -> Self {
+        Self {
+            max_subscribers: 10_000,
+            max_request_size: 64 << 20,
+            max_names: 100_000,
+            first_request: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Who may subscribe. Asked once per stream, with the request's metadata.
+pub trait Admission: Send + Sync + 'static {
+    /// Lets the caller in or says why not (`UNAUTHENTICATED`, `PERMISSION_DENIED`).
+    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<(), Status>>;
+}
+
+/// The delta discovery service over a set of tables; a tonic service, cheap to clone.
+#[derive(Clone)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    tables: Vec<Table>,
+    config: ServerConfig,
+    admission: Option<Arc<dyn Admission>>,
+    metrics: Arc<ServerMetrics>,
+}
+
+impl Server {
+    /// Serves the tables. When several have news, those named first are answered first: policies
+    /// before the workloads that name them.
+    pub fn new(tables: Vec<Table>, config: ServerConfig) -> Self {
+        let metrics = Arc::new(ServerMetrics::default());
+        Self { shared: Arc::new(Shared { tables, config, admission: None, metrics }) }
+    }
+
+    /// Asks for leave before a stream is opened.
+    #[must_use]
+    pub fn with_admission(self, admission: Arc<dyn Admission>) -> Self {
+        let Shared { tables, config, metrics, .. } = &*self.shared;
+        let shared = Shared {
+            tables: tables.clone(),
+            config: config.clone(),
+            admission: Some(admission),
+            metrics: Arc::clone(metrics),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Live counters.
+    pub fn metrics(&self) -> &Arc<ServerMetrics> {
+        &self.shared.metrics
+    }
+}
+
+impl tonic::server::NamedService for Server {
+    const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
+}
+
+impl<B> Service<http::Request<B>> for Server
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<StdError> + Send,
+{
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let shared = Arc::clone(&self.shared);
+        Box::pin(
+            async move { Ok(respond(shared, request).await.unwrap_or_else(|status| status.into_http())) },
+        )
+    }
+}
+
+async fn respond<B>(
+    shared: Arc<Shared>,
+    request: http::Request<B>,
+) -> Result<http::Response<tonic::body::Body>, Status>
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<StdError> + Send,
+{
+    if request.uri().path() != METHOD {
+        return Err(Status::unimplemented(format!("no such method: {}", request.uri().path())));
+    }
+    let (parts, body) = request.into_parts();
+    if let Some(admission) = &shared.admission {
+        admission.admit(&MetadataMap::from_headers(parts.headers)).await?;
+    }
+    let seat = Seat::take(&shared)?;
+    let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
+    let max_size = shared.config.max_request_size;
+    let requests = Streaming::new_request(decoder, body, None, Some(max_size));
+    let body = AnswerBody { answers: Some(Stream::new(shared, requests, seat).answers()) };
+    let mut response = http::Response::new(tonic::body::Body::new(body));
+    let grpc = http::HeaderValue::from_static("application/grpc");
+    response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+    Ok(response)
+}
+
+/// One of the places for subscribers; given back when dropped.
+struct Seat(Arc<ServerMetrics>);
+
+impl Seat {
+    fn take(shared: &Shared) -> Result<Self, Status> {
+        let taken: &AtomicI64 = &shared.metrics.subscribers;
+        // Counted first, so that the drop below gives back exactly what was taken.
+        let before = taken.fetch_add(1, Ordering::Relaxed);
+        let seat = Self(Arc::clone(&shared.metrics));
+        if before >= shared.config.max_subscribers {
+            shared.metrics.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Status::resource_exhausted("too many discovery streams"));
+        }
+        Ok(seat)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.subscribers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// One subscriber's stream.
+struct Stream {
+    shared: Arc<Shared>,
+    requests: Streaming<DeltaDiscoveryRequest>,
+    /// By table.
+    subscriptions: Vec<Option<Subscription>>,
+    unknown: Vec<String>,
+    /// Empty answers owed to types that are not served.
+    courtesies: Vec<Answer>,
+    bells: SelectAll<WatchStream<u64>>,
+    node: String,
+    _seat: Seat,
+}
+
+impl Stream {
+    fn new(shared: Arc<Shared>, requests: Streaming<DeltaDiscoveryRequest>, seat: Seat) -> Self {
+        let mut bells = SelectAll::new();
+        for table in &shared.tables {
+            bells.push(WatchStream::from_changes(table.bell()));
+        }
+        let subscriptions = shared.tables.iter().map(|_| None).collect();
+        Self {
+            shared,
+            requests,
+            subscriptions,
+            unknown: Vec::new(),
+            courtesies: Vec::new(),
+            bells,
+            node: String::new(),
+            _seat: seat,
+        }
+    }
+
+    fn answers(self) -> BoxStream<'static, Result<Bytes, Status>> {
+        futures_util::stream::try_unfold(self, |mut stream| async move {
+            Ok(stream.next_answer().await?.map(|answer| (answer.frame, stream)))
+        })
+        .boxed()
+    }
+
+    /// Waits for the next answer; `None` when the subscriber is done.
+    async fn next_answer(&mut self) -> Result<Option<Answer>, Status> {
+        loop {
+            // Requests that wait are taken first, so that a withdrawn subscription is not answered.
+            while let Some(request) = poll_once(self.requests.message()).await {
+                match request? {
+                    Some(request) => self.handle_request(&request)?,
+                    None => return Ok(None),
+                }
+            }
+            if let Some(answer) = self.poll_answer()? {
+                return Ok(Some(answer));
+            }
+            if !self.wait().await? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Waits for a request or a change; false when the subscriber has ended the stream.
+    async fn wait(&mut self) -> Result<bool, Status> {
+        let silent = self.subscriptions.iter().all(Option::is_none) && self.unknown.is_empty();
+        let patience = self.shared.config.first_request;
+        let request = tokio::select! {
+            request = self.requests.message() => request?,
+            Some(_) = self.bells.next() => return Ok(true),
+            () = tokio::time::sleep(patience), if silent => {
+                return Err(Status::deadline_exceeded("no discovery request arrived"));
+            }
+        };
+        match request {
+            Some(request) => self.handle_request(&request).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn handle_request(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+        let metrics = &self.shared.metrics;
+        metrics.requests.fetch_add(1, Ordering::Relaxed);
+        if let Some(node) = request.node.as_ref().filter(|_| self.node.is_empty()) {
+            self.node = node.id.chars().take(256).collect();
+            info!(node = self.node, "discovery stream opened");
+        }
+        if let Some(error) = &request.error_detail {
+            metrics.nacks.fetch_add(1, Ordering::Relaxed);
+            let reason: String = error.message.chars().take(1024).collect();
+            warn!(
+                node = self.node,
+                type_url = request.type_url,
+                nonce = request.response_nonce,
+                reason,
+                "nack"
+            );
+        }
+        let tables = self.shared.tables.iter().zip(&mut self.subscriptions);
+        for (table, subscription) in tables {
+            let state = table.inner().state.read();
+            if *state.type_url != *request.type_url {
+                continue;
+            }
+            let max_names = self.shared.config.max_names;
+            let outcome = match subscription {
+                Some(subscription) => subscription.handle_request(request, &state, max_names),
+                None => {
+                    Subscription::open(request, &state, max_names).map(|opened| *subscription = Some(opened))
+                }
+            };
+            return outcome
+                .map_err(|TooManyNames| Status::resource_exhausted("too many names are subscribed"));
+        }
+        self.handle_unknown(request)
+    }
+
+    /// A type that is not served is answered once, empty, so that the subscriber does not wait.
+    fn handle_unknown(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+        if self.unknown.contains(&request.type_url) {
+            return Ok(());
+        }
+        if self.unknown.len() >= MAX_UNKNOWN_TYPES || request.type_url.len() > 1024 {
+            return Err(Status::invalid_argument("too many unknown types are subscribed"));
+        }
+        debug!(node = self.node, type_url = request.type_url, "a type that is not served");
+        self.unknown.push(request.type_url.clone());
+        self.courtesies.push(Builder::new(usize::MAX, &request.type_url).finish("own-0", 0, false));
+        Ok(())
+    }
+
+    fn poll_answer(&mut self) -> Result<Option<Answer>, Status> {
+        let mut due = self.courtesies.pop();
+        let tables = self.shared.tables.iter().zip(&mut self.subscriptions);
+        for (table, subscription) in tables {
+            if due.is_some() {
+                break;
+            }
+            let Some(subscription) = subscription else { continue };
+            let inner = table.inner();
+            due = subscription.poll_answer(inner, &inner.state.read()).map_err(|Lagged| {
+                self.shared.metrics.lagged.fetch_add(1, Ordering::Relaxed);
+                Status::aborted("the subscriber fell behind the change log; reconnect with versions")
+            })?;
+        }
+        if let Some(answer) = &due {
+            let metrics = &self.shared.metrics;
+            metrics.answers.fetch_add(1, Ordering::Relaxed);
+            metrics.bytes.fetch_add(answer.frame.len() as u64, Ordering::Relaxed);
+            metrics.resources.fetch_add(answer.resources, Ordering::Relaxed);
+            metrics.removals.fetch_add(answer.removals, Ordering::Relaxed);
+        }
+        Ok(due)
+    }
+}
+
+/// The future's output if it is ready now. For futures that lose nothing when dropped.
+async fn poll_once<F: Future>(future: F) -> Option<F::Output> {
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|context| match future.as_mut().poll(context) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+/// The response's body: frames, then the status as trailers.
+struct AnswerBody {
+    /// `None` after the trailers.
+    answers: Option<BoxStream<'static, Result<Bytes, Status>>>,
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let Some(answers) = &mut self.answers else { return Poll::Ready(None) };
+        let status = match std::task::ready!(answers.poll_next_unpin(context)) {
+            Some(Ok(frame)) => return Poll::Ready(Some(Ok(Frame::data(frame)))),
+            Some(Err(status)) => status,
+            None => Status::ok(""),
+        };
+        self.answers = None;
+        let mut trailers = http::HeaderMap::new();
+        status.add_header(&mut trailers)?;
+        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+    }
+}

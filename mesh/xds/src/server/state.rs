@@ -1,0 +1,212 @@
+//! One type's resources and the log of their changes, compacted by name. No I/O, no clock.
+//!
+//! Every change takes the next position. A name has one place in the log: a live resource or a
+//! removal. Whoever has seen everything up to a position needs exactly the entries above it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Bound;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::answer;
+use super::table::{Applied, Change, Resource};
+
+/// A place in the change log; 0 is before everything.
+pub(super) type Position = u64;
+
+/// A live resource.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) name: Arc<str>,
+    pub(super) aliases: Box<[Arc<str>]>,
+    pub(super) parents: Box<[Arc<str>]>,
+    /// Of the content: equal content has an equal version in every control plane.
+    pub(super) version: Arc<str>,
+    /// The `Resource` message as a field of an answer, tag and length included.
+    pub(super) field: Bytes,
+    pub(super) position: Position,
+}
+
+impl Entry {
+    /// The entry's name and aliases: everything that a subscription may call it.
+    pub(super) fn names(&self) -> impl Iterator<Item = &Arc<str>> {
+        std::iter::once(&self.name).chain(self.aliases.iter())
+    }
+}
+
+type Index = HashMap<Arc<str>, BTreeSet<Arc<str>>>;
+
+/// The table's content.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) type_url: Arc<str>,
+    head: Position,
+    entries: HashMap<Arc<str>, Arc<Entry>>,
+    live: BTreeMap<Position, Arc<Entry>>,
+    removals: BTreeMap<Position, Arc<str>>,
+    removed: HashMap<Arc<str>, Position>,
+    /// Removals up to here may have been forgotten.
+    horizon: Position,
+    max_removals: usize,
+    by_alias: Index,
+    by_parent: Index,
+}
+
+impl State {
+    pub(super) fn new(type_url: &str, max_removals: usize) -> Self {
+        Self {
+            type_url: type_url.into(),
+            head: 0,
+            entries: HashMap::new(),
+            live: BTreeMap::new(),
+            removals: BTreeMap::new(),
+            removed: HashMap::new(),
+            horizon: 0,
+            max_removals,
+            by_alias: Index::new(),
+            by_parent: Index::new(),
+        }
+    }
+
+    pub(super) fn head(&self) -> Position {
+        self.head
+    }
+
+    pub(super) fn horizon(&self) -> Position {
+        self.horizon
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&Arc<Entry>> {
+        self.entries.get(name)
+    }
+
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Arc<Entry>> {
+        self.entries.values()
+    }
+
+    /// Live resources that changed after `from`, oldest first.
+    pub(super) fn live_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<Entry>)> {
+        self.live.range((Bound::Excluded(from), Bound::Unbounded)).map(|(position, entry)| (*position, entry))
+    }
+
+    /// The live resource at exactly this position, unless it has changed since.
+    pub(super) fn live_at(&self, position: Position) -> Option<&Arc<Entry>> {
+        self.live.get(&position)
+    }
+
+    /// Removals after `from`, oldest first.
+    pub(super) fn removed_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<str>)> {
+        self.removals
+            .range((Bound::Excluded(from), Bound::Unbounded))
+            .map(|(position, name)| (*position, name))
+    }
+
+    /// Resources that a subscription to `name` means: by name and by alias.
+    pub(super) fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Arc<Entry>> {
+        let aliased = self.by_alias.get(name).into_iter().flatten().filter_map(|name| self.get(name));
+        self.get(name).into_iter().chain(aliased)
+    }
+
+    /// Resources that name `parent` as theirs.
+    pub(super) fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
+        self.by_parent.get(parent).into_iter().flatten().filter_map(|name| self.get(name))
+    }
+
+    /// Applies changes in order. Content that is there already takes no position.
+    pub(super) fn apply(&mut self, changes: Vec<Change>) -> Applied {
+        let mut applied = Applied::default();
+        for change in changes {
+            match change {
+                Change::Upsert(resource) => self.upsert(resource, &mut applied),
+                Change::Remove(name) => self.remove(&name, &mut applied),
+            }
+        }
+        applied.position = self.head;
+        applied
+    }
+
+    fn upsert(&mut self, resource: Resource, applied: &mut Applied) {
+        let version = version(&resource);
+        if self.entries.get(&resource.name).is_some_and(|old| *old.version == *version) {
+            applied.unchanged += 1;
+            return;
+        }
+        applied.urgent |= resource.urgent;
+        applied.changed += 1;
+        self.forget(&resource.name);
+        self.head += 1;
+        let entry = Arc::new(Entry {
+            field: answer::resource_field(&self.type_url, &resource, &version),
+            name: resource.name,
+            aliases: resource.aliases.into(),
+            parents: resource.parents.into(),
+            version: version.into(),
+            position: self.head,
+        });
+        for alias in &entry.aliases {
+            self.by_alias.entry(Arc::clone(alias)).or_default().insert(Arc::clone(&entry.name));
+        }
+        for parent in &entry.parents {
+            self.by_parent.entry(Arc::clone(parent)).or_default().insert(Arc::clone(&entry.name));
+        }
+        self.live.insert(self.head, Arc::clone(&entry));
+        self.entries.insert(Arc::clone(&entry.name), entry);
+    }
+
+    fn remove(&mut self, name: &str, applied: &mut Applied) {
+        let Some(entry) = self.entries.get(name).cloned() else {
+            applied.unchanged += 1;
+            return;
+        };
+        applied.urgent = true;
+        applied.removed += 1;
+        self.forget(name);
+        self.head += 1;
+        self.removals.insert(self.head, Arc::clone(&entry.name));
+        self.removed.insert(Arc::clone(&entry.name), self.head);
+        while self.removals.len() > self.max_removals {
+            let Some((position, name)) = self.removals.pop_first() else { break };
+            self.removed.remove(&name);
+            self.horizon = position;
+        }
+    }
+
+    /// Takes a name out of log and indexes.
+    fn forget(&mut self, name: &str) {
+        if let Some(position) = self.removed.remove(name) {
+            self.removals.remove(&position);
+        }
+        let Some(old) = self.entries.remove(name) else { return };
+        self.live.remove(&old.position);
+        for alias in &old.aliases {
+            unindex(&mut self.by_alias, alias, name);
+        }
+        for parent in &old.parents {
+            unindex(&mut self.by_parent, parent, name);
+        }
+    }
+}
+
+fn unindex(index: &mut Index, key: &str, name: &str) {
+    if let Some(names) = index.get_mut(key) {
+        names.remove(name);
+        if names.is_empty() {
+            index.remove(key);
+        }
+    }
+}
+
+/// A version by content, so that it means the same in another control plane and after a restart.
+fn version(resource: &Resource) -> String {
+    let mut hasher = DefaultHasher::new();
+    resource.aliases.hash(&mut hasher);
+    resource.parents.hash(&mut hasher);
+    resource.body.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}

@@ -1,0 +1,330 @@
+//! The table as the control plane sees it: changes in, wake-ups for subscribers out.
+//!
+//! One lock guards the state; it is held for the changes of one `apply` or for the making of one
+//! answer, never across an await.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{Notify, watch};
+
+use super::answer::{Answer, Builder};
+use super::batch::{Announce, Batcher};
+use super::state::{Position, State};
+
+/// How a table batches and what it remembers.
+#[derive(Debug, Clone)]
+pub struct TableConfig {
+    /// Changes that follow one another within this time are announced together.
+    pub batch: Duration,
+    /// Largest answer, in bytes, unless a single resource is larger.
+    pub answer_limit: usize,
+    /// Removals remembered; a subscriber that is further behind must reconnect.
+    pub max_removals: usize,
+    /// Answers kept for subscribers that stand at the same place.
+    pub shared_answers: usize,
+}
+
+impl Default for TableConfig {
+    /// 50 ms, 64 KiB, 65,536 removals, 64 answers.
+    fn default() -> Self {
+        Self {
+            batch: Duration::from_millis(50),
+            answer_limit: 64 << 10,
+            max_removals: 65_536,
+            shared_answers: 64,
+        }
+    }
+}
+
+/// A resource to be served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resource {
+    pub(super) name: Arc<str>,
+    pub(super) aliases: Vec<Arc<str>>,
+    pub(super) parents: Vec<Arc<str>>,
+    pub(super) body: Bytes,
+    pub(super) urgent: bool,
+}
+
+impl Resource {
+    /// Encodes a message under a name.
+    pub fn new(name: impl Into<Arc<str>>, message: &impl prost::Message) -> Self {
+        Self::from_bytes(name, message.encode_to_vec().into())
+    }
+
+    /// Takes an encoded message.
+    pub fn from_bytes(name: impl Into<Arc<str>>, body: Bytes) -> Self {
+        Self { name: name.into(), aliases: Vec::new(), parents: Vec::new(), body, urgent: false }
+    }
+
+    /// Adds a name under which the resource may be demanded: `<network>/<ip>`, `<namespace>/<hostname>`.
+    #[must_use]
+    pub fn alias(mut self, alias: impl Into<Arc<str>>) -> Self {
+        self.aliases.push(alias.into());
+        self
+    }
+
+    /// Adds the name of a resource that brings this one along when it is demanded: a workload's
+    /// services.
+    #[must_use]
+    pub fn parent(mut self, parent: impl Into<Arc<str>>) -> Self {
+        self.parents.push(parent.into());
+        self
+    }
+
+    /// Announces this change at once, as for an endpoint that starts to terminate.
+    #[must_use]
+    pub fn urgent(mut self) -> Self {
+        self.urgent = true;
+        self
+    }
+}
+
+/// A change to a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The resource is new or changed. Equal content is not sent again.
+    Upsert(Resource),
+    /// The resource of that name is gone. Always announced at once.
+    Remove(Arc<str>),
+}
+
+/// What applying changes did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Resources that are new or differ.
+    pub changed: usize,
+    /// Resources that went.
+    pub removed: usize,
+    /// Changes that changed nothing.
+    pub unchanged: usize,
+    /// The log's head afterwards.
+    pub position: u64,
+    pub(super) urgent: bool,
+}
+
+/// One type's resources. Cheap to clone; all clones are the same table.
+#[derive(Debug, Clone)]
+pub struct Table {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) state: RwLock<State>,
+    pub(super) config: TableConfig,
+    batcher: Mutex<Batcher>,
+    shared: Mutex<Shared>,
+    /// The position announced last.
+    bell: watch::Sender<Position>,
+    /// Wakes the publisher: a deadline was set, or the table is gone.
+    plan: Arc<Plan>,
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    at: Mutex<Option<Instant>>,
+    changed: Notify,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.plan.changed.notify_one();
+    }
+}
+
+/// Announces batched changes when their time has come. Run it on a task; it ends with the table.
+#[derive(Debug)]
+#[must_use = "batched changes are not announced unless the publisher runs"]
+pub struct Publisher {
+    table: Weak<Inner>,
+    plan: Arc<Plan>,
+}
+
+impl Publisher {
+    /// Runs until the last clone of the table is dropped.
+    pub async fn run(self) {
+        while self.table.strong_count() > 0 {
+            let deadline = *self.plan.at.lock();
+            match deadline {
+                Some(deadline) => {
+                    tokio::time::sleep_until(deadline.into()).await;
+                    *self.plan.at.lock() = None;
+                    if let Some(table) = self.table.upgrade() {
+                        table.announce_planned();
+                    }
+                }
+                None => self.plan.changed.notified().await,
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn announce_planned(&self) {
+        if self.batcher.lock().handle_deadline(tokio::time::Instant::now().into_std()) {
+            self.ring();
+        }
+    }
+
+    fn ring(&self) {
+        let head = self.state.read().head();
+        self.bell.send_replace(head);
+    }
+}
+
+impl Table {
+    /// An empty table of a type, and what announces its batched changes.
+    pub fn new(type_url: &str, config: TableConfig) -> (Self, Publisher) {
+        let plan = Arc::new(Plan::default());
+        let inner = Arc::new(Inner {
+            state: RwLock::new(State::new(type_url, config.max_removals)),
+            batcher: Mutex::new(Batcher::new(config.batch)),
+            shared: Mutex::new(Shared { answers: VecDeque::new(), capacity: config.shared_answers }),
+            config,
+            bell: watch::Sender::new(0),
+            plan: Arc::clone(&plan),
+        });
+        let publisher = Publisher { table: Arc::downgrade(&inner), plan };
+        (Self { inner }, publisher)
+    }
+
+    /// Applies changes in order and announces them: at once if they are the first after quiet, remove
+    /// something or are urgent; else together with what follows within the batch time.
+    pub fn apply(&self, changes: Vec<Change>) -> Applied {
+        let applied = self.inner.state.write().apply(changes);
+        if applied.changed + applied.removed == 0 {
+            return applied;
+        }
+        let now = tokio::time::Instant::now().into_std();
+        let announce = self.inner.batcher.lock().handle_change(now, applied.urgent);
+        match announce {
+            Announce::Now => self.inner.ring(),
+            Announce::At(deadline) => {
+                *self.inner.plan.at.lock() = Some(deadline);
+                self.inner.plan.changed.notify_one();
+            }
+            Announce::Planned => {}
+        }
+        applied
+    }
+
+    /// The type served.
+    pub fn type_url(&self) -> Arc<str> {
+        Arc::clone(&self.inner.state.read().type_url)
+    }
+
+    /// How many resources there are.
+    pub fn len(&self) -> usize {
+        self.inner.state.read().len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The names of all resources, in no order.
+    pub fn names(&self) -> Vec<Arc<str>> {
+        self.inner.state.read().entries().map(|entry| Arc::clone(&entry.name)).collect()
+    }
+
+    /// The version of a resource, if it is there.
+    pub fn version(&self, name: &str) -> Option<Arc<str>> {
+        self.inner.state.read().get(name).map(|entry| Arc::clone(&entry.version))
+    }
+
+    pub(super) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
+    /// Wakes when changes are announced.
+    pub(super) fn bell(&self) -> watch::Receiver<Position> {
+        self.inner.bell.subscribe()
+    }
+}
+
+/// Where a wildcard subscriber stands: removals and live resources are sent up to different places,
+/// because removals overtake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cursor {
+    pub(super) removed: Position,
+    pub(super) live: Position,
+}
+
+/// An answer for everyone who stands at the same place, and where it leads.
+#[derive(Debug, Clone)]
+pub(super) struct Step {
+    pub(super) answer: Answer,
+    pub(super) to: Cursor,
+}
+
+/// The answers made last, by where they start and the head they were made for.
+#[derive(Debug)]
+struct Shared {
+    answers: VecDeque<(Cursor, Position, Step)>,
+    capacity: usize,
+}
+
+impl Inner {
+    /// The next answer for a wildcard subscriber, made at most once for all of them.
+    pub(super) fn step(&self, from: Cursor, state: &State) -> Option<Step> {
+        let head = state.head();
+        if from.removed >= head && from.live >= head {
+            return None;
+        }
+        let known = |shared: &Shared| {
+            let found = shared.answers.iter().rev().find(|(start, at, _)| *start == from && *at == head);
+            found.map(|(_, _, step)| step.clone())
+        };
+        if let Some(step) = known(&self.shared.lock()) {
+            return Some(step);
+        }
+        let step = make_step(from, state, self.config.answer_limit)?;
+        let mut shared = self.shared.lock();
+        if shared.answers.len() >= shared.capacity {
+            shared.answers.pop_front();
+        }
+        if shared.capacity > 0 {
+            shared.answers.push_back((from, head, step.clone()));
+        }
+        Some(step)
+    }
+}
+
+/// Removals first, then live resources, until the answer is full.
+fn make_step(from: Cursor, state: &State, limit: usize) -> Option<Step> {
+    let mut builder = Builder::new(limit, &state.type_url);
+    let head = state.head();
+    let mut to = from;
+    let mut full = false;
+    for (position, name) in state.removed_after(from.removed) {
+        if !builder.remove(name) {
+            full = true;
+            break;
+        }
+        to.removed = position;
+    }
+    if !full {
+        to.removed = head;
+        for (position, entry) in state.live_after(from.live) {
+            if !builder.resource(&entry.field) {
+                full = true;
+                break;
+            }
+            to.live = position;
+        }
+    }
+    if !full {
+        to.live = head;
+    }
+    if builder.is_empty() {
+        return None;
+    }
+    let nonce = format!("{}-{}", to.removed, to.live);
+    Some(Step { answer: builder.finish(&nonce, head, full), to })
+}
