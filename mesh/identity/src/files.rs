@@ -1,0 +1,73 @@
+//! Waiting for files to change: at once where the kernel tells, else by looking every few seconds.
+//!
+//! Used for roots, revocation lists, CA keys and key sets. Directories are watched rather than files, because
+//! mounted ConfigMaps and careful writers replace a file by renaming. The caller reads and compares contents.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+
+/// How long to look away at most; also what is left when the kernel has no watch to give.
+const POLL: Duration = Duration::from_secs(10);
+/// Writers touch several files in a row; one wake-up is enough for all.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// A watch over some files. Dropping it ends the watch.
+#[derive(Debug)]
+pub struct FileWatch {
+    events: mpsc::Receiver<()>,
+    /// Keeps the kernel's watch alive; without one only the interval wakes.
+    _watcher: Option<RecommendedWatcher>,
+}
+
+impl FileWatch {
+    /// Watches the directories of `paths`; a path that is a directory is watched itself.
+    pub fn new(paths: &[PathBuf]) -> Self {
+        let (tell, events) = mpsc::channel(1);
+        let directories: BTreeSet<&Path> = paths.iter().filter_map(|path| directory_of(path)).collect();
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            let is_read = matches!(&event, Ok(event) if event.kind.is_access());
+            if !is_read {
+                // A full channel already holds a wake-up.
+                tell.try_send(()).ok();
+            }
+        });
+        let watcher = watcher.and_then(|mut watcher| {
+            for directory in &directories {
+                watcher.watch(directory, RecursiveMode::NonRecursive)?;
+            }
+            Ok(watcher)
+        });
+        match watcher {
+            Ok(watcher) => Self { events, _watcher: Some(watcher) },
+            Err(error) => {
+                tracing::warn!(%error, ?paths, "no file watch to be had; looking every {POLL:?}");
+                Self { events, _watcher: None }
+            }
+        }
+    }
+
+    /// Returns when something may have changed; at the latest after ten seconds. Cancel-safe.
+    pub async fn changed(&mut self) {
+        match tokio::time::timeout(POLL, self.events.recv()).await {
+            Ok(Some(())) => {
+                tokio::time::sleep(SETTLE).await;
+                while self.events.try_recv().is_ok() {}
+            }
+            // Without a watcher the channel is closed and would return at once.
+            Ok(None) => tokio::time::sleep(POLL).await,
+            Err(_) => {}
+        }
+    }
+}
+
+fn directory_of(path: &Path) -> Option<&Path> {
+    if path.is_dir() {
+        return Some(path);
+    }
+    let parent = path.parent()?;
+    Some(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
+}

@@ -1,0 +1,111 @@
+//! The mesh's TLS: which versions, suites and groups, and the two configurations of a certificate.
+//!
+//! Configurations are built once when a certificate arrives, never per connection. The verifiers inside read
+//! the current [`Trust`], so a change of roots or revocations needs no new configuration.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, LazyLock};
+
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ServerConfig};
+
+use crate::trust::Trust;
+use crate::verify::MeshVerifier;
+
+/// ALPN of the tunnel (contracts.md §2).
+const ALPN_H2: &[u8] = b"h2";
+
+/// Which AES key length is offered first; both are always accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CipherPreference {
+    /// AES-128-GCM first: the cheaper one per byte.
+    #[default]
+    Aes128First,
+    /// AES-256-GCM first.
+    Aes256First,
+}
+
+/// What may be set about the mesh's TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TlsSettings {
+    /// Order of the two cipher suites.
+    pub ciphers: CipherPreference,
+}
+
+impl TlsSettings {
+    /// The cryptography that these settings allow: TLS 1.3 suites and groups of contracts.md §2, nothing else.
+    pub fn provider(self) -> Arc<CryptoProvider> {
+        static AES_128_FIRST: LazyLock<Arc<CryptoProvider>> =
+            LazyLock::new(|| provider(CipherPreference::Aes128First));
+        static AES_256_FIRST: LazyLock<Arc<CryptoProvider>> =
+            LazyLock::new(|| provider(CipherPreference::Aes256First));
+        let TlsSettings { ciphers } = self;
+        match ciphers {
+            CipherPreference::Aes128First => Arc::clone(&AES_128_FIRST),
+            CipherPreference::Aes256First => Arc::clone(&AES_256_FIRST),
+        }
+    }
+}
+
+fn provider(ciphers: CipherPreference) -> Arc<CryptoProvider> {
+    use aws_lc_rs::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384};
+    use aws_lc_rs::kx_group::{SECP256R1, SECP384R1, X25519, X25519MLKEM768};
+
+    let cipher_suites = match ciphers {
+        CipherPreference::Aes128First => vec![TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384],
+        CipherPreference::Aes256First => vec![TLS13_AES_256_GCM_SHA384, TLS13_AES_128_GCM_SHA256],
+    };
+    Arc::new(CryptoProvider {
+        cipher_suites,
+        kx_groups: vec![X25519MLKEM768, X25519, SECP256R1, SECP384R1],
+        ..aws_lc_rs::default_provider()
+    })
+}
+
+/// The name given to rustls when dialling a workload: the mesh sends no SNI and identifies peers by URI SAN.
+pub fn unnamed_server() -> ServerName<'static> {
+    ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into())
+}
+
+/// The accepting side's configuration: a client certificate is required.
+pub(crate) fn server_config(
+    settings: TlsSettings,
+    trust: &Trust,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<ServerConfig, rustls::Error> {
+    let provider = settings.provider();
+    let verifier = Arc::new(MeshVerifier::new(trust.clone(), &provider));
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    // Without tickets no session outlives the certificate it was authenticated with.
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    Ok(config)
+}
+
+/// The dialling side's configuration. It verifies the chain; *which* identity answered is checked by
+/// [`verify_server`](crate::verify_server) after the handshake, because it differs per destination.
+pub(crate) fn client_config(
+    settings: TlsSettings,
+    trust: &Trust,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<ClientConfig, rustls::Error> {
+    let provider = settings.provider();
+    let verifier = Arc::new(MeshVerifier::new(trust.clone(), &provider));
+    let mut config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_auth_cert(chain, key)?;
+    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    config.enable_sni = false;
+    config.resumption = rustls::client::Resumption::disabled();
+    Ok(config)
+}
