@@ -89,6 +89,12 @@ pub fn set_transparent(socket: &impl AsFd, family: Family) -> io::Result<()> {
     }
 }
 
+/// Sets the send buffer beyond the system's limit (socket(7), `SO_SNDBUFFORCE`), in bytes. Needs
+/// `CAP_NET_ADMIN`.
+pub fn force_send_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
+    set_int(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, i32::try_from(bytes).unwrap_or(i32::MAX))
+}
+
 /// Makes the close of this connection a reset: the peer sees an error, not an end of data.
 pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_linger(Some(Duration::ZERO))

@@ -1,0 +1,50 @@
+//! nftables over netlink: whole tables as data, applied atomically, verified against the kernel.
+//!
+//! [`redirect`](crate::redirect) programs pods with it, and `local` its substitute for a service proxy.
+//! A caller describes a [`Table`] with chains and rules and [`apply`]s it; there is no way to edit a
+//! table rule by rule, so what is in the kernel is always what somebody described. All tables are of the
+//! family `inet`. Tables of others are never touched, and no host program is used.
+
+mod attribute;
+mod expression;
+mod message;
+mod rule;
+mod socket;
+
+pub use rule::{Action, Chain, ChainKind, Compare, Hook, HookPoint, Match, Protocol, Rule, Table};
+pub use socket::{Difference, Nft, NftError};
+
+use ambit_net::Netns;
+
+/// Makes the table in `inside` exactly `table`, in one transaction; what it held before is replaced.
+/// Connections that are translated already stay so.
+pub async fn apply(inside: &Netns, table: Table) -> Result<(), NftError> {
+    within(inside, move |nft| nft.apply(&table)).await
+}
+
+/// What distinguishes the table in `inside` from `table`, if anything. Counters do not.
+pub async fn verify(inside: &Netns, table: Table) -> Result<Option<Difference>, NftError> {
+    within(inside, move |nft| nft.verify(&table)).await
+}
+
+/// Removes the table called `name` from `inside`. Says whether there was one.
+pub async fn remove(inside: &Netns, name: &str) -> Result<bool, NftError> {
+    let name = name.to_owned();
+    within(inside, move |nft| nft.remove(&name)).await
+}
+
+/// The names of the `inet` tables in `inside`.
+pub async fn tables(inside: &Netns) -> Result<Vec<String>, NftError> {
+    within(inside, Nft::tables).await
+}
+
+/// Runs a conversation on a thread that may block: a commit waits for the kernel's grace periods.
+async fn within<T: Send + 'static>(
+    inside: &Netns,
+    talk: impl FnOnce(&mut Nft) -> Result<T, NftError> + Send + 'static,
+) -> Result<T, NftError> {
+    let mut nft = inside.run(Nft::open).await??;
+    tokio::task::spawn_blocking(move || talk(&mut nft))
+        .await
+        .map_err(|e| NftError::Talk(std::io::Error::other(e)))?
+}

@@ -1,0 +1,295 @@
+//! The conversation with the kernel.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::time::Duration;
+
+use ambit_net::NetnsError;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::attribute::{covers, find_string};
+use super::message::{self, Batch, GENERIC, HEADER, Listed, NLMSG_DONE, NLMSG_ERROR};
+use super::rule::Table;
+
+const NETLINK_NETFILTER: i32 = 12;
+/// How long the kernel may take for one answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What one receive can take, in bytes; dumps come in pieces of at most 32 KiB.
+const RECEIVE: usize = 64 * 1024;
+/// Room for the largest batch, in bytes: about 20,000 rules.
+const SEND_BUFFER: usize = 16 << 20;
+
+/// Why tables could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum NftError {
+    /// The namespace could not be entered.
+    #[error("nftables: {0}")]
+    Namespace(#[from] NetnsError),
+    /// The kernel could not be talked to.
+    #[error("nftables: talk to the kernel: {0}")]
+    Talk(io::Error),
+    /// The kernel refused a change. Nothing of it took effect.
+    #[error("nftables: {attempt}: {source}")]
+    Refused {
+        /// What was tried.
+        attempt: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// What a table in the kernel lacks or has too much.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Difference {
+    /// The table is not there.
+    NoTable,
+    /// A chain is missing, or attached elsewhere.
+    Chain(String),
+    /// There is a chain that is not wanted.
+    ExtraChain(String),
+    /// The rule at this place, from 0, is missing or another.
+    Rule(String, usize),
+    /// The chain has more rules than wanted.
+    ExtraRules(String),
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoTable => f.write_str("table is missing"),
+            Self::Chain(name) => write!(f, "chain {name} is missing or attached elsewhere"),
+            Self::ExtraChain(name) => write!(f, "chain {name} does not belong there"),
+            Self::Rule(chain, at) => write!(f, "rule {at} of chain {chain} is missing or another"),
+            Self::ExtraRules(chain) => write!(f, "chain {chain} has rules that do not belong there"),
+        }
+    }
+}
+
+/// A socket to the nftables of the namespace that it was opened in. Its calls block, mostly for less
+/// than a millisecond, a commit for up to some tens.
+#[derive(Debug)]
+pub struct Nft {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Nft {
+    /// Opens one in the calling thread's namespace. Needs `CAP_NET_ADMIN` there.
+    pub fn open() -> Result<Self, NftError> {
+        let open = || {
+            let socket = Socket::new(
+                Domain::from(libc::AF_NETLINK),
+                Type::RAW.cloexec(),
+                Some(Protocol::from(NETLINK_NETFILTER)),
+            )?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_write_timeout(Some(PATIENCE))?;
+            Ok(socket)
+        };
+        Ok(Self { socket: open().map_err(NftError::Talk)?, sequence: 1 })
+    }
+
+    /// Makes the table exactly `table`, in one transaction.
+    pub fn apply(&mut self, table: &Table) -> Result<(), NftError> {
+        let mut batch = Batch::begin(self.sequence);
+        batch.replace(table);
+        self.commit(batch).map_err(|e| e.refused(|| format!("apply table inet {}", table.name)))
+    }
+
+    /// Removes a table. Says whether there was one.
+    pub fn remove(&mut self, name: &str) -> Result<bool, NftError> {
+        let mut batch = Batch::begin(self.sequence);
+        batch.delete(name);
+        match self.commit(batch) {
+            Ok(()) => Ok(true),
+            Err(CommitError::Refused(source)) if source.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error.refused(|| format!("remove table inet {name}"))),
+        }
+    }
+
+    /// The names of the `inet` tables.
+    pub fn tables(&mut self) -> Result<Vec<String>, NftError> {
+        let listed = self.dump(Listed::Tables, None)?;
+        Ok(listed.iter().filter_map(|table| find_string(table, message::TABLE_NAME)).collect())
+    }
+
+    /// The first thing that distinguishes the kernel's table from `table`, if anything.
+    pub fn verify(&mut self, table: &Table) -> Result<Option<Difference>, NftError> {
+        if !self.tables()?.contains(&table.name) {
+            return Ok(Some(Difference::NoTable));
+        }
+        let chains: Vec<_> = self
+            .dump(Listed::Chains, None)?
+            .into_iter()
+            .filter(|c| find_string(c, message::CHAIN_TABLE).as_ref() == Some(&table.name))
+            .collect();
+        let rules = self.dump(Listed::Rules, Some(&table.name))?;
+        Ok(compare(table, &chains, &rules))
+    }
+
+    fn commit(&mut self, mut batch: Batch) -> Result<(), CommitError> {
+        batch.end();
+        self.sequence = batch.next_sequence();
+        if batch.bytes.len() > 64 * 1024 {
+            ambit_net::socket::force_send_buffer(&self.socket, SEND_BUFFER).map_err(CommitError::Talk)?;
+        }
+        self.send(&batch.bytes).map_err(CommitError::Talk)?;
+        let mut refused = None;
+        let mut buffer = vec![0; RECEIVE];
+        loop {
+            let n = self.receive(&mut buffer).map_err(CommitError::Talk)?;
+            for Answer { kind, sequence, body } in answers(buffer.get(..n).unwrap_or_default()) {
+                if kind != NLMSG_ERROR || sequence < batch.first {
+                    continue;
+                }
+                if let Some(error) = error_of(body) {
+                    refused.get_or_insert(error);
+                }
+                // A batch that fails as a whole is answered with the number of its opening.
+                if sequence == batch.last || sequence == batch.first {
+                    return refused.map_or(Ok(()), |error| Err(CommitError::Refused(error)));
+                }
+            }
+        }
+    }
+
+    fn dump(&mut self, what: Listed, table: Option<&str>) -> Result<Vec<Vec<u8>>, NftError> {
+        // EINTR: the tables changed in the middle of the list (nfnetlink's generation check).
+        for _ in 0..8 {
+            match self.dump_once(what, table) {
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => return Err(NftError::Talk(error)),
+                Ok(Some(listed)) => return Ok(listed),
+                Ok(None) => {}
+            }
+        }
+        Err(NftError::Talk(io::Error::from_raw_os_error(libc::EBUSY)))
+    }
+
+    /// `None` when the list was interrupted by a change.
+    fn dump_once(&mut self, what: Listed, table: Option<&str>) -> io::Result<Option<Vec<Vec<u8>>>> {
+        const NLM_F_DUMP_INTR: u16 = 0x10;
+        let sequence = self.sequence;
+        self.sequence = sequence.wrapping_add(1);
+        self.send(&message::dump(what, table, sequence))?;
+        let mut listed = Vec::new();
+        let mut interrupted = false;
+        let mut buffer = vec![0; RECEIVE];
+        loop {
+            let n = self.receive(&mut buffer)?;
+            let message = buffer.get(..n).unwrap_or_default();
+            for (answer, flags) in answers(message).zip(flags(message)) {
+                if answer.sequence != sequence {
+                    continue;
+                }
+                interrupted |= flags & NLM_F_DUMP_INTR != 0;
+                match answer.kind {
+                    NLMSG_DONE => return Ok((!interrupted).then_some(listed)),
+                    NLMSG_ERROR => match error_of(answer.body) {
+                        Some(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                            return Ok(Some(Vec::new()));
+                        }
+                        Some(error) => return Err(error),
+                        None => {}
+                    },
+                    _ => listed.push(answer.body.get(GENERIC..).unwrap_or_default().to_vec()),
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let n = self.socket.write(bytes)?;
+        if n == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.socket.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+enum CommitError {
+    Talk(io::Error),
+    Refused(io::Error),
+}
+
+impl CommitError {
+    fn refused(self, attempt: impl FnOnce() -> String) -> NftError {
+        match self {
+            Self::Talk(source) => NftError::Talk(source),
+            Self::Refused(source) => NftError::Refused { attempt: attempt(), source },
+        }
+    }
+}
+
+struct Answer<'a> {
+    kind: u16,
+    sequence: u32,
+    body: &'a [u8],
+}
+
+/// The messages in one datagram.
+fn messages(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let len = u32::from_ne_bytes(rest.get(0..4)?.try_into().ok()?) as usize;
+        let message = rest.get(..len).filter(|m| m.len() >= HEADER)?;
+        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some(message)
+    })
+}
+
+fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
+    messages(bytes).filter_map(|message| {
+        Some(Answer {
+            kind: u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?),
+            sequence: u32::from_ne_bytes(message.get(8..12)?.try_into().ok()?),
+            body: message.get(HEADER..)?,
+        })
+    })
+}
+
+fn flags(bytes: &[u8]) -> impl Iterator<Item = u16> {
+    messages(bytes).filter_map(|message| Some(u16::from_ne_bytes(message.get(6..8)?.try_into().ok()?)))
+}
+
+/// The error that an `NLMSG_ERROR` bears; `None` for an acknowledgement.
+fn error_of(body: &[u8]) -> Option<io::Error> {
+    let code = i32::from_ne_bytes(body.get(0..4)?.try_into().ok()?);
+    (code != 0).then(|| io::Error::from_raw_os_error(code.wrapping_neg()))
+}
+
+fn compare(table: &Table, chains: &[Vec<u8>], rules: &[Vec<u8>]) -> Option<Difference> {
+    for chain in &table.chains {
+        let wanted = message::chain_attributes(&table.name, chain);
+        if !chains.iter().any(|listed| covers(listed, &wanted)) {
+            return Some(Difference::Chain(chain.name.clone()));
+        }
+    }
+    for listed in chains {
+        let name = find_string(listed, message::CHAIN_NAME).unwrap_or_default();
+        if !table.chains.iter().any(|chain| chain.name == name) {
+            return Some(Difference::ExtraChain(name));
+        }
+    }
+    for chain in &table.chains {
+        let mut listed =
+            rules.iter().filter(|r| find_string(r, message::RULE_CHAIN).as_ref() == Some(&chain.name));
+        for (at, rule) in chain.rules.iter().enumerate() {
+            let wanted = message::rule_attributes(&table.name, &chain.name, rule);
+            let count = super::expression::render(rule).len();
+            if !listed.next().is_some_and(|l| covers(l, &wanted) && message::expressions(l) == count) {
+                return Some(Difference::Rule(chain.name.clone(), at));
+            }
+        }
+        if listed.next().is_some() {
+            return Some(Difference::ExtraRules(chain.name.clone()));
+        }
+    }
+    None
+}

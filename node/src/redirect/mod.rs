@@ -1,0 +1,92 @@
+//! The redirection of a pod: what its namespace is to contain, and making it so.
+//!
+//! [`plan`] decides and is pure; [`apply`], [`verify`] and [`remove`] bring a namespace in line with a
+//! plan over netlink. All of them may be repeated at any time. Rules match first packets of connections
+//! only, so no connection that is older than the rules is cut, and none when they go.
+
+mod plan;
+mod routing;
+
+use std::fmt;
+
+use ambit_net::Netns;
+
+pub use plan::{
+    LocalRoute, Options, PROBE_V4, PROBE_V6, Plan, ROUTE_PRIORITY, ROUTE_TABLE, Stage, TABLE, plan,
+};
+pub(crate) use routing::Routing;
+pub use routing::RoutingError;
+
+use crate::nft::{self, Difference, NftError};
+
+/// Why a namespace could not be brought in line.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// Packet rules.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// Routing.
+    #[error(transparent)]
+    Routing(#[from] RoutingError),
+}
+
+/// Something in a namespace that is not as planned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// Of the packet rules.
+    Rules(Difference),
+    /// A routing rule or its route is missing.
+    Route(LocalRoute),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rules(difference) => difference.fmt(f),
+            Self::Route(route) => write!(f, "{:?} route of mark {:#x} is missing", route.family, route.mark),
+        }
+    }
+}
+
+/// Brings the namespace in line with `plan` and returns what was not. Routing comes first, since the
+/// rules make packets depend on it. What is in line is not touched.
+pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectError> {
+    let routing = Routing::open(inside).await?;
+    routing.loopback_up().await?;
+    let mut faults = Vec::new();
+    for route in &plan.routes {
+        if routing.ensure(*route).await? {
+            faults.push(Fault::Route(*route));
+        }
+    }
+    if let Some(difference) = nft::verify(inside, plan.table.clone()).await? {
+        nft::apply(inside, plan.table.clone()).await?;
+        faults.push(Fault::Rules(difference));
+    }
+    Ok(faults)
+}
+
+/// What in the namespace is not as planned; changes nothing.
+pub async fn verify(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectError> {
+    let routing = Routing::open(inside).await?;
+    let mut faults = Vec::new();
+    for route in &plan.routes {
+        if !routing.holds(*route).await? {
+            faults.push(Fault::Route(*route));
+        }
+    }
+    if let Some(difference) = nft::verify(inside, plan.table.clone()).await? {
+        faults.push(Fault::Rules(difference));
+    }
+    Ok(faults)
+}
+
+/// Removes whatever [`apply`] made. The rules go first: they make packets depend on the routing.
+pub async fn remove(inside: &Netns) -> Result<(), RedirectError> {
+    nft::remove(inside, TABLE).await?;
+    let routing = Routing::open(inside).await?;
+    for route in plan(&Options::default(), Stage::In).routes {
+        routing.remove(route).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,262 @@
+//! What a pod's namespace is to contain, decided without looking at it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ambit_net::{Family, MARK_MASK, PROXY_CONNMARK, PROXY_MARK};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::nft::{
+    Action, Chain, ChainKind, Compare, Hook, HookPoint, Match, Protocol, Rule as NftRule, Table,
+};
+use crate::ports;
+
+/// The name of our table in a pod's namespace.
+pub const TABLE: &str = "ambit";
+/// Priority of the routing rule (kubernetes.md, "The node").
+pub const ROUTE_PRIORITY: u32 = 32764;
+/// The routing table of packets that the proxy's connections brought back.
+pub const ROUTE_TABLE: u32 = 100;
+/// Stands for kubelet probes after translation on the host (contracts.md, section 1).
+pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+/// The same for IPv6.
+pub const PROBE_V6: Ipv6Addr = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
+/// The zone in which the proxy's own DNS datagrams are tracked.
+const DNS_ZONE: u16 = 1;
+
+const RAW: i32 = -300;
+const MANGLE: i32 = -150;
+const DSTNAT: i32 = -100;
+
+/// What a pod asks for, by its annotations and the settings of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Options {
+    /// Whether DNS is answered by the proxy (`ambient.istio.io/dns-capture`).
+    pub dns_capture: bool,
+    /// Whether inbound connections are captured (not `ambient.istio.io/bypass-inbound-capture`).
+    pub inbound_capture: bool,
+    /// Interfaces inside the pod whose incoming connections are outbound ones of the pod
+    /// (`istio.io/reroute-virtual-interfaces`).
+    pub virtual_interfaces: Vec<String>,
+    /// Whether the proxy offers SOCKS5 in the pod.
+    pub socks5: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { dns_capture: true, inbound_capture: true, virtual_interfaces: Vec::new(), socks5: false }
+    }
+}
+
+/// How far a pod is in the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Stage {
+    /// New connections are redirected.
+    In,
+    /// New connections are not redirected; those that are tunnelled still find their way.
+    Leaving,
+}
+
+/// The whole of a pod's redirection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The rules of packets.
+    pub table: Table,
+    /// The rules of routing.
+    pub routes: Vec<LocalRoute>,
+}
+
+/// Packets with a mark are delivered locally, whatever their destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalRoute {
+    /// IPv4 or IPv6.
+    pub family: Family,
+    /// The mark, under [`MARK_MASK`].
+    pub mark: u32,
+    /// Priority of the rule.
+    pub priority: u32,
+    /// The routing table, which holds one route: everything is local, on `lo`.
+    pub table: u32,
+}
+
+/// Decides what a pod's namespace is to contain. The rules are those of kubernetes.md, "The node", in
+/// that order.
+pub fn plan(options: &Options, stage: Stage) -> Plan {
+    let route =
+        |family| LocalRoute { family, mark: PROXY_CONNMARK, priority: ROUTE_PRIORITY, table: ROUTE_TABLE };
+    let mut chains = Vec::new();
+    if options.dns_capture {
+        chains.push(chain("raw_prerouting", ChainKind::Filter, HookPoint::Prerouting, RAW, dns_replies()));
+        chains.push(chain("raw_output", ChainKind::Filter, HookPoint::Output, RAW, dns_questions()));
+    }
+    chains.push(chain(
+        "mangle_prerouting",
+        ChainKind::Filter,
+        HookPoint::Prerouting,
+        MANGLE,
+        vec![NftRule::new(
+            [marked(Compare::Is)],
+            Action::SetConnMark { value: PROXY_CONNMARK, mask: MARK_MASK },
+            "connections of the proxy",
+        )],
+    ));
+    chains.push(chain(
+        "mangle_output",
+        ChainKind::Route,
+        HookPoint::Output,
+        MANGLE,
+        vec![NftRule::new(
+            [from_proxy()],
+            Action::SetMark { value: PROXY_CONNMARK, mask: MARK_MASK },
+            "answers to the proxy",
+        )],
+    ));
+    // The chains of an empty stage stay: without them the kernel would stop translating what is open.
+    let (inbound, outbound) = match stage {
+        Stage::In => (inbound(options), outbound(options)),
+        Stage::Leaving => (Vec::new(), Vec::new()),
+    };
+    chains.push(chain("nat_prerouting", ChainKind::Nat, HookPoint::Prerouting, DSTNAT, inbound));
+    chains.push(chain("nat_output", ChainKind::Nat, HookPoint::Output, DSTNAT, outbound));
+    Plan { table: Table { name: TABLE.into(), chains }, routes: vec![route(Family::V4), route(Family::V6)] }
+}
+
+fn chain(name: &str, kind: ChainKind, point: HookPoint, priority: i32, rules: Vec<NftRule>) -> Chain {
+    Chain { name: name.into(), hook: Some(Hook { kind, point, priority }), rules }
+}
+
+/// Replies to the proxy's own questions do not meet the application's entries: an application may ask
+/// from the same port.
+fn dns_questions() -> Vec<NftRule> {
+    vec![NftRule::new(
+        [Match::Protocol(Protocol::Udp), to_port(53), marked(Compare::Is)],
+        Action::Zone(DNS_ZONE),
+        "questions of the proxy",
+    )]
+}
+
+fn dns_replies() -> Vec<NftRule> {
+    vec![NftRule::new(
+        [Match::Protocol(Protocol::Udp), Match::SourcePort(Compare::Is, 53), marked(Compare::IsNot)],
+        Action::Zone(DNS_ZONE),
+        "answers to the proxy",
+    )]
+}
+
+fn inbound(options: &Options) -> Vec<NftRule> {
+    let mut rules: Vec<NftRule> = families()
+        .map(|family| {
+            NftRule::new([Match::Source(Compare::Is, family.probe)], Action::Accept, "kubelet probes")
+        })
+        .collect();
+    for name in &options.virtual_interfaces {
+        let from_inside = Match::InputInterface(Compare::Is, name.clone());
+        rules.push(NftRule::new(
+            [from_inside.clone(), Match::Protocol(Protocol::Tcp), Match::TcpFirst],
+            Action::Redirect(ports::OUTBOUND),
+            "outbound of a virtual interface",
+        ));
+        rules.push(NftRule::new([from_inside], Action::Accept, "the rest of a virtual interface"));
+    }
+    if options.inbound_capture {
+        rules.extend(families().map(|family| {
+            NftRule::new(
+                [
+                    family.not_loopback(),
+                    Match::Protocol(Protocol::Tcp),
+                    Match::TcpFirst,
+                    Match::DestinationPort(Compare::IsNot, ports::INBOUND_HBONE),
+                    marked(Compare::IsNot),
+                ],
+                Action::Redirect(ports::INBOUND_PLAINTEXT),
+                "inbound",
+            )
+        }));
+    }
+    rules
+}
+
+fn outbound(options: &Options) -> Vec<NftRule> {
+    let mut rules: Vec<NftRule> = families()
+        .map(|family| {
+            NftRule::new([Match::Destination(Compare::Is, family.probe)], Action::Accept, "kubelet probes")
+        })
+        .collect();
+    if options.dns_capture {
+        for family in families() {
+            rules.push(NftRule::new(
+                [
+                    family.not_loopback(),
+                    Match::Protocol(Protocol::Udp),
+                    to_port(53),
+                    Match::OutputInterface(Compare::IsNot, "lo".into()),
+                    marked(Compare::IsNot),
+                ],
+                Action::Redirect(ports::DNS),
+                "DNS",
+            ));
+            rules.push(NftRule::new(
+                [
+                    family.not_loopback(),
+                    Match::Protocol(Protocol::Tcp),
+                    Match::TcpFirst,
+                    to_port(53),
+                    marked(Compare::IsNot),
+                ],
+                Action::Redirect(ports::DNS),
+                "DNS",
+            ));
+        }
+    }
+    rules.push(NftRule::new([from_proxy()], Action::Accept, "answers to the proxy"));
+    for family in families() {
+        rules.push(NftRule::new(
+            [family.not_loopback(), Match::OutputInterface(Compare::Is, "lo".into())],
+            Action::Accept,
+            "to another own address",
+        ));
+    }
+    rules.extend(families().map(|family| {
+        NftRule::new(
+            [family.not_loopback(), Match::Protocol(Protocol::Tcp), Match::TcpFirst, marked(Compare::IsNot)],
+            Action::Redirect(ports::OUTBOUND),
+            "outbound",
+        )
+    }));
+    rules
+}
+
+/// The addresses that differ between the families.
+struct Addresses {
+    probe: IpNet,
+    loopback: IpNet,
+}
+
+impl Addresses {
+    fn not_loopback(&self) -> Match {
+        Match::Destination(Compare::IsNot, self.loopback)
+    }
+}
+
+fn families() -> impl Iterator<Item = Addresses> {
+    [
+        (IpAddr::V4(PROBE_V4), IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        (IpAddr::V6(PROBE_V6), IpAddr::V6(Ipv6Addr::LOCALHOST)),
+    ]
+    .into_iter()
+    .map(|(probe, loopback)| Addresses { probe: probe.into(), loopback: loopback.into() })
+}
+
+fn marked(compare: Compare) -> Match {
+    Match::Mark { compare, value: PROXY_MARK, mask: MARK_MASK }
+}
+
+fn from_proxy() -> Match {
+    Match::ConnMark { compare: Compare::Is, value: PROXY_CONNMARK, mask: MARK_MASK }
+}
+
+fn to_port(port: u16) -> Match {
+    Match::DestinationPort(Compare::Is, port)
+}
