@@ -1,0 +1,245 @@
+//! A small HTTP/1 server for admin, metrics and readiness: routes by path, bounded connections, timeouts.
+//! Not for traffic of the mesh.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::http::header::{ALLOW, CONTENT_TYPE};
+use ::http::{HeaderValue, Method, Request, Response, StatusCode};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use crate::{Readiness, Registry};
+
+/// Connections at the same time, per server; more wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 64;
+/// Limit on the head of a request.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Limit on a whole connection; profiles are the longest.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(600);
+/// Pause after a failed accept, as when descriptors have run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// An answer.
+pub type Reply = Response<Full<Bytes>>;
+type Handling = Pin<Box<dyn Future<Output = Reply> + Send>>;
+type Handler = Arc<dyn Fn(Query) -> Handling + Send + Sync>;
+
+/// The parameters of a request's URL, decoded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Query(BTreeMap<String, String>);
+
+impl Query {
+    /// Reads `a=b&c=d`; a name that comes twice has its last value.
+    pub fn parse(text: &str) -> Self {
+        let pairs = text.split('&').filter(|pair| !pair.is_empty());
+        let decoded = pairs.map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (percent_decoded(name), percent_decoded(value))
+        });
+        Self(decoded.collect())
+    }
+
+    /// A parameter's value.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+}
+
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = text.bytes();
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'+' => decoded.push(b' '),
+            b'%' => {
+                let mut digit = || bytes.next().and_then(|byte| char::from(byte).to_digit(16));
+                match (digit(), digit()) {
+                    (Some(high), Some(low)) => decoded.extend(u8::try_from(high * 16 + low)),
+                    _ => decoded.push(b'%'),
+                }
+            }
+            other => decoded.push(other),
+        }
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+/// Plain text with a status.
+pub fn text(status: StatusCode, body: impl Into<String>) -> Reply {
+    reply(status, "text/plain; charset=utf-8", body.into().into())
+}
+
+/// Any body.
+pub fn reply(status: StatusCode, content_type: &'static str, body: Bytes) -> Reply {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// Paths and what answers them.
+#[derive(Clone, Default)]
+pub struct Router {
+    routes: BTreeMap<String, (Method, Handler)>,
+}
+
+impl Router {
+    /// No routes.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `GET` of a path.
+    #[must_use]
+    pub fn get<F, Replying>(self, path: &str, handler: F) -> Self
+    where
+        F: Fn(Query) -> Replying + Send + Sync + 'static,
+        Replying: Future<Output = Reply> + Send + 'static,
+    {
+        self.route(Method::GET, path, handler)
+    }
+
+    /// `POST` to a path. Bodies are not read; parameters come with the URL.
+    #[must_use]
+    pub fn post<F, Replying>(self, path: &str, handler: F) -> Self
+    where
+        F: Fn(Query) -> Replying + Send + Sync + 'static,
+        Replying: Future<Output = Reply> + Send + 'static,
+    {
+        self.route(Method::POST, path, handler)
+    }
+
+    fn route<F, Replying>(mut self, method: Method, path: &str, handler: F) -> Self
+    where
+        F: Fn(Query) -> Replying + Send + Sync + 'static,
+        Replying: Future<Output = Reply> + Send + 'static,
+    {
+        let handler: Handler = Arc::new(move |query| Box::pin(handler(query)));
+        self.routes.insert(path.to_owned(), (method, handler));
+        self
+    }
+
+    async fn answer(&self, method: &Method, path: &str, query: &str) -> Reply {
+        let Some((allowed, handler)) = self.routes.get(path) else {
+            let known: Vec<_> =
+                self.routes.iter().map(|(path, (method, _))| format!("{method} {path}\n")).collect();
+            return text(StatusCode::NOT_FOUND, format!("no {path} here; there is:\n{}", known.concat()));
+        };
+        let matches = method == allowed || (*method == Method::HEAD && *allowed == Method::GET);
+        if !matches {
+            let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, format!("{path} takes {allowed}\n"));
+            if let Ok(value) = HeaderValue::from_str(allowed.as_str()) {
+                refused.headers_mut().insert(ALLOW, value);
+            }
+            return refused;
+        }
+        handler(Query::parse(query)).await
+    }
+}
+
+/// `/metrics` and `/stats/prometheus`.
+pub fn metrics_router(registry: &Registry) -> Router {
+    let render = |registry: Registry| {
+        move |_| {
+            let registry = registry.clone();
+            async move { reply(StatusCode::OK, Registry::CONTENT_TYPE, registry.encode().into()) }
+        }
+    };
+    Router::new().get("/metrics", render(registry.clone())).get("/stats/prometheus", render(registry.clone()))
+}
+
+/// `/healthz/ready`: 200, or 503 naming what is awaited.
+pub fn readiness_router(readiness: &Readiness) -> Router {
+    let readiness = readiness.clone();
+    Router::new().get("/healthz/ready", move |_| {
+        let awaited = readiness.awaited();
+        async move {
+            if awaited.is_empty() {
+                text(StatusCode::OK, "ready\n")
+            } else {
+                text(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    format!("not ready, waiting for: {}\n", awaited.join(", ")),
+                )
+            }
+        }
+    })
+}
+
+/// Serves until dropped; connections end with it.
+pub async fn serve(listener: TcpListener, router: Router) {
+    let router = Arc::new(router);
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        // The semaphore is never closed.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        while let Some(ended) = connections.try_join_next() {
+            if let Err(error) = ended {
+                warn!(%error, "an admin connection died");
+            }
+        }
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = Arc::clone(&router);
+                connections.spawn(async move {
+                    converse(stream, router).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                warn!(%error, "cannot accept an admin connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: TcpStream, router: Arc<Router>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let router = Arc::clone(&router);
+        async move {
+            let uri = request.uri();
+            let reply = router.answer(request.method(), uri.path(), uri.query().unwrap_or_default()).await;
+            Ok::<_, Infallible>(reply)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(16 << 10)
+        .serve_connection(TokioIo::new(stream), service);
+    match tokio::time::timeout(CONNECTION_TIMEOUT, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "an admin connection failed"),
+        Err(_) => debug!("an admin connection took too long"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_decoded() {
+        let query = Query::parse("level=info%2Cztunnel%3Ddebug&seconds=5&odd=%zz&plus=a+b&flag");
+        assert_eq!(query.get("level"), Some("info,ztunnel=debug"));
+        assert_eq!(query.get("seconds"), Some("5"));
+        assert_eq!(query.get("plus"), Some("a b"));
+        assert_eq!(query.get("flag"), Some(""));
+        assert_eq!(query.get("none"), None);
+    }
+}

@@ -1,0 +1,154 @@
+//! The registry: what is counted, by name, rendered as OpenMetrics text.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64};
+
+use parking_lot::RwLock;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+
+/// A counter without labels. Clones count together.
+pub type Counter = prometheus_client::metrics::counter::Counter<u64, AtomicU64>;
+/// A gauge without labels. Clones are one gauge.
+pub type Gauge = prometheus_client::metrics::gauge::Gauge<i64, AtomicI64>;
+
+/// The process's metrics. Cheap to clone; all clones are one registry.
+///
+/// One lock guards the list of families; it is taken to register and to scrape, never to count.
+#[derive(Clone, Default)]
+pub struct Registry {
+    inner: Arc<RwLock<prometheus_client::registry::Registry>>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Registry")
+    }
+}
+
+impl Registry {
+    /// An empty registry.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Registers a counter. `name` goes without `_total`, which the text format adds.
+    pub fn counter(&self, name: &str, help: &str) -> Counter {
+        let counter = Counter::default();
+        self.inner.write().register(name, sentence(help), counter.clone());
+        counter
+    }
+
+    /// Registers a gauge.
+    pub fn gauge(&self, name: &str, help: &str) -> Gauge {
+        let gauge = Gauge::default();
+        self.inner.write().register(name, sentence(help), gauge.clone());
+        gauge
+    }
+
+    /// Registers a counter that lives elsewhere; `read` is called at each scrape.
+    pub fn counter_from(&self, name: &str, help: &str, read: impl Fn() -> u64 + Send + Sync + 'static) {
+        self.collect(Observed {
+            name: name.to_owned(),
+            help: help.to_owned(),
+            read: Read::Counter(Box::new(read)),
+        });
+    }
+
+    /// Registers a gauge that lives elsewhere; `read` is called at each scrape.
+    pub fn gauge_from(&self, name: &str, help: &str, read: impl Fn() -> i64 + Send + Sync + 'static) {
+        self.collect(Observed {
+            name: name.to_owned(),
+            help: help.to_owned(),
+            read: Read::Gauge(Box::new(read)),
+        });
+    }
+
+    /// Registers any metric of prometheus-client, families included.
+    pub fn register(&self, name: &str, help: &str, metric: impl prometheus_client::registry::Metric) {
+        self.inner.write().register(name, sentence(help), metric);
+    }
+
+    /// Registers families that are made at each scrape.
+    pub fn collect(&self, collector: impl Collector) {
+        self.inner.write().register_collector(Box::new(collector));
+    }
+
+    /// Everything as OpenMetrics text ([`CONTENT_TYPE`](Self::CONTENT_TYPE)).
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail; a collector that does leaves its family out.
+        if let Err(error) = text::encode(&mut text, &self.inner.read()) {
+            tracing::warn!(%error, "a metric could not be rendered");
+        }
+        text
+    }
+
+    /// The media type of [`encode`](Self::encode).
+    pub const CONTENT_TYPE: &'static str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+}
+
+/// prometheus-client ends help texts with a full stop of its own.
+fn sentence(help: &str) -> &str {
+    help.trim_end_matches('.')
+}
+
+struct Observed {
+    name: String,
+    help: String,
+    read: Read,
+}
+
+enum Read {
+    Counter(Box<dyn Fn() -> u64 + Send + Sync>),
+    Gauge(Box<dyn Fn() -> i64 + Send + Sync>),
+}
+
+impl fmt::Debug for Observed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Observed({})", self.name)
+    }
+}
+
+impl Collector for Observed {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = format!("{}.", sentence(&self.help));
+        match &self.read {
+            Read::Counter(read) => encoder
+                .encode_descriptor(&self.name, &help, None, MetricType::Counter)?
+                .encode_counter::<NoLabelSet, _, u64>(&read(), None),
+            Read::Gauge(read) => {
+                encoder.encode_descriptor(&self.name, &help, None, MetricType::Gauge)?.encode_gauge(&read())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_gauges_and_observed_values_are_rendered_as_open_metrics() {
+        let registry = Registry::new();
+        registry.counter("ambit_a", "Things.").inc_by(3);
+        registry.gauge("ambit_b", "Level").set(-2);
+        registry.counter_from("ambit_c", "Seen", || 7);
+        registry.gauge_from("ambit_d", "Now.", || 9);
+        let text = registry.encode();
+        for line in [
+            "# HELP ambit_a Things.",
+            "# TYPE ambit_a counter",
+            "ambit_a_total 3",
+            "ambit_b -2",
+            "# HELP ambit_c Seen.",
+            "ambit_c_total 7",
+            "ambit_d 9",
+        ] {
+            assert!(text.lines().any(|known| known == line), "{line:?} is missing in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}
