@@ -1,1 +1,42 @@
-//! The tunnel: HTTP/2 CONNECT over mutual TLS, client, server and pool.
+//! The tunnel: HTTP/2 CONNECT over mutual TLS, client, server and pool (contracts.md, section 2).
+//!
+//! - [`Pool`]: a worker's connections to other proxies; [`Pool::open`] yields a [`Tunnel`];
+//! - [`server::accept`] and [`server::serve`]: the other end, which hands each CONNECT to a handler as
+//!   [`Incoming`];
+//! - [`relay`]: the bytes between a socket and a tunnel;
+//! - [`Tunnel::into_stream`] and [`client::open_within`]: a tunnel inside a tunnel;
+//! - [`Authority`], [`Baggage`], [`Forwarded`], [`TraceParent`], [`ConnectRequest`]: what a CONNECT says.
+//!
+//! Pool, connection tasks and stream tasks are meant to share one single-threaded runtime; the types
+//! are `Send` nevertheless. This crate authenticates peers through `ambit-identity` and never decides
+//! who may talk to whom, nor which endpoint is dialled.
+
+mod authority;
+mod baggage;
+pub mod client;
+mod driver;
+mod error;
+mod forwarded;
+mod keepalive;
+mod load;
+mod pool;
+mod relay;
+mod request;
+pub mod server;
+mod settings;
+mod traceparent;
+mod tunnel;
+mod windows;
+
+pub use authority::{Authority, AuthorityError};
+pub use baggage::{Baggage, WorkloadKind};
+pub use error::{Fault, OpenError, ServeError};
+pub use forwarded::Forwarded;
+pub use pool::{InFlight, Pool, PoolCounters, PoolKey};
+pub use relay::relay;
+pub use request::ConnectRequest;
+pub use server::{Incoming, NotAnswered};
+pub use settings::Settings;
+pub use traceparent::TraceParent;
+pub use tunnel::{Tunnel, TunnelStream};
+pub use windows::WindowBudget;

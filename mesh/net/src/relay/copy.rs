@@ -74,21 +74,8 @@ where
         None => copy.await,
         Some(limit) => tokio::select! {
             ended = copy => ended,
-            () = idle_for(counters, limit) => Err(RelayError::Idle(limit)),
+            () = counters.idle_for(limit) => Err(RelayError::Idle(limit)),
         },
-    }
-}
-
-/// Waits until `counters` have not moved for `limit`; looked at twice in that time, so that no
-/// timestamp is taken for each chunk.
-pub(super) async fn idle_for(counters: &Counters, limit: Duration) {
-    let mut seen = counters.total();
-    let mut still = 0;
-    while still < 2 {
-        tokio::time::sleep(limit / 2).await;
-        let total = counters.total();
-        still = if total == seen { still + 1 } else { 0 };
-        seen = total;
     }
 }
 

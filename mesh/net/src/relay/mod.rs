@@ -58,6 +58,19 @@ impl Counters {
     pub fn total(&self) -> u64 {
         self.sent() + self.received()
     }
+
+    /// Waits until neither counter has moved for `limit`, or up to a half longer. The counters are
+    /// looked at twice in that time, so that no timestamp is taken for each chunk.
+    pub async fn idle_for(&self, limit: Duration) {
+        let mut seen = self.total();
+        let mut still = 0;
+        while still < 2 {
+            tokio::time::sleep(limit / 2).await;
+            let total = self.total();
+            still = if total == seen { still + 1 } else { 0 };
+            seen = total;
+        }
+    }
 }
 
 /// One of the two ends of a relay.

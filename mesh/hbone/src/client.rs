@@ -1,0 +1,256 @@
+//! The client's end of one tunnel connection.
+//!
+//! [`Pool`](crate::Pool) is the usual way in; [`connect`] and [`open_within`] serve it, and callers that need a connection
+//! of their own.
+
+use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use ambit_identity::{PeerCertificate, SpiffeId, unnamed_server, verify_server};
+use bytes::Bytes;
+use h2::SendStream;
+use h2::client::{ResponseFuture, SendRequest};
+use http::StatusCode;
+use rustls::ClientConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::driver::{Upkeep, Verdict};
+use crate::load::{Lease, Load};
+use crate::request::baggage;
+use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
+
+/// Plaintext and TLS records that may wait in the TLS layer: one large piece of a relay and its
+/// framing, so that it is encrypted and written at once.
+pub(crate) const TLS_BUFFER: usize = 320 * 1024;
+
+/// A way to open tunnels on an established connection. Clones share the connection.
+///
+/// When all clones are dropped and the last tunnel has ended, the connection closes with GOAWAY.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    sender: SendRequest<Bytes>,
+    peer: PeerCertificate,
+    address: SocketAddr,
+    load: Arc<Load>,
+}
+
+/// The connection itself: a future that moves its frames. It must be polled for tunnels to make
+/// progress; dropping it breaks them all.
+pub struct Driver<IO> {
+    connection: h2::client::Connection<TlsStream<IO>, Bytes>,
+    upkeep: Upkeep,
+}
+
+impl<IO> std::fmt::Debug for Driver<IO> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").field("upkeep", &self.upkeep).finish_non_exhaustive()
+    }
+}
+
+/// How a connection ended.
+#[derive(Debug)]
+pub enum DriverEnd {
+    /// All users were gone, or the peer closed in order.
+    Closed,
+    /// A PING went unanswered.
+    PingTimeout,
+    /// HTTP/2 or the connection below it broke.
+    Broken(h2::Error),
+}
+
+/// TLS and HTTP/2 over `io`, and the check that the peer is one of `expected`; nothing is sent to
+/// anyone else. The caller bounds the time.
+///
+/// `address` only names the peer in errors.
+///
+/// # Errors
+///
+/// [`OpenError::Tls`], [`OpenError::NoHttp2`], [`OpenError::Identity`], [`OpenError::Lost`].
+pub async fn connect<IO>(
+    io: IO,
+    address: SocketAddr,
+    tls: Arc<ClientConfig>,
+    expected: &[SpiffeId],
+    settings: &Settings,
+    budget: WindowBudget,
+) -> Result<(Connection, Driver<IO>), OpenError>
+where
+    IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut stream = TlsConnector::from(tls)
+        .connect(unnamed_server(), io)
+        .await
+        .map_err(|source| OpenError::Tls { address, source: Arc::new(source) })?;
+    stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
+    let (_, session) = stream.get_ref();
+    if session.alpn_protocol() != Some(b"h2") {
+        return Err(OpenError::NoHttp2 { address });
+    }
+    let peer = verify_server(session, expected).map_err(|source| OpenError::Identity { address, source })?;
+    let (sender, mut connection) = settings
+        .client()
+        .handshake(stream)
+        .await
+        .map_err(|error| OpenError::Tls { address, source: Arc::new(crate::tunnel::io_error(error)) })?;
+    let load = Load::new(Instant::now());
+    let upkeep = Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load));
+    Ok((Connection { sender, peer, address, load }, Driver { connection, upkeep }))
+}
+
+impl Connection {
+    /// The verified peer.
+    pub fn peer(&self) -> &PeerCertificate {
+        &self.peer
+    }
+
+    /// The peer's address.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(crate) fn load(&self) -> &Arc<Load> {
+        &self.load
+    }
+
+    /// How many tunnels the peer allows at a time.
+    pub(crate) fn peer_limit(&self) -> u32 {
+        u32::try_from(self.sender.current_max_send_streams()).unwrap_or(u32::MAX)
+    }
+
+    /// Opens a tunnel: sends CONNECT and waits for its answer, at most `settings.connect_timeout`.
+    /// Dropping the future cancels the request.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::Refused`], [`OpenError::ConnectTimeout`], [`OpenError::Lost`], [`OpenError::NotProcessed`].
+    pub async fn open(&self, request: &ConnectRequest, settings: &Settings) -> Result<Tunnel, OpenError> {
+        let lease = self.load.enter();
+        self.open_leased(request, settings, lease).await
+    }
+
+    pub(crate) async fn open_leased(
+        &self,
+        request: &ConnectRequest,
+        settings: &Settings,
+        lease: Lease,
+    ) -> Result<Tunnel, OpenError> {
+        let (answer, send) = self.send(request)?;
+        let authority = || request.authority.clone();
+        let response = match timeout(settings.connect_timeout, answer).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return Err(self.failed(request, error)),
+            Err(_) => {
+                return Err(OpenError::ConnectTimeout {
+                    address: self.address,
+                    authority: authority(),
+                    limit: settings.connect_timeout,
+                });
+            }
+        };
+        let (head, recv) = response.into_parts();
+        // contracts.md §2: a client treats all but 200 as failure.
+        if head.status != StatusCode::OK {
+            return Err(OpenError::Refused {
+                address: self.address,
+                authority: authority(),
+                status: head.status,
+            });
+        }
+        let about = baggage(&head.headers);
+        Ok(Tunnel::new(send, recv, lease, self.peer.identity().clone(), about))
+    }
+
+    fn send(&self, request: &ConnectRequest) -> Result<(ResponseFuture, SendStream<Bytes>), OpenError> {
+        let message = request
+            .to_http()
+            .ok_or_else(|| OpenError::Unsendable { authority: request.authority.clone() })?;
+        // What cannot be sent was certainly not processed.
+        self.sender.clone().send_request(message, false).map_err(|error| OpenError::NotProcessed {
+            address: self.address,
+            authority: request.authority.clone(),
+            source: Arc::new(error),
+        })
+    }
+
+    fn failed(&self, request: &ConnectRequest, error: h2::Error) -> OpenError {
+        // RFC 9113 §6.8, §8.7: streams above a GOAWAY's last one, and those refused, were not processed.
+        let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        let going = error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
+        let (address, authority, source) = (self.address, request.authority.clone(), Arc::new(error));
+        if refused || going {
+            OpenError::NotProcessed { address, authority, source }
+        } else {
+            OpenError::Lost { address, authority, source }
+        }
+    }
+}
+
+impl<IO> Driver<IO>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    /// Moves frames until the connection has ended. When no tunnel was open for the idle time,
+    /// `on_idle` is called once; it is to drop the [`Connection`]s, upon which this closes.
+    pub async fn run(mut self, on_idle: impl FnOnce()) -> DriverEnd {
+        let mut on_idle = Some(on_idle);
+        poll_fn(|cx| {
+            if on_idle.is_some()
+                && let Poll::Ready(verdict) = self.upkeep.poll(cx)
+            {
+                match verdict {
+                    Verdict::PingTimeout => return Poll::Ready(DriverEnd::PingTimeout),
+                    Verdict::Idle => {
+                        if let Some(on_idle) = on_idle.take() {
+                            on_idle();
+                        }
+                    }
+                }
+            }
+            if let Some(window) = self.upkeep.grown_window() {
+                self.connection.set_target_window_size(window);
+            }
+            Pin::new(&mut self.connection).poll(cx).map(|ended| match ended {
+                Ok(()) => DriverEnd::Closed,
+                Err(error) => DriverEnd::Broken(error),
+            })
+        })
+        .await
+    }
+}
+
+/// Opens a tunnel inside another one (double HBONE): a second TLS, verified against `expected`, and a
+/// second CONNECT, for a destination in another network (contracts.md, section 2).
+///
+/// The inner connection carries this tunnel only; it runs as a task of the current runtime, ends
+/// with the tunnel, and otherwise with an unanswered PING.
+///
+/// # Errors
+///
+/// As [`connect`] and [`Connection::open`], and [`OpenError::HandshakeTimeout`].
+pub async fn open_within(
+    outer: Tunnel,
+    address: SocketAddr,
+    tls: Arc<ClientConfig>,
+    expected: &[SpiffeId],
+    request: &ConnectRequest,
+    settings: &Settings,
+) -> Result<Tunnel, OpenError> {
+    let limit = settings.handshake_timeout;
+    // An inner window of the same size adds nothing: the outer one already holds the peer back.
+    let budget = WindowBudget::new(0);
+    let connected = connect(outer.into_stream(), address, tls, expected, settings, budget);
+    let (connection, driver) =
+        timeout(limit, connected).await.map_err(|_| OpenError::HandshakeTimeout { address, limit })??;
+    tokio::spawn(async move {
+        let end = driver.run(|| ()).await;
+        tracing::trace!(?end, %address, "inner tunnel connection ended");
+    });
+    connection.open(request, settings).await
+}

@@ -1,0 +1,262 @@
+//! What can go wrong with a tunnel, split by whose fault it is.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_identity::{PeerError, SpiffeId};
+use http::StatusCode;
+
+use crate::Authority;
+
+/// Who has to change something for the failure to go away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The peer, or the network to it.
+    Peer,
+    /// The destination's policy.
+    Policy,
+    /// A certificate: the peer is not who it must be, or does not believe us.
+    Identity,
+    /// We are stopping, or at one of our limits.
+    Us,
+}
+
+/// Why no tunnel could be opened. No byte of the application has left when it is returned.
+///
+/// Cloned for every waiter of a shared connection attempt.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OpenError {
+    /// The TCP connection to the other proxy failed.
+    #[error("connecting to {address}: {source}")]
+    Dial {
+        /// Where to.
+        address: SocketAddr,
+        /// What the dialler said.
+        source: Arc<io::Error>,
+    },
+    /// TCP, TLS and HTTP/2 were not ready in time.
+    #[error("no tunnel connection to {address} within {limit:?}")]
+    HandshakeTimeout {
+        /// Where to.
+        address: SocketAddr,
+        /// The limit.
+        limit: Duration,
+    },
+    /// TLS failed: the peer's certificate was refused, or ours by the peer, or it does not speak it.
+    #[error("TLS with {address}: {source}")]
+    Tls {
+        /// Where to.
+        address: SocketAddr,
+        /// What rustls or the socket said.
+        source: Arc<io::Error>,
+    },
+    /// The peer does not speak HTTP/2 over TLS.
+    #[error("{address} did not agree to HTTP/2")]
+    NoHttp2 {
+        /// Where to.
+        address: SocketAddr,
+    },
+    /// The peer is authentic but not the one that must answer there.
+    #[error("{address}: {source}")]
+    Identity {
+        /// Where to.
+        address: SocketAddr,
+        /// Who answered, who was expected.
+        source: PeerError,
+    },
+    /// The connection to the other proxy ended before CONNECT was answered.
+    #[error("connection to {address} ended before CONNECT {authority} was answered: {source}")]
+    Lost {
+        /// The other proxy.
+        address: SocketAddr,
+        /// The destination asked for.
+        authority: Authority,
+        /// What HTTP/2 said.
+        source: Arc<h2::Error>,
+    },
+    /// The other proxy did not take the request up: it is going away or has too many. Never retried
+    /// here more often than a fixed number of times.
+    #[error("{address} did not take CONNECT {authority} up: {source}")]
+    NotProcessed {
+        /// The other proxy.
+        address: SocketAddr,
+        /// The destination asked for.
+        authority: Authority,
+        /// What HTTP/2 said.
+        source: Arc<h2::Error>,
+    },
+    /// CONNECT was not answered in time.
+    #[error("CONNECT {authority} at {address} was not answered within {limit:?}")]
+    ConnectTimeout {
+        /// The other proxy.
+        address: SocketAddr,
+        /// The destination asked for.
+        authority: Authority,
+        /// The limit.
+        limit: Duration,
+    },
+    /// CONNECT was answered with another status than 200.
+    #[error("CONNECT {authority} at {address} was answered with {status}")]
+    Refused {
+        /// The other proxy.
+        address: SocketAddr,
+        /// The destination asked for.
+        authority: Authority,
+        /// Its answer: 401 is policy, 503 an application that could not be reached.
+        status: StatusCode,
+    },
+    /// The destination was evicted while its connection was being made.
+    #[error("workload {destination} is gone")]
+    Evicted {
+        /// The workload's uid.
+        destination: Arc<str>,
+    },
+    /// The pool takes no new tunnels.
+    #[error("the proxy is draining")]
+    Draining,
+    /// All connections for the key are full and no more are allowed, or too many wait for the first.
+    #[error("{address}: no tunnel free, {connections} connections are the limit")]
+    Exhausted {
+        /// The other proxy.
+        address: SocketAddr,
+        /// Connections for this key.
+        connections: usize,
+    },
+    /// The task that made the connection ended without a result.
+    #[error("connecting to {address} was abandoned")]
+    Abandoned {
+        /// Where to.
+        address: SocketAddr,
+    },
+    /// The authority cannot be expressed in a request.
+    #[error("authority {authority} cannot be sent")]
+    Unsendable {
+        /// The destination asked for.
+        authority: Authority,
+    },
+}
+
+impl OpenError {
+    /// Whose fault it is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            OpenError::Tls { source, .. } if is_certificate(source) => Fault::Identity,
+            OpenError::Identity { .. } => Fault::Identity,
+            OpenError::Refused { status, .. } if *status == StatusCode::UNAUTHORIZED => Fault::Policy,
+            OpenError::Dial { .. }
+            | OpenError::HandshakeTimeout { .. }
+            | OpenError::Tls { .. }
+            | OpenError::NoHttp2 { .. }
+            | OpenError::Lost { .. }
+            | OpenError::NotProcessed { .. }
+            | OpenError::ConnectTimeout { .. }
+            | OpenError::Refused { .. }
+            | OpenError::Evicted { .. } => Fault::Peer,
+            OpenError::Draining
+            | OpenError::Exhausted { .. }
+            | OpenError::Abandoned { .. }
+            | OpenError::Unsendable { .. } => Fault::Us,
+        }
+    }
+
+    /// Whether another endpoint of the same service may do better. What the destination's policy
+    /// or our own state decided would be decided again.
+    pub fn another_endpoint_may_help(&self) -> bool {
+        match self.fault() {
+            Fault::Peer | Fault::Identity => {
+                !matches!(self, OpenError::Refused { status, .. } if *status == StatusCode::BAD_REQUEST)
+            }
+            Fault::Policy => false,
+            Fault::Us => matches!(self, OpenError::Exhausted { .. } | OpenError::Abandoned { .. }),
+        }
+    }
+
+    /// Whether the peer provably never looked at the request.
+    pub(crate) fn never_processed(&self) -> bool {
+        matches!(self, OpenError::NotProcessed { .. })
+    }
+}
+
+/// Whether rustls failed on a certificate, theirs or ours.
+fn is_certificate(error: &io::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+    let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
+        return false;
+    };
+    match error {
+        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => true,
+        rustls::Error::AlertReceived(alert) => matches!(
+            alert,
+            Alert::BadCertificate
+                | Alert::CertificateExpired
+                | Alert::CertificateRequired
+                | Alert::CertificateRevoked
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::UnsupportedCertificate
+                | Alert::AccessDenied
+        ),
+        _ => false,
+    }
+}
+
+/// Why a connection that was accepted was given up.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// TLS and HTTP/2 were not ready in time.
+    #[error("no handshake within {0:?}")]
+    HandshakeTimeout(Duration),
+    /// TLS failed, most often because of the peer's certificate.
+    #[error("TLS: {0}")]
+    Tls(#[source] io::Error),
+    /// The peer does not speak HTTP/2 over TLS.
+    #[error("peer did not agree to HTTP/2")]
+    NoHttp2,
+    /// The peer has no identity.
+    #[error(transparent)]
+    Identity(#[from] PeerError),
+    /// The peer broke HTTP/2, exceeded one of its limits, or its connection broke.
+    #[error("HTTP/2 with {peer}: {source}")]
+    Http2 {
+        /// The peer.
+        peer: SpiffeId,
+        /// What h2 said.
+        source: h2::Error,
+    },
+    /// No answer to a PING.
+    #[error("{peer} did not answer a PING within {limit:?}")]
+    PingTimeout {
+        /// The peer.
+        peer: SpiffeId,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The peer abandoned too many requests before they were answered (CVE-2023-44487).
+    #[error("{peer} abandoned {count} requests within {within:?}")]
+    Abandoned {
+        /// The peer.
+        peer: SpiffeId,
+        /// How many.
+        count: u32,
+        /// In which time.
+        within: Duration,
+    },
+}
+
+impl ServeError {
+    /// Whose fault it is.
+    pub fn fault(&self) -> Fault {
+        match self {
+            ServeError::Tls(error) if is_certificate(error) => Fault::Identity,
+            ServeError::Identity(_) => Fault::Identity,
+            ServeError::HandshakeTimeout(_)
+            | ServeError::Tls(_)
+            | ServeError::NoHttp2
+            | ServeError::Http2 { .. }
+            | ServeError::PingTimeout { .. }
+            | ServeError::Abandoned { .. } => Fault::Peer,
+        }
+    }
+}

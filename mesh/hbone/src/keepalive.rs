@@ -1,0 +1,109 @@
+//! When to ask a peer for a sign of life, and when to stop waiting. No clock and no I/O of its own.
+
+use std::time::{Duration, Instant};
+
+/// What is to be done now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Nothing before then.
+    Wait(Instant),
+    /// Send a PING.
+    Ping,
+    /// The peer did not answer one.
+    Dead,
+    /// There was no tunnel for the idle time.
+    Idle,
+}
+
+/// The state of one connection. `now` must not go back.
+#[derive(Debug)]
+pub(crate) struct Keepalive {
+    interval: Duration,
+    timeout: Duration,
+    idle: Duration,
+    next_ping: Instant,
+    unanswered: Option<Instant>,
+    quiet: Option<(Instant, u64)>,
+}
+
+impl Keepalive {
+    pub(crate) fn new(interval: Duration, timeout: Duration, idle: Duration, now: Instant) -> Keepalive {
+        Keepalive {
+            interval,
+            timeout,
+            idle,
+            next_ping: now + interval,
+            unanswered: None,
+            quiet: Some((now, 0)),
+        }
+    }
+
+    /// Whether a PING is on its way.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.unanswered.is_some()
+    }
+
+    /// Takes the answer to a PING.
+    pub(crate) fn handle_pong(&mut self) {
+        self.unanswered = None;
+    }
+
+    /// Decides, given the tunnels that are open and how many were ever opened.
+    pub(crate) fn poll(&mut self, now: Instant, open: u32, opened: u64) -> Action {
+        if self.unanswered.is_some_and(|since| now >= since + self.timeout) {
+            return Action::Dead;
+        }
+        let quiet_since = match self.quiet {
+            _ if open > 0 => None,
+            Some((since, seen)) if seen == opened => Some(since),
+            _ => Some(now),
+        };
+        self.quiet = quiet_since.map(|since| (since, opened));
+        if quiet_since.is_some_and(|since| now >= since + self.idle) {
+            return Action::Idle;
+        }
+        if self.unanswered.is_none() && now >= self.next_ping {
+            self.unanswered = Some(now);
+            self.next_ping = now + self.interval;
+            return Action::Ping;
+        }
+        let life = self.unanswered.map_or(self.next_ping, |since| since + self.timeout);
+        Action::Wait(life.min(quiet_since.unwrap_or(now) + self.idle))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn keepalive(now: Instant) -> Keepalive {
+        Keepalive::new(10 * SECOND, 20 * SECOND, 300 * SECOND, now)
+    }
+
+    #[test]
+    fn a_ping_is_sent_every_interval_and_its_silence_ends_the_connection() {
+        let start = Instant::now();
+        let mut state = keepalive(start);
+        assert_eq!(state.poll(start, 1, 1), Action::Wait(start + 10 * SECOND));
+        assert_eq!(state.poll(start + 10 * SECOND, 1, 1), Action::Ping);
+        state.handle_pong();
+        assert_eq!(state.poll(start + 11 * SECOND, 1, 1), Action::Wait(start + 20 * SECOND));
+        assert_eq!(state.poll(start + 20 * SECOND, 1, 1), Action::Ping);
+        assert_eq!(state.poll(start + 39 * SECOND, 1, 1), Action::Wait(start + 40 * SECOND));
+        assert_eq!(state.poll(start + 40 * SECOND, 1, 1), Action::Dead);
+    }
+
+    #[test]
+    fn only_a_connection_without_tunnels_for_the_whole_time_is_idle() {
+        let start = Instant::now();
+        let mut state = Keepalive::new(1000 * SECOND, SECOND, 300 * SECOND, start);
+        assert_eq!(state.poll(start + 299 * SECOND, 0, 0), Action::Wait(start + 300 * SECOND));
+        // One was opened and closed between two looks.
+        assert_eq!(state.poll(start + 300 * SECOND, 0, 1), Action::Wait(start + 600 * SECOND));
+        assert_eq!(state.poll(start + 500 * SECOND, 1, 2), Action::Wait(start + 800 * SECOND));
+        assert_eq!(state.poll(start + 800 * SECOND, 0, 2), Action::Wait(start + 1000 * SECOND));
+        assert_eq!(state.poll(start + 1100 * SECOND, 0, 2), Action::Idle);
+    }
+}

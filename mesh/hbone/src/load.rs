@@ -1,0 +1,107 @@
+//! How much a connection carries, seen by the pool, its driver and its tunnels.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long a connection counts as carrying bulk after the last large piece.
+const BULK_FOR: Duration = Duration::from_millis(200);
+
+/// The load of one connection. All of it is advisory, so relaxed counters suffice.
+#[derive(Debug)]
+pub(crate) struct Load {
+    epoch: Instant,
+    open: AtomicU32,
+    opened: AtomicU64,
+    received: AtomicU64,
+    /// Milliseconds after the epoch; 0 for never.
+    last_bulk: AtomicU64,
+}
+
+impl Load {
+    pub(crate) fn new(now: Instant) -> Arc<Load> {
+        Arc::new(Load {
+            epoch: now,
+            open: AtomicU32::new(0),
+            opened: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            last_bulk: AtomicU64::new(0),
+        })
+    }
+
+    /// Counts one more tunnel, until the lease is dropped.
+    pub(crate) fn enter(self: &Arc<Load>) -> Lease {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        Lease(Arc::clone(self))
+    }
+
+    /// Tunnels that are open, or being opened.
+    pub(crate) fn open(&self) -> u32 {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Tunnels that were ever opened.
+    pub(crate) fn opened(&self) -> u64 {
+        self.opened.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that tunnels took over from the connection.
+    pub(crate) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Whether one of its tunnels is moving bulk.
+    pub(crate) fn is_bulk(&self, now: Instant) -> bool {
+        let last = self.last_bulk.load(Ordering::Relaxed);
+        last != 0 && self.millis(now).saturating_sub(last) < BULK_FOR.as_millis() as u64
+    }
+
+    fn millis(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.epoch).as_millis() as u64
+    }
+}
+
+/// One tunnel's part in the load; gives it back when dropped.
+#[derive(Debug)]
+pub(crate) struct Lease(Arc<Load>);
+
+impl Lease {
+    pub(crate) fn mark_bulk(&self, now: Instant) {
+        self.0.last_bulk.store(self.0.millis(now).max(1), Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_received(&self, bytes: usize) {
+        self.0.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_counts_until_it_is_dropped() {
+        let load = Load::new(Instant::now());
+        let (one, two) = (load.enter(), load.enter());
+        assert_eq!((load.open(), load.opened()), (2, 2));
+        drop((one, two));
+        assert_eq!((load.open(), load.opened()), (0, 2));
+    }
+
+    #[test]
+    fn bulk_is_forgotten_when_it_pauses() {
+        let now = Instant::now();
+        let load = Load::new(now);
+        assert!(!load.is_bulk(now));
+        load.enter().mark_bulk(now);
+        assert!(load.is_bulk(now + Duration::from_millis(100)));
+        assert!(!load.is_bulk(now + Duration::from_millis(300)));
+    }
+}

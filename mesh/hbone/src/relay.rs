@@ -1,0 +1,380 @@
+//! The bytes between a socket and a tunnel: the hot path of every tunnelled connection.
+//!
+//! One task serves both directions. Towards the tunnel, one read of up to 256 KiB becomes one piece;
+//! towards the socket, everything that has arrived is written by one vectored write, and only then
+//! is window credit given back, so a slow application holds its own sender back and nobody else.
+//! Buffers belong to the worker (see [`ambit_net::relay::buffers`]); at rest a relay holds none.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use ambit_net::relay::{Counters, RelayError, Side, Sizing, Tier, buffers, reset_on_close};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use tokio::io::AsyncWrite;
+use tokio::net::TcpStream;
+use tokio_util::io::poll_read_buf;
+
+use crate::Tunnel;
+use crate::load::Lease;
+use crate::tunnel::{io_error, poll_room};
+
+/// Bytes that one direction may move before other tasks of the worker get their turn.
+const TURN: usize = 1024 * 1024;
+/// Pieces that one vectored write carries; the kernel takes 1024.
+const SLICES: usize = 64;
+/// Received pieces below this are copied together: thousands of tiny ones may wait for a slow reader.
+const SMALL: usize = 1024;
+/// Slots for received pieces that a quiet relay keeps, so that a message costs no allocation.
+const AT_REST: usize = 4;
+
+/// Moves bytes between `socket` and `tunnel` until both directions have ended.
+///
+/// The end of one direction is passed on as a half-close and the other goes on. When the socket
+/// fails, the tunnel is reset; when the tunnel is reset or lost, the socket is made to answer with
+/// RST once the caller drops it. Dropping the future resets the tunnel and leaves the socket as it is.
+///
+/// `socket_side` says which side of the proxied connection the socket is, and so which way `counters`
+/// count. `idle` ends a relay on which nothing moved for that long (up to a half longer).
+///
+/// # Errors
+///
+/// [`RelayError`] names the side and the operation that failed.
+pub async fn relay(
+    socket: &mut TcpStream,
+    socket_side: Side,
+    tunnel: Tunnel,
+    counters: &Counters,
+    idle: Option<Duration>,
+) -> Result<(), RelayError> {
+    let mut state = Relay::new(socket_side, tunnel);
+    let ended = {
+        let copy = poll_fn(|cx| state.poll(cx, socket, counters));
+        match idle {
+            None => copy.await,
+            Some(limit) => tokio::select! {
+                ended = copy => ended,
+                () = counters.idle_for(limit) => Err(RelayError::Idle(limit)),
+            },
+        }
+    };
+    if let Err(error) = &ended {
+        state.pass_on(error, socket);
+    }
+    ended
+}
+
+/// Where a direction stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// The end has been read; it is still to be passed on.
+    Ending,
+    Done,
+}
+
+struct Relay {
+    socket_side: Side,
+    tunnel_side: Side,
+    send: SendStream<Bytes>,
+    recv: RecvStream,
+    lease: Lease,
+    up: Phase,
+    up_sizing: Sizing,
+    down: Phase,
+    down_sizing: Sizing,
+    waiting: Waiting,
+}
+
+impl Relay {
+    fn new(socket_side: Side, tunnel: Tunnel) -> Relay {
+        let Tunnel { send, recv, lease, .. } = tunnel;
+        Relay {
+            socket_side,
+            tunnel_side: match socket_side {
+                Side::Downstream => Side::Upstream,
+                Side::Upstream => Side::Downstream,
+            },
+            send,
+            recv,
+            lease,
+            up: Phase::Open,
+            up_sizing: Sizing::new(),
+            down: Phase::Open,
+            down_sizing: Sizing::new(),
+            waiting: Waiting::default(),
+        }
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut TcpStream,
+        counters: &Counters,
+    ) -> Poll<Result<(), RelayError>> {
+        // Down first: a tunnel that was reset has its reason there.
+        let down = self.poll_down(cx, socket, counters)?;
+        let up = self.poll_up(cx, socket, counters)?;
+        if down.is_ready() && up.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    /// Socket to tunnel.
+    fn poll_up(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut TcpStream,
+        counters: &Counters,
+    ) -> Result<Poll<()>, RelayError> {
+        let mut moved = 0;
+        while self.up == Phase::Open {
+            if moved >= TURN {
+                cx.waker().wake_by_ref();
+                return Ok(Poll::Pending);
+            }
+            match poll_room(&mut self.send, cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return Ok(self.stop_sending()),
+                Poll::Pending => return Ok(Poll::Pending),
+            }
+            let Poll::Ready(piece) = self.poll_read(cx, socket)? else {
+                return Ok(self.poll_stopped(cx));
+            };
+            let (length, ended) = (piece.len(), piece.is_empty());
+            if self.send.send_data(piece, ended).is_err() {
+                return Ok(self.stop_sending());
+            }
+            if ended {
+                self.up = Phase::Done;
+            }
+            moved += length;
+            match self.socket_side {
+                Side::Downstream => counters.add_sent(length as u64),
+                Side::Upstream => counters.add_received(length as u64),
+            }
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// While the socket is quiet: has the peer, having ended its own direction, told us to stop?
+    fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.down == Phase::Done && self.send.poll_reset(cx).is_ready() {
+            return self.stop_sending();
+        }
+        Poll::Pending
+    }
+
+    /// The peer takes no more. Whether that was an end or a failure, the other direction will say.
+    fn stop_sending(&mut self) -> Poll<()> {
+        self.up = Phase::Done;
+        Poll::Ready(())
+    }
+
+    /// One read; an empty piece is the end.
+    fn poll_read(&mut self, cx: &mut Context<'_>, socket: &mut TcpStream) -> Result<Poll<Bytes>, RelayError> {
+        let tier = self.up_sizing.tier();
+        let mut buffer = buffers::take(tier);
+        let mut room = (&mut buffer).limit(tier.read_size());
+        let read = match poll_read_buf(Pin::new(socket), cx, &mut room) {
+            Poll::Ready(Ok(read)) => read,
+            Poll::Ready(Err(source)) => return Err(RelayError::Read { side: self.socket_side, source }),
+            Poll::Pending => {
+                buffers::give_back(tier, buffer, None);
+                return Ok(Poll::Pending);
+            }
+        };
+        let now = Instant::now();
+        if self.up_sizing.record(read, now) == Tier::Bulk {
+            self.lease.mark_bulk(now);
+        }
+        let piece = buffer.split().freeze();
+        buffers::give_back(tier, buffer, Some(now));
+        Ok(Poll::Ready(piece))
+    }
+
+    /// Tunnel to socket.
+    fn poll_down(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut TcpStream,
+        counters: &Counters,
+    ) -> Result<Poll<()>, RelayError> {
+        let mut moved = 0;
+        loop {
+            self.poll_receive(cx)?;
+            if self.waiting.is_empty() {
+                return match self.down {
+                    Phase::Open => Ok(Poll::Pending),
+                    Phase::Ending => self.poll_end(cx, socket),
+                    Phase::Done => Ok(Poll::Ready(())),
+                };
+            }
+            if moved >= TURN {
+                cx.waker().wake_by_ref();
+                return Ok(Poll::Pending);
+            }
+            let Poll::Ready(written) = self
+                .waiting
+                .poll_write(cx, socket)
+                .map_err(|source| RelayError::Write { side: self.socket_side, source })?
+            else {
+                return Ok(Poll::Pending);
+            };
+            moved += written;
+            self.written(written, counters)?;
+        }
+    }
+
+    /// Takes over all that has arrived. Bounded by the stream's window, which stays shut until the
+    /// bytes are written.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Result<(), RelayError> {
+        while self.down == Phase::Open {
+            match self.recv.poll_data(cx) {
+                Poll::Ready(Some(Ok(piece))) => self.waiting.push(piece),
+                Poll::Ready(Some(Err(error))) => {
+                    return Err(RelayError::Read { side: self.tunnel_side, source: io_error(error) });
+                }
+                Poll::Ready(None) => self.down = Phase::Ending,
+                Poll::Pending => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn poll_end(&mut self, cx: &mut Context<'_>, socket: &mut TcpStream) -> Result<Poll<()>, RelayError> {
+        match Pin::new(socket).poll_shutdown(cx) {
+            Poll::Pending => Ok(Poll::Pending),
+            Poll::Ready(Ok(())) => {
+                self.down = Phase::Done;
+                Ok(Poll::Ready(()))
+            }
+            // The application has already closed; there is nobody left to tell.
+            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::NotConnected => {
+                self.down = Phase::Done;
+                Ok(Poll::Ready(()))
+            }
+            Poll::Ready(Err(source)) => Err(RelayError::Write { side: self.socket_side, source }),
+        }
+    }
+
+    fn written(&mut self, bytes: usize, counters: &Counters) -> Result<(), RelayError> {
+        let now = Instant::now();
+        if self.down_sizing.record(bytes, now) == Tier::Bulk {
+            self.lease.mark_bulk(now);
+        }
+        self.lease.add_received(bytes);
+        match self.socket_side {
+            Side::Downstream => counters.add_received(bytes as u64),
+            Side::Upstream => counters.add_sent(bytes as u64),
+        }
+        self.recv
+            .flow_control()
+            .release_capacity(bytes)
+            .map_err(|error| RelayError::Read { side: self.tunnel_side, source: io_error(error) })
+    }
+
+    /// Lets the other side see a failure as what it is.
+    fn pass_on(&mut self, error: &RelayError, socket: &TcpStream) {
+        // RFC 9113 §8.5: a TCP error becomes CONNECT_ERROR, a stream error becomes RST.
+        self.send.send_reset(match error {
+            RelayError::Idle(_) => Reason::CANCEL,
+            RelayError::Read { .. } | RelayError::Write { .. } => Reason::CONNECT_ERROR,
+        });
+        // After an end that was delivered in order, RST would only destroy what is still unread.
+        if self.down != Phase::Done
+            && let Err(error) = reset_on_close(socket)
+        {
+            tracing::debug!(%error, "a socket could not be set to reset on close");
+        }
+    }
+}
+
+/// Pieces that have arrived and are not written yet. Never more than the stream's window.
+#[derive(Default)]
+struct Waiting {
+    pieces: VecDeque<Bytes>,
+    small: BytesMut,
+}
+
+impl Waiting {
+    fn is_empty(&self) -> bool {
+        self.pieces.is_empty() && self.small.is_empty()
+    }
+
+    /// Adds a piece in order. The first one waits as it is; small ones behind others are gathered.
+    fn push(&mut self, piece: Bytes) {
+        if piece.is_empty() {
+            return;
+        }
+        if piece.len() < SMALL && !self.is_empty() {
+            self.small.extend_from_slice(&piece);
+            return;
+        }
+        self.settle();
+        self.pieces.push_back(piece);
+    }
+
+    /// Moves what was gathered into the queue.
+    fn settle(&mut self) {
+        if !self.small.is_empty() {
+            self.pieces.push_back(self.small.split().freeze());
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, socket: &mut TcpStream) -> Poll<io::Result<usize>> {
+        self.settle();
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let mut used = 0;
+        for (slot, piece) in slices.iter_mut().zip(&self.pieces) {
+            *slot = IoSlice::new(piece);
+            used += 1;
+        }
+        let slices = slices.get(..used).unwrap_or_default();
+        let written = std::task::ready!(Pin::new(socket).poll_write_vectored(cx, slices))?;
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        self.advance(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        while let Some(first) = self.pieces.front_mut() {
+            if written < first.len() {
+                first.advance(written);
+                return;
+            }
+            written -= first.len();
+            self.pieces.pop_front();
+        }
+        // At rest next to nothing is held.
+        self.pieces.shrink_to(AT_REST);
+        self.small = BytesMut::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_pieces_behind_others_are_gathered_in_order() {
+        let mut waiting = Waiting::default();
+        waiting.push(Bytes::from_static(b"first"));
+        for _ in 0..3 {
+            waiting.push(Bytes::from_static(b"ab"));
+        }
+        waiting.push(Bytes::from(vec![b'L'; SMALL]));
+        waiting.push(Bytes::from_static(b"last"));
+        waiting.settle();
+        let lengths: Vec<_> = waiting.pieces.iter().map(Bytes::len).collect();
+        assert_eq!(lengths, [5, 6, SMALL, 4]);
+        waiting.advance(7);
+        assert_eq!(waiting.pieces.front().map(|piece| &piece[..]), Some(&b"abab"[..]));
+        waiting.advance(4 + SMALL + 4);
+        assert!(waiting.is_empty());
+    }
+}

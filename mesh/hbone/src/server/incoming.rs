@@ -1,0 +1,141 @@
+//! One CONNECT that waits for its answer.
+
+use std::future::{Future, poll_fn};
+use std::task::Poll;
+
+use ambit_identity::SpiffeId;
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::SendResponse;
+use http::{Response, StatusCode};
+use tokio::time::{Instant, timeout_at};
+
+use super::abandoned::Tally;
+use crate::load::Lease;
+use crate::request::set_baggage;
+use crate::{Baggage, ConnectRequest, Tunnel};
+
+/// A CONNECT that arrived. Dropped without an answer, it is answered with 503.
+#[derive(Debug)]
+pub struct Incoming {
+    request: ConnectRequest,
+    peer: SpiffeId,
+    deadline: Instant,
+    tally: Tally,
+    /// Taken by the answer.
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    respond: SendResponse<Bytes>,
+    recv: RecvStream,
+    lease: Lease,
+}
+
+/// Why a CONNECT needs no answer any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotAnswered {
+    /// The peer reset the request, or its connection ended.
+    #[error("the client gave the request up")]
+    Cancelled,
+    /// [`Settings::connect_timeout`](crate::Settings::connect_timeout) has passed.
+    #[error("the request was not answered in time")]
+    TimedOut,
+}
+
+impl Incoming {
+    pub(super) fn new(
+        request: ConnectRequest,
+        peer: SpiffeId,
+        respond: SendResponse<Bytes>,
+        recv: RecvStream,
+        lease: Lease,
+        tally: Tally,
+        deadline: Instant,
+    ) -> Incoming {
+        Incoming { request, peer, deadline, tally, open: Some(Open { respond, recv, lease }) }
+    }
+
+    /// What is asked for.
+    pub fn request(&self) -> &ConnectRequest {
+        &self.request
+    }
+
+    /// The verified identity of the connection's client.
+    pub fn peer(&self) -> &SpiffeId {
+        &self.peer
+    }
+
+    /// Does `work` (deciding, dialling) while the client still waits for it.
+    ///
+    /// # Errors
+    ///
+    /// [`NotAnswered`] if the client gave up or the time for an answer has passed; `work` is dropped.
+    pub async fn within<T>(&mut self, work: impl Future<Output = T>) -> Result<T, NotAnswered> {
+        let deadline = self.deadline;
+        let cancelled = poll_fn(|cx| match &mut self.open {
+            Some(open) => open.respond.poll_reset(cx).map(|_| ()),
+            None => Poll::Ready(()),
+        });
+        let raced = async {
+            tokio::select! {
+                biased;
+                done = work => Ok(done),
+                () = cancelled => Err(NotAnswered::Cancelled),
+            }
+        };
+        let ended = timeout_at(deadline, raced).await.unwrap_or(Err(NotAnswered::TimedOut));
+        if ended.as_ref().err() == Some(&NotAnswered::Cancelled) {
+            self.tally.add();
+            self.open = None;
+        }
+        ended
+    }
+
+    /// Answers 200 and yields the tunnel; `baggage` tells the client about our workload.
+    ///
+    /// # Errors
+    ///
+    /// [`NotAnswered::Cancelled`] if the client gave the request up.
+    pub fn accept(mut self, baggage: Option<&Baggage>) -> Result<Tunnel, NotAnswered> {
+        let Some(Open { mut respond, recv, lease }) = self.open.take() else {
+            return Err(NotAnswered::Cancelled);
+        };
+        let mut response = Response::new(());
+        set_baggage(response.headers_mut(), baggage);
+        let about = self.request.baggage.clone();
+        match respond.send_response(response, false) {
+            Ok(send) => Ok(Tunnel::new(send, recv, lease, self.peer.clone(), about)),
+            Err(_) => {
+                self.tally.add();
+                Err(NotAnswered::Cancelled)
+            }
+        }
+    }
+
+    /// Answers with a failure: 400, 401 or 503 by contracts.md, section 2.
+    pub fn refuse(mut self, status: StatusCode) {
+        if let Some(open) = self.open.take() {
+            answer(open.respond, status);
+        }
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        if let Some(open) = self.open.take() {
+            answer(open.respond, StatusCode::SERVICE_UNAVAILABLE);
+        }
+    }
+}
+
+/// Answers without a body.
+pub(super) fn answer(mut respond: SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // A client that has gone away needs no answer.
+    if let Err(error) = respond.send_response(response, true) {
+        tracing::trace!(%error, %status, "answer not sent");
+    }
+}
