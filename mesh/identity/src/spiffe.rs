@@ -125,6 +125,11 @@ impl SpiffeId {
         &self.uri
     }
 
+    /// The whole URI, shared.
+    pub fn shared(&self) -> &Arc<str> {
+        &self.uri
+    }
+
     /// The URI without `spiffe://`: the form in which policies and metrics name a principal.
     pub fn principal(&self) -> &str {
         self.part(SCHEME.len(), self.uri.len())
