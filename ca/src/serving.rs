@@ -1,0 +1,104 @@
+//! The control plane's own TLS: a server certificate that the authority signs and renews.
+//!
+//! One rustls configuration for the process's life; the certificate inside is replaced at half of its lifetime and
+//! whenever the authority changes. Callers prove themselves by token, so no client certificate is asked for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_identity::TlsSettings;
+use arc_swap::ArcSwap;
+use rustls::ServerConfig;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+
+use crate::authority::Authority;
+use crate::signer::SignError;
+
+/// Lifetime of the server certificate.
+const LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+/// Pause after a failed renewal.
+const RETRY: Duration = Duration::from_secs(30);
+
+/// Why there is no server certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum ServingError {
+    /// It cannot be signed.
+    #[error("server certificate for {names:?}: {reason}")]
+    Sign {
+        /// For which names.
+        names: Vec<String>,
+        /// Why not.
+        reason: SignError,
+    },
+    /// TLS does not accept it.
+    #[error("server certificate for {names:?} cannot be used: {reason}")]
+    Tls {
+        /// For which names.
+        names: Vec<String>,
+        /// Why not.
+        reason: rustls::Error,
+    },
+}
+
+#[derive(Debug)]
+struct Current(ArcSwap<CertifiedKey>);
+
+impl ResolvesServerCert for Current {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load_full())
+    }
+}
+
+impl Authority {
+    /// A TLS 1.3 configuration that serves under `names` (DNS names or addresses) with ALPN `h2`, and the future
+    /// that keeps its certificate fresh; run that for the process's life.
+    ///
+    /// # Errors
+    /// [`ServingError`] if the first certificate cannot be made.
+    pub fn serving(
+        &self,
+        names: Vec<String>,
+    ) -> Result<(Arc<ServerConfig>, impl Future<Output = ()> + Send + 'static), ServingError> {
+        let provider = TlsSettings::default().provider();
+        let current = Arc::new(Current(ArcSwap::from_pointee(self.certified_key(&names)?)));
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|reason| ServingError::Tls { names: names.clone(), reason })?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::clone(&current) as Arc<dyn ResolvesServerCert>);
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.send_tls13_tickets = 0;
+        Ok((Arc::new(config), self.clone().keep_fresh(names, current)))
+    }
+
+    fn certified_key(&self, names: &[String]) -> Result<CertifiedKey, ServingError> {
+        let (chain, key) = self
+            .issue_server_certificate(names, Some(LIFETIME))
+            .map_err(|reason| ServingError::Sign { names: names.to_vec(), reason })?;
+        CertifiedKey::from_der(chain, key, &TlsSettings::default().provider())
+            .map_err(|reason| ServingError::Tls { names: names.to_vec(), reason })
+    }
+
+    async fn keep_fresh(self, names: Vec<String>, current: Arc<Current>) {
+        let mut changes = self.subscribe();
+        let mut pause = LIFETIME / 2;
+        loop {
+            // The authority is alive as long as we hold it, so the channel cannot close.
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+            match self.certified_key(&names) {
+                Ok(key) => {
+                    current.0.store(Arc::new(key));
+                    pause = LIFETIME / 2;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "server certificate not renewed; the last one stays in use");
+                    pause = RETRY;
+                }
+            }
+        }
+    }
+}
