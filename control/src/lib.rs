@@ -1,1 +1,8 @@
 //! The control plane: Kubernetes objects in, proxy configuration out.
+//!
+//! [`source`] reads objects and reports what changed; [`index`] turns objects into resources and recomputes
+//! only what a change touches; [`serve`] offers the resources over delta xDS and signs certificates. Each
+//! knows only the one before. [`app`] wires them, [`config`] says how.
+
+pub mod index;
+pub mod object;

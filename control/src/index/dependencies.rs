@@ -1,0 +1,65 @@
+//! What each producer of resources looked at, so that a change finds whom it concerns.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::object::{NamespacedName, ObjectRef};
+
+/// Something that a resource may depend on beside its own object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Dependency {
+    /// The defaults of a namespace.
+    Namespace(Arc<str>),
+    /// The labels of a namespace.
+    NamespaceLabels(Arc<str>),
+    /// A node's locality.
+    Node(Arc<str>),
+    /// A replica set's owner.
+    ReplicaSet(NamespacedName),
+    /// A gateway.
+    Gateway(NamespacedName),
+    /// The gateways into a network.
+    Network(Arc<str>),
+    /// Whether a pod of this name is there.
+    Pod(NamespacedName),
+    /// Whether a pod has this address.
+    Address(IpAddr),
+    /// Who offers a host.
+    Host(Arc<str>),
+    /// The PeerAuthentications without selector of a namespace.
+    Authentication(Arc<str>),
+}
+
+/// Dependencies by producer, and producers by dependency.
+#[derive(Debug, Default)]
+pub(super) struct Dependencies {
+    of: HashMap<ObjectRef, BTreeSet<Dependency>>,
+    users: HashMap<Dependency, BTreeSet<ObjectRef>>,
+}
+
+impl Dependencies {
+    /// Replaces what a producer depends on.
+    pub(super) fn set(&mut self, producer: &ObjectRef, new: BTreeSet<Dependency>) {
+        let old = self.of.remove(producer).unwrap_or_default();
+        for gone in old.difference(&new) {
+            if let Some(users) = self.users.get_mut(gone) {
+                users.remove(producer);
+                if users.is_empty() {
+                    self.users.remove(gone);
+                }
+            }
+        }
+        for added in new.difference(&old) {
+            self.users.entry(added.clone()).or_default().insert(producer.clone());
+        }
+        if !new.is_empty() {
+            self.of.insert(producer.clone(), new);
+        }
+    }
+
+    /// The producers that depend on something.
+    pub(super) fn users(&self, dependency: &Dependency) -> impl Iterator<Item = &ObjectRef> {
+        self.users.get(dependency).into_iter().flatten()
+    }
+}

@@ -1,0 +1,196 @@
+//! Objects in, resources out: pure, synchronous, and recomputing only what a change touches.
+//!
+//! [`Index::apply`] takes a batch of changes to objects and answers with the changes to resources. A change
+//! marks the *producers* that it concerns (the object itself, what depends on it, what its selector or
+//! labels relate it to); each marked producer is computed once, and what came out is compared with
+//! what stood. No file, socket or task is known here. The same objects always give the same resources, however they came.
+
+mod authentication;
+mod authorization;
+mod dependencies;
+mod endpoints;
+mod entries;
+mod outputs;
+mod reader;
+mod relations;
+mod residents;
+mod services;
+mod store;
+mod touch;
+mod waypoints;
+mod wire;
+mod workloads;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::object::{Change, Kind, NamespacedName, ObjectRef};
+use dependencies::Dependencies;
+use outputs::Outputs;
+pub use outputs::{Resource, ResourceChanges, ResourceType};
+use reader::Reader;
+pub use residents::Resident;
+use store::Store;
+
+/// What the index needs to know beside the objects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Name of the cluster, which begins every workload's uid.
+    pub cluster_id: Arc<str>,
+    /// Network of workloads that name none; empty if there is just one.
+    pub network: Arc<str>,
+    /// Trust domain of the mesh.
+    pub trust_domain: Arc<str>,
+    /// Suffix of service hosts, as `cluster.local`.
+    pub cluster_domain: Arc<str>,
+    /// Namespace whose policies without selector are for the whole mesh.
+    pub root_namespace: Arc<str>,
+    /// `gatewayClassName`s of waypoints.
+    pub waypoint_classes: Vec<Arc<str>>,
+}
+
+impl Settings {
+    /// The host of a Kubernetes service.
+    pub fn host_of_service(&self, id: &NamespacedName) -> String {
+        format!("{}.{}.svc.{}", id.name, id.namespace, self.cluster_domain)
+    }
+
+    /// The Kubernetes service that a host can only belong to.
+    pub fn service_of_host(&self, host: &str) -> Option<NamespacedName> {
+        let short = host.strip_suffix(&*self.cluster_domain)?.strip_suffix(".svc.")?;
+        let (name, namespace) = short.split_once('.')?;
+        (!namespace.contains('.')).then(|| NamespacedName::new(namespace, name))
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            cluster_id: "Kubernetes".into(),
+            network: "".into(),
+            trust_domain: "cluster.local".into(),
+            cluster_domain: "cluster.local".into(),
+            root_namespace: "ambit-system".into(),
+            waypoint_classes: vec!["ambit-waypoint".into(), "istio-waypoint".into()],
+        }
+    }
+}
+
+/// Something that an object's author should know: a condition of its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// The condition's type: `ZtunnelAccepted`, `istio.io/WaypointBound`.
+    pub condition: &'static str,
+    /// Whether the condition holds.
+    pub met: bool,
+    /// The reason, one word.
+    pub reason: &'static str,
+    /// The reason, one sentence.
+    pub message: String,
+}
+
+/// What a batch of changes to objects did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Changes of policies; publish these first, as addresses name policies.
+    pub policies: ResourceChanges,
+    /// Changes of workloads and services.
+    pub addresses: ResourceChanges,
+    /// Identities that came to a node (`true`) or left it.
+    pub residents: Vec<(Resident, bool)>,
+    /// Objects whose findings changed, with all that there are now.
+    pub findings: Vec<(ObjectRef, Vec<Finding>)>,
+}
+
+/// The index.
+#[derive(Debug)]
+pub struct Index {
+    settings: Settings,
+    store: Store,
+    dependencies: Dependencies,
+    outputs: Outputs,
+    findings: BTreeMap<ObjectRef, Vec<Finding>>,
+    /// Producers to compute before the current batch ends.
+    touched: BTreeSet<ObjectRef>,
+    /// Producers computed since the index was made.
+    computed: u64,
+}
+
+impl Index {
+    /// An index without objects. It already has the policies that are always there.
+    pub fn new(settings: Settings) -> Index {
+        let strict = ObjectRef {
+            kind: Kind::PeerAuthentication,
+            name: NamespacedName::new(settings.root_namespace.clone(), ""),
+        };
+        Index {
+            settings,
+            store: Store::default(),
+            dependencies: Dependencies::default(),
+            outputs: Outputs::default(),
+            findings: BTreeMap::new(),
+            touched: BTreeSet::from([strict]),
+            computed: 0,
+        }
+    }
+
+    /// Applies changes in their order and answers with what they did together.
+    pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Changes {
+        for change in changes {
+            self.take(change);
+        }
+        let mut findings = Vec::new();
+        for producer in std::mem::take(&mut self.touched) {
+            self.compute(&producer, &mut findings);
+        }
+        let (policies, addresses) = self.outputs.take_changes();
+        Changes { policies, addresses, residents: self.store.residents.take_changes(), findings }
+    }
+
+    /// Every resource that is in force, by type and name.
+    pub fn resources(&self) -> BTreeMap<(ResourceType, Arc<str>), Resource> {
+        self.outputs.all()
+    }
+
+    /// Every identity that runs on a node.
+    pub fn residents(&self) -> BTreeSet<Resident> {
+        self.store.residents.all()
+    }
+
+    /// What there is to tell the authors of objects.
+    pub fn findings(&self) -> &BTreeMap<ObjectRef, Vec<Finding>> {
+        &self.findings
+    }
+
+    /// How many producers were computed since the index was made: the work done.
+    pub fn computed(&self) -> u64 {
+        self.computed
+    }
+
+    fn compute(&mut self, producer: &ObjectRef, changed: &mut Vec<(ObjectRef, Vec<Finding>)>) {
+        self.computed += 1;
+        let reader = Reader::new(&self.store, &self.settings);
+        let id = &producer.name;
+        let resources = match producer.kind {
+            Kind::Pod => workloads::of_pod(&reader, id),
+            Kind::Service => services::of_service(&reader, id),
+            Kind::EndpointSlice => endpoints::of_slice(&reader, id),
+            Kind::ServiceEntry => entries::of_service_entry(&reader, id),
+            Kind::WorkloadEntry => entries::of_workload_entry(&reader, id),
+            Kind::AuthorizationPolicy => authorization::of_policy(&reader, id),
+            Kind::PeerAuthentication => authentication::of_authentication(&reader, id),
+            Kind::Gateway => entries::of_remote_gateway(&reader, id),
+            Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Deployment | Kind::ReplicaSet => Vec::new(),
+        };
+        let (dependencies, findings) = reader.finish();
+        self.dependencies.set(producer, dependencies);
+        self.outputs.set(producer, resources);
+        let before = match findings.is_empty() {
+            true => self.findings.remove(producer),
+            false => self.findings.insert(producer.clone(), findings.clone()),
+        };
+        if before.unwrap_or_default() != findings {
+            changed.push((producer.clone(), findings));
+        }
+    }
+}

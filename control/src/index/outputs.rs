@@ -1,0 +1,121 @@
+//! The resources as they stand, by who produces them, and what a batch changed of them.
+//!
+//! Two objects may claim the same name (a Service and a ServiceEntry for its host); the first in the order
+//! of their references has it, and the next follows when that one goes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::object::ObjectRef;
+
+/// The types of resources.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ResourceType {
+    /// `istio.security.Authorization`
+    Authorization,
+    /// `istio.workload.Address`
+    Address,
+}
+
+/// A resource for proxies, encoded once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resource {
+    /// Its name (contracts.md, section 4).
+    pub name: Arc<str>,
+    /// Further names that it may be asked for by: `<network>/<ip>`.
+    pub aliases: Vec<Arc<str>>,
+    /// Names of resources that bring it along when they are asked for: a workload's services.
+    pub parents: Vec<Arc<str>>,
+    /// The encoded message.
+    pub body: Bytes,
+    /// A workload that takes no new connections.
+    pub unhealthy: bool,
+}
+
+/// What a batch of changes did to the resources.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResourceChanges {
+    /// Resources that are new or differ.
+    pub upserts: Vec<Resource>,
+    /// Names among the upserts of workloads that were healthy and no longer are: these cannot wait.
+    pub urgent: Vec<Arc<str>>,
+    /// Names of resources that are gone.
+    pub removals: Vec<Arc<str>>,
+}
+
+type Key = (ResourceType, Arc<str>);
+
+/// Claims by resource and by producer.
+#[derive(Debug, Default)]
+pub(super) struct Outputs {
+    claims: HashMap<Key, Vec<(ObjectRef, Resource)>>,
+    produced: HashMap<ObjectRef, Vec<Key>>,
+    /// What was in force before the current batch, for what it touched.
+    before: BTreeMap<Key, Option<Resource>>,
+}
+
+impl Outputs {
+    /// Replaces everything that a producer produces.
+    pub(super) fn set(&mut self, producer: &ObjectRef, resources: Vec<(ResourceType, Resource)>) {
+        let old = self.produced.remove(producer).unwrap_or_default();
+        for key in old.iter().chain(&resources.iter().map(|(t, r)| (*t, r.name.clone())).collect::<Vec<_>>()) {
+            if !self.before.contains_key(key) {
+                let current = self.current(key).cloned();
+                self.before.insert(key.clone(), current);
+            }
+        }
+        for key in &old {
+            if let Some(claims) = self.claims.get_mut(key) {
+                claims.retain(|(claimant, _)| claimant != producer);
+                if claims.is_empty() {
+                    self.claims.remove(key);
+                }
+            }
+        }
+        let mut keys = Vec::with_capacity(resources.len());
+        for (kind, resource) in resources {
+            let key = (kind, resource.name.clone());
+            let claims = self.claims.entry(key.clone()).or_default();
+            let at = claims.partition_point(|(claimant, _)| claimant <= producer);
+            claims.insert(at, (producer.clone(), resource));
+            keys.push(key);
+        }
+        if !keys.is_empty() {
+            self.produced.insert(producer.clone(), keys);
+        }
+    }
+
+    /// Ends the batch: what is in force now and was not before, by type.
+    pub(super) fn take_changes(&mut self) -> (ResourceChanges, ResourceChanges) {
+        let (mut policies, mut addresses) = (ResourceChanges::default(), ResourceChanges::default());
+        for (key, before) in std::mem::take(&mut self.before) {
+            let changes = match key.0 {
+                ResourceType::Authorization => &mut policies,
+                ResourceType::Address => &mut addresses,
+            };
+            match (before, self.current(&key)) {
+                (Some(_), None) => changes.removals.push(key.1),
+                (before, Some(now)) if before.as_ref() != Some(now) => {
+                    if now.unhealthy && before.is_some_and(|b| !b.unhealthy) {
+                        changes.urgent.push(key.1.clone());
+                    }
+                    changes.upserts.push(now.clone());
+                }
+                _ => {}
+            }
+        }
+        (policies, addresses)
+    }
+
+    /// Everything in force, in order.
+    pub(super) fn all(&self) -> BTreeMap<Key, Resource> {
+        let current = self.claims.iter().filter_map(|(key, claims)| Some((key.clone(), claims.first()?.1.clone())));
+        current.collect()
+    }
+
+    fn current(&self, key: &Key) -> Option<&Resource> {
+        self.claims.get(key)?.first().map(|(_, resource)| resource)
+    }
+}

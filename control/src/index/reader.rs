@@ -1,0 +1,109 @@
+//! What a producer sees of the objects. Every look at another object is noted as a dependency.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::dependencies::Dependency;
+use super::store::Store;
+use super::{Finding, Settings};
+use crate::object::{Gateway, Labels, Namespace, NamespacedName, Node, PeerAuthentication, ReplicaSet};
+
+/// The objects, for the time of one computation.
+pub(super) struct Reader<'a> {
+    pub(super) store: &'a Store,
+    pub(super) settings: &'a Settings,
+    dependencies: RefCell<BTreeSet<Dependency>>,
+    findings: RefCell<Vec<Finding>>,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(store: &'a Store, settings: &'a Settings) -> Reader<'a> {
+        Reader { store, settings, dependencies: RefCell::default(), findings: RefCell::default() }
+    }
+
+    /// What was looked at, and what was found out about the object itself.
+    pub(super) fn finish(self) -> (BTreeSet<Dependency>, Vec<Finding>) {
+        (self.dependencies.into_inner(), self.findings.into_inner())
+    }
+
+    pub(super) fn find(&self, finding: Finding) {
+        self.findings.borrow_mut().push(finding);
+    }
+
+    fn depend(&self, dependency: Dependency) {
+        self.dependencies.borrow_mut().insert(dependency);
+    }
+
+    pub(super) fn namespace(&self, name: &Arc<str>) -> Option<&'a Namespace> {
+        self.depend(Dependency::Namespace(name.clone()));
+        self.store.namespaces.get(name).map(AsRef::as_ref)
+    }
+
+    /// Labels of a namespace; those of one that has no object are empty but for its name.
+    pub(super) fn namespace_labels(&self, name: &Arc<str>) -> Labels {
+        self.depend(Dependency::NamespaceLabels(name.clone()));
+        // Kubernetes sets this label on every namespace.
+        const NAME: &str = "kubernetes.io/metadata.name";
+        let labels = self.store.namespaces.get(name).map(|n| n.labels.clone()).unwrap_or_default();
+        let given = labels.iter().map(|(k, v)| (k.clone(), v.clone()));
+        given.chain([(Arc::from(NAME), name.clone())]).collect()
+    }
+
+    pub(super) fn node(&self, name: &Arc<str>) -> Option<&'a Node> {
+        self.depend(Dependency::Node(name.clone()));
+        self.store.nodes.get(name).map(AsRef::as_ref)
+    }
+
+    pub(super) fn replica_set(&self, id: &NamespacedName) -> Option<&'a ReplicaSet> {
+        self.depend(Dependency::ReplicaSet(id.clone()));
+        self.store.replica_sets.get(id).map(AsRef::as_ref)
+    }
+
+    pub(super) fn gateway(&self, id: &NamespacedName) -> Option<&'a Gateway> {
+        self.depend(Dependency::Gateway(id.clone()));
+        self.store.gateways.get(id).map(AsRef::as_ref)
+    }
+
+    /// The gateways into a network, the senior first.
+    pub(super) fn gateways_into(&self, network: &Arc<str>) -> Vec<&'a Gateway> {
+        self.depend(Dependency::Network(network.clone()));
+        let ids = self.store.gateways_by_network.of(network);
+        let mut gateways: Vec<&Gateway> = ids.filter_map(|id| self.store.gateways.get(id)).map(AsRef::as_ref).collect();
+        gateways.sort_by_key(|g| g.meta.seniority());
+        gateways
+    }
+
+    /// Whether there is a pod of this name that has or will have its own address.
+    pub(super) fn has_pod(&self, id: &NamespacedName) -> bool {
+        self.depend(Dependency::Pod(id.clone()));
+        self.store.pods.get(id).is_some_and(|pod| !pod.finished)
+    }
+
+    /// Whether a pod has this address for itself.
+    pub(super) fn has_pod_at(&self, address: IpAddr) -> bool {
+        self.depend(Dependency::Address(address));
+        self.store.pods_by_address.of(&address).next().is_some()
+    }
+
+    /// Whether a ServiceEntry is the first to offer a host, and no Service does.
+    pub(super) fn is_first_for_host(&self, id: &NamespacedName, host: &Arc<str>) -> bool {
+        self.depend(Dependency::Host(host.clone()));
+        if let Some(service) = self.settings.service_of_host(host)
+            && self.store.services.get(&service).is_some_and(|s| !s.external_name)
+        {
+            return false;
+        }
+        let entries = self.store.entries_by_host.of(host).filter_map(|id| self.store.service_entries.get(id));
+        entries.min_by_key(|entry| entry.meta.seniority()).is_some_and(|first| first.meta.id == *id)
+    }
+
+    /// The PeerAuthentication without selector in force for a namespace itself: its oldest.
+    pub(super) fn wide_authentication(&self, namespace: &Arc<str>) -> Option<&'a PeerAuthentication> {
+        self.depend(Dependency::Authentication(namespace.clone()));
+        let ids = self.store.wide_authentications.of(namespace);
+        let all = ids.filter_map(|id| self.store.authentications.get(id)).map(AsRef::as_ref);
+        all.min_by_key(|a: &&PeerAuthentication| a.meta.seniority())
+    }
+}

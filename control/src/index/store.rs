@@ -1,0 +1,215 @@
+//! The objects as they are, and the relations between them.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::relations::{Members, Reverse, Selectors};
+use super::residents::Residents;
+use crate::object::{
+    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, PeerAuthentication, Pod,
+    ReplicaSet, Service, ServiceEntry, WorkloadEntry,
+};
+
+/// Objects by kind, with what finds them by other things than their name.
+#[derive(Debug, Default)]
+pub(super) struct Store {
+    pub(super) namespaces: HashMap<Arc<str>, Arc<Namespace>>,
+    pub(super) nodes: HashMap<Arc<str>, Arc<Node>>,
+    pub(super) pods: HashMap<NamespacedName, Arc<Pod>>,
+    pub(super) services: HashMap<NamespacedName, Arc<Service>>,
+    pub(super) slices: HashMap<NamespacedName, Arc<EndpointSlice>>,
+    pub(super) replica_sets: HashMap<NamespacedName, Arc<ReplicaSet>>,
+    pub(super) policies: HashMap<NamespacedName, Arc<AuthorizationPolicy>>,
+    pub(super) authentications: HashMap<NamespacedName, Arc<PeerAuthentication>>,
+    pub(super) service_entries: HashMap<NamespacedName, Arc<ServiceEntry>>,
+    pub(super) workload_entries: HashMap<NamespacedName, Arc<WorkloadEntry>>,
+    pub(super) gateways: HashMap<NamespacedName, Arc<Gateway>>,
+
+    /// Pods and WorkloadEntries by label.
+    pub(super) members: Members,
+    /// Services by selector.
+    pub(super) service_selectors: Selectors,
+    /// ServiceEntries by selector.
+    pub(super) entry_selectors: Selectors,
+    /// AuthorizationPolicies by selector; those of the root namespace select everywhere.
+    pub(super) policy_selectors: Selectors,
+    /// PeerAuthentications by selector.
+    pub(super) authentication_selectors: Selectors,
+    /// PeerAuthentications without selector, by namespace.
+    pub(super) wide_authentications: Reverse<Arc<str>>,
+    /// Pods by address, without those on their node's.
+    pub(super) pods_by_address: Reverse<IpAddr>,
+    /// EndpointSlices by service.
+    pub(super) slices_by_service: Reverse<NamespacedName>,
+    /// EndpointSlices by the pod that an endpoint names.
+    pub(super) slices_by_pod: Reverse<NamespacedName>,
+    /// EndpointSlices by the address of an endpoint that names no pod.
+    pub(super) slices_by_address: Reverse<IpAddr>,
+    /// ServiceEntries by host.
+    pub(super) entries_by_host: Reverse<Arc<str>>,
+    /// Gateways by the network that they lead into.
+    pub(super) gateways_by_network: Reverse<Arc<str>>,
+    /// Which identities run on which node.
+    pub(super) residents: Residents,
+}
+
+impl Store {
+    /// Puts a pod in place of the one of that name and returns the latter.
+    pub(super) fn set_pod(&mut self, id: &NamespacedName, new: Option<Arc<Pod>>) -> Option<Arc<Pod>> {
+        let old = replace(&mut self.pods, id, new.clone());
+        if let Some(old) = &old {
+            for address in old.addresses.iter().filter(|_| is_addressable(old)) {
+                self.pods_by_address.remove(address, id);
+            }
+            self.residents.remove(old);
+        }
+        if let Some(new) = &new {
+            for address in new.addresses.iter().filter(|_| is_addressable(new)) {
+                self.pods_by_address.insert(*address, id.clone());
+            }
+            self.residents.add(new);
+        }
+        let labels = new.filter(|pod| !pod.finished).map(|pod| pod.meta.labels.clone());
+        match labels {
+            Some(labels) => self.members.apply((id.clone(), Kind::Pod), labels),
+            None => self.members.delete(&(id.clone(), Kind::Pod)),
+        }
+        old
+    }
+
+    /// Puts a WorkloadEntry in place and returns what was there.
+    pub(super) fn set_workload_entry(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<Arc<WorkloadEntry>>,
+    ) -> Option<Arc<WorkloadEntry>> {
+        let member = (id.clone(), Kind::WorkloadEntry);
+        match &new {
+            Some(new) => self.members.apply(member, new.meta.labels.clone()),
+            None => self.members.delete(&member),
+        }
+        replace(&mut self.workload_entries, id, new)
+    }
+
+    /// Puts a service in place and returns what was there.
+    pub(super) fn set_service(&mut self, id: &NamespacedName, new: Option<Arc<Service>>) -> Option<Arc<Service>> {
+        match new.as_ref().filter(|s| !s.external_name).and_then(|s| s.selector.as_ref()) {
+            Some(selector) => self.service_selectors.apply(id, selector, false),
+            None => self.service_selectors.delete(id),
+        }
+        replace(&mut self.services, id, new)
+    }
+
+    /// Puts an EndpointSlice in place and returns what was there.
+    pub(super) fn set_slice(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<Arc<EndpointSlice>>,
+    ) -> Option<Arc<EndpointSlice>> {
+        let old = replace(&mut self.slices, id, new.clone());
+        if let Some(old) = &old {
+            self.slices_by_service.remove(&service_of(old), id);
+            for endpoint in &old.endpoints {
+                match &endpoint.pod {
+                    Some(pod) => self.slices_by_pod.remove(pod, id),
+                    None => endpoint.addresses.iter().for_each(|a| self.slices_by_address.remove(a, id)),
+                }
+            }
+        }
+        if let Some(new) = &new {
+            self.slices_by_service.insert(service_of(new), id.clone());
+            for endpoint in &new.endpoints {
+                match &endpoint.pod {
+                    Some(pod) => self.slices_by_pod.insert(pod.clone(), id.clone()),
+                    None => endpoint.addresses.iter().for_each(|a| self.slices_by_address.insert(*a, id.clone())),
+                }
+            }
+        }
+        old
+    }
+
+    /// Puts an AuthorizationPolicy in place and returns what was there.
+    pub(super) fn set_policy(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<Arc<AuthorizationPolicy>>,
+        everywhere: bool,
+    ) -> Option<Arc<AuthorizationPolicy>> {
+        match new.as_ref().and_then(|p| p.listed_by()) {
+            Some(selector) => self.policy_selectors.apply(id, selector, everywhere),
+            None => self.policy_selectors.delete(id),
+        }
+        replace(&mut self.policies, id, new)
+    }
+
+    /// Puts a PeerAuthentication in place and returns what was there.
+    pub(super) fn set_authentication(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<Arc<PeerAuthentication>>,
+    ) -> Option<Arc<PeerAuthentication>> {
+        self.authentication_selectors.delete(id);
+        self.wide_authentications.remove(&id.namespace, id);
+        match new.as_ref().map(|a| &a.selector) {
+            Some(Some(selector)) => self.authentication_selectors.apply(id, selector, false),
+            Some(None) => self.wide_authentications.insert(id.namespace.clone(), id.clone()),
+            None => {}
+        }
+        replace(&mut self.authentications, id, new)
+    }
+
+    /// Puts a ServiceEntry in place and returns what was there.
+    pub(super) fn set_service_entry(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<Arc<ServiceEntry>>,
+    ) -> Option<Arc<ServiceEntry>> {
+        let old = replace(&mut self.service_entries, id, new.clone());
+        for host in old.iter().flat_map(|e| &e.hosts) {
+            self.entries_by_host.remove(host, id);
+        }
+        for host in new.iter().flat_map(|e| &e.hosts) {
+            self.entries_by_host.insert(host.clone(), id.clone());
+        }
+        match new.as_ref().and_then(|e| e.selector.as_ref()) {
+            Some(selector) => self.entry_selectors.apply(id, selector, false),
+            None => self.entry_selectors.delete(id),
+        }
+        old
+    }
+
+    /// Puts a gateway in place and returns what was there.
+    pub(super) fn set_gateway(&mut self, id: &NamespacedName, new: Option<Arc<Gateway>>) -> Option<Arc<Gateway>> {
+        let old = replace(&mut self.gateways, id, new.clone());
+        if let Some(network) = old.as_ref().and_then(|g| g.network.as_ref()) {
+            self.gateways_by_network.remove(network, id);
+        }
+        if let Some(network) = new.as_ref().and_then(|g| g.network.clone()) {
+            self.gateways_by_network.insert(network, id.clone());
+        }
+        old
+    }
+}
+
+/// Whether the pod's addresses are its own: not its node's, and not given back.
+pub(super) fn is_addressable(pod: &Pod) -> bool {
+    !pod.host_network && !pod.finished
+}
+
+/// The service that a slice belongs to.
+pub(super) fn service_of(slice: &EndpointSlice) -> NamespacedName {
+    NamespacedName::new(slice.id.namespace.clone(), slice.service.clone())
+}
+
+/// Inserts or removes and returns what was there.
+pub(super) fn replace<K: Clone + Eq + std::hash::Hash, V>(
+    map: &mut HashMap<K, Arc<V>>,
+    id: &K,
+    new: Option<Arc<V>>,
+) -> Option<Arc<V>> {
+    match new {
+        Some(new) => map.insert(id.clone(), new),
+        None => map.remove(id),
+    }
+}

@@ -1,0 +1,179 @@
+//! Which waypoint stands before a service or workload (kubernetes.md, "Which waypoint").
+
+use std::sync::Arc;
+
+use ambit_api::workload as api;
+
+use super::reader::Reader;
+use super::{Finding, wire};
+use crate::object::{
+    AddressValue, AllowedNamespaces, Choice, Gateway, Labels, NamespacedName, Pod, WaypointBinding, WaypointFor,
+};
+
+/// What kind of destination asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Destination {
+    Service,
+    Workload,
+}
+
+/// The waypoints of a destination as they go on the wire.
+#[derive(Debug, Default)]
+pub(super) struct Waypoints {
+    /// Where connections must go; a name that leads nowhere when the waypoint is not ready.
+    pub(super) primary: Option<api::GatewayAddress>,
+    /// Primary and canary with their shares, when there is a canary.
+    pub(super) weighted: Vec<api::WeightedWaypoint>,
+    /// Whether ingress goes there too.
+    pub(super) ingress: bool,
+    /// Whether connections may go directly when the waypoint is missing.
+    pub(super) failure_open: bool,
+}
+
+impl Waypoints {
+    /// What there is to say beside the addresses.
+    pub(super) fn extensions(&self) -> impl Iterator<Item = api::Extension> {
+        let open = self.failure_open && self.primary.is_some();
+        open.then(|| wire::marker(wire::WAYPOINT_FAILURE_OPEN)).into_iter()
+    }
+}
+
+/// How a named gateway answers.
+enum Standing {
+    Ready(api::GatewayAddress),
+    /// It is not for this kind of destination, so it does not concern it.
+    NotConcerned,
+    /// It does not exist, which leaves open what it is for.
+    Missing(String),
+    NotReady(&'static str, String),
+}
+
+/// Resolves the waypoints of an object in `namespace` that carries `labels` and says `binding`.
+pub(super) fn resolve(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    labels: &Labels,
+    binding: &WaypointBinding,
+    destination: Destination,
+) -> Waypoints {
+    let defaults = reader.namespace(namespace).map(|n| &n.waypoint);
+    let of_object = binding.choice.is_some();
+    let in_force = if of_object { Some(binding) } else { defaults };
+    let Some(Choice::Named(name)) = in_force.and_then(|b| b.choice.as_ref()) else {
+        return Waypoints::default();
+    };
+    if is_waypoint(reader, namespace, labels) {
+        return Waypoints::default();
+    }
+    let primary = match standing(reader, namespace, name, destination) {
+        Standing::Ready(address) => {
+            reader.find(bound(true, "WaypointAccepted", format!("bound to waypoint {name}")));
+            address
+        }
+        Standing::NotConcerned => {
+            if of_object {
+                let message = format!("waypoint {name} is not for this kind of destination");
+                reader.find(bound(false, "AttachmentNotApplicable", message));
+            }
+            return Waypoints::default();
+        }
+        // A waypoint is for services unless it says otherwise, so a namespace's missing one is not the pods'.
+        Standing::Missing(_) if !of_object && destination == Destination::Workload => return Waypoints::default(),
+        Standing::Missing(message) => {
+            reader.find(bound(false, "WaypointMissing", message));
+            nowhere(name)
+        }
+        Standing::NotReady(reason, message) => {
+            reader.find(bound(false, reason, message));
+            nowhere(name)
+        }
+    };
+    Waypoints {
+        weighted: weighted(reader, namespace, in_force, &primary, destination),
+        primary: Some(primary),
+        ingress: binding.ingress.or(defaults.and_then(|d| d.ingress)).unwrap_or(false),
+        failure_open: binding.failure_open || defaults.is_some_and(|d| d.failure_open),
+    }
+}
+
+/// A canary counts only once it is ready; until then the primary has everything.
+fn weighted(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    binding: Option<&WaypointBinding>,
+    primary: &api::GatewayAddress,
+    destination: Destination,
+) -> Vec<api::WeightedWaypoint> {
+    let Some(canary) = binding.and_then(|b| b.canary.as_ref()) else { return Vec::new() };
+    let Standing::Ready(address) = standing(reader, namespace, &canary.gateway, destination) else {
+        let message = format!("canary waypoint {} is not ready and gets no connections", canary.gateway);
+        reader.find(bound(false, "CanaryNotReady", message));
+        return Vec::new();
+    };
+    let share = |destination, weight| api::WeightedWaypoint { destination: Some(destination), weight };
+    vec![share(primary.clone(), 100 - canary.weight), share(address, canary.weight)]
+}
+
+/// Whether an object belongs to a waypoint itself: nothing stands before a waypoint.
+pub(super) fn is_waypoint(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> bool {
+    own_gateway(reader, namespace, labels)
+        .is_some_and(|gateway| reader.settings.waypoint_classes.contains(&gateway.class))
+}
+
+/// The gateway whose deployment or service an object belongs to.
+pub(super) fn own_gateway<'a>(reader: &Reader<'a>, namespace: &Arc<str>, labels: &Labels) -> Option<&'a Gateway> {
+    let name = labels.get(Pod::GATEWAY_NAME)?;
+    reader.gateway(&NamespacedName::new(namespace.clone(), name))
+}
+
+fn standing(reader: &Reader<'_>, namespace: &Arc<str>, name: &NamespacedName, destination: Destination) -> Standing {
+    let Some(gateway) = reader.gateway(name) else {
+        return Standing::Missing(format!("Gateway {name} does not exist"));
+    };
+    let not_ready = |message: &str| Standing::NotReady("WaypointNotReady", format!("Gateway {name} {message}"));
+    if !reader.settings.waypoint_classes.contains(&gateway.class) {
+        return not_ready("is not of a waypoint's class");
+    }
+    match (gateway.waypoint_for, destination) {
+        (WaypointFor::All, _)
+        | (WaypointFor::Service, Destination::Service)
+        | (WaypointFor::Workload, Destination::Workload) => {}
+        _ => return Standing::NotConcerned,
+    }
+    let Some(allowed) = &gateway.hbone else {
+        return not_ready("has no listener on port 15008 with protocol HBONE");
+    };
+    if name.namespace != *namespace && !is_allowed(reader, allowed, namespace) {
+        let message = format!("Gateway {name} does not allow namespace {namespace}");
+        return Standing::NotReady("NotAllowedByWaypoint", message);
+    }
+    match gateway.addresses.first() {
+        Some(AddressValue::Ip(address)) => Standing::Ready(wire::gateway_at(&network(reader, gateway), *address)),
+        Some(AddressValue::Hostname(host)) => {
+            Standing::Ready(wire::gateway_hostname(&gateway.meta.id.namespace, host))
+        }
+        None => not_ready("has no address yet"),
+    }
+}
+
+fn is_allowed(reader: &Reader<'_>, allowed: &AllowedNamespaces, namespace: &Arc<str>) -> bool {
+    match allowed {
+        AllowedNamespaces::Same => false,
+        AllowedNamespaces::All => true,
+        AllowedNamespaces::Selector { .. } => allowed.allows(&reader.namespace_labels(namespace)),
+    }
+}
+
+fn network(reader: &Reader<'_>, gateway: &Gateway) -> Arc<str> {
+    gateway.network.clone().unwrap_or_else(|| reader.settings.network.clone())
+}
+
+/// A name that can lead nowhere, so that a proxy refuses (RFC 6761 §6.4: `invalid` never resolves). The
+/// gateway's own service name would not do: that may exist before the gateway may be used.
+fn nowhere(name: &NamespacedName) -> api::GatewayAddress {
+    wire::gateway_hostname(&name.namespace, &format!("{}.{}.waypoint.invalid", name.name, name.namespace))
+}
+
+fn bound(met: bool, reason: &'static str, message: String) -> Finding {
+    Finding { condition: "istio.io/WaypointBound", met, reason, message }
+}

@@ -1,0 +1,128 @@
+//! Names and encodings that several kinds of resources share (contracts.md, section 4).
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ambit_api::workload::{self as api, address, gateway_address};
+use bytes::Bytes;
+use ipnet::IpNet;
+use prost::Message;
+
+use super::outputs::{Resource, ResourceType};
+use super::Settings;
+use crate::object::{AppProtocol, IpFamilies, Kind, NamespacedName};
+
+/// Port of HBONE, at waypoints and at gateways between networks (contracts.md, section 1).
+pub(super) const HBONE_PORT: u32 = 15008;
+
+/// Extension of a service with `sessionAffinity: ClientIP`; its value is a `UInt32Value`, the timeout in seconds.
+pub(super) const SESSION_AFFINITY: &str = "ambit.dev/session-affinity";
+
+/// Extension of what may be reached directly when its waypoint cannot be.
+pub(super) const WAYPOINT_FAILURE_OPEN: &str = "ambit.dev/waypoint-failure-open";
+
+/// `<cluster>/<group>/<kind>/<namespace>/<name>`
+pub(super) fn uid(settings: &Settings, kind: Kind, id: &NamespacedName) -> String {
+    match kind {
+        Kind::Pod => format!("{}//v1/Pod/{}/{}", settings.cluster_id, id.namespace, id.name),
+        _ => format!("{}/{}/{kind}/{}/{}", settings.cluster_id, kind.group(), id.namespace, id.name),
+    }
+}
+
+/// The octets of an address.
+pub(super) fn octets(address: IpAddr) -> Bytes {
+    match address {
+        IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
+    }
+}
+
+/// An address in a network.
+pub(super) fn network_address(network: &str, address: IpAddr) -> api::NetworkAddress {
+    api::NetworkAddress { network: network.to_owned(), address: octets(address), length: None }
+}
+
+/// A block of addresses in a network; one of a single address is that address.
+pub(super) fn network_block(network: &str, block: IpNet) -> api::NetworkAddress {
+    let length = (block.prefix_len() != block.max_prefix_len()).then(|| u32::from(block.prefix_len()));
+    api::NetworkAddress { network: network.to_owned(), address: octets(block.network()), length }
+}
+
+/// A gateway reached by name.
+pub(super) fn gateway_hostname(namespace: &str, hostname: &str) -> api::GatewayAddress {
+    let host = api::NamespacedHostname { namespace: namespace.to_owned(), hostname: hostname.to_owned() };
+    api::GatewayAddress {
+        destination: Some(gateway_address::Destination::Hostname(host)),
+        hbone_mtls_port: HBONE_PORT,
+    }
+}
+
+/// A gateway reached at an address.
+pub(super) fn gateway_at(network: &str, address: IpAddr) -> api::GatewayAddress {
+    api::GatewayAddress {
+        destination: Some(gateway_address::Destination::Address(network_address(network, address))),
+        hbone_mtls_port: HBONE_PORT,
+    }
+}
+
+/// An extension that says something by being there.
+pub(super) fn marker(name: &str) -> api::Extension {
+    extension(name, "type.googleapis.com/google.protobuf.Empty", Vec::new())
+}
+
+/// An extension with a number.
+pub(super) fn number(name: &str, value: u32) -> api::Extension {
+    // Encoded as google.protobuf.UInt32Value, which prost maps to u32.
+    extension(name, "type.googleapis.com/google.protobuf.UInt32Value", value.encode_to_vec())
+}
+
+fn extension(name: &str, type_url: &str, value: Vec<u8>) -> api::Extension {
+    let config = prost_types::Any { type_url: type_url.to_owned(), value };
+    api::Extension { name: name.to_owned(), config: Some(config) }
+}
+
+/// A declared protocol on the wire.
+pub(super) fn app_protocol(protocol: AppProtocol) -> api::AppProtocol {
+    match protocol {
+        AppProtocol::Unknown => api::AppProtocol::Unknown,
+        AppProtocol::Http11 => api::AppProtocol::Http11,
+        AppProtocol::Http2 => api::AppProtocol::Http2,
+        AppProtocol::Grpc => api::AppProtocol::Grpc,
+        AppProtocol::Tcp => api::AppProtocol::Tcp,
+        AppProtocol::Tls => api::AppProtocol::Tls,
+    }
+}
+
+/// Address families on the wire.
+pub(super) fn families(families: IpFamilies) -> api::IpFamilies {
+    match families {
+        IpFamilies::Automatic => api::IpFamilies::Automatic,
+        IpFamilies::V4 => api::IpFamilies::Ipv4Only,
+        IpFamilies::V6 => api::IpFamilies::Ipv6Only,
+        IpFamilies::Dual => api::IpFamilies::Dual,
+    }
+}
+
+/// The resource of a workload: named by its uid, also asked for by its addresses, brought along by its services.
+pub(super) fn workload_resource(workload: api::Workload, addresses: &[IpAddr]) -> (ResourceType, Resource) {
+    let name: Arc<str> = workload.uid.as_str().into();
+    let aliases = addresses.iter().map(|address| format!("{}/{address}", workload.network).into()).collect();
+    let parents = workload.services.keys().map(|service| service.as_str().into()).collect();
+    let unhealthy = workload.status == api::WorkloadStatus::Unhealthy as i32;
+    let body = encode(address::Type::Workload(workload));
+    (ResourceType::Address, Resource { name, aliases, parents, body, unhealthy })
+}
+
+/// The resource of a service: named `<namespace>/<hostname>`, also asked for by its single addresses.
+pub(super) fn service_resource(service: api::Service, addresses: &[IpNet]) -> (ResourceType, Resource) {
+    let name = format!("{}/{}", service.namespace, service.hostname).into();
+    let network = service.addresses.first().map(|a| a.network.clone()).unwrap_or_default();
+    let single = addresses.iter().filter(|block| block.prefix_len() == block.max_prefix_len());
+    let aliases = single.map(|block| format!("{network}/{}", block.addr()).into()).collect();
+    let body = encode(address::Type::Service(service));
+    (ResourceType::Address, Resource { name, aliases, parents: Vec::new(), body, unhealthy: false })
+}
+
+fn encode(kind: address::Type) -> Bytes {
+    api::Address { r#type: Some(kind) }.encode_to_vec().into()
+}

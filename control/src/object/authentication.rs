@@ -1,0 +1,84 @@
+//! PeerAuthentication: whether a workload accepts peers without identity.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::Deserialize;
+
+use super::authorization::Selector;
+use super::meta::{Invalid, Labels, Meta};
+
+/// A mutual TLS mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum MutualTls {
+    /// Inherits from the wider policy.
+    #[default]
+    Unset,
+    /// Plaintext only at a sidecar; in the mesh of node proxies as [`MutualTls::Permissive`].
+    Disable,
+    /// Plaintext is accepted.
+    Permissive,
+    /// Peers without identity are refused.
+    Strict,
+}
+
+/// A PeerAuthentication.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerAuthentication {
+    /// Namespace and name.
+    pub id: super::NamespacedName,
+    /// Labels, age: the oldest of a level is in force.
+    pub meta: Meta,
+    /// The workloads that it is for; `None` is all of its namespace, or of the mesh.
+    pub selector: Option<Labels>,
+    /// Its mode.
+    pub mode: MutualTls,
+    /// Modes of single ports of the workload; only with a selector.
+    pub ports: BTreeMap<u16, MutualTls>,
+}
+
+/// The manifest, strictly.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Manifest {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Spec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Spec {
+    selector: Option<Selector>,
+    mtls: Option<Mtls>,
+    port_level_mtls: BTreeMap<u16, Mtls>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Mtls {
+    mode: MutualTls,
+}
+
+impl TryFrom<Manifest> for PeerAuthentication {
+    type Error = Invalid;
+
+    fn try_from(manifest: Manifest) -> Result<PeerAuthentication, Invalid> {
+        let Manifest { metadata, spec: Spec { selector, mtls, port_level_mtls } } = manifest;
+        let meta = Meta::read(&metadata)?;
+        let selector = selector.and_then(Selector::labels);
+        if selector.is_none() && !port_level_mtls.is_empty() {
+            return Err(Invalid::new("spec.portLevelMtls", "needs a selector: ports are those of a workload"));
+        }
+        if port_level_mtls.contains_key(&0) {
+            return Err(Invalid::new("spec.portLevelMtls", "0 is no port (1 to 65535)"));
+        }
+        Ok(PeerAuthentication {
+            id: meta.id.clone(),
+            meta,
+            selector,
+            mode: mtls.unwrap_or_default().mode,
+            ports: port_level_mtls.into_iter().map(|(port, mtls)| (port, mtls.mode)).collect(),
+        })
+    }
+}

@@ -1,0 +1,447 @@
+//! AuthorizationPolicy: who may talk to whom, as its author wrote it.
+//!
+//! Every value is checked while it is read, so that an error has the line and the field of its value, and
+//! an unknown field is an error: a field of a rule that was misspelt would otherwise widen an ALLOW.
+
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::Deserialize;
+
+use super::NamespacedName;
+use super::meta::{Invalid, Labels, annotation, namespaced};
+
+/// What a policy does with connections that its rules match.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Action {
+    /// Allows them, and by its existence nothing else.
+    #[default]
+    Allow,
+    /// Denies them.
+    Deny,
+    /// Records them; waypoints only.
+    Audit,
+    /// Asks an extension; waypoints only.
+    Custom,
+}
+
+/// A TCP port of a policy, written as a string.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct PortNumber(pub u16);
+
+impl TryFrom<String> for PortNumber {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<PortNumber, String> {
+        match text.parse() {
+            Ok(number) if number > 0 => Ok(PortNumber(number)),
+            _ => Err(format!("{text:?} is no port (1 to 65535)")),
+        }
+    }
+}
+
+/// An address or a CIDR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct IpBlock(pub IpNet);
+
+impl TryFrom<String> for IpBlock {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<IpBlock, String> {
+        let block = IpNet::from_str(&text).or_else(|_| IpAddr::from_str(&text).map(IpNet::from));
+        block.map(IpBlock).map_err(|_| format!("{text:?} is neither an IP address nor a CIDR"))
+    }
+}
+
+/// A value that may begin or end with `*`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(from = "String")]
+pub enum Pattern {
+    /// This value.
+    Exact(String),
+    /// Values that begin so (`text*`).
+    Prefix(String),
+    /// Values that end so (`*text`).
+    Suffix(String),
+    /// Any value (`*`).
+    Presence,
+}
+
+impl From<String> for Pattern {
+    fn from(text: String) -> Pattern {
+        if text == "*" {
+            Pattern::Presence
+        } else if let Some(suffix) = text.strip_prefix('*') {
+            Pattern::Suffix(suffix.to_owned())
+        } else if let Some(prefix) = text.strip_suffix('*') {
+            Pattern::Prefix(prefix.to_owned())
+        } else {
+            Pattern::Exact(text)
+        }
+    }
+}
+
+/// Where a connection comes from. Values of a field are alternatives, fields must all hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Source {
+    /// Peer identities, without `spiffe://`.
+    pub principals: Vec<Pattern>,
+    /// None of these identities.
+    pub not_principals: Vec<Pattern>,
+    /// JWT principals, which L4 cannot see.
+    pub request_principals: Vec<String>,
+    /// None of these JWT principals.
+    pub not_request_principals: Vec<String>,
+    /// Namespaces of the peer.
+    pub namespaces: Vec<Pattern>,
+    /// None of these namespaces.
+    pub not_namespaces: Vec<Pattern>,
+    /// Service accounts, `name` (of the policy's namespace) or `namespace/name`.
+    pub service_accounts: Vec<String>,
+    /// None of these service accounts.
+    pub not_service_accounts: Vec<String>,
+    /// Addresses of the peer's socket.
+    pub ip_blocks: Vec<IpBlock>,
+    /// None of these addresses.
+    pub not_ip_blocks: Vec<IpBlock>,
+    /// Original client addresses of HTTP headers, which L4 cannot see.
+    pub remote_ip_blocks: Vec<IpBlock>,
+    /// None of these original addresses.
+    pub not_remote_ip_blocks: Vec<IpBlock>,
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Operation {
+    /// HTTP hosts, which L4 cannot see.
+    pub hosts: Vec<String>,
+    /// None of these hosts.
+    pub not_hosts: Vec<String>,
+    /// Ports of the destination.
+    pub ports: Vec<PortNumber>,
+    /// None of these ports.
+    pub not_ports: Vec<PortNumber>,
+    /// HTTP methods, which L4 cannot see.
+    pub methods: Vec<String>,
+    /// None of these methods.
+    pub not_methods: Vec<String>,
+    /// HTTP paths, which L4 cannot see.
+    pub paths: Vec<String>,
+    /// None of these paths.
+    pub not_paths: Vec<String>,
+}
+
+impl Operation {
+    /// Whether it names anything that only HTTP shows.
+    pub fn needs_http(&self) -> bool {
+        let Operation { hosts, not_hosts, ports: _, not_ports: _, methods, not_methods, paths, not_paths } = self;
+        [hosts, not_hosts, methods, not_methods, paths, not_paths].iter().any(|values| !values.is_empty())
+    }
+}
+
+impl Source {
+    /// Whether it names anything that only HTTP shows.
+    pub fn needs_http(&self) -> bool {
+        !self.request_principals.is_empty()
+            || !self.not_request_principals.is_empty()
+            || !self.remote_ip_blocks.is_empty()
+            || !self.not_remote_ip_blocks.is_empty()
+    }
+}
+
+/// An attribute of a connection that a condition names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Attribute {
+    /// `source.ip`
+    SourceIp {
+        /// One of these.
+        values: Vec<IpBlock>,
+        /// None of these.
+        not_values: Vec<IpBlock>,
+    },
+    /// `destination.ip`
+    DestinationIp {
+        /// One of these.
+        values: Vec<IpBlock>,
+        /// None of these.
+        not_values: Vec<IpBlock>,
+    },
+    /// `destination.port`
+    DestinationPort {
+        /// One of these.
+        values: Vec<PortNumber>,
+        /// None of these.
+        not_values: Vec<PortNumber>,
+    },
+    /// `source.namespace`
+    SourceNamespace {
+        /// One of these.
+        values: Vec<Pattern>,
+        /// None of these.
+        not_values: Vec<Pattern>,
+    },
+    /// `source.principal`
+    SourcePrincipal {
+        /// One of these.
+        values: Vec<Pattern>,
+        /// None of these.
+        not_values: Vec<Pattern>,
+    },
+    /// `source.serviceAccount`
+    SourceServiceAccount {
+        /// One of these.
+        values: Vec<String>,
+        /// None of these.
+        not_values: Vec<String>,
+    },
+    /// An attribute of the request, which L4 cannot see.
+    Http(String),
+}
+
+/// A further condition of a rule.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "RawCondition")]
+pub struct Condition(pub Attribute);
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawCondition {
+    key: String,
+    #[serde(default)]
+    values: Vec<String>,
+    #[serde(default)]
+    not_values: Vec<String>,
+}
+
+impl TryFrom<RawCondition> for Condition {
+    type Error = String;
+
+    fn try_from(raw: RawCondition) -> Result<Condition, String> {
+        let RawCondition { key, values, not_values } = raw;
+        if values.is_empty() && not_values.is_empty() {
+            return Err(format!("condition {key:?} has neither values nor notValues"));
+        }
+        let attribute = match key.as_str() {
+            "source.ip" => Attribute::SourceIp { values: read(values)?, not_values: read(not_values)? },
+            "destination.ip" => Attribute::DestinationIp { values: read(values)?, not_values: read(not_values)? },
+            "destination.port" => Attribute::DestinationPort { values: read(values)?, not_values: read(not_values)? },
+            "source.namespace" => Attribute::SourceNamespace { values: patterns(values), not_values: patterns(not_values) },
+            "source.principal" => Attribute::SourcePrincipal { values: patterns(values), not_values: patterns(not_values) },
+            "source.serviceAccount" => Attribute::SourceServiceAccount { values, not_values },
+            key if ["request.", "remote.", "connection.", "experimental."].iter().any(|p| key.starts_with(p)) => {
+                Attribute::Http(key.to_owned())
+            }
+            _ => return Err(format!("unknown condition key {key:?}")),
+        };
+        Ok(Condition(attribute))
+    }
+}
+
+fn read<T: TryFrom<String, Error = String>>(values: Vec<String>) -> Result<Vec<T>, String> {
+    values.into_iter().map(T::try_from).collect()
+}
+
+fn patterns(values: Vec<String>) -> Vec<Pattern> {
+    values.into_iter().map(Pattern::from).collect()
+}
+
+/// One rule: sources, operations and conditions must all hold; each of the three lists that is empty does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rule {
+    /// Alternatives for the peer.
+    pub from: Vec<Source>,
+    /// Alternatives for what is asked.
+    pub to: Vec<Operation>,
+    /// Conditions, all of which must hold.
+    pub when: Vec<Condition>,
+}
+
+/// What a policy says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PolicyBody {
+    /// As written.
+    Rules {
+        /// What it does.
+        action: Action,
+        /// Its alternatives; none never matches.
+        rules: Vec<Rule>,
+    },
+    /// It could not be read, and fails closed: a DENY denies, an ALLOW allows nothing.
+    Unreadable {
+        /// [`Action::Deny`] also where the action itself could not be read.
+        action: Action,
+        /// Why, for the policy's status.
+        reason: String,
+    },
+}
+
+/// An AuthorizationPolicy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuthorizationPolicy {
+    /// Namespace and name.
+    pub id: NamespacedName,
+    /// The workloads that it is for; `None` is all of its namespace, or of the mesh.
+    pub selector: Option<Labels>,
+    /// Whether it is bound to gateways or services, and thus not for the node proxy.
+    pub has_targets: bool,
+    /// Only logged and counted (annotation `istio.io/dry-run`).
+    pub dry_run: bool,
+    /// What it says.
+    pub body: PolicyBody,
+}
+
+/// The manifest, strictly.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Manifest {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Spec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Spec {
+    selector: Option<Selector>,
+    target_ref: Option<TargetRef>,
+    target_refs: Vec<TargetRef>,
+    rules: Vec<RawRule>,
+    action: Action,
+    provider: Option<Provider>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Selector {
+    pub(super) match_labels: std::collections::BTreeMap<String, String>,
+}
+
+impl Selector {
+    /// An empty selector is as none (Istio's API: it selects the whole namespace).
+    pub(super) fn labels(self) -> Option<Labels> {
+        Some(self.match_labels.into_iter().collect()).filter(|labels: &Labels| !labels.is_empty())
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "bound policies are the waypoint's; their shape is still checked")]
+struct TargetRef {
+    #[serde(default)]
+    group: String,
+    kind: String,
+    name: String,
+    #[serde(default)]
+    namespace: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code, reason = "extensions are the waypoint's; their shape is still checked")]
+struct Provider {
+    name: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawRule {
+    from: Vec<RawFrom>,
+    to: Vec<RawTo>,
+    when: Vec<Condition>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFrom {
+    source: Source,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawTo {
+    operation: Operation,
+}
+
+impl TryFrom<Manifest> for AuthorizationPolicy {
+    type Error = Invalid;
+
+    fn try_from(manifest: Manifest) -> Result<AuthorizationPolicy, Invalid> {
+        let Manifest { metadata, spec } = manifest;
+        let Spec { selector, target_ref, target_refs, rules, action, provider: _ } = spec;
+        let has_targets = target_ref.is_some() || !target_refs.is_empty();
+        if has_targets && selector.is_some() {
+            return Err(Invalid::new("spec.selector", "cannot be combined with targetRefs"));
+        }
+        let rules = rules.into_iter().enumerate().map(|(i, rule)| checked(i, rule)).collect::<Result<_, _>>()?;
+        Ok(AuthorizationPolicy {
+            id: namespaced(&metadata)?,
+            selector: selector.and_then(Selector::labels),
+            has_targets,
+            dry_run: annotation(&metadata, "istio.io/dry-run") == Some("true"),
+            body: PolicyBody::Rules { action, rules },
+        })
+    }
+}
+
+/// An alternative that says nothing would match everything; its author cannot have meant that.
+fn checked(i: usize, rule: RawRule) -> Result<Rule, Invalid> {
+    let from: Vec<Source> = rule.from.into_iter().map(|f| f.source).collect();
+    let to: Vec<Operation> = rule.to.into_iter().map(|t| t.operation).collect();
+    if let Some(j) = from.iter().position(|source| *source == Source::default()) {
+        return Err(Invalid::new(format!("spec.rules[{i}].from[{j}].source"), "is empty"));
+    }
+    if let Some(j) = to.iter().position(|operation| *operation == Operation::default()) {
+        return Err(Invalid::new(format!("spec.rules[{i}].to[{j}].operation"), "is empty"));
+    }
+    Ok(Rule { from, to, when: rule.when })
+}
+
+impl AuthorizationPolicy {
+    /// The policy that stands for one that could not be read, from whatever of it can be.
+    ///
+    /// # Errors
+    /// When it has no name, so that it cannot stand for anything.
+    pub(crate) fn unreadable(object: &serde_json::Value, reason: String) -> Result<AuthorizationPolicy, Invalid> {
+        let text = |pointer: &str| object.pointer(pointer).and_then(serde_json::Value::as_str);
+        let name = text("/metadata/name").filter(|n| !n.is_empty());
+        let name = name.ok_or_else(|| Invalid::new("metadata.name", "is missing"))?;
+        let namespace = text("/metadata/namespace").filter(|n| !n.is_empty()).unwrap_or(super::DEFAULT_NAMESPACE);
+        let selector = object.pointer("/spec/selector").cloned().map(serde_json::from_value::<Selector>);
+        let action = match (object.pointer("/spec/action"), text("/spec/action")) {
+            // Left out means ALLOW, which then allows nothing; anything else that is unknown denies.
+            (None | Some(serde_json::Value::Null), _) | (_, Some("ALLOW")) => Action::Allow,
+            (_, Some("AUDIT")) => Action::Audit,
+            (_, Some("CUSTOM")) => Action::Custom,
+            _ => Action::Deny,
+        };
+        let bound = ["/spec/targetRef", "/spec/targetRefs"].iter().any(|p| object.pointer(p).is_some());
+        Ok(AuthorizationPolicy {
+            id: NamespacedName::new(namespace, name),
+            // A selector that cannot be read selects everything: that is the closed side.
+            selector: selector.and_then(Result::ok).and_then(Selector::labels),
+            has_targets: bound,
+            dry_run: text("/metadata/annotations/istio.io~1dry-run") == Some("true"),
+            body: PolicyBody::Unreadable { action, reason },
+        })
+    }
+
+    /// The workloads that list the policy by name, or `None` if it is in force by its scope or not at L4.
+    pub fn listed_by(&self) -> Option<&Labels> {
+        if self.has_targets { None } else { self.selector.as_ref() }
+    }
+}
+
+/// A service account named in a policy of `namespace`: its namespace and name.
+pub(crate) fn service_account(text: &str, namespace: &Arc<str>) -> (String, String) {
+    match text.split_once('/') {
+        Some((namespace, name)) => (namespace.to_owned(), name.to_owned()),
+        None => (namespace.to_string(), text.to_owned()),
+    }
+}

@@ -1,0 +1,260 @@
+//! The Kubernetes objects that the mesh reads, reduced to what it reads of them.
+//!
+//! `TryFrom` and `Deserialize` turn foreign objects into these at the edge, so the index has nothing left
+//! to check. Made by [`crate::source`], read by [`crate::index`]; nothing here knows files or sockets.
+
+mod authentication;
+mod authorization;
+mod binding;
+mod cluster;
+mod endpoints;
+mod entry;
+mod gateway;
+mod meta;
+mod pod;
+mod service;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use authentication::{MutualTls, PeerAuthentication};
+pub use authorization::{
+    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber, Rule, Source,
+};
+pub(crate) use authorization::service_account;
+pub use binding::{Canary, Choice, WaypointBinding};
+pub use cluster::{Namespace, Node, ReplicaSet};
+pub use endpoints::{Endpoint, EndpointSlice};
+pub use entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
+pub use gateway::{
+    AddressValue, AllowedNamespaces, ApplicationTunnel, Gateway, LabelRequirement, Requirement, WaypointFor,
+};
+pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
+pub use pod::Pod;
+pub use service::{AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort};
+
+/// The namespace of objects that name none, as `kubectl` has it.
+pub const DEFAULT_NAMESPACE: &str = "default";
+
+/// A namespaced name; cluster-scoped objects have an empty namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NamespacedName {
+    /// The namespace, empty for cluster-scoped objects.
+    pub namespace: Arc<str>,
+    /// The object's name.
+    pub name: Arc<str>,
+}
+
+impl NamespacedName {
+    /// A name in a namespace.
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> NamespacedName {
+        NamespacedName { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for NamespacedName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// The kinds that the control plane reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `v1/Namespace`
+    Namespace,
+    /// `v1/Node`
+    Node,
+    /// `v1/Pod`
+    Pod,
+    /// `v1/Service`
+    Service,
+    /// `v1/ServiceAccount`: checked, without effect on any resource.
+    ServiceAccount,
+    /// `discovery.k8s.io/v1/EndpointSlice`
+    EndpointSlice,
+    /// `apps/v1/Deployment`: checked, without effect on any resource.
+    Deployment,
+    /// `apps/v1/ReplicaSet`
+    ReplicaSet,
+    /// `security.istio.io/AuthorizationPolicy`
+    AuthorizationPolicy,
+    /// `security.istio.io/PeerAuthentication`
+    PeerAuthentication,
+    /// `networking.istio.io/ServiceEntry`
+    ServiceEntry,
+    /// `networking.istio.io/WorkloadEntry`
+    WorkloadEntry,
+    /// `gateway.networking.k8s.io/Gateway`
+    Gateway,
+}
+
+impl Kind {
+    /// Every kind, in declaration order.
+    pub const ALL: [Kind; 13] = [
+        Kind::Namespace,
+        Kind::Node,
+        Kind::Pod,
+        Kind::Service,
+        Kind::ServiceAccount,
+        Kind::EndpointSlice,
+        Kind::Deployment,
+        Kind::ReplicaSet,
+        Kind::AuthorizationPolicy,
+        Kind::PeerAuthentication,
+        Kind::ServiceEntry,
+        Kind::WorkloadEntry,
+        Kind::Gateway,
+    ];
+
+    /// The kind as manifests spell it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Namespace => "Namespace",
+            Kind::Node => "Node",
+            Kind::Pod => "Pod",
+            Kind::Service => "Service",
+            Kind::ServiceAccount => "ServiceAccount",
+            Kind::EndpointSlice => "EndpointSlice",
+            Kind::Deployment => "Deployment",
+            Kind::ReplicaSet => "ReplicaSet",
+            Kind::AuthorizationPolicy => "AuthorizationPolicy",
+            Kind::PeerAuthentication => "PeerAuthentication",
+            Kind::ServiceEntry => "ServiceEntry",
+            Kind::WorkloadEntry => "WorkloadEntry",
+            Kind::Gateway => "Gateway",
+        }
+    }
+
+    /// The API group of the kind, empty for the core group.
+    pub fn group(self) -> &'static str {
+        match self {
+            Kind::Namespace | Kind::Node | Kind::Pod | Kind::Service | Kind::ServiceAccount => "",
+            Kind::EndpointSlice => "discovery.k8s.io",
+            Kind::Deployment | Kind::ReplicaSet => "apps",
+            Kind::AuthorizationPolicy | Kind::PeerAuthentication => "security.istio.io",
+            Kind::ServiceEntry | Kind::WorkloadEntry => "networking.istio.io",
+            Kind::Gateway => "gateway.networking.k8s.io",
+        }
+    }
+
+    /// Whether objects of the kind live in a namespace.
+    pub fn is_namespaced(self) -> bool {
+        !matches!(self, Kind::Namespace | Kind::Node)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What identifies an object among all.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectRef {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its namespace and name.
+    pub name: NamespacedName,
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.kind.is_namespaced() {
+            write!(f, "{} {}", self.kind, self.name)
+        } else {
+            write!(f, "{} {}", self.kind, self.name.name)
+        }
+    }
+}
+
+/// An object that the mesh reads; cheap to clone.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A namespace.
+    Namespace(Arc<Namespace>),
+    /// A node.
+    Node(Arc<Node>),
+    /// A pod.
+    Pod(Arc<Pod>),
+    /// A service.
+    Service(Arc<Service>),
+    /// A service account, of which only the existence is read.
+    ServiceAccount(NamespacedName),
+    /// Endpoints of a service.
+    EndpointSlice(Arc<EndpointSlice>),
+    /// A deployment, of which only the existence is read: pods reach it through their owner references.
+    Deployment(NamespacedName),
+    /// The owner between a pod and its deployment.
+    ReplicaSet(Arc<ReplicaSet>),
+    /// Who may talk to whom.
+    AuthorizationPolicy(Arc<AuthorizationPolicy>),
+    /// Whether plaintext is accepted.
+    PeerAuthentication(Arc<PeerAuthentication>),
+    /// A service outside of Kubernetes.
+    ServiceEntry(Arc<ServiceEntry>),
+    /// A workload outside of Kubernetes.
+    WorkloadEntry(Arc<WorkloadEntry>),
+    /// A gateway: a waypoint, or the way into another network.
+    Gateway(Arc<Gateway>),
+}
+
+impl Object {
+    /// The kind of the object.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Object::Namespace(_) => Kind::Namespace,
+            Object::Node(_) => Kind::Node,
+            Object::Pod(_) => Kind::Pod,
+            Object::Service(_) => Kind::Service,
+            Object::ServiceAccount(_) => Kind::ServiceAccount,
+            Object::EndpointSlice(_) => Kind::EndpointSlice,
+            Object::Deployment(_) => Kind::Deployment,
+            Object::ReplicaSet(_) => Kind::ReplicaSet,
+            Object::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
+            Object::PeerAuthentication(_) => Kind::PeerAuthentication,
+            Object::ServiceEntry(_) => Kind::ServiceEntry,
+            Object::WorkloadEntry(_) => Kind::WorkloadEntry,
+            Object::Gateway(_) => Kind::Gateway,
+        }
+    }
+
+    /// The identity of the object.
+    pub fn reference(&self) -> ObjectRef {
+        let name = match self {
+            Object::Namespace(o) => NamespacedName::new("", o.name.clone()),
+            Object::Node(o) => NamespacedName::new("", o.name.clone()),
+            Object::Pod(o) => o.meta.id.clone(),
+            Object::Service(o) => o.meta.id.clone(),
+            Object::ServiceAccount(id) | Object::Deployment(id) => id.clone(),
+            Object::EndpointSlice(o) => o.id.clone(),
+            Object::ReplicaSet(o) => o.id.clone(),
+            Object::AuthorizationPolicy(o) => o.id.clone(),
+            Object::PeerAuthentication(o) => o.id.clone(),
+            Object::ServiceEntry(o) => o.meta.id.clone(),
+            Object::WorkloadEntry(o) => o.meta.id.clone(),
+            Object::Gateway(o) => o.meta.id.clone(),
+        };
+        ObjectRef { kind: self.kind(), name }
+    }
+}
+
+/// What happened to an object.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// It is new, or is now like this.
+    Apply(Object),
+    /// It is gone.
+    Delete(ObjectRef),
+}
+
+impl Change {
+    /// The object that it happened to.
+    pub fn reference(&self) -> ObjectRef {
+        match self {
+            Change::Apply(object) => object.reference(),
+            Change::Delete(reference) => reference.clone(),
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Services: stable names and addresses in front of workloads.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use super::binding::WaypointBinding;
+use super::meta::{Invalid, Labels, Meta, annotation};
+
+/// What a port speaks, as far as it was declared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AppProtocol {
+    /// Not declared.
+    Unknown,
+    /// HTTP/1.
+    Http11,
+    /// HTTP/2 without TLS.
+    Http2,
+    /// gRPC.
+    Grpc,
+    /// Opaque bytes.
+    Tcp,
+    /// TLS, not terminated by the mesh.
+    Tls,
+}
+
+impl AppProtocol {
+    /// The protocol of a port: `appProtocol` first, else the prefix of the port's name up to a dash.
+    pub fn of_port(app_protocol: Option<&str>, name: &str) -> AppProtocol {
+        if let Some(declared) = app_protocol.filter(|p| !p.is_empty()) {
+            return AppProtocol::parse(declared.strip_prefix("kubernetes.io/").unwrap_or(declared));
+        }
+        AppProtocol::parse(name.split('-').next().unwrap_or_default())
+    }
+
+    fn parse(text: &str) -> AppProtocol {
+        match text.to_ascii_lowercase().as_str() {
+            "http" | "http1" | "ws" | "grpcweb" | "grpc-web" => AppProtocol::Http11,
+            "http2" | "h2c" => AppProtocol::Http2,
+            "grpc" => AppProtocol::Grpc,
+            "https" | "tls" | "wss" => AppProtocol::Tls,
+            "tcp" | "mysql" | "mongo" | "redis" | "postgres" => AppProtocol::Tcp,
+            _ => AppProtocol::Unknown,
+        }
+    }
+}
+
+/// Where a service port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetPort {
+    /// This port of every endpoint.
+    Number(u16),
+    /// The container port of this name, which may differ from pod to pod.
+    Name(Arc<str>),
+}
+
+/// A TCP port of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Its name, empty if it has none.
+    pub name: Arc<str>,
+    /// The port that clients dial.
+    pub number: u16,
+    /// The port of the endpoints.
+    pub target: TargetPort,
+    /// What is spoken on it.
+    pub protocol: AppProtocol,
+}
+
+/// `trafficDistribution`: endpoints near the client first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Distribution {
+    /// Same network, region, zone.
+    Zone,
+    /// The same, then the same node.
+    Node,
+}
+
+impl Distribution {
+    /// The annotation that stands for the field on older services, and on namespaces.
+    pub const ANNOTATION: &str = "networking.istio.io/traffic-distribution";
+
+    /// The distribution of that name; `None` for no preference.
+    pub fn parse(text: &str) -> Option<Distribution> {
+        match text {
+            "PreferClose" | "PreferSameZone" => Some(Distribution::Zone),
+            "PreferSameNode" => Some(Distribution::Node),
+            _ => None,
+        }
+    }
+}
+
+/// `ipFamilies` of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IpFamilies {
+    /// Not stated.
+    Automatic,
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+    /// Both.
+    Dual,
+}
+
+/// A service that has endpoints (not `ExternalName`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Name, labels and age.
+    pub meta: Meta,
+    /// `ExternalName`: a DNS alias without endpoints, which the mesh skips.
+    pub external_name: bool,
+    /// Cluster and load balancer addresses; none for headless services.
+    pub addresses: Vec<IpAddr>,
+    /// The pods behind it; `None` leaves them to EndpointSlices.
+    pub selector: Option<Labels>,
+    /// Its TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// `internalTrafficPolicy: Local`: only endpoints on the client's node.
+    pub node_local: bool,
+    /// Which endpoints are preferred.
+    pub distribution: Option<Distribution>,
+    /// `publishNotReadyAddresses`: endpoints that are not ready count.
+    pub publish_not_ready: bool,
+    /// `sessionAffinity: ClientIP` with its timeout in seconds.
+    pub affinity: Option<u32>,
+    /// Its address families.
+    pub families: IpFamilies,
+    /// Whether only its own namespace sees it (annotation `networking.istio.io/exportTo: .`).
+    pub private: bool,
+    /// What it says about its waypoint.
+    pub waypoint: WaypointBinding,
+}
+
+/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+const AFFINITY_TIMEOUT: u32 = 10_800;
+
+impl TryFrom<v1::Service> for Service {
+    type Error = Invalid;
+
+    fn try_from(object: v1::Service) -> Result<Service, Invalid> {
+        let meta = object.metadata;
+        let spec = object.spec.unwrap_or_default();
+        let common = Meta::read(&meta)?;
+        let selector = spec.selector.as_ref().filter(|s| !s.is_empty());
+        let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+            let config = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref());
+            config.and_then(|c| u32::try_from(c.timeout_seconds?).ok()).unwrap_or(AFFINITY_TIMEOUT)
+        });
+        let annotated = annotation(&meta, Distribution::ANNOTATION).and_then(Distribution::parse);
+        Ok(Service {
+            external_name: spec.type_.as_deref() == Some("ExternalName"),
+            addresses: addresses(&spec, object.status.as_ref())?,
+            selector: selector.map(|s| s.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect()),
+            ports: ports(&spec)?,
+            node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+            distribution: spec.traffic_distribution.as_deref().and_then(Distribution::parse).or(annotated),
+            publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+            affinity,
+            families: families(&spec),
+            private: annotation(&meta, "networking.istio.io/exportTo") == Some("."),
+            waypoint: WaypointBinding::read(&common.labels, &meta, &common.id.namespace),
+            meta: common,
+        })
+    }
+}
+
+/// Cluster IPs, then load balancer IPs; both families of a dual-stack service.
+fn addresses(spec: &v1::ServiceSpec, status: Option<&v1::ServiceStatus>) -> Result<Vec<IpAddr>, Invalid> {
+    let cluster = spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.as_ref());
+    let cluster = cluster.filter(|ip| !ip.is_empty() && *ip != "None").map(|ip| ("spec.clusterIPs", ip));
+    let ingress = status.and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
+    let ingress = ingress.into_iter().flatten().filter_map(|i| i.ip.as_ref());
+    let mut addresses = Vec::new();
+    for (field, text) in cluster.chain(ingress.map(|ip| ("status.loadBalancer.ingress", ip))) {
+        let address = text.parse().map_err(|_| Invalid::new(field, format!("{text:?} is no IP address")))?;
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    Ok(addresses)
+}
+
+fn ports(spec: &v1::ServiceSpec) -> Result<Vec<ServicePort>, Invalid> {
+    let mut ports = Vec::new();
+    for (i, port) in spec.ports.iter().flatten().enumerate() {
+        // The mesh carries TCP; datagrams go their ordinary way.
+        if !matches!(port.protocol.as_deref(), None | Some("TCP")) {
+            continue;
+        }
+        let number = number(&format!("spec.ports[{i}].port"), port.port)?;
+        let target = match &port.target_port {
+            None | Some(IntOrString::Int(0)) => TargetPort::Number(number),
+            Some(IntOrString::Int(target)) => {
+                TargetPort::Number(self::number(&format!("spec.ports[{i}].targetPort"), *target)?)
+            }
+            Some(IntOrString::String(name)) => {
+                name.parse().map_or_else(|_| TargetPort::Name(name.as_str().into()), TargetPort::Number)
+            }
+        };
+        let name = port.name.as_deref().unwrap_or_default();
+        let protocol = AppProtocol::of_port(port.app_protocol.as_deref(), name);
+        ports.push(ServicePort { name: name.into(), number, target, protocol });
+    }
+    Ok(ports)
+}
+
+fn number(field: &str, port: i32) -> Result<u16, Invalid> {
+    match u16::try_from(port) {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err(Invalid::new(field, format!("{port} is no port (1 to 65535)"))),
+    }
+}
+
+fn families(spec: &v1::ServiceSpec) -> IpFamilies {
+    let has = |family: &str| spec.ip_families.iter().flatten().any(|f| f == family);
+    match (has("IPv4"), has("IPv6")) {
+        (true, true) => IpFamilies::Dual,
+        (true, false) => IpFamilies::V4,
+        (false, true) => IpFamilies::V6,
+        (false, false) => IpFamilies::Automatic,
+    }
+}
