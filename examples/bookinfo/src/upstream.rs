@@ -1,0 +1,79 @@
+//! Requests from one service to another, on kept connections, with the headers that tie a trace together.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::{HeaderMap, Request, StatusCode, Uri};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use serde_json::Value;
+
+/// How long an answer may take.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// Larger answers are refused, bytes.
+const MAX_BODY: usize = 1024 * 1024;
+/// Connections that are kept for each host.
+const IDLE_PER_HOST: usize = 8;
+/// What a service hands on from its request to those that it makes for it.
+const HANDED_ON: [&str; 8] =
+    ["x-request-id", "traceparent", "tracestate", "b3", "baggage", "end-user", "user-agent", "authorization"];
+
+/// A client with its kept connections.
+#[derive(Clone)]
+pub(crate) struct Upstream {
+    client: Client<HttpConnector, Empty<Bytes>>,
+}
+
+impl Upstream {
+    /// A client without connections yet.
+    pub(crate) fn new() -> Self {
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(30))
+            .pool_max_idle_per_host(IDLE_PER_HOST)
+            .build_http();
+        Self { client }
+    }
+
+    /// Gets `url` with the headers of `from` that are handed on.
+    ///
+    /// # Errors
+    /// When there is no answer in time, or it is not a success.
+    pub(crate) async fn get(&self, url: &str, from: &HeaderMap) -> Result<Bytes> {
+        let uri: Uri = url.parse().with_context(|| format!("{url} is no URL"))?;
+        let mut request = Request::get(uri).body(Empty::new()).context("making the request")?;
+        for name in HANDED_ON {
+            if let Some(value) = from.get(name) {
+                request.headers_mut().insert(name, value.clone());
+            }
+        }
+        let exchange = async {
+            let response = self.client.request(request).await?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), MAX_BODY).collect().await;
+            let body = body.map_err(|error| anyhow::anyhow!("reading the answer: {error}"))?;
+            Ok::<(StatusCode, Bytes), anyhow::Error>((status, body.to_bytes()))
+        };
+        let (status, body) = tokio::time::timeout(TIMEOUT, exchange)
+            .await
+            .with_context(|| format!("{url} did not answer within {TIMEOUT:?}"))?
+            .with_context(|| format!("getting {url}"))?;
+        if !status.is_success() {
+            bail!("{url} answered {status}");
+        }
+        Ok(body)
+    }
+
+    /// [`get`](Self::get), read as JSON.
+    ///
+    /// # Errors
+    /// As `get`, and when the answer is no JSON.
+    pub(crate) async fn get_json(&self, url: &str, from: &HeaderMap) -> Result<Value> {
+        let body = self.get(url, from).await?;
+        serde_json::from_slice(&body)
+            .with_context(|| format!("{url} answered with something that is no JSON"))
+    }
+}
