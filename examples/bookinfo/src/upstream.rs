@@ -1,4 +1,6 @@
-//! Requests from one service to another, on kept connections, with the headers that tie a trace together.
+//! Requests from one service to another, with the headers that tie a trace together.
+//!
+//! Each request has a connection of its own, so that balancing at L4 shows in every page.
 
 use std::time::Duration;
 
@@ -8,33 +10,27 @@ use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{HeaderMap, Request, StatusCode, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
 /// How long an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// Larger answers are refused, bytes.
 const MAX_BODY: usize = 1024 * 1024;
-/// Connections that are kept for each host.
-const IDLE_PER_HOST: usize = 8;
 /// What a service hands on from its request to those that it makes for it.
 const HANDED_ON: [&str; 8] =
     ["x-request-id", "traceparent", "tracestate", "b3", "baggage", "end-user", "user-agent", "authorization"];
 
-/// A client with its kept connections.
+/// A client.
 #[derive(Clone)]
 pub(crate) struct Upstream {
     client: Client<HttpConnector, Empty<Bytes>>,
 }
 
 impl Upstream {
-    /// A client without connections yet.
+    /// A client.
     pub(crate) fn new() -> Self {
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(30))
-            .pool_max_idle_per_host(IDLE_PER_HOST)
-            .build_http();
+        let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build_http();
         Self { client }
     }
 
