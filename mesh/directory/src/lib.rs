@@ -1,1 +1,51 @@
-//! Who is where: workloads, services and policies; resolving and endpoint choice.
+//! Who is where: workloads, services and policies; where a connection goes, and whether one may come in.
+//!
+//! One writer ([`Directory`]) applies what the control plane sends and publishes [`Snapshot`]s; any number of readers ([`Reader`]) take the
+//! newest without waiting. Snapshots are persistent maps: a change costs the same whatever the number of workloads, and a bulk update holds no
+//! reader up. [`resolve`] is a pure function of a snapshot, the client and what was dialled. Used by ztunnel (data path, DNS, admin) and by
+//! waypoints. Never does I/O and never opens a connection.
+
+mod authority;
+mod choose;
+mod convert;
+mod dump;
+mod endpoints;
+mod error;
+mod inbound;
+mod intern;
+mod name;
+mod resolve;
+mod route;
+mod service;
+mod snapshot;
+mod upstream;
+mod vips;
+mod workload;
+mod writer;
+
+pub use authority::Authority;
+pub use choose::Load;
+pub use endpoints::{Endpoint, Endpoints};
+pub use error::{InvalidResource, Rejected};
+pub use inbound::{InboundRefusal, InboundTarget};
+pub use name::{AddressRef, Demand, HostRef, NamespacedHost, NetworkAddress, WorkloadUid};
+pub use resolve::{ClientRole, Question, resolve};
+pub use route::{
+    DoubleTunnel, Expected, Lookup, NoEndpoint, Plain, Refusal, Route, Tunnel, Unknown, WaypointTunnel,
+};
+pub use service::{
+    AppProtocol, Gateway, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, Mode, PortMapping,
+    Ports, Scope, Service, Vip, Visibility, WeightedWaypoint,
+};
+pub use snapshot::{Removed, Revision, Snapshot};
+pub use workload::{ApplicationTunnel, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType};
+pub use writer::{Directory, Reader, Update};
+
+/// Name of the [`Extension`](ambit_api::workload::Extension) of a service that keeps a client on one endpoint by its address (Kubernetes'
+/// `sessionAffinity: ClientIP`). Its presence is what counts; it needs no `config`.
+pub const SESSION_AFFINITY_EXTENSION: &str = "ambit.dev/session-affinity-client-ip";
+/// Name of the [`Extension`](ambit_api::workload::Extension) of a service or workload whose owner allows the direct way while its waypoint is
+/// missing (kubernetes.md, annotation `ambit.dev/waypoint-failure: open`). Its presence is what counts; it needs no `config`.
+pub const WAYPOINT_FAILURE_OPEN_EXTENSION: &str = "ambit.dev/waypoint-failure-open";
+/// Port of inbound HBONE (contracts.md, section 1).
+pub const HBONE_PORT: u16 = 15008;

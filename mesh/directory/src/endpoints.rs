@@ -1,0 +1,285 @@
+//! The endpoints of one service, kept in the pools that choices are made from.
+//!
+//! A pool holds the endpoints that may be chosen (healthy, or all if the service says so; with a capacity) and share the same values of the first
+//! scopes of the service's preference. So a choice by preference is a look-up, whatever the number of endpoints and nodes.
+
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+use equivalent::Equivalent;
+use smallvec::SmallVec;
+
+use crate::service::{HealthPolicy, LoadBalancing, Mode, Ports, Scope, Service};
+use crate::workload::Workload;
+
+/// A workload as an endpoint of one service.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// What it makes of the service's ports.
+    pub ports: Ports,
+}
+
+impl Endpoint {
+    /// The port that connections to `service_port` go to: the workload's own mapping, else the service's.
+    pub fn target_port(&self, service: &Service, service_port: u16) -> Option<u16> {
+        let own = self.ports.get(service_port).map(|mapping| mapping.target_port).filter(|port| *port != 0);
+        own.or_else(|| {
+            service.ports.get(service_port).map(|mapping| mapping.target_port).filter(|port| *port != 0)
+        })
+    }
+}
+
+/// Endpoints that may be chosen, with the greatest capacity among them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pool {
+    endpoints: imbl::Vector<Endpoint>,
+    heaviest: u32,
+    heaviest_count: usize,
+}
+
+impl Pool {
+    pub(crate) fn len(&self) -> usize {
+        self.endpoints.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.endpoints.is_empty()
+    }
+
+    pub(crate) fn get(&self, at: usize) -> Option<&Endpoint> {
+        self.endpoints.get(at)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.iter()
+    }
+
+    /// At least the greatest capacity of an endpoint here.
+    pub(crate) fn heaviest(&self) -> u32 {
+        self.heaviest
+    }
+
+    fn insert(&mut self, endpoint: Endpoint) {
+        let capacity = endpoint.workload.capacity;
+        match capacity.cmp(&self.heaviest) {
+            std::cmp::Ordering::Greater => (self.heaviest, self.heaviest_count) = (capacity, 1),
+            std::cmp::Ordering::Equal => self.heaviest_count += 1,
+            std::cmp::Ordering::Less => {}
+        }
+        self.endpoints.push_back(endpoint);
+    }
+
+    fn remove(&mut self, workload: &Arc<Workload>) {
+        if !take(&mut self.endpoints, workload) || workload.capacity != self.heaviest {
+            return;
+        }
+        self.heaviest_count = self.heaviest_count.saturating_sub(1);
+        if self.heaviest_count == 0 {
+            let capacities = || self.endpoints.iter().map(|endpoint| endpoint.workload.capacity);
+            self.heaviest = capacities().max().unwrap_or_default();
+            self.heaviest_count = capacities().filter(|capacity| *capacity == self.heaviest).count();
+        }
+    }
+}
+
+/// Takes the endpoint of `workload` out; the last one takes its place.
+fn take(endpoints: &mut imbl::Vector<Endpoint>, workload: &Arc<Workload>) -> bool {
+    let Some(at) = endpoints.iter().position(|endpoint| Arc::ptr_eq(&endpoint.workload, workload)) else {
+        return false;
+    };
+    if let Some(last) = endpoints.pop_back()
+        && at < endpoints.len()
+    {
+        endpoints.set(at, last);
+    }
+    true
+}
+
+/// Values of the first scopes of a preference.
+#[derive(Clone, Debug)]
+struct Place(SmallVec<[Arc<str>; 3]>);
+
+impl Hash for Place {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        for value in &self.0 {
+            value.hash(state);
+        }
+    }
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+impl Eq for Place {}
+
+/// A [`Place`] as a workload has it.
+struct PlaceOf<'a> {
+    workload: &'a Workload,
+    scopes: &'a [Scope],
+}
+
+impl Hash for PlaceOf<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        for scope in self.scopes {
+            self.workload.scope(*scope).hash(state);
+        }
+    }
+}
+
+impl Equivalent<Place> for PlaceOf<'_> {
+    fn equivalent(&self, key: &Place) -> bool {
+        self.scopes.len() == key.0.len()
+            && self.scopes.iter().zip(&key.0).all(|(scope, value)| self.workload.scope(*scope) == &**value)
+    }
+}
+
+impl PlaceOf<'_> {
+    fn to_place(&self) -> Place {
+        Place(self.scopes.iter().map(|scope| self.workload.scope(*scope).into()).collect())
+    }
+}
+
+/// The endpoints of one service; there may be some before the service is known. Cloning is cheap and a clone never changes.
+#[derive(Clone, Debug, Default)]
+pub struct Endpoints {
+    all: imbl::Vector<Endpoint>,
+    eligible: Pool,
+    near: imbl::HashMap<Place, Pool>,
+    balancing: Arc<LoadBalancing>,
+}
+
+impl Endpoints {
+    /// All, whatever their health, in no order.
+    pub fn iter(&self) -> imbl::vector::Iter<'_, Endpoint, imbl::shared_ptr::DefaultSharedPtr> {
+        self.all.iter()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// Those that may be chosen.
+    pub(crate) fn eligible(&self) -> &Pool {
+        &self.eligible
+    }
+
+    /// The pools from which a client gets an endpoint: a later one only when those before have none to offer.
+    pub(crate) fn pools<'a, 'c>(
+        &'a self,
+        client: &'c Workload,
+    ) -> impl Iterator<Item = &'a Pool> + use<'a, 'c> {
+        let preference: &[Scope] = &self.balancing.preference;
+        let shortest = match self.balancing.mode {
+            Mode::Strict => preference.len(),
+            Mode::Failover => 0,
+            Mode::Any | Mode::Passthrough => return Pools::One(std::iter::once(&self.eligible)),
+        };
+        Pools::Many((shortest..=preference.len()).rev().filter_map(move |shared| match shared {
+            0 => Some(&self.eligible),
+            _ => self.near.get(&PlaceOf { workload: client, scopes: preference.get(..shared)? }),
+        }))
+    }
+
+    pub(crate) fn insert(&mut self, endpoint: Endpoint) {
+        self.all.push_back(endpoint.clone());
+        self.pool(endpoint);
+    }
+
+    pub(crate) fn remove(&mut self, workload: &Arc<Workload>) {
+        if !take(&mut self.all, workload) || !self.is_eligible(workload) {
+            return;
+        }
+        self.eligible.remove(workload);
+        let balancing = Arc::clone(&self.balancing);
+        for scopes in prefixes(&balancing) {
+            let place = PlaceOf { workload, scopes };
+            if let Some(pool) = self.near.get_mut(&place) {
+                pool.remove(workload);
+                if pool.is_empty() {
+                    self.near.remove(&place);
+                }
+            }
+        }
+    }
+
+    /// Puts the endpoints in the pools that `balancing` asks for.
+    pub(crate) fn set_balancing(&mut self, balancing: &LoadBalancing) {
+        if *self.balancing == *balancing {
+            return;
+        }
+        self.balancing = Arc::new(balancing.clone());
+        self.eligible = Pool::default();
+        self.near = imbl::HashMap::new();
+        for endpoint in self.all.clone() {
+            self.pool(endpoint);
+        }
+    }
+
+    fn pool(&mut self, endpoint: Endpoint) {
+        if !self.is_eligible(&endpoint.workload) {
+            return;
+        }
+        let balancing = Arc::clone(&self.balancing);
+        for scopes in prefixes(&balancing) {
+            let place = PlaceOf { workload: &endpoint.workload, scopes }.to_place();
+            self.near.entry(place).or_default().insert(endpoint.clone());
+        }
+        self.eligible.insert(endpoint);
+    }
+
+    fn is_eligible(&self, workload: &Workload) -> bool {
+        workload.capacity > 0 && (workload.is_healthy() || self.balancing.health == HealthPolicy::AllowAll)
+    }
+}
+
+impl<'a> IntoIterator for &'a Endpoints {
+    type Item = &'a Endpoint;
+    type IntoIter = imbl::vector::Iter<'a, Endpoint, imbl::shared_ptr::DefaultSharedPtr>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+/// The beginnings of a preference for which there are pools besides the one of all.
+fn prefixes(balancing: &LoadBalancing) -> impl Iterator<Item = &[Scope]> {
+    let preference: &[Scope] = &balancing.preference;
+    let shortest = match balancing.mode {
+        Mode::Strict => preference.len().max(1),
+        Mode::Failover => 1,
+        Mode::Any | Mode::Passthrough => preference.len() + 1,
+    };
+    (shortest..=preference.len()).filter_map(move |length| preference.get(..length))
+}
+
+/// One pool, or several in order.
+enum Pools<One, Many> {
+    One(One),
+    Many(Many),
+}
+
+impl<'a, One, Many> Iterator for Pools<One, Many>
+where
+    One: Iterator<Item = &'a Pool>,
+    Many: Iterator<Item = &'a Pool>,
+{
+    type Item = &'a Pool;
+
+    fn next(&mut self) -> Option<&'a Pool> {
+        match self {
+            Self::One(one) => one.next(),
+            Self::Many(many) => many.next(),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Services, their ports, balancing and waypoints.
+
+use std::sync::Arc;
+
+use ambit_identity::SpiffeId;
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::dump;
+use crate::name::{NamespacedHost, NetworkAddress};
+
+/// A service: a name and addresses that stand for workloads. Immutable; kept behind an `Arc`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    /// The short name.
+    pub name: Arc<str>,
+    /// The full name.
+    #[serde(flatten, serialize_with = "dump::host_fields")]
+    pub host: NamespacedHost,
+    /// Its virtual addresses; empty for a headless service.
+    pub vips: Box<[Vip]>,
+    /// Its ports.
+    pub ports: Ports,
+    /// Identities that its endpoints may show besides their own.
+    #[serde(serialize_with = "dump::identities")]
+    pub subject_alt_names: Box<[SpiffeId]>,
+    /// The waypoint that its traffic must pass.
+    pub waypoint: Option<Gateway>,
+    /// Waypoints among which connections are shared by weight; when there is one with a weight, they take the place of `waypoint`.
+    pub weighted_waypoints: Box<[WeightedWaypoint]>,
+    /// How an endpoint is chosen.
+    pub load_balancing: LoadBalancing,
+    /// The families of address that it has.
+    pub ip_families: IpFamilies,
+    /// Preferred among services of the same host name.
+    pub canonical: bool,
+    /// Whether ingress gateways send its traffic through the waypoint too.
+    pub ingress_use_waypoint: bool,
+    /// Who may see it.
+    pub visibility: Visibility,
+    /// Whether a client address stays with an endpoint as long as that is there.
+    pub session_affinity: bool,
+    /// Whether the direct way is allowed while the waypoint is missing.
+    pub waypoint_failure_open: bool,
+}
+
+impl Service {
+    /// Whether a client in `namespace` may see it.
+    pub fn visible_to(&self, namespace: &str) -> bool {
+        match self.visibility {
+            Visibility::Public => true,
+            Visibility::Namespace => &*self.host.namespace == namespace,
+        }
+    }
+
+    /// Whether its name stands for its endpoints' addresses, for lack of its own.
+    pub fn is_headless(&self) -> bool {
+        self.vips.is_empty()
+    }
+}
+
+/// A virtual address, or a whole network of them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Vip {
+    /// One address.
+    Address(NetworkAddress),
+    /// Every address of `net`.
+    Net {
+        /// The network that the addresses are in.
+        network: Arc<str>,
+        /// The addresses.
+        net: IpNet,
+    },
+}
+
+impl Serialize for Vip {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Address(address) => address.serialize(serializer),
+            Self::Net { network, net } => serializer.collect_str(&format_args!("{network}/{net}")),
+        }
+    }
+}
+
+/// One port of a service, or what a workload makes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PortMapping {
+    /// The port that clients dial.
+    pub service_port: u16,
+    /// The workload's port; 0 if only each workload knows it (a named port).
+    pub target_port: u16,
+    /// What is spoken there.
+    pub app_protocol: AppProtocol,
+}
+
+/// Ports, by service port.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Ports(Arc<[PortMapping]>);
+
+impl Ports {
+    /// The mapping of `service_port`.
+    pub fn get(&self, service_port: u16) -> Option<&PortMapping> {
+        let at = self.0.binary_search_by_key(&service_port, |mapping| mapping.service_port).ok()?;
+        self.0.get(at)
+    }
+
+    /// All mappings in the order of service ports.
+    pub fn iter(&self) -> std::slice::Iter<'_, PortMapping> {
+        self.0.iter()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<PortMapping> for Ports {
+    fn from_iter<I: IntoIterator<Item = PortMapping>>(ports: I) -> Self {
+        let mut ports: Vec<PortMapping> = ports.into_iter().collect();
+        ports.sort_by_key(|mapping| mapping.service_port);
+        ports.dedup_by_key(|mapping| mapping.service_port);
+        Self(ports.into())
+    }
+}
+
+/// What is spoken on a port.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+#[allow(missing_docs, reason = "the names are those of the protocols")]
+pub enum AppProtocol {
+    #[default]
+    Unknown,
+    Http11,
+    Http2,
+    Grpc,
+    Tcp,
+    Tls,
+}
+
+/// How an endpoint is chosen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LoadBalancing {
+    /// What an endpoint should share with the client, most important first.
+    pub preference: Box<[Scope]>,
+    /// What the preference means.
+    pub mode: Mode,
+    /// Whether unhealthy endpoints are chosen too.
+    pub health: HealthPolicy,
+}
+
+/// Something that an endpoint may share with the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[allow(missing_docs, reason = "the names are those of the wire (contracts.md, section 4)")]
+pub enum Scope {
+    Region,
+    Zone,
+    Subzone,
+    Node,
+    Cluster,
+    Network,
+}
+
+/// What a routing preference means.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+pub enum Mode {
+    /// Nothing: all endpoints are alike.
+    #[default]
+    Any,
+    /// Only endpoints that share every scope.
+    Strict,
+    /// Those that share most scopes, counted from the first up to the first that is not shared; others when there is none such.
+    Failover,
+    /// No choice: the address that was dialled.
+    Passthrough,
+}
+
+/// Which endpoints are chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+pub enum HealthPolicy {
+    /// Healthy ones.
+    #[default]
+    OnlyHealthy,
+    /// All.
+    AllowAll,
+}
+
+/// The families of address that a service has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+#[allow(missing_docs, reason = "the names are those of the wire (contracts.md, section 4)")]
+pub enum IpFamilies {
+    #[default]
+    Automatic,
+    Ipv4Only,
+    Ipv6Only,
+    Dual,
+}
+
+/// Who may see a service.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+pub enum Visibility {
+    /// Everybody.
+    #[default]
+    Public,
+    /// Clients in its namespace.
+    Namespace,
+}
+
+/// A proxy that traffic must pass: a waypoint, or the way into another network.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Gateway {
+    /// Where it is.
+    pub destination: GatewayDestination,
+    /// Its HBONE port.
+    pub hbone_mtls_port: u16,
+}
+
+/// Where a gateway is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum GatewayDestination {
+    /// Behind a service.
+    Hostname(NamespacedHost),
+    /// At an address: of a service or a workload.
+    Address(NetworkAddress),
+}
+
+impl std::fmt::Display for GatewayDestination {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Hostname(host) => host.fmt(f),
+            Self::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+/// A waypoint with its share of the connections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WeightedWaypoint {
+    /// The waypoint.
+    pub gateway: Gateway,
+    /// Its share, in proportion to the sum of all.
+    pub weight: u32,
+}

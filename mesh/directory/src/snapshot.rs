@@ -1,0 +1,209 @@
+//! The directory at one moment: every look-up, and nothing that changes.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ambit_identity::SpiffeId;
+use ambit_policy::{Peer, PolicySet, Request, Stamp, Verdict};
+use smallvec::SmallVec;
+
+use crate::endpoints::Endpoints;
+use crate::name::{AddressRef, HostRef, NamespacedHost, NetworkAddress, WorkloadUid};
+use crate::service::Service;
+use crate::vips::Vips;
+use crate::workload::Workload;
+
+/// Which state a snapshot shows. Both only grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Revision {
+    /// Grows with every change.
+    pub snapshot: u64,
+    /// Grows when a verdict may have changed for some workload: with policies, and with workloads' policy lists. Live connections are to be
+    /// evaluated again then; [`Snapshot::authorization_stamp`] says of which workloads.
+    pub authorization: u64,
+}
+
+/// Workloads that went since a revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removed<'a> {
+    /// These.
+    These(Vec<&'a WorkloadUid>),
+    /// More than are remembered: ask for each with [`Snapshot::workload`].
+    TooMany,
+}
+
+/// How many removals are remembered.
+const REMEMBERED_REMOVALS: usize = 1024;
+
+/// The directory at one moment. Immutable behind its `Arc`; keeping one keeps the memory of what changed since, no more.
+#[derive(Clone, Default, Debug)]
+pub struct Snapshot {
+    pub(crate) revision: Revision,
+    pub(crate) workloads: imbl::HashMap<WorkloadUid, Arc<Workload>>,
+    pub(crate) by_address: imbl::HashMap<NetworkAddress, SmallVec<[Arc<Workload>; 1]>>,
+    pub(crate) by_identity: imbl::HashMap<SpiffeId, imbl::Vector<Arc<Workload>>>,
+    pub(crate) by_hostname: imbl::HashMap<Arc<str>, SmallVec<[Arc<Workload>; 1]>>,
+    pub(crate) services: imbl::HashMap<NamespacedHost, Arc<Service>>,
+    pub(crate) services_by_hostname: imbl::HashMap<Arc<str>, SmallVec<[Arc<Service>; 1]>>,
+    pub(crate) endpoints: imbl::HashMap<NamespacedHost, Arc<Endpoints>>,
+    pub(crate) vips: Vips,
+    pub(crate) policies: PolicySet,
+    pub(crate) removals: Arc<VecDeque<(u64, WorkloadUid)>>,
+    pub(crate) forgotten_removals: u64,
+}
+
+impl Snapshot {
+    /// Which state this is.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// The workload of this uid.
+    pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.workloads.get(uid)
+    }
+
+    /// All workloads, in no order.
+    pub fn workloads(&self) -> impl ExactSizeIterator<Item = &Arc<Workload>> {
+        self.workloads.values()
+    }
+
+    /// The pod of this name in this cluster, if it has this service account.
+    pub fn pod(
+        &self,
+        cluster: &str,
+        namespace: &str,
+        name: &str,
+        service_account: &str,
+    ) -> Option<&Arc<Workload>> {
+        let workload = self.workloads.get(&WorkloadUid::of_pod(cluster, namespace, name))?;
+        (workload.identity.service_account() == service_account).then_some(workload)
+    }
+
+    /// The workload at an address. Of several (an address given on before its former holder was removed) the newest healthy one, else the newest.
+    /// Workloads that share their node's address are not found by it.
+    pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
+        let claims = self.by_address.get(&AddressRef { network, address: address.to_canonical() })?;
+        claims.iter().rev().find(|workload| workload.is_healthy()).or_else(|| claims.last())
+    }
+
+    /// The workloads that have an identity, in no order.
+    pub fn workloads_of(&self, identity: &SpiffeId) -> impl Iterator<Item = &Arc<Workload>> {
+        self.by_identity.get(identity).into_iter().flatten()
+    }
+
+    /// The workloads with a host name of their own, in lower case.
+    pub fn workloads_named(&self, hostname: &str) -> &[Arc<Workload>] {
+        self.by_hostname.get(hostname).map_or(&[], |workloads| workloads)
+    }
+
+    /// The service of this name; `hostname` in lower case.
+    pub fn service(&self, host: HostRef<'_>) -> Option<&Arc<Service>> {
+        self.services.get(&host)
+    }
+
+    /// All services, in no order.
+    pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// The service that a client in `namespace` reaches at a virtual address of its own.
+    pub fn service_at(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
+        let hosts = self.vips.at(AddressRef { network, address: address.to_canonical() });
+        self.preferred(hosts.iter().filter_map(|host| self.services.get(host)), namespace)
+    }
+
+    /// The service that a client in `namespace` reaches at an address within a network of virtual addresses: that of the longest prefix.
+    pub fn service_around(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
+        self.vips.around(network, address.to_canonical()).find_map(|hosts| {
+            self.preferred(hosts.iter().filter_map(|host| self.services.get(host)), namespace)
+        })
+    }
+
+    /// The services of a host name (in lower case) in all namespaces, in the order of these.
+    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
+        self.services_by_hostname.get(hostname).map_or(&[], |services| services)
+    }
+
+    /// The service that a client in `namespace` means by a host name (in lower case), wildcard services such as `*.example.com` included.
+    pub fn service_named(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
+        self.preferred(self.services_named(hostname), namespace).or_else(|| {
+            let parents = hostname.match_indices('.').filter_map(|(at, _)| hostname.get(at..));
+            parents
+                .filter_map(|parent| self.services_by_hostname.get(format!("*{parent}").as_str()))
+                .find_map(|services| self.preferred(services.iter(), namespace))
+        })
+    }
+
+    /// The endpoints of a service, which need not be known yet.
+    pub fn endpoints(&self, host: HostRef<'_>) -> Option<&Endpoints> {
+        self.endpoints.get(&host).map(|endpoints| &**endpoints)
+    }
+
+    /// All policies.
+    pub fn policies(&self) -> &PolicySet {
+        &self.policies
+    }
+
+    /// Whether a connection to `workload` is let in: from `peer` if it proved an identity, from the address `source`, to `destination`.
+    pub fn authorize(
+        &self,
+        workload: &Workload,
+        peer: Option<&SpiffeId>,
+        source: IpAddr,
+        destination: SocketAddr,
+    ) -> Verdict {
+        let request = Request {
+            peer: peer.map(|id| Peer {
+                principal: id.principal(),
+                namespace: id.namespace(),
+                service_account: id.service_account(),
+            }),
+            source_ip: source,
+            destination_ip: destination.ip(),
+            destination_port: destination.port(),
+        };
+        self.policies.evaluate(&workload.namespace, &workload.policies, &request)
+    }
+
+    /// Stands for everything that [`Snapshot::authorize`] goes by for `workload` besides the connection. While it stays the same, verdicts do, and
+    /// live connections to the workload need no second look. `workload` should be the one of this snapshot.
+    pub fn authorization_stamp(&self, workload: &Workload) -> Stamp {
+        self.policies.stamp(&workload.namespace, &workload.policies)
+    }
+
+    /// The workloads that went after `snapshot` (a [`Revision::snapshot`]), so that pooled connections to them can be closed.
+    pub fn removed_since(&self, snapshot: u64) -> Removed<'_> {
+        if snapshot < self.forgotten_removals {
+            return Removed::TooMany;
+        }
+        let later = self.removals.iter().rev().take_while(|(revision, _)| *revision > snapshot);
+        Removed::These(
+            later.map(|(_, uid)| uid).filter(|uid| self.workload(uid.as_str()).is_none()).collect(),
+        )
+    }
+
+    /// Notes that a workload went in the revision that is being made.
+    pub(crate) fn note_removal(&mut self, uid: WorkloadUid, revision: u64) {
+        let removals = Arc::make_mut(&mut self.removals);
+        if removals.len() >= REMEMBERED_REMOVALS
+            && let Some((forgotten, _)) = removals.pop_front()
+        {
+            self.forgotten_removals = forgotten;
+        }
+        removals.push_back((revision, uid));
+    }
+
+    /// Of services that share a name or address the one that a client in `namespace` gets: of those it may see one of its own namespace, else a
+    /// canonical one, else the first.
+    fn preferred<'a>(
+        &self,
+        services: impl IntoIterator<Item = &'a Arc<Service>>,
+        namespace: &str,
+    ) -> Option<&'a Arc<Service>> {
+        let visible = services.into_iter().filter(|service| service.visible_to(namespace));
+        // `max_by_key` keeps the last of equals, `min_by_key` the first.
+        visible.min_by_key(|service| (&*service.host.namespace != namespace, !service.canonical))
+    }
+}

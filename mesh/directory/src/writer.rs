@@ -1,0 +1,314 @@
+//! The one writer of the directory, and the handle of its readers.
+
+use std::sync::Arc;
+
+use ambit_api::{security, workload as wire};
+use ambit_policy::{Policy, PolicyName};
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::watch;
+
+use crate::convert;
+use crate::endpoints::Endpoint;
+use crate::error::{InvalidResource, Rejected};
+use crate::intern::Interner;
+use crate::name::{AddressRef, HostRef, NetworkAddress};
+use crate::service::Service;
+use crate::snapshot::{Revision, Snapshot};
+use crate::workload::Workload;
+
+/// One change from the control plane.
+#[derive(Debug, Clone)]
+pub enum Update {
+    /// A workload or service is there, new or changed.
+    Address {
+        /// The resource's name on the wire.
+        name: String,
+        /// The resource.
+        address: wire::Address,
+    },
+    /// A workload or service is gone.
+    AddressRemoved {
+        /// The resource's name on the wire.
+        name: String,
+    },
+    /// A policy is there, new or changed.
+    Policy {
+        /// The resource's name on the wire.
+        name: String,
+        /// The resource.
+        policy: security::Authorization,
+    },
+    /// A policy is gone.
+    PolicyRemoved {
+        /// The resource's name on the wire.
+        name: String,
+    },
+}
+
+/// What writer and readers share.
+#[derive(Debug)]
+struct Shared {
+    snapshot: ArcSwap<Snapshot>,
+    revision: watch::Sender<Revision>,
+}
+
+/// The directory's writer: a synchronous struct, owned by whoever listens to the control plane. Each [`Directory::apply`] publishes at most one
+/// snapshot; readers go on with the one before until then. Dropping it leaves readers with the last.
+#[derive(Debug)]
+pub struct Directory {
+    next: Snapshot,
+    texts: Interner,
+    shared: Arc<Shared>,
+}
+
+/// Reads the newest published snapshot. Cloning is cheap; every worker has its own.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    shared: Arc<Shared>,
+}
+
+impl Reader {
+    /// The newest snapshot, without touching its reference count: for the length of one decision.
+    pub fn load(&self) -> Guard<Arc<Snapshot>> {
+        self.shared.snapshot.load()
+    }
+
+    /// The newest snapshot, to keep.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.shared.snapshot.load_full()
+    }
+
+    /// Wakes when a new snapshot is published. Several publications may be seen as one; the revisions tell what to look at.
+    pub fn changes(&self) -> watch::Receiver<Revision> {
+        self.shared.revision.subscribe()
+    }
+}
+
+impl Directory {
+    /// An empty directory and a first reader.
+    pub fn new() -> (Self, Reader) {
+        let snapshot = ArcSwap::from_pointee(Snapshot::default());
+        let shared = Arc::new(Shared { snapshot, revision: watch::Sender::new(Revision::default()) });
+        let directory =
+            Self { next: Snapshot::default(), texts: Interner::default(), shared: Arc::clone(&shared) };
+        (directory, Reader { shared })
+    }
+
+    /// Applies `updates` in order and publishes the result if it differs. What cannot be read is returned, to be nacked; the rest is applied.
+    /// Of a rejected workload or service the last good form stays; in place of a rejected policy stands one that refuses ([`Policy::closed`]).
+    pub fn apply(&mut self, updates: impl IntoIterator<Item = Update>) -> Vec<Rejected> {
+        let before = self.next.revision;
+        let mut rejected = Vec::new();
+        for update in updates {
+            let (name, result) = match update {
+                Update::Address { name, address } => (name, self.put_address(address)),
+                Update::AddressRemoved { name } => {
+                    self.remove_address(&name);
+                    continue;
+                }
+                Update::Policy { name, policy } => (name, self.put_policy(&policy)),
+                Update::PolicyRemoved { name } => {
+                    if self.next.policies.remove(&PolicyName::from(name.as_str())) {
+                        self.changed(true);
+                    }
+                    continue;
+                }
+            };
+            if let Err(error) = result {
+                rejected.push(Rejected { name, error });
+            }
+        }
+        if self.next.revision != before {
+            // Within one publication everything bears the same number, whatever the number of changes.
+            self.shared.snapshot.store(Arc::new(self.next.clone()));
+            self.shared.revision.send_replace(self.next.revision);
+        }
+        rejected
+    }
+
+    fn changed(&mut self, authorization: bool) {
+        let published = self.shared.revision.borrow().snapshot;
+        self.next.revision.snapshot = published + 1;
+        if authorization {
+            self.next.revision.authorization = published + 1;
+        }
+    }
+
+    fn put_address(&mut self, address: wire::Address) -> Result<(), InvalidResource> {
+        match address.r#type {
+            Some(wire::address::Type::Workload(source)) => {
+                let workload = convert::workload(source, &mut self.texts)?;
+                self.put_workload(workload);
+            }
+            Some(wire::address::Type::Service(source)) => {
+                let service = convert::service(&source, &mut self.texts)?;
+                self.put_service(service);
+            }
+            None => return Err(InvalidResource::Empty),
+        }
+        Ok(())
+    }
+
+    fn put_policy(&mut self, source: &security::Authorization) -> Result<(), InvalidResource> {
+        let (policy, error) = match Policy::compile(source) {
+            Ok(policy) => (policy, None),
+            Err(error) => (Policy::closed(source), Some(error.into())),
+        };
+        if self.next.policies.insert(policy) {
+            self.changed(true);
+        }
+        error.map_or(Ok(()), Err)
+    }
+
+    /// contracts.md, section 4: a workload's resource name is its uid, a service's `<namespace>/<hostname>`.
+    fn remove_address(&mut self, name: &str) {
+        if let Some(workload) = self.next.workloads.remove(name) {
+            self.withdraw(&workload);
+            self.changed(true);
+            self.next.note_removal(workload.uid.clone(), self.next.revision.snapshot);
+        } else if let Some(service) = HostRef::parse(name).and_then(|host| self.next.services.remove(&host)) {
+            self.retract(&service);
+            self.changed(false);
+        }
+    }
+
+    fn put_workload(&mut self, workload: Workload) {
+        let workload = Arc::new(workload);
+        let old = self.next.workloads.insert(workload.uid.clone(), Arc::clone(&workload));
+        if old.as_ref().is_some_and(|old| **old == *workload) {
+            // As it was: the maps keep the old copy that the indexes point to.
+            if let Some(old) = old {
+                self.next.workloads.insert(old.uid.clone(), old);
+            }
+            return;
+        }
+        let authorization = old
+            .as_ref()
+            .is_none_or(|old| old.policies != workload.policies || old.namespace != workload.namespace);
+        let kept = old.as_ref().map(|old| self.positions(old)).unwrap_or_default();
+        if let Some(old) = &old {
+            self.withdraw(old);
+        }
+        self.enter(&workload, &kept);
+        self.changed(authorization);
+    }
+
+    /// Where `workload` stands among those that claim the same addresses.
+    fn positions(&self, workload: &Arc<Workload>) -> Vec<(NetworkAddress, usize)> {
+        let claims = addresses(workload).filter_map(|address| {
+            let claims = self.next.by_address.get(&address)?;
+            let at = claims.iter().position(|claim| Arc::ptr_eq(claim, workload))?;
+            Some((address, at))
+        });
+        claims.collect()
+    }
+
+    /// Enters `workload` into every index. A claim on an address that it had keeps its `kept` place, so that a workload that changes (as when it
+    /// terminates) does not pass for a newer one.
+    fn enter(&mut self, workload: &Arc<Workload>, kept: &[(NetworkAddress, usize)]) {
+        for address in addresses(workload) {
+            let at = kept.iter().find(|(known, _)| *known == address).map(|(_, at)| *at);
+            let claims = self.next.by_address.entry(address).or_default();
+            claims.insert(at.unwrap_or(claims.len()).min(claims.len()), Arc::clone(workload));
+        }
+        self.next.by_identity.entry(workload.identity.clone()).or_default().push_back(Arc::clone(workload));
+        if !workload.hostname.is_empty() {
+            self.next
+                .by_hostname
+                .entry(Arc::clone(&workload.hostname))
+                .or_default()
+                .push(Arc::clone(workload));
+        }
+        for membership in &workload.services {
+            let endpoints = self.next.endpoints.entry(membership.host.clone()).or_default();
+            let endpoint = Endpoint { workload: Arc::clone(workload), ports: membership.ports.clone() };
+            Arc::make_mut(endpoints).insert(endpoint);
+            // Endpoints that come before their service get its balancing when it comes.
+            if endpoints.len() == 1
+                && let Some(service) = self.next.services.get(&membership.host)
+            {
+                Arc::make_mut(endpoints).set_balancing(&service.load_balancing);
+            }
+        }
+    }
+
+    /// Takes `workload` out of every index.
+    fn withdraw(&mut self, workload: &Arc<Workload>) {
+        for address in addresses(workload) {
+            let key = AddressRef { network: &address.network, address: address.address };
+            if let Some(claims) = self.next.by_address.get_mut(&key) {
+                claims.retain(|claim| !Arc::ptr_eq(claim, workload));
+                if claims.is_empty() {
+                    self.next.by_address.remove(&key);
+                }
+            }
+        }
+        if let Some(holders) = self.next.by_identity.get_mut(&workload.identity) {
+            if let Some(at) = holders.iter().position(|holder| Arc::ptr_eq(holder, workload))
+                && let Some(last) = holders.pop_back()
+                && at < holders.len()
+            {
+                holders.set(at, last);
+            }
+            if holders.is_empty() {
+                self.next.by_identity.remove(&workload.identity);
+            }
+        }
+        if let Some(named) = self.next.by_hostname.get_mut(&workload.hostname) {
+            named.retain(|other| !Arc::ptr_eq(other, workload));
+            if named.is_empty() {
+                self.next.by_hostname.remove(&workload.hostname);
+            }
+        }
+        for membership in &workload.services {
+            if let Some(endpoints) = self.next.endpoints.get_mut(&membership.host) {
+                let endpoints = Arc::make_mut(endpoints);
+                endpoints.remove(workload);
+                if endpoints.is_empty() {
+                    self.next.endpoints.remove(&membership.host);
+                }
+            }
+        }
+    }
+
+    fn put_service(&mut self, service: Service) {
+        let old = self.next.services.get(&service.host).cloned();
+        if old.as_ref().is_some_and(|old| **old == service) {
+            return;
+        }
+        if let Some(old) = &old {
+            self.retract(old);
+        }
+        let service = Arc::new(service);
+        self.next.services.insert(service.host.clone(), Arc::clone(&service));
+        for vip in &service.vips {
+            self.next.vips.insert(vip, &service.host);
+        }
+        let named = self.next.services_by_hostname.entry(Arc::clone(&service.host.hostname)).or_default();
+        let at = named.partition_point(|other| other.host.namespace < service.host.namespace);
+        named.insert(at, Arc::clone(&service));
+        if let Some(endpoints) = self.next.endpoints.get_mut(&service.host) {
+            Arc::make_mut(endpoints).set_balancing(&service.load_balancing);
+        }
+        self.changed(false);
+    }
+
+    /// Takes `service` out of every index but the one of names; its endpoints stay, for when it comes again.
+    fn retract(&mut self, service: &Arc<Service>) {
+        for vip in &service.vips {
+            self.next.vips.remove(vip, &service.host);
+        }
+        if let Some(named) = self.next.services_by_hostname.get_mut(&service.host.hostname) {
+            named.retain(|other| !Arc::ptr_eq(other, service));
+            if named.is_empty() {
+                self.next.services_by_hostname.remove(&service.host.hostname);
+            }
+        }
+    }
+}
+
+/// The addresses by which a workload is found; those of its node are not its own.
+fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
+    let own = if workload.host_network { &[] } else { &*workload.addresses };
+    own.iter().map(|address| NetworkAddress { network: Arc::clone(&workload.network), address: *address })
+}
