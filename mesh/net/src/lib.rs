@@ -8,6 +8,7 @@
 //! - [`listen`], [`accept`]: listening sockets in a namespace, and accepting under pressure;
 //! - [`socket`]: options, original destinations, resets;
 //! - [`conntrack`]: the original destination of redirected datagrams;
+//! - [`sockdiag`], [`pidfd`]: which sockets a namespace has, and who holds them;
 //! - [`seqpacket`]: packets with descriptors over unix sockets;
 //! - [`splice`], [`relay`]: moving bytes between connections;
 //! - [`drain`]: the two steps in which a server stops.
@@ -18,10 +19,12 @@ pub mod conntrack;
 pub mod drain;
 pub mod listen;
 pub mod netns;
+pub mod pidfd;
 mod pipe;
 mod readiness;
 pub mod relay;
 pub mod seqpacket;
+pub mod sockdiag;
 pub mod socket;
 pub mod splice;
 pub mod stock;

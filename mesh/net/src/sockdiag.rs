@@ -1,0 +1,162 @@
+//! The sockets of a namespace, as the kernel lists them (sock_diag(7)).
+//!
+//! The node agent asks which connections still go through the proxy, which are older than a pod's
+//! redirection, and who holds a listening port.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::netns::{Netns, NetnsError};
+use crate::socket::Family;
+
+const NETLINK_SOCK_DIAG: i32 = 4;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST_DUMP: u16 = 0x301;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const INET_DIAG_MARK: u16 = 15;
+const HEADER: usize = 16;
+/// `struct inet_diag_msg`.
+const MESSAGE: usize = 72;
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What kind of socket is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// TCP connections that carry or may still carry data: neither listening, closed nor waiting out
+    /// their time.
+    TcpConnections,
+    /// TCP listeners.
+    TcpListeners,
+    /// UDP sockets.
+    Udp,
+}
+
+/// A socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Its own address.
+    pub local: SocketAddr,
+    /// Its peer's; unspecified for a listener.
+    pub remote: SocketAddr,
+    /// Its mark; 0 without `CAP_NET_ADMIN`.
+    pub mark: u32,
+    /// Its inode, as in `/proc/PID/fd`; 0 when no process holds it.
+    pub inode: u32,
+}
+
+/// Lists the sockets of one kind and both families in `inside`.
+pub async fn list(inside: &Netns, kind: Kind) -> Result<Vec<Entry>, NetnsError> {
+    let fail = |source| NetnsError::Socket { attempt: format!("list {kind:?}"), id: inside.id(), source };
+    let socket = inside.run(open).await?.map_err(fail)?;
+    let listed = tokio::task::spawn_blocking(move || list_with(socket, kind)).await;
+    listed.unwrap_or_else(|e| Err(io::Error::other(e))).map_err(fail)
+}
+
+fn open() -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::from(libc::AF_NETLINK),
+        Type::RAW.cloexec(),
+        Some(Protocol::from(NETLINK_SOCK_DIAG)),
+    )?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn list_with(mut socket: Socket, kind: Kind) -> io::Result<Vec<Entry>> {
+    let mut found = Vec::new();
+    for (sequence, family) in [(1, Family::V4), (2, Family::V6)] {
+        socket.write_all(&request(kind, family, sequence))?;
+        match receive(&mut socket, sequence, &mut found) {
+            // IPv6 may be missing from the kernel.
+            Err(error) if family == Family::V6 && error.raw_os_error() == Some(libc::ENOENT) => {}
+            other => other?,
+        }
+    }
+    Ok(found)
+}
+
+/// `struct nlmsghdr`, then `struct inet_diag_req_v2` with an empty socket id.
+fn request(kind: Kind, family: Family, sequence: u32) -> Vec<u8> {
+    const ESTABLISHED_LIKE: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+    let (protocol, states) = match kind {
+        Kind::TcpConnections => (libc::IPPROTO_TCP, ESTABLISHED_LIKE),
+        Kind::TcpListeners => (libc::IPPROTO_TCP, 1 << 10),
+        Kind::Udp => (libc::IPPROTO_UDP, u32::MAX),
+    };
+    let family = match family {
+        Family::V4 => libc::AF_INET,
+        Family::V6 => libc::AF_INET6,
+    };
+    let mut message = Vec::with_capacity(HEADER + 56);
+    message.extend_from_slice(&(HEADER as u32 + 56).to_ne_bytes());
+    message.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    message.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
+    message.extend_from_slice(&sequence.to_ne_bytes());
+    message.extend_from_slice(&0_u32.to_ne_bytes());
+    message.extend_from_slice(&[family as u8, protocol as u8, 0, 0]);
+    message.extend_from_slice(&states.to_ne_bytes());
+    message.resize(HEADER + 56, 0);
+    message
+}
+
+fn receive(socket: &mut Socket, sequence: u32, found: &mut Vec<Entry>) -> io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let n = socket.read(&mut buffer)?;
+        let mut rest = buffer.get(..n).unwrap_or_default();
+        while let Some(len) = u32_at(rest, 0).map(|len| len as usize).filter(|len| *len >= HEADER) {
+            let Some(message) = rest.get(..len) else { break };
+            if u32_at(message, 8) == Some(sequence) {
+                match u16_at(message, 4) {
+                    Some(NLMSG_DONE) => return Ok(()),
+                    Some(NLMSG_ERROR) => {
+                        let code = u32_at(message, HEADER).unwrap_or_default() as i32;
+                        return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
+                    }
+                    _ => found.extend(message.get(HEADER..).and_then(entry)),
+                }
+            }
+            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
+/// `struct inet_diag_msg`: family, state, timer, retransmits, then the socket id (ports and addresses
+/// in network order), expiry, queues, user and inode; attributes follow.
+fn entry(message: &[u8]) -> Option<Entry> {
+    let family = *message.first()?;
+    let port = |at: usize| Some(u16::from_be_bytes(message.get(at..at + 2)?.try_into().ok()?));
+    let address = |at: usize| -> Option<IpAddr> {
+        if i32::from(family) == libc::AF_INET {
+            Some(Ipv4Addr::from(<[u8; 4]>::try_from(message.get(at..at + 4)?).ok()?).into())
+        } else {
+            Some(Ipv6Addr::from(<[u8; 16]>::try_from(message.get(at..at + 16)?).ok()?).into())
+        }
+    };
+    let mut mark = 0;
+    let mut attributes = message.get(MESSAGE..)?;
+    while let Some(len) = u16_at(attributes, 0).map(usize::from).filter(|len| *len >= 4) {
+        if u16_at(attributes, 2) == Some(INET_DIAG_MARK) {
+            mark = u32_at(attributes, 4)?;
+        }
+        attributes = attributes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(Entry {
+        local: SocketAddr::new(address(8)?, port(4)?),
+        remote: SocketAddr::new(address(24)?, port(6)?),
+        mark,
+        inode: u32_at(message, 68)?,
+    })
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
