@@ -1,1 +1,13 @@
-//! End-to-end tests and benchmarks.
+//! What the end-to-end tests share: applications inside pods, steady loads, and waiting for conditions.
+//!
+//! The tests themselves are in `tests/`, the benchmark in `bench/`. Everything runs over real sockets in the
+//! network namespaces of an [`ambit_local`] cluster; nothing here imitates a part of the mesh.
+
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test that cannot go on says where and ends")]
+
+pub mod apps;
+pub mod load;
+pub mod place;
+pub mod wait;
+
+pub use place::Place;

@@ -1,0 +1,245 @@
+//! The applications that the benchmark drives: a server and a client for each kind of work.
+//!
+//! Both run as child processes inside pod namespaces. The client prints one JSON [`Outcome`] on its
+//! last line of output. Neither knows what lies between them.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+/// What a client does with its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Work {
+    /// The client sends as fast as it can; the server discards.
+    Bulk,
+    /// 64 bytes there, 64 bytes back, one at a time.
+    RoundTrip,
+    /// HTTP/1.1 requests on kept connections.
+    Http,
+    /// A connection, one round trip of 64 bytes, closed; one at a time on each task.
+    Connect,
+}
+
+impl Work {
+    /// The first byte a client sends, so that one server port serves every kind.
+    fn tag(self) -> u8 {
+        match self {
+            Work::Bulk => b'B',
+            Work::RoundTrip | Work::Connect => b'R',
+            Work::Http => b'G',
+        }
+    }
+}
+
+/// What a client measured.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Bytes of payload that arrived (bulk), or 0.
+    pub bytes: u64,
+    /// Round trips, requests or connections that were completed.
+    pub operations: u64,
+    /// Operations that failed.
+    pub errors: u64,
+    /// Wall-clock seconds of the measured part.
+    pub seconds: f64,
+    /// Median latency of an operation, in microseconds.
+    pub p50_us: f64,
+    /// 99th percentile of the latency of an operation, in microseconds.
+    pub p99_us: f64,
+}
+
+const MESSAGE: usize = 64;
+const BULK_CHUNK: usize = 256 * 1024;
+const REQUEST: &[u8] = b"GET /bench HTTP/1.1\r\nhost: server\r\nuser-agent: ambit-bench\r\naccept: */*\r\n\r\n";
+const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 64\r\n\r\n\
+0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+/// Latencies kept per client; more operations than this are still counted.
+const MAX_SAMPLES: usize = 4_000_000;
+
+/// Serves every kind of work on `listen` until the process ends.
+pub async fn serve(listen: SocketAddr) -> Result<()> {
+    let listener = TcpListener::bind(listen).await.with_context(|| format!("binding {listen}"))?;
+    println!("ready");
+    loop {
+        let (stream, _) = listener.accept().await.context("accepting")?;
+        stream.set_nodelay(true)?;
+        tokio::spawn(async move {
+            // A client that goes away ends its connection; there is nobody to tell.
+            if let Err(error) = serve_one(stream).await {
+                tracing::debug!(%error, "connection ended");
+            }
+        });
+    }
+}
+
+async fn serve_one(mut stream: TcpStream) -> Result<()> {
+    let mut first = [0u8; 1];
+    stream.read_exact(&mut first).await?;
+    match first[0] {
+        b'B' => serve_bulk(stream).await,
+        b'G' => serve_http(stream).await,
+        _ => serve_echo(stream).await,
+    }
+}
+
+/// Discards what comes; at the end of the stream answers with the count, so that the client measures arrival.
+async fn serve_bulk(mut stream: TcpStream) -> Result<()> {
+    let mut buffer = vec![0u8; BULK_CHUNK];
+    let mut total = 0u64;
+    loop {
+        let n = stream.read(&mut buffer).await?;
+        if n == 0 {
+            break;
+        }
+        total += n as u64;
+    }
+    stream.write_all(&total.to_be_bytes()).await?;
+    stream.shutdown().await?;
+    Ok(())
+}
+
+async fn serve_echo(mut stream: TcpStream) -> Result<()> {
+    let mut message = [0u8; MESSAGE];
+    let mut have = 1;
+    loop {
+        let n = stream.read(&mut message[have..]).await?;
+        if n == 0 {
+            return Ok(());
+        }
+        have += n;
+        if have == MESSAGE {
+            stream.write_all(&message).await?;
+            have = 0;
+        }
+    }
+}
+
+async fn serve_http(mut stream: TcpStream) -> Result<()> {
+    let mut buffer = [0u8; 4096];
+    let mut have = 1;
+    loop {
+        let n = stream.read(&mut buffer[have..]).await?;
+        if n == 0 {
+            return Ok(());
+        }
+        have += n;
+        while have >= REQUEST.len() {
+            stream.write_all(RESPONSE).await?;
+            buffer.copy_within(REQUEST.len()..have, 0);
+            have -= REQUEST.len();
+        }
+    }
+}
+
+/// Runs `work` against `server` with `connections` at once for `duration`.
+pub async fn drive(work: Work, server: SocketAddr, connections: usize, duration: Duration) -> Result<Outcome> {
+    let start = Instant::now();
+    let deadline = start + duration;
+    let mut tasks = Vec::with_capacity(connections);
+    for _ in 0..connections {
+        tasks.push(tokio::spawn(drive_one(work, server, deadline)));
+    }
+    let mut outcome = Outcome::default();
+    let mut samples = Vec::new();
+    for task in tasks {
+        let (part, mut latencies) = task.await??;
+        outcome.bytes += part.bytes;
+        outcome.operations += part.operations;
+        outcome.errors += part.errors;
+        samples.append(&mut latencies);
+    }
+    outcome.seconds = start.elapsed().as_secs_f64();
+    samples.sort_unstable();
+    outcome.p50_us = percentile(&samples, 0.50);
+    outcome.p99_us = percentile(&samples, 0.99);
+    Ok(outcome)
+}
+
+/// The `q` quantile of sorted nanoseconds, in microseconds.
+fn percentile(sorted: &[u64], q: f64) -> f64 {
+    let index = ((sorted.len() as f64) * q) as usize;
+    sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |&ns| ns as f64 / 1000.0)
+}
+
+async fn drive_one(work: Work, server: SocketAddr, deadline: Instant) -> Result<(Outcome, Vec<u64>)> {
+    match work {
+        Work::Bulk => Ok((drive_bulk(server, deadline).await?, Vec::new())),
+        Work::RoundTrip => drive_messages(work, server, deadline, &[b'R'; MESSAGE], MESSAGE).await,
+        Work::Http => drive_messages(work, server, deadline, REQUEST, RESPONSE.len()).await,
+        Work::Connect => drive_connects(server, deadline).await,
+    }
+}
+
+async fn open(server: SocketAddr) -> Result<TcpStream> {
+    let stream = TcpStream::connect(server).await.with_context(|| format!("connecting to {server}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+async fn drive_bulk(server: SocketAddr, deadline: Instant) -> Result<Outcome> {
+    let mut stream = open(server).await?;
+    let chunk = vec![Work::Bulk.tag(); BULK_CHUNK];
+    while Instant::now() < deadline {
+        stream.write_all(&chunk).await?;
+    }
+    stream.shutdown().await?;
+    let mut count = [0u8; 8];
+    stream.read_exact(&mut count).await.context("reading the count of bytes that arrived")?;
+    Ok(Outcome { bytes: u64::from_be_bytes(count), operations: 1, ..Outcome::default() })
+}
+
+async fn drive_messages(
+    work: Work,
+    server: SocketAddr,
+    deadline: Instant,
+    request: &[u8],
+    answer: usize,
+) -> Result<(Outcome, Vec<u64>)> {
+    debug_assert_eq!(request[0], work.tag());
+    let mut stream = open(server).await?;
+    let mut buffer = vec![0u8; answer];
+    let mut samples = Vec::with_capacity(100_000);
+    let mut outcome = Outcome::default();
+    loop {
+        let start = Instant::now();
+        if start >= deadline {
+            return Ok((outcome, samples));
+        }
+        stream.write_all(request).await?;
+        stream.read_exact(&mut buffer).await?;
+        outcome.operations += 1;
+        if samples.len() < MAX_SAMPLES {
+            samples.push(start.elapsed().as_nanos() as u64);
+        }
+    }
+}
+
+async fn drive_connects(server: SocketAddr, deadline: Instant) -> Result<(Outcome, Vec<u64>)> {
+    let mut samples = Vec::new();
+    let mut outcome = Outcome::default();
+    loop {
+        let start = Instant::now();
+        if start >= deadline {
+            return Ok((outcome, samples));
+        }
+        match connect_once(server).await {
+            Ok(()) => outcome.operations += 1,
+            Err(_) => outcome.errors += 1,
+        }
+        samples.push(start.elapsed().as_nanos() as u64);
+    }
+}
+
+async fn connect_once(server: SocketAddr) -> Result<()> {
+    let mut stream = open(server).await?;
+    let mut message = [b'R'; MESSAGE];
+    stream.write_all(&message).await?;
+    stream.read_exact(&mut message).await?;
+    Ok(())
+}

@@ -1,0 +1,214 @@
+//! A steady load: requests on new and on kept connections, every failure counted and kept.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::{Place, apps};
+
+/// How long a single request may take before it counts as failed.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// Failures whose text is kept.
+const KEPT_FAILURES: usize = 20;
+
+/// What a load looks like. The server is an [`apps::App::Http`].
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// Requests a second, each on a connection of its own.
+    pub new_per_second: u32,
+    /// Requests a second over all kept connections together.
+    pub kept_per_second: u32,
+    /// Kept connections.
+    pub kept_connections: u32,
+}
+
+impl Default for Shape {
+    /// The 200 requests a second of quality.md: 100 on new connections, 100 on ten kept ones.
+    fn default() -> Self {
+        Self { new_per_second: 100, kept_per_second: 100, kept_connections: 10 }
+    }
+}
+
+/// How a load went.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Requests on new connections that were answered.
+    pub new_answered: u64,
+    /// Requests on kept connections that were answered.
+    pub kept_answered: u64,
+    /// Requests on new connections that failed.
+    pub new_failed: u64,
+    /// Requests on kept connections that failed; a kept connection is opened again after a failure.
+    pub kept_failed: u64,
+    /// The first failures, with the time since the start.
+    pub failures: Vec<String>,
+}
+
+impl Tally {
+    /// # Panics
+    /// When a request failed, or too few were sent to tell.
+    pub fn assert_all_answered(&self) {
+        assert!(self.new_answered > 0 && self.kept_answered > 0, "the load did not run: {self:?}");
+        assert_eq!((self.new_failed, self.kept_failed), (0, 0), "requests failed: {self:#?}");
+    }
+}
+
+/// A load that runs until [`finish`](Self::finish).
+#[derive(Debug)]
+pub struct Load {
+    shared: Arc<Shared>,
+    tasks: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    place: Place,
+    target: SocketAddr,
+    start: Instant,
+    stopping: AtomicBool,
+    new_answered: AtomicU64,
+    kept_answered: AtomicU64,
+    new_failed: AtomicU64,
+    kept_failed: AtomicU64,
+    failures: Mutex<Vec<String>>,
+}
+
+impl Load {
+    /// Starts the load from `place` to `target`; returns once every kept connection has had an answer.
+    ///
+    /// # Errors
+    /// When a kept connection can't be opened.
+    pub async fn start(place: &Place, target: SocketAddr, shape: &Shape) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            place: place.clone(),
+            target,
+            start: Instant::now(),
+            stopping: AtomicBool::new(false),
+            new_answered: AtomicU64::new(0),
+            kept_answered: AtomicU64::new(0),
+            new_failed: AtomicU64::new(0),
+            kept_failed: AtomicU64::new(0),
+            failures: Mutex::new(Vec::new()),
+        });
+        let mut tasks = JoinSet::new();
+        for _ in 0..shape.kept_connections {
+            let mut stream = place.connect(target).await?;
+            apps::get(&mut stream).await?;
+            let pause = Duration::from_secs(1) * shape.kept_connections / shape.kept_per_second.max(1);
+            tasks.spawn(shared.clone().keep(Some(stream), pause));
+        }
+        if shape.new_per_second > 0 {
+            tasks.spawn(shared.clone().renew(Duration::from_secs(1) / shape.new_per_second));
+        }
+        Ok(Self { shared, tasks })
+    }
+
+    /// Waits until `count` more requests of each kind have ended, well or badly.
+    pub async fn more(&self, count: u64) {
+        let ended = |s: &Shared| {
+            let new = s.new_answered.load(Ordering::Relaxed) + s.new_failed.load(Ordering::Relaxed);
+            let kept = s.kept_answered.load(Ordering::Relaxed) + s.kept_failed.load(Ordering::Relaxed);
+            (new, kept)
+        };
+        let (new, kept) = ended(&self.shared);
+        let limit = REQUEST_LIMIT * 2 + Duration::from_millis(50) * u32::try_from(count).unwrap_or(u32::MAX);
+        crate::wait::until("more requests of the load", limit, || async {
+            let now = ended(&self.shared);
+            now.0 >= new + count && now.1 >= kept + count
+        })
+        .await;
+    }
+
+    /// How it went so far.
+    pub fn tally(&self) -> Tally {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Tally {
+            new_answered: get(&self.shared.new_answered),
+            kept_answered: get(&self.shared.kept_answered),
+            new_failed: get(&self.shared.new_failed),
+            kept_failed: get(&self.shared.kept_failed),
+            failures: self.shared.failures.lock().clone(),
+        }
+    }
+
+    /// Ends the load after the requests that run, and says how it went.
+    pub async fn finish(mut self) -> Tally {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        while let Some(ended) = self.tasks.join_next().await {
+            ended.expect("a task of the load panicked");
+        }
+        self.tally()
+    }
+}
+
+impl Shared {
+    fn running(&self) -> bool {
+        !self.stopping.load(Ordering::Relaxed)
+    }
+
+    fn fail(&self, counter: &AtomicU64, what: &str, error: &io::Error) {
+        counter.fetch_add(1, Ordering::Relaxed);
+        let mut failures = self.failures.lock();
+        if failures.len() < KEPT_FAILURES {
+            failures.push(format!("{:>6} ms: {what}: {error}", self.start.elapsed().as_millis()));
+        }
+    }
+
+    async fn keep(self: Arc<Self>, mut stream: Option<TcpStream>, pause: Duration) {
+        let mut turns = tokio::time::interval(pause);
+        while self.running() {
+            turns.tick().await;
+            let outcome = within(async {
+                let mut open = match stream.take() {
+                    Some(open) => open,
+                    None => self.place.connect(self.target).await?,
+                };
+                apps::get(&mut open).await?;
+                Ok(open)
+            });
+            match outcome.await {
+                Ok(open) => {
+                    stream = Some(open);
+                    self.kept_answered.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(error) => self.fail(&self.kept_failed, "kept connection", &error),
+            }
+        }
+    }
+
+    async fn renew(self: Arc<Self>, pause: Duration) {
+        let mut turns = tokio::time::interval(pause);
+        let mut requests = JoinSet::new();
+        while self.running() {
+            turns.tick().await;
+            let shared = self.clone();
+            requests.spawn(async move {
+                let outcome = within(async {
+                    let mut stream = shared.place.connect(shared.target).await?;
+                    apps::get(&mut stream).await
+                });
+                match outcome.await {
+                    Ok(_) => {
+                        shared.new_answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(error) => shared.fail(&shared.new_failed, "new connection", &error),
+                }
+            });
+            while requests.try_join_next().is_some() {}
+        }
+        while requests.join_next().await.is_some() {}
+    }
+}
+
+async fn within<T>(request: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    match tokio::time::timeout(REQUEST_LIMIT, request).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time")),
+    }
+}
