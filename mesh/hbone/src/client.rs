@@ -24,6 +24,7 @@ use tokio_rustls::client::TlsStream;
 use crate::driver::{Upkeep, Verdict};
 use crate::load::{Lease, Load};
 use crate::request::baggage;
+use crate::tunnel::Lingering;
 use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
 
 /// Plaintext and TLS records that may wait in the TLS layer: one large piece of a relay and its
@@ -245,7 +246,7 @@ pub async fn open_within(
     let limit = settings.handshake_timeout;
     // An inner window of the same size adds nothing: the outer one already holds the peer back.
     let budget = WindowBudget::new(0);
-    let connected = connect(outer.into_stream(), address, tls, expected, settings, budget);
+    let connected = connect(Lingering::new(outer.into_stream()), address, tls, expected, settings, budget);
     let (connection, driver) =
         timeout(limit, connected).await.map_err(|_| OpenError::HandshakeTimeout { address, limit })??;
     tokio::spawn(async move {

@@ -1,14 +1,17 @@
 //! An open tunnel: one HTTP/2 stream, both directions.
 
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use ambit_identity::SpiffeId;
 use ambit_net::relay::{Tier, buffers};
 use bytes::{Buf, BufMut, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use crate::Baggage;
 use crate::load::Lease;
@@ -159,5 +162,57 @@ impl AsyncWrite for TunnelStream {
             self.tunnel.send.send_data(Bytes::new(), true).map_err(io_error)?;
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+/// A [`TunnelStream`] that is closed as a whole: shutdown also waits for the peer's end, at most
+/// [`LINGER`]. Dropped right after its own end, HTTP/2 would send a reset that overtakes it.
+#[derive(Debug)]
+pub(crate) struct Lingering {
+    stream: TunnelStream,
+    limit: Option<Pin<Box<Sleep>>>,
+}
+
+/// How long a peer may take to answer an end with its own.
+const LINGER: Duration = Duration::from_secs(2);
+
+impl Lingering {
+    pub(crate) fn new(stream: TunnelStream) -> Lingering {
+        Lingering { stream, limit: None }
+    }
+}
+
+impl AsyncRead for Lingering {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Lingering {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Lingering { stream, limit } = &mut *self;
+        ready!(Pin::new(&mut *stream).poll_shutdown(cx))?;
+        let limit = limit.get_or_insert_with(|| Box::pin(sleep(LINGER)));
+        loop {
+            match stream.tunnel.recv.poll_data(cx) {
+                Poll::Ready(Some(Ok(data))) => {
+                    stream.tunnel.recv.flow_control().release_capacity(data.len()).map_err(io_error)?;
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => return limit.as_mut().poll(cx).map(Ok),
+            }
+        }
     }
 }

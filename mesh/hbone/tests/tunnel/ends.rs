@@ -1,0 +1,213 @@
+//! Ends, resets, and bytes in between.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_hbone::Settings;
+use ambit_net::relay::RelayError;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{Notify, mpsc};
+
+use crate::harness::*;
+
+#[tokio::test]
+async fn a_server_that_speaks_first_is_heard() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let server = application(|mut socket| async move {
+        socket.write_all(b"220 ready\r\n").await.unwrap();
+        let mut command = [0; 4];
+        socket.read_exact(&mut command).await.unwrap();
+        socket.write_all(b"221 bye\r\n").await.unwrap();
+    })
+    .await;
+    let (mut socket, task) = client.application(node.address, server).await;
+    let mut line = [0; 11];
+    soon("the greeting", socket.read_exact(&mut line)).await.unwrap();
+    assert_eq!(&line, b"220 ready\r\n");
+    socket.write_all(b"QUIT").await.unwrap();
+    let mut rest = Vec::new();
+    soon("the end", socket.read_to_end(&mut rest)).await.unwrap();
+    assert_eq!(rest, b"221 bye\r\n");
+    drop(socket);
+    let (ended, sent, received) = soon("the relay's end", task).await.unwrap();
+    ended.unwrap();
+    assert_eq!((sent, received), (4, 20));
+}
+
+#[tokio::test]
+async fn a_half_close_is_passed_on_and_the_other_direction_goes_on() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    // The server answers only when it has seen the client's end.
+    let server = application(|mut socket| async move {
+        let mut request = Vec::new();
+        socket.read_to_end(&mut request).await.unwrap();
+        request.reverse();
+        socket.write_all(&request).await.unwrap();
+    })
+    .await;
+    let (mut socket, task) = client.application(node.address, server).await;
+    let request = pattern(700_000);
+    let (mut reader, mut writer) = socket.split();
+    let send = async {
+        writer.write_all(&request).await.unwrap();
+        writer.shutdown().await.unwrap();
+    };
+    let mut answer = Vec::new();
+    let (_, read) = soon("the answer", async { tokio::join!(send, reader.read_to_end(&mut answer)) }).await;
+    read.unwrap();
+    answer.reverse();
+    assert!(answer == request, "the answer differs");
+    drop(socket);
+    soon("the relay's end", task).await.unwrap().0.unwrap();
+    until("the server's relay", || node.seen.relayed.lock().len() == 1).await;
+    assert!(node.seen.relayed.lock().iter().all(Result::is_ok));
+}
+
+#[tokio::test]
+async fn a_clients_reset_reaches_the_server_as_a_reset() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let server = application(move |mut socket| {
+        let tell = tell.clone();
+        async move {
+            let mut byte = [0];
+            socket.read_exact(&mut byte).await.unwrap();
+            socket.write_all(&byte).await.unwrap();
+            tell.send(socket.read(&mut byte).await.map_err(|error| error.kind())).unwrap();
+        }
+    })
+    .await;
+    let (mut socket, task) = client.application(node.address, server).await;
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(socket);
+    assert_eq!(soon("the server's notice", told.recv()).await.unwrap(), Err(ErrorKind::ConnectionReset));
+    assert!(soon("the relay's end", task).await.unwrap().0.is_err());
+}
+
+#[tokio::test]
+async fn a_servers_reset_reaches_the_client_as_a_reset() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let server = application(|mut socket| async move {
+        socket.read_u8().await.unwrap();
+        socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap();
+    })
+    .await;
+    let (mut socket, task) = client.application(node.address, server).await;
+    socket.write_all(b"x").await.unwrap();
+    let read = soon("the reset", socket.read_u8()).await;
+    assert_eq!(read.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let (ended, ..) = soon("the relay's end", task).await.unwrap();
+    assert!(matches!(ended, Err(RelayError::Read { .. })));
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_killed_resets_its_tunnels() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let (mut socket, _task) = client.application(node.address, echo().await).await;
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    node.kill();
+    let read = soon("the reset", socket.read_u8()).await;
+    assert_eq!(read.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    until("the pool's notice", || client.pool.connections() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bulk_arrives_byte_for_byte_both_ways_at_once() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let (socket, task) = client.application(node.address, echo().await).await;
+    let data = Arc::new(pattern(48 * 1024 * 1024));
+    let (mut reader, mut writer) = socket.into_split();
+    let sent = Arc::clone(&data);
+    tokio::spawn(async move {
+        writer.write_all(&sent).await.unwrap();
+        writer.shutdown().await.unwrap();
+    });
+    let mut got = Vec::new();
+    soon("all of it", reader.read_to_end(&mut got)).await.unwrap();
+    assert!(got == *data, "{} bytes came back, altered", got.len());
+    let (ended, sent, received) = soon("the relay's end", task).await.unwrap();
+    ended.unwrap();
+    assert_eq!((sent, received), (data.len() as u64, data.len() as u64));
+}
+
+#[tokio::test]
+async fn a_reader_that_stalls_holds_only_itself_back() {
+    let world = World::new();
+    // One connection only, so that the small stream shares it with the stalled one.
+    let settings = Settings { spread: 1, max_connections: 1, ..Settings::default() };
+    let node = Node::start(&world, "server", settings.clone()).await;
+    let client = Client::new(&world, "client", settings);
+    let proceed = Arc::new(Notify::new());
+    let stalled = Arc::clone(&proceed);
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let server = application(move |mut socket| {
+        let (stalled, tell) = (Arc::clone(&stalled), tell.clone());
+        async move {
+            stalled.notified().await;
+            let mut all = Vec::new();
+            socket.read_to_end(&mut all).await.unwrap();
+            tell.send(all).unwrap();
+        }
+    })
+    .await;
+    let (bulk, _bulk_task) = client.application(node.address, server).await;
+    let (mut small, _small_task) = client.application(node.address, echo().await).await;
+    let data = Arc::new(pattern(24 * 1024 * 1024));
+    let sending = {
+        let data = Arc::clone(&data);
+        let mut bulk = bulk;
+        tokio::spawn(async move {
+            bulk.write_all(&data).await.unwrap();
+            bulk.shutdown().await.unwrap();
+            bulk
+        })
+    };
+    for round in 0..200_u32 {
+        small.write_all(&round.to_be_bytes()).await.unwrap();
+        assert_eq!(soon("the small stream", small.read_u32()).await.unwrap(), round);
+    }
+    assert!(!sending.is_finished(), "the stalled reader's sender was never held back");
+    proceed.notify_one();
+    let all = soon("the stalled bytes", told.recv()).await.unwrap();
+    assert!(all == *data, "the stalled bytes differ");
+    assert_eq!(client.dials(), 1);
+    soon("the sender", sending).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_idle_relay_ends_at_its_limit_and_a_busy_one_does_not() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let tunnel = client.open(node.address, echo().await).await.unwrap();
+    let (mut application, mut socket) = pair().await;
+    let limit = Duration::from_millis(300);
+    let task = tokio::spawn(async move {
+        let counters = ambit_net::relay::Counters::new();
+        let side = ambit_net::relay::Side::Downstream;
+        ambit_hbone::relay(&mut socket, side, tunnel, &counters, Some(limit)).await
+    });
+    for _ in 0..10 {
+        tokio::time::sleep(limit / 6).await;
+        application.write_all(b"x").await.unwrap();
+        soon("the echo", application.read_u8()).await.unwrap();
+    }
+    assert!(!task.is_finished());
+    assert!(matches!(soon("the end", task).await.unwrap(), Err(RelayError::Idle(_))));
+}

@@ -1,0 +1,350 @@
+//! What tunnels of one pool share, and when they stop sharing it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use ambit_hbone::{ConnectRequest, InFlight, OpenError, Settings};
+use futures_util::future::join_all;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+use crate::harness::*;
+
+#[tokio::test]
+async fn many_first_tunnels_share_one_connection() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let opened = join_all((0..50).map(|_| client.open(node.address, target))).await;
+    assert!(opened.iter().all(Result::is_ok));
+    assert_eq!((client.dials(), node.seen.accepted()), (1, 1));
+    assert_eq!(client.counters.shared.get(), 49);
+    assert_eq!(client.pool.tunnels(), 50);
+    drop(opened);
+    assert_eq!(client.pool.tunnels(), 0);
+}
+
+#[tokio::test]
+async fn those_who_waited_see_the_failure_of_the_one_who_dialled() {
+    let world = World::new();
+    let client = Client::new(&world, "client", Settings::default());
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let opened = join_all((0..20).map(|_| client.open(nobody, nobody))).await;
+    assert!(opened.iter().all(|opened| matches!(opened, Err(OpenError::Dial { .. }))));
+    assert_eq!(client.dials(), 1);
+    // A later one tries again.
+    assert!(client.open(nobody, nobody).await.is_err());
+    assert_eq!(client.dials(), 2);
+}
+
+#[tokio::test]
+async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
+    let (request, key, address) = (ConnectRequest::new(target), client.key(node.address), node.address);
+    let gate = Arc::new(Notify::new());
+    let slow = || {
+        let gate = Arc::clone(&gate);
+        async move {
+            gate.notified().await;
+            TcpStream::connect(address).await
+        }
+    };
+    let first = client.pool.open(&key, &tls, &expected, &request, slow);
+    assert!(tokio::time::timeout(Duration::from_millis(50), first).await.is_err());
+    let second = client.open(node.address, target);
+    let (opened, ()) = tokio::join!(second, async {
+        until("the second's waiting", || client.counters.shared.get() == 1).await;
+        gate.notify_one();
+    });
+    opened.unwrap();
+    assert_eq!(client.dials(), 0, "the second one dialled");
+}
+
+#[tokio::test]
+async fn a_full_connection_gets_a_companion_and_the_last_limit_is_an_error() {
+    let world = World::new();
+    let settings = Settings { max_streams: 2, max_connections: 2, spread: 1, ..Settings::default() };
+    let node = Node::start(&world, "server", settings.clone()).await;
+    let client = Client::new(&world, "client", settings);
+    let target = echo().await;
+    let mut tunnels = Vec::new();
+    for _ in 0..4 {
+        tunnels.push(client.open(node.address, target).await.unwrap());
+    }
+    assert_eq!(client.dials(), 2);
+    assert!(matches!(
+        client.open(node.address, target).await,
+        Err(OpenError::Exhausted { connections: 2, .. })
+    ));
+    tunnels.pop();
+    client.open(node.address, target).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_peers_limit_of_streams_is_kept() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings { max_streams: 3, ..Settings::default() }).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    // The first tells the peer's limit.
+    let mut tunnels = vec![client.open(node.address, target).await.unwrap()];
+    for _ in 0..8 {
+        tunnels.push(client.open(node.address, target).await.unwrap());
+    }
+    assert_eq!(client.dials(), 3);
+}
+
+#[tokio::test]
+async fn beside_a_bulk_stream_a_new_tunnel_gets_a_connection_of_its_own() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let sink = application(|mut socket| async move {
+        let _ = tokio::io::copy(&mut socket, &mut tokio::io::sink()).await;
+    })
+    .await;
+    let (mut bulk, _task) = client.application(node.address, sink).await;
+    let busy = tokio::spawn(async move {
+        let chunk = pattern(1024 * 1024);
+        while bulk.write_all(&chunk).await.is_ok() {}
+    });
+    let target = echo().await;
+    let spread = async {
+        // Once 10 MiB have gone through.
+        while client.dials() < 2 {
+            client.open(node.address, target).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon("a second connection", spread).await;
+    let one = client.open(node.address, target).await.unwrap();
+    let two = client.open(node.address, target).await.unwrap();
+    assert_eq!(client.dials(), 2, "tunnels spread although a quiet connection was there");
+    drop((one, two));
+    busy.abort();
+}
+
+#[tokio::test]
+async fn eviction_keeps_new_tunnels_off_and_lets_open_ones_finish() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (mut socket, task) = client.application(node.address, target).await;
+    let key = client.key(node.address);
+    client.pool.evict(&key.destination, InFlight::Finish);
+    assert_eq!(client.counters.evicted.get(), 1);
+    assert_eq!(client.pool.connections_of(&key), 0);
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    client.open(node.address, target).await.unwrap();
+    assert_eq!(client.dials(), 2);
+    drop(socket);
+    soon("the relay's end", task).await.unwrap().0.unwrap();
+    until("the evicted connection's end", || node.seen.connections_ended() == 1).await;
+    assert!(node.seen.ended.lock().iter().all(Result::is_ok));
+}
+
+#[tokio::test]
+async fn eviction_can_cut_and_other_workloads_are_unharmed() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (mut gone, task) = client.application(node.address, target).await;
+    let mut other_key = client.key(node.address);
+    other_key.destination = "Kubernetes//v1/Pod/default/other".into();
+    let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
+    let request = ConnectRequest::new(target);
+    let dial = || TcpStream::connect(node.address);
+    let other = client.pool.open(&other_key, &tls, &expected, &request, dial).await.unwrap();
+    client.pool.evict(&client.key(node.address).destination, InFlight::Cut);
+    soon("the cut", gone.read_u8()).await.unwrap_err();
+    assert!(soon("the relay's end", task).await.unwrap().0.is_err());
+    let mut other = other.into_stream();
+    other.write_all(b"x").await.unwrap();
+    soon("the other's echo", other.read_u8()).await.unwrap();
+}
+
+#[tokio::test]
+async fn eviction_reaches_a_connection_that_is_being_made() {
+    let world = World::new();
+    let client = Client::new(&world, "client", Settings::default());
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = silent.local_addr().unwrap();
+    let open = client.open(address, address);
+    let evict = async {
+        until("the dial", || client.dials() == 1).await;
+        tokio::task::yield_now().await;
+        client.pool.evict(&client.key(address).destination, InFlight::Finish);
+    };
+    let (opened, ()) = tokio::join!(open, evict);
+    assert!(matches!(opened, Err(OpenError::Abandoned { .. } | OpenError::Evicted { .. })), "{opened:?}");
+}
+
+#[tokio::test]
+async fn after_a_renewal_new_tunnels_use_the_new_certificate_and_old_ones_live_on() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let mut client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let mut old = client.open(node.address, target).await.unwrap().into_stream();
+    client.certificate = world.certificate("client");
+    client.open(node.address, target).await.unwrap();
+    assert_eq!(client.dials(), 2);
+    old.write_all(b"x").await.unwrap();
+    soon("the old one's echo", old.read_u8()).await.unwrap();
+    drop(old);
+    until("the old connection's end", || node.seen.connections_ended() == 1).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_is_not_accepted_any_more_is_cut() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let (mut socket, _task) = client.application(node.address, echo().await).await;
+    client.pool.retain(|_| true);
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    client.pool.retain(|peer| peer.identity() != &World::id("server"));
+    soon("the cut", socket.read_u8()).await.unwrap_err();
+    until("the pool's notice", || client.pool.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn goaway_lets_open_tunnels_finish_and_sends_new_ones_elsewhere() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (mut socket, task) = client.application(node.address, target).await;
+    node.drain();
+    let moved = async {
+        while client.dials() < 2 {
+            client.open(node.address, target).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon("a new connection", moved).await;
+    for _ in 0..10 {
+        socket.write_all(b"x").await.unwrap();
+        soon("the echo", socket.read_u8()).await.unwrap();
+    }
+    drop(socket);
+    soon("the relay's end", task).await.unwrap().0.unwrap();
+    until("the drained connection's end", || node.seen.connections_ended() == 1).await;
+    assert!(node.seen.ended.lock().iter().all(Result::is_ok));
+}
+
+#[tokio::test]
+async fn no_tunnel_fails_while_the_server_drains_again_and_again() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let opened = AtomicUsize::new(0);
+    let load = async {
+        for _ in 0..300 {
+            client.open(node.address, target).await.unwrap();
+            opened.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    let drains = async {
+        while opened.load(Ordering::SeqCst) < 300 {
+            node.drain();
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    };
+    soon("the load", async { tokio::join!(load, drains) }).await;
+    assert!(client.dials() > 2, "no drain took effect");
+}
+
+#[tokio::test]
+async fn a_connection_without_tunnels_is_closed_after_the_idle_time() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let idle_timeout = Duration::from_millis(200);
+    let client = Client::new(&world, "client", Settings { idle_timeout, ..Settings::default() });
+    let target = echo().await;
+    let tunnel = client.open(node.address, target).await.unwrap();
+    tokio::time::sleep(2 * idle_timeout).await;
+    assert_eq!(client.pool.connections(), 1, "closed under an open tunnel");
+    drop(tunnel);
+    until("the idle close", || client.pool.connections() == 0).await;
+    until("the server's end", || node.seen.connections_ended() == 1).await;
+    assert!(node.seen.ended.lock().iter().all(Result::is_ok));
+}
+
+#[tokio::test]
+async fn a_server_closes_an_idle_connection_as_well() {
+    let world = World::new();
+    let idle_timeout = Duration::from_millis(200);
+    let node = Node::start(&world, "server", Settings { idle_timeout, ..Settings::default() }).await;
+    let client = Client::new(&world, "client", Settings::default());
+    client.open(node.address, echo().await).await.unwrap();
+    until("the server's end", || node.seen.connections_ended() == 1).await;
+    until("the pool's notice", || client.pool.connections() == 0).await;
+}
+
+#[tokio::test]
+async fn a_path_that_goes_silent_is_noticed_by_ping() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let settings = Settings {
+        ping_interval: Duration::from_millis(100),
+        ping_timeout: Duration::from_millis(300),
+        ..Settings::default()
+    };
+    let client = Client::new(&world, "client", settings);
+    // A wire that can be cut without either end being told.
+    let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (middle, far) = (wire.local_addr().unwrap(), node.address);
+    let cut = Arc::new(Notify::new());
+    let cut_here = Arc::clone(&cut);
+    let forwarding = tokio::spawn(async move {
+        let (mut near, _) = wire.accept().await.unwrap();
+        let mut far = TcpStream::connect(far).await.unwrap();
+        tokio::select! {
+            _ = copy_bidirectional(&mut near, &mut far) => {}
+            () = cut_here.notified() => {}
+        }
+        std::future::pending::<()>().await;
+    });
+    let (mut socket, _task) = client.application(middle, echo().await).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    cut.notify_one();
+    soon("the notice", socket.read_u8()).await.unwrap_err();
+    assert_eq!(client.counters.ping_timeouts.get(), 1);
+    assert_eq!(client.pool.connections(), 0);
+    forwarding.abort();
+}
+
+#[tokio::test]
+async fn a_draining_pool_refuses_and_a_dropped_one_closes_what_is_idle() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (mut socket, _task) = client.application(node.address, target).await;
+    client.pool.drain();
+    assert!(matches!(client.open(node.address, target).await, Err(OpenError::Draining)));
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    client.pool.cut();
+    soon("the cut", socket.read_u8()).await.unwrap_err();
+
+    let second = Client::new(&world, "client", Settings::default());
+    second.open(node.address, target).await.unwrap();
+    drop(second);
+    until("both ends", || node.seen.connections_ended() == 2).await;
+}
