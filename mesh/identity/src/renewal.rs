@@ -95,13 +95,31 @@ impl Slot {
     }
 }
 
+/// What is due, in order: by how long it waits, renewals by the end of the certificate to be replaced.
+#[derive(Debug, Default)]
+struct Ready {
+    waited: BTreeSet<(SystemTime, SpiffeId)>,
+    missing: BTreeSet<(SystemTime, SpiffeId)>,
+    renewal: BTreeSet<(SystemTime, SpiffeId)>,
+}
+
+impl Ready {
+    fn of(&mut self, urgency: Urgency) -> &mut BTreeSet<(SystemTime, SpiffeId)> {
+        match urgency {
+            Urgency::Waited => &mut self.waited,
+            Urgency::Missing => &mut self.missing,
+            Urgency::Renewal => &mut self.renewal,
+        }
+    }
+}
+
 /// The renewal of all identities of a process.
 #[derive(Debug)]
 pub struct Renewals {
     policy: RenewalPolicy,
     slots: HashMap<SpiffeId, Slot>,
     timers: BTreeSet<(SystemTime, SpiffeId)>,
-    ready: BTreeSet<(Urgency, SystemTime, SpiffeId)>,
+    ready: Ready,
     running_background: usize,
     running_waited: usize,
     dropped: Vec<SpiffeId>,
@@ -115,7 +133,7 @@ impl Renewals {
             policy,
             slots: HashMap::new(),
             timers: BTreeSet::new(),
-            ready: BTreeSet::new(),
+            ready: Ready::default(),
             running_background: 0,
             running_waited: 0,
             dropped: Vec::new(),
@@ -214,12 +232,11 @@ impl Renewals {
         self.wake_due(now);
         let may_waited = self.running_waited < self.policy.max_waited;
         let may_background = self.running_background < self.policy.max_background;
-        let next = self.ready.iter().find(|(urgency, _, _)| match urgency {
-            Urgency::Waited => may_waited,
-            Urgency::Missing | Urgency::Renewal => may_background,
-        });
-        let (urgency, since, identity) = next?.clone();
-        self.ready.remove(&(urgency, since, identity.clone()));
+        let (urgency, (since, identity)) = [Urgency::Waited, Urgency::Missing, Urgency::Renewal]
+            .into_iter()
+            .filter(|urgency| if *urgency == Urgency::Waited { may_waited } else { may_background })
+            .find_map(|urgency| Some((urgency, self.ready.of(urgency).first()?.clone())))?;
+        self.ready.of(urgency).remove(&(since, identity.clone()));
         match urgency {
             Urgency::Waited => self.running_waited += 1,
             Urgency::Missing | Urgency::Renewal => self.running_background += 1,
@@ -277,7 +294,7 @@ impl Renewals {
         }
         let ready = &mut self.ready;
         Ok(self.slots.entry(identity.clone()).or_insert_with(|| {
-            ready.insert((urgency, now, identity.clone()));
+            ready.of(urgency).insert((now, identity.clone()));
             Slot {
                 holds: 0,
                 is_wanted: false,
@@ -290,8 +307,14 @@ impl Renewals {
         }))
     }
 
-    /// Moves what is due from `timers` to `ready`.
+    /// Moves what is due from `timers` to `ready`, and renewals that came too late to the missing ones.
     fn wake_due(&mut self, now: SystemTime) {
+        while let Some((not_after, identity)) = self.ready.renewal.first().cloned() {
+            if not_after > now {
+                break;
+            }
+            self.make_ready(&identity, Urgency::Missing, now);
+        }
         while let Some((time, identity)) = self.timers.first().cloned() {
             if time > now {
                 return;
@@ -369,7 +392,7 @@ impl Renewals {
         self.unschedule(identity);
         if let Some(slot) = self.slots.get_mut(identity) {
             slot.phase = Phase::Ready(urgency, since);
-            self.ready.insert((urgency, since, identity.clone()));
+            self.ready.of(urgency).insert((since, identity.clone()));
         }
     }
 
@@ -379,7 +402,7 @@ impl Renewals {
                 self.timers.remove(&(until, identity.clone()));
             }
             Some(Phase::Ready(urgency, since)) => {
-                self.ready.remove(&(urgency, since, identity.clone()));
+                self.ready.of(urgency).remove(&(since, identity.clone()));
             }
             Some(Phase::Running(_)) | None => {}
         }

@@ -1,0 +1,352 @@
+//! Real TLS handshakes over loopback: who is let in, who is not, and what is negotiated.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use ambit_identity::{
+    CipherPreference, PeerCertificate, PeerError, Revocations, SpiffeId, TlsSettings, Trust, Usage,
+    WorkloadCertificate, verify_server,
+};
+use rustls::{CipherSuite, NamedGroup, ProtocolVersion};
+use support::{HOUR, TestCa, Wish, domain, meet, trust_in};
+
+const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
+const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/server";
+
+fn id(text: &str) -> SpiffeId {
+    text.parse().unwrap()
+}
+
+/// The client is let in by the server, and both know each other.
+async fn assert_meet(client: &WorkloadCertificate, server: &WorkloadCertificate) {
+    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
+    let peer = PeerCertificate::from_connection(accepted.get_ref().1).unwrap();
+    assert_eq!(peer.identity(), client.identity());
+    let expected = [server.identity().clone()];
+    assert_eq!(verify_server(dialled.get_ref().1, &expected).unwrap().identity(), server.identity());
+}
+
+/// The server refuses the client with this alert.
+async fn assert_client_refused(client: &WorkloadCertificate, server: &WorkloadCertificate, reason: &str) {
+    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    assert!(dialled.is_err(), "the client got a byte");
+    let error = accepted.unwrap_err().to_string();
+    assert!(error.contains(reason), "{error:?} does not say {reason:?}");
+}
+
+/// The client refuses the server.
+async fn assert_server_refused(client: &WorkloadCertificate, server: &WorkloadCertificate, reason: &str) {
+    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    assert!(accepted.is_err(), "the server believes that it was accepted");
+    let error = dialled.unwrap_err().to_string();
+    assert!(error.contains(reason), "{error:?} does not say {reason:?}");
+}
+
+#[tokio::test]
+async fn two_workloads_of_a_trust_domain_meet_over_tls_1_3_with_post_quantum_key_exchange_and_aes_128() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
+    let connection = accepted.get_ref().1;
+    assert_eq!(connection.protocol_version(), Some(ProtocolVersion::TLSv1_3));
+    assert_eq!(connection.alpn_protocol(), Some(b"h2".as_slice()));
+    assert_eq!(connection.server_name(), None);
+    let suite = connection.negotiated_cipher_suite().map(|suite| suite.suite());
+    assert_eq!(suite, Some(CipherSuite::TLS13_AES_128_GCM_SHA256));
+    let group = connection.negotiated_key_exchange_group().map(|group| group.name());
+    assert_eq!(group, Some(NamedGroup::X25519MLKEM768));
+    assert_eq!(PeerCertificate::from_connection(connection).unwrap().identity(), &id(CLIENT));
+    assert!(verify_server(dialled.get_ref().1, &[id(SERVER)]).is_ok());
+}
+
+#[tokio::test]
+async fn aes_256_is_chosen_when_the_client_prefers_it() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let aes_256 = TlsSettings { ciphers: CipherPreference::Aes256First };
+    let client = ca.workload_with(&trust, &Wish::valid(&[CLIENT]), aes_256);
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    let (_, accepted) = meet(client.client_config(), server.server_config()).await;
+    let suite = accepted.unwrap().get_ref().1.negotiated_cipher_suite().map(|suite| suite.suite());
+    assert_eq!(suite, Some(CipherSuite::TLS13_AES_256_GCM_SHA384));
+}
+
+#[tokio::test]
+async fn a_client_without_certificate_is_refused() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(server.roots()[0].clone()).unwrap();
+    let mut anonymous = rustls::ClientConfig::builder_with_provider(TlsSettings::default().provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyServer))
+        .with_no_client_auth();
+    anonymous.alpn_protocols = vec![b"h2".to_vec()];
+    let (dialled, accepted) = meet(Arc::new(anonymous), server.server_config()).await;
+    assert!(dialled.is_err(), "the client got a byte");
+    assert!(accepted.unwrap_err().to_string().contains("sent no certificates"));
+}
+
+#[tokio::test]
+async fn tls_1_2_is_refused() {
+    let ca = TestCa::new("root");
+    let server = ca.workload(&trust_in(&[&ca]), &Wish::valid(&[SERVER]));
+    let old =
+        rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS12])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AnyServer))
+            .with_no_client_auth();
+    let (dialled, accepted) = meet(Arc::new(old), server.server_config()).await;
+    assert!(dialled.is_err());
+    assert!(accepted.is_err());
+}
+
+#[tokio::test]
+async fn an_expired_client_is_refused_and_an_expired_server_too() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let expired =
+        |uri: &'static [&'static str]| Wish { not_after: SystemTime::now() - HOUR / 2, ..Wish::valid(uri) };
+    let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    assert_client_refused(&ca.workload(&trust, &expired(&[CLIENT])), &server, "Expired").await;
+    assert_server_refused(&client, &ca.workload(&trust, &expired(&[SERVER])), "Expired").await;
+}
+
+#[tokio::test]
+async fn a_certificate_from_the_future_is_refused() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let future = Wish { not_before: SystemTime::now() + HOUR / 2, ..Wish::valid(&[CLIENT]) };
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    assert_client_refused(&ca.workload(&trust, &future), &server, "NotValidYet").await;
+}
+
+#[tokio::test]
+async fn an_identity_of_another_trust_domain_is_refused_even_under_our_root() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let foreign = ca.workload(&trust, &Wish::valid(&["spiffe://other.example/ns/shop/sa/client"]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    assert_client_refused(&foreign, &server, "other.example").await;
+    assert_server_refused(&server, &foreign, "other.example").await;
+}
+
+#[tokio::test]
+async fn an_alias_of_the_trust_domain_is_accepted() {
+    let ca = TestCa::new("root");
+    let trust = Trust::new(domain("cluster.local"), vec![domain("old.example")]);
+    trust.set_roots(ca.pem.as_bytes()).unwrap();
+    let alias = ca.workload(&trust, &Wish::valid(&["spiffe://old.example/ns/shop/sa/client"]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    assert_meet(&alias, &server).await;
+    assert_meet(&server, &alias).await;
+}
+
+#[tokio::test]
+async fn a_federated_trust_domain_is_believed_under_its_own_root_only() {
+    let (ours, theirs) = (TestCa::new("ours"), TestCa::new("theirs"));
+    let trust = trust_in(&[&ours]);
+    trust.set_federated(domain("other.example"), theirs.pem.as_bytes()).unwrap();
+    let server = ours.workload(&trust, &Wish::valid(&[SERVER]));
+    let their_trust = Trust::new(domain("other.example"), Vec::new());
+    their_trust.set_roots(theirs.pem.as_bytes()).unwrap();
+    their_trust.set_federated(domain("cluster.local"), ours.pem.as_bytes()).unwrap();
+    let friend = theirs.workload(&their_trust, &Wish::valid(&["spiffe://other.example/ns/a/sa/b"]));
+    assert_meet(&friend, &server).await;
+    let imposter = theirs.workload(&their_trust, &Wish::valid(&[CLIENT]));
+    assert_client_refused(&imposter, &server, "UnknownIssuer").await;
+    let confused = ours.workload(&their_trust, &Wish::valid(&["spiffe://other.example/ns/a/sa/b"]));
+    assert_client_refused(&confused, &server, "UnknownIssuer").await;
+}
+
+#[tokio::test]
+async fn a_chain_to_an_unknown_root_is_refused_whatever_it_is_called() {
+    let (ca, stranger) = (TestCa::new("root"), TestCa::new("root"));
+    let trust = trust_in(&[&ca]);
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    let client = stranger.workload(&trust, &Wish::valid(&[CLIENT]));
+    let (_, accepted) = meet(client.client_config(), server.server_config()).await;
+    assert!(accepted.is_err());
+}
+
+#[tokio::test]
+async fn with_no_roots_nobody_is_believed() {
+    let ca = TestCa::new("root");
+    let none = Trust::new(domain("cluster.local"), Vec::new());
+    let server = ca.workload(&none, &Wish::valid(&[SERVER]));
+    let client = ca.workload(&trust_in(&[&ca]), &Wish::valid(&[CLIENT]));
+    assert_client_refused(&client, &server, "UnknownIssuer").await;
+}
+
+#[tokio::test]
+async fn old_and_new_root_are_valid_side_by_side_and_the_old_one_stops_when_taken_away() {
+    let (old, new) = (TestCa::new("old"), TestCa::new("new"));
+    let trust = trust_in(&[&old]);
+    let client = old.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = new.workload(&trust, &Wish::valid(&[SERVER]));
+    assert_server_refused(&client, &server, "UnknownIssuer").await;
+    trust.set_roots(format!("{}{}", old.pem, new.pem).as_bytes()).unwrap();
+    assert_meet(&client, &server).await;
+    assert_meet(&server, &client).await;
+    trust.set_roots(new.pem.as_bytes()).unwrap();
+    assert_client_refused(&client, &server, "UnknownIssuer").await;
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_refused_and_a_live_connection_is_known_to_be_revoked() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let client = ca.workload(&trust, &Wish { serial: 4711, ..Wish::valid(&[CLIENT]) });
+    let server = ca.workload(&trust, &Wish { serial: 4712, ..Wish::valid(&[SERVER]) });
+    let (_, live) = meet(client.client_config(), server.server_config()).await;
+    let live = PeerCertificate::from_connection(live.unwrap().get_ref().1).unwrap();
+    let mut changes = trust.subscribe();
+    assert!(!trust.is_revoked(&live));
+
+    trust.set_revocations(Revocations::from_pem(ca.revoke(&[4711]).as_bytes()).unwrap());
+    assert!(changes.has_changed().unwrap());
+    changes.mark_unchanged();
+    assert!(trust.is_revoked(&live));
+    assert_client_refused(&client, &server, "Revoked").await;
+    assert_server_refused(&server, &client, "Revoked").await;
+
+    trust.set_revocations(Revocations::from_pem(ca.revoke(&[4799]).as_bytes()).unwrap());
+    assert!(!trust.is_revoked(&live));
+    assert_meet(&client, &server).await;
+}
+
+#[tokio::test]
+async fn a_list_by_another_key_of_the_same_name_revokes_nobody() {
+    let (ca, namesake) = (TestCa::new("root"), TestCa::new("root"));
+    let trust = trust_in(&[&ca, &namesake]);
+    let client = ca.workload(&trust, &Wish { serial: 4711, ..Wish::valid(&[CLIENT]) });
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    trust.set_revocations(Revocations::from_pem(namesake.revoke(&[4711]).as_bytes()).unwrap());
+    assert_meet(&client, &server).await;
+    let both = format!("{}{}", namesake.revoke(&[4711]), ca.revoke(&[4711]));
+    trust.set_revocations(Revocations::from_pem(both.as_bytes()).unwrap());
+    assert_client_refused(&client, &server, "Revoked").await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_somebody_else_is_found_out_before_anything_is_sent() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    let (dialled, _accepted) = meet(client.client_config(), server.server_config()).await;
+    let dialled = dialled.unwrap();
+    let other = id("spiffe://cluster.local/ns/shop/sa/other");
+    let connection = dialled.get_ref().1;
+    assert!(verify_server(connection, &[other.clone(), id(SERVER)]).is_ok());
+    match verify_server(connection, std::slice::from_ref(&other)) {
+        Err(PeerError::Unexpected { presented, expected }) => {
+            assert_eq!(presented, id(SERVER));
+            assert_eq!(expected, [other]);
+        }
+        outcome => panic!("{outcome:?}"),
+    }
+    assert!(verify_server(connection, &[]).is_err());
+}
+
+#[test]
+fn a_certificate_with_no_or_two_uri_names_or_one_that_is_no_identity_is_refused() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let verify = |uris: &[&str]| {
+        let (leaf, _) = ca.raw(&Wish::valid(uris));
+        trust.verify(&[leaf], Usage::Client, SystemTime::now())
+    };
+    assert_eq!(verify(&[CLIENT]).unwrap(), id(CLIENT));
+    assert!(matches!(verify(&[]), Err(PeerError::UriNames(0))));
+    assert!(matches!(verify(&[CLIENT, SERVER]), Err(PeerError::UriNames(2))));
+    assert!(matches!(verify(&["spiffe://cluster.local/workload"]), Err(PeerError::Identity(_))));
+    assert!(matches!(trust.verify(&[], Usage::Client, SystemTime::now()), Err(PeerError::NoCertificate)));
+    let garbage = rustls::pki_types::CertificateDer::from(vec![0x30, 0x03, 1, 2, 3]);
+    assert!(matches!(
+        trust.verify(&[garbage], Usage::Client, SystemTime::now()),
+        Err(PeerError::Malformed(_))
+    ));
+}
+
+#[tokio::test]
+async fn no_session_outlives_its_handshake() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    for _ in 0..3 {
+        let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+        for kind in
+            [dialled.unwrap().get_ref().1.handshake_kind(), accepted.unwrap().get_ref().1.handshake_kind()]
+        {
+            assert_eq!(kind, Some(rustls::HandshakeKind::Full));
+        }
+    }
+}
+
+#[test]
+fn a_chain_that_names_somebody_else_or_another_key_is_not_taken_for_ours() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let request = ambit_identity::CertificateRequest::new(&id(CLIENT)).unwrap();
+    let wrong_name = ca.sign_csr(request.csr_pem(), &Wish::valid(&[SERVER]));
+    assert!(request.complete(&wrong_name, &trust, TlsSettings::default()).is_err());
+    let request = ambit_identity::CertificateRequest::new(&id(CLIENT)).unwrap();
+    let wrong_key = ambit_identity::CertificateRequest::new(&id(CLIENT)).unwrap();
+    let wrong_key = ca.sign_csr(wrong_key.csr_pem(), &Wish::valid(&[CLIENT]));
+    assert!(request.complete(&wrong_key, &trust, TlsSettings::default()).is_err());
+}
+
+/// Accepts every server: only for the side of a test that is not under test.
+#[derive(Debug)]
+struct AnyServer;
+
+impl rustls::client::danger::ServerCertVerifier for AnyServer {
+    fn verify_server_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: &rustls::pki_types::ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        vec![rustls::SignatureScheme::ECDSA_NISTP256_SHA256]
+    }
+}
