@@ -439,7 +439,7 @@ impl Place<'_> {
                 length: address.length,
             })
         });
-        Ok(Nets::new(nets.collect::<Result<_, _>>()?))
+        Ok(Nets::new(&nets.collect::<Result<Vec<_>, _>>()?))
     }
 
     fn ports(self, source: &[u32]) -> Result<Ports, CompileError> {

@@ -101,8 +101,8 @@ impl ServiceAccounts {
 pub(crate) struct Nets(pub(crate) Box<[IpNet]>);
 
 impl Nets {
-    pub(crate) fn new(nets: Vec<IpNet>) -> Self {
-        let mut nets = IpNet::aggregate(&nets);
+    pub(crate) fn new(nets: &[IpNet]) -> Self {
+        let mut nets = IpNet::aggregate(&nets.to_vec());
         nets.sort_unstable_by_key(IpNet::network);
         Self(nets.into())
     }

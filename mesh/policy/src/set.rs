@@ -172,7 +172,7 @@ impl PolicySet {
         let mut hasher = DefaultHasher::new();
         self.global.revision.hash(&mut hasher);
         namespace.hash(&mut hasher);
-        self.namespaces.get(namespace).map(|own| own.whole.revision).hash(&mut hasher);
+        self.namespaces.get(namespace).map_or(0, |own| own.whole.revision).hash(&mut hasher);
         for name in listed {
             name.hash(&mut hasher);
             self.by_name.get(name).map(|entry| entry.revision).hash(&mut hasher);
