@@ -11,6 +11,8 @@
 
 mod backoff;
 pub mod client;
+#[cfg(test)]
+mod pair_tests;
 pub mod server;
 
 pub use backoff::Backoff;

@@ -249,16 +249,9 @@ mod tests {
                 number = black_box(number.wrapping_mul(31).wrapping_add(7));
             }
         });
-        let first = tokio::spawn(take(Some("2")));
-        tokio::time::timeout(Duration::from_secs(5), async {
-            while RUNNING.try_lock().is_ok() {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await
-        .unwrap();
-        assert!(matches!(take(Some("1")).await, Err(ProfileError::Busy)));
-        let bytes = first.await.unwrap().unwrap();
+        let (first, second) = tokio::join!(biased; take(Some("2")), take(Some("1")));
+        assert!(matches!(second, Err(ProfileError::Busy)));
+        let bytes = first.unwrap();
         stop.store(true, Ordering::Relaxed);
         burner.join().unwrap();
         let profile = Profile::decode(bytes.as_slice()).unwrap();

@@ -47,12 +47,12 @@ where
 }
 
 /// A handler whose message type is hidden from the session.
-pub(super) trait Sink: Send {
+pub(crate) trait Sink: Send {
     /// Decodes and applies; returns what was rejected, by decoding or by the handler.
     fn apply(&mut self, removed: &[String], resources: &[Resource]) -> Vec<Rejected>;
 }
 
-pub(super) fn typed<M>(type_url: &str, handler: impl Handler<M>) -> Box<dyn Sink>
+pub(crate) fn typed<M>(type_url: &str, handler: impl Handler<M>) -> Box<dyn Sink>
 where
     M: prost::Message + Default + 'static,
 {

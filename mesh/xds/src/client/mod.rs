@@ -5,8 +5,8 @@
 //! and fails demands.
 
 mod driver;
-mod handler;
-mod session;
+pub(crate) mod handler;
+pub(crate) mod session;
 #[cfg(test)]
 mod session_tests;
 

@@ -21,16 +21,18 @@ const MAX_NACK_MESSAGE: usize = 4096;
 /// With more requests than this waiting, a plain ack replaces an older one of its type: servers look
 /// at the latest nonce only.
 const COALESCE_ABOVE: usize = 32;
+/// Most requests that wait; beyond it the oldest nack gives way to the newest.
+const MAX_OUTBOX: usize = 256;
 
 /// How a type is subscribed.
-pub(super) enum Mode {
+pub(crate) enum Mode {
     Wildcard,
     /// The names demanded, with the server's word on each once it spoke.
     OnDemand(HashMap<String, Option<Found>>),
 }
 
 /// One type: its handler and what is held of it.
-pub(super) struct Subscription {
+pub(crate) struct Subscription {
     type_url: Arc<str>,
     mode: Mode,
     sink: Box<dyn Sink>,
@@ -38,12 +40,15 @@ pub(super) struct Subscription {
     held: HashMap<String, String>,
     /// The first state has been applied completely, on this or an earlier stream.
     complete: bool,
-    /// Names answered by answers that said more would follow.
+    /// Names spoken of since the last complete state, on this stream or an earlier one.
     answered: HashSet<String>,
+    /// Names without an answer that this stream's first request asked for. Those that its first
+    /// complete state does not speak of are there, unchanged, under versions that the request named.
+    opening: Vec<String>,
 }
 
 impl Subscription {
-    pub(super) fn new(type_url: &str, mode: Mode, sink: Box<dyn Sink>) -> Self {
+    pub(crate) fn new(type_url: &str, mode: Mode, sink: Box<dyn Sink>) -> Self {
         Self {
             type_url: type_url.into(),
             mode,
@@ -51,11 +56,19 @@ impl Subscription {
             held: HashMap::new(),
             complete: false,
             answered: HashSet::new(),
+            opening: Vec::new(),
         }
     }
 
     /// The request that opens this type on a new stream.
-    fn opening(&self) -> DeltaDiscoveryRequest {
+    fn open(&mut self) -> DeltaDiscoveryRequest {
+        self.opening = match &self.mode {
+            Mode::Wildcard => Vec::new(),
+            Mode::OnDemand(names) => {
+                let waiting = names.iter().filter(|(_, found)| found.is_none());
+                waiting.map(|(name, _)| name.clone()).collect()
+            }
+        };
         let initial = self.held.iter().map(|(name, version)| (name.clone(), version.clone())).collect();
         let (subscribe, unsubscribe) = match &self.mode {
             // An empty first request means all; every server of the field understands that form.
@@ -107,6 +120,12 @@ impl Subscription {
         if more {
             return Vec::new();
         }
+        for name in std::mem::take(&mut self.opening) {
+            if let Some(unanswered @ None) = names.get_mut(&name) {
+                *unanswered = Some(Found::Present);
+                self.answered.insert(name);
+            }
+        }
         let answered = std::mem::take(&mut self.answered);
         answered
             .into_iter()
@@ -120,21 +139,21 @@ impl Subscription {
 
 /// A demanded name that the server has spoken of.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Answered {
-    pub(super) type_url: Arc<str>,
-    pub(super) name: String,
-    pub(super) found: Found,
+pub(crate) struct Answered {
+    pub(crate) type_url: Arc<str>,
+    pub(crate) name: String,
+    pub(crate) found: Found,
 }
 
 /// What one answer did.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Outcome {
-    pub(super) rejected: Vec<Rejected>,
-    pub(super) answered: Vec<Answered>,
+pub(crate) struct Outcome {
+    pub(crate) rejected: Vec<Rejected>,
+    pub(crate) answered: Vec<Answered>,
 }
 
 /// All types of one client.
-pub(super) struct Session {
+pub(crate) struct Session {
     node: Node,
     types: Vec<Subscription>,
     outbox: VecDeque<DeltaDiscoveryRequest>,
@@ -143,17 +162,16 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(node: Node, types: Vec<Subscription>, max_names: usize) -> Self {
+    pub(crate) fn new(node: Node, types: Vec<Subscription>, max_names: usize) -> Self {
         Self { node, types, outbox: VecDeque::new(), connected: false, max_names }
     }
 
     /// A stream is open: asks for every type, naming what is held.
-    pub(super) fn handle_connected(&mut self) {
+    pub(crate) fn handle_connected(&mut self) {
         self.connected = true;
         self.outbox.clear();
         for subscription in &mut self.types {
-            subscription.answered.clear();
-            self.outbox.push_back(subscription.opening());
+            self.outbox.push_back(subscription.open());
         }
         if let Some(first) = self.outbox.front_mut() {
             first.node = Some(self.node.clone());
@@ -161,13 +179,13 @@ impl Session {
     }
 
     /// The stream is gone: what waited to be sent is void, what is held stays.
-    pub(super) fn handle_disconnected(&mut self) {
+    pub(crate) fn handle_disconnected(&mut self) {
         self.connected = false;
         self.outbox.clear();
     }
 
     /// Applies an answer and queues its ack or nack.
-    pub(super) fn handle_response(&mut self, response: &DeltaDiscoveryResponse) -> Outcome {
+    pub(crate) fn handle_response(&mut self, response: &DeltaDiscoveryResponse) -> Outcome {
         let mut outcome = Outcome::default();
         let more = response.system_version_info.ends_with(MORE);
         match self.types.iter_mut().find(|known| *known.type_url == *response.type_url) {
@@ -195,6 +213,11 @@ impl Session {
         if error_detail.is_none() && self.outbox.len() >= COALESCE_ABOVE {
             self.outbox.retain(|request| !is_plain_ack_of(request, &response.type_url));
         }
+        if self.outbox.len() >= MAX_OUTBOX
+            && let Some(oldest) = self.outbox.iter().position(|request| !request.response_nonce.is_empty())
+        {
+            self.outbox.remove(oldest);
+        }
         self.outbox.push_back(DeltaDiscoveryRequest {
             type_url: response.type_url.clone(),
             response_nonce: response.nonce.clone(),
@@ -204,7 +227,7 @@ impl Session {
     }
 
     /// Asks for one name. `Ok(None)`: the answer is still to come.
-    pub(super) fn handle_demand(&mut self, type_url: &str, name: &str) -> Result<Option<Found>, DemandError> {
+    pub(crate) fn handle_demand(&mut self, type_url: &str, name: &str) -> Result<Option<Found>, DemandError> {
         let max_names = self.max_names;
         let names =
             self.types.iter_mut().find(|known| *known.type_url == *type_url).and_then(
@@ -248,17 +271,17 @@ impl Session {
     }
 
     /// Whether a request waits to be sent.
-    pub(super) fn wants_to_send(&self) -> bool {
+    pub(crate) fn wants_to_send(&self) -> bool {
         !self.outbox.is_empty()
     }
 
     /// The next request to send.
-    pub(super) fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
+    pub(crate) fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
         self.outbox.pop_front()
     }
 
     /// Whether the first state of every type has been applied.
-    pub(super) fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.types.iter().all(|subscription| subscription.complete)
     }
 }

@@ -1,1 +1,156 @@
+//! What the client says on the wire, message by message.
 
+use super::*;
+use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use prost::Message;
+
+const TYPE: &str = "type.googleapis.com/google.rpc.Status";
+type Body = ambit_api::rpc::Status;
+
+fn session(mode: Mode) -> Session {
+    let handler = |updates: Vec<Update<Body>>| {
+        let refused = updates.into_iter().filter_map(|update| match update {
+            Update::Upsert { name, resource } if resource.code != 0 => {
+                Some(Rejected { name, reason: resource.message })
+            }
+            _ => None,
+        });
+        refused.collect()
+    };
+    let subscription = session::Subscription::new(TYPE, mode, handler::typed::<Body>(TYPE, handler));
+    let mut session = Session::new(Node { id: "me".into(), ..Node::default() }, vec![subscription], 3);
+    session.handle_connected();
+    session
+}
+
+fn resource(name: &str, version: &str, code: i32) -> Resource {
+    let body = Body { code, message: "no good".into(), details: Vec::new() };
+    let any = prost_types::Any { type_url: TYPE.into(), value: body.encode_to_vec() };
+    Resource { name: name.into(), version: version.into(), resource: Some(any), ..Resource::default() }
+}
+
+fn answer(nonce: &str, resources: Vec<Resource>) -> DeltaDiscoveryResponse {
+    DeltaDiscoveryResponse { type_url: TYPE.into(), nonce: nonce.into(), resources, ..Default::default() }
+}
+
+fn sent(session: &mut Session) -> Vec<DeltaDiscoveryRequest> {
+    std::iter::from_fn(|| session.poll_request()).collect()
+}
+
+#[test]
+fn the_first_request_names_the_node_and_subscribes_to_all() {
+    let mut session = session(Mode::Wildcard);
+    let requests = sent(&mut session);
+    assert_eq!(requests.len(), 1);
+    assert_eq!(requests[0].node.as_ref().unwrap().id, "me");
+    assert_eq!(requests[0].type_url, TYPE);
+    assert!(requests[0].resource_names_subscribe.is_empty());
+    assert!(requests[0].response_nonce.is_empty());
+}
+
+#[test]
+fn on_demand_starts_by_giving_up_the_wildcard() {
+    let mut session = session(Mode::OnDemand(HashMap::new()));
+    let requests = sent(&mut session);
+    assert_eq!(requests[0].resource_names_unsubscribe, ["*"]);
+    assert_eq!(session.handle_demand(TYPE, "/10.0.0.1"), Ok(None));
+    assert_eq!(session.handle_demand(TYPE, "/10.0.0.2"), Ok(None));
+    let requests = sent(&mut session);
+    assert_eq!(requests.len(), 1, "demands that wait go together");
+    assert_eq!(requests[0].resource_names_subscribe, ["/10.0.0.1", "/10.0.0.2"]);
+}
+
+#[test]
+fn an_answer_is_acknowledged_by_its_nonce_and_versions_are_kept_for_the_next_stream() {
+    let mut session = session(Mode::Wildcard);
+    sent(&mut session);
+    session.handle_response(&answer("n1", vec![resource("a", "v1", 0), resource("b", "v1", 0)]));
+    let acks = sent(&mut session);
+    assert_eq!(acks.len(), 1);
+    assert_eq!(acks[0].response_nonce, "n1");
+    assert_eq!(acks[0].error_detail, None);
+    session.handle_disconnected();
+    session.handle_connected();
+    let requests = sent(&mut session);
+    let expected = [("a".to_owned(), "v1".to_owned()), ("b".to_owned(), "v1".to_owned())];
+    assert_eq!(requests[0].initial_resource_versions, expected.into());
+}
+
+#[test]
+fn a_nack_names_the_bad_resource_and_the_good_ones_stay() {
+    let mut session = session(Mode::Wildcard);
+    sent(&mut session);
+    session.handle_response(&answer("n1", vec![resource("a", "v1", 0), resource("b", "v1", 0)]));
+    session.handle_response(&answer("n2", vec![resource("a", "v2", 0), resource("b", "v2", 7)]));
+    let nack = sent(&mut session).pop().unwrap();
+    assert_eq!(nack.response_nonce, "n2");
+    let status = nack.error_detail.unwrap();
+    assert_eq!((status.code, &*status.message), (3, "b: no good"));
+    session.handle_disconnected();
+    session.handle_connected();
+    let versions = sent(&mut session).remove(0).initial_resource_versions;
+    assert_eq!(versions.get("a").map(String::as_str), Some("v2"));
+    assert_eq!(versions.get("b").map(String::as_str), Some("v1"));
+}
+
+#[test]
+fn what_cannot_be_decoded_is_rejected_and_what_has_a_ttl_and_no_body_is_not() {
+    let mut session = session(Mode::Wildcard);
+    let mut garbage = resource("garbage", "v1", 0);
+    garbage.resource.as_mut().unwrap().value = vec![0xff; 5];
+    let mut foreign = resource("foreign", "v1", 0);
+    foreign.resource.as_mut().unwrap().type_url = "type.example/Other".into();
+    let empty = Resource { name: "empty".into(), ..Resource::default() };
+    let ttl = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    let heartbeat = Resource { name: "heartbeat".into(), ttl, ..Resource::default() };
+    let outcome = session.handle_response(&answer("n1", vec![garbage, foreign, empty, heartbeat]));
+    let names: Vec<_> = outcome.rejected.iter().map(|rejected| &*rejected.name).collect();
+    assert_eq!(names, ["garbage", "foreign", "empty"]);
+}
+
+#[test]
+fn an_answer_of_a_type_that_was_never_asked_for_is_refused() {
+    let mut session = session(Mode::Wildcard);
+    sent(&mut session);
+    session
+        .handle_response(&DeltaDiscoveryResponse { type_url: "type.example/T".into(), ..Default::default() });
+    assert!(sent(&mut session)[0].error_detail.is_some());
+    assert!(!session.is_ready());
+}
+
+#[test]
+fn acks_do_not_pile_up_but_every_nack_is_said() {
+    let mut session = session(Mode::Wildcard);
+    for number in 0..10_000 {
+        let code = i32::from(number == 5);
+        session.handle_response(&answer(&number.to_string(), vec![resource("a", "v", code)]));
+    }
+    let requests = sent(&mut session);
+    assert!(requests.len() < 50, "{} requests wait", requests.len());
+    assert_eq!(requests.iter().filter(|request| request.error_detail.is_some()).count(), 1);
+    assert_eq!(requests.last().unwrap().response_nonce, "9999");
+}
+
+#[test]
+fn a_nack_for_thousands_stays_short() {
+    let mut session = session(Mode::Wildcard);
+    sent(&mut session);
+    let many = (0..5_000).map(|number| resource(&format!("resource-{number}"), "v", 1)).collect();
+    session.handle_response(&answer("n", many));
+    let status = sent(&mut session).remove(0).error_detail.unwrap();
+    assert!(status.message.len() < 5_000);
+    assert!(status.message.ends_with("more"));
+}
+
+#[test]
+fn demands_are_limited_and_need_an_on_demand_type() {
+    let mut wildcard = session(Mode::Wildcard);
+    assert!(matches!(wildcard.handle_demand(TYPE, "a"), Err(DemandError::NotOnDemand { .. })));
+    let mut session = session(Mode::OnDemand(HashMap::new()));
+    for name in ["a", "b", "c"] {
+        assert_eq!(session.handle_demand(TYPE, name), Ok(None));
+    }
+    assert!(matches!(session.handle_demand(TYPE, "d"), Err(DemandError::TooMany { .. })));
+    session.handle_response(&answer("n", vec![resource("a", "v", 0)]));
+    assert_eq!(session.handle_demand(TYPE, "a"), Ok(Some(Found::Present)));
+}

@@ -13,11 +13,11 @@ use super::table::Resource;
 
 /// Field numbers of `DeltaDiscoveryResponse`.
 mod field {
-    pub(super) const SYSTEM_VERSION_INFO: u32 = 1;
-    pub(super) const RESOURCES: u32 = 2;
-    pub(super) const TYPE_URL: u32 = 4;
-    pub(super) const NONCE: u32 = 5;
-    pub(super) const REMOVED_RESOURCES: u32 = 6;
+    pub(crate) const SYSTEM_VERSION_INFO: u32 = 1;
+    pub(crate) const RESOURCES: u32 = 2;
+    pub(crate) const TYPE_URL: u32 = 4;
+    pub(crate) const NONCE: u32 = 5;
+    pub(crate) const REMOVED_RESOURCES: u32 = 6;
 }
 
 /// Compression flag and message length, before every gRPC message.
@@ -25,15 +25,15 @@ const GRPC_HEADER: usize = 5;
 
 /// An encoded answer, ready to be sent to any number of subscribers.
 #[derive(Debug, Clone)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// The gRPC frame.
-    pub(super) frame: Bytes,
-    pub(super) resources: u64,
-    pub(super) removals: u64,
+    pub(crate) frame: Bytes,
+    pub(crate) resources: u64,
+    pub(crate) removals: u64,
 }
 
 /// A resource as a field of an answer, tag and length included.
-pub(super) fn resource_field(type_url: &str, resource: &Resource, version: &str) -> Bytes {
+pub(crate) fn resource_field(type_url: &str, resource: &Resource, version: &str) -> Bytes {
     let message = discovery::Resource {
         version: version.to_owned(),
         resource: Some(prost_types::Any { type_url: type_url.to_owned(), value: resource.body.to_vec() }),
@@ -52,7 +52,7 @@ pub(super) fn resource_field(type_url: &str, resource: &Resource, version: &str)
 
 /// Collects an answer's parts up to a size.
 #[derive(Debug)]
-pub(super) struct Builder {
+pub(crate) struct Builder {
     body: BytesMut,
     limit: usize,
     resources: u64,
@@ -61,7 +61,7 @@ pub(super) struct Builder {
 
 impl Builder {
     /// An answer of at most `limit` bytes, unless a single resource is larger.
-    pub(super) fn new(limit: usize, type_url: &str) -> Self {
+    pub(crate) fn new(limit: usize, type_url: &str) -> Self {
         let mut body = BytesMut::new();
         body.put_bytes(0, GRPC_HEADER);
         put_string(field::TYPE_URL, type_url, &mut body);
@@ -69,7 +69,7 @@ impl Builder {
     }
 
     /// Adds a removal; false if the answer is full.
-    pub(super) fn remove(&mut self, name: &str) -> bool {
+    pub(crate) fn remove(&mut self, name: &str) -> bool {
         if !self.fits(name.len() + 4) {
             return false;
         }
@@ -79,7 +79,7 @@ impl Builder {
     }
 
     /// Adds a resource; false if the answer is full.
-    pub(super) fn resource(&mut self, field: &Bytes) -> bool {
+    pub(crate) fn resource(&mut self, field: &Bytes) -> bool {
         if !self.fits(field.len()) {
             return false;
         }
@@ -88,7 +88,7 @@ impl Builder {
         true
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.resources == 0 && self.removals == 0
     }
 
@@ -99,7 +99,7 @@ impl Builder {
     }
 
     /// Closes the answer. `more` says that answers of the same state follow.
-    pub(super) fn finish(mut self, nonce: &str, position: u64, more: bool) -> Answer {
+    pub(crate) fn finish(mut self, nonce: &str, position: u64, more: bool) -> Answer {
         let more = if more { String::from(crate::MORE) } else { String::new() };
         put_string(field::SYSTEM_VERSION_INFO, &format!("{position}{more}"), &mut self.body);
         put_string(field::NONCE, nonce, &mut self.body);

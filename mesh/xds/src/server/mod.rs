@@ -7,15 +7,13 @@
 //! Tables must hold their first complete state before the service is offered: to a subscriber that
 //! reconnects, a resource that is not there is a resource that was removed.
 
-mod answer;
+pub(crate) mod answer;
 mod batch;
 mod metrics;
 mod service;
-mod state;
-mod subscription;
-#[cfg(test)]
-mod subscription_tests;
-mod table;
+pub(crate) mod state;
+pub(crate) mod subscription;
+pub(crate) mod table;
 
 pub use metrics::ServerMetrics;
 pub use service::{Admission, Server, ServerConfig};

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{BoxStream, SelectAll, StreamExt};
 use http_body::Frame;
+use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::codec::Codec;
 use tonic::codegen::{Body, Service, StdError};
@@ -75,6 +76,8 @@ struct Shared {
     config: ServerConfig,
     admission: Option<Arc<dyn Admission>>,
     metrics: Arc<ServerMetrics>,
+    /// Not 0 once the server drains.
+    draining: watch::Sender<u64>,
 }
 
 impl Server {
@@ -82,7 +85,8 @@ impl Server {
     /// before the workloads that name them.
     pub fn new(tables: Vec<Table>, config: ServerConfig) -> Self {
         let metrics = Arc::new(ServerMetrics::default());
-        Self { shared: Arc::new(Shared { tables, config, admission: None, metrics }) }
+        let draining = watch::Sender::new(0);
+        Self { shared: Arc::new(Shared { tables, config, admission: None, metrics, draining }) }
     }
 
     /// Asks for leave before a stream is opened.
@@ -94,8 +98,15 @@ impl Server {
             config: config.clone(),
             admission: Some(admission),
             metrics: Arc::clone(metrics),
+            draining: watch::Sender::new(0),
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// Ends every stream and refuses new ones, so that subscribers go to another control plane while
+    /// this one still finishes what it does.
+    pub fn drain(&self) {
+        self.shared.draining.send_replace(1);
     }
 
     /// Live counters.
@@ -155,6 +166,10 @@ where
     Ok(response)
 }
 
+fn draining() -> Status {
+    Status::unavailable("this control plane is going away")
+}
+
 /// One of the places for subscribers; given back when dropped.
 struct Seat(Arc<ServerMetrics>);
 
@@ -164,6 +179,9 @@ impl Seat {
         // Counted first, so that the drop below gives back exactly what was taken.
         let before = taken.fetch_add(1, Ordering::Relaxed);
         let seat = Self(Arc::clone(&shared.metrics));
+        if *shared.draining.borrow() != 0 {
+            return Err(draining());
+        }
         if before >= shared.config.max_subscribers {
             shared.metrics.refused.fetch_add(1, Ordering::Relaxed);
             return Err(Status::resource_exhausted("too many discovery streams"));
@@ -198,6 +216,7 @@ impl Stream {
         for table in &shared.tables {
             bells.push(WatchStream::from_changes(table.bell()));
         }
+        bells.push(WatchStream::from_changes(shared.draining.subscribe()));
         let subscriptions = shared.tables.iter().map(|_| None).collect();
         Self {
             shared,
@@ -221,6 +240,9 @@ impl Stream {
     /// Waits for the next answer; `None` when the subscriber is done.
     async fn next_answer(&mut self) -> Result<Option<Answer>, Status> {
         loop {
+            if *self.shared.draining.borrow() != 0 {
+                return Err(draining());
+            }
             // Requests that wait are taken first, so that a withdrawn subscription is not answered.
             while let Some(request) = poll_once(self.requests.message()).await {
                 match request? {

@@ -14,24 +14,24 @@ use super::answer;
 use super::table::{Applied, Change, Resource};
 
 /// A place in the change log; 0 is before everything.
-pub(super) type Position = u64;
+pub(crate) type Position = u64;
 
 /// A live resource.
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) name: Arc<str>,
-    pub(super) aliases: Box<[Arc<str>]>,
-    pub(super) parents: Box<[Arc<str>]>,
+pub(crate) struct Entry {
+    pub(crate) name: Arc<str>,
+    pub(crate) aliases: Box<[Arc<str>]>,
+    pub(crate) parents: Box<[Arc<str>]>,
     /// Of the content: equal content has an equal version in every control plane.
-    pub(super) version: Arc<str>,
+    pub(crate) version: Arc<str>,
     /// The `Resource` message as a field of an answer, tag and length included.
-    pub(super) field: Bytes,
-    pub(super) position: Position,
+    pub(crate) field: Bytes,
+    pub(crate) position: Position,
 }
 
 impl Entry {
     /// The entry's name and aliases: everything that a subscription may call it.
-    pub(super) fn names(&self) -> impl Iterator<Item = &Arc<str>> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &Arc<str>> {
         std::iter::once(&self.name).chain(self.aliases.iter())
     }
 }
@@ -40,8 +40,8 @@ type Index = HashMap<Arc<str>, BTreeSet<Arc<str>>>;
 
 /// The table's content.
 #[derive(Debug)]
-pub(super) struct State {
-    pub(super) type_url: Arc<str>,
+pub(crate) struct State {
+    pub(crate) type_url: Arc<str>,
     head: Position,
     entries: HashMap<Arc<str>, Arc<Entry>>,
     live: BTreeMap<Position, Arc<Entry>>,
@@ -55,7 +55,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(type_url: &str, max_removals: usize) -> Self {
+    pub(crate) fn new(type_url: &str, max_removals: usize) -> Self {
         Self {
             type_url: type_url.into(),
             head: 0,
@@ -70,56 +70,56 @@ impl State {
         }
     }
 
-    pub(super) fn head(&self) -> Position {
+    pub(crate) fn head(&self) -> Position {
         self.head
     }
 
-    pub(super) fn horizon(&self) -> Position {
+    pub(crate) fn horizon(&self) -> Position {
         self.horizon
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.entries.len()
     }
 
-    pub(super) fn get(&self, name: &str) -> Option<&Arc<Entry>> {
+    pub(crate) fn get(&self, name: &str) -> Option<&Arc<Entry>> {
         self.entries.get(name)
     }
 
-    pub(super) fn entries(&self) -> impl Iterator<Item = &Arc<Entry>> {
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Arc<Entry>> {
         self.entries.values()
     }
 
     /// Live resources that changed after `from`, oldest first.
-    pub(super) fn live_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<Entry>)> {
+    pub(crate) fn live_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<Entry>)> {
         self.live.range((Bound::Excluded(from), Bound::Unbounded)).map(|(position, entry)| (*position, entry))
     }
 
     /// The live resource at exactly this position, unless it has changed since.
-    pub(super) fn live_at(&self, position: Position) -> Option<&Arc<Entry>> {
+    pub(crate) fn live_at(&self, position: Position) -> Option<&Arc<Entry>> {
         self.live.get(&position)
     }
 
     /// Removals after `from`, oldest first.
-    pub(super) fn removed_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<str>)> {
+    pub(crate) fn removed_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<str>)> {
         self.removals
             .range((Bound::Excluded(from), Bound::Unbounded))
             .map(|(position, name)| (*position, name))
     }
 
     /// Resources that a subscription to `name` means: by name and by alias.
-    pub(super) fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Arc<Entry>> {
+    pub(crate) fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a Arc<Entry>> {
         let aliased = self.by_alias.get(name).into_iter().flatten().filter_map(|name| self.get(name));
         self.get(name).into_iter().chain(aliased)
     }
 
     /// Resources that name `parent` as theirs.
-    pub(super) fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
+    pub(crate) fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
         self.by_parent.get(parent).into_iter().flatten().filter_map(|name| self.get(name))
     }
 
     /// Applies changes in order. Content that is there already takes no position.
-    pub(super) fn apply(&mut self, changes: Vec<Change>) -> Applied {
+    pub(crate) fn apply(&mut self, changes: Vec<Change>) -> Applied {
         let mut applied = Applied::default();
         for change in changes {
             match change {

@@ -15,14 +15,14 @@ use crate::WILDCARD;
 
 /// Removals that this subscriber needs have been forgotten; it must reconnect with its versions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Lagged;
+pub(crate) struct Lagged;
 
 /// The subscriber asked for more names than it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct TooManyNames;
+pub(crate) struct TooManyNames;
 
 #[derive(Debug)]
-pub(super) struct Subscription {
+pub(crate) struct Subscription {
     wildcard: bool,
     /// Names asked for one by one.
     names: HashSet<String>,
@@ -34,14 +34,14 @@ pub(super) struct Subscription {
     owed: BTreeSet<Position>,
     /// On demand only: what the subscriber holds.
     sent: HashSet<Arc<str>>,
-    /// The first answer is given even if it is empty, so that the subscriber knows it has everything.
-    greeting: bool,
+    /// An answer is due even if it is empty: the first, and one that ends what was said to go on.
+    open: bool,
     nonces: u64,
 }
 
 impl Subscription {
     /// Opens a type with the stream's first request for it.
-    pub(super) fn open(
+    pub(crate) fn open(
         request: &DeltaDiscoveryRequest,
         state: &State,
         max_names: usize,
@@ -59,7 +59,7 @@ impl Subscription {
             owed_removals: VecDeque::new(),
             owed: BTreeSet::new(),
             sent: HashSet::new(),
-            greeting: true,
+            open: true,
             nonces: 0,
         };
         if opened.names.len() > max_names {
@@ -106,7 +106,7 @@ impl Subscription {
     }
 
     /// A later request for the same type: changes what is subscribed. Acks change nothing.
-    pub(super) fn handle_request(
+    pub(crate) fn handle_request(
         &mut self,
         request: &DeltaDiscoveryRequest,
         state: &State,
@@ -131,7 +131,7 @@ impl Subscription {
                 self.sent = HashSet::new();
                 self.owed.clear();
                 self.cursor.live = 0;
-                self.greeting = true;
+                self.open = true;
             }
             return;
         }
@@ -176,14 +176,12 @@ impl Subscription {
     /// Whether an entry is subscribed by a name of its own or through a parent.
     fn covers(&self, entry: &Entry, state: &State) -> bool {
         let asked = |name: &Arc<str>| self.names.contains(&**name);
-        entry.names().any(asked)
-            || entry.parents.iter().any(|parent| {
-                asked(parent) || state.get(parent).is_some_and(|parent| parent.names().any(asked))
-            })
+        let brings = |parent: &Arc<str>| state.get(parent).is_some_and(|parent| parent.names().any(asked));
+        entry.names().any(asked) || entry.parents.iter().any(brings)
     }
 
     /// The next answer, if anything is due; `Err` if the subscriber cannot be brought up to date.
-    pub(super) fn poll_answer(&mut self, table: &Inner, state: &State) -> Result<Option<Answer>, Lagged> {
+    pub(crate) fn poll_answer(&mut self, table: &Inner, state: &State) -> Result<Option<Answer>, Lagged> {
         if self.cursor.removed < state.horizon() {
             return Err(Lagged);
         }
@@ -197,12 +195,12 @@ impl Subscription {
         if self.wildcard {
             if let Some(step) = table.step(self.cursor, state) {
                 self.cursor = step.to;
-                self.greeting = false;
+                self.open = step.more;
                 return Ok(Some(step.answer));
             }
             self.cursor = Cursor { removed: state.head(), live: state.head() };
         }
-        if std::mem::take(&mut self.greeting) {
+        if std::mem::take(&mut self.open) {
             let builder = Builder::new(table.config.answer_limit, &state.type_url);
             return Ok(Some(builder.finish(&self.nonce(), state.head(), false)));
         }
@@ -248,9 +246,9 @@ impl Subscription {
         if builder.is_empty() {
             return None;
         }
-        self.greeting = false;
         let behind = self.cursor.live < state.head() || self.cursor.removed < state.head();
         let more = behind || !self.owed.is_empty() || !self.owed_removals.is_empty();
+        self.open = more;
         Some(builder.finish(&self.nonce(), state.head(), more))
     }
 

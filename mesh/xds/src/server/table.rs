@@ -43,11 +43,11 @@ impl Default for TableConfig {
 /// A resource to be served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
-    pub(super) name: Arc<str>,
-    pub(super) aliases: Vec<Arc<str>>,
-    pub(super) parents: Vec<Arc<str>>,
-    pub(super) body: Bytes,
-    pub(super) urgent: bool,
+    pub(crate) name: Arc<str>,
+    pub(crate) aliases: Vec<Arc<str>>,
+    pub(crate) parents: Vec<Arc<str>>,
+    pub(crate) body: Bytes,
+    pub(crate) urgent: bool,
 }
 
 impl Resource {
@@ -104,7 +104,7 @@ pub struct Applied {
     pub unchanged: usize,
     /// The log's head afterwards.
     pub position: u64,
-    pub(super) urgent: bool,
+    pub(crate) urgent: bool,
 }
 
 /// One type's resources. Cheap to clone; all clones are the same table.
@@ -114,9 +114,9 @@ pub struct Table {
 }
 
 #[derive(Debug)]
-pub(super) struct Inner {
-    pub(super) state: RwLock<State>,
-    pub(super) config: TableConfig,
+pub(crate) struct Inner {
+    pub(crate) state: RwLock<State>,
+    pub(crate) config: TableConfig,
     batcher: Mutex<Batcher>,
     shared: Mutex<Shared>,
     /// The position announced last.
@@ -238,12 +238,12 @@ impl Table {
         self.inner.state.read().get(name).map(|entry| Arc::clone(&entry.version))
     }
 
-    pub(super) fn inner(&self) -> &Inner {
+    pub(crate) fn inner(&self) -> &Inner {
         &self.inner
     }
 
     /// Wakes when changes are announced.
-    pub(super) fn bell(&self) -> watch::Receiver<Position> {
+    pub(crate) fn bell(&self) -> watch::Receiver<Position> {
         self.inner.bell.subscribe()
     }
 }
@@ -251,16 +251,18 @@ impl Table {
 /// Where a wildcard subscriber stands: removals and live resources are sent up to different places,
 /// because removals overtake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Cursor {
-    pub(super) removed: Position,
-    pub(super) live: Position,
+pub(crate) struct Cursor {
+    pub(crate) removed: Position,
+    pub(crate) live: Position,
 }
 
 /// An answer for everyone who stands at the same place, and where it leads.
 #[derive(Debug, Clone)]
-pub(super) struct Step {
-    pub(super) answer: Answer,
-    pub(super) to: Cursor,
+pub(crate) struct Step {
+    pub(crate) answer: Answer,
+    pub(crate) to: Cursor,
+    /// More of the same state follows.
+    pub(crate) more: bool,
 }
 
 /// The answers made last, by where they start and the head they were made for.
@@ -272,7 +274,7 @@ struct Shared {
 
 impl Inner {
     /// The next answer for a wildcard subscriber, made at most once for all of them.
-    pub(super) fn step(&self, from: Cursor, state: &State) -> Option<Step> {
+    pub(crate) fn step(&self, from: Cursor, state: &State) -> Option<Step> {
         let head = state.head();
         if from.removed >= head && from.live >= head {
             return None;
@@ -326,5 +328,5 @@ fn make_step(from: Cursor, state: &State, limit: usize) -> Option<Step> {
         return None;
     }
     let nonce = format!("{}-{}", to.removed, to.live);
-    Some(Step { answer: builder.finish(&nonce, head, full), to })
+    Some(Step { answer: builder.finish(&nonce, head, full), to, more: full })
 }
