@@ -6,3 +6,4 @@
 
 pub mod index;
 pub mod object;
+pub mod source;

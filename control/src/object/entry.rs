@@ -169,8 +169,8 @@ struct RawService {
     addresses: Vec<String>,
     #[serde(default)]
     ports: Vec<RawPort>,
-    #[serde(default)]
-    location: Option<Location>,
+    #[serde(default, rename = "location")]
+    _location: Option<Location>,
     #[serde(default)]
     resolution: Resolution,
     #[serde(default)]
@@ -274,7 +274,7 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
             hosts,
             addresses,
             ports,
-            location: _,
+            _location: _,
             resolution,
             endpoints,
             workload_selector,

@@ -22,6 +22,7 @@ pub use authorization::{
     Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber, Rule, Source,
 };
 pub(crate) use authorization::service_account;
+pub(crate) use cluster::identity;
 pub use binding::{Canary, Choice, WaypointBinding};
 pub use cluster::{Namespace, Node, ReplicaSet};
 pub use endpoints::{Endpoint, EndpointSlice};
@@ -32,6 +33,14 @@ pub use gateway::{
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
 pub use pod::Pod;
 pub use service::{AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort};
+
+/// Manifests of the kinds that no library of ours knows.
+pub(crate) mod manifest {
+    pub(crate) use super::authentication::Manifest as PeerAuthentication;
+    pub(crate) use super::authorization::Manifest as AuthorizationPolicy;
+    pub(crate) use super::entry::{ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry};
+    pub(crate) use super::gateway::Manifest as Gateway;
+}
 
 /// The namespace of objects that name none, as `kubectl` has it.
 pub const DEFAULT_NAMESPACE: &str = "default";

@@ -1,0 +1,198 @@
+//! What files say and who speaks for an object: pure, told of files by [`super::directory`].
+//!
+//! An object that can be read is in force as read. One that cannot keeps the state it last had; a
+//! document whose object cannot even be told keeps everything that its file had and no longer shows. Of several files with
+//! the same object the first in order speaks for it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use super::Problem;
+use super::document::{Document, Fault, Outcome};
+use crate::object::{Change, Object, ObjectRef, PolicyBody};
+
+/// Where a file stands: the order of its source, then its path.
+pub(super) type FileId = (usize, PathBuf);
+
+/// What was made of a file's content.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// It was read, whatever the documents came to.
+    Read(Vec<Document>),
+    /// It could not be read at all.
+    Unreadable(String),
+    /// It is not there.
+    Gone,
+}
+
+#[derive(Debug, Default)]
+struct File {
+    objects: BTreeMap<ObjectRef, Object>,
+    problems: Vec<Problem>,
+}
+
+/// All files of all directories.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    files: BTreeMap<FileId, File>,
+    claims: HashMap<ObjectRef, BTreeMap<FileId, Object>>,
+}
+
+/// What a file's new content did.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Effect {
+    /// Changes of objects.
+    pub(super) changes: Vec<Change>,
+    /// Problems that the file has now and did not have before.
+    pub(super) new_problems: Vec<Problem>,
+}
+
+impl Files {
+    /// Takes the content of a file.
+    pub(super) fn apply(&mut self, id: &FileId, content: Content) -> Effect {
+        let old = self.files.remove(id).unwrap_or_default();
+        let new = match content {
+            Content::Gone => None,
+            Content::Unreadable(message) => Some(unreadable(&id.1, &old, message)),
+            Content::Read(documents) => Some(read(&id.1, &old, documents)),
+        };
+        let mut changes = Vec::new();
+        let objects = new.as_ref().map(|file| &file.objects);
+        for reference in old.objects.keys().filter(|r| !objects.is_some_and(|o| o.contains_key(*r))) {
+            changes.extend(self.claim(reference, id, None));
+        }
+        for (reference, object) in objects.into_iter().flatten() {
+            changes.extend(self.claim(reference, id, Some(object.clone())));
+        }
+        let mut new_problems = Vec::new();
+        if let Some(mut file) = new {
+            for reference in file.objects.keys() {
+                file.problems.extend(self.shadowed(reference, id));
+            }
+            new_problems = file.problems.iter().filter(|p| !old.problems.contains(p)).cloned().collect();
+            self.files.insert(id.clone(), file);
+        }
+        Effect { changes, new_problems }
+    }
+
+    /// Whether content would take objects away or leave something unread: what half-written files do.
+    pub(super) fn would_lose(&self, id: &FileId, content: &Content) -> bool {
+        let Content::Read(documents) = content else { return true };
+        let Some(old) = self.files.get(id) else {
+            return documents.iter().any(|d| matches!(d.outcome, Outcome::Faulty(_)));
+        };
+        let mut seen = 0;
+        for document in documents {
+            match &document.outcome {
+                Outcome::Faulty(_) => return true,
+                Outcome::Object(object) => seen += usize::from(old.objects.contains_key(&object.reference())),
+                Outcome::Ignored => {}
+            }
+        }
+        seen < old.objects.len()
+    }
+
+    /// Files known below a path, the path itself included.
+    pub(super) fn below(&self, source: usize, path: &Path) -> Vec<FileId> {
+        self.files.keys().filter(|(s, p)| *s == source && p.starts_with(path)).cloned().collect()
+    }
+
+    /// Problems that there are.
+    pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.files.values().flat_map(|file| &file.problems)
+    }
+
+    /// How many objects there are.
+    pub(super) fn len(&self) -> usize {
+        self.claims.len()
+    }
+
+    /// Sets or takes back what a file says of an object; a change only if it is the one that counts.
+    fn claim(&mut self, reference: &ObjectRef, id: &FileId, object: Option<Object>) -> Option<Change> {
+        let claims = self.claims.entry(reference.clone()).or_default();
+        let before = claims.first_key_value().map(|(_, object)| object.clone());
+        match object {
+            Some(object) => claims.insert(id.clone(), object),
+            None => claims.remove(id),
+        };
+        let after = claims.first_key_value().map(|(_, object)| object.clone());
+        if after.is_none() {
+            self.claims.remove(reference);
+        }
+        match after {
+            Some(after) if before.as_ref() != Some(&after) => Some(Change::Apply(after)),
+            None if before.is_some() => Some(Change::Delete(reference.clone())),
+            _ => None,
+        }
+    }
+
+    /// Tells of an object that an earlier file speaks for.
+    fn shadowed(&self, reference: &ObjectRef, id: &FileId) -> Option<Problem> {
+        let (first, _) = self.claims.get(reference)?.first_key_value()?;
+        (first != id).then(|| Problem {
+            file: id.1.clone(),
+            line: None,
+            field: None,
+            object: Some(reference.clone()),
+            message: format!("is also in {}, which counts", first.1.display()),
+        })
+    }
+}
+
+fn unreadable(path: &Path, old: &File, message: String) -> File {
+    let problem = Problem { file: path.to_owned(), line: None, field: None, object: None, message };
+    File { objects: old.objects.clone(), problems: vec![problem] }
+}
+
+fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
+    let mut file = File::default();
+    let mut lines: HashMap<ObjectRef, u64> = HashMap::new();
+    let mut faults = Vec::new();
+    for Document { line, outcome } in documents {
+        match outcome {
+            Outcome::Ignored => {}
+            Outcome::Faulty(fault) => faults.push((line, fault)),
+            Outcome::Object(object) => {
+                let reference = object.reference();
+                if let Some(first) = lines.get(&reference) {
+                    let message = format!("is already defined on line {first}, which counts");
+                    file.problems.push(problem(path, line, None, Some(reference), message));
+                } else {
+                    lines.insert(reference.clone(), line);
+                    file.objects.insert(reference, object);
+                }
+            }
+        }
+    }
+    for (line, fault) in faults {
+        let Fault { object, field, message, stand_in } = fault;
+        match &object {
+            Some(reference) => {
+                let last_good = old.objects.get(reference).filter(|object| !is_stand_in(object));
+                let kept = last_good.cloned().or(stand_in);
+                if let Some(kept) = kept.filter(|_| !file.objects.contains_key(reference)) {
+                    file.objects.insert(reference.clone(), kept);
+                }
+            }
+            None => {
+                for (reference, object) in &old.objects {
+                    file.objects.entry(reference.clone()).or_insert_with(|| object.clone());
+                }
+            }
+        }
+        file.problems.push(problem(path, line, field, object, message));
+    }
+    file
+}
+
+fn is_stand_in(object: &Object) -> bool {
+    matches!(object, Object::AuthorizationPolicy(policy) if matches!(policy.body, PolicyBody::Unreadable { .. }))
+}
+
+fn problem(path: &Path, line: u64, field: Option<String>, object: Option<ObjectRef>, message: String) -> Problem {
+    Problem { file: path.to_owned(), line: Some(line), field, object, message }
+}
+
+#[cfg(test)]
+#[path = "files_tests.rs"]
+mod tests;

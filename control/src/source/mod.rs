@@ -1,0 +1,105 @@
+//! Where objects come from: typed changes out, in batches, and problems beside them.
+//!
+//! [`directory`] watches directories of YAML. Whatever a source is, it first gives everything that there
+//! is, says so with [`Event::Synced`], and then gives changes as they come.
+
+mod document;
+pub mod directory;
+mod files;
+mod scan;
+mod yaml;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::object::{Change, ObjectRef};
+
+/// A source as it is named on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceName {
+    /// `dir:PATH`: every `*.yaml`, `*.yml` and `*.json` below a directory.
+    Directory(PathBuf),
+}
+
+/// A source that cannot be understood.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no source: expected dir:PATH")]
+pub struct UnknownSource(String);
+
+impl FromStr for SourceName {
+    type Err = UnknownSource;
+
+    fn from_str(text: &str) -> Result<SourceName, UnknownSource> {
+        match text.split_once(':') {
+            Some(("dir", path)) if !path.is_empty() => Ok(SourceName::Directory(path.into())),
+            _ => Err(UnknownSource(text.to_owned())),
+        }
+    }
+}
+
+/// What a source tells.
+#[derive(Debug)]
+pub enum Event {
+    /// Objects changed.
+    Changes(Vec<Change>),
+    /// All that was there at the start has been told.
+    Synced,
+}
+
+/// Something in a source that cannot be taken. What was there before it stays in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The file.
+    pub file: PathBuf,
+    /// The line, from 1; `None` if the whole file is meant.
+    pub line: Option<u64>,
+    /// The field, as `spec.ports[0].port`.
+    pub field: Option<String>,
+    /// The object, if it can be told.
+    pub object: Option<ObjectRef>,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(object) = &self.object {
+            write!(f, ": {object}")?;
+        }
+        if let Some(field) = &self.field {
+            write!(f, ": {field}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+/// Live counters of a source.
+#[derive(Debug, Default)]
+pub struct SourceMetrics {
+    /// Problems that there were, each edit counted anew.
+    pub malformed: AtomicU64,
+    /// Problems that there are.
+    pub problems: AtomicU64,
+    /// Files that were read.
+    pub reads: AtomicU64,
+    /// Comparisons of every file, as after events were lost.
+    pub scans: AtomicU64,
+    /// Objects that there are.
+    pub objects: AtomicU64,
+}
+
+impl SourceMetrics {
+    fn add(counter: &AtomicU64, n: usize) {
+        counter.fetch_add(n as u64, Ordering::Relaxed);
+    }
+
+    fn set(gauge: &AtomicU64, n: usize) {
+        gauge.store(n as u64, Ordering::Relaxed);
+    }
+}

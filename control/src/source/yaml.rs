@@ -1,0 +1,171 @@
+//! YAML into types, with line and field of what does not fit.
+
+use std::fmt;
+
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_saphyr::{Options, Spanned};
+
+/// Why a document, or a value in it, does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Misfit {
+    /// Line within the document, from 1.
+    pub(super) line: Option<u64>,
+    /// The field, if the document got that far.
+    pub(super) field: Option<String>,
+    /// What is wrong.
+    pub(super) message: String,
+}
+
+fn options() -> Options {
+    serde_saphyr::options! { with_snippet: false }
+}
+
+/// Reads one document.
+pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Misfit> {
+    let mut field = None;
+    let result = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {
+        let mut track = serde_path_to_error::Track::new();
+        let result = T::deserialize(serde_path_to_error::Deserializer::new(deserializer, &mut track));
+        if result.is_err() {
+            field = Some(track.path().to_string()).filter(|path| path != ".");
+        }
+        result
+    });
+    result.map_err(|error| misfit(&error, field))
+}
+
+/// Reads a value that was read from a document before.
+pub(super) fn convert<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Misfit> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let field = Some(error.path().to_string()).filter(|path| path != ".");
+        Misfit { line: None, field, message: error.into_inner().to_string() }
+    })
+}
+
+fn misfit(error: &serde_saphyr::Error, field: Option<String>) -> Misfit {
+    let text = error.without_snippet().to_string();
+    // The place is told beside the message, not in it.
+    let message = match text.split_once(": ") {
+        Some((place, message)) if place.starts_with("error: line ") => message,
+        _ => text.split(" at line ").next().unwrap_or(&text),
+    };
+    let line = error.location().map(|location| location.line()).filter(|line| *line > 0);
+    Misfit { line, field, message: message.trim().to_owned() }
+}
+
+/// The line of a field, as `spec.ports[0].port`, or of the nearest enclosing value that there is.
+pub(super) fn locate(text: &str, field: &str) -> Option<u64> {
+    let steps: Vec<Step<'_>> = field.split('.').flat_map(steps).collect();
+    // A path that ends early leads to what encloses it.
+    (1..=steps.len()).rev().find_map(|n| {
+        let found = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {
+            Walk(steps.get(..n).unwrap_or_default()).deserialize(deserializer)
+        });
+        found.ok().flatten()
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    Key(&'a str),
+    Item(usize),
+}
+
+/// `ports[0]` is two steps.
+fn steps(part: &str) -> impl Iterator<Item = Step<'_>> {
+    let (key, rest) = part.split_once('[').unwrap_or((part, ""));
+    let items = rest.split(['[', ']']).filter_map(|index| index.parse().ok()).map(Step::Item);
+    Some(key).filter(|key| !key.is_empty()).map(Step::Key).into_iter().chain(items)
+}
+
+struct Walk<'a>(&'a [Step<'a>]);
+
+impl<'de> DeserializeSeed<'de> for Walk<'_> {
+    type Value = Option<u64>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<u64>, D::Error> {
+        if self.0.is_empty() {
+            let value = <Spanned<IgnoredAny> as serde::Deserialize>::deserialize(deserializer)?;
+            return Ok(Some(value.referenced.line()));
+        }
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Walk<'_> {
+    type Value = Option<u64>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mapping or a sequence")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<u64>, A::Error> {
+        let mut line = None;
+        while let Some(key) = map.next_key::<String>()? {
+            match self.0.split_first() {
+                Some((Step::Key(wanted), rest)) if *wanted == key => line = map.next_value_seed(Walk(rest))?,
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(line)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Option<u64>, A::Error> {
+        if let Some((Step::Item(wanted), rest)) = self.0.split_first() {
+            for _ in 0..*wanted {
+                if items.next_element::<IgnoredAny>()?.is_none() {
+                    return Ok(None);
+                }
+            }
+            let line = items.next_element_seed(Walk(rest))?.flatten();
+            while items.next_element::<IgnoredAny>()?.is_some() {}
+            return Ok(line);
+        }
+        while items.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "metadata:\n  name: a\nspec:\n  ports:\n  - port: 1\n  - name: b\n    port: 2\n";
+
+    #[test]
+    fn a_field_is_found_by_its_path() {
+        assert_eq!(locate(TEXT, "spec.ports[1].port"), Some(7));
+        assert_eq!(locate(TEXT, "metadata.name"), Some(2));
+    }
+
+    #[test]
+    fn a_field_that_is_not_there_is_told_by_what_encloses_it() {
+        assert_eq!(locate(TEXT, "spec.ports[0].targetPort"), Some(5));
+        assert_eq!(locate(TEXT, "nothing"), None);
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_told_with_its_line_and_field() {
+        #[derive(Debug, serde::Deserialize)]
+        struct Outer {
+            #[serde(rename = "spec")]
+            _spec: Inner,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        struct Inner {
+            #[serde(rename = "count")]
+            _count: u16,
+        }
+        let misfit = read::<Outer>("spec:\n  other: 1\n  count: many\n").unwrap_err();
+        assert_eq!((misfit.line, misfit.field.as_deref()), (Some(3), Some("spec.count")), "{misfit:?}");
+        assert!(!misfit.message.contains("line"), "{misfit:?}");
+    }
+
+    #[test]
+    fn broken_syntax_is_told_with_its_line() {
+        let misfit = read::<serde_json::Value>("a: 1\nb: [1, 2\nc: 3\n").unwrap_err();
+        assert!(misfit.line.is_some(), "{misfit:?}");
+    }
+}
