@@ -108,7 +108,7 @@ mod tests {
     fn the_process_never_promises_more_than_its_budget() {
         let budget = WindowBudget::new(5 * MIB);
         let mut one = Window::new(&Settings::default(), budget.clone());
-        let mut two = Window::new(&Settings::default(), budget.clone());
+        let mut two = Window::new(&Settings::default(), budget);
         assert!(one.grown(100 * MIB).is_some());
         assert!(two.grown(100 * MIB).is_none());
         drop(one);
