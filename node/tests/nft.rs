@@ -108,10 +108,7 @@ async fn every_difference_is_found() {
     let mut changed = table.clone();
     changed.chains[1].hook.as_mut().unwrap().priority = 5;
     nft::apply(&inside, changed).await.unwrap();
-    assert_eq!(
-        nft::verify(&inside, table.clone()).await.unwrap(),
-        Some(Difference::Chain("filter".into()))
-    );
+    assert_eq!(nft::verify(&inside, table.clone()).await.unwrap(), Some(Difference::Chain("filter".into())));
     let mut changed = table.clone();
     changed.chains.push(Chain { name: "more".into(), hook: None, rules: vec![] });
     nft::apply(&inside, changed).await.unwrap();
@@ -129,10 +126,7 @@ async fn every_difference_is_found() {
     let mut changed = table.clone();
     changed.chains[2].rules.swap(1, 2);
     nft::apply(&inside, changed).await.unwrap();
-    assert_eq!(
-        nft::verify(&inside, table.clone()).await.unwrap(),
-        Some(Difference::Rule("nat".into(), 1))
-    );
+    assert_eq!(nft::verify(&inside, table.clone()).await.unwrap(), Some(Difference::Rule("nat".into(), 1)));
     let mut changed = table.clone();
     changed.chains[1].rules[1].actions.insert(0, Action::Count);
     nft::apply(&inside, changed).await.unwrap();

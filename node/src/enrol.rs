@@ -1,0 +1,193 @@
+//! Who is in the mesh, and with which options: decided from labels and annotations alone.
+//!
+//! kubernetes.md, "Who is in the mesh". Pure; the sources of pods call it for every change.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use crate::redirect::Options;
+
+/// Label on pods and namespaces.
+pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// Status annotation on pods, written by the agent's caller: `enabled` or `pending`.
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+/// Annotation that a sidecar's injector leaves on a pod.
+pub const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
+/// Annotation: `true` leaves inbound connections alone.
+pub const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+/// Annotation: `true` or `false`, over the global setting.
+pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+/// Annotation: interfaces, separated by commas, whose traffic counts as the pod's own.
+pub const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
+
+/// What of a pod matters here.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// Its namespace's name.
+    pub namespace: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Whether it shares the node's network namespace.
+    pub host_network: bool,
+}
+
+/// The mesh's settings that bear on the decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Namespaces of which no pod is ever in.
+    pub excluded_namespaces: BTreeSet<String>,
+    /// Whether DNS is captured where a pod says nothing.
+    pub dns_capture: bool,
+    /// Whether the proxy offers SOCKS5 in pods.
+    pub socks5: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let excluded = ["kube-system", "ambit-system"];
+        Self {
+            excluded_namespaces: excluded.into_iter().map(String::from).collect(),
+            dns_capture: true,
+            socks5: false,
+        }
+    }
+}
+
+/// Whether a pod is in, and how; or why not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// In the mesh, with these options.
+    In(Options),
+    /// Not in the mesh.
+    Out(Reason),
+}
+
+/// Why a pod is not in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// It shares the node's network namespace.
+    HostNetwork,
+    /// It has a sidecar.
+    Sidecar,
+    /// Its namespace is excluded.
+    ExcludedNamespace,
+    /// Its own label says another mode.
+    PodLabel,
+    /// Neither it nor its namespace is labelled.
+    NotLabelled,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HostNetwork => "it uses the host's network",
+            Self::Sidecar => "it has a sidecar",
+            Self::ExcludedNamespace => "its namespace is excluded",
+            Self::PodLabel => "its label istio.io/dataplane-mode says so",
+            Self::NotLabelled => "neither it nor its namespace has istio.io/dataplane-mode: ambient",
+        })
+    }
+}
+
+/// Decides about a pod.
+pub fn enrolled(pod: &Pod, namespace_labels: &BTreeMap<String, String>, settings: &Settings) -> Decision {
+    let Pod { namespace, labels, annotations, host_network } = pod;
+    if *host_network {
+        return Decision::Out(Reason::HostNetwork);
+    }
+    if annotations.contains_key(SIDECAR_STATUS) {
+        return Decision::Out(Reason::Sidecar);
+    }
+    if settings.excluded_namespaces.contains(namespace) {
+        return Decision::Out(Reason::ExcludedNamespace);
+    }
+    match labels.get(DATAPLANE_MODE).map(String::as_str) {
+        Some("ambient") => {}
+        // Any other word on the pod but none at all is a choice of its own: `none`, or another mode.
+        Some(word) if !word.is_empty() => return Decision::Out(Reason::PodLabel),
+        _ if namespace_labels.get(DATAPLANE_MODE).is_some_and(|mode| mode == "ambient") => {}
+        _ => return Decision::Out(Reason::NotLabelled),
+    }
+    Decision::In(options(annotations, settings))
+}
+
+fn options(annotations: &BTreeMap<String, String>, settings: &Settings) -> Options {
+    let flag = |name: &str| match annotations.get(name).map(|value| value.trim()) {
+        Some("true") => Some(true),
+        Some("false") => Some(false),
+        _ => None,
+    };
+    let interfaces = annotations.get(VIRTUAL_INTERFACES).map(String::as_str).unwrap_or_default();
+    Options {
+        dns_capture: flag(DNS_CAPTURE).unwrap_or(settings.dns_capture),
+        inbound_capture: flag(BYPASS_INBOUND) != Some(true),
+        virtual_interfaces: interfaces
+            .split(',')
+            .map(str::trim)
+            // netdevice(7): a name is at most 15 bytes; a longer one can't exist.
+            .filter(|name| !name.is_empty() && name.len() < libc::IFNAMSIZ)
+            .map(String::from)
+            .collect(),
+        socks5: settings.socks5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+    }
+
+    fn decide(pod: &[(&str, &str)], namespace: &[(&str, &str)], annotations: &[(&str, &str)]) -> Decision {
+        let pod = Pod {
+            namespace: "shop".into(),
+            labels: map(pod),
+            annotations: map(annotations),
+            host_network: false,
+        };
+        enrolled(&pod, &map(namespace), &Settings::default())
+    }
+
+    const AMBIENT: (&str, &str) = (DATAPLANE_MODE, "ambient");
+    const NONE: (&str, &str) = (DATAPLANE_MODE, "none");
+
+    #[test]
+    fn the_pods_label_wins_over_its_namespaces() {
+        assert_eq!(decide(&[AMBIENT], &[], &[]), Decision::In(Options::default()));
+        assert_eq!(decide(&[], &[AMBIENT], &[]), Decision::In(Options::default()));
+        assert_eq!(decide(&[AMBIENT], &[NONE], &[]), Decision::In(Options::default()));
+        assert_eq!(decide(&[NONE], &[AMBIENT], &[]), Decision::Out(Reason::PodLabel));
+        assert_eq!(decide(&[], &[], &[]), Decision::Out(Reason::NotLabelled));
+    }
+
+    #[test]
+    fn host_network_sidecars_and_excluded_namespaces_are_never_in() {
+        let mut pod = Pod { namespace: "kube-system".into(), labels: map(&[AMBIENT]), ..Pod::default() };
+        let settings = Settings::default();
+        assert_eq!(enrolled(&pod, &map(&[AMBIENT]), &settings), Decision::Out(Reason::ExcludedNamespace));
+        pod.namespace = "shop".into();
+        pod.host_network = true;
+        assert_eq!(enrolled(&pod, &map(&[AMBIENT]), &settings), Decision::Out(Reason::HostNetwork));
+        let sidecar = [(SIDECAR_STATUS, "{}")];
+        assert_eq!(decide(&[AMBIENT], &[], &sidecar), Decision::Out(Reason::Sidecar));
+    }
+
+    #[test]
+    fn annotations_set_the_options() {
+        let annotations =
+            [(BYPASS_INBOUND, "true"), (DNS_CAPTURE, "false"), (VIRTUAL_INTERFACES, "k6t-0, tap1,")];
+        let wanted = Options {
+            dns_capture: false,
+            inbound_capture: false,
+            virtual_interfaces: vec!["k6t-0".into(), "tap1".into()],
+            socks5: false,
+        };
+        assert_eq!(decide(&[AMBIENT], &[], &annotations), Decision::In(wanted));
+        let unreadable = [(BYPASS_INBOUND, "yes"), (DNS_CAPTURE, "maybe")];
+        assert_eq!(decide(&[AMBIENT], &[], &unreadable), Decision::In(Options::default()));
+    }
+}

@@ -1,0 +1,361 @@
+//! Who is to be told what: the state of the ZDS server, without I/O.
+//!
+//! Level-triggered: what a proxy has been told is compared with what it should know, and the next
+//! difference is the next order. So a proxy that reconnects, a pod that changes while another order
+//! is out, and a retry are all the same thing. Calls come from the [`server`](super::server); `now` is an argument.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use ambit_net::NetnsId;
+use tokio::time::Instant;
+
+/// First pause before an add that was nacked is sent again.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+/// Longest pause.
+const RETRY_LAST: Duration = Duration::from_secs(15);
+
+/// One connection of a proxy; later ones have greater numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProxyId(pub u64);
+
+/// What a pod is to the proxy; another value under the same uid is told anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Version {
+    /// The namespace; `None` when the descriptor was lost.
+    pub netns: Option<NetnsId>,
+    /// Changes with anything else that the proxy must learn.
+    pub revision: u64,
+}
+
+/// The next message to a proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Order {
+    /// Serve this pod.
+    Add(String, Version),
+    /// Keep serving this pod, whose descriptor the agent lost.
+    Keep(String, Version),
+    /// Stop serving this pod.
+    Del(String),
+    /// Everything has been told.
+    SnapshotSent,
+}
+
+/// What a connection is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// Send this and wait for the answer.
+    Send(Order),
+    /// Nothing until then, or until something changes.
+    WaitUntil(Instant),
+    /// Nothing until something changes.
+    Wait,
+}
+
+#[derive(Debug, Clone)]
+struct Told {
+    version: Version,
+    outcome: Outcome,
+}
+
+#[derive(Debug, Clone)]
+enum Outcome {
+    Served,
+    Refused { again_at: Instant, pause: Duration },
+}
+
+#[derive(Debug, Default)]
+struct Proxy {
+    told: HashMap<String, Told>,
+    snapshot_sent: bool,
+    in_flight: Option<Order>,
+}
+
+/// Pods, proxies, and what each proxy has been told.
+#[derive(Debug, Default)]
+pub struct Hub {
+    pods: BTreeMap<String, Version>,
+    proxies: BTreeMap<ProxyId, Proxy>,
+    next_id: u64,
+}
+
+impl Hub {
+    /// A proxy has said hello. It is the newest.
+    pub fn connect(&mut self) -> ProxyId {
+        let id = ProxyId(self.next_id);
+        self.next_id += 1;
+        self.proxies.insert(id, Proxy::default());
+        id
+    }
+
+    /// A proxy's connection has ended.
+    pub fn disconnect(&mut self, id: ProxyId) {
+        self.proxies.remove(&id);
+    }
+
+    /// Proxies that are connected.
+    pub fn proxies(&self) -> usize {
+        self.proxies.len()
+    }
+
+    /// A pod is to be served.
+    pub fn upsert(&mut self, uid: &str, version: Version) {
+        self.pods.insert(uid.into(), version);
+    }
+
+    /// A pod is no longer to be served.
+    pub fn delete(&mut self, uid: &str) {
+        self.pods.remove(uid);
+    }
+
+    /// Whether a proxy serves the pod as it is now.
+    pub fn is_served(&self, uid: &str) -> bool {
+        let Some(version) = self.pods.get(uid) else { return false };
+        self.proxies.values().any(|proxy| {
+            proxy.told.get(uid).is_some_and(|t| t.version == *version && matches!(t.outcome, Outcome::Served))
+        })
+    }
+
+    /// Whether a proxy has been told of the pod, and not yet of its end.
+    pub fn is_known(&self, uid: &str) -> bool {
+        self.proxies.values().any(|proxy| {
+            proxy.told.contains_key(uid)
+                || matches!(&proxy.in_flight, Some(Order::Add(u, _) | Order::Keep(u, _)) if u == uid)
+        })
+    }
+
+    /// What the connection is to do. An order that was handed out is expected back in
+    /// [`handle_ack`](Self::handle_ack) before the next is.
+    pub fn poll_next(&mut self, id: ProxyId, now: Instant) -> Next {
+        // contracts.md, section 3: with two proxies, adds go to the newest, dels to all.
+        let newest = self.proxies.keys().next_back() == Some(&id);
+        let Some(proxy) = self.proxies.get_mut(&id) else { return Next::Wait };
+        if proxy.in_flight.is_some() {
+            return Next::Wait;
+        }
+        let mut wake: Option<Instant> = None;
+        // A snapshot is always whole: a proxy drops what its snapshot did not name.
+        let adds = newest || !proxy.snapshot_sent;
+        let order = del_order(proxy, &self.pods, adds)
+            .or_else(|| if adds { add_order(proxy, &self.pods, now, &mut wake) } else { None });
+        let order = order.or_else(|| (!proxy.snapshot_sent).then_some(Order::SnapshotSent));
+        match order {
+            Some(order) => {
+                proxy.in_flight = Some(order.clone());
+                Next::Send(order)
+            }
+            None => wake.map_or(Next::Wait, Next::WaitUntil),
+        }
+    }
+
+    /// The answer to the order in flight: `true` if the proxy did it. Says which pod it was about, if
+    /// it was an add or keep.
+    pub fn handle_ack(&mut self, id: ProxyId, accepted: bool, now: Instant) -> Option<String> {
+        let proxy = self.proxies.get_mut(&id)?;
+        match proxy.in_flight.take()? {
+            Order::Add(uid, version) | Order::Keep(uid, version) => {
+                let outcome = if accepted {
+                    Outcome::Served
+                } else {
+                    let pause = match proxy.told.get(&uid).map(|told| &told.outcome) {
+                        Some(Outcome::Refused { pause, .. }) => (*pause * 2).min(RETRY_LAST),
+                        _ => RETRY_FIRST,
+                    };
+                    Outcome::Refused { again_at: now + pause, pause }
+                };
+                proxy.told.insert(uid.clone(), Told { version, outcome });
+                Some(uid)
+            }
+            // A proxy that could not stop a pod will not do better when asked again.
+            Order::Del(uid) => {
+                proxy.told.remove(&uid);
+                None
+            }
+            Order::SnapshotSent => {
+                proxy.snapshot_sent = true;
+                None
+            }
+        }
+    }
+}
+
+/// A proxy that gets no adds must not go on in a namespace that its pod has left.
+fn del_order(proxy: &Proxy, pods: &BTreeMap<String, Version>, adds: bool) -> Option<Order> {
+    let is_over = |uid: &String, told: &Told| match pods.get(uid) {
+        None => true,
+        Some(version) => !adds && version.netns != told.version.netns,
+    };
+    proxy
+        .told
+        .iter()
+        .filter(|(uid, told)| is_over(uid, told))
+        .map(|(uid, _)| uid)
+        .min()
+        .cloned()
+        .map(Order::Del)
+}
+
+fn add_order(
+    proxy: &Proxy,
+    pods: &BTreeMap<String, Version>,
+    now: Instant,
+    wake: &mut Option<Instant>,
+) -> Option<Order> {
+    let order = |uid: &String, version: &Version| match version.netns {
+        Some(_) => Order::Add(uid.clone(), *version),
+        None => Order::Keep(uid.clone(), *version),
+    };
+    let fresh = pods.iter().find(|(uid, v)| proxy.told.get(*uid).is_none_or(|t| t.version != **v));
+    if let Some((uid, version)) = fresh {
+        return Some(order(uid, version));
+    }
+    // A snapshot ends with what could be started; retries come after it.
+    if !proxy.snapshot_sent {
+        return None;
+    }
+    for (uid, version) in pods {
+        if let Some(Told { outcome: Outcome::Refused { again_at, .. }, .. }) = proxy.told.get(uid) {
+            if *again_at <= now {
+                return Some(order(uid, version));
+            }
+            *wake = Some(wake.map_or(*again_at, |at| at.min(*again_at)));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(ino: u64) -> Version {
+        Version { netns: Some(NetnsId { dev: 4, ino }), revision: 0 }
+    }
+
+    /// Answers every order until there is nothing to do, and returns the orders.
+    fn run(hub: &mut Hub, id: ProxyId, now: Instant, accept: impl Fn(&Order) -> bool) -> Vec<Order> {
+        let mut orders = Vec::new();
+        while let Next::Send(order) = hub.poll_next(id, now) {
+            assert_eq!(hub.poll_next(id, now), Next::Wait, "one order at a time");
+            hub.handle_ack(id, accept(&order), now);
+            orders.push(order);
+        }
+        orders
+    }
+
+    fn add(uid: &str, ino: u64) -> Order {
+        Order::Add(uid.into(), version(ino))
+    }
+
+    #[test]
+    fn a_proxy_gets_every_pod_then_the_end_of_the_snapshot_then_changes() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        hub.upsert("b", Version { netns: None, revision: 0 });
+        let id = hub.connect();
+        let keep = Order::Keep("b".into(), Version { netns: None, revision: 0 });
+        assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 1), keep, Order::SnapshotSent]);
+        assert!(hub.is_served("a"));
+        hub.upsert("c", version(3));
+        hub.delete("a");
+        assert_eq!(run(&mut hub, id, now, |_| true), [Order::Del("a".into()), add("c", 3)]);
+        assert!(!hub.is_known("a"));
+    }
+
+    #[test]
+    fn a_pod_seen_again_in_another_namespace_is_added_again() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        let id = hub.connect();
+        hub.upsert("a", version(1));
+        run(&mut hub, id, now, |_| true);
+        hub.upsert("a", version(1));
+        assert_eq!(run(&mut hub, id, now, |_| true), []);
+        hub.upsert("a", version(2));
+        assert!(!hub.is_served("a"));
+        assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 2)]);
+    }
+
+    #[test]
+    fn a_refused_pod_is_offered_again_with_growing_pauses_and_holds_up_nobody() {
+        let mut now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        hub.upsert("b", version(2));
+        let id = hub.connect();
+        let orders = run(&mut hub, id, now, |order| *order != add("a", 1));
+        assert_eq!(orders, [add("a", 1), add("b", 2), Order::SnapshotSent]);
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            let Next::WaitUntil(at) = hub.poll_next(id, now) else { panic!("no retry planned") };
+            pauses.push((at - now).as_millis());
+            now = at;
+            assert_eq!(run(&mut hub, id, now, |_| false), [add("a", 1)]);
+        }
+        assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 15000, 15000, 15000]);
+        let Next::WaitUntil(at) = hub.poll_next(id, now) else { panic!("no retry planned") };
+        assert_eq!(run(&mut hub, id, at, |_| true), [add("a", 1)]);
+        assert!(hub.is_served("a"));
+        assert_eq!(hub.poll_next(id, at), Next::Wait);
+    }
+
+    #[test]
+    fn of_two_proxies_the_newest_gets_adds_and_both_get_dels() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        let old = hub.connect();
+        run(&mut hub, old, now, |_| true);
+        let new = hub.connect();
+        assert_eq!(run(&mut hub, new, now, |_| true), [add("a", 1), Order::SnapshotSent]);
+        hub.upsert("b", version(2));
+        assert_eq!(run(&mut hub, old, now, |_| true), []);
+        assert_eq!(run(&mut hub, new, now, |_| true), [add("b", 2)]);
+        hub.delete("a");
+        assert_eq!(run(&mut hub, old, now, |_| true), [Order::Del("a".into())]);
+        assert_eq!(run(&mut hub, new, now, |_| true), [Order::Del("a".into())]);
+        hub.disconnect(new);
+        assert_eq!(run(&mut hub, old, now, |_| true), [add("b", 2)], "it is the newest again");
+    }
+
+    #[test]
+    fn the_older_proxy_leaves_a_namespace_that_its_pod_has_left() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        let old = hub.connect();
+        run(&mut hub, old, now, |_| true);
+        let new = hub.connect();
+        run(&mut hub, new, now, |_| true);
+        hub.upsert("a", version(2));
+        assert_eq!(run(&mut hub, old, now, |_| true), [Order::Del("a".into())]);
+        assert_eq!(run(&mut hub, new, now, |_| true), [add("a", 2)]);
+    }
+
+    #[test]
+    fn two_proxies_that_reconnect_together_both_get_a_whole_snapshot() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        let (first, second) = (hub.connect(), hub.connect());
+        for id in [first, second] {
+            assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 1), Order::SnapshotSent]);
+        }
+    }
+
+    #[test]
+    fn a_pod_that_goes_while_its_add_is_out_is_deleted_afterwards() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        let id = hub.connect();
+        run(&mut hub, id, now, |_| true);
+        hub.upsert("a", version(1));
+        assert_eq!(hub.poll_next(id, now), Next::Send(add("a", 1)));
+        hub.delete("a");
+        assert!(hub.is_known("a"));
+        hub.handle_ack(id, true, now);
+        assert_eq!(run(&mut hub, id, now, |_| true), [Order::Del("a".into())]);
+        assert!(!hub.is_known("a"));
+    }
+}
