@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use ambit_identity::files::FileWatch;
@@ -96,6 +97,7 @@ struct Shared {
     config: AuthorityConfig,
     state: ArcSwap<State>,
     version: watch::Sender<u64>,
+    reload_failures: AtomicU64,
 }
 
 /// The certificate authority. Clones share it.
@@ -119,8 +121,12 @@ impl Authority {
             roots_pem: roots_pem(&rotation.roots()),
             revocations_pem: loaded.revocations.map(Arc::from),
         };
-        let shared =
-            Arc::new(Shared { config, state: ArcSwap::from_pointee(state), version: watch::Sender::new(0) });
+        let shared = Arc::new(Shared {
+            config,
+            state: ArcSwap::from_pointee(state),
+            version: watch::Sender::new(0),
+            reload_failures: AtomicU64::new(0),
+        });
         let driver = Driver { shared: Arc::clone(&shared), rotation, last_error: None };
         Ok((Self(shared), driver.run(watch)))
     }
@@ -182,6 +188,11 @@ impl Authority {
     /// Tells when roots, key or revocations changed; the number counts changes.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.version.subscribe()
+    }
+
+    /// How often changed files could not be used (the last good ones stayed in force).
+    pub fn reload_failures(&self) -> u64 {
+        self.0.reload_failures.load(Ordering::Relaxed)
     }
 
     /// Whose identities are signed.
@@ -308,6 +319,7 @@ impl Driver {
                 changed |= self.rotation.handle_loaded(Arc::new(loaded.signer), SystemTime::now());
             }
             Err(error) => {
+                self.shared.reload_failures.fetch_add(1, Ordering::Relaxed);
                 let text = error.to_string();
                 if self.last_error.as_ref() != Some(&text) {
                     tracing::warn!(%error, "certificate authority not reloaded; the last good one stays in force");

@@ -154,11 +154,11 @@ fn parse(content: &[u8], config: &JwtConfig) -> Result<Vec<Key>, JwtError> {
     let mut keys = Vec::new();
     for (position, value) in set.keys.into_iter().enumerate().take(MAX_KEYS) {
         // RFC 7517 §5: keys that are not understood are ignored.
-        match serde_json::from_value::<Jwk>(value).ok().as_ref().and_then(|jwk| key(jwk, config)) {
-            Some(key) => keys.push(key),
-            None => {
-                tracing::warn!(position, path = %config.jwks.display(), "key ignored: of no use for tokens")
-            }
+        if let Some(key) = serde_json::from_value::<Jwk>(value).ok().as_ref().and_then(|jwk| key(jwk, config))
+        {
+            keys.push(key);
+        } else {
+            tracing::warn!(position, path = %config.jwks.display(), "key ignored: of no use for tokens");
         }
     }
     if keys.is_empty() {

@@ -11,6 +11,7 @@
 
 pub mod authentication;
 pub mod authority;
+pub mod incoming;
 pub mod jwt;
 mod material;
 mod request;

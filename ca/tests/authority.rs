@@ -1,0 +1,299 @@
+//! The authority's files: made and kept, plugged in, replaced while it runs, and what its certificates are like.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use ambit_ca::{Authority, AuthorityConfig, AuthorityError, RevokedCertificate, SignError};
+use ambit_identity::{CertificateRequest, PeerError, Revocations, SpiffeId, Trust, TrustDomain, Usage};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn config(directory: &Path) -> AuthorityConfig {
+    AuthorityConfig::new(TrustDomain::new("cluster.local").unwrap(), directory.to_owned())
+}
+
+async fn open(directory: &Path) -> Authority {
+    let (authority, driver) = Authority::open(config(directory)).await.unwrap();
+    tokio::spawn(driver);
+    authority
+}
+
+fn reviews() -> SpiffeId {
+    SpiffeId::new("cluster.local", "shop", "reviews").unwrap()
+}
+
+fn csr() -> String {
+    CertificateRequest::new(&reviews()).unwrap().csr_pem().to_owned()
+}
+
+fn ders(pems: &[String]) -> Vec<CertificateDer<'static>> {
+    pems.iter().map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap()).collect()
+}
+
+fn trust(authority: &Authority) -> Trust {
+    let trust = Trust::new(authority.trust_domain().clone(), Vec::new());
+    trust.set_roots(authority.roots_pem().as_bytes()).unwrap();
+    trust
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(15);
+    while !condition() {
+        assert!(tokio::time::Instant::now() < deadline, "not within 15 s: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A root and an intermediate under it, as an operator plugs them in.
+struct Plugged {
+    root: String,
+    intermediate: String,
+    key: String,
+}
+
+fn plugged(name: &str) -> Plugged {
+    let authority = |common_name: String| {
+        let mut parameters = CertificateParams::default();
+        parameters.distinguished_name.push(DnType::CommonName, common_name);
+        parameters.distinguished_name.push(DnType::CountryName, "DE");
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        parameters.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        parameters
+    };
+    let root_key = KeyPair::generate().unwrap();
+    let root_parameters = authority(format!("{name} root"));
+    let root = root_parameters.self_signed(&root_key).unwrap().pem();
+    let root_issuer = Issuer::new(root_parameters, root_key);
+    let key = KeyPair::generate().unwrap();
+    let intermediate = authority(format!("{name} intermediate")).signed_by(&key, &root_issuer).unwrap().pem();
+    Plugged { root, intermediate, key: key.serialize_pem() }
+}
+
+/// Writes the files, the key last, so that a reader in between sees a pair that does not fit.
+fn plug_in(directory: &Path, plugged: &Plugged, roots: &str) {
+    std::fs::write(directory.join("root-cert.pem"), roots).unwrap();
+    std::fs::write(directory.join("cert-chain.pem"), format!("{}{}", plugged.intermediate, plugged.root))
+        .unwrap();
+    std::fs::write(directory.join("ca-cert.pem"), &plugged.intermediate).unwrap();
+    std::fs::write(directory.join("ca-key.pem"), &plugged.key).unwrap();
+}
+
+#[tokio::test]
+async fn a_self_signed_root_is_made_once_and_kept_with_its_key_unreadable_to_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = directory.path().join("ca");
+    let first = open(&home).await;
+    let second = open(&home).await;
+    assert_eq!(first.roots_pem(), second.roots_pem());
+    let mode = std::fs::metadata(home.join("ca-key.pem")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let chain = ders(&second.sign(&csr(), &reviews(), None).unwrap().chain);
+    assert_eq!(trust(&first).verify(&chain[..1], Usage::Client, SystemTime::now()).unwrap(), reviews());
+}
+
+#[tokio::test]
+async fn a_crash_between_key_and_certificate_leaves_a_state_that_starts() {
+    let directory = tempfile::tempdir().unwrap();
+    open(directory.path()).await;
+    std::fs::remove_file(directory.path().join("ca-cert.pem")).unwrap();
+    let again = open(directory.path()).await;
+    again.sign(&csr(), &reviews(), None).unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_has_the_identity_of_the_caller_whatever_the_request_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = open(directory.path()).await;
+    let key = KeyPair::generate().unwrap();
+    let mut greedy = CertificateParams::new(vec!["evil.example".to_owned()]).unwrap();
+    greedy.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    greedy.distinguished_name.push(DnType::CommonName, "admin");
+    let request = greedy.serialize_request(&key).unwrap().pem().unwrap();
+    let issued = authority.sign(&request, &reviews(), None).unwrap();
+    let chain = ders(&issued.chain);
+    let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
+    let names = &leaf.subject_alternative_name().unwrap().unwrap().value.general_names;
+    assert_eq!(names, &[GeneralName::URI(reviews().as_str())]);
+    assert_eq!(leaf.subject().iter().count(), 0);
+    assert!(!leaf.is_ca());
+    assert_eq!(leaf.public_key().subject_public_key.data.as_ref(), rcgen::PublicKeyData::der_bytes(&key));
+}
+
+#[tokio::test]
+async fn lifetimes_are_a_day_by_default_ninety_days_at_most_and_backdated_by_two_minutes() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = open(directory.path()).await;
+    let span = |lifetime: Option<Duration>| {
+        let chain = ders(&authority.sign(&csr(), &reviews(), lifetime).unwrap().chain);
+        let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs() as i64;
+        (now - leaf.validity().not_before.timestamp(), leaf.validity().not_after.timestamp() - now)
+    };
+    for (asked, expected) in [(None, DAY), (Some(DAY * 400), DAY * 90), (Some(DAY / 24), DAY / 24)] {
+        let (before, after) = span(asked);
+        assert!((120..=122).contains(&before), "{before}");
+        assert!((expected.as_secs() as i64 - after).abs() <= 2, "{after} for {asked:?}");
+    }
+}
+
+#[tokio::test]
+async fn serial_numbers_are_positive_and_never_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = open(directory.path()).await;
+    let request = csr();
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..200 {
+        let serial = authority.sign(&request, &reviews(), None).unwrap().serial;
+        assert!(serial.len() == 32 && serial.as_str() < "80", "{serial}");
+        assert!(seen.insert(serial));
+    }
+}
+
+#[tokio::test]
+async fn a_plugged_in_intermediate_signs_and_the_chain_ends_in_its_root() {
+    let directory = tempfile::tempdir().unwrap();
+    let plugged = plugged("corp");
+    plug_in(directory.path(), &plugged, &plugged.root);
+    let authority = open(directory.path()).await;
+    let chain = authority.sign(&csr(), &reviews(), None).unwrap().chain;
+    assert_eq!(chain.len(), 3);
+    let parsed = ders(&chain);
+    assert_eq!(parsed[1], CertificateDer::from_pem_slice(plugged.intermediate.as_bytes()).unwrap());
+    assert_eq!(parsed[2], CertificateDer::from_pem_slice(plugged.root.as_bytes()).unwrap());
+    assert!(chain.iter().all(|pem| pem.matches("BEGIN").count() == 1));
+    let trust = trust(&authority);
+    assert_eq!(trust.verify(&parsed[..2], Usage::Server, SystemTime::now()).unwrap(), reviews());
+    assert!(trust.verify(&parsed[..1], Usage::Server, SystemTime::now()).is_err());
+}
+
+#[tokio::test]
+async fn a_kubernetes_tls_secret_can_be_plugged_in() {
+    let directory = tempfile::tempdir().unwrap();
+    let plugged = plugged("corp");
+    std::fs::write(directory.path().join("tls.crt"), &plugged.intermediate).unwrap();
+    std::fs::write(directory.path().join("tls.key"), &plugged.key).unwrap();
+    std::fs::write(directory.path().join("ca.crt"), &plugged.root).unwrap();
+    let chain = ders(&open(directory.path()).await.sign(&csr(), &reviews(), None).unwrap().chain);
+    assert_eq!(chain.len(), 3);
+}
+
+#[tokio::test]
+async fn files_that_do_not_fit_together_are_refused_with_the_reason() {
+    let (ours, theirs) = (plugged("ours"), plugged("theirs"));
+    let refuse = async |change: &dyn Fn(&Path)| {
+        let directory = tempfile::tempdir().unwrap();
+        plug_in(directory.path(), &ours, &ours.root);
+        change(directory.path());
+        match Authority::open(config(directory.path())).await.map(|_| ()) {
+            Err(error @ AuthorityError::Material { .. }) => error.to_string(),
+            outcome => panic!("{outcome:?}"),
+        }
+    };
+    let write = |name: &'static str, content: String| {
+        move |directory: &Path| std::fs::write(directory.join(name), &content).unwrap()
+    };
+    assert!(refuse(&write("ca-key.pem", theirs.key.clone())).await.contains("does not belong"));
+    assert!(refuse(&write("root-cert.pem", theirs.root.clone())).await.contains("not accepted"));
+    assert!(refuse(&write("ca-cert.pem", "nonsense".into())).await.contains("no certificate"));
+    assert!(refuse(&write("ca-key.pem", "nonsense".into())).await.contains("ca-key.pem"));
+    let gone = |directory: &Path| std::fs::remove_file(directory.join("ca-key.pem")).unwrap();
+    assert!(refuse(&gone).await.contains("ca-key.pem"));
+}
+
+#[tokio::test]
+async fn a_root_replaced_while_running_overlaps_with_the_old_one_and_signs_after_the_time_to_learn_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (plugged("old"), plugged("new"));
+    plug_in(directory.path(), &old, &old.root);
+    let settings = AuthorityConfig { root_propagation: Duration::from_secs(3), ..config(directory.path()) };
+    let (authority, driver) = Authority::open(settings).await.unwrap();
+    tokio::spawn(driver);
+    let root_of =
+        |authority: &Authority| authority.sign(&csr(), &reviews(), None).unwrap().chain.pop().unwrap();
+    let before = root_of(&authority);
+    let changes = authority.subscribe();
+
+    plug_in(directory.path(), &new, &new.root);
+    until("both roots published", || authority.roots_pem().matches("BEGIN").count() == 2).await;
+    assert_eq!(root_of(&authority), before, "the new root signs before everybody had time to learn it");
+    assert!(changes.has_changed().unwrap());
+    until("the new root signs", || root_of(&authority) != before).await;
+    assert_eq!(
+        authority.roots_pem().matches("BEGIN").count(),
+        2,
+        "the old root goes with its last certificate"
+    );
+    let chain = ders(&authority.sign(&csr(), &reviews(), None).unwrap().chain);
+    assert!(trust(&authority).verify(&chain[..2], Usage::Client, SystemTime::now()).is_ok());
+}
+
+#[tokio::test]
+async fn files_broken_or_removed_while_running_leave_the_last_good_ones_in_force() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = open(directory.path()).await;
+    let before = authority.roots_pem();
+    std::fs::write(directory.path().join("ca-key.pem"), "nonsense").unwrap();
+    std::fs::remove_file(directory.path().join("ca-cert.pem")).unwrap();
+    until("the driver has looked", || authority.reload_failures() > 0).await;
+    assert_eq!(authority.roots_pem(), before);
+    authority.sign(&csr(), &reviews(), None).unwrap();
+    assert!(!directory.path().join("ca-cert.pem").exists(), "no root is made while running");
+}
+
+#[tokio::test]
+async fn an_own_root_near_its_end_is_renewed_with_the_same_key_so_that_chains_verify_under_either() {
+    let directory = tempfile::tempdir().unwrap();
+    let settings = AuthorityConfig {
+        root_lifetime: Duration::from_secs(100),
+        backdating: Duration::from_secs(450),
+        ..config(directory.path())
+    };
+    let (first, _driver) = Authority::open(settings).await.unwrap();
+    let old_trust = trust(&first);
+    let renewed = open(directory.path()).await;
+    assert!(renewed.not_after() > SystemTime::now() + DAY * 1000);
+    let chain = ders(&renewed.sign(&csr(), &reviews(), None).unwrap().chain);
+    assert!(old_trust.verify(&chain[..1], Usage::Client, SystemTime::now()).is_ok());
+    let old_chain = ders(&first.sign(&csr(), &reviews(), None).unwrap().chain);
+    assert!(trust(&renewed).verify(&old_chain[..1], Usage::Client, SystemTime::now()).is_ok());
+}
+
+#[tokio::test]
+async fn no_certificate_outlives_the_authority_and_an_expired_one_signs_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let short = AuthorityConfig { root_lifetime: Duration::from_secs(2), ..config(directory.path()) };
+    let (authority, _driver) = Authority::open(short).await.unwrap();
+    let issued = authority.sign(&csr(), &reviews(), None).unwrap();
+    assert!(issued.not_after <= authority.not_after());
+    let end = authority.not_after();
+    until("expiry", || SystemTime::now() > end).await;
+    assert!(matches!(authority.sign(&csr(), &reviews(), None), Err(SignError::Expired)));
+}
+
+#[tokio::test]
+async fn a_revocation_list_that_it_signs_revokes_what_it_signed() {
+    let directory = tempfile::tempdir().unwrap();
+    let authority = open(directory.path()).await;
+    let issued = authority.sign(&csr(), &reviews(), None).unwrap();
+    let serial: Vec<u8> = (0..issued.serial.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&issued.serial[i..i + 2], 16).unwrap())
+        .collect();
+    let revoked = RevokedCertificate { serial, since: SystemTime::now() };
+    let list = authority.sign_revocations(&[revoked], SystemTime::now() + DAY).unwrap();
+    let trust = trust(&authority);
+    let chain = ders(&issued.chain);
+    trust.set_revocations(Revocations::from_pem(list.as_bytes()).unwrap());
+    let refused = trust.verify(&chain[..1], Usage::Client, SystemTime::now());
+    assert!(matches!(refused, Err(PeerError::Revoked { .. })));
+
+    std::fs::write(directory.path().join("ca-crl.pem"), &list).unwrap();
+    until("the plugged-in list", || authority.revocations_pem().as_deref() == Some(list.as_str())).await;
+}
