@@ -1,10 +1,26 @@
 //! The node proxy: identity, mutual TLS, policy and balancing at L4.
 //!
 //! One process a node serves every enrolled pod of it through sockets in the pods' own network
-//! namespaces. `main` calls `config` and `app`; the tests call the same.
+//! namespaces. `main` calls [`config`] and [`app`]; the tests call the same.
 
+pub mod app;
 pub mod config;
+pub mod connections;
+pub mod cut;
+pub mod destination;
+pub mod error;
+pub mod feed;
+pub mod inbound;
+pub mod loads;
+pub mod outbound;
+pub mod passthrough;
+pub mod pods;
+pub mod proxy;
 pub mod proxy_protocol;
+pub mod report;
+pub mod review;
 pub mod socks5;
+pub mod tasks;
+pub mod upstream;
 pub mod workers;
 pub mod zds;

@@ -101,6 +101,7 @@ pub enum WorkerError {
 #[derive(Debug)]
 pub struct Workers<W> {
     members: Box<[Member<W>]>,
+    turn: AtomicUsize,
     panics: Arc<Panics>,
 }
 
@@ -155,7 +156,8 @@ impl<W: Send + Sync + 'static> Workers<W> {
             let name = format!("worker-{index}");
             threads.push(thread::Builder::new().name(name).spawn(body).map_err(started)?);
         }
-        let workers = Arc::new(Self { members: members.into_boxed_slice(), panics });
+        let workers =
+            Arc::new(Self { members: members.into_boxed_slice(), turn: AtomicUsize::new(0), panics });
         Ok((workers, Supervisor { stop, died, threads }))
     }
 
@@ -175,6 +177,16 @@ impl<W: Send + Sync + 'static> Workers<W> {
         self.members.get(index).map(|member| (&member.seat, &member.state))
     }
 
+    /// The worker that shall run the next long-lived task, in turn.
+    pub fn next_seat(&self) -> Option<&Seat> {
+        self.seat(self.turn.fetch_add(1, Ordering::Relaxed)).map(|(seat, _)| seat)
+    }
+
+    /// Every worker with its state.
+    pub fn all(&self) -> impl Iterator<Item = (&Seat, &Arc<W>)> {
+        self.members.iter().map(|member| (&member.seat, &member.state))
+    }
+
     /// Every worker's state, for tasks that concern all of them.
     pub fn states(&self) -> impl Iterator<Item = &Arc<W>> {
         self.members.iter().map(|member| &member.state)
@@ -191,32 +203,19 @@ impl<W: Send + Sync + 'static> Workers<W> {
     }
 
     /// Hands a connection that `home` accepted to the least loaded worker; `home` itself wins ties,
-    /// so that the usual case costs no hop.
-    pub fn place<F, T>(&self, home: &Seat, name: &'static str, stream: TcpStream, serve: F)
+    /// so that the usual case costs no hop. The stream is registered with the runtime that gets it.
+    pub fn place<F, T>(&self, home: &Seat, name: &'static str, stream: std::net::TcpStream, serve: F)
     where
         F: FnOnce(Seat, Arc<W>, TcpStream) -> T + Send + 'static,
         T: Future<Output = ()> + Send + 'static,
     {
         let Some(chosen) = self.least_loaded(home) else { return };
-        let (seat, state) = (chosen.seat.clone(), chosen.state.clone());
-        let weight = seat.weigh();
-        if seat.index == home.index {
-            chosen.seat.spawn(name, async move {
-                let _weight = weight;
-                serve(seat, state, stream).await;
-            });
-            return;
-        }
-        // A socket belongs to the runtime that it was registered with: take it out and in again.
-        let bare = match stream.into_std() {
-            Ok(bare) => bare,
-            Err(error) => return tracing::warn!(%error, "an accepted connection can't change its worker"),
-        };
+        let (seat, state, weight) = (chosen.seat.clone(), chosen.state.clone(), chosen.seat.weigh());
         chosen.seat.spawn(name, async move {
             let _weight = weight;
-            match TcpStream::from_std(bare) {
+            match TcpStream::from_std(stream) {
                 Ok(stream) => serve(seat, state, stream).await,
-                Err(error) => tracing::warn!(%error, "an accepted connection can't change its worker"),
+                Err(error) => tracing::warn!(%error, "an accepted connection can't be registered"),
             }
         });
     }
@@ -296,9 +295,7 @@ mod tests {
         for _ in 0..6 {
             let (index, state, thread) = told.recv().await.unwrap();
             assert_eq!(index, state);
-            if index != home.index() {
-                assert_eq!(thread.as_deref(), Some(format!("worker-{index}").as_str()));
-            }
+            assert_eq!(thread.as_deref(), Some(format!("worker-{index}").as_str()));
             seen.push(index);
         }
         assert!((0..3).all(|n| seen.iter().filter(|i| **i == n).count() == 2), "{seen:?}");

@@ -54,11 +54,6 @@ impl Counters {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Both counters as they are, sent first, for relays that count on atomics.
-    pub fn as_atomics(&self) -> (&AtomicU64, &AtomicU64) {
-        (&self.sent, &self.received)
-    }
-
     /// Bytes of both directions together.
     pub fn total(&self) -> u64 {
         self.sent() + self.received()

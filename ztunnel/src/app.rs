@@ -1,0 +1,298 @@
+//! The program, from configuration to exit: what there is, in the order in which it is made.
+//!
+//! The calling thread becomes the control runtime (configuration, certificates, node agent, admin);
+//! data-path threads are [`crate::workers`]. Every task here is essential: when one ends by itself, the
+//! program ends with its reason.
+
+mod servers;
+mod shutdown;
+
+use std::sync::Arc;
+
+use ambit_directory::Directory;
+use ambit_hbone::{Pool, PoolCounters, WindowBudget};
+use ambit_identity::{
+    CertificateStore, CipherPreference, ControlPlane, ControlPlaneConfig, GrpcIssuer, StoreConfig,
+    TlsSettings, Trust, TrustConfig, TrustDomain,
+};
+use ambit_net::{Drain, DrainSignal};
+use ambit_telemetry::access::{self, AccessLog};
+use ambit_telemetry::logging::{self, Logging};
+use ambit_telemetry::{LogWriter, Readiness, Registry, Target, TcpMetrics};
+use anyhow::Context;
+use tokio::sync::watch;
+
+use crate::config::{Cipher, Config, LogFormat};
+use crate::connections::Connections;
+use crate::feed;
+use crate::loads::Loads;
+use crate::pods::sockets::Wanted;
+use crate::pods::{LocalPods, Pods};
+use crate::proxy::{Demander, Limits, Proxy, Settings, Tallies, Worker};
+use crate::report::Reporter;
+use crate::tasks::Tasks;
+use crate::workers::{Supervisor, Workers};
+use crate::zds::client::Progress;
+
+/// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
+const WINDOW_BUDGET: u64 = 256 << 20;
+
+/// Runs the proxy until it is told to stop or can't go on.
+///
+/// # Errors
+/// What kept it from starting, or which essential part ended.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let logging = logging::init(logging::LogFormat::Text, &config.log_level, Target::Stderr)?;
+    let outcome = runtime.block_on(Box::pin(serve(config, &logging)));
+    runtime.shutdown_background();
+    outcome
+}
+
+/// What the parts are made of, before they are put together.
+struct Parts {
+    config: Config,
+    registry: Registry,
+    trust: Trust,
+    certificates: CertificateStore,
+    directory: ambit_directory::Reader,
+    discovery: ambit_xds::Client,
+    access_log: AccessLog,
+    tcp_metrics: TcpMetrics,
+    budget: WindowBudget,
+}
+
+/// The parts put together.
+struct Program {
+    proxy: Arc<Proxy>,
+    workers: Arc<Workers<Worker>>,
+    pods: Pods,
+    pool_counters: Arc<PoolCounters>,
+}
+
+async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
+    let mut tasks = Tasks::default();
+    let (drain_signal, drain) = ambit_net::drain::new();
+    let (parts, _access_writer) = parts(config, &mut tasks).await?;
+    let (program, mut supervisor) = assemble(&parts, drain)?;
+    let (progress, seen) = watch::channel(Progress::default());
+    let readiness = readiness(&parts, seen.clone(), &mut tasks);
+    let stop = shutdown::Requests::new();
+    servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
+    crate::review::start(&program.proxy, &program.workers, &mut tasks);
+    let agent = tokio::spawn({
+        let (path, pods) = (parts.config.zds_socket.clone(), program.pods.clone());
+        async move { crate::zds::client::run(&path, &pods, &progress).await }
+    });
+    tracing::info!(
+        node = parts.config.node,
+        workers = program.workers.len(),
+        version = env!("CARGO_PKG_VERSION"),
+        "started"
+    );
+    let mut drain = Draining { signal: drain_signal, agent, readiness };
+    let outcome = tokio::select! {
+        () = stop.wait(|| drain.begin(&program)) => Ok(()),
+        ended = tasks.ended() => Err(ended.into()),
+        died = supervisor.failed() => Err(died.into()),
+    };
+    if outcome.is_ok() {
+        drain.begin(&program);
+        shutdown::finish(&program, parts.config.drain_timeout.get(), &stop).await;
+    }
+    end(supervisor).await;
+    outcome
+}
+
+/// The first step of a drain; see [`shutdown`].
+struct Draining {
+    signal: DrainSignal,
+    agent: tokio::task::JoinHandle<()>,
+    readiness: Readiness,
+}
+
+impl Draining {
+    /// Takes nothing new: the successor gets what comes. May be called again.
+    fn begin(&mut self, program: &Program) {
+        self.readiness.start_draining();
+        // The agent turns to a successor when this end of its socket closes.
+        self.agent.abort();
+        self.signal.drain();
+        for worker in program.workers.states() {
+            worker.pool.drain();
+        }
+    }
+}
+
+async fn end(supervisor: Supervisor) {
+    // Joining threads blocks; the control tasks are not needed any more.
+    if let Err(error) = tokio::task::spawn_blocking(move || supervisor.stop()).await {
+        tracing::error!(%error, "the workers did not end in order");
+    }
+}
+
+async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<(Parts, Option<LogWriter>)> {
+    let registry = Registry::new();
+    let control_plane = ControlPlane::new(ControlPlaneConfig {
+        address: config.control_plane.clone(),
+        root_file: config.control_plane_root.clone(),
+        server_name: config.control_plane_server_name.clone(),
+        token_file: Some(config.token_file.clone()),
+        cluster_id: config.cluster_id.clone(),
+    })?;
+    let trust = trust(&config, tasks).await?;
+    let issuer = Arc::new(GrpcIssuer::impersonating(control_plane.clone()));
+    let (certificates, renewal) = CertificateStore::new(store_config(&config), issuer, trust.clone());
+    tasks.spawn("certificates", renewal);
+    let (directory, reader) = Directory::new();
+    let (discovery, driver) = feed::subscribe(&config, directory, control_plane);
+    tasks.spawn("discovery", driver);
+    let (access_log, access_writer) = access_log(&config)?;
+    access_log.register(&registry);
+    let tcp_metrics = TcpMetrics::register(&registry, ambit_telemetry::tcp::DEFAULT_MAX_SERIES);
+    let budget = WindowBudget::new(WINDOW_BUDGET);
+    let parts = Parts {
+        config,
+        registry,
+        trust,
+        certificates,
+        directory: reader,
+        discovery,
+        access_log,
+        tcp_metrics,
+        budget,
+    };
+    Ok((parts, access_writer))
+}
+
+async fn trust(config: &Config, tasks: &mut Tasks) -> anyhow::Result<Trust> {
+    let domain = |name: &String| TrustDomain::new(name).with_context(|| format!("trust domain {name}"));
+    let (trust, watching) = Trust::from_files(TrustConfig {
+        trust_domain: domain(&config.trust_domain)?,
+        aliases: config.trust_domain_aliases.iter().map(domain).collect::<Result<_, _>>()?,
+        roots: Some(config.control_plane_root.clone()),
+        revocations: config.crl_file.clone(),
+    })
+    .await?;
+    tasks.spawn("trust", watching);
+    Ok(trust)
+}
+
+fn store_config(config: &Config) -> StoreConfig {
+    StoreConfig {
+        lifetime: config.certificates.lifetime.get(),
+        tls: TlsSettings {
+            ciphers: match config.certificates.cipher {
+                Cipher::Aes128 => CipherPreference::Aes128First,
+                Cipher::Aes256 => CipherPreference::Aes256First,
+            },
+        },
+        wait_timeout: config.limits.connect_timeout.get(),
+        ..StoreConfig::default()
+    }
+}
+
+fn access_log(config: &Config) -> anyhow::Result<(AccessLog, Option<LogWriter>)> {
+    if !config.access_log.enabled {
+        return Ok((AccessLog::disabled(), None));
+    }
+    let (log, writer) = AccessLog::start(access::Config {
+        format: match config.access_log.format {
+            LogFormat::Text => access::Format::Tab,
+            LogFormat::Json => access::Format::Json,
+        },
+        target: config.access_log.path.clone().map_or(Target::Stdout, Target::File),
+        ..access::Config::default()
+    })
+    .context("open the access log")?;
+    Ok((log, Some(writer)))
+}
+
+fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)> {
+    let Parts { config, trust, certificates, directory, discovery, budget, .. } = parts;
+    let count = config.worker_count();
+    let proxy = Arc::new(Proxy {
+        settings: settings(config, trust),
+        directory: directory.clone(),
+        certificates: certificates.clone(),
+        trust: trust.clone(),
+        local: LocalPods::default(),
+        connections: Connections::new(count),
+        loads: Loads::default(),
+        demander: config.xds.on_demand.then(|| Demander::new(discovery.clone())),
+        synced: synced(discovery),
+        drain: drain.clone(),
+        budget: budget.clone(),
+        tallies: Tallies::default(),
+    });
+    let pool_counters = Arc::new(PoolCounters::default());
+    let (workers, supervisor) = Workers::start(count, |seat| Worker {
+        proxy: proxy.clone(),
+        index: seat.index(),
+        pool: Pool::new(tunnel_settings(config), budget.clone(), pool_counters.clone()),
+        reporter: Arc::new(Reporter::new(parts.tcp_metrics.clone(), parts.access_log.clone())),
+    })?;
+    let pods = Pods::new(proxy.clone(), workers.clone(), drain);
+    Ok((Program { proxy, workers, pods, pool_counters }, supervisor))
+}
+
+/// Whether discovery has applied its first state, as something that a connection can look at.
+fn synced(discovery: &ambit_xds::Client) -> watch::Receiver<bool> {
+    let (tell, synced) = watch::channel(discovery.is_ready());
+    let discovery = discovery.clone();
+    tokio::spawn(async move {
+        if discovery.ready().await {
+            tell.send_replace(true);
+        }
+        // Connections look for as long as the process lives.
+        tell.closed().await;
+    });
+    synced
+}
+
+fn settings(config: &Config, trust: &Trust) -> Settings {
+    let limits = &config.limits;
+    Settings {
+        network: config.network.as_str().into(),
+        cluster_id: config.cluster_id.as_str().into(),
+        trust_domain: trust.trust_domain(),
+        cluster_domain: config.dns.cluster_domain.as_str().into(),
+        same_node: config.same_node,
+        listeners: Wanted { dns: false, socks5: config.socks5 },
+        limits: Limits {
+            connect_timeout: limits.connect_timeout.get(),
+            attempt_timeout: limits.attempt_timeout.get(),
+            connect_attempts: limits.connect_attempts,
+            directory_wait: limits.directory_wait.get(),
+            connections_per_worker: limits.connections_per_worker,
+        },
+    }
+}
+
+fn tunnel_settings(config: &Config) -> ambit_hbone::Settings {
+    ambit_hbone::Settings {
+        handshake_timeout: config.limits.handshake_timeout.get(),
+        connect_timeout: config.limits.connect_timeout.get(),
+        idle_timeout: config.limits.pool_idle.get(),
+        ..ambit_hbone::Settings::default()
+    }
+}
+
+/// Ready once the first state of the control plane and the node agent's snapshot were applied.
+fn readiness(parts: &Parts, mut progress: watch::Receiver<Progress>, tasks: &mut Tasks) -> Readiness {
+    let readiness = Readiness::new();
+    let (discovery, agent) = (readiness.task("discovery"), readiness.task("node agent"));
+    let client = parts.discovery.clone();
+    tasks.spawn_once("readiness of discovery", async move {
+        if client.ready().await {
+            discovery.done();
+        }
+    });
+    tasks.spawn_once("readiness of the node agent", async move {
+        if progress.wait_for(|progress| progress.synced).await.is_ok() {
+            agent.done();
+        }
+    });
+    readiness
+}

@@ -1,0 +1,206 @@
+//! Admin, metrics and readiness: what they show and where they listen.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use ambit_hbone::PoolCounters;
+use ambit_telemetry::logging::Logging;
+use ambit_telemetry::{Admin, Readiness, Registry, http};
+use anyhow::Context;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::shutdown::Requests;
+use super::{Parts, Program};
+use crate::proxy::{Proxy, Tallies, Tally};
+use crate::tasks::Tasks;
+
+/// Starts the three servers.
+///
+/// # Errors
+/// An address that can't be listened on, by name.
+pub(super) async fn start(
+    parts: &Parts,
+    program: &Program,
+    logging: &Logging,
+    readiness: &Readiness,
+    stop: &Requests,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    register(parts, program, logging);
+    let config = &parts.config;
+    let admin = listen("adminAddress", config.admin_address).await?;
+    let metrics = listen("metricsAddress", config.metrics_address).await?;
+    let ready = listen("readinessAddress", config.readiness_address).await?;
+    tasks.spawn("admin server", http::serve(admin, routes(parts, program, logging, stop).into_router()));
+    tasks.spawn("metrics server", http::serve(metrics, http::metrics_router(&parts.registry)));
+    tasks.spawn("readiness server", http::serve(ready, http::readiness_router(readiness)));
+    Ok(())
+}
+
+async fn listen(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("listen on {key} {address}"))
+}
+
+fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) -> Admin {
+    let directory = |section: &'static str| {
+        let reader = parts.directory.clone();
+        move || {
+            let dump = serde_json::to_value(&*reader.snapshot())?;
+            Ok(dump.get(section).cloned().unwrap_or_default())
+        }
+    };
+    let (certificates, proxy, config) =
+        (parts.certificates.clone(), program.proxy.clone(), parts.config.clone());
+    let pods = program.proxy.clone();
+    let (quit, drain) = (stop.clone(), stop.clone());
+    Admin::new()
+        .section("services", directory("services"))
+        .section("workloads", directory("workloads"))
+        .section("policies", directory("policies"))
+        .section("certificates", move || Ok(certificate_dump(&certificates)))
+        .section("connections", move || serde_json::to_value(proxy.connections.summaries()))
+        .section("pods", move || Ok(pod_dump(&pods)))
+        .section("config", move || serde_json::to_value(&config))
+        .section("version", || Ok(json!({ "version": env!("CARGO_PKG_VERSION") })))
+        .logging(logging.level.clone())
+        .on_quit(move || quit.quit())
+        .on_drain(move || drain.drain())
+}
+
+fn certificate_dump(certificates: &ambit_identity::CertificateStore) -> Value {
+    let time = |time: std::time::SystemTime| {
+        time.duration_since(std::time::UNIX_EPOCH).map(|since| since.as_secs()).unwrap_or_default()
+    };
+    certificates
+        .list()
+        .iter()
+        .map(|state| {
+            json!({
+                "identity": state.identity.as_str(),
+                "state": if state.is_valid { "Available" } else if state.certificate.is_some() { "Expired" } else { "Initializing" },
+                "notBefore": state.certificate.as_ref().map(|c| time(c.not_before())),
+                "notAfter": state.certificate.as_ref().map(|c| time(c.not_after())),
+                "failures": state.failures,
+                "lastError": state.last_error.as_ref().map(ToString::to_string),
+            })
+        })
+        .collect()
+}
+
+fn pod_dump(proxy: &Proxy) -> Value {
+    let mut pods = proxy.local.all();
+    pods.sort_by(|a, b| a.workload().cmp(b.workload()));
+    pods.iter()
+        .map(|pod| {
+            json!({
+                "uid": pod.uid(),
+                "workload": pod.workload().as_str(),
+                "identity": pod.identity().as_str(),
+                "netns": pod.stock().netns().id().to_string(),
+            })
+        })
+        .collect()
+}
+
+fn register(parts: &Parts, program: &Program, logging: &Logging) {
+    let registry = &parts.registry;
+    logging.register(registry);
+    tallies(registry, &program.proxy);
+    pools(registry, &program.pool_counters);
+    discovery(registry, &parts.discovery);
+    certificates(registry, &parts.certificates);
+    let proxy = program.proxy.clone();
+    let open = move || i64::try_from(proxy.connections.len()).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_connections_open", "Connections open now", open);
+    let pods = program.pods.clone();
+    let served = move || i64::try_from(pods.counts().0).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_pods_served", "Pods of this node that are served", served);
+    let pods = program.pods.clone();
+    let failed = move || i64::try_from(pods.counts().1).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_pods_failed", "Pods that can't be served and are tried again", failed);
+    let panics = program.workers.panics().clone();
+    registry.counter_from("ambit_panics", "Data-path tasks that panicked", move || panics.count());
+    let shortages = || crate::pods::accept_shortages();
+    registry.counter_from(
+        "ambit_accept_shortages",
+        "Accepts that failed for want of descriptors or memory",
+        shortages,
+    );
+}
+
+fn tallies(registry: &Registry, proxy: &Arc<Proxy>) {
+    let register = |name: &str, help: &str, tally: fn(&Tallies) -> &Tally| {
+        let proxy = proxy.clone();
+        registry.counter_from(name, help, move || tally(&proxy.tallies).get());
+    };
+    register(
+        "ambit_policy_dry_run_differs",
+        "Connections that dry-run policies would have decided otherwise",
+        |t| &t.dry_run_differs,
+    );
+    register("ambit_waypoint_bypassed", "Connections past a missing waypoint, as its owner allows", |t| {
+        &t.waypoint_bypassed
+    });
+    register("ambit_connect_retries", "Attempts on another endpoint after one failed", |t| &t.retries);
+    register("ambit_connections_cut", "Live connections ended by policy or revocation", |t| &t.cut);
+    register("ambit_handed_over", "Connections handed over on this node", |t| &t.handed_over);
+}
+
+fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {
+    let register = |name: &str, help: &str, count: fn(&PoolCounters) -> u64| {
+        let counters = counters.clone();
+        registry.counter_from(name, help, move || count(&counters));
+    };
+    register("ambit_hbone_connections", "Tunnel connections made", |c| c.connections.get());
+    register("ambit_hbone_connections_failed", "Tunnel connections that failed", |c| {
+        c.failed_connections.get()
+    });
+    register("ambit_hbone_tunnels", "Tunnels opened", |c| c.tunnels.get());
+    register("ambit_hbone_tunnels_failed", "Tunnels that failed to open", |c| c.failed_tunnels.get());
+    register("ambit_hbone_waits_shared", "Tunnels that waited for a connection being made", |c| {
+        c.shared.get()
+    });
+    register("ambit_hbone_evicted", "Tunnel connections dropped with their workload or trust", |c| {
+        c.evicted.get()
+    });
+    register("ambit_hbone_ping_timeouts", "Tunnel connections whose peer fell silent", |c| {
+        c.ping_timeouts.get()
+    });
+}
+
+fn discovery(registry: &Registry, client: &ambit_xds::Client) {
+    use std::sync::atomic::Ordering::Relaxed;
+    type Read = fn(&ambit_xds::ClientMetrics) -> u64;
+    let register = |name: &str, help: &str, read: Read| {
+        let metrics = client.metrics().clone();
+        registry.counter_from(name, help, move || read(&metrics));
+    };
+    register("ambit_xds_connections", "Discovery streams opened", |m| m.connections.load(Relaxed));
+    register("ambit_xds_disconnections", "Discovery streams that ended", |m| m.disconnections.load(Relaxed));
+    register("ambit_xds_answers", "Discovery answers received", |m| m.answers.load(Relaxed));
+    register("ambit_xds_resources", "Resources received", |m| m.resources.load(Relaxed));
+    register("ambit_xds_removals", "Removals received", |m| m.removals.load(Relaxed));
+    register("ambit_xds_rejected", "Resources rejected", |m| m.rejected.load(Relaxed));
+    let metrics = client.metrics().clone();
+    let connected = move || i64::from(metrics.connected.load(Relaxed));
+    registry.gauge_from("ambit_xds_connected", "Whether a discovery stream is open", connected);
+}
+
+fn certificates(registry: &Registry, store: &ambit_identity::CertificateStore) {
+    use std::sync::atomic::Ordering::Relaxed;
+    type Read = fn(&ambit_identity::StoreMetrics) -> u64;
+    let register = |name: &str, help: &str, read: Read| {
+        let store = store.clone();
+        registry.counter_from(name, help, move || read(store.metrics()));
+    };
+    register("ambit_certificates_requested", "Certificate requests started", |m| m.requests.load(Relaxed));
+    register("ambit_certificates_issued", "Certificates received", |m| m.issued.load(Relaxed));
+    register("ambit_certificates_failed", "Certificate requests that failed", |m| m.failed.load(Relaxed));
+    register("ambit_certificate_waits", "Connections that waited for a certificate", |m| {
+        m.waits.load(Relaxed)
+    });
+    register("ambit_certificate_wait_failures", "Connections that waited in vain", |m| {
+        m.wait_failures.load(Relaxed)
+    });
+}

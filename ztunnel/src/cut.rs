@@ -1,0 +1,84 @@
+//! Ending a live connection from outside: by policy, revocation or the end of a drain.
+//!
+//! The connection's task wraps its relay in [`Cut::race`]; anybody who holds the [`Cut`] may call
+//! [`Cut::cut`] once. Costs an idle connection no task and no allocation.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::OnceLock;
+use std::task::Poll;
+
+use futures_util::task::AtomicWaker;
+
+use crate::error::CutReason;
+
+/// The switch of one connection.
+#[derive(Debug, Default)]
+pub struct Cut {
+    reason: OnceLock<CutReason>,
+    waker: AtomicWaker,
+}
+
+impl Cut {
+    /// Ends the connection; the first reason stands.
+    pub fn cut(&self, reason: CutReason) {
+        // A connection that is being cut already keeps its first reason.
+        if self.reason.set(reason).is_ok() {
+            self.waker.wake();
+        }
+    }
+
+    /// Why the connection was ended, if it was.
+    pub fn reason(&self) -> Option<&CutReason> {
+        self.reason.get()
+    }
+
+    /// Runs `work` until it ends or the connection is cut, whichever is first. One task at a time.
+    ///
+    /// # Errors
+    /// The reason of the cut; `work` was dropped then.
+    pub async fn race<T>(&self, work: impl Future<Output = T>) -> Result<T, CutReason> {
+        let mut work = pin!(work);
+        poll_fn(|cx| {
+            if let Some(reason) = self.reason.get() {
+                return Poll::Ready(Err(reason.clone()));
+            }
+            if let Poll::Ready(done) = work.as_mut().poll(cx) {
+                return Poll::Ready(Ok(done));
+            }
+            self.waker.register(cx.waker());
+            // A cut between the look above and the registration would wake nobody.
+            match self.reason.get() {
+                Some(reason) => Poll::Ready(Err(reason.clone())),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    #[tokio::test]
+    async fn a_cut_ends_waiting_work_with_its_first_reason() {
+        let cut = Arc::new(Cut::default());
+        let waiting = tokio::spawn({
+            let cut = cut.clone();
+            async move { cut.race(std::future::pending::<()>()).await }
+        });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        cut.cut(CutReason::Drained);
+        cut.cut(CutReason::Revoked);
+        assert_eq!(waiting.await.unwrap(), Err(CutReason::Drained));
+        assert_eq!(cut.race(async { 1 }).await, Err(CutReason::Drained));
+    }
+
+    #[tokio::test]
+    async fn finished_work_is_not_lost() {
+        assert_eq!(Cut::default().race(async { 7 }).await, Ok(7));
+    }
+}

@@ -1,0 +1,238 @@
+//! A connection to a pod of ours, from the moment its peer is known: authorise, connect, relay.
+//!
+//! Inbound HBONE, inbound plaintext and the hand-over on one node all come through here, so that the
+//! same policy is asked in the same way. Each phase is a type that only the one before can make:
+//! [`Authenticated`] → [`Authorized`] → [`Connected`].
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ambit_directory::{Authority, InboundTarget, Snapshot, Workload};
+use ambit_identity::{PeerCertificate, SpiffeId};
+use ambit_net::connect;
+use ambit_net::relay::Counters;
+use parking_lot::Mutex;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::connections::{Direction, Open, Subject};
+use crate::error::ConnectionError;
+use crate::pods::{Pod, Role};
+use crate::proxy::{Proxy, Worker};
+use crate::proxy_protocol;
+use crate::report::{End, Story, Telling};
+
+/// A connection to a pod whose peer is known, or known to be nobody.
+#[derive(Debug)]
+pub struct Authenticated {
+    /// The worker that carries it.
+    pub worker: Arc<Worker>,
+    /// The pod that it is to.
+    pub pod: Arc<Pod>,
+    /// The client's address.
+    pub source: SocketAddr,
+    /// Who the client is, proven by certificate or by being a pod of this node.
+    pub peer: Option<SpiffeId>,
+    /// The certificate that proved it.
+    pub certificate: Option<PeerCertificate>,
+    /// The client's workload, where it is known without a look-up.
+    pub client: Option<Arc<Workload>>,
+    /// The pod's address that was reached: of the HBONE listener, or what was dialled in plaintext.
+    pub reached: SocketAddr,
+    /// What a tunnelled connection asks for.
+    pub authority: Option<Authority>,
+    /// The service that the client says it dialled.
+    pub host: Option<Arc<str>>,
+    /// Since when.
+    pub since: Instant,
+    /// Where its bytes are counted.
+    pub counters: Arc<Counters>,
+}
+
+/// A connection that policy lets in.
+#[derive(Debug)]
+pub struct Authorized {
+    from: Authenticated,
+    target: InboundTarget,
+    story: Story,
+    open: Open,
+}
+
+/// A connection that has reached the application. Relaying is the caller's; so is telling the end.
+#[derive(Debug)]
+pub struct Connected {
+    /// The application's socket.
+    pub stream: TcpStream,
+    /// Its entry on the table of open connections.
+    pub open: Open,
+    /// What is told when it ends.
+    pub telling: Telling,
+}
+
+impl Authenticated {
+    /// Asks policy.
+    ///
+    /// # Errors
+    /// [`ConnectionError`], already reported: the pod is unknown, the connection isn't meant for it, the
+    /// certificate was revoked, or policy says no.
+    pub async fn authorize(self) -> Result<Authorized, ConnectionError> {
+        let mut story = self.story();
+        match self.decide(&mut story).await {
+            Ok((target, open)) => Ok(Authorized { from: self, target, story, open }),
+            Err(error) => {
+                self.worker.reporter.failed(&story, &error);
+                Err(error)
+            }
+        }
+    }
+
+    async fn decide(&self, story: &mut Story) -> Result<(InboundTarget, Open), ConnectionError> {
+        let proxy = &self.worker.proxy;
+        let workload = proxy.workload_of(&self.pod).await?;
+        let target = self.target(&proxy.directory.load(), &workload)?;
+        if Role::ALL.iter().any(|role| role.port() == target.dial.port()) {
+            return Err(ConnectionError::Loop(target.dial));
+        }
+        let subject = Subject {
+            workload: workload.uid.clone(),
+            peer: self.peer.clone(),
+            certificate: self.certificate.clone(),
+            source: self.source,
+            destination: target.destination,
+            stamp: Mutex::new(None),
+        };
+        // On the table first, decided after: a policy that comes between is then asked twice, never not at all.
+        let open = proxy.connections.open(
+            self.worker.index,
+            Direction::Inbound,
+            self.source,
+            target.destination,
+            Some(subject),
+            self.counters.clone(),
+        );
+        if self.certificate.as_ref().is_some_and(|certificate| proxy.trust.is_revoked(certificate)) {
+            return Err(ConnectionError::Revoked);
+        }
+        let snapshot = proxy.directory.load();
+        // The newest form of the workload, with the newest list of policies.
+        let workload = snapshot.workload(workload.uid.as_str()).unwrap_or(&workload);
+        self.fill(story, &snapshot, workload, target);
+        let verdict = snapshot.authorize(workload, self.peer.as_ref(), self.source.ip(), target.destination);
+        if verdict.dry_run_differs() {
+            proxy.tallies.dry_run_differs.add(1);
+            tracing::info!(
+                source = %self.source, peer = ?self.peer, workload = %workload.uid, decision = ?verdict.decision,
+                dry_run = ?verdict.dry_run, "a dry-run policy would decide otherwise"
+            );
+        }
+        if !verdict.allowed() {
+            return Err(ConnectionError::Denied(verdict.decision));
+        }
+        if let Some(subject) = &open.subject {
+            *subject.stamp.lock() = Some(snapshot.authorization_stamp(workload));
+        }
+        Ok((target, open))
+    }
+
+    fn target(&self, snapshot: &Snapshot, workload: &Workload) -> Result<InboundTarget, ConnectionError> {
+        match &self.authority {
+            Some(authority) => Ok(snapshot.inbound_target(workload, self.reached.ip(), authority)?),
+            None => Ok(InboundTarget { destination: self.reached, dial: self.reached, proxy_header: false }),
+        }
+    }
+
+    fn story(&self) -> Story {
+        let identity = self.peer.is_some().then(|| self.pod.identity().clone());
+        Story {
+            direction: Direction::Inbound,
+            source: End { workload: self.client.clone(), identity: self.peer.clone() },
+            source_address: self.source,
+            destination: End { workload: None, identity },
+            destination_address: self.reached,
+            hbone_address: self.authority.as_ref().map(|authority| authority.to_string().into()),
+            service: None,
+            since: self.since,
+        }
+    }
+
+    /// Adds what only the directory knows.
+    fn fill(&self, story: &mut Story, snapshot: &Snapshot, workload: &Arc<Workload>, target: InboundTarget) {
+        story.destination.workload = Some(workload.clone());
+        if story.source.workload.is_none() {
+            let network = &self.worker.proxy.settings.network;
+            story.source.workload =
+                snapshot.inbound_source(network, self.source.ip(), self.peer.as_ref()).cloned();
+        }
+        let port = target.destination.port();
+        story.service = snapshot.inbound_service(workload, port, self.host.as_deref()).cloned();
+    }
+}
+
+impl Authorized {
+    /// Dials the application, from the client's own address.
+    ///
+    /// # Errors
+    /// [`ConnectionError`], already reported: the application refuses or does not answer.
+    pub async fn connect(self) -> Result<Connected, ConnectionError> {
+        match self.dial().await {
+            Ok(stream) => {
+                let Self { from, story, open, .. } = self;
+                let telling = from.worker.reporter.open(story, &open);
+                Ok(Connected { stream, open, telling })
+            }
+            Err(error) => {
+                self.from.worker.reporter.failed(&self.story, &error);
+                Err(error)
+            }
+        }
+    }
+
+    /// The pod's own workload, which answers say something of.
+    pub fn workload(&self) -> Option<&Arc<Workload>> {
+        self.story.destination.workload.as_ref()
+    }
+
+    async fn dial(&self) -> Result<TcpStream, ConnectionError> {
+        let InboundTarget { destination, dial, proxy_header } = self.target;
+        let limit = self.from.worker.proxy.settings.limits.attempt_timeout;
+        let source = foreign(self.from.source.ip(), dial.ip());
+        let mut stream = connect(self.from.pod.stock(), source, dial, limit).await?;
+        if proxy_header {
+            let identity = self.from.peer.as_ref().map(SpiffeId::as_str);
+            let header = proxy_protocol::header(self.from.source, destination, identity);
+            stream
+                .write_all(&header)
+                .await
+                .map_err(|source| ConnectionError::ApplicationTunnel { address: dial, source })?;
+        }
+        Ok(stream)
+    }
+}
+
+/// The source to bear towards the application: the client's, unless the application couldn't answer it.
+fn foreign(source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
+    let usable = source.is_ipv4() == destination.is_ipv4() && !source.is_loopback() && source != destination;
+    usable.then_some(source)
+}
+
+/// The judge of live connections: why one must end now, if it must.
+pub fn review(proxy: &Proxy, snapshot: &Snapshot, subject: &Subject) -> Option<crate::error::CutReason> {
+    use crate::error::CutReason;
+    if subject.certificate.as_ref().is_some_and(|certificate| proxy.trust.is_revoked(certificate)) {
+        return Some(CutReason::Revoked);
+    }
+    // A pod that left the directory keeps what it has: nothing says that it may not.
+    let workload = snapshot.workload(subject.workload.as_str())?;
+    let stamp = snapshot.authorization_stamp(workload);
+    if *subject.stamp.lock() == Some(stamp) {
+        return None;
+    }
+    let verdict =
+        snapshot.authorize(workload, subject.peer.as_ref(), subject.source.ip(), subject.destination);
+    if !verdict.allowed() {
+        return Some(CutReason::Policy(verdict.decision));
+    }
+    *subject.stamp.lock() = Some(stamp);
+    None
+}

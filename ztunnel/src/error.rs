@@ -1,0 +1,253 @@
+//! Everything that can end a connection badly, split by whose fault it is.
+//!
+//! One mapping gives the status that an HBONE client gets, one the flags that metrics bear. The text
+//! is what the access log says.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ambit_directory::{Authority, InboundRefusal, Refusal, WorkloadUid};
+use ambit_hbone::{Fault, OpenError, ServeError};
+use ambit_identity::CertificateError;
+use ambit_net::ConnectError;
+use ambit_net::relay::RelayError;
+use ambit_policy::Decision;
+use http::StatusCode;
+
+use crate::socks5::{Reply, Socks5Error};
+
+/// Who has to change something for the failure to go away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Blame {
+    /// The side that opened the connection.
+    Client,
+    /// This proxy, or the node that it runs on.
+    Us,
+    /// The destination, or the way to it.
+    Upstream,
+    /// A policy.
+    Policy,
+    /// A certificate or identity.
+    Identity,
+}
+
+/// Why a live connection was ended from outside.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CutReason {
+    /// A policy that changed no longer lets it in.
+    #[error("closed by policy: {}", describe(.0))]
+    Policy(Decision),
+    /// The peer's certificate was revoked.
+    #[error("closed: the peer's certificate was revoked")]
+    Revoked,
+    /// The drain's deadline passed.
+    #[error("closed: the proxy's drain time is over")]
+    Drained,
+}
+
+/// Why a connection failed. No byte of the application was sent unless it is one of the last three.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    /// The kernel can't say where a redirected connection was going.
+    #[error("original destination unknown: {0}")]
+    OriginalDestination(#[source] io::Error),
+    /// It was going to one of our own listeners.
+    #[error("{0} is a listener of the proxy itself")]
+    Loop(SocketAddr),
+    /// The SOCKS5 handshake failed.
+    #[error(transparent)]
+    Socks5(#[from] Socks5Error),
+    /// The client's handshake, or its HTTP/2, failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// A CONNECT to somewhere that isn't here.
+    #[error(transparent)]
+    NotHere(#[from] InboundRefusal),
+    /// The client gave a CONNECT up before it was answered, or it took too long.
+    #[error(transparent)]
+    NotAnswered(#[from] ambit_hbone::NotAnswered),
+    /// The client's certificate was revoked after its handshake.
+    #[error("the client's certificate was revoked")]
+    Revoked,
+    /// The pod has no certificate.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    /// Policy says no.
+    #[error("{}", describe(.0))]
+    Denied(Decision),
+    /// The control plane hasn't told its first state yet.
+    #[error("the control plane's first state is not there yet")]
+    NotSynced,
+    /// The pod itself isn't in the directory.
+    #[error("workload {0} is not in the directory")]
+    UnknownPod(WorkloadUid),
+    /// Nobody knows the name.
+    #[error("{0} is unknown")]
+    UnknownName(String),
+    /// The directory refuses the destination.
+    #[error("no way to {destination}: {reason}")]
+    Refused {
+        /// What was dialled.
+        destination: Authority,
+        /// Why.
+        reason: Refusal,
+    },
+    /// The connection to the application, or in plaintext, failed.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The tunnel to the destination failed.
+    #[error(transparent)]
+    Tunnel(#[from] OpenError),
+    /// The PROXY header could not be written.
+    #[error("PROXY header to {address}: {source}")]
+    ApplicationTunnel {
+        /// The application's tunnel port.
+        address: SocketAddr,
+        /// What the socket said.
+        source: io::Error,
+    },
+    /// All attempts together took too long.
+    #[error("not connected to {destination} within {budget:?}")]
+    Budget {
+        /// What was dialled.
+        destination: Authority,
+        /// The connect budget.
+        budget: Duration,
+    },
+    /// Relaying broke.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    /// It was ended from outside.
+    #[error("{0}")]
+    Cut(CutReason),
+}
+
+impl ConnectionError {
+    /// Whose fault it is.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Socks5(_) | Self::NotHere(_) | Self::Loop(_) | Self::NotAnswered(_) => Blame::Client,
+            Self::Serve(error) => match error.fault() {
+                Fault::Identity => Blame::Identity,
+                Fault::Policy => Blame::Policy,
+                Fault::Us => Blame::Us,
+                Fault::Peer => Blame::Client,
+            },
+            Self::Tunnel(error) => match error.fault() {
+                Fault::Identity => Blame::Identity,
+                Fault::Policy => Blame::Policy,
+                Fault::Us => Blame::Us,
+                Fault::Peer => Blame::Upstream,
+            },
+            Self::Revoked | Self::Certificate(_) | Self::Cut(CutReason::Revoked) => Blame::Identity,
+            Self::Denied(_) | Self::Cut(CutReason::Policy(_)) => Blame::Policy,
+            Self::OriginalDestination(_)
+            | Self::NotSynced
+            | Self::UnknownPod(_)
+            | Self::Cut(CutReason::Drained) => Blame::Us,
+            Self::Connect(ConnectError::Namespace { .. } | ConnectError::Bind { .. }) => Blame::Us,
+            Self::UnknownName(_)
+            | Self::Refused { .. }
+            | Self::Connect(_)
+            | Self::ApplicationTunnel { .. }
+            | Self::Budget { .. }
+            | Self::Relay(_) => Blame::Upstream,
+        }
+    }
+
+    /// What an HBONE client is answered (contracts.md, section 2).
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::NotHere(_) | Self::Loop(_) | Self::Socks5(_) => StatusCode::BAD_REQUEST,
+            other => match other.blame() {
+                Blame::Policy | Blame::Identity => StatusCode::UNAUTHORIZED,
+                Blame::Client | Blame::Us | Blame::Upstream => StatusCode::SERVICE_UNAVAILABLE,
+            },
+        }
+    }
+
+    /// The label `response_flags` (contracts.md, section 6).
+    pub fn flags(&self) -> &'static str {
+        match self {
+            Self::Serve(ServeError::Http2 { .. } | ServeError::NoHttp2)
+            | Self::Tunnel(OpenError::NoHttp2 { .. }) => "H2_HANDSHAKE_FAILURE",
+            Self::Serve(ServeError::Tls(_) | ServeError::HandshakeTimeout(_))
+            | Self::Tunnel(OpenError::Tls { .. }) => "TLS_FAILURE",
+            other => match other.blame() {
+                Blame::Policy => "DENY",
+                Blame::Identity => "IDENTITY_ERROR",
+                Blame::Client | Blame::Us | Blame::Upstream => "CONNECT",
+            },
+        }
+    }
+
+    /// What a SOCKS5 client is answered.
+    pub fn socks_reply(&self) -> Reply {
+        match self {
+            Self::UnknownName(_) | Self::Refused { .. } => Reply::HostUnreachable,
+            Self::Connect(ConnectError::Refused { .. }) => Reply::ConnectionRefused,
+            other => match other.blame() {
+                Blame::Policy | Blame::Identity => Reply::NotAllowed,
+                Blame::Client | Blame::Us | Blame::Upstream => Reply::GeneralFailure,
+            },
+        }
+    }
+
+    /// Whether another endpoint of the same service may do better. Only asked before the first byte.
+    pub fn another_endpoint_may_help(&self) -> bool {
+        match self {
+            Self::Connect(ConnectError::Refused { .. } | ConnectError::TimedOut { .. })
+            | Self::ApplicationTunnel { .. } => true,
+            Self::Tunnel(error) => error.another_endpoint_may_help(),
+            _ => false,
+        }
+    }
+}
+
+/// A decision in words.
+fn describe(decision: &Decision) -> String {
+    match decision {
+        Decision::DeniedBy(policy) => format!("denied by policy {policy}"),
+        Decision::DeniedByDefault => "denied: policies that allow apply, and none matches".to_owned(),
+        Decision::AllowedBy(policy) => format!("allowed by policy {policy}"),
+        Decision::AllowedByDefault => "allowed: no policy applies".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policy_is_401_a_wrong_address_400_and_an_unreachable_application_503() {
+        let here = "10.0.0.1:80".parse().unwrap();
+        let refused = io::ErrorKind::ConnectionRefused.into();
+        for (error, status, flags) in [
+            (ConnectionError::Denied(Decision::DeniedByDefault), 401, "DENY"),
+            (ConnectionError::Revoked, 401, "IDENTITY_ERROR"),
+            (ConnectionError::Loop(here), 400, "CONNECT"),
+            (
+                ConnectionError::Connect(ConnectError::Refused { destination: here, source: refused }),
+                503,
+                "CONNECT",
+            ),
+            (
+                ConnectionError::Budget { destination: here.into(), budget: Duration::from_secs(1) },
+                503,
+                "CONNECT",
+            ),
+        ] {
+            assert_eq!(error.status().as_u16(), status, "{error}");
+            assert_eq!(error.flags(), flags, "{error}");
+        }
+    }
+
+    #[test]
+    fn what_policy_decided_is_not_tried_again_elsewhere() {
+        assert!(!ConnectionError::Denied(Decision::DeniedByDefault).another_endpoint_may_help());
+        let here = "10.0.0.1:80".parse().unwrap();
+        let timed_out = ConnectError::TimedOut { destination: here, limit: Duration::from_secs(1) };
+        assert!(ConnectionError::Connect(timed_out).another_endpoint_may_help());
+    }
+}

@@ -1,0 +1,162 @@
+//! Inbound HBONE, port 15008: mutual TLS, then each CONNECT checked, authorised and relayed.
+//!
+//! One task a connection and one a CONNECT, all on the worker that accepted. Phases as in
+//! [`crate::destination`]; before them, a connection is [`Accepted`] and nobody is known.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ambit_hbone::server;
+use ambit_hbone::{Incoming, ServeError};
+use ambit_identity::PeerCertificate;
+use ambit_net::relay::{Counters, Side};
+use tokio::net::TcpStream;
+
+use crate::connections::Direction;
+use crate::destination::{Authenticated, Connected};
+use crate::error::ConnectionError;
+use crate::pods::Pod;
+use crate::proxy::Worker;
+use crate::report::{End, Story};
+use crate::upstream::{baggage, directory_authority};
+use crate::workers::Seat;
+
+/// A connection that was accepted, and whose peer is not known yet.
+struct Accepted {
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    since: Instant,
+}
+
+/// What is the same for all CONNECTs of a connection.
+#[derive(Debug, Clone)]
+struct Tunnelled {
+    worker: Arc<Worker>,
+    seat: Seat,
+    pod: Arc<Pod>,
+    source: SocketAddr,
+    reached: SocketAddr,
+    certificate: PeerCertificate,
+}
+
+/// Serves one connection to its end.
+pub async fn serve(worker: Arc<Worker>, seat: Seat, pod: Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
+    let accepted = Accepted { worker, pod, stream, peer, since: Instant::now() };
+    let (story, reporter) = (accepted.story(), accepted.worker.reporter.clone());
+    if let Err(error) = Box::pin(accepted.run(seat)).await {
+        reporter.failed(&story, &error);
+    }
+}
+
+impl Accepted {
+    /// Fails only before the first CONNECT; what fails later is told of each CONNECT.
+    async fn run(self, seat: Seat) -> Result<(), ConnectionError> {
+        let Self { worker, pod, stream, peer, .. } = self;
+        let reached = stream.local_addr().map_err(ConnectionError::OriginalDestination)?;
+        let reached = SocketAddr::new(reached.ip().to_canonical(), reached.port());
+        let certificate = worker.proxy.certificates.certificate(pod.identity()).await?;
+        let settings = worker.pool.settings().clone();
+        let accepted = Box::pin(server::accept(stream, certificate.server_config(), &settings)).await?;
+        drop(certificate);
+        let tunnelled = Tunnelled {
+            worker: worker.clone(),
+            seat,
+            pod: pod.clone(),
+            source: peer,
+            reached,
+            certificate: accepted.peer().clone(),
+        };
+        let mut drain = worker.proxy.drain.clone();
+        let ending = async {
+            tokio::select! {
+                () = drain.draining() => {}
+                () = pod.leaving() => {}
+            }
+        };
+        let budget = worker.proxy.budget.clone();
+        let ended = server::serve(accepted, &settings, budget, ending, move |incoming| {
+            tunnelled.clone().connect(incoming)
+        });
+        if let Err(error) = ended.await {
+            note(peer, &error);
+        }
+        Ok(())
+    }
+
+    fn story(&self) -> Story {
+        Story {
+            direction: Direction::Inbound,
+            source: End::default(),
+            source_address: self.peer,
+            destination: End { workload: None, identity: Some(self.pod.identity().clone()) },
+            destination_address: self.stream.local_addr().unwrap_or(self.peer),
+            hbone_address: None,
+            service: None,
+            since: self.since,
+        }
+    }
+}
+
+/// The end of a connection whose CONNECTs have told their own stories.
+fn note(peer: SocketAddr, error: &ServeError) {
+    match error {
+        ServeError::Abandoned { .. } => tracing::warn!(%peer, %error, "a tunnel connection was given up"),
+        _ => tracing::debug!(%peer, %error, "a tunnel connection ended"),
+    }
+}
+
+impl Tunnelled {
+    async fn connect(self, mut incoming: Incoming) {
+        let _weight = self.seat.weigh();
+        let since = Instant::now();
+        let request = incoming.request();
+        let asked = Authenticated {
+            worker: self.worker,
+            pod: self.pod,
+            source: self.source,
+            peer: Some(self.certificate.identity().clone()),
+            certificate: Some(self.certificate),
+            client: None,
+            reached: self.reached,
+            authority: Some(directory_authority(&request.authority)),
+            host: request.forwarded.as_ref().and_then(|f| f.host.as_deref()).map(Into::into),
+            since,
+            counters: Arc::new(Counters::new()),
+        };
+        let reaching = Box::pin(async {
+            let authorized = asked.authorize().await?;
+            let about = authorized.workload().map(|workload| baggage(workload));
+            authorized.connect().await.map(|connected| (connected, about))
+        });
+        let (connected, about) = match incoming.within(reaching).await {
+            Ok(Ok(reached)) => reached,
+            Ok(Err(error)) => return incoming.refuse(error.status()),
+            Err(error) => return tracing::debug!(peer = %self.source, %error, "a CONNECT was given up"),
+        };
+        let Connected { mut stream, open, telling } = connected;
+        let tunnel = match incoming.accept(about.as_ref()) {
+            Ok(tunnel) => tunnel,
+            Err(error) => return telling.finish(&Err(error.into())),
+        };
+        drop(about);
+        let relay = ambit_hbone::relay(&mut stream, Side::Upstream, tunnel, &open.counters, None);
+        let outcome = match open.cut().race(relay).await {
+            Ok(ended) => ended.map_err(ConnectionError::from),
+            Err(reason) => {
+                reset(&stream);
+                Err(ConnectionError::Cut(reason))
+            }
+        };
+        telling.finish(&outcome);
+    }
+}
+
+/// Lets the application see that its connection was cut, not finished.
+pub(crate) fn reset(stream: &TcpStream) {
+    if let Err(error) = ambit_net::socket::reset_on_close(stream) {
+        tracing::trace!(%error, "linger not set");
+    }
+}

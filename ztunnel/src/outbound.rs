@@ -1,0 +1,226 @@
+//! What a pod dials: captured connections on port 15001 and requested ones on the SOCKS5 port.
+//!
+//! Reaches the destination through [`crate::upstream`], then relays. The pod's identity needs no
+//! proof here: the connection came out of its own network namespace.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ambit_directory::Authority;
+use ambit_net::original_dst;
+use ambit_net::relay::{Counters, Side};
+use ambit_net::splice::splice;
+use tokio::net::TcpStream;
+
+use crate::connections::{Direction, Open};
+use crate::cut::Cut;
+use crate::destination::Connected;
+use crate::error::{ConnectionError, CutReason};
+use crate::inbound::reset;
+use crate::pods::{Pod, Role};
+use crate::proxy::Worker;
+use crate::report::{End, Story};
+use crate::socks5::{self, Reply, Target};
+use crate::upstream::{Dial, Reached, Upstream};
+
+/// Time for the whole SOCKS5 handshake.
+const SOCKS_LIMIT: Duration = Duration::from_secs(10);
+
+/// A pod's connection whose destination is known.
+struct Asked {
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    source: SocketAddr,
+    dialled: Authority,
+    since: Instant,
+}
+
+/// Serves one captured connection to its end.
+pub async fn serve_captured(worker: Arc<Worker>, pod: Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
+    let since = Instant::now();
+    let dialled = match original_dst(&stream) {
+        Ok(dialled) => SocketAddr::new(dialled.ip().to_canonical(), dialled.port()),
+        Err(error) => {
+            tracing::debug!(%peer, %error, "a captured connection without a destination");
+            return reset(&stream);
+        }
+    };
+    // Not redirected but dialled directly: it would come back to us for ever.
+    let is_own = stream.local_addr().is_ok_and(|local| local.ip().to_canonical() == dialled.ip());
+    let asked = Asked { worker, pod, source: peer, dialled: dialled.into(), since };
+    if is_own && dialled.port() == Role::Outbound.port() {
+        let story = asked.story();
+        asked.worker.reporter.failed(&story, &ConnectionError::Loop(dialled));
+        return reset(&stream);
+    }
+    match Box::pin(asked.reach()).await {
+        Ok((reached, counters)) => asked.carry(stream, reached, counters).await,
+        Err(_) => reset(&stream),
+    }
+}
+
+/// Serves one connection of the SOCKS5 listener to its end.
+pub async fn serve_socks5(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, peer: SocketAddr) {
+    let since = Instant::now();
+    let target = match tokio::time::timeout(SOCKS_LIMIT, socks5::accept(&mut stream)).await {
+        Ok(Ok(target)) => target,
+        Ok(Err(error)) => return tracing::debug!(%peer, %error, "SOCKS5 refused"),
+        Err(_) => return tracing::debug!(%peer, "SOCKS5 handshake took too long"),
+    };
+    // A loopback listener sees the loopback address; on the wire the pod has its own.
+    let source = own_address(&worker, &pod, peer);
+    let dialled = match target {
+        Target::Address(address) => Authority::Address(address),
+        Target::Name(name, port) => name_of(&worker, &pod, &name, port).await,
+    };
+    let asked = Asked { worker, pod, source, dialled, since };
+    let reached = Box::pin(asked.reach()).await;
+    let reply = reached.as_ref().map_or_else(|error| error.socks_reply(), |_| Reply::Succeeded);
+    if let Err(error) = socks5::answer(&mut stream, reply).await {
+        return tracing::debug!(%peer, %error, "the SOCKS5 client went away");
+    }
+    if let Ok((reached, counters)) = reached {
+        asked.carry(stream, reached, counters).await;
+    }
+}
+
+fn own_address(worker: &Worker, pod: &Pod, peer: SocketAddr) -> SocketAddr {
+    let snapshot = worker.proxy.directory.load();
+    let own = snapshot.workload(pod.workload().as_str()).and_then(|workload| workload.address_like(None));
+    SocketAddr::new(own.unwrap_or(peer.ip()), peer.port())
+}
+
+/// What a name means to the pod: a name of the mesh, with Kubernetes' search path, else an address by
+/// the proxy's own resolver, else the name itself, which then is refused as unknown.
+async fn name_of(worker: &Worker, pod: &Pod, name: &str, port: u16) -> Authority {
+    let name = name.trim_end_matches('.').to_ascii_lowercase();
+    let namespace = &pod.info().namespace;
+    let domain = &worker.proxy.settings.cluster_domain;
+    let candidates = [
+        name.clone(),
+        format!("{name}.{namespace}.svc.{domain}"),
+        format!("{name}.svc.{domain}"),
+        format!("{name}.{domain}"),
+    ];
+    let known = {
+        let snapshot = worker.proxy.directory.load();
+        candidates.into_iter().find(|name| {
+            snapshot.service_named(name, namespace).is_some() || !snapshot.workloads_named(name).is_empty()
+        })
+    };
+    if let Some(hostname) = known {
+        return Authority::Host { hostname: hostname.into(), port };
+    }
+    let limit = worker.proxy.settings.limits.attempt_timeout;
+    let looked_up = tokio::time::timeout(limit, tokio::net::lookup_host((name.as_str(), port))).await;
+    match looked_up.ok().and_then(Result::ok).and_then(|mut addresses| addresses.next()) {
+        Some(address) => Authority::Address(SocketAddr::new(address.ip().to_canonical(), port)),
+        None => Authority::Host { hostname: name.into(), port },
+    }
+}
+
+impl Asked {
+    /// Reaches the destination. A failure has been reported when this returns.
+    async fn reach(&self) -> Result<(Reached, Arc<Counters>), ConnectionError> {
+        let counters = Arc::new(Counters::new());
+        let client = match self.worker.proxy.workload_of(&self.pod).await {
+            Ok(client) => client,
+            Err(error) => {
+                self.worker.reporter.failed(&self.story(), &error);
+                return Err(error);
+            }
+        };
+        let dial = Dial {
+            worker: &self.worker,
+            pod: &self.pod,
+            client,
+            source: self.source,
+            dialled: self.dialled.clone(),
+            since: self.since,
+            counters: counters.clone(),
+        };
+        match dial.reach().await {
+            Ok(reached) => Ok((reached, counters)),
+            Err(missed) => {
+                self.worker.reporter.failed(&missed.story, &missed.error);
+                Err(missed.error)
+            }
+        }
+    }
+
+    /// Relays until both directions have ended or the connection is cut.
+    async fn carry(self, mut stream: TcpStream, reached: Reached, counters: Arc<Counters>) {
+        let Reached { upstream, story, load } = reached;
+        let destination = story.destination_address;
+        let open = self.worker.proxy.connections.open(
+            self.worker.index,
+            Direction::Outbound,
+            self.source,
+            destination,
+            None,
+            counters,
+        );
+        let telling = self.worker.reporter.open(story, &open);
+        let outcome = match upstream {
+            Upstream::Tunnel(tunnel) => {
+                let relay = ambit_hbone::relay(&mut stream, Side::Downstream, *tunnel, &open.counters, None);
+                settle(open.cut().race(relay).await)
+            }
+            Upstream::Plain(mut plain) => {
+                let outcome = settle(open.cut().race(splice(&mut stream, &mut plain, &open.counters)).await);
+                reset_if_cut(&outcome, &plain);
+                outcome
+            }
+            Upstream::Local(connected) => hand_over(&mut stream, &open, *connected).await,
+        };
+        reset_if_cut(&outcome, &stream);
+        telling.finish(&outcome);
+        drop(load);
+    }
+
+    fn story(&self) -> Story {
+        Story {
+            direction: Direction::Outbound,
+            source: End { workload: None, identity: Some(self.pod.identity().clone()) },
+            source_address: self.source,
+            destination: End::default(),
+            destination_address: match &self.dialled {
+                Authority::Address(address) => *address,
+                Authority::Host { port, .. } => (std::net::Ipv4Addr::UNSPECIFIED, *port).into(),
+            },
+            hbone_address: None,
+            service: None,
+            since: self.since,
+        }
+    }
+}
+
+/// Relays between two pods of this node; either end's proxy side may cut it, and both tell of it.
+async fn hand_over(stream: &mut TcpStream, open: &Open, connected: Connected) -> Result<(), ConnectionError> {
+    let Connected { stream: mut application, open: inbound, telling } = connected;
+    let relay = splice(stream, &mut application, &open.counters);
+    let raced = race_both(open.cut(), inbound.cut(), relay).await;
+    let outcome = settle(raced);
+    reset_if_cut(&outcome, &application);
+    telling.finish(&outcome);
+    outcome
+}
+
+async fn race_both<T>(one: &Cut, other: &Cut, work: impl Future<Output = T>) -> Result<T, CutReason> {
+    one.race(other.race(work)).await.and_then(|inner| inner)
+}
+
+fn settle<E: Into<ConnectionError>>(raced: Result<Result<(), E>, CutReason>) -> Result<(), ConnectionError> {
+    match raced {
+        Ok(ended) => ended.map_err(Into::into),
+        Err(reason) => Err(ConnectionError::Cut(reason)),
+    }
+}
+
+/// A peer must see that its connection was cut, not finished.
+fn reset_if_cut(outcome: &Result<(), ConnectionError>, stream: &TcpStream) {
+    if matches!(outcome, Err(ConnectionError::Cut(_))) {
+        reset(stream);
+    }
+}

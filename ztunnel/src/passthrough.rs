@@ -1,0 +1,53 @@
+//! Inbound plaintext, port 15006: policy asked with no identity, then socket to socket.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ambit_net::relay::Counters;
+use ambit_net::{original_dst, splice::splice};
+use tokio::net::TcpStream;
+
+use crate::destination::{Authenticated, Connected};
+use crate::error::ConnectionError;
+use crate::inbound::reset;
+use crate::pods::Pod;
+use crate::proxy::Worker;
+
+/// Serves one connection to its end.
+pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, peer: SocketAddr) {
+    let reached = match original_dst(&stream) {
+        Ok(reached) => SocketAddr::new(reached.ip().to_canonical(), reached.port()),
+        Err(error) => {
+            tracing::debug!(%peer, %error, "a plaintext connection without a destination");
+            return reset(&stream);
+        }
+    };
+    let asked = Authenticated {
+        worker,
+        pod,
+        source: peer,
+        peer: None,
+        certificate: None,
+        client: None,
+        reached,
+        authority: None,
+        host: None,
+        since: Instant::now(),
+        counters: Arc::new(Counters::new()),
+    };
+    let connected = Box::pin(async { asked.authorize().await?.connect().await }).await;
+    // The failure has been told already; the client sees a reset.
+    let Ok(Connected { stream: mut application, open, telling }) = connected else {
+        return reset(&stream);
+    };
+    let outcome = match open.cut().race(splice(&mut stream, &mut application, &open.counters)).await {
+        Ok(ended) => ended.map_err(ConnectionError::from),
+        Err(reason) => {
+            reset(&stream);
+            reset(&application);
+            Err(ConnectionError::Cut(reason))
+        }
+    };
+    telling.finish(&outcome);
+}

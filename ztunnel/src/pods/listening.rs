@@ -1,0 +1,134 @@
+//! Accepting on a pod's listeners and handing each connection to a worker.
+//!
+//! One task a listener, on a worker of its own choice. A task ends when its pod leaves or the proxy
+//! drains. A socket that the node agent holds too is then left with its queue for a successor; one
+//! of our own is emptied first, because closing it would reset what waits there.
+
+use std::future::Future;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use ambit_net::accept::Acceptor;
+use ambit_net::drain::Drain;
+use tokio::sync::watch;
+
+use super::{Pod, Role};
+use crate::proxy::Worker;
+use crate::workers::{Seat, Workers};
+use crate::{inbound, outbound, passthrough};
+
+/// How often a full worker looks whether it has room again.
+const FULL_PAUSE: Duration = Duration::from_millis(20);
+
+/// Accepts that failed for want of descriptors or memory, of the whole process.
+static SHORTAGES: AtomicU64 = AtomicU64::new(0);
+
+fn count_shortage(_: &std::io::Error) {
+    SHORTAGES.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Accepts that failed for want of descriptors or memory since start.
+pub fn accept_shortages() -> u64 {
+    SHORTAGES.load(Ordering::Relaxed)
+}
+
+/// One listener's task, seen from the pod that owns it.
+#[derive(Debug)]
+pub(super) struct Listening {
+    stop: watch::Sender<bool>,
+}
+
+impl Listening {
+    /// Ends accepting. What was accepted goes on.
+    pub(super) fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+}
+
+/// What a listener's task needs.
+pub(super) struct Post {
+    pub(super) pod: Arc<Pod>,
+    pub(super) role: Role,
+    /// Whether the node agent holds the socket too.
+    pub(super) is_shared: bool,
+    pub(super) workers: Arc<Workers<Worker>>,
+    pub(super) drain: Drain,
+}
+
+/// Starts accepting on worker `seat`.
+pub(super) fn start(post: Post, seat: &Seat, listener: TcpListener) -> Listening {
+    let (stop, stopped) = watch::channel(false);
+    let home = seat.clone();
+    seat.spawn("accept", async move { run(post, home, listener, stopped).await });
+    Listening { stop }
+}
+
+async fn run(mut post: Post, home: Seat, listener: TcpListener, mut stopped: watch::Receiver<bool>) {
+    let mut acceptor = match Acceptor::new(listener) {
+        Ok(acceptor) => acceptor.on_shortage(count_shortage),
+        Err(error) => return tracing::error!(pod = post.pod.uid(), %error, "a listener can't be registered"),
+    };
+    loop {
+        tokio::select! {
+            biased;
+            // A dropped sender is a stop too: its pod is gone.
+            _ = stopped.wait_for(|stop| *stop) => break,
+            () = post.drain.draining() => break,
+            accepted = when_there_is_room(&post.workers, acceptor.accept()) => match accepted {
+                Ok((stream, peer)) => hand_over(&post, &home, stream, peer),
+                Err(error) => return tracing::error!(pod = post.pod.uid(), %error, "a listener is lost"),
+            },
+        }
+    }
+    if !post.is_shared {
+        empty(&post, &home, &acceptor.into_inner());
+    }
+}
+
+/// Accepts only while some worker is below its limit: what waits then waits in the kernel's queue.
+async fn when_there_is_room<T>(workers: &Workers<Worker>, accept: impl Future<Output = T>) -> T {
+    while workers
+        .all()
+        .all(|(seat, worker)| seat.load() >= worker.proxy.settings.limits.connections_per_worker)
+    {
+        tokio::time::sleep(FULL_PAUSE).await;
+    }
+    accept.await
+}
+
+/// Serves what waits in the queue of a socket that is about to close.
+fn empty(post: &Post, home: &Seat, listener: &TcpListener) {
+    while let Ok((stream, peer)) = listener.accept() {
+        if let Err(error) = stream.set_nonblocking(true) {
+            tracing::debug!(%error, "a connection of a closing listener is lost");
+            continue;
+        }
+        hand_over(post, home, stream, peer);
+    }
+}
+
+fn hand_over(post: &Post, home: &Seat, stream: TcpStream, peer: SocketAddr) {
+    if let Err(error) = ambit_net::socket::prepare_accepted(&stream) {
+        // The peer is gone already; serving it would only fail later.
+        return tracing::debug!(%peer, %error, "an accepted connection is gone");
+    }
+    let (pod, workers) = (post.pod.clone(), &post.workers);
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    match post.role {
+        Role::Outbound => workers.place(home, "outbound", stream, move |_, worker, stream| {
+            outbound::serve_captured(worker, pod, stream, peer)
+        }),
+        Role::Socks5 => workers.place(home, "socks5", stream, move |_, worker, stream| {
+            outbound::serve_socks5(worker, pod, stream, peer)
+        }),
+        Role::Inbound => workers.place(home, "inbound", stream, move |seat, worker, stream| {
+            inbound::serve(worker, seat, pod, stream, peer)
+        }),
+        Role::Passthrough => workers.place(home, "passthrough", stream, move |_, worker, stream| {
+            passthrough::serve(worker, pod, stream, peer)
+        }),
+        Role::Dns => drop(stream),
+    }
+}

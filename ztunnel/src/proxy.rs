@@ -1,0 +1,198 @@
+//! What all connections share ([`Proxy`]) and what each worker has of its own ([`Worker`]).
+//!
+//! Built once by `app`; read everywhere on the data path. Nothing here changes but through the
+//! snapshots, stores and tables that it holds.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use ambit_directory::{Reader, Snapshot, Workload, WorkloadUid};
+use ambit_hbone::{Pool, WindowBudget};
+use ambit_identity::{CertificateStore, Trust, TrustDomain};
+use ambit_net::Drain;
+use tokio::sync::watch;
+
+use crate::config::SameNode;
+use crate::connections::Connections;
+use crate::error::ConnectionError;
+use crate::loads::Loads;
+use crate::pods::sockets::Wanted;
+use crate::pods::{LocalPods, Pod};
+use crate::report::Reporter;
+
+/// Bounds of the data path; see [`crate::config::Limits`].
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// From accept to an open upstream, over all attempts.
+    pub connect_timeout: Duration,
+    /// One attempt on one endpoint.
+    pub attempt_timeout: Duration,
+    /// Endpoints tried for one connection.
+    pub connect_attempts: u8,
+    /// Wait for the directory to know something.
+    pub directory_wait: Duration,
+    /// Open connections at which a worker accepts no more.
+    pub connections_per_worker: usize,
+}
+
+/// What the data path needs of the configuration.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The network that this node is in.
+    pub network: Arc<str>,
+    /// The cluster's name.
+    pub cluster_id: Arc<str>,
+    /// The trust domain of this node's pods.
+    pub trust_domain: TrustDomain,
+    /// The domain of the cluster's service names.
+    pub cluster_domain: Arc<str>,
+    /// How two pods of this node are connected.
+    pub same_node: SameNode,
+    /// Which optional listeners pods get.
+    pub listeners: Wanted,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+/// Asks the control plane for a resource, where resources come on demand.
+#[derive(Clone)]
+pub struct Demander(ambit_xds::Client);
+
+impl std::fmt::Debug for Demander {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Demander")
+    }
+}
+
+impl Demander {
+    /// Asks through `client`, which must have subscribed to addresses on demand.
+    pub fn new(client: ambit_xds::Client) -> Self {
+        Self(client)
+    }
+
+    /// Waits for the control plane's word on a resource name, at most `limit`. Whatever it was, the
+    /// directory has what it gave when this returns.
+    pub async fn demand(&self, name: &str, limit: Duration) {
+        match tokio::time::timeout(limit, self.0.demand(ambit_api::ADDRESS_TYPE_URL, name)).await {
+            Ok(Ok(found)) => tracing::debug!(name, ?found, "asked the control plane"),
+            Ok(Err(error)) => tracing::warn!(name, %error, "the control plane can't be asked"),
+            Err(_) => tracing::warn!(name, "the control plane did not answer in time"),
+        }
+    }
+}
+
+/// Decisions that are to be counted but fail nothing.
+#[derive(Debug, Default)]
+pub struct Tallies {
+    /// Connections that dry-run policies would have decided otherwise.
+    pub dry_run_differs: Tally,
+    /// Connections that went past a missing waypoint because its owner allows that.
+    pub waypoint_bypassed: Tally,
+    /// Attempts on another endpoint after one failed.
+    pub retries: Tally,
+    /// Live connections ended by policy or revocation.
+    pub cut: Tally,
+    /// Connections handed over on this node.
+    pub handed_over: Tally,
+}
+
+/// A count.
+#[derive(Debug, Default)]
+pub struct Tally(AtomicU64);
+
+impl Tally {
+    /// Counts `n` more.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The count so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Proxy {
+    /// Configuration.
+    pub settings: Settings,
+    /// Who is where.
+    pub directory: Reader,
+    /// The certificates of this node's pods.
+    pub certificates: CertificateStore,
+    /// Whom we believe.
+    pub trust: Trust,
+    /// The pods of this node.
+    pub local: LocalPods,
+    /// Open connections.
+    pub connections: Connections,
+    /// Open connections by workload.
+    pub loads: Loads<WorkloadUid>,
+    /// Where resources come on demand: whom to ask.
+    pub demander: Option<Demander>,
+    /// Whether the control plane's first state was applied. Before that nothing is let in or out: an
+    /// empty directory knows neither policies nor who must be reached through a tunnel.
+    pub synced: watch::Receiver<bool>,
+    /// Tells when nothing new is to be taken.
+    pub drain: Drain,
+    /// Memory for tunnels' windows, of the whole process.
+    pub budget: WindowBudget,
+    /// Counts.
+    pub tallies: Tallies,
+}
+
+/// What one worker has of its own.
+#[derive(Debug)]
+pub struct Worker {
+    /// What it shares with the others.
+    pub proxy: Arc<Proxy>,
+    /// Its number, from 0.
+    pub index: usize,
+    /// Its tunnels.
+    pub pool: Pool,
+    /// Its memory of metrics.
+    pub reporter: Arc<Reporter>,
+}
+
+impl Proxy {
+    /// The pod's own workload in the newest snapshot; waits a bounded time for the first state of the
+    /// control plane, and for a pod that is younger than what it has told.
+    ///
+    /// # Errors
+    /// [`ConnectionError::NotSynced`], [`ConnectionError::UnknownPod`].
+    pub async fn workload_of(&self, pod: &Pod) -> Result<Arc<Workload>, ConnectionError> {
+        let limit = self.settings.limits.directory_wait;
+        if !*self.synced.borrow() {
+            let mut synced = self.synced.clone();
+            match tokio::time::timeout(limit, synced.wait_for(|synced| *synced)).await {
+                Ok(Ok(_)) => {}
+                _ => return Err(ConnectionError::NotSynced),
+            }
+        }
+        if let Some(workload) = own(&self.directory.load(), pod) {
+            return Ok(workload);
+        }
+        if let Some(demander) = &self.demander {
+            demander.demand(pod.workload().as_str(), limit).await;
+        }
+        let mut changes = self.directory.changes();
+        let found = tokio::time::timeout(limit, async {
+            loop {
+                changes.borrow_and_update();
+                if let Some(workload) = own(&self.directory.load(), pod) {
+                    return Some(workload);
+                }
+                changes.changed().await.ok()?;
+            }
+        });
+        found.await.ok().flatten().ok_or_else(|| ConnectionError::UnknownPod(pod.workload().clone()))
+    }
+}
+
+/// The pod's workload, if the directory has it and it is the one that the node agent named.
+fn own(snapshot: &Snapshot, pod: &Pod) -> Option<Arc<Workload>> {
+    let workload = snapshot.workload(pod.workload().as_str())?;
+    (workload.identity == *pod.identity()).then(|| workload.clone())
+}

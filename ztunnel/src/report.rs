@@ -1,0 +1,258 @@
+//! What is told of a connection: metrics when it opens and ends, one access-log line at its end.
+//!
+//! A [`Story`] is what is known of a connection; [`Reporter::open`] begins counting it and
+//! [`Telling`] finishes. A telling that is dropped without an outcome tells of a cancelled connection.
+//! The counters of a pair of workloads are looked up by pointer, not by label.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ambit_directory::{Service, Workload};
+use ambit_identity::SpiffeId;
+use ambit_telemetry::access::{self, AccessLog, Entry, Party};
+use ambit_telemetry::tcp::{Labels, Peer, PeerLabels, ResponseFlags, Security, Series, ServiceLabels};
+use ambit_telemetry::{TcpMetrics, tcp};
+use parking_lot::Mutex;
+
+use crate::connections::{Direction, Open};
+use crate::error::{Blame, ConnectionError};
+
+/// Pairs of workloads whose counters are held ready; beyond it, all are looked up anew.
+const MAX_PAIRS: usize = 8192;
+
+/// One side of a connection, as far as it is known.
+#[derive(Debug, Clone, Default)]
+pub struct End {
+    /// The workload.
+    pub workload: Option<Arc<Workload>>,
+    /// Who it proved, or must prove, to be.
+    pub identity: Option<SpiffeId>,
+}
+
+/// What is known of a connection.
+#[derive(Debug, Clone)]
+pub struct Story {
+    /// Which way it goes.
+    pub direction: Direction,
+    /// The client.
+    pub source: End,
+    /// The client's address.
+    pub source_address: SocketAddr,
+    /// The server.
+    pub destination: End,
+    /// What is connected to: the workload's address, or what was dialled while no workload is known.
+    pub destination_address: SocketAddr,
+    /// The CONNECT's authority, if there is a tunnel (or would be one between nodes).
+    pub hbone_address: Option<Arc<str>>,
+    /// The service that was dialled.
+    pub service: Option<Arc<Service>>,
+    /// Since when.
+    pub since: Instant,
+}
+
+impl Story {
+    fn security(&self) -> Security {
+        match (&self.source.identity, &self.destination.identity) {
+            (Some(_), Some(_)) => Security::MutualTls,
+            _ => Security::Unknown,
+        }
+    }
+}
+
+/// Counts and logs. One a worker, so that its memory of pairs is not shared.
+#[derive(Debug)]
+pub struct Reporter {
+    metrics: TcpMetrics,
+    log: AccessLog,
+    /// Guards the memory of pairs for a look-up; only its own worker takes it.
+    pairs: Mutex<Pairs>,
+}
+
+#[derive(Debug, Default)]
+struct Pairs {
+    series: HashMap<PairKey, (Story, Arc<Series>)>,
+}
+
+/// A pair by identity of its parts. The story kept with it holds them, so that no address is used
+/// twice while the key is there.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct PairKey {
+    direction: Direction,
+    source: Option<usize>,
+    destination: Option<usize>,
+    service: Option<usize>,
+    source_identity: Option<SpiffeId>,
+    destination_identity: Option<SpiffeId>,
+}
+
+fn address_of<T>(part: &Option<Arc<T>>) -> Option<usize> {
+    part.as_ref().map(|part| Arc::as_ptr(part) as usize)
+}
+
+impl PairKey {
+    fn of(story: &Story) -> Self {
+        Self {
+            direction: story.direction,
+            source: address_of(&story.source.workload),
+            destination: address_of(&story.destination.workload),
+            service: address_of(&story.service),
+            source_identity: story.source.identity.clone(),
+            destination_identity: story.destination.identity.clone(),
+        }
+    }
+}
+
+impl Reporter {
+    /// A reporter for one worker.
+    pub fn new(metrics: TcpMetrics, log: AccessLog) -> Self {
+        Self { metrics, log, pairs: Mutex::default() }
+    }
+
+    /// Counts a connection as opened. Its bytes are those of `connection`.
+    pub fn open(self: &Arc<Self>, story: Story, connection: &Open) -> Telling {
+        let counted = self.series(&story).open();
+        connection.set_metrics(counted);
+        Telling { reporter: self.clone(), story, connection: connection.connection(), told: false }
+    }
+
+    /// Tells of a connection that failed before it was open.
+    pub fn failed(&self, story: &Story, error: &ConnectionError) {
+        self.series(story).fail(flags(error));
+        self.write(story, (0, 0), story.since.elapsed(), Some(error.to_string()));
+    }
+
+    fn series(&self, story: &Story) -> Arc<Series> {
+        let key = PairKey::of(story);
+        let mut pairs = self.pairs.lock();
+        if let Some((_, series)) = pairs.series.get(&key) {
+            return series.clone();
+        }
+        if pairs.series.len() >= MAX_PAIRS {
+            pairs.series.clear();
+        }
+        let series = self.metrics.series(&labels(story));
+        let kept = Story { hbone_address: None, ..story.clone() };
+        pairs.series.insert(key, (kept, series.clone()));
+        series
+    }
+
+    fn write(&self, story: &Story, bytes: (u64, u64), duration: Duration, error: Option<String>) {
+        if !self.log.is_enabled() {
+            return;
+        }
+        let (bytes_sent, bytes_received) = bytes;
+        self.log.log(Entry {
+            source: party(&story.source, story.source_address),
+            destination: party(&story.destination, story.destination_address),
+            hbone_addr: story.hbone_address.clone(),
+            service: story.service.as_ref().map(|service| service.host.hostname.clone()),
+            direction: match story.direction {
+                Direction::Inbound => access::Direction::Inbound,
+                Direction::Outbound => access::Direction::Outbound,
+            },
+            bytes_sent,
+            bytes_received,
+            duration,
+            error,
+        });
+    }
+}
+
+/// The telling of one open connection.
+#[derive(Debug)]
+#[must_use = "a telling without an outcome tells of a cancelled connection"]
+pub struct Telling {
+    reporter: Arc<Reporter>,
+    story: Story,
+    connection: Arc<crate::connections::Connection>,
+    told: bool,
+}
+
+impl Telling {
+    /// The connection ended.
+    pub fn finish(mut self, outcome: &Result<(), ConnectionError>) {
+        self.tell(outcome.as_ref().err().map(ToString::to_string));
+    }
+
+    fn tell(&mut self, error: Option<String>) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        self.connection.report_bytes();
+        let counters = &self.connection.counters;
+        // What dashboards call sent is what the server sent: contracts.md, section 6.
+        let bytes = (counters.received(), counters.sent());
+        self.reporter.write(&self.story, bytes, self.story.since.elapsed(), error);
+    }
+}
+
+impl Drop for Telling {
+    fn drop(&mut self) {
+        self.tell(Some("cancelled".to_owned()));
+    }
+}
+
+/// The metrics' word for an error.
+fn flags(error: &ConnectionError) -> ResponseFlags {
+    match error.flags() {
+        "TLS_FAILURE" => ResponseFlags::Tls,
+        "H2_HANDSHAKE_FAILURE" => ResponseFlags::Http2,
+        _ => match (error.blame(), error) {
+            (_, ConnectionError::Refused { .. } | ConnectionError::UnknownName(_)) => {
+                ResponseFlags::NoEndpoint
+            }
+            (Blame::Policy, _) => ResponseFlags::Denied,
+            (Blame::Identity, _) => ResponseFlags::Identity,
+            (Blame::Client | Blame::Us | Blame::Upstream, _) => ResponseFlags::Connect,
+        },
+    }
+}
+
+fn labels(story: &Story) -> Labels {
+    Labels {
+        reporter: match story.direction {
+            Direction::Inbound => tcp::Reporter::Destination,
+            Direction::Outbound => tcp::Reporter::Source,
+        },
+        source: peer_labels(&story.source),
+        destination: peer_labels(&story.destination),
+        service: story.service.as_ref().map(|service| {
+            Arc::new(ServiceLabels {
+                host: service.host.hostname.clone(),
+                name: service.name.clone(),
+                namespace: service.host.namespace.clone(),
+            })
+        }),
+        request_protocol: "tcp",
+        security: story.security(),
+    }
+}
+
+fn peer_labels(end: &End) -> Arc<PeerLabels> {
+    let principal: Arc<str> = end.identity.as_ref().map(|id| id.as_str().into()).unwrap_or_default();
+    let peer = match &end.workload {
+        Some(workload) => Peer {
+            workload: workload.workload_name.clone(),
+            workload_namespace: workload.namespace.clone(),
+            principal,
+            canonical_service: workload.canonical_name.clone(),
+            canonical_revision: workload.canonical_revision.clone(),
+            app: workload.canonical_name.clone(),
+            version: workload.canonical_revision.clone(),
+            cluster: workload.cluster_id.clone(),
+        },
+        None => Peer { principal, ..Peer::default() },
+    };
+    Arc::new(PeerLabels::new(peer))
+}
+
+fn party(end: &End, address: SocketAddr) -> Party {
+    Party {
+        addr: Some(address),
+        workload: end.workload.as_ref().map(|workload| workload.name.clone()),
+        namespace: end.workload.as_ref().map(|workload| workload.namespace.clone()),
+        identity: end.identity.as_ref().map(|identity| identity.shared().clone()),
+    }
+}

@@ -1,0 +1,447 @@
+//! From a dialled address to an open connection: resolve, connect, and try another endpoint if one
+//! fails before the first byte.
+//!
+//! `outbound` calls it for every connection of a pod. Nothing of the application is read here.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ambit_directory::{
+    ClientRole, DoubleTunnel, Lookup, Plain, Question, Route, Service, WaypointTunnel, Workload, WorkloadUid,
+    resolve,
+};
+use ambit_hbone::{
+    Authority, Baggage, ConnectRequest, Forwarded, PoolKey, TraceParent, Tunnel, WorkloadKind,
+};
+use ambit_identity::SpiffeId;
+use ambit_net::relay::Counters;
+use ambit_net::{ConnectError, SocketStock, connect};
+use smallvec::SmallVec;
+use tokio::net::TcpStream;
+
+use crate::config::SameNode;
+use crate::connections::Direction;
+use crate::destination::{Authenticated, Connected};
+use crate::error::ConnectionError;
+use crate::loads::LoadGuard;
+use crate::pods::Pod;
+use crate::proxy::Worker;
+use crate::report::{End, Story};
+
+/// An open way to the destination.
+#[derive(Debug)]
+pub enum Upstream {
+    /// Through a tunnel.
+    Tunnel(Box<Tunnel>),
+    /// In plaintext, out of the pod's namespace.
+    Plain(TcpStream),
+    /// To a pod of this node, in its namespace.
+    Local(Box<Connected>),
+}
+
+/// A connection that was reached, and what is to be told of it.
+#[derive(Debug)]
+pub struct Reached {
+    /// The way.
+    pub upstream: Upstream,
+    /// What is known of it.
+    pub story: Story,
+    /// Counts it at its workload.
+    pub load: Option<LoadGuard>,
+}
+
+/// A connection that was not reached, and what is to be told of it.
+#[derive(Debug)]
+pub struct Missed {
+    /// Why.
+    pub error: ConnectionError,
+    /// What is known of it.
+    pub story: Story,
+}
+
+/// Who dials what.
+#[derive(Debug)]
+pub struct Dial<'a> {
+    /// The worker that carries the connection.
+    pub worker: &'a Arc<Worker>,
+    /// The pod that dials.
+    pub pod: &'a Arc<Pod>,
+    /// Its workload.
+    pub client: Arc<Workload>,
+    /// The application's address.
+    pub source: SocketAddr,
+    /// What it dialled.
+    pub dialled: ambit_directory::Authority,
+    /// Since when.
+    pub since: Instant,
+    /// Where its bytes will be counted.
+    pub counters: Arc<Counters>,
+}
+
+impl Dial<'_> {
+    /// Reaches the destination within the connect budget.
+    ///
+    /// # Errors
+    /// [`Missed`]: the last attempt's error, or why there was none.
+    pub async fn reach(&self) -> Result<Reached, Box<Missed>> {
+        let limits = self.worker.proxy.settings.limits;
+        let mut story = self.story();
+        let attempts = self.attempts(&mut story);
+        match tokio::time::timeout(limits.connect_timeout, Box::pin(attempts)).await {
+            Ok(Ok((upstream, load))) => Ok(Reached { upstream, story, load }),
+            Ok(Err(error)) => Err(Box::new(Missed { error, story })),
+            Err(_) => {
+                let error = ConnectionError::Budget {
+                    destination: self.dialled.clone(),
+                    budget: limits.connect_timeout,
+                };
+                Err(Box::new(Missed { error, story }))
+            }
+        }
+    }
+
+    async fn attempts(&self, story: &mut Story) -> Result<(Upstream, Option<LoadGuard>), ConnectionError> {
+        let limits = self.worker.proxy.settings.limits;
+        let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
+        let mut last: Option<ConnectionError> = None;
+        for _ in 0..limits.connect_attempts {
+            let route = self.route(&tried).await;
+            if let (Route::Refuse(refusal), Some(_)) = (&route, &last)
+                && refusal.is_exhausted()
+            {
+                break;
+            }
+            story.service = route.service().cloned();
+            if bypasses_waypoint(&route) {
+                self.worker.proxy.tallies.waypoint_bypassed.add(1);
+            }
+            let hop = route.next_hop().cloned();
+            let load = hop.as_ref().map(|hop| self.worker.proxy.loads.open(hop));
+            match Box::pin(self.attempt(route, story)).await {
+                Ok(upstream) => return Ok((upstream, load)),
+                Err(error) => {
+                    let again = error.another_endpoint_may_help();
+                    tracing::debug!(%error, dialled = %self.dialled, again, "an attempt failed");
+                    last = Some(error);
+                    match hop {
+                        Some(hop) if again => {
+                            self.worker.proxy.tallies.retries.add(1);
+                            tried.push(hop);
+                        }
+                        _ => break,
+                    }
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| ConnectionError::UnknownName(self.dialled.to_string())))
+    }
+
+    /// Where to go, after asking the control plane if the directory lacks something.
+    async fn route(&self, tried: &[WorkloadUid]) -> Route {
+        let route = self.resolve(tried);
+        let demand = match &route {
+            Route::Unknown(unknown) => Some(unknown.demand.clone()),
+            Route::Refuse(refusal) => refusal.demand(),
+            _ => None,
+        };
+        match (&self.worker.proxy.demander, demand) {
+            (Some(demander), Some(demand)) => {
+                demander.demand(&demand.to_string(), self.worker.proxy.settings.limits.directory_wait).await;
+                self.resolve(tried)
+            }
+            _ => route,
+        }
+    }
+
+    fn resolve(&self, tried: &[WorkloadUid]) -> Route {
+        let proxy = &self.worker.proxy;
+        let question = Question {
+            client: &self.client,
+            role: ClientRole::Workload,
+            source: self.source.ip(),
+            destination: self.dialled.clone(),
+            exclude: tried,
+        };
+        let load = |workload: &WorkloadUid| proxy.loads.get(workload);
+        resolve(&proxy.directory.load(), &question, &load, &mut rand::rng())
+    }
+
+    async fn attempt(&self, route: Route, story: &mut Story) -> Result<Upstream, ConnectionError> {
+        match route {
+            Route::SameNode(way) if self.worker.proxy.settings.same_node == SameNode::Splice => {
+                match self.worker.proxy.local.get(&way.workload.uid) {
+                    Some(pod) => self.hand_over(pod, &way, story).await,
+                    None => self.tunnel(&way, story).await,
+                }
+            }
+            Route::SameNode(way) | Route::Tunnel(way) => self.tunnel(&way, story).await,
+            Route::Waypoint(way) => self.waypoint(&way, story).await,
+            Route::DoubleHbone(way) => self.double(&way, story).await,
+            Route::Plain(way) | Route::Own(way) => self.plain(way, story).await,
+            Route::Lookup(way) => self.lookup(way, story).await,
+            Route::Unknown(way) => match way.passthrough() {
+                Some(plain) => self.plain(plain, story).await,
+                None => Err(ConnectionError::UnknownName(way.authority.to_string())),
+            },
+            Route::Refuse(reason) => {
+                Err(ConnectionError::Refused { destination: self.dialled.clone(), reason })
+            }
+        }
+    }
+
+    /// To a pod of this node: its policy is asked as its own proxy would, then the application is
+    /// dialled in its namespace.
+    async fn hand_over(
+        &self,
+        pod: Arc<Pod>,
+        way: &ambit_directory::Tunnel,
+        story: &mut Story,
+    ) -> Result<Upstream, ConnectionError> {
+        let authority: Arc<str> = way.address.to_string().into();
+        self.tell(story, &way.workload, Some(pod.identity().clone()), way.hbone, Some(authority.clone()));
+        let arrived = Authenticated {
+            worker: self.worker.clone(),
+            pod,
+            source: self.source,
+            peer: Some(self.pod.identity().clone()),
+            certificate: None,
+            client: Some(self.client.clone()),
+            reached: way.hbone,
+            authority: Some(way.address.into()),
+            host: way.service.as_ref().map(|service| service.host.hostname.clone()),
+            since: self.since,
+            counters: self.counters.clone(),
+        };
+        let connected = Box::pin(arrived.authorize()).await?.connect().await?;
+        self.worker.proxy.tallies.handed_over.add(1);
+        Ok(Upstream::Local(Box::new(connected)))
+    }
+
+    async fn tunnel(
+        &self,
+        way: &ambit_directory::Tunnel,
+        story: &mut Story,
+    ) -> Result<Upstream, ConnectionError> {
+        let authority = Authority::from(way.address);
+        self.tell(
+            story,
+            &way.workload,
+            way.expected.first().cloned(),
+            way.hbone,
+            Some(authority.to_string().into()),
+        );
+        let request = self.request(authority, way.service.as_deref());
+        let tunnel = self.open(&way.workload, way.hbone, &way.expected, &request).await?;
+        story.destination.identity = Some(tunnel.peer().clone());
+        Ok(Upstream::Tunnel(Box::new(tunnel)))
+    }
+
+    async fn waypoint(&self, way: &WaypointTunnel, story: &mut Story) -> Result<Upstream, ConnectionError> {
+        let authority = hbone_authority(&way.authority);
+        self.tell(
+            story,
+            &way.waypoint,
+            way.expected.first().cloned(),
+            way.hbone,
+            Some(authority.to_string().into()),
+        );
+        let request = self.request(authority, way.service.as_deref());
+        let tunnel = self.open(&way.waypoint, way.hbone, &way.expected, &request).await?;
+        story.destination.identity = Some(tunnel.peer().clone());
+        Ok(Upstream::Tunnel(Box::new(tunnel)))
+    }
+
+    /// Into another network: a tunnel to its gateway, and inside it a second one to the service.
+    async fn double(&self, way: &DoubleTunnel, story: &mut Story) -> Result<Upstream, ConnectionError> {
+        let authority = hbone_authority(&way.authority);
+        let inner_identity = way.inner_expected.first().cloned();
+        self.tell(story, &way.workload, inner_identity, way.hbone, Some(authority.to_string().into()));
+        let mut request = self.request(authority, Some(&way.service));
+        let outer = self.open(&way.gateway, way.hbone, &way.expected, &request).await?;
+        request.forwarded_network = Some(way.network.to_string());
+        let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
+        let inner = ambit_hbone::client::open_within(
+            outer,
+            way.hbone,
+            certificate.client_config(),
+            &way.inner_expected,
+            &request,
+            self.worker.pool.settings(),
+        );
+        let inner = Box::pin(inner).await?;
+        story.destination.identity = Some(inner.peer().clone());
+        Ok(Upstream::Tunnel(Box::new(inner)))
+    }
+
+    async fn plain(&self, way: Plain, story: &mut Story) -> Result<Upstream, ConnectionError> {
+        story.destination = End { workload: way.workload, identity: None };
+        story.destination_address = way.address;
+        story.hbone_address = None;
+        let limit = self.worker.proxy.settings.limits.attempt_timeout;
+        Ok(Upstream::Plain(connect(self.pod.stock(), None, way.address, limit).await?))
+    }
+
+    /// To a workload that only DNS can tell the address of. The name is looked up as the proxy's own
+    /// node would; the pod's search path has no part in it.
+    async fn lookup(&self, way: Lookup, story: &mut Story) -> Result<Upstream, ConnectionError> {
+        let name = way.workload.hostname.clone();
+        let limit = self.worker.proxy.settings.limits.attempt_timeout;
+        let unknown = || ConnectionError::UnknownName(name.to_string());
+        let found = tokio::time::timeout(limit, tokio::net::lookup_host((&*name, way.port))).await;
+        let mut addresses = found.map_err(|_| unknown())?.map_err(|_| unknown())?;
+        let address = addresses.next().ok_or_else(unknown)?;
+        Box::pin(self.attempt(located(way, address.ip().to_canonical()), story)).await
+    }
+
+    /// A tunnel from the pool, or on a new connection out of the pod's namespace.
+    async fn open(
+        &self,
+        workload: &Workload,
+        address: SocketAddr,
+        expected: &[SpiffeId],
+        request: &ConnectRequest,
+    ) -> Result<Tunnel, ConnectionError> {
+        let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
+        let key = PoolKey {
+            source: self.pod.identity().clone(),
+            destination: workload.uid.shared().clone(),
+            address,
+        };
+        let limit = self.worker.proxy.settings.limits.attempt_timeout;
+        let stock = self.pod.stock();
+        let dial = || dial_proxy(stock.clone(), address, limit);
+        let tls = certificate.client_config();
+        let opened = self.worker.pool.open(&key, &tls, expected, request, dial);
+        Ok(Box::pin(opened).await?)
+    }
+
+    /// What the CONNECT says of us.
+    fn request(&self, authority: Authority, service: Option<&Service>) -> ConnectRequest {
+        ConnectRequest {
+            baggage: Some(baggage(&self.client)),
+            forwarded: Some(Forwarded {
+                client: self.source,
+                host: service.map(|service| service.host.hostname.to_string()),
+            }),
+            traceparent: Some(TraceParent::new(&mut rand::rng())),
+            ..ConnectRequest::new(authority)
+        }
+    }
+
+    fn story(&self) -> Story {
+        Story {
+            direction: Direction::Outbound,
+            source: End { workload: Some(self.client.clone()), identity: None },
+            source_address: self.source,
+            destination: End::default(),
+            destination_address: match &self.dialled {
+                ambit_directory::Authority::Address(address) => *address,
+                ambit_directory::Authority::Host { port, .. } => {
+                    (std::net::Ipv4Addr::UNSPECIFIED, *port).into()
+                }
+            },
+            hbone_address: None,
+            service: None,
+            since: self.since,
+        }
+    }
+
+    /// Notes where a tunnelled attempt goes; both ends have identities then.
+    fn tell(
+        &self,
+        story: &mut Story,
+        workload: &Arc<Workload>,
+        identity: Option<SpiffeId>,
+        address: SocketAddr,
+        authority: Option<Arc<str>>,
+    ) {
+        story.source.identity = Some(self.pod.identity().clone());
+        story.destination = End { workload: Some(workload.clone()), identity };
+        story.destination_address = address;
+        story.hbone_address = authority;
+    }
+}
+
+/// One TCP connection to another proxy, out of the pod's namespace and from its own address.
+async fn dial_proxy(
+    stock: SocketStock,
+    address: SocketAddr,
+    limit: std::time::Duration,
+) -> io::Result<TcpStream> {
+    connect(&stock, None, address, limit).await.map_err(|error| match error {
+        ConnectError::Refused { source, .. } | ConnectError::Bind { source, .. } => source,
+        ConnectError::TimedOut { .. } => io::Error::new(io::ErrorKind::TimedOut, error.to_string()),
+        ConnectError::Namespace { .. } => io::Error::other(error.to_string()),
+    })
+}
+
+/// The way to a workload whose address DNS told.
+fn located(way: Lookup, ip: IpAddr) -> Route {
+    let Lookup { workload, service, port, expected, waypoint_bypassed } = way;
+    let address = SocketAddr::new(ip, port);
+    if workload.tunnel == ambit_directory::TunnelProtocol::Hbone {
+        let hbone = SocketAddr::new(ip, ambit_directory::HBONE_PORT);
+        return Route::Tunnel(ambit_directory::Tunnel {
+            workload,
+            service,
+            address,
+            hbone,
+            expected,
+            waypoint_bypassed,
+        });
+    }
+    Route::Plain(Plain { address, workload: Some(workload), service, waypoint_bypassed })
+}
+
+/// Whether a missing waypoint is passed by because its owner allows that.
+fn bypasses_waypoint(route: &Route) -> bool {
+    match route {
+        Route::Tunnel(way) | Route::SameNode(way) => way.waypoint_bypassed,
+        Route::DoubleHbone(way) => way.waypoint_bypassed,
+        Route::Plain(way) | Route::Own(way) => way.waypoint_bypassed,
+        Route::Lookup(way) => way.waypoint_bypassed,
+        Route::Waypoint(_) | Route::Unknown(_) | Route::Refuse(_) => false,
+    }
+}
+
+/// The directory's form of a destination as the tunnel says it.
+fn hbone_authority(authority: &ambit_directory::Authority) -> Authority {
+    match authority {
+        ambit_directory::Authority::Address(address) => Authority::Address(*address),
+        ambit_directory::Authority::Host { hostname, port } => {
+            Authority::Host { host: hostname.clone(), port: *port }
+        }
+    }
+}
+
+/// A CONNECT's destination in the directory's form.
+pub fn directory_authority(authority: &Authority) -> ambit_directory::Authority {
+    match authority {
+        Authority::Address(address) => ambit_directory::Authority::Address(*address),
+        Authority::Host { host, port } => {
+            ambit_directory::Authority::Host { hostname: host.clone(), port: *port }
+        }
+    }
+}
+
+/// What a workload says of itself (contracts.md, section 2).
+pub fn baggage(workload: &Workload) -> Baggage {
+    use ambit_directory::WorkloadType;
+    let kind = match workload.workload_type {
+        WorkloadType::Deployment => WorkloadKind::Deployment,
+        WorkloadType::CronJob => WorkloadKind::CronJob,
+        WorkloadType::Pod => WorkloadKind::Pod,
+        WorkloadType::Job => WorkloadKind::Job,
+    };
+    Baggage {
+        cluster: workload.cluster_id.to_string(),
+        namespace: workload.namespace.to_string(),
+        workload: Some((kind, workload.workload_name.to_string())),
+        service: workload.canonical_name.to_string(),
+        version: workload.canonical_revision.to_string(),
+        region: workload.locality.region.to_string(),
+        zone: workload.locality.zone.to_string(),
+    }
+}
