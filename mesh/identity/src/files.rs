@@ -10,10 +10,12 @@ use std::time::Duration;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 
-/// How long to look away at most; also what is left when the kernel has no watch to give.
+/// How long to look away at most.
 const POLL: Duration = Duration::from_secs(10);
+/// The same when the kernel has no watch to give, or the directory is not there yet.
+const UNWATCHED_POLL: Duration = Duration::from_secs(1);
 /// Writers touch several files in a row; one wake-up is enough for all.
-const SETTLE: Duration = Duration::from_millis(20);
+const SETTLE: Duration = Duration::from_millis(50);
 
 /// A watch over some files. Dropping it ends the watch.
 #[derive(Debug)]
@@ -44,7 +46,7 @@ impl FileWatch {
         match watcher {
             Ok(watcher) => Self { events, _watcher: Some(watcher) },
             Err(error) => {
-                tracing::warn!(%error, ?paths, "no file watch to be had; looking every {POLL:?}");
+                tracing::warn!(%error, ?paths, "no file watch to be had; looking every {UNWATCHED_POLL:?}");
                 Self { events, _watcher: None }
             }
         }
@@ -58,7 +60,7 @@ impl FileWatch {
                 while self.events.try_recv().is_ok() {}
             }
             // Without a watcher the channel is closed and would return at once.
-            Ok(None) => tokio::time::sleep(POLL).await,
+            Ok(None) => tokio::time::sleep(UNWATCHED_POLL).await,
             Err(_) => {}
         }
     }

@@ -312,6 +312,32 @@ fn a_chain_that_names_somebody_else_or_another_key_is_not_taken_for_ours() {
     assert!(request.complete(&wrong_key, &trust, TlsSettings::default()).is_err());
 }
 
+proptest::proptest! {
+    #[test]
+    fn no_bytes_make_a_parser_of_what_peers_and_files_hold_panic(bytes in proptest::collection::vec(0u8.., 0..300)) {
+        let trust = Trust::new(domain("cluster.local"), Vec::new());
+        let leaf = rustls::pki_types::CertificateDer::from(bytes.clone());
+        proptest::prop_assert!(PeerCertificate::from_chain(std::slice::from_ref(&leaf)).is_err());
+        proptest::prop_assert!(trust.verify(&[leaf], Usage::Client, SystemTime::now()).is_err());
+        proptest::prop_assert!(trust.set_roots(&bytes).is_err());
+        Revocations::from_pem(&bytes).ok();
+    }
+
+    #[test]
+    fn a_certificate_with_any_byte_changed_is_refused(position in 0usize..10_000, change in 1u8..) {
+        static WORLD: std::sync::LazyLock<(Trust, Vec<u8>)> = std::sync::LazyLock::new(|| {
+            let ca = TestCa::new("root");
+            (trust_in(&[&ca]), ca.raw(&Wish::valid(&[CLIENT])).0.to_vec())
+        });
+        let (trust, der) = &*WORLD;
+        let mut der = der.clone();
+        let position = position % der.len();
+        der[position] ^= change;
+        let outcome = trust.verify(&[der.into()], Usage::Client, SystemTime::now());
+        proptest::prop_assert!(outcome.is_err(), "{outcome:?}");
+    }
+}
+
 /// Accepts every server: only for the side of a test that is not under test.
 #[derive(Debug)]
 struct AnyServer;
