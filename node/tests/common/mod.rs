@@ -1,6 +1,6 @@
 //! Namespaces for tests: a client and a pod, joined by a link, each with IPv4 and IPv6. Needs root.
 #![allow(dead_code, reason = "each test program uses a part of it")]
-
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
@@ -10,21 +10,21 @@ use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 /// A namespace with one interface, `eth0`.
-pub struct Host {
-    pub netns: Netns,
-    pub v4: Ipv4Addr,
-    pub v6: Ipv6Addr,
+pub(crate) struct Host {
+    pub(crate) netns: Netns,
+    pub(crate) v4: Ipv4Addr,
+    pub(crate) v6: Ipv6Addr,
 }
 
 impl Host {
-    pub fn addresses(&self) -> [IpAddr; 2] {
+    pub(crate) fn addresses(&self) -> [IpAddr; 2] {
         [self.v4.into(), self.v6.into()]
     }
 }
 
 /// Two namespaces joined by a link: `.1` is outside, `.2` the pod. Panics without root, as every test
 /// of this kind must not pass unseen.
-pub async fn pair() -> (Host, Host) {
+pub(crate) async fn pair() -> (Host, Host) {
     let outside = Netns::create().expect("these tests need root: creating a network namespace failed");
     let pod = Netns::create().expect("create a network namespace");
     let host = |netns: &Netns, n: u8| Host {
@@ -42,7 +42,7 @@ pub async fn pair() -> (Host, Host) {
     let peer = index(&link, "peer0").await;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&pod.netns));
     link.link()
-        .set(LinkUnspec::new_with_index(peer).name("eth0".into()).setns_by_fd(fd).build())
+        .set(LinkUnspec::new_with_index(peer).name("eth0").setns_by_fd(fd).build())
         .execute()
         .await
         .expect("move the link's end");
@@ -71,7 +71,7 @@ async fn configure(here: &Host, there: &Host) {
 }
 
 /// A netlink handle inside a namespace.
-pub async fn netlink(inside: &Netns) -> (Handle, tokio::task::JoinHandle<()>) {
+pub(crate) async fn netlink(inside: &Netns) -> (Handle, tokio::task::JoinHandle<()>) {
     let runtime = tokio::runtime::Handle::current();
     let (driver, handle, _) = inside
         .run(move || {
@@ -85,12 +85,12 @@ pub async fn netlink(inside: &Netns) -> (Handle, tokio::task::JoinHandle<()>) {
 }
 
 async fn index(link: &Handle, name: &str) -> u32 {
-    let found = link.link().get().match_name(name.into()).execute().try_next().await;
+    let found = link.link().get().match_name(name).execute().try_next().await;
     found.expect("read the link").expect("the link exists").header.index
 }
 
 /// Waits until `holds`, for at most ten seconds.
-pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !holds().await {
         assert!(Instant::now() < deadline, "not within 10 s: {what}");
