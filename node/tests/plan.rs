@@ -37,7 +37,6 @@ fn a_pod_without_inbound_and_dns_capture() {
 
 #[test]
 fn a_pod_with_a_virtual_interface_and_socks5() {
-    let options =
-        Options { virtual_interfaces: vec!["k6t-eth0".into()], socks5: true, ..Options::default() };
+    let options = Options { virtual_interfaces: vec!["k6t-eth0".into()], socks5: true, ..Options::default() };
     insta::assert_snapshot!(shown(&options, Stage::In));
 }

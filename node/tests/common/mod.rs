@@ -34,11 +34,7 @@ pub(crate) async fn pair() -> (Host, Host) {
     };
     let (outside, pod) = (host(&outside, 1), host(&pod, 2));
     let (link, driver) = netlink(&outside.netns).await;
-    link.link()
-        .add(LinkVeth::new("eth0", "peer0").build())
-        .execute()
-        .await
-        .expect("make a link");
+    link.link().add(LinkVeth::new("eth0", "peer0").build()).execute().await.expect("make a link");
     let peer = index(&link, "peer0").await;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&pod.netns));
     link.link()
