@@ -202,19 +202,18 @@ where
     pub async fn run(mut self, on_idle: impl FnOnce()) -> DriverEnd {
         let mut on_idle = Some(on_idle);
         poll_fn(|cx| {
-            if on_idle.is_some()
-                && let Poll::Ready(verdict) = self.upkeep.poll(cx)
-            {
+            while let Poll::Ready(verdict) = self.upkeep.poll(cx) {
                 match verdict {
                     Verdict::PingTimeout => return Poll::Ready(DriverEnd::PingTimeout),
                     Verdict::Idle => {
+                        self.upkeep.closing();
                         if let Some(on_idle) = on_idle.take() {
                             on_idle();
                         }
                     }
                 }
             }
-            if let Some(window) = self.upkeep.grown_window() {
+            if let Some(window) = self.upkeep.changed_window(cx) {
                 self.connection.set_target_window_size(window);
             }
             Pin::new(&mut self.connection).poll(cx).map(|ended| match ended {

@@ -53,9 +53,16 @@ impl Upkeep {
         }
     }
 
-    /// The connection window to set now, if it has earned a larger one.
-    pub(crate) fn grown_window(&mut self) -> Option<u32> {
-        self.window.grown(self.load.received())
+    /// The connection window to set now, if it is to be another one.
+    pub(crate) fn changed_window(&mut self, cx: &Context<'_>) -> Option<u32> {
+        self.load.watch(cx);
+        self.window.change(self.load.received(), self.load.held())
+    }
+
+    /// The connection is closing: only the peer's silence matters from now on.
+    pub(crate) fn closing(&mut self) {
+        self.keepalive.handle_closing();
+        self.timer.as_mut().reset(Instant::now());
     }
 
     /// Sends PINGs as they fall due; ready when the connection is to end.

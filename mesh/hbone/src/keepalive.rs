@@ -20,7 +20,8 @@ pub(crate) enum Action {
 pub(crate) struct Keepalive {
     interval: Duration,
     timeout: Duration,
-    idle: Duration,
+    /// Nothing once the connection is closing anyway.
+    idle: Option<Duration>,
     next_ping: Instant,
     unanswered: Option<Instant>,
     quiet: Option<(Instant, u64)>,
@@ -31,7 +32,7 @@ impl Keepalive {
         Keepalive {
             interval,
             timeout,
-            idle,
+            idle: Some(idle),
             next_ping: now + interval,
             unanswered: None,
             quiet: Some((now, 0)),
@@ -41,6 +42,11 @@ impl Keepalive {
     /// Whether a PING is on its way.
     pub(crate) fn is_waiting(&self) -> bool {
         self.unanswered.is_some()
+    }
+
+    /// The connection is closing: only the peer's silence matters from now on.
+    pub(crate) fn handle_closing(&mut self) {
+        self.idle = None;
     }
 
     /// Takes the answer to a PING.
@@ -59,7 +65,8 @@ impl Keepalive {
             _ => Some(now),
         };
         self.quiet = quiet_since.map(|since| (since, opened));
-        if quiet_since.is_some_and(|since| now >= since + self.idle) {
+        let idle_at = self.idle.map(|idle| quiet_since.unwrap_or(now) + idle);
+        if idle_at.is_some_and(|at| now >= at) {
             return Action::Idle;
         }
         if self.unanswered.is_none() && now >= self.next_ping {
@@ -68,7 +75,7 @@ impl Keepalive {
             return Action::Ping;
         }
         let life = self.unanswered.map_or(self.next_ping, |since| since + self.timeout);
-        Action::Wait(life.min(quiet_since.unwrap_or(now) + self.idle))
+        Action::Wait(idle_at.map_or(life, |at| at.min(life)))
     }
 }
 
@@ -105,5 +112,15 @@ mod tests {
         assert_eq!(state.poll(start + 500 * SECOND, 1, 2), Action::Wait(start + 800 * SECOND));
         assert_eq!(state.poll(start + 800 * SECOND, 0, 2), Action::Wait(start + 1000 * SECOND));
         assert_eq!(state.poll(start + 1100 * SECOND, 0, 2), Action::Idle);
+    }
+
+    #[test]
+    fn a_connection_that_is_closing_is_still_asked_for_a_sign_of_life() {
+        let start = Instant::now();
+        let mut state = keepalive(start);
+        state.handle_closing();
+        assert_eq!(state.poll(start + 400 * SECOND, 0, 0), Action::Ping);
+        assert_eq!(state.poll(start + 400 * SECOND, 0, 0), Action::Wait(start + 420 * SECOND));
+        assert_eq!(state.poll(start + 420 * SECOND, 0, 0), Action::Dead);
     }
 }

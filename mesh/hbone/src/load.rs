@@ -2,7 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::task::Context;
 use std::time::{Duration, Instant};
+
+use futures_util::task::AtomicWaker;
+
+use crate::windows::HELD_STEP;
 
 /// How long a connection counts as carrying bulk after the last large piece.
 const BULK_FOR: Duration = Duration::from_millis(200);
@@ -14,6 +19,9 @@ pub(crate) struct Load {
     open: AtomicU32,
     opened: AtomicU64,
     received: AtomicU64,
+    held: AtomicU64,
+    /// The connection's task, which sets the window by what is held.
+    driver: AtomicWaker,
     /// Milliseconds after the epoch; 0 for never.
     last_bulk: AtomicU64,
 }
@@ -25,6 +33,8 @@ impl Load {
             open: AtomicU32::new(0),
             opened: AtomicU64::new(0),
             received: AtomicU64::new(0),
+            held: AtomicU64::new(0),
+            driver: AtomicWaker::new(),
             last_bulk: AtomicU64::new(0),
         })
     }
@@ -33,7 +43,7 @@ impl Load {
     pub(crate) fn enter(self: &Arc<Load>) -> Lease {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.opened.fetch_add(1, Ordering::Relaxed);
-        Lease(Arc::clone(self))
+        Lease { load: Arc::clone(self), held: 0 }
     }
 
     /// Tunnels that are open, or being opened.
@@ -51,6 +61,16 @@ impl Load {
         self.received.load(Ordering::Relaxed)
     }
 
+    /// Bytes that tunnels took over and could not deliver yet.
+    pub(crate) fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Wakes `cx` when what is held has grown by a step.
+    pub(crate) fn watch(&self, cx: &Context<'_>) {
+        self.driver.register(cx.waker());
+    }
+
     /// Whether one of its tunnels is moving bulk.
     pub(crate) fn is_bulk(&self, now: Instant) -> bool {
         let last = self.last_bulk.load(Ordering::Relaxed);
@@ -64,21 +84,41 @@ impl Load {
 
 /// One tunnel's part in the load; gives it back when dropped.
 #[derive(Debug)]
-pub(crate) struct Lease(Arc<Load>);
+pub(crate) struct Lease {
+    load: Arc<Load>,
+    held: u64,
+}
 
 impl Lease {
     pub(crate) fn mark_bulk(&self, now: Instant) {
-        self.0.last_bulk.store(self.0.millis(now).max(1), Ordering::Relaxed);
+        self.load.last_bulk.store(self.load.millis(now).max(1), Ordering::Relaxed);
     }
 
+    /// Counts bytes that were taken over from the connection and delivered at once.
     pub(crate) fn add_received(&self, bytes: usize) {
-        self.0.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.load.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Says how many bytes the tunnel holds now.
+    pub(crate) fn set_held(&mut self, bytes: usize) {
+        let bytes = bytes as u64;
+        if bytes == self.held {
+            return;
+        }
+        let change = bytes.wrapping_sub(self.held);
+        self.held = bytes;
+        let before = self.load.held.fetch_add(change, Ordering::Relaxed);
+        let after = before.wrapping_add(change);
+        if after > before && after.div_ceil(HELD_STEP) > before.div_ceil(HELD_STEP) {
+            self.load.driver.wake();
+        }
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        self.set_held(0);
+        self.load.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -93,6 +133,18 @@ mod tests {
         assert_eq!((load.open(), load.opened()), (2, 2));
         drop((one, two));
         assert_eq!((load.open(), load.opened()), (0, 2));
+    }
+
+    #[test]
+    fn what_is_held_is_the_sum_of_the_leases_and_goes_with_them() {
+        let load = Load::new(Instant::now());
+        let (mut one, mut two) = (load.enter(), load.enter());
+        one.set_held(10);
+        two.set_held(5);
+        one.set_held(3);
+        assert_eq!(load.held(), 8);
+        drop((one, two));
+        assert_eq!(load.held(), 0);
     }
 
     #[test]

@@ -221,6 +221,8 @@ impl Relay {
                 .poll_write(cx, socket)
                 .map_err(|source| RelayError::Write { side: self.socket_side, source })?
             else {
+                // The application does not read: the window of the others must not shrink by this.
+                self.lease.set_held(self.waiting.bytes);
                 return Ok(Poll::Pending);
             };
             moved += written;
@@ -266,6 +268,7 @@ impl Relay {
             self.lease.mark_bulk(now);
         }
         self.lease.add_received(bytes);
+        self.lease.set_held(0);
         match self.socket_side {
             Side::Downstream => counters.add_received(bytes as u64),
             Side::Upstream => counters.add_sent(bytes as u64),
@@ -297,11 +300,12 @@ impl Relay {
 struct Waiting {
     pieces: VecDeque<Bytes>,
     small: BytesMut,
+    bytes: usize,
 }
 
 impl Waiting {
     fn is_empty(&self) -> bool {
-        self.pieces.is_empty() && self.small.is_empty()
+        self.bytes == 0
     }
 
     /// Adds a piece in order. The first one waits as it is; small ones behind others are gathered.
@@ -309,7 +313,9 @@ impl Waiting {
         if piece.is_empty() {
             return;
         }
-        if piece.len() < SMALL && !self.is_empty() {
+        let behind_others = !self.is_empty();
+        self.bytes += piece.len();
+        if behind_others && piece.len() < SMALL {
             self.small.extend_from_slice(&piece);
             return;
         }
@@ -342,6 +348,7 @@ impl Waiting {
     }
 
     fn advance(&mut self, mut written: usize) {
+        self.bytes -= written;
         while let Some(first) = self.pieces.front_mut() {
             if written < first.len() {
                 first.advance(written);
@@ -374,6 +381,7 @@ mod tests {
         assert_eq!(lengths, [5, 6, SMALL, 4]);
         waiting.advance(7);
         assert_eq!(waiting.pieces.front().map(|piece| &piece[..]), Some(&b"abab"[..]));
+        assert_eq!(waiting.bytes, 4 + SMALL + 4);
         waiting.advance(4 + SMALL + 4);
         assert!(waiting.is_empty());
     }

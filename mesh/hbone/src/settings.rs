@@ -64,7 +64,7 @@ impl Default for Settings {
             max_abandoned: 200,
             abandoned_within: Duration::from_secs(10),
             spread: 4,
-            max_connections: 64,
+            max_connections: 512,
             busy_streams: 100,
             max_waiting: 4096,
         }

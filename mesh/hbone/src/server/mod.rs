@@ -188,17 +188,16 @@ where
             let within = self.settings.abandoned_within;
             return Poll::Ready(Err(ServeError::Abandoned { peer: self.peer.clone(), count, within }));
         }
-        if !self.closing {
-            match self.upkeep.poll(cx) {
-                Poll::Ready(Verdict::Idle) => self.close(),
-                Poll::Ready(Verdict::PingTimeout) => {
+        while let Poll::Ready(verdict) = self.upkeep.poll(cx) {
+            match verdict {
+                Verdict::Idle => self.close(),
+                Verdict::PingTimeout => {
                     let limit = self.settings.ping_timeout;
                     return Poll::Ready(Err(ServeError::PingTimeout { peer: self.peer.clone(), limit }));
                 }
-                Poll::Pending => {}
             }
         }
-        if let Some(window) = self.upkeep.grown_window() {
+        if let Some(window) = self.upkeep.changed_window(cx) {
             self.connection.set_target_window_size(window);
         }
         match Pin::new(&mut self.connection).poll_accept(cx) {
@@ -214,6 +213,7 @@ where
     /// GOAWAY; what is in flight finishes.
     fn close(&mut self) {
         self.closing = true;
+        self.upkeep.closing();
         self.connection.graceful_shutdown();
     }
 

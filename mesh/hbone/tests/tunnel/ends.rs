@@ -2,12 +2,13 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ambit_hbone::Settings;
 use ambit_net::relay::RelayError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{mpsc, watch};
 
 use crate::harness::*;
 
@@ -147,47 +148,60 @@ async fn bulk_arrives_byte_for_byte_both_ways_at_once() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stalls_holds_only_itself_back() {
+async fn readers_that_stall_hold_only_themselves_back() {
     let world = World::new();
-    // One connection only, so that the small stream shares it with the stalled one.
+    // One connection only, so that the small stream shares it with the stalled ones.
     let settings = Settings { spread: 1, max_connections: 1, ..Settings::default() };
     let node = Node::start(&world, "server", settings.clone()).await;
     let client = Client::new(&world, "client", settings);
-    let proceed = Arc::new(Notify::new());
-    let stalled = Arc::clone(&proceed);
+    let (proceed, stalled) = watch::channel(false);
     let (tell, mut told) = mpsc::unbounded_channel();
     let server = application(move |mut socket| {
-        let (stalled, tell) = (Arc::clone(&stalled), tell.clone());
+        let (mut stalled, tell) = (stalled.clone(), tell.clone());
         async move {
-            stalled.notified().await;
+            stalled.wait_for(|proceed| *proceed).await.unwrap();
             let mut all = Vec::new();
             socket.read_to_end(&mut all).await.unwrap();
             tell.send(all).unwrap();
         }
     })
     .await;
-    let (bulk, _bulk_task) = client.application(node.address, server).await;
-    let (mut small, _small_task) = client.application(node.address, echo().await).await;
     let data = Arc::new(pattern(24 * 1024 * 1024));
-    let sending = {
-        let data = Arc::clone(&data);
-        let mut bulk = bulk;
-        tokio::spawn(async move {
-            bulk.write_all(&data).await.unwrap();
+    let progress = Arc::new(AtomicUsize::new(0));
+    let mut senders = Vec::new();
+    // Together their windows are more than the connection's.
+    for _ in 0..5 {
+        let (mut bulk, _task) = client.application(node.address, server).await;
+        let (data, progress) = (Arc::clone(&data), Arc::clone(&progress));
+        senders.push(tokio::spawn(async move {
+            for chunk in data.chunks(64 * 1024) {
+                bulk.write_all(chunk).await.unwrap();
+                progress.fetch_add(1, Ordering::SeqCst);
+            }
             bulk.shutdown().await.unwrap();
             bulk
-        })
-    };
+        }));
+    }
+    let mut before = 0;
+    while before == 0 || progress.load(Ordering::SeqCst) != before {
+        before = progress.load(Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    assert!(senders.iter().all(|sender| !sender.is_finished()), "a stalled reader held nobody back");
+    let (mut small, _small_task) = client.application(node.address, echo().await).await;
     for round in 0..200_u32 {
         small.write_all(&round.to_be_bytes()).await.unwrap();
         assert_eq!(soon("the small stream", small.read_u32()).await.unwrap(), round);
     }
-    assert!(!sending.is_finished(), "the stalled reader's sender was never held back");
-    proceed.notify_one();
-    let all = soon("the stalled bytes", told.recv()).await.unwrap();
-    assert!(all == *data, "the stalled bytes differ");
+    proceed.send(true).unwrap();
+    for _ in 0..5 {
+        let all = soon("the stalled bytes", told.recv()).await.unwrap();
+        assert!(all == *data, "the stalled bytes differ");
+    }
     assert_eq!(client.dials(), 1);
-    soon("the sender", sending).await.unwrap();
+    for sender in senders {
+        soon("the sender", sender).await.unwrap();
+    }
 }
 
 #[tokio::test]
