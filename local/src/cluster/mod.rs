@@ -1,0 +1,518 @@
+//! The cluster's handle: what tests and `ambit up` do with a running cluster.
+
+mod builder;
+mod controller;
+mod create;
+pub(crate) mod mesh;
+mod objects;
+mod program;
+mod publish;
+pub(crate) mod shared;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::task::AbortHandle;
+
+pub use builder::ClusterBuilder;
+pub use mesh::{CLUSTER_ID, SYSTEM_NAMESPACE, Ztunnel};
+pub use program::Program;
+
+use crate::addresses::Addresses;
+use crate::capture::{Capture, DEFAULT_LIMIT};
+use crate::cluster::create::NewPod;
+use crate::cluster::mesh::MeshOptions;
+use crate::cluster::shared::Shared;
+use crate::error::{Error, Result};
+use crate::kubelet::status::Redirection;
+use crate::manifest::{self, Key};
+use crate::pod::{DATAPLANE_MODE, Pod, PodOptions};
+use crate::token::{AUDIENCE, Subject};
+
+/// How long [`Cluster::pod`] and the waits without a limit of their own wait.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How often a condition is looked at that nothing announces.
+const POLL: Duration = Duration::from_millis(10);
+
+/// A running cluster. Dropping it ends everything in it; [`Cluster::shutdown`] also waits for that.
+#[derive(Debug)]
+pub struct Cluster {
+    shared: Arc<Shared>,
+    mesh: Option<(MeshOptions, Program)>,
+    tasks: Vec<AbortHandle>,
+    /// Holds the work directory, if it is the cluster's own.
+    _directory: Option<tempfile::TempDir>,
+    extra: Mutex<Vec<Ztunnel>>,
+}
+
+impl Cluster {
+    /// A builder for two nodes with both address families and a mesh.
+    #[must_use]
+    pub fn builder() -> ClusterBuilder {
+        ClusterBuilder::new()
+    }
+
+    /// Applies objects, as `kubectl apply` would; returns after the controller has acted on them.
+    ///
+    /// # Errors
+    /// When the text is not understood; then none of its objects is applied.
+    pub async fn apply(&self, yaml: &str) -> Result<()> {
+        let objects = manifest::parse(Path::new("applied"), yaml)?;
+        for object in &objects {
+            controller::may_apply(object)?;
+        }
+        {
+            let mut desired = self.shared.objects.lock();
+            for object in objects {
+                desired.put(object);
+            }
+        }
+        self.shared.settle().await
+    }
+
+    /// Deletes an object that was applied; returns after the controller has acted on it.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] when none of that name was applied.
+    pub async fn delete(&self, kind: &str, namespace: &str, name: &str) -> Result<()> {
+        let key = Key::new(kind, namespace, name);
+        if !self.shared.objects.lock().remove(&key) {
+            return Err(Error::Unknown(key.to_string()));
+        }
+        self.shared.settle().await
+    }
+
+    /// Makes a namespace, in the mesh or not. An existing one keeps its other labels.
+    ///
+    /// # Errors
+    /// When the controller does not act on it.
+    pub async fn namespace(&self, name: &str, ambient: bool) -> Result<()> {
+        self.label_namespace(name, DATAPLANE_MODE, ambient.then_some("ambient")).await
+    }
+
+    /// Sets or removes a label of a namespace; running pods follow.
+    ///
+    /// # Errors
+    /// When the controller does not act on it.
+    pub async fn label_namespace(&self, name: &str, key: &str, value: Option<&str>) -> Result<()> {
+        {
+            let mut objects = self.shared.objects.lock();
+            let of_namespace = Key::new("Namespace", "", name);
+            let mut object = match objects.get(&of_namespace) {
+                Some(object) => object.clone(),
+                None => manifest::Object {
+                    key: of_namespace,
+                    file: PathBuf::from("applied"),
+                    body: serde_json::json!({
+                        "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name },
+                    }),
+                },
+            };
+            match (value, object.body["metadata"]["labels"].as_object_mut()) {
+                (Some(value), Some(labels)) => drop(labels.insert(key.to_owned(), value.into())),
+                (Some(value), None) => object.body["metadata"]["labels"] = serde_json::json!({ key: value }),
+                (None, Some(labels)) => drop(labels.remove(key)),
+                (None, None) => {}
+            }
+            objects.put(object);
+        }
+        self.shared.settle().await
+    }
+
+    /// Sets or removes a label of a running pod.
+    ///
+    /// # Errors
+    /// When the controller does not act on it.
+    pub async fn label_pod(&self, pod: &Pod, key: &str, value: Option<&str>) -> Result<()> {
+        {
+            let mut object = pod.inner.object.write();
+            let labels = object.metadata.labels.get_or_insert_default();
+            match value {
+                Some(value) => labels.insert(key.to_owned(), value.to_owned()),
+                None => labels.remove(key),
+            };
+        }
+        self.shared.settle().await
+    }
+
+    /// Makes an empty pod: namespaces and addresses without any container, ready at once. Returns when it is
+    /// published and, if it is to be in the mesh, captured and served.
+    ///
+    /// # Errors
+    /// When it can't be made, or is not served within 20 s.
+    pub async fn pod(&self, options: PodOptions) -> Result<Pod> {
+        let node = options.node.unwrap_or_else(|| {
+            create::schedule(&self.shared.pods(), self.shared.nodes.len(), &options.labels)
+        });
+        let mut new = NewPod::of(&options, node);
+        let objects = self.shared.objects.lock().all();
+        let namespaces = publish::namespaces(&objects, &self.shared.pods());
+        new.mesh = controller::membership(&new.object, &namespaces);
+        let meshed = new.mesh.is_some() && self.mesh.is_some();
+        let pod = create::create(&self.shared, new).await?;
+        if meshed {
+            self.wait_enrolled(&pod).await?;
+        }
+        self.shared.settle().await?;
+        Ok(pod)
+    }
+
+    /// All pods, those of the mesh itself included.
+    #[must_use]
+    pub fn pods(&self) -> Vec<Pod> {
+        self.shared.pods()
+    }
+
+    /// A pod by name.
+    #[must_use]
+    pub fn find_pod(&self, namespace: &str, name: &str) -> Option<Pod> {
+        self.shared.pod(namespace, name)
+    }
+
+    /// Pods of a namespace with a label.
+    #[must_use]
+    pub fn pods_of(&self, namespace: &str, key: &str, value: &str) -> Vec<Pod> {
+        let mut pods = self.shared.pods();
+        pods.retain(|pod| {
+            pod.namespace() == namespace && pod.labels().get(key).map(String::as_str) == Some(value)
+        });
+        pods
+    }
+
+    /// Deletes a pod as `kubectl delete` would, and waits until it is gone. A Deployment makes another.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] when it is still there after its grace period and some seconds.
+    pub async fn delete_pod(&self, pod: &Pod) -> Result<()> {
+        let grace = crate::kubelet::lifecycle::grace(&pod.inner.object.read());
+        pod.begin_stop();
+        pod.wait_for("its end", grace + PATIENCE, |view| view.gone).await?;
+        self.shared.settle().await
+    }
+
+    /// Waits until a Deployment's wanted number of pods of its current template is ready, and no other is left.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] when there is no such Deployment, [`Error::Deadline`] after `limit`.
+    pub async fn wait_ready(&self, namespace: &str, deployment: &str, limit: Duration) -> Result<()> {
+        let key = Key::new("Deployment", namespace, deployment);
+        let object = self.shared.objects.lock().get(&key).cloned();
+        let object = object.ok_or_else(|| Error::Unknown(key.to_string()))?;
+        let object: k8s_openapi::api::apps::v1::Deployment = object.read()?;
+        let wanted = crate::rollout::Bounds::of(&object).replicas;
+        let template = object.spec.as_ref().map(|spec| &spec.template);
+        let current = template.map(crate::rollout::template_hash).unwrap_or_default();
+        let rolled_out = || {
+            let pods: Vec<Pod> = self
+                .shared
+                .pods()
+                .into_iter()
+                .filter(|pod| match &pod.inner.origin {
+                    crate::pod::Origin::Deployment { namespace: ns, name, .. } => {
+                        ns == namespace && name == deployment
+                    }
+                    _ => false,
+                })
+                .collect();
+            let ready = |pod: &Pod| {
+                let hash = match &pod.inner.origin {
+                    crate::pod::Origin::Deployment { hash, .. } => hash.as_str(),
+                    _ => "",
+                };
+                pod.is_ready() && hash == current
+            };
+            pods.len() == wanted && pods.iter().all(ready)
+        };
+        self.wait_until(&format!("{key} is ready"), limit, async || rolled_out()).await
+    }
+
+    /// Waits until a pod is captured and served.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] after 20 s.
+    pub async fn wait_enrolled(&self, pod: &Pod) -> Result<()> {
+        pod.wait_for("enrolment", PATIENCE, |view| view.redirection == Some(Redirection::Enabled)).await
+    }
+
+    /// Waits until a pod is out of the mesh.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] after 20 s.
+    pub async fn wait_unenrolled(&self, pod: &Pod) -> Result<()> {
+        pod.wait_for("leaving the mesh", PATIENCE, |view| view.redirection.is_none()).await
+    }
+
+    /// Waits until a condition holds, asked every 10 ms.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] after `limit`.
+    pub async fn wait_until(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut holds: impl AsyncFnMut() -> bool,
+    ) -> Result<()> {
+        let waiting = async {
+            while !holds().await {
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        let deadline = |_| Error::Deadline { what: what.to_owned(), after: limit, detail: None };
+        tokio::time::timeout(limit, waiting).await.map_err(deadline)
+    }
+
+    /// What is wrong with manifests and objects, a sentence each.
+    #[must_use]
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = self.shared.objects.lock().problems();
+        let of_objects = self.shared.problems.lock();
+        problems.extend(of_objects.iter().map(|(object, problem)| {
+            if problem.contains(object) { problem.clone() } else { format!("{object}: {problem}") }
+        }));
+        problems
+    }
+
+    /// How many nodes there are.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.shared.nodes.len()
+    }
+
+    /// A node's address on the fabric.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] when there is no such node.
+    pub fn node_addresses(&self, index: usize) -> Result<Addresses> {
+        Ok(self.shared.node(index)?.attached.addresses)
+    }
+
+    /// Runs a closure, which may block, in a node's own network namespace.
+    ///
+    /// # Errors
+    /// When there is no such node, or the closure panicked.
+    pub async fn on_node<T, F>(&self, index: usize, job: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        self.shared.node(index)?.attached.sandbox.run(job).await
+    }
+
+    /// A service's VIPs, once the controller has given it some.
+    #[must_use]
+    pub fn service_ips(&self, namespace: &str, name: &str) -> Vec<IpAddr> {
+        let file = self.shared.directory.join("objects").join(format!("Service_{namespace}_{name}.json"));
+        let text = std::fs::read(file).unwrap_or_default();
+        let service: Option<k8s_openapi::api::core::v1::Service> = serde_json::from_slice(&text).ok();
+        let ips = service.and_then(|service| service.spec).and_then(|spec| spec.cluster_ips);
+        ips.unwrap_or_default().iter().filter_map(|ip| ip.parse().ok()).collect()
+    }
+
+    /// Gives a name outside the cluster's domain addresses in the cluster DNS.
+    pub async fn set_dns_record(&self, name: &str, addresses: Vec<IpAddr>) -> Result<()> {
+        self.shared.records.lock().insert(name.trim_end_matches('.').to_ascii_lowercase(), addresses);
+        self.shared.settle().await
+    }
+
+    /// The newest node proxy of a node.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] in a cluster without a mesh.
+    pub fn ztunnel(&self, index: usize) -> Result<Ztunnel> {
+        let node = self.shared.node(index)?;
+        let newest = node.ztunnels.lock().last().cloned();
+        newest.ok_or_else(|| Error::Unknown(format!("ztunnel of {}", node.name)))
+    }
+
+    /// Starts one more node proxy on a node, beside those that run, as an upgrade does. Waits until it is ready.
+    ///
+    /// # Errors
+    /// When it can't be started or does not become ready.
+    pub async fn start_another_ztunnel(&self, index: usize) -> Result<Ztunnel> {
+        let (options, _) = self.mesh()?;
+        let ztunnel = options.start_ztunnel(&self.shared, index).await?;
+        self.extra.lock().push(ztunnel.clone());
+        ztunnel.wait_ready().await?;
+        Ok(ztunnel)
+    }
+
+    /// Removes an ended node proxy with its pod from its node.
+    ///
+    /// # Errors
+    /// When its pod does not go.
+    pub async fn remove_ztunnel(&self, ztunnel: &Ztunnel) -> Result<()> {
+        let node = self.shared.node(ztunnel.pod().node())?;
+        node.ztunnels.lock().retain(|other| other.pod().uid() != ztunnel.pod().uid());
+        self.extra.lock().retain(|other| other.pod().uid() != ztunnel.pod().uid());
+        self.delete_pod(ztunnel.pod()).await
+    }
+
+    /// The control plane.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] in a cluster without a mesh.
+    pub fn control(&self) -> Result<&Program> {
+        self.mesh().map(|(_, control)| control)
+    }
+
+    fn mesh(&self) -> Result<&(MeshOptions, Program)> {
+        self.mesh.as_ref().ok_or_else(|| Error::Unknown("mesh in this cluster".to_owned()))
+    }
+
+    /// Ends a node's agent as a crash would: sockets close, rules and pods stay.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] in a cluster without a mesh.
+    pub async fn stop_agent(&self, index: usize) -> Result<()> {
+        self.agent(index)?.stop().await;
+        Ok(())
+    }
+
+    /// Starts a node's agent again, from its registry.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub async fn start_agent(&self, index: usize) -> Result<()> {
+        let agent = self.agent(index)?;
+        agent.start(&self.shared).await?;
+        for pod in self.shared.pods().iter().filter(|pod| pod.node() == index) {
+            let wanted = pod.inner.wanted_in_mesh.borrow().clone();
+            if let Some(options) = wanted {
+                agent.enrol(pod, options).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn agent(&self, index: usize) -> Result<&crate::agent::NodeAgent> {
+        let node = self.shared.node(index)?;
+        node.agent.as_ref().ok_or_else(|| Error::Unknown(format!("node agent of {}", node.name)))
+    }
+
+    /// Captures what every node and the control plane send over the fabric, up to 256 MiB.
+    ///
+    /// # Errors
+    /// When the kernel refuses a packet socket.
+    pub async fn capture(&self) -> Result<Capture> {
+        self.capture_up_to(DEFAULT_LIMIT).await
+    }
+
+    /// The same with a limit of one's own, bytes, shared evenly by the links.
+    ///
+    /// # Errors
+    /// When the kernel refuses a packet socket.
+    pub async fn capture_up_to(&self, limit: usize) -> Result<Capture> {
+        let nodes = self.shared.nodes.iter().map(|node| &node.attached);
+        let links: Vec<u32> =
+            nodes.chain([&self.shared.control_node]).map(|attached| attached.uplink.near).collect();
+        Capture::start(self.shared.fabric.sandbox(), &links, limit).await
+    }
+
+    /// Cuts a node off the fabric (`up` false) or joins it again.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub async fn set_link(&self, index: usize, up: bool) -> Result<()> {
+        self.shared.fabric.set_link(&self.shared.node(index)?.attached, up).await
+    }
+
+    /// Signs a service account token with the audience of the CA.
+    ///
+    /// # Errors
+    /// When signing fails.
+    pub fn token(&self, subject: &Subject, lifetime: Duration) -> Result<String> {
+        self.shared.signer.sign(subject, AUDIENCE, lifetime)
+    }
+
+    /// The work directory: `ca/`, `objects/`, `root-cert.pem`, a directory a ztunnel.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.shared.directory
+    }
+
+    /// The PEM file with the roots of the mesh.
+    #[must_use]
+    pub fn root_cert(&self) -> PathBuf {
+        mesh::root_file(&self.shared)
+    }
+
+    /// Where the CA keeps its key and certificates.
+    #[must_use]
+    pub fn ca_dir(&self) -> PathBuf {
+        self.shared.directory.join("ca")
+    }
+
+    /// The socket between a node's agent and its proxies.
+    #[must_use]
+    pub fn zds_socket(&self, index: usize) -> PathBuf {
+        mesh::zds_socket(&self.shared, index)
+    }
+
+    /// Programs of the mesh that have ended although nobody ended them, with what they said last.
+    #[must_use]
+    pub fn fallen(&self) -> Vec<String> {
+        let ztunnels: Vec<Ztunnel> =
+            self.shared.nodes.iter().flat_map(|node| node.ztunnels.lock().clone()).collect();
+        let ended = |program: &Program| program.end().map(|end| (end, program.logs()));
+        let control =
+            self.mesh.iter().filter_map(|(_, control)| Some(("ambit-control".to_owned(), ended(control)?)));
+        let proxies =
+            ztunnels.iter().filter_map(|ztunnel| Some((ztunnel.pod().name().to_owned(), ended(ztunnel)?)));
+        control
+            .chain(proxies)
+            .map(|(name, (end, logs))| {
+                format!("{name} has ended ({end}): {}", logs.last().map_or("", String::as_str))
+            })
+            .collect()
+    }
+
+    /// Logs of the mesh's programs, for a failing test.
+    #[must_use]
+    pub fn mesh_logs(&self) -> BTreeMap<String, Vec<String>> {
+        let mut logs = BTreeMap::new();
+        if let Some((_, control)) = &self.mesh {
+            logs.insert("ambit-control".to_owned(), control.logs());
+        }
+        for node in &self.shared.nodes {
+            for ztunnel in node.ztunnels.lock().iter() {
+                logs.insert(format!("{} of {}", ztunnel.pod().name(), node.name), ztunnel.logs());
+            }
+        }
+        logs
+    }
+
+    /// Ends everything: pods' programs with SIGTERM and their grace period (at most 5 s here), then the mesh.
+    pub async fn shutdown(self) {
+        let pods = self.shared.pods();
+        for pod in &pods {
+            pod.inner.stop.send_replace(Some(Duration::from_secs(5)));
+        }
+        let gone = pods.iter().map(|pod| pod.wait_for("its end", PATIENCE, |view| view.gone));
+        for ended in futures_util::future::join_all(gone).await {
+            if let Err(error) = ended {
+                tracing::warn!(%error, "a pod is killed with the cluster");
+            }
+        }
+        drop(self);
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        // Pods' tasks hold the shared state, so they must end for it to go.
+        for pod in self.shared.pods() {
+            pod.inner.stop.send_replace(Some(Duration::ZERO));
+        }
+        for node in &self.shared.nodes {
+            node.ztunnels.lock().clear();
+        }
+    }
+}

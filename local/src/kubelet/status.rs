@@ -1,0 +1,279 @@
+//! What is known of a running pod, and how it reads as a Kubernetes status.
+
+use std::time::SystemTime;
+
+use k8s_openapi::api::core::v1::{
+    ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
+    HostIP, PodCondition, PodIP, PodStatus,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+
+use crate::addresses::Addresses;
+
+/// Where a container is in its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// Not running; the reason is a word such as `CrashLoopBackOff`, the message a sentence.
+    Waiting {
+        /// One word.
+        reason: String,
+        /// A sentence, or nothing.
+        message: String,
+    },
+    /// Running.
+    Running {
+        /// Since when.
+        since: SystemTime,
+    },
+    /// Ended, and not to be started again.
+    Terminated {
+        /// The exit code, or 128 + the signal's number.
+        code: i32,
+        /// `Completed` or `Error`.
+        reason: String,
+    },
+}
+
+/// One container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerView {
+    /// Its name.
+    pub name: String,
+    /// Its image, as written.
+    pub image: String,
+    /// Where it is.
+    pub state: State,
+    /// Whether its readiness probe holds (or it runs and has none).
+    pub ready: bool,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// How the run before this one ended: exit code and last line of output.
+    pub last_end: Option<(i32, String)>,
+}
+
+/// Whether the node agent has a pod's traffic redirected, in the words of the pod's annotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redirection {
+    /// Rules are in, the proxy does not serve it yet.
+    Pending,
+    /// Captured and served.
+    Enabled,
+}
+
+/// A pod as its kubelet sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodView {
+    /// Its containers, in the order of the specification.
+    pub containers: Vec<ContainerView>,
+    /// Whether it takes part in the mesh.
+    pub redirection: Option<Redirection>,
+    /// When it was asked to stop.
+    pub terminating: Option<SystemTime>,
+    /// It has ended and its namespaces are gone or going.
+    pub gone: bool,
+    /// Why it could not be set up, when it could not.
+    pub failure: Option<String>,
+    /// Its init containers have succeeded (or it has none) and its containers may run.
+    pub initialized: bool,
+    /// When it was set up.
+    pub started: SystemTime,
+}
+
+impl PodView {
+    /// Whether it takes traffic.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.terminating.is_none()
+            && self.failure.is_none()
+            && self.initialized
+            && self.containers.iter().all(|container| container.ready)
+    }
+
+    /// `Pending`, `Running`, `Succeeded` or `Failed`.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        let codes: Vec<Option<i32>> = self
+            .containers
+            .iter()
+            .map(|container| match container.state {
+                State::Terminated { code, .. } => Some(code),
+                _ => None,
+            })
+            .collect();
+        let ended = !codes.is_empty() && codes.iter().all(Option::is_some);
+        let started = |container: &ContainerView| {
+            matches!(container.state, State::Running { .. }) || container.last_end.is_some()
+        };
+        if self.failure.is_some() || (ended && codes.iter().flatten().any(|code| *code != 0)) {
+            "Failed"
+        } else if ended {
+            "Succeeded"
+        } else if self.initialized && self.containers.iter().all(started) {
+            "Running"
+        } else {
+            "Pending"
+        }
+    }
+
+    /// What a person should read in a STATUS column: the worst that is to be said.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        if let Some(failure) = &self.failure {
+            return format!("Failed: {failure}");
+        }
+        if self.terminating.is_some() {
+            return "Terminating".to_owned();
+        }
+        let waiting = self.containers.iter().find_map(|container| match &container.state {
+            State::Waiting { reason, message } if !reason.is_empty() => Some(match message.as_str() {
+                "" => reason.clone(),
+                message => format!("{reason}: {message}"),
+            }),
+            State::Terminated { code, reason } if *code != 0 => Some(format!("{reason} (exit code {code})")),
+            _ => None,
+        });
+        waiting.unwrap_or_else(|| self.phase().to_owned())
+    }
+
+    /// How often containers were started again, all together.
+    #[must_use]
+    pub fn restarts(&self) -> u32 {
+        self.containers.iter().map(|container| container.restarts).sum()
+    }
+
+    /// The view as a Kubernetes status.
+    pub(crate) fn to_status(&self, pod: Addresses, node: Addresses) -> PodStatus {
+        let ready = self.is_ready();
+        let conditions = [
+            ("PodScheduled", true),
+            ("Initialized", self.initialized),
+            ("ContainersReady", ready),
+            ("Ready", ready),
+        ];
+        PodStatus {
+            phase: Some(self.phase().to_owned()),
+            message: self.failure.clone(),
+            pod_ip: Some(pod.v4.to_string()),
+            pod_ips: Some(pod.all().iter().map(|ip| PodIP { ip: ip.to_string() }).collect()),
+            host_ip: Some(node.v4.to_string()),
+            host_ips: Some(node.all().iter().map(|ip| HostIP { ip: ip.to_string() }).collect()),
+            start_time: Some(time(self.started)),
+            conditions: Some(conditions.map(|(type_, status)| condition(type_, status)).to_vec()),
+            container_statuses: Some(self.containers.iter().map(ContainerView::to_status).collect()),
+            ..PodStatus::default()
+        }
+    }
+}
+
+fn condition(type_: &str, status: bool) -> PodCondition {
+    let status = if status { "True" } else { "False" };
+    PodCondition { type_: type_.to_owned(), status: status.to_owned(), ..PodCondition::default() }
+}
+
+/// A moment as Kubernetes writes it.
+pub(crate) fn time(at: SystemTime) -> Time {
+    let seconds = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let seconds = i64::try_from(seconds).unwrap_or_default();
+    Time(Timestamp::from_second(seconds).unwrap_or(Timestamp::UNIX_EPOCH))
+}
+
+impl ContainerView {
+    /// A container that waits for its first start.
+    pub(crate) fn waiting(name: &str, image: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            image: image.to_owned(),
+            state: State::Waiting { reason: "ContainerCreating".to_owned(), message: String::new() },
+            ready: false,
+            restarts: 0,
+            last_end: None,
+        }
+    }
+
+    fn to_status(&self) -> ContainerStatus {
+        let state = match &self.state {
+            State::Waiting { reason, message } => ContainerState {
+                waiting: Some(ContainerStateWaiting {
+                    reason: Some(reason.clone()),
+                    message: Some(message.clone()).filter(|message| !message.is_empty()),
+                }),
+                ..ContainerState::default()
+            },
+            State::Running { since } => ContainerState {
+                running: Some(ContainerStateRunning { started_at: Some(time(*since)) }),
+                ..ContainerState::default()
+            },
+            State::Terminated { code, reason } => ContainerState {
+                terminated: Some(ContainerStateTerminated {
+                    exit_code: *code,
+                    reason: Some(reason.clone()),
+                    ..ContainerStateTerminated::default()
+                }),
+                ..ContainerState::default()
+            },
+        };
+        let last_state = self.last_end.as_ref().map(|(code, line)| ContainerState {
+            terminated: Some(ContainerStateTerminated {
+                exit_code: *code,
+                message: Some(line.clone()).filter(|line| !line.is_empty()),
+                ..ContainerStateTerminated::default()
+            }),
+            ..ContainerState::default()
+        });
+        ContainerStatus {
+            name: self.name.clone(),
+            image: self.image.clone(),
+            ready: self.ready,
+            restart_count: i32::try_from(self.restarts).unwrap_or(i32::MAX),
+            started: Some(matches!(self.state, State::Running { .. })),
+            state: Some(state),
+            last_state,
+            ..ContainerStatus::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(state: State, ready: bool) -> PodView {
+        let container = ContainerView { state, ready, ..ContainerView::waiting("c", "i") };
+        PodView {
+            containers: vec![container],
+            redirection: None,
+            terminating: None,
+            gone: false,
+            failure: None,
+            initialized: true,
+            started: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn a_terminating_pod_is_not_ready() {
+        let mut view = view(State::Running { since: SystemTime::UNIX_EPOCH }, true);
+        assert!(view.is_ready());
+        view.terminating = Some(SystemTime::UNIX_EPOCH);
+        assert!(!view.is_ready());
+        assert_eq!(view.summary(), "Terminating");
+    }
+
+    #[test]
+    fn a_crash_is_shown_and_not_hidden() {
+        let waiting =
+            State::Waiting { reason: "CrashLoopBackOff".to_owned(), message: "exit code 3".to_owned() };
+        assert_eq!(view(waiting, false).summary(), "CrashLoopBackOff: exit code 3");
+        let ended = State::Terminated { code: 1, reason: "Error".to_owned() };
+        let view = view(ended, false);
+        assert_eq!(view.phase(), "Failed");
+        assert_eq!(view.summary(), "Error (exit code 1)");
+    }
+
+    #[test]
+    fn a_pod_whose_containers_all_ended_well_has_succeeded() {
+        let ended = State::Terminated { code: 0, reason: "Completed".to_owned() };
+        assert_eq!(view(ended, false).phase(), "Succeeded");
+    }
+}
