@@ -1,0 +1,125 @@
+//! The DNS proxy: what pods ask on port 53 arrives here, through 15053 in the pod's namespace.
+//!
+//! Names that the directory knows are answered from it; everything else goes to the resolver that the
+//! application asked, or to the configured ones. A resolver that is not one of the cluster's, asked
+//! explicitly, gets its question as it is. [`resolver`] decides and does no I/O; [`server`] and
+//! [`forward`] carry messages. `pods` makes one [`Client`] a pod and runs [`DnsProxy::serve_udp`] and
+//! [`DnsProxy::serve_tcp`] on its sockets.
+
+mod forward;
+mod message;
+mod metrics;
+mod names;
+mod originals;
+pub mod resolv_conf;
+mod resolver;
+#[cfg(test)]
+mod resolver_tests;
+mod server;
+mod wire;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_directory::Reader;
+use ambit_net::SocketStock;
+use tokio::sync::Semaphore;
+
+pub use metrics::Metrics;
+pub use originals::{Originals, Tracked};
+
+/// How the DNS proxy behaves.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The domain of the cluster's names: `cluster.local`.
+    pub cluster_domain: String,
+    /// The cluster's resolvers. Questions to them are answered from the directory where it can; what it
+    /// cannot goes to the one that was asked, else to these in turn. With none, every resolver counts as
+    /// the cluster's.
+    pub upstreams: Vec<SocketAddr>,
+    /// How long one resolver may take to answer.
+    pub attempt_timeout: Duration,
+    /// Questions that may be with resolvers at the same time, of the process and of one pod.
+    pub max_in_flight: usize,
+    /// As `max_in_flight`, of one pod.
+    pub max_in_flight_per_pod: usize,
+}
+
+impl Settings {
+    /// 2 s an attempt, 4,096 questions at the same time, 512 a pod.
+    pub fn new(cluster_domain: &str, upstreams: Vec<SocketAddr>) -> Self {
+        Self {
+            cluster_domain: cluster_domain.trim_matches('.').to_ascii_lowercase(),
+            upstreams,
+            attempt_timeout: Duration::from_secs(2),
+            max_in_flight: 4096,
+            max_in_flight_per_pod: 512,
+        }
+    }
+}
+
+/// The pod that asks.
+#[derive(Debug)]
+pub struct Client {
+    namespace: Arc<str>,
+    network: Arc<str>,
+    /// Makes the sockets that questions are forwarded with: marked, in the pod's namespace.
+    sockets: SocketStock,
+    in_flight: Arc<Semaphore>,
+}
+
+/// The DNS proxy of the process. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct DnsProxy {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    directory: Reader,
+    metrics: Metrics,
+    in_flight: Arc<Semaphore>,
+}
+
+impl DnsProxy {
+    /// Answers from `directory`.
+    pub fn new(settings: Settings, directory: Reader, metrics: Metrics) -> Self {
+        let in_flight = Arc::new(Semaphore::new(settings.max_in_flight));
+        Self { shared: Arc::new(Shared { settings, directory, metrics, in_flight }) }
+    }
+
+    /// A pod in `namespace` and `network` whose questions are forwarded with `sockets`.
+    pub fn client(&self, namespace: &str, network: &str, sockets: SocketStock) -> Arc<Client> {
+        let in_flight = Arc::new(Semaphore::new(self.shared.settings.max_in_flight_per_pod));
+        Arc::new(Client { namespace: namespace.into(), network: network.into(), sockets, in_flight })
+    }
+}
+
+impl Shared {
+    /// Whether a question was for the cluster's resolvers, as far as is known. Link-local addresses are
+    /// node-local caches in front of them.
+    fn is_own(&self, original: Option<SocketAddr>) -> bool {
+        let Some(original) = original else { return true };
+        let link_local = match original.ip() {
+            IpAddr::V4(address) => address.is_link_local(),
+            IpAddr::V6(address) => address.is_unicast_link_local(),
+        };
+        let upstreams = &self.settings.upstreams;
+        link_local || upstreams.is_empty() || upstreams.iter().any(|known| known.ip() == original.ip())
+    }
+
+    /// Whom to ask, in turn.
+    fn upstreams(&self, original: Option<SocketAddr>) -> Vec<SocketAddr> {
+        /// Resolvers asked for one question, at most.
+        const MAX_ATTEMPTS: usize = 3;
+        if !self.is_own(original) {
+            return original.into_iter().collect();
+        }
+        let mut upstreams: Vec<SocketAddr> = original.into_iter().collect();
+        upstreams.extend(self.settings.upstreams.iter().filter(|known| Some(**known) != original));
+        upstreams.truncate(MAX_ATTEMPTS);
+        upstreams
+    }
+}

@@ -1,0 +1,256 @@
+//! Serves a pod's DNS sockets: answers at once what the directory knows, hands on the rest.
+//!
+//! One loop a UDP socket and one task a TCP connection; a question that is with a resolver is a task of
+//! its own, and there are only so many. Dropping a serve future ends its questions.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_net::connect::connect;
+use hickory_proto::op::ResponseCode;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use super::forward::{Forwarder, Transport, framed};
+use super::message::{Question, Unreadable};
+use super::resolver::{Outcome, Resolver};
+use super::{Client, DnsProxy, Originals, Shared, wire};
+
+/// How long a TCP connection may be quiet between questions, and a read or write may take.
+const TCP_IDLE: Duration = Duration::from_secs(30);
+/// Questions of one TCP connection, at most.
+const MAX_QUESTIONS: usize = 10_000;
+/// How long a connection to a resolver outside the cluster may last.
+const FOREIGN_LIMIT: Duration = Duration::from_secs(300);
+/// Pause after an error of the socket itself.
+const RECEIVE_PAUSE: Duration = Duration::from_millis(50);
+/// How long connection tracking may take to say where a datagram was going.
+const ORIGINAL_LIMIT: Duration = Duration::from_millis(100);
+
+/// What is to be sent for a message.
+enum Reaction {
+    Send(Vec<u8>),
+    Ignore,
+    /// To resolvers, with what the client takes by UDP.
+    Forward(Box<Question>),
+}
+
+/// Leave for one question to be with resolvers: of the pod and of the process.
+struct Leave {
+    _of_pod: OwnedSemaphorePermit,
+    _of_process: OwnedSemaphorePermit,
+}
+
+impl Shared {
+    fn leave(&self, client: &Client) -> Option<Leave> {
+        let of_pod = Arc::clone(&client.in_flight).try_acquire_owned().ok()?;
+        let of_process = Arc::clone(&self.in_flight).try_acquire_owned().ok()?;
+        Some(Leave { _of_pod: of_pod, _of_process: of_process })
+    }
+
+    /// Decides on a message for the cluster's resolvers.
+    fn react(&self, client: &Client, bytes: &[u8], transport: Transport) -> Reaction {
+        let question = match Question::read(bytes) {
+            Ok(question) => question,
+            Err(unreadable) => {
+                self.metrics.malformed.inc();
+                return match unreadable {
+                    Unreadable::Ignore => Reaction::Ignore,
+                    Unreadable::Refuse(response) => Reaction::Send(response),
+                };
+            }
+        };
+        let snapshot = self.directory.load();
+        let resolver = Resolver {
+            snapshot: &snapshot,
+            namespace: &client.namespace,
+            network: &client.network,
+            cluster_domain: &self.settings.cluster_domain,
+        };
+        let Outcome::Answer(answer) = resolver.resolve(&question.query, &mut rand::rng()) else {
+            return Reaction::Forward(Box::new(question));
+        };
+        let limit = match transport {
+            Transport::Udp => question.udp_limit,
+            Transport::Tcp => wire::MAX_MESSAGE,
+        };
+        match question.answer(answer, limit) {
+            Some((response, truncated)) => {
+                self.metrics.answered.inc();
+                self.metrics.truncated.inc_by(u64::from(truncated));
+                Reaction::Send(response)
+            }
+            None => {
+                self.metrics.failed.inc();
+                question.fail(ResponseCode::ServFail).map_or(Reaction::Ignore, Reaction::Send)
+            }
+        }
+    }
+
+    /// Asks resolvers; always comes back with something to send, if only that it failed.
+    async fn forward(
+        &self,
+        client: &Client,
+        query: &[u8],
+        original: Option<SocketAddr>,
+        transport: Transport,
+    ) -> Option<Vec<u8>> {
+        let limit = self.settings.attempt_timeout;
+        let forwarder = Forwarder { sockets: &client.sockets, metrics: &self.metrics, limit };
+        match forwarder.ask(query, &self.upstreams(original), transport).await {
+            Ok(response) => {
+                self.metrics.forwarded.inc();
+                Some(response)
+            }
+            Err(error) => {
+                debug!(%error, "a question stays without answer");
+                self.metrics.failed.inc();
+                failure(query)
+            }
+        }
+    }
+}
+
+/// SERVFAIL for a message that was not necessarily read.
+fn failure(query: &[u8]) -> Option<Vec<u8>> {
+    Question::read(query).ok()?.fail(ResponseCode::ServFail)
+}
+
+impl DnsProxy {
+    /// Answers the datagrams of a pod until dropped.
+    pub async fn serve_udp(&self, client: Arc<Client>, socket: UdpSocket, mut originals: impl Originals) {
+        let socket = Arc::new(socket);
+        let mut with_resolvers = JoinSet::new();
+        let mut buffer = vec![0; super::message::MAX_UDP];
+        loop {
+            while let Some(ended) = with_resolvers.try_join_next() {
+                if let Err(error) = ended {
+                    warn!(%error, "a DNS question died");
+                }
+            }
+            let (length, peer) = match socket.recv_from(&mut buffer).await {
+                Ok(received) => received,
+                Err(error) => {
+                    // An ICMP error of an earlier response is no fault of the socket; a shortage passes.
+                    debug!(%error, "cannot receive a DNS question");
+                    tokio::time::sleep(RECEIVE_PAUSE).await;
+                    continue;
+                }
+            };
+            let query = buffer.get(..length).unwrap_or_default();
+            let original = timeout(ORIGINAL_LIMIT, originals.original(peer)).await.ok().flatten();
+            let udp_limit = if self.shared.is_own(original) {
+                match self.shared.react(&client, query, Transport::Udp) {
+                    Reaction::Send(response) => {
+                        send(&socket, &response, peer);
+                        continue;
+                    }
+                    Reaction::Ignore => continue,
+                    Reaction::Forward(question) => question.udp_limit,
+                }
+            } else {
+                self.shared.metrics.foreign.inc();
+                super::message::MAX_UDP
+            };
+            let Some(leave) = self.shared.leave(&client) else {
+                self.shared.metrics.refused.inc();
+                if let Some(response) = failure(query) {
+                    send(&socket, &response, peer);
+                }
+                continue;
+            };
+            let (shared, client, socket) =
+                (Arc::clone(&self.shared), Arc::clone(&client), Arc::clone(&socket));
+            let query = query.to_vec();
+            with_resolvers.spawn(async move {
+                if let Some(response) = shared.forward(&client, &query, original, Transport::Udp).await {
+                    if response.len() > udp_limit {
+                        shared.metrics.truncated.inc();
+                        if let Some(cut) = wire::truncated(&response) {
+                            send(&socket, &cut, peer);
+                        }
+                    } else {
+                        send(&socket, &response, peer);
+                    }
+                }
+                drop(leave);
+            });
+        }
+    }
+
+    /// Answers the questions of one TCP connection until it ends. `original` is the resolver that the
+    /// client dialled.
+    pub async fn serve_tcp(&self, client: Arc<Client>, stream: TcpStream, original: Option<SocketAddr>) {
+        let Some(leave) = self.shared.leave(&client) else {
+            self.shared.metrics.refused.inc();
+            return;
+        };
+        match original {
+            Some(foreign) if !self.shared.is_own(original) => self.pass_on(&client, stream, foreign).await,
+            _ => self.converse(&client, stream, original).await,
+        }
+        drop(leave);
+    }
+
+    /// A resolver outside the cluster gets the connection as it is.
+    async fn pass_on(&self, client: &Client, mut stream: TcpStream, foreign: SocketAddr) {
+        self.shared.metrics.foreign.inc();
+        let limit = self.shared.settings.attempt_timeout;
+        let mut upstream = match connect(&client.sockets, None, foreign, limit).await {
+            Ok(upstream) => upstream,
+            Err(error) => {
+                debug!(%error, "a resolver does not answer");
+                self.shared.metrics.failed.inc();
+                return;
+            }
+        };
+        match timeout(FOREIGN_LIMIT, copy_bidirectional(&mut stream, &mut upstream)).await {
+            Ok(Ok(_)) => self.shared.metrics.forwarded.inc(),
+            Ok(Err(error)) => {
+                debug!(%error, %foreign, "a connection to a resolver broke");
+                self.shared.metrics.failed.inc()
+            }
+            Err(_) => self.shared.metrics.failed.inc(),
+        };
+    }
+
+    async fn converse(&self, client: &Client, mut stream: TcpStream, original: Option<SocketAddr>) {
+        for _ in 0..MAX_QUESTIONS {
+            let query = match timeout(TCP_IDLE, read(&mut stream)).await {
+                Ok(Ok(query)) => query,
+                Ok(Err(error)) => return debug!(%error, "a DNS connection ended"),
+                Err(_) => return,
+            };
+            let response = match self.shared.react(client, &query, Transport::Tcp) {
+                Reaction::Send(response) => Some(response),
+                Reaction::Ignore => return,
+                Reaction::Forward(_) => self.shared.forward(client, &query, original, Transport::Tcp).await,
+            };
+            let Some(response) = response else { return };
+            match timeout(TCP_IDLE, stream.write_all(&framed(&response))).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return debug!(%error, "a DNS connection broke"),
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+async fn read(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    let length = stream.read_u16().await?;
+    let mut message = vec![0; usize::from(length)];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+/// Sends what fits now: a client that does not take its answers asks again.
+fn send(socket: &UdpSocket, response: &[u8], peer: SocketAddr) {
+    if let Err(error) = socket.try_send_to(response, peer) {
+        debug!(%error, %peer, "a DNS answer could not be sent");
+    }
+}
