@@ -53,10 +53,11 @@ async fn bytes_go_both_ways_at_once_and_are_counted() {
         server_writer.shutdown().await.unwrap();
     };
     soon(async {
-        let reads = async {
-            tokio::join!(client_reader.read_to_end(&mut at_client), server_reader.read_to_end(&mut at_server))
-        };
-        tokio::join!(up, down, reads)
+        let at_client = client_reader.read_to_end(&mut at_client);
+        let at_server = server_reader.read_to_end(&mut at_server);
+        let (_, _, one, two) = tokio::join!(up, down, at_client, at_server);
+        one.unwrap();
+        two.unwrap();
     })
     .await;
     assert!(at_client == data && at_server == data);

@@ -1,0 +1,152 @@
+//! Namespaces, stocks of sockets and connections between them. Needs root.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use ambit_net::connect::ConnectError;
+use ambit_net::listen::{Options, bind_udp, listen_tcp};
+use ambit_net::sockdiag::{self, Kind};
+use ambit_net::{Family, Netns, NetnsError, PROXY_MARK, SocketStock, connect};
+use rtnetlink::LinkUnspec;
+use tokio::net::TcpListener;
+
+const SOON: Duration = Duration::from_secs(5);
+
+/// A namespace with its loopback device up.
+async fn namespace() -> Netns {
+    let netns = Netns::create().expect("these tests need root: creating a network namespace failed");
+    let runtime = tokio::runtime::Handle::current();
+    let (driver, handle, _) = netns
+        .run(move || {
+            let _on = runtime.enter();
+            rtnetlink::new_connection()
+        })
+        .await
+        .unwrap()
+        .unwrap();
+    let driver = tokio::spawn(driver);
+    handle.link().set(LinkUnspec::new_with_index(1).up().build()).execute().await.unwrap();
+    driver.abort();
+    netns
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+#[tokio::test]
+async fn code_runs_inside_and_the_caller_stays_outside() {
+    let inside = namespace().await;
+    let before = Netns::current().unwrap().id();
+    let seen = inside.run(|| Netns::current().unwrap().id()).await.unwrap();
+    assert_eq!(seen, inside.id());
+    assert_ne!(seen, before);
+    assert_eq!(inside.run_blocking(|| Netns::current().unwrap().id()).unwrap(), inside.id());
+    let thread = inside.thread("inside", || Netns::current().unwrap().id()).unwrap();
+    assert_eq!(thread.join().unwrap().unwrap(), inside.id());
+    assert_eq!(Netns::current().unwrap().id(), before);
+}
+
+#[tokio::test]
+async fn two_namespaces_take_turns_on_the_helper_thread() {
+    let (one, two) = (namespace().await, namespace().await);
+    for _ in 0..50 {
+        for netns in [&one, &two] {
+            assert_eq!(netns.run(|| Netns::current().unwrap().id()).await.unwrap(), netns.id());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_panic_inside_is_an_error_to_its_caller_and_to_nobody_else() {
+    let inside = namespace().await;
+    let outcome: Result<(), NetnsError> = inside.run(|| panic!("on purpose")).await;
+    assert!(matches!(outcome, Err(NetnsError::Panicked(id)) if id == inside.id()));
+    assert_eq!(inside.run(|| 7).await.unwrap(), 7);
+}
+
+#[tokio::test]
+async fn a_descriptor_of_something_else_is_no_namespace() {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    assert!(matches!(Netns::from_fd(file.into()), Err(NetnsError::NotANamespace(_))));
+    let mount = std::fs::File::open("/proc/self/ns/mnt").unwrap();
+    assert!(matches!(Netns::from_fd(mount.into()), Err(NetnsError::NotANamespace(_))));
+    assert!(matches!(Netns::open("/nowhere"), Err(NetnsError::Open { .. })));
+}
+
+#[tokio::test]
+async fn a_stock_yields_marked_sockets_of_its_namespace_and_refills_itself() {
+    let inside = namespace().await;
+    let listener = listen_tcp(&inside, loopback(8080), Options::default()).await.unwrap();
+    let listener = TcpListener::from_std(listener).unwrap();
+    let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
+    assert!(stock.is_empty());
+    let mut open = Vec::new();
+    for _ in 0..20 {
+        open.push(connect(&stock, None, loopback(8080), SOON).await.unwrap());
+        open.push(listener.accept().await.unwrap().0);
+    }
+    let connections = sockdiag::list(&inside, Kind::TcpConnections).await.unwrap();
+    let marked = connections.iter().filter(|c| c.mark == PROXY_MARK && c.remote.port() == 8080);
+    assert_eq!(marked.count(), 20);
+    let deadline = Instant::now() + SOON;
+    while stock.is_empty() {
+        assert!(Instant::now() < deadline, "the stock was not refilled");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(stock.try_take(Family::V4).is_some());
+}
+
+#[tokio::test]
+async fn a_burst_never_outgrows_the_stocks_limit() {
+    let inside = namespace().await;
+    let stock = SocketStock::new(inside, Some(PROXY_MARK));
+    for _ in 0..2000 {
+        stock.take(Family::V4).await.unwrap();
+        assert!(stock.len() <= ambit_net::stock::MAX_STOCK);
+    }
+}
+
+#[tokio::test]
+async fn failed_connections_say_where_to_and_why() {
+    let inside = namespace().await;
+    let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
+    let refused = connect(&stock, None, loopback(9), SOON).await.unwrap_err();
+    assert!(matches!(&refused, ConnectError::Refused { .. }), "{refused}");
+    assert!(refused.to_string().contains("127.0.0.1:9"), "{refused}");
+    let other_family = connect(&stock, Some("::1".parse().unwrap()), loopback(9), SOON).await.unwrap_err();
+    assert!(matches!(other_family, ConnectError::Bind { .. }), "{other_family}");
+    // A full queue answers nothing: the kernel drops the SYN.
+    let full = listen_tcp(&inside, loopback(7), Options::default()).await.unwrap();
+    socket2::SockRef::from(&full).listen(0).unwrap();
+    let limit = Duration::from_millis(200);
+    let mut held = Vec::new();
+    let late = loop {
+        match connect(&stock, None, loopback(7), limit).await {
+            Ok(stream) if held.len() < 10 => held.push(stream),
+            Ok(_) => panic!("the queue is never full"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(late, ConnectError::TimedOut { .. }), "{late}");
+}
+
+#[tokio::test]
+async fn listed_sockets_are_those_of_the_namespace() {
+    let inside = namespace().await;
+    let tcp = listen_tcp(&inside, loopback(8080), Options::marked(PROXY_MARK)).await.unwrap();
+    let udp = bind_udp(&inside, "[::1]:5353".parse().unwrap(), Options::default()).await.unwrap();
+    let listeners = sockdiag::list(&inside, Kind::TcpListeners).await.unwrap();
+    assert_eq!(listeners.len(), 1);
+    assert_eq!((listeners[0].local, listeners[0].mark), (loopback(8080), PROXY_MARK));
+    let datagrams = sockdiag::list(&inside, Kind::Udp).await.unwrap();
+    assert_eq!(datagrams.len(), 1);
+    assert_eq!(datagrams[0].local, udp.local_addr().unwrap());
+    let inode = std::os::unix::fs::MetadataExt::ino(
+        &std::fs::File::from(std::os::fd::OwnedFd::from(tcp.try_clone().unwrap())).metadata().unwrap(),
+    );
+    assert_eq!(u64::from(listeners[0].inode), inode);
+    drop((tcp, udp));
+    assert_eq!(sockdiag::list(&inside, Kind::TcpListeners).await.unwrap(), []);
+}
