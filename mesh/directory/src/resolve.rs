@@ -9,7 +9,7 @@ use crate::HBONE_PORT;
 use crate::authority::Authority;
 use crate::choose::Load;
 use crate::name::{Demand, NamespacedHost, NetworkAddress, WorkloadUid};
-use crate::route::{DoubleTunnel, Lookup, Plain, Refusal, Route, Tunnel, Unknown, WaypointTunnel};
+use crate::route::{DoubleTunnel, Expected, Lookup, Plain, Refusal, Route, Tunnel, Unknown, WaypointTunnel};
 use crate::service::{Gateway, GatewayDestination, IpFamilies, Mode, Service};
 use crate::snapshot::Snapshot;
 use crate::upstream::{Chooser, NoProxy, Proxy, expected, gateway_refusal, waypoint_refusal};
@@ -216,7 +216,11 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         service: Option<&'a Arc<Service>>,
         dialled: Option<(&'a Arc<Workload>, SocketAddr)>,
     ) -> Outcome {
-        let proxy = self.chooser.proxy(waypoint).map_err(|reason| waypoint_refusal(waypoint, reason))?;
+        // Into another network only services lead.
+        let proxy = self
+            .chooser
+            .proxy(waypoint, service.is_some())
+            .map_err(|reason| waypoint_refusal(waypoint, reason))?;
         if proxy.workload.network != self.chooser.question.client.network {
             let port = self.chooser.question.destination.port();
             return self.through_gateway(proxy.workload, service, port, proxy.expected());
@@ -248,8 +252,8 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         let service_arc = service.cloned();
         if workload.network != client.network {
             let service_port = self.chooser.question.destination.port();
-            let inner = expected(workload, service.map(|service| &**service));
-            return self.through_gateway(workload, service, service_port, inner);
+            let inner_expected = self.expected_in_network(workload, service);
+            return self.through_gateway(workload, service, service_port, inner_expected);
         }
         let workload_arc = Arc::clone(workload);
         let Some(ip) = ip else {
@@ -292,7 +296,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         workload: &'a Arc<Workload>,
         service: Option<&'a Arc<Service>>,
         port: u16,
-        mut inner_expected: crate::route::Expected,
+        inner_expected: Expected,
     ) -> Outcome {
         let (uid, network) = (|| workload.uid.clone(), || Arc::clone(&workload.network));
         let gateway = workload
@@ -301,14 +305,9 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
             .ok_or_else(|| Refusal::NoNetworkGateway { workload: uid(), network: network() })?;
         let service =
             service.ok_or_else(|| Refusal::NoServiceInNetwork { workload: uid(), network: network() })?;
-        let proxy = self.chooser.proxy(gateway).map_err(|reason| gateway_refusal(gateway, reason))?;
+        let proxy = self.chooser.proxy(gateway, true).map_err(|reason| gateway_refusal(gateway, reason))?;
         let hbone = gateway_address(gateway, &proxy, self.own_family())
             .ok_or_else(|| gateway_refusal(gateway, NoProxy::Unknown))?;
-        for name in &service.subject_alt_names {
-            if !inner_expected.contains(name) {
-                inner_expected.push(name.clone());
-            }
-        }
         Ok(Route::DoubleHbone(DoubleTunnel {
             expected: proxy.expected(),
             gateway: Arc::clone(proxy.workload),
@@ -320,6 +319,19 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
             service: Arc::clone(service),
             waypoint_bypassed: self.bypassed,
         }))
+    }
+
+    /// Who may answer for `service` in the network of `workload`: any of its endpoints there, as the other network chooses.
+    fn expected_in_network(&self, workload: &Workload, service: Option<&'a Arc<Service>>) -> Expected {
+        let mut expected = expected(workload, service.map(|service| &**service));
+        let endpoints = service.and_then(|service| self.chooser.snapshot.endpoints(service.host.as_ref()));
+        let others = endpoints.into_iter().flatten().map(|endpoint| &endpoint.workload);
+        for other in others.filter(|other| other.network == workload.network) {
+            if !expected.contains(&other.identity) {
+                expected.push(other.identity.clone());
+            }
+        }
+        expected
     }
 
     /// An address of the family that is preferred for endpoints of `service`.

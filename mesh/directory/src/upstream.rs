@@ -67,8 +67,9 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
         self.choose(service, |endpoint| endpoint.target_port(service, port))
     }
 
-    /// The proxy that `gateway` names. Behind a service its HBONE port is mapped if the service has it, and taken as it is if not.
-    pub(crate) fn proxy(&mut self, gateway: &Gateway) -> Result<Proxy<'a>, NoProxy> {
+    /// The proxy that `gateway` names, one in another network only if `crossing`. Behind a service its HBONE port is mapped if the service has it,
+    /// and taken as it is if not.
+    pub(crate) fn proxy(&mut self, gateway: &Gateway, crossing: bool) -> Result<Proxy<'a>, NoProxy> {
         let snapshot = self.snapshot;
         let (service, named_address) = match &gateway.destination {
             GatewayDestination::Hostname(host) => {
@@ -81,9 +82,13 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
             }
         };
         let port = gateway.hbone_mtls_port;
+        let own_network = &self.question.client.network;
         if let Some(service) = service {
             let chosen = self
-                .choose(service, |endpoint| Some(endpoint.target_port(service, port).unwrap_or(port)))
+                .choose(service, |endpoint| {
+                    let near = endpoint.workload.network == *own_network;
+                    (near || crossing).then(|| endpoint.target_port(service, port).unwrap_or(port))
+                })
                 .map_err(NoProxy::Unavailable)?;
             return Ok(Proxy {
                 workload: &chosen.endpoint.workload,

@@ -166,22 +166,22 @@ impl Directory {
             self.withdraw(&workload);
             self.changed(true);
             self.next.note_removal(workload.uid.clone(), self.next.revision.snapshot);
-        } else if let Some(service) = HostRef::parse(name).and_then(|host| self.next.services.remove(&host)) {
+            return;
+        }
+        let name = name.to_ascii_lowercase();
+        if let Some(service) = HostRef::parse(&name).and_then(|host| self.next.services.remove(&host)) {
             self.retract(&service);
             self.changed(false);
         }
     }
 
     fn put_workload(&mut self, workload: Workload) {
-        let workload = Arc::new(workload);
-        let old = self.next.workloads.insert(workload.uid.clone(), Arc::clone(&workload));
-        if old.as_ref().is_some_and(|old| **old == *workload) {
-            // As it was: the maps keep the old copy that the indexes point to.
-            if let Some(old) = old {
-                self.next.workloads.insert(old.uid.clone(), old);
-            }
+        let old = self.next.workloads.get(&workload.uid).cloned();
+        if old.as_ref().is_some_and(|old| **old == workload) {
             return;
         }
+        let workload = Arc::new(workload);
+        self.next.workloads.insert(workload.uid.clone(), Arc::clone(&workload));
         let authorization = old
             .as_ref()
             .is_none_or(|old| old.policies != workload.policies || old.namespace != workload.namespace);
