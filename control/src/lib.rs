@@ -4,6 +4,10 @@
 //! only what a change touches; [`serve`] offers the resources over delta xDS and signs certificates. Each
 //! knows only the one before. [`app`] wires them, [`config`] says how.
 
+pub mod app;
+pub mod config;
 pub mod index;
 pub mod object;
+mod observe;
+pub mod serve;
 pub mod source;

@@ -12,8 +12,8 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, wire};
 use crate::object::{
-    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Labels, NamespacedName, Operation, Pattern, PolicyBody,
-    PortNumber, Rule, Source,
+    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Labels, NamespacedName, Operation, Pattern,
+    PolicyBody, PortNumber, Rule, Source,
 };
 
 /// The policy's selector, if it has one and is enforced by node proxies.
@@ -83,9 +83,15 @@ fn everything() -> api::Rule {
     api::Rule { clauses: vec![api::Clause::default()] }
 }
 
-fn translated(reader: &Reader<'_>, namespace: &Arc<str>, action: api::Action, rules: &[Rule]) -> Vec<api::Rule> {
+fn translated(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    action: api::Action,
+    rules: &[Rule],
+) -> Vec<api::Rule> {
     let mut unseen = false;
-    let translated = rules.iter().filter_map(|rule| translate(namespace, action, rule, &mut unseen)).collect();
+    let translated =
+        rules.iter().filter_map(|rule| translate(namespace, action, rule, &mut unseen)).collect();
     reader.find(if unseen {
         let effect = match action {
             api::Action::Allow => "such alternatives never match",
@@ -186,9 +192,11 @@ fn condition(namespace: &Arc<str>, attribute: &Attribute) -> api::Match {
         Attribute::SourceIp { values, not_values } => {
             api::Match { source_ips: addresses(values), not_source_ips: addresses(not_values), ..empty }
         }
-        Attribute::DestinationIp { values, not_values } => {
-            api::Match { destination_ips: addresses(values), not_destination_ips: addresses(not_values), ..empty }
-        }
+        Attribute::DestinationIp { values, not_values } => api::Match {
+            destination_ips: addresses(values),
+            not_destination_ips: addresses(not_values),
+            ..empty
+        },
         Attribute::DestinationPort { values, not_values } => {
             api::Match { destination_ports: ports(values), not_destination_ports: ports(not_values), ..empty }
         }

@@ -7,8 +7,8 @@ use ambit_api::workload as api;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::store::service_of;
-use super::workloads::{self, Memberships};
 use super::wire;
+use super::workloads::{self, Memberships};
 use crate::object::{Endpoint, EndpointSlice, Kind, NamespacedName, Pod};
 
 /// The workloads of a slice's endpoints that have no pod behind them.
@@ -35,8 +35,8 @@ pub(super) fn of_slice(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(Resourc
 fn has_pod(reader: &Reader<'_>, endpoint: &Endpoint) -> bool {
     match &endpoint.pod {
         Some(pod) => reader.has_pod(pod),
-        // Every address is looked at, so that each is noted as a dependency.
-        None => endpoint.addresses.iter().fold(false, |found, address| reader.has_pod_at(*address) || found),
+        // Those after the first that has one matter only when that one goes, which computes this again.
+        None => endpoint.addresses.iter().any(|address| reader.has_pod_at(*address)),
     }
 }
 

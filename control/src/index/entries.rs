@@ -12,8 +12,8 @@ use super::waypoints::{self, Destination};
 use super::workloads::{self, Memberships};
 use super::{services, wire};
 use crate::object::{
-    AddressValue, EntryAddress, EntryPort, Gateway, Kind, Labels, NamespacedName, Resolution, ServiceEntry, TargetPort,
-    WorkloadEntry, WorkloadSpec,
+    AddressValue, EntryAddress, EntryPort, Gateway, Kind, Labels, NamespacedName, Resolution, ServiceEntry,
+    TargetPort, WorkloadEntry, WorkloadSpec,
 };
 
 /// `gatewayClassName`s that stand for a gateway of another cluster, whose pods we do not see.
@@ -25,12 +25,17 @@ pub(super) fn of_service_entry(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
     let mut resources: Vec<_> = entry.hosts.iter().map(|host| service(reader, entry, host)).collect();
     for (i, endpoint) in entry.endpoints.iter().enumerate() {
         let mut services = Memberships::new();
-        entry.hosts.iter().for_each(|host| join(&mut services, entry, host, |port| entry_target(endpoint, port)));
+        entry
+            .hosts
+            .iter()
+            .for_each(|host| join(&mut services, entry, host, |port| entry_target(endpoint, port)));
         resources.push(listed(reader, entry, endpoint, &i.to_string(), services));
     }
     let by_dns = matches!(entry.resolution, Resolution::Dns | Resolution::DnsRoundRobin);
     if by_dns && entry.endpoints.is_empty() && entry.selector.is_none() {
-        resources.extend(entry.hosts.iter().filter(|h| !h.starts_with('*')).map(|host| named(reader, entry, host)));
+        resources.extend(
+            entry.hosts.iter().filter(|h| !h.starts_with('*')).map(|host| named(reader, entry, host)),
+        );
     }
     resources
 }
@@ -40,7 +45,8 @@ fn service(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resou
     let waypoints =
         waypoints::resolve(reader, &id.namespace, &entry.meta.labels, &entry.waypoint, Destination::Service);
     let network = workloads::network(reader, &id.namespace, None);
-    let allocated = entry.allocated.iter().filter(|(of, _)| of.is_empty() || of == host).map(|(_, block)| *block);
+    let allocated =
+        entry.allocated.iter().filter(|(of, _)| of.is_empty() || of == host).map(|(_, block)| *block);
     let addresses: Vec<IpNet> = entry.addresses.iter().copied().chain(allocated).collect();
     let passthrough = api::LoadBalancing {
         mode: api::load_balancing::Mode::Passthrough as i32,
@@ -110,8 +116,7 @@ fn named(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resourc
 pub(super) fn of_workload_entry(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.workload_entries.get(id) else { return Vec::new() };
     let labels = &entry.meta.labels;
-    let waypoints =
-        waypoints::resolve(reader, &id.namespace, labels, &entry.waypoint, Destination::Workload);
+    let waypoints = waypoints::resolve(reader, &id.namespace, labels, &entry.waypoint, Destination::Workload);
     let uid = wire::uid(reader.settings, Kind::WorkloadEntry, id);
     let services = memberships(reader, entry);
     let message = api::Workload {
@@ -239,7 +244,9 @@ fn is_remote(gateway: &Gateway) -> bool {
 /// A gateway of another cluster as a workload, so that its identity can be verified.
 pub(super) fn of_remote_gateway(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(gateway) = reader.store.gateways.get(id).filter(|g| is_remote(g)) else { return Vec::new() };
-    let (Some(network), Some(account)) = (&gateway.network, &gateway.service_account) else { return Vec::new() };
+    let (Some(network), Some(account)) = (&gateway.network, &gateway.service_account) else {
+        return Vec::new();
+    };
     let addresses: Vec<IpAddr> = gateway
         .requested
         .iter()

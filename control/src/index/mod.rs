@@ -13,7 +13,7 @@ mod entries;
 mod outputs;
 mod reader;
 mod relations;
-mod residents;
+mod seats;
 mod services;
 mod store;
 mod touch;
@@ -29,7 +29,7 @@ use dependencies::Dependencies;
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
 use reader::Reader;
-pub use residents::Resident;
+pub use seats::Seat;
 use store::Store;
 
 /// What the index needs to know beside the objects.
@@ -96,8 +96,8 @@ pub struct Changes {
     pub policies: ResourceChanges,
     /// Changes of workloads and services.
     pub addresses: ResourceChanges,
-    /// Identities that came to a node (`true`) or left it.
-    pub residents: Vec<(Resident, bool)>,
+    /// Pods that took a seat on a node, changed or left it.
+    pub seats: Vec<(NamespacedName, Option<Seat>)>,
     /// Objects whose findings changed, with all that there are now.
     pub findings: Vec<(ObjectRef, Vec<Finding>)>,
 }
@@ -112,6 +112,8 @@ pub struct Index {
     findings: BTreeMap<ObjectRef, Vec<Finding>>,
     /// Producers to compute before the current batch ends.
     touched: BTreeSet<ObjectRef>,
+    /// Seats that changed in the current batch.
+    seats: BTreeMap<NamespacedName, Option<Seat>>,
     /// Producers computed since the index was made.
     computed: u64,
 }
@@ -130,6 +132,7 @@ impl Index {
             outputs: Outputs::default(),
             findings: BTreeMap::new(),
             touched: BTreeSet::from([strict]),
+            seats: BTreeMap::new(),
             computed: 0,
         }
     }
@@ -144,17 +147,13 @@ impl Index {
             self.compute(&producer, &mut findings);
         }
         let (policies, addresses) = self.outputs.take_changes();
-        Changes { policies, addresses, residents: self.store.residents.take_changes(), findings }
+        let seats = std::mem::take(&mut self.seats).into_iter().collect();
+        Changes { policies, addresses, seats, findings }
     }
 
     /// Every resource that is in force, by type and name.
     pub fn resources(&self) -> BTreeMap<(ResourceType, Arc<str>), Resource> {
         self.outputs.all()
-    }
-
-    /// Every identity that runs on a node.
-    pub fn residents(&self) -> BTreeSet<Resident> {
-        self.store.residents.all()
     }
 
     /// What there is to tell the authors of objects.
@@ -180,7 +179,9 @@ impl Index {
             Kind::AuthorizationPolicy => authorization::of_policy(&reader, id),
             Kind::PeerAuthentication => authentication::of_authentication(&reader, id),
             Kind::Gateway => entries::of_remote_gateway(&reader, id),
-            Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Deployment | Kind::ReplicaSet => Vec::new(),
+            Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Deployment | Kind::ReplicaSet => {
+                Vec::new()
+            }
         };
         let (dependencies, findings) = reader.finish();
         self.dependencies.set(producer, dependencies);

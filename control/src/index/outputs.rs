@@ -60,7 +60,8 @@ impl Outputs {
     /// Replaces everything that a producer produces.
     pub(super) fn set(&mut self, producer: &ObjectRef, resources: Vec<(ResourceType, Resource)>) {
         let old = self.produced.remove(producer).unwrap_or_default();
-        for key in old.iter().chain(&resources.iter().map(|(t, r)| (*t, r.name.clone())).collect::<Vec<_>>()) {
+        for key in old.iter().chain(&resources.iter().map(|(t, r)| (*t, r.name.clone())).collect::<Vec<_>>())
+        {
             if !self.before.contains_key(key) {
                 let current = self.current(key).cloned();
                 self.before.insert(key.clone(), current);
@@ -111,7 +112,8 @@ impl Outputs {
 
     /// Everything in force, in order.
     pub(super) fn all(&self) -> BTreeMap<Key, Resource> {
-        let current = self.claims.iter().filter_map(|(key, claims)| Some((key.clone(), claims.first()?.1.clone())));
+        let current =
+            self.claims.iter().filter_map(|(key, claims)| Some((key.clone(), claims.first()?.1.clone())));
         current.collect()
     }
 

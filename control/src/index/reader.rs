@@ -70,7 +70,8 @@ impl<'a> Reader<'a> {
     pub(super) fn gateways_into(&self, network: &Arc<str>) -> Vec<&'a Gateway> {
         self.depend(Dependency::Network(network.clone()));
         let ids = self.store.gateways_by_network.of(network);
-        let mut gateways: Vec<&Gateway> = ids.filter_map(|id| self.store.gateways.get(id)).map(AsRef::as_ref).collect();
+        let mut gateways: Vec<&Gateway> =
+            ids.filter_map(|id| self.store.gateways.get(id)).map(AsRef::as_ref).collect();
         gateways.sort_by_key(|g| g.meta.seniority());
         gateways
     }

@@ -56,9 +56,7 @@ impl Members {
         }
         let within = |member: &&Member| namespace.is_none_or(|n| member.0.namespace == *n);
         let start = match namespace {
-            Some(namespace) => {
-                Bound::Included((NamespacedName::new(namespace.clone(), ""), Kind::ALL[0]))
-            }
+            Some(namespace) => Bound::Included((NamespacedName::new(namespace.clone(), ""), Kind::ALL[0])),
             None => Bound::Unbounded,
         };
         match rarest {
@@ -68,7 +66,13 @@ impl Members {
                 .filter(|member| self.labels.get(*member).is_some_and(|labels| labels.satisfy(selector)))
                 .cloned()
                 .collect(),
-            None => self.labels.range((start, Bound::Unbounded)).map(|(m, _)| m).take_while(within).cloned().collect(),
+            None => self
+                .labels
+                .range((start, Bound::Unbounded))
+                .map(|(m, _)| m)
+                .take_while(within)
+                .cloned()
+                .collect(),
         }
     }
 }
@@ -121,9 +125,9 @@ impl Selectors {
         for (key, value) in labels.iter() {
             for scope in [Some(namespace.clone()), None] {
                 let Some(filed) = self.filed.get(&(scope, (key.clone(), value.clone()))) else { continue };
-                let selecting = filed.iter().filter(|id| {
-                    self.entries.get(*id).is_some_and(|entry| labels.satisfy(&entry.selector))
-                });
+                let selecting = filed
+                    .iter()
+                    .filter(|id| self.entries.get(*id).is_some_and(|entry| labels.satisfy(&entry.selector)));
                 found.extend(selecting.cloned());
             }
         }

@@ -1,6 +1,9 @@
 //! Kubernetes services as resources.
 
-use ambit_api::workload::{self as api, load_balancing::{HealthPolicy, Mode, Scope}};
+use ambit_api::workload::{
+    self as api,
+    load_balancing::{HealthPolicy, Mode, Scope},
+};
 use ipnet::IpNet;
 
 use super::outputs::{Resource, ResourceType};
@@ -12,8 +15,13 @@ use crate::object::{Distribution, NamespacedName, Service, TargetPort};
 /// The resource of a service, unless it is an `ExternalName`.
 pub(super) fn of_service(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(service) = reader.store.services.get(id).filter(|s| !s.external_name) else { return Vec::new() };
-    let waypoints =
-        waypoints::resolve(reader, &id.namespace, &service.meta.labels, &service.waypoint, Destination::Service);
+    let waypoints = waypoints::resolve(
+        reader,
+        &id.namespace,
+        &service.meta.labels,
+        &service.waypoint,
+        Destination::Service,
+    );
     let namespace = reader.namespace(&id.namespace);
     let network = namespace.and_then(|n| n.network.as_ref()).unwrap_or(&reader.settings.network);
     let affinity = service.affinity.map(|timeout| wire::number(wire::SESSION_AFFINITY, timeout));
@@ -63,7 +71,9 @@ fn load_balancing(service: &Service, distribution: Option<Distribution>) -> Opti
         // A demand stands above a preference.
         _ if service.node_local => (Mode::Strict, &[Scope::Node]),
         Some(Distribution::Zone) => (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone]),
-        Some(Distribution::Node) => (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone, Scope::Node]),
+        Some(Distribution::Node) => {
+            (Mode::Failover, &[Scope::Network, Scope::Region, Scope::Zone, Scope::Node])
+        }
         None => (Mode::UnspecifiedMode, &[]),
     };
     let health = if service.publish_not_ready { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };

@@ -5,10 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::relations::{Members, Reverse, Selectors};
-use super::residents::Residents;
 use crate::object::{
-    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, PeerAuthentication, Pod,
-    ReplicaSet, Service, ServiceEntry, WorkloadEntry,
+    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, PeerAuthentication,
+    Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -50,25 +49,21 @@ pub(super) struct Store {
     pub(super) entries_by_host: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
     pub(super) gateways_by_network: Reverse<Arc<str>>,
-    /// Which identities run on which node.
-    pub(super) residents: Residents,
 }
 
 impl Store {
     /// Puts a pod in place of the one of that name and returns the latter.
-    pub(super) fn set_pod(&mut self, id: &NamespacedName, new: Option<Arc<Pod>>) -> Option<Arc<Pod>> {
-        let old = replace(&mut self.pods, id, new.clone());
+    pub(super) fn set_pod(&mut self, id: &NamespacedName, new: Option<&Arc<Pod>>) -> Option<Arc<Pod>> {
+        let old = replace(&mut self.pods, id, new);
         if let Some(old) = &old {
             for address in old.addresses.iter().filter(|_| is_addressable(old)) {
                 self.pods_by_address.remove(address, id);
             }
-            self.residents.remove(old);
         }
-        if let Some(new) = &new {
+        if let Some(new) = new {
             for address in new.addresses.iter().filter(|_| is_addressable(new)) {
                 self.pods_by_address.insert(*address, id.clone());
             }
-            self.residents.add(new);
         }
         let labels = new.filter(|pod| !pod.finished).map(|pod| pod.meta.labels.clone());
         match labels {
@@ -82,10 +77,10 @@ impl Store {
     pub(super) fn set_workload_entry(
         &mut self,
         id: &NamespacedName,
-        new: Option<Arc<WorkloadEntry>>,
+        new: Option<&Arc<WorkloadEntry>>,
     ) -> Option<Arc<WorkloadEntry>> {
         let member = (id.clone(), Kind::WorkloadEntry);
-        match &new {
+        match new {
             Some(new) => self.members.apply(member, new.meta.labels.clone()),
             None => self.members.delete(&member),
         }
@@ -93,8 +88,12 @@ impl Store {
     }
 
     /// Puts a service in place and returns what was there.
-    pub(super) fn set_service(&mut self, id: &NamespacedName, new: Option<Arc<Service>>) -> Option<Arc<Service>> {
-        match new.as_ref().filter(|s| !s.external_name).and_then(|s| s.selector.as_ref()) {
+    pub(super) fn set_service(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<Service>>,
+    ) -> Option<Arc<Service>> {
+        match new.filter(|s| !s.external_name).and_then(|s| s.selector.as_ref()) {
             Some(selector) => self.service_selectors.apply(id, selector, false),
             None => self.service_selectors.delete(id),
         }
@@ -105,9 +104,9 @@ impl Store {
     pub(super) fn set_slice(
         &mut self,
         id: &NamespacedName,
-        new: Option<Arc<EndpointSlice>>,
+        new: Option<&Arc<EndpointSlice>>,
     ) -> Option<Arc<EndpointSlice>> {
-        let old = replace(&mut self.slices, id, new.clone());
+        let old = replace(&mut self.slices, id, new);
         if let Some(old) = &old {
             self.slices_by_service.remove(&service_of(old), id);
             for endpoint in &old.endpoints {
@@ -117,12 +116,14 @@ impl Store {
                 }
             }
         }
-        if let Some(new) = &new {
+        if let Some(new) = new {
             self.slices_by_service.insert(service_of(new), id.clone());
             for endpoint in &new.endpoints {
                 match &endpoint.pod {
                     Some(pod) => self.slices_by_pod.insert(pod.clone(), id.clone()),
-                    None => endpoint.addresses.iter().for_each(|a| self.slices_by_address.insert(*a, id.clone())),
+                    None => {
+                        endpoint.addresses.iter().for_each(|a| self.slices_by_address.insert(*a, id.clone()));
+                    }
                 }
             }
         }
@@ -133,10 +134,10 @@ impl Store {
     pub(super) fn set_policy(
         &mut self,
         id: &NamespacedName,
-        new: Option<Arc<AuthorizationPolicy>>,
+        new: Option<&Arc<AuthorizationPolicy>>,
         everywhere: bool,
     ) -> Option<Arc<AuthorizationPolicy>> {
-        match new.as_ref().and_then(|p| p.listed_by()) {
+        match new.and_then(|p| p.listed_by()) {
             Some(selector) => self.policy_selectors.apply(id, selector, everywhere),
             None => self.policy_selectors.delete(id),
         }
@@ -147,11 +148,11 @@ impl Store {
     pub(super) fn set_authentication(
         &mut self,
         id: &NamespacedName,
-        new: Option<Arc<PeerAuthentication>>,
+        new: Option<&Arc<PeerAuthentication>>,
     ) -> Option<Arc<PeerAuthentication>> {
         self.authentication_selectors.delete(id);
         self.wide_authentications.remove(&id.namespace, id);
-        match new.as_ref().map(|a| &a.selector) {
+        match new.map(|a| &a.selector) {
             Some(Some(selector)) => self.authentication_selectors.apply(id, selector, false),
             Some(None) => self.wide_authentications.insert(id.namespace.clone(), id.clone()),
             None => {}
@@ -163,16 +164,16 @@ impl Store {
     pub(super) fn set_service_entry(
         &mut self,
         id: &NamespacedName,
-        new: Option<Arc<ServiceEntry>>,
+        new: Option<&Arc<ServiceEntry>>,
     ) -> Option<Arc<ServiceEntry>> {
-        let old = replace(&mut self.service_entries, id, new.clone());
+        let old = replace(&mut self.service_entries, id, new);
         for host in old.iter().flat_map(|e| &e.hosts) {
             self.entries_by_host.remove(host, id);
         }
         for host in new.iter().flat_map(|e| &e.hosts) {
             self.entries_by_host.insert(host.clone(), id.clone());
         }
-        match new.as_ref().and_then(|e| e.selector.as_ref()) {
+        match new.and_then(|e| e.selector.as_ref()) {
             Some(selector) => self.entry_selectors.apply(id, selector, false),
             None => self.entry_selectors.delete(id),
         }
@@ -180,12 +181,16 @@ impl Store {
     }
 
     /// Puts a gateway in place and returns what was there.
-    pub(super) fn set_gateway(&mut self, id: &NamespacedName, new: Option<Arc<Gateway>>) -> Option<Arc<Gateway>> {
-        let old = replace(&mut self.gateways, id, new.clone());
+    pub(super) fn set_gateway(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<Gateway>>,
+    ) -> Option<Arc<Gateway>> {
+        let old = replace(&mut self.gateways, id, new);
         if let Some(network) = old.as_ref().and_then(|g| g.network.as_ref()) {
             self.gateways_by_network.remove(network, id);
         }
-        if let Some(network) = new.as_ref().and_then(|g| g.network.clone()) {
+        if let Some(network) = new.and_then(|g| g.network.clone()) {
             self.gateways_by_network.insert(network, id.clone());
         }
         old
@@ -206,10 +211,10 @@ pub(super) fn service_of(slice: &EndpointSlice) -> NamespacedName {
 pub(super) fn replace<K: Clone + Eq + std::hash::Hash, V>(
     map: &mut HashMap<K, Arc<V>>,
     id: &K,
-    new: Option<Arc<V>>,
+    new: Option<&Arc<V>>,
 ) -> Option<Arc<V>> {
     match new {
-        Some(new) => map.insert(id.clone(), new),
+        Some(new) => map.insert(id.clone(), new.clone()),
         None => map.remove(id),
     }
 }

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use super::Index;
 use super::dependencies::Dependency;
+use super::seats::Seat;
 use super::store::{is_addressable, replace, service_of};
 use crate::object::{
-    AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node, Object,
-    ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
+    AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
+    Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
 };
 
 impl Index {
@@ -26,17 +27,17 @@ impl Index {
     fn apply_object(&mut self, object: Object) {
         let id = object.reference().name;
         match object {
-            Object::Namespace(new) => self.take_namespace(&id.name, Some(new)),
-            Object::Node(new) => self.take_node(&id.name, Some(new)),
-            Object::Pod(new) => self.take_pod(&id, Some(new)),
-            Object::Service(new) => self.take_service(&id, Some(new)),
-            Object::EndpointSlice(new) => self.take_slice(&id, Some(new)),
-            Object::ReplicaSet(new) => self.take_replica_set(&id, Some(new)),
-            Object::AuthorizationPolicy(new) => self.take_policy(&id, Some(new)),
-            Object::PeerAuthentication(new) => self.take_authentication(&id, Some(new)),
-            Object::ServiceEntry(new) => self.take_service_entry(&id, Some(new)),
-            Object::WorkloadEntry(new) => self.take_workload_entry(&id, Some(new)),
-            Object::Gateway(new) => self.take_gateway(&id, Some(new)),
+            Object::Namespace(new) => self.take_namespace(&id.name, Some(&new)),
+            Object::Node(new) => self.take_node(&id.name, Some(&new)),
+            Object::Pod(new) => self.take_pod(&id, Some(&new)),
+            Object::Service(new) => self.take_service(&id, Some(&new)),
+            Object::EndpointSlice(new) => self.take_slice(&id, Some(&new)),
+            Object::ReplicaSet(new) => self.take_replica_set(&id, Some(&new)),
+            Object::AuthorizationPolicy(new) => self.take_policy(&id, Some(&new)),
+            Object::PeerAuthentication(new) => self.take_authentication(&id, Some(&new)),
+            Object::ServiceEntry(new) => self.take_service_entry(&id, Some(&new)),
+            Object::WorkloadEntry(new) => self.take_workload_entry(&id, Some(&new)),
+            Object::Gateway(new) => self.take_gateway(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -68,7 +69,11 @@ impl Index {
     }
 
     /// Marks the pods and WorkloadEntries that selectors select.
-    fn touch_selected<'a>(&mut self, namespace: Option<&Arc<str>>, selectors: impl Iterator<Item = &'a Labels>) {
+    fn touch_selected<'a>(
+        &mut self,
+        namespace: Option<&Arc<str>>,
+        selectors: impl Iterator<Item = &'a Labels>,
+    ) {
         for selector in selectors {
             for (name, kind) in self.store.members.selected(namespace, selector) {
                 self.touched.insert(ObjectRef { kind, name });
@@ -76,10 +81,10 @@ impl Index {
         }
     }
 
-    fn take_namespace(&mut self, name: &Arc<str>, new: Option<Arc<Namespace>>) {
-        let old = replace(&mut self.store.namespaces, name, new.clone());
+    fn take_namespace(&mut self, name: &Arc<str>, new: Option<&Arc<Namespace>>) {
+        let old = replace(&mut self.store.namespaces, name, new);
         let defaults = |n: &Namespace| (n.waypoint.clone(), n.network.clone(), n.distribution);
-        if old.as_deref().map(defaults) != new.as_deref().map(defaults) {
+        if old.as_deref().map(defaults) != new.map(|n| defaults(n)) {
             self.touch_users(&Dependency::Namespace(name.clone()));
         }
         if old.map(|n| n.labels.clone()) != new.map(|n| n.labels.clone()) {
@@ -87,35 +92,39 @@ impl Index {
         }
     }
 
-    fn take_node(&mut self, name: &Arc<str>, new: Option<Arc<Node>>) {
-        let old = replace(&mut self.store.nodes, name, new.clone());
-        if old != new {
+    fn take_node(&mut self, name: &Arc<str>, new: Option<&Arc<Node>>) {
+        let old = replace(&mut self.store.nodes, name, new);
+        if old.as_ref() != new {
             self.touch_users(&Dependency::Node(name.clone()));
         }
     }
 
-    fn take_replica_set(&mut self, id: &NamespacedName, new: Option<Arc<ReplicaSet>>) {
-        let old = replace(&mut self.store.replica_sets, id, new.clone());
-        if old != new {
+    fn take_replica_set(&mut self, id: &NamespacedName, new: Option<&Arc<ReplicaSet>>) {
+        let old = replace(&mut self.store.replica_sets, id, new);
+        if old.as_ref() != new {
             self.touch_users(&Dependency::ReplicaSet(id.clone()));
         }
     }
 
-    fn take_pod(&mut self, id: &NamespacedName, new: Option<Arc<Pod>>) {
-        let old = self.store.set_pod(id, new.clone());
-        if old == new {
+    fn take_pod(&mut self, id: &NamespacedName, new: Option<&Arc<Pod>>) {
+        let old = self.store.set_pod(id, new);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::Pod, id);
-        let present = |pod: &Option<Arc<Pod>>| pod.as_ref().is_some_and(|pod| !pod.finished);
-        if present(&old) != present(&new) {
+        let seat = |pod: Option<&Arc<Pod>>| pod.and_then(|pod| Seat::of(pod));
+        if seat(old.as_ref()) != seat(new) {
+            self.seats.insert(id.clone(), seat(new));
+        }
+        let present = |pod: Option<&Arc<Pod>>| pod.is_some_and(|pod| !pod.finished);
+        if present(old.as_ref()) != present(new) {
             self.touch_users(&Dependency::Pod(id.clone()));
         }
-        let addresses = |pod: &Option<Arc<Pod>>| match pod {
+        let addresses = |pod: Option<&Arc<Pod>>| match pod {
             Some(pod) if is_addressable(pod) => pod.addresses.clone(),
             _ => Vec::new(),
         };
-        let (before, after) = (addresses(&old), addresses(&new));
+        let (before, after) = (addresses(old.as_ref()), addresses(new));
         if before != after {
             for address in before.into_iter().chain(after) {
                 self.touch_users(&Dependency::Address(address));
@@ -123,9 +132,9 @@ impl Index {
         }
     }
 
-    fn take_service(&mut self, id: &NamespacedName, new: Option<Arc<Service>>) {
-        let old = self.store.set_service(id, new.clone());
-        if old == new {
+    fn take_service(&mut self, id: &NamespacedName, new: Option<&Arc<Service>>) {
+        let old = self.store.set_service(id, new);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::Service, id);
@@ -133,10 +142,10 @@ impl Index {
         self.touch_users(&Dependency::Host(host.into()));
         let membership =
             |s: &Service| (s.external_name, s.selector.clone(), s.ports.clone(), s.publish_not_ready);
-        if old.as_deref().map(membership) == new.as_deref().map(membership) {
+        if old.as_deref().map(membership) == new.map(|s| membership(s)) {
             return;
         }
-        let selectors = [&old, &new].into_iter().flatten().filter_map(|s| s.selector.as_ref());
+        let selectors = [old.as_ref(), new].into_iter().flatten().filter_map(|s| s.selector.as_ref());
         self.touch_selected(Some(&id.namespace), selectors);
         let slices: Vec<NamespacedName> = self.store.slices_by_service.of(id).cloned().collect();
         for slice in slices {
@@ -147,17 +156,17 @@ impl Index {
         }
     }
 
-    fn take_slice(&mut self, id: &NamespacedName, new: Option<Arc<EndpointSlice>>) {
-        let old = self.store.set_slice(id, new.clone());
-        if old == new {
+    fn take_slice(&mut self, id: &NamespacedName, new: Option<&Arc<EndpointSlice>>) {
+        let old = self.store.set_slice(id, new);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::EndpointSlice, id);
-        for slice in [old, new].into_iter().flatten() {
+        for slice in [old.as_ref(), new].into_iter().flatten() {
             // Pods behind a service with a selector are its pods whatever the slice says.
-            let service = self.store.services.get(&service_of(&slice));
+            let service = self.store.services.get(&service_of(slice));
             if service.is_none_or(|service| service.selector.is_none()) {
-                self.touch_pods_of(&slice);
+                self.touch_pods_of(slice);
             }
         }
     }
@@ -176,41 +185,41 @@ impl Index {
         }
     }
 
-    fn take_policy(&mut self, id: &NamespacedName, new: Option<Arc<AuthorizationPolicy>>) {
+    fn take_policy(&mut self, id: &NamespacedName, new: Option<&Arc<AuthorizationPolicy>>) {
         let everywhere = id.namespace == self.settings.root_namespace;
-        let old = self.store.set_policy(id, new.clone(), everywhere);
-        if old == new {
+        let old = self.store.set_policy(id, new, everywhere);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::AuthorizationPolicy, id);
         let listed = |p: &AuthorizationPolicy| super::authorization::selector_at_l4(p).cloned();
-        let (before, after) = (old.as_deref().and_then(listed), new.as_deref().and_then(listed));
+        let (before, after) = (old.as_deref().and_then(listed), new.and_then(|p| listed(p)));
         if before != after {
             let namespace = (!everywhere).then_some(&id.namespace);
             self.touch_selected(namespace, [before, after].iter().flatten());
         }
     }
 
-    fn take_authentication(&mut self, id: &NamespacedName, new: Option<Arc<PeerAuthentication>>) {
-        let old = self.store.set_authentication(id, new.clone());
-        if old == new {
+    fn take_authentication(&mut self, id: &NamespacedName, new: Option<&Arc<PeerAuthentication>>) {
+        let old = self.store.set_authentication(id, new);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::PeerAuthentication, id);
-        let both = || [&old, &new].into_iter().flatten();
+        let both = || [old.as_ref(), new].into_iter().flatten();
         if both().any(|a| a.selector.is_none()) {
             self.touch_users(&Dependency::Authentication(id.namespace.clone()));
         }
         self.touch_selected(Some(&id.namespace), both().filter_map(|a| a.selector.as_ref()));
     }
 
-    fn take_service_entry(&mut self, id: &NamespacedName, new: Option<Arc<ServiceEntry>>) {
-        let old = self.store.set_service_entry(id, new.clone());
-        if old == new {
+    fn take_service_entry(&mut self, id: &NamespacedName, new: Option<&Arc<ServiceEntry>>) {
+        let old = self.store.set_service_entry(id, new);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::ServiceEntry, id);
-        for entry in [old, new].into_iter().flatten() {
+        for entry in [old.as_ref(), new].into_iter().flatten() {
             for host in &entry.hosts {
                 self.touch_users(&Dependency::Host(host.clone()));
             }
@@ -218,21 +227,21 @@ impl Index {
         }
     }
 
-    fn take_workload_entry(&mut self, id: &NamespacedName, new: Option<Arc<WorkloadEntry>>) {
-        let old = self.store.set_workload_entry(id, new.clone());
-        if old != new {
+    fn take_workload_entry(&mut self, id: &NamespacedName, new: Option<&Arc<WorkloadEntry>>) {
+        let old = self.store.set_workload_entry(id, new);
+        if old.as_ref() != new {
             self.touch(Kind::WorkloadEntry, id);
         }
     }
 
-    fn take_gateway(&mut self, id: &NamespacedName, new: Option<Arc<Gateway>>) {
-        let old = self.store.set_gateway(id, new.clone());
-        if old == new {
+    fn take_gateway(&mut self, id: &NamespacedName, new: Option<&Arc<Gateway>>) {
+        let old = self.store.set_gateway(id, new);
+        if old.as_ref() == new {
             return;
         }
         self.touch(Kind::Gateway, id);
         self.touch_users(&Dependency::Gateway(id.clone()));
-        for network in [old, new].into_iter().flatten().filter_map(|g| g.network.clone()) {
+        for network in [old.as_ref(), new].into_iter().flatten().filter_map(|g| g.network.clone()) {
             self.touch_users(&Dependency::Network(network));
         }
     }

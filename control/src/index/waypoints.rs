@@ -7,7 +7,8 @@ use ambit_api::workload as api;
 use super::reader::Reader;
 use super::{Finding, wire};
 use crate::object::{
-    AddressValue, AllowedNamespaces, Choice, Gateway, Labels, NamespacedName, Pod, WaypointBinding, WaypointFor,
+    AddressValue, AllowedNamespaces, Choice, Gateway, Labels, NamespacedName, Pod, WaypointBinding,
+    WaypointFor,
 };
 
 /// What kind of destination asks.
@@ -78,7 +79,9 @@ pub(super) fn resolve(
             return Waypoints::default();
         }
         // A waypoint is for services unless it says otherwise, so a namespace's missing one is not the pods'.
-        Standing::Missing(_) if !of_object && destination == Destination::Workload => return Waypoints::default(),
+        Standing::Missing(_) if !of_object && destination == Destination::Workload => {
+            return Waypoints::default();
+        }
         Standing::Missing(message) => {
             reader.find(bound(false, "WaypointMissing", message));
             nowhere(name)
@@ -121,16 +124,26 @@ pub(super) fn is_waypoint(reader: &Reader<'_>, namespace: &Arc<str>, labels: &La
 }
 
 /// The gateway whose deployment or service an object belongs to.
-pub(super) fn own_gateway<'a>(reader: &Reader<'a>, namespace: &Arc<str>, labels: &Labels) -> Option<&'a Gateway> {
+pub(super) fn own_gateway<'a>(
+    reader: &Reader<'a>,
+    namespace: &Arc<str>,
+    labels: &Labels,
+) -> Option<&'a Gateway> {
     let name = labels.get(Pod::GATEWAY_NAME)?;
     reader.gateway(&NamespacedName::new(namespace.clone(), name))
 }
 
-fn standing(reader: &Reader<'_>, namespace: &Arc<str>, name: &NamespacedName, destination: Destination) -> Standing {
+fn standing(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    name: &NamespacedName,
+    destination: Destination,
+) -> Standing {
     let Some(gateway) = reader.gateway(name) else {
         return Standing::Missing(format!("Gateway {name} does not exist"));
     };
-    let not_ready = |message: &str| Standing::NotReady("WaypointNotReady", format!("Gateway {name} {message}"));
+    let not_ready =
+        |message: &str| Standing::NotReady("WaypointNotReady", format!("Gateway {name} {message}"));
     if !reader.settings.waypoint_classes.contains(&gateway.class) {
         return not_ready("is not of a waypoint's class");
     }
@@ -148,7 +161,9 @@ fn standing(reader: &Reader<'_>, namespace: &Arc<str>, name: &NamespacedName, de
         return Standing::NotReady("NotAllowedByWaypoint", message);
     }
     match gateway.addresses.first() {
-        Some(AddressValue::Ip(address)) => Standing::Ready(wire::gateway_at(&network(reader, gateway), *address)),
+        Some(AddressValue::Ip(address)) => {
+            Standing::Ready(wire::gateway_at(&network(reader, gateway), *address))
+        }
         Some(AddressValue::Hostname(host)) => {
             Standing::Ready(wire::gateway_hostname(&gateway.meta.id.namespace, host))
         }

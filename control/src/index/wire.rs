@@ -8,8 +8,8 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use prost::Message;
 
-use super::outputs::{Resource, ResourceType};
 use super::Settings;
+use super::outputs::{Resource, ResourceType};
 use crate::object::{AppProtocol, IpFamilies, Kind, NamespacedName};
 
 /// Port of HBONE, at waypoints and at gateways between networks (contracts.md, section 1).

@@ -51,12 +51,19 @@ pub(super) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceT
         hostname: String::new(),
         services: memberships(reader, pod),
         application_tunnel: tunnel.map(|t| api::ApplicationTunnel {
-            protocol: if t.proxy { api::application_tunnel::Protocol::Proxy } else { api::application_tunnel::Protocol::None }
-                as i32,
+            protocol: if t.proxy {
+                api::application_tunnel::Protocol::Proxy
+            } else {
+                api::application_tunnel::Protocol::None
+            } as i32,
             port: t.port.into(),
         }),
         locality: locality(reader, &pod.node),
-        network_mode: if pod.host_network { api::NetworkMode::HostNetwork } else { api::NetworkMode::Standard } as i32,
+        network_mode: if pod.host_network {
+            api::NetworkMode::HostNetwork
+        } else {
+            api::NetworkMode::Standard
+        } as i32,
         capacity: None,
     };
     vec![wire::workload_resource(message, &pod.addresses)]
@@ -99,7 +106,10 @@ pub(super) fn network_gateway(reader: &Reader<'_>, network: &Arc<str>) -> Option
     if *network == reader.settings.network {
         return None;
     }
-    reader.gateways_into(network).into_iter().find_map(|gateway| super::entries::gateway_address(gateway, network))
+    reader
+        .gateways_into(network)
+        .into_iter()
+        .find_map(|gateway| super::entries::gateway_address(gateway, network))
 }
 
 /// The policies that a workload lists: those selecting it, then what stands for its PeerAuthentication.

@@ -68,7 +68,10 @@ impl TryFrom<Manifest> for PeerAuthentication {
         let meta = Meta::read(&metadata)?;
         let selector = selector.and_then(Selector::labels);
         if selector.is_none() && !port_level_mtls.is_empty() {
-            return Err(Invalid::new("spec.portLevelMtls", "needs a selector: ports are those of a workload"));
+            return Err(Invalid::new(
+                "spec.portLevelMtls",
+                "needs a selector: ports are those of a workload",
+            ));
         }
         if port_level_mtls.contains_key(&0) {
             return Err(Invalid::new("spec.portLevelMtls", "0 is no port (1 to 65535)"));

@@ -142,7 +142,8 @@ pub struct Operation {
 impl Operation {
     /// Whether it names anything that only HTTP shows.
     pub fn needs_http(&self) -> bool {
-        let Operation { hosts, not_hosts, ports: _, not_ports: _, methods, not_methods, paths, not_paths } = self;
+        let Operation { hosts, not_hosts, ports: _, not_ports: _, methods, not_methods, paths, not_paths } =
+            self;
         [hosts, not_hosts, methods, not_methods, paths, not_paths].iter().any(|values| !values.is_empty())
     }
 }
@@ -231,12 +232,23 @@ impl TryFrom<RawCondition> for Condition {
         }
         let attribute = match key.as_str() {
             "source.ip" => Attribute::SourceIp { values: read(values)?, not_values: read(not_values)? },
-            "destination.ip" => Attribute::DestinationIp { values: read(values)?, not_values: read(not_values)? },
-            "destination.port" => Attribute::DestinationPort { values: read(values)?, not_values: read(not_values)? },
-            "source.namespace" => Attribute::SourceNamespace { values: patterns(values), not_values: patterns(not_values) },
-            "source.principal" => Attribute::SourcePrincipal { values: patterns(values), not_values: patterns(not_values) },
+            "destination.ip" => {
+                Attribute::DestinationIp { values: read(values)?, not_values: read(not_values)? }
+            }
+            "destination.port" => {
+                Attribute::DestinationPort { values: read(values)?, not_values: read(not_values)? }
+            }
+            "source.namespace" => {
+                Attribute::SourceNamespace { values: patterns(values), not_values: patterns(not_values) }
+            }
+            "source.principal" => {
+                Attribute::SourcePrincipal { values: patterns(values), not_values: patterns(not_values) }
+            }
             "source.serviceAccount" => Attribute::SourceServiceAccount { values, not_values },
-            key if ["request.", "remote.", "connection.", "experimental."].iter().any(|p| key.starts_with(p)) => {
+            key if ["request.", "remote.", "connection.", "experimental."]
+                .iter()
+                .any(|p| key.starts_with(p)) =>
+            {
                 Attribute::Http(key.to_owned())
             }
             _ => return Err(format!("unknown condition key {key:?}")),
@@ -379,7 +391,8 @@ impl TryFrom<Manifest> for AuthorizationPolicy {
         if has_targets && selector.is_some() {
             return Err(Invalid::new("spec.selector", "cannot be combined with targetRefs"));
         }
-        let rules = rules.into_iter().enumerate().map(|(i, rule)| checked(i, rule)).collect::<Result<_, _>>()?;
+        let rules =
+            rules.into_iter().enumerate().map(|(i, rule)| checked(i, rule)).collect::<Result<_, _>>()?;
         Ok(AuthorizationPolicy {
             id: namespaced(&metadata)?,
             selector: selector.and_then(Selector::labels),
@@ -408,11 +421,15 @@ impl AuthorizationPolicy {
     ///
     /// # Errors
     /// When it has no name, so that it cannot stand for anything.
-    pub(crate) fn unreadable(object: &serde_json::Value, reason: String) -> Result<AuthorizationPolicy, Invalid> {
+    pub(crate) fn unreadable(
+        object: &serde_json::Value,
+        reason: String,
+    ) -> Result<AuthorizationPolicy, Invalid> {
         let text = |pointer: &str| object.pointer(pointer).and_then(serde_json::Value::as_str);
         let name = text("/metadata/name").filter(|n| !n.is_empty());
         let name = name.ok_or_else(|| Invalid::new("metadata.name", "is missing"))?;
-        let namespace = text("/metadata/namespace").filter(|n| !n.is_empty()).unwrap_or(super::DEFAULT_NAMESPACE);
+        let namespace =
+            text("/metadata/namespace").filter(|n| !n.is_empty()).unwrap_or(super::DEFAULT_NAMESPACE);
         let selector = object.pointer("/spec/selector").cloned().map(serde_json::from_value::<Selector>);
         let action = match (object.pointer("/spec/action"), text("/spec/action")) {
             // Left out means ALLOW, which then allows nothing; anything else that is unknown denies.

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use k8s_openapi::api::{apps, core};
 
+use super::NamespacedName;
 use super::binding::WaypointBinding;
 use super::meta::{Invalid, Labels, Owner, annotation, labels, name, namespaced};
 use super::service::Distribution;
-use super::NamespacedName;
 
 /// Label that names the network of a workload, namespace or gateway.
 pub(super) const NETWORK: &str = "topology.istio.io/network";

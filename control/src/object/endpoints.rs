@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use k8s_openapi::api::discovery::v1;
 
-use super::meta::{Invalid, labels, namespaced};
 use super::NamespacedName;
+use super::meta::{Invalid, labels, namespaced};
 
 /// One endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +51,8 @@ impl TryFrom<v1::EndpointSlice> for EndpointSlice {
         }
         let ports = object.ports.into_iter().flatten();
         let ports = ports.filter(|p| matches!(p.protocol.as_deref(), None | Some("TCP")));
-        let ports = ports.filter_map(|p| Some((p.name.unwrap_or_default().into(), u16::try_from(p.port?).ok()?)));
+        let ports =
+            ports.filter_map(|p| Some((p.name.unwrap_or_default().into(), u16::try_from(p.port?).ok()?)));
         Ok(EndpointSlice { ports: ports.collect(), id, service, endpoints })
     }
 }

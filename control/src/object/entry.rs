@@ -257,7 +257,10 @@ fn workload(raw: RawWorkload, at: &str) -> Result<WorkloadSpec, Invalid> {
     Ok(WorkloadSpec {
         address,
         ports: ports.into_iter().map(|(name, number)| (name.into(), number)).collect(),
-        network: network.filter(|n| !n.is_empty()).map(Arc::from).or_else(|| labels.get(NETWORK).map(Arc::from)),
+        network: network
+            .filter(|n| !n.is_empty())
+            .map(Arc::from)
+            .or_else(|| labels.get(NETWORK).map(Arc::from)),
         labels,
         locality,
         weight,
@@ -288,7 +291,9 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
         let addresses = addresses.iter().enumerate();
         let addresses = addresses.map(|(i, text)| network(&format!("spec.addresses[{i}]"), text));
         let allocated = status.addresses.iter().enumerate();
-        let allocated = allocated.map(|(i, a)| Ok((a.host.as_str().into(), network(&format!("status.addresses[{i}].value"), &a.value)?)));
+        let allocated = allocated.map(|(i, a)| {
+            Ok((a.host.as_str().into(), network(&format!("status.addresses[{i}].value"), &a.value)?))
+        });
         let endpoints = endpoints.into_iter().enumerate();
         let endpoints = endpoints.map(|(i, raw)| workload(raw, &format!("spec.endpoints[{i}]")));
         Ok(ServiceEntry {
@@ -297,7 +302,9 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
             ports: ports.into_iter().filter(|p| !p.protocol.eq_ignore_ascii_case("udp")).map(port).collect(),
             resolution,
             endpoints: endpoints.collect::<Result<_, _>>()?,
-            selector: workload_selector.map(|s| s.labels.into_iter().collect()).filter(|s: &Labels| !s.is_empty()),
+            selector: workload_selector
+                .map(|s| s.labels.into_iter().collect())
+                .filter(|s: &Labels| !s.is_empty()),
             subject_alt_names,
             private: export_to.iter().any(|e| e == ".") && export_to.len() == 1,
             waypoint: WaypointBinding::read(&meta.labels, &metadata, &meta.id.namespace),
@@ -310,7 +317,12 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
 fn port(raw: RawPort) -> EntryPort {
     let RawPort { number, protocol, name, target_port } = raw;
     let protocol = AppProtocol::of_port(Some(&protocol), &name);
-    EntryPort { name: name.into(), number, target: target_port.filter(|p| *p > 0).unwrap_or(number), protocol }
+    EntryPort {
+        name: name.into(),
+        number,
+        target: target_port.filter(|p| *p > 0).unwrap_or(number),
+        protocol,
+    }
 }
 
 fn network(field: &str, text: &str) -> Result<IpNet, Invalid> {

@@ -259,7 +259,8 @@ fn read_addresses(field: &str, addresses: &[Address]) -> Result<Vec<AddressValue
         match address.kind.as_deref() {
             None | Some("IPAddress") => {
                 let ip = address.value.parse();
-                let ip = ip.map_err(|_| Invalid::new(field, format!("{:?} is no IP address", address.value)))?;
+                let ip =
+                    ip.map_err(|_| Invalid::new(field, format!("{:?} is no IP address", address.value)))?;
                 values.push(AddressValue::Ip(ip));
             }
             Some("Hostname") => values.push(AddressValue::Hostname(address.value.as_str().into())),

@@ -18,12 +18,13 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use authentication::{MutualTls, PeerAuthentication};
-pub use authorization::{
-    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber, Rule, Source,
-};
 pub(crate) use authorization::service_account;
-pub(crate) use cluster::identity;
+pub use authorization::{
+    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber,
+    Rule, Source,
+};
 pub use binding::{Canary, Choice, WaypointBinding};
+pub(crate) use cluster::identity;
 pub use cluster::{Namespace, Node, ReplicaSet};
 pub use endpoints::{Endpoint, EndpointSlice};
 pub use entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};

@@ -14,6 +14,8 @@ use super::meta::{Invalid, Meta, Owner, annotation};
 pub struct Pod {
     /// Name, labels and age.
     pub meta: Meta,
+    /// What tells it from others that bore its name; empty where no API server gave one.
+    pub uid: Arc<str>,
     /// The node that it is bound to; empty before it is scheduled.
     pub node: Arc<str>,
     /// Its service account, `default` if it names none.
@@ -68,8 +70,14 @@ impl TryFrom<v1::Pod> for Pod {
         // A sidecar's pod or one on its node's network is never captured, whatever the annotation says.
         let capturable = !host_network && annotation(&meta, "sidecar.istio.io/status").is_none();
         Ok(Pod {
+            uid: meta.uid.as_deref().unwrap_or_default().into(),
             node: spec.node_name.as_deref().unwrap_or_default().into(),
-            service_account: spec.service_account_name.as_deref().filter(|n| !n.is_empty()).unwrap_or("default").into(),
+            service_account: spec
+                .service_account_name
+                .as_deref()
+                .filter(|n| !n.is_empty())
+                .unwrap_or("default")
+                .into(),
             addresses: addresses(&status)?,
             host_network,
             finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
@@ -89,7 +97,9 @@ impl TryFrom<v1::Pod> for Pod {
 fn addresses(status: &v1::PodStatus) -> Result<Vec<IpAddr>, Invalid> {
     let mut addresses = Vec::new();
     let listed = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
-    for (field, text) in listed.map(|ip| ("status.podIPs", ip)).chain(status.pod_ip.as_deref().map(|ip| ("status.podIP", ip))) {
+    for (field, text) in
+        listed.map(|ip| ("status.podIPs", ip)).chain(status.pod_ip.as_deref().map(|ip| ("status.podIP", ip)))
+    {
         if text.is_empty() {
             continue;
         }

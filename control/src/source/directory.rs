@@ -93,9 +93,18 @@ impl Directories {
                 .map_err(|source| WatchError::Watch { path: root.clone(), source })?;
         }
         let (out, changes) = mpsc::channel(BATCHES);
-        let looker = Looker { roots, metrics, out, lost, files: Files::default(), seen: HashMap::new(), due: BTreeMap::new() };
+        let looker = Looker {
+            roots,
+            metrics,
+            out,
+            lost,
+            files: Files::default(),
+            seen: HashMap::new(),
+            due: BTreeMap::new(),
+        };
         let run = move || looker.run(&inbox, watcher);
-        let thread = std::thread::Builder::new().name("source".to_owned()).spawn(run).map_err(WatchError::Thread)?;
+        let thread =
+            std::thread::Builder::new().name("source".to_owned()).spawn(run).map_err(WatchError::Thread)?;
         Ok((Directories { events: notices, thread: Some(thread) }, changes))
     }
 }
@@ -245,7 +254,8 @@ impl Looker {
                     continue;
                 }
             };
-            let gone = self.files.below(source, &root).into_iter().filter(|(_, path)| !found.contains_key(path));
+            let gone =
+                self.files.below(source, &root).into_iter().filter(|(_, path)| !found.contains_key(path));
             let gone: Vec<FileId> = gone.collect();
             gone.into_iter().for_each(|id| self.schedule(id, now, VANISHED));
             for (path, fingerprint) in found {
@@ -260,7 +270,8 @@ impl Looker {
     /// Reads files whose time has come, or all that wait.
     fn read_due(&mut self, now: Option<Instant>) -> Vec<Change> {
         let is_due = |due: &Due| now.is_none_or(|now| due.at <= now);
-        let ready: Vec<(FileId, Due)> = self.due.iter().filter(|(_, d)| is_due(d)).map(|(id, d)| (id.clone(), *d)).collect();
+        let ready: Vec<(FileId, Due)> =
+            self.due.iter().filter(|(_, d)| is_due(d)).map(|(id, d)| (id.clone(), *d)).collect();
         let mut changes = Vec::new();
         for (id, due) in ready {
             self.due.remove(&id);

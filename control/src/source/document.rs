@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use super::yaml::{self, Misfit};
 use crate::object::{
-    AuthorizationPolicy, DEFAULT_NAMESPACE, EndpointSlice, Gateway, Invalid, Kind, Namespace, NamespacedName, Node, Object,
-    ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry, manifest,
+    AuthorizationPolicy, DEFAULT_NAMESPACE, EndpointSlice, Gateway, Invalid, Kind, Namespace, NamespacedName,
+    Node, Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
+    manifest,
 };
 
 /// What one document came to.
@@ -63,7 +64,8 @@ fn split(text: &str) -> Vec<(u64, String)> {
             document.push_str(line);
         }
     }
-    let has_content = |text: &str| text.lines().map(str::trim).any(|line| !line.is_empty() && !line.starts_with('#'));
+    let has_content =
+        |text: &str| text.lines().map(str::trim).any(|line| !line.is_empty() && !line.starts_with('#'));
     documents.retain(|(_, document)| has_content(document));
     documents
 }
@@ -134,14 +136,17 @@ fn read_items(before: u64, text: &str, list: List) -> Vec<Document> {
         let header = yaml::convert::<Header>(item.clone());
         let kind = header.as_ref().map(recognise);
         let mut document = match (header.as_ref(), kind) {
-            (Ok(header), Ok(Recognised::Ours(kind))) => place(read_object(kind, &FromValue(&item)), kind, header, at, ""),
+            (Ok(header), Ok(Recognised::Ours(kind))) => {
+                place(read_object(kind, &FromValue(&item)), kind, header, at, "")
+            }
             (Ok(_), Ok(Recognised::Foreign)) => Document { line: at(None), outcome: Outcome::Ignored },
             (Ok(_), Ok(Recognised::Wrong(message))) => unplaced(at(None), message),
             (Ok(_), Ok(Recognised::List)) => unplaced(at(None), "a List within a List".to_owned()),
             (Err(misfit), _) | (_, Err(misfit)) => unplaced(at(None), misfit.message.clone()),
         };
         if let Outcome::Faulty(fault) = &mut document.outcome {
-            let field = fault.field.take().map_or_else(|| format!("items[{i}]"), |f| format!("items[{i}].{f}"));
+            let field =
+                fault.field.take().map_or_else(|| format!("items[{i}]"), |f| format!("items[{i}].{f}"));
             document.line = before + yaml::locate(text, &field).unwrap_or(start);
             fault.field = Some(field);
         }
@@ -195,7 +200,9 @@ fn recognise(header: &Header) -> Recognised {
     let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == header.kind) else {
         // Misspelt, an object of ours would silently have no effect.
         let near = |kind: &Kind| {
-            kind.group() == group && header.kind.len() > 5 && strsim::damerau_levenshtein(kind.as_str(), &header.kind) <= 2
+            kind.group() == group
+                && header.kind.len() > 5
+                && strsim::damerau_levenshtein(kind.as_str(), &header.kind) <= 2
         };
         return match Kind::ALL.into_iter().find(near) {
             Some(kind) => Recognised::Wrong(format!("unknown kind {:?}, did you mean {kind}?", header.kind)),
@@ -276,7 +283,9 @@ fn read_object(kind: Kind, document: &impl Readable) -> Result<Object, Faulty> {
             Object::PeerAuthentication(typed::<manifest::PeerAuthentication, PeerAuthentication>(document)?)
         }
         Kind::ServiceEntry => Object::ServiceEntry(typed::<manifest::ServiceEntry, ServiceEntry>(document)?),
-        Kind::WorkloadEntry => Object::WorkloadEntry(typed::<manifest::WorkloadEntry, WorkloadEntry>(document)?),
+        Kind::WorkloadEntry => {
+            Object::WorkloadEntry(typed::<manifest::WorkloadEntry, WorkloadEntry>(document)?)
+        }
         Kind::Gateway => Object::Gateway(typed::<manifest::Gateway, Gateway>(document)?),
     })
 }
@@ -296,13 +305,14 @@ fn only_name<M: DeserializeOwned>(document: &impl Readable) -> Result<Namespaced
 }
 
 fn read_policy(document: &impl Readable) -> Result<Object, Faulty> {
-    typed::<manifest::AuthorizationPolicy, AuthorizationPolicy>(document).map(Object::AuthorizationPolicy).map_err(
-        |misfit| {
+    typed::<manifest::AuthorizationPolicy, AuthorizationPolicy>(document)
+        .map(Object::AuthorizationPolicy)
+        .map_err(|misfit| {
             let loose = document.read::<Value>().ok();
-            let stand_in = loose.and_then(|v| AuthorizationPolicy::unreadable(&v, misfit.message.clone()).ok());
+            let stand_in =
+                loose.and_then(|v| AuthorizationPolicy::unreadable(&v, misfit.message.clone()).ok());
             Faulty { misfit, stand_in: stand_in.map(Arc::new).map(Object::AuthorizationPolicy) }
-        },
-    )
+        })
 }
 
 fn invalid(invalid: Invalid) -> Misfit {

@@ -189,7 +189,13 @@ fn is_stand_in(object: &Object) -> bool {
     matches!(object, Object::AuthorizationPolicy(policy) if matches!(policy.body, PolicyBody::Unreadable { .. }))
 }
 
-fn problem(path: &Path, line: u64, field: Option<String>, object: Option<ObjectRef>, message: String) -> Problem {
+fn problem(
+    path: &Path,
+    line: u64,
+    field: Option<String>,
+    object: Option<ObjectRef>,
+    message: String,
+) -> Problem {
     Problem { file: path.to_owned(), line: Some(line), field, object, message }
 }
 

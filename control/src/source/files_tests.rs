@@ -15,7 +15,9 @@ fn content(text: &str) -> Content {
 }
 
 fn service(name: &str, port: &str) -> String {
-    format!("---\napiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\nspec:\n  ports:\n  - port: {port}\n")
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\nspec:\n  ports:\n  - port: {port}\n"
+    )
 }
 
 fn names(changes: &[Change]) -> Vec<String> {
@@ -103,7 +105,10 @@ fn a_policy_that_was_never_readable_is_still_there_to_fail_closed() {
         let mut files = Files::default();
         let effect = files.apply(&id("f"), content(&policy(text, "'http'")));
         assert_eq!(effect.new_problems.len(), 1, "{text}");
-        assert!(matches!(body(&files), PolicyBody::Unreadable { action, .. } if action == expected), "{text}");
+        assert!(
+            matches!(body(&files), PolicyBody::Unreadable { action, .. } if action == expected),
+            "{text}"
+        );
     }
 }
 
@@ -130,7 +135,10 @@ fn kinds_of_others_are_left_alone_and_misspelt_ones_of_ours_are_told() {
     let mut files = Files::default();
     let effect = files.apply(&id("f"), content("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n"));
     assert_eq!(effect, Effect::default());
-    let effect = files.apply(&id("f"), content("apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy\nmetadata: {name: a}\n"));
+    let effect = files.apply(
+        &id("f"),
+        content("apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy\nmetadata: {name: a}\n"),
+    );
     assert!(effect.new_problems[0].message.contains("did you mean AuthorizationPolicy"), "{effect:?}");
 }
 

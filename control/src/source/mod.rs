@@ -3,8 +3,8 @@
 //! [`directory`] watches directories of YAML. Whatever a source is, it first gives everything that there
 //! is, says so with [`Event::Synced`], and then gives changes as they come.
 
-mod document;
 pub mod directory;
+mod document;
 mod files;
 mod scan;
 mod yaml;

@@ -36,7 +36,8 @@ impl Fingerprint {
 
 /// Whether a path names a file of objects; hidden files and editors' leftovers do not.
 pub(super) fn is_manifest(path: &Path) -> bool {
-    let has_extension = path.extension().and_then(|e| e.to_str()).is_some_and(|e| matches!(e, "yaml" | "yml" | "json"));
+    let has_extension =
+        path.extension().and_then(|e| e.to_str()).is_some_and(|e| matches!(e, "yaml" | "yml" | "json"));
     has_extension && !is_hidden(path)
 }
 

@@ -103,7 +103,9 @@ impl<'de> Visitor<'de> for Walk<'_> {
         let mut line = None;
         while let Some(key) = map.next_key::<String>()? {
             match self.0.split_first() {
-                Some((Step::Key(wanted), rest)) if *wanted == key => line = map.next_value_seed(Walk(rest))?,
+                Some((Step::Key(wanted), rest)) if *wanted == key => {
+                    line = map.next_value_seed(Walk(rest))?;
+                }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }

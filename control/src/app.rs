@@ -1,0 +1,484 @@
+//! The control plane, put together: sources → index → tables → the TLS port, beside the CA.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ambit_ca::{
+    Authority, AuthorityConfig, AuthorityError, CertificateService, IssuancePolicy, JwtAuthenticator,
+    JwtConfig, JwtError,
+};
+use ambit_telemetry::http::{metrics_router, readiness_router, serve};
+use ambit_telemetry::{Readiness, ReadinessTask, Registry, Target, logging};
+use ambit_xds::{Server, ServerConfig};
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use crate::config::Config;
+use crate::index::{Changes, Finding, Index, Settings};
+use crate::object::{Change, ObjectRef};
+use crate::observe::{Findings, IndexMetrics, Observed};
+use crate::serve::admission::TokenAdmission;
+use crate::serve::census::Census;
+use crate::serve::listener::{self, Incoming, ListenerMetrics};
+use crate::serve::publish::Tables;
+use crate::serve::roots;
+use crate::source::directory::{Directories, WatchError};
+use crate::source::{Event, SourceName};
+
+/// Time that open streams have to end after the program was told to end.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Between probes of a subscriber's connection, and how long it may take to answer.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// Requests at the same time on one connection.
+const MAX_STREAMS: u32 = 256;
+/// Batches of a source that are taken together when they wait.
+const TOGETHER: usize = 64;
+
+/// Why the control plane does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} for {purpose}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What was to be served.
+        purpose: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The certificate authority cannot start.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// The key set of callers cannot be used.
+    #[error(transparent)]
+    Tokens(#[from] JwtError),
+    /// The port's own certificate cannot be made.
+    #[error(transparent)]
+    Serving(#[from] ambit_ca::serving::ServingError),
+    /// A source cannot be watched.
+    #[error(transparent)]
+    Source(#[from] WatchError),
+    /// The roots cannot be written out.
+    #[error("cannot write the roots to {path}")]
+    Roots {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The index's thread cannot be started.
+    #[error("cannot start the index's thread")]
+    Thread(#[source] std::io::Error),
+    /// Something without which the program cannot work ended.
+    #[error("{name} ended: {reason}")]
+    Died {
+        /// What ended.
+        name: &'static str,
+        /// How.
+        reason: String,
+    },
+}
+
+/// Runs the program until SIGTERM or SIGINT.
+///
+/// # Errors
+/// Whatever keeps it from running.
+pub fn main(config: Config) -> anyhow::Result<()> {
+    let logging = logging::init(config.log_format, &config.log_level, Target::Stderr)
+        .context("cannot start the log")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("control")
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(async {
+        let (quit, quitting) = watch::channel(false);
+        let app = App::start(config, Some(&logging), quit).await?;
+        app.run(ended(quitting)).await
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    drop(logging);
+    Ok(result?)
+}
+
+/// Resolves when the program is told to end.
+async fn ended(mut quitting: watch::Receiver<bool>) {
+    let told = async {
+        // The sender lives as long as the admin interface; without one nobody asks by it.
+        if quitting.wait_for(|quit| *quit).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    let by_signal = async {
+        match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+            (Ok(mut terminate), Ok(mut interrupt)) => {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                tracing::error!(%error, "signals cannot be caught; they end the program at once");
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    tokio::select! {
+        () = told => tracing::info!("told to end by the admin interface"),
+        () = by_signal => tracing::info!("told to end by a signal"),
+    }
+}
+
+/// The control plane, started and serving.
+pub struct App {
+    address: SocketAddr,
+    metrics: Option<SocketAddr>,
+    readiness: Readiness,
+    tasks: Tasks,
+    xds: Option<Server>,
+    stop: Option<oneshot::Sender<()>>,
+    /// Watches for as long as the program runs.
+    sources: Option<Directories>,
+}
+
+impl std::fmt::Debug for App {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("App").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+/// Tasks without which the program cannot work, by name.
+#[derive(Default)]
+struct Tasks(JoinSet<(&'static str, String)>);
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.0.spawn(async move {
+            task.await;
+            (name, "it had nothing more to do".to_owned())
+        });
+    }
+
+    /// The first that ends.
+    async fn ended(&mut self) -> AppError {
+        match self.0.join_next().await {
+            Some(Ok((name, reason))) => AppError::Died { name, reason },
+            Some(Err(error)) => AppError::Died { name: "a task", reason: error.to_string() },
+            None => AppError::Died { name: "the program", reason: "it has no tasks".to_owned() },
+        }
+    }
+}
+
+impl App {
+    /// Starts everything and returns once the sources were read and the port serves.
+    ///
+    /// # Errors
+    /// Whatever keeps it from serving.
+    pub async fn start(
+        config: Config,
+        logging: Option<&logging::Logging>,
+        quit: watch::Sender<bool>,
+    ) -> Result<App, AppError> {
+        let mut tasks = Tasks::default();
+        let readiness = Readiness::new();
+        let (synced, serving) = (readiness.task("sources"), readiness.task("certificates and discovery"));
+        let registry = Registry::new();
+        let metrics = serve_metrics(&mut tasks, &config, &registry, &readiness).await?;
+        let listener = listen(config.listen, "xDS and certificates").await?;
+        let address = listener.local_addr().unwrap_or(config.listen);
+
+        let authority = start_authority(&mut tasks, &config).await?;
+        let authenticator = start_authentication(&mut tasks, &config).await?;
+        let (tls, keep_fresh) = authority.serving(config.server_names.clone())?;
+        tasks.spawn("the port's certificate", keep_fresh);
+
+        let (xds, certificates, observed) = services(&mut tasks, &config, authority, authenticator);
+        observed.register(&registry);
+        if let Some(logging) = logging {
+            logging.register(&registry);
+        }
+        serve_admin(&mut tasks, &config, &observed, logging, quit).await?;
+        let sources = start_index(&mut tasks, &config, &observed, synced).await?;
+
+        let (incoming, accepting) = listener::accept(listener, tls, observed.listener.clone());
+        tasks.spawn("the port's listener", accepting);
+        let stop = serve_grpc(&mut tasks, incoming, xds.clone(), certificates);
+        serving.done();
+        tracing::info!(%address, "serving");
+        Ok(App {
+            address,
+            metrics,
+            readiness,
+            tasks,
+            xds: Some(xds),
+            stop: Some(stop),
+            sources: Some(sources),
+        })
+    }
+
+    /// Where xDS and certificates are served.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where metrics are served.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics
+    }
+
+    /// Runs until told to end, then lets open streams end.
+    ///
+    /// # Errors
+    /// [`AppError::Died`] when something essential ends by itself.
+    pub async fn run(mut self, end: impl Future<Output = ()>) -> Result<(), AppError> {
+        tokio::select! {
+            () = end => {}
+            died = self.tasks.ended() => {
+                tracing::error!(error = %died, "the control plane cannot go on");
+                return Err(died);
+            }
+        }
+        self.readiness.start_draining();
+        // Streams are told to go elsewhere, then the port stops taking connections and waits for the rest.
+        if let Some(xds) = self.xds.take() {
+            xds.drain();
+        }
+        if let Some(stop) = self.stop.take() {
+            stop.send(()).unwrap_or_default();
+        }
+        drop(self.sources.take());
+        let server_ended = async {
+            while let Some(ended) = self.tasks.0.join_next().await {
+                if matches!(ended, Ok((name, _)) if name == "the gRPC server") {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(DRAIN, server_ended).await.is_err() {
+            tracing::warn!("streams were still open after {DRAIN:?} and are cut");
+        }
+        Ok(())
+    }
+}
+
+async fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, AppError> {
+    TcpListener::bind(address).await.map_err(|source| AppError::Listen { address, purpose, source })
+}
+
+/// Serves metrics and readiness, from the start on.
+async fn serve_metrics(
+    tasks: &mut Tasks,
+    config: &Config,
+    registry: &Registry,
+    readiness: &Readiness,
+) -> Result<Option<SocketAddr>, AppError> {
+    if let Some(address) = config.readiness {
+        let listener = listen(address, "readiness").await?;
+        tasks.spawn("the readiness server", serve(listener, readiness_router(readiness)));
+    }
+    let Some(address) = config.metrics else { return Ok(None) };
+    let listener = listen(address, "metrics").await?;
+    let address = listener.local_addr().unwrap_or(address);
+    tasks.spawn("the metrics server", serve(listener, metrics_router(registry)));
+    Ok(Some(address))
+}
+
+async fn serve_admin(
+    tasks: &mut Tasks,
+    config: &Config,
+    observed: &Observed,
+    logging: Option<&logging::Logging>,
+    quit: watch::Sender<bool>,
+) -> Result<(), AppError> {
+    let Some(address) = config.admin else { return Ok(()) };
+    let mut admin = observed.admin().on_quit(move || {
+        quit.send_replace(true);
+    });
+    if let Some(logging) = logging {
+        admin = admin.logging(logging.level.clone());
+    }
+    let listener = listen(address, "the admin interface").await?;
+    tasks.spawn("the admin server", serve(listener, admin.into_router()));
+    Ok(())
+}
+
+async fn start_authority(tasks: &mut Tasks, config: &Config) -> Result<Authority, AppError> {
+    let settings = AuthorityConfig::new(config.trust_domain.clone(), config.ca_dir.clone());
+    let (authority, follow) = Authority::open(settings).await?;
+    tasks.spawn("the certificate authority", follow);
+    if let Some(path) = &config.root_out {
+        let written = roots::write_out(authority.clone(), path.clone()).await;
+        let keep = written.map_err(|source| AppError::Roots { path: path.clone(), source })?;
+        tasks.spawn("the writer of roots", keep);
+    }
+    Ok(authority)
+}
+
+async fn start_authentication(tasks: &mut Tasks, config: &Config) -> Result<Arc<JwtAuthenticator>, AppError> {
+    let settings = JwtConfig {
+        jwks: config.jwks.clone(),
+        audiences: config.audiences.clone(),
+        issuers: Vec::new(),
+        trust_domain: config.trust_domain.clone(),
+        cluster_id: Some(config.index.cluster_id.to_string()),
+    };
+    let (authenticator, follow) = JwtAuthenticator::open(settings).await?;
+    tasks.spawn("the key set", follow);
+    Ok(Arc::new(authenticator))
+}
+
+/// The two services, and everything that they count.
+fn services(
+    tasks: &mut Tasks,
+    config: &Config,
+    authority: Authority,
+    authenticator: Arc<JwtAuthenticator>,
+) -> (Server, CertificateService, Observed) {
+    let (tables, publishers) = Tables::new();
+    publishers.into_iter().for_each(|publisher| tasks.spawn("a table's publisher", publisher.run()));
+    let census = Arc::new(Census::default());
+    let policy = IssuancePolicy { trusted_node_proxies: config.trusted_node_proxies.clone() };
+    let certificates = CertificateService::new(authority, authenticator.clone(), census.clone(), policy);
+    let admission = TokenAdmission::new(authenticator);
+    let xds_refused = admission.refused();
+    let xds = Server::new(tables.in_order(), ServerConfig::default()).with_admission(Arc::new(admission));
+    let observed = Observed {
+        source: Arc::default(),
+        index: Arc::default(),
+        tables,
+        census,
+        listener: Arc::new(ListenerMetrics::default()),
+        xds: xds.metrics().clone(),
+        xds_refused,
+        issuance: certificates.metrics(),
+        findings: Findings::default(),
+    };
+    (xds, certificates, observed)
+}
+
+/// Serves both services on connections as they come, until told to stop.
+fn serve_grpc(
+    tasks: &mut Tasks,
+    incoming: Incoming,
+    xds: Server,
+    certificates: CertificateService,
+) -> oneshot::Sender<()> {
+    let (stop, stopped) = oneshot::channel::<()>();
+    let router = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_service(xds)
+        .add_service(certificates.into_server());
+    tasks.spawn("the gRPC server", async move {
+        let stopped = async move { drop(stopped.await) };
+        if let Err(error) = router.serve_with_incoming_shutdown(incoming, stopped).await {
+            tracing::error!(%error, "the gRPC server failed");
+        }
+    });
+    stop
+}
+
+/// Starts sources and index, and waits until everything that is there was taken: to a proxy that
+/// reconnects, a resource that is not there is one that was removed.
+async fn start_index(
+    tasks: &mut Tasks,
+    config: &Config,
+    observed: &Observed,
+    synced: ReadinessTask,
+) -> Result<Directories, AppError> {
+    let roots = config.sources.iter().map(|SourceName::Directory(path)| path.clone()).collect();
+    let (directories, events) = Directories::watch(roots, observed.source.clone())?;
+    let (ready, is_ready) = oneshot::channel();
+    let worker = IndexWorker {
+        tables: observed.tables.clone(),
+        census: observed.census.clone(),
+        metrics: observed.index.clone(),
+        findings: observed.findings.clone(),
+        ready: Some(ready),
+    };
+    let settings = config.index.clone();
+    let (ended, has_ended) = oneshot::channel::<()>();
+    // Computing is no work for the runtime: a large batch would hold up streams.
+    let run = move || {
+        worker.run(settings, events);
+        drop(ended);
+    };
+    std::thread::Builder::new().name("index".to_owned()).spawn(run).map_err(AppError::Thread)?;
+    tasks.spawn("the index", async move { drop(has_ended.await) });
+    if is_ready.await.is_err() {
+        return Err(AppError::Died {
+            name: "the index",
+            reason: "it ended before the sources were read".to_owned(),
+        });
+    }
+    synced.done();
+    Ok(directories)
+}
+
+/// The index and where its results go; runs on a thread of its own.
+struct IndexWorker {
+    tables: Tables,
+    census: Arc<Census>,
+    metrics: Arc<IndexMetrics>,
+    findings: Findings,
+    ready: Option<oneshot::Sender<()>>,
+}
+
+impl IndexWorker {
+    fn run(mut self, settings: Settings, mut events: mpsc::Receiver<Event>) {
+        let mut index = Index::new(settings);
+        self.apply(&mut index, Vec::new());
+        let mut waiting = Vec::with_capacity(TOGETHER);
+        while events.blocking_recv_many(&mut waiting, TOGETHER) > 0 {
+            let mut changes: Vec<Change> = Vec::new();
+            let mut is_synced = false;
+            for event in waiting.drain(..) {
+                match event {
+                    Event::Changes(more) => changes.extend(more),
+                    Event::Synced => is_synced = true,
+                }
+            }
+            self.apply(&mut index, changes);
+            if let Some(ready) = self.ready.take_if(|_| is_synced) {
+                // Nobody waits any more only when the program ends.
+                ready.send(()).unwrap_or_default();
+            }
+        }
+    }
+
+    fn apply(&self, index: &mut Index, changes: Vec<Change>) {
+        let started = Instant::now();
+        let before = index.computed();
+        let Changes { policies, addresses, seats, findings } = index.apply(changes);
+        // A proxy that hears of a pod may ask for its certificate at once.
+        self.census.apply(seats);
+        self.tables.publish(policies, addresses);
+        self.report(findings);
+        self.metrics.batches.fetch_add(1, Ordering::Relaxed);
+        self.metrics.computed.fetch_add(index.computed() - before, Ordering::Relaxed);
+        let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.metrics.micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    fn report(&self, changed: Vec<(ObjectRef, Vec<Finding>)>) {
+        let mut all = self.findings.lock();
+        for (object, findings) in changed {
+            for finding in findings.iter().filter(|f| !f.met) {
+                let Finding { condition, met: _, reason, message } = finding;
+                tracing::warn!(%object, condition, reason, "{message}");
+            }
+            match findings.is_empty() {
+                true => all.remove(&object),
+                false => all.insert(object, findings),
+            };
+        }
+    }
+}

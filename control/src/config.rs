@@ -1,0 +1,411 @@
+//! The program's configuration: one file, and flags or environment over its keys.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ambit_ca::NodeProxy;
+use ambit_identity::TrustDomain;
+use ambit_telemetry::logging::LogFormat;
+use clap::Parser;
+use serde::Deserialize;
+
+use crate::index::Settings;
+use crate::source::SourceName;
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file cannot be understood.
+    #[error("configuration {path}: {reason}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with its line.
+        reason: String,
+    },
+    /// The file has a key that there is not.
+    #[error("configuration {path}: unknown key {key:?}{suggestion}")]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The nearest key that there is.
+        suggestion: String,
+    },
+    /// A value is missing.
+    #[error("{0} must be given")]
+    Missing(&'static str),
+    /// A value cannot be.
+    #[error("{key}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// What the control plane is told to do.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where objects come from; for the same object the first named counts.
+    pub sources: Vec<SourceName>,
+    /// Where xDS and CA are served.
+    pub listen: SocketAddr,
+    /// Names on the certificate of that port.
+    pub server_names: Vec<String>,
+    /// The CA's files; a self-signed root is made there if there is none.
+    pub ca_dir: PathBuf,
+    /// Key set that callers' tokens are verified with.
+    pub jwks: PathBuf,
+    /// Audiences of which a token must name one.
+    pub audiences: Vec<String>,
+    /// Service accounts that may ask for the identities of pods on their node.
+    pub trusted_node_proxies: Vec<NodeProxy>,
+    /// Where the CA's roots are written.
+    pub root_out: Option<PathBuf>,
+    /// Trust domain of the mesh.
+    pub trust_domain: TrustDomain,
+    /// What the index needs to know.
+    pub index: Settings,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
+    /// Where readiness is served.
+    pub readiness: Option<SocketAddr>,
+    /// Where the admin interface is served.
+    pub admin: Option<SocketAddr>,
+    /// Levels of the program's log.
+    pub log_level: String,
+    /// Form of the program's log.
+    pub log_format: LogFormat,
+}
+
+/// Turns Kubernetes objects into configuration for the mesh's proxies, and issues their certificates.
+#[derive(Debug, Default, Parser)]
+#[command(name = "ambit-control", version)]
+pub struct Flags {
+    /// Configuration file; flags and environment stand over its keys.
+    #[arg(long, env = "AMBIT_CONTROL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Raw,
+}
+
+/// Every key, as flag, environment variable and key of the file.
+#[derive(Debug, Default, Deserialize, clap::Args)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Raw {
+    /// Where objects come from: dir:PATH; may be repeated.
+    #[arg(long = "source", env = "AMBIT_CONTROL_SOURCE", value_name = "SOURCE", value_delimiter = ',')]
+    sources: Option<Vec<String>>,
+    /// Where xDS and CA are served (default 0.0.0.0:15012).
+    #[arg(long, env = "AMBIT_CONTROL_LISTEN", value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// Name on the certificate of that port; may be repeated (default: those of the service ambit-control).
+    #[arg(
+        long = "server-name",
+        env = "AMBIT_CONTROL_SERVER_NAME",
+        value_name = "NAME",
+        value_delimiter = ','
+    )]
+    server_names: Option<Vec<String>>,
+    /// Directory of the CA's files.
+    #[arg(long, env = "AMBIT_CONTROL_CA_DIR", value_name = "DIR")]
+    ca_dir: Option<PathBuf>,
+    /// JSON Web Key Set that callers' tokens are verified with.
+    #[arg(long, env = "AMBIT_CONTROL_JWKS", value_name = "FILE")]
+    jwks: Option<PathBuf>,
+    /// Audience of tokens; may be repeated (default istio-ca).
+    #[arg(long = "audience", env = "AMBIT_CONTROL_AUDIENCE", value_name = "NAME", value_delimiter = ',')]
+    audiences: Option<Vec<String>>,
+    /// Service account of node proxies, NAMESPACE/NAME; may be repeated (default: ztunnel in the system namespace).
+    #[arg(
+        long = "trusted-node-proxy",
+        env = "AMBIT_CONTROL_TRUSTED_NODE_PROXY",
+        value_name = "ACCOUNT",
+        value_delimiter = ','
+    )]
+    trusted_node_proxies: Option<Vec<String>>,
+    /// Where the CA's roots are written.
+    #[arg(long, env = "AMBIT_CONTROL_ROOT_OUT", value_name = "FILE")]
+    root_out: Option<PathBuf>,
+    /// Trust domain of the mesh (default cluster.local).
+    #[arg(long, env = "AMBIT_CONTROL_TRUST_DOMAIN", value_name = "NAME")]
+    trust_domain: Option<String>,
+    /// Name of the cluster (default Kubernetes).
+    #[arg(long, env = "AMBIT_CONTROL_CLUSTER_ID", value_name = "NAME")]
+    cluster_id: Option<String>,
+    /// Network of workloads that name none (default: empty).
+    #[arg(long, env = "AMBIT_CONTROL_NETWORK", value_name = "NAME")]
+    network: Option<String>,
+    /// Suffix of service hosts (default cluster.local).
+    #[arg(long, env = "AMBIT_CONTROL_CLUSTER_DOMAIN", value_name = "NAME")]
+    cluster_domain: Option<String>,
+    /// Ambit's own namespace (default ambit-system).
+    #[arg(long, env = "AMBIT_CONTROL_SYSTEM_NAMESPACE", value_name = "NAME")]
+    system_namespace: Option<String>,
+    /// Namespace whose policies are for the whole mesh (default: the system namespace).
+    #[arg(long, env = "AMBIT_CONTROL_ROOT_NAMESPACE", value_name = "NAME")]
+    root_namespace: Option<String>,
+    /// gatewayClassName of waypoints; may be repeated (default ambit-waypoint, istio-waypoint).
+    #[arg(
+        long = "waypoint-class",
+        env = "AMBIT_CONTROL_WAYPOINT_CLASS",
+        value_name = "NAME",
+        value_delimiter = ','
+    )]
+    waypoint_classes: Option<Vec<String>>,
+    /// Where metrics are served.
+    #[arg(long, env = "AMBIT_CONTROL_METRICS", value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+    /// Where readiness is served.
+    #[arg(long, env = "AMBIT_CONTROL_READINESS", value_name = "ADDRESS")]
+    readiness: Option<SocketAddr>,
+    /// Where the admin interface is served.
+    #[arg(long, env = "AMBIT_CONTROL_ADMIN", value_name = "ADDRESS")]
+    admin: Option<SocketAddr>,
+    /// Levels of the log, as info or info,ambit_control=debug (default info).
+    #[arg(long, env = "AMBIT_CONTROL_LOG_LEVEL", value_name = "LEVELS")]
+    log_level: Option<String>,
+    /// Form of the log: text or json (default text).
+    #[arg(long, env = "AMBIT_CONTROL_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: Option<String>,
+}
+
+/// Reads flags, environment and file. Asking for help or version ends the program.
+///
+/// # Errors
+/// [`ConfigError`], naming the key.
+pub fn from_command_line() -> Result<Config, ConfigError> {
+    resolve(Flags::parse())
+}
+
+/// Brings flags and file together.
+///
+/// # Errors
+/// [`ConfigError`], naming the key.
+pub fn resolve(flags: Flags) -> Result<Config, ConfigError> {
+    let file = match &flags.config {
+        Some(path) => read_file(path)?,
+        None => Raw::default(),
+    };
+    finish(merge(flags.settings, file))
+}
+
+fn read_file(path: &Path) -> Result<Raw, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let parse = |error: serde_saphyr::Error| ConfigError::Parse {
+        path: path.to_owned(),
+        reason: error.without_snippet().to_string(),
+    };
+    let keys: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&text).map_err(parse)?;
+    if let Some(key) = keys.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        return Err(ConfigError::UnknownKey {
+            path: path.to_owned(),
+            suggestion: nearest(key),
+            key: key.clone(),
+        });
+    }
+    serde_saphyr::from_str(&text).map_err(parse)
+}
+
+/// The keys of the file.
+const KEYS: [&str; 20] = [
+    "sources",
+    "listen",
+    "serverNames",
+    "caDir",
+    "jwks",
+    "audiences",
+    "trustedNodeProxies",
+    "rootOut",
+    "trustDomain",
+    "clusterId",
+    "network",
+    "clusterDomain",
+    "systemNamespace",
+    "rootNamespace",
+    "waypointClasses",
+    "metrics",
+    "readiness",
+    "admin",
+    "logLevel",
+    "logFormat",
+];
+
+fn nearest(key: &str) -> String {
+    let near = KEYS.iter().map(|known| (strsim::damerau_levenshtein(known, key), known)).min();
+    near.map(|(_, known)| format!(", did you mean {known:?}?")).unwrap_or_default()
+}
+
+fn merge(over: Raw, under: Raw) -> Raw {
+    Raw {
+        sources: over.sources.or(under.sources),
+        listen: over.listen.or(under.listen),
+        server_names: over.server_names.or(under.server_names),
+        ca_dir: over.ca_dir.or(under.ca_dir),
+        jwks: over.jwks.or(under.jwks),
+        audiences: over.audiences.or(under.audiences),
+        trusted_node_proxies: over.trusted_node_proxies.or(under.trusted_node_proxies),
+        root_out: over.root_out.or(under.root_out),
+        trust_domain: over.trust_domain.or(under.trust_domain),
+        cluster_id: over.cluster_id.or(under.cluster_id),
+        network: over.network.or(under.network),
+        cluster_domain: over.cluster_domain.or(under.cluster_domain),
+        system_namespace: over.system_namespace.or(under.system_namespace),
+        root_namespace: over.root_namespace.or(under.root_namespace),
+        waypoint_classes: over.waypoint_classes.or(under.waypoint_classes),
+        metrics: over.metrics.or(under.metrics),
+        readiness: over.readiness.or(under.readiness),
+        admin: over.admin.or(under.admin),
+        log_level: over.log_level.or(under.log_level),
+        log_format: over.log_format.or(under.log_format),
+    }
+}
+
+fn finish(raw: Raw) -> Result<Config, ConfigError> {
+    let Raw {
+        sources,
+        listen,
+        server_names,
+        ca_dir,
+        jwks,
+        audiences,
+        trusted_node_proxies,
+        root_out,
+        trust_domain,
+        cluster_id,
+        network,
+        cluster_domain,
+        system_namespace,
+        root_namespace,
+        waypoint_classes,
+        metrics,
+        readiness,
+        admin,
+        log_level,
+        log_format,
+    } = raw;
+    let defaults = Settings::default();
+    let system = system_namespace.unwrap_or_else(|| defaults.root_namespace.to_string());
+    let trust_domain = trust_domain.as_deref().unwrap_or(&defaults.trust_domain);
+    let trust_domain = TrustDomain::new(trust_domain).map_err(|error| invalid("trustDomain", error))?;
+    let sources = sources.filter(|s| !s.is_empty()).ok_or(ConfigError::Missing("--source"))?;
+    let proxies = trusted_node_proxies.unwrap_or_else(|| vec![format!("{system}/ztunnel")]);
+    let classes = waypoint_classes.map(|classes| classes.into_iter().map(Arc::from).collect());
+    Ok(Config {
+        sources: sources
+            .iter()
+            .map(|source| source.parse().map_err(|error| invalid("sources", error)))
+            .collect::<Result<_, _>>()?,
+        listen: listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 15012))),
+        server_names: server_names.unwrap_or_else(|| service_names(&system)),
+        ca_dir: ca_dir.ok_or(ConfigError::Missing("--ca-dir"))?,
+        jwks: jwks.ok_or(ConfigError::Missing("--jwks"))?,
+        audiences: audiences.unwrap_or_else(|| vec!["istio-ca".to_owned()]),
+        trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,
+        root_out,
+        index: Settings {
+            cluster_id: cluster_id.map_or(defaults.cluster_id, Arc::from),
+            network: network.map_or(defaults.network, Arc::from),
+            trust_domain: trust_domain.as_str().into(),
+            cluster_domain: cluster_domain.map_or(defaults.cluster_domain, Arc::from),
+            root_namespace: root_namespace.unwrap_or_else(|| system.clone()).into(),
+            waypoint_classes: classes.unwrap_or(defaults.waypoint_classes),
+        },
+        trust_domain,
+        metrics,
+        readiness,
+        admin,
+        log_level: log_level.unwrap_or_else(|| "info".to_owned()),
+        log_format: match log_format.as_deref() {
+            None | Some("text") => LogFormat::Text,
+            Some("json") => LogFormat::Json,
+            Some(other) => return Err(invalid("logFormat", format!("{other:?} is neither text nor json"))),
+        },
+    })
+}
+
+/// The names of the service `ambit-control` and of this machine.
+fn service_names(system: &str) -> Vec<String> {
+    let service = format!("ambit-control.{system}.svc");
+    vec![
+        service.clone(),
+        format!("{service}.cluster.local"),
+        format!("ambit-control.{system}"),
+        "localhost".to_owned(),
+    ]
+}
+
+fn node_proxy(text: &str) -> Result<NodeProxy, ConfigError> {
+    match text.split_once('/') {
+        Some((namespace, account)) if !namespace.is_empty() && !account.is_empty() => {
+            Ok(NodeProxy { namespace: namespace.to_owned(), service_account: account.to_owned() })
+        }
+        _ => Err(invalid("trustedNodeProxies", format!("{text:?} is not NAMESPACE/NAME"))),
+    }
+}
+
+fn invalid(key: &'static str, reason: impl std::fmt::Display) -> ConfigError {
+    ConfigError::Value { key, reason: format!("{reason}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Config, ConfigError> {
+        resolve(Flags::try_parse_from([&["ambit-control"], arguments].concat()).unwrap())
+    }
+
+    const NEEDED: [&str; 6] = ["--source", "dir:/objects", "--ca-dir", "/ca", "--jwks", "/jwks.json"];
+
+    #[test]
+    fn what_is_not_said_has_the_documented_default() {
+        let config = parse(&NEEDED).unwrap();
+        assert_eq!(config.listen.to_string(), "0.0.0.0:15012");
+        assert_eq!(config.index, Settings::default());
+        assert_eq!(config.audiences, ["istio-ca"]);
+        assert_eq!(config.trusted_node_proxies, ambit_ca::IssuancePolicy::default().trusted_node_proxies);
+        assert!(config.server_names.contains(&"ambit-control.ambit-system.svc".to_owned()));
+    }
+
+    #[test]
+    fn a_flag_stands_over_the_file_and_an_unknown_key_names_the_nearest() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("control.yaml");
+        std::fs::write(&file, "sources: [\"dir:/a\"]\ncaDir: /ca\njwks: /keys\nclusterId: one\nnetwork: n\n")
+            .unwrap();
+        let path = file.to_str().unwrap();
+        let config = parse(&["--config", path, "--cluster-id", "two"]).unwrap();
+        assert_eq!((&*config.index.cluster_id, &*config.index.network), ("two", "n"));
+        std::fs::write(&file, "clusterID: one\n").unwrap();
+        let error = parse(&["--config", path]).unwrap_err().to_string();
+        assert!(error.contains("did you mean \"clusterId\"?"), "{error}");
+    }
+
+    #[test]
+    fn every_key_of_the_file_is_known() {
+        let text = format!("{{{}}}", KEYS.map(|key| format!("{key}: null")).join(", "));
+        serde_saphyr::from_str::<Raw>(&text).unwrap();
+    }
+
+    #[test]
+    fn a_source_of_an_unknown_kind_is_refused() {
+        let error =
+            parse(&["--source", "etcd:x", "--ca-dir", "/ca", "--jwks", "/j"]).unwrap_err().to_string();
+        assert!(error.contains("expected dir:PATH"), "{error}");
+    }
+}

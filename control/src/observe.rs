@@ -1,0 +1,156 @@
+//! What the program shows of itself: its metrics and its admin interface.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ambit_ca::IssuanceMetrics;
+use ambit_telemetry::{Admin, Registry};
+use ambit_xds::ServerMetrics;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use crate::index::Finding;
+use crate::object::ObjectRef;
+use crate::serve::census::Census;
+use crate::serve::listener::ListenerMetrics;
+use crate::serve::publish::Tables;
+use crate::source::SourceMetrics;
+
+/// Live counters of the index.
+#[derive(Debug, Default)]
+pub(crate) struct IndexMetrics {
+    /// Batches of changes taken.
+    pub(crate) batches: AtomicU64,
+    /// Producers computed.
+    pub(crate) computed: AtomicU64,
+    /// Time spent, microseconds.
+    pub(crate) micros: AtomicU64,
+}
+
+/// What there is to tell the authors of objects, kept for the admin interface.
+pub(crate) type Findings = Arc<Mutex<BTreeMap<ObjectRef, Vec<Finding>>>>;
+
+/// Everything that is counted.
+pub(crate) struct Observed {
+    pub(crate) source: Arc<SourceMetrics>,
+    pub(crate) index: Arc<IndexMetrics>,
+    pub(crate) tables: Tables,
+    pub(crate) census: Arc<Census>,
+    pub(crate) listener: Arc<ListenerMetrics>,
+    pub(crate) xds: Arc<ServerMetrics>,
+    pub(crate) xds_refused: Arc<AtomicU64>,
+    pub(crate) issuance: Arc<IssuanceMetrics>,
+    pub(crate) findings: Findings,
+}
+
+/// A counter that lives in a struct behind an `Arc`.
+fn counter<T: Send + Sync + 'static>(
+    registry: &Registry,
+    (name, help): (&str, &str),
+    of: &Arc<T>,
+    read: impl Fn(&T) -> &AtomicU64 + Send + Sync + 'static,
+) {
+    let of = of.clone();
+    registry.counter_from(&format!("ambit_control_{name}"), help, move || read(&of).load(Ordering::Relaxed));
+}
+
+fn gauge(registry: &Registry, (name, help): (&str, &str), read: impl Fn() -> u64 + Send + Sync + 'static) {
+    let read = move || i64::try_from(read()).unwrap_or(i64::MAX);
+    registry.gauge_from(&format!("ambit_control_{name}"), help, read);
+}
+
+impl Observed {
+    /// Registers all metrics.
+    pub(crate) fn register(&self, registry: &Registry) {
+        self.register_source(registry);
+        self.register_index(registry);
+        self.register_xds(registry);
+        self.register_issuance(registry);
+    }
+
+    fn register_source(&self, registry: &Registry) {
+        let source = &self.source;
+        counter(registry, ("source_malformed", "Documents and files that could not be taken"), source, |m| {
+            &m.malformed
+        });
+        counter(registry, ("source_reads", "Files read"), source, |m| &m.reads);
+        counter(registry, ("source_scans", "Comparisons of every file with what was read"), source, |m| {
+            &m.scans
+        });
+        let problems = source.clone();
+        gauge(registry, ("source_problems", "Problems in source files now"), move || {
+            problems.problems.load(Ordering::Relaxed)
+        });
+        let objects = source.clone();
+        gauge(registry, ("source_objects", "Objects now"), move || objects.objects.load(Ordering::Relaxed));
+    }
+
+    fn register_index(&self, registry: &Registry) {
+        let index = &self.index;
+        counter(registry, ("index_batches", "Batches of changes taken"), index, |m| &m.batches);
+        counter(registry, ("index_computed", "Producers of resources computed"), index, |m| &m.computed);
+        counter(registry, ("index_microseconds", "Time spent on changes"), index, |m| &m.micros);
+        let (policies, addresses, census) = (self.tables.clone(), self.tables.clone(), self.census.clone());
+        gauge(registry, ("policies", "Policies served"), move || policies.len().0 as u64);
+        gauge(registry, ("addresses", "Workloads and services served"), move || addresses.len().1 as u64);
+        gauge(registry, ("live_pods", "Live pods bound to a node"), move || census.len() as u64);
+    }
+
+    fn register_xds(&self, registry: &Registry) {
+        let listener = &self.listener;
+        counter(registry, ("connections", "Connections accepted"), listener, |m| &m.accepted);
+        counter(registry, ("accept_failures", "Accepts that failed"), listener, |m| &m.accept_failures);
+        counter(registry, ("handshake_failures", "TLS handshakes that failed"), listener, |m| {
+            &m.handshake_failures
+        });
+        let xds = &self.xds;
+        let subscribers = xds.clone();
+        gauge(registry, ("xds_subscribers", "Streams open now"), move || {
+            u64::try_from(subscribers.subscribers.load(Ordering::Relaxed)).unwrap_or(0)
+        });
+        counter(registry, ("xds_refused", "Streams refused because too many were open"), xds, |m| &m.refused);
+        counter(registry, ("xds_unauthenticated", "Subscribers not believed"), &self.xds_refused, |m| m);
+        counter(registry, ("xds_lagged", "Streams ended because they fell behind"), xds, |m| &m.lagged);
+        counter(registry, ("xds_requests", "Requests received"), xds, |m| &m.requests);
+        counter(registry, ("xds_nacks", "Requests that rejected resources"), xds, |m| &m.nacks);
+        counter(registry, ("xds_answers", "Answers sent"), xds, |m| &m.answers);
+        counter(registry, ("xds_bytes", "Bytes of answers sent"), xds, |m| &m.bytes);
+        counter(registry, ("xds_resources", "Resources sent"), xds, |m| &m.resources);
+        counter(registry, ("xds_removals", "Removals sent"), xds, |m| &m.removals);
+    }
+
+    fn register_issuance(&self, registry: &Registry) {
+        let ca = &self.issuance;
+        counter(registry, ("ca_issued", "Certificates signed"), ca, |m| &m.issued);
+        counter(registry, ("ca_unauthenticated", "Callers not believed"), ca, |m| &m.unauthenticated);
+        counter(registry, ("ca_denied", "Callers that may not have what they asked for"), ca, |m| &m.denied);
+        counter(registry, ("ca_invalid", "Requests that are not acceptable"), ca, |m| &m.invalid);
+        counter(registry, ("ca_failed", "Certificates not signed by a failure of ours"), ca, |m| &m.failed);
+    }
+
+    /// The sections of the configuration dump.
+    pub(crate) fn admin(&self) -> Admin {
+        let (findings, tables) = (self.findings.clone(), self.tables.clone());
+        Admin::new()
+            .section("findings", move || Ok(dump(&findings.lock())))
+            .section("resources", move || {
+                let (policies, addresses) = tables.len();
+                Ok(json!({ "policies": policies, "addresses": addresses }))
+            })
+            .section("version", || Ok(json!(env!("CARGO_PKG_VERSION"))))
+    }
+}
+
+fn dump(findings: &BTreeMap<ObjectRef, Vec<Finding>>) -> Value {
+    let finding = |f: &Finding| json!({ "type": f.condition, "status": f.met, "reason": f.reason, "message": f.message });
+    let of_object = |(object, findings): (&ObjectRef, &Vec<Finding>)| {
+        json!({
+            "kind": object.kind.as_str(),
+            "namespace": &*object.name.namespace,
+            "name": &*object.name.name,
+            "conditions": findings.iter().map(finding).collect::<Vec<_>>(),
+        })
+    };
+    findings.iter().map(of_object).collect()
+}
