@@ -4,7 +4,7 @@
 //! certificates and no HTTP. System calls and `unsafe` of the workspace live here.
 //!
 //! - [`netns`]: entering network namespaces, always on threads of their own;
-//! - [`stock`], [`connect`]: marked sockets made ahead, and connections from a chosen source;
+//! - [`stock`], [`mod@connect`]: marked sockets made ahead, and connections from a chosen source;
 //! - [`listen`], [`accept`]: listening sockets in a namespace, and accepting under pressure;
 //! - [`socket`]: options, original destinations, resets;
 //! - [`conntrack`]: the original destination of redirected datagrams;

@@ -2,7 +2,7 @@
 //!
 //! A source of pods (the API server, the CNI plugin, `local`) calls [`Agent::pod_up`], [`Agent::unenrol`]
 //! and [`Agent::pod_down`]; the agent programs redirection, keeps the registry, binds listeners and
-//! tells the node proxy. Each pod has a task of its own ([`pod`]), so that one slow namespace holds
+//! tells the node proxy. Each pod has a task of its own (`pod`), so that one slow namespace holds
 //! nobody up and the steps of one pod never overlap. The agent decides nothing about who is in: see
 //! [`enrol`](crate::enrol).
 

@@ -2,7 +2,8 @@
 //!
 //! Level-triggered: what a proxy has been told is compared with what it should know, and the next
 //! difference is the next order. So a proxy that reconnects, a pod that changes while another order
-//! is out, and a retry are all the same thing. Calls come from the [`server`](super::server); `now` is an argument.
+//! is out, and a retry are all the same thing. Calls come
+//! from the [`Server`](super::Server); `now` is an argument.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! The ZDS server: tells node proxies which pods to serve (contracts.md, section 3).
 //!
-//! [`hub`] decides what each proxy is to be told, without I/O; [`server`] talks. The agent changes pods
+//! [`hub`] decides what each proxy is to be told, without I/O; [`Server`] talks. The agent changes pods
 //! through [`Pods`].
 
 pub mod hub;
