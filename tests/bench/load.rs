@@ -56,7 +56,8 @@ pub struct Outcome {
 
 const MESSAGE: usize = 64;
 const BULK_CHUNK: usize = 256 * 1024;
-const REQUEST: &[u8] = b"GET /bench HTTP/1.1\r\nhost: server\r\nuser-agent: ambit-bench\r\naccept: */*\r\n\r\n";
+const REQUEST: &[u8] =
+    b"GET /bench HTTP/1.1\r\nhost: server\r\nuser-agent: ambit-bench\r\naccept: */*\r\n\r\n";
 const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 64\r\n\r\n\
 0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 /// Latencies kept per client; more operations than this are still counted.
@@ -138,7 +139,12 @@ async fn serve_http(mut stream: TcpStream) -> Result<()> {
 }
 
 /// Runs `work` against `server` with `connections` at once for `duration`.
-pub async fn drive(work: Work, server: SocketAddr, connections: usize, duration: Duration) -> Result<Outcome> {
+pub async fn drive(
+    work: Work,
+    server: SocketAddr,
+    connections: usize,
+    duration: Duration,
+) -> Result<Outcome> {
     let start = Instant::now();
     let deadline = start + duration;
     let mut tasks = Vec::with_capacity(connections);

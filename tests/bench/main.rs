@@ -1,2 +1,172 @@
-//! `ambit-bench`: the L4 figures of quality.md.
-fn main() {}
+//! `ambit-bench`: the L4 figures of quality.md, taken for no mesh, a raw relay and Ambit in one run.
+//!
+//! Called by `make bench`. It brings up a local cluster of two nodes, runs the same clients and servers over each
+//! path in alternation, and writes Markdown and JSON. `serve`, `drive` and `relay` are its own child processes.
+
+#![allow(missing_docs, reason = "a program; its modules document themselves")]
+
+mod bed;
+mod cpu;
+mod load;
+mod relay;
+mod report;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+
+use crate::bed::Bed;
+use crate::load::Work;
+use crate::report::{Path, Report, Row, Samples};
+
+/// The L4 figures of this machine.
+#[derive(Parser)]
+#[command(name = "ambit-bench")]
+struct Arguments {
+    #[command(subcommand)]
+    part: Option<Part>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Args)]
+struct Run {
+    /// Where the page of Markdown goes.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Where the samples go.
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Rounds; each runs every row over every path once.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Seconds each measurement lasts.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Only rows whose title contains this.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// A server for every kind of work.
+    Serve {
+        #[arg(long)]
+        listen: SocketAddr,
+    },
+    /// A client for one kind of work; prints its outcome as JSON.
+    Drive {
+        #[arg(long, value_enum)]
+        work: Work,
+        #[arg(long)]
+        server: SocketAddr,
+        #[arg(long)]
+        connections: usize,
+        #[arg(long)]
+        seconds: f64,
+    },
+    /// One half of the raw relay.
+    Relay {
+        #[arg(long, value_enum)]
+        side: relay::Side,
+        #[arg(long)]
+        listen: SocketAddr,
+        #[arg(long)]
+        to: SocketAddr,
+        /// Where the relay's certificate and key are.
+        #[arg(long)]
+        identity: PathBuf,
+    },
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        match arguments.part {
+            Some(Part::Serve { listen }) => load::serve(listen).await,
+            Some(Part::Drive { work, server, connections, seconds }) => {
+                let outcome =
+                    load::drive(work, server, connections, Duration::from_secs_f64(seconds)).await?;
+                println!("{}", serde_json::to_string(&outcome)?);
+                Ok(())
+            }
+            Some(Part::Relay { side, listen, to, identity }) => {
+                relay::run(side, listen, to, &relay::Identity::in_dir(&identity)).await
+            }
+            None => measure(&arguments.run).await,
+        }
+    })
+}
+
+/// The rows of the L4 table.
+fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for same_node in [false, true] {
+        rows.push(Row::new(Work::Bulk, same_node, 1));
+        rows.push(Row::new(Work::Bulk, same_node, 8));
+        rows.push(Row::new(Work::RoundTrip, same_node, 1));
+        rows.push(Row::new(Work::Http, same_node, 32));
+        rows.push(Row::new(Work::Connect, same_node, 8));
+    }
+    rows
+}
+
+async fn measure(run: &Run) -> Result<()> {
+    let rows: Vec<Row> = rows()
+        .into_iter()
+        .filter(|row| run.only.as_ref().is_none_or(|only| row.title().contains(only.as_str())))
+        .collect();
+    let bed = Bed::start().await.context("bringing the cluster up")?;
+    let outcome = measure_on(&bed, run, &rows).await;
+    bed.stop().await?;
+    let report = outcome?;
+    let page = report.markdown();
+    print!("{page}");
+    if let Some(out) = &run.out {
+        std::fs::write(out, &page).with_context(|| format!("writing {}", out.display()))?;
+    }
+    if let Some(json) = &run.json {
+        let text = serde_json::to_string_pretty(&report)?;
+        std::fs::write(json, text).with_context(|| format!("writing {}", json.display()))?;
+    }
+    Ok(())
+}
+
+async fn measure_on(bed: &Bed, run: &Run, rows: &[Row]) -> Result<Report> {
+    let idle_resident = bed.resident()?;
+    let mut samples = Samples::new();
+    for round in 1..=run.rounds {
+        for row in rows {
+            for path in Path::ALL {
+                eprintln!("round {round}: {}, {path:?}", row.title());
+                let sample = bed.sample(row, path, run.seconds).await;
+                let sample = sample.with_context(|| format!("{} over {path:?}", row.title()))?;
+                samples.entry(*row).or_default().entry(path).or_default().push(sample);
+            }
+        }
+    }
+    Ok(Report::new(today(), machine()?, idle_resident, samples))
+}
+
+fn today() -> String {
+    let now = time::OffsetDateTime::now_utc();
+    format!("{:04}-{:02}-{:02}", now.year(), u8::from(now.month()), now.day())
+}
+
+/// Processor, cores and kernel, as a reader needs them to compare.
+fn machine() -> Result<String> {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").context("reading /proc/cpuinfo")?;
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()))
+        .unwrap_or("unknown processor");
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let kernel =
+        std::fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?;
+    Ok(format!("{model}, {cores} cores, Linux {}", kernel.trim()))
+}

@@ -82,7 +82,11 @@ impl Row {
             Work::Connect => "new connections",
         };
         let place = if self.same_node { "same node" } else { "across nodes" };
-        format!("{work}, {} connection{}, {place}", self.connections, if self.connections == 1 { "" } else { "s" })
+        format!(
+            "{work}, {} connection{}, {place}",
+            self.connections,
+            if self.connections == 1 { "" } else { "s" }
+        )
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-use crate::Place;
+use ambit_local::Pod;
 
 /// What a server does with a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,12 +42,12 @@ impl Drop for Running {
     }
 }
 
-/// Runs `app` at `address` inside `place`.
+/// Runs `app` at `address` inside `pod`.
 ///
 /// # Errors
 /// When the address can't be bound.
-pub async fn run(place: &Place, address: SocketAddr, app: App) -> io::Result<Running> {
-    let listener = place.listen(address).await?;
+pub async fn run(pod: &Pod, address: SocketAddr, app: App) -> io::Result<Running> {
+    let listener = pod.listen(address).await?;
     let address = listener.local_addr()?;
     let task = tokio::spawn(async move {
         let mut connections = tokio::task::JoinSet::new();

@@ -7,7 +7,4 @@
 
 pub mod apps;
 pub mod load;
-pub mod place;
 pub mod wait;
-
-pub use place::Place;

@@ -10,7 +10,9 @@ use parking_lot::Mutex;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::{Place, apps};
+use ambit_local::Pod;
+
+use crate::apps;
 
 /// How long a single request may take before it counts as failed.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
@@ -68,7 +70,7 @@ pub struct Load {
 
 #[derive(Debug)]
 struct Shared {
-    place: Place,
+    pod: Pod,
     target: SocketAddr,
     start: Instant,
     stopping: AtomicBool,
@@ -80,13 +82,13 @@ struct Shared {
 }
 
 impl Load {
-    /// Starts the load from `place` to `target`; returns once every kept connection has had an answer.
+    /// Starts the load from `pod` to `target`; returns once every kept connection has had an answer.
     ///
     /// # Errors
     /// When a kept connection can't be opened.
-    pub async fn start(place: &Place, target: SocketAddr, shape: &Shape) -> io::Result<Self> {
+    pub async fn start(pod: &Pod, target: SocketAddr, shape: &Shape) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            place: place.clone(),
+            pod: pod.clone(),
             target,
             start: Instant::now(),
             stopping: AtomicBool::new(false),
@@ -98,7 +100,7 @@ impl Load {
         });
         let mut tasks = JoinSet::new();
         for _ in 0..shape.kept_connections {
-            let mut stream = place.connect(target).await?;
+            let mut stream = pod.connect(target).await?;
             apps::get(&mut stream).await?;
             let pause = Duration::from_secs(1) * shape.kept_connections / shape.kept_per_second.max(1);
             tasks.spawn(shared.clone().keep(Some(stream), pause));
@@ -167,7 +169,7 @@ impl Shared {
             let outcome = within(async {
                 let mut open = match stream.take() {
                     Some(open) => open,
-                    None => self.place.connect(self.target).await?,
+                    None => self.pod.connect(self.target).await?,
                 };
                 apps::get(&mut open).await?;
                 Ok(open)
@@ -190,7 +192,7 @@ impl Shared {
             let shared = self.clone();
             requests.spawn(async move {
                 let outcome = within(async {
-                    let mut stream = shared.place.connect(shared.target).await?;
+                    let mut stream = shared.pod.connect(shared.target).await?;
                     apps::get(&mut stream).await
                 });
                 match outcome.await {

@@ -1,0 +1,180 @@
+//! The cluster that the benchmark runs on, and one measurement on it.
+//!
+//! Two nodes. Outside the mesh a client, a server on each node; inside it the same. The raw relay's halves run in
+//! the client's and the server's own pods, where the node proxy's sockets would be.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ambit_local::{Cluster, Command, Pod, PodOptions, Process};
+use anyhow::{Context, Result, bail};
+
+use crate::cpu;
+use crate::load::Outcome;
+use crate::relay::{Side, write_identity};
+use crate::report::{Path, Row, Sample};
+
+const SERVER_PORT: u16 = 9000;
+const NEAR_PORT: u16 = 9001;
+const FAR_PORT: u16 = 9002;
+const PLAIN_PORT: u16 = 9003;
+/// How long a server or relay may take to listen.
+const READY: Duration = Duration::from_secs(10);
+
+/// Client and servers of one namespace.
+struct Pods {
+    client: Pod,
+    near_server: Pod,
+    far_server: Pod,
+}
+
+/// The cluster with its servers and relays running.
+pub struct Bed {
+    cluster: Cluster,
+    outside: Pods,
+    inside: Pods,
+    /// Near half, far half, and the plain relay of the same node.
+    relays: [Process; 3],
+    program: PathBuf,
+    /// Holds servers and the relay's identity as long as the bed.
+    _servers: Vec<Process>,
+    _identity: tempfile::TempDir,
+}
+
+impl Bed {
+    /// Brings everything up.
+    ///
+    /// # Errors
+    /// Without root, or when a program is missing or does not become ready.
+    pub async fn start() -> Result<Self> {
+        let program = std::env::current_exe().context("finding this program")?;
+        let cluster = Cluster::builder().nodes(2).start().await?;
+        cluster.namespace("outside", false).await?;
+        cluster.namespace("inside", true).await?;
+        let outside = Pods::make(&cluster, "outside").await?;
+        let inside = Pods::make(&cluster, "inside").await?;
+        let mut servers = Vec::new();
+        for pod in [&outside.near_server, &outside.far_server, &inside.near_server, &inside.far_server] {
+            let listen = SocketAddr::new(IpAddr::V4(pod.ip()), SERVER_PORT);
+            let command = Command::new(&program).args(["serve", "--listen"]).arg(listen.to_string());
+            servers.push(start(pod, command).await?);
+        }
+        let identity = tempfile::tempdir().context("a directory for the relay's identity")?;
+        write_identity(identity.path())?;
+        let relay = |side: &str, listen: SocketAddr, to: SocketAddr| {
+            Command::new(&program)
+                .args(["relay", "--side", side])
+                .arg("--listen")
+                .arg(listen.to_string())
+                .arg("--to")
+                .arg(to.to_string())
+                .arg("--identity")
+                .arg(identity.path())
+        };
+        let far = SocketAddr::new(IpAddr::V4(outside.far_server.ip()), FAR_PORT);
+        let far_app = SocketAddr::new(IpAddr::V4(outside.far_server.ip()), SERVER_PORT);
+        let near_app = SocketAddr::new(IpAddr::V4(outside.near_server.ip()), SERVER_PORT);
+        let relays = [
+            start(&outside.client, relay(name(Side::Near), loopback(NEAR_PORT), far)).await?,
+            start(&outside.far_server, relay(name(Side::Far), far, far_app)).await?,
+            start(&outside.client, relay(name(Side::Plain), loopback(PLAIN_PORT), near_app)).await?,
+        ];
+        Ok(Self { cluster, outside, inside, relays, program, _servers: servers, _identity: identity })
+    }
+
+    /// Takes everything down.
+    ///
+    /// # Errors
+    /// None today; the signature leaves room for a cluster that can't be removed.
+    pub async fn stop(self) -> Result<()> {
+        let Self { cluster, .. } = self;
+        cluster.shutdown().await;
+        Ok(())
+    }
+
+    /// Resident memory of each node proxy, bytes.
+    ///
+    /// # Errors
+    /// When a proxy is gone.
+    pub fn resident(&self) -> Result<Vec<u64>> {
+        self.proxies()?.into_iter().map(cpu::resident).collect()
+    }
+
+    fn proxies(&self) -> Result<Vec<u32>> {
+        (0..self.cluster.nodes()).map(|node| Ok(self.cluster.ztunnel(node)?.pid())).collect()
+    }
+
+    /// Runs one row over one path once.
+    ///
+    /// # Errors
+    /// When the client fails, or any of its operations does.
+    pub async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
+        let pods = if path == Path::Ambit { &self.inside } else { &self.outside };
+        let server = if row.same_node { &pods.near_server } else { &pods.far_server };
+        let direct = SocketAddr::new(IpAddr::V4(server.ip()), SERVER_PORT);
+        let (target, between) = match path {
+            Path::NoMesh => (direct, Vec::new()),
+            Path::Raw if row.same_node => (loopback(PLAIN_PORT), vec![self.relays[2].pid()]),
+            Path::Raw => (loopback(NEAR_PORT), vec![self.relays[0].pid(), self.relays[1].pid()]),
+            Path::Ambit => (direct, self.proxies()?),
+        };
+        // A connection before the measured ones: certificates, pools and caches are as in service.
+        self.drive(&pods.client, row, target, 0.2).await?;
+        let before = cpu::of_processes(&between)?;
+        let outcome = self.drive(&pods.client, row, target, seconds).await?;
+        let cpu_seconds = cpu::of_processes(&between)? - before;
+        if outcome.errors > 0 {
+            bail!("{} operations failed", outcome.errors);
+        }
+        Ok(Sample { outcome, cpu_seconds })
+    }
+
+    async fn drive(&self, client: &Pod, row: &Row, target: SocketAddr, seconds: f64) -> Result<Outcome> {
+        let work = serde_json::to_value(row.work.0)?;
+        let command = Command::new(&self.program)
+            .args(["drive", "--work", work.as_str().unwrap_or_default()])
+            .arg("--server")
+            .arg(target.to_string())
+            .arg("--connections")
+            .arg(row.connections.to_string())
+            .arg("--seconds")
+            .arg(seconds.to_string());
+        let process = client.spawn(command).await?;
+        let status = process.wait_within(Duration::from_secs_f64(seconds + 30.0)).await?;
+        let last = process.last_line().unwrap_or_default();
+        if !status.success() {
+            bail!("the client ended with {status}: {}", process.logs().join("\n"));
+        }
+        serde_json::from_str(&last).with_context(|| format!("the client's outcome {last:?}"))
+    }
+}
+
+impl Pods {
+    async fn make(cluster: &Cluster, namespace: &str) -> Result<Self> {
+        Ok(Self {
+            client: cluster.pod(PodOptions::new(namespace, "client").node(0)).await?,
+            near_server: cluster.pod(PodOptions::new(namespace, "near-server").node(0)).await?,
+            far_server: cluster.pod(PodOptions::new(namespace, "far-server").node(1)).await?,
+        })
+    }
+}
+
+fn name(side: Side) -> &'static str {
+    match side {
+        Side::Near => "near",
+        Side::Far => "far",
+        Side::Plain => "plain",
+    }
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::from([127, 0, 0, 1]), port)
+}
+
+/// Starts a program in a pod and waits until it says that it is ready.
+async fn start(pod: &Pod, command: Command) -> Result<Process> {
+    let process = pod.spawn(command).await?;
+    process.wait_for_line(READY, |line| line == "ready").await?;
+    Ok(process)
+}
