@@ -16,6 +16,8 @@ mod resolver;
 #[cfg(test)]
 mod resolver_tests;
 mod server;
+#[cfg(test)]
+mod server_tests;
 mod wire;
 
 use std::net::{IpAddr, SocketAddr};

@@ -1,0 +1,151 @@
+//! A control plane in the test's own process: discovery from tables, certificates from a real authority.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ambit_api::security::Authorization;
+use ambit_api::workload::address::Type;
+use ambit_api::workload::{Address, Service, Workload};
+use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use ambit_ca::{
+    AuthenticationError, Authenticator, Authority, AuthorityConfig, Caller, CertificateService, Credentials,
+    IssuancePolicy, NodePods, PodRef, RevokedCertificate, incoming::incoming,
+};
+use ambit_identity::{SpiffeId, TrustDomain};
+use ambit_xds::{Change, Resource, Server, Table};
+use async_trait::async_trait;
+use tokio::net::TcpListener;
+
+pub(crate) const SERVER_NAME: &str = "ambit-control.ambit-system.svc";
+pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
+
+/// The control plane. Its tasks end with the test's runtime.
+pub(crate) struct Control {
+    pub(crate) address: SocketAddr,
+    pub(crate) root_file: PathBuf,
+    pub(crate) token_file: PathBuf,
+    pub(crate) crl_file: PathBuf,
+    authority: Authority,
+    addresses: Table,
+    policies: Table,
+}
+
+impl Control {
+    pub(crate) async fn start(dir: &Path) -> Self {
+        let domain = TrustDomain::new(TRUST_DOMAIN).unwrap();
+        let (authority, driver) =
+            Authority::open(AuthorityConfig::new(domain, dir.join("ca"))).await.unwrap();
+        tokio::spawn(driver);
+        let (tls, fresh) = authority.serving(vec![SERVER_NAME.to_owned()]).unwrap();
+        tokio::spawn(fresh);
+        let (addresses, publisher) = Table::new(ADDRESS_TYPE_URL, <_>::default());
+        tokio::spawn(publisher.run());
+        let (policies, publisher) = Table::new(AUTHORIZATION_TYPE_URL, <_>::default());
+        tokio::spawn(publisher.run());
+        let discovery = Server::new(vec![policies.clone(), addresses.clone()], <_>::default());
+        let certificates = CertificateService::new(
+            authority.clone(),
+            Arc::new(Everybody),
+            Arc::new(Everywhere),
+            IssuancePolicy::default(),
+        );
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tonic::transport::Server::builder()
+            .add_service(certificates.into_server())
+            .add_service(discovery);
+        tokio::spawn(server.serve_with_incoming(incoming(listener, tls)));
+        let (root_file, token_file) = (dir.join("root.pem"), dir.join("token"));
+        std::fs::write(&root_file, authority.roots_pem().as_bytes()).unwrap();
+        std::fs::write(&token_file, "a token").unwrap();
+        Self { address, root_file, token_file, crl_file: dir.join("crl.pem"), authority, addresses, policies }
+    }
+
+    pub(crate) fn workload(&self, workload: Workload) {
+        let mut resource =
+            Resource::new(workload.uid.clone(), &Address { r#type: Some(Type::Workload(workload.clone())) });
+        for address in &workload.addresses {
+            resource = resource.alias(format!("{}/{}", workload.network, ip(address)));
+        }
+        for service in workload.services.keys() {
+            resource = resource.parent(service.clone());
+        }
+        self.addresses.apply(vec![Change::Upsert(resource)]);
+    }
+
+    pub(crate) fn service(&self, service: Service) {
+        let name = format!("{}/{}", service.namespace, service.hostname);
+        let mut resource = Resource::new(name, &Address { r#type: Some(Type::Service(service.clone())) });
+        for address in &service.addresses {
+            resource = resource.alias(format!("{}/{}", address.network, ip(&address.address)));
+        }
+        self.addresses.apply(vec![Change::Upsert(resource)]);
+    }
+
+    pub(crate) fn remove_address(&self, name: &str) {
+        self.addresses.apply(vec![Change::Remove(name.into())]);
+    }
+
+    pub(crate) fn policy(&self, policy: &Authorization) {
+        let name = format!("{}/{}", policy.namespace, policy.name);
+        self.policies.apply(vec![Change::Upsert(Resource::new(name, policy))]);
+    }
+
+    pub(crate) fn remove_policy(&self, name: &str) {
+        self.policies.apply(vec![Change::Remove(name.into())]);
+    }
+
+    /// Signs a key for any identity, as a rogue or a foreign proxy would have it.
+    pub(crate) fn sign(&self, csr_pem: &str, identity: &SpiffeId, lifetime: Duration) -> Vec<String> {
+        self.authority.sign(csr_pem, identity, Some(lifetime)).unwrap().chain
+    }
+
+    /// Puts certificates on the revocation list that the proxies watch.
+    pub(crate) fn revoke(&self, serials: &[String]) {
+        let revoked: Vec<_> = serials
+            .iter()
+            .map(|serial| RevokedCertificate { serial: bytes_of(serial), since: SystemTime::now() })
+            .collect();
+        let pem =
+            self.authority.sign_revocations(&revoked, SystemTime::now() + Duration::from_secs(3600)).unwrap();
+        let fresh = self.crl_file.with_extension("new");
+        std::fs::write(&fresh, pem).unwrap();
+        std::fs::rename(fresh, &self.crl_file).unwrap();
+    }
+}
+
+fn bytes_of(hex: &str) -> Vec<u8> {
+    (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+}
+
+fn ip(bytes: &[u8]) -> std::net::IpAddr {
+    match <[u8; 4]>::try_from(bytes) {
+        Ok(v4) => v4.into(),
+        Err(_) => <[u8; 16]>::try_from(bytes).unwrap().into(),
+    }
+}
+
+/// Takes every token for that of a node proxy: who may have what is the authority's own test.
+struct Everybody;
+
+#[async_trait]
+impl Authenticator for Everybody {
+    async fn authenticate(&self, credentials: &Credentials) -> Result<Caller, AuthenticationError> {
+        Ok(Caller {
+            identity: SpiffeId::new(TRUST_DOMAIN, "ambit-system", "ztunnel").unwrap(),
+            pod: Some(PodRef { name: "ztunnel".into(), uid: "ztunnel".into() }),
+            node: Some("node".into()),
+            cluster_id: credentials.cluster_id().to_owned(),
+        })
+    }
+}
+
+struct Everywhere;
+
+impl NodePods for Everywhere {
+    fn runs(&self, _: &str, _: &SpiffeId) -> bool {
+        true
+    }
+}
