@@ -69,6 +69,17 @@ fn every_feature() -> Table {
                     Rule::new([], Action::Drop, ""),
                 ],
             ),
+            base(
+                "raw",
+                ChainKind::Filter,
+                HookPoint::Prerouting,
+                -300,
+                vec![
+                    Rule::new([], Action::Zone(1), ""),
+                    Rule::new([], Action::ZoneOfOriginal(2), ""),
+                    Rule::new([], Action::SetMark { value: 0x10, mask: 0xf0 }, ""),
+                ],
+            ),
             base("nat", ChainKind::Nat, HookPoint::Output, -100, dnat),
             base(
                 "masquerade",
@@ -118,14 +129,14 @@ async fn every_difference_is_found() {
         Some(Difference::ExtraChain("more".into()))
     );
     let mut changed = table.clone();
-    changed.chains[2].rules.push(rule.clone());
+    changed.chains[3].rules.push(rule.clone());
     nft::apply(&inside, changed).await.unwrap();
     assert_eq!(
         nft::verify(&inside, table.clone()).await.unwrap(),
         Some(Difference::ExtraRules("nat".into()))
     );
     let mut changed = table.clone();
-    changed.chains[2].rules.swap(1, 2);
+    changed.chains[3].rules.swap(1, 2);
     nft::apply(&inside, changed).await.unwrap();
     assert_eq!(nft::verify(&inside, table.clone()).await.unwrap(), Some(Difference::Rule("nat".into(), 1)));
     let mut changed = table.clone();

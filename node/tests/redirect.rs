@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ambit_net::conntrack::Conntrack;
 use ambit_net::listen::{Options as SocketOptions, bind_udp, listen_tcp};
-use ambit_net::{Netns, PROXY_MARK, SocketStock, connect, original_dst};
+use ambit_net::{Family, Netns, PROXY_MARK, SocketStock, connect, original_dst};
 use ambit_node::listeners::{Listener, bind};
 use ambit_node::nft::{self, Action, Rule};
 use ambit_node::redirect::{self, Fault, Options, PROBE_V4, Stage, plan};
@@ -213,6 +213,58 @@ async fn the_application_sees_the_clients_address_that_the_proxy_binds() {
             talk(&mut proxied, &mut taken).await;
         }
     }
+}
+
+/// The kernel picks the port of a connection from a foreign address without knowing that the client
+/// itself uses it towards the same application.
+#[tokio::test]
+async fn a_proxied_connection_may_bear_the_very_port_of_its_captured_client() {
+    let (outside, pod) = pair().await;
+    apply(&pod, Stage::In).await;
+    let proxy = Proxy::in_pod(&pod).await;
+    for (client, own) in outside.addresses().into_iter().zip(pod.addresses()) {
+        let to = SocketAddr::new(own, 9080);
+        let source = SocketAddr::new(client, 40000);
+        let app = listen(&pod.netns, to).await;
+        let mut captured = dial_from(&outside.netns, None, source, to).await;
+        let (mut taken, _) = accept(&proxy.tcp(15006, own)).await;
+        talk(&mut captured, &mut taken).await;
+        let mut proxied = dial_from(&pod.netns, Some(PROXY_MARK), source, to).await;
+        let (mut served, seen) = accept(&app).await;
+        assert_eq!(seen.ip(), client);
+        talk(&mut proxied, &mut served).await;
+        talk(&mut captured, &mut taken).await;
+    }
+}
+
+/// The same with a client that was there before the rules, whose connection the application has.
+#[tokio::test]
+async fn a_proxied_connection_may_bear_the_very_port_of_an_older_one() {
+    let (outside, pod) = pair().await;
+    for (client, own) in outside.addresses().into_iter().zip(pod.addresses()) {
+        let to = SocketAddr::new(own, 9080);
+        let source = SocketAddr::new(client, 40000);
+        let app = listen(&pod.netns, to).await;
+        let mut older = dial_from(&outside.netns, None, source, to).await;
+        let mut taken = accept(&app).await.0;
+        apply(&pod, Stage::In).await;
+        talk(&mut older, &mut taken).await;
+        let mut proxied = dial_from(&pod.netns, Some(PROXY_MARK), source, to).await;
+        let (mut served, seen) = accept(&app).await;
+        assert_eq!(seen.ip(), client);
+        talk(&mut proxied, &mut served).await;
+        talk(&mut older, &mut taken).await;
+        redirect::remove(&pod.netns).await.unwrap();
+    }
+}
+
+async fn dial_from(from: &Netns, mark: Option<u32>, source: SocketAddr, to: SocketAddr) -> TcpStream {
+    let stock = SocketStock::new(from.clone(), mark);
+    let socket = stock.take(Family::of(to.ip())).await.unwrap();
+    socket.set_reuse_address(true).unwrap();
+    let socket = tokio::net::TcpSocket::from_std_stream(socket.into());
+    socket.bind(source).unwrap();
+    tokio::time::timeout(SOON, socket.connect(to)).await.expect("connected within 5 s").unwrap()
 }
 
 /// An address that no interface anywhere has.

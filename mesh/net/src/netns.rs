@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use parking_lot::Mutex;
@@ -272,7 +272,12 @@ fn start_helper() -> Result<SyncSender<Job>, NetnsError> {
 /// The helper's loop. It ends only when the queue's last sender is gone.
 fn serve(jobs: &Receiver<Job>) {
     let mut inside: Option<Netns> = None;
+    let mut trimmed = Instant::now();
     loop {
+        if trimmed.elapsed() >= TICK {
+            trimmed = Instant::now();
+            crate::stock::trim_idle();
+        }
         match jobs.recv_timeout(TICK) {
             Ok(Job { inside: wanted, work }) => {
                 // Holding the handle keeps the inode from being used again, so ids may be compared.
@@ -289,7 +294,6 @@ fn serve(jobs: &Receiver<Job>) {
             Err(RecvTimeoutError::Timeout) => {
                 // A quiet helper must not keep a pod's namespace alive by its handle.
                 inside = None;
-                crate::stock::trim_idle();
             }
             Err(RecvTimeoutError::Disconnected) => return,
         }

@@ -15,10 +15,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_net::{Netns, NetnsError, NetnsId};
+use futures_util::StreamExt;
 use parking_lot::Mutex;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::listeners::Keeper;
 use crate::redirect::{Fault, Options, RedirectError};
@@ -30,6 +31,8 @@ use pod::{Command, PodTask};
 const EVENTS: usize = 1024;
 /// Commands that one pod's task may have waiting.
 const COMMANDS: usize = 16;
+/// Pods that are verified at a time.
+const REPAIRS: usize = 8;
 /// Rounds that a command makes when it meets a pod's task that is just ending.
 const ROUNDS: usize = 4;
 
@@ -236,20 +239,15 @@ impl Agent {
     /// agent does the same at its repair interval.
     pub async fn repair(&self) -> Vec<(String, Vec<Fault>)> {
         let uids: Vec<String> = self.0.tasks.lock().keys().cloned().collect();
-        let mut found = Vec::new();
-        for uid in uids {
-            match self.command(&uid, Command::Repair).await {
-                Ok(Ok(faults)) if faults.is_empty() => {}
-                Ok(Ok(faults)) => {
-                    for fault in &faults {
-                        tracing::warn!(uid, %fault, "redirection repaired");
-                    }
-                    found.push((uid, faults));
-                }
-                Ok(Err(error)) | Err(error) => tracing::warn!(uid, %error, "redirection not repaired"),
-            }
-        }
-        found
+        futures_util::stream::iter(uids)
+            .map(|uid| async move {
+                let outcome = self.command(&uid, Command::Repair).await;
+                (uid, outcome.flatten())
+            })
+            .buffer_unordered(REPAIRS)
+            .filter_map(|(uid, outcome)| std::future::ready(told(uid, outcome)))
+            .collect()
+            .await
     }
 
     /// Waits, for at most `limit`, until a proxy serves the pod. Says whether one does.
@@ -307,6 +305,22 @@ impl Agent {
             }
         }
         Err(AgentError::Ended)
+    }
+}
+
+/// Logs what a repair came to, and returns what was not as planned.
+fn told(uid: String, outcome: Result<Vec<Fault>, AgentError>) -> Option<(String, Vec<Fault>)> {
+    match outcome {
+        Ok(faults) => {
+            for fault in &faults {
+                tracing::warn!(uid, %fault, "redirection repaired");
+            }
+            (!faults.is_empty()).then_some((uid, faults))
+        }
+        Err(error) => {
+            tracing::warn!(uid, %error, "redirection not repaired");
+            None
+        }
     }
 }
 
@@ -373,8 +387,8 @@ impl Driver {
         }
         let agent = self.agent.clone();
         let repairs = async move {
-            let first = Instant::now() + self.repair_interval;
-            let mut ticks = interval_at(first, self.repair_interval);
+            // The first round is at once: the node may have changed while no agent ran.
+            let mut ticks = interval(self.repair_interval);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;

@@ -108,3 +108,38 @@ pub(super) fn covers(listed: &[u8], wanted: &[Attribute]) -> bool {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn trees() -> impl Strategy<Value = Attribute> {
+        let leaf = (0..8_u16, prop::collection::vec(any::<u8>(), 0..9))
+            .prop_map(|(kind, bytes)| Attribute::bytes(kind, bytes));
+        leaf.prop_recursive(3, 24, 4, |inner| {
+            (0..8_u16, prop::collection::vec(inner, 0..4))
+                .prop_map(|(kind, value)| Attribute::tree(kind, value))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_is_covered_and_no_less_is(attributes in prop::collection::vec(trees(), 1..5)) {
+            let mut bytes = Vec::new();
+            encode_all(&attributes, &mut bytes);
+            prop_assert!(covers(&bytes, &attributes));
+            prop_assert_eq!(walk(&bytes).count(), attributes.len());
+            let mut more = attributes;
+            more.push(Attribute::bytes(9, [1]));
+            prop_assert!(!covers(&bytes, &more));
+        }
+
+        #[test]
+        fn no_bytes_break_the_walk(bytes in prop::collection::vec(any::<u8>(), 0..64), kind in 0..8_u16) {
+            walk(&bytes).for_each(drop);
+            find_string(&bytes, kind);
+        }
+    }
+}

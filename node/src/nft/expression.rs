@@ -27,6 +27,8 @@ const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const CT_MARK: u32 = 3;
 const CT_ZONE: u32 = 17;
+/// `IP_CT_DIR_ORIGINAL` of linux/netfilter/nf_conntrack_tuple_common.h.
+const DIRECTION_ORIGINAL: u8 = 0;
 const BASE_NETWORK: u32 = 1;
 const BASE_TRANSPORT: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
@@ -161,6 +163,17 @@ fn render_action(out: &mut Vec<Attribute>, action: &Action, tcp: bool) {
         Action::Zone(zone) => {
             out.push(immediate(REG_1, &zone.to_ne_bytes()));
             out.push(expression("ct", vec![Attribute::number(2, CT_ZONE), Attribute::number(4, REG_1)]));
+        }
+        Action::ZoneOfOriginal(zone) => {
+            out.push(immediate(REG_1, &zone.to_ne_bytes()));
+            out.push(expression(
+                "ct",
+                vec![
+                    Attribute::number(2, CT_ZONE),
+                    Attribute::bytes(3, [DIRECTION_ORIGINAL]),
+                    Attribute::number(4, REG_1),
+                ],
+            ));
         }
         Action::Redirect(port) => {
             out.push(immediate(REG_1, &port.to_be_bytes()));

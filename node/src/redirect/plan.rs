@@ -23,6 +23,8 @@ pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 pub const PROBE_V6: Ipv6Addr = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
 /// The zone in which the proxy's own DNS datagrams are tracked.
 const DNS_ZONE: u16 = 1;
+/// The zone of the proxy's connections to the application, in the direction of their first packet.
+const APPLICATION_ZONE: u16 = 2;
 
 const RAW: i32 = -300;
 const MANGLE: i32 = -150;
@@ -87,10 +89,12 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
     let route =
         |family| LocalRoute { family, mark: PROXY_CONNMARK, priority: ROUTE_PRIORITY, table: ROUTE_TABLE };
     let mut chains = Vec::new();
+    let mut raw_output = vec![to_application()];
     if options.dns_capture {
         chains.push(chain("raw_prerouting", ChainKind::Filter, HookPoint::Prerouting, RAW, dns_replies()));
-        chains.push(chain("raw_output", ChainKind::Filter, HookPoint::Output, RAW, dns_questions()));
+        raw_output.extend(dns_questions());
     }
+    chains.push(chain("raw_output", ChainKind::Filter, HookPoint::Output, RAW, raw_output));
     chains.push(chain(
         "mangle_prerouting",
         ChainKind::Filter,
@@ -125,6 +129,21 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
 
 fn chain(name: &str, kind: ChainKind, point: HookPoint, priority: i32, rules: Vec<NftRule>) -> Chain {
     Chain { name: name.into(), hook: Some(Hook { kind, point, priority }), rules }
+}
+
+/// The proxy dials the application from the client's address and a port that the kernel picks, which
+/// may be the very port of a connection that the client itself has to the same application, captured or
+/// older than the rules. In one zone the two would be taken for one connection.
+fn to_application() -> NftRule {
+    NftRule::new(
+        [
+            Match::Protocol(Protocol::Tcp),
+            Match::OutputInterface(Compare::Is, "lo".into()),
+            marked(Compare::Is),
+        ],
+        Action::ZoneOfOriginal(APPLICATION_ZONE),
+        "connections to the application",
+    )
 }
 
 /// Replies to the proxy's own questions do not meet the application's entries: an application may ask
