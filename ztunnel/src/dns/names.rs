@@ -2,6 +2,9 @@
 
 use smallvec::SmallVec;
 
+/// Names with at least so many dots are complete, as in the `resolv.conf` of a cluster's pods.
+const NDOTS: usize = 5;
+
 /// The names to look for, in order, all in lower case without a dot at the end.
 ///
 /// A client that knows no search domains asks for `reviews` or `reviews.shop`; one that adds them to
@@ -12,17 +15,14 @@ pub(super) fn candidates(name: &str, namespace: &str, cluster_domain: &str) -> S
         return names;
     }
     names.push(name.to_owned());
-    match name.split('.').count() {
-        1 => names.push(format!("{name}.{namespace}.svc.{cluster_domain}")),
-        2 => names.push(format!("{name}.svc.{cluster_domain}")),
-        3 if name.ends_with(".svc") => names.push(format!("{name}.{cluster_domain}")),
-        _ => {}
-    }
     let domains = [
         format!(".{namespace}.svc.{cluster_domain}"),
         format!(".svc.{cluster_domain}"),
         format!(".{cluster_domain}"),
     ];
+    if name.matches('.').count() < NDOTS {
+        names.extend(domains.iter().map(|domain| format!("{name}{domain}")));
+    }
     for domain in &domains {
         // One label alone would be any service of any namespace.
         if let Some(rest) = name.strip_suffix(domain.as_str()).filter(|rest| rest.contains('.')) {
@@ -47,23 +47,23 @@ mod tests {
 
     #[test]
     fn short_names_are_completed() {
-        assert_eq!(of("reviews"), ["reviews", "reviews.shop.svc.cluster.local"]);
-        assert_eq!(of("reviews.other"), ["reviews.other", "reviews.other.svc.cluster.local"]);
-        assert_eq!(of("reviews.other.svc"), ["reviews.other.svc", "reviews.other.svc.cluster.local"]);
+        for (short, full) in [
+            ("reviews", "reviews.shop.svc.cluster.local"),
+            ("reviews.other", "reviews.other.svc.cluster.local"),
+            ("reviews.other.svc", "reviews.other.svc.cluster.local"),
+            ("db-0.db", "db-0.db.shop.svc.cluster.local"),
+            ("db-0.db.other", "db-0.db.other.svc.cluster.local"),
+        ] {
+            let names = of(short);
+            assert_eq!(names[0], short);
+            assert!(names.iter().any(|name| name == full), "{short} may mean {full}");
+        }
     }
 
     #[test]
     fn search_domains_are_taken_off() {
-        assert_eq!(
-            of("api.example.com.shop.svc.cluster.local"),
-            [
-                "api.example.com.shop.svc.cluster.local",
-                "api.example.com",
-                "api.example.com.shop",
-                "api.example.com.shop.svc"
-            ]
-        );
-        assert_eq!(of("reviews.shop.svc.cluster.local")[0], "reviews.shop.svc.cluster.local");
+        let name = "api.example.com.shop.svc.cluster.local";
+        assert_eq!(of(name), [name, "api.example.com", "api.example.com.shop", "api.example.com.shop.svc"]);
         assert!(!of("reviews.shop.svc.cluster.local").contains(&"reviews".to_owned()));
     }
 

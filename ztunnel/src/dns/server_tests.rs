@@ -289,7 +289,8 @@ async fn a_newer_edns_is_answered_with_badvers() {
     let mut message = query("reviews.", RecordType::A, Some(1232));
     message.edns.as_mut().unwrap().set_version(1);
     let answer = ask(proxy.udp, &message).await;
-    assert_eq!(answer.metadata.response_code, ResponseCode::BADVERS);
+    // 16 is BADVERS here and BADSIG with a signature; the library reads the latter.
+    assert_eq!(u16::from(answer.metadata.response_code), u16::from(ResponseCode::BADVERS));
     assert!(answer.answers.is_empty());
 }
 
