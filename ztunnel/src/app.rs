@@ -24,6 +24,7 @@ use tokio::sync::watch;
 
 use crate::config::{Cipher, Config, LogFormat};
 use crate::connections::Connections;
+use crate::dns::{self, DnsProxy};
 use crate::feed;
 use crate::loads::Loads;
 use crate::pods::sockets::Wanted;
@@ -36,6 +37,9 @@ use crate::zds::client::Progress;
 
 /// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
 const WINDOW_BUDGET: u64 = 256 << 20;
+
+/// Where the node's own resolvers are named.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Runs the proxy until it is told to stop or can't go on.
 ///
@@ -224,6 +228,7 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         synced: synced(discovery),
         drain: drain.clone(),
         budget: budget.clone(),
+        dns: dns(config, directory.clone(), &parts.registry),
         tallies: Tallies::default(),
     });
     let pool_counters = Arc::new(PoolCounters::default());
@@ -235,6 +240,18 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
     })?;
     let pods = Pods::new(proxy.clone(), workers.clone(), drain);
     Ok((Program { proxy, workers, pods, pool_counters }, supervisor))
+}
+
+fn dns(config: &Config, directory: ambit_directory::Reader, registry: &Registry) -> DnsProxy {
+    let mut upstreams = config.dns.upstreams.clone();
+    if upstreams.is_empty() {
+        match std::fs::read_to_string(RESOLV_CONF) {
+            Ok(text) => upstreams = dns::resolv_conf::nameservers(&text),
+            Err(error) => tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask"),
+        }
+    }
+    let settings = dns::Settings::new(&config.dns.cluster_domain, upstreams);
+    DnsProxy::new(settings, directory, dns::Metrics::register(registry))
 }
 
 /// Whether discovery has applied its first state, as something that a connection can look at.
@@ -259,7 +276,7 @@ fn settings(config: &Config, trust: &Trust) -> Settings {
         trust_domain: trust.trust_domain(),
         cluster_domain: config.dns.cluster_domain.as_str().into(),
         same_node: config.same_node,
-        listeners: Wanted { dns: false, socks5: config.socks5 },
+        listeners: Wanted { dns: config.dns.enabled, socks5: config.socks5 },
         limits: Limits {
             connect_timeout: limits.connect_timeout.get(),
             attempt_timeout: limits.attempt_timeout.get(),

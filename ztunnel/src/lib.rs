@@ -8,6 +8,7 @@ pub mod config;
 pub mod connections;
 pub mod cut;
 pub mod destination;
+pub mod dns;
 pub mod error;
 pub mod feed;
 pub mod inbound;

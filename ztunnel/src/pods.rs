@@ -41,6 +41,7 @@ pub struct Pod {
     workload: WorkloadUid,
     stock: SocketStock,
     certificates: CertificateStore,
+    dns: Arc<crate::dns::Client>,
     left: watch::Sender<bool>,
 }
 
@@ -63,6 +64,11 @@ impl Pod {
     /// The pod's name in the directory.
     pub fn workload(&self) -> &WorkloadUid {
         &self.workload
+    }
+
+    /// The pod as one that asks DNS questions.
+    pub fn dns(&self) -> &Arc<crate::dns::Client> {
+        &self.dns
     }
 
     /// Resolves when the pod has left and peers are to be told so.
@@ -240,12 +246,14 @@ impl Pods {
             .prefetch(&identity)
             .map_err(|source| PodError::Certificate { uid: uid.clone(), source })?;
         let workload = WorkloadUid::of_pod(&settings.cluster_id, &info.namespace, &info.name);
+        let stock = SocketStock::new(netns.clone(), Some(PROXY_MARK));
         Ok(Arc::new(Pod {
             uid: uid.clone(),
             info: info.clone(),
             identity,
             workload,
-            stock: SocketStock::new(netns.clone(), Some(PROXY_MARK)),
+            dns: self.0.proxy.dns.client(&info.namespace, &settings.network, stock.clone()),
+            stock,
             certificates,
             left: watch::Sender::new(false),
         }))
@@ -267,20 +275,29 @@ impl Pods {
         is_shared: bool,
     ) -> HashMap<SocketId, (Role, Listening)> {
         let mut listening = HashMap::new();
+        let post = |role| Post {
+            pod: pod.clone(),
+            role,
+            is_shared,
+            workers: self.0.workers.clone(),
+            drain: self.0.drain.clone(),
+        };
+        let unusable = |error| tracing::error!(pod = pod.uid, %error, "a listener can't be used");
         for (role, listener) in sockets.tcp {
+            let Some(seat) = self.0.workers.next_seat() else { continue };
             match sockets::socket_id(&listener) {
+                Ok(id) => drop(listening.insert(id, (role, listening::start(post(role), seat, listener)))),
+                Err(error) => unusable(error),
+            }
+        }
+        for socket in sockets.dns_udp {
+            let Some(seat) = self.0.workers.next_seat() else { continue };
+            match sockets::socket_id(&socket) {
                 Ok(id) => {
-                    let post = Post {
-                        pod: pod.clone(),
-                        role,
-                        is_shared,
-                        workers: self.0.workers.clone(),
-                        drain: self.0.drain.clone(),
-                    };
-                    let Some(seat) = self.0.workers.next_seat() else { continue };
-                    listening.insert(id, (role, listening::start(post, seat, listener)));
+                    let task = listening::start_udp(post(Role::Dns), seat, socket);
+                    drop(listening.insert(id, (Role::Dns, task)));
                 }
-                Err(error) => tracing::error!(pod = pod.uid, %error, "a listener can't be used"),
+                Err(error) => unusable(error),
             }
         }
         listening
@@ -295,10 +312,11 @@ impl Pods {
         let mut sockets =
             sockets::passed(&order.listeners, self.0.proxy.settings.listeners).map_err(wrong)?;
         let mut passed = HashSet::new();
-        sockets.tcp.retain(|(_, listener)| match sockets::socket_id(listener) {
-            Ok(id) => passed.insert(id) && !served.listening.contains_key(&id),
-            Err(_) => false,
-        });
+        let mut is_fresh = |id: std::io::Result<SocketId>| {
+            id.is_ok_and(|id| passed.insert(id) && !served.listening.contains_key(&id))
+        };
+        sockets.tcp.retain(|(_, listener)| is_fresh(sockets::socket_id(listener)));
+        sockets.dns_udp.retain(|socket| is_fresh(sockets::socket_id(socket)));
         let fresh = self.listen(&served.pod, sockets, true);
         served.listening.retain(|id, (_, listening)| {
             let stays = passed.contains(id);

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::config::SameNode;
 use crate::connections::Connections;
+use crate::dns::DnsProxy;
 use crate::error::ConnectionError;
 use crate::loads::Loads;
 use crate::pods::sockets::Wanted;
@@ -139,6 +140,8 @@ pub struct Proxy {
     pub drain: Drain,
     /// Memory for tunnels' windows, of the whole process.
     pub budget: WindowBudget,
+    /// Answers pods' DNS questions.
+    pub dns: DnsProxy,
     /// Counts.
     pub tallies: Tallies,
 }

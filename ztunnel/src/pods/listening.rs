@@ -5,7 +5,7 @@
 //! of our own is emptied first, because closing it would reset what waits there.
 
 use std::future::Future;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use ambit_net::drain::Drain;
 use tokio::sync::watch;
 
 use super::{Pod, Role};
+use crate::dns::Tracked;
 use crate::proxy::Worker;
 use crate::workers::{Seat, Workers};
 use crate::{inbound, outbound, passthrough};
@@ -63,6 +64,35 @@ pub(super) fn start(post: Post, seat: &Seat, listener: TcpListener) -> Listening
     let home = seat.clone();
     seat.spawn("accept", async move { run(post, home, listener, stopped).await });
     Listening { stop }
+}
+
+/// Starts answering the datagrams of a DNS socket on worker `seat`.
+pub(super) fn start_udp(post: Post, seat: &Seat, socket: UdpSocket) -> Listening {
+    let (stop, stopped) = watch::channel(false);
+    seat.spawn("dns", async move { run_udp(post, socket, stopped).await });
+    Listening { stop }
+}
+
+async fn run_udp(mut post: Post, socket: UdpSocket, mut stopped: watch::Receiver<bool>) {
+    let Some((_, worker)) = post.workers.seat(0) else { return };
+    let (dns, client) = (worker.proxy.dns.clone(), post.pod.dns().clone());
+    let pod = post.pod.uid().to_owned();
+    let serve = async {
+        let local = socket.local_addr()?;
+        let originals = Tracked::open(post.pod.stock().netns(), local).await.map_err(std::io::Error::other)?;
+        dns.serve_udp(client, tokio::net::UdpSocket::from_std(socket)?, originals).await;
+        Ok::<_, std::io::Error>(())
+    };
+    tokio::select! {
+        ended = serve => {
+            if let Err(error) = ended {
+                tracing::error!(pod, %error, "a pod's DNS socket can't be served");
+            }
+        }
+        // A dropped sender is a stop too: its pod is gone.
+        _ = stopped.wait_for(|stop| *stop) => {}
+        () = post.drain.draining() => {}
+    }
 }
 
 async fn run(mut post: Post, home: Seat, listener: TcpListener, mut stopped: watch::Receiver<bool>) {
@@ -129,6 +159,9 @@ fn hand_over(post: &Post, home: &Seat, stream: TcpStream, peer: SocketAddr) {
         Role::Passthrough => workers.place(home, "passthrough", stream, move |_, worker, stream| {
             passthrough::serve(worker, pod, stream, peer)
         }),
-        Role::Dns => drop(stream),
+        Role::Dns => workers.place(home, "dns", stream, move |_, worker, stream| async move {
+            let resolver = ambit_net::original_dst(&stream).ok();
+            worker.proxy.dns.serve_tcp(pod.dns().clone(), stream, resolver).await;
+        }),
     }
 }
