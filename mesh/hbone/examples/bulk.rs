@@ -2,7 +2,7 @@
 //! thread with a single-threaded runtime, beside a raw relay (the same TLS library and cipher suite,
 //! 256 KiB buffers, no HTTP/2). CPU is that of the two proxy threads.
 //!
-//! `cargo run --release -p ambit-hbone --example bulk [-- ROUNDS]` runs both in turn and prints a table.
+//! `cargo run --release -p ambit-hbone --example bulk [-- ROUNDS [ROW]]` runs both in turn.
 #![allow(clippy::print_stdout, reason = "its output is a table")]
 
 use std::io::{Read, Write};
@@ -25,33 +25,60 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const BUFFER: usize = 256 * 1024;
 const BULK: u64 = 2_000_000_000;
 const TRIPS: u32 = 20_000;
-const CONNECTIONS: u32 = 2_000;
+const IDLE: u32 = 3_000;
+const CONNECTIONS: u32 = 5_000;
 
 fn main() -> Result<()> {
-    let rounds = std::env::args().nth(1).map_or(Ok(3), |text| text.parse())?;
+    let mut arguments = std::env::args().skip(1);
+    let rounds = arguments.next().map_or(Ok(3), |text| text.parse())?;
+    let only = arguments.next();
     let certificates = certificates()?;
-    println!(
-        "round  path    {:>22}  {:>22}  {:>22}  {:>12}",
-        "bulk 1", "64 B round trip", "32 in turn", "connection"
-    );
     for round in 1..=rounds {
-        for path in [Path::Raw, Path::Tunnel] {
+        for path in [Path::Tunnel, Path::Raw] {
             let bed = Bed::start(path, &certificates)?;
-            let (seconds, cpu) = bed.measure(|entry, exit| bulk(entry, exit, BULK))?;
-            let gigabytes = BULK as f64 / 1e9;
-            let bulk = format!("{:.2} Gb/s {:.3} s/GB", gigabytes * 8.0 / seconds, cpu / gigabytes);
-            let (seconds, cpu) = bed.measure(|entry, exit| trips(entry, exit, 1))?;
-            let per = f64::from(TRIPS) / 1e6;
-            let trip = format!("{:.1} µs {:.1} µs CPU", seconds / per, cpu / per);
-            let (seconds, cpu) = bed.measure(|entry, exit| trips(entry, exit, 32))?;
-            let many = format!("{:.1} k/s {:.1} µs CPU", f64::from(TRIPS) / seconds / 1e3, cpu / per);
-            let (_, cpu) = bed.measure(connections)?;
-            let each = format!("{:.1} µs CPU", cpu / f64::from(CONNECTIONS) * 1e6);
-            println!("{round:>5}  {path:<6?}  {bulk:>22}  {trip:>22}  {many:>22}  {each:>12}");
+            for (name, row) in
+                ROWS.iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name))
+            {
+                println!("{round}  {path:<6?}  {name:<11}  {}", row(&bed)?);
+            }
         }
     }
     Ok(())
 }
+
+type Row = fn(&Bed) -> Result<String>;
+
+const ROWS: [(&str, Row); 5] = [
+    ("bulk", |bed| {
+        let (seconds, cpu) = bed.measure(|entry, exit| bulk(entry, exit, BULK))?;
+        let gigabytes = BULK as f64 / 1e9;
+        Ok(format!("{:.2} Gb/s, {:.3} CPU-s/GB", gigabytes * 8.0 / seconds, cpu / gigabytes))
+    }),
+    ("trip", |bed| {
+        let (seconds, cpu) = bed.measure(|entry, exit| trips(entry, exit, 1))?;
+        let millions = f64::from(TRIPS) / 1e6;
+        Ok(format!("{:.1} µs, {:.1} µs CPU a trip", seconds / millions, cpu / millions))
+    }),
+    ("32 trips", |bed| {
+        let (seconds, cpu) = bed.measure(|entry, exit| trips(entry, exit, 32))?;
+        let (thousands, millions) = (f64::from(TRIPS) / 1e3, f64::from(TRIPS) / 1e6);
+        Ok(format!("{:.1} k/s, {:.1} µs CPU a trip", thousands / seconds, cpu / millions))
+    }),
+    ("connections", |bed| {
+        let (seconds, cpu) = bed.measure(connections)?;
+        let millions = f64::from(CONNECTIONS) / 1e6;
+        Ok(format!("{:.1} µs, {:.1} µs CPU each", seconds / millions, cpu / millions))
+    }),
+    ("idle", |bed| {
+        // What a first few connections allocate once is not theirs.
+        let first = idle(bed.entry, &bed.exit, IDLE / 10)?;
+        let before = resident()?;
+        let held = idle(bed.entry, &bed.exit, IDLE)?;
+        let bytes = resident()?.saturating_sub(before) / u64::from(IDLE) / 2;
+        drop((first, held));
+        Ok(format!("{bytes} bytes a connection and side"))
+    }),
+];
 
 #[derive(Debug, Clone, Copy)]
 enum Path {
@@ -293,6 +320,30 @@ fn connections(entry: SocketAddr, exit: &StdListener) -> Result<()> {
         from.read_exact(&mut byte)?;
     }
     Ok(())
+}
+
+/// Connections that carried a byte each way and then rest.
+fn idle(entry: SocketAddr, exit: &StdListener, count: u32) -> Result<Vec<(StdStream, StdStream)>> {
+    let mut held = Vec::new();
+    for _ in 0..count {
+        let mut from = StdStream::connect(entry)?;
+        from.write_all(&[1])?;
+        let (mut to, _) = exit.accept()?;
+        let mut byte = [0];
+        to.read_exact(&mut byte)?;
+        to.write_all(&byte)?;
+        from.read_exact(&mut byte)?;
+        held.push((from, to));
+    }
+    Ok(held)
+}
+
+/// Resident bytes of this process.
+fn resident() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kibibytes * 1024)
 }
 
 fn id(name: &str) -> Result<SpiffeId> {

@@ -6,7 +6,7 @@
 //! Buffers belong to the worker (see [`ambit_net::relay::buffers`]); at rest a relay holds none.
 
 use std::collections::VecDeque;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -44,28 +44,29 @@ const AT_REST: usize = 4;
 /// # Errors
 ///
 /// [`RelayError`] names the side and the operation that failed.
-pub async fn relay(
-    socket: &mut TcpStream,
+pub fn relay<'a>(
+    socket: &'a mut TcpStream,
     socket_side: Side,
     tunnel: Tunnel,
-    counters: &Counters,
+    counters: &'a Counters,
     idle: Option<Duration>,
-) -> Result<(), RelayError> {
+) -> impl Future<Output = Result<(), RelayError>> + Send + use<'a> {
+    // Built here and not in the future, which would keep room for the tunnel as well: most relays
+    // are at rest, so their size counts.
     let mut state = Relay::new(socket_side, tunnel);
-    let ended = {
-        let copy = poll_fn(|cx| state.poll(cx, socket, counters));
-        match idle {
-            None => copy.await,
-            Some(limit) => tokio::select! {
-                ended = copy => ended,
-                () = counters.idle_for(limit) => Err(RelayError::Idle(limit)),
-            },
+    let mut idle = idle.map(|limit| (limit, Box::pin(counters.idle_for(limit))));
+    poll_fn(move |cx| {
+        let mut ended = state.poll(cx, socket, counters);
+        if ended.is_pending()
+            && let Some((limit, idle)) = &mut idle
+        {
+            ended = idle.as_mut().poll(cx).map(|()| Err(RelayError::Idle(*limit)));
         }
-    };
-    if let Err(error) = &ended {
-        state.pass_on(error, socket);
-    }
-    ended
+        if let Poll::Ready(Err(error)) = &ended {
+            state.pass_on(error, socket);
+        }
+        ended
+    })
 }
 
 /// Where a direction stands.

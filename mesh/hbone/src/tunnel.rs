@@ -30,7 +30,8 @@ pub struct Tunnel {
     pub(crate) recv: RecvStream,
     pub(crate) lease: Lease,
     peer: SpiffeId,
-    baggage: Option<Baggage>,
+    /// Boxed: a tunnel at rest is to be small.
+    baggage: Option<Box<Baggage>>,
 }
 
 impl Tunnel {
@@ -41,7 +42,7 @@ impl Tunnel {
         peer: SpiffeId,
         baggage: Option<Baggage>,
     ) -> Tunnel {
-        Tunnel { send, recv, lease, peer, baggage }
+        Tunnel { send, recv, lease, peer, baggage: baggage.map(Box::new) }
     }
 
     /// The other proxy's verified identity: at a client the destination's, at a server the client's.
@@ -49,9 +50,10 @@ impl Tunnel {
         &self.peer
     }
 
-    /// What the other side said about its workload. Not authenticated.
+    /// At a client, what the answer said about the destination's workload; not authenticated. At a
+    /// server, nothing: the client's is in its request.
     pub fn baggage(&self) -> Option<&Baggage> {
-        self.baggage.as_ref()
+        self.baggage.as_deref()
     }
 
     /// The tunnel as a byte stream, to run another protocol in it.

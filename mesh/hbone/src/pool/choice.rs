@@ -14,7 +14,7 @@ pub(crate) struct Candidate {
 /// How far a key may spread.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
-    /// Connections made because others are busy.
+    /// Connections made because others are busy; with 0, a busy one is used without waiting.
     pub spread: usize,
     /// Connections made because others are full.
     pub connections: usize,
@@ -43,7 +43,7 @@ pub(crate) fn choose(candidates: &[Candidate], dialling: bool, bounds: Bounds) -
     let grow = |limit: usize| candidates.len() < limit;
     match best {
         Some((index, one)) if !one.bulk && one.open < bounds.busy => Choice::Use(index),
-        Some(_) if dialling => Choice::Wait,
+        Some(_) if dialling && bounds.spread > 0 => Choice::Wait,
         Some(_) if grow(bounds.spread) => Choice::Dial,
         Some((index, _)) => Choice::Use(index),
         None if dialling => Choice::Wait,
@@ -82,6 +82,13 @@ mod tests {
         assert_eq!(choose(&[candidate(100, false)], false, BOUNDS), Choice::Dial);
         assert_eq!(choose(&[candidate(1, true)], true, BOUNDS), Choice::Wait);
         assert_eq!(choose(&[candidate(9, true), candidate(4, true)], false, BOUNDS), Choice::Use(1));
+    }
+
+    #[test]
+    fn a_tunnel_that_may_not_spread_takes_a_busy_connection_at_once() {
+        let bounds = Bounds { spread: 0, ..BOUNDS };
+        assert_eq!(choose(&[candidate(1, true)], true, bounds), Choice::Use(0));
+        assert_eq!(choose(&[candidate(200, true)], true, bounds), Choice::Wait);
     }
 
     #[test]

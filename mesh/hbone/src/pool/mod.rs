@@ -15,6 +15,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ambit_identity::{PeerCertificate, SpiffeId};
 use parking_lot::Mutex;
@@ -28,10 +29,12 @@ pub use counters::PoolCounters;
 use crate::client::{self, Connection, Driver, DriverEnd};
 use crate::load::Lease;
 use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
-use state::{Flight, Outcome, State, Step};
+use state::{Flight, Outcome, State, Step, Waiter};
 
 /// How often one `open` may find that its connection was just going away.
 const ATTEMPTS: usize = 4;
+/// How long a tunnel waits for a quieter connection before it takes a busy one.
+const SPREAD_WAIT: Duration = Duration::from_millis(100);
 
 /// What a connection may be shared by: one source identity to one workload at one address. An
 /// address that is used again by another workload has another key.
@@ -135,8 +138,7 @@ impl Pool {
                 }
                 Step::Wait(waiter) => {
                     shared.counters.shared.add(1);
-                    let outcome = waiter.outcome(key.address).await;
-                    may_spread &= shared.made_or_spare(outcome, may_spread, key, tls, expected)?;
+                    may_spread = shared.landing(waiter, may_spread, key, tls, expected).await?;
                 }
                 Step::Dial(ticket) => {
                     let establish = Establish {
@@ -148,8 +150,7 @@ impl Pool {
                     let task = establish.run(Arc::clone(shared), dial(), ticket.report);
                     let task = tokio::spawn(task);
                     shared.state.lock().watch(key, ticket.flight, task.abort_handle());
-                    let outcome = ticket.waiter.outcome(key.address).await;
-                    may_spread &= shared.made_or_spare(outcome, may_spread, key, tls, expected)?;
+                    may_spread = shared.landing(ticket.waiter, may_spread, key, tls, expected).await?;
                 }
             }
         }
@@ -216,21 +217,23 @@ impl Shared {
         opened
     }
 
-    /// Whether the connection was made. If it was not, but was only to spread the load, what is
-    /// there carries the tunnel as well.
-    fn made_or_spare(
+    /// Waits for a connection that is being made; yields whether the tunnel may wait for one again.
+    ///
+    /// If it is only to spread the load, the wait is short and its failure is nobody's: what is there
+    /// carries the tunnel as well.
+    async fn landing(
         &self,
-        outcome: Outcome,
+        waiter: Waiter,
         may_spread: bool,
         key: &PoolKey,
         tls: &Arc<ClientConfig>,
         expected: &[SpiffeId],
     ) -> Result<bool, OpenError> {
-        match outcome {
-            Ok(()) => Ok(true),
-            Err(_) if may_spread && self.state.lock().has_usable(key, tls, expected) => Ok(false),
-            Err(error) => Err(error),
+        let outcome = waiter.outcome(key.address);
+        if may_spread && self.state.lock().has_usable(key, tls, expected) {
+            return Ok(matches!(timeout(SPREAD_WAIT, outcome).await, Ok(Ok(()))));
         }
+        outcome.await.map(|()| may_spread)
     }
 }
 

@@ -18,7 +18,8 @@ use crate::{Baggage, ConnectRequest, Tunnel};
 /// A CONNECT that arrived. Dropped without an answer, it is answered with 503.
 #[derive(Debug)]
 pub struct Incoming {
-    request: ConnectRequest,
+    /// Boxed: handlers keep this while they dial.
+    request: Box<ConnectRequest>,
     peer: SpiffeId,
     deadline: Instant,
     tally: Tally,
@@ -54,7 +55,13 @@ impl Incoming {
         tally: Tally,
         deadline: Instant,
     ) -> Incoming {
-        Incoming { request, peer, deadline, tally, open: Some(Open { respond, recv, lease }) }
+        Incoming {
+            request: Box::new(request),
+            peer,
+            deadline,
+            tally,
+            open: Some(Open { respond, recv, lease }),
+        }
     }
 
     /// What is asked for.
@@ -104,9 +111,8 @@ impl Incoming {
         };
         let mut response = Response::new(());
         set_baggage(response.headers_mut(), baggage);
-        let about = self.request.baggage.clone();
         match respond.send_response(response, false) {
-            Ok(send) => Ok(Tunnel::new(send, recv, lease, self.peer.clone(), about)),
+            Ok(send) => Ok(Tunnel::new(send, recv, lease, self.peer.clone(), None)),
             Err(_) => {
                 self.tally.add();
                 Err(NotAnswered::Cancelled)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_hbone::{ConnectRequest, InFlight, OpenError, Settings};
 use futures_util::future::join_all;
@@ -129,6 +129,48 @@ async fn beside_a_bulk_stream_a_new_tunnel_gets_a_connection_of_its_own() {
     assert_eq!(client.dials(), 2, "tunnels spread although a quiet connection was there");
     drop((one, two));
     busy.abort();
+}
+
+#[tokio::test]
+async fn a_second_connection_that_hangs_holds_no_tunnel_up() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    // A wire that carries one connection and lets others hang.
+    let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (middle, far) = (wire.local_addr().unwrap(), node.address);
+    let forwarding = tokio::spawn(async move {
+        let (mut near, _) = wire.accept().await.unwrap();
+        let mut far = TcpStream::connect(far).await.unwrap();
+        let _ = copy_bidirectional(&mut near, &mut far).await;
+        drop(wire);
+    });
+    let sink = application(|mut socket| async move {
+        let _ = tokio::io::copy(&mut socket, &mut tokio::io::sink()).await;
+    })
+    .await;
+    let (mut bulk, _task) = client.application(middle, sink).await;
+    let busy = tokio::spawn(async move {
+        let chunk = pattern(1024 * 1024);
+        while bulk.write_all(&chunk).await.is_ok() {}
+    });
+    let target = echo().await;
+    let mut slowest = Duration::ZERO;
+    let spread = async {
+        while client.dials() < 2 {
+            client.open(middle, target).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        for _ in 0..5 {
+            let start = Instant::now();
+            client.open(middle, target).await.unwrap();
+            slowest = slowest.max(start.elapsed());
+        }
+    };
+    soon("tunnels beside the hanging connection", spread).await;
+    assert!(slowest < Duration::from_secs(5), "a tunnel waited {slowest:?}");
+    busy.abort();
+    forwarding.abort();
 }
 
 #[tokio::test]
