@@ -40,6 +40,7 @@ impl Running {
     async fn start_in(directory: tempfile::TempDir, tune: impl FnOnce(&mut AgentConfig)) -> Self {
         let mut config =
             AgentConfig::new(directory.path().join("ztunnel.sock"), directory.path().join("pods"));
+        config.leave_grace = Duration::ZERO;
         tune(&mut config);
         let (agent, driver) = Agent::start(config).await.unwrap();
         Self { agent, driver: tokio::spawn(driver), directory }
@@ -189,6 +190,51 @@ async fn passed_listeners_accept_what_was_redirected() {
 }
 
 #[tokio::test]
+async fn a_running_pods_new_connections_never_fail_while_it_is_brought_in_and_out() {
+    let (outside, pod) = pair().await;
+    let running = Running::start(|_| {}).await;
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_snapshot().await;
+    let to = SocketAddr::new(outside.v4.into(), 9080);
+    let server = ambit_net::listen::listen_tcp(&outside.netns, to, Default::default()).await.unwrap();
+    let server = TcpListener::from_std(server).unwrap();
+    let direct = tokio::spawn(async move {
+        let mut taken = Vec::new();
+        while let Ok((stream, _)) = server.accept().await {
+            taken.push(stream);
+        }
+    });
+    let netns = pod.netns.clone();
+    let (stop, mut stopped) = tokio::sync::oneshot::channel();
+    let dialling = tokio::spawn(async move {
+        let mut dialled = 0;
+        while stopped.try_recv().is_err() {
+            dial(&netns, to).await.expect("a connection during the change");
+            dialled += 1;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        dialled
+    });
+    for _ in 0..3 {
+        running.agent.pod_up(spec("a", &pod)).await.unwrap();
+        let (Payload::Add(add), descriptors) = proxy.receive().await else { panic!("no add") };
+        // A proxy that takes its time: connections wait for it.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        proxy.pods.insert("a".into(), (add, descriptors));
+        proxy.ack("").await;
+        let listener = proxy.listener("a", 15001);
+        let served = tokio::spawn(async move { while listener.accept().await.is_ok() {} });
+        running.agent.unenrol("a").await.unwrap();
+        while !matches!(proxy.obey().await, Payload::Del(_)) {}
+        served.abort();
+        eventually("the pod is out", async || state(&running.agent, "a").await.is_none()).await;
+    }
+    stop.send(()).unwrap();
+    assert!(dialling.await.unwrap() > 50);
+    direct.abort();
+}
+
+#[tokio::test]
 async fn connections_wait_for_the_next_proxy_and_are_refused_after_hold_for() {
     let (outside, pod) = pair().await;
     let running = Running::start(|config| config.hold_for = Duration::from_secs(2)).await;
@@ -315,6 +361,22 @@ async fn leaving_ends_redirection_at_once_and_the_rest_with_the_last_connection(
     running.agent.pod_up(spec("a", &pod)).await.unwrap();
     proxy.obey_add("a").await;
     assert!(running.agent.wait_enabled("a", SOON).await);
+}
+
+#[tokio::test]
+async fn a_leaving_pod_is_served_for_its_grace_also_without_connections() {
+    let (outside, pod) = pair().await;
+    let running = Running::start(|config| config.leave_grace = Duration::from_secs(1)).await;
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_snapshot().await;
+    running.agent.pod_up(spec("a", &pod)).await.unwrap();
+    proxy.obey_add("a").await;
+    running.agent.unenrol("a").await.unwrap();
+    proxy.hears_nothing().await;
+    // A peer that has not heard of it yet still tunnels.
+    let peer = dial(&outside.netns, SocketAddr::new(pod.v4.into(), 15008)).await.unwrap();
+    drop((proxy.listener("a", 15008).accept().await.unwrap(), peer));
+    assert!(matches!(proxy.obey().await, Payload::Del(_)));
 }
 
 #[tokio::test]

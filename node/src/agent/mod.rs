@@ -45,6 +45,9 @@ pub struct AgentConfig {
     pub registry: PathBuf,
     /// How long pods' listeners are held open without a proxy; then connections are refused.
     pub hold_for: Duration,
+    /// How long a leaving pod is served at least: peers learn only after a while that it left, and tunnel
+    /// to it until then.
+    pub leave_grace: Duration,
     /// How long a leaving pod's tunnelled connections may live on; then they are cut.
     pub leave_timeout: Duration,
     /// Between two verifications of every pod's redirection.
@@ -58,6 +61,7 @@ impl AgentConfig {
             zds_socket: zds_socket.into(),
             registry: registry.into(),
             hold_for: Duration::from_secs(30),
+            leave_grace: Duration::from_secs(5),
             leave_timeout: Duration::from_secs(600),
             repair_interval: Duration::from_secs(60),
         }
@@ -215,8 +219,8 @@ impl Agent {
         Ok((agent, driver.run(server, holding)))
     }
 
-    /// Brings a pod in, or renews it: verifies the namespace, puts the rules in, writes the registry,
-    /// has the proxy told. Returns when the rules are in; [`wait_enabled`](Self::wait_enabled) waits for
+    /// Brings a pod in, or renews it: verifies the namespace, binds listeners, puts the rules in, writes
+    /// the registry, has the proxy told. Returns when the rules are in; [`wait_enabled`](Self::wait_enabled) waits for
     /// the proxy.
     pub async fn pod_up(&self, spec: PodSpec) -> Result<(), AgentError> {
         let uid = spec.uid.clone();

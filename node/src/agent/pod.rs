@@ -42,7 +42,21 @@ pub(super) struct Pod {
     netns: Option<Netns>,
     reason: Option<String>,
     older: HashSet<(SocketAddr, SocketAddr)>,
-    leave_by: Option<Instant>,
+    leaving: Option<Leaving>,
+}
+
+/// When a leaving pod may be gone, and when it must be.
+#[derive(Debug, Clone, Copy)]
+struct Leaving {
+    not_before: Instant,
+    not_after: Instant,
+}
+
+impl Leaving {
+    fn from_now(shared: &Shared) -> Self {
+        let now = Instant::now();
+        Self { not_before: now + shared.config.leave_grace, not_after: now + shared.config.leave_timeout }
+    }
 }
 
 /// The task.
@@ -68,8 +82,8 @@ pub(super) async fn restore(shared: &Arc<Shared>, record: Record) -> Result<Opti
         namespace: record.namespace.clone(),
         service_account: record.service_account.clone(),
     };
-    let leave_by = (record.stage == Stage::Leaving).then(|| Instant::now() + shared.config.leave_timeout);
-    let pod = Pod { info, record, netns, reason: None, older: HashSet::new(), leave_by };
+    let leaving = (record.stage == Stage::Leaving).then(|| Leaving::from_now(shared));
+    let pod = Pod { info, record, netns, reason: None, older: HashSet::new(), leaving };
     shared.served.upsert(&uid, pod.to_serve());
     shared.set_status(&uid, pod.status());
     Ok(shared.new_task(&uid, Some(pod)).1)
@@ -122,7 +136,7 @@ impl PodTask {
         let mut ticks = interval(LEAVE_CHECK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let leaving = self.pod.as_ref().is_some_and(|pod| pod.leave_by.is_some());
+            let leaving = self.pod.as_ref().is_some_and(|pod| pod.leaving.is_some());
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(command) => self.handle(command).await,
@@ -167,7 +181,8 @@ impl PodTask {
             Some(pod) if pod.netns.as_ref().map(Netns::id) == Some(spec.netns.id()) => pod.older.clone(),
             _ => connections(&spec.netns, |c| !is_mesh(c)).await?,
         };
-        // Rules first: from here on nothing leaves in the clear, whatever fails after this.
+        let reason = self.listen(&spec).await;
+        // From here on nothing leaves in the clear, whatever fails after this.
         self.program(&spec.netns, &spec.options, Stage::In).await?;
         let pod = Pod {
             info: WorkloadInfo {
@@ -177,15 +192,25 @@ impl PodTask {
             },
             record: self.record(&spec),
             netns: Some(spec.netns),
-            reason: None,
+            reason,
             older,
-            leave_by: None,
+            leaving: None,
         };
         self.save(&pod.record).await?;
         self.shared.served.upsert(&self.uid, pod.to_serve());
         self.shared.set_status(&self.uid, pod.status());
         self.pod = Some(pod);
         Ok(())
+    }
+
+    /// Binds the pod's listeners, so that what the rules redirect waits for the proxy instead of being
+    /// refused until the proxy is told. Returns why that failed: the pod is captured all the same.
+    async fn listen(&self, spec: &PodSpec) -> Option<String> {
+        let proxies = self.shared.served.takers_of_listeners()?;
+        let bound = self.shared.keeper.acquire(&self.uid, &spec.netns, &spec.options, proxies).await;
+        let reason = bound.err()?.to_string();
+        tracing::warn!(uid = self.uid, reason, "pod's listeners not bound");
+        Some(reason)
     }
 
     /// kubernetes.md, "The node": a namespace must hold that pod's IP before it is given an identity.
@@ -233,10 +258,10 @@ impl PodTask {
         let Some(netns) = pod.netns.clone() else { return self.down().await };
         let options = pod.record.options.clone();
         self.program(&netns, &options, Stage::Leaving).await?;
-        let leave_by = Instant::now() + self.shared.config.leave_timeout;
+        let leaving = Leaving::from_now(&self.shared);
         let Some(pod) = &mut self.pod else { return Ok(()) };
         pod.record.stage = Stage::Leaving;
-        pod.leave_by = Some(leave_by);
+        pod.leaving = Some(leaving);
         let (record, status) = (pod.record.clone(), pod.status());
         self.shared.set_status(&self.uid, status);
         self.save(&record).await
@@ -244,10 +269,15 @@ impl PodTask {
 
     /// Clears a leaving pod away once nothing is tunnelled any more, or its time is up.
     async fn look_whether_left(&mut self) {
-        let Some(Pod { netns: Some(netns), leave_by: Some(leave_by), .. }) = &self.pod else { return };
+        let Some(Pod { netns: Some(netns), leaving: Some(leaving), .. }) = &self.pod else { return };
+        let now = Instant::now();
+        let late = now >= leaving.not_after;
+        if now < leaving.not_before && !late {
+            return;
+        }
         match connections(netns, is_mesh).await {
             Ok(open) if open.is_empty() => {}
-            Ok(open) if Instant::now() >= *leave_by => {
+            Ok(open) if late => {
                 tracing::warn!(
                     uid = self.uid,
                     connections = open.len(),
@@ -255,7 +285,7 @@ impl PodTask {
                 );
             }
             Ok(_) => return,
-            Err(error) if Instant::now() >= *leave_by => {
+            Err(error) if late => {
                 tracing::warn!(uid = self.uid, %error, "connections of a pod that left are not known");
             }
             Err(_) => return,

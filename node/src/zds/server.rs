@@ -87,6 +87,8 @@ struct State {
     hub: Hub,
     pods: HashMap<String, ServedPod>,
     pids: HashMap<ProxyId, i32>,
+    /// Whether listeners were given up: nobody came for them, or the last who came binds its own.
+    unwanted: bool,
 }
 
 /// The pods to be served: the agent's side of the server. Cloning shares.
@@ -156,6 +158,17 @@ impl Pods {
         .is_ok()
     }
 
+    /// The processes that may hold passed listeners; `None` when listeners are not to be bound now.
+    pub(crate) fn takers_of_listeners(&self) -> Option<Vec<i32>> {
+        let state = self.state.lock();
+        (!state.unwanted).then(|| state.pids.values().copied().collect())
+    }
+
+    /// Says whether listeners are wanted from now on.
+    fn want_listeners(&self, wanted: bool) {
+        self.state.lock().unwanted = !wanted;
+    }
+
     fn wake(&self) {
         self.changed.send_modify(|version| *version += 1);
     }
@@ -223,6 +236,7 @@ impl Server {
                 }
                 () = wait_until(close_at) => {
                     tracing::warn!(hold_for = ?self.hold_for, "no node proxy; pods' connections are refused from now on");
+                    self.pods.want_listeners(false);
                     self.keeper.release_all().await;
                     alone_since = None;
                     released = true;
@@ -287,6 +301,7 @@ impl Conversation {
             .peer_pid()
             .map_err(|source| Ended::Socket { attempt: "ask for its process", source })?;
         tracing::info!(pid, takes_listeners = hello.takes_listeners, "node proxy connected");
+        self.pods.want_listeners(hello.takes_listeners);
         if !hello.takes_listeners {
             // It binds its own, which it cannot while we hold them.
             self.keeper.release_all().await;
