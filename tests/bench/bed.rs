@@ -102,7 +102,11 @@ impl Bed {
     }
 
     fn proxies(&self) -> Result<Vec<u32>> {
-        (0..self.cluster.nodes()).map(|node| Ok(self.cluster.ztunnel(node)?.pid())).collect()
+        (0..self.cluster.nodes())
+            .map(|node| {
+                self.cluster.ztunnel(node)?.pid().with_context(|| format!("ztunnel of node {node} is gone"))
+            })
+            .collect()
     }
 
     /// Runs one row over one path once.

@@ -157,18 +157,26 @@ impl Report {
         Self { date, machine, idle_resident, rows }
     }
 
+    /// R across nodes for the same work, which the goals are ratios to; a new connection is held against a round trip.
+    fn base_of(&self, row: &Row) -> Option<&[Sample]> {
+        let work = if row.work.0 == Work::Connect { Work::RoundTrip } else { row.work.0 };
+        let across = |candidate: &&RowReport| !candidate.row.same_node && candidate.row.work.0 == work;
+        self.rows.iter().find(across)?.paths.get(&Path::Raw).map(Vec::as_slice)
+    }
+
     /// The report as a page of Markdown.
     pub fn markdown(&self) -> String {
         let mut page = String::new();
         page.push_str("# Benchmarks\n\n");
         page.push_str("Written by `make bench`. R is a raw relay of two processes on the same TLS library: no HTTP/2, no policy\n");
         page.push_str("(on the same node: one process, no TLS). CPU is that of both node proxies, or both halves of R. Each figure is the\n");
-        page.push_str("median of alternating runs, its spread (lowest to highest) in brackets; the last columns are ratios to R.\n\n");
+        page.push_str("median of alternating runs, its spread (lowest to highest) in brackets. The last columns are ratios to R across nodes\n");
+        page.push_str("on the same work with as few connections as the table has (a new connection: to R's round trip).\n\n");
         let _ = writeln!(page, "Machine: {}. Date: {}.\n", self.machine, self.date);
         page.push_str("| work | path | rate | CPU a unit | p50 | p99 | CPU / R | rate / R | p50 / R |\n");
         page.push_str("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
         for row in &self.rows {
-            row.write_markdown(&mut page);
+            row.write_markdown(&mut page, self.base_of(&row.row));
         }
         page.push_str("\nBulk: Gb/s and CPU seconds a GB; else thousands a second and microseconds of CPU each. Latencies in microseconds.\n");
         let resident: Vec<String> =
@@ -179,16 +187,15 @@ impl Report {
 }
 
 impl RowReport {
-    fn write_markdown(&self, page: &mut String) {
+    fn write_markdown(&self, page: &mut String, base: Option<&[Sample]>) {
         let work = self.row.work.0;
-        let raw = self.paths.get(&Path::Raw);
         for (path, samples) in &self.paths {
             let rate = Spread::of(samples, |s| s.rate(work));
             let cpu = Spread::of(samples, |s| s.cpu_per_unit(work));
             let p50 = Spread::of(samples, |s| s.outcome.p50_us);
             let p99 = Spread::of(samples, |s| s.outcome.p99_us);
-            let ratio = |mine: f64, of: &dyn Fn(&Sample) -> f64| match raw {
-                Some(raw) if *path == Path::Ambit => format!("{:.2}", mine / Spread::of(raw, of).median),
+            let ratio = |mine: f64, of: &dyn Fn(&Sample) -> f64| match base {
+                Some(base) if *path == Path::Ambit => format!("{:.2}", mine / Spread::of(base, of).median),
                 _ => String::new(),
             };
             let latency = |spread: &Spread| if work == Work::Bulk { String::new() } else { spread.show(0) };
