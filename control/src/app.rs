@@ -1,11 +1,13 @@
 //! The control plane, put together: sources → index → tables → the TLS port, beside the CA.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ambit_ca::incoming::{ServedConnection, incoming};
 use ambit_ca::{
     Authority, AuthorityConfig, AuthorityError, CertificateService, IssuancePolicy, JwtAuthenticator,
     JwtConfig, JwtError,
@@ -14,6 +16,7 @@ use ambit_telemetry::http::{metrics_router, readiness_router, serve};
 use ambit_telemetry::{Readiness, ReadinessTask, Registry, Target, logging};
 use ambit_xds::{Server, ServerConfig};
 use anyhow::Context;
+use futures_util::{Stream, StreamExt};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -25,7 +28,6 @@ use crate::object::{Change, ObjectRef};
 use crate::observe::{Findings, IndexMetrics, Observed};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::census::Census;
-use crate::serve::listener::{self, Incoming, ListenerMetrics};
 use crate::serve::publish::Tables;
 use crate::serve::roots;
 use crate::source::directory::{Directories, WatchError};
@@ -207,11 +209,13 @@ impl App {
         serve_admin(&mut tasks, &config, &observed, logging, quit).await?;
         let sources = start_index(&mut tasks, &config, &observed, synced).await?;
 
-        let (incoming, accepting) = listener::accept(listener, tls, observed.listener.clone());
-        tasks.spawn("the port's listener", accepting);
+        let connections = observed.connections.clone();
+        let incoming = incoming(listener, tls).inspect(move |_| {
+            connections.fetch_add(1, Ordering::Relaxed);
+        });
         let stop = serve_grpc(&mut tasks, incoming, xds.clone(), certificates);
         serving.done();
-        tracing::info!(%address, "serving");
+        tracing::info!(%address, metrics = metrics.map(tracing::field::display), "serving");
         Ok(App {
             address,
             metrics,
@@ -354,7 +358,7 @@ fn services(
         index: Arc::default(),
         tables,
         census,
-        listener: Arc::new(ListenerMetrics::default()),
+        connections: Arc::default(),
         xds: xds.metrics().clone(),
         xds_refused,
         issuance: certificates.metrics(),
@@ -366,7 +370,7 @@ fn services(
 /// Serves both services on connections as they come, until told to stop.
 fn serve_grpc(
     tasks: &mut Tasks,
-    incoming: Incoming,
+    incoming: impl Stream<Item = Result<ServedConnection, Infallible>> + Send + 'static,
     xds: Server,
     certificates: CertificateService,
 ) -> oneshot::Sender<()> {

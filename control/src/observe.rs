@@ -13,7 +13,6 @@ use serde_json::{Value, json};
 use crate::index::Finding;
 use crate::object::ObjectRef;
 use crate::serve::census::Census;
-use crate::serve::listener::ListenerMetrics;
 use crate::serve::publish::Tables;
 use crate::source::SourceMetrics;
 
@@ -37,7 +36,8 @@ pub(crate) struct Observed {
     pub(crate) index: Arc<IndexMetrics>,
     pub(crate) tables: Tables,
     pub(crate) census: Arc<Census>,
-    pub(crate) listener: Arc<ListenerMetrics>,
+    /// Connections that finished their handshake.
+    pub(crate) connections: Arc<AtomicU64>,
     pub(crate) xds: Arc<ServerMetrics>,
     pub(crate) xds_refused: Arc<AtomicU64>,
     pub(crate) issuance: Arc<IssuanceMetrics>,
@@ -98,12 +98,7 @@ impl Observed {
     }
 
     fn register_xds(&self, registry: &Registry) {
-        let listener = &self.listener;
-        counter(registry, ("connections", "Connections accepted"), listener, |m| &m.accepted);
-        counter(registry, ("accept_failures", "Accepts that failed"), listener, |m| &m.accept_failures);
-        counter(registry, ("handshake_failures", "TLS handshakes that failed"), listener, |m| {
-            &m.handshake_failures
-        });
+        counter(registry, ("connections", "Connections accepted"), &self.connections, |m| m);
         let xds = &self.xds;
         let subscribers = xds.clone();
         gauge(registry, ("xds_subscribers", "Streams open now"), move || {

@@ -34,6 +34,8 @@ pub struct PeerAuthentication {
     pub selector: Option<Labels>,
     /// Its mode.
     pub mode: MutualTls,
+    /// Whether it stands for one that could not be read, and refuses plaintext for that reason.
+    pub unreadable: bool,
     /// Modes of single ports of the workload; only with a selector.
     pub ports: BTreeMap<u16, MutualTls>,
 }
@@ -80,8 +82,36 @@ impl TryFrom<Manifest> for PeerAuthentication {
             id: meta.id.clone(),
             meta,
             selector,
+            unreadable: false,
             mode: mtls.unwrap_or_default().mode,
             ports: port_level_mtls.into_iter().map(|(port, mtls)| (port, mtls.mode)).collect(),
+        })
+    }
+}
+
+impl PeerAuthentication {
+    /// What stands for one that could not be read: plaintext is refused, on every port.
+    ///
+    /// # Errors
+    /// When it has no name, so that it cannot stand for anything.
+    pub(crate) fn unreadable(object: &serde_json::Value) -> Result<PeerAuthentication, Invalid> {
+        let text =
+            |pointer: &str| object.pointer(pointer).and_then(serde_json::Value::as_str).map(str::to_owned);
+        let metadata = ObjectMeta {
+            name: text("/metadata/name"),
+            namespace: text("/metadata/namespace"),
+            ..ObjectMeta::default()
+        };
+        let meta = Meta::read(&metadata)?;
+        let selector = object.pointer("/spec/selector").cloned().map(serde_json::from_value::<Selector>);
+        Ok(PeerAuthentication {
+            id: meta.id.clone(),
+            meta,
+            // A selector that cannot be read selects everything: that is the closed side.
+            selector: selector.and_then(Result::ok).and_then(Selector::labels),
+            mode: MutualTls::Strict,
+            unreadable: true,
+            ports: BTreeMap::new(),
         })
     }
 }

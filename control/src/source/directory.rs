@@ -311,12 +311,10 @@ impl Looker {
 
     fn take(&mut self, id: &FileId, content: Content) -> Vec<Change> {
         let Effect { changes, new_problems } = self.files.apply(id, content);
-        for problem in &new_problems {
-            report(problem);
-        }
         SourceMetrics::add(&self.metrics.malformed, new_problems.len());
         SourceMetrics::set(&self.metrics.problems, self.files.problems().count());
         SourceMetrics::set(&self.metrics.objects, self.files.len());
+        new_problems.iter().for_each(report);
         changes
     }
 }

@@ -279,9 +279,7 @@ fn read_object(kind: Kind, document: &impl Readable) -> Result<Object, Faulty> {
         Kind::ServiceAccount => Object::ServiceAccount(only_name::<core::v1::ServiceAccount>(document)?),
         Kind::Deployment => Object::Deployment(only_name::<apps::v1::Deployment>(document)?),
         Kind::AuthorizationPolicy => return read_policy(document),
-        Kind::PeerAuthentication => {
-            Object::PeerAuthentication(typed::<manifest::PeerAuthentication, PeerAuthentication>(document)?)
-        }
+        Kind::PeerAuthentication => return read_authentication(document),
         Kind::ServiceEntry => Object::ServiceEntry(typed::<manifest::ServiceEntry, ServiceEntry>(document)?),
         Kind::WorkloadEntry => {
             Object::WorkloadEntry(typed::<manifest::WorkloadEntry, WorkloadEntry>(document)?)
@@ -305,14 +303,21 @@ fn only_name<M: DeserializeOwned>(document: &impl Readable) -> Result<Namespaced
 }
 
 fn read_policy(document: &impl Readable) -> Result<Object, Faulty> {
-    typed::<manifest::AuthorizationPolicy, AuthorizationPolicy>(document)
-        .map(Object::AuthorizationPolicy)
-        .map_err(|misfit| {
-            let loose = document.read::<Value>().ok();
-            let stand_in =
-                loose.and_then(|v| AuthorizationPolicy::unreadable(&v, misfit.message.clone()).ok());
-            Faulty { misfit, stand_in: stand_in.map(Arc::new).map(Object::AuthorizationPolicy) }
-        })
+    let policy = typed::<manifest::AuthorizationPolicy, AuthorizationPolicy>(document);
+    policy.map(Object::AuthorizationPolicy).map_err(|misfit| {
+        let loose = document.read::<Value>().ok();
+        let stand_in = loose.and_then(|v| AuthorizationPolicy::unreadable(&v, misfit.message.clone()).ok());
+        Faulty { misfit, stand_in: stand_in.map(Arc::new).map(Object::AuthorizationPolicy) }
+    })
+}
+
+fn read_authentication(document: &impl Readable) -> Result<Object, Faulty> {
+    let authentication = typed::<manifest::PeerAuthentication, PeerAuthentication>(document);
+    authentication.map(Object::PeerAuthentication).map_err(|misfit| {
+        let loose = document.read::<Value>().ok();
+        let stand_in = loose.and_then(|v| PeerAuthentication::unreadable(&v).ok());
+        Faulty { misfit, stand_in: stand_in.map(Arc::new).map(Object::PeerAuthentication) }
+    })
 }
 
 fn invalid(invalid: Invalid) -> Misfit {

@@ -186,7 +186,11 @@ fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
 }
 
 fn is_stand_in(object: &Object) -> bool {
-    matches!(object, Object::AuthorizationPolicy(policy) if matches!(policy.body, PolicyBody::Unreadable { .. }))
+    match object {
+        Object::AuthorizationPolicy(policy) => matches!(policy.body, PolicyBody::Unreadable { .. }),
+        Object::PeerAuthentication(authentication) => authentication.unreadable,
+        _ => false,
+    }
 }
 
 fn problem(

@@ -10,11 +10,11 @@ mod scan;
 mod yaml;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::object::{Change, ObjectRef};
+use crate::object::{Change, Object, ObjectRef};
 
 /// A source as it is named on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +77,19 @@ impl fmt::Display for Problem {
         }
         write!(f, ": {}", self.message)
     }
+}
+
+/// Reads the text of one file: its objects, and what of it cannot be taken. A policy that cannot be read is
+/// among the objects as one that fails closed.
+pub fn parse(file: &Path, text: &str) -> (Vec<Object>, Vec<Problem>) {
+    let mut files = files::Files::default();
+    let content = files::Content::Read(document::read_all(text));
+    let files::Effect { changes, new_problems } = files.apply(&(0, file.to_owned()), content);
+    let objects = changes.into_iter().filter_map(|change| match change {
+        Change::Apply(object) => Some(object),
+        Change::Delete(_) => None,
+    });
+    (objects.collect(), new_problems)
 }
 
 /// Live counters of a source.

@@ -1,0 +1,174 @@
+//! However objects came, changed and went, the index holds what one built from the survivors holds.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use ambit_control::index::{Changes, Index, Resource, ResourceChanges, ResourceType, Seat, Settings};
+use ambit_control::object::{Change, NamespacedName, Object, ObjectRef};
+use ambit_control::source;
+use proptest::prelude::*;
+
+/// Every combination of one of each alternatives, put into a template at `$0`, `$1`, ….
+fn combine(template: &str, alternatives: &[&[&str]]) -> Vec<String> {
+    let mut texts = vec![template.to_owned()];
+    for (i, alternatives) in alternatives.iter().enumerate() {
+        let place = format!("${i}");
+        texts = texts
+            .iter()
+            .flat_map(|text| alternatives.iter().map(|a| text.replace(&place, a)).collect::<Vec<_>>())
+            .collect();
+    }
+    texts
+}
+
+/// Variants of few objects, so that random choices meet often.
+static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
+    let mut texts = Vec::new();
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: $0, labels: {team: $1, $2}, annotations: {networking.istio.io/traffic-distribution: $3}}",
+        &[&["a", "b"], &["x", "y"], &["other: v", "istio.io/use-waypoint: w", "'istio.io/use-waypoint': w, 'istio.io/use-waypoint-namespace': b", "topology.istio.io/network: n2"], &["Any", "PreferClose"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Node\nmetadata: {name: n, labels: {topology.kubernetes.io/zone: $0}}",
+        &[&["z1", "z2"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: apps/v1\nkind: ReplicaSet\nmetadata: {name: rs, namespace: a, ownerReferences: [{apiVersion: apps/v1, kind: $0, name: d, uid: u}]}\nspec: {selector: {}}",
+        &[&["Deployment", "Rollout"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: $0, namespace: $1, labels: {app: $2, $3}, ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: rs, uid: r}]}\n\
+         spec: {nodeName: n, containers: [{name: c, ports: [{name: web, containerPort: 8080}]}]}\nstatus: {podIP: $4}",
+        &[&["p1", "p2"], &["a", "b"], &["x", "y"], &["tier: t", "istio.io/use-waypoint: w", "gateway.networking.k8s.io/gateway-name: w", "topology.istio.io/network: n2"], &["10.0.0.1", "10.0.0.2"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p1, namespace: a, labels: {app: x}}\nspec: {nodeName: n, containers: [], hostNetwork: $0}\nstatus: {phase: $1, podIP: 10.0.0.1}",
+        &[&["true", "false"], &["Running", "Failed"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: $0, namespace: a}\nspec: {$1, $2, ports: [{name: http, port: $3, targetPort: web}]}",
+        &[&["s1", "s2"], &["clusterIP: 10.96.0.1", "type: ExternalName", "publishNotReadyAddresses: true"], &["selector: {app: x}", "selector: {app: y, tier: t}", "sessionAffinity: None"], &["80", "81"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: $0, namespace: a, labels: {kubernetes.io/service-name: $1}}\naddressType: IPv4\n\
+         ports: [{name: http, port: 9000}]\nendpoints: [{addresses: [$2]$3}]",
+        &[&["e1", "e2"], &["s1", "s2"], &["10.0.0.1", "10.0.0.9"], &["", ", targetRef: {kind: Pod, name: p1}", ", nodeName: n"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: z, namespace: $0}\nspec: {action: $1, $2, rules: [{to: [{operation: {$3}}]}]}",
+        &[&["a", "ambit-system"], &["ALLOW", "DENY", "CUSTOM"], &["selector: {matchLabels: {app: x}}", "selector: {matchLabels: {tier: t, app: y}}", "targetRefs: [{kind: Service, name: s1}]", "selector: {}"], &["ports: ['80']", "methods: [GET]"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: $0, namespace: $1}\nspec: {mtls: {mode: $2}$3}",
+        &[&["pa1", "pa2"], &["a", "ambit-system"], &["STRICT", "PERMISSIVE", "UNSET"], &["", ", selector: {matchLabels: {app: x}}", ", selector: {matchLabels: {app: x}}, portLevelMtls: {80: {mode: PERMISSIVE}, 81: {mode: STRICT}}"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: $0, namespace: $1}\nspec: {hosts: [$2], resolution: $3, ports: [{number: 80, name: http, protocol: HTTP}], $4}",
+        &[&["se1", "se2"], &["a", "b"], &["h.example", "s1.a.svc.cluster.local"], &["STATIC", "DNS"], &["workloadSelector: {labels: {app: x}}", "endpoints: [{address: 10.0.0.9}]", "exportTo: ['.']"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: w1, namespace: a, labels: {app: $0}}\nspec: {address: $1, network: $2}",
+        &[&["x", "y"], &["10.0.0.8", "host.example"], &["''", "n2", "n3"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: w, namespace: $0, labels: {istio.io/waypoint-for: $1, $2}}\n\
+         spec: {gatewayClassName: $3, addresses: [{value: 10.9.9.9}], listeners: [{port: 15008, protocol: HBONE, allowedRoutes: {namespaces: {from: $4, selector: {matchLabels: {team: x}}}}}]}\n\
+         status: {addresses: [$5]}",
+        &[&["a", "b"], &["all", "service"], &["l: v", "topology.istio.io/network: n2"], &["ambit-waypoint", "ambit-remote", "other"], &["Same", "All", "Selector"], &["", "{value: 10.9.0.1}"]],
+    ));
+    texts.iter().map(|text| parse(text)).collect()
+});
+
+fn parse(text: &str) -> Object {
+    let (mut objects, problems) = source::parse(Path::new("pool.yaml"), text);
+    assert!(problems.is_empty() && objects.len() == 1, "{problems:?} in\n{text}");
+    objects.remove(0)
+}
+
+fn a_change() -> impl Strategy<Value = Change> {
+    let object = any::<prop::sample::Index>().prop_map(|index| index.get(&OBJECTS).clone());
+    (object, prop::bool::weighted(0.25)).prop_map(|(object, deletes)| match deletes {
+        true => Change::Delete(object.reference()),
+        false => Change::Apply(object),
+    })
+}
+
+type Resources = BTreeMap<(ResourceType, Arc<str>), Resource>;
+
+/// What somebody holds who only ever heard of changes.
+#[derive(Default)]
+struct Follower {
+    resources: Resources,
+    seats: BTreeMap<NamespacedName, Seat>,
+}
+
+impl Follower {
+    fn follow(&mut self, changes: Changes) {
+        self.take(ResourceType::Authorization, changes.policies);
+        self.take(ResourceType::Address, changes.addresses);
+        for (pod, seat) in changes.seats {
+            match seat {
+                Some(seat) => self.seats.insert(pod, seat),
+                None => self.seats.remove(&pod),
+            };
+        }
+    }
+
+    fn take(&mut self, kind: ResourceType, changes: ResourceChanges) {
+        for name in changes.removals {
+            assert!(
+                self.resources.remove(&(kind, name.clone())).is_some(),
+                "{name} was removed but never there"
+            );
+        }
+        for resource in changes.upserts {
+            let before = self.resources.insert((kind, resource.name.clone()), resource.clone());
+            assert_ne!(before.as_ref(), Some(&resource), "a change that changes nothing");
+        }
+    }
+}
+
+fn from_scratch(objects: &BTreeMap<ObjectRef, Object>) -> (Index, Follower) {
+    let mut index = Index::new(Settings::default());
+    let mut follower = Follower::default();
+    follower.follow(index.apply(objects.values().cloned().map(Change::Apply)));
+    (index, follower)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_index_after_any_edits_equals_one_built_from_what_is_left(
+        batches in prop::collection::vec(prop::collection::vec(a_change(), 1..5), 1..24),
+    ) {
+        let mut index = Index::new(Settings::default());
+        let mut follower = Follower::default();
+        let mut objects = BTreeMap::new();
+        for batch in batches {
+            for change in &batch {
+                match change {
+                    Change::Apply(object) => objects.insert(object.reference(), object.clone()),
+                    Change::Delete(reference) => objects.remove(reference),
+                };
+            }
+            follower.follow(index.apply(batch));
+        }
+        let (scratch, told) = from_scratch(&objects);
+        prop_assert_eq!(index.resources(), scratch.resources());
+        prop_assert_eq!(index.findings(), scratch.findings());
+        prop_assert_eq!(&follower.resources, &index.resources());
+        prop_assert_eq!(&follower.seats, &told.seats);
+    }
+}
+
+#[test]
+fn the_variants_cover_every_kind_that_has_an_effect() {
+    let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
+    assert_eq!(kinds.len(), 11, "{kinds:?}");
+    let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
+    assert!(index.resources().len() > 10);
+}

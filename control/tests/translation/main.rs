@@ -1,0 +1,65 @@
+//! YAML in, resources out: one folder a case, with `objects.yaml` and the reviewed `resources.snap`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod render;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ambit_control::index::{Index, ResourceType, Settings};
+use ambit_control::object::Change;
+use ambit_control::source;
+use serde_json::{Map, Value, json};
+
+fn cases() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/translation/cases");
+    let mut cases: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.sort();
+    cases
+}
+
+fn translate(case: &Path) -> Value {
+    let text = fs::read_to_string(case.join("objects.yaml")).unwrap();
+    let (objects, problems) = source::parse(Path::new("objects.yaml"), &text);
+    let mut index = Index::new(Settings::default());
+    let changes = index.apply(objects.into_iter().map(Change::Apply));
+    let (mut addresses, mut policies) = (Map::new(), Map::new());
+    for ((kind, name), resource) in index.resources() {
+        match kind {
+            ResourceType::Address => addresses.insert(name.to_string(), render::address(&resource.body)),
+            ResourceType::Authorization => {
+                policies.insert(name.to_string(), render::authorization(&resource.body))
+            }
+        };
+    }
+    // Every case has it; it is shown by its own.
+    if case.file_name().unwrap() != "peer-authentication" {
+        policies.remove("ambit-system/istio_converted_static_strict");
+    }
+    let findings = changes.findings.iter().flat_map(|(object, findings)| {
+        findings
+            .iter()
+            .map(move |f| format!("{object}: {}={} {}: {}", f.condition, f.met, f.reason, f.message))
+    });
+    json!({
+        "problems": problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "findings": findings.collect::<Vec<_>>(),
+        "policies": policies,
+        "addresses": addresses,
+    })
+}
+
+#[test]
+fn objects_become_the_resources_that_their_snapshot_shows() {
+    let cases = cases();
+    assert!(cases.len() >= 10, "cases are missing: {cases:?}");
+    for case in cases {
+        let mut settings = insta::Settings::clone_current();
+        settings.set_snapshot_path(&case);
+        settings.set_prepend_module_to_snapshot(false);
+        settings.set_omit_expression(true);
+        settings.set_description(case.file_name().unwrap().to_string_lossy());
+        settings.bind(|| insta::assert_yaml_snapshot!("resources", translate(&case)));
+    }
+}

@@ -1,0 +1,195 @@
+//! Messages as people read them: fields that are set, names for numbers.
+
+use std::net::IpAddr;
+
+use ambit_api::security::{self, string_match::MatchType};
+use ambit_api::workload::{self, address, gateway_address, load_balancing};
+use prost::Message;
+use serde_json::{Map, Value, json};
+
+/// Leaves out what is not set.
+fn object(fields: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+    let is_set = |value: &Value| match value {
+        Value::Null => false,
+        Value::Bool(value) => *value,
+        Value::Number(number) => number.as_u64() != Some(0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+    };
+    let set =
+        fields.into_iter().filter(|(_, value)| is_set(value)).map(|(key, value)| (key.to_owned(), value));
+    Value::Object(set.collect::<Map<_, _>>())
+}
+
+/// The name of an enum's value; nothing for its default.
+fn name<E: TryFrom<i32> + std::fmt::Debug>(value: i32) -> Value {
+    if value == 0 {
+        return Value::Null;
+    }
+    E::try_from(value).map_or_else(|_| json!(value), |known| json!(format!("{known:?}")))
+}
+
+fn list<T>(items: &[T], render: impl Fn(&T) -> Value) -> Value {
+    Value::Array(items.iter().map(render).collect())
+}
+
+fn ip(octets: &[u8]) -> String {
+    match octets.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(octets).unwrap()).to_string(),
+        16 => IpAddr::from(<[u8; 16]>::try_from(octets).unwrap()).to_string(),
+        _ => format!("{octets:?}"),
+    }
+}
+
+fn network_address(address: &workload::NetworkAddress) -> Value {
+    let length = address.length.map(|length| format!("/{length}")).unwrap_or_default();
+    json!(format!("{}/{}{length}", address.network, ip(&address.address)))
+}
+
+fn gateway(gateway: &Option<workload::GatewayAddress>) -> Value {
+    let Some(gateway) = gateway else { return Value::Null };
+    let destination = match gateway.destination.as_ref().unwrap() {
+        gateway_address::Destination::Hostname(host) => {
+            json!(format!("{}/{}", host.namespace, host.hostname))
+        }
+        gateway_address::Destination::Address(address) => network_address(address),
+    };
+    json!(format!("{} port {}", destination.as_str().unwrap(), gateway.hbone_mtls_port))
+}
+
+fn port(port: &workload::Port) -> Value {
+    let protocol = name::<workload::AppProtocol>(port.app_protocol);
+    let protocol = protocol.as_str().map(|p| format!(" {p}")).unwrap_or_default();
+    json!(format!("{} -> {}{protocol}", port.service_port, port.target_port))
+}
+
+fn extension(extension: &workload::Extension) -> Value {
+    let config = extension.config.as_ref().unwrap();
+    json!(format!("{} {} {:?}", extension.name, config.type_url, config.value))
+}
+
+pub(crate) fn address(body: &[u8]) -> Value {
+    match workload::Address::decode(body).unwrap().r#type.unwrap() {
+        address::Type::Workload(workload) => json!({ "workload": render_workload(&workload) }),
+        address::Type::Service(service) => json!({ "service": render_service(&service) }),
+    }
+}
+
+fn render_workload(w: &workload::Workload) -> Value {
+    let services = w.services.iter().map(|(name, ports)| (name.clone(), list(&ports.ports, port)));
+    let locality = w.locality.as_ref().map(|l| format!("{}/{}/{}", l.region, l.zone, l.subzone));
+    let tunnel = w.application_tunnel.as_ref().map(|t| {
+        format!("{:?} port {}", workload::application_tunnel::Protocol::try_from(t.protocol).unwrap(), t.port)
+    });
+    object([
+        ("uid", json!(w.uid)),
+        ("name", json!(w.name)),
+        ("namespace", json!(w.namespace)),
+        ("addresses", list(&w.addresses, |a| json!(ip(a)))),
+        ("hostname", json!(w.hostname)),
+        ("network", json!(w.network)),
+        ("networkGateway", gateway(&w.network_gateway)),
+        ("networkMode", name::<workload::NetworkMode>(w.network_mode)),
+        ("tunnelProtocol", name::<workload::TunnelProtocol>(w.tunnel_protocol)),
+        ("nativeTunnel", json!(w.native_tunnel)),
+        ("applicationTunnel", json!(tunnel)),
+        ("trustDomain", json!(w.trust_domain)),
+        ("serviceAccount", json!(w.service_account)),
+        ("node", json!(w.node)),
+        ("canonical", json!(format!("{} {}", w.canonical_name, w.canonical_revision))),
+        (
+            "workload",
+            json!(format!(
+                "{:?} {}",
+                workload::WorkloadType::try_from(w.workload_type).unwrap(),
+                w.workload_name
+            )),
+        ),
+        ("status", name::<workload::WorkloadStatus>(w.status)),
+        ("clusterId", json!(w.cluster_id)),
+        ("locality", json!(locality)),
+        ("capacity", json!(w.capacity)),
+        ("waypoint", gateway(&w.waypoint)),
+        ("policies", json!(w.authorization_policies)),
+        ("services", Value::Object(services.collect())),
+        ("extensions", list(&w.extensions, extension)),
+    ])
+}
+
+fn render_service(s: &workload::Service) -> Value {
+    let balancing = s.load_balancing.as_ref().map(|b| {
+        object([
+            ("mode", name::<load_balancing::Mode>(b.mode)),
+            ("health", name::<load_balancing::HealthPolicy>(b.health_policy)),
+            ("preference", list(&b.routing_preference, |scope| name::<load_balancing::Scope>(*scope))),
+        ])
+    });
+    object([
+        ("name", json!(s.name)),
+        ("namespace", json!(s.namespace)),
+        ("hostname", json!(s.hostname)),
+        ("addresses", list(&s.addresses, network_address)),
+        ("ports", list(&s.ports, port)),
+        ("subjectAltNames", json!(s.subject_alt_names)),
+        ("waypoint", gateway(&s.waypoint)),
+        (
+            "weightedWaypoints",
+            list(&s.weighted_waypoints, |w| {
+                json!(format!("{} weight {}", gateway(&w.destination).as_str().unwrap(), w.weight))
+            }),
+        ),
+        ("loadBalancing", json!(balancing)),
+        ("ipFamilies", name::<workload::IpFamilies>(s.ip_families)),
+        ("canonical", json!(s.canonical)),
+        ("ingressUseWaypoint", json!(s.ingress_use_waypoint)),
+        ("visibility", name::<workload::service::Visibility>(s.visibility)),
+        ("extensions", list(&s.extensions, extension)),
+    ])
+}
+
+pub(crate) fn authorization(body: &[u8]) -> Value {
+    let policy = security::Authorization::decode(body).unwrap();
+    object([
+        ("name", json!(policy.name)),
+        ("namespace", json!(policy.namespace)),
+        ("scope", json!(format!("{:?}", security::Scope::try_from(policy.scope).unwrap()))),
+        ("action", json!(format!("{:?}", security::Action::try_from(policy.action).unwrap()))),
+        ("dryRun", json!(policy.dry_run)),
+        (
+            "rules",
+            list(&policy.rules, |rule| list(&rule.clauses, |clause| list(&clause.matches, render_match))),
+        ),
+    ])
+}
+
+fn render_match(m: &security::Match) -> Value {
+    let strings = |values: &[security::StringMatch]| {
+        list(values, |value| match value.match_type.as_ref().unwrap() {
+            MatchType::Exact(text) => json!(text),
+            MatchType::Prefix(text) => json!(format!("{text}*")),
+            MatchType::Suffix(text) => json!(format!("*{text}")),
+            MatchType::Presence(()) => json!("*"),
+        })
+    };
+    let blocks = |values: &[security::Address]| {
+        list(values, |block| json!(format!("{}/{}", ip(&block.address), block.length)))
+    };
+    let accounts = |values: &[security::ServiceAccountMatch]| {
+        list(values, |account| json!(format!("{}/{}", account.namespace, account.service_account)))
+    };
+    object([
+        ("namespaces", strings(&m.namespaces)),
+        ("notNamespaces", strings(&m.not_namespaces)),
+        ("principals", strings(&m.principals)),
+        ("notPrincipals", strings(&m.not_principals)),
+        ("sourceIps", blocks(&m.source_ips)),
+        ("notSourceIps", blocks(&m.not_source_ips)),
+        ("destinationIps", blocks(&m.destination_ips)),
+        ("notDestinationIps", blocks(&m.not_destination_ips)),
+        ("destinationPorts", json!(m.destination_ports)),
+        ("notDestinationPorts", json!(m.not_destination_ports)),
+        ("serviceAccounts", accounts(&m.service_accounts)),
+        ("notServiceAccounts", accounts(&m.not_service_accounts)),
+    ])
+}
