@@ -44,9 +44,11 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
     let addresses = source.addresses.iter().map(|bytes| ip("workload.addresses", bytes));
     let policies = source.authorization_policies.iter().map(|name| PolicyName::from(texts.intern(name)));
     let policies = policies.collect::<PolicyList>();
+    let policies = texts.policies(policies);
+    let identity = texts.identity(SpiffeId::new(trust_domain, &source.namespace, account)?);
     Ok(Workload {
         spread: spread(source.uid.as_bytes()),
-        identity: SpiffeId::new(trust_domain, &source.namespace, account)?,
+        identity,
         addresses: addresses.collect::<Result<_, _>>()?,
         tunnel,
         native_tunnel: source.native_tunnel,
@@ -199,7 +201,8 @@ fn memberships(source: &wire::Workload, texts: &mut Interner) -> Result<Box<[Mem
     for (name, list) in &source.services {
         let service =
             HostRef::parse(name).ok_or_else(|| InvalidResource::Host { field: FIELD, name: name.clone() })?;
-        memberships.push(Membership { host: host(service, texts), ports: ports(FIELD, &list.ports)? });
+        let ports = texts.ports(ports(FIELD, &list.ports)?);
+        memberships.push(Membership { host: host(service, texts), ports });
     }
     memberships.sort_unstable_by(|one, other| one.host.cmp(&other.host));
     Ok(memberships.into())

@@ -31,6 +31,13 @@ impl Endpoint {
     }
 }
 
+/// A service with its endpoints, together as decisions need them.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) service: Arc<Service>,
+    pub(crate) endpoints: Endpoints,
+}
+
 /// Endpoints that may be chosen, with the greatest capacity among them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pool {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ambit_identity::SpiffeId;
 
 use crate::authority::Authority;
+use crate::endpoints::Known;
 use crate::name::AddressRef;
 use crate::service::{Gateway, GatewayDestination, Service};
 use crate::snapshot::Snapshot;
@@ -95,12 +96,13 @@ impl Snapshot {
         let is_mine = |gateway: &Gateway| match &gateway.destination {
             GatewayDestination::Hostname(host) => workload.membership(host.as_ref()).is_some(),
             GatewayDestination::Address(at) => {
-                let hosts = self.vips.at(AddressRef { network: &at.network, address: at.address });
+                let sharing = self.vips.at(AddressRef { network: &at.network, address: at.address });
                 (workload.network == at.network && workload.has_address(at.address))
-                    || hosts.iter().any(|host| workload.membership(host.as_ref()).is_some())
+                    || sharing.iter().any(|it| workload.membership(it.service.host.as_ref()).is_some())
             }
         };
-        let passes = |service: &Arc<Service>| {
+        let passes = |known: &Arc<Known>| {
+            let service = &known.service;
             service
                 .waypoint
                 .iter()
@@ -108,7 +110,7 @@ impl Snapshot {
                 .any(is_mine)
         };
         let around = || self.vips.around(address.network, address.address).flatten();
-        self.vips.at(address).iter().chain(around()).filter_map(|host| self.services.get(host)).any(passes)
+        self.vips.at(address).iter().chain(around()).any(passes)
             || self
                 .workload_at(address.network, address.address)
                 .and_then(|target| target.waypoint.as_ref())
@@ -141,7 +143,7 @@ impl Snapshot {
         host: Option<&str>,
     ) -> Option<&Arc<Service>> {
         let mut candidates = workload.services.iter().filter_map(|membership| {
-            let service = self.services.get(&membership.host)?;
+            let service = self.service(membership.host.as_ref())?;
             let named = host.is_none_or(|host| *service.host.hostname == *host);
             let serves = service.ports.iter().any(|mapping| {
                 let own = membership.ports.get(mapping.service_port).map(|own| own.target_port);
@@ -159,7 +161,7 @@ impl Snapshot {
             workload.services.iter().find(|membership| *membership.host.hostname == *hostname)?;
         let own = membership.ports.get(port).map(|mapping| mapping.target_port).filter(|port| *port != 0);
         own.or_else(|| {
-            let service = self.services.get(&membership.host)?;
+            let service = self.service(membership.host.as_ref())?;
             service.ports.get(port).map(|mapping| mapping.target_port).filter(|port| *port != 0)
         })
     }

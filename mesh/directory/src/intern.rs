@@ -1,16 +1,27 @@
-//! Texts that many resources share (namespaces, networks, nodes, hosts), kept once.
+//! Values that many resources share (namespaces, nodes, identities, ports, lists of policies), kept once.
 
 use std::collections::HashSet;
+use std::hash::Hash;
 use std::sync::Arc;
+
+use ambit_identity::SpiffeId;
+use ambit_policy::PolicyList;
+
+use crate::service::Ports;
 
 /// Below this many texts, unused ones are not looked for.
 const SMALLEST_SWEEP: usize = 1024;
+/// At so many values of one kind all are forgotten: later ones share anew.
+const MOST_VALUES: usize = 16_384;
 
-/// Shared texts. Owned by the writer; forgets what nobody uses once it has doubled.
+/// Shared values. Owned by the writer; forgets texts that nobody uses once they have doubled, and other values when they are too many.
 #[derive(Debug, Default)]
 pub(crate) struct Interner {
     texts: HashSet<Arc<str>>,
     sweep_at: usize,
+    identities: HashSet<SpiffeId>,
+    ports: HashSet<Ports>,
+    policies: HashSet<PolicyList>,
 }
 
 impl Interner {
@@ -27,6 +38,32 @@ impl Interner {
         self.texts.insert(Arc::clone(&text));
         text
     }
+
+    /// The shared copy of an identity.
+    pub(crate) fn identity(&mut self, identity: SpiffeId) -> SpiffeId {
+        share(&mut self.identities, identity)
+    }
+
+    /// The shared copy of a list of ports.
+    pub(crate) fn ports(&mut self, ports: Ports) -> Ports {
+        share(&mut self.ports, ports)
+    }
+
+    /// The shared copy of a list of policies.
+    pub(crate) fn policies(&mut self, policies: PolicyList) -> PolicyList {
+        share(&mut self.policies, policies)
+    }
+}
+
+fn share<T: Clone + Eq + Hash>(values: &mut HashSet<T>, value: T) -> T {
+    if let Some(known) = values.get(&value) {
+        return known.clone();
+    }
+    if values.len() >= MOST_VALUES {
+        values.clear();
+    }
+    values.insert(value.clone());
+    value
 }
 
 #[cfg(test)]

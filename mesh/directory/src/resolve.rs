@@ -8,6 +8,7 @@ use rand::Rng;
 use crate::HBONE_PORT;
 use crate::authority::Authority;
 use crate::choose::Load;
+use crate::endpoints::Known;
 use crate::name::{Demand, NamespacedHost, NetworkAddress, WorkloadUid};
 use crate::route::{DoubleTunnel, Expected, Lookup, Plain, Refusal, Route, Tunnel, Unknown, WaypointTunnel};
 use crate::service::{Gateway, GatewayDestination, IpFamilies, Mode, Service};
@@ -67,12 +68,12 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
         let (network, ip) = (&*client.network, address.ip());
-        if let Some(service) = snapshot.service_at(network, ip, &client.namespace) {
-            self.to_service(service, address.port())
+        if let Some(known) = snapshot.known_at(network, ip, &client.namespace) {
+            self.to_service(known, address.port())
         } else if let Some(workload) = snapshot.workload_at(network, ip) {
             self.to_dialled_workload(workload, None, address)
-        } else if let Some(service) = snapshot.service_around(network, ip, &client.namespace) {
-            self.to_service(service, address.port())
+        } else if let Some(known) = snapshot.known_around(network, ip, &client.namespace) {
+            self.to_service(known, address.port())
         } else {
             let demand = Demand::Address(NetworkAddress {
                 network: Arc::clone(&client.network),
@@ -85,8 +86,9 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
     fn to_host(&mut self, hostname: &Arc<str>, port: u16) -> Outcome {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
-        if let Some(service) = snapshot.service_named(hostname, &client.namespace) {
-            return self.to_service(service, port);
+        let service = snapshot.service_named(hostname, &client.namespace);
+        if let Some(known) = service.and_then(|service| snapshot.known(service.host.as_ref())) {
+            return self.to_service(known, port);
         }
         if let Some(workload) =
             snapshot.workloads_named(hostname).iter().find(|workload| workload.is_healthy())
@@ -100,7 +102,8 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         Ok(Route::Unknown(Unknown { authority, demand: Demand::Service(host) }))
     }
 
-    fn to_service(&mut self, service: &'a Arc<Service>, port: u16) -> Outcome {
+    fn to_service(&mut self, known: &'a Arc<Known>, port: u16) -> Outcome {
+        let service = &known.service;
         let passthrough = service.load_balancing.mode == Mode::Passthrough;
         if service.ports.get(port).is_none() && !(passthrough && service.ports.is_empty()) {
             return Err(Refusal::NoSuchPort { service: service.host.clone(), port });
@@ -111,7 +114,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         if passthrough && let Authority::Address(address) = self.chooser.question.destination {
             return self.past(service, address);
         }
-        let choice = self.chooser.endpoint(service, port).map_err(|cause| Refusal::NoEndpoint {
+        let choice = self.chooser.endpoint(known, port).map_err(|cause| Refusal::NoEndpoint {
             service: service.host.clone(),
             port,
             cause,

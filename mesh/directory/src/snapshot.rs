@@ -8,7 +8,7 @@ use ambit_identity::SpiffeId;
 use ambit_policy::{Peer, PolicySet, Request, Stamp, Verdict};
 use smallvec::SmallVec;
 
-use crate::endpoints::Endpoints;
+use crate::endpoints::{Endpoints, Known};
 use crate::name::{AddressRef, HostRef, NamespacedHost, NetworkAddress, WorkloadUid};
 use crate::service::Service;
 use crate::vips::Vips;
@@ -44,7 +44,7 @@ pub struct Snapshot {
     pub(crate) by_address: imbl::HashMap<NetworkAddress, SmallVec<[Arc<Workload>; 1]>>,
     pub(crate) by_identity: imbl::HashMap<SpiffeId, imbl::Vector<Arc<Workload>>>,
     pub(crate) by_hostname: imbl::HashMap<Arc<str>, SmallVec<[Arc<Workload>; 1]>>,
-    pub(crate) services: imbl::HashMap<NamespacedHost, Arc<Service>>,
+    pub(crate) services: imbl::HashMap<NamespacedHost, Arc<Known>>,
     pub(crate) services_by_hostname: imbl::HashMap<Arc<str>, SmallVec<[Arc<Service>; 1]>>,
     pub(crate) endpoints: imbl::HashMap<NamespacedHost, Arc<Endpoints>>,
     pub(crate) vips: Vips,
@@ -100,25 +100,22 @@ impl Snapshot {
 
     /// The service of this name; `hostname` in lower case.
     pub fn service(&self, host: HostRef<'_>) -> Option<&Arc<Service>> {
-        self.services.get(&host)
+        self.known(host).map(|known| &known.service)
     }
 
     /// All services, in no order.
     pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<Service>> {
-        self.services.values()
+        self.services.values().map(|known| &known.service)
     }
 
     /// The service that a client in `namespace` reaches at a virtual address of its own.
     pub fn service_at(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
-        let hosts = self.vips.at(AddressRef { network, address: address.to_canonical() });
-        self.preferred(hosts.iter().filter_map(|host| self.services.get(host)), namespace)
+        self.known_at(network, address, namespace).map(|known| &known.service)
     }
 
     /// The service that a client in `namespace` reaches at an address within a network of virtual addresses: that of the longest prefix.
     pub fn service_around(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
-        self.vips.around(network, address.to_canonical()).find_map(|hosts| {
-            self.preferred(hosts.iter().filter_map(|host| self.services.get(host)), namespace)
-        })
+        self.known_around(network, address, namespace).map(|known| &known.service)
     }
 
     /// The services of a host name (in lower case) in all namespaces, in the order of these.
@@ -127,12 +124,13 @@ impl Snapshot {
     }
 
     /// The service that a client in `namespace` means by a host name (in lower case), wildcard services such as `*.example.com` included.
-    pub fn service_named(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
-        self.preferred(self.services_named(hostname), namespace).or_else(|| {
+    pub fn service_named<'s>(&'s self, hostname: &str, namespace: &str) -> Option<&'s Arc<Service>> {
+        let preferred = |services: &'s [Arc<Service>]| preferred(services, |service| service, namespace);
+        preferred(self.services_named(hostname)).or_else(|| {
             let parents = hostname.match_indices('.').filter_map(|(at, _)| hostname.get(at..));
-            parents
-                .filter_map(|parent| self.services_by_hostname.get(format!("*{parent}").as_str()))
-                .find_map(|services| self.preferred(services.iter(), namespace))
+            let wild =
+                parents.filter_map(|parent| self.services_by_hostname.get(format!("*{parent}").as_str()));
+            wild.into_iter().find_map(|services| preferred(services))
         })
     }
 
@@ -195,15 +193,35 @@ impl Snapshot {
         removals.push_back((revision, uid));
     }
 
-    /// Of services that share a name or address the one that a client in `namespace` gets: of those it may see one of its own namespace, else a
-    /// canonical one, else the first.
-    fn preferred<'a>(
-        &self,
-        services: impl IntoIterator<Item = &'a Arc<Service>>,
-        namespace: &str,
-    ) -> Option<&'a Arc<Service>> {
-        let visible = services.into_iter().filter(|service| service.visible_to(namespace));
-        // `max_by_key` keeps the last of equals, `min_by_key` the first.
-        visible.min_by_key(|service| (&*service.host.namespace != namespace, !service.canonical))
+    pub(crate) fn known(&self, host: HostRef<'_>) -> Option<&Arc<Known>> {
+        self.services.get(&host)
     }
+
+    /// As [`Snapshot::service_at`].
+    pub(crate) fn known_at(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Known>> {
+        let sharing = self.vips.at(AddressRef { network, address: address.to_canonical() });
+        preferred(sharing, |known| &known.service, namespace)
+    }
+
+    /// As [`Snapshot::service_around`].
+    pub(crate) fn known_around(
+        &self,
+        network: &str,
+        address: IpAddr,
+        namespace: &str,
+    ) -> Option<&Arc<Known>> {
+        let mut around = self.vips.around(network, address.to_canonical());
+        around.find_map(|sharing| preferred(sharing, |known| &known.service, namespace))
+    }
+}
+
+/// Of services that share a name or address the one that a client in `namespace` gets: of those it may see one of its own namespace, else a
+/// canonical one, else the first.
+fn preferred<'a, T>(services: &'a [T], service: impl Fn(&T) -> &Service, namespace: &str) -> Option<&'a T> {
+    let visible = services.iter().filter(|candidate| service(candidate).visible_to(namespace));
+    // `min_by_key` keeps the first of equals.
+    visible.min_by_key(|candidate| {
+        let service = service(candidate);
+        (&*service.host.namespace != namespace, !service.canonical)
+    })
 }

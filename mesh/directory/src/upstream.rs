@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rand::{Rng, RngExt};
 
 use crate::choose::{self, Choice, Load};
-use crate::endpoints::{Endpoint, Endpoints};
+use crate::endpoints::{Endpoint, Endpoints, Known};
 use crate::name::AddressRef;
 use crate::resolve::Question;
 use crate::route::{Expected, NoEndpoint, Refusal};
@@ -63,29 +63,30 @@ pub(crate) fn expected(workload: &Workload, service: Option<&Service>) -> Expect
 
 impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
     /// An endpoint of `service` for connections to its `port`.
-    pub(crate) fn endpoint(&mut self, service: &Service, port: u16) -> Result<Choice<'a>, NoEndpoint> {
-        self.choose(service, |endpoint| endpoint.target_port(service, port))
+    pub(crate) fn endpoint(&mut self, known: &'a Known, port: u16) -> Result<Choice<'a>, NoEndpoint> {
+        self.choose(known, |endpoint| endpoint.target_port(&known.service, port))
     }
 
     /// The proxy that `gateway` names, one in another network only if `crossing`. Behind a service its HBONE port is mapped if the service has it,
     /// and taken as it is if not.
     pub(crate) fn proxy(&mut self, gateway: &Gateway, crossing: bool) -> Result<Proxy<'a>, NoProxy> {
         let snapshot = self.snapshot;
-        let (service, named_address) = match &gateway.destination {
+        let (known, named_address) = match &gateway.destination {
             GatewayDestination::Hostname(host) => {
-                (Some(snapshot.service(host.as_ref()).ok_or(NoProxy::Unknown)?), None)
+                (Some(snapshot.known(host.as_ref()).ok_or(NoProxy::Unknown)?), None)
             }
             GatewayDestination::Address(at) => {
                 // A gateway is named by its owner: visibility is about clients.
-                let hosts = snapshot.vips.at(AddressRef { network: &at.network, address: at.address });
-                (hosts.iter().find_map(|host| snapshot.services.get(host)), Some(at.address))
+                let sharing = snapshot.vips.at(AddressRef { network: &at.network, address: at.address });
+                (sharing.first(), Some(at.address))
             }
         };
         let port = gateway.hbone_mtls_port;
         let own_network = &self.question.client.network;
-        if let Some(service) = service {
+        if let Some(known) = known {
+            let service = &known.service;
             let chosen = self
-                .choose(service, |endpoint| {
+                .choose(known, |endpoint| {
                     let near = endpoint.workload.network == *own_network;
                     (near || crossing).then(|| endpoint.target_port(service, port).unwrap_or(port))
                 })
@@ -138,19 +139,18 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
             GatewayDestination::Hostname(host) => client.membership(host.as_ref()).is_some(),
             GatewayDestination::Address(at) => {
                 let is_there = client.network == at.network && client.has_address(at.address);
-                let hosts = self.snapshot.vips.at(AddressRef { network: &at.network, address: at.address });
-                is_there || hosts.iter().any(|host| client.membership(host.as_ref()).is_some())
+                let sharing = self.snapshot.vips.at(AddressRef { network: &at.network, address: at.address });
+                is_there || sharing.iter().any(|it| client.membership(it.service.host.as_ref()).is_some())
             }
         }
     }
 
     fn choose(
         &mut self,
-        service: &Service,
+        known: &'a Known,
         port: impl Fn(&Endpoint) -> Option<u16>,
     ) -> Result<Choice<'a>, NoEndpoint> {
-        let (snapshot, question) = (self.snapshot, self.question);
-        let endpoints = snapshot.endpoints(service.host.as_ref()).ok_or(NoEndpoint::NoneKnown)?;
+        let (Known { service, endpoints }, question) = (known, self.question);
         let usable = |endpoint: &Endpoint| {
             let workload = &endpoint.workload;
             let reachable = if workload.network == question.client.network {

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use equivalent::Equivalent;
 use ipnet::IpNet;
 
+use smallvec::SmallVec;
+
+use crate::endpoints::Known;
 use crate::name::{AddressRef, NamespacedHost, NetworkAddress};
 use crate::service::Vip;
 
 /// Services that share an address, in the order of their names.
-type Hosts = Arc<[NamespacedHost]>;
+type Sharing = SmallVec<[Arc<Known>; 1]>;
 
 /// A network of addresses in a network.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -34,62 +37,58 @@ impl Equivalent<NetworkNet> for NetRef<'_> {
 /// Virtual addresses. Cloning is cheap and a clone never changes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Vips {
-    addresses: imbl::HashMap<NetworkAddress, Hosts>,
-    nets: imbl::HashMap<NetworkNet, Hosts>,
+    addresses: imbl::HashMap<NetworkAddress, Sharing>,
+    nets: imbl::HashMap<NetworkNet, Sharing>,
     /// Prefix lengths in use, longest first, with the number of networks of that length.
     lengths: Arc<Vec<(u8, u32)>>,
 }
 
 impl Vips {
-    pub(crate) fn insert(&mut self, vip: &Vip, host: &NamespacedHost) {
+    /// Enters `known` at `vip`, in place of an earlier state of the same service.
+    pub(crate) fn insert(&mut self, vip: &Vip, known: &Arc<Known>) {
         match vip {
-            Vip::Address(address) => {
-                let hosts = with(self.addresses.get(address), host);
-                self.addresses.insert(address.clone(), hosts);
-            }
+            Vip::Address(address) => put(self.addresses.entry(address.clone()).or_default(), known),
             Vip::Net { network, net } => {
                 let key = NetworkNet { network: Arc::clone(network), net: *net };
-                let known = self.nets.get(&key);
-                let hosts = with(known, host);
-                if known.is_none() {
+                if !self.nets.contains_key(&key) {
                     self.count(net.prefix_len(), true);
                 }
-                self.nets.insert(key, hosts);
+                put(self.nets.entry(key).or_default(), known);
             }
         }
     }
 
     pub(crate) fn remove(&mut self, vip: &Vip, host: &NamespacedHost) {
         match vip {
-            Vip::Address(address) => match without(self.addresses.get(address), host) {
-                Some(hosts) => _ = self.addresses.insert(address.clone(), hosts),
-                None => _ = self.addresses.remove(address),
-            },
+            Vip::Address(address) => {
+                if self.addresses.get_mut(address).is_some_and(|sharing| take(sharing, host)) {
+                    self.addresses.remove(address);
+                }
+            }
             Vip::Net { network, net } => {
                 let key = NetworkNet { network: Arc::clone(network), net: *net };
-                match without(self.nets.get(&key), host) {
-                    Some(hosts) => _ = self.nets.insert(key, hosts),
-                    None if self.nets.remove(&key).is_some() => self.count(net.prefix_len(), false),
-                    None => {}
+                if self.nets.get_mut(&key).is_some_and(|sharing| take(sharing, host)) {
+                    self.nets.remove(&key);
+                    self.count(net.prefix_len(), false);
                 }
             }
         }
     }
 
     /// The services whose address this is.
-    pub(crate) fn at(&self, address: AddressRef<'_>) -> &[NamespacedHost] {
-        self.addresses.get(&address).map_or(&[], |hosts| hosts)
+    pub(crate) fn at(&self, address: AddressRef<'_>) -> &[Arc<Known>] {
+        self.addresses.get(&address).map_or(&[], |sharing| sharing)
     }
 
     /// The services of the networks that hold this address: longest prefix first.
-    pub(crate) fn around<'a>(
+    pub(crate) fn around<'a, 'n>(
         &'a self,
-        network: &'a str,
+        network: &'n str,
         address: IpAddr,
-    ) -> impl Iterator<Item = &'a [NamespacedHost]> {
+    ) -> impl Iterator<Item = &'a [Arc<Known>]> + use<'a, 'n> {
         self.lengths.iter().filter_map(move |(length, _)| {
             let net = IpNet::new(address, *length).ok()?.trunc();
-            self.nets.get(&NetRef { network, net }).map(|hosts| &**hosts)
+            self.nets.get(&NetRef { network, net }).map(|sharing| &**sharing)
         })
     }
 
@@ -105,14 +104,19 @@ impl Vips {
     }
 }
 
-fn with(hosts: Option<&Hosts>, host: &NamespacedHost) -> Hosts {
-    let others = hosts.into_iter().flat_map(|hosts| hosts.iter()).filter(|other| *other != host);
-    let mut hosts: Vec<NamespacedHost> = others.chain([host]).cloned().collect();
-    hosts.sort_unstable();
-    hosts.into()
+fn put(sharing: &mut Sharing, known: &Arc<Known>) {
+    match sharing.binary_search_by(|other| other.service.host.cmp(&known.service.host)) {
+        Ok(at) => {
+            if let Some(earlier) = sharing.get_mut(at) {
+                *earlier = Arc::clone(known);
+            }
+        }
+        Err(at) => sharing.insert(at, Arc::clone(known)),
+    }
 }
 
-fn without(hosts: Option<&Hosts>, host: &NamespacedHost) -> Option<Hosts> {
-    let left: Vec<NamespacedHost> = hosts?.iter().filter(|other| *other != host).cloned().collect();
-    (!left.is_empty()).then(|| left.into())
+/// Takes the service out; whether none is left.
+fn take(sharing: &mut Sharing, host: &NamespacedHost) -> bool {
+    sharing.retain(|other| other.service.host != *host);
+    sharing.is_empty()
 }

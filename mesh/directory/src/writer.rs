@@ -1,5 +1,6 @@
 //! The one writer of the directory, and the handle of its readers.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use ambit_api::{security, workload as wire};
@@ -8,10 +9,10 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
 use crate::convert;
-use crate::endpoints::Endpoint;
+use crate::endpoints::{Endpoint, Endpoints, Known};
 use crate::error::{InvalidResource, Rejected};
 use crate::intern::Interner;
-use crate::name::{AddressRef, HostRef, NetworkAddress};
+use crate::name::{AddressRef, HostRef, NamespacedHost, NetworkAddress};
 use crate::service::Service;
 use crate::snapshot::{Revision, Snapshot};
 use crate::workload::Workload;
@@ -57,6 +58,8 @@ struct Shared {
 #[derive(Debug)]
 pub struct Directory {
     next: Snapshot,
+    /// Services that are to be put together with their endpoints anew before the next publication.
+    stale: HashSet<NamespacedHost>,
     texts: Interner,
     shared: Arc<Shared>,
 }
@@ -89,8 +92,12 @@ impl Directory {
     pub fn new() -> (Self, Reader) {
         let snapshot = ArcSwap::from_pointee(Snapshot::default());
         let shared = Arc::new(Shared { snapshot, revision: watch::Sender::new(Revision::default()) });
-        let directory =
-            Self { next: Snapshot::default(), texts: Interner::default(), shared: Arc::clone(&shared) };
+        let directory = Self {
+            next: Snapshot::default(),
+            stale: HashSet::new(),
+            texts: Interner::default(),
+            shared: Arc::clone(&shared),
+        };
         (directory, Reader { shared })
     }
 
@@ -118,12 +125,27 @@ impl Directory {
                 rejected.push(Rejected { name, error });
             }
         }
+        self.refresh();
         if self.next.revision != before {
             // Within one publication everything bears the same number, whatever the number of changes.
             self.shared.snapshot.store(Arc::new(self.next.clone()));
             self.shared.revision.send_replace(self.next.revision);
         }
         rejected
+    }
+
+    /// Puts services that changed, or whose endpoints did, together with what they have now: once an update, however many endpoints it moved.
+    fn refresh(&mut self) {
+        for host in self.stale.drain() {
+            let Some(known) = self.next.services.get(&host) else { continue };
+            let endpoints = self.next.endpoints.get(&host).map(|endpoints| (**endpoints).clone());
+            let service = Arc::clone(&known.service);
+            let known = Arc::new(Known { endpoints: endpoints.unwrap_or_default(), service });
+            for vip in &known.service.vips {
+                self.next.vips.insert(vip, &known);
+            }
+            self.next.services.insert(host, known);
+        }
     }
 
     fn changed(&mut self, authorization: bool) {
@@ -169,8 +191,8 @@ impl Directory {
             return;
         }
         let name = name.to_ascii_lowercase();
-        if let Some(service) = HostRef::parse(&name).and_then(|host| self.next.services.remove(&host)) {
-            self.retract(&service);
+        if let Some(known) = HostRef::parse(&name).and_then(|host| self.next.services.remove(&host)) {
+            self.retract(&known.service);
             self.changed(false);
         }
     }
@@ -225,10 +247,11 @@ impl Directory {
             Arc::make_mut(endpoints).insert(endpoint);
             // Endpoints that come before their service get its balancing when it comes.
             if endpoints.len() == 1
-                && let Some(service) = self.next.services.get(&membership.host)
+                && let Some(known) = self.next.services.get(&membership.host)
             {
-                Arc::make_mut(endpoints).set_balancing(&service.load_balancing);
+                Arc::make_mut(endpoints).set_balancing(&known.service.load_balancing);
             }
+            self.stale.insert(membership.host.clone());
         }
     }
 
@@ -268,22 +291,21 @@ impl Directory {
                     self.next.endpoints.remove(&membership.host);
                 }
             }
+            self.stale.insert(membership.host.clone());
         }
     }
 
     fn put_service(&mut self, service: Service) {
-        let old = self.next.services.get(&service.host).cloned();
-        if old.as_ref().is_some_and(|old| **old == service) {
-            return;
-        }
-        if let Some(old) = &old {
-            self.retract(old);
+        if let Some(old) = self.next.services.get(&service.host).map(|known| Arc::clone(&known.service)) {
+            if *old == service {
+                return;
+            }
+            self.retract(&old);
         }
         let service = Arc::new(service);
-        self.next.services.insert(service.host.clone(), Arc::clone(&service));
-        for vip in &service.vips {
-            self.next.vips.insert(vip, &service.host);
-        }
+        let known = Known { service: Arc::clone(&service), endpoints: Endpoints::default() };
+        self.next.services.insert(service.host.clone(), Arc::new(known));
+        self.stale.insert(service.host.clone());
         let named = self.next.services_by_hostname.entry(Arc::clone(&service.host.hostname)).or_default();
         let at = named.partition_point(|other| other.host.namespace < service.host.namespace);
         named.insert(at, Arc::clone(&service));

@@ -88,6 +88,39 @@ struct RuleAt {
     rule: u32,
 }
 
+/// The rules filed under one key. Most often it is one: kept in place, as copying a map's node must not touch what every neighbour points to.
+#[derive(Debug, Clone)]
+enum Posting {
+    One(RuleAt),
+    Many(Arc<Vec<RuleAt>>),
+}
+
+impl Posting {
+    fn as_slice(&self) -> &[RuleAt] {
+        match self {
+            Self::One(at) => std::slice::from_ref(at),
+            Self::Many(rules) => rules,
+        }
+    }
+
+    fn push(&mut self, at: RuleAt) {
+        match self {
+            Self::One(first) => *self = Self::Many(Arc::new(vec![*first, at])),
+            Self::Many(rules) => Arc::make_mut(rules).push(at),
+        }
+    }
+
+    /// Without the rules of the policy in `slot`; `None` if nothing is left.
+    fn without(&self, slot: u32) -> Option<Self> {
+        let mut left = self.as_slice().iter().filter(|at| at.slot != slot);
+        let first = *left.next()?;
+        Some(match left.next() {
+            None => Self::One(first),
+            Some(second) => Self::Many(Arc::new([&first, second].into_iter().chain(left).copied().collect())),
+        })
+    }
+}
+
 /// A policy and where its rules are filed.
 #[derive(Debug)]
 struct Filed {
@@ -100,7 +133,7 @@ struct Filed {
 #[derive(Clone, Default)]
 pub(crate) struct RuleIndex {
     filed: Map<u32, Arc<Filed>>,
-    postings: Map<u64, Arc<Vec<RuleAt>>>,
+    postings: Map<u64, Posting>,
     unkeyed: Arc<Vec<RuleAt>>,
     /// For each kind of demand the lengths in use, each with the number of keys, so that no look-up is made in vain.
     lengths: Arc<[Vec<(u16, u32)>; DEMANDS]>,
@@ -148,10 +181,9 @@ impl RuleIndex {
         }
         for key in &filed.keys {
             if let Some(posting) = self.postings.get_mut(&key.hash) {
-                let posting = Arc::make_mut(posting);
-                posting.retain(|at| at.slot != slot);
-                if posting.is_empty() {
-                    self.postings.remove(&key.hash);
+                match posting.without(slot) {
+                    Some(left) => *posting = left,
+                    None => _ = self.postings.remove(&key.hash),
                 }
             }
             self.count(*key, false);
@@ -171,7 +203,7 @@ impl RuleIndex {
         let mut found = check(&self.unkeyed);
         if found.is_none() {
             let _: ControlFlow<()> = self.offers(request, |key| {
-                found = self.postings.get(&key.hash).and_then(|posting| check(posting));
+                found = self.postings.get(&key.hash).and_then(|posting| check(posting.as_slice()));
                 if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             });
         }
@@ -190,7 +222,10 @@ impl RuleIndex {
     }
 
     fn file(&mut self, key: Key, at: RuleAt) {
-        Arc::make_mut(self.postings.entry(key.hash).or_default()).push(at);
+        match self.postings.get_mut(&key.hash) {
+            Some(posting) => posting.push(at),
+            None => _ = self.postings.insert(key.hash, Posting::One(at)),
+        }
         self.count(key, true);
     }
 
@@ -303,7 +338,9 @@ impl RuleIndex {
 
     /// How many rules are filed under `keys`, plus one for each key, as each takes room.
     fn cost(&self, keys: &[Key]) -> usize {
-        keys.iter().map(|key| 1 + self.postings.get(&key.hash).map_or(0, |posting| posting.len())).sum()
+        keys.iter()
+            .map(|key| 1 + self.postings.get(&key.hash).map_or(0, |posting| posting.as_slice().len()))
+            .sum()
     }
 }
 

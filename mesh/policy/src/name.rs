@@ -59,39 +59,41 @@ impl fmt::Debug for PolicyName {
 }
 
 /// The policies that a workload lists by name: sorted, without duplicates, cheap to clone.
-#[derive(Clone, PartialEq, Eq, Hash, Serialize)]
-#[serde(transparent)]
-pub struct PolicyList(Arc<[PolicyName]>);
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
+pub struct PolicyList(Arc<Listed>);
+
+#[derive(PartialEq, Eq, Hash, Default)]
+struct Listed {
+    names: Box<[PolicyName]>,
+    /// Where each namespace's names end; sorted, they come namespace by namespace.
+    ends: Box<[usize]>,
+}
 
 impl PolicyList {
     /// The names, in order.
     pub fn iter(&self) -> std::slice::Iter<'_, PolicyName> {
-        self.0.iter()
-    }
-
-    pub(crate) fn as_slice(&self) -> &[PolicyName] {
-        &self.0
+        self.0.names.iter()
     }
 
     /// How many names.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.0.names.len()
     }
 
     /// Whether no policy is listed.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.0.names.is_empty()
     }
 
     /// Whether `name` is listed.
     pub fn contains(&self, name: &PolicyName) -> bool {
-        self.0.binary_search(name).is_ok()
+        self.0.names.binary_search(name).is_ok()
     }
-}
 
-impl Default for PolicyList {
-    fn default() -> Self {
-        Self(Arc::from([]))
+    /// The names of each namespace.
+    pub(crate) fn by_namespace(&self) -> impl Iterator<Item = &[PolicyName]> {
+        let starts = std::iter::once(0).chain(self.0.ends.iter().copied());
+        starts.zip(self.0.ends.iter()).filter_map(|(start, end)| self.0.names.get(start..*end))
     }
 }
 
@@ -100,7 +102,18 @@ impl FromIterator<PolicyName> for PolicyList {
         let mut names: Vec<PolicyName> = names.into_iter().collect();
         names.sort_unstable();
         names.dedup();
-        Self(names.into())
+        let chunks = names.chunk_by(|one, next| one.namespace() == next.namespace());
+        let ends = chunks.scan(0, |end, chunk| {
+            *end += chunk.len();
+            Some(*end)
+        });
+        Self(Arc::new(Listed { ends: ends.collect(), names: names.into() }))
+    }
+}
+
+impl Serialize for PolicyList {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self)
     }
 }
 

@@ -269,8 +269,8 @@ impl<'a> Subject<'a> {
 
     /// The list cut by namespace (sorted, it comes so), with what is known of each.
     fn listed_namespaces(&self) -> impl Iterator<Item = (&'a [PolicyName], &'a Namespace)> {
-        let chunks = self.listed.as_slice().chunk_by(|one, next| one.namespace() == next.namespace());
-        chunks.filter_map(|names| Some((names, &**self.set.namespaces.get(names.first()?.namespace())?)))
+        let namespaces = self.listed.by_namespace();
+        namespaces.filter_map(|names| Some((names, &**self.set.namespaces.get(names.first()?.namespace())?)))
     }
 
     /// The groups that apply whatever the workload lists.
