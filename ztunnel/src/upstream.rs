@@ -305,6 +305,7 @@ impl Dial<'_> {
     ) -> Result<Tunnel, ConnectionError> {
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
         let key = PoolKey {
+            origin: self.pod.uid().into(),
             source: self.pod.identity().clone(),
             destination: workload.uid.shared().clone(),
             address,

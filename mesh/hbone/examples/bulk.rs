@@ -156,7 +156,12 @@ async fn tunnel_client(
     application: SocketAddr,
 ) -> Result<()> {
     let pool = Pool::new(Settings::default(), WindowBudget::default(), Arc::default());
-    let key = PoolKey { source: id("client")?, destination: "server".into(), address: wire };
+    let key = PoolKey {
+        origin: "client".into(),
+        source: id("client")?,
+        destination: "server".into(),
+        address: wire,
+    };
     let expected: Arc<[SpiffeId]> = Arc::new([id("server")?]);
     loop {
         let (mut socket, _) = listener.accept().await?;

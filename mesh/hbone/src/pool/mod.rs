@@ -36,10 +36,13 @@ const ATTEMPTS: usize = 4;
 /// How long a tunnel waits for a quieter connection before it takes a busy one.
 const SPREAD_WAIT: Duration = Duration::from_millis(100);
 
-/// What a connection may be shared by: one source identity to one workload at one address. An
-/// address that is used again by another workload has another key.
+/// What a connection may be shared by: one source workload with one identity to one workload at one
+/// address. An address that is used again by another workload has another key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PoolKey {
+    /// Uid of the source pod. Pods of one identity do not share connections: each leaves from its own
+    /// namespace and address, and goes with it.
+    pub origin: Arc<str>,
     /// The identity that our side presents.
     pub source: SpiffeId,
     /// Uid of the destination workload (of the waypoint or gateway, if there is one).
@@ -159,6 +162,12 @@ impl Pool {
     /// Takes the connections of a workload that is gone out of the pool, those being made included.
     pub fn evict(&self, destination: &str, in_flight: InFlight) {
         let evicted = self.shared.state.lock().evict(destination, in_flight);
+        self.shared.counters.evicted.add(evicted as u64);
+    }
+
+    /// Takes the connections out that were made for a source pod that has left. Open tunnels finish.
+    pub fn evict_origin(&self, origin: &str) {
+        let evicted = self.shared.state.lock().evict_origin(origin);
         self.shared.counters.evicted.add(evicted as u64);
     }
 

@@ -236,21 +236,29 @@ impl State {
     /// Takes a workload's connections out; yields how many.
     pub(super) fn evict(&mut self, destination: &str, in_flight: InFlight) -> usize {
         let keys = self.keys.get(destination).cloned().unwrap_or_default();
-        let mut evicted = 0;
-        for key in keys {
-            let Some(group) = self.groups.get_mut(&key) else { continue };
-            if let Some(task) = group.dialling.take().and_then(|dialling| dialling.task) {
-                task.abort();
-            }
-            for member in &mut group.members {
-                evicted += usize::from(member.connection.is_some());
-                match in_flight {
-                    InFlight::Finish => member.connection = None,
-                    InFlight::Cut => member.cut(),
-                }
-            }
-            self.tidy(&key);
+        keys.iter().map(|key| self.evict_key(key, in_flight)).sum()
+    }
+
+    /// Takes the connections of a source pod out; yields how many.
+    pub(super) fn evict_origin(&mut self, origin: &str) -> usize {
+        let keys: Vec<_> = self.groups.keys().filter(|key| &*key.origin == origin).cloned().collect();
+        keys.iter().map(|key| self.evict_key(key, InFlight::Finish)).sum()
+    }
+
+    fn evict_key(&mut self, key: &PoolKey, in_flight: InFlight) -> usize {
+        let Some(group) = self.groups.get_mut(key) else { return 0 };
+        if let Some(task) = group.dialling.take().and_then(|dialling| dialling.task) {
+            task.abort();
         }
+        let mut evicted = 0;
+        for member in &mut group.members {
+            evicted += usize::from(member.connection.is_some());
+            match in_flight {
+                InFlight::Finish => member.connection = None,
+                InFlight::Cut => member.cut(),
+            }
+        }
+        self.tidy(key);
         evicted
     }
 

@@ -198,6 +198,7 @@ impl Client {
 
     pub fn key(&self, node: SocketAddr) -> PoolKey {
         PoolKey {
+            origin: "pod-uid".into(),
             source: self.certificate.identity().clone(),
             destination: "Kubernetes//v1/Pod/default/server".into(),
             address: node,

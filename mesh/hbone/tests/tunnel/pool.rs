@@ -195,6 +195,27 @@ async fn eviction_keeps_new_tunnels_off_and_lets_open_ones_finish() {
 }
 
 #[tokio::test]
+async fn pods_of_one_identity_have_connections_of_their_own_that_go_with_them() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (mut socket, _task) = client.application(node.address, target).await;
+    let mut other = client.key(node.address);
+    other.origin = "another-pod-uid".into();
+    let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
+    let request = ConnectRequest::new(target);
+    let dial = || TcpStream::connect(node.address);
+    client.pool.open(&other, &tls, &expected, &request, dial).await.unwrap();
+    assert_eq!(node.seen.accepted(), 2);
+    client.pool.evict_origin(&client.key(node.address).origin);
+    assert_eq!(client.pool.connections_of(&client.key(node.address)), 0);
+    assert_eq!(client.pool.connections_of(&other), 1);
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+}
+
+#[tokio::test]
 async fn eviction_can_cut_and_other_workloads_are_unharmed() {
     let world = World::new();
     let node = Node::start(&world, "server", Settings::default()).await;
