@@ -49,8 +49,8 @@ pub struct Question<'a> {
 pub fn resolve(snapshot: &Snapshot, question: &Question<'_>, load: &impl Load, rng: &mut impl Rng) -> Route {
     let mut resolver = Resolver { chooser: Chooser { snapshot, question, load, rng }, bypassed: false };
     let route = match &question.destination {
-        Authority::Address(address) => resolver.to_address(*address),
-        Authority::Host { hostname, port } => resolver.to_host(hostname, *port),
+        Authority::Address(address) => resolver.by_address(*address),
+        Authority::Host { hostname, port } => resolver.by_host(hostname, *port),
     };
     route.unwrap_or_else(Route::Refuse)
 }
@@ -64,16 +64,16 @@ struct Resolver<'a, 'q, L, R> {
 type Outcome = Result<Route, Refusal>;
 
 impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
-    fn to_address(&mut self, address: SocketAddr) -> Outcome {
+    fn by_address(&mut self, address: SocketAddr) -> Outcome {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
         let (network, ip) = (&*client.network, address.ip());
         if let Some(known) = snapshot.known_at(network, ip, &client.namespace) {
-            self.to_service(known, address.port())
+            self.by_service(known, address.port())
         } else if let Some(workload) = snapshot.workload_at(network, ip) {
-            self.to_dialled_workload(workload, None, address)
+            self.dialled_workload(workload, None, address)
         } else if let Some(known) = snapshot.known_around(network, ip, &client.namespace) {
-            self.to_service(known, address.port())
+            self.by_service(known, address.port())
         } else {
             let demand = Demand::Address(NetworkAddress {
                 network: Arc::clone(&client.network),
@@ -83,18 +83,18 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         }
     }
 
-    fn to_host(&mut self, hostname: &Arc<str>, port: u16) -> Outcome {
+    fn by_host(&mut self, hostname: &Arc<str>, port: u16) -> Outcome {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
         let service = snapshot.service_named(hostname, &client.namespace);
         if let Some(known) = service.and_then(|service| snapshot.known(service.host.as_ref())) {
-            return self.to_service(known, port);
+            return self.by_service(known, port);
         }
         if let Some(workload) =
             snapshot.workloads_named(hostname).iter().find(|workload| workload.is_healthy())
             && let Some(ip) = workload.address_like(None)
         {
-            return self.to_dialled_workload(workload, None, SocketAddr::new(ip, port));
+            return self.dialled_workload(workload, None, SocketAddr::new(ip, port));
         }
         let host =
             NamespacedHost { namespace: Arc::clone(&client.namespace), hostname: Arc::clone(hostname) };
@@ -102,7 +102,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         Ok(Route::Unknown(Unknown { authority, demand: Demand::Service(host) }))
     }
 
-    fn to_service(&mut self, known: &'a Arc<Known>, port: u16) -> Outcome {
+    fn by_service(&mut self, known: &'a Arc<Known>, port: u16) -> Outcome {
         let service = &known.service;
         let passthrough = service.load_balancing.mode == Mode::Passthrough;
         if service.ports.get(port).is_none() && !(passthrough && service.ports.is_empty()) {
@@ -121,7 +121,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         })?;
         let workload = &choice.endpoint.workload;
         let ip = workload.address_like(self.family(service));
-        self.to_workload(workload, Some(service), ip, choice.port)
+        self.reach(workload, Some(service), ip, choice.port)
     }
 
     /// To the address that was dialled, as the service makes no choice.
@@ -130,7 +130,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         match self.chooser.snapshot.workload_at(network, address.ip()) {
             Some(workload) => {
                 self.check_untried(workload)?;
-                self.to_workload(workload, Some(service), Some(address.ip().to_canonical()), address.port())
+                self.reach(workload, Some(service), Some(address.ip().to_canonical()), address.port())
             }
             None => Ok(Route::Plain(Plain {
                 address,
@@ -142,7 +142,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
     }
 
     /// To a workload whose own address was dialled.
-    fn to_dialled_workload(
+    fn dialled_workload(
         &mut self,
         workload: &'a Arc<Workload>,
         service: Option<&'a Arc<Service>>,
@@ -155,7 +155,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
             return Ok(route);
         }
         self.check_untried(workload)?;
-        self.to_workload(workload, service, Some(address.ip().to_canonical()), address.port())
+        self.reach(workload, service, Some(address.ip().to_canonical()), address.port())
     }
 
     fn check_untried(&self, workload: &Workload) -> Result<(), Refusal> {
@@ -243,7 +243,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         }))
     }
 
-    fn to_workload(
+    fn reach(
         &mut self,
         workload: &'a Arc<Workload>,
         service: Option<&'a Arc<Service>>,

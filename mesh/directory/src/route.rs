@@ -1,15 +1,16 @@
 //! Where a connection goes, and why it goes nowhere.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ambit_identity::SpiffeId;
 use smallvec::SmallVec;
 
+use crate::HBONE_PORT;
 use crate::authority::Authority;
 use crate::name::{Demand, NamespacedHost, WorkloadUid};
 use crate::service::{GatewayDestination, Service};
-use crate::workload::Workload;
+use crate::workload::{TunnelProtocol, Workload};
 
 /// Identities of which the other end must prove one.
 pub type Expected = SmallVec<[SpiffeId; 1]>;
@@ -123,6 +124,23 @@ pub struct Lookup {
     pub expected: Expected,
     /// As in [`Tunnel`].
     pub waypoint_bypassed: bool,
+}
+
+impl Lookup {
+    /// The way once DNS has told the address.
+    pub fn at(self, ip: IpAddr) -> Route {
+        let Self { workload, service, port, expected, waypoint_bypassed } = self;
+        let address = SocketAddr::new(ip.to_canonical(), port);
+        match workload.tunnel {
+            TunnelProtocol::Hbone => {
+                let hbone = SocketAddr::new(address.ip(), HBONE_PORT);
+                Route::Tunnel(Tunnel { workload, service, address, hbone, expected, waypoint_bypassed })
+            }
+            TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => {
+                Route::Plain(Plain { address, workload: Some(workload), service, waypoint_bypassed })
+            }
+        }
+    }
 }
 
 /// A destination that the directory does not know.

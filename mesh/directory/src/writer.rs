@@ -19,6 +19,10 @@ use crate::workload::Workload;
 
 /// One change from the control plane.
 #[derive(Debug, Clone)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "each is made, handed over and consumed once; a box would be one more allocation"
+)]
 pub enum Update {
     /// A workload or service is there, new or changed.
     Address {

@@ -135,7 +135,7 @@ fn another_network_is_reached_through_its_gateway_by_service_only() {
         remote("gateway", "203.0.113.9").with(|pod| pod.services.clear()).into(),
         service("web", &["10.96.0.1"])
             .with(|it| {
-                it.subject_alt_names = vec!["spiffe://td/ns/app/sa/extra".into(), "www.example.com".into()]
+                it.subject_alt_names = vec!["spiffe://td/ns/app/sa/extra".into(), "www.example.com".into()];
             })
             .into(),
     ]);

@@ -67,6 +67,30 @@ fn workloads_and_services_are_reached_as_they_can_be() {
 }
 
 #[test]
+fn a_workload_known_by_name_is_reached_where_dns_finds_it() {
+    let named = |name: &str| {
+        pod(name, "10.0.0.9").of(name).with(|pod| {
+            pod.addresses.clear();
+            pod.hostname = "db.example.com".into();
+        })
+    };
+    let mut world = World::new([
+        pod("client", "10.0.0.1").into(),
+        named("plain").plain().into(),
+        named("meshed").into(),
+        service("plain", &["10.96.0.1"]).into(),
+        service("meshed", &["10.96.0.2"]).into(),
+    ]);
+    for (vip, expected) in [
+        ("10.96.0.1:80", "plain plain 203.0.113.1:8080"),
+        ("10.96.0.2:80", "tunnel meshed 203.0.113.1:8080 via 203.0.113.1:15008 as meshed"),
+    ] {
+        let Route::Lookup(lookup) = world.route("client", vip) else { panic!("no look-up for {vip}") };
+        assert_eq!(say(&lookup.at("203.0.113.1".parse().unwrap())), expected);
+    }
+}
+
+#[test]
 fn an_unknown_address_passes_plainly_and_an_unknown_name_nowhere() {
     let mut world = World::new([pod("client", "10.0.0.1").into()]);
     let Route::Unknown(unknown) = world.route("client", "1.1.1.1:53") else { panic!("known") };
