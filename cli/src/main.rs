@@ -1,2 +1,28 @@
-//! Program entry.
-fn main() {}
+//! The command `ambit`.
+
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Ambit, an ambient service mesh.
+#[derive(Debug, Parser)]
+#[command(name = "ambit", version)]
+enum Command {
+    /// Runs a mesh with the workloads of a directory of manifests on this machine, without a cluster.
+    Up(up::Options),
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("AMBIT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let outcome = match Command::parse() {
+        Command::Up(options) => up::run(&options),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("ambit: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -91,7 +91,7 @@ impl NodeAgent {
         let attempt = format!("bring pod {pod} in");
         let agent = self.agent(&attempt)?;
         let netns = pod.inner.sandbox.netns()?;
-        let path = format!("/proc/{}/fd/{}", std::process::id(), pod.inner.sandbox.network().as_raw_fd());
+        let path = format!("/proc/self/fd/{}", pod.inner.sandbox.network().as_raw_fd());
         let spec = PodSpec {
             uid: pod.uid().to_owned(),
             name: pod.name().to_owned(),

@@ -13,6 +13,7 @@ mod dns;
 mod error;
 mod fabric;
 mod http;
+pub mod isolate;
 mod kubelet;
 mod link;
 mod manifest;

@@ -140,6 +140,18 @@ impl Pod {
         self.inner.object.read().metadata.labels.clone().unwrap_or_default()
     }
 
+    /// Its annotations, without those that are its status.
+    #[must_use]
+    pub fn annotations(&self) -> BTreeMap<String, String> {
+        self.inner.object.read().metadata.annotations.clone().unwrap_or_default()
+    }
+
+    /// Whether labels say that it is to be in the mesh.
+    #[must_use]
+    pub fn is_wanted_in_mesh(&self) -> bool {
+        self.inner.wanted_in_mesh.borrow().is_some()
+    }
+
     /// What its kubelet sees now.
     #[must_use]
     pub fn view(&self) -> PodView {

@@ -360,18 +360,19 @@ fn spawn(name: &str, command: &Command) -> Result<Child> {
             spawning.stderr(file.try_clone().map_err(Error::system(attempt))?).stdout(file);
         }
     }
-    die_with_parent(&mut spawning);
+    die_with_parent(spawning.as_std_mut());
     spawning
         .spawn()
         .map_err(|error| Error::program(name, format!("cannot execute {}: {error}", program.display())))
 }
 
+/// Has the kernel send SIGKILL to the program when the thread that started it ends.
 #[allow(unsafe_code, reason = "there is no safe way to ask for the parent-death signal in a child")]
-fn die_with_parent(command: &mut tokio::process::Command) {
+pub(crate) fn die_with_parent(command: &mut std::process::Command) {
     let signal = || nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from);
     // SAFETY: the closure runs between fork and exec and makes one system call, which is async-signal-safe;
     // it neither allocates nor takes a lock.
     unsafe {
-        command.pre_exec(signal);
+        std::os::unix::process::CommandExt::pre_exec(command, signal);
     }
 }

@@ -84,7 +84,7 @@ async fn a_service_is_found_by_name_and_led_to_all_its_ready_pods() {
         serve(&pod, 8080, text).await;
         servers.push(pod);
     }
-    assert_eq!(client.resolve("web").await.expect("the name resolves")[0], vip);
+    assert!(client.resolve("web").await.expect("the name resolves").contains(&vip));
     assert!(
         client.resolve("web.shop.svc.cluster.local").await.expect("the full name resolves").contains(&vip)
     );

@@ -79,7 +79,8 @@ impl MeshOptions {
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS_PORT));
         let readiness = SocketAddr::from((Ipv4Addr::LOCALHOST, READINESS_PORT));
         let mut command = Command::new(&self.control);
-        for source in self.manifests.iter().chain([&directory.join("objects")]) {
+        // Of an object in both, the published one counts: it has what the cluster filled in.
+        for source in [&directory.join("objects")].into_iter().chain(&self.manifests) {
             command = command.arg("--source").arg(format!("dir:{}", source.display()));
         }
         command = command

@@ -266,6 +266,32 @@ impl Cluster {
         tokio::time::timeout(limit, waiting).await.map_err(deadline)
     }
 
+    /// All objects of a kind, as they were written.
+    #[must_use]
+    pub fn objects(&self, kind: &str) -> Vec<serde_json::Value> {
+        let all = self.shared.objects.lock().all();
+        all.into_iter().filter(|(key, _)| key.kind == kind).map(|(_, object)| object.body).collect()
+    }
+
+    /// Ready pods behind a service, with the port that its port leads to.
+    #[must_use]
+    pub fn backends(&self, namespace: &str, service: &str, port: Option<u16>) -> Vec<(Pod, u16)> {
+        let file = self.shared.directory.join("objects").join(format!("Service_{namespace}_{service}.json"));
+        let text = std::fs::read(file).unwrap_or_default();
+        let Ok(object) = serde_json::from_slice::<k8s_openapi::api::core::v1::Service>(&text) else {
+            return Vec::new();
+        };
+        let pods = self.shared.pods();
+        let backends: Vec<_> = pods.iter().map(publish::backend).collect();
+        let views = crate::services::views(std::slice::from_ref(&object), &[], &backends);
+        let ports = views.iter().flat_map(|view| &view.ports);
+        let chosen = ports.into_iter().find(|view| port.is_none_or(|port| view.port == port));
+        let targets = chosen.map(|port| port.targets.clone()).unwrap_or_default();
+        let pod_at = |ip: IpAddr| pods.iter().find(|pod| pod.inner.addresses.contains(ip)).cloned();
+        let v4 = targets.iter().filter(|target| target.is_ipv4());
+        v4.filter_map(|target| Some((pod_at(target.ip())?, target.port()))).collect()
+    }
+
     /// What is wrong with manifests and objects, a sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {

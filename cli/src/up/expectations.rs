@@ -1,0 +1,132 @@
+//! What a directory of manifests says is to be shown: annotations on its services and pods.
+//!
+//! - `ambit.dev/open: "9080/productpage"` on a service: at which port of this machine, and under which path, a
+//!   person opens it;
+//! - `ambit.dev/expect-spread: "true"` on a service: connections reach every workload behind it;
+//! - `ambit.dev/expect-unreadable: "Shakespeare,Reviewer1"` on a service: words of its answers that nobody may
+//!   read on the wire;
+//! - `ambit.dev/expect-denied: "http://ratings:9080/ratings/0"` on a pod: addresses that it asks and must get no
+//!   answer from.
+
+use std::path::Path;
+
+use ambit_local::{Cluster, Pod};
+use serde_json::Value;
+
+const OPEN: &str = "ambit.dev/open";
+const SPREAD: &str = "ambit.dev/expect-spread";
+const UNREADABLE: &str = "ambit.dev/expect-unreadable";
+const DENIED: &str = "ambit.dev/expect-denied";
+/// What every HTTP message begins with, so that no application needs to say it.
+const HTTP: &str = "HTTP/1.1";
+
+/// A service by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ServiceName {
+    /// Its namespace.
+    pub(crate) namespace: String,
+    /// Its name.
+    pub(crate) name: String,
+}
+
+/// Everything that is to be shown.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Expectations {
+    /// The service that can be opened, with port and path.
+    pub(crate) open: Option<(ServiceName, u16, String)>,
+    /// Services that are spread over all workloads behind them.
+    pub(crate) spread: Vec<ServiceName>,
+    /// Words that must not be readable.
+    pub(crate) unreadable: Vec<String>,
+}
+
+impl Expectations {
+    /// Reads the annotations of a cluster's services.
+    pub(crate) fn read(cluster: &Cluster) -> Self {
+        Self::of(&cluster.objects("Service"))
+    }
+
+    fn of(services: &[Value]) -> Self {
+        let mut expectations = Self { unreadable: vec![HTTP.to_owned()], ..Self::default() };
+        for service in services {
+            let text = |field: &str| service["metadata"][field].as_str().unwrap_or_default().to_owned();
+            let name = ServiceName { namespace: text("namespace"), name: text("name") };
+            let annotation = |key: &str| service["metadata"]["annotations"][key].as_str();
+            if let Some((port, path)) = annotation(OPEN).and_then(port_and_path) {
+                expectations.open.get_or_insert((name.clone(), port, path));
+            }
+            if annotation(SPREAD) == Some("true") {
+                expectations.spread.push(name);
+            }
+            expectations.unreadable.extend(words(annotation(UNREADABLE)));
+        }
+        expectations
+    }
+
+    /// The path that a person opens.
+    pub(crate) fn page_path(&self) -> &str {
+        self.open.as_ref().map_or("/", |(_, _, path)| path)
+    }
+}
+
+/// What a pod must get no answer from.
+pub(crate) fn denied(pod: &Pod) -> Vec<String> {
+    words(pod.annotations().get(DENIED).map(String::as_str)).collect()
+}
+
+fn words(list: Option<&str>) -> impl Iterator<Item = String> {
+    let words = list.unwrap_or_default().split(',').map(str::trim).filter(|word| !word.is_empty());
+    words.map(str::to_owned).collect::<Vec<_>>().into_iter()
+}
+
+/// Reads `9080` or `9080/path`.
+fn port_and_path(text: &str) -> Option<(u16, String)> {
+    let (port, path) = text.split_once('/').unwrap_or((text, ""));
+    Some((port.trim().parse().ok()?, format!("/{path}")))
+}
+
+/// The port that the manifests of a directory want opened, found by their text: the port is taken before the
+/// cluster that reads them properly exists.
+pub(crate) fn port_to_open(directory: &Path) -> Option<u16> {
+    let entries = std::fs::read_dir(directory).ok()?;
+    let mut files: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.sort();
+    files.iter().find_map(|file| in_text(&std::fs::read_to_string(file).ok()?))
+}
+
+fn in_text(text: &str) -> Option<u16> {
+    let value = text.split_once(OPEN)?.1.lines().next()?;
+    let value = value.trim_start_matches(['"', '\'', ':', ' ']);
+    let end = value.find(['"', '\'', ',', '}', ' ']).unwrap_or(value.len());
+    port_and_path(value.get(..end)?).map(|(port, _)| port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn annotations_of_services_say_what_is_to_be_shown() {
+        let service = json!({ "metadata": { "name": "p", "namespace": "n", "annotations": {
+            OPEN: "9080/productpage", SPREAD: "true", UNREADABLE: "one, two",
+        } } });
+        let expectations = Expectations::of(&[service]);
+        let name = ServiceName { namespace: "n".to_owned(), name: "p".to_owned() };
+        assert_eq!(expectations.open, Some((name.clone(), 9080, "/productpage".to_owned())));
+        assert_eq!(expectations.spread, [name]);
+        assert_eq!(expectations.unreadable, ["HTTP/1.1", "one", "two"]);
+    }
+
+    #[test]
+    fn the_port_is_found_in_the_text_however_it_is_quoted() {
+        for text in [
+            "  annotations:\n    ambit.dev/open: \"9080/productpage\"\n",
+            "annotations: {ambit.dev/open: '9080'}\n",
+            "annotations: {\"ambit.dev/open\": \"9080\", other: x}\n",
+        ] {
+            assert_eq!(in_text(text), Some(9080), "{text}");
+        }
+        assert_eq!(in_text("kind: Service\n"), None);
+    }
+}

@@ -1,0 +1,160 @@
+//! Who talks to whom: the node proxies' metrics, joined to one row a pair of workloads.
+
+use std::collections::BTreeMap;
+
+use ambit_local::{Cluster, Metrics, Sample};
+
+/// One end of a flow.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Party {
+    /// Workload name.
+    pub(crate) workload: String,
+    /// Its namespace.
+    pub(crate) namespace: String,
+    /// Its authenticated identity; empty when it has none.
+    pub(crate) principal: String,
+}
+
+/// Key of a row.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Pair {
+    /// Who connected.
+    pub(crate) source: Party,
+    /// To whom.
+    pub(crate) destination: Party,
+    /// Through which service; empty for a pod that was dialled itself.
+    pub(crate) service: String,
+}
+
+/// One row: what the source's node proxy reported, and whether the destination's agrees.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Flow {
+    /// Connections opened, as the source's proxy counts them.
+    pub(crate) opened: f64,
+    /// Connections that failed or were refused, counted by either.
+    pub(crate) failed: f64,
+    /// Bytes from source to destination.
+    pub(crate) sent: f64,
+    /// Bytes from destination to source.
+    pub(crate) received: f64,
+    /// Both proxies that reported called it mutual TLS.
+    pub(crate) mutual_tls: bool,
+    /// Connections opened, as the destination's proxy counts them with the same two identities.
+    pub(crate) confirmed: f64,
+}
+
+/// All rows.
+pub(crate) type Flows = BTreeMap<Pair, Flow>;
+
+/// Asks every node proxy.
+pub(crate) async fn read(cluster: &Cluster) -> Flows {
+    let mut all = Vec::new();
+    for node in 0..cluster.nodes() {
+        let Ok(ztunnel) = cluster.ztunnel(node) else { continue };
+        match ztunnel.metrics().await {
+            Ok(metrics) => all.push(metrics),
+            Err(error) => tracing::warn!(node, %error, "no metrics"),
+        }
+    }
+    join(&all)
+}
+
+/// Joins the metrics of several proxies.
+fn join(all: &[Metrics]) -> Flows {
+    let mut flows = Flows::new();
+    for sample in all.iter().flat_map(|metrics| &metrics.samples) {
+        let Some(pair) = pair(sample) else { continue };
+        let label = |name: &str| sample.labels.get(name).map(String::as_str).unwrap_or_default();
+        let at_source = label("reporter") == "source";
+        let secure = label("connection_security_policy") == "mutual_tls";
+        match (sample.name.as_str(), at_source) {
+            ("istio_tcp_connections_opened_total", true) => {
+                let flow = flows.entry(pair).or_default();
+                // One connection in the clear makes the pair one in the clear.
+                flow.mutual_tls = secure && (flow.mutual_tls || flow.opened == 0.0);
+                flow.opened += sample.value;
+            }
+            ("istio_tcp_connections_opened_total", false) => {
+                let flow = flows.entry(pair).or_default();
+                if secure {
+                    flow.confirmed += sample.value;
+                }
+            }
+            ("istio_tcp_sent_bytes_total", true) => flows.entry(pair).or_default().sent += sample.value,
+            ("istio_tcp_received_bytes_total", true) => {
+                flows.entry(pair).or_default().received += sample.value;
+            }
+            ("istio_tcp_connections_failed_total", _) => {
+                flows.entry(pair).or_default().failed += sample.value;
+            }
+            _ => {}
+        }
+    }
+    flows
+}
+
+fn pair(sample: &Sample) -> Option<Pair> {
+    let label = |name: &str| {
+        let value = sample.labels.get(name).map(String::as_str).unwrap_or_default();
+        if value == "unknown" { String::new() } else { value.to_owned() }
+    };
+    if !sample.name.starts_with("istio_tcp_") {
+        return None;
+    }
+    let party = |side: &str| Party {
+        workload: label(&format!("{side}_workload")),
+        namespace: label(&format!("{side}_workload_namespace")),
+        principal: label(&format!("{side}_principal")),
+    };
+    let service = label("destination_service_name");
+    Some(Pair { source: party("source"), destination: party("destination"), service })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LABELS: &str = "source_workload=\"a\",source_workload_namespace=\"n\",source_principal=\"spiffe://x/a\",destination_workload=\"b\",destination_workload_namespace=\"n\",destination_principal=\"spiffe://x/b\",destination_service_name=\"b\"";
+
+    fn metrics(lines: &[(&str, &str, &str, u32)]) -> Metrics {
+        let text: String = lines
+            .iter()
+            .map(|(name, reporter, security, value)| {
+                format!("{name}{{reporter=\"{reporter}\",connection_security_policy=\"{security}\",{LABELS}}} {value}\n")
+            })
+            .collect();
+        Metrics::parse(&text)
+    }
+
+    #[test]
+    fn what_both_proxies_report_becomes_one_row() {
+        let source = metrics(&[
+            ("istio_tcp_connections_opened_total", "source", "mutual_tls", 3),
+            ("istio_tcp_sent_bytes_total", "source", "mutual_tls", 70),
+        ]);
+        let destination = metrics(&[
+            ("istio_tcp_connections_opened_total", "destination", "mutual_tls", 3),
+            ("istio_tcp_connections_failed_total", "destination", "mutual_tls", 1),
+        ]);
+        let flows = join(&[source, destination]);
+        let (_, flow) = flows.first_key_value().expect("one row");
+        let expected = Flow {
+            opened: 3.0,
+            failed: 1.0,
+            sent: 70.0,
+            mutual_tls: true,
+            confirmed: 3.0,
+            ..Flow::default()
+        };
+        assert_eq!((flows.len(), flow), (1, &expected));
+    }
+
+    #[test]
+    fn one_connection_in_the_clear_shows() {
+        for order in [["mutual_tls", "unknown"], ["unknown", "mutual_tls"]] {
+            let lines = order.map(|security| ("istio_tcp_connections_opened_total", "source", security, 1));
+            let flows = join(&[metrics(&lines)]);
+            assert!(flows.values().all(|flow| !flow.mutual_tls), "{order:?}");
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! A port of this machine that leads into a pod, as `kubectl port-forward` does: the connection ends at the
+//! loopback of a ready pod behind the service, so no policy of the mesh concerns it.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_local::Cluster;
+use anyhow::Context;
+use tokio::io::copy_bidirectional;
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
+
+use crate::up::expectations::{Expectations, ServiceName};
+
+/// Connections that are forwarded at once; others wait.
+const CONNECTIONS: usize = 256;
+
+/// The open port. Dropping it closes it.
+#[derive(Debug)]
+pub(crate) struct Forward {
+    address: SocketAddr,
+    accepting: AbortHandle,
+}
+
+impl Forward {
+    /// Forwards what the listener accepts to the service that the manifests open, else to the first one.
+    ///
+    /// # Errors
+    /// When there is no service at all.
+    pub(crate) fn start(
+        listener: TcpListener,
+        cluster: Arc<Cluster>,
+        expectations: &Expectations,
+    ) -> anyhow::Result<Self> {
+        let service = match &expectations.open {
+            Some((service, _, _)) => service.clone(),
+            None => first_service(&cluster).context("there is no service that could be opened")?,
+        };
+        listener.set_nonblocking(true).context("use the open port")?;
+        let listener = tokio::net::TcpListener::from_std(listener).context("use the open port")?;
+        let address = listener.local_addr().context("use the open port")?;
+        // A task that outlives the cluster's handle must not keep the cluster.
+        let cluster = Arc::downgrade(&cluster);
+        let accepting = tokio::spawn(async move {
+            let permits = Arc::new(Semaphore::new(CONNECTIONS));
+            while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+                let Ok((client, _)) = listener.accept().await else {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                };
+                let Some(cluster) = cluster.upgrade() else { return };
+                let service = service.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = carry(client, cluster, &service).await {
+                        tracing::warn!("{error:#}");
+                    }
+                    drop(permit);
+                });
+            }
+        });
+        Ok(Self { address, accepting: accepting.abort_handle() })
+    }
+
+    /// Where it can be opened.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn carry(mut client: TcpStream, cluster: Arc<Cluster>, service: &ServiceName) -> anyhow::Result<()> {
+    let ServiceName { namespace, name } = service;
+    let backends = cluster.backends(namespace, name, None);
+    drop(cluster);
+    let (pod, port) = backends.first().with_context(|| format!("no pod of {namespace}/{name} is ready"))?;
+    let target = SocketAddr::from((Ipv4Addr::LOCALHOST, *port));
+    let mut server = pod.connect_within(target, Duration::from_secs(3)).await?;
+    copy_bidirectional(&mut client, &mut server).await.with_context(|| format!("forward to {pod}"))?;
+    Ok(())
+}
+
+fn first_service(cluster: &Cluster) -> Option<ServiceName> {
+    let services = cluster.objects("Service");
+    let metadata = &services.first()?["metadata"];
+    let text = |field: &str| metadata[field].as_str().map(str::to_owned);
+    Some(ServiceName { namespace: text("namespace")?, name: text("name")? })
+}

@@ -1,0 +1,190 @@
+//! `ambit up DIR`: the mesh on this machine.
+//!
+//! Three stages of one process ([`ambit_local::isolate`]): the last one builds the cluster, shows who talks to
+//! whom, opens a port of the host, and proves what the mesh promises.
+
+mod expectations;
+mod flows;
+mod forward;
+mod proof;
+mod screen;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_local::Cluster;
+use ambit_local::isolate::{self, Stage};
+use anyhow::{Context, ensure};
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use expectations::Expectations;
+use forward::Forward;
+use proof::Proof;
+use screen::Screen;
+
+/// How often the table is drawn.
+const REFRESH: Duration = Duration::from_secs(1);
+/// How long workloads may take to become ready before that counts as a failure.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// Options of `ambit up`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Directory of manifests; edit it while the mesh runs.
+    directory: PathBuf,
+    /// Prove what the mesh promises, once, and end: with 0 only if all of it held.
+    #[arg(long)]
+    once: bool,
+    /// Nodes, 1 to 64.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    nodes: u8,
+    /// Port of this machine's loopback at which the application can be opened; default is the one that a service's
+    /// annotation `ambit.dev/open` names. 0 takes any free one.
+    #[arg(long, value_name = "PORT")]
+    open: Option<u16>,
+    /// Only IPv4.
+    #[arg(long)]
+    no_ipv6: bool,
+    /// Where the outputs of the mesh's programs are kept; default is nowhere.
+    #[arg(long, value_name = "DIR")]
+    logs: Option<PathBuf>,
+}
+
+/// Runs the command in whichever stage this process is.
+///
+/// # Errors
+/// When the cluster can't be brought up.
+pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    match isolate::stage() {
+        Stage::Supervisor => {
+            let directory = &options.directory;
+            ensure!(directory.is_dir(), "{} is no directory", directory.display());
+            let listener = listen(options)?;
+            Ok(isolate::supervise(listener.map(OwnedFd::from))?)
+        }
+        Stage::Init => Ok(isolate::init()?),
+        Stage::Program => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+            let code = runtime.block_on(up(options));
+            // What is left ends with the process.
+            runtime.shutdown_background();
+            code
+        }
+    }
+}
+
+/// Takes the port before the namespaces are made: it belongs to the user's own network.
+fn listen(options: &Options) -> anyhow::Result<Option<TcpListener>> {
+    let wanted = match options.open {
+        Some(port) => Some(port),
+        None => expectations::port_to_open(&options.directory),
+    };
+    let Some(port) = wanted else { return Ok(None) };
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let attempt = || format!("open {address} (choose another port with --open PORT, or 0 for any)");
+    TcpListener::bind(address).map(Some).with_context(attempt)
+}
+
+/// The socket that the supervisor left as standard input, if it is one.
+fn inherited_listener() -> Option<TcpListener> {
+    let input = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
+    let listener = TcpListener::from(input);
+    listener.local_addr().ok().map(|_| listener)
+}
+
+async fn up(options: &Options) -> anyhow::Result<ExitCode> {
+    let mut screen = Screen::new(options.once);
+    screen.wait_for("bringing the mesh up");
+    let cluster = start(options).await?;
+    let expectations = Expectations::read(&cluster);
+    let forward = match inherited_listener() {
+        Some(listener) => Some(Forward::start(listener, Arc::clone(&cluster), &expectations)?),
+        None => None,
+    };
+    if let Some(forward) = &forward {
+        screen.say(&format!("open http://{}{}", forward.address(), expectations.page_path()));
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let work = async {
+        if options.once {
+            once(&cluster, &expectations, forward.as_ref(), &mut screen).await
+        } else {
+            stay(&cluster, &expectations, forward.as_ref(), &mut screen).await
+        }
+    };
+    let code = tokio::select! {
+        code = work => code,
+        _ = terminate.recv() => ExitCode::SUCCESS,
+        _ = interrupt.recv() => ExitCode::SUCCESS,
+    };
+    screen.end();
+    drop(forward);
+    if let Some(cluster) = Arc::into_inner(cluster) {
+        cluster.shutdown().await;
+    }
+    Ok(code)
+}
+
+async fn start(options: &Options) -> anyhow::Result<Arc<Cluster>> {
+    let mut builder = Cluster::builder()
+        .nodes(usize::from(options.nodes))
+        .ipv6(!options.no_ipv6)
+        .manifests(&options.directory)
+        .directory(Path::new(isolate::DIRECTORY));
+    if let Some(logs) = &options.logs {
+        builder = builder.log_dir(logs);
+    }
+    Ok(Arc::new(builder.start().await?))
+}
+
+/// Proves everything once.
+async fn once(
+    cluster: &Arc<Cluster>,
+    expectations: &Expectations,
+    forward: Option<&Forward>,
+    screen: &mut Screen,
+) -> ExitCode {
+    screen.wait_for("waiting for the workloads");
+    let ready = proof::wait_ready(cluster, READY_WITHIN).await;
+    screen.wait_for("watching what they say");
+    let mut proof = Proof::new();
+    proof.note("every workload is ready and captured", ready);
+    proof.run(cluster, expectations, forward.map(Forward::address)).await;
+    screen.draw(cluster, &flows::read(cluster).await, Some(&proof));
+    if proof.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Shows the table until the user ends it; the proof is made as soon as the workloads are ready.
+async fn stay(
+    cluster: &Arc<Cluster>,
+    expectations: &Expectations,
+    forward: Option<&Forward>,
+    screen: &mut Screen,
+) -> ExitCode {
+    let mut proof = None;
+    let proving = async {
+        let mut proof = Proof::new();
+        let ready = proof::wait_ready(cluster, READY_WITHIN).await;
+        proof.note("every workload is ready and captured", ready);
+        proof.run(cluster, expectations, forward.map(Forward::address)).await;
+        proof
+    };
+    let mut proving = std::pin::pin!(proving);
+    let mut refresh = tokio::time::interval(REFRESH);
+    refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            done = &mut proving, if proof.is_none() => proof = Some(done),
+            _ = refresh.tick() => {
+                let flows = flows::read(cluster).await;
+                screen.draw(cluster, &flows, proof.as_ref());
+            }
+        }
+    }
+}

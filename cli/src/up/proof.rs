@@ -1,0 +1,394 @@
+//! What the mesh promises, shown: each check is a sentence that held, or did not and why.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use ambit_local::{Captured, Cluster, Pod, PodOptions, State};
+use anyhow::{Context, anyhow, bail, ensure};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
+
+use crate::up::expectations::{self, Expectations, ServiceName};
+use crate::up::flows::{self, Flows};
+
+/// How long the wire is listened to.
+const LISTEN_FOR: Duration = Duration::from_secs(4);
+/// How long a check may wait for what it is to see.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often it looks.
+const POLL: Duration = Duration::from_millis(200);
+/// Port of HBONE (contracts.md, section 1).
+const HBONE: u16 = 15008;
+/// Port on which the sample in the clear is sent.
+const SAMPLE_PORT: u16 = 8099;
+/// Namespace of the pods that send it, which is in no mesh.
+const SAMPLE_NAMESPACE: &str = "ambit-sample";
+
+/// One sentence.
+#[derive(Debug, Clone)]
+pub(crate) struct Check {
+    /// What was to be shown.
+    pub(crate) claim: String,
+    /// What was seen, or why it does not hold.
+    pub(crate) outcome: Result<String, String>,
+}
+
+/// All sentences so far.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Proof {
+    pub(crate) checks: Vec<Check>,
+}
+
+impl Proof {
+    /// Nothing shown yet.
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a sentence.
+    pub(crate) fn note(&mut self, claim: &str, outcome: anyhow::Result<String>) {
+        let outcome = outcome.map_err(|error| format!("{error:#}"));
+        self.checks.push(Check { claim: claim.to_owned(), outcome });
+    }
+
+    /// Whether all of it held.
+    pub(crate) fn holds(&self) -> bool {
+        !self.checks.is_empty() && self.checks.iter().all(|check| check.outcome.is_ok())
+    }
+
+    /// Makes all checks but the first, which is [`wait_ready`].
+    pub(crate) async fn run(
+        &mut self,
+        cluster: &Cluster,
+        expectations: &Expectations,
+        page: Option<SocketAddr>,
+    ) {
+        self.note("every connection is authenticated on both sides", authenticated(cluster).await);
+        let encrypted = encrypted(cluster, &expectations.unreadable).await;
+        self.note("no payload is readable on the wire between the nodes", encrypted);
+        for service in &expectations.spread {
+            let claim = format!("connections to {} reach every workload behind it", service.name);
+            self.note(&claim, spread(cluster, service).await);
+        }
+        for pod in cluster.pods() {
+            for url in expectations::denied(&pod) {
+                let claim = format!("{} gets no answer from {url}", workload_of(&pod));
+                self.note(&claim, denied(&pod, &url).await);
+            }
+        }
+        if let Some(address) = page {
+            self.note("the page opens from this machine", opens(address, expectations.page_path()).await);
+        }
+        let fallen = cluster.fallen();
+        let stands = if fallen.is_empty() {
+            Ok("control plane and node proxies run".to_owned())
+        } else {
+            Err(anyhow!("{}", fallen.join("; ")))
+        };
+        self.note("no program of the mesh has fallen", stands);
+    }
+}
+
+/// Waits until every pod is ready and those that are to be in the mesh are captured and served.
+///
+/// # Errors
+/// What is not ready, after `limit`; what is wrong with the manifests; what crashes.
+pub(crate) async fn wait_ready(cluster: &Cluster, limit: Duration) -> anyhow::Result<String> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let problems = cluster.problems();
+        ensure!(problems.is_empty(), "{}", problems.join("; "));
+        let pods: Vec<Pod> =
+            cluster.pods().into_iter().filter(|pod| pod.namespace() != SAMPLE_NAMESPACE).collect();
+        let waiting: Vec<String> = pods.iter().filter_map(unready).collect();
+        if waiting.is_empty() && !pods.is_empty() {
+            let meshed = pods.iter().filter(|pod| pod.is_enrolled()).count();
+            return Ok(format!("{} pods, {meshed} of them in the mesh", pods.len()));
+        }
+        if Instant::now() >= deadline {
+            bail!("after {limit:?}: {}", waiting.join("; "));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn unready(pod: &Pod) -> Option<String> {
+    let view = pod.view();
+    let ended_well =
+        view.containers.iter().any(|container| matches!(container.state, State::Terminated { code: 0, .. }));
+    if !view.is_ready() && !ended_well {
+        return Some(format!("{pod} is not ready ({})", view.summary()));
+    }
+    if pod.is_wanted_in_mesh() && !pod.is_enrolled() {
+        return Some(format!("{pod} is not captured yet"));
+    }
+    None
+}
+
+/// Flows between two workloads of which the source is in the mesh, and that connected at all.
+fn meshed(flows: &Flows) -> impl Iterator<Item = (&flows::Pair, &flows::Flow)> {
+    flows.iter().filter(|(pair, flow)| !pair.source.principal.is_empty() && flow.opened > 0.0)
+}
+
+/// Both proxies of every pair must report the same two identities and mutual TLS.
+async fn authenticated(cluster: &Cluster) -> anyhow::Result<String> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let flows = flows::read(cluster).await;
+        let verdict = judge_authentication(&flows);
+        if verdict.is_ok() || Instant::now() >= deadline {
+            return verdict;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn judge_authentication(flows: &Flows) -> anyhow::Result<String> {
+    let mut pairs = 0;
+    for (pair, flow) in meshed(flows) {
+        let (source, destination) = (&pair.source, &pair.destination);
+        let name = format!("{} to {}", source.workload, destination.workload);
+        ensure!(flow.mutual_tls, "{name} is not mutual TLS");
+        ensure!(!destination.principal.is_empty(), "{name} has no identity at its destination");
+        ensure!(flow.confirmed > 0.0, "{name} is not confirmed by the destination's proxy");
+        pairs += 1;
+    }
+    ensure!(pairs > 0, "nobody in the mesh has talked to anybody");
+    Ok(format!("{pairs} pairs of workloads, mutual TLS, identities reported alike by both proxies"))
+}
+
+/// Listens between the nodes while the workloads talk, and while a sample in the clear is sent that must be
+/// found: otherwise finding nothing would prove nothing.
+async fn encrypted(cluster: &Cluster, words: &[String]) -> anyhow::Result<String> {
+    ensure!(cluster.nodes() > 1, "there is only one node, so nothing crosses a wire");
+    let sample = Sample::new(cluster).await.context("make the pods of the sample in the clear")?;
+    let capture = cluster.capture().await?;
+    let sent = sample.send(words).await;
+    tokio::time::sleep(LISTEN_FOR).await;
+    let captured = capture.stop().await?;
+    sample.remove(cluster).await;
+    sent.context("send the sample in the clear")?;
+    let meshed: BTreeSet<IpAddr> =
+        cluster.pods().iter().filter(|pod| pod.is_enrolled()).flat_map(Pod::ips).collect();
+    judge_capture(&captured, words, &meshed, sample.address)
+}
+
+fn judge_capture(
+    captured: &Captured,
+    words: &[String],
+    meshed: &BTreeSet<IpAddr>,
+    sample: SocketAddr,
+) -> anyhow::Result<String> {
+    ensure!(captured.dropped == 0, "the capture lost {} frames, so it proves nothing", captured.dropped);
+    for word in words {
+        let found = captured.find(word.as_bytes());
+        ensure!(
+            found.iter().any(|(_, to)| *to == sample),
+            "the capture did not even find {word:?} in the sample in the clear"
+        );
+        let readable =
+            found.iter().find(|(from, to)| meshed.contains(&from.ip()) && meshed.contains(&to.ip()));
+        if let Some((from, to)) = readable {
+            bail!("{word:?} is readable from {from} to {to}");
+        }
+    }
+    let tunnelled: usize = captured
+        .packets
+        .iter()
+        .filter(|packet| packet.tcp && [packet.source.port(), packet.destination.port()].contains(&HBONE))
+        .map(|packet| packet.payload.len())
+        .sum();
+    ensure!(tunnelled > 0, "nothing crossed the wire on port {HBONE}");
+    Ok(format!(
+        "{} packets listened to, {tunnelled} bytes on port {HBONE}; {} words found only in a sample sent in the clear",
+        captured.packets.len(),
+        words.len()
+    ))
+}
+
+/// Two pods outside the mesh, on two nodes.
+struct Sample {
+    client: Pod,
+    server: Pod,
+    address: SocketAddr,
+}
+
+impl Sample {
+    async fn new(cluster: &Cluster) -> anyhow::Result<Self> {
+        let pod = |name: &str, node| PodOptions::new(SAMPLE_NAMESPACE, name).node(node);
+        let (client, server) =
+            tokio::try_join!(cluster.pod(pod("client", 0)), cluster.pod(pod("server", 1)))?;
+        let address = SocketAddr::new(IpAddr::V4(server.ip()), SAMPLE_PORT);
+        Ok(Self { client, server, address })
+    }
+
+    /// Sends all words in one connection.
+    async fn send(&self, words: &[String]) -> anyhow::Result<()> {
+        let listener = self.server.listen(self.address).await?;
+        let text = words.join(" ");
+        let receive = async {
+            let (mut stream, _) = listener.accept().await?;
+            let mut received = String::new();
+            stream.read_to_string(&mut received).await?;
+            Ok::<_, std::io::Error>(received)
+        };
+        let send = async {
+            let mut stream = self.client.connect_within(self.address, Duration::from_secs(3)).await?;
+            stream.write_all(text.as_bytes()).await?;
+            stream.shutdown().await
+        };
+        let (received, ()) =
+            tokio::time::timeout(PATIENCE, async { tokio::try_join!(receive, send) }).await??;
+        ensure!(received == text, "it arrived changed");
+        Ok(())
+    }
+
+    async fn remove(&self, cluster: &Cluster) {
+        for pod in [&self.client, &self.server] {
+            if let Err(error) = cluster.delete_pod(pod).await {
+                tracing::warn!(%error, "a pod of the sample is left");
+            }
+        }
+    }
+}
+
+/// Every workload behind a service must have been connected to.
+async fn spread(cluster: &Cluster, service: &ServiceName) -> anyhow::Result<String> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let backends = cluster.backends(&service.namespace, &service.name, None);
+        let wanted: BTreeSet<String> = backends.iter().map(|(pod, _)| workload_of(pod)).collect();
+        let flows = flows::read(cluster).await;
+        let reached = |workload: &String| -> f64 {
+            let to = |pair: &flows::Pair| {
+                pair.destination.workload == *workload && pair.destination.namespace == service.namespace
+            };
+            flows.iter().filter(|(pair, _)| to(pair)).map(|(_, flow)| flow.opened).sum()
+        };
+        let missing: Vec<&String> = wanted.iter().filter(|workload| reached(workload) == 0.0).collect();
+        if missing.is_empty() && wanted.len() > 1 {
+            let shares: Vec<String> =
+                wanted.iter().map(|workload| format!("{workload} {}", reached(workload))).collect();
+            return Ok(shares.join(", "));
+        }
+        ensure!(Instant::now() < deadline, "of {wanted:?}, nobody connected to {missing:?}");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// A workload's name: a pod's without what its Deployment added.
+fn workload_of(pod: &Pod) -> String {
+    let name = pod.name();
+    match pod.labels().get("pod-template-hash").and_then(|hash| name.split_once(&format!("-{hash}-"))) {
+        Some((workload, _)) => workload.to_owned(),
+        None => name.to_owned(),
+    }
+}
+
+/// Asks from inside a pod; the first byte of an answer is one too many.
+async fn denied(pod: &Pod, url: &str) -> anyhow::Result<String> {
+    let rest = url.strip_prefix("http://").with_context(|| format!("{url} does not begin with http://"))?;
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let (name, port) = host.rsplit_once(':').unwrap_or((host, "80"));
+    let port: u16 = port.parse().with_context(|| format!("{url} has no sound port"))?;
+    // A name that does not resolve says nothing about a policy.
+    let addresses = pod.resolve(name).await.with_context(|| format!("resolve {name} in {pod}"))?;
+    let address = addresses.first().with_context(|| format!("{name} has no address"))?;
+    let address = SocketAddr::new(*address, port);
+    let request = format!("GET /{path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    match pod.run(move || ask(address, &request)).await? {
+        Ok(0) => Ok("the connection was closed without an answer".to_owned()),
+        Ok(length) => bail!("{length} bytes of an answer came"),
+        Err(error) => Ok(error.to_string()),
+    }
+}
+
+/// Runs on a thread inside the pod.
+fn ask(address: SocketAddr, request: &str) -> std::io::Result<usize> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(3))?;
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    stream.write_all(request.as_bytes())?;
+    let mut buffer = [0; 4096];
+    stream.read(&mut buffer)
+}
+
+/// Opens the page from this machine, through the open port.
+async fn opens(address: SocketAddr, path: &str) -> anyhow::Result<String> {
+    let exchange = async {
+        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer)
+    };
+    let answer = tokio::time::timeout(PATIENCE, exchange).await.context("no answer")??;
+    let text = String::from_utf8_lossy(&answer);
+    let status = text.lines().next().unwrap_or_default().to_owned();
+    ensure!(status.contains(" 200"), "http://{address}{path} answered {status:?}");
+    Ok(format!("http://{address}{path}, {} bytes", answer.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ambit_local::Packet;
+
+    fn packet(from: &str, to: &str, payload: &[u8]) -> Packet {
+        Packet {
+            tcp: true,
+            source: from.parse().expect("an address"),
+            destination: to.parse().expect("an address"),
+            sequence: 1,
+            payload: payload.to_vec(),
+        }
+    }
+
+    fn judge(packets: Vec<Packet>, dropped: u64) -> anyhow::Result<String> {
+        let captured = Captured { packets, dropped, others: 0 };
+        let meshed = ["10.0.0.1", "10.0.0.2"].map(|ip| ip.parse().expect("an address")).into();
+        judge_capture(&captured, &["word".to_owned()], &meshed, "10.9.9.9:8099".parse().expect("an address"))
+    }
+
+    fn sample() -> Packet {
+        packet("10.9.9.8:1", "10.9.9.9:8099", b"a word in the clear")
+    }
+
+    fn tunnel() -> Packet {
+        packet("10.0.0.1:1", "10.0.0.2:15008", b"\x17\x03\x03")
+    }
+
+    #[test]
+    fn a_word_between_two_meshed_pods_is_a_leak_and_elsewhere_it_is_not() {
+        assert!(judge(vec![sample(), tunnel()], 0).is_ok());
+        let outside = packet("10.7.7.7:1", "10.0.0.2:9080", b"word");
+        assert!(judge(vec![sample(), tunnel(), outside], 0).is_ok());
+        let leak = packet("10.0.0.1:1", "10.0.0.2:9080", b"word");
+        assert!(judge(vec![sample(), tunnel(), leak], 0).is_err());
+    }
+
+    #[test]
+    fn a_capture_that_proves_nothing_is_no_proof() {
+        assert!(judge(vec![tunnel()], 0).is_err(), "the sample was not seen");
+        assert!(judge(vec![sample()], 0).is_err(), "nothing was tunnelled");
+        assert!(judge(vec![sample(), tunnel()], 1).is_err(), "frames were lost");
+    }
+
+    #[test]
+    fn a_pair_without_confirmation_by_the_destination_is_not_authenticated() {
+        let party = |name: &str| flows::Party {
+            workload: name.to_owned(),
+            namespace: "n".to_owned(),
+            principal: format!("spiffe://x/{name}"),
+        };
+        let pair = flows::Pair { source: party("a"), destination: party("b"), service: "b".to_owned() };
+        let flow = flows::Flow { opened: 1.0, mutual_tls: true, confirmed: 1.0, ..flows::Flow::default() };
+        let judge = |flow: flows::Flow| judge_authentication(&[(pair.clone(), flow)].into());
+        assert!(judge(flow.clone()).is_ok());
+        assert!(judge(flows::Flow { confirmed: 0.0, ..flow.clone() }).is_err());
+        assert!(judge(flows::Flow { mutual_tls: false, ..flow }).is_err());
+        assert!(judge_authentication(&Flows::new()).is_err());
+    }
+}

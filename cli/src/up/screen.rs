@@ -1,0 +1,235 @@
+//! The table on the terminal: drawn over itself where there is one, printed when something changed where not.
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::time::Duration;
+
+use ambit_local::Cluster;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::up::flows::Flows;
+use crate::up::proof::Proof;
+
+const GREEN: &str = "32";
+const RED: &str = "31";
+const BOLD: &str = "1";
+const DIM: &str = "2";
+
+/// Where the table is shown.
+pub(crate) struct Screen {
+    /// Standard output is a terminal.
+    terminal: bool,
+    /// The table is to be drawn over itself.
+    live: bool,
+    spinner: Option<ProgressBar>,
+    /// Lines that stay above the table.
+    header: String,
+    /// What was printed last where there is no terminal.
+    printed: String,
+}
+
+impl Screen {
+    /// A screen on standard output; `once` never draws over what it drew.
+    pub(crate) fn new(once: bool) -> Self {
+        let terminal = std::io::stdout().is_terminal();
+        Self {
+            terminal,
+            live: terminal && !once,
+            spinner: None,
+            header: String::new(),
+            printed: String::new(),
+        }
+    }
+
+    /// Shows that something is waited for.
+    pub(crate) fn wait_for(&mut self, what: &str) {
+        self.end();
+        if !self.terminal {
+            return;
+        }
+        let spinner = ProgressBar::new_spinner().with_style(ProgressStyle::default_spinner());
+        spinner.set_message(what.to_owned());
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        self.spinner = Some(spinner);
+    }
+
+    /// Ends the wait.
+    pub(crate) fn end(&mut self) {
+        if let Some(spinner) = self.spinner.take() {
+            spinner.finish_and_clear();
+        }
+    }
+
+    /// Says one line, which stays.
+    pub(crate) fn say(&mut self, line: &str) {
+        self.end();
+        print(&format!("{line}\n"));
+        self.header.push_str(line);
+        self.header.push('\n');
+    }
+
+    /// Shows pods that are not well, flows and proof.
+    pub(crate) fn draw(&mut self, cluster: &Cluster, flows: &Flows, proof: Option<&Proof>) {
+        self.end();
+        let paint = |code: &'static str| Paint { code, on: self.terminal };
+        let mut text = String::new();
+        add_troubles(&mut text, cluster, paint(RED));
+        add_flows(&mut text, flows, &paint);
+        if let Some(proof) = proof {
+            add_proof(&mut text, proof, &paint);
+        } else if self.live {
+            let _ = writeln!(text, "\n{}", paint(DIM).apply("proving it; Ctrl-C ends the mesh"));
+        }
+        if self.live {
+            // Home, the text with each line's rest cleared, then everything below cleared.
+            let screen = format!("{}{text}", self.header).replace('\n', "\x1b[K\n");
+            print(&format!("\x1b[H{screen}\x1b[J"));
+        } else if proof.is_some() && self.printed.is_empty() {
+            print(&text);
+            self.printed = text;
+        }
+    }
+}
+
+/// Standard output may be closed by its reader, which ends nothing.
+fn print(text: &str) {
+    let mut output = std::io::stdout().lock();
+    if output.write_all(text.as_bytes()).and_then(|()| output.flush()).is_err() {
+        tracing::debug!("nobody reads the output");
+    }
+}
+
+/// A colour, on a terminal.
+#[derive(Clone, Copy)]
+struct Paint {
+    code: &'static str,
+    on: bool,
+}
+
+impl Paint {
+    fn apply(self, text: &str) -> String {
+        if self.on { format!("\x1b[{}m{text}\x1b[0m", self.code) } else { text.to_owned() }
+    }
+}
+
+fn add_troubles(text: &mut String, cluster: &Cluster, red: Paint) {
+    let mut lines: Vec<String> = cluster.problems();
+    lines.extend(cluster.fallen());
+    for pod in cluster.pods() {
+        let view = pod.view();
+        if !view.is_ready() || view.restarts() > 0 {
+            let restarts = match view.restarts() {
+                0 => String::new(),
+                count => format!(", restarted {count} times"),
+            };
+            lines.push(format!("{pod}: {}{restarts}", view.summary()));
+        }
+    }
+    for line in lines {
+        let _ = writeln!(text, "{}", red.apply(&format!("! {line}")));
+    }
+}
+
+fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> Paint) {
+    let mut rows = vec![
+        ["SOURCE", "DESTINATION", "SERVICE", "MTLS", "CONNECTIONS", "REFUSED", "SENT", "RECEIVED"]
+            .map(str::to_owned),
+    ];
+    for (pair, flow) in flows {
+        let secure = flow.mutual_tls && flow.confirmed > 0.0;
+        rows.push([
+            workload(&pair.source.workload, &pair.source.namespace),
+            workload(&pair.destination.workload, &pair.destination.namespace),
+            pair.service.clone(),
+            if secure { "yes" } else { "no" }.to_owned(),
+            format!("{}", flow.opened.max(flow.confirmed)),
+            format!("{}", flow.failed),
+            bytes(flow.sent),
+            bytes(flow.received),
+        ]);
+    }
+    let bold = paint(BOLD);
+    for (index, line) in aligned(&rows).into_iter().enumerate() {
+        let line = if index == 0 { bold.apply(&line) } else { line };
+        let _ = writeln!(text, "{line}");
+    }
+    let identities: std::collections::BTreeMap<String, &str> = flows
+        .keys()
+        .flat_map(|pair| [&pair.source, &pair.destination])
+        .filter(|party| !party.principal.is_empty())
+        .map(|party| (workload(&party.workload, &party.namespace), party.principal.as_str()))
+        .collect();
+    if !identities.is_empty() {
+        let _ = writeln!(text);
+        let rows: Vec<[String; 2]> = std::iter::once(["WORKLOAD".to_owned(), "IDENTITY".to_owned()])
+            .chain(identities.into_iter().map(|(name, identity)| [name, identity.to_owned()]))
+            .collect();
+        for (index, line) in aligned(&rows).into_iter().enumerate() {
+            let line = if index == 0 { bold.apply(&line) } else { line };
+            let _ = writeln!(text, "{line}");
+        }
+    }
+}
+
+fn add_proof(text: &mut String, proof: &Proof, paint: &impl Fn(&'static str) -> Paint) {
+    let _ = writeln!(text);
+    for check in &proof.checks {
+        let (mark, detail) = match &check.outcome {
+            Ok(detail) => (paint(GREEN).apply("✓"), detail),
+            Err(detail) => (paint(RED).apply("✗"), detail),
+        };
+        let _ = writeln!(text, "{mark} {}: {}", check.claim, paint(DIM).apply(detail));
+    }
+}
+
+fn workload(name: &str, namespace: &str) -> String {
+    match (name, namespace) {
+        ("", _) => "unknown".to_owned(),
+        (name, "") => name.to_owned(),
+        (name, namespace) => format!("{namespace}/{name}"),
+    }
+}
+
+/// Columns padded to the widest of their cells.
+fn aligned<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    rows.iter()
+        .map(|row| {
+            let cells: Vec<String> =
+                row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            cells.join("  ").trim_end().to_owned()
+        })
+        .collect()
+}
+
+/// A size for people.
+fn bytes(count: f64) -> String {
+    let mut size = count;
+    for unit in ["B", "KB", "MB", "GB"] {
+        if size < 1000.0 {
+            return if unit == "B" { format!("{size} {unit}") } else { format!("{size:.1} {unit}") };
+        }
+        size /= 1000.0;
+    }
+    format!("{size:.1} TB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [["a".to_owned(), "b".to_owned()], ["long".to_owned(), "c".to_owned()]];
+        assert_eq!(aligned(&rows), ["a     b", "long  c"]);
+    }
+
+    #[test]
+    fn sizes_have_one_digit_after_the_point() {
+        assert_eq!(bytes(999.0), "999 B");
+        assert_eq!(bytes(1_540_000.0), "1.5 MB");
+    }
+}

@@ -1,0 +1,181 @@
+//! Namespaces around a whole cluster, so that the kernel itself clears up behind it, whatever ends it.
+//!
+//! `ambit up` runs in three stages of one program. [`supervise`] is the process that the user sees: it makes a
+//! process-id and a mount namespace (and, without root, a user and a network namespace) and starts the next one.
+//! [`init`] is the first process in there: it gives the cluster a file system in memory for its files, starts the
+//! program proper, and reaps what others leave. When the user's process dies, even by SIGKILL, the kernel kills
+//! the first process, with it every process of the namespace, and the files and links go with the namespaces.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Gid, Pid, Uid};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::error::{Error, Result};
+use crate::process::die_with_parent;
+
+/// Names the stage to the program that is started again.
+const STAGE: &str = "AMBIT_LOCAL_STAGE";
+/// Where the cluster's files lie: a file system in memory that only the namespace has.
+pub const DIRECTORY: &str = "/dev/shm/ambit";
+/// Size limit of that file system.
+const DIRECTORY_SIZE: &str = "size=512m,mode=755";
+
+/// Which of the three stages this process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The process that the user started.
+    Supervisor,
+    /// The first process of the namespace.
+    Init,
+    /// The program proper.
+    Program,
+}
+
+/// The stage of this process.
+#[must_use]
+pub fn stage() -> Stage {
+    match std::env::var(STAGE).as_deref() {
+        Ok("init") => Stage::Init,
+        Ok("program") => Stage::Program,
+        _ => Stage::Supervisor,
+    }
+}
+
+/// Makes the namespaces, starts this program again inside, and returns its exit code. `stdin` is what the program
+/// proper gets as its standard input: a listening socket of the user's own network namespace.
+///
+/// Call it before any thread is started: a process of several threads can't make a user namespace.
+///
+/// # Errors
+/// When the kernel refuses a namespace.
+pub fn supervise(stdin: Option<OwnedFd>) -> Result<ExitCode> {
+    enter_namespaces()?;
+    let mut command = again("init")?;
+    command.stdin(stdin.map_or_else(Stdio::null, Stdio::from));
+    let child = command.spawn().map_err(Error::system("start the first process of the namespace"))?;
+    follow(child.id())
+}
+
+/// The first process of the namespace: mounts, starts the program proper, reaps, and ends with it.
+///
+/// # Errors
+/// When a mount fails or the program can't be started.
+pub fn init() -> Result<ExitCode> {
+    prepare_mounts()?;
+    let mut command = again("program")?;
+    let input = io::stdin();
+    let input = std::os::fd::AsFd::as_fd(&input);
+    let input = input.try_clone_to_owned().map_err(Error::system("keep the standard input"))?;
+    command.stdin(Stdio::from(input));
+    let child = command.spawn().map_err(Error::system("start the program in its namespace"))?;
+    follow(child.id())
+}
+
+/// This program with its own arguments, to be started as another stage.
+fn again(stage: &str) -> Result<Command> {
+    let mut command = Command::new("/proc/self/exe");
+    let mut args = std::env::args_os();
+    if let Some(name) = args.next() {
+        std::os::unix::process::CommandExt::arg0(&mut command, name);
+    }
+    command.args(args).env(STAGE, stage);
+    die_with_parent(&mut command);
+    Ok(command)
+}
+
+fn enter_namespaces() -> Result<()> {
+    let (uid, gid) = (Uid::effective(), Gid::effective());
+    let mut flags = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS;
+    if !uid.is_root() {
+        flags |= CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET;
+    }
+    let hint = if uid.is_root() {
+        "root without the right to make namespaces: is this a container without privileges?"
+    } else {
+        "without root this needs unprivileged user namespaces, which this machine may forbid"
+    };
+    unshare(flags).map_err(Error::errno(format!("make namespaces for the cluster ({hint})")))?;
+    if !uid.is_root() {
+        // user_namespaces(7): a process may map its own group only after it gave up setgroups.
+        write_own("setgroups", "deny".to_owned())?;
+        write_own("uid_map", format!("0 {uid} 1"))?;
+        write_own("gid_map", format!("0 {gid} 1"))?;
+    }
+    Ok(())
+}
+
+fn write_own(file: &str, text: String) -> Result<()> {
+    let path = Path::new("/proc/self").join(file);
+    fs::write(&path, text).map_err(Error::system(format!("write {}", path.display())))
+}
+
+fn prepare_mounts() -> Result<()> {
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(Error::errno("make the cluster's mounts private"))?;
+    // Refused where the machine hides parts of its /proc; then the old one serves, with other process ids.
+    if let Err(errno) = mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none) {
+        tracing::debug!(%errno, "the old /proc stays");
+    }
+    mount(Some("ambit"), "/dev/shm", Some("tmpfs"), MsFlags::empty(), Some(DIRECTORY_SIZE))
+        .map_err(Error::errno("mount a file system in memory on /dev/shm"))?;
+    fs::create_dir(DIRECTORY).map_err(Error::system(format!("make {DIRECTORY}")))
+}
+
+/// Waits for a child, reaps every other one, and passes SIGTERM, SIGINT and SIGHUP on as SIGTERM.
+fn follow(child: u32) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::system("start a runtime"))?;
+    let child = Pid::from_raw(i32::try_from(child).unwrap_or(i32::MAX));
+    let fault = || Error::system("listen for signals");
+    runtime.block_on(async {
+        let mut children = signal(SignalKind::child()).map_err(fault())?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(fault())?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(fault())?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(fault())?;
+        loop {
+            // A child may have ended before the handler was in place.
+            if let Some(code) = reap(child) {
+                return Ok(code);
+            }
+            tokio::select! {
+                _ = children.recv() => continue,
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = hangup.recv() => {}
+            }
+            // ESRCH: it has just ended, which the next turn sees.
+            kill(child, Signal::SIGTERM).ok();
+        }
+    })
+}
+
+/// Reaps all that have ended; the exit code once `child` is among them.
+fn reap(child: Pid) -> Option<ExitCode> {
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(pid, code)) if pid == child => {
+                return Some(ExitCode::from(u8::try_from(code).unwrap_or(1)));
+            }
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => {
+                return Some(ExitCode::from(u8::try_from(128 + signal as i32).unwrap_or(1)));
+            }
+            Ok(WaitStatus::StillAlive) => return None,
+            Ok(_) | Err(Errno::EINTR) => {}
+            // No child is left at all, so the one that is waited for is gone too.
+            Err(_) => return Some(ExitCode::FAILURE),
+        }
+    }
+}
