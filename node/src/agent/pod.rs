@@ -325,6 +325,10 @@ impl PodTask {
         if let Some(pod) = &mut self.pod {
             pod.older.retain(|connection| open.contains(connection));
             self.shared.set_status(&self.uid, pod.status());
+            // Catches up on a proxy's word that was lost while this task was busy.
+            if self.shared.served.is_served(&self.uid) {
+                self.note(None);
+            }
         }
         Ok(faults)
     }
