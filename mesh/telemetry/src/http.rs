@@ -26,7 +26,7 @@ use crate::{Readiness, Registry};
 /// Connections at the same time, per server; more wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
 /// Limit on the head of a request.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Limit on a whole connection; profiles are the longest.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(600);
 /// Pause after a failed accept, as when descriptors have run out.

@@ -6,6 +6,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod heap;
 pub mod http;
 pub mod logging;
 mod readiness;

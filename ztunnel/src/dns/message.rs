@@ -116,3 +116,70 @@ fn within(mut response: Message, limit: usize) -> Option<(Vec<u8>, bool)> {
     let truncated = response.metadata.truncation;
     (bytes.len() <= limit).then_some((bytes, truncated))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_proto::rr::rdata::A;
+    use hickory_proto::rr::{Name, RData, Record, RecordType};
+    use proptest::prelude::*;
+    use std::net::Ipv4Addr;
+
+    fn question(payload: Option<u16>) -> Question {
+        let mut message = Message::query();
+        message.add_query(Query::query(Name::from_ascii("db.shop.").unwrap(), RecordType::A));
+        if let Some(payload) = payload {
+            let mut edns = Edns::new();
+            edns.set_max_payload(payload);
+            message.set_edns(edns);
+        }
+        Question::read(&message.to_vec().unwrap()).unwrap()
+    }
+
+    fn addresses(count: u32) -> Answer {
+        let name = Name::from_ascii("db.shop.").unwrap();
+        let record = |number| Record::from_rdata(name.clone(), 30, RData::A(A(Ipv4Addr::from_bits(number))));
+        Answer { answers: (0..count).map(record).collect(), ..Answer::default() }
+    }
+
+    #[test]
+    fn what_a_client_takes_by_udp_is_between_what_all_take_and_what_we_send() {
+        for (payload, limit) in [(None, 512), (Some(100), 512), (Some(1232), 1232), (Some(u16::MAX), MAX_UDP)]
+        {
+            assert_eq!(question(payload).udp_limit, limit, "{payload:?}");
+        }
+    }
+
+    #[test]
+    fn a_large_answer_is_cut_to_as_many_records_as_fit_and_says_so() {
+        let question = question(None);
+        let (bytes, truncated) = question.answer(addresses(1000), 512).unwrap();
+        assert!(truncated && bytes.len() <= 512);
+        let cut = Message::from_vec(&bytes).unwrap();
+        assert!(cut.metadata.truncation);
+        assert!(cut.answers.len() > 20, "{} records are left", cut.answers.len());
+        let (bytes, truncated) = question.answer(addresses(1000), 65_535).unwrap();
+        assert!(!truncated);
+        assert_eq!(Message::from_vec(&bytes).unwrap().answers.len(), 1000);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_refused_or_ignored(bytes: Vec<u8>) {
+            if let Ok(question) = Question::read(&bytes) {
+                prop_assert!(question.answer(addresses(3), 512).is_some_and(|(bytes, _)| bytes.len() <= 512));
+            }
+        }
+
+        #[test]
+        fn a_question_with_garbage_behind_it_causes_no_panic(tail: Vec<u8>, counts: [u8; 6]) {
+            let mut bytes = question(Some(1232)).message.to_vec().unwrap();
+            bytes.truncate(12 + 9 + 4);
+            bytes[6..12].copy_from_slice(&counts);
+            bytes.extend(tail);
+            if let Err(Unreadable::Refuse(refusal)) = Question::read(&bytes) {
+                prop_assert!(Message::from_vec(&refusal).is_ok());
+            }
+        }
+    }
+}

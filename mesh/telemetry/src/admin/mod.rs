@@ -27,8 +27,9 @@ pub struct Admin {
 impl Admin {
     /// Profiles only; everything else is added.
     pub fn new() -> Self {
-        let router =
-            Router::new().get("/debug/pprof/profile", |query| async move { profile::cpu(&query).await });
+        let router = Router::new()
+            .get("/debug/pprof/profile", |query| async move { profile::cpu(&query).await })
+            .get("/debug/pprof/heap", |query| async move { profile::heap(&query).await });
         Self { sections: Vec::new(), router }
     }
 
