@@ -23,6 +23,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::driver::{Upkeep, Verdict};
 use crate::load::{Lease, Load};
+use crate::paced::Paced;
 use crate::request::baggage;
 use crate::tunnel::Lingering;
 use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
@@ -45,7 +46,7 @@ pub struct Connection {
 /// The connection itself: a future that moves its frames. It must be polled for tunnels to make
 /// progress; dropping it breaks them all.
 pub struct Driver<IO> {
-    connection: h2::client::Connection<TlsStream<IO>, Bytes>,
+    connection: h2::client::Connection<Paced<TlsStream<IO>>, Bytes>,
     upkeep: Upkeep,
 }
 
@@ -97,7 +98,7 @@ where
     let peer = verify_server(session, expected).map_err(|source| OpenError::Identity { address, source })?;
     let (sender, mut connection) = settings
         .client()
-        .handshake(stream)
+        .handshake(Paced::new(stream))
         .await
         .map_err(|error| OpenError::Tls { address, source: Arc::new(crate::tunnel::io_error(error)) })?;
     let load = Load::new(Instant::now());

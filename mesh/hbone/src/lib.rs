@@ -19,6 +19,7 @@ mod error;
 mod forwarded;
 mod keepalive;
 mod load;
+mod paced;
 mod pool;
 mod relay;
 mod request;

@@ -28,10 +28,11 @@ pub use incoming::{Incoming, NotAnswered};
 
 use crate::driver::{Upkeep, Verdict};
 use crate::load::Load;
+use crate::paced::Paced;
 use crate::{ConnectRequest, ServeError, Settings, WindowBudget};
 use abandoned::Abandoned;
 
-type H2<IO> = h2::server::Connection<TlsStream<IO>, Bytes>;
+type H2<IO> = h2::server::Connection<Paced<TlsStream<IO>>, Bytes>;
 
 /// A connection whose peer is authentic, and on which nothing has been asked yet.
 pub struct Accepted<IO> {
@@ -88,7 +89,7 @@ where
     let peer = PeerCertificate::from_connection(session)?;
     let connection = settings
         .server()
-        .handshake(stream)
+        .handshake(Paced::new(stream))
         .await
         .map_err(|source| ServeError::Http2 { peer: peer.identity().clone(), source })?;
     Ok(Accepted { connection, peer })

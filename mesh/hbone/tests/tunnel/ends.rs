@@ -225,3 +225,37 @@ async fn an_idle_relay_ends_at_its_limit_and_a_busy_one_does_not() {
     assert!(!task.is_finished());
     assert!(matches!(soon("the end", task).await.unwrap(), Err(RelayError::Idle(_))));
 }
+
+#[tokio::test]
+async fn hundreds_of_tunnels_at_once_each_carry_their_own_bytes() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Arc::new(Client::new(&world, "client", Settings::default()));
+    let target = echo().await;
+    let mut tasks = tokio::task::JoinSet::new();
+    for number in 0..500_usize {
+        let (client, address) = (Arc::clone(&client), node.address);
+        tasks.spawn(async move {
+            let (socket, task) = client.application(address, target).await;
+            let data: Vec<u8> = pattern(20_000 + number).iter().map(|byte| byte ^ number as u8).collect();
+            let (mut reader, mut writer) = socket.into_split();
+            let mut got = Vec::new();
+            let send = async {
+                for chunk in data.chunks(100 + number % 3000) {
+                    writer.write_all(chunk).await.unwrap();
+                }
+                writer.shutdown().await.unwrap();
+            };
+            let (_, read) =
+                soon("the echo", async { tokio::join!(send, reader.read_to_end(&mut got)) }).await;
+            read.unwrap();
+            assert!(got == data, "tunnel {number} got other bytes");
+            soon("the relay's end", task).await.unwrap().0.unwrap();
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.unwrap();
+    }
+    assert_eq!(client.pool.tunnels(), 0);
+    assert!(client.dials() <= 4, "{} connections for 500 tunnels", client.dials());
+}

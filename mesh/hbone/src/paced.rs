@@ -1,0 +1,141 @@
+//! A stream that lets the other tasks of its worker run now and then.
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Bytes that a connection's task reads, and writes, before it yields: about a third of a
+/// millisecond of encryption and system calls.
+const TURN: usize = 512 * 1024;
+
+/// Wraps a stream whose socket may never say that it would block. After each [`TURN`] it does, once, and
+/// wakes its task at once, so that a bulk transfer does not hold up the small ones beside it.
+#[derive(Debug)]
+pub(crate) struct Paced<IO> {
+    io: IO,
+    to_read: usize,
+    to_write: usize,
+}
+
+impl<IO> Paced<IO> {
+    pub(crate) fn new(io: IO) -> Paced<IO> {
+        Paced { io, to_read: TURN, to_write: TURN }
+    }
+}
+
+fn poll_turn(left: &mut usize, cx: &Context<'_>) -> Poll<()> {
+    if *left > 0 {
+        return Poll::Ready(());
+    }
+    *left = TURN;
+    cx.waker().wake_by_ref();
+    Poll::Pending
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Paced<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        ready!(poll_turn(&mut this.to_read, cx));
+        let before = buf.filled().len();
+        let read = Pin::new(&mut this.io).poll_read(cx, buf);
+        this.to_read = this.to_read.saturating_sub(buf.filled().len().saturating_sub(before));
+        read
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        ready!(poll_turn(&mut this.to_write, cx));
+        let written = ready!(Pin::new(&mut this.io).poll_write(cx, buf))?;
+        this.to_write = this.to_write.saturating_sub(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        ready!(poll_turn(&mut this.to_write, cx));
+        let written = ready!(Pin::new(&mut this.io).poll_write_vectored(cx, bufs))?;
+        this.to_write = this.to_write.saturating_sub(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::future::{Future, poll_fn};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, empty, repeat, sink};
+
+    use super::*;
+
+    /// How often `work` had to be polled.
+    fn polls(work: impl Future<Output = ()>) -> usize {
+        let count = Cell::new(0);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let mut work = std::pin::pin!(work);
+            poll_fn(|cx| {
+                count.set(count.get() + 1);
+                work.as_mut().poll(cx)
+            })
+            .await;
+        });
+        count.get()
+    }
+
+    #[test]
+    fn a_stream_that_never_blocks_yields_after_each_turn() {
+        let data = vec![0; 64 * 1024];
+        let writes = polls(async {
+            let mut paced = Paced::new(sink());
+            for _ in 0..32 {
+                paced.write_all(&data).await.unwrap();
+            }
+        });
+        assert_eq!(writes, 4);
+        let reads = polls(async {
+            let mut paced = Paced::new(tokio::io::join(repeat(7), sink()));
+            let mut data = vec![0; 64 * 1024];
+            for _ in 0..32 {
+                paced.read_exact(&mut data).await.unwrap();
+            }
+        });
+        assert_eq!(reads, 4);
+    }
+
+    #[test]
+    fn small_amounts_do_not_yield() {
+        assert_eq!(
+            polls(async {
+                let mut paced = Paced::new(tokio::io::join(empty(), sink()));
+                paced.write_all(b"hello").await.unwrap();
+                assert_eq!(paced.read(&mut [0; 8]).await.unwrap(), 0);
+            }),
+            1
+        );
+    }
+}
