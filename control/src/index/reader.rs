@@ -29,7 +29,11 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn find(&self, finding: Finding) {
-        self.findings.borrow_mut().push(finding);
+        let mut findings = self.findings.borrow_mut();
+        // The hosts of a ServiceEntry all find out the same.
+        if !findings.contains(&finding) {
+            findings.push(finding);
+        }
     }
 
     fn depend(&self, dependency: Dependency) {

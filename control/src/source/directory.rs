@@ -231,7 +231,7 @@ impl Looker {
     fn is_structure(&self, path: &Path, source: usize) -> bool {
         match fs::symlink_metadata(path) {
             Ok(metadata) => metadata.is_dir() || metadata.is_symlink(),
-            Err(_) => !self.files.below(source, path).is_empty(),
+            Err(_) => self.files.below(source, path).next().is_some(),
         }
     }
 
@@ -254,9 +254,8 @@ impl Looker {
                     continue;
                 }
             };
-            let gone =
-                self.files.below(source, &root).into_iter().filter(|(_, path)| !found.contains_key(path));
-            let gone: Vec<FileId> = gone.collect();
+            let known = self.files.below(source, &root);
+            let gone: Vec<FileId> = known.filter(|(_, path)| !found.contains_key(path)).cloned().collect();
             gone.into_iter().for_each(|id| self.schedule(id, now, VANISHED));
             for (path, fingerprint) in found {
                 let id = (source, path);
@@ -312,7 +311,7 @@ impl Looker {
     fn take(&mut self, id: &FileId, content: Content) -> Vec<Change> {
         let Effect { changes, new_problems } = self.files.apply(id, content);
         SourceMetrics::add(&self.metrics.malformed, new_problems.len());
-        SourceMetrics::set(&self.metrics.problems, self.files.problems().count());
+        SourceMetrics::set(&self.metrics.problems, self.files.problems());
         SourceMetrics::set(&self.metrics.objects, self.files.len());
         new_problems.iter().for_each(report);
         changes

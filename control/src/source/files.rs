@@ -35,6 +35,8 @@ struct File {
 #[derive(Debug, Default)]
 pub(super) struct Files {
     files: BTreeMap<FileId, File>,
+    /// Problems of all files together.
+    problems: usize,
     claims: HashMap<ObjectRef, BTreeMap<FileId, Object>>,
 }
 
@@ -51,6 +53,7 @@ impl Files {
     /// Takes the content of a file.
     pub(super) fn apply(&mut self, id: &FileId, content: Content) -> Effect {
         let old = self.files.remove(id).unwrap_or_default();
+        self.problems -= old.problems.len();
         let new = match content {
             Content::Gone => None,
             Content::Unreadable(message) => Some(unreadable(&id.1, &old, message)),
@@ -70,6 +73,7 @@ impl Files {
                 file.problems.extend(self.shadowed(reference, id));
             }
             new_problems = file.problems.iter().filter(|p| !old.problems.contains(p)).cloned().collect();
+            self.problems += file.problems.len();
             self.files.insert(id.clone(), file);
         }
         Effect { changes, new_problems }
@@ -93,13 +97,15 @@ impl Files {
     }
 
     /// Files known below a path, the path itself included.
-    pub(super) fn below(&self, source: usize, path: &Path) -> Vec<FileId> {
-        self.files.keys().filter(|(s, p)| *s == source && p.starts_with(path)).cloned().collect()
+    pub(super) fn below<'a>(&'a self, source: usize, path: &'a Path) -> impl Iterator<Item = &'a FileId> {
+        // Paths are ordered by their components, so what is below a directory follows it.
+        let from = self.files.range((source, path.to_owned())..).map(|(id, _)| id);
+        from.take_while(move |(s, p)| *s == source && p.starts_with(path))
     }
 
-    /// Problems that there are.
-    pub(super) fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.files.values().flat_map(|file| &file.problems)
+    /// How many problems there are.
+    pub(super) fn problems(&self) -> usize {
+        self.problems
     }
 
     /// How many objects there are.
