@@ -25,8 +25,8 @@ pub enum App {
 /// A server that runs until this is dropped.
 #[derive(Debug)]
 pub struct Running {
-    address: SocketAddr,
-    task: JoinHandle<()>,
+    pub(crate) address: SocketAddr,
+    pub(crate) task: JoinHandle<()>,
 }
 
 impl Running {
@@ -143,9 +143,13 @@ pub async fn get(stream: &mut TcpStream) -> io::Result<String> {
 /// # Errors
 /// When the connection is reset.
 pub async fn exchange(stream: &mut TcpStream, message: &[u8]) -> io::Result<Vec<u8>> {
-    stream.write_all(message).await?;
-    stream.shutdown().await?;
+    let (mut reader, mut writer) = stream.split();
+    // Both at once: an echo of more than all buffers hold would stop a client that only writes.
+    let writing = async {
+        writer.write_all(message).await?;
+        writer.shutdown().await
+    };
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await?;
+    tokio::try_join!(writing, reader.read_to_end(&mut answer))?;
     Ok(answer)
 }

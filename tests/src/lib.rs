@@ -6,5 +6,6 @@
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test that cannot go on says where and ends")]
 
 pub mod apps;
+pub mod dns;
 pub mod load;
 pub mod wait;
