@@ -6,7 +6,7 @@ mod common;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_api::workload::zds::workload_request::Payload;
 use ambit_api::workload::zds::{
@@ -209,7 +209,10 @@ async fn a_running_pods_new_connections_never_fail_while_it_is_brought_in_and_ou
     let dialling = tokio::spawn(async move {
         let mut dialled = 0;
         while stopped.try_recv().is_err() {
+            let start = Instant::now();
             dial(&netns, to).await.expect("a connection during the change");
+            // tcp(7): a lost first packet is sent again after a second.
+            assert!(start.elapsed() < Duration::from_millis(900), "a packet was lost");
             dialled += 1;
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

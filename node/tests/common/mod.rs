@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ambit_net::Netns;
 use futures_util::TryStreamExt;
+use rtnetlink::packet_route::link::LinkFlags;
 use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
@@ -45,6 +46,16 @@ pub(crate) async fn pair() -> (Host, Host) {
     driver.abort();
     for (here, there) in [(&outside, &pod), (&pod, &outside)] {
         configure(here, there).await;
+    }
+    for host in [&outside, &pod] {
+        let (link, driver) = netlink(&host.netns).await;
+        // A link that the kernel has not started yet loses what is sent.
+        eventually("the link runs", async || {
+            let eth0 = link.link().get().match_name("eth0").execute().try_next().await;
+            eth0.unwrap().unwrap().header.flags.contains(LinkFlags::Running)
+        })
+        .await;
+        driver.abort();
     }
     (outside, pod)
 }
