@@ -42,8 +42,9 @@ pub use workload::{ApplicationTunnel, Locality, Membership, Status, TunnelProtoc
 pub use writer::{Directory, Reader, Update};
 
 /// Name of the [`Extension`](ambit_api::workload::Extension) of a service that keeps a client on one endpoint by its address (Kubernetes'
-/// `sessionAffinity: ClientIP`). Its presence is what counts; it needs no `config`.
-pub const SESSION_AFFINITY_EXTENSION: &str = "ambit.dev/session-affinity-client-ip";
+/// `sessionAffinity: ClientIP`). Its presence is what counts: a client stays as long as the endpoint is there, so the timeout that its `config` may
+/// hold is always kept.
+pub const SESSION_AFFINITY_EXTENSION: &str = "ambit.dev/session-affinity";
 /// Name of the [`Extension`](ambit_api::workload::Extension) of a service or workload whose owner allows the direct way while its waypoint is
 /// missing (kubernetes.md, annotation `ambit.dev/waypoint-failure: open`). Its presence is what counts; it needs no `config`.
 pub const WAYPOINT_FAILURE_OPEN_EXTENSION: &str = "ambit.dev/waypoint-failure-open";
