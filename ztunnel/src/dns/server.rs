@@ -1,7 +1,7 @@
 //! Serves a pod's DNS sockets: answers at once what the directory knows, hands on the rest.
 //!
 //! One loop a UDP socket and one task a TCP connection; a question that is with a resolver is a task of
-//! its own, and there are only so many. Dropping a serve future ends its questions.
+//! its own, and there are only so many. Dropping a serve future ends its questions; stopping it does not.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,12 +12,12 @@ use hickory_proto::op::ResponseCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::forward::{Forwarder, Transport, framed};
-use super::message::{Question, Unreadable};
+use super::message::{MAX_UDP, Question, Unreadable};
 use super::resolver::{Outcome, Resolver};
 use super::{Client, DnsProxy, Originals, Shared, wire};
 
@@ -38,6 +38,37 @@ enum Reaction {
     Ignore,
     /// To resolvers, with what the client takes by UDP.
     Forward(Box<Question>),
+}
+
+/// A datagram as it arrived.
+struct Asked {
+    client: Arc<Client>,
+    query: Vec<u8>,
+    original: Option<SocketAddr>,
+    peer: SocketAddr,
+}
+
+/// A datagram that resolvers are to answer.
+struct ForResolvers {
+    asked: Asked,
+    /// Largest response that the client takes, in bytes.
+    limit: usize,
+    leave: Leave,
+}
+
+impl ForResolvers {
+    async fn ask(self, shared: Arc<Shared>, socket: Arc<UdpSocket>) {
+        let Self { asked: Asked { client, query, original, peer }, limit, leave } = self;
+        if let Some(response) = shared.forward(&client, &query, original, Transport::Udp).await {
+            if response.len() <= limit {
+                send(&socket, &response, peer);
+            } else if let Some(cut) = wire::truncated(&response) {
+                shared.metrics.truncated.inc();
+                send(&socket, &cut, peer);
+            }
+        }
+        drop(leave);
+    }
 }
 
 /// Leave for one question to be with resolvers: of the pod and of the process.
@@ -92,6 +123,31 @@ impl Shared {
         }
     }
 
+    /// Answers a datagram at once, or returns it to be forwarded.
+    fn handle_datagram(&self, asked: Asked, socket: &UdpSocket) -> Option<ForResolvers> {
+        let limit = if self.is_own(asked.original) {
+            match self.react(&asked.client, &asked.query, Transport::Udp) {
+                Reaction::Send(response) => {
+                    send(socket, &response, asked.peer);
+                    return None;
+                }
+                Reaction::Ignore => return None,
+                Reaction::Forward(question) => question.udp_limit,
+            }
+        } else {
+            self.metrics.foreign.inc();
+            MAX_UDP
+        };
+        let Some(leave) = self.leave(&asked.client) else {
+            self.metrics.refused.inc();
+            if let Some(response) = failure(&asked.query) {
+                send(socket, &response, asked.peer);
+            }
+            return None;
+        };
+        Some(ForResolvers { asked, limit, leave })
+    }
+
     /// Asks resolvers; always comes back with something to send, if only that it failed.
     async fn forward(
         &self,
@@ -122,18 +178,29 @@ fn failure(query: &[u8]) -> Option<Vec<u8>> {
 }
 
 impl DnsProxy {
-    /// Answers the datagrams of a pod until dropped.
-    pub async fn serve_udp(&self, client: Arc<Client>, socket: UdpSocket, mut originals: impl Originals) {
+    /// Answers the datagrams of a pod until `stop` resolves, then what is still with resolvers.
+    pub async fn serve_udp(
+        &self,
+        client: Arc<Client>,
+        socket: UdpSocket,
+        mut originals: impl Originals,
+        stop: impl Future<Output = ()> + Send,
+    ) {
         let socket = Arc::new(socket);
         let mut with_resolvers = JoinSet::new();
-        let mut buffer = vec![0; super::message::MAX_UDP];
+        let mut buffer = vec![0; MAX_UDP];
+        let mut stop = std::pin::pin!(stop);
         loop {
-            while let Some(ended) = with_resolvers.try_join_next() {
-                if let Err(error) = ended {
-                    warn!(%error, "a DNS question died");
+            let received = tokio::select! {
+                biased;
+                () = &mut stop => break,
+                Some(ended) = with_resolvers.join_next() => {
+                    note_end(ended);
+                    continue;
                 }
-            }
-            let (length, peer) = match socket.recv_from(&mut buffer).await {
+                received = socket.recv_from(&mut buffer) => received,
+            };
+            let (length, peer) = match received {
                 Ok(received) => received,
                 Err(error) => {
                     // An ICMP error of an earlier response is no fault of the socket; a shortage passes.
@@ -144,42 +211,14 @@ impl DnsProxy {
             };
             let query = buffer.get(..length).unwrap_or_default();
             let original = timeout(ORIGINAL_LIMIT, originals.original(peer)).await.ok().flatten();
-            let udp_limit = if self.shared.is_own(original) {
-                match self.shared.react(&client, query, Transport::Udp) {
-                    Reaction::Send(response) => {
-                        send(&socket, &response, peer);
-                        continue;
-                    }
-                    Reaction::Ignore => continue,
-                    Reaction::Forward(question) => question.udp_limit,
-                }
-            } else {
-                self.shared.metrics.foreign.inc();
-                super::message::MAX_UDP
-            };
-            let Some(leave) = self.shared.leave(&client) else {
-                self.shared.metrics.refused.inc();
-                if let Some(response) = failure(query) {
-                    send(&socket, &response, peer);
-                }
-                continue;
-            };
-            let (shared, client, socket) =
-                (Arc::clone(&self.shared), Arc::clone(&client), Arc::clone(&socket));
-            let query = query.to_vec();
-            with_resolvers.spawn(async move {
-                if let Some(response) = shared.forward(&client, &query, original, Transport::Udp).await {
-                    if response.len() > udp_limit {
-                        shared.metrics.truncated.inc();
-                        if let Some(cut) = wire::truncated(&response) {
-                            send(&socket, &cut, peer);
-                        }
-                    } else {
-                        send(&socket, &response, peer);
-                    }
-                }
-                drop(leave);
-            });
+            let asked = Asked { client: Arc::clone(&client), query: query.to_vec(), original, peer };
+            if let Some(question) = self.shared.handle_datagram(asked, &socket) {
+                with_resolvers.spawn(question.ask(Arc::clone(&self.shared), Arc::clone(&socket)));
+            }
+        }
+        // Each ends by itself: every attempt has a limit.
+        while let Some(ended) = with_resolvers.join_next().await {
+            note_end(ended);
         }
     }
 
@@ -238,6 +277,12 @@ impl DnsProxy {
                 Err(_) => return,
             }
         }
+    }
+}
+
+fn note_end(ended: Result<(), JoinError>) {
+    if let Err(error) = ended {
+        warn!(%error, "a DNS question died");
     }
 }
 

@@ -56,7 +56,9 @@ impl Proxy {
         let listener = TcpListener::bind(LOOPBACK).await.unwrap();
         let (udp, tcp) = (socket.local_addr().unwrap(), listener.local_addr().unwrap());
         let (on_udp, udp_client) = (proxy.clone(), Arc::clone(&client));
-        tokio::spawn(async move { on_udp.serve_udp(udp_client, socket, Always(original)).await });
+        tokio::spawn(async move {
+            on_udp.serve_udp(udp_client, socket, Always(original), std::future::pending()).await
+        });
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (proxy, client) = (proxy.clone(), Arc::clone(&client));
@@ -330,4 +332,43 @@ async fn questions_beyond_the_limit_are_refused_and_known_names_still_answered()
     assert_eq!(proxy.count("refused"), 1);
     let known = ask(proxy.udp, &query("reviews.", RecordType::A, None)).await;
     assert_eq!(addresses(&known), ["10.96.0.1"]);
+}
+
+#[tokio::test]
+async fn a_stopped_proxy_still_delivers_what_is_with_resolvers() {
+    let (release, mut released) = tokio::sync::watch::channel(false);
+    let upstream = UdpSocket::bind(LOOPBACK).await.unwrap();
+    let address = upstream.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut buffer = [0; 512];
+        let (length, peer) = upstream.recv_from(&mut buffer).await.unwrap();
+        released.wait_for(|released| *released).await.unwrap();
+        upstream.send_to(&honest(&buffer[..length], 0), peer).await.unwrap();
+    });
+    let settings = Settings { attempt_timeout: PATIENCE, ..Settings::new("cluster.local", vec![address]) };
+    let proxy = DnsProxy::new(settings, directory(), Metrics::register(&Registry::new()));
+    let client = proxy.client("shop", "", SocketStock::new(Netns::current().unwrap(), None));
+    let socket = UdpSocket::bind(LOOPBACK).await.unwrap();
+    let asker = UdpSocket::bind(LOOPBACK).await.unwrap();
+    asker.connect(socket.local_addr().unwrap()).await.unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let in_flight = Arc::clone(&client.in_flight);
+    let all = in_flight.available_permits();
+    let serving = tokio::spawn(async move {
+        let stop = async { drop(stopped.await) };
+        proxy.serve_udp(client, socket, Always(None), stop).await;
+    });
+    asker.send(&query("example.org.", RecordType::A, None).to_vec().unwrap()).await.unwrap();
+    let forwarded = async {
+        while in_flight.available_permits() == all {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, forwarded).await.unwrap();
+    stop.send(()).unwrap();
+    release.send_replace(true);
+    let mut buffer = [0; 512];
+    let length = timeout(PATIENCE, asker.recv(&mut buffer)).await.unwrap().unwrap();
+    assert_eq!(addresses(&Message::from_vec(&buffer[..length]).unwrap()), ["192.0.2.1"]);
+    timeout(PATIENCE, serving).await.unwrap().unwrap();
 }

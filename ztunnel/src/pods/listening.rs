@@ -77,21 +77,22 @@ async fn run_udp(mut post: Post, socket: UdpSocket, mut stopped: watch::Receiver
     let Some((_, worker)) = post.workers.seat(0) else { return };
     let (dns, client) = (worker.proxy.dns.clone(), post.pod.dns().clone());
     let pod = post.pod.uid().to_owned();
+    let netns = post.pod.stock().netns().clone();
+    let stop = async move {
+        tokio::select! {
+            // A dropped sender is a stop too: its pod is gone.
+            _ = stopped.wait_for(|stop| *stop) => {}
+            () = post.drain.draining() => {}
+        }
+    };
     let serve = async {
         let local = socket.local_addr()?;
-        let originals = Tracked::open(post.pod.stock().netns(), local).await.map_err(std::io::Error::other)?;
-        dns.serve_udp(client, tokio::net::UdpSocket::from_std(socket)?, originals).await;
+        let originals = Tracked::open(&netns, local).await.map_err(std::io::Error::other)?;
+        dns.serve_udp(client, tokio::net::UdpSocket::from_std(socket)?, originals, stop).await;
         Ok::<_, std::io::Error>(())
     };
-    tokio::select! {
-        ended = serve => {
-            if let Err(error) = ended {
-                tracing::error!(pod, %error, "a pod's DNS socket can't be served");
-            }
-        }
-        // A dropped sender is a stop too: its pod is gone.
-        _ = stopped.wait_for(|stop| *stop) => {}
-        () = post.drain.draining() => {}
+    if let Err(error) = serve.await {
+        tracing::error!(pod, %error, "a pod's DNS socket can't be served");
     }
 }
 
