@@ -215,7 +215,7 @@ impl App {
         });
         let stop = serve_grpc(&mut tasks, incoming, xds.clone(), certificates);
         serving.done();
-        tracing::info!(%address, metrics = metrics.map(tracing::field::display), "serving");
+        tracing::info!(%address, "serving");
         Ok(App {
             address,
             metrics,
@@ -273,7 +273,11 @@ impl App {
 }
 
 async fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, AppError> {
-    TcpListener::bind(address).await.map_err(|source| AppError::Listen { address, purpose, source })
+    let listener =
+        TcpListener::bind(address).await.map_err(|source| AppError::Listen { address, purpose, source })?;
+    let address = listener.local_addr().unwrap_or(address);
+    tracing::info!(%address, purpose, "listening");
+    Ok(listener)
 }
 
 /// Serves metrics and readiness, from the start on.

@@ -176,6 +176,25 @@ async fn a_file_that_is_not_text_keeps_what_it_had_and_is_counted() {
 }
 
 #[tokio::test]
+async fn of_several_directories_the_first_named_speaks_for_an_object_and_that_is_no_problem() {
+    let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fs::write(second.path().join("s.yaml"), service("s", 2)).unwrap();
+    let metrics = Arc::new(SourceMetrics::default());
+    let roots = vec![first.path().to_owned(), second.path().to_owned()];
+    let (directories, events) = Directories::watch(roots, metrics.clone()).unwrap();
+    let (services, removed) = (BTreeMap::new(), Vec::new());
+    let mut watched = Watched { root: first, directories, events, metrics, services, removed };
+    watched.until(&[("s", 2)]).await;
+    assert!(!watched.next().await);
+    fs::write(watched.path("published.yaml"), service("s", 1)).unwrap();
+    watched.until(&[("s", 1)]).await;
+    fs::remove_file(watched.path("published.yaml")).unwrap();
+    watched.until(&[("s", 2)]).await;
+    assert_eq!(watched.metrics.malformed.load(Ordering::Relaxed), 0);
+    assert_eq!(watched.removed, Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn the_watch_ends_when_it_is_dropped_and_a_missing_directory_is_refused() {
     let watched = Watched::start(|_| ()).await;
     let Watched { directories, mut events, root, metrics, .. } = watched;

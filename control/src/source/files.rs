@@ -132,10 +132,11 @@ impl Files {
         }
     }
 
-    /// Tells of an object that an earlier file speaks for.
+    /// Tells of an object that an earlier file of the same source speaks for. That another source does is
+    /// what naming several is for.
     fn shadowed(&self, reference: &ObjectRef, id: &FileId) -> Option<Problem> {
         let (first, _) = self.claims.get(reference)?.first_key_value()?;
-        (first != id).then(|| Problem {
+        (first.0 == id.0 && first != id).then(|| Problem {
             file: id.1.clone(),
             line: None,
             field: None,

@@ -160,6 +160,7 @@ async fn an_edit_arrives_within_a_tenth_of_a_second() {
     }
     times.sort();
     // The machine may stall one edit; the typical one must be in time.
+    println!("edits arrived after {times:?}");
     assert!(times[times.len() / 2] < Duration::from_millis(100), "{times:?}");
     std::fs::remove_file(world.object_file("pods.yaml")).unwrap();
     held.until("the removal", |held| held.workload("reviews-1").is_none()).await;
@@ -248,6 +249,16 @@ async fn a_pod_that_moves_takes_the_right_to_its_certificate_along() {
     held.until("the move", |held| held.workload("reviews-1").is_some_and(|w| w.node == "node-b")).await;
     ask(world.node_proxy("node-b"), "reviews").await.unwrap();
     ask(world.node_proxy("node-a"), "reviews").await.unwrap_err();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_program_says_that_it_is_ready_and_what_objects_authors_should_know() {
+    let world = start();
+    assert!(world.readiness().starts_with("HTTP/1.1 200"), "{}", world.readiness());
+    assert_eq!(world.config_dump("resources"), serde_json::json!({ "policies": 2, "addresses": 2 }));
+    let findings = world.config_dump("findings");
+    assert_eq!(findings[0]["kind"], "AuthorizationPolicy");
+    assert_eq!(findings[0]["conditions"][0]["type"], "ZtunnelAccepted");
 }
 
 #[tokio::test(flavor = "multi_thread")]

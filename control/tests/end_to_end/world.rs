@@ -56,7 +56,9 @@ pub(crate) struct World {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) signer: TokenSigner,
     pub(crate) address: SocketAddr,
-    pub(crate) metrics: SocketAddr,
+    metrics: SocketAddr,
+    readiness: SocketAddr,
+    admin: SocketAddr,
     child: Child,
     log: Receiver<Value>,
 }
@@ -74,9 +76,15 @@ impl World {
             .unwrap();
         let mut child = spawn(directory.path());
         let log = follow(&mut child);
-        let serving = wait_for(&log, |line| line["message"] == "serving");
-        let address = |key: &str| serving[key].as_str().unwrap().parse().unwrap();
-        World { signer, address: address("address"), metrics: address("metrics"), child, log, directory }
+        let listening = |purpose: &str| {
+            let line = wait_for(&log, |line| line["message"] == "listening" && line["purpose"] == purpose);
+            line["address"].as_str().unwrap().parse::<SocketAddr>().unwrap()
+        };
+        // In the order in which the program opens them.
+        let (readiness, metrics) = (listening("readiness"), listening("metrics"));
+        let (address, admin) = (listening("xDS and certificates"), listening("the admin interface"));
+        wait_for(&log, |line| line["message"] == "serving");
+        World { directory, signer, address, metrics, readiness, admin, child, log }
     }
 
     /// A file of the source directory.
@@ -123,6 +131,18 @@ impl World {
         line.unwrap_or_else(|| panic!("{name} is not in\n{body}")).parse().unwrap()
     }
 
+    /// The answer of the readiness probe.
+    pub(crate) fn readiness(&self) -> String {
+        get(self.readiness, "/healthz/ready")
+    }
+
+    /// A section of the configuration dump.
+    pub(crate) fn config_dump(&self, section: &str) -> Value {
+        let answer = get(self.admin, &format!("/config_dump?section={section}"));
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str::<Value>(body).unwrap()[section].take()
+    }
+
     /// Asks the program to end and waits until it did.
     pub(crate) fn terminate(mut self) -> std::process::ExitStatus {
         let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
@@ -159,6 +179,7 @@ fn spawn(directory: &Path) -> Child {
     Command::new(env!("CARGO_BIN_EXE_ambit-control"))
         .args(["--source", &format!("dir:{}", path("objects"))])
         .args(["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"])
+        .args(["--readiness", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
         .args(["--ca-dir", &path("ca"), "--jwks", &path("jwks.json"), "--root-out", &path("root-cert.pem")])
         .args(["--log-format", "json"])
         .stderr(Stdio::piped())
