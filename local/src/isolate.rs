@@ -8,14 +8,16 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
+use ambit_net::seqpacket::SeqPacket;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, Uid};
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,6 +29,8 @@ use crate::process::die_with_parent;
 const STAGE: &str = "AMBIT_LOCAL_STAGE";
 /// Where the cluster's files lie: a file system in memory that only the namespace has.
 pub const DIRECTORY: &str = "/dev/shm/ambit";
+/// The packet with which descriptors come.
+const GREETING: &[u8] = b"ambit";
 /// Size limit of that file system.
 const DIRECTORY_SIZE: &str = "size=512m,mode=755";
 
@@ -51,19 +55,51 @@ pub fn stage() -> Stage {
     }
 }
 
-/// Makes the namespaces, starts this program again inside, and returns its exit code. `stdin` is what the program
-/// proper gets as its standard input: a listening socket of the user's own network namespace.
+/// Makes the namespaces, starts this program again inside, and returns its exit code. The program proper gets
+/// `descriptors` from [`inherited`]: sockets of the user's own network namespace.
 ///
 /// Call it before any thread is started: a process of several threads can't make a user namespace.
 ///
 /// # Errors
 /// When the kernel refuses a namespace.
-pub fn supervise(stdin: Option<OwnedFd>) -> Result<ExitCode> {
+pub fn supervise(descriptors: &[OwnedFd]) -> Result<ExitCode> {
     enter_namespaces()?;
+    let runtime = runtime()?;
+    let (near, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(Error::errno("make the socket that hands descriptors down"))?;
+    let sent = runtime.block_on(async {
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        SeqPacket::from_fd(near)?.send(GREETING, &borrowed).await
+    });
+    sent.map_err(Error::system("hand descriptors down"))?;
     let mut command = again("init")?;
-    command.stdin(stdin.map_or_else(Stdio::null, Stdio::from));
-    let child = command.spawn().map_err(Error::system("start the first process of the namespace"))?;
-    follow(child.id())
+    let child = command.stdin(Stdio::from(far)).spawn();
+    let child = child.map_err(Error::system("start the first process of the namespace"))?;
+    // The command holds the socket too.
+    drop(command);
+    runtime.block_on(follow(child.id()))
+}
+
+/// What the supervisor handed down, in its order. Call it once, in the program proper.
+///
+/// # Errors
+/// When this process was not started by a supervisor.
+pub async fn inherited() -> Result<Vec<OwnedFd>> {
+    let attempt = "take descriptors over";
+    let input = io::stdin().as_fd().try_clone_to_owned().map_err(Error::system(attempt))?;
+    let socket = SeqPacket::from_fd(input).map_err(Error::system(attempt))?;
+    let mut buffer = [0; 16];
+    let received = socket.recv(&mut buffer).await.map_err(Error::system(attempt))?;
+    Ok(received.descriptors)
+}
+
+/// An unconnected IPv4 TCP socket of the network namespace of this moment.
+///
+/// # Errors
+/// When the kernel has no socket left.
+pub fn client_socket() -> Result<OwnedFd> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
+    socket.map(OwnedFd::from).map_err(Error::system("make a socket"))
 }
 
 /// The first process of the namespace: mounts, starts the program proper, reaps, and ends with it.
@@ -73,17 +109,15 @@ pub fn supervise(stdin: Option<OwnedFd>) -> Result<ExitCode> {
 pub fn init() -> Result<ExitCode> {
     prepare_mounts()?;
     let mut command = again("program")?;
-    let input = io::stdin();
-    let input = std::os::fd::AsFd::as_fd(&input);
-    let input = input.try_clone_to_owned().map_err(Error::system("keep the standard input"))?;
-    command.stdin(Stdio::from(input));
+    command.stdin(Stdio::inherit());
     let child = command.spawn().map_err(Error::system("start the program in its namespace"))?;
-    follow(child.id())
+    runtime()?.block_on(follow(child.id()))
 }
 
 /// This program with its own arguments, to be started as another stage.
 fn again(stage: &str) -> Result<Command> {
-    let mut command = Command::new("/proc/self/exe");
+    let executable = std::env::current_exe().map_err(Error::system("find the current executable"))?;
+    let mut command = Command::new(executable);
     let mut args = std::env::args_os();
     if let Some(name) = args.next() {
         std::os::unix::process::CommandExt::arg0(&mut command, name);
@@ -133,33 +167,32 @@ fn prepare_mounts() -> Result<()> {
 }
 
 /// Waits for a child, reaps every other one, and passes SIGTERM, SIGINT and SIGHUP on as SIGTERM.
-fn follow(child: u32) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Error::system("start a runtime"))?;
+async fn follow(child: u32) -> Result<ExitCode> {
     let child = Pid::from_raw(i32::try_from(child).unwrap_or(i32::MAX));
     let fault = || Error::system("listen for signals");
-    runtime.block_on(async {
-        let mut children = signal(SignalKind::child()).map_err(fault())?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(fault())?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(fault())?;
-        let mut hangup = signal(SignalKind::hangup()).map_err(fault())?;
-        loop {
-            // A child may have ended before the handler was in place.
-            if let Some(code) = reap(child) {
-                return Ok(code);
-            }
-            tokio::select! {
-                _ = children.recv() => continue,
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                _ = hangup.recv() => {}
-            }
-            // ESRCH: it has just ended, which the next turn sees.
-            kill(child, Signal::SIGTERM).ok();
+    let mut children = signal(SignalKind::child()).map_err(fault())?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(fault())?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(fault())?;
+    let mut hangup = signal(SignalKind::hangup()).map_err(fault())?;
+    loop {
+        // A child may have ended before the handler was in place.
+        if let Some(code) = reap(child) {
+            return Ok(code);
         }
-    })
+        tokio::select! {
+            _ = children.recv() => continue,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+        // ESRCH: it has just ended, which the next turn sees.
+        kill(child, Signal::SIGTERM).ok();
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(Error::system("start a runtime"))
 }
 
 /// Reaps all that have ended; the exit code once `child` is among them.

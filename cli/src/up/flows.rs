@@ -34,9 +34,9 @@ pub(crate) struct Flow {
     /// Connections that failed or were refused, counted by either.
     pub(crate) failed: f64,
     /// Bytes from source to destination.
-    pub(crate) sent: f64,
+    pub(crate) requests: f64,
     /// Bytes from destination to source.
-    pub(crate) received: f64,
+    pub(crate) responses: f64,
     /// Both proxies that reported called it mutual TLS.
     pub(crate) mutual_tls: bool,
     /// Connections opened, as the destination's proxy counts them with the same two identities.
@@ -80,9 +80,12 @@ fn join(all: &[Metrics]) -> Flows {
                     flow.confirmed += sample.value;
                 }
             }
-            ("istio_tcp_sent_bytes_total", true) => flows.entry(pair).or_default().sent += sample.value,
+            // The metrics speak from the destination's side: what it received are the requests.
             ("istio_tcp_received_bytes_total", true) => {
-                flows.entry(pair).or_default().received += sample.value;
+                flows.entry(pair).or_default().requests += sample.value;
+            }
+            ("istio_tcp_sent_bytes_total", true) => {
+                flows.entry(pair).or_default().responses += sample.value;
             }
             ("istio_tcp_connections_failed_total", _) => {
                 flows.entry(pair).or_default().failed += sample.value;
@@ -141,7 +144,7 @@ mod tests {
         let expected = Flow {
             opened: 3.0,
             failed: 1.0,
-            sent: 70.0,
+            responses: 70.0,
             mutual_tls: true,
             confirmed: 3.0,
             ..Flow::default()

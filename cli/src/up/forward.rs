@@ -2,13 +2,14 @@
 //! loopback of a ready pod behind the service, so no policy of the mesh concerns it.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ambit_local::Cluster;
 use anyhow::Context;
 use tokio::io::copy_bidirectional;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
@@ -21,6 +22,8 @@ const CONNECTIONS: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Forward {
     address: SocketAddr,
+    /// A socket of the user's own network namespace, with which the port is tried.
+    probe: Mutex<Option<OwnedFd>>,
     accepting: AbortHandle,
 }
 
@@ -31,6 +34,7 @@ impl Forward {
     /// When there is no service at all.
     pub(crate) fn start(
         listener: TcpListener,
+        probe: Option<OwnedFd>,
         cluster: Arc<Cluster>,
         expectations: &Expectations,
     ) -> anyhow::Result<Self> {
@@ -60,7 +64,19 @@ impl Forward {
                 });
             }
         });
-        Ok(Self { address, accepting: accepting.abort_handle() })
+        Ok(Self { address, probe: Mutex::new(probe), accepting: accepting.abort_handle() })
+    }
+
+    /// Connects to the port as a person's browser would, from the user's own network namespace. Works once.
+    ///
+    /// # Errors
+    /// When the connection is refused, or this was tried before.
+    pub(crate) async fn try_out(&self) -> anyhow::Result<TcpStream> {
+        let probe = self.probe.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let probe = std::net::TcpStream::from(probe.context("the port was tried before")?);
+        probe.set_nonblocking(true)?;
+        let connecting = TcpSocket::from_std_stream(probe).connect(self.address);
+        connecting.await.with_context(|| format!("connect to {}", self.address))
     }
 
     /// Where it can be opened.

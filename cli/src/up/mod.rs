@@ -10,7 +10,7 @@ mod proof;
 mod screen;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -64,8 +64,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         Stage::Supervisor => {
             let directory = &options.directory;
             ensure!(directory.is_dir(), "{} is no directory", directory.display());
-            let listener = listen(options)?;
-            Ok(isolate::supervise(listener.map(OwnedFd::from))?)
+            let mut descriptors = Vec::new();
+            if let Some(listener) = listen(options)? {
+                descriptors.push(OwnedFd::from(listener));
+                descriptors.push(isolate::client_socket()?);
+            }
+            Ok(isolate::supervise(&descriptors)?)
         }
         Stage::Init => Ok(isolate::init()?),
         Stage::Program => {
@@ -90,20 +94,17 @@ fn listen(options: &Options) -> anyhow::Result<Option<TcpListener>> {
     TcpListener::bind(address).map(Some).with_context(attempt)
 }
 
-/// The socket that the supervisor left as standard input, if it is one.
-fn inherited_listener() -> Option<TcpListener> {
-    let input = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
-    let listener = TcpListener::from(input);
-    listener.local_addr().ok().map(|_| listener)
-}
-
 async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     let mut screen = Screen::new(options.once);
     screen.wait_for("bringing the mesh up");
     let cluster = start(options).await?;
     let expectations = Expectations::read(&cluster);
-    let forward = match inherited_listener() {
-        Some(listener) => Some(Forward::start(listener, Arc::clone(&cluster), &expectations)?),
+    let mut descriptors = isolate::inherited().await?.into_iter();
+    let forward = match descriptors.next() {
+        Some(listener) => {
+            let listener = TcpListener::from(listener);
+            Some(Forward::start(listener, descriptors.next(), Arc::clone(&cluster), &expectations)?)
+        }
         None => None,
     };
     if let Some(forward) = &forward {
@@ -155,7 +156,7 @@ async fn once(
     screen.wait_for("watching what they say");
     let mut proof = Proof::new();
     proof.note("every workload is ready and captured", ready);
-    proof.run(cluster, expectations, forward.map(Forward::address)).await;
+    proof.run(cluster, expectations, forward).await;
     screen.draw(cluster, &flows::read(cluster).await, Some(&proof));
     if proof.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
@@ -172,7 +173,7 @@ async fn stay(
         let mut proof = Proof::new();
         let ready = proof::wait_ready(cluster, READY_WITHIN).await;
         proof.note("every workload is ready and captured", ready);
-        proof.run(cluster, expectations, forward.map(Forward::address)).await;
+        proof.run(cluster, expectations, forward).await;
         proof
     };
     let mut proving = std::pin::pin!(proving);

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::up::expectations::{self, Expectations, ServiceName};
 use crate::up::flows::{self, Flows};
+use crate::up::forward::Forward;
 
 /// How long the wire is listened to.
 const LISTEN_FOR: Duration = Duration::from_secs(4);
@@ -63,9 +64,8 @@ impl Proof {
         &mut self,
         cluster: &Cluster,
         expectations: &Expectations,
-        page: Option<SocketAddr>,
+        page: Option<&Forward>,
     ) {
-        self.note("every connection is authenticated on both sides", authenticated(cluster).await);
         let encrypted = encrypted(cluster, &expectations.unreadable).await;
         self.note("no payload is readable on the wire between the nodes", encrypted);
         for service in &expectations.spread {
@@ -78,8 +78,9 @@ impl Proof {
                 self.note(&claim, denied(&pod, &url).await);
             }
         }
-        if let Some(address) = page {
-            self.note("the page opens from this machine", opens(address, expectations.page_path()).await);
+        self.note("every connection is authenticated on both sides", authenticated(cluster).await);
+        if let Some(forward) = page {
+            self.note("the page opens from this machine", opens(forward, expectations.page_path()).await);
         }
         let fallen = cluster.fallen();
         let stands = if fallen.is_empty() {
@@ -315,14 +316,15 @@ fn ask(address: SocketAddr, request: &str) -> std::io::Result<usize> {
 }
 
 /// Opens the page from this machine, through the open port.
-async fn opens(address: SocketAddr, path: &str) -> anyhow::Result<String> {
+async fn opens(forward: &Forward, path: &str) -> anyhow::Result<String> {
+    let address = forward.address();
     let exchange = async {
-        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        let mut stream = forward.try_out().await?;
         let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await?;
-        Ok::<_, std::io::Error>(answer)
+        Ok::<_, anyhow::Error>(answer)
     };
     let answer = tokio::time::timeout(PATIENCE, exchange).await.context("no answer")??;
     let text = String::from_utf8_lossy(&answer);

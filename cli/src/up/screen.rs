@@ -132,7 +132,7 @@ fn add_troubles(text: &mut String, cluster: &Cluster, red: Paint) {
 
 fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> Paint) {
     let mut rows = vec![
-        ["SOURCE", "DESTINATION", "SERVICE", "MTLS", "CONNECTIONS", "REFUSED", "SENT", "RECEIVED"]
+        ["SOURCE", "DESTINATION", "SERVICE", "MTLS", "CONNECTIONS", "REFUSED", "BYTES OUT", "BYTES BACK"]
             .map(str::to_owned),
     ];
     for (pair, flow) in flows {
@@ -144,8 +144,8 @@ fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> 
             if secure { "yes" } else { "no" }.to_owned(),
             format!("{}", flow.opened.max(flow.confirmed)),
             format!("{}", flow.failed),
-            bytes(flow.sent),
-            bytes(flow.received),
+            bytes(flow.requests),
+            bytes(flow.responses),
         ]);
     }
     let bold = paint(BOLD);

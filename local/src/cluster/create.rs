@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::kubelet::container::Surroundings;
 use crate::kubelet::lifecycle;
 use crate::kubelet::probe::Prober;
-use crate::kubelet::status;
+use crate::kubelet::status::{self, Redirection};
 use crate::pod::{Inner, Origin, Pod, PodOptions};
 use crate::sandbox::{Overlays, Sandbox};
 
@@ -254,12 +254,28 @@ async fn stopped(pod: &Pod) {
     pod.inner.stop.subscribe().wait_for(Option::is_some).await.ok();
 }
 
-/// Asks the agent until the pod is in the mesh, if it is to be. False when it was stopped before.
+/// Asks the agent until the pod is in the mesh and served, if it is to be. False when it was stopped before.
+///
+/// As in a cluster, where the plugin's ADD fails until the node proxy serves the pod: peers would send in the
+/// clear to a pod that is ready before it is served.
 async fn until_first_enrolled(shared: &Shared, pod: &Pod) -> bool {
     loop {
         let wanted = pod.inner.wanted_in_mesh.borrow().clone();
+        let in_mesh =
+            wanted.is_some() && shared.nodes.get(pod.node()).is_some_and(|node| node.agent.is_some());
         match reconcile_membership(shared, pod, wanted).await {
-            Ok(()) => return true,
+            Ok(()) if !in_mesh => return true,
+            Ok(()) => {
+                let mut view = pod.inner.view.subscribe();
+                let served = view.wait_for(|view| view.redirection == Some(Redirection::Enabled));
+                let mut wanted = pod.inner.wanted_in_mesh.subscribe();
+                tokio::select! {
+                    // An error means that the pod itself is gone, as a stop does.
+                    served = served => return served.is_ok(),
+                    _ = wanted.wait_for(Option::is_none) => continue,
+                    () = stopped(pod) => return false,
+                }
+            }
             Err(error) => tracing::warn!(%pod, %error, "the pod can't enter the mesh yet"),
         }
         tokio::select! {
