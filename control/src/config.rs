@@ -330,12 +330,16 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         readiness,
         admin,
         log_level: log_level.unwrap_or_else(|| "info".to_owned()),
-        log_format: match log_format.as_deref() {
-            None | Some("text") => LogFormat::Text,
-            Some("json") => LogFormat::Json,
-            Some(other) => return Err(invalid("logFormat", format!("{other:?} is neither text nor json"))),
-        },
+        log_format: form_of_log(log_format.as_deref())?,
     })
+}
+
+fn form_of_log(text: Option<&str>) -> Result<LogFormat, ConfigError> {
+    match text {
+        None | Some("text") => Ok(LogFormat::Text),
+        Some("json") => Ok(LogFormat::Json),
+        Some(other) => Err(invalid("logFormat", format!("{other:?} is neither text nor json"))),
+    }
 }
 
 /// The names of the service `ambit-control` and of this machine.
