@@ -247,7 +247,9 @@ fn dns(config: &Config, directory: ambit_directory::Reader, registry: &Registry)
     if upstreams.is_empty() {
         match std::fs::read_to_string(RESOLV_CONF) {
             Ok(text) => upstreams = dns::resolv_conf::nameservers(&text),
-            Err(error) => tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask"),
+            Err(error) => {
+                tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask")
+            }
         }
     }
     let settings = dns::Settings::new(&config.dns.cluster_domain, upstreams);

@@ -2,12 +2,17 @@
 //! agent, nothing mocked. Needs root; fails without.
 
 mod control;
+mod identity;
+mod lifecycle;
 mod mesh;
 mod network;
+mod policy;
+mod routing;
+mod tunnels;
 
 use std::net::SocketAddr;
 
-use mesh::{LIMIT, Mesh, echo, eventually, exchange, ping};
+use mesh::{Mesh, echo, eventually, exchange, ping};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,5 +73,4 @@ async fn a_connection_on_one_node_is_handed_over_and_reported_as_a_tunnel_would_
         assert_eq!(line["bytes_sent"], 11, "{line}");
     }
     assert!(mesh.nodes[0].ztunnel.metrics().await.contains("ambit_handed_over_total 1"));
-    let _ = LIMIT;
 }

@@ -1,6 +1,5 @@
 //! Nodes with a node agent and a ztunnel process each, and pods on them.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -26,6 +25,8 @@ pub(crate) struct Mesh {
     pub(crate) control: Control,
     pub(crate) fabric: Fabric,
     pub(crate) nodes: Vec<Node>,
+    /// Proxies that were replaced and still drain.
+    pub(crate) retired: Vec<Ztunnel>,
     dir: TempDir,
 }
 
@@ -59,7 +60,7 @@ impl Mesh {
         let dir = tempfile::tempdir().unwrap();
         let control = Control::start(dir.path()).await;
         let fabric = Fabric::new().await;
-        let mut mesh = Self { control, fabric, nodes: Vec::new(), dir };
+        let mut mesh = Self { control, fabric, nodes: Vec::new(), retired: Vec::new(), dir };
         for index in 0..nodes {
             let node = mesh.node(index, &extra).await;
             mesh.nodes.push(node);
@@ -229,6 +230,22 @@ impl Ztunnel {
         Self::start(&self.dir, self.config.clone()).await
     }
 
+    /// Starts a new process in place of this one, which is killed if it still runs.
+    pub(crate) async fn replace(&mut self, config: Value) {
+        self.child.kill().await.ok();
+        *self = Self::start(&self.dir.clone(), config).await;
+    }
+
+    pub(crate) async fn is_ready(&self) -> bool {
+        self.get(self.ready, "/healthz/ready").await.starts_with("HTTP/1.1 200")
+    }
+
+    /// Metrics of a process that may not be able to answer now.
+    pub(crate) async fn metrics_may_fail(&self) -> String {
+        let answer = self.metrics().await;
+        if answer.contains("# EOF") { answer } else { "ambit_accept_shortages_total 0".to_owned() }
+    }
+
     pub(crate) async fn dump(&self) -> Value {
         let answer = self.get(self.admin, "/config_dump").await;
         answer
@@ -359,6 +376,3 @@ pub(crate) async fn ping(stream: &mut TcpStream, message: &[u8]) -> std::io::Res
     tokio::time::timeout(LIMIT, stream.read_exact(&mut answer)).await??;
     Ok(answer)
 }
-
-/// Services of a workload, for tests that change them.
-pub(crate) type Services = HashMap<String, PortList>;

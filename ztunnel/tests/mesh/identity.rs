@@ -1,0 +1,153 @@
+//! Peers that are not who they should be, at the HBONE port of a pod.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_ca::{Authority, AuthorityConfig};
+use ambit_hbone::{ConnectRequest, OpenError, Settings, WindowBudget, client};
+use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+use crate::control::TRUST_DOMAIN;
+use crate::mesh::{LIMIT, Mesh, Pod, echo, exchange, ping};
+
+fn trust(mesh: &Mesh) -> Trust {
+    let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
+    trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
+    trust
+}
+
+fn id(account: &str) -> SpiffeId {
+    SpiffeId::new(TRUST_DOMAIN, "default", account).unwrap()
+}
+
+fn certificate(mesh: &Mesh, account: &str, lifetime: Duration) -> WorkloadCertificate {
+    let request = CertificateRequest::new(&id(account)).unwrap();
+    let chain = mesh.control.sign(request.csr_pem(), &id(account), lifetime);
+    request.complete(&chain, &trust(mesh), TlsSettings::default()).unwrap()
+}
+
+/// CONNECTs from a pod outside the mesh straight to the HBONE port of `server`, as another proxy would.
+async fn connect(
+    from: &Pod,
+    server: &Pod,
+    tls: Arc<rustls::ClientConfig>,
+    authority: SocketAddr,
+) -> Result<ambit_hbone::Tunnel, OpenError> {
+    let address = SocketAddr::new(server.net.v4.into(), 15008);
+    let socket = from.net.dial(address).await.unwrap();
+    let settings = Settings { connect_timeout: LIMIT, ..Settings::default() };
+    let expected = [id("server")];
+    let (connection, driver) =
+        client::connect(socket, address, tls, &expected, &settings, WindowBudget::new(0)).await?;
+    tokio::spawn(driver.run(|| ()));
+    connection.open(&ConnectRequest::new(authority), &settings).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_authentic_peers_reach_the_pod_and_only_the_pod() {
+    let mesh = Mesh::start(1, json!({})).await;
+    let server = mesh.pod(0, "server", "server").await;
+    let other = mesh.pod(0, "other", "other").await;
+    let outside = mesh.uncaptured_pod(0, "outside", "outside").await;
+    let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
+    let here = SocketAddr::new(server.net.v4.into(), 8080);
+    let good = certificate(&mesh, "friend", Duration::from_secs(3600));
+    connect(&outside, &server, good.client_config(), here).await.expect("an authentic peer is let in");
+    for (elsewhere, status) in [
+        (SocketAddr::new(other.net.v4.into(), 8080), 400),
+        (SocketAddr::new(server.net.v4.into(), 15008), 400),
+        (SocketAddr::new(server.net.v4.into(), 15001), 400),
+        (SocketAddr::new(server.net.v4.into(), 9), 503),
+    ] {
+        match connect(&outside, &server, good.client_config(), elsewhere).await {
+            Err(OpenError::Refused { status: got, .. }) => assert_eq!(got.as_u16(), status, "{elsewhere}"),
+            other => panic!("{elsewhere}: {other:?}"),
+        }
+    }
+    for (what, tls) in strangers(&mesh).await {
+        let refused = connect(&outside, &server, tls, here).await;
+        assert!(refused.is_err(), "{what}");
+    }
+    let metrics = mesh.nodes[0].ztunnel.metrics().await;
+    assert!(metrics.contains("response_flags=\"TLS_FAILURE\""), "{metrics}");
+    connect(&outside, &server, good.client_config(), here).await.expect("everybody else is unharmed");
+}
+
+/// Configurations of peers that must not be let in.
+async fn strangers(mesh: &Mesh) -> Vec<(&'static str, Arc<rustls::ClientConfig>)> {
+    let dir = tempfile::tempdir().unwrap();
+    let foreign = TrustDomain::new("elsewhere.local").unwrap();
+    let (authority, _driver) =
+        Authority::open(AuthorityConfig::new(foreign, dir.path().join("ca"))).await.unwrap();
+    let foreign_id = SpiffeId::new("elsewhere.local", "default", "friend").unwrap();
+    let request = CertificateRequest::new(&foreign_id).unwrap();
+    let chain = authority.sign(request.csr_pem(), &foreign_id, None).unwrap().chain;
+    let foreign = request.complete(&chain, &trust(mesh), TlsSettings::default()).unwrap();
+    let same_domain = TrustDomain::new(TRUST_DOMAIN).unwrap();
+    let (authority, _driver) =
+        Authority::open(AuthorityConfig::new(same_domain, dir.path().join("ca2"))).await.unwrap();
+    let request = CertificateRequest::new(&id("friend")).unwrap();
+    let chain = authority.sign(request.csr_pem(), &id("friend"), None).unwrap().chain;
+    let forged = request.complete(&chain, &trust(mesh), TlsSettings::default()).unwrap();
+    let mut nobody = rustls::ClientConfig::builder_with_provider(TlsSettings::default().provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    nobody.alpn_protocols = vec![b"h2".to_vec()];
+    vec![
+        ("another trust domain", foreign.client_config()),
+        ("our domain under another root", forged.client_config()),
+        ("no certificate", Arc::new(nobody)),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_peer_loses_its_open_connections_and_gets_no_new_ones() {
+    let mesh = Mesh::start(1, json!({})).await;
+    let server = mesh.pod(0, "server", "server").await;
+    let outside = mesh.uncaptured_pod(0, "outside", "outside").await;
+    let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
+    let here = SocketAddr::new(server.net.v4.into(), 8080);
+    let kept = certificate(&mesh, "kept", Duration::from_secs(3600));
+    let lost = certificate(&mesh, "lost", Duration::from_secs(3600));
+    let mut kept_stream = connect(&outside, &server, kept.client_config(), here).await.unwrap().into_stream();
+    let mut lost_stream = connect(&outside, &server, lost.client_config(), here).await.unwrap().into_stream();
+    mesh.control.revoke(&[lost.info().serial.clone()]);
+    let ended = tokio::time::timeout(LIMIT, lost_stream.read_u8()).await.expect("cut by revocation");
+    assert!(ended.is_err());
+    assert!(connect(&outside, &server, lost.client_config(), here).await.is_err());
+    tokio::io::AsyncWriteExt::write_all(&mut kept_stream, b"still here").await.unwrap();
+    let mut answer = [0; 10];
+    kept_stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"still here");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_used_again_by_another_pod_never_meets_an_old_tunnel() {
+    let mesh = Mesh::start(2, json!({})).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let server = mesh.pod(1, "server", "server").await;
+    let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
+    let address = SocketAddr::new(server.net.v4.into(), 8080);
+    let mut stream = client.net.dial(address).await.unwrap();
+    assert_eq!(ping(&mut stream, b"first").await.unwrap(), b"first");
+    mesh.nodes[1].agent.pod_down(&server.uid).await.unwrap();
+    mesh.control.remove_address(&server.workload.uid);
+    let number = server.net.v4.octets()[3];
+    drop(server);
+    let net = mesh.fabric.pod_at(number).await;
+    let mut successor = mesh.uncaptured_pod(1, "successor", "other").await;
+    successor.net = net;
+    successor.workload.addresses = successor.net.ips().iter().map(|ip| crate::mesh::bytes(*ip)).collect();
+    mesh.announce(&successor).await;
+    let successor = mesh.capture(1, &successor).await;
+    let _seen = echo(successor.net.listen(successor.net.v4.into(), 8080).await);
+    let mut stream = client.net.dial(address).await.unwrap();
+    assert_eq!(exchange(&mut stream, b"second").await.unwrap(), b"second");
+    let line = mesh.nodes[0].ztunnel.logged("successor", |l| l["dst.workload"] == "successor").await;
+    assert_eq!(line["dst.identity"], "spiffe://cluster.local/ns/default/sa/other", "{line}");
+}

@@ -1,0 +1,151 @@
+//! Application tunnels with PROXY v2, and tunnels inside tunnels to another network.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use ambit_api::workload::gateway_address::Destination;
+use ambit_api::workload::{ApplicationTunnel, GatewayAddress, NetworkAddress, application_tunnel};
+use ambit_hbone::{Settings, WindowBudget, server};
+use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::control::TRUST_DOMAIN;
+use crate::mesh::{LIMIT, Mesh, bytes, exchange};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_application_tunnel_gets_a_proxy_header_with_the_clients_identity() {
+    let mesh = Mesh::start(2, json!({})).await;
+    let far = mesh.pod(0, "far", "far").await;
+    let near = mesh.pod(1, "near", "near").await;
+    let mut server = mesh.pod(1, "server", "server").await;
+    let protocol = application_tunnel::Protocol::Proxy.into();
+    server.workload.application_tunnel = Some(ApplicationTunnel { protocol, port: 15088 });
+    mesh.control.workload(server.workload.clone());
+    mesh.wait("tunnel known", |dump| dump["workloads"].to_string().contains("15088")).await;
+    let listener = server.net.listen(server.net.v4.into(), 15088).await;
+    for client in [&far, &near] {
+        let address = SocketAddr::new(server.net.v4.into(), 8080);
+        let mut stream = client.net.dial(address).await.unwrap();
+        stream.write_all(b"payload").await.unwrap();
+        let (mut accepted, _) = tokio::time::timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
+        let mut fixed = [0; 16];
+        accepted.read_exact(&mut fixed).await.unwrap();
+        assert_eq!(&fixed[..14], b"\r\n\r\n\0\r\nQUIT\n\x21\x11");
+        let mut rest = vec![0; u16::from_be_bytes([fixed[14], fixed[15]]).into()];
+        accepted.read_exact(&mut rest).await.unwrap();
+        assert_eq!(&rest[..4], &client.net.v4.octets());
+        assert_eq!(&rest[4..8], &server.net.v4.octets());
+        assert_eq!(&rest[10..12], &8080u16.to_be_bytes());
+        assert_eq!(rest[12], 0xD0);
+        let account = &client.workload.service_account;
+        assert_eq!(rest[15..], *format!("spiffe://cluster.local/ns/default/sa/{account}").as_bytes());
+        let mut payload = [0; 7];
+        accepted.read_exact(&mut payload).await.unwrap();
+        assert_eq!(&payload, b"payload");
+    }
+}
+
+/// A gateway of another network and, behind it, that network's server: both ends of a double tunnel.
+async fn gateway(
+    mesh: &Mesh,
+    listener: tokio::net::TcpListener,
+    told: tokio::sync::mpsc::UnboundedSender<String>,
+) {
+    let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
+    trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
+    let certificate = |account: &str| {
+        let id = SpiffeId::new(TRUST_DOMAIN, "default", account).unwrap();
+        let request = CertificateRequest::new(&id).unwrap();
+        let chain = mesh.control.sign(request.csr_pem(), &id, std::time::Duration::from_secs(3600));
+        Arc::new(request.complete(&chain, &trust, TlsSettings::default()).unwrap())
+    };
+    let (outer, inner) = (certificate("gateway"), certificate("server"));
+    tokio::spawn(async move {
+        let settings = Settings::default();
+        while let Ok((socket, _)) = listener.accept().await {
+            let accepted = server::accept(socket, outer.server_config(), &settings).await.unwrap();
+            let (settings, inner, told) = (settings.clone(), inner.clone(), told.clone());
+            tokio::spawn(async move {
+                let serve =
+                    server::serve(accepted, &settings, WindowBudget::new(0), std::future::pending(), {
+                        move |incoming| {
+                            let (inner, told) = (inner.clone(), told.clone());
+                            async move {
+                                told.send(format!(
+                                    "outer {} {}",
+                                    incoming.peer(),
+                                    incoming.request().authority
+                                ))
+                                .unwrap();
+                                let within = incoming.accept(None).unwrap().into_stream();
+                                inside(within, inner, told).await;
+                            }
+                        }
+                    });
+                serve.await.ok();
+            });
+        }
+    });
+}
+
+async fn inside(
+    stream: ambit_hbone::TunnelStream,
+    certificate: Arc<ambit_identity::WorkloadCertificate>,
+    told: tokio::sync::mpsc::UnboundedSender<String>,
+) {
+    let settings = Settings::default();
+    let accepted = server::accept(stream, certificate.server_config(), &settings).await.unwrap();
+    let serve =
+        server::serve(accepted, &settings, WindowBudget::new(0), std::future::pending(), move |incoming| {
+            let told = told.clone();
+            async move {
+                let request = incoming.request();
+                told.send(format!(
+                    "inner {} {} {:?}",
+                    incoming.peer(),
+                    request.authority,
+                    request.forwarded_network
+                ))
+                .unwrap();
+                let mut stream = incoming.accept(None).unwrap().into_stream();
+                let mut received = Vec::new();
+                stream.read_to_end(&mut received).await.unwrap();
+                stream.write_all(&received).await.unwrap();
+                stream.shutdown().await.unwrap();
+            }
+        });
+    serve.await.ok();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tunnel() {
+    let mesh = Mesh::start(1, json!({})).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let mut gateway_pod = mesh.uncaptured_pod(0, "gateway", "gateway").await;
+    let address = gateway_pod.net.v4;
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    gateway(&mesh, gateway_pod.net.listen(address.into(), 15008).await, tell).await;
+    gateway_pod.workload.tunnel_protocol = 1;
+    gateway_pod.workload.native_tunnel = true;
+    mesh.announce(&gateway_pod).await;
+    let mut server = mesh.uncaptured_pod(0, "server", "server").await;
+    server.workload.network = "other".into();
+    server.workload.tunnel_protocol = 1;
+    server.workload.network_gateway = Some(GatewayAddress {
+        destination: Some(Destination::Address(NetworkAddress {
+            network: String::new(),
+            address: bytes(address.into()),
+            length: None,
+        })),
+        hbone_mtls_port: 15008,
+    });
+    let vip = "10.96.0.77".parse().unwrap();
+    mesh.service("remote", vip, 8080, &mut [&mut server]).await;
+    let mut stream = client.net.dial(SocketAddr::new(vip, 80)).await.unwrap();
+    assert_eq!(exchange(&mut stream, b"far away").await.unwrap(), b"far away");
+    let client_id = "spiffe://cluster.local/ns/default/sa/client";
+    let authority = "remote.default.svc.cluster.local:80";
+    assert_eq!(told.recv().await.unwrap(), format!("outer {client_id} {authority}"));
+    assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"\")"));
+}
