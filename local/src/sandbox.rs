@@ -206,11 +206,23 @@ fn enter_new(name: &str, overlays: Option<&Overlays>) -> Result<Entered> {
         }
         None => None,
     };
+    without_address_detection(name)?;
     let (connection, netlink, _) =
         rtnetlink::new_connection().map_err(Error::system(format!("open a netlink socket in {name}")))?;
     // Ends by itself when the last handle is dropped.
     tokio::spawn(connection);
     Ok(Entered { network: open_namespace("net")?, mounts, netlink })
+}
+
+/// Links get their link-local address at once. While the kernel looks for duplicates of it, up to two seconds, it
+/// asks for no neighbour from there, so that the first packets to a new pod are lost.
+fn without_address_detection(name: &str) -> Result<()> {
+    let path = "/proc/sys/net/ipv6/conf/default/accept_dad";
+    match std::fs::write(path, "0") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        written => written.map_err(Error::system(format!("write 0 to {path} in {name}"))),
+    }
 }
 
 fn open_namespace(kind: &str) -> Result<OwnedFd> {
