@@ -3,9 +3,11 @@
 use std::process::ExitCode;
 
 use ambit_control::{app, config};
+use ambit_telemetry::heap::SamplingAllocator;
+use mimalloc::MiMalloc;
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: SamplingAllocator<MiMalloc> = SamplingAllocator::new(MiMalloc);
 
 fn main() -> ExitCode {
     match config::from_command_line().map_err(anyhow::Error::from).and_then(app::main) {

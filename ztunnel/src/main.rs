@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
+use ambit_telemetry::heap::SamplingAllocator;
+use mimalloc::MiMalloc;
 use ztunnel::config::{ConfigError, load};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: SamplingAllocator<MiMalloc> = SamplingAllocator::new(MiMalloc);
 
 fn main() -> ExitCode {
     let config = match load::from_environment(std::env::args_os()) {

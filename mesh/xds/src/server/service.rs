@@ -17,6 +17,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{BoxStream, SelectAll, StreamExt};
 use http_body::Frame;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 use tonic::codec::Codec;
 use tonic::codegen::{Body, Service, StdError};
@@ -207,6 +208,7 @@ struct Stream {
     courtesies: Vec<Answer>,
     bells: SelectAll<WatchStream<u64>>,
     node: String,
+    opened: Instant,
     _seat: Seat,
 }
 
@@ -226,6 +228,7 @@ impl Stream {
             courtesies: Vec::new(),
             bells,
             node: String::new(),
+            opened: Instant::now(),
             _seat: seat,
         }
     }
@@ -262,11 +265,11 @@ impl Stream {
     /// Waits for a request or a change; false when the subscriber has ended the stream.
     async fn wait(&mut self) -> Result<bool, Status> {
         let silent = self.subscriptions.iter().all(Option::is_none) && self.unknown.is_empty();
-        let patience = self.shared.config.first_request;
+        let deadline = self.opened + self.shared.config.first_request;
         let request = tokio::select! {
             request = self.requests.message() => request?,
             Some(_) = self.bells.next() => return Ok(true),
-            () = tokio::time::sleep(patience), if silent => {
+            () = tokio::time::sleep_until(deadline), if silent => {
                 return Err(Status::deadline_exceeded("no discovery request arrived"));
             }
         };
