@@ -248,7 +248,7 @@ fn dns(config: &Config, directory: ambit_directory::Reader, registry: &Registry)
         match std::fs::read_to_string(RESOLV_CONF) {
             Ok(text) => upstreams = dns::resolv_conf::nameservers(&text),
             Err(error) => {
-                tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask")
+                tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask");
             }
         }
     }

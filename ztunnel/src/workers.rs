@@ -279,11 +279,10 @@ mod tests {
             clients.push(TcpStream::connect(address).await.unwrap());
             let (stream, _) = listener.accept().await.unwrap();
             let tell = tell.clone();
-            // The listener belongs to this test's runtime, so its connections have to move.
             workers.place(
                 home,
                 "test",
-                TcpStream::from_std(stream.into_std().unwrap()).unwrap(),
+                stream.into_std().unwrap(),
                 move |seat, state, stream| async move {
                     let thread = thread::current().name().map(str::to_owned);
                     tell.send((seat.index(), *state, thread)).await.unwrap();

@@ -67,7 +67,7 @@ async fn asked_by_signal() {
         }
         (Err(error), _) | (_, Err(error)) => {
             tracing::error!(%error, "signals can't be received; only the admin server can stop this program");
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -57,7 +57,7 @@ impl Proxy {
         let (udp, tcp) = (socket.local_addr().unwrap(), listener.local_addr().unwrap());
         let (on_udp, udp_client) = (proxy.clone(), Arc::clone(&client));
         tokio::spawn(async move {
-            on_udp.serve_udp(udp_client, socket, Always(original), std::future::pending()).await
+            on_udp.serve_udp(udp_client, socket, Always(original), std::future::pending()).await;
         });
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {

@@ -1,6 +1,13 @@
 //! The node proxy as a process between real namespaces: a real authority, real discovery, a real node
 //! agent, nothing mocked. Needs root; fails without.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::needless_pass_by_value,
+    reason = "a test that can't go on says so by panicking"
+)]
+
 mod control;
 mod identity;
 mod lifecycle;

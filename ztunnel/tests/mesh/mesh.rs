@@ -27,6 +27,8 @@ pub(crate) struct Mesh {
     pub(crate) nodes: Vec<Node>,
     /// Proxies that were replaced and still drain.
     pub(crate) retired: Vec<Ztunnel>,
+    /// The network that nodes and pods are in.
+    pub(crate) network: String,
     dir: TempDir,
 }
 
@@ -58,9 +60,10 @@ impl Mesh {
     /// `nodes` nodes; `extra` are keys of every ztunnel's configuration.
     pub(crate) async fn start(nodes: usize, extra: Value) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let network = extra["network"].as_str().unwrap_or_default().to_owned();
         let control = Control::start(dir.path()).await;
         let fabric = Fabric::new().await;
-        let mut mesh = Self { control, fabric, nodes: Vec::new(), retired: Vec::new(), dir };
+        let mut mesh = Self { control, fabric, nodes: Vec::new(), retired: Vec::new(), network, dir };
         for index in 0..nodes {
             let node = mesh.node(index, &extra).await;
             mesh.nodes.push(node);
@@ -133,6 +136,7 @@ impl Mesh {
             name: name.into(),
             namespace: "default".into(),
             addresses: net.ips().iter().map(|ip| bytes(*ip)).collect(),
+            network: self.network.clone(),
             trust_domain: TRUST_DOMAIN.into(),
             service_account: account.into(),
             node: format!("node-{node}"),
@@ -178,7 +182,11 @@ impl Mesh {
             name: name.into(),
             namespace: "default".into(),
             hostname: hostname.clone(),
-            addresses: vec![NetworkAddress { network: String::new(), address: bytes(vip), length: None }],
+            addresses: vec![NetworkAddress {
+                network: self.network.clone(),
+                address: bytes(vip),
+                length: None,
+            }],
             ports: vec![port],
             ..Service::default()
         });

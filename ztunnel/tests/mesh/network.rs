@@ -65,6 +65,9 @@ impl Fabric {
         inside(&netns, async move |handle| {
             std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0").unwrap();
             let (lo, eth) = (index(&handle, "lo").await.unwrap(), index(&handle, "eth0").await.unwrap());
+            // An address used again keeps its link address, as with a routed network, so that no neighbour is stale.
+            let mac = vec![2, 0, 0, 0, 0, number];
+            handle.link().set(LinkUnspec::new_with_index(eth).address(mac).build()).execute().await.unwrap();
             for link in [lo, eth] {
                 handle.link().set(LinkUnspec::new_with_index(link).up().build()).execute().await.unwrap();
             }

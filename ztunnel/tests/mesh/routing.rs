@@ -112,7 +112,7 @@ async fn the_tunnel_can_be_had_on_one_node_too() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn names_are_answered_in_the_pod_and_reached_by_socks() {
-    let mesh = Mesh::start(2, json!({ "socks5": true })).await;
+    let mesh = Mesh::start(2, json!({ "socks5": true, "dns": { "upstreams": ["10.96.0.53:53"] } })).await;
     let client = mesh.pod(0, "client", "client").await;
     let mut server = mesh.pod(1, "server", "server").await;
     greet(&server, 9080).await;

@@ -120,7 +120,7 @@ async fn inside(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tunnel() {
-    let mesh = Mesh::start(1, json!({})).await;
+    let mesh = Mesh::start(1, json!({ "network": "east" })).await;
     let client = mesh.pod(0, "client", "client").await;
     let mut gateway_pod = mesh.uncaptured_pod(0, "gateway", "gateway").await;
     let address = gateway_pod.net.v4;
@@ -130,11 +130,11 @@ async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tun
     gateway_pod.workload.native_tunnel = true;
     mesh.announce(&gateway_pod).await;
     let mut server = mesh.uncaptured_pod(0, "server", "server").await;
-    server.workload.network = "other".into();
+    server.workload.network = "west".into();
     server.workload.tunnel_protocol = 1;
     server.workload.network_gateway = Some(GatewayAddress {
         destination: Some(Destination::Address(NetworkAddress {
-            network: String::new(),
+            network: "east".into(),
             address: bytes(address.into()),
             length: None,
         })),
@@ -147,5 +147,5 @@ async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tun
     let client_id = "spiffe://cluster.local/ns/default/sa/client";
     let authority = "remote.default.svc.cluster.local:80";
     assert_eq!(told.recv().await.unwrap(), format!("outer {client_id} {authority}"));
-    assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"\")"));
+    assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"east\")"));
 }
