@@ -97,12 +97,12 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     );
     let mut drain = Draining { signal: drain_signal, agent, readiness };
     let outcome = tokio::select! {
-        () = stop.wait(|| drain.begin(&program)) => Ok(()),
+        () = stop.wait(|| drain.begin()) => Ok(()),
         ended = tasks.ended() => Err(ended.into()),
         died = supervisor.failed() => Err(died.into()),
     };
     if outcome.is_ok() {
-        drain.begin(&program);
+        drain.begin();
         shutdown::finish(&program, parts.config.drain_timeout.get(), &stop).await;
     }
     end(supervisor).await;
@@ -118,14 +118,11 @@ struct Draining {
 
 impl Draining {
     /// Takes nothing new: the successor gets what comes. May be called again.
-    fn begin(&mut self, program: &Program) {
+    fn begin(&mut self) {
         self.readiness.start_draining();
         // The agent turns to a successor when this end of its socket closes.
         self.agent.abort();
         self.signal.drain();
-        for worker in program.workers.states() {
-            worker.pool.drain();
-        }
     }
 }
 

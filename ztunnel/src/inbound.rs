@@ -1,7 +1,7 @@
 //! Inbound HBONE, port 15008: mutual TLS, then each CONNECT checked, authorised and relayed.
 //!
 //! One task a connection and one a CONNECT, all on the worker that accepted. Phases as in
-//! [`crate::destination`]; before them, a connection is [`Accepted`] and nobody is known.
+//! [`crate::destination`]; before them, a connection is `Accepted` and nobody is known.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -81,6 +81,10 @@ pub(super) async fn finish(program: &Program, limit: Duration, requests: &Reques
         () = tokio::time::sleep(limit) => false,
         () = requests.wait(|| ()) => false,
     };
+    // Not before: what was accepted last may still need a tunnel.
+    for worker in program.workers.states() {
+        worker.pool.drain();
+    }
     if finished {
         return tracing::info!("stopped: every connection has finished");
     }

@@ -2,8 +2,8 @@
 //!
 //! Names that the directory knows are answered from it; everything else goes to the resolver that the
 //! application asked, or to the configured ones. A resolver that is not one of the cluster's, asked
-//! explicitly, gets its question as it is. [`resolver`] decides and does no I/O; [`server`] and
-//! [`forward`] carry messages. `pods` makes one [`Client`] a pod and runs [`DnsProxy::serve_udp`] and
+//! explicitly, gets its question as it is. `resolver` decides and does no I/O; `server` and
+//! `forward` carry messages. `pods` makes one [`Client`] a pod and runs [`DnsProxy::serve_udp`] and
 //! [`DnsProxy::serve_tcp`] on its sockets.
 
 mod forward;

@@ -253,7 +253,7 @@ mod tests {
         let fds = [fd.as_fd(), fd.as_fd()];
         for round in 0..2 {
             let agent = listener.accept().await.unwrap();
-            let mut buffer = [0; 64];
+            let mut buffer = [0; 1024];
             let hello = agent.recv(&mut buffer).await.unwrap();
             assert!(ZdsHello::decode(&buffer[..hello.len]).unwrap().takes_listeners);
             assert_eq!(ask(&agent, add("good"), &fds).await, "");
