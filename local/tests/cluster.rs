@@ -2,6 +2,8 @@
 //!
 //! These tests make network namespaces, so they need root.
 
+#![allow(clippy::expect_used, reason = "a test says what it needs and fails without it")]
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

@@ -3,6 +3,8 @@
 //! These tests make network namespaces, so they need root, and they start `ambit-control` and `ztunnel`, so those
 //! must be built.
 
+#![allow(clippy::expect_used, reason = "a test says what it needs and fails without it")]
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -37,7 +39,8 @@ impl Bed {
             let server = PodOptions::new("shop", format!("echo-{node}")).node(node).label("app", "echo");
             let server = cluster.pod(server.service_account("echo")).await.expect("a pod");
             echo(&server).await;
-            let client = PodOptions::new("shop", format!("client-{node}")).node(node).service_account("client");
+            let client =
+                PodOptions::new("shop", format!("client-{node}")).node(node).service_account("client");
             clients.push(cluster.pod(client).await.expect("a pod"));
         }
         let vip = cluster.service_ips("shop", "echo")[0];
@@ -192,7 +195,8 @@ async fn renew(client: Pod, target: SocketAddr, stop: Arc<AtomicBool>, tally: Ar
                 ask(&mut stream).await
             };
             if let Err(error) = exchange.await {
-                tally.fault(&tally.new_failed, format!("new, after {:?}: {client}: {error}", began.elapsed()));
+                tally
+                    .fault(&tally.new_failed, format!("new, after {:?}: {client}: {error}", began.elapsed()));
             }
         });
         while asking.try_join_next().is_some() {}
@@ -214,7 +218,10 @@ async fn a_namespace_goes_into_the_mesh_and_out_again_under_load_without_a_failu
     load.run_for(Duration::from_secs(2)).await;
     let tunnelled = bed.cluster.ztunnel(0).expect("a ztunnel").metrics().await.expect("metrics");
     let secure = [("reporter", "source"), ("connection_security_policy", "mutual_tls")];
-    assert!(tunnelled.sum("istio_tcp_connections_opened_total", &secure) > 0.0, "new connections are tunnelled");
+    assert!(
+        tunnelled.sum("istio_tcp_connections_opened_total", &secure) > 0.0,
+        "new connections are tunnelled"
+    );
     bed.cluster.label_namespace("shop", DATAPLANE_MODE, None).await.expect("no label");
     for pod in bed.pods() {
         bed.cluster.wait_unenrolled(&pod).await.expect("it goes out");

@@ -27,7 +27,7 @@ pub(crate) struct Pair {
 }
 
 /// One row: what the source's node proxy reported, and whether the destination's agrees.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Flow {
     /// Connections opened, as the source's proxy counts them.
     pub(crate) opened: f64,

@@ -35,18 +35,18 @@ impl Forward {
     pub(crate) fn start(
         listener: TcpListener,
         probe: Option<OwnedFd>,
-        cluster: Arc<Cluster>,
+        cluster: &Arc<Cluster>,
         expectations: &Expectations,
     ) -> anyhow::Result<Self> {
         let service = match &expectations.open {
             Some((service, _, _)) => service.clone(),
-            None => first_service(&cluster).context("there is no service that could be opened")?,
+            None => first_service(cluster).context("there is no service that could be opened")?,
         };
         listener.set_nonblocking(true).context("use the open port")?;
         let listener = tokio::net::TcpListener::from_std(listener).context("use the open port")?;
         let address = listener.local_addr().context("use the open port")?;
         // A task that outlives the cluster's handle must not keep the cluster.
-        let cluster = Arc::downgrade(&cluster);
+        let cluster = Arc::downgrade(cluster);
         let accepting = tokio::spawn(async move {
             let permits = Arc::new(Semaphore::new(CONNECTIONS));
             while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {

@@ -103,7 +103,7 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     let forward = match descriptors.next() {
         Some(listener) => {
             let listener = TcpListener::from(listener);
-            Some(Forward::start(listener, descriptors.next(), Arc::clone(&cluster), &expectations)?)
+            Some(Forward::start(listener, descriptors.next(), &cluster, &expectations)?)
         }
         None => None,
     };
@@ -157,7 +157,7 @@ async fn once(
     let mut proof = Proof::new();
     proof.note("every workload is ready and captured", ready);
     proof.run(cluster, expectations, forward).await;
-    screen.draw(cluster, &flows::read(cluster).await, Some(&proof));
+    screen.draw(&troubles(cluster).await, &flows::read(cluster).await, Some(&proof));
     if proof.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -184,8 +184,27 @@ async fn stay(
             done = &mut proving, if proof.is_none() => proof = Some(done),
             _ = refresh.tick() => {
                 let flows = flows::read(cluster).await;
-                screen.draw(cluster, &flows, proof.as_ref());
+                screen.draw(&troubles(cluster).await, &flows, proof.as_ref());
             }
         }
     }
+}
+
+/// What a person should know that is not well, a line each.
+async fn troubles(cluster: &Cluster) -> Vec<String> {
+    let mut lines = cluster.problems();
+    lines.extend(cluster.control_problems().await);
+    lines.extend(cluster.fallen());
+    for pod in cluster.pods() {
+        let view = pod.view();
+        if !view.is_ready() || view.restarts() > 0 {
+            let restarts = match view.restarts() {
+                0 => String::new(),
+                1 => ", restarted once".to_owned(),
+                count => format!(", restarted {count} times"),
+            };
+            lines.push(format!("{pod}: {}{restarts}", view.summary()));
+        }
+    }
+    lines
 }

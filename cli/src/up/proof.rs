@@ -388,8 +388,8 @@ mod tests {
         let pair = flows::Pair { source: party("a"), destination: party("b"), service: "b".to_owned() };
         let flow = flows::Flow { opened: 1.0, mutual_tls: true, confirmed: 1.0, ..flows::Flow::default() };
         let judge = |flow: flows::Flow| judge_authentication(&[(pair.clone(), flow)].into());
-        assert!(judge(flow.clone()).is_ok());
-        assert!(judge(flows::Flow { confirmed: 0.0, ..flow.clone() }).is_err());
+        assert!(judge(flow).is_ok());
+        assert!(judge(flows::Flow { confirmed: 0.0, ..flow }).is_err());
         assert!(judge(flows::Flow { mutual_tls: false, ..flow }).is_err());
         assert!(judge_authentication(&Flows::new()).is_err());
     }

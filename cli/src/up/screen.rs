@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
 use std::time::Duration;
 
-use ambit_local::Cluster;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::up::flows::Flows;
@@ -24,8 +23,10 @@ pub(crate) struct Screen {
     spinner: Option<ProgressBar>,
     /// Lines that stay above the table.
     header: String,
-    /// What was printed last where there is no terminal.
-    printed: String,
+    /// Where there is no terminal: whether the table was printed.
+    table_printed: bool,
+    /// Where there is no terminal: the troubles that were told.
+    troubles: Vec<String>,
 }
 
 impl Screen {
@@ -37,7 +38,8 @@ impl Screen {
             live: terminal && !once,
             spinner: None,
             header: String::new(),
-            printed: String::new(),
+            table_printed: false,
+            troubles: Vec::new(),
         }
     }
 
@@ -69,11 +71,13 @@ impl Screen {
     }
 
     /// Shows pods that are not well, flows and proof.
-    pub(crate) fn draw(&mut self, cluster: &Cluster, flows: &Flows, proof: Option<&Proof>) {
+    pub(crate) fn draw(&mut self, troubles: &[String], flows: &Flows, proof: Option<&Proof>) {
         self.end();
         let paint = |code: &'static str| Paint { code, on: self.terminal };
         let mut text = String::new();
-        add_troubles(&mut text, cluster, paint(RED));
+        for line in troubles {
+            let _ = writeln!(text, "{}", paint(RED).apply(&format!("! {line}")));
+        }
         add_flows(&mut text, flows, &paint);
         if let Some(proof) = proof {
             add_proof(&mut text, proof, &paint);
@@ -84,10 +88,17 @@ impl Screen {
             // Home, the text with each line's rest cleared, then everything below cleared.
             let screen = format!("{}{text}", self.header).replace('\n', "\x1b[K\n");
             print(&format!("\x1b[H{screen}\x1b[J"));
-        } else if proof.is_some() && self.printed.is_empty() {
-            print(&text);
-            self.printed = text;
+            return;
         }
+        if proof.is_some() && !self.table_printed {
+            print(&text);
+            self.table_printed = true;
+        } else {
+            // Where there is nothing to draw over, news are enough.
+            let news = troubles.iter().filter(|line| !self.troubles.contains(line));
+            print(&news.map(|line| format!("! {line}\n")).collect::<String>());
+        }
+        self.troubles = troubles.to_vec();
     }
 }
 
@@ -109,24 +120,6 @@ struct Paint {
 impl Paint {
     fn apply(self, text: &str) -> String {
         if self.on { format!("\x1b[{}m{text}\x1b[0m", self.code) } else { text.to_owned() }
-    }
-}
-
-fn add_troubles(text: &mut String, cluster: &Cluster, red: Paint) {
-    let mut lines: Vec<String> = cluster.problems();
-    lines.extend(cluster.fallen());
-    for pod in cluster.pods() {
-        let view = pod.view();
-        if !view.is_ready() || view.restarts() > 0 {
-            let restarts = match view.restarts() {
-                0 => String::new(),
-                count => format!(", restarted {count} times"),
-            };
-            lines.push(format!("{pod}: {}{restarts}", view.summary()));
-        }
-    }
-    for line in lines {
-        let _ = writeln!(text, "{}", red.apply(&format!("! {line}")));
     }
 }
 

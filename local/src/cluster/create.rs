@@ -299,7 +299,7 @@ async fn follow_membership(shared: &Shared, pod: &Pod) {
             match reconcile_membership(shared, pod, now).await {
                 Ok(()) => break,
                 Err(error) => {
-                    tracing::warn!(%pod, %error, "the pod's place in the mesh can't be changed yet")
+                    tracing::warn!(%pod, %error, "the pod's place in the mesh can't be changed yet");
                 }
             }
             tokio::time::sleep(AGENT_RETRY).await;

@@ -5,12 +5,12 @@ mod controller;
 mod create;
 pub(crate) mod mesh;
 mod objects;
+mod parts;
 mod program;
 mod publish;
 pub(crate) mod shared;
 mod watch;
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,8 +23,6 @@ pub use builder::ClusterBuilder;
 pub use mesh::{CLUSTER_ID, SYSTEM_NAMESPACE, Ztunnel};
 pub use program::Program;
 
-use crate::addresses::Addresses;
-use crate::capture::{Capture, DEFAULT_LIMIT};
 use crate::cluster::create::NewPod;
 use crate::cluster::mesh::MeshOptions;
 use crate::cluster::shared::Shared;
@@ -32,7 +30,6 @@ use crate::error::{Error, Result};
 use crate::kubelet::status::Redirection;
 use crate::manifest::{self, Key};
 use crate::pod::{DATAPLANE_MODE, Pod, PodOptions};
-use crate::token::{AUDIENCE, Subject};
 
 /// How long [`Cluster::pod`] and the waits without a limit of their own wait.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -154,7 +151,7 @@ impl Cluster {
         let namespaces = publish::namespaces(&objects, &self.shared.pods());
         new.mesh = controller::membership(&new.object, &namespaces);
         let meshed = new.mesh.is_some() && self.mesh.is_some();
-        let pod = create::create(&self.shared, new).await?;
+        let pod = Box::pin(create::create(&self.shared, new)).await?;
         if meshed {
             self.wait_enrolled(&pod).await?;
         }
@@ -301,215 +298,6 @@ impl Cluster {
             if problem.contains(object) { problem.clone() } else { format!("{object}: {problem}") }
         }));
         problems
-    }
-
-    /// How many nodes there are.
-    #[must_use]
-    pub fn nodes(&self) -> usize {
-        self.shared.nodes.len()
-    }
-
-    /// A node's address on the fabric.
-    ///
-    /// # Errors
-    /// [`Error::Unknown`] when there is no such node.
-    pub fn node_addresses(&self, index: usize) -> Result<Addresses> {
-        Ok(self.shared.node(index)?.attached.addresses)
-    }
-
-    /// Runs a closure, which may block, in a node's own network namespace.
-    ///
-    /// # Errors
-    /// When there is no such node, or the closure panicked.
-    pub async fn on_node<T, F>(&self, index: usize, job: F) -> Result<T>
-    where
-        T: Send + 'static,
-        F: FnOnce() -> T + Send + 'static,
-    {
-        self.shared.node(index)?.attached.sandbox.run(job).await
-    }
-
-    /// A service's VIPs, once the controller has given it some.
-    #[must_use]
-    pub fn service_ips(&self, namespace: &str, name: &str) -> Vec<IpAddr> {
-        let file = self.shared.directory.join("objects").join(format!("Service_{namespace}_{name}.json"));
-        let text = std::fs::read(file).unwrap_or_default();
-        let service: Option<k8s_openapi::api::core::v1::Service> = serde_json::from_slice(&text).ok();
-        let ips = service.and_then(|service| service.spec).and_then(|spec| spec.cluster_ips);
-        ips.unwrap_or_default().iter().filter_map(|ip| ip.parse().ok()).collect()
-    }
-
-    /// Gives a name outside the cluster's domain addresses in the cluster DNS.
-    pub async fn set_dns_record(&self, name: &str, addresses: Vec<IpAddr>) -> Result<()> {
-        self.shared.records.lock().insert(name.trim_end_matches('.').to_ascii_lowercase(), addresses);
-        self.shared.settle().await
-    }
-
-    /// The newest node proxy of a node.
-    ///
-    /// # Errors
-    /// [`Error::Unknown`] in a cluster without a mesh.
-    pub fn ztunnel(&self, index: usize) -> Result<Ztunnel> {
-        let node = self.shared.node(index)?;
-        let newest = node.ztunnels.lock().last().cloned();
-        newest.ok_or_else(|| Error::Unknown(format!("ztunnel of {}", node.name)))
-    }
-
-    /// Starts one more node proxy on a node, beside those that run, as an upgrade does. Waits until it is ready.
-    ///
-    /// # Errors
-    /// When it can't be started or does not become ready.
-    pub async fn start_another_ztunnel(&self, index: usize) -> Result<Ztunnel> {
-        let (options, _) = self.mesh()?;
-        let ztunnel = options.start_ztunnel(&self.shared, index).await?;
-        self.extra.lock().push(ztunnel.clone());
-        ztunnel.wait_ready().await?;
-        Ok(ztunnel)
-    }
-
-    /// Removes an ended node proxy with its pod from its node.
-    ///
-    /// # Errors
-    /// When its pod does not go.
-    pub async fn remove_ztunnel(&self, ztunnel: &Ztunnel) -> Result<()> {
-        let node = self.shared.node(ztunnel.pod().node())?;
-        node.ztunnels.lock().retain(|other| other.pod().uid() != ztunnel.pod().uid());
-        self.extra.lock().retain(|other| other.pod().uid() != ztunnel.pod().uid());
-        self.delete_pod(ztunnel.pod()).await
-    }
-
-    /// The control plane.
-    ///
-    /// # Errors
-    /// [`Error::Unknown`] in a cluster without a mesh.
-    pub fn control(&self) -> Result<&Program> {
-        self.mesh().map(|(_, control)| control)
-    }
-
-    fn mesh(&self) -> Result<&(MeshOptions, Program)> {
-        self.mesh.as_ref().ok_or_else(|| Error::Unknown("mesh in this cluster".to_owned()))
-    }
-
-    /// Ends a node's agent as a crash would: sockets close, rules and pods stay.
-    ///
-    /// # Errors
-    /// [`Error::Unknown`] in a cluster without a mesh.
-    pub async fn stop_agent(&self, index: usize) -> Result<()> {
-        self.agent(index)?.stop().await;
-        Ok(())
-    }
-
-    /// Starts a node's agent again, from its registry.
-    ///
-    /// # Errors
-    /// When it can't be started.
-    pub async fn start_agent(&self, index: usize) -> Result<()> {
-        let agent = self.agent(index)?;
-        agent.start(&self.shared).await?;
-        for pod in self.shared.pods().iter().filter(|pod| pod.node() == index) {
-            let wanted = pod.inner.wanted_in_mesh.borrow().clone();
-            if let Some(options) = wanted {
-                agent.enrol(pod, options).await?;
-            }
-        }
-        Ok(())
-    }
-
-    fn agent(&self, index: usize) -> Result<&crate::agent::NodeAgent> {
-        let node = self.shared.node(index)?;
-        node.agent.as_ref().ok_or_else(|| Error::Unknown(format!("node agent of {}", node.name)))
-    }
-
-    /// Captures what every node and the control plane send over the fabric, up to 256 MiB.
-    ///
-    /// # Errors
-    /// When the kernel refuses a packet socket.
-    pub async fn capture(&self) -> Result<Capture> {
-        self.capture_up_to(DEFAULT_LIMIT).await
-    }
-
-    /// The same with a limit of one's own, bytes, shared evenly by the links.
-    ///
-    /// # Errors
-    /// When the kernel refuses a packet socket.
-    pub async fn capture_up_to(&self, limit: usize) -> Result<Capture> {
-        let nodes = self.shared.nodes.iter().map(|node| &node.attached);
-        let links: Vec<u32> =
-            nodes.chain([&self.shared.control_node]).map(|attached| attached.uplink.near).collect();
-        Capture::start(self.shared.fabric.sandbox(), &links, limit).await
-    }
-
-    /// Cuts a node off the fabric (`up` false) or joins it again.
-    ///
-    /// # Errors
-    /// When there is no such node.
-    pub async fn set_link(&self, index: usize, up: bool) -> Result<()> {
-        self.shared.fabric.set_link(&self.shared.node(index)?.attached, up).await
-    }
-
-    /// Signs a service account token with the audience of the CA.
-    ///
-    /// # Errors
-    /// When signing fails.
-    pub fn token(&self, subject: &Subject, lifetime: Duration) -> Result<String> {
-        self.shared.signer.sign(subject, AUDIENCE, lifetime)
-    }
-
-    /// The work directory: `ca/`, `objects/`, `root-cert.pem`, a directory a ztunnel.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.shared.directory
-    }
-
-    /// The PEM file with the roots of the mesh.
-    #[must_use]
-    pub fn root_cert(&self) -> PathBuf {
-        mesh::root_file(&self.shared)
-    }
-
-    /// Where the CA keeps its key and certificates.
-    #[must_use]
-    pub fn ca_dir(&self) -> PathBuf {
-        self.shared.directory.join("ca")
-    }
-
-    /// The socket between a node's agent and its proxies.
-    #[must_use]
-    pub fn zds_socket(&self, index: usize) -> PathBuf {
-        mesh::zds_socket(&self.shared, index)
-    }
-
-    /// Programs of the mesh that have ended although nobody ended them, with what they said last.
-    #[must_use]
-    pub fn fallen(&self) -> Vec<String> {
-        let ztunnels: Vec<Ztunnel> =
-            self.shared.nodes.iter().flat_map(|node| node.ztunnels.lock().clone()).collect();
-        let ended = |program: &Program| program.end().map(|end| (end, program.logs()));
-        let control =
-            self.mesh.iter().filter_map(|(_, control)| Some(("ambit-control".to_owned(), ended(control)?)));
-        let proxies =
-            ztunnels.iter().filter_map(|ztunnel| Some((ztunnel.pod().name().to_owned(), ended(ztunnel)?)));
-        control
-            .chain(proxies)
-            .map(|(name, (end, logs))| {
-                format!("{name} has ended ({end}): {}", logs.last().map_or("", String::as_str))
-            })
-            .collect()
-    }
-
-    /// Logs of the mesh's programs, for a failing test.
-    #[must_use]
-    pub fn mesh_logs(&self) -> BTreeMap<String, Vec<String>> {
-        let mut logs = BTreeMap::new();
-        if let Some((_, control)) = &self.mesh {
-            logs.insert("ambit-control".to_owned(), control.logs());
-        }
-        for node in &self.shared.nodes {
-            for ztunnel in node.ztunnels.lock().iter() {
-                logs.insert(format!("{} of {}", ztunnel.pod().name(), node.name), ztunnel.logs());
-            }
-        }
-        logs
     }
 
     /// Ends everything: pods' programs with SIGTERM and their grace period (at most 5 s here), then the mesh.

@@ -203,7 +203,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory can be made");
         let mut published = Published::new(directory.path().to_owned());
         let key = Key::new("Pod", "n", "p");
-        let objects = [(key.clone(), serde_json::json!({"kind": "Pod"}))].into();
+        let objects = [(key, serde_json::json!({"kind": "Pod"}))].into();
         published.publish(&objects).expect("it can be written");
         assert!(directory.path().join("Pod_n_p.json").is_file());
         published.publish(&BTreeMap::new()).expect("it can be removed");

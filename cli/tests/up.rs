@@ -1,0 +1,151 @@
+//! `ambit up` as a user runs it: with the demo's manifests, to its end and to its death.
+//!
+//! The programs of the mesh and of the demo must be built, and the tests need root or unprivileged user namespaces.
+
+#![allow(clippy::expect_used, reason = "a test says what it needs and fails without it")]
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+fn manifests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/bookinfo/manifests")
+}
+
+fn ambit(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ambit"));
+    command.arg("up").arg(manifests()).args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// A process and its descendants, found by their parents' ids; none when it is gone.
+fn family(of: u32) -> BTreeSet<u32> {
+    let mut family: BTreeSet<u32> = [of].into();
+    loop {
+        let before = family.len();
+        for process in std::fs::read_dir("/proc").expect("a /proc").flatten() {
+            let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let stat = std::fs::read_to_string(process.path().join("stat")).unwrap_or_default();
+            // After the name, which may contain anything: state, then the parent's id.
+            let parent =
+                stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
+            if parent.is_some_and(|parent: u32| family.contains(&parent)) {
+                family.insert(pid);
+            }
+        }
+        if family.len() == before {
+            return family;
+        }
+    }
+}
+
+fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
+    state.is_some_and(|state| state != "Z" && state != "X")
+}
+
+/// Starts the demo and waits until all that it is to show is shown.
+fn shown() -> (Child, Vec<String>) {
+    let mut child = ambit(&["--open", "0"]).spawn().expect("ambit is built");
+    let output = child.stdout.take().expect("a pipe");
+    let mut lines = Vec::new();
+    for line in BufReader::new(output).lines() {
+        let line = line.expect("text");
+        let last = line.contains("no program of the mesh has fallen");
+        lines.push(line);
+        if last {
+            break;
+        }
+    }
+    (child, lines)
+}
+
+/// Waits until none of the processes is left.
+fn assert_gone(processes: &BTreeSet<u32>) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while processes.iter().any(|pid| is_alive(*pid)) {
+        assert!(Instant::now() < deadline, "some of {processes:?} are left");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn send(signal: &str, pid: u32) {
+    let sent = Command::new("kill").args([signal, &pid.to_string()]).status().expect("kill");
+    assert!(sent.success());
+}
+
+#[test]
+fn once_shows_all_that_the_mesh_promises_and_says_so_by_its_exit_code() {
+    let began = Instant::now();
+    let output = ambit(&["--once", "--open", "0"]).output().expect("ambit is built");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{errors}");
+    assert!(!text.contains('✗'), "{text}");
+    for claim in [
+        "every workload is ready and captured",
+        "no payload is readable on the wire",
+        "connections to reviews reach every workload",
+        "intruder-v1 gets no answer",
+        "stranger-v1 gets no answer",
+        "authenticated on both sides",
+        "the page opens from this machine",
+    ] {
+        assert!(text.lines().any(|line| line.starts_with('✓') && line.contains(claim)), "{claim}: {text}");
+    }
+    assert!(began.elapsed() < LIMIT);
+}
+
+#[test]
+fn once_fails_when_something_does_not_hold() {
+    let directory = tempfile();
+    for file in std::fs::read_dir(manifests()).expect("the demo's manifests").flatten() {
+        std::fs::copy(file.path(), directory.join(file.file_name())).expect("a copy");
+    }
+    // Without the policies nobody refuses the intruders.
+    std::fs::remove_file(directory.join("policies.yaml")).expect("the policies' file");
+    let output = Command::new(env!("CARGO_BIN_EXE_ambit"))
+        .arg("up")
+        .arg(&directory)
+        .args(["--once", "--open", "0"])
+        .output()
+        .expect("ambit is built");
+    std::fs::remove_dir_all(&directory).expect("the copy goes");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success(), "{text}");
+    assert!(text.contains("✗ intruder-v1 gets no answer"), "{text}");
+}
+
+fn tempfile() -> PathBuf {
+    let directory = std::env::temp_dir().join(format!("ambit-up-test-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).expect("a directory");
+    directory
+}
+
+#[test]
+fn nothing_is_left_after_an_interrupt() {
+    let (mut child, lines) = shown();
+    let processes = family(child.id());
+    assert!(processes.len() > 10, "the demo runs: {lines:?}");
+    send("-INT", child.id());
+    let status = child.wait().expect("it ends");
+    assert!(status.success(), "{status}");
+    assert_gone(&processes);
+    assert!(!Path::new("/dev/shm/ambit").exists(), "files are left");
+}
+
+#[test]
+fn nothing_is_left_after_a_kill() {
+    let (mut child, lines) = shown();
+    let processes = family(child.id());
+    assert!(processes.len() > 10, "the demo runs: {lines:?}");
+    send("-KILL", child.id());
+    child.wait().expect("it ends");
+    assert_gone(&processes);
+    assert!(!Path::new("/dev/shm/ambit").exists(), "files are left");
+}
