@@ -40,6 +40,7 @@ struct Pair {
     demanded: BTreeSet<String>,
     found: HashMap<String, Found>,
     lagged: usize,
+    hold_removals: bool,
 }
 
 fn new_table(max_removals: usize) -> Table {
@@ -94,6 +95,7 @@ impl Pair {
             demanded: BTreeSet::new(),
             found: HashMap::new(),
             lagged: 0,
+            hold_removals: false,
         }
     }
 
@@ -148,7 +150,7 @@ impl Pair {
     fn server_sends(&mut self) -> bool {
         let Some(server) = &mut self.server else { return false };
         let inner: &Inner = self.table.inner();
-        let polled = server.poll_answer(inner, &inner.state.read());
+        let polled = server.poll_answer(inner, &inner.state.read(), self.hold_removals);
         let answer = match polled {
             Ok(answer) => answer,
             Err(Lagged) => {
@@ -173,6 +175,7 @@ impl Pair {
 
     /// Lets everything flow until nothing moves.
     fn settle(&mut self) {
+        self.hold_removals = false;
         self.connect();
         for _ in 0..100_000 {
             self.connect();
@@ -199,6 +202,7 @@ enum Step {
     RestartServer,
     Refuse(u8),
     Demand(u8),
+    HoldRemovals(bool),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -214,6 +218,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Step::RestartServer),
         1 => (0..NAMES).prop_map(Step::Refuse),
         2 => any::<u8>().prop_map(Step::Demand),
+        1 => any::<bool>().prop_map(Step::HoldRemovals),
     ];
     prop::collection::vec(step, 0..120)
 }
@@ -252,6 +257,7 @@ fn run(pair: &mut Pair, steps: Vec<Step>, demands: bool) -> BTreeMap<u8, u8> {
             }
             Step::Demand(index) if demands => pair.demand(demandable(index)),
             Step::Demand(_) => {}
+            Step::HoldRemovals(hold) => pair.hold_removals = hold,
         }
     }
     content
@@ -388,6 +394,25 @@ fn removals_overtake_a_snapshot_that_is_still_being_sent() {
     pair.table.apply(vec![Change::Remove("r0".into())]);
     assert!(pair.server_sends());
     assert_eq!(pair.to_client.pop_back().unwrap().removed_resources, ["r0"]);
+}
+
+#[test]
+fn held_removals_come_when_they_may() {
+    let mut pair = Pair::new(true, 100);
+    pair.table.apply((0..2).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.settle();
+    pair.hold_removals = true;
+    pair.table.apply(vec![Change::Remove("r0".into()), Change::Upsert(resource(1, 2))]);
+    assert!(pair.server_sends());
+    let first = pair.to_client.pop_back().unwrap();
+    assert_eq!((first.resources.len(), first.removed_resources.len()), (1, 0));
+    assert!(first.system_version_info.ends_with('+'), "more follows");
+    assert!(!pair.server_sends());
+    pair.hold_removals = false;
+    assert!(pair.server_sends());
+    let second = pair.to_client.pop_back().unwrap();
+    assert_eq!(second.removed_resources, ["r0"]);
+    assert!(!second.system_version_info.ends_with('+'));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use ambit_api::core::Node;
 use ambit_api::discovery::DeltaDiscoveryRequest;
 use ambit_api::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use ambit_api::security::Authorization;
 use ambit_api::workload::{Address, Workload, address};
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_xds::{
@@ -355,4 +356,66 @@ async fn a_subscriber_that_does_not_read_is_made_no_more_answers_than_its_window
         unread < 25_000,
         "{unread} resources of {total} bytes in all were made for one who does not read"
     );
+}
+
+/// What a client was told, in order, over both types.
+async fn told(server: Server, ready: &mut dyn FnMut(), last: &str) -> Vec<String> {
+    let running = Running::start(loopback(), server).await;
+    let (sender, mut log) = watch::channel(Vec::<String>::new());
+    let noted = Arc::new(sender);
+    let note = |noted: &Arc<watch::Sender<Vec<String>>>| {
+        let noted = Arc::clone(noted);
+        move |name: String, there: bool| {
+            noted.send_modify(|log| log.push(format!("{}{name}", if there { '+' } else { '-' })));
+        }
+    };
+    let (on_policy, on_address) = (note(&noted), note(&noted));
+    let (client, driver) = Client::builder(config())
+        .wildcard::<Authorization>(AUTHORIZATION_TYPE_URL, move |updates: Vec<Update<Authorization>>| {
+            for update in updates {
+                match update {
+                    Update::Upsert { name, .. } => on_policy(name, true),
+                    Update::Remove { name } => on_policy(name, false),
+                }
+            }
+            Vec::new()
+        })
+        .wildcard::<Address>(ADDRESS_TYPE_URL, move |updates: Vec<Update<Address>>| {
+            for update in updates {
+                match update {
+                    Update::Upsert { name, .. } => on_address(name, true),
+                    Update::Remove { name } => on_address(name, false),
+                }
+            }
+            Vec::new()
+        })
+        .build(move || connect(running.addr));
+    tokio::spawn(driver.run());
+    assert!(tokio::time::timeout(PATIENCE, client.ready()).await.unwrap());
+    noted.send_modify(Vec::clear);
+    ready();
+    let complete = log.wait_for(|log| log.iter().any(|entry| entry == last));
+    tokio::time::timeout(PATIENCE, complete).await.unwrap().unwrap().clone()
+}
+
+#[tokio::test]
+async fn a_policy_is_there_before_a_workload_lists_it_and_until_none_does() {
+    let policy = |name: &str| Change::Upsert(Resource::new(name, &Authorization::default()));
+    let (policies, publisher) = Table::new(AUTHORIZATION_TYPE_URL, TableConfig::default());
+    tokio::spawn(publisher.run());
+    let addresses = new_table(TableConfig::default());
+    policies.apply(vec![policy("ns/old")]);
+    // Nothing is quiet: what is not urgent waits for its batch.
+    addresses.apply(vec![upsert("pod", "lists-old")]);
+    let server = Server::new(vec![policies.clone(), addresses.clone()], ServerConfig::default());
+    let mut replace = || {
+        policies.apply(vec![policy("ns/first-after-quiet")]);
+        addresses.apply(vec![upsert("other", "first-after-quiet")]);
+        policies.apply(vec![policy("ns/new")]);
+        addresses.apply(vec![upsert("pod", "lists-new")]);
+        policies.apply(vec![Change::Remove("ns/old".into())]);
+    };
+    let told = told(server, &mut replace, "-ns/old").await;
+    let at = |entry: &str| told.iter().position(|told| told == entry).unwrap();
+    assert!(at("+ns/new") < at("+pod") && at("+pod") < at("-ns/old"), "{told:?}");
 }

@@ -82,8 +82,8 @@ struct Shared {
 }
 
 impl Server {
-    /// Serves the tables. When several have news, those named first are answered first: policies
-    /// before the workloads that name them.
+    /// Serves the tables. When several have news, those named first are answered first, and what is gone
+    /// from them last: a policy is there before a workload lists it and until none lists it any more.
     pub fn new(tables: Vec<Table>, config: ServerConfig) -> Self {
         let metrics = Arc::new(ServerMetrics::default());
         let draining = watch::Sender::new(0);
@@ -331,19 +331,10 @@ impl Stream {
     }
 
     fn poll_answer(&mut self) -> Result<Option<Answer>, Status> {
-        let mut due = self.courtesies.pop();
-        let tables = self.shared.tables.iter().zip(&mut self.subscriptions);
-        for (table, subscription) in tables {
-            if due.is_some() {
-                break;
-            }
-            let Some(subscription) = subscription else { continue };
-            let inner = table.inner();
-            due = subscription.poll_answer(inner, &inner.state.read()).map_err(|Lagged| {
-                self.shared.metrics.lagged.fetch_add(1, Ordering::Relaxed);
-                Status::aborted("the subscriber fell behind the change log; reconnect with versions")
-            })?;
-        }
+        let due = match self.courtesies.pop() {
+            Some(courtesy) => Some(courtesy),
+            None => self.poll_tables()?,
+        };
         if let Some(answer) = &due {
             let metrics = &self.shared.metrics;
             metrics.answers.fetch_add(1, Ordering::Relaxed);
@@ -352,6 +343,41 @@ impl Stream {
             metrics.removals.fetch_add(answer.removals, Ordering::Relaxed);
         }
         Ok(due)
+    }
+
+    /// What comes first is sent first; but what is gone there stays until those that may refer to it
+    /// have been told: a workload must never list a policy that was taken away from under it.
+    fn poll_tables(&mut self) -> Result<Option<Answer>, Status> {
+        loop {
+            let mut held = false;
+            for index in 0..self.subscriptions.len() {
+                let hold = self.is_behind_after(index);
+                held |= hold;
+                let table = self.shared.tables.get(index);
+                let Some((table, Some(subscription))) = table.zip(self.subscriptions.get_mut(index)) else {
+                    continue;
+                };
+                let inner = table.inner();
+                let polled = subscription.poll_answer(inner, &inner.state.read(), hold);
+                let due = polled.map_err(|Lagged| {
+                    self.shared.metrics.lagged.fetch_add(1, Ordering::Relaxed);
+                    Status::aborted("the subscriber fell behind the change log; reconnect with versions")
+                })?;
+                if due.is_some() {
+                    return Ok(due);
+                }
+            }
+            if !held {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Whether a type that is answered after this one has something due.
+    fn is_behind_after(&self, index: usize) -> bool {
+        let later = self.shared.tables.iter().zip(&self.subscriptions).skip(index + 1);
+        let mut subscribed = later.filter_map(|(table, subscription)| Some((table, subscription.as_ref()?)));
+        subscribed.any(|(table, subscription)| subscription.is_behind(&table.inner().state.read()))
     }
 }
 

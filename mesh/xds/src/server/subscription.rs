@@ -180,8 +180,21 @@ impl Subscription {
         entry.names().any(asked) || entry.parents.iter().any(brings)
     }
 
+    /// Whether an answer is due, as far as can be told without making it.
+    pub(crate) fn is_behind(&self, state: &State) -> bool {
+        let Cursor { removed, live } = self.cursor;
+        let owes = !self.owed.is_empty() || !self.owed_removals.is_empty();
+        owes || self.open || live < state.head() || removed < state.head()
+    }
+
     /// The next answer, if anything is due; `Err` if the subscriber cannot be brought up to date.
-    pub(crate) fn poll_answer(&mut self, table: &Inner, state: &State) -> Result<Option<Answer>, Lagged> {
+    /// `hold_removals` keeps back what is gone, for as long as another type may still refer to it.
+    pub(crate) fn poll_answer(
+        &mut self,
+        table: &Inner,
+        state: &State,
+        hold_removals: bool,
+    ) -> Result<Option<Answer>, Lagged> {
         if self.cursor.removed < state.horizon() {
             return Err(Lagged);
         }
@@ -189,22 +202,30 @@ impl Subscription {
             self.look_through(state);
         }
         let owes = !self.owed.is_empty() || !self.owed_removals.is_empty();
-        if owes && let Some(answer) = self.pay(table, state) {
+        if owes && let Some(answer) = self.pay(table, state, hold_removals) {
             return Ok(Some(answer));
         }
         if self.wildcard {
-            if let Some(step) = table.step(self.cursor, state) {
+            if let Some(step) = table.step(self.cursor, state, hold_removals) {
                 self.cursor = step.to;
                 self.open = step.more;
                 return Ok(Some(step.answer));
             }
-            self.cursor = Cursor { removed: state.head(), live: state.head() };
+            self.cursor.live = state.head();
         }
+        if hold_removals && self.owes_removals(state) {
+            return Ok(None);
+        }
+        self.cursor.removed = state.head();
         if std::mem::take(&mut self.open) {
             let builder = Builder::new(table.config.answer_limit, &state.type_url);
             return Ok(Some(builder.finish(&self.nonce(), state.head(), false)));
         }
         Ok(None)
+    }
+
+    fn owes_removals(&self, state: &State) -> bool {
+        !self.owed_removals.is_empty() || state.removed_after(self.cursor.removed).next().is_some()
     }
 
     /// On demand: turns what the log gained into what is owed.
@@ -228,9 +249,9 @@ impl Subscription {
     }
 
     /// An answer from what is owed; removals first.
-    fn pay(&mut self, table: &Inner, state: &State) -> Option<Answer> {
+    fn pay(&mut self, table: &Inner, state: &State, hold_removals: bool) -> Option<Answer> {
         let mut builder = Builder::new(table.config.answer_limit, &state.type_url);
-        if self.pay_removals(&mut builder, state) {
+        if hold_removals || self.pay_removals(&mut builder, state) {
             while let Some(position) = self.owed.first().copied() {
                 if let Some(entry) = state.live_at(position) {
                     if !builder.resource(&entry.field) {
@@ -255,7 +276,9 @@ impl Subscription {
     /// Adds the removals that are due; false if the answer is full before all are in.
     fn pay_removals(&mut self, builder: &mut Builder, state: &State) -> bool {
         while let Some(name) = self.owed_removals.front() {
-            if !builder.remove(name) {
+            // What came (back) in the meantime is sent, and must not be taken away after that.
+            let there = state.named(name).any(|entry| self.wildcard || self.covers(entry, state));
+            if !there && !builder.remove(name) {
                 return false;
             }
             self.owed_removals.pop_front();

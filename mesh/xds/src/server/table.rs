@@ -265,60 +265,73 @@ pub(crate) struct Step {
     pub(crate) more: bool,
 }
 
-/// The answers made last, by where they start and the head they were made for.
+/// What an answer depends on besides the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Start {
+    from: Cursor,
+    head: Position,
+    hold_removals: bool,
+}
+
+/// The answers made last, by what they were made for.
 #[derive(Debug)]
 struct Shared {
-    answers: VecDeque<(Cursor, Position, Step)>,
+    answers: VecDeque<(Start, Step)>,
     capacity: usize,
 }
 
 impl Inner {
     /// The next answer for a wildcard subscriber, made at most once for all of them.
-    pub(crate) fn step(&self, from: Cursor, state: &State) -> Option<Step> {
+    pub(crate) fn step(&self, from: Cursor, state: &State, hold_removals: bool) -> Option<Step> {
         let head = state.head();
         if from.removed >= head && from.live >= head {
             return None;
         }
+        let start = Start { from, head, hold_removals };
         let known = |shared: &Shared| {
-            let found = shared.answers.iter().rev().find(|(start, at, _)| *start == from && *at == head);
-            found.map(|(_, _, step)| step.clone())
+            let found = shared.answers.iter().rev().find(|(known, _)| *known == start);
+            found.map(|(_, step)| step.clone())
         };
         if let Some(step) = known(&self.shared.lock()) {
             return Some(step);
         }
-        let step = make_step(from, state, self.config.answer_limit)?;
+        let step = make_step(start, state, self.config.answer_limit)?;
         let mut shared = self.shared.lock();
         if shared.answers.len() >= shared.capacity {
             shared.answers.pop_front();
         }
         if shared.capacity > 0 {
-            shared.answers.push_back((from, head, step.clone()));
+            shared.answers.push_back((start, step.clone()));
         }
         Some(step)
     }
 }
 
-/// Removals first, then live resources, until the answer is full.
-fn make_step(from: Cursor, state: &State, limit: usize) -> Option<Step> {
+/// Removals first unless they are held, then live resources, until the answer is full.
+fn make_step(start: Start, state: &State, limit: usize) -> Option<Step> {
+    let Start { from, head, hold_removals } = start;
     let mut builder = Builder::new(limit, &state.type_url);
-    let head = state.head();
     let mut to = from;
     let mut full = false;
-    for (position, name) in state.removed_after(from.removed) {
-        if !builder.remove(name) {
-            full = true;
-            break;
+    if !hold_removals {
+        for (position, name) in state.removed_after(from.removed) {
+            if !builder.remove(name) {
+                full = true;
+                break;
+            }
+            to.removed = position;
         }
-        to.removed = position;
     }
     if !full {
-        to.removed = head;
         for (position, entry) in state.live_after(from.live) {
             if !builder.resource(&entry.field) {
                 full = true;
                 break;
             }
             to.live = position;
+        }
+        if !hold_removals {
+            to.removed = head;
         }
     }
     if !full {
@@ -327,6 +340,7 @@ fn make_step(from: Cursor, state: &State, limit: usize) -> Option<Step> {
     if builder.is_empty() {
         return None;
     }
+    let more = full || state.removed_after(to.removed).next().is_some();
     let nonce = format!("{}-{}", to.removed, to.live);
-    Some(Step { answer: builder.finish(&nonce, head, full), to, more: full })
+    Some(Step { answer: builder.finish(&nonce, head, more), to, more })
 }
