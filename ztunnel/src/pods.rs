@@ -337,11 +337,25 @@ impl Pods {
             listening.stop();
         }
         let pod = served.pod;
+        let pods = self.clone();
         self.0.runtime.spawn(async move {
             tokio::time::sleep(LEAVE_GRACE).await;
             pod.left.send_replace(true);
             drop(inbound);
+            pods.evict(&pod.uid);
         });
+    }
+
+    /// Takes the tunnels that were made for a pod out of all pools; those in use finish. Not before the
+    /// grace is over: a connection that was accepted just before may still be waiting for its tunnel.
+    fn evict(&self, uid: &str) {
+        if self.0.table.lock().entries.contains_key(uid) {
+            // It came again under its uid, and uses them.
+            return;
+        }
+        for worker in self.0.workers.states() {
+            worker.pool.evict_origin(uid);
+        }
     }
 
     /// Repeats a failed start until it works or another order for the pod came.

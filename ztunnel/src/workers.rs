@@ -279,16 +279,11 @@ mod tests {
             clients.push(TcpStream::connect(address).await.unwrap());
             let (stream, _) = listener.accept().await.unwrap();
             let tell = tell.clone();
-            workers.place(
-                home,
-                "test",
-                stream.into_std().unwrap(),
-                move |seat, state, stream| async move {
-                    let thread = thread::current().name().map(str::to_owned);
-                    tell.send((seat.index(), *state, thread)).await.unwrap();
-                    stream.readable().await.unwrap();
-                },
-            );
+            workers.place(home, "test", stream.into_std().unwrap(), move |seat, state, stream| async move {
+                let thread = thread::current().name().map(str::to_owned);
+                tell.send((seat.index(), *state, thread)).await.unwrap();
+                stream.readable().await.unwrap();
+            });
         }
         let mut seen = Vec::new();
         for _ in 0..6 {

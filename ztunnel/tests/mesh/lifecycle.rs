@@ -156,17 +156,19 @@ async fn without_descriptors_accepting_pauses_and_goes_on_when_there_are_some_ag
     let mesh = Mesh::start(2, json!({})).await;
     let (client, address, _seen) = pair(&mesh).await;
     let pid = mesh.nodes[0].ztunnel.child.id().unwrap();
-    let used = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-    limit_files(pid, used as u64 + 10);
+    let open_files = || std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
+    let limit = open_files() + 10;
+    limit_files(pid, limit);
     let mut open = Vec::new();
     for _ in 0..30 {
         open.push(client.net.dial(address).await.unwrap());
     }
+    eventually("descriptors run out", async || open_files() >= limit).await;
+    limit_files(pid, 4096);
     eventually("shortage counted", async || {
-        !mesh.nodes[0].ztunnel.metrics_may_fail().await.contains("ambit_accept_shortages_total 0")
+        !mesh.nodes[0].ztunnel.metrics().await.contains("ambit_accept_shortages_total 0")
     })
     .await;
-    limit_files(pid, 4096);
     for stream in &mut open {
         // Some were given up for want of a socket upstream; none may hang, and new ones must work.
         drop(tokio::time::timeout(LIMIT, exchange(stream, b"late")).await.expect("answered or closed"));

@@ -248,12 +248,6 @@ impl Ztunnel {
         self.get(self.ready, "/healthz/ready").await.starts_with("HTTP/1.1 200")
     }
 
-    /// Metrics of a process that may not be able to answer now.
-    pub(crate) async fn metrics_may_fail(&self) -> String {
-        let answer = self.metrics().await;
-        if answer.contains("# EOF") { answer } else { "ambit_accept_shortages_total 0".to_owned() }
-    }
-
     pub(crate) async fn dump(&self) -> Value {
         let answer = self.get(self.admin, "/config_dump").await;
         answer

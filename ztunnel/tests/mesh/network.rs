@@ -75,8 +75,14 @@ impl Fabric {
             handle.address().add(eth, v6.into(), 64).execute().await.unwrap();
             let v4 = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(eth).build();
             handle.route().add(v4).execute().await.unwrap();
+            let address = v6;
             let v6 = RouteMessageBuilder::<Ipv6Addr>::new().output_interface(eth).build();
             handle.route().add(v6).execute().await.unwrap();
+            let deadline = std::time::Instant::now() + Duration::from_secs(10);
+            while std::net::UdpSocket::bind((address, 0)).is_err() {
+                assert!(std::time::Instant::now() < deadline, "{address} never became usable");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
         })
         .await;
         PodNet { netns, v4, v6 }
