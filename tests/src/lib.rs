@@ -5,7 +5,10 @@
 
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test that cannot go on says where and ends")]
 
+pub mod access;
 pub mod apps;
+pub mod beds;
+pub mod credentials;
 pub mod dns;
 pub mod load;
 pub mod wait;
