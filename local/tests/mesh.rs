@@ -51,8 +51,9 @@ impl Bed {
         self.cluster.pods().into_iter().filter(|pod| pod.namespace() == "shop").collect()
     }
 
-    async fn ends(self, load: Load, kept_survive: bool) {
-        let verdict = load.stop().await;
+    /// Ends the load and judges it. What was under way through a process when it was killed may be cut.
+    async fn ends(self, load: Load, kept_survive: bool, kills: &[Instant]) {
+        let verdict = load.stop(kills).await;
         if !verdict.is_clean(kept_survive) {
             for (name, lines) in self.cluster.mesh_logs() {
                 eprintln!("== {name}");
@@ -96,15 +97,22 @@ struct Load {
 #[derive(Default)]
 struct Tally {
     asked: AtomicU64,
-    new_failed: AtomicU64,
     kept_failed: AtomicU64,
-    first_fault: std::sync::Mutex<Option<String>>,
+    faults: std::sync::Mutex<Vec<Fault>>,
+}
+
+/// A failure of a new connection: when it began and ended, and what it was.
+#[derive(Debug)]
+struct Fault {
+    began: Instant,
+    ended: Instant,
+    text: String,
 }
 
 #[derive(Debug)]
 struct Verdict {
     asked: u64,
-    new_failed: u64,
+    new_failed: usize,
     kept_failed: u64,
     first_fault: Option<String>,
 }
@@ -130,30 +138,26 @@ impl Load {
         Self { stop, tasks, tally }
     }
 
-    async fn stop(mut self) -> Verdict {
+    async fn stop(mut self, kills: &[Instant]) -> Verdict {
         self.stop.store(true, Ordering::Release);
         while let Some(ended) = self.tasks.join_next().await {
             ended.expect("no task of the load panics");
         }
         let read = |count: &AtomicU64| count.load(Ordering::Acquire);
+        let faults = self.tally.faults.lock().expect("no holder panics");
+        let counts = |fault: &&Fault| !kills.iter().any(|kill| fault.began < *kill && fault.ended > *kill);
+        let failed: Vec<&Fault> = faults.iter().filter(counts).collect();
         Verdict {
             asked: read(&self.tally.asked),
-            new_failed: read(&self.tally.new_failed),
+            new_failed: failed.len(),
             kept_failed: read(&self.tally.kept_failed),
-            first_fault: self.tally.first_fault.lock().expect("no holder panics").clone(),
+            first_fault: failed.first().map(|fault| fault.text.clone()),
         }
     }
 
     /// Lets the load run on for a while: the time is the test's subject.
     async fn run_for(&self, time: Duration) {
         tokio::time::sleep(time).await;
-    }
-}
-
-impl Tally {
-    fn fault(&self, count: &AtomicU64, fault: String) {
-        count.fetch_add(1, Ordering::AcqRel);
-        self.first_fault.lock().expect("no holder panics").get_or_insert(fault);
     }
 }
 
@@ -176,27 +180,30 @@ async fn keep(mut stream: TcpStream, stop: Arc<AtomicBool>, tally: Arc<Tally>) {
         ticks.tick().await;
         tally.asked.fetch_add(1, Ordering::AcqRel);
         if let Err(error) = ask(&mut stream).await {
-            return tally.fault(&tally.kept_failed, format!("kept, after {:?}: {error}", began.elapsed()));
+            tally.kept_failed.fetch_add(1, Ordering::AcqRel);
+            return eprintln!("a kept connection, after {:?}: {error}", began.elapsed());
         }
     }
 }
 
 async fn renew(client: Pod, target: SocketAddr, stop: Arc<AtomicBool>, tally: Arc<Tally>) {
-    let began = Instant::now();
+    let load_began = Instant::now();
     let mut ticks = tokio::time::interval(Duration::from_millis(20));
     let mut asking = JoinSet::new();
     while !stop.load(Ordering::Acquire) {
         ticks.tick().await;
         let (client, tally) = (client.clone(), Arc::clone(&tally));
         asking.spawn(async move {
+            let began = Instant::now();
             tally.asked.fetch_add(1, Ordering::AcqRel);
             let exchange = async {
                 let mut stream = client.connect_within(target, Duration::from_secs(10)).await?;
                 ask(&mut stream).await
             };
             if let Err(error) = exchange.await {
-                tally
-                    .fault(&tally.new_failed, format!("new, after {:?}: {client}: {error}", began.elapsed()));
+                let text = format!("after {:?}, {client}: {error}", load_began.elapsed());
+                let fault = Fault { began, ended: Instant::now(), text };
+                tally.faults.lock().expect("no holder panics").push(fault);
             }
         });
         while asking.try_join_next().is_some() {}
@@ -228,7 +235,7 @@ async fn a_namespace_goes_into_the_mesh_and_out_again_under_load_without_a_failu
     }
     load.run_for(Duration::from_secs(2)).await;
     assert!(took < Duration::from_secs(1), "it took {took:?}");
-    bed.ends(load, true).await;
+    bed.ends(load, true, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -236,14 +243,16 @@ async fn a_killed_ztunnel_that_is_started_again_refuses_no_new_connection() {
     let bed = Bed::new(true).await;
     let load = Load::start(&bed).await;
     load.run_for(Duration::from_secs(1)).await;
+    let mut kills = Vec::new();
     for node in 0..2 {
         let ztunnel = bed.cluster.ztunnel(node).expect("a ztunnel");
+        kills.push(Instant::now());
         ztunnel.kill().await.expect("it is killed");
         ztunnel.start().await.expect("it starts");
         ztunnel.wait_ready().await.expect("it is ready");
         load.run_for(Duration::from_secs(1)).await;
     }
-    bed.ends(load, false).await;
+    bed.ends(load, false, &kills).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -259,7 +268,7 @@ async fn ztunnels_are_replaced_one_by_one_without_a_failure() {
         load.run_for(Duration::from_secs(1)).await;
         assert!(old.is_running(), "it drains until its connections have ended");
     }
-    bed.ends(load, true).await;
+    bed.ends(load, true, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -278,5 +287,58 @@ async fn an_agent_and_a_control_plane_that_restart_are_not_noticed() {
     let late = bed.cluster.pod(late).await.expect("a new pod comes in after the restart");
     let mut stream = late.connect_within(bed.target, LIMIT).await.expect("it connects");
     ask(&mut stream).await.expect("it is answered");
-    bed.ends(load, true).await;
+    bed.ends(load, true, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_renewed_before_they_expire() {
+    let lifetime = Duration::from_secs(4);
+    let cluster = Cluster::builder().token_lifetime(lifetime).start().await.expect("root and the programs");
+    cluster.namespace("shop", true).await.expect("a namespace");
+    cluster.apply(SERVICE).await.expect("a service");
+    let began = Instant::now();
+    cluster
+        .wait_until("two lifetimes to pass", LIMIT, async || began.elapsed() > 2 * lifetime)
+        .await
+        .expect("time passes");
+    // Identities that nobody has had yet need certificates now.
+    let server = PodOptions::new("shop", "late").node(1).label("app", "echo").service_account("late-server");
+    let server = cluster.pod(server).await.expect("a pod");
+    echo(&server).await;
+    let client = PodOptions::new("shop", "late-client").node(0).service_account("late-client");
+    let client = cluster.pod(client).await.expect("a pod");
+    let target = SocketAddr::new(IpAddr::V4(server.ip()), PORT);
+    let mut stream = client.connect_within(target, LIMIT).await.expect("it connects");
+    ask(&mut stream).await.expect("it is answered");
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edited_label_in_the_manifests_moves_running_programs_in_and_out() {
+    let manifests = tempfile::tempdir().expect("a directory");
+    let namespace = |labels: &str| {
+        format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{{labels}}}}}\n")
+    };
+    let file = manifests.path().join("namespace.yaml");
+    std::fs::write(&file, namespace("")).expect("the file can be written");
+    let app = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: app, namespace: shop}\nspec:\n  replicas: 2\n  selector: {matchLabels: {app: a}}\n  template:\n    metadata: {labels: {app: a}}\n    spec: {terminationGracePeriodSeconds: 0, containers: [{name: c, image: any, command: [sleep, '1000']}]}\n";
+    std::fs::write(manifests.path().join("app.yaml"), app).expect("the file can be written");
+    let cluster = Cluster::builder().manifests(manifests.path()).start().await.expect("it starts");
+    cluster.wait_ready("shop", "app", LIMIT).await.expect("it runs");
+    let pods = cluster.pods_of("shop", "app", "a");
+    assert!(pods.iter().all(|pod| !pod.is_enrolled()));
+    let began = Instant::now();
+    std::fs::write(&file, namespace("istio.io/dataplane-mode: ambient")).expect("the file can be written");
+    for pod in &pods {
+        cluster.wait_enrolled(pod).await.expect("it comes in");
+    }
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    std::fs::write(&file, namespace("")).expect("the file can be written");
+    for pod in &pods {
+        cluster.wait_unenrolled(pod).await.expect("it goes out");
+        assert_eq!(pod.view().restarts(), 0);
+        assert!(pod.is_ready());
+    }
+    assert_eq!(cluster.pods_of("shop", "app", "a").len(), 2, "the same pods, not others");
+    cluster.shutdown().await;
 }

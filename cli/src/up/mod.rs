@@ -47,12 +47,25 @@ pub(crate) struct Options {
     /// annotation `ambit.dev/open` names. 0 takes any free one.
     #[arg(long, value_name = "PORT")]
     open: Option<u16>,
+    /// Program that stands for an image; an image without one stands for the program of its name beside `ambit`.
+    #[arg(long = "image", value_name = "IMAGE=PROGRAM", value_parser = image_and_program)]
+    images: Vec<(String, PathBuf)>,
     /// Only IPv4.
     #[arg(long)]
     no_ipv6: bool,
     /// Where the outputs of the mesh's programs are kept; default is nowhere.
     #[arg(long, value_name = "DIR")]
     logs: Option<PathBuf>,
+}
+
+fn image_and_program(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((image, program)) if !image.is_empty() && Path::new(program).is_file() => {
+            Ok((image.to_owned(), PathBuf::from(program)))
+        }
+        Some((_, program)) => Err(format!("{program:?} is no program")),
+        None => Err("it has the form IMAGE=PROGRAM".to_owned()),
+    }
 }
 
 /// Runs the command in whichever stage this process is.
@@ -138,6 +151,9 @@ async fn start(options: &Options) -> anyhow::Result<Arc<Cluster>> {
         .ipv6(!options.no_ipv6)
         .manifests(&options.directory)
         .directory(Path::new(isolate::DIRECTORY));
+    for (image, program) in &options.images {
+        builder = builder.program(image, program);
+    }
     if let Some(logs) = &options.logs {
         builder = builder.log_dir(logs);
     }

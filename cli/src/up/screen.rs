@@ -85,9 +85,9 @@ impl Screen {
             let _ = writeln!(text, "\n{}", paint(DIM).apply("proving it; Ctrl-C ends the mesh"));
         }
         if self.live {
-            // Home, the text with each line's rest cleared, then everything below cleared.
+            // Home without wrapping, the text with each line's rest cleared, then everything below cleared.
             let screen = format!("{}{text}", self.header).replace('\n', "\x1b[K\n");
-            print(&format!("\x1b[H{screen}\x1b[J"));
+            print(&format!("\x1b[?7l\x1b[H{screen}\x1b[J\x1b[?7h"));
             return;
         }
         if proof.is_some() && !self.table_printed {
@@ -129,12 +129,16 @@ fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> 
             .map(str::to_owned),
     ];
     for (pair, flow) in flows {
-        let secure = flow.mutual_tls && flow.confirmed > 0.0;
+        let mutual_tls = match (flow.opened + flow.confirmed > 0.0, flow.mutual_tls && flow.confirmed > 0.0) {
+            (false, _) => "-",
+            (true, true) => "yes",
+            (true, false) => "no",
+        };
         rows.push([
             workload(&pair.source.workload, &pair.source.namespace),
             workload(&pair.destination.workload, &pair.destination.namespace),
             pair.service.clone(),
-            if secure { "yes" } else { "no" }.to_owned(),
+            mutual_tls.to_owned(),
             format!("{}", flow.opened.max(flow.confirmed)),
             format!("{}", flow.failed),
             bytes(flow.requests),

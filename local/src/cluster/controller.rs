@@ -74,6 +74,7 @@ impl Controller {
         for key in objects.keys().filter(|key| NOT_RUN.contains(&key.kind.as_str())) {
             problems.insert(key.to_string(), format!("kind {} is not run by a local cluster", key.kind));
         }
+        publish::check_service_accounts(&objects, &mut problems);
         let services = publish::services(&objects, &mut self.services, self.shared.plan, &mut problems);
         let mut out: BTreeMap<Key, Value> = BTreeMap::new();
         publish::collect(&self.shared, &objects, &namespaces, &services, &mut out);

@@ -58,6 +58,29 @@ pub(crate) fn typed<T: DeserializeOwned>(
     typed
 }
 
+/// Reports workloads that run under a service account which nobody defined: in a cluster their pods are refused,
+/// and here a slip of the pen would give them an identity that no policy knows.
+pub(crate) fn check_service_accounts(
+    objects: &BTreeMap<Key, Object>,
+    problems: &mut BTreeMap<String, String>,
+) {
+    for (key, object) in objects {
+        let spec = match key.kind.as_str() {
+            "Pod" => &object.body["spec"],
+            "Deployment" => &object.body["spec"]["template"]["spec"],
+            _ => continue,
+        };
+        let account = spec["serviceAccountName"].as_str().unwrap_or("default");
+        let defined = objects.contains_key(&Key::new("ServiceAccount", &key.namespace, account));
+        if account != "default" && !defined {
+            problems.insert(
+                key.to_string(),
+                format!("there is no service account {account} in {}", key.namespace),
+            );
+        }
+    }
+}
+
 /// Services with VIPs for those that want one and name none, and the cluster DNS.
 pub(crate) fn services(
     objects: &BTreeMap<Key, Object>,
