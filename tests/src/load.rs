@@ -16,8 +16,8 @@ use crate::apps;
 
 /// How long a single request may take before it counts as failed.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
-/// Failures whose text is kept.
-const KEPT_FAILURES: usize = 20;
+/// Failures that are kept.
+const KEPT_FAILURES: usize = 256;
 
 /// What a load looks like. The server is an [`apps::App::Http`].
 #[derive(Clone, Debug)]
@@ -37,6 +37,30 @@ impl Default for Shape {
     }
 }
 
+/// What kind of connection a request was on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum On {
+    /// One of its own.
+    New,
+    /// A kept one.
+    Kept,
+}
+
+/// A request that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// On what.
+    pub on: On,
+    /// When the connection was asked for: the application's `connect` was not called before.
+    pub asked: Instant,
+    /// When the request failed.
+    pub failed: Instant,
+    /// How.
+    pub kind: io::ErrorKind,
+    /// The same in words, with the time since the load's start.
+    pub error: String,
+}
+
 /// How a load went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -48,8 +72,8 @@ pub struct Tally {
     pub new_failed: u64,
     /// Requests on kept connections that failed; a kept connection is opened again after a failure.
     pub kept_failed: u64,
-    /// The first failures, with the time since the start.
-    pub failures: Vec<String>,
+    /// The first 256 failures.
+    pub failures: Vec<Failure>,
 }
 
 impl Tally {
@@ -58,6 +82,15 @@ impl Tally {
     pub fn assert_all_answered(&self) {
         assert!(self.new_answered > 0 && self.kept_answered > 0, "the load did not run: {self:?}");
         assert_eq!((self.new_failed, self.kept_failed), (0, 0), "requests failed: {self:#?}");
+    }
+
+    /// The failures that `allowed` does not allow; those past the first 256 are never allowed.
+    pub fn not_allowed(&self, allowed: impl Fn(&Failure) -> bool) -> Vec<String> {
+        let kept = self.failures.len() as u64;
+        let untold = (self.new_failed + self.kept_failed).saturating_sub(kept);
+        let told =
+            self.failures.iter().filter(|failure| !allowed(failure)).map(|failure| failure.error.clone());
+        told.chain((untold > 0).then(|| format!("{untold} more failures"))).collect()
     }
 }
 
@@ -78,7 +111,17 @@ struct Shared {
     kept_answered: AtomicU64,
     new_failed: AtomicU64,
     kept_failed: AtomicU64,
-    failures: Mutex<Vec<String>>,
+    failures: Mutex<Vec<Failure>>,
+    shape: Shape,
+    /// Own addresses of the kept connections, those that were opened again included.
+    kept: Mutex<Vec<SocketAddr>>,
+}
+
+/// A kept connection.
+#[derive(Debug)]
+struct Open {
+    stream: TcpStream,
+    asked: Instant,
 }
 
 impl Load {
@@ -97,18 +140,25 @@ impl Load {
             new_failed: AtomicU64::new(0),
             kept_failed: AtomicU64::new(0),
             failures: Mutex::new(Vec::new()),
+            shape: shape.clone(),
+            kept: Mutex::new(Vec::new()),
         });
         let mut tasks = JoinSet::new();
         for _ in 0..shape.kept_connections {
-            let mut stream = pod.connect(target).await?;
-            apps::get(&mut stream).await?;
+            let mut open = shared.open(Instant::now()).await?;
+            apps::get(&mut open.stream).await?;
             let pause = Duration::from_secs(1) * shape.kept_connections / shape.kept_per_second.max(1);
-            tasks.spawn(shared.clone().keep(Some(stream), pause));
+            tasks.spawn(shared.clone().keep(Some(open), pause));
         }
         if shape.new_per_second > 0 {
             tasks.spawn(shared.clone().renew(Duration::from_secs(1) / shape.new_per_second));
         }
         Ok(Self { shared, tasks })
+    }
+
+    /// Own addresses of all connections that were kept so far.
+    pub fn kept_addresses(&self) -> Vec<SocketAddr> {
+        self.shared.kept.lock().clone()
     }
 
     /// Waits until `count` more requests of each kind have ended, well or badly.
@@ -122,7 +172,8 @@ impl Load {
         let limit = REQUEST_LIMIT * 2 + Duration::from_millis(50) * u32::try_from(count).unwrap_or(u32::MAX);
         crate::wait::until("more requests of the load", limit, || async {
             let now = ended(&self.shared);
-            now.0 >= new + count && now.1 >= kept + count
+            let Shape { new_per_second, kept_connections, .. } = self.shared.shape;
+            (new_per_second == 0 || now.0 >= new + count) && (kept_connections == 0 || now.1 >= kept + count)
         })
         .await;
     }
@@ -154,32 +205,50 @@ impl Shared {
         !self.stopping.load(Ordering::Relaxed)
     }
 
-    fn fail(&self, counter: &AtomicU64, what: &str, error: &io::Error) {
+    fn fail(&self, on: On, asked: Instant, error: &io::Error) {
+        let counter = match on {
+            On::New => &self.new_failed,
+            On::Kept => &self.kept_failed,
+        };
         counter.fetch_add(1, Ordering::Relaxed);
         let mut failures = self.failures.lock();
         if failures.len() < KEPT_FAILURES {
-            failures.push(format!("{:>6} ms: {what}: {error}", self.start.elapsed().as_millis()));
+            let since = |time: Instant| time.saturating_duration_since(self.start).as_millis();
+            let failed = Instant::now();
+            let text = format!(
+                "{:>6} ms: {on:?} connection that was asked for at {} ms: {error}",
+                since(failed),
+                since(asked)
+            );
+            failures.push(Failure { on, asked, failed, kind: error.kind(), error: text });
         }
     }
 
-    async fn keep(self: Arc<Self>, mut stream: Option<TcpStream>, pause: Duration) {
+    async fn open(&self, asked: Instant) -> io::Result<Open> {
+        let stream = self.pod.connect(self.target).await?;
+        self.kept.lock().push(stream.local_addr()?);
+        Ok(Open { stream, asked })
+    }
+
+    async fn keep(self: Arc<Self>, mut kept: Option<Open>, pause: Duration) {
         let mut turns = tokio::time::interval(pause);
         while self.running() {
             turns.tick().await;
+            let asked = kept.as_ref().map_or_else(Instant::now, |open| open.asked);
             let outcome = within(async {
-                let mut open = match stream.take() {
+                let mut open = match kept.take() {
                     Some(open) => open,
-                    None => self.pod.connect(self.target).await?,
+                    None => self.open(asked).await?,
                 };
-                apps::get(&mut open).await?;
+                apps::get(&mut open.stream).await?;
                 Ok(open)
             });
             match outcome.await {
                 Ok(open) => {
-                    stream = Some(open);
+                    kept = Some(open);
                     self.kept_answered.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(error) => self.fail(&self.kept_failed, "kept connection", &error),
+                Err(error) => self.fail(On::Kept, asked, &error),
             }
         }
     }
@@ -191,6 +260,7 @@ impl Shared {
             turns.tick().await;
             let shared = self.clone();
             requests.spawn(async move {
+                let asked = Instant::now();
                 let outcome = within(async {
                     let mut stream = shared.pod.connect(shared.target).await?;
                     apps::get(&mut stream).await
@@ -199,7 +269,7 @@ impl Shared {
                     Ok(_) => {
                         shared.new_answered.fetch_add(1, Ordering::Relaxed);
                     }
-                    Err(error) => shared.fail(&shared.new_failed, "new connection", &error),
+                    Err(error) => shared.fail(On::New, asked, &error),
                 }
             });
             while requests.try_join_next().is_some() {}
