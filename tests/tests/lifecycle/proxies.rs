@@ -1,0 +1,167 @@
+//! Node proxies that are killed, replaced, stopped and starved.
+
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+use ambit_local::{Cluster, PodOptions, Ztunnel};
+use ambit_tests::load::{Failure, Load, Shape};
+use ambit_tests::wait;
+use tokio::time::timeout;
+
+use crate::bed::{Bed, ECHO, HTTP, NAMESPACE, ping, until_ended};
+
+/// Drain time of the tests that wait for its end.
+const DRAIN: Duration = Duration::from_secs(4);
+
+/// What may fail when a proxy is killed: a request on a connection that was asked for before its death, so that
+/// the dead process had accepted it (a kept tunnel, or one being set up); and it fails by being closed, at
+/// once. A connection that is asked for later, or is refused, or hangs, has no excuse.
+fn may_fail(failure: &Failure, died: Instant) -> bool {
+    let closed = [ErrorKind::ConnectionReset, ErrorKind::UnexpectedEof, ErrorKind::BrokenPipe];
+    failure.asked <= died && closed.contains(&failure.kind)
+}
+
+async fn kill_and_start_under_load(node: usize) {
+    let bed = Bed::start(true, &[1]).await;
+    let load = bed.load().await;
+    load.more(50).await;
+    let ztunnel = bed.cluster.ztunnel(node).unwrap();
+    ztunnel.kill().await.unwrap();
+    let died = Instant::now();
+    ztunnel.start().await.unwrap();
+    ztunnel.wait_ready().await.unwrap();
+    load.more(200).await;
+    let tally = load.finish().await;
+    assert!(tally.kept_failed >= 10, "kept connections went through the process that was killed: {tally:?}");
+    bed.end(&tally, |failure| may_fail(failure, died)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clients_node_proxy_killed_and_started_again_under_load_refuses_no_new_connection() {
+    kill_and_start_under_load(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_servers_node_proxy_killed_and_started_again_under_load_refuses_no_new_connection() {
+    kill_and_start_under_load(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_succeeds() {
+    let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", "60s");
+    let bed = Bed::on(builder, true, &[0, 1]).await;
+    let load = bed.load().await;
+    load.more(50).await;
+    let mut drained = Vec::new();
+    for node in 0..2 {
+        let first = bed.cluster.ztunnel(node).unwrap();
+        let second = bed.cluster.start_another_ztunnel(node).await.unwrap();
+        load.more(50).await;
+        first.terminate().await.unwrap();
+        load.more(100).await;
+        assert!(first.is_running(), "it serves the kept connections");
+        let taken = [("reporter", "source"), ("connection_security_policy", "mutual_tls")];
+        let taken = second.metrics().await.unwrap().sum("istio_tcp_connections_opened_total", &taken);
+        assert!(node == 1 || taken > 0.0, "the second proxy serves what is new");
+        drained.push(first);
+    }
+    load.more(100).await;
+    let tally = load.finish().await;
+    // The load's connections have ended with it, and the drained proxies end then.
+    let ended = end_of_all(&drained).await;
+    bed.end(&tally, |_| false).await;
+    assert_eq!(ended, [Some(0), Some(0)]);
+}
+
+async fn end_of_all(ztunnels: &[Ztunnel]) -> Vec<Option<i32>> {
+    let mut codes = Vec::new();
+    for ztunnel in ztunnels {
+        codes.push(ztunnel.wait_ended(wait::SOON).await.expect("it ends after its last connection"));
+    }
+    codes
+}
+
+async fn drain_to_the_end(node: usize) {
+    let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", format!("{}s", DRAIN.as_secs()));
+    let bed = Bed::on(builder, true, &[1]).await;
+    let mut kept = bed.echo(bed.vip(ECHO)).await;
+    let mut idle = bed.echo(bed.vip(ECHO)).await;
+    let new_only = Shape { kept_connections: 0, ..Shape::default() };
+    let load = Load::start(&bed.client, bed.vip(HTTP), &new_only).await.unwrap();
+    let first = bed.cluster.ztunnel(node).unwrap();
+    bed.cluster.start_another_ztunnel(node).await.unwrap();
+    first.terminate().await.unwrap();
+    let began = Instant::now();
+    while began.elapsed() < DRAIN * 3 / 4 {
+        assert_eq!(ping(&mut kept, "draining").await.unwrap(), "draining");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    until_ended(&mut kept, wait::SOON).await;
+    let lasted = began.elapsed();
+    until_ended(&mut idle, wait::SOON).await;
+    assert_eq!(first.wait_ended(wait::SOON).await.unwrap(), Some(0));
+    load.more(50).await;
+    let tally = load.finish().await;
+    assert_eq!(tally.not_allowed(|_| false), Vec::<String>::new());
+    assert!(lasted >= DRAIN - Duration::from_millis(200), "cut after {lasted:?}");
+    assert!(lasted < DRAIN + Duration::from_secs(3), "cut after {lasted:?} only");
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_drain_time_of_the_clients_node_proxy_cuts_what_is_left_and_nothing_before() {
+    drain_to_the_end(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_drain_time_of_the_servers_node_proxy_cuts_what_is_left_and_nothing_before() {
+    drain_to_the_end(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_proxy_without_descriptors_serves_what_it_has_and_recovers() {
+    let bed = Bed::start(true, &[1]).await;
+    let other = PodOptions::new(NAMESPACE, "other").node(1).service_account("client");
+    let other = bed.cluster.pod(other).await.unwrap();
+    // Those that must not notice: kept connections through the starved proxy, and new ones through the other.
+    let kept = Shape { new_per_second: 0, ..Shape::default() };
+    let kept = Load::start(&bed.client, bed.vip(HTTP), &kept).await.unwrap();
+    let beside = Load::start(&other, bed.vip(HTTP), &Shape::default()).await.unwrap();
+    let ztunnel = bed.cluster.ztunnel(0).unwrap();
+    let pid = ztunnel.pid().unwrap();
+    let used = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    limit_files(pid, used as u64 + 8);
+    let mut crowd = Vec::new();
+    for _ in 0..40 {
+        crowd.push(bed.client.connect_within(bed.vip(ECHO), wait::SOON).await.expect("held in the queue"));
+    }
+    kept.more(100).await;
+    beside.more(100).await;
+    assert!(ztunnel.is_running());
+    limit_files(pid, 65_536);
+    let mut served = 0;
+    for stream in &mut crowd {
+        let answered =
+            timeout(wait::SOON, ping(stream, "late")).await.expect("answered or closed, never hung");
+        served += usize::from(answered.is_ok());
+    }
+    assert!(served > 0, "those that were never accepted are served now");
+    let shortages = bed.count(0, "ambit_accept_shortages_total", &[]).await;
+    assert!(shortages > 0.0, "the limit was never met");
+    for _ in 0..20 {
+        drop(bed.echo(bed.vip(ECHO)).await);
+    }
+    assert_eq!(kept.finish().await.not_allowed(|_| false), Vec::<String>::new());
+    let tally = beside.finish().await;
+    drop(crowd);
+    bed.end(&tally, |_| false).await;
+}
+
+/// Sets the soft limit of open files of a process.
+fn limit_files(pid: u32, soft: u64) {
+    let done = std::process::Command::new("prlimit")
+        .args(["--pid", &pid.to_string(), &format!("--nofile={soft}:")])
+        .status()
+        .expect("prlimit (util-linux)");
+    assert!(done.success());
+}
