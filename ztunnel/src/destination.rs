@@ -71,6 +71,11 @@ pub struct Connected {
 }
 
 impl Authenticated {
+    /// Tells that what was asked for could not even be understood.
+    pub fn misunderstood(&self, error: &ConnectionError) {
+        self.worker.reporter.failed(&self.story(), error);
+    }
+
     /// Asks policy.
     ///
     /// # Errors

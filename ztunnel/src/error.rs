@@ -64,6 +64,9 @@ pub enum ConnectionError {
     /// A CONNECT to somewhere that isn't here.
     #[error(transparent)]
     NotHere(#[from] InboundRefusal),
+    /// A request that is no CONNECT to a destination.
+    #[error(transparent)]
+    Malformed(#[from] ambit_hbone::RequestError),
     /// The client gave a CONNECT up before it was answered, or it took too long.
     #[error(transparent)]
     NotAnswered(#[from] ambit_hbone::NotAnswered),
@@ -127,7 +130,11 @@ impl ConnectionError {
     /// Whose fault it is.
     pub fn blame(&self) -> Blame {
         match self {
-            Self::Socks5(_) | Self::NotHere(_) | Self::Loop(_) | Self::NotAnswered(_) => Blame::Client,
+            Self::Socks5(_)
+            | Self::NotHere(_)
+            | Self::Loop(_)
+            | Self::Malformed(_)
+            | Self::NotAnswered(_) => Blame::Client,
             Self::Serve(error) => match error.fault() {
                 Fault::Identity => Blame::Identity,
                 Fault::Policy => Blame::Policy,
@@ -159,7 +166,9 @@ impl ConnectionError {
     /// What an HBONE client is answered (contracts.md, section 2).
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::NotHere(_) | Self::Loop(_) | Self::Socks5(_) => StatusCode::BAD_REQUEST,
+            Self::NotHere(_) | Self::Loop(_) | Self::Malformed(_) | Self::Socks5(_) => {
+                StatusCode::BAD_REQUEST
+            }
             other => match other.blame() {
                 Blame::Policy | Blame::Identity => StatusCode::UNAUTHORIZED,
                 Blame::Client | Blame::Us | Blame::Upstream => StatusCode::SERVICE_UNAVAILABLE,

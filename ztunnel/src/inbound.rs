@@ -69,6 +69,8 @@ impl Accepted {
             reached,
             certificate: accepted.peer().clone(),
         };
+        let malformed = tunnelled.clone();
+        let accepted = accepted.on_malformed(move |error| malformed.misunderstood(error.into()));
         let mut drain = worker.proxy.drain.clone();
         let ending = async {
             tokio::select! {
@@ -109,11 +111,9 @@ fn note(peer: SocketAddr, error: &ServeError) {
 }
 
 impl Tunnelled {
-    async fn connect(self, mut incoming: Incoming) {
-        let _weight = self.seat.weigh();
-        let since = Instant::now();
-        let request = incoming.request();
-        let asked = Authenticated {
+    /// What arrived on the connection, as far as is known without a CONNECT.
+    fn arrived(self) -> Authenticated {
+        Authenticated {
             worker: self.worker,
             pod: self.pod,
             source: self.source,
@@ -121,10 +121,25 @@ impl Tunnelled {
             certificate: Some(self.certificate),
             client: None,
             reached: self.reached,
+            authority: None,
+            host: None,
+            since: Instant::now(),
+            counters: Arc::new(Counters::new()),
+        }
+    }
+
+    fn misunderstood(&self, error: ConnectionError) {
+        self.clone().arrived().misunderstood(&error);
+    }
+
+    async fn connect(self, mut incoming: Incoming) {
+        let (source, seat) = (self.source, self.seat.clone());
+        let _weight = seat.weigh();
+        let request = incoming.request();
+        let asked = Authenticated {
             authority: Some(directory_authority(&request.authority)),
             host: request.forwarded.as_ref().and_then(|f| f.host.as_deref()).map(Into::into),
-            since,
-            counters: Arc::new(Counters::new()),
+            ..self.arrived()
         };
         let reaching = Box::pin(async {
             let authorized = asked.authorize().await?;
@@ -134,7 +149,7 @@ impl Tunnelled {
         let (connected, about) = match incoming.within(reaching).await {
             Ok(Ok(reached)) => reached,
             Ok(Err(error)) => return incoming.refuse(error.status()),
-            Err(error) => return tracing::debug!(peer = %self.source, %error, "a CONNECT was given up"),
+            Err(error) => return tracing::debug!(peer = %source, %error, "a CONNECT was given up"),
         };
         let Connected { mut stream, open, telling } = connected;
         let tunnel = match incoming.accept(about.as_ref()) {

@@ -47,9 +47,10 @@ pub async fn serve_captured(worker: Arc<Worker>, pod: Arc<Pod>, stream: TcpStrea
         }
     };
     // Not redirected but dialled directly: it would come back to us for ever.
-    let is_own = stream.local_addr().is_ok_and(|local| local.ip().to_canonical() == dialled.ip());
+    let is_own = dialled.port() == Role::Outbound.port()
+        && stream.local_addr().is_ok_and(|local| local.ip().to_canonical() == dialled.ip());
     let asked = Asked { worker, pod, source: peer, dialled: dialled.into(), since };
-    if is_own && dialled.port() == Role::Outbound.port() {
+    if is_own {
         let story = asked.story();
         asked.worker.reporter.failed(&story, &ConnectionError::Loop(dialled));
         return reset(&stream);

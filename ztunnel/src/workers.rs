@@ -9,6 +9,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::net::TcpStream;
@@ -33,6 +34,35 @@ pub struct Seat {
     runtime: runtime::Handle,
     load: Arc<AtomicUsize>,
     panics: Arc<Panics>,
+    pulse: Arc<Pulse>,
+}
+
+/// How late a worker gets to what it has to do: a sign of a task that holds it up.
+///
+/// The beat has another use: while a timer is due soon, setting a later one needs no wake-up call to
+/// the runtime's own driver, and every connection sets later ones.
+#[derive(Debug, Default)]
+pub struct Pulse {
+    latest_millis: AtomicU64,
+}
+
+/// Time between two beats of a worker.
+const BEAT: Duration = Duration::from_millis(500);
+
+impl Pulse {
+    /// How late the last beat was, in milliseconds.
+    pub fn delay_millis(&self) -> u64 {
+        self.latest_millis.load(Ordering::Relaxed)
+    }
+
+    async fn beat(&self) {
+        loop {
+            let due = tokio::time::Instant::now() + BEAT;
+            tokio::time::sleep_until(due).await;
+            let late = u64::try_from(due.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.latest_millis.store(late, Ordering::Relaxed);
+        }
+    }
 }
 
 /// One connection's weight on its worker, for as long as it lives.
@@ -54,6 +84,11 @@ impl Seat {
     /// Connections that the worker carries now.
     pub fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
+    }
+
+    /// How punctual the worker is.
+    pub fn pulse(&self) -> &Pulse {
+        &self.pulse
     }
 
     /// Counts one more connection until the guard is dropped.
@@ -141,16 +176,24 @@ impl<W: Send + Sync + 'static> Workers<W> {
                 runtime: runtime.handle().clone(),
                 load: Arc::default(),
                 panics: panics.clone(),
+                pulse: Arc::default(),
             };
             let state = {
                 let _entered = runtime.enter();
                 Arc::new(state(&seat))
             };
+            let pulse = seat.pulse.clone();
             members.push(Member { seat, state });
             let (mut stopped, death) = (stop.subscribe(), DeathNotice { index, death: death.clone() });
             let body = move || {
                 let _notice = death;
-                runtime.block_on(async { stopped.wait_for(|stop| *stop).await.is_ok() });
+                runtime.block_on(async {
+                    tokio::select! {
+                        // A dropped supervisor is a stop too.
+                        _ = stopped.wait_for(|stop| *stop) => {}
+                        () = pulse.beat() => {}
+                    }
+                });
                 runtime.shutdown_background();
             };
             let name = format!("worker-{index}");
@@ -264,7 +307,6 @@ impl Supervisor {
 mod tests {
     use super::*;
     use std::collections::HashSet;
-    use std::time::Duration;
     use tokio::net::TcpListener;
 
     #[tokio::test]

@@ -4,8 +4,9 @@
 //! low; it grows with demand up to [`MAX_STOCK`] and shrinks to one socket when nobody draws from it.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Weak};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use socket2::Socket;
@@ -17,6 +18,8 @@ use crate::socket::{self, Family};
 pub const MAX_STOCK: usize = 64;
 /// What a stock aims at before it knows the demand.
 const INITIAL: usize = 2;
+/// Refills that follow one another within this time are of a busy pod, in milliseconds.
+const CLOSE_MILLIS: u64 = 100;
 /// What an idle stock keeps.
 const IDLE: usize = 1;
 
@@ -40,6 +43,8 @@ struct Shelf {
     target: AtomicUsize,
     refilling: AtomicBool,
     drawn: AtomicUsize,
+    /// When a refill was asked for last, in milliseconds since the first stock was used.
+    asked: AtomicU64,
 }
 
 impl Shelf {
@@ -50,6 +55,19 @@ impl Shelf {
             target: AtomicUsize::new(INITIAL),
             refilling: AtomicBool::new(false),
             drawn: AtomicUsize::new(0),
+            asked: AtomicU64::new(0),
+        }
+    }
+
+    /// Refills that follow one another closely get larger: waking the helper costs more than a socket.
+    fn note_refill(&self) {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        // The first one finds 0 and counts as following none.
+        let now = u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1);
+        let before = self.asked.swap(now, Ordering::Relaxed);
+        if before != 0 && now.saturating_sub(before) < CLOSE_MILLIS {
+            let target = self.target.load(Ordering::Relaxed);
+            self.target.store((target * 2).min(MAX_STOCK), Ordering::Relaxed);
         }
     }
 }
@@ -104,6 +122,7 @@ impl SocketStock {
             shelf.target.store((target * 2).min(MAX_STOCK), Ordering::Relaxed);
         }
         if left <= target / 2 {
+            shelf.note_refill();
             self.refill(family);
         }
         taken.map(Socket::from)

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const WRITE_SIZE: usize = 64 << 10;
 /// How long the end of the program waits for lines that are still queued.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long lines are gathered before the next write.
+const GATHER: Duration = Duration::from_millis(5);
 /// How often a file is looked at for having been moved away by log rotation.
 const ROTATION_CHECK: Duration = Duration::from_secs(1);
 
@@ -142,6 +144,10 @@ fn write_lines<T: Render>(
             metrics.failed_writes.fetch_add(1, Ordering::Relaxed);
         }
         buffer.shrink_to(WRITE_SIZE);
+        // While nobody waits for lines, queueing one wakes nobody: a busy sender pays for a push only.
+        if !stop.load(Ordering::Acquire) {
+            std::thread::sleep(GATHER);
+        }
     }
 }
 

@@ -121,6 +121,16 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     registry.gauge_from("ambit_pods_failed", "Pods that can't be served and are tried again", failed);
     let panics = program.workers.panics().clone();
     registry.counter_from("ambit_panics", "Data-path tasks that panicked", move || panics.count());
+    let workers = program.workers.clone();
+    let delay = move || {
+        let latest = workers.seats().map(|seat| seat.pulse().delay_millis()).max().unwrap_or_default();
+        i64::try_from(latest).unwrap_or(i64::MAX)
+    };
+    registry.gauge_from(
+        "ambit_worker_delay_milliseconds",
+        "How late the slowest worker's last beat was",
+        delay,
+    );
     let shortages = || crate::pods::accept_shortages();
     registry.counter_from(
         "ambit_accept_shortages",

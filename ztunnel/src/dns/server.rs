@@ -262,7 +262,8 @@ impl DnsProxy {
         for _ in 0..MAX_QUESTIONS {
             let query = match timeout(TCP_IDLE, read(&mut stream)).await {
                 Ok(Ok(query)) => query,
-                Ok(Err(error)) => return debug!(%error, "a DNS connection ended"),
+                Ok(Err(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => return,
+                Ok(Err(error)) => return debug!(%error, "a DNS connection broke"),
                 Err(_) => return,
             };
             let response = match self.shared.react(client, &query, Transport::Tcp) {

@@ -9,6 +9,7 @@
 )]
 
 mod control;
+mod dns;
 mod identity;
 mod lifecycle;
 mod mesh;
