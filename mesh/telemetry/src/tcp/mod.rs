@@ -22,7 +22,7 @@ use crate::Registry;
 use labels::FLAGS;
 
 /// Series kept by default.
-pub const DEFAULT_MAX_SERIES: usize = 20_000;
+pub const DEFAULT_MAX_SERIES: usize = 10_000;
 
 /// The counters of one label set.
 #[derive(Debug)]
