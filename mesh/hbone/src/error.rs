@@ -45,7 +45,7 @@ pub enum OpenError {
         limit: Duration,
     },
     /// TLS failed: the peer's certificate was refused, or ours by the peer, or it does not speak it.
-    #[error("TLS with {address}: {source}")]
+    #[error("TLS with {address}: {}", describe(source))]
     Tls {
         /// Where to.
         address: SocketAddr,
@@ -179,6 +179,15 @@ impl OpenError {
     }
 }
 
+/// What failed, in the words of the verifier where it was ours: rustls shows such a reason only as a debug text.
+fn describe(error: &io::Error) -> String {
+    use rustls::{CertificateError, Error};
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+        Some(Error::InvalidCertificate(CertificateError::Other(reason))) => reason.0.to_string(),
+        _ => error.to_string(),
+    }
+}
+
 /// Whether rustls failed on a certificate, theirs or ours.
 fn is_certificate(error: &io::Error) -> bool {
     use rustls::AlertDescription as Alert;
@@ -209,7 +218,7 @@ pub enum ServeError {
     #[error("no handshake within {0:?}")]
     HandshakeTimeout(Duration),
     /// TLS failed, most often because of the peer's certificate.
-    #[error("TLS: {0}")]
+    #[error("TLS: {}", describe(.0))]
     Tls(#[source] io::Error),
     /// The peer does not speak HTTP/2 over TLS.
     #[error("peer did not agree to HTTP/2")]

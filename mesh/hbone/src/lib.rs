@@ -35,7 +35,7 @@ pub use error::{Fault, OpenError, ServeError};
 pub use forwarded::Forwarded;
 pub use pool::{InFlight, Pool, PoolCounters, PoolKey};
 pub use relay::relay;
-pub use request::ConnectRequest;
+pub use request::{ConnectRequest, RequestError};
 pub use server::{Incoming, NotAnswered};
 pub use settings::Settings;
 pub use traceparent::TraceParent;

@@ -26,7 +26,7 @@ pub struct ConnectRequest {
 
 /// Why a request cannot open a tunnel. The peer is to blame; the answer is 400.
 #[derive(Debug, Clone, thiserror::Error)]
-pub(crate) enum RequestError {
+pub enum RequestError {
     /// Another method than CONNECT.
     #[error("method {0} is not CONNECT")]
     Method(Method),

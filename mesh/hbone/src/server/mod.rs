@@ -29,7 +29,7 @@ pub use incoming::{Incoming, NotAnswered};
 use crate::driver::{Upkeep, Verdict};
 use crate::load::Load;
 use crate::paced::Paced;
-use crate::{ConnectRequest, ServeError, Settings, WindowBudget};
+use crate::{ConnectRequest, RequestError, ServeError, Settings, WindowBudget};
 use abandoned::Abandoned;
 
 type H2<IO> = h2::server::Connection<Paced<TlsStream<IO>>, Bytes>;
@@ -38,7 +38,10 @@ type H2<IO> = h2::server::Connection<Paced<TlsStream<IO>>, Bytes>;
 pub struct Accepted<IO> {
     connection: H2<IO>,
     peer: PeerCertificate,
+    malformed: Option<OnMalformed>,
 }
+
+type OnMalformed = Box<dyn Fn(RequestError) + Send>;
 
 impl<IO> std::fmt::Debug for Accepted<IO> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -50,6 +53,14 @@ impl<IO> Accepted<IO> {
     /// Who dialled.
     pub fn peer(&self) -> &PeerCertificate {
         &self.peer
+    }
+
+    /// Has `tell` hear of every request that is no CONNECT to a destination; it is called on the connection's
+    /// task, once a request, just before [`serve`] answers with 400.
+    #[must_use]
+    pub fn on_malformed(mut self, tell: impl Fn(RequestError) + Send + 'static) -> Self {
+        self.malformed = Some(Box::new(tell));
+        self
     }
 }
 
@@ -92,7 +103,7 @@ where
         .handshake(Paced::new(stream))
         .await
         .map_err(|source| ServeError::Http2 { peer: peer.identity().clone(), source })?;
-    Ok(Accepted { connection, peer })
+    Ok(Accepted { connection, peer, malformed: None })
 }
 
 /// Serves a connection until it has ended and every handler has returned.
@@ -119,12 +130,13 @@ where
     F: Future<Output = ()> + Send + 'static,
     D: Future<Output = ()>,
 {
-    let Accepted { mut connection, peer } = accepted;
+    let Accepted { mut connection, peer, malformed } = accepted;
     let load = Load::new(Instant::now());
     let mut serving = Serving {
         upkeep: Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load)),
         connection,
         peer: peer.identity().clone(),
+        malformed,
         settings,
         abandoned: Abandoned::new(settings.max_abandoned, settings.abandoned_within),
         load,
@@ -164,6 +176,7 @@ struct Serving<'a, IO> {
     connection: H2<IO>,
     upkeep: Upkeep,
     peer: SpiffeId,
+    malformed: Option<OnMalformed>,
     settings: &'a Settings,
     abandoned: Abandoned,
     load: Arc<Load>,
@@ -240,6 +253,9 @@ where
             }
             Err(error) => {
                 tracing::debug!(peer = %self.peer, %error, "request refused");
+                if let Some(tell) = &self.malformed {
+                    tell(error);
+                }
                 incoming::answer(respond, StatusCode::BAD_REQUEST);
             }
         }
