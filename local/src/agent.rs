@@ -31,7 +31,7 @@ pub(crate) struct NodeAgent {
 struct Running {
     agent: Agent,
     /// The agent's driver and the carrier of its events; they end when this is dropped.
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl NodeAgent {
@@ -71,7 +71,7 @@ impl NodeAgent {
             driver.await;
             tracing::error!(node, "the node agent has ended by itself");
         });
-        *self.running.lock() = Some(Running { agent, _tasks: tasks });
+        *self.running.lock() = Some(Running { agent, tasks });
         Ok(())
     }
 
@@ -79,7 +79,7 @@ impl NodeAgent {
     pub(crate) async fn stop(&self) {
         let running = self.running.lock().take();
         if let Some(mut running) = running {
-            running._tasks.shutdown().await;
+            running.tasks.shutdown().await;
         }
     }
 

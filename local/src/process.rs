@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Child;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::error::{Error, Result};
 use crate::sandbox::Sandbox;
@@ -24,6 +25,8 @@ use crate::sandbox::Sandbox;
 const LOG_BYTES: usize = 256 * 1024;
 /// Longer lines are cut into pieces, bytes.
 const LOG_LINE: u64 = 8 * 1024;
+/// How long the output of an ended program is waited for.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Signals that may wait for delivery.
 const PENDING_SIGNALS: usize = 16;
 
@@ -111,16 +114,17 @@ impl Process {
         let mut child = sandbox.on(move || spawn(&label, &command)).await??;
         let pid = child.id().ok_or_else(|| Error::program(&*name, "it ended before it could be watched"))?;
         let output = Arc::new(Output { log_file, ..Output::default() });
+        let mut readers = JoinSet::new();
         if let Some(stdout) = child.stdout.take() {
-            tokio::spawn(keep(stdout, Arc::clone(&output)));
+            readers.spawn(keep(stdout, Arc::clone(&output)));
         }
         if let Some(stderr) = child.stderr.take() {
-            tokio::spawn(keep(stderr, Arc::clone(&output)));
+            readers.spawn(keep(stderr, Arc::clone(&output)));
         }
         let (signals, pending) = mpsc::channel(PENDING_SIGNALS);
         let (exited, exit) = watch::channel(None);
         let group = Group { pid, reaped: false };
-        tokio::spawn(supervise(child, group, pending, exited));
+        tokio::spawn(supervise(child, group, readers, pending, exited));
         Ok(Self { name, pid, signals, exit, output })
     }
 
@@ -312,6 +316,7 @@ impl Drop for Group {
 async fn supervise(
     mut child: Child,
     mut group: Group,
+    mut readers: JoinSet<()>,
     mut pending: mpsc::Receiver<(Signal, oneshot::Sender<()>)>,
     exited: watch::Sender<Option<ExitStatus>>,
 ) {
@@ -335,6 +340,11 @@ async fn supervise(
     // As in a container, nothing outlives the leader.
     group.send(Signal::SIGKILL);
     group.reaped = true;
+    // Who is told of the end wants to read the last words too. A process that left the group may hold the pipes.
+    let last_words = async { while readers.join_next().await.is_some() {} };
+    if tokio::time::timeout(LAST_WORDS, last_words).await.is_err() {
+        readers.detach_all();
+    }
     match status {
         Ok(status) => drop(exited.send(Some(status))),
         Err(error) => tracing::error!(pid = group.pid, %error, "cannot wait for a child"),

@@ -222,7 +222,7 @@ impl Cluster {
             .logs()
             .iter()
             .filter(|line| line.contains("the last good state stays"))
-            .filter_map(|line| Some(line.split_once("::directory: ")?.1.to_owned()))
+            .filter_map(|line| line.split_once("::directory: ")?.1.split(" file=").next().map(str::to_owned))
             .collect();
         problems.dedup();
         // Older ones may be solved by now.
