@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -103,10 +104,8 @@ fn once_shows_all_that_the_mesh_promises_and_says_so_by_its_exit_code() {
 
 #[test]
 fn once_fails_when_something_does_not_hold() {
-    let directory = tempfile();
-    for file in std::fs::read_dir(manifests()).expect("the demo's manifests").flatten() {
-        std::fs::copy(file.path(), directory.join(file.file_name())).expect("a copy");
-    }
+    let directory = own_directory("unpoliced");
+    copy_manifests(&directory);
     // Without the policies nobody refuses the intruders.
     std::fs::remove_file(directory.join("policies.yaml")).expect("the policies' file");
     let output = Command::new(env!("CARGO_BIN_EXE_ambit"))
@@ -121,10 +120,49 @@ fn once_fails_when_something_does_not_hold() {
     assert!(text.contains("✗ intruder-v1 gets no answer"), "{text}");
 }
 
-fn tempfile() -> PathBuf {
-    let directory = std::env::temp_dir().join(format!("ambit-up-test-{}", std::process::id()));
+/// A directory of this test's own.
+fn own_directory(test: &str) -> PathBuf {
+    let directory = std::env::temp_dir().join(format!("ambit-up-{test}-{}", std::process::id()));
     std::fs::create_dir_all(&directory).expect("a directory");
     directory
+}
+
+fn copy_manifests(to: &Path) {
+    for file in std::fs::read_dir(manifests()).expect("the demo's manifests").flatten() {
+        std::fs::copy(file.path(), to.join(file.file_name())).expect("a copy");
+    }
+}
+
+/// Needs root to become somebody else, and a machine that lets everybody make user namespaces.
+#[test]
+fn a_user_without_privileges_sees_the_same() {
+    let directory = own_directory("unprivileged");
+    let (programs, copied) = (directory.join("bin"), directory.join("manifests"));
+    for part in [&programs, &copied] {
+        std::fs::create_dir_all(part).expect("a directory");
+    }
+    copy_manifests(&copied);
+    // The build's own directory may be one that others can't enter.
+    let built = Path::new(env!("CARGO_BIN_EXE_ambit")).parent().expect("a directory");
+    for name in ["ambit", "ambit-control", "ztunnel", "bookinfo"] {
+        let (from, to) = (built.join(name), programs.join(name));
+        if std::fs::hard_link(&from, &to).is_err() {
+            std::fs::copy(&from, &to).expect("the programs of the mesh and of the demo are built");
+        }
+    }
+    let output = Command::new(programs.join("ambit"))
+        .arg("up")
+        .arg(&copied)
+        .args(["--once", "--open", "0"])
+        .current_dir("/")
+        .gid(65534)
+        .uid(65534)
+        .output()
+        .expect("root may become nobody");
+    std::fs::remove_dir_all(&directory).expect("the copies go");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{errors}");
 }
 
 #[test]
