@@ -289,7 +289,8 @@ fn settings(config: &Config, trust: &Trust) -> Settings {
 fn tunnel_settings(config: &Config) -> ambit_hbone::Settings {
     ambit_hbone::Settings {
         handshake_timeout: config.limits.handshake_timeout.get(),
-        connect_timeout: config.limits.connect_timeout.get(),
+        // One attempt of several: a proxy that does not answer must leave time for another one.
+        connect_timeout: config.limits.attempt_timeout.get(),
         idle_timeout: config.limits.pool_idle.get(),
         ..ambit_hbone::Settings::default()
     }

@@ -13,7 +13,7 @@ use ambit_directory::{
     resolve,
 };
 use ambit_hbone::{
-    Authority, Baggage, ConnectRequest, Forwarded, PoolKey, TraceParent, Tunnel, WorkloadKind,
+    Authority, Baggage, ConnectRequest, Forwarded, OpenError, PoolKey, TraceParent, Tunnel, WorkloadKind,
 };
 use ambit_identity::SpiffeId;
 use ambit_net::relay::Counters;
@@ -107,11 +107,15 @@ impl Dial<'_> {
         let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
         let mut last: Option<ConnectionError> = None;
         for _ in 0..limits.connect_attempts {
-            let route = self.route(&tried).await;
-            if let (Route::Refuse(refusal), Some(_)) = (&route, &last)
+            let mut route = self.route(&tried).await;
+            if let (Route::Refuse(refusal), Some(error)) = (&route, &last)
                 && refusal.is_exhausted()
             {
-                break;
+                if !is_passing(error) {
+                    break;
+                }
+                tried.clear();
+                route = self.route(&tried).await;
             }
             story.service = route.service().cloned();
             if bypasses_waypoint(&route) {
@@ -394,6 +398,23 @@ fn located(way: Lookup, ip: IpAddr) -> Route {
         });
     }
     Route::Plain(Plain { address, workload: Some(workload), service, waypoint_bypassed })
+}
+
+/// Whether the same endpoint may do better a little later: its proxy was lost or kept silent, as one does
+/// that is being started again. What was answered or refused would be so again.
+fn is_passing(error: &ConnectionError) -> bool {
+    let ConnectionError::Tunnel(error) = error else { return false };
+    match error {
+        OpenError::Lost { .. }
+        | OpenError::NotProcessed { .. }
+        | OpenError::ConnectTimeout { .. }
+        | OpenError::HandshakeTimeout { .. }
+        | OpenError::Abandoned { .. } => true,
+        OpenError::Tls { source, .. } => {
+            matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
+        }
+        _ => false,
+    }
 }
 
 /// Whether a missing waypoint is passed by because its owner allows that.

@@ -73,6 +73,26 @@ async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_su
     assert_eq!(ended, [Some(0), Some(0)]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_connection_waits_for_the_servers_node_proxy_for_longer_than_one_attempt() {
+    let attempt = Duration::from_secs(2);
+    let limits = serde_json::json!({ "attemptTimeout": "2s", "handshakeTimeout": "2s" });
+    let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[1]).await;
+    drop(bed.echo(bed.vip(ECHO)).await);
+    let ztunnel = bed.cluster.ztunnel(1).unwrap();
+    ztunnel.kill().await.unwrap();
+    let (client, target) = (bed.client.clone(), bed.vip(ECHO));
+    let waiting = tokio::spawn(async move {
+        let mut stream = client.connect_within(target, wait::SOON).await?;
+        ping(&mut stream, "patience").await
+    });
+    tokio::time::sleep(attempt + Duration::from_millis(500)).await;
+    assert!(!waiting.is_finished(), "it waits");
+    ztunnel.start().await.unwrap();
+    assert_eq!(waiting.await.unwrap().expect("held, then served"), "patience");
+    bed.shutdown().await;
+}
+
 async fn end_of_all(ztunnels: &[Ztunnel]) -> Vec<Option<i32>> {
     let mut codes = Vec::new();
     for ztunnel in ztunnels {
@@ -138,7 +158,7 @@ async fn a_node_proxy_without_descriptors_serves_what_it_has_and_recovers() {
     kept.more(100).await;
     beside.more(100).await;
     assert!(ztunnel.is_running());
-    limit_files(pid, 65_536);
+    limit_files(pid, 4096);
     let mut served = 0;
     for stream in &mut crowd {
         let answered =

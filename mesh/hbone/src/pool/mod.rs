@@ -108,7 +108,7 @@ impl Pool {
     /// A connection made with an older `tls` configuration (before a certificate was renewed) takes
     /// no more tunnels. `dial` runs in a task of the pool and is bounded, with the handshakes, by
     /// [`Settings::handshake_timeout`]; it is called again only if the connection it made was gone
-    /// before the tunnel could be asked for. Must be called on the worker's runtime.
+    /// before the tunnel was answered. Must be called on the worker's runtime.
     ///
     /// # Errors
     ///
@@ -135,7 +135,7 @@ impl Pool {
                     let opened = shared.open_on(key, &connection, request, lease).await;
                     attempts += 1;
                     match opened {
-                        Err(error) if error.never_processed() && attempts < ATTEMPTS => {}
+                        Err(error) if may_repeat(&error) && attempts < ATTEMPTS => {}
                         opened => return opened,
                     }
                 }
@@ -218,7 +218,14 @@ impl Shared {
             Ok(_) => self.counters.tunnels.add(1),
             Err(error) => {
                 self.counters.failed_tunnels.add(1);
-                if matches!(error, OpenError::NotProcessed { .. } | OpenError::Lost { .. }) {
+                let is_doubtful = matches!(
+                    error,
+                    OpenError::NotProcessed { .. }
+                        | OpenError::Lost { .. }
+                        // A peer that is cut off without a word: what comes next shall not wait for the PING.
+                        | OpenError::ConnectTimeout { .. }
+                );
+                if is_doubtful {
                     self.state.lock().retire(key, connection.id);
                 }
             }
@@ -244,6 +251,12 @@ impl Shared {
         }
         outcome.await.map(|()| may_spread)
     }
+}
+
+/// Whether a CONNECT may be sent again on another connection. One that was lost with its connection may have
+/// reached the peer, but no byte of the application has been sent, and none of its answer was relayed.
+fn may_repeat(error: &OpenError) -> bool {
+    error.never_processed() || matches!(error, OpenError::Lost { .. })
 }
 
 /// The making of one connection.
