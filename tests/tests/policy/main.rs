@@ -12,6 +12,7 @@
 )]
 
 mod bed;
+mod storm;
 
 use std::time::Duration;
 
