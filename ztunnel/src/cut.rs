@@ -3,12 +3,13 @@
 //! The connection's task wraps its relay in [`Cut::race`]; anybody who holds the [`Cut`] may call
 //! [`Cut::cut`] once. Costs an idle connection no task and no allocation.
 
-use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::OnceLock;
-use std::task::Poll;
+use std::task::{Context, Poll};
 
 use futures_util::task::AtomicWaker;
+use pin_project_lite::pin_project;
 
 use crate::error::CutReason;
 
@@ -35,25 +36,40 @@ impl Cut {
 
     /// Runs `work` until it ends or the connection is cut, whichever is first. One task at a time.
     ///
-    /// # Errors
-    /// The reason of the cut; `work` was dropped then.
-    pub async fn race<T>(&self, work: impl Future<Output = T>) -> Result<T, CutReason> {
-        let mut work = pin!(work);
-        poll_fn(|cx| {
-            if let Some(reason) = self.reason.get() {
-                return Poll::Ready(Err(reason.clone()));
-            }
-            if let Poll::Ready(done) = work.as_mut().poll(cx) {
-                return Poll::Ready(Ok(done));
-            }
-            self.waker.register(cx.waker());
-            // A cut between the look above and the registration would wake nobody.
-            match self.reason.get() {
-                Some(reason) => Poll::Ready(Err(reason.clone())),
-                None => Poll::Pending,
-            }
-        })
-        .await
+    /// Yields the reason of a cut as an error; `work` is dropped with what this returns.
+    pub fn race<F: Future>(&self, work: F) -> Race<'_, F> {
+        Race { cut: self, work }
+    }
+}
+
+pin_project! {
+    /// Work that a cut ends; see [`Cut::race`]. As large as the work and a pointer.
+    #[derive(Debug)]
+    #[must_use = "futures do nothing unless awaited"]
+    pub struct Race<'a, F> {
+        cut: &'a Cut,
+        #[pin]
+        work: F,
+    }
+}
+
+impl<F: Future> Future for Race<'_, F> {
+    type Output = Result<F::Output, CutReason>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Some(reason) = this.cut.reason.get() {
+            return Poll::Ready(Err(reason.clone()));
+        }
+        if let Poll::Ready(done) = this.work.poll(cx) {
+            return Poll::Ready(Ok(done));
+        }
+        this.cut.waker.register(cx.waker());
+        // A cut between the look above and the registration would wake nobody.
+        match this.cut.reason.get() {
+            Some(reason) => Poll::Ready(Err(reason.clone())),
+            None => Poll::Pending,
+        }
     }
 }
 

@@ -71,8 +71,8 @@ pub struct Connected {
 }
 
 impl Authenticated {
-    /// Tells that what was asked for could not even be understood.
-    pub fn misunderstood(&self, error: &ConnectionError) {
+    /// Tells of a failure before anything was decided.
+    pub fn tell_failed(&self, error: &ConnectionError) {
         self.worker.reporter.failed(&self.story(), error);
     }
 

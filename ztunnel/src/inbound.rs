@@ -3,12 +3,14 @@
 //! One task a connection and one a CONNECT, all on the worker that accepted. Phases as in
 //! [`crate::destination`]; before them, a connection is `Accepted` and nobody is known.
 
+use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_hbone::server;
-use ambit_hbone::{Incoming, ServeError};
+use ambit_hbone::{Incoming, ServeError, Tunnel};
 use ambit_identity::PeerCertificate;
 use ambit_net::relay::{Counters, Side};
 use tokio::net::TcpStream;
@@ -20,7 +22,7 @@ use crate::pods::Pod;
 use crate::proxy::Worker;
 use crate::report::{End, Story};
 use crate::upstream::{baggage, directory_authority};
-use crate::workers::Seat;
+use crate::workers::{Seat, Weight};
 
 /// A connection that was accepted, and whose peer is not known yet.
 struct Accepted {
@@ -70,7 +72,7 @@ impl Accepted {
             certificate: accepted.peer().clone(),
         };
         let malformed = tunnelled.clone();
-        let accepted = accepted.on_malformed(move |error| malformed.misunderstood(error.into()));
+        let accepted = accepted.on_malformed(move |error| malformed.tell_failed(&error.into()));
         let mut drain = worker.proxy.drain.clone();
         let ending = async {
             tokio::select! {
@@ -80,7 +82,7 @@ impl Accepted {
         };
         let budget = worker.proxy.budget.clone();
         let ended = server::serve(accepted, &settings, budget, ending, move |incoming| {
-            tunnelled.clone().connect(incoming)
+            tunnelled.clone().serve(incoming)
         });
         if let Err(error) = ended.await {
             note(peer, &error);
@@ -128,35 +130,58 @@ impl Tunnelled {
         }
     }
 
-    fn misunderstood(&self, error: ConnectionError) {
-        self.clone().arrived().misunderstood(&error);
+    fn tell_failed(&self, error: &ConnectionError) {
+        self.clone().arrived().tell_failed(error);
     }
 
-    async fn connect(self, mut incoming: Incoming) {
-        let (source, seat) = (self.source, self.seat.clone());
-        let _weight = seat.weigh();
+    async fn serve(self, incoming: Incoming) {
+        let weight = self.seat.weigh();
+        // What reaching takes is freed before the relay begins, which may last for days.
+        if let Some((tunnel, connected)) = Box::pin(self.reach(incoming)).await {
+            carry(tunnel, connected, weight).await;
+        }
+    }
+
+    /// Decides, dials and answers.
+    async fn reach(self, mut incoming: Incoming) -> Option<(Tunnel, Connected)> {
+        let arrived = self.clone();
         let request = incoming.request();
         let asked = Authenticated {
             authority: Some(directory_authority(&request.authority)),
             host: request.forwarded.as_ref().and_then(|f| f.host.as_deref()).map(Into::into),
             ..self.arrived()
         };
-        let reaching = Box::pin(async {
+        let reaching = async {
             let authorized = asked.authorize().await?;
             let about = authorized.workload().map(|workload| baggage(workload));
             authorized.connect().await.map(|connected| (connected, about))
-        });
+        };
         let (connected, about) = match incoming.within(reaching).await {
             Ok(Ok(reached)) => reached,
-            Ok(Err(error)) => return incoming.refuse(error.status()),
-            Err(error) => return tracing::debug!(peer = %source, %error, "a CONNECT was given up"),
+            Ok(Err(error)) => {
+                incoming.refuse(error.status());
+                return None;
+            }
+            // What was under way was dropped with its story.
+            Err(error) => {
+                arrived.tell_failed(&error.into());
+                return None;
+            }
         };
-        let Connected { mut stream, open, telling } = connected;
-        let tunnel = match incoming.accept(about.as_ref()) {
-            Ok(tunnel) => tunnel,
-            Err(error) => return telling.finish(&Err(error.into())),
-        };
-        drop(about);
+        match incoming.accept(about.as_ref()) {
+            Ok(tunnel) => Some((tunnel, connected)),
+            Err(error) => {
+                connected.telling.finish(&Err(error.into()));
+                None
+            }
+        }
+    }
+}
+
+/// Relays until both directions have ended or the connection is cut.
+fn carry(tunnel: Tunnel, connected: Connected, weight: Weight) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    let Connected { mut stream, open, telling } = connected;
+    Box::pin(async move {
         let relay = ambit_hbone::relay(&mut stream, Side::Upstream, tunnel, &open.counters, None);
         let outcome = match open.cut().race(relay).await {
             Ok(ended) => ended.map_err(ConnectionError::from),
@@ -166,7 +191,8 @@ impl Tunnelled {
             }
         };
         telling.finish(&outcome);
-    }
+        drop(weight);
+    })
 }
 
 /// Lets the application see that its connection was cut, not finished.

@@ -3,7 +3,9 @@
 //! Reaches the destination through [`crate::upstream`], then relays. The pod's identity needs no
 //! proof here: the connection came out of its own network namespace.
 
+use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,8 +15,7 @@ use ambit_net::relay::{Counters, Side};
 use ambit_net::splice::splice;
 use tokio::net::TcpStream;
 
-use crate::connections::{Direction, Open};
-use crate::cut::Cut;
+use crate::connections::Direction;
 use crate::destination::Connected;
 use crate::error::{ConnectionError, CutReason};
 use crate::inbound::reset;
@@ -26,6 +27,9 @@ use crate::upstream::{Dial, Reached, Upstream};
 
 /// Time for the whole SOCKS5 handshake.
 const SOCKS_LIMIT: Duration = Duration::from_secs(10);
+
+/// The life of a connection after it was opened.
+type Relaying = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A pod's connection whose destination is known.
 struct Asked {
@@ -150,34 +154,50 @@ impl Asked {
         }
     }
 
-    /// Relays until both directions have ended or the connection is cut.
-    async fn carry(self, mut stream: TcpStream, reached: Reached, counters: Arc<Counters>) {
+    /// Relays until both directions have ended or the connection is cut. What is returned holds only
+    /// what a connection at rest needs.
+    fn carry(self, mut stream: TcpStream, reached: Reached, counters: Arc<Counters>) -> Relaying {
         let Reached { upstream, story, load } = reached;
+        let Self { worker, source, .. } = self;
         let destination = story.destination_address;
-        let open = self.worker.proxy.connections.open(
-            self.worker.index,
+        let open = worker.proxy.connections.open(
+            worker.index,
             Direction::Outbound,
-            self.source,
+            source,
             destination,
             None,
             counters,
         );
-        let telling = self.worker.reporter.open(story, &open);
-        let outcome = match upstream {
-            Upstream::Tunnel(tunnel) => {
+        let telling = worker.reporter.open(story, &open);
+        match upstream {
+            Upstream::Tunnel(tunnel) => Box::pin(async move {
                 let relay = ambit_hbone::relay(&mut stream, Side::Downstream, *tunnel, &open.counters, None);
-                settle(open.cut().race(relay).await)
-            }
-            Upstream::Plain(mut plain) => {
+                let outcome = settle(open.cut().race(relay).await);
+                reset_if_cut(&outcome, &stream);
+                telling.finish(&outcome);
+                drop(load);
+            }),
+            Upstream::Plain(mut plain) => Box::pin(async move {
                 let outcome = settle(open.cut().race(splice(&mut stream, &mut plain, &open.counters)).await);
+                reset_if_cut(&outcome, &stream);
                 reset_if_cut(&outcome, &plain);
-                outcome
-            }
-            Upstream::Local(connected) => hand_over(&mut stream, &open, *connected).await,
-        };
-        reset_if_cut(&outcome, &stream);
-        telling.finish(&outcome);
-        drop(load);
+                telling.finish(&outcome);
+                drop(load);
+            }),
+            Upstream::Local(connected) => Box::pin(async move {
+                let Connected { stream: mut application, open: inbound, telling: at_destination } =
+                    *connected;
+                let relay = splice(&mut stream, &mut application, &open.counters);
+                // Either end's side may cut it, and both tell of it.
+                let raced = open.cut().race(inbound.cut().race(relay)).await;
+                let outcome = settle(raced.and_then(|inner| inner));
+                reset_if_cut(&outcome, &stream);
+                reset_if_cut(&outcome, &application);
+                at_destination.finish(&outcome);
+                telling.finish(&outcome);
+                drop(load);
+            }),
+        }
     }
 
     fn story(&self) -> Story {
@@ -195,21 +215,6 @@ impl Asked {
             since: self.since,
         }
     }
-}
-
-/// Relays between two pods of this node; either end's proxy side may cut it, and both tell of it.
-async fn hand_over(stream: &mut TcpStream, open: &Open, connected: Connected) -> Result<(), ConnectionError> {
-    let Connected { stream: mut application, open: inbound, telling } = connected;
-    let relay = splice(stream, &mut application, &open.counters);
-    let raced = race_both(open.cut(), inbound.cut(), relay).await;
-    let outcome = settle(raced);
-    reset_if_cut(&outcome, &application);
-    telling.finish(&outcome);
-    outcome
-}
-
-async fn race_both<T>(one: &Cut, other: &Cut, work: impl Future<Output = T>) -> Result<T, CutReason> {
-    one.race(other.race(work)).await.and_then(|inner| inner)
 }
 
 fn settle<E: Into<ConnectionError>>(raced: Result<Result<(), E>, CutReason>) -> Result<(), ConnectionError> {

@@ -265,7 +265,14 @@ impl Pods {
         if order.listeners.is_empty() {
             return Ok((sockets::own(&order.netns, wanted).await.map_err(wrong)?, false));
         }
-        Ok((sockets::passed(&order.listeners, wanted).map_err(wrong)?, true))
+        let passed = sockets::passed(&order.listeners, wanted).map_err(wrong)?;
+        if wanted.socks5 && !passed.tcp.iter().any(|(role, _)| *role == Role::Socks5) {
+            tracing::warn!(
+                pod = order.uid,
+                "no SOCKS5: the node agent binds the listeners, but not this one"
+            );
+        }
+        Ok((passed, true))
     }
 
     fn listen(
