@@ -20,6 +20,7 @@ use ambit_telemetry::access::{self, AccessLog};
 use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, Target, TcpMetrics};
 use anyhow::Context;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::config::{Cipher, Config, LogFormat};
@@ -49,9 +50,22 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let logging = logging::init(logging::LogFormat::Text, &config.log_level, Target::Stderr)?;
+    raise_file_limit();
     let outcome = runtime.block_on(Box::pin(serve(config, &logging)));
     runtime.shutdown_background();
     outcome
+}
+
+/// Takes as many descriptors as the system allows: a proxied connection needs two.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok((soft, hard))
+    });
+    match raised {
+        Ok((soft, hard)) => tracing::debug!(soft, hard, "the limit of open files was raised"),
+        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
+    }
 }
 
 /// What the parts are made of, before they are put together.
