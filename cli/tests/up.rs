@@ -166,18 +166,6 @@ fn a_user_without_privileges_sees_the_same() {
 }
 
 #[test]
-fn nothing_is_left_after_an_interrupt() {
-    let (mut child, lines) = shown();
-    let processes = family(child.id());
-    assert!(processes.len() > 10, "the demo runs: {lines:?}");
-    send("-INT", child.id());
-    let status = child.wait().expect("it ends");
-    assert!(status.success(), "{status}");
-    assert_gone(&processes);
-    assert!(!Path::new("/dev/shm/ambit").exists(), "files are left");
-}
-
-#[test]
 fn nothing_is_left_after_a_kill() {
     let (mut child, lines) = shown();
     let processes = family(child.id());

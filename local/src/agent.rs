@@ -22,6 +22,8 @@ use crate::pod::Pod;
 pub(crate) struct NodeAgent {
     node: String,
     config: AgentConfig,
+    /// Whether the node's proxy serves SOCKS5: the agent binds its listeners.
+    socks5: bool,
     running: Mutex<Option<Running>>,
     /// Pods that were brought in and not yet out.
     enrolled: Mutex<BTreeSet<String>>,
@@ -36,9 +38,9 @@ struct Running {
 
 impl NodeAgent {
     /// An agent that is not started yet.
-    pub(crate) fn new(node: String, socket: PathBuf, registry: PathBuf) -> Self {
+    pub(crate) fn new(node: String, socket: PathBuf, registry: PathBuf, socks5: bool) -> Self {
         let config = AgentConfig::new(socket, registry);
-        Self { node, config, running: Mutex::new(None), enrolled: Mutex::default() }
+        Self { node, config, socks5, running: Mutex::new(None), enrolled: Mutex::default() }
     }
 
     fn fault(&self, attempt: impl Into<String>) -> impl FnOnce(AgentError) -> Error {
@@ -100,7 +102,7 @@ impl NodeAgent {
             ips: pod.ips(),
             netns,
             netns_path: Some(PathBuf::from(path)),
-            options,
+            options: Options { socks5: options.socks5 || self.socks5, ..options },
         };
         agent.pod_up(spec).await.map_err(self.fault(attempt))?;
         self.enrolled.lock().insert(pod.uid().to_owned());

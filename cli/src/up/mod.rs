@@ -108,9 +108,22 @@ fn listen(options: &Options) -> anyhow::Result<Option<TcpListener>> {
 }
 
 async fn up(options: &Options) -> anyhow::Result<ExitCode> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let ended = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let mut ended = std::pin::pin!(ended);
     let mut screen = Screen::new(options.once);
     screen.wait_for("bringing the mesh up");
-    let cluster = start(options).await?;
+    let cluster = tokio::select! {
+        started = start(options) => started?,
+        // What has been made so far goes with the namespaces.
+        () = &mut ended => return Ok(ExitCode::SUCCESS),
+    };
     let expectations = Expectations::read(&cluster);
     let mut descriptors = isolate::inherited().await?.into_iter();
     let forward = match descriptors.next() {
@@ -123,8 +136,6 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     if let Some(forward) = &forward {
         screen.say(&format!("open http://{}{}", forward.address(), expectations.page_path()));
     }
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
     let work = async {
         if options.once {
             once(&cluster, &expectations, forward.as_ref(), &mut screen).await
@@ -134,8 +145,7 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     };
     let code = tokio::select! {
         code = work => code,
-        _ = terminate.recv() => ExitCode::SUCCESS,
-        _ = interrupt.recv() => ExitCode::SUCCESS,
+        () = &mut ended => ExitCode::SUCCESS,
     };
     screen.end();
     drop(forward);

@@ -99,7 +99,8 @@ impl Proof {
 pub(crate) async fn wait_ready(cluster: &Cluster, limit: Duration) -> anyhow::Result<String> {
     let deadline = Instant::now() + limit;
     loop {
-        let problems = cluster.problems();
+        let mut problems = cluster.problems();
+        problems.extend(cluster.control_problems().await);
         ensure!(problems.is_empty(), "{}", problems.join("; "));
         let pods: Vec<Pod> =
             cluster.pods().into_iter().filter(|pod| pod.namespace() != SAMPLE_NAMESPACE).collect();

@@ -311,7 +311,8 @@ impl ClusterBuilder {
             labels.insert("kubernetes.io/hostname".to_owned(), name.clone());
             let agent = self.mesh.then(|| {
                 let registry = directory.join("registry").join(&name);
-                NodeAgent::new(name.clone(), mesh::zds_socket_in(&directory, index), registry)
+                let socket = mesh::zds_socket_in(&directory, index);
+                NodeAgent::new(name.clone(), socket, registry, self.options.serves_socks5(index))
             });
             let range = Mutex::new(PodRange::new(plan, number));
             Node { index: number, name, labels, attached, range, agent, ztunnels: Mutex::default() }

@@ -68,6 +68,13 @@ impl std::ops::Deref for Ztunnel {
 }
 
 impl MeshOptions {
+    /// Whether a node's proxy is configured to serve SOCKS5.
+    pub(crate) fn serves_socks5(&self, index: usize) -> bool {
+        let of_node = self.ztunnel_config_of.get(&index).and_then(|config| config.get("socks5"));
+        let value = of_node.or_else(|| self.ztunnel_config.get("socks5"));
+        value.and_then(Value::as_bool).unwrap_or(false)
+    }
+
     /// The control plane as a program that is not started yet.
     ///
     /// # Errors
