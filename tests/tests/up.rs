@@ -1,0 +1,285 @@
+//! `ambit up` on the demo's manifests leaves this machine as it was, however it ends, and names what is wrong with
+//! a manifest. Needs root; fails without.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that can't go on says so and ends"
+)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use ambit_tests::wait;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::TcpStream;
+use tokio::process::{Child, ChildStdout, Command};
+
+/// How long the whole demo may take on a machine that does other things too.
+const LIMIT: Duration = Duration::from_secs(120);
+/// An environment variable that every process of one `ambit up` inherits, by which they are found.
+const MARK: &str = "AMBIT_UP_TEST";
+const KINDS: [&str; 4] = ["net", "mnt", "pid", "user"];
+
+fn manifests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/bookinfo/manifests")
+}
+
+/// The demo's manifests with one of them changed.
+fn changed(file: &str, from: &str, to: &str) -> (tempfile::TempDir, usize) {
+    let directory = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(manifests()).unwrap().flatten() {
+        fs::copy(entry.path(), directory.path().join(entry.file_name())).unwrap();
+    }
+    let path = directory.path().join(file);
+    let text = fs::read_to_string(&path).unwrap();
+    let at = text.find(from).expect("the demo has it");
+    fs::write(&path, text.replacen(from, to, 1)).unwrap();
+    (directory, text[..at].lines().count())
+}
+
+/// One run of `ambit up`, as the leader of a process group as a shell makes it.
+struct Up {
+    child: Child,
+    output: Lines<BufReader<ChildStdout>>,
+    mark: String,
+    temporary: tempfile::TempDir,
+    before: Machine,
+}
+
+/// What of the machine outlasts a process.
+#[derive(Debug, PartialEq, Eq)]
+struct Machine {
+    links: BTreeSet<String>,
+    named_namespaces: BTreeSet<String>,
+    mounts: BTreeSet<String>,
+    shared_memory: bool,
+    sockets: bool,
+}
+
+impl Machine {
+    fn now() -> Self {
+        let names = |path: &str| -> BTreeSet<String> {
+            let entries = fs::read_dir(path).into_iter().flatten().flatten();
+            entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+        };
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        // The identifiers before the fourth field are given anew to mounts that come and go.
+        let place = |line: &str| line.splitn(4, ' ').nth(3).unwrap_or_default().to_owned();
+        Self {
+            links: names("/sys/class/net"),
+            named_namespaces: names("/run/netns"),
+            mounts: mounts.lines().map(place).collect(),
+            shared_memory: Path::new(ambit_local::isolate::DIRECTORY).exists(),
+            sockets: Path::new("/run/ztunnel").exists(),
+        }
+    }
+}
+
+impl Up {
+    fn start(directory: &Path, once: bool) -> Self {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let mark = format!("{}-{number}", std::process::id());
+        let temporary = tempfile::tempdir().unwrap();
+        let before = Machine::now();
+        let mut beside = std::env::current_exe().unwrap();
+        beside.pop();
+        beside.pop();
+        let mut command = Command::new(beside.join("ambit"));
+        command.arg("up").arg(directory).args(["--open", "0"]).args(once.then_some("--once"));
+        command.env(MARK, &mark).env("TMPDIR", temporary.path()).process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).kill_on_drop(true);
+        let mut child = command.spawn().expect("the programs are built beside the tests");
+        let output = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, output, mark, temporary, before }
+    }
+
+    /// Reads on until a line satisfies `wanted`; all that was read, that line last.
+    async fn read_until(&mut self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut lines = Vec::new();
+        let reading = async {
+            while let Some(line) = self.output.next_line().await.unwrap() {
+                let found = wanted(&line);
+                lines.push(line);
+                if found {
+                    return true;
+                }
+            }
+            false
+        };
+        let found = tokio::time::timeout(LIMIT, reading).await;
+        assert!(matches!(found, Ok(true)), "what was waited for is not among {lines:#?}");
+        lines
+    }
+
+    /// Reads to the end; the exit code and all lines.
+    async fn end(&mut self) -> (Option<i32>, Vec<String>) {
+        let mut lines = Vec::new();
+        let reading = async {
+            while let Some(line) = self.output.next_line().await.unwrap() {
+                lines.push(line);
+            }
+            self.child.wait().await.unwrap()
+        };
+        let status = tokio::time::timeout(LIMIT, reading).await;
+        (status.unwrap_or_else(|_| panic!("it does not end: {lines:#?}")).code(), lines)
+    }
+
+    /// Ctrl-C: the terminal sends the signal to every process of the group.
+    fn interrupt(&self) {
+        let group = Pid::from_raw(i32::try_from(self.child.id().unwrap()).unwrap());
+        killpg(group, Signal::SIGINT).unwrap();
+    }
+
+    /// Its processes, in whichever namespaces.
+    fn processes(&self) -> BTreeSet<u32> {
+        let variable = format!("{MARK}={}", self.mark);
+        let is_ours = |pid: &u32| {
+            let variables = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            variables.split(|byte| *byte == 0).any(|given| given == variable.as_bytes())
+        };
+        pids().filter(is_ours).collect()
+    }
+
+    /// The namespaces that its processes are in and this one is not.
+    fn namespaces(&self) -> BTreeSet<u64> {
+        let of = |path: &str| {
+            let found = KINDS.iter().map(|kind| fs::metadata(format!("{path}/ns/{kind}")));
+            found.flatten().map(|namespace| namespace.ino()).collect::<BTreeSet<_>>()
+        };
+        let own = of("/proc/self");
+        let all = self.processes().into_iter().flat_map(|pid| {
+            let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            threads.flat_map(|thread| of(thread.path().to_str().unwrap())).collect::<Vec<_>>()
+        });
+        all.filter(|namespace| !own.contains(namespace)).collect()
+    }
+
+    /// Demands that nothing is left of it: no process, no file, no link, and nobody who holds one of `namespaces`.
+    async fn assert_gone(&self, namespaces: &BTreeSet<u64>) {
+        wait::until("its processes are gone", wait::SOON, || async { self.processes().is_empty() }).await;
+        wait::until("its namespaces are gone", wait::SOON, || async { held().is_disjoint(namespaces) }).await;
+        let files: Vec<_> = fs::read_dir(self.temporary.path()).unwrap().flatten().collect();
+        assert!(files.is_empty(), "files are left: {files:?}");
+        assert_eq!(Machine::now(), self.before);
+    }
+}
+
+fn pids() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Every namespace of this machine that a thread is in or a process has open.
+fn held() -> BTreeSet<u64> {
+    let mut held = BTreeSet::new();
+    for pid in pids() {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        for thread in threads {
+            let found = KINDS.iter().map(|kind| fs::metadata(thread.path().join("ns").join(kind)));
+            held.extend(found.flatten().map(|namespace| namespace.ino()));
+        }
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        held.extend(open.filter_map(|file| {
+            let target = fs::read_link(file.path()).ok()?;
+            let (kind, number) = target.to_str()?.split_once(":[")?;
+            let number: u64 = number.trim_end_matches(']').parse().ok()?;
+            KINDS.contains(&kind).then_some(number)
+        }));
+    }
+    held
+}
+
+async fn open(line: &str) -> String {
+    let address = line.strip_prefix("open http://").unwrap();
+    let (address, path) = address.split_once('/').unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET /{path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn once_ends_with_zero_and_leaves_nothing_behind() {
+    let mut up = Up::start(&manifests(), true);
+    let mut lines = up.read_until(|line| line.starts_with("open http://")).await;
+    let namespaces = up.namespaces();
+    assert!(namespaces.len() > 10 && up.processes().len() > 3, "nothing was made that could be left");
+    let (code, rest) = up.end().await;
+    lines.extend(rest);
+    assert_eq!(code, Some(0), "{lines:#?}");
+    up.assert_gone(&namespaces).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_ends_what_runs_with_zero_and_leaves_nothing_behind() {
+    let mut up = Up::start(&manifests(), false);
+    let opened = up.read_until(|line| line.starts_with("open http://")).await.pop().unwrap();
+    up.read_until(|line| line.contains("no program of the mesh has fallen")).await;
+    assert!(open(&opened).await.starts_with("HTTP/1.1 200"), "the page can be opened from this machine");
+    let namespaces = up.namespaces();
+    up.interrupt();
+    let (code, lines) = up.end().await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    up.assert_gone(&namespaces).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_while_the_mesh_starts_leaves_nothing_behind() {
+    let mut up = Up::start(&manifests(), false);
+    wait::until("some programs run", LIMIT, || async { up.processes().len() > 4 }).await;
+    let namespaces = up.namespaces();
+    up.interrupt();
+    up.end().await;
+    up.assert_gone(&namespaces).await;
+}
+
+/// Runs the demo once with a fault in it; the line number of the fault is the one after `line`.
+async fn is_named(file: &str, from: &str, to: &str, field: &str) {
+    let (directory, line) = changed(file, from, to);
+    let mut up = Up::start(directory.path(), true);
+    let (code, lines) = up.end().await;
+    assert_ne!(code, Some(0), "{lines:#?}");
+    let place = format!("! {}:{}: ", directory.path().join(file).display(), line);
+    assert!(
+        lines.iter().any(|line| line.starts_with(&place) && line.contains(field)),
+        "{place}{field}: {lines:#?}"
+    );
+    up.assert_gone(&BTreeSet::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_field_of_the_wrong_type_is_named_with_file_line_and_field() {
+    is_named("reviews.yaml", "1\n  selector", "many\n  selector", "spec.replicas").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_says_nothing_sound_is_named_with_file_line_and_field_and_fails_the_demo() {
+    is_named("policies.yaml", "ALLOW", "PERHAPS", "spec.action").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_that_is_no_yaml_is_named_with_file_and_line_and_named_again_when_it_comes_later() {
+    let (directory, line) =
+        changed("reviews.yaml", "labels: {app: reviews, service", "labels: {app: reviews, [service");
+    let file = directory.path().join("reviews.yaml");
+    let broken = fs::read_to_string(&file).unwrap();
+    fs::copy(manifests().join("reviews.yaml"), &file).unwrap();
+    let mut up = Up::start(directory.path(), false);
+    up.read_until(|line| line.contains("no program of the mesh has fallen")).await;
+    fs::write(&file, broken).unwrap();
+    let lines = up.read_until(|text| text.starts_with(&format!("! {}:{line}: ", file.display()))).await;
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0), "{lines:#?}");
+    up.assert_gone(&BTreeSet::new()).await;
+}
