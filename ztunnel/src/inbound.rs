@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_hbone::server;
-use ambit_hbone::{Incoming, ServeError, Tunnel};
+use ambit_hbone::{Incoming, Tunnel};
 use ambit_identity::PeerCertificate;
 use ambit_net::relay::{Counters, Side};
 use tokio::net::TcpStream;
@@ -54,7 +54,7 @@ pub async fn serve(worker: Arc<Worker>, seat: Seat, pod: Arc<Pod>, stream: TcpSt
 }
 
 impl Accepted {
-    /// Fails only before the first CONNECT; what fails later is told of each CONNECT.
+    /// Fails only before the first CONNECT; what fails later is told of each, and of a peer that breaks the rules.
     async fn run(self, seat: Seat) -> Result<(), ConnectionError> {
         let Self { worker, pod, stream, peer, .. } = self;
         let reached = stream.local_addr().map_err(ConnectionError::OriginalDestination)?;
@@ -63,15 +63,15 @@ impl Accepted {
         let settings = worker.pool.settings().clone();
         let accepted = Box::pin(server::accept(stream, certificate.server_config(), &settings)).await?;
         drop(certificate);
-        let tunnelled = Tunnelled {
+        let tunnelled = Arc::new(Tunnelled {
             worker: worker.clone(),
             seat,
             pod: pod.clone(),
             source: peer,
             reached,
             certificate: accepted.peer().clone(),
-        };
-        let malformed = tunnelled.clone();
+        });
+        let (malformed, asked) = (Arc::clone(&tunnelled), Arc::clone(&tunnelled));
         let accepted = accepted.on_malformed(move |error| malformed.tell_failed(&error.into()));
         let mut drain = worker.proxy.drain.clone();
         let ending = async {
@@ -82,10 +82,13 @@ impl Accepted {
         };
         let budget = worker.proxy.budget.clone();
         let ended = server::serve(accepted, &settings, budget, ending, move |incoming| {
-            tunnelled.clone().serve(incoming)
+            Tunnelled::clone(&asked).serve(incoming)
         });
-        if let Err(error) = ended.await {
-            note(peer, &error);
+        match ended.await {
+            Err(error) if error.is_misconduct() => tunnelled.tell_failed(&error.into()),
+            // The CONNECTs have told their own stories.
+            Err(error) => tracing::debug!(%peer, %error, "a tunnel connection ended"),
+            Ok(()) => {}
         }
         Ok(())
     }
@@ -101,14 +104,6 @@ impl Accepted {
             service: None,
             since: self.since,
         }
-    }
-}
-
-/// The end of a connection whose CONNECTs have told their own stories.
-fn note(peer: SocketAddr, error: &ServeError) {
-    match error {
-        ServeError::Abandoned { .. } => tracing::warn!(%peer, %error, "a tunnel connection was given up"),
-        _ => tracing::debug!(%peer, %error, "a tunnel connection ended"),
     }
 }
 

@@ -107,11 +107,17 @@ impl LocalPods {
     }
 
     fn publish(&self, pods: &HashMap<String, Entry>) {
-        let served = pods.values().filter_map(|entry| match entry {
-            Entry::Served(served) => Some((served.pod.workload.clone(), served.pod.clone())),
-            Entry::Failed { .. } => None,
-        });
-        self.by_workload.store(Arc::new(served.collect()));
+        let mut served: Vec<&Served> = pods
+            .values()
+            .filter_map(|entry| match entry {
+                Entry::Served(served) => Some(served),
+                Entry::Failed { .. } => None,
+            })
+            .collect();
+        // A pod that is made again under its name has another uid: until the former one leaves, the later counts.
+        served.sort_by_key(|served| served.number);
+        let named = served.iter().map(|served| (served.pod.workload.clone(), served.pod.clone()));
+        self.by_workload.store(Arc::new(named.collect()));
     }
 }
 
@@ -169,6 +175,8 @@ struct Order {
 
 #[derive(Debug)]
 struct Served {
+    /// Grows with each start.
+    number: u64,
     pod: Arc<Pod>,
     netns: NetnsId,
     listening: HashMap<SocketId, (Role, Listening)>,
@@ -226,7 +234,8 @@ impl Pods {
             return Ok(());
         }
         let listening = self.listen(&pod, sockets, is_shared);
-        let served = Served { pod, netns: order.netns.id(), listening };
+        table.tickets += 1;
+        let served = Served { number: table.tickets, pod, netns: order.netns.id(), listening };
         let previous = table.entries.insert(order.uid.clone(), Entry::Served(served));
         self.0.proxy.local.publish(&table.entries);
         drop(table);

@@ -20,7 +20,7 @@ use crate::connections::{Direction, Open};
 use crate::error::{Blame, ConnectionError};
 
 /// Pairs of workloads whose counters are held ready; beyond it, all are looked up anew.
-const MAX_PAIRS: usize = 8192;
+const MAX_PAIRS: usize = 512;
 
 /// One side of a connection, as far as it is known.
 #[derive(Debug, Clone, Default)]

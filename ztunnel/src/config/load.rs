@@ -101,6 +101,16 @@ impl Leaf {
         format!("ZTUNNEL_{}", self.flag().replace('-', "_").to_uppercase())
     }
 
+    fn shown_default(&self) -> String {
+        match &self.default {
+            Value::Null => "none".to_owned(),
+            Value::String(text) if text.is_empty() => "none".to_owned(),
+            Value::Array(items) if items.is_empty() => "none".to_owned(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// Reads a flag's or variable's text as the kind of value that the key has.
     fn value(&self, text: &str) -> Result<Value, ConfigError> {
         let wrong = |what: &str| ConfigError::Value {
@@ -169,7 +179,7 @@ fn command(keys: &[Leaf]) -> Command {
                 .env(key.variable())
                 .value_name("VALUE")
                 .hide_env_values(true)
-                .help(format!("key `{}`", key.dotted())),
+                .help(format!("key `{}` [default: {}]", key.dotted(), key.shown_default())),
         )
     })
 }
