@@ -29,6 +29,8 @@ use screen::Screen;
 
 /// How often the table is drawn.
 const REFRESH: Duration = Duration::from_secs(1);
+/// How long a pod may be unready before that is worth a line.
+const STARTING: Duration = Duration::from_secs(10);
 /// How long workloads may take to become ready before that counts as a failure.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
@@ -158,9 +160,11 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
 async fn start(options: &Options) -> anyhow::Result<Arc<Cluster>> {
     let mut builder = Cluster::builder()
         .nodes(usize::from(options.nodes))
-        .ipv6(!options.no_ipv6)
         .manifests(&options.directory)
         .directory(Path::new(isolate::DIRECTORY));
+    if options.no_ipv6 {
+        builder = builder.ipv6(false);
+    }
     for (image, program) in &options.images {
         builder = builder.program(image, program);
     }
@@ -223,7 +227,10 @@ async fn troubles(cluster: &Cluster) -> Vec<String> {
     lines.extend(cluster.fallen());
     for pod in cluster.pods() {
         let view = pod.view();
-        if !view.is_ready() || view.restarts() > 0 {
+        // A pod that has just been made, or is on its way out, is as it should be.
+        let settled = view.terminating.is_none() && view.started.elapsed().is_ok_and(|age| age > STARTING)
+            || view.failure.is_some();
+        if (!view.is_ready() && settled) || view.restarts() > 0 || view.is_stuck() {
             let restarts = match view.restarts() {
                 0 => String::new(),
                 1 => ", restarted once".to_owned(),

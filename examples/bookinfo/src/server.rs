@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
 use std::time::Duration;
 
@@ -28,13 +28,23 @@ const MAX_BODY: usize = 64 * 1024;
 /// How long requests that run may still take when the program is told to end.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// Binds; the wildcard of both families becomes that of IPv4 on a machine without IPv6.
+async fn bind(listen: SocketAddr) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(listen).await {
+        Err(_) if listen.ip() == Ipv6Addr::UNSPECIFIED => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, listen.port())).await
+        }
+        bound => bound,
+    }
+}
+
 /// Serves `answer` on `listen` until the program is told to end.
 pub(crate) async fn serve<F, A>(listen: SocketAddr, answer: F) -> Result<()>
 where
     F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,
     A: Future<Output = Answer> + Send + 'static,
 {
-    let listener = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
+    let listener = bind(listen).await.with_context(|| format!("listening on {listen}"))?;
     println!("listening on {listen}");
     let graceful = GracefulShutdown::new();
     let mut terminate = signal(SignalKind::terminate())?;

@@ -51,7 +51,7 @@ impl ClusterBuilder {
         Self {
             nodes: 2,
             node_labels: BTreeMap::new(),
-            ipv6: true,
+            ipv6: Path::new("/proc/net/if_inet6").exists(),
             mesh: true,
             trust_domain: "cluster.local".to_owned(),
             token_lifetime: TOKEN_LIFETIME,
@@ -76,7 +76,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// Whether pods have IPv6 addresses too; default true.
+    /// Whether pods have IPv6 addresses too; default is whether this machine's kernel has IPv6.
     #[must_use]
     pub fn ipv6(mut self, ipv6: bool) -> Self {
         self.ipv6 = ipv6;

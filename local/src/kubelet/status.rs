@@ -11,6 +11,9 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::addresses::Addresses;
 
+/// Reason of a container that waits for its first start.
+const CREATING: &str = "ContainerCreating";
+
 /// Where a container is in its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
@@ -136,6 +139,16 @@ impl PodView {
         waiting.unwrap_or_else(|| self.phase().to_owned())
     }
 
+    /// Whether a container waits for something that time alone does not bring, such as a program for its image.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.containers.iter().any(|container| match &container.state {
+            State::Waiting { reason, .. } => reason != CREATING,
+            State::Terminated { code, .. } => *code != 0 && self.terminating.is_none(),
+            State::Running { .. } => false,
+        })
+    }
+
     /// How often containers were started again, all together.
     #[must_use]
     pub fn restarts(&self) -> u32 {
@@ -184,7 +197,7 @@ impl ContainerView {
         Self {
             name: name.to_owned(),
             image: image.to_owned(),
-            state: State::Waiting { reason: "ContainerCreating".to_owned(), message: String::new() },
+            state: State::Waiting { reason: CREATING.to_owned(), message: String::new() },
             ready: false,
             restarts: 0,
             last_end: None,
