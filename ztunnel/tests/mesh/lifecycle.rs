@@ -185,3 +185,17 @@ fn limit_files(pid: u32, soft: u64) {
         .expect("prlimit (util-linux)");
     assert!(done.success());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_made_again_under_its_name_is_reached_before_the_former_one_has_left() {
+    let mesh = Mesh::start(1, json!({})).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let _former = mesh.pod(0, "server", "server").await;
+    let mut later = mesh.uncaptured_pod(0, "server", "server").await;
+    later.uid = "uid-server-later".to_owned();
+    let later = mesh.capture(0, &later).await;
+    let _seen = echo(later.net.listen(later.net.v4.into(), 8080).await);
+    let mut stream = client.net.dial((later.net.v4, 8080).into()).await.unwrap();
+    assert_eq!(exchange(&mut stream, b"later").await.unwrap(), b"later");
+    assert!(mesh.nodes[0].ztunnel.metrics().await.contains("ambit_handed_over_total 1"));
+}

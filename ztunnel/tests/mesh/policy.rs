@@ -115,3 +115,18 @@ async fn a_connection_stays_when_a_policy_changes_that_does_not_concern_it() {
     mesh.control.workload(server.workload.clone());
     assert!(tokio::time::timeout(LIMIT, stream.read_u8()).await.expect("closed by the list").is_err());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dry_run_policy_refuses_nothing_and_is_counted() {
+    let mesh = Mesh::start(2, json!({})).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let server = mesh.pod(1, "server", "server").await;
+    let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
+    let mut denied = policy("rehearsal", Action::Deny, principal("client"));
+    denied.dry_run = true;
+    mesh.control.policy(&denied);
+    mesh.wait("policy known", |dump| dump["policies"].as_array().is_some_and(|p| p.len() == 1)).await;
+    assert!(works(&client, (server.net.v4, 8080).into()).await);
+    let metrics = mesh.nodes[1].ztunnel.metrics().await;
+    assert!(metrics.contains("ambit_policy_dry_run_differs_total 1"), "{metrics}");
+}
