@@ -1,7 +1,8 @@
 //! What tunnels of one pool share, and when they stop sharing it.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ambit_hbone::{ConnectRequest, InFlight, OpenError, Settings};
@@ -328,6 +329,51 @@ async fn no_tunnel_fails_while_the_server_drains_again_and_again() {
     };
     soon("the load", async { tokio::join!(load, drains) }).await;
     assert!(client.dials() > 2, "no drain took effect");
+}
+
+/// A way to `node` that is cut at the next byte from the client once the switch is set, which resets it.
+async fn cutting(node: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, switch) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+    let cut = Arc::clone(&switch);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let cut = Arc::clone(&cut);
+            tokio::spawn(async move {
+                let mut server = TcpStream::connect(node).await.unwrap();
+                let (mut sent, mut answered) = (vec![0; 16_384], vec![0; 16_384]);
+                loop {
+                    tokio::select! {
+                        read = client.read(&mut sent) => match read {
+                            Ok(n @ 1..) if !cut.swap(false, Ordering::SeqCst) => {
+                                server.write_all(&sent[..n]).await.unwrap();
+                            }
+                            _ => return,
+                        },
+                        read = server.read(&mut answered) => match read {
+                            Ok(n @ 1..) => client.write_all(&answered[..n]).await.unwrap(),
+                            _ => return,
+                        },
+                    }
+                }
+            });
+        }
+    });
+    (address, switch)
+}
+
+#[tokio::test]
+async fn a_connect_that_is_lost_with_its_connection_is_sent_again_on_another() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let client = Client::new(&world, "client", Settings::default());
+    let target = echo().await;
+    let (address, switch) = cutting(node.address).await;
+    let _first = client.open(address, target).await.unwrap();
+    switch.store(true, Ordering::SeqCst);
+    client.open(address, target).await.expect("on a connection of its own");
+    assert!(!switch.load(Ordering::SeqCst), "the CONNECT met the cut");
+    assert_eq!(client.dials(), 2);
 }
 
 #[tokio::test]
