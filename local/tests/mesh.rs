@@ -133,3 +133,31 @@ async fn an_edited_label_in_the_manifests_moves_running_programs_in_and_out() {
     assert_eq!(cluster.pods_of("shop", "app", "a").len(), 2, "the same pods, not others");
     cluster.shutdown().await;
 }
+
+/// Needs the demo's program `bookinfo` too.
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_reach_a_pod_whatever_the_policies_say() {
+    let cluster = Cluster::builder().start().await.expect("root, ambit-control and ztunnel");
+    cluster.namespace("shop", true).await.expect("a namespace");
+    cluster
+        .apply(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: nobody, namespace: shop}\nspec: {action: ALLOW}\n---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: shop}\nspec: {mtls: {mode: STRICT}}\n---\napiVersion: apps/v1\nkind: Deployment\nmetadata: {name: details, namespace: shop}\nspec:\n  selector: {matchLabels: {app: details}}\n  template:\n    metadata: {labels: {app: details}}\n    spec:\n      containers:\n      - name: details\n        image: bookinfo\n        args: [details]\n        readinessProbe: {httpGet: {path: /health, port: 9080}, periodSeconds: 1}\n        livenessProbe: {tcpSocket: {port: 9080}, periodSeconds: 1, failureThreshold: 1}\n",
+        )
+        .await
+        .expect("sound manifests");
+    cluster.wait_ready("shop", "details", LIMIT).await.expect("its readiness probe reaches it");
+    let details = cluster.pods_of("shop", "app", "details")[0].clone();
+    assert!(details.is_enrolled());
+    for (namespace, name) in [("shop", "client"), ("elsewhere", "stranger")] {
+        let client = cluster.pod(PodOptions::new(namespace, name)).await.expect("a pod");
+        let target = SocketAddr::new(IpAddr::V4(details.ip()), 9080);
+        let asked = async {
+            let mut stream = client.connect_within(target, LIMIT).await?;
+            stream.write_all(b"GET /health HTTP/1.1\r\nhost: details\r\n\r\n").await?;
+            stream.read(&mut [0; 64]).await
+        };
+        assert!(matches!(asked.await, Ok(0) | Err(_)), "{name} must not be answered");
+    }
+    assert_eq!(details.view().restarts(), 0, "its liveness probe reaches it");
+    cluster.shutdown().await;
+}
