@@ -11,11 +11,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// The servers' HTTP port, and the service's.
-pub const HTTP: u16 = 8080;
+pub(crate) const HTTP: u16 = 8080;
 /// The servers' echo port, and the service's.
-pub const ECHO: u16 = 8081;
+pub(crate) const ECHO: u16 = 8081;
 /// The namespace of the client and the servers.
-pub const NAMESPACE: &str = "shop";
+pub(crate) const NAMESPACE: &str = "shop";
 /// Where HBONE is listened for.
 const HBONE: u16 = 15008;
 /// How much of each program's log a failure shows, lines.
@@ -28,21 +28,21 @@ spec: {selector: {app: web}, ports: [{name: http, port: 8080}, {name: echo, port
 ";
 
 /// The cluster, the client on its first node, and the servers.
-pub struct Bed {
-    pub cluster: Cluster,
-    pub client: Pod,
-    pub servers: Vec<Pod>,
+pub(crate) struct Bed {
+    pub(crate) cluster: Cluster,
+    pub(crate) client: Pod,
+    pub(crate) servers: Vec<Pod>,
     running: Vec<Running>,
 }
 
 impl Bed {
     /// Two nodes, and one server a node that is named.
-    pub async fn start(ambient: bool, servers: &[usize]) -> Self {
+    pub(crate) async fn start(ambient: bool, servers: &[usize]) -> Self {
         Self::on(Cluster::builder().nodes(2), ambient, servers).await
     }
 
     /// The same with a cluster of one's own.
-    pub async fn on(builder: ClusterBuilder, ambient: bool, servers: &[usize]) -> Self {
+    pub(crate) async fn on(builder: ClusterBuilder, ambient: bool, servers: &[usize]) -> Self {
         let cluster = builder.ipv6(false).start().await.expect("root, ambit-control and ztunnel");
         cluster.namespace(NAMESPACE, ambient).await.unwrap();
         cluster.apply(SERVICE).await.unwrap();
@@ -59,13 +59,13 @@ impl Bed {
     }
 
     /// A pod behind the service in which nothing listens yet.
-    pub async fn server(&self, name: &str, node: usize) -> Pod {
+    pub(crate) async fn server(&self, name: &str, node: usize) -> Pod {
         let options = PodOptions::new(NAMESPACE, name).node(node).service_account("web").label("app", "web");
         self.cluster.pod(options).await.unwrap()
     }
 
     /// Runs the servers' applications in a pod, for as long as the bed lives.
-    pub async fn serve(&mut self, pod: &Pod) {
+    pub(crate) async fn serve(&mut self, pod: &Pod) {
         for (port, app) in [(HTTP, App::Http(pod.name().to_owned())), (ECHO, App::Echo)] {
             let running = apps::run(pod, SocketAddr::new(pod.ip().into(), port), app).await;
             self.running.push(running.expect("the ports of a new pod are free"));
@@ -73,17 +73,17 @@ impl Bed {
     }
 
     /// The service's address.
-    pub fn vip(&self, port: u16) -> SocketAddr {
+    pub(crate) fn vip(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.cluster.service_ips(NAMESPACE, "web")[0], port)
     }
 
     /// The client and the servers.
-    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+    pub(crate) fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.servers.iter().chain([&self.client])
     }
 
     /// Waits until every node proxy that runs knows all pods as what they are.
-    pub async fn all_known(&self) {
+    pub(crate) async fn all_known(&self) {
         for node in 0..self.cluster.nodes() {
             let ztunnel = self.cluster.ztunnel(node).unwrap();
             wait::until("every pod is told", wait::SOON, || async {
@@ -102,30 +102,30 @@ impl Bed {
     }
 
     /// The load from the client to the service.
-    pub async fn load(&self) -> Load {
+    pub(crate) async fn load(&self) -> Load {
         Load::start(&self.client, self.vip(HTTP), &Shape::default()).await.expect("kept connections open")
     }
 
     /// An echo connection from the client that has answered once.
-    pub async fn echo(&self, target: SocketAddr) -> TcpStream {
+    pub(crate) async fn echo(&self, target: SocketAddr) -> TcpStream {
         let mut stream = self.client.connect_within(target, wait::SOON).await.unwrap();
         assert_eq!(ping(&mut stream, "hello").await.unwrap(), "hello");
         stream
     }
 
     /// Sum of a counter of the newest node proxy of a node.
-    pub async fn count(&self, node: usize, name: &str, labels: &[(&str, &str)]) -> f64 {
+    pub(crate) async fn count(&self, node: usize, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.cluster.ztunnel(node).unwrap().metrics().await.unwrap().sum(name, labels)
     }
 
     /// Connections with mutual TLS that the node proxy of a node has told of as their source.
-    pub async fn tunnelled(&self, node: usize) -> f64 {
+    pub(crate) async fn tunnelled(&self, node: usize) -> f64 {
         let labels = [("reporter", "source"), ("connection_security_policy", "mutual_tls")];
         self.count(node, "istio_tcp_connections_opened_total", &labels).await
     }
 
     /// Ends the cluster after it was seen that the load had only the failures that are allowed.
-    pub async fn end(self, tally: &Tally, allowed: impl Fn(&Failure) -> bool) {
+    pub(crate) async fn end(self, tally: &Tally, allowed: impl Fn(&Failure) -> bool) {
         assert!(tally.new_answered > 100 && tally.kept_answered > 100, "the load did not run: {tally:?}");
         let failures = tally.not_allowed(allowed);
         if !failures.is_empty() {
@@ -143,7 +143,7 @@ impl Bed {
     }
 
     /// Shows the ends of all logs.
-    pub fn print_logs(&self) {
+    pub(crate) fn print_logs(&self) {
         for (name, lines) in self.cluster.mesh_logs() {
             eprintln!("== {name}");
             let tail = lines.len().saturating_sub(LOG_TAIL);
@@ -152,7 +152,7 @@ impl Bed {
     }
 
     /// Ends the cluster.
-    pub async fn shutdown(self) {
+    pub(crate) async fn shutdown(self) {
         let Self { cluster, client, servers, running } = self;
         drop((client, servers, running));
         cluster.shutdown().await;
@@ -160,7 +160,7 @@ impl Bed {
 
     /// What a capture saw of the client: own ports of connections in the clear to a server's applications (any
     /// address of theirs), and own ports of tunnels.
-    pub fn seen(&self, captured: &Captured) -> Seen {
+    pub(crate) fn seen(&self, captured: &Captured) -> Seen {
         assert_eq!(captured.dropped, 0, "the capture is complete");
         let mut seen = Seen::default();
         for packet in captured.packets.iter().filter(|packet| packet.tcp && !packet.payload.is_empty()) {
@@ -183,13 +183,13 @@ impl Bed {
 
 /// What a capture saw of a client, by its own addresses.
 #[derive(Debug, Default)]
-pub struct Seen {
-    pub clear: Vec<SocketAddr>,
-    pub tunnels: Vec<SocketAddr>,
+pub(crate) struct Seen {
+    pub(crate) clear: Vec<SocketAddr>,
+    pub(crate) tunnels: Vec<SocketAddr>,
 }
 
 /// Sends text to an echo server and waits for it to come back, at most 15 s.
-pub async fn ping(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
+pub(crate) async fn ping(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
     let exchange = async {
         stream.write_all(text.as_bytes()).await?;
         let mut answer = vec![0; text.len()];
@@ -200,13 +200,13 @@ pub async fn ping(stream: &mut TcpStream, text: &str) -> std::io::Result<String>
 }
 
 /// Gives up after 15 s.
-pub async fn within<T>(work: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
+pub(crate) async fn within<T>(work: impl Future<Output = std::io::Result<T>>) -> std::io::Result<T> {
     let late = |_| std::io::Error::new(std::io::ErrorKind::TimedOut, "no end within 15 s");
     tokio::time::timeout(wait::SOON, work).await.map_err(late)?
 }
 
 /// Waits until a connection is ended by the other side, at most `limit`.
-pub async fn until_ended(stream: &mut TcpStream, limit: Duration) {
+pub(crate) async fn until_ended(stream: &mut TcpStream, limit: Duration) {
     let mut rest = Vec::new();
     // A reset is an end too.
     let read = tokio::time::timeout(limit, stream.read_to_end(&mut rest)).await;
