@@ -255,6 +255,21 @@ pub enum ServeError {
 }
 
 impl ServeError {
+    /// Whether the peer broke the protocol or one of its limits, which no orderly peer and no lost link does.
+    pub fn is_misconduct(&self) -> bool {
+        match self {
+            ServeError::Abandoned { .. } => true,
+            ServeError::Http2 { source, .. } => {
+                source.is_library() && source.reason() != Some(h2::Reason::NO_ERROR)
+            }
+            ServeError::HandshakeTimeout(_)
+            | ServeError::Tls(_)
+            | ServeError::NoHttp2
+            | ServeError::Identity(_)
+            | ServeError::PingTimeout { .. } => false,
+        }
+    }
+
     /// Whose fault it is.
     pub fn fault(&self) -> Fault {
         match self {

@@ -1,0 +1,259 @@
+//! Who comes without being somebody: no certificate, a wrong one, an old one, one taken back.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ambit_identity::TlsSettings;
+use ambit_tests::beds::Trials;
+use ambit_tests::wait;
+use rcgen::{
+    CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
+use time::OffsetDateTime;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+
+use crate::{FRIEND, Hostile, requests};
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// Takes any server for authentic, as somebody does who only wants in.
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        TlsSettings::default().provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A certificate as nobody honest would have it.
+struct Forged {
+    names: Vec<String>,
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+impl Forged {
+    /// Right in every respect; tests change one.
+    fn new() -> Self {
+        let now = SystemTime::now();
+        Self { names: vec![FRIEND.to_owned()], not_before: now - DAY, not_after: now + DAY }
+    }
+
+    fn named(mut self, names: &[&str]) -> Self {
+        self.names = names.iter().map(ToString::to_string).collect();
+        self
+    }
+
+    /// The TLS of a client that shows it, signed with `issuer`.
+    fn client(self, issuer: &Issuer<'_, KeyPair>) -> Arc<ClientConfig> {
+        let mut parameters = CertificateParams::default();
+        parameters.distinguished_name = DistinguishedName::new();
+        let names = self.names.iter().map(|name| SanType::URI(name.as_str().try_into().unwrap()));
+        parameters.subject_alt_names = names.collect();
+        parameters.not_before = OffsetDateTime::from(self.not_before);
+        parameters.not_after = OffsetDateTime::from(self.not_after);
+        parameters.is_ca = IsCa::ExplicitNoCa;
+        parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().unwrap();
+        let certificate = parameters.signed_by(&key, issuer).unwrap();
+        let config = anybodys().with_client_auth_cert(vec![certificate.into()], key.into()).unwrap();
+        speaking_h2(config)
+    }
+}
+
+fn anybodys() -> rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert> {
+    ClientConfig::builder_with_provider(TlsSettings::default().provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anybody))
+}
+
+fn speaking_h2(mut config: ClientConfig) -> Arc<ClientConfig> {
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(config)
+}
+
+/// The cluster's own authority, by its key.
+fn own_root(bed: &Hostile) -> Issuer<'static, KeyPair> {
+    let read = |name: &str| std::fs::read_to_string(bed.cluster.ca_dir().join(name)).unwrap();
+    let key = KeyPair::from_pem(&read("ca-key.pem")).unwrap();
+    Issuer::from_ca_cert_pem(&read("ca-cert.pem"), key).unwrap()
+}
+
+/// A root that looks like the cluster's, with a key that is not.
+fn other_root(bed: &Hostile) -> Issuer<'static, KeyPair> {
+    let key = KeyPair::generate().unwrap();
+    let read = std::fs::read_to_string(bed.cluster.ca_dir().join("ca-cert.pem")).unwrap();
+    // Name and extensions are the real root's; only the key differs.
+    Issuer::from_ca_cert_pem(&read, key).unwrap_or_else(|_| {
+        let mut parameters = CertificateParams::default();
+        parameters.distinguished_name.push(DnType::OrganizationName, "cluster.local");
+        parameters.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        Issuer::new(parameters, KeyPair::generate().unwrap())
+    })
+}
+
+/// What the server says of our certificate: nothing bad, or the alert.
+async fn verdict(stream: &mut TlsStream<TcpStream>) -> Result<(), String> {
+    let mut first = [0; 1];
+    match tokio::time::timeout(wait::SOON, stream.read(&mut first)).await.expect("a verdict in time") {
+        Ok(0) => Err("closed without a word".to_owned()),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Whoever shows this is refused with `alert`; that is counted, told with `reason`, and hurts nobody.
+async fn is_refused(bed: &Hostile, tls: Arc<ClientConfig>, alert: &str, reason: &str) {
+    let before = bed.failures("TLS_FAILURE").await;
+    let (from, mut stream) = bed.approach(tls).await;
+    let said = verdict(&mut stream).await.expect_err("it was let in");
+    assert!(said.contains(alert), "{said:?} is not {alert}");
+    let line = bed.told(from).await;
+    let error = line["error"].as_str().unwrap_or_default();
+    assert!(error.contains(reason), "{reason:?} is not why: {line}");
+    bed.counted("TLS_FAILURE", before).await;
+    bed.goes_on().await;
+}
+
+async fn a_right_certificate_is_let_in(bed: &Hostile) {
+    let (_, mut stream) = bed.approach(Forged::new().client(&own_root(bed))).await;
+    verdict(&mut stream).await.expect("what the other tests vary is let in as it is");
+}
+
+async fn a_peer_without_a_certificate_is_refused(bed: &Hostile) {
+    let tls = speaking_h2(anybodys().with_no_client_auth());
+    is_refused(bed, tls, "CertificateRequired", "no certificate").await;
+}
+
+async fn a_peer_of_another_trust_domain_is_refused_even_if_our_root_signed_it(bed: &Hostile) {
+    let tls = Forged::new().named(&["spiffe://elsewhere.local/ns/shop/sa/friend"]).client(&own_root(bed));
+    is_refused(bed, tls, "alert", "elsewhere.local").await;
+}
+
+async fn a_peer_whose_certificate_has_expired_is_refused(bed: &Hostile) {
+    let mut forged = Forged::new();
+    forged.not_after = SystemTime::now() - Duration::from_secs(5);
+    is_refused(bed, forged.client(&own_root(bed)), "CertificateExpired", "xpired").await;
+}
+
+async fn a_peer_whose_certificate_is_not_valid_yet_is_refused(bed: &Hostile) {
+    let mut forged = Forged::new();
+    forged.not_before = SystemTime::now() + Duration::from_secs(3600);
+    is_refused(bed, forged.client(&own_root(bed)), "alert", "alid").await;
+}
+
+async fn a_peer_with_a_certificate_of_a_root_that_is_not_ours_is_refused(bed: &Hostile) {
+    is_refused(bed, Forged::new().client(&other_root(bed)), "alert", "").await;
+}
+
+async fn a_peer_whose_certificate_names_nobody_is_refused(bed: &Hostile) {
+    is_refused(bed, Forged::new().named(&[]).client(&own_root(bed)), "alert", "0 URI names").await;
+}
+
+async fn a_peer_whose_certificate_names_two_is_refused(bed: &Hostile) {
+    let tls = Forged::new().named(&[FRIEND, "spiffe://cluster.local/ns/shop/sa/server"]);
+    is_refused(bed, tls.client(&own_root(bed)), "alert", "2 URI names").await;
+}
+
+async fn a_revoked_peer_loses_its_open_connection_and_gets_no_new_one(bed: &Hostile) {
+    let (kept, lost) = (bed.credentials.certificate(FRIEND), bed.credentials.certificate(FRIEND));
+    let mut kept = requests::tunnel(bed, kept.client_config(), bed.application()).await;
+    let mut open = requests::tunnel(bed, lost.client_config(), bed.application()).await;
+    open.echoes(b"while it is good").await;
+    bed.credentials.revoke(&lost);
+    open.is_cut().await;
+    let line = bed.told(open.from).await;
+    assert!(line["error"].as_str().unwrap_or_default().contains("revoked"), "{line}");
+    kept.echoes(b"of another certificate").await;
+    is_refused(bed, lost.client_config(), "CertificateRevoked", "evoked").await;
+}
+
+/// Says `words` at the tunnel port; it is refused and told.
+async fn speaks_in_the_clear(bed: &Hostile, words: &[u8]) {
+    let before = bed.failures("TLS_FAILURE").await;
+    let mut stream = bed.stranger.connect_within(bed.door(), wait::SOON).await.unwrap();
+    let from = stream.local_addr().unwrap();
+    stream.write_all(words).await.unwrap();
+    let mut answer = Vec::new();
+    let ended = tokio::time::timeout(wait::SOON, stream.read_to_end(&mut answer)).await;
+    // A TLS alert at most, and then the end, orderly or not.
+    let _how = ended.expect("an end in time");
+    assert!(answer.len() <= 7 && !answer.starts_with(b"HTTP"), "answered with {answer:?}");
+    let line = bed.told(from).await;
+    assert!(!line["error"].as_str().unwrap_or_default().is_empty(), "{line}");
+    bed.counted("TLS_FAILURE", before).await;
+    bed.goes_on().await;
+}
+
+async fn plaintext_http_to_the_tunnel_port_is_refused(bed: &Hostile) {
+    speaks_in_the_clear(bed, b"GET / HTTP/1.1\r\nhost: server\r\n\r\n").await;
+}
+
+async fn plaintext_http2_to_the_tunnel_port_is_refused(bed: &Hostile) {
+    speaks_in_the_clear(bed, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+}
+
+async fn a_tls_record_of_nonsense_to_the_tunnel_port_is_refused(bed: &Hostile) {
+    speaks_in_the_clear(bed, &[b"\x16\x03\x01\x40\x00".as_slice(), &[0xa5; 0x4000]].concat()).await;
+}
+
+pub(crate) fn add(trials: &mut Trials<Hostile>) {
+    macro_rules! add {
+        ($($test:ident),* $(,)?) => {
+            $(trials.add(concat!("peers::", stringify!($test)), async |bed| $test(bed).await);)*
+        };
+    }
+    add!(
+        a_right_certificate_is_let_in,
+        a_peer_without_a_certificate_is_refused,
+        a_peer_of_another_trust_domain_is_refused_even_if_our_root_signed_it,
+        a_peer_whose_certificate_has_expired_is_refused,
+        a_peer_whose_certificate_is_not_valid_yet_is_refused,
+        a_peer_with_a_certificate_of_a_root_that_is_not_ours_is_refused,
+        a_peer_whose_certificate_names_nobody_is_refused,
+        a_peer_whose_certificate_names_two_is_refused,
+        a_revoked_peer_loses_its_open_connection_and_gets_no_new_one,
+        plaintext_http_to_the_tunnel_port_is_refused,
+        plaintext_http2_to_the_tunnel_port_is_refused,
+        a_tls_record_of_nonsense_to_the_tunnel_port_is_refused,
+    );
+}
