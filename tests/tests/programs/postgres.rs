@@ -52,7 +52,9 @@ async fn start(talk: &Talk<'_>) -> Process {
     writeln!(rules, "host all all all scram-sha-256").unwrap();
     fs::write(data.join("pg_hba.conf"), rules).unwrap();
     let mut command = as_user(&format!("{BIN}/postgres")).args(["-D", text(&data)]).directory(&data);
-    for setting in ["listen_addresses=*", "unix_socket_directories=", "fsync=off", "shared_buffers=64MB"] {
+    for setting in
+        ["listen_addresses=*", "unix_socket_directories=", "fsync=off", "dynamic_shared_memory_type=mmap"]
+    {
         command = command.args(["-c", setting]);
     }
     let server = talk.server.spawn(command).await.unwrap();
@@ -61,9 +63,10 @@ async fn start(talk: &Talk<'_>) -> Process {
     server
 }
 
-/// A command as the package's user, which still ends with the test.
+/// A command as the package's user, which still ends with the test, and its shared memory with it.
 fn as_user(program: &str) -> Command {
-    Command::new("setpriv")
+    Command::new("unshare")
+        .args(["--ipc", "setpriv"])
         .args(["--reuid", USER, "--regid", USER, "--clear-groups", "--pdeathsig", "KILL"])
         .arg(program)
 }
