@@ -11,6 +11,7 @@ use futures_util::future::{join_all, try_join_all};
 use parking_lot::{Mutex, RwLock};
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
 
 use crate::addresses::{Plan, PodRange};
 use crate::agent::NodeAgent;
@@ -207,14 +208,14 @@ impl ClusterBuilder {
         let mut cluster = Cluster {
             shared: Arc::clone(&shared),
             mesh: None,
-            tasks: Vec::new(),
+            tasks: JoinSet::new(),
             _directory: own,
             extra: Mutex::default(),
         };
         if let Some(directory) = self.options.manifests.clone() {
             shared.objects.lock().load(&directory)?;
             let watching = manifests::watch(Arc::clone(&shared), directory)?;
-            cluster.tasks.push(tokio::spawn(watching).abort_handle());
+            cluster.tasks.spawn(watching);
         }
         for agent in shared.nodes.iter().filter_map(|node| node.agent.as_ref()) {
             agent.start(&shared).await?;
@@ -223,7 +224,7 @@ impl ClusterBuilder {
         if self.mesh {
             cluster.mesh = Some((self.options.clone(), self.options.control(&shared)?));
         }
-        cluster.tasks.push(tokio::spawn(controller.run()).abort_handle());
+        cluster.tasks.spawn(controller.run());
         if self.mesh {
             self.start_mesh(&mut cluster).await?;
         }
@@ -246,7 +247,7 @@ impl ClusterBuilder {
         ready.await?;
         let start = (0..self.nodes).map(|index| self.options.start_ztunnel(&shared, index));
         let ztunnels = try_join_all(start).await?;
-        cluster.tasks.push(tokio::spawn(renew_tokens(Arc::clone(&shared))).abort_handle());
+        cluster.tasks.spawn(renew_tokens(Arc::clone(&shared)));
         for ready in join_all(ztunnels.iter().map(|ztunnel| ztunnel.wait_ready())).await {
             ready?;
         }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::task::AbortHandle;
+use tokio::task::JoinSet;
 
 pub use builder::ClusterBuilder;
 pub use mesh::{CLUSTER_ID, SYSTEM_NAMESPACE, Ztunnel};
@@ -41,7 +41,8 @@ const POLL: Duration = Duration::from_millis(10);
 pub struct Cluster {
     shared: Arc<Shared>,
     mesh: Option<(MeshOptions, Program)>,
-    tasks: Vec<AbortHandle>,
+    /// The controller, the watch of the manifests, the renewal of tokens.
+    tasks: JoinSet<()>,
     /// Holds the work directory, if it is the cluster's own.
     _directory: Option<tempfile::TempDir>,
     extra: Mutex<Vec<Ztunnel>>,
@@ -301,7 +302,9 @@ impl Cluster {
     }
 
     /// Ends everything: pods' programs with SIGTERM and their grace period (at most 5 s here), then the mesh.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(mut self) {
+        // First of all, or the controller replaces the pods that end.
+        self.tasks.shutdown().await;
         let pods = self.shared.pods();
         for pod in &pods {
             pod.inner.stop.send_replace(Some(Duration::from_secs(5)));
@@ -318,9 +321,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
+        self.tasks.abort_all();
         // Pods' tasks hold the shared state, so they must end for it to go.
         for pod in self.shared.pods() {
             pod.inner.stop.send_replace(Some(Duration::ZERO));
