@@ -7,8 +7,8 @@ use ambit_identity::TlsSettings;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
 use rcgen::{
-    CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -121,14 +121,8 @@ fn own_root(bed: &Hostile) -> Issuer<'static, KeyPair> {
 /// A root that looks like the cluster's, with a key that is not.
 fn other_root(bed: &Hostile) -> Issuer<'static, KeyPair> {
     let key = KeyPair::generate().unwrap();
-    let read = std::fs::read_to_string(bed.cluster.ca_dir().join("ca-cert.pem")).unwrap();
-    // Name and extensions are the real root's; only the key differs.
-    Issuer::from_ca_cert_pem(&read, key).unwrap_or_else(|_| {
-        let mut parameters = CertificateParams::default();
-        parameters.distinguished_name.push(DnType::OrganizationName, "cluster.local");
-        parameters.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        Issuer::new(parameters, KeyPair::generate().unwrap())
-    })
+    let real = std::fs::read_to_string(bed.cluster.ca_dir().join("ca-cert.pem")).unwrap();
+    Issuer::from_ca_cert_pem(&real, key).unwrap()
 }
 
 /// What the server says of our certificate: nothing bad, or the alert.
