@@ -218,14 +218,7 @@ impl Shared {
             Ok(_) => self.counters.tunnels.add(1),
             Err(error) => {
                 self.counters.failed_tunnels.add(1);
-                let is_doubtful = matches!(
-                    error,
-                    OpenError::NotProcessed { .. }
-                        | OpenError::Lost { .. }
-                        // A peer that is cut off without a word: what comes next shall not wait for the PING.
-                        | OpenError::ConnectTimeout { .. }
-                );
-                if is_doubtful {
+                if matches!(error, OpenError::NotProcessed { .. } | OpenError::Lost { .. }) {
                     self.state.lock().retire(key, connection.id);
                 }
             }
