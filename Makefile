@@ -22,7 +22,7 @@ demo: build ## a mesh of two nodes on this machine; ONCE=1 checks it and ends
 
 test: packages build ## every test; needs root
 	@test "$$(id -u)" = 0 || { echo "make test needs root: the namespace tests make network namespaces" >&2; exit 1; }
-	$(CARGO) test --profile $(PROFILE) --workspace
+	$(CARGO) test --profile $(PROFILE) --workspace --no-fail-fast
 
 packages: ## the Debian packages whose programs the tests send through the tunnel
 	bash tests/packages.sh
