@@ -30,7 +30,7 @@ struct Pods {
 }
 
 /// The cluster with its servers and relays running.
-pub struct Bed {
+pub(crate) struct Bed {
     cluster: Cluster,
     outside: Pods,
     inside: Pods,
@@ -47,7 +47,7 @@ impl Bed {
     ///
     /// # Errors
     /// Without root, or when a program is missing or does not become ready.
-    pub async fn start() -> Result<Self> {
+    pub(crate) async fn start() -> Result<Self> {
         let program = std::env::current_exe().context("finding this program")?;
         let cluster = Cluster::builder().nodes(2).start().await?;
         cluster.namespace("outside", false).await?;
@@ -87,7 +87,7 @@ impl Bed {
     ///
     /// # Errors
     /// None today; the signature leaves room for a cluster that can't be removed.
-    pub async fn stop(self) -> Result<()> {
+    pub(crate) async fn stop(self) -> Result<()> {
         let Self { cluster, .. } = self;
         cluster.shutdown().await;
         Ok(())
@@ -97,7 +97,7 @@ impl Bed {
     ///
     /// # Errors
     /// When a proxy is gone.
-    pub fn resident(&self) -> Result<Vec<u64>> {
+    pub(crate) fn resident(&self) -> Result<Vec<u64>> {
         self.proxies()?.into_iter().map(cpu::resident).collect()
     }
 
@@ -113,7 +113,7 @@ impl Bed {
     ///
     /// # Errors
     /// When the client fails, or any of its operations does.
-    pub async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
+    pub(crate) async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
         let pods = if path == Path::Ambit { &self.inside } else { &self.outside };
         let server = if row.same_node { &pods.near_server } else { &pods.far_server };
         let direct = SocketAddr::new(IpAddr::V4(server.ip()), SERVER_PORT);

@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 ///
 /// Read from the process's CPU clock (clock_getcpuclockid(3)), which counts nanoseconds where
 /// `/proc/PID/stat` counts ticks.
-pub fn of_process(pid: u32) -> Result<f64> {
+pub(crate) fn of_process(pid: u32) -> Result<f64> {
     let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
         .with_context(|| format!("the CPU clock of process {pid}"))?;
     let used = clock_gettime(clock).with_context(|| format!("reading the CPU clock of process {pid}"))?;
@@ -16,12 +16,12 @@ pub fn of_process(pid: u32) -> Result<f64> {
 }
 
 /// CPU seconds of several processes together.
-pub fn of_processes(pids: &[u32]) -> Result<f64> {
+pub(crate) fn of_processes(pids: &[u32]) -> Result<f64> {
     pids.iter().map(|&pid| of_process(pid)).sum()
 }
 
 /// Resident memory of `pid` in bytes.
-pub fn resident(pid: u32) -> Result<u64> {
+pub(crate) fn resident(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let status = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     let kilobytes = status

@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 /// What a client does with its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Work {
+pub(crate) enum Work {
     /// The client sends as fast as it can; the server discards.
     Bulk,
     /// 64 bytes there, 64 bytes back, one at a time.
@@ -39,15 +39,15 @@ impl Work {
 
 /// What a client measured.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Bytes of payload that arrived (bulk), or 0.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Round trips, requests or connections that were completed.
-    pub operations: u64,
+    pub(crate) operations: u64,
     /// Operations that failed.
-    pub errors: u64,
+    pub(crate) errors: u64,
     /// Wall-clock seconds of the measured part.
-    pub seconds: f64,
+    pub(crate) seconds: f64,
     /// Median latency of an operation, in microseconds.
     pub p50_us: f64,
     /// 99th percentile of the latency of an operation, in microseconds.
@@ -64,7 +64,7 @@ const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent
 const MAX_SAMPLES: usize = 4_000_000;
 
 /// Serves every kind of work on `listen` until the process ends.
-pub async fn serve(listen: SocketAddr) -> Result<()> {
+pub(crate) async fn serve(listen: SocketAddr) -> Result<()> {
     let listener = TcpListener::bind(listen).await.with_context(|| format!("binding {listen}"))?;
     println!("ready");
     loop {
@@ -139,7 +139,7 @@ async fn serve_http(mut stream: TcpStream) -> Result<()> {
 }
 
 /// Runs `work` against `server` with `connections` at once for `duration`.
-pub async fn drive(
+pub(crate) async fn drive(
     work: Work,
     server: SocketAddr,
     connections: usize,

@@ -22,7 +22,7 @@ const NAME: &str = "raw-relay";
 
 /// Which half of the relay a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Side {
+pub(crate) enum Side {
     /// Plain TCP in, TLS out.
     Near,
     /// TLS in, plain TCP out.
@@ -32,20 +32,20 @@ pub enum Side {
 }
 
 /// Where the relay's self-signed certificate and key are, made by [`write_identity`].
-pub struct Identity {
+pub(crate) struct Identity {
     certificate: PathBuf,
     key: PathBuf,
 }
 
 impl Identity {
     /// The identity in `dir`.
-    pub fn in_dir(dir: &Path) -> Self {
+    pub(crate) fn in_dir(dir: &Path) -> Self {
         Self { certificate: dir.join("relay.pem"), key: dir.join("relay.key") }
     }
 }
 
 /// Makes a P-256 certificate for the relay in `dir`.
-pub fn write_identity(dir: &Path) -> Result<()> {
+pub(crate) fn write_identity(dir: &Path) -> Result<()> {
     let key = KeyPair::generate().context("making the relay's key")?;
     let certificate = CertificateParams::new(vec![NAME.to_owned()])?.self_signed(&key)?;
     let identity = Identity::in_dir(dir);
@@ -85,7 +85,7 @@ fn server_config(identity: &Identity) -> Result<Arc<ServerConfig>> {
 }
 
 /// Relays from `listen` to `to` until the process ends.
-pub async fn run(side: Side, listen: SocketAddr, to: SocketAddr, identity: &Identity) -> Result<()> {
+pub(crate) async fn run(side: Side, listen: SocketAddr, to: SocketAddr, identity: &Identity) -> Result<()> {
     let listener = TcpListener::bind(listen).await.with_context(|| format!("binding {listen}"))?;
     let connector = match side {
         Side::Near => Some(TlsConnector::from(client_config(identity)?)),

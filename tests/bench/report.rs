@@ -10,7 +10,7 @@ use crate::load::{Outcome, Work};
 /// What lies between client and server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Path {
+pub(crate) enum Path {
     /// Nothing.
     NoMesh,
     /// The raw relay R.
@@ -21,7 +21,7 @@ pub enum Path {
 
 impl Path {
     /// In the order in which a round alternates.
-    pub const ALL: [Path; 3] = [Path::NoMesh, Path::Raw, Path::Ambit];
+    pub(crate) const ALL: [Path; 3] = [Path::NoMesh, Path::Raw, Path::Ambit];
 
     fn title(self) -> &'static str {
         match self {
@@ -34,22 +34,22 @@ impl Path {
 
 /// One row of the table: a kind of work between two places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// What the client does; ordered by its place in the table.
     #[serde(serialize_with = "serialize_work")]
-    pub work: RowWork,
+    pub(crate) work: RowWork,
     /// Client and server on the same node.
-    pub same_node: bool,
+    pub(crate) same_node: bool,
     /// Connections at once.
-    pub connections: usize,
+    pub(crate) connections: usize,
 }
 
 /// [`Work`] with the order of the table.
-pub type RowWork = OrderedWork;
+pub(crate) type RowWork = OrderedWork;
 
 /// A kind of work, ordered as the table lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OrderedWork(pub Work);
+pub(crate) struct OrderedWork(pub(crate) Work);
 
 impl PartialOrd for OrderedWork {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
@@ -69,12 +69,12 @@ fn serialize_work<S: serde::Serializer>(work: &OrderedWork, serializer: S) -> Re
 
 impl Row {
     /// A row of the table.
-    pub fn new(work: Work, same_node: bool, connections: usize) -> Self {
+    pub(crate) fn new(work: Work, same_node: bool, connections: usize) -> Self {
         Self { work: OrderedWork(work), same_node, connections }
     }
 
     /// What the row is called in the table.
-    pub fn title(&self) -> String {
+    pub(crate) fn title(&self) -> String {
         let work = match self.work.0 {
             Work::Bulk => "bulk",
             Work::RoundTrip => "64-byte round trip",
@@ -92,17 +92,17 @@ impl Row {
 
 /// One run of one row over one path.
 #[derive(Clone, Debug, Serialize)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// What the client saw.
     #[serde(flatten)]
-    pub outcome: Outcome,
+    pub(crate) outcome: Outcome,
     /// CPU seconds of what lies between: both ztunnels, both halves of R, or nothing.
-    pub cpu_seconds: f64,
+    pub(crate) cpu_seconds: f64,
 }
 
 impl Sample {
     /// CPU of the proxies per unit: seconds a GB for bulk, microseconds an operation else.
-    pub fn cpu_per_unit(&self, work: Work) -> f64 {
+    pub(crate) fn cpu_per_unit(&self, work: Work) -> f64 {
         match work {
             Work::Bulk => self.cpu_seconds / (self.outcome.bytes as f64 / 1e9),
             Work::RoundTrip | Work::Http | Work::Connect => {
@@ -112,7 +112,7 @@ impl Sample {
     }
 
     /// Gigabits a second for bulk, thousands of operations a second else.
-    pub fn rate(&self, work: Work) -> f64 {
+    pub(crate) fn rate(&self, work: Work) -> f64 {
         match work {
             Work::Bulk => self.outcome.bytes as f64 * 8.0 / 1e9 / self.outcome.seconds,
             Work::RoundTrip | Work::Http | Work::Connect => {
@@ -123,35 +123,35 @@ impl Sample {
 }
 
 /// All samples, by row and path.
-pub type Samples = BTreeMap<Row, BTreeMap<Path, Vec<Sample>>>;
+pub(crate) type Samples = BTreeMap<Row, BTreeMap<Path, Vec<Sample>>>;
 
 /// Everything one run of the benchmark found out.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub(crate) struct Report {
     /// The day of the run, UTC, `YYYY-MM-DD`.
-    pub date: String,
+    pub(crate) date: String,
     /// Processor, cores and kernel.
-    pub machine: String,
+    pub(crate) machine: String,
     /// Resident bytes of each ztunnel before any connection.
-    pub idle_resident: Vec<u64>,
+    pub(crate) idle_resident: Vec<u64>,
     /// The rows, as a list for JSON.
-    pub rows: Vec<RowReport>,
+    pub(crate) rows: Vec<RowReport>,
 }
 
 /// One row with its samples.
 #[derive(Debug, Serialize)]
-pub struct RowReport {
+pub(crate) struct RowReport {
     /// What the row is called.
-    pub title: String,
+    pub(crate) title: String,
     /// The row.
-    pub row: Row,
+    pub(crate) row: Row,
     /// Samples by path.
-    pub paths: BTreeMap<Path, Vec<Sample>>,
+    pub(crate) paths: BTreeMap<Path, Vec<Sample>>,
 }
 
 impl Report {
     /// Puts the samples into a report.
-    pub fn new(date: String, machine: String, idle_resident: Vec<u64>, samples: Samples) -> Self {
+    pub(crate) fn new(date: String, machine: String, idle_resident: Vec<u64>, samples: Samples) -> Self {
         let rows =
             samples.into_iter().map(|(row, paths)| RowReport { title: row.title(), row, paths }).collect();
         Self { date, machine, idle_resident, rows }
@@ -165,7 +165,7 @@ impl Report {
     }
 
     /// The report as a page of Markdown.
-    pub fn markdown(&self) -> String {
+    pub(crate) fn markdown(&self) -> String {
         let mut page = String::new();
         page.push_str("# Benchmarks\n\n");
         page.push_str("Written by `make bench`. R is a raw relay of two processes on the same TLS library: no HTTP/2, no policy\n");
