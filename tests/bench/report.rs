@@ -209,8 +209,13 @@ impl RowReport {
                 latency(&p50),
                 latency(&p99),
                 ratio(cpu.median, &|s| s.cpu_per_unit(work)),
-                ratio(rate.median, &|s| s.rate(work)),
-                if work == Work::Bulk { String::new() } else { ratio(p50.median, &|s| s.outcome.p50_us) },
+                // A connection is held against a round trip in CPU only: its rate and latency are not alike.
+                if work == Work::Connect { String::new() } else { ratio(rate.median, &|s| s.rate(work)) },
+                if matches!(work, Work::Bulk | Work::Connect) {
+                    String::new()
+                } else {
+                    ratio(p50.median, &|s| s.outcome.p50_us)
+                },
             );
         }
     }
