@@ -29,7 +29,7 @@ packages: ## the Debian packages whose programs the tests send through the tunne
 
 bench: ## the L4 figures of this machine, beside no mesh and a raw relay
 	$(CARGO) build --release --workspace --bins
-	$(TARGET_DIR)/release/ambit-bench --out docs/benchmarks.md --json target/benchmarks.json
+	$(TARGET_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
 
 lint: ## formatting, clippy, documentation, dependencies
 	$(CARGO) fmt --all --check
