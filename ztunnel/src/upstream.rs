@@ -4,7 +4,7 @@
 //! `outbound` calls it for every connection of a pod. Nothing of the application is read here.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -296,7 +296,7 @@ impl Dial<'_> {
         let found = tokio::time::timeout(limit, tokio::net::lookup_host((&*name, way.port))).await;
         let mut addresses = found.map_err(|_| unknown())?.map_err(|_| unknown())?;
         let address = addresses.next().ok_or_else(unknown)?;
-        Box::pin(self.attempt(located(way, address.ip().to_canonical()), story)).await
+        Box::pin(self.attempt(way.at(address.ip()), story)).await
     }
 
     /// A tunnel from the pool, or on a new connection out of the pod's namespace.
@@ -380,24 +380,6 @@ async fn dial_proxy(
         ConnectError::TimedOut { .. } => io::Error::new(io::ErrorKind::TimedOut, error.to_string()),
         ConnectError::Namespace { .. } => io::Error::other(error.to_string()),
     })
-}
-
-/// The way to a workload whose address DNS told.
-fn located(way: Lookup, ip: IpAddr) -> Route {
-    let Lookup { workload, service, port, expected, waypoint_bypassed } = way;
-    let address = SocketAddr::new(ip, port);
-    if workload.tunnel == ambit_directory::TunnelProtocol::Hbone {
-        let hbone = SocketAddr::new(ip, ambit_directory::HBONE_PORT);
-        return Route::Tunnel(ambit_directory::Tunnel {
-            workload,
-            service,
-            address,
-            hbone,
-            expected,
-            waypoint_bypassed,
-        });
-    }
-    Route::Plain(Plain { address, workload: Some(workload), service, waypoint_bypassed })
 }
 
 /// Whether the same endpoint may do better a little later: its proxy was lost or kept silent, as one does
