@@ -62,6 +62,9 @@ pub struct AuthorityConfig {
 }
 
 impl AuthorityConfig {
+    /// Default of [`root_propagation`](Self::root_propagation).
+    pub const ROOT_PROPAGATION: Duration = Duration::from_secs(300);
+
     /// Defaults of contracts.md §5 for the files in `directory`.
     pub fn new(trust_domain: TrustDomain, directory: PathBuf) -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -72,7 +75,7 @@ impl AuthorityConfig {
             max_lifetime: DAY * 90,
             backdating: Duration::from_secs(120),
             root_lifetime: DAY * 3650,
-            root_propagation: Duration::from_secs(300),
+            root_propagation: Self::ROOT_PROPAGATION,
         }
     }
 }

@@ -318,7 +318,10 @@ async fn serve_admin(
 }
 
 async fn start_authority(tasks: &mut Tasks, config: &Config) -> Result<Authority, AppError> {
-    let settings = AuthorityConfig::new(config.trust_domain.clone(), config.ca_dir.clone());
+    let settings = AuthorityConfig {
+        root_propagation: config.root_propagation,
+        ..AuthorityConfig::new(config.trust_domain.clone(), config.ca_dir.clone())
+    };
     let (authority, follow) = Authority::open(settings).await?;
     tasks.spawn("the certificate authority", follow);
     if let Some(path) = &config.root_out {

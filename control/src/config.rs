@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use ambit_ca::NodeProxy;
+use ambit_ca::{AuthorityConfig, NodeProxy};
 use ambit_identity::TrustDomain;
 use ambit_telemetry::logging::LogFormat;
 use clap::Parser;
@@ -67,6 +68,8 @@ pub struct Config {
     pub server_names: Vec<String>,
     /// The CA's files; a self-signed root is made there if there is none.
     pub ca_dir: PathBuf,
+    /// How long a new root is published before it signs.
+    pub root_propagation: Duration,
     /// Key set that callers' tokens are verified with.
     pub jwks: PathBuf,
     /// Audiences of which a token must name one.
@@ -123,6 +126,9 @@ struct Raw {
     /// Directory of the CA's files.
     #[arg(long, env = "AMBIT_CONTROL_CA_DIR", value_name = "DIR")]
     ca_dir: Option<PathBuf>,
+    /// How long a new root is published before it signs, in seconds (default 300).
+    #[arg(long, env = "AMBIT_CONTROL_ROOT_PROPAGATION", value_name = "SECONDS")]
+    root_propagation: Option<u64>,
     /// JSON Web Key Set that callers' tokens are verified with.
     #[arg(long, env = "AMBIT_CONTROL_JWKS", value_name = "FILE")]
     jwks: Option<PathBuf>,
@@ -222,11 +228,12 @@ fn read_file(path: &Path) -> Result<Raw, ConfigError> {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 21] = [
     "sources",
     "listen",
     "serverNames",
     "caDir",
+    "rootPropagation",
     "jwks",
     "audiences",
     "trustedNodeProxies",
@@ -256,6 +263,7 @@ fn merge(over: Raw, under: Raw) -> Raw {
         listen: over.listen.or(under.listen),
         server_names: over.server_names.or(under.server_names),
         ca_dir: over.ca_dir.or(under.ca_dir),
+        root_propagation: over.root_propagation.or(under.root_propagation),
         jwks: over.jwks.or(under.jwks),
         audiences: over.audiences.or(under.audiences),
         trusted_node_proxies: over.trusted_node_proxies.or(under.trusted_node_proxies),
@@ -281,6 +289,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         listen,
         server_names,
         ca_dir,
+        root_propagation,
         jwks,
         audiences,
         trusted_node_proxies,
@@ -313,6 +322,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         listen: listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 15012))),
         server_names: server_names.unwrap_or_else(|| service_names(&system)),
         ca_dir: ca_dir.ok_or(ConfigError::Missing("--ca-dir"))?,
+        root_propagation: root_propagation.map_or(AuthorityConfig::ROOT_PROPAGATION, Duration::from_secs),
         jwks: jwks.ok_or(ConfigError::Missing("--jwks"))?,
         audiences: audiences.unwrap_or_else(|| vec!["istio-ca".to_owned()]),
         trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,
@@ -382,6 +392,7 @@ mod tests {
         assert_eq!(config.listen.to_string(), "0.0.0.0:15012");
         assert_eq!(config.index, Settings::default());
         assert_eq!(config.audiences, ["istio-ca"]);
+        assert_eq!(config.root_propagation, Duration::from_secs(300));
         assert_eq!(config.trusted_node_proxies, ambit_ca::IssuancePolicy::default().trusted_node_proxies);
         assert!(config.server_names.contains(&"ambit-control.ambit-system.svc".to_owned()));
     }

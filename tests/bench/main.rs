@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ambit_tests::machine;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
@@ -150,23 +151,6 @@ async fn measure_on(bed: &Bed, run: &Run, rows: &[Row]) -> Result<Report> {
             }
         }
     }
-    Ok(Report::new(today(), machine()?, idle_resident, samples))
-}
-
-fn today() -> String {
-    let now = time::OffsetDateTime::now_utc();
-    format!("{:04}-{:02}-{:02}", now.year(), u8::from(now.month()), now.day())
-}
-
-/// Processor, cores and kernel, as a reader needs them to compare.
-fn machine() -> Result<String> {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").context("reading /proc/cpuinfo")?;
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|(_, name)| name.trim()))
-        .unwrap_or("unknown processor");
-    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
-    let kernel =
-        std::fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?;
-    Ok(format!("{model}, {cores} cores, Linux {}", kernel.trim()))
+    let machine = machine::description().context("describing this machine")?;
+    Ok(Report::new(machine::today(), machine, idle_resident, samples))
 }

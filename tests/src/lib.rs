@@ -1,6 +1,6 @@
 //! What the end-to-end tests share: applications inside pods, steady loads, and waiting for conditions.
 //!
-//! The tests themselves are in `tests/`, the benchmark in `bench/`. Everything runs over real sockets in the
+//! The tests themselves are in `tests/`, the benchmark in `bench/`, the soak in `soak/`. Everything runs over real sockets in the
 //! network namespaces of an [`ambit_local`] cluster; nothing here imitates a part of the mesh.
 
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a test that cannot go on says where and ends")]
@@ -11,4 +11,5 @@ pub mod beds;
 pub mod credentials;
 pub mod dns;
 pub mod load;
+pub mod machine;
 pub mod wait;
