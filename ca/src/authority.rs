@@ -62,6 +62,8 @@ pub struct AuthorityConfig {
 }
 
 impl AuthorityConfig {
+    /// Default of [`max_lifetime`](Self::max_lifetime), and the most that contracts.md §5 allows.
+    pub const MAX_LIFETIME: Duration = Duration::from_secs(90 * 24 * 60 * 60);
     /// Default of [`root_propagation`](Self::root_propagation).
     pub const ROOT_PROPAGATION: Duration = Duration::from_secs(300);
 
@@ -72,7 +74,7 @@ impl AuthorityConfig {
             trust_domain,
             directory,
             default_lifetime: DAY,
-            max_lifetime: DAY * 90,
+            max_lifetime: Self::MAX_LIFETIME,
             backdating: Duration::from_secs(120),
             root_lifetime: DAY * 3650,
             root_propagation: Self::ROOT_PROPAGATION,
@@ -87,6 +89,17 @@ pub struct RevokedCertificate {
     pub serial: Vec<u8>,
     /// Since when.
     pub since: SystemTime,
+}
+
+/// A server certificate with its key.
+#[derive(Debug)]
+pub struct ServerCertificate {
+    /// Leaf and intermediates.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The leaf's key.
+    pub key: PrivateKeyDer<'static>,
+    /// End of validity.
+    pub not_after: SystemTime,
 }
 
 /// What is in force at one moment.
@@ -152,7 +165,7 @@ impl Authority {
         state.signer.issue(&key, identity, validity)
     }
 
-    /// Makes a key and a server certificate for `names` (DNS names or addresses): chain and key.
+    /// Makes a key and a server certificate for `names` (DNS names or addresses); `lifetime` as in [`Authority::sign`].
     ///
     /// # Errors
     /// [`SignError`] if we cannot sign, for instance because a name cannot be written into a certificate.
@@ -160,10 +173,11 @@ impl Authority {
         &self,
         names: &[String],
         lifetime: Option<Duration>,
-    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), SignError> {
+    ) -> Result<ServerCertificate, SignError> {
         let state = self.0.state.load();
         let validity = self.validity(&state.signer, lifetime, SystemTime::now())?;
-        state.signer.issue_server(names, validity)
+        let (chain, key) = state.signer.issue_server(names, validity)?;
+        Ok(ServerCertificate { chain, key, not_after: validity.not_after })
     }
 
     /// All roots to be published, PEM: the active one first, coming and former ones after it.

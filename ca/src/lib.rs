@@ -21,7 +21,7 @@ pub mod serving;
 mod signer;
 
 pub use authentication::{AuthenticationError, Authenticator, Caller, Credentials, PodRef};
-pub use authority::{Authority, AuthorityConfig, AuthorityError, RevokedCertificate};
+pub use authority::{Authority, AuthorityConfig, AuthorityError, RevokedCertificate, ServerCertificate};
 pub use jwt::{JwtAuthenticator, JwtConfig, JwtError};
 pub use request::RequestError;
 pub use service::{CertificateService, IssuanceMetrics, IssuancePolicy, NodePods, NodeProxy};

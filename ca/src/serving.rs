@@ -4,7 +4,7 @@
 //! whenever the authority changes. Callers prove themselves by token, so no client certificate is asked for.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ambit_identity::TlsSettings;
 use arc_swap::ArcSwap;
@@ -15,8 +15,10 @@ use rustls::sign::CertifiedKey;
 use crate::authority::Authority;
 use crate::signer::SignError;
 
-/// Lifetime of the server certificate.
+/// Lifetime of the server certificate, where the authority gives that much.
 const LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+/// Shortest pause between two renewals, also of an authority that is about to expire.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 /// Pause after a failed renewal.
 const RETRY: Duration = Duration::from_secs(30);
 
@@ -61,7 +63,8 @@ impl Authority {
         names: Vec<String>,
     ) -> Result<(Arc<ServerConfig>, impl Future<Output = ()> + Send + 'static), ServingError> {
         let provider = TlsSettings::default().provider();
-        let current = Arc::new(Current(ArcSwap::from_pointee(self.certified_key(&names)?)));
+        let (key, pause) = self.certified_key(&names)?;
+        let current = Arc::new(Current(ArcSwap::from_pointee(key)));
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|reason| ServingError::Tls { names: names.clone(), reason })?
@@ -69,20 +72,22 @@ impl Authority {
             .with_cert_resolver(Arc::clone(&current) as Arc<dyn ResolvesServerCert>);
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.send_tls13_tickets = 0;
-        Ok((Arc::new(config), self.clone().keep_fresh(names, current)))
+        Ok((Arc::new(config), self.clone().keep_fresh(names, current, pause)))
     }
 
-    fn certified_key(&self, names: &[String]) -> Result<CertifiedKey, ServingError> {
-        let (chain, key) = self
+    /// A fresh certificate, and when it is to be replaced: at half of the lifetime that it got.
+    fn certified_key(&self, names: &[String]) -> Result<(CertifiedKey, Duration), ServingError> {
+        let issued = self
             .issue_server_certificate(names, Some(LIFETIME))
             .map_err(|reason| ServingError::Sign { names: names.to_vec(), reason })?;
-        CertifiedKey::from_der(chain, key, &TlsSettings::default().provider())
-            .map_err(|reason| ServingError::Tls { names: names.to_vec(), reason })
+        let key = CertifiedKey::from_der(issued.chain, issued.key, &TlsSettings::default().provider())
+            .map_err(|reason| ServingError::Tls { names: names.to_vec(), reason })?;
+        let left = issued.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+        Ok((key, (left / 2).max(SHORTEST_PAUSE)))
     }
 
-    async fn keep_fresh(self, names: Vec<String>, current: Arc<Current>) {
+    async fn keep_fresh(self, names: Vec<String>, current: Arc<Current>, mut pause: Duration) {
         let mut changes = self.subscribe();
-        let mut pause = LIFETIME / 2;
         loop {
             // The authority is alive as long as we hold it, so the channel cannot close.
             tokio::select! {
@@ -90,9 +95,9 @@ impl Authority {
                 () = tokio::time::sleep(pause) => {}
             }
             match self.certified_key(&names) {
-                Ok(key) => {
+                Ok((key, next)) => {
                     current.0.store(Arc::new(key));
-                    pause = LIFETIME / 2;
+                    pause = next;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "server certificate not renewed; the last one stays in use");

@@ -89,10 +89,15 @@ struct World {
 
 impl World {
     async fn start() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    async fn with(change: impl FnOnce(&mut AuthorityConfig)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let signer = TokenSigner::new("k1");
         write_jwks(directory.path(), &[&signer]);
-        let config = AuthorityConfig::new(domain(), directory.path().join("ca"));
+        let mut config = AuthorityConfig::new(domain(), directory.path().join("ca"));
+        change(&mut config);
         let (authority, driver) = Authority::open(config).await.unwrap();
         tokio::spawn(driver);
         std::fs::write(directory.path().join("root-cert.pem"), &*authority.roots_pem()).unwrap();
@@ -333,6 +338,18 @@ async fn a_root_file_that_is_replaced_counts_for_the_next_connection_of_the_same
     assert!(failed.to_string().contains("root-cert.pem"), "{failed}");
     std::fs::write(world.path("root-cert.pem"), good).unwrap();
     issuer.issue(&shop("client"), request.csr_pem(), Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_ports_own_certificate_is_replaced_before_the_end_that_the_authority_gave_it() {
+    let lifetime = Duration::from_secs(3);
+    let world = World::with(|config| config.max_lifetime = lifetime).await;
+    let first_ends = SystemTime::now() + lifetime;
+    world.write_token(&claims("ambit-system", "ztunnel", NODE));
+    while SystemTime::now() < first_ends + Duration::from_secs(1) {
+        world.ask(&shop("client")).await.expect("a caller finds a valid certificate");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 #[tokio::test]

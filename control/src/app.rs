@@ -319,6 +319,7 @@ async fn serve_admin(
 
 async fn start_authority(tasks: &mut Tasks, config: &Config) -> Result<Authority, AppError> {
     let settings = AuthorityConfig {
+        max_lifetime: config.max_certificate_lifetime,
         root_propagation: config.root_propagation,
         ..AuthorityConfig::new(config.trust_domain.clone(), config.ca_dir.clone())
     };

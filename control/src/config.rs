@@ -68,6 +68,8 @@ pub struct Config {
     pub server_names: Vec<String>,
     /// The CA's files; a self-signed root is made there if there is none.
     pub ca_dir: PathBuf,
+    /// Longest lifetime of a certificate, whatever is asked for.
+    pub max_certificate_lifetime: Duration,
     /// How long a new root is published before it signs.
     pub root_propagation: Duration,
     /// Key set that callers' tokens are verified with.
@@ -126,6 +128,9 @@ struct Raw {
     /// Directory of the CA's files.
     #[arg(long, env = "AMBIT_CONTROL_CA_DIR", value_name = "DIR")]
     ca_dir: Option<PathBuf>,
+    /// Longest lifetime of a certificate in seconds, 10 or more, whatever is asked for (default 90 days).
+    #[arg(long, env = "AMBIT_CONTROL_MAX_CERTIFICATE_LIFETIME", value_name = "SECONDS")]
+    max_certificate_lifetime: Option<u64>,
     /// How long a new root is published before it signs, in seconds (default 300).
     #[arg(long, env = "AMBIT_CONTROL_ROOT_PROPAGATION", value_name = "SECONDS")]
     root_propagation: Option<u64>,
@@ -228,11 +233,12 @@ fn read_file(path: &Path) -> Result<Raw, ConfigError> {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "sources",
     "listen",
     "serverNames",
     "caDir",
+    "maxCertificateLifetime",
     "rootPropagation",
     "jwks",
     "audiences",
@@ -263,6 +269,7 @@ fn merge(over: Raw, under: Raw) -> Raw {
         listen: over.listen.or(under.listen),
         server_names: over.server_names.or(under.server_names),
         ca_dir: over.ca_dir.or(under.ca_dir),
+        max_certificate_lifetime: over.max_certificate_lifetime.or(under.max_certificate_lifetime),
         root_propagation: over.root_propagation.or(under.root_propagation),
         jwks: over.jwks.or(under.jwks),
         audiences: over.audiences.or(under.audiences),
@@ -289,6 +296,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         listen,
         server_names,
         ca_dir,
+        max_certificate_lifetime,
         root_propagation,
         jwks,
         audiences,
@@ -322,6 +330,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         listen: listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 15012))),
         server_names: server_names.unwrap_or_else(|| service_names(&system)),
         ca_dir: ca_dir.ok_or(ConfigError::Missing("--ca-dir"))?,
+        max_certificate_lifetime: max_lifetime(max_certificate_lifetime)?,
         root_propagation: root_propagation.map_or(AuthorityConfig::ROOT_PROPAGATION, Duration::from_secs),
         jwks: jwks.ok_or(ConfigError::Missing("--jwks"))?,
         audiences: audiences.unwrap_or_else(|| vec!["istio-ca".to_owned()]),
@@ -342,6 +351,18 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         log_level: log_level.unwrap_or_else(|| "info".to_owned()),
         log_format: form_of_log(log_format.as_deref())?,
     })
+}
+
+/// contracts.md, section 5: maximum 90 days; below ten seconds renewal can't keep up.
+fn max_lifetime(seconds: Option<u64>) -> Result<Duration, ConfigError> {
+    let most = AuthorityConfig::MAX_LIFETIME;
+    match seconds.map(Duration::from_secs) {
+        None => Ok(most),
+        Some(limit) if limit >= Duration::from_secs(10) && limit <= most => Ok(limit),
+        Some(limit) => {
+            Err(invalid("maxCertificateLifetime", format!("{limit:?} is not between 10 s and 90 days")))
+        }
+    }
 }
 
 fn form_of_log(text: Option<&str>) -> Result<LogFormat, ConfigError> {
@@ -415,6 +436,17 @@ mod tests {
     fn every_key_of_the_file_is_known() {
         let text = format!("{{{}}}", KEYS.map(|key| format!("{key}: null")).join(", "));
         serde_saphyr::from_str::<Raw>(&text).unwrap();
+    }
+
+    #[test]
+    fn a_limit_of_lifetimes_is_taken_and_one_that_cannot_work_refused() {
+        assert_eq!(parse(&NEEDED).unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
+        let with = |seconds| parse(&[&NEEDED[..], &["--max-certificate-lifetime", seconds]].concat());
+        assert_eq!(with("20").unwrap().max_certificate_lifetime, Duration::from_secs(20));
+        for seconds in ["9", "7776001"] {
+            let error = with(seconds).unwrap_err().to_string();
+            assert!(error.starts_with("maxCertificateLifetime: "), "{error}");
+        }
     }
 
     #[test]
