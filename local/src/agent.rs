@@ -38,8 +38,7 @@ struct Running {
 
 impl NodeAgent {
     /// An agent that is not started yet.
-    pub(crate) fn new(node: String, socket: PathBuf, registry: PathBuf, socks5: bool) -> Self {
-        let config = AgentConfig::new(socket, registry);
+    pub(crate) fn new(node: String, config: AgentConfig, socks5: bool) -> Self {
         Self { node, config, socks5, running: Mutex::new(None), enrolled: Mutex::default() }
     }
 

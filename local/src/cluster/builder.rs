@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_node::AgentConfig;
 use futures_util::future::{join_all, try_join_all};
 use parking_lot::{Mutex, RwLock};
 use serde_json::Value;
@@ -41,6 +42,7 @@ pub struct ClusterBuilder {
     mesh: bool,
     trust_domain: String,
     token_lifetime: Duration,
+    hold_for: Option<Duration>,
     programs: BTreeMap<String, PathBuf>,
     bin_dir: Option<PathBuf>,
     directory: Option<PathBuf>,
@@ -56,6 +58,7 @@ impl ClusterBuilder {
             mesh: true,
             trust_domain: "cluster.local".to_owned(),
             token_lifetime: TOKEN_LIFETIME,
+            hold_for: None,
             programs: BTreeMap::new(),
             bin_dir: None,
             directory: None,
@@ -174,6 +177,13 @@ impl ClusterBuilder {
     #[must_use]
     pub fn token_lifetime(mut self, lifetime: Duration) -> Self {
         self.token_lifetime = lifetime;
+        self
+    }
+
+    /// How long the node agents hold pods' listeners open without a proxy; default is the agent's own, 30 s.
+    #[must_use]
+    pub fn hold_for(mut self, hold_for: Duration) -> Self {
+        self.hold_for = Some(hold_for);
         self
     }
 
@@ -313,7 +323,9 @@ impl ClusterBuilder {
             let agent = self.mesh.then(|| {
                 let registry = directory.join("registry").join(&name);
                 let socket = mesh::zds_socket_in(&directory, index);
-                NodeAgent::new(name.clone(), socket, registry, self.options.serves_socks5(index))
+                let mut config = AgentConfig::new(socket, registry);
+                config.hold_for = self.hold_for.unwrap_or(config.hold_for);
+                NodeAgent::new(name.clone(), config, self.options.serves_socks5(index))
             });
             let range = Mutex::new(PodRange::new(plan, number));
             Node { index: number, name, labels, attached, range, agent, ztunnels: Mutex::default() }

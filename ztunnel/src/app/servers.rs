@@ -110,6 +110,13 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     pools(registry, &program.pool_counters);
     discovery(registry, &parts.discovery);
     certificates(registry, &parts.certificates);
+    let trust = parts.trust.clone();
+    let roots = move || i64::try_from(trust.root_count()).unwrap_or(i64::MAX);
+    registry.gauge_from(
+        "ambit_trusted_roots",
+        "Roots that peers of our trust domain are verified with",
+        roots,
+    );
     let proxy = program.proxy.clone();
     let open = move || i64::try_from(proxy.connections.len()).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_connections_open", "Connections open now", open);
