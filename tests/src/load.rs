@@ -16,6 +16,8 @@ use crate::apps;
 
 /// How long a single request may take before it counts as failed.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// Times that are kept of each kind; more requests are answered unmeasured.
+const KEPT_TIMES: usize = 100_000;
 /// Failures that are kept.
 const KEPT_FAILURES: usize = 256;
 
@@ -28,12 +30,15 @@ pub struct Shape {
     pub kept_per_second: u32,
     /// Kept connections.
     pub kept_connections: u32,
+    /// Whether a kept connection that the server closed instead of answering is opened again and the request
+    /// repeated once, without counting as a failure, as HTTP clients do (RFC 9112 §9.3.1).
+    pub reopen: bool,
 }
 
 impl Default for Shape {
     /// The 200 requests a second of quality.md: 100 on new connections, 100 on ten kept ones.
     fn default() -> Self {
-        Self { new_per_second: 100, kept_per_second: 100, kept_connections: 10 }
+        Self { new_per_second: 100, kept_per_second: 100, kept_connections: 10, reopen: false }
     }
 }
 
@@ -72,8 +77,21 @@ pub struct Tally {
     pub new_failed: u64,
     /// Requests on kept connections that failed; a kept connection is opened again after a failure.
     pub kept_failed: u64,
+    /// Kept connections that were opened again because the server had closed them instead of answering.
+    pub kept_reopened: u64,
     /// The first 256 failures.
     pub failures: Vec<Failure>,
+    /// Median time from the request to its answer on kept connections, and from the connect on new ones.
+    pub medians: Medians,
+}
+
+/// Median times of a load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Medians {
+    /// From the connect to the answer on a connection of its own.
+    pub new: Duration,
+    /// From the request to the answer on a kept connection.
+    pub kept: Duration,
 }
 
 impl Tally {
@@ -111,7 +129,10 @@ struct Shared {
     kept_answered: AtomicU64,
     new_failed: AtomicU64,
     kept_failed: AtomicU64,
+    kept_reopened: AtomicU64,
     failures: Mutex<Vec<Failure>>,
+    /// Times of the answered requests, of new and of kept connections.
+    times: [Mutex<Vec<Duration>>; 2],
     shape: Shape,
     /// Own addresses of the kept connections, those that were opened again included.
     kept: Mutex<Vec<SocketAddr>>,
@@ -122,6 +143,12 @@ struct Shared {
 struct Open {
     stream: TcpStream,
     asked: Instant,
+}
+
+/// Whether a request failed because the other side ended the connection.
+fn is_closed(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    [BrokenPipe, ConnectionReset, UnexpectedEof].contains(&error.kind())
 }
 
 impl Load {
@@ -139,7 +166,9 @@ impl Load {
             kept_answered: AtomicU64::new(0),
             new_failed: AtomicU64::new(0),
             kept_failed: AtomicU64::new(0),
+            kept_reopened: AtomicU64::new(0),
             failures: Mutex::new(Vec::new()),
+            times: Default::default(),
             shape: shape.clone(),
             kept: Mutex::new(Vec::new()),
         });
@@ -186,7 +215,9 @@ impl Load {
             kept_answered: get(&self.shared.kept_answered),
             new_failed: get(&self.shared.new_failed),
             kept_failed: get(&self.shared.kept_failed),
+            kept_reopened: get(&self.shared.kept_reopened),
             failures: self.shared.failures.lock().clone(),
+            medians: Medians { new: median(&self.shared.times[0]), kept: median(&self.shared.times[1]) },
         }
     }
 
@@ -200,7 +231,25 @@ impl Load {
     }
 }
 
+fn median(times: &Mutex<Vec<Duration>>) -> Duration {
+    let mut times = times.lock().clone();
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
 impl Shared {
+    fn answered(&self, on: On, took: Duration) {
+        let (counter, times) = match on {
+            On::New => (&self.new_answered, &self.times[0]),
+            On::Kept => (&self.kept_answered, &self.times[1]),
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let mut times = times.lock();
+        if times.len() < KEPT_TIMES {
+            times.push(took);
+        }
+    }
+
     fn running(&self) -> bool {
         !self.stopping.load(Ordering::Relaxed)
     }
@@ -234,23 +283,38 @@ impl Shared {
         let mut turns = tokio::time::interval(pause);
         while self.running() {
             turns.tick().await;
-            let asked = kept.as_ref().map_or_else(Instant::now, |open| open.asked);
-            let outcome = within(async {
-                let mut open = match kept.take() {
-                    Some(open) => open,
-                    None => self.open(asked).await?,
-                };
-                apps::get(&mut open.stream).await?;
-                Ok(open)
-            });
-            match outcome.await {
-                Ok(open) => {
+            let (is_kept, mut asked) = match &kept {
+                Some(open) => (true, open.asked),
+                None => (false, Instant::now()),
+            };
+            let mut outcome = self.turn(kept.take(), asked).await;
+            if self.shape.reopen && is_kept && outcome.as_ref().is_err_and(is_closed) {
+                self.kept_reopened.fetch_add(1, Ordering::Relaxed);
+                asked = Instant::now();
+                outcome = self.turn(None, asked).await;
+            }
+            match outcome {
+                Ok((open, took)) => {
                     kept = Some(open);
-                    self.kept_answered.fetch_add(1, Ordering::Relaxed);
+                    self.answered(On::Kept, took);
                 }
                 Err(error) => self.fail(On::Kept, asked, &error),
             }
         }
+    }
+
+    /// One request on a kept connection, or on one that is opened now to be kept; and how long it took.
+    async fn turn(&self, kept: Option<Open>, asked: Instant) -> io::Result<(Open, Duration)> {
+        within(async {
+            let mut open = match kept {
+                Some(open) => open,
+                None => self.open(asked).await?,
+            };
+            let began = Instant::now();
+            apps::get(&mut open.stream).await?;
+            Ok((open, began.elapsed()))
+        })
+        .await
     }
 
     async fn renew(self: Arc<Self>, pause: Duration) {
@@ -266,9 +330,7 @@ impl Shared {
                     apps::get(&mut stream).await
                 });
                 match outcome.await {
-                    Ok(_) => {
-                        shared.new_answered.fetch_add(1, Ordering::Relaxed);
-                    }
+                    Ok(_) => shared.answered(On::New, asked.elapsed()),
                     Err(error) => shared.fail(On::New, asked, &error),
                 }
             });

@@ -17,7 +17,7 @@ pub(crate) const ECHO: u16 = 8081;
 /// The namespace of the client and the servers.
 pub(crate) const NAMESPACE: &str = "shop";
 /// Where HBONE is listened for.
-const HBONE: u16 = 15008;
+pub(crate) const HBONE: u16 = 15008;
 /// How much of each program's log a failure shows, lines.
 const LOG_TAIL: usize = 60;
 

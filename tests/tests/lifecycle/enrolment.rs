@@ -1,18 +1,19 @@
 //! Pods that enter and leave the mesh while they talk, and captured pods whose node has no proxy.
 
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use ambit_local::DATAPLANE_MODE;
+use ambit_local::{Cluster, DATAPLANE_MODE};
 use tokio::io::AsyncWriteExt;
 
-use crate::bed::{Bed, ECHO, NAMESPACE, ping};
+use crate::bed::{Bed, ECHO, HBONE, NAMESPACE, ping};
+use crate::wire::{Insistent, SECRET};
 use ambit_tests::wait;
 
-/// How long a captured pod is watched while there is no proxy. The time is the subject: something that leaks
-/// does so with the first packets.
-const WATCHED: Duration = Duration::from_secs(2);
-/// Text that must not be readable on the wire.
-const SECRET: &str = "xyzzy-in-the-clear-xyzzy";
+/// How long proxies and agents may take to let go of pods that have left and whose last connection has ended.
+const LEFT: Duration = Duration::from_secs(30);
+/// Attempts while there is no proxy.
+const TRIES: u64 = 50;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_labelled_under_load_is_in_the_mesh_within_a_second_and_no_request_fails() {
@@ -45,7 +46,9 @@ async fn a_namespace_labelled_under_load_is_in_the_mesh_within_a_second_and_no_r
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_namespace_unlabelled_under_load_is_out_of_the_mesh_and_no_request_fails() {
-    let bed = Bed::start(true, &[0, 1]).await;
+    // Unused tunnels count as connections of a pod that leaves.
+    let limits = serde_json::json!({ "poolIdle": "2s" });
+    let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[0, 1]).await;
     let load = bed.load().await;
     load.more(50).await;
     assert!(bed.tunnelled(0).await > 0.0);
@@ -65,7 +68,27 @@ async fn a_namespace_unlabelled_under_load_is_out_of_the_mesh_and_no_request_fai
     // Longer than the proxies and the agent go on serving pods that have left: kept connections must not notice
     // the end of that either.
     load.more(1300).await;
+    for node in 0..2 {
+        assert!(
+            bed.count(node, "ambit_pods_served", &[]).await > 0.0,
+            "served for the kept connections' sake"
+        );
+    }
     let tally = load.finish().await;
+    // With the last tunnelled connection the pods are let go, by their proxies and agents: nobody listens there.
+    for node in 0..2 {
+        wait::until("no pod is served", LEFT, async || {
+            bed.count(node, "ambit_pods_served", &[]).await == 0.0
+        })
+        .await;
+    }
+    for server in &bed.servers {
+        wait::until("its tunnels' port is closed", LEFT, async || {
+            let outcome = bed.client.connect_within((server.ip(), HBONE).into(), wait::SOON).await;
+            outcome.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        })
+        .await;
+    }
     bed.end(&tally, |_| false).await;
 }
 
@@ -88,7 +111,7 @@ async fn without_a_node_proxy_a_captured_pod_sends_nothing_in_the_clear_and_wait
             ping(&mut stream, SECRET).await
         });
     }
-    tokio::time::sleep(WATCHED).await;
+    Insistent::start_unheard(&bed).tries(TRIES).await;
     let captured = capture.stop().await.unwrap();
     let own = captured.packets.iter().filter(|p| p.tcp && p.source.ip() == bed.client.ip());
     assert_eq!(own.filter(|p| !p.payload.is_empty()).count(), 0, "a captured pod sent past its proxy");
@@ -126,7 +149,7 @@ async fn a_pod_labelled_while_its_node_has_no_proxy_sends_nothing_in_the_clear_a
         ping(&mut stream, SECRET).await
     });
     assert_eq!(ping(&mut plain, "older than the label").await.unwrap(), "older than the label");
-    tokio::time::sleep(WATCHED).await;
+    Insistent::start_unheard(&bed).tries(TRIES).await;
     assert!(!waiting.is_finished(), "the connection waits");
     bed.cluster.ztunnel(0).unwrap().start().await.unwrap();
     assert_eq!(waiting.await.unwrap().expect("held, then served"), SECRET);

@@ -1,7 +1,8 @@
 //! The mesh while it changes, under the load of quality.md: 200 requests a second on new and kept connections.
 //!
-//! Namespaces are labelled and unlabelled, node proxies killed, replaced, starved and missing, endpoints die and
-//! addresses change hands, the control plane goes away, certificates are renewed. Needs root; fails without.
+//! Namespaces are labelled and unlabelled, node proxies killed, replaced, starved and missing, agents stopped and
+//! nodes rebooted, endpoints die and addresses change hands, the control plane goes away, certificates and roots are
+//! renewed. Needs root; fails without.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,7 +13,12 @@
 
 mod addresses;
 mod bed;
+mod bypass;
 mod control;
 mod endpoints;
 mod enrolment;
+mod hold;
+mod latency;
 mod proxies;
+mod roots;
+mod wire;

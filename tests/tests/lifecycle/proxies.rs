@@ -46,6 +46,13 @@ async fn the_servers_node_proxy_killed_and_started_again_under_load_refuses_no_n
     kill_and_start_under_load(1).await;
 }
 
+/// Tunnelled connections that a node proxy has taken, as the client's on node 0, as the server's on node 1.
+async fn opened(ztunnel: &Ztunnel, node: usize) -> f64 {
+    let reporter = if node == 0 { "source" } else { "destination" };
+    let labels = [("reporter", reporter), ("connection_security_policy", "mutual_tls")];
+    ztunnel.metrics().await.unwrap().sum("istio_tcp_connections_opened_total", &labels)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_succeeds() {
     let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", "60s");
@@ -60,9 +67,12 @@ async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_su
         first.terminate().await.unwrap();
         load.more(100).await;
         assert!(first.is_running(), "it serves the kept connections");
-        let taken = [("reporter", "source"), ("connection_security_policy", "mutual_tls")];
-        let taken = second.metrics().await.unwrap().sum("istio_tcp_connections_opened_total", &taken);
-        assert!(node == 1 || taken > 0.0, "the second proxy serves what is new");
+        let before = [opened(&first, node).await, opened(&second, node).await];
+        load.more(100).await;
+        let taken = [opened(&first, node).await - before[0], opened(&second, node).await - before[1]];
+        assert_eq!(taken[0], 0.0, "the draining proxy takes nothing new: {taken:?}");
+        // Every second one leads to the server of the client's own node.
+        assert!(taken[1] >= 20.0, "the second proxy serves what is new: {taken:?}");
         drained.push(first);
     }
     load.more(100).await;
@@ -75,7 +85,6 @@ async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_su
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_connection_waits_for_the_servers_node_proxy_for_longer_than_one_attempt() {
-    let attempt = Duration::from_secs(2);
     let limits = serde_json::json!({ "attemptTimeout": "2s", "handshakeTimeout": "2s" });
     let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[1]).await;
     drop(bed.echo(bed.vip(ECHO)).await);
@@ -86,7 +95,8 @@ async fn a_new_connection_waits_for_the_servers_node_proxy_for_longer_than_one_a
         let mut stream = client.connect_within(target, wait::SOON).await?;
         ping(&mut stream, "patience").await
     });
-    tokio::time::sleep(attempt + Duration::from_millis(500)).await;
+    let failed = async || bed.count(0, "ambit_hbone_connections_failed_total", &[]).await > 0.0;
+    wait::until("one attempt has failed", wait::SOON, failed).await;
     assert!(!waiting.is_finished(), "it waits");
     ztunnel.start().await.unwrap();
     assert_eq!(waiting.await.unwrap().expect("held, then served"), "patience");

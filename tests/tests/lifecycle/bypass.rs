@@ -1,0 +1,245 @@
+//! No bypass: whatever is missing, nothing of an enrolled pod is on the wire but tunnels, while its client keeps
+//! trying; and when what was missing is back, it is heard again.
+
+use ambit_local::{Cluster, DATAPLANE_MODE};
+use ambit_tests::wait;
+
+use crate::bed::{Bed, ECHO, NAMESPACE, ping};
+use crate::wire::{Insistent, SECRET, Wire};
+
+/// Attempts during an outage: a second of them.
+const TRIES: u64 = 50;
+/// Attempts that may be under way when an outage begins, and be answered then.
+const UNDER_WAY: u64 = 5;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_in_the_clear_after_node_proxies_were_told_to_stop() {
+    let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", "1s");
+    let bed = Bed::on(builder, true, &[1]).await;
+    let client = Insistent::start(&bed).await;
+    let wire = Wire::tap(&bed).await;
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().terminate().await.unwrap();
+    }
+    client.tries(TRIES).await;
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().wait_ended(wait::SOON).await.unwrap();
+    }
+    let answered = client.answered();
+    client.tries(TRIES).await;
+    assert_eq!(client.answered(), answered, "answered without a proxy");
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
+    }
+    client.heard_again().await;
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_in_the_clear_while_node_proxies_die_again_and_again() {
+    let bed = Bed::start(true, &[1]).await;
+    let client = Insistent::start(&bed).await;
+    let wire = Wire::tap(&bed).await;
+    for round in 0..8_usize {
+        let ztunnel = bed.cluster.ztunnel(round % 2).unwrap();
+        ztunnel.kill().await.unwrap();
+        client.tries(10).await;
+        ztunnel.start().await.unwrap();
+        // Killed at any moment of its start too.
+        client.tries(2 * (round as u64 % 4)).await;
+    }
+    client.heard_again().await;
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_in_the_clear_while_node_proxies_stand_still() {
+    let bed = Bed::start(true, &[1]).await;
+    let client = Insistent::start(&bed).await;
+    let wire = Wire::tap(&bed).await;
+    for node in 0..2 {
+        let ztunnel = bed.cluster.ztunnel(node).unwrap();
+        ztunnel.pause().await.unwrap();
+        let answered = client.answered();
+        client.tries(TRIES).await;
+        assert!(client.answered() <= answered + UNDER_WAY, "answered past a proxy that stands still");
+        ztunnel.resume().await.unwrap();
+        client.heard_again().await;
+    }
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_in_the_clear_by_pods_whose_certificates_are_refused() {
+    let builder = Cluster::builder().nodes(2).control_arg("--trusted-node-proxy=ambit-system/nobody");
+    let bed = Bed::on(builder, true, &[1]).await;
+    let wire = Wire::tap(&bed).await;
+    let client = Insistent::start_unheard(&bed);
+    client.tries(2 * TRIES).await;
+    let refused = bed.count(0, "ambit_certificates_failed_total", &[]).await;
+    assert!(refused > 0.0, "the authority refused nothing");
+    assert_eq!(client.answered(), 0, "answered without a certificate");
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_in_the_clear_by_node_proxies_that_start_without_a_control_plane() {
+    let bed = Bed::start(true, &[1]).await;
+    let client = Insistent::start(&bed).await;
+    let wire = Wire::tap(&bed).await;
+    bed.cluster.control().unwrap().kill().await.unwrap();
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().kill().await.unwrap();
+    }
+    let answered = client.answered();
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
+    }
+    wait::for_ok("its proxy serves the client", wait::SOON, async || {
+        let served = bed.count(0, "ambit_pods_served", &[]).await;
+        if served > 0.0 { Ok(()) } else { Err(format!("{served} pods are served")) }
+    })
+    .await;
+    client.tries(2 * TRIES).await;
+    assert_eq!(client.answered(), answered, "answered without certificate and directory");
+    bed.cluster.control().unwrap().start().await.unwrap();
+    client.heard_again().await;
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_sent_in_the_clear_without_agents_nor_without_agents_and_node_proxies() {
+    let bed = Bed::start(true, &[1]).await;
+    let client = Insistent::start(&bed).await;
+    let wire = Wire::tap(&bed).await;
+    for node in 0..2 {
+        bed.cluster.stop_agent(node).await.unwrap();
+    }
+    client.heard_again().await;
+    // From here on a node is as after a reboot: namespaces and rules are there, no process is.
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().kill().await.unwrap();
+    }
+    let answered = client.answered();
+    client.tries(TRIES).await;
+    // A proxy that nobody tells of pods serves none.
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
+    }
+    client.tries(TRIES).await;
+    assert_eq!(client.answered(), answered, "answered without agent and proxy");
+    for node in 0..2 {
+        bed.cluster.start_agent(node).await.unwrap();
+    }
+    client.heard_again().await;
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebooted_node_comes_back_with_its_agent_first_and_nothing_was_sent_in_the_clear() {
+    let bed = Bed::start(true, &[1]).await;
+    let client = Insistent::start(&bed).await;
+    let wire = Wire::tap(&bed).await;
+    for node in 0..2 {
+        bed.cluster.ztunnel(node).unwrap().kill().await.unwrap();
+        bed.cluster.stop_agent(node).await.unwrap();
+        let answered = client.answered();
+        client.tries(TRIES).await;
+        assert!(client.answered() <= answered + UNDER_WAY, "answered without agent and proxy");
+        bed.cluster.start_agent(node).await.unwrap();
+        assert!(bed.pods().all(ambit_local::Pod::is_enrolled), "nobody was called out of the mesh");
+        let answered = client.answered();
+        client.tries(TRIES).await;
+        assert_eq!(client.answered(), answered, "answered without proxy");
+        bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
+        client.heard_again().await;
+    }
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
+
+/// A pod whose program says the secret to the first server, from its first moment on.
+fn talkative(bed: &Bed) -> String {
+    let (server, length) = (bed.servers[0].ip(), SECRET.len());
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: talkative, namespace: {NAMESPACE}}}
+spec:
+  nodeName: node-1
+  serviceAccountName: talkative
+  terminationGracePeriodSeconds: 0
+  containers:
+    - name: main
+      image: any
+      command:
+        - bash
+        - -c
+        - \"while :; do (exec 3<>/dev/tcp/{server}/{ECHO} && printf {SECRET} >&3 && head -c {length} <&3); done\"
+"
+    )
+}
+
+async fn is_silent_until_served(bed: Bed, serve: impl AsyncFnOnce(&Cluster)) {
+    let wire = Wire::tap(&bed).await;
+    bed.cluster.apply(&talkative(&bed)).await.unwrap();
+    let pod = bed.cluster.find_pod(NAMESPACE, "talkative").expect("it was made");
+    // Another client of the node is the clock.
+    let client = Insistent::start_unheard(&bed);
+    client.tries(TRIES).await;
+    assert!(!pod.is_enrolled() && !pod.is_ready(), "it waits for its agent and proxy: {:?}", pod.view());
+    assert!(pod.process(0).is_none(), "its program does not run yet");
+    serve(&bed.cluster).await;
+    bed.cluster.wait_enrolled(&pod).await.unwrap();
+    let tunnelled = [
+        ("reporter", "source"),
+        ("source_workload", "talkative"),
+        ("connection_security_policy", "mutual_tls"),
+    ];
+    wait::until("it talks in tunnels", wait::SOON, async || {
+        bed.count(0, "istio_tcp_connections_opened_total", &tunnelled).await > 10.0
+    })
+    .await;
+    wire.assert_nothing_in_the_clear(&bed, &[pod]).await;
+    bed.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_made_while_its_node_has_no_agent_does_not_run_before_it_is_served() {
+    let bed = Bed::start(true, &[1]).await;
+    bed.cluster.stop_agent(0).await.unwrap();
+    is_silent_until_served(bed, async |cluster| cluster.start_agent(0).await.unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_made_while_its_node_has_no_proxy_does_not_run_before_it_is_served() {
+    let bed = Bed::start(true, &[1]).await;
+    bed.cluster.ztunnel(0).unwrap().kill().await.unwrap();
+    is_silent_until_served(bed, async |cluster| cluster.ztunnel(0).unwrap().start().await.unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_pod_labelled_while_its_node_has_no_agent_is_out_until_the_agent_is_back_and_then_in() {
+    let bed = Bed::start(false, &[1]).await;
+    bed.cluster.stop_agent(0).await.unwrap();
+    bed.cluster.label_namespace(NAMESPACE, DATAPLANE_MODE, Some("ambient")).await.unwrap();
+    bed.cluster.wait_enrolled(&bed.servers[0]).await.unwrap();
+    let mut plain = bed.echo(bed.vip(ECHO)).await;
+    assert!(bed.client.is_wanted_in_mesh() && bed.client.view().redirection.is_none(), "nobody calls it in");
+    bed.cluster.start_agent(0).await.unwrap();
+    bed.cluster.wait_enrolled(&bed.client).await.unwrap();
+    assert_eq!(ping(&mut plain, "older").await.unwrap(), "older");
+    drop(plain);
+    bed.all_known().await;
+    let wire = Wire::tap(&bed).await;
+    let client = Insistent::start(&bed).await;
+    client.tries(TRIES).await;
+    wire.assert_nothing_in_the_clear(&bed, &[]).await;
+    bed.shutdown().await;
+}
