@@ -9,7 +9,7 @@ TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
 STATIC_TARGET := x86_64-unknown-linux-gnu
 
-.PHONY: help build demo test unit e2e bench bench-micro soak lint fmt deny doc static packages clean
+.PHONY: help build demo test bench soak lint fmt deny doc static packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -27,9 +27,10 @@ test: packages build ## every test; needs root
 packages: ## the Debian packages whose programs the tests send through the tunnel
 	bash tests/packages.sh
 
-bench: ## the L4 figures of this machine, beside no mesh and a raw relay
+bench: ## the figures of this machine: L4 beside no mesh and a raw relay; control plane, policies, directory, certificates
 	$(CARGO) build --release --workspace --bins
 	$(TARGET_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
+	$(TARGET_DIR)/release/ambit-bench-control --out docs/benchmarks-control.md --json $(TARGET_DIR)/benchmarks-control.json
 
 soak: build ## half an hour of mixed load with restarts and rotations; needs root
 	$(BIN)/ambit-soak --out docs/soak.md --json $(TARGET_DIR)/soak.json

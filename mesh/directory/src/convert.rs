@@ -92,7 +92,7 @@ pub(crate) fn service(source: &wire::Service, texts: &mut Interner) -> Result<Se
     let names = source.subject_alt_names.iter().filter_map(|name| name.parse::<SpiffeId>().ok());
     Ok(Service {
         vips: vips.into_iter().flatten().collect(),
-        ports: ports("service.ports", &source.ports)?,
+        ports: texts.ports(ports("service.ports", &source.ports)?),
         subject_alt_names: names.collect(),
         waypoint: source.waypoint.as_ref().map(|it| gateway("service.waypoint", it, texts)).transpose()?,
         weighted_waypoints,

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use equivalent::Equivalent;
 use smallvec::SmallVec;
 
+use crate::list::{Iter, List};
 use crate::service::{HealthPolicy, LoadBalancing, Mode, Ports, Scope, Service};
+use crate::table::Table;
 use crate::workload::Workload;
 
 /// A workload as an endpoint of one service.
@@ -41,7 +43,7 @@ pub(crate) struct Known {
 /// Endpoints that may be chosen, with the greatest capacity among them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pool {
-    endpoints: imbl::Vector<Endpoint>,
+    endpoints: List<Endpoint>,
     heaviest: u32,
     heaviest_count: usize,
 }
@@ -75,7 +77,7 @@ impl Pool {
             std::cmp::Ordering::Equal => self.heaviest_count += 1,
             std::cmp::Ordering::Less => {}
         }
-        self.endpoints.push_back(endpoint);
+        self.endpoints.push(endpoint);
     }
 
     fn remove(&mut self, workload: &Arc<Workload>) {
@@ -92,16 +94,8 @@ impl Pool {
 }
 
 /// Takes the endpoint of `workload` out; the last one takes its place.
-fn take(endpoints: &mut imbl::Vector<Endpoint>, workload: &Arc<Workload>) -> bool {
-    let Some(at) = endpoints.iter().position(|endpoint| Arc::ptr_eq(&endpoint.workload, workload)) else {
-        return false;
-    };
-    if let Some(last) = endpoints.pop_back()
-        && at < endpoints.len()
-    {
-        endpoints.set(at, last);
-    }
-    true
+fn take(endpoints: &mut List<Endpoint>, workload: &Arc<Workload>) -> bool {
+    endpoints.remove(|endpoint| Arc::ptr_eq(&endpoint.workload, workload))
 }
 
 /// Values of the first scopes of a preference.
@@ -154,15 +148,15 @@ impl PlaceOf<'_> {
 /// The endpoints of one service; there may be some before the service is known. Cloning is cheap and a clone never changes.
 #[derive(Clone, Debug, Default)]
 pub struct Endpoints {
-    all: imbl::Vector<Endpoint>,
+    all: List<Endpoint>,
     eligible: Pool,
-    near: imbl::HashMap<Place, Pool>,
+    near: Table<Place, Pool>,
     balancing: Arc<LoadBalancing>,
 }
 
 impl Endpoints {
     /// All, whatever their health, in no order.
-    pub fn iter(&self) -> imbl::vector::Iter<'_, Endpoint, imbl::shared_ptr::DefaultSharedPtr> {
+    pub fn iter(&self) -> Iter<'_, Endpoint> {
         self.all.iter()
     }
 
@@ -199,7 +193,7 @@ impl Endpoints {
     }
 
     pub(crate) fn insert(&mut self, endpoint: Endpoint) {
-        self.all.push_back(endpoint.clone());
+        self.all.push(endpoint.clone());
         self.pool(endpoint);
     }
 
@@ -227,9 +221,9 @@ impl Endpoints {
         }
         self.balancing = Arc::new(balancing.clone());
         self.eligible = Pool::default();
-        self.near = imbl::HashMap::new();
-        for endpoint in self.all.clone() {
-            self.pool(endpoint);
+        self.near = Table::default();
+        for endpoint in self.all.clone().iter() {
+            self.pool(endpoint.clone());
         }
     }
 
@@ -240,7 +234,7 @@ impl Endpoints {
         let balancing = Arc::clone(&self.balancing);
         for scopes in prefixes(&balancing) {
             let place = PlaceOf { workload: &endpoint.workload, scopes }.to_place();
-            self.near.entry(place).or_default().insert(endpoint.clone());
+            self.near.change(&place, |pool| pool.insert(endpoint.clone()));
         }
         self.eligible.insert(endpoint);
     }
@@ -252,7 +246,7 @@ impl Endpoints {
 
 impl<'a> IntoIterator for &'a Endpoints {
     type Item = &'a Endpoint;
-    type IntoIter = imbl::vector::Iter<'a, Endpoint, imbl::shared_ptr::DefaultSharedPtr>;
+    type IntoIter = Iter<'a, Endpoint>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter()

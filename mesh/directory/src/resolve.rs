@@ -149,7 +149,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         address: SocketAddr,
     ) -> Outcome {
         // A pod that dials itself stays within itself, with or without waypoint.
-        if workload.uid != self.chooser.question.client.uid
+        if !workload.is_same(self.chooser.question.client)
             && let Some(route) = self.through_workload_waypoint(workload, address)?
         {
             return Ok(route);
@@ -271,7 +271,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         let address = SocketAddr::new(ip, port);
         let plain =
             |workload| Plain { address, workload: Some(workload), service: service_arc, waypoint_bypassed };
-        if workload.uid == client.uid {
+        if workload.is_same(client) {
             return Ok(Route::Own(plain(workload_arc)));
         }
         match workload.tunnel {

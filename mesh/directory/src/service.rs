@@ -10,27 +10,22 @@ use crate::dump;
 use crate::name::{NamespacedHost, NetworkAddress};
 
 /// A service: a name and addresses that stand for workloads. Immutable; kept behind an `Arc`.
+///
+/// The order of the fields is that in memory: what every look-up reads comes first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[repr(C)]
 pub struct Service {
-    /// The short name.
-    pub name: Arc<str>,
     /// The full name.
     #[serde(flatten, serialize_with = "dump::host_fields")]
     pub host: NamespacedHost,
-    /// Its virtual addresses; empty for a headless service.
-    pub vips: Box<[Vip]>,
     /// Its ports.
     pub ports: Ports,
     /// Identities that its endpoints may show besides their own.
     #[serde(serialize_with = "dump::identities")]
     pub subject_alt_names: Box<[SpiffeId]>,
-    /// The waypoint that its traffic must pass.
-    pub waypoint: Option<Gateway>,
     /// Waypoints among which connections are shared by weight; when there is one with a weight, they take the place of `waypoint`.
     pub weighted_waypoints: Box<[WeightedWaypoint]>,
-    /// How an endpoint is chosen.
-    pub load_balancing: LoadBalancing,
     /// The families of address that it has.
     pub ip_families: IpFamilies,
     /// Preferred among services of the same host name.
@@ -43,6 +38,14 @@ pub struct Service {
     pub session_affinity: bool,
     /// Whether the direct way is allowed while the waypoint is missing.
     pub waypoint_failure_open: bool,
+    /// The waypoint that its traffic must pass.
+    pub waypoint: Option<Gateway>,
+    /// How an endpoint is chosen.
+    pub load_balancing: LoadBalancing,
+    /// Its virtual addresses; empty for a headless service.
+    pub vips: Box<[Vip]>,
+    /// The short name.
+    pub name: Arc<str>,
 }
 
 impl Service {

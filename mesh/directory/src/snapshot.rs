@@ -9,8 +9,10 @@ use ambit_policy::{Peer, PolicySet, Request, Stamp, Verdict};
 use smallvec::SmallVec;
 
 use crate::endpoints::{Endpoints, Known};
+use crate::list::List;
 use crate::name::{AddressRef, HostRef, NamespacedHost, NetworkAddress, WorkloadUid};
 use crate::service::Service;
+use crate::table::Table;
 use crate::vips::Vips;
 use crate::workload::Workload;
 
@@ -40,13 +42,13 @@ const REMEMBERED_REMOVALS: usize = 1024;
 #[derive(Clone, Default, Debug)]
 pub struct Snapshot {
     pub(crate) revision: Revision,
-    pub(crate) workloads: imbl::HashMap<WorkloadUid, Arc<Workload>>,
-    pub(crate) by_address: imbl::HashMap<NetworkAddress, SmallVec<[Arc<Workload>; 1]>>,
-    pub(crate) by_identity: imbl::HashMap<SpiffeId, imbl::Vector<Arc<Workload>>>,
-    pub(crate) by_hostname: imbl::HashMap<Arc<str>, SmallVec<[Arc<Workload>; 1]>>,
-    pub(crate) services: imbl::HashMap<NamespacedHost, Arc<Known>>,
-    pub(crate) services_by_hostname: imbl::HashMap<Arc<str>, SmallVec<[Arc<Service>; 1]>>,
-    pub(crate) endpoints: imbl::HashMap<NamespacedHost, Arc<Endpoints>>,
+    pub(crate) workloads: Table<WorkloadUid, Arc<Workload>>,
+    pub(crate) by_address: Table<NetworkAddress, SmallVec<[Arc<Workload>; 1]>>,
+    pub(crate) by_identity: Table<SpiffeId, List<Arc<Workload>>>,
+    pub(crate) by_hostname: Table<Arc<str>, SmallVec<[Arc<Workload>; 1]>>,
+    pub(crate) services: Table<NamespacedHost, Arc<Known>>,
+    pub(crate) services_by_hostname: Table<Arc<str>, SmallVec<[Arc<Service>; 1]>>,
+    pub(crate) endpoints: Table<NamespacedHost, Arc<Endpoints>>,
     pub(crate) vips: Vips,
     pub(crate) policies: PolicySet,
     pub(crate) removals: Arc<VecDeque<(u64, WorkloadUid)>>,
@@ -90,7 +92,7 @@ impl Snapshot {
 
     /// The workloads that have an identity, in no order.
     pub fn workloads_of(&self, identity: &SpiffeId) -> impl Iterator<Item = &Arc<Workload>> {
-        self.by_identity.get(identity).into_iter().flatten()
+        self.by_identity.get(identity).into_iter().flat_map(List::iter)
     }
 
     /// The workloads with a host name of their own, in lower case.

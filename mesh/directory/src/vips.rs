@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 use crate::endpoints::Known;
 use crate::name::{AddressRef, NamespacedHost, NetworkAddress};
 use crate::service::Vip;
+use crate::table::Table;
 
 /// Services that share an address, in the order of their names.
 type Sharing = SmallVec<[Arc<Known>; 1]>;
@@ -37,8 +38,8 @@ impl Equivalent<NetworkNet> for NetRef<'_> {
 /// Virtual addresses. Cloning is cheap and a clone never changes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Vips {
-    addresses: imbl::HashMap<NetworkAddress, Sharing>,
-    nets: imbl::HashMap<NetworkNet, Sharing>,
+    addresses: Table<NetworkAddress, Sharing>,
+    nets: Table<NetworkNet, Sharing>,
     /// Prefix lengths in use, longest first, with the number of networks of that length.
     lengths: Arc<Vec<(u8, u32)>>,
 }
@@ -47,13 +48,13 @@ impl Vips {
     /// Enters `known` at `vip`, in place of an earlier state of the same service.
     pub(crate) fn insert(&mut self, vip: &Vip, known: &Arc<Known>) {
         match vip {
-            Vip::Address(address) => put(self.addresses.entry(address.clone()).or_default(), known),
+            Vip::Address(address) => self.addresses.change(address, |sharing| put(sharing, known)),
             Vip::Net { network, net } => {
                 let key = NetworkNet { network: Arc::clone(network), net: *net };
                 if !self.nets.contains_key(&key) {
                     self.count(net.prefix_len(), true);
                 }
-                put(self.nets.entry(key).or_default(), known);
+                self.nets.change(&key, |sharing| put(sharing, known));
             }
         }
     }

@@ -13,66 +13,70 @@ use crate::name::{HostRef, NamespacedHost, WorkloadUid};
 use crate::service::{Gateway, Ports, Scope};
 
 /// A workload. Immutable; kept behind an `Arc`.
+///
+/// The order of the fields is that in memory: what decides about an endpoint comes first, then what a route needs, so that a look-up among many
+/// workloads touches two or three lines of the processor's cache for each.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[repr(C)]
 pub struct Workload {
-    /// The name that is never used again for another.
-    pub uid: WorkloadUid,
-    /// The pod's name.
-    pub name: Arc<str>,
-    /// The namespace.
-    pub namespace: Arc<str>,
-    /// Its addresses, in canonical form; empty if only [`Workload::hostname`] tells where it is.
-    #[serde(rename = "workloadIps")]
-    pub addresses: SmallVec<[IpAddr; 2]>,
     /// The network that the addresses are in.
     pub network: Arc<str>,
+    /// Its share of a service's connections, in proportion to the other endpoints; 0 gets none.
+    pub capacity: u32,
     /// How it is reached.
     #[serde(rename = "protocol")]
     pub tunnel: TunnelProtocol,
+    /// Whether it is chosen as an endpoint.
+    pub status: Status,
     /// Whether it terminates HBONE itself, without a node proxy.
     pub native_tunnel: bool,
+    /// Whether it shares its address with the node and others there.
+    pub host_network: bool,
+    /// Whether the direct way is allowed while its waypoint is missing.
+    pub waypoint_failure_open: bool,
+    /// The kind of its owner.
+    pub workload_type: WorkloadType,
+    /// Spreads workloads evenly for session affinity: the same on every node, of the uid alone.
+    #[serde(skip)]
+    pub(crate) spread: u64,
+    /// Its addresses, in canonical form; empty if only [`Workload::hostname`] tells where it is.
+    #[serde(rename = "workloadIps")]
+    pub addresses: SmallVec<[IpAddr; 2]>,
+    /// The name that is never used again for another.
+    pub uid: WorkloadUid,
     /// Who it is: trust domain, namespace and service account.
     #[serde(serialize_with = "dump::identity")]
     pub identity: SpiffeId,
+    /// The node that it runs on; empty if none is known.
+    pub node: Arc<str>,
+    /// The cluster that it runs in.
+    pub cluster_id: Arc<str>,
     /// The waypoint that traffic to its addresses must pass.
     pub waypoint: Option<Gateway>,
     /// The way in from other networks.
     pub network_gateway: Option<Gateway>,
-    /// The node that it runs on; empty if none is known.
-    pub node: Arc<str>,
+    /// The services whose endpoint it is.
+    pub services: Box<[Membership]>,
+    /// The policies that select it.
+    #[serde(rename = "authorizationPolicies")]
+    pub policies: PolicyList,
+    /// The namespace.
+    pub namespace: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
     /// The application's name.
     pub canonical_name: Arc<str>,
     /// The application's revision.
     pub canonical_revision: Arc<str>,
-    /// The kind of its owner.
-    pub workload_type: WorkloadType,
     /// The owner's name.
     pub workload_name: Arc<str>,
-    /// The policies that select it.
-    #[serde(rename = "authorizationPolicies")]
-    pub policies: PolicyList,
-    /// Whether it is chosen as an endpoint.
-    pub status: Status,
-    /// The cluster that it runs in.
-    pub cluster_id: Arc<str>,
     /// A host name of its own; empty if none.
     pub hostname: Arc<str>,
-    /// The services whose endpoint it is.
-    pub services: Box<[Membership]>,
     /// Where connections from the tunnel go instead of the target port.
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Where it is.
     pub locality: Locality,
-    /// Whether it shares its address with the node and others there.
-    pub host_network: bool,
-    /// Its share of a service's connections, in proportion to the other endpoints; 0 gets none.
-    pub capacity: u32,
-    /// Whether the direct way is allowed while its waypoint is missing.
-    pub waypoint_failure_open: bool,
-    /// Spreads workloads evenly for session affinity: the same on every node, of the uid alone.
-    #[serde(skip)]
-    pub(crate) spread: u64,
 }
 
 impl Workload {
@@ -95,6 +99,12 @@ impl Workload {
     pub fn address_like(&self, like: Option<IpAddr>) -> Option<IpAddr> {
         let same_family = |address: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == address.is_ipv4());
         self.addresses.iter().find(same_family).or_else(|| self.addresses.first()).copied()
+    }
+
+    /// Whether both are the same workload, in the same or another state.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        // Tells nearly all apart without a look at their texts.
+        self.spread == other.spread && self.uid == other.uid
     }
 
     /// Whether both run on one node of one cluster.

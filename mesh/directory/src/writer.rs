@@ -234,27 +234,25 @@ impl Directory {
     fn enter(&mut self, workload: &Arc<Workload>, kept: &[(NetworkAddress, usize)]) {
         for address in addresses(workload) {
             let at = kept.iter().find(|(known, _)| *known == address).map(|(_, at)| *at);
-            let claims = self.next.by_address.entry(address).or_default();
-            claims.insert(at.unwrap_or(claims.len()).min(claims.len()), Arc::clone(workload));
+            self.next.by_address.change(&address, |claims| {
+                claims.insert(at.unwrap_or(claims.len()).min(claims.len()), Arc::clone(workload));
+            });
         }
-        self.next.by_identity.entry(workload.identity.clone()).or_default().push_back(Arc::clone(workload));
+        self.next.by_identity.change(&workload.identity, |holders| holders.push(Arc::clone(workload)));
         if !workload.hostname.is_empty() {
-            self.next
-                .by_hostname
-                .entry(Arc::clone(&workload.hostname))
-                .or_default()
-                .push(Arc::clone(workload));
+            self.next.by_hostname.change(&workload.hostname, |named| named.push(Arc::clone(workload)));
         }
         for membership in &workload.services {
-            let endpoints = self.next.endpoints.entry(membership.host.clone()).or_default();
             let endpoint = Endpoint { workload: Arc::clone(workload), ports: membership.ports.clone() };
-            Arc::make_mut(endpoints).insert(endpoint);
             // Endpoints that come before their service get its balancing when it comes.
-            if endpoints.len() == 1
-                && let Some(known) = self.next.services.get(&membership.host)
-            {
-                Arc::make_mut(endpoints).set_balancing(&known.service.load_balancing);
-            }
+            let known = self.next.services.get(&membership.host);
+            self.next.endpoints.change(&membership.host, |endpoints| {
+                let endpoints = Arc::make_mut(endpoints);
+                if let Some(known) = known.filter(|_| endpoints.is_empty()) {
+                    endpoints.set_balancing(&known.service.load_balancing);
+                }
+                endpoints.insert(endpoint);
+            });
             self.stale.insert(membership.host.clone());
         }
     }
@@ -271,12 +269,7 @@ impl Directory {
             }
         }
         if let Some(holders) = self.next.by_identity.get_mut(&workload.identity) {
-            if let Some(at) = holders.iter().position(|holder| Arc::ptr_eq(holder, workload))
-                && let Some(last) = holders.pop_back()
-                && at < holders.len()
-            {
-                holders.set(at, last);
-            }
+            holders.remove(|holder| Arc::ptr_eq(holder, workload));
             if holders.is_empty() {
                 self.next.by_identity.remove(&workload.identity);
             }
@@ -310,9 +303,10 @@ impl Directory {
         let known = Known { service: Arc::clone(&service), endpoints: Endpoints::default() };
         self.next.services.insert(service.host.clone(), Arc::new(known));
         self.stale.insert(service.host.clone());
-        let named = self.next.services_by_hostname.entry(Arc::clone(&service.host.hostname)).or_default();
-        let at = named.partition_point(|other| other.host.namespace < service.host.namespace);
-        named.insert(at, Arc::clone(&service));
+        self.next.services_by_hostname.change(&service.host.hostname, |named| {
+            let at = named.partition_point(|other| other.host.namespace < service.host.namespace);
+            named.insert(at, Arc::clone(&service));
+        });
         if let Some(endpoints) = self.next.endpoints.get_mut(&service.host) {
             Arc::make_mut(endpoints).set_balancing(&service.load_balancing);
         }

@@ -1,0 +1,182 @@
+//! The control plane over a directory of objects: start, the push to all subscribers, and what a change costs.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_identity::TlsSettings;
+use ambit_scale::objects::{NODES, PODS, SERVICES, pod, pod_name};
+use anyhow::{Context, Result, bail, ensure};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+
+use crate::program::{Control, World};
+use crate::report::{Row, Section};
+use crate::subscriber::{Crowd, Target, subscribe};
+
+/// Changes of each kind.
+const CHANGES: u32 = 100;
+/// Between two changes: longer than changes are batched, so that each is the first after quiet.
+const PAUSE: Duration = Duration::from_millis(100);
+/// By then a push or a change must be everywhere.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+const INTRODUCTION: &str = "`ambit-control --source dir:` over 1,000 nodes, 10,000 pods and 1,000 services, a file each, pods and nodes as JSON, the \
+rest as YAML. Subscribers take everything over TLS connections of their own, from one other process on the same machine; its work is in the \
+times, not in the CPU. A change is a pod's file that is put in place or removed; its time ends when the last stream has it.";
+
+/// Takes every figure of the section.
+pub(crate) async fn measure(program: &Path) -> Result<Section> {
+    let mut section = Section::new("Control plane", INTRODUCTION);
+    let mut bed = Bed::start(program)?;
+    section.push(Row::new("start to ready").time(bed.control.until_ready).at_most(Duration::from_secs(3)));
+    section.push(Row::new("CPU of it").seconds(bed.control.cpu()?));
+    section.push(Row::new("memory, no subscribers").bytes(bed.control.resident()?).at_most_bytes(80e6));
+    bed.push(1_000, Some(&mut section)).await?;
+    bed.changes(Some(&mut section), 0.020).await?;
+    drop(bed);
+    let mut bed = Bed::start(program)?;
+    bed.push(100, None).await?;
+    bed.changes_of_few(&mut section, 0.002).await?;
+    Ok(section)
+}
+
+/// A control plane and its subscribers.
+struct Bed {
+    control: Control,
+    world: World,
+    crowd: Arc<Crowd>,
+    subscribers: JoinSet<Result<()>>,
+}
+
+/// What changes of one kind took.
+struct Changes {
+    times: Vec<Duration>,
+    cpu_each: f64,
+}
+
+impl Bed {
+    fn start(program: &Path) -> Result<Self> {
+        let world = World::write()?;
+        let control = Control::start(program, &world)?;
+        Ok(Self { control, world, crowd: Arc::default(), subscribers: JoinSet::new() })
+    }
+
+    /// Connects subscribers and waits until each has everything.
+    async fn push(&mut self, count: u32, section: Option<&mut Section>) -> Result<()> {
+        let resources = (PODS + SERVICES) as usize;
+        let target =
+            Target { address: self.control.address, tls: connector(&self.world.roots())?, resources };
+        let names = (0..count).map(|number| format!("node-{}", number % NODES));
+        let tokens: Vec<(String, String)> =
+            names.map(|node| Ok((self.world.token(&node)?, node))).collect::<Result<_>>()?;
+        let (start, before) = (std::time::Instant::now(), self.control.cpu()?);
+        for (token, node) in tokens {
+            self.subscribers.spawn(subscribe(target.clone(), node, token, Arc::clone(&self.crowd)));
+        }
+        let crowd = Arc::clone(&self.crowd);
+        self.unless_one_ends(crowd.complete(count as usize)).await?;
+        let (took, cpu) = (start.elapsed(), self.control.cpu()? - before);
+        if let Some(section) = section {
+            let what = format!("first full push to all {count}");
+            section.push(Row::new(&what).time(took).at_most(Duration::from_secs(10)));
+            section.push(Row::new("CPU of it").seconds(cpu).at_most(Duration::from_secs(7)));
+            section.push(
+                Row::new(format!("memory with {count} subscribers"))
+                    .bytes(self.control.resident()?)
+                    .at_most_bytes(200e6),
+            );
+        }
+        Ok(())
+    }
+
+    /// Pods that come, then go.
+    async fn changes(&mut self, section: Option<&mut Section>, goal: f64) -> Result<()> {
+        let count = self.subscribers.len();
+        let quiet = self.quiet().await?;
+        let added = self.many(true).await?;
+        let removed = self.many(false).await?;
+        let Some(section) = section else { return Ok(()) };
+        let limits = (Duration::from_millis(30), Duration::from_millis(60));
+        let cpu = (added.cpu_each, removed.cpu_each);
+        section.push(Row::of_times("a pod added, until it is in all streams", added.times).within(limits));
+        section
+            .push(Row::of_times("a pod removed, until it is in all streams", removed.times).within(limits));
+        let goal = Duration::from_secs_f64(goal);
+        for (what, cpu) in [("added", cpu.0), ("removed", cpu.1)] {
+            let what = format!("CPU a pod {what}, {count} subscribers");
+            section.push(Row::new(what).seconds(cpu).at_most(goal));
+        }
+        section.push(Row::new(format!("CPU a second of quiet, {count} subscribers")).seconds(quiet));
+        let memory = self.control.resident()?;
+        section.push(Row::new("memory after all changes").bytes(memory).at_most_bytes(200e6));
+        Ok(())
+    }
+
+    async fn changes_of_few(&mut self, section: &mut Section, goal: f64) -> Result<()> {
+        let count = self.subscribers.len();
+        let added = self.many(true).await?;
+        let removed = self.many(false).await?;
+        for (what, cpu) in [("added", added.cpu_each), ("removed", removed.cpu_each)] {
+            let row = Row::new(format!("CPU a pod {what}, {count} subscribers")).seconds(cpu);
+            section.push(row.at_most(Duration::from_secs_f64(goal)));
+        }
+        Ok(())
+    }
+
+    /// CPU of a second in which nothing happens.
+    async fn quiet(&self) -> Result<f64> {
+        const TIME: Duration = Duration::from_secs(3);
+        tokio::time::sleep(PAUSE).await;
+        let before = self.control.cpu()?;
+        tokio::time::sleep(TIME).await;
+        Ok((self.control.cpu()? - before) / TIME.as_secs_f64())
+    }
+
+    async fn many(&mut self, add: bool) -> Result<Changes> {
+        let mut times = Vec::new();
+        let before = self.control.cpu()?;
+        for number in PODS..PODS + CHANGES {
+            tokio::time::sleep(PAUSE).await;
+            let file = pod(number);
+            let namespace = ambit_scale::objects::namespace_of(number % SERVICES);
+            self.crowd.expect(&format!("Kubernetes//v1/Pod/{namespace}/{}", pod_name(number)));
+            let start = if add { self.world.put(&file)? } else { self.world.take(&file)? };
+            let (crowd, count) = (Arc::clone(&self.crowd), self.subscribers.len());
+            let last = self.unless_one_ends(crowd.seen(count)).await?;
+            times.push(last.duration_since(start));
+        }
+        tokio::time::sleep(PAUSE).await;
+        Ok(Changes { times, cpu_each: (self.control.cpu()? - before) / f64::from(CHANGES) })
+    }
+
+    /// Waits, but not for streams that failed.
+    async fn unless_one_ends<T>(&mut self, wait: impl Future<Output = T>) -> Result<T> {
+        tokio::select! {
+            outcome = tokio::time::timeout(PATIENCE, wait) => {
+                outcome.map_err(|_| anyhow::anyhow!("not all subscribers had it after {PATIENCE:?}"))
+            }
+            Some(ended) = self.subscribers.join_next() => match ended? {
+                Ok(()) => bail!("a subscriber ended"),
+                Err(error) => Err(error.context("a subscriber failed")),
+            },
+        }
+    }
+}
+
+fn connector(roots: &Path) -> Result<TlsConnector> {
+    let pem = std::fs::read(roots).with_context(|| format!("reading {}", roots.display()))?;
+    let mut store = rustls::RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(&pem) {
+        store.add(root?)?;
+    }
+    ensure!(!store.is_empty(), "no root in {}", roots.display());
+    let mut config = rustls::ClientConfig::builder_with_provider(TlsSettings::default().provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(store)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(TlsConnector::from(Arc::new(config)))
+}

@@ -1,0 +1,144 @@
+//! `ambit-control` as a process over a directory of objects.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ambit_scale::{machine, objects};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::tokens::Signer;
+
+/// By then it must be ready.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A cluster's objects and keys on disk.
+pub(crate) struct World {
+    directory: tempfile::TempDir,
+    signer: Signer,
+}
+
+impl World {
+    /// Writes every object of the large cluster.
+    pub(crate) fn write() -> Result<Self> {
+        let directory = tempfile::tempdir().context("making a directory")?;
+        let world = Self { directory, signer: Signer::new()? };
+        std::fs::create_dir(world.path("objects")).context("making the directory of objects")?;
+        for file in objects::everything() {
+            std::fs::write(world.object(&file.name), file.text).with_context(|| file.name.clone())?;
+        }
+        std::fs::write(world.path("jwks.json"), &world.signer.jwks).context("writing the key set")?;
+        Ok(world)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn object(&self, name: &str) -> PathBuf {
+        self.path("objects").join(name)
+    }
+
+    /// Puts an object in place at once, as careful writers do; the time is taken just before.
+    pub(crate) fn put(&self, file: &objects::File) -> Result<Instant> {
+        let draft = self.path(&file.name);
+        std::fs::write(&draft, &file.text).context("writing an object")?;
+        let now = Instant::now();
+        std::fs::rename(draft, self.object(&file.name)).context("putting an object in place")?;
+        Ok(now)
+    }
+
+    /// Takes an object away; the time is taken just before.
+    pub(crate) fn take(&self, file: &objects::File) -> Result<Instant> {
+        let now = Instant::now();
+        std::fs::remove_file(self.object(&file.name)).context("removing an object")?;
+        Ok(now)
+    }
+
+    /// The token of a node's proxy.
+    pub(crate) fn token(&self, node: &str) -> Result<String> {
+        self.signer.node_proxy(node)
+    }
+
+    /// The roots of the control plane's certificate, once it runs.
+    pub(crate) fn roots(&self) -> PathBuf {
+        self.path("root-cert.pem")
+    }
+}
+
+/// A running `ambit-control`.
+pub(crate) struct Control {
+    child: Child,
+    /// Where discovery is served.
+    pub(crate) address: SocketAddr,
+    /// From the start of the process until it served.
+    pub(crate) until_ready: Duration,
+}
+
+impl Control {
+    /// Starts the program and waits until it serves.
+    pub(crate) fn start(program: &Path, world: &World) -> Result<Self> {
+        let start = Instant::now();
+        let mut child = Command::new(program)
+            .arg("--source")
+            .arg(format!("dir:{}", world.path("objects").display()))
+            .args(["--listen", "127.0.0.1:0", "--log-format", "json"])
+            .arg("--ca-dir")
+            .arg(world.path("ca"))
+            .arg("--jwks")
+            .arg(world.path("jwks.json"))
+            .arg("--root-out")
+            .arg(world.roots())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let log = child.stderr.take().context("the log of the control plane")?;
+        let (found, address) = std::sync::mpsc::channel();
+        std::thread::spawn(move || follow(log, &found));
+        let Ok(address) = address.recv_timeout(PATIENCE) else {
+            child.kill().context("stopping a control plane that did not become ready")?;
+            bail!("the control plane was not ready after {PATIENCE:?}");
+        };
+        Ok(Self { child, address, until_ready: start.elapsed() })
+    }
+
+    /// CPU seconds used so far.
+    pub(crate) fn cpu(&self) -> Result<f64> {
+        machine::cpu_seconds(self.child.id())
+    }
+
+    /// Resident bytes.
+    pub(crate) fn resident(&self) -> Result<f64> {
+        Ok(machine::resident(self.child.id())? as f64)
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        if let Err(error) = self.child.kill().and_then(|()| self.child.wait()) {
+            eprintln!("the control plane could not be stopped: {error}");
+        }
+    }
+}
+
+/// Says where discovery is served once it is, and reads the log to its end: a full pipe would hold the program up.
+fn follow(log: impl std::io::Read, found: &std::sync::mpsc::Sender<SocketAddr>) {
+    for line in BufReader::new(log).lines().map_while(Result::ok) {
+        let Ok(entry) = serde_json::from_str::<Value>(&line) else {
+            eprintln!("{line}");
+            continue;
+        };
+        if entry["message"] == "serving"
+            && let Some(address) = entry["address"].as_str().and_then(|text| text.parse().ok())
+        {
+            // Nobody waits any more when it took too long.
+            found.send(address).unwrap_or_default();
+        }
+        if matches!(entry["level"].as_str(), Some("WARN" | "ERROR")) {
+            eprintln!("{line}");
+        }
+    }
+}

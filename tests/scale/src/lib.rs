@@ -1,0 +1,8 @@
+//! Meshes of the size that quality.md names, for benchmarks: directories, policies, clusters of objects.
+//!
+//! `ambit-bench-control` (`bench/`) measures with them. The meshes are pure functions of numbers, so that two runs work on the same.
+
+pub mod directory;
+pub mod machine;
+pub mod objects;
+pub mod policies;
