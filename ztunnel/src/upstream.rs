@@ -390,6 +390,7 @@ fn is_passing(error: &ConnectionError) -> bool {
         OpenError::Lost { .. }
         | OpenError::NotProcessed { .. }
         | OpenError::ConnectTimeout { .. }
+        | OpenError::Silent { .. }
         | OpenError::HandshakeTimeout { .. }
         | OpenError::Abandoned { .. } => true,
         OpenError::Tls { source, .. } => {

@@ -5,16 +5,16 @@
 
 use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ambit_identity::{PeerCertificate, SpiffeId, unnamed_server, verify_server};
 use bytes::Bytes;
-use h2::SendStream;
 use h2::client::{ResponseFuture, SendRequest};
-use http::StatusCode;
+use h2::{RecvStream, SendStream};
+use http::{Response, StatusCode};
 use rustls::ClientConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
@@ -131,7 +131,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`OpenError::Refused`], [`OpenError::ConnectTimeout`], [`OpenError::Lost`], [`OpenError::NotProcessed`].
+    /// [`OpenError::Refused`], [`OpenError::ConnectTimeout`], [`OpenError::Silent`], [`OpenError::Lost`],
+    /// [`OpenError::NotProcessed`].
     pub async fn open(&self, request: &ConnectRequest, settings: &Settings) -> Result<Tunnel, OpenError> {
         let lease = self.load.enter();
         self.open_leased(request, settings, lease).await
@@ -145,17 +146,11 @@ impl Connection {
     ) -> Result<Tunnel, OpenError> {
         let (answer, send) = self.send(request)?;
         let authority = || request.authority.clone();
-        let response = match timeout(settings.connect_timeout, answer).await {
-            Ok(Ok(response)) => response,
-            Ok(Err(error)) => return Err(self.failed(request, error)),
-            Err(_) => {
-                return Err(OpenError::ConnectTimeout {
-                    address: self.address,
-                    authority: authority(),
-                    limit: settings.connect_timeout,
-                });
-            }
-        };
+        let answer = pin!(self.answer(request, settings.doubt, answer));
+        let response = timeout(settings.connect_timeout, answer).await.map_err(|_| {
+            let (address, limit) = (self.address, settings.connect_timeout);
+            OpenError::ConnectTimeout { address, authority: authority(), limit }
+        })??;
         let (head, recv) = response.into_parts();
         // contracts.md §2: a client treats all but 200 as failure.
         if head.status != StatusCode::OK {
@@ -167,6 +162,31 @@ impl Connection {
         }
         let about = baggage(&head.headers);
         Ok(Tunnel::new(send, recv, lease, self.peer.identity().clone(), about))
+    }
+
+    /// The answer to CONNECT. It may take as long as the application takes, but not with a peer that is not there:
+    /// after `doubt` the peer is asked for a sign of life.
+    async fn answer(
+        &self,
+        request: &ConnectRequest,
+        doubt: Duration,
+        mut answer: ResponseFuture,
+    ) -> Result<Response<RecvStream>, OpenError> {
+        let answered = match timeout(doubt, &mut answer).await {
+            Ok(answered) => answered,
+            Err(_) => tokio::select! {
+                biased;
+                answered = &mut answer => answered,
+                given = timeout(doubt, self.load.sign_of_life()) => match given {
+                    Ok(()) => answer.await,
+                    Err(_) => {
+                        let (address, authority) = (self.address, request.authority.clone());
+                        return Err(OpenError::Silent { address, authority, silent: doubt * 2 });
+                    }
+                },
+            },
+        };
+        answered.map_err(|error| self.failed(request, error))
     }
 
     fn send(&self, request: &ConnectRequest) -> Result<(ResponseFuture, SendStream<Bytes>), OpenError> {

@@ -70,6 +70,13 @@ impl Upkeep {
         if self.keepalive.is_waiting() {
             self.poll_pong(cx);
         }
+        // Before the look, so that a doubt that is raised after it wakes.
+        self.load.watch(cx);
+        if self.load.take_doubt() {
+            let now = Instant::now();
+            self.keepalive.handle_doubt(now.into_std());
+            self.timer.as_mut().reset(now);
+        }
         loop {
             ready!(self.timer.as_mut().poll(cx));
             let now = Instant::now();
@@ -96,7 +103,10 @@ impl Upkeep {
     fn poll_pong(&mut self, cx: &mut Context<'_>) {
         match self.ping.as_mut().map(|ping| ping.poll_pong(cx)) {
             Some(Poll::Pending) => {}
-            Some(Poll::Ready(Ok(_))) => self.keepalive.handle_pong(),
+            Some(Poll::Ready(Ok(_))) => {
+                self.keepalive.handle_pong();
+                self.load.note_alive();
+            }
             Some(Poll::Ready(Err(_))) | None => {
                 self.ping = None;
                 self.keepalive.handle_pong();

@@ -97,6 +97,16 @@ pub enum OpenError {
         /// The limit.
         limit: Duration,
     },
+    /// CONNECT was not answered, and the peer gave no sign of life when it was asked for one.
+    #[error("{address} was silent for {silent:?} after CONNECT {authority}")]
+    Silent {
+        /// The other proxy.
+        address: SocketAddr,
+        /// The destination asked for.
+        authority: Authority,
+        /// For how long.
+        silent: Duration,
+    },
     /// CONNECT was answered with another status than 200.
     #[error("CONNECT {authority} at {address} was answered with {status}")]
     Refused {
@@ -152,6 +162,7 @@ impl OpenError {
             | OpenError::Lost { .. }
             | OpenError::NotProcessed { .. }
             | OpenError::ConnectTimeout { .. }
+            | OpenError::Silent { .. }
             | OpenError::Refused { .. }
             | OpenError::Evicted { .. } => Fault::Peer,
             OpenError::Draining

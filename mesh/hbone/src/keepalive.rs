@@ -49,6 +49,11 @@ impl Keepalive {
         self.idle = None;
     }
 
+    /// Somebody doubts that the peer lives: it is asked now, unless it is being asked already.
+    pub(crate) fn handle_doubt(&mut self, now: Instant) {
+        self.next_ping = self.next_ping.min(now);
+    }
+
     /// Takes the answer to a PING.
     pub(crate) fn handle_pong(&mut self) {
         self.unanswered = None;
@@ -100,6 +105,17 @@ mod tests {
         assert_eq!(state.poll(start + 20 * SECOND, 1, 1), Action::Ping);
         assert_eq!(state.poll(start + 39 * SECOND, 1, 1), Action::Wait(start + 40 * SECOND));
         assert_eq!(state.poll(start + 40 * SECOND, 1, 1), Action::Dead);
+    }
+
+    #[test]
+    fn a_doubt_asks_at_once_and_once() {
+        let start = Instant::now();
+        let mut state = keepalive(start);
+        state.handle_doubt(start + SECOND);
+        assert_eq!(state.poll(start + SECOND, 1, 1), Action::Ping);
+        state.handle_doubt(start + 2 * SECOND);
+        assert_eq!(state.poll(start + 2 * SECOND, 1, 1), Action::Wait(start + 21 * SECOND));
+        assert_eq!(state.poll(start + 21 * SECOND, 1, 1), Action::Dead);
     }
 
     #[test]

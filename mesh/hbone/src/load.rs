@@ -1,11 +1,12 @@
 //! How much a connection carries, seen by the pool, its driver and its tunnels.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::task::Context;
 use std::time::{Duration, Instant};
 
 use futures_util::task::AtomicWaker;
+use tokio::sync::Notify;
 
 use crate::windows::HELD_STEP;
 
@@ -24,6 +25,9 @@ pub(crate) struct Load {
     driver: AtomicWaker,
     /// Milliseconds after the epoch; 0 for never.
     last_bulk: AtomicU64,
+    /// Somebody waits for a sign of the peer's life.
+    doubted: AtomicBool,
+    alive: Notify,
 }
 
 impl Load {
@@ -36,6 +40,8 @@ impl Load {
             held: AtomicU64::new(0),
             driver: AtomicWaker::new(),
             last_bulk: AtomicU64::new(0),
+            doubted: AtomicBool::new(false),
+            alive: Notify::new(),
         })
     }
 
@@ -66,7 +72,25 @@ impl Load {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Wakes `cx` when what is held has grown by a step.
+    /// Has the peer asked for a sign of life, and waits until it gives one.
+    pub(crate) async fn sign_of_life(&self) {
+        let given = self.alive.notified();
+        self.doubted.store(true, Ordering::Release);
+        self.driver.wake();
+        given.await;
+    }
+
+    /// Whether a sign of life was asked for since this was called last.
+    pub(crate) fn take_doubt(&self) -> bool {
+        self.doubted.load(Ordering::Acquire) && self.doubted.swap(false, Ordering::AcqRel)
+    }
+
+    /// The peer gave a sign of life.
+    pub(crate) fn note_alive(&self) {
+        self.alive.notify_waiters();
+    }
+
+    /// Wakes `cx` when what is held has grown by a step, or a sign of life is asked for.
     pub(crate) fn watch(&self, cx: &Context<'_>) {
         self.driver.register(cx.waker());
     }

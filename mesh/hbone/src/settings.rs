@@ -11,6 +11,10 @@ pub struct Settings {
     pub handshake_timeout: Duration,
     /// From CONNECT to its answer, which a server gives when it has reached the application.
     pub connect_timeout: Duration,
+    /// How long a CONNECT may go unanswered before the peer is asked for a sign of life, and how long the peer may
+    /// take to give one. Beyond it, the connection takes no more tunnels; those that are open wait for
+    /// [`ping_timeout`](Settings::ping_timeout).
+    pub doubt: Duration,
     /// How long a connection without tunnels is kept.
     pub idle_timeout: Duration,
     /// How often a PING is sent.
@@ -51,6 +55,7 @@ impl Default for Settings {
         Settings {
             handshake_timeout: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
+            doubt: Duration::from_secs(1),
             idle_timeout: Duration::from_secs(300),
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),

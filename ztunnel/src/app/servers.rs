@@ -181,6 +181,9 @@ fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {
     register("ambit_hbone_evicted", "Tunnel connections dropped with their workload or trust", |c| {
         c.evicted.get()
     });
+    register("ambit_hbone_silent", "Tunnel connections on which a CONNECT and a PING met silence", |c| {
+        c.silent.get()
+    });
     register("ambit_hbone_ping_timeouts", "Tunnel connections whose peer fell silent", |c| {
         c.ping_timeouts.get()
     });

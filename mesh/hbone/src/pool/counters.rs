@@ -32,6 +32,8 @@ pub struct PoolCounters {
     pub shared: Count,
     /// Connections taken out because their workload or their peer's certificate went.
     pub evicted: Count,
+    /// Connections that take no more tunnels because a CONNECT and a PING after it met silence.
+    pub silent: Count,
     /// Connections given up because a PING was not answered.
     pub ping_timeouts: Count,
 }

@@ -218,7 +218,10 @@ impl Shared {
             Ok(_) => self.counters.tunnels.add(1),
             Err(error) => {
                 self.counters.failed_tunnels.add(1);
-                if matches!(error, OpenError::NotProcessed { .. } | OpenError::Lost { .. }) {
+                if let OpenError::Silent { .. } = error {
+                    self.counters.silent.add(1);
+                }
+                if unfit(error) {
                     self.state.lock().retire(key, connection.id);
                 }
             }
@@ -244,6 +247,11 @@ impl Shared {
         }
         outcome.await.map(|()| may_spread)
     }
+}
+
+/// Whether a failure says that the connection is of no use to other tunnels either.
+fn unfit(error: &OpenError) -> bool {
+    matches!(error, OpenError::NotProcessed { .. } | OpenError::Lost { .. } | OpenError::Silent { .. })
 }
 
 /// Whether a CONNECT may be sent again on another connection. One that was lost with its connection may have

@@ -438,6 +438,63 @@ async fn a_path_that_goes_silent_is_noticed_by_ping() {
     forwarding.abort();
 }
 
+/// A way to `node` on which the first connection goes silent when it is told to, without either end being told;
+/// later ones are carried.
+async fn silencing(node: SocketAddr) -> (SocketAddr, Arc<Notify>) {
+    let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, silence) = (wire.local_addr().unwrap(), Arc::new(Notify::new()));
+    let mut told = Some(Arc::clone(&silence));
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = wire.accept().await {
+            let told = told.take();
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(node).await.unwrap();
+                let carry = copy_bidirectional(&mut near, &mut far);
+                let Some(told) = told else { return drop(carry.await) };
+                tokio::select! {
+                    _ = carry => {}
+                    () = told.notified() => {}
+                }
+                std::future::pending::<()>().await;
+            });
+        }
+    });
+    (address, silence)
+}
+
+#[tokio::test]
+async fn behind_a_connection_that_went_silent_the_next_tunnel_gets_a_fresh_one_and_open_ones_are_not_cut() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let doubt = Duration::from_millis(200);
+    let client = Client::new(&world, "client", Settings { doubt, ..Settings::default() });
+    let target = echo().await;
+    let (address, silence) = silencing(node.address).await;
+    let (mut kept, _task) = client.application(address, target).await;
+    silence.notify_one();
+    let start = Instant::now();
+    let error = client.open(address, target).await.unwrap_err();
+    assert!(matches!(error, OpenError::Silent { .. }), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5), "after {:?}", start.elapsed());
+    client.open(address, target).await.expect("on a connection of its own");
+    assert_eq!((client.dials(), client.counters.silent.get()), (2, 1));
+    assert_eq!(client.pool.connections(), 2, "the silent one may yet speak again");
+    let ended = tokio::time::timeout(doubt, kept.read_u8()).await;
+    assert!(ended.is_err(), "an open tunnel was cut: {ended:?}");
+}
+
+#[tokio::test]
+async fn a_connect_that_an_application_is_slow_to_take_is_no_reason_to_doubt_its_connection() {
+    let world = World::new();
+    let node = Node::start(&world, "server", Settings::default()).await;
+    let settings = Settings { doubt: Duration::from_millis(50), ..quick() };
+    let client = Client::new(&world, "client", settings);
+    let error = client.open(node.address, "127.0.0.1:2".parse().unwrap()).await.unwrap_err();
+    assert!(matches!(error, OpenError::ConnectTimeout { .. }), "{error}");
+    client.open(node.address, echo().await).await.unwrap();
+    assert_eq!((client.dials(), client.counters.silent.get()), (1, 0));
+}
+
 #[tokio::test]
 async fn a_draining_pool_refuses_and_a_dropped_one_closes_what_is_idle() {
     let world = World::new();
