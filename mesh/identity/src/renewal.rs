@@ -4,6 +4,10 @@
 //! orders work by who suffers: an identity that a connection waits for, then one without a valid certificate,
 //! then the renewals. It never discards a certificate that is valid; that a failed renewal leaves the old one in
 //! use is a property of its states, not of its callers.
+//!
+//! Time is the wall clock's, which certificates are valid by. When that is set back, what is planned moves with it:
+//! a renewal comes after the time that was to pass, not after that and the jump. When it is set forward, what has
+//! become due is due.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
@@ -12,6 +16,9 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::spiffe::SpiffeId;
+
+/// How far the clock may go back without being taken for set: callers read it before they take their turns.
+const OUT_OF_TURN: Duration = Duration::from_secs(1);
 
 /// Limits and intervals of renewal.
 #[derive(Debug, Clone, PartialEq)]
@@ -124,6 +131,8 @@ pub struct Renewals {
     running_waited: usize,
     dropped: Vec<SpiffeId>,
     rng: StdRng,
+    /// The latest time that was seen on the present setting of the clock.
+    latest: SystemTime,
 }
 
 impl Renewals {
@@ -138,6 +147,7 @@ impl Renewals {
             running_waited: 0,
             dropped: Vec::new(),
             rng: StdRng::seed_from_u64(seed),
+            latest: SystemTime::UNIX_EPOCH,
         }
     }
 
@@ -146,6 +156,7 @@ impl Renewals {
     /// # Errors
     /// [`TooManyIdentities`] at the limit.
     pub fn hold(&mut self, identity: &SpiffeId, now: SystemTime) -> Result<(), TooManyIdentities> {
+        self.observe(now);
         let slot = self.slot(identity, Urgency::Missing, now)?;
         slot.holds += 1;
         slot.is_abandoned = false;
@@ -176,6 +187,7 @@ impl Renewals {
     /// # Errors
     /// [`TooManyIdentities`] at the limit.
     pub fn want(&mut self, identity: &SpiffeId, now: SystemTime) -> Result<(), TooManyIdentities> {
+        self.observe(now);
         let slot = self.slot(identity, Urgency::Waited, now)?;
         if slot.is_valid(now) {
             return Ok(());
@@ -201,6 +213,7 @@ impl Renewals {
     ///
     /// Returns whether it is to be used: not if the identity was released meanwhile.
     pub fn handle_issued(&mut self, identity: &SpiffeId, not_after: SystemTime, now: SystemTime) -> bool {
+        self.observe(now);
         if !self.finish(identity) {
             return false;
         }
@@ -222,6 +235,7 @@ impl Renewals {
 
     /// A request failed.
     pub fn handle_failed(&mut self, identity: &SpiffeId, now: SystemTime) {
+        self.observe(now);
         if self.finish(identity) {
             self.back_off(identity, now);
         }
@@ -229,6 +243,7 @@ impl Renewals {
 
     /// The next request to start, if one is due and a limit allows it. Call until it returns none.
     pub fn poll_start(&mut self, now: SystemTime) -> Option<(SpiffeId, Urgency)> {
+        self.observe(now);
         self.wake_due(now);
         let may_waited = self.running_waited < self.policy.max_waited;
         let may_background = self.running_background < self.policy.max_background;
@@ -305,6 +320,30 @@ impl Renewals {
                 waited_not_before: now,
             }
         }))
+    }
+
+    /// Notices that the clock was set back, and moves what is planned with it.
+    fn observe(&mut self, now: SystemTime) {
+        match self.latest.duration_since(now) {
+            Ok(back) if back > OUT_OF_TURN => {
+                self.latest = now;
+                self.move_back(back);
+            }
+            _ => self.latest = self.latest.max(now),
+        }
+    }
+
+    fn move_back(&mut self, by: Duration) {
+        self.timers.clear();
+        for (identity, slot) in &mut self.slots {
+            slot.waited_not_before = moved(slot.waited_not_before, by);
+            let Phase::Resting(until) = &mut slot.phase else { continue };
+            // What is only kept until its end ends by the clock, wherever that stands.
+            if slot.holds > 0 || slot.is_wanted || slot.not_after != Some(*until) {
+                *until = moved(*until, by);
+            }
+            self.timers.insert((*until, identity.clone()));
+        }
     }
 
     /// Moves what is due from `timers` to `ready`, and renewals that came too late to the missing ones.
@@ -414,4 +453,9 @@ impl Renewals {
             self.dropped.push(identity.clone());
         }
     }
+}
+
+/// A time earlier by `by`, or as it was where there is none.
+fn moved(time: SystemTime, by: Duration) -> SystemTime {
+    time.checked_sub(by).unwrap_or(time)
 }

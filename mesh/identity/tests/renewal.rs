@@ -10,7 +10,9 @@ use ambit_identity::renewal::{RenewalPolicy, Renewals, TooManyIdentities, Urgenc
 use proptest::prelude::*;
 
 fn at(seconds: f64) -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000) + Duration::from_secs_f64(seconds)
+    let zero = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let from_zero = Duration::from_secs_f64(seconds.abs());
+    if seconds < 0.0 { zero - from_zero } else { zero + from_zero }
 }
 
 fn id(number: usize) -> SpiffeId {
@@ -153,6 +155,46 @@ fn an_expired_state_recovers_as_soon_as_the_issuer_does() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_puts_off_neither_a_renewal_nor_the_next_attempt() {
+    let mut renewals = Renewals::new(exact(), 1);
+    for number in [1, 2] {
+        renewals.hold(&id(number), at(0.0)).unwrap();
+        assert!(renewals.poll_start(at(0.0)).is_some());
+    }
+    assert!(renewals.handle_issued(&id(1), at(1000.0), at(0.0)));
+    renewals.handle_failed(&id(2), at(100.0));
+    let retry = renewals.progress(&id(2)).unwrap().1.unwrap().duration_since(at(100.0)).unwrap();
+    // An hour back: 400 seconds are left to the renewal, as before.
+    assert_eq!(renewals.poll_start(at(-3500.0)), None);
+    assert_eq!(renewals.progress(&id(2)).unwrap().1, Some(at(-3500.0) + retry));
+    assert_eq!(renewals.poll_start(at(-3500.0) + retry), Some((id(2), Urgency::Missing)));
+    assert_eq!(renewals.poll_deadline(), Some(at(-3100.0)));
+    assert_eq!(renewals.poll_start(at(-3100.1)), None);
+    assert_eq!(renewals.poll_start(at(-3100.0)), Some((id(1), Urgency::Renewal)));
+}
+
+#[test]
+fn a_clock_that_is_set_past_the_end_of_a_certificate_makes_its_renewal_due_as_one_that_is_missing() {
+    let mut renewals = Renewals::new(exact(), 1);
+    renewals.hold(&id(1), at(0.0)).unwrap();
+    renewals.poll_start(at(0.0)).unwrap();
+    assert!(renewals.handle_issued(&id(1), at(1000.0), at(0.0)));
+    assert_eq!(renewals.poll_start(at(90_000.0)), Some((id(1), Urgency::Missing)));
+}
+
+#[test]
+fn what_is_only_kept_while_valid_is_not_renewed_because_the_clock_was_set_back() {
+    let mut renewals = Renewals::new(exact(), 1);
+    renewals.want(&id(1), at(0.0)).unwrap();
+    renewals.poll_start(at(0.0)).unwrap();
+    assert!(renewals.handle_issued(&id(1), at(1000.0), at(0.0)));
+    assert_eq!(renewals.poll_start(at(-5000.0)), None);
+    assert_eq!(renewals.poll_start(at(999.0)), None);
+    assert_eq!(renewals.poll_start(at(1000.0)), None);
+    assert_eq!(renewals.poll_dropped(), Some(id(1)));
+}
+
+#[test]
 fn what_is_released_is_forgotten_even_while_its_request_is_in_flight() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
@@ -198,6 +240,7 @@ enum Step {
     Succeed(u64),
     Fail,
     Pass(u64),
+    SetBack(u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -208,6 +251,7 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (1..400u64).prop_map(Step::Succeed),
         3 => Just(Step::Fail),
         4 => (0..200u64).prop_map(Step::Pass),
+        1 => (0..100_000u64).prop_map(Step::SetBack),
     ]
 }
 
@@ -219,7 +263,7 @@ proptest! {
         let policy = RenewalPolicy { max_background: 2, max_waited: 1, ..RenewalPolicy::default() };
         let longest = policy.max_backoff.mul_f64(1.0 + policy.jitter);
         let mut renewals = Renewals::new(policy, 42);
-        let mut now = at(0.0);
+        let (mut now, mut was_set_back) = (at(0.0), false);
         let mut holds: HashMap<usize, usize> = HashMap::new();
         let mut flight: Vec<SpiffeId> = Vec::new();
         let mut valid: HashMap<SpiffeId, SystemTime> = HashMap::new();
@@ -249,11 +293,16 @@ proptest! {
                     renewals.handle_failed(&identity, now);
                 }
                 Step::Pass(seconds) => now += Duration::from_secs(seconds),
+                Step::SetBack(seconds) => {
+                    now -= Duration::from_secs(seconds);
+                    was_set_back = true;
+                }
             }
             while let Some((identity, urgency)) = renewals.poll_start(now) {
                 prop_assert!(!flight.contains(&identity), "{identity} is asked for twice at once");
                 let is_valid = valid.get(&identity).is_some_and(|end| *end > now);
-                prop_assert_eq!(is_valid, urgency == Urgency::Renewal);
+                // What had expired when it became due may be valid again by a clock that was set back.
+                prop_assert!(is_valid == (urgency == Urgency::Renewal) || (is_valid && was_set_back));
                 flight.push(identity);
             }
             while let Some(identity) = renewals.poll_dropped() {

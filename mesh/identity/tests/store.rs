@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -96,6 +96,18 @@ fn virtual_clock() -> ambit_identity::store::Clock {
     Arc::new(move || wall + start.elapsed())
 }
 
+/// The same, set by as many seconds as the number says.
+fn settable_clock() -> (ambit_identity::store::Clock, Arc<AtomicI64>) {
+    let (steady, offset) = (virtual_clock(), Arc::new(AtomicI64::new(0)));
+    let set = Arc::clone(&offset);
+    let clock = move || {
+        let offset = set.load(Ordering::SeqCst);
+        let by = Duration::from_secs(offset.unsigned_abs());
+        if offset < 0 { steady() - by } else { steady() + by }
+    };
+    (Arc::new(clock), offset)
+}
+
 fn start(config: StoreConfig, issuer: &Arc<TestIssuer>) -> CertificateStore {
     let trust = Trust::new(domain("cluster.local"), Vec::new());
     let (store, driver) = CertificateStore::new(config, Arc::clone(issuer) as Arc<dyn Issuer>, trust);
@@ -151,6 +163,41 @@ async fn a_failed_renewal_never_discards_a_valid_certificate_and_an_expired_one_
     pass(70).await;
     assert!(store.current(&id("a")).is_some(), "recovers without being asked");
     assert_eq!(store.list().remove(0).failures, 0);
+}
+
+/// The driver looks at the clock at least twice a minute.
+const NOTICED: u64 = 31;
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_back_a_day_delays_no_renewal() {
+    let (clock, offset) = settable_clock();
+    let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
+    let store = start(StoreConfig { clock, ..StoreConfig::default() }, &issuer);
+    store.prefetch(&id("a")).unwrap();
+    store.certificate(&id("a")).await.unwrap();
+    pass(10 * 60).await;
+    offset.store(-24 * 60 * 60, Ordering::SeqCst);
+    pass(24 * 60 + NOTICED).await;
+    assert_eq!(issuer.asked().len(), 2, "half of an hour has passed, and a tenth more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_set_past_the_end_makes_the_certificate_invalid_and_renews_it_at_once() {
+    let (clock, offset) = settable_clock();
+    let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
+    let store = start(StoreConfig { clock, ..StoreConfig::default() }, &issuer);
+    store.prefetch(&id("a")).unwrap();
+    store.prefetch(&id("b")).unwrap();
+    let first = store.certificate(&id("a")).await.unwrap();
+    store.certificate(&id("b")).await.unwrap();
+    offset.store(24 * 60 * 60, Ordering::SeqCst);
+    assert!(store.current(&id("a")).is_none(), "expired by the clock as it stands");
+    let asked = tokio::time::Instant::now();
+    let second = store.certificate(&id("a")).await.unwrap();
+    assert_ne!(first.info().serial, second.info().serial);
+    assert!(asked.elapsed() < Duration::from_secs(1), "a connection waited {:?}", asked.elapsed());
+    pass(NOTICED).await;
+    assert!(store.current(&id("b")).is_some(), "renewed without being asked for");
 }
 
 #[tokio::test(start_paused = true)]
