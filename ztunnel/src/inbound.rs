@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_hbone::server;
-use ambit_hbone::{Incoming, Tunnel};
+use ambit_hbone::{Incoming, ServeError, Tunnel};
 use ambit_identity::PeerCertificate;
 use ambit_net::relay::{Counters, Side};
 use tokio::net::TcpStream;
@@ -86,6 +86,10 @@ impl Accepted {
         });
         match ended.await {
             Err(error) if error.is_misconduct() => tunnelled.tell_failed(&error.into()),
+            Err(error @ ServeError::PingTimeout { .. }) => {
+                worker.proxy.tallies.silent_clients.add(1);
+                tracing::info!(%peer, %error, "a tunnel connection was given up");
+            }
             // The CONNECTs have told their own stories.
             Err(error) => tracing::debug!(%peer, %error, "a tunnel connection ended"),
             Ok(()) => {}

@@ -96,6 +96,8 @@ pub struct Tallies {
     pub cut: Tally,
     /// Connections handed over on this node.
     pub handed_over: Tally,
+    /// Tunnel connections of other proxies that were given up because a PING was not answered.
+    pub silent_clients: Tally,
 }
 
 /// A count.

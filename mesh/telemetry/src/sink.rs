@@ -140,8 +140,9 @@ fn write_lines<T: Render>(
             let Ok(line) = lines.try_recv() else { break };
             line.render(&mut buffer);
         }
-        if output.write(&buffer).is_err() {
+        if let Err(Lost { lines }) = output.write(&buffer) {
             metrics.failed_writes.fetch_add(1, Ordering::Relaxed);
+            metrics.dropped.fetch_add(lines, Ordering::Relaxed);
         }
         buffer.shrink_to(WRITE_SIZE);
         // While nobody waits for lines, queueing one wakes nobody: a busy sender pays for a push only.
@@ -151,8 +152,18 @@ fn write_lines<T: Render>(
     }
 }
 
-/// The open target.
-enum Output {
+/// Lines that could not be written whole.
+struct Lost {
+    lines: u64,
+}
+
+/// The open target, and whether it ends in the middle of a line.
+struct Output {
+    open: Open,
+    torn: bool,
+}
+
+enum Open {
     Stdout,
     Stderr,
     File { path: PathBuf, file: File, checked: Instant },
@@ -160,32 +171,63 @@ enum Output {
 
 impl Output {
     fn open(target: Target) -> io::Result<Self> {
-        Ok(match target {
-            Target::Stdout => Self::Stdout,
-            Target::Stderr => Self::Stderr,
-            Target::File(path) => Self::File { file: append(&path)?, path, checked: Instant::now() },
-        })
+        let open = match target {
+            Target::Stdout => Open::Stdout,
+            Target::Stderr => Open::Stderr,
+            Target::File(path) => Open::File { file: append(&path)?, path, checked: Instant::now() },
+        };
+        Ok(Self { open, torn: false })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Writes whole lines. One that a full disk tore is ended before the next, so that it spoils no other.
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Lost> {
+        let lines = |bytes: &[u8]| bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
+        if self.torn && self.open.write(b"\n") == 0 {
+            return Err(Lost { lines: lines(bytes) });
+        }
+        let written = self.open.write(bytes);
+        let (written, left) = bytes.split_at(written);
+        self.torn = written.last().is_some_and(|last| *last != b'\n');
+        if left.is_empty() { Ok(()) } else { Err(Lost { lines: lines(left) }) }
+    }
+}
+
+impl Open {
+    /// How many of the bytes could be written.
+    fn write(&mut self, bytes: &[u8]) -> usize {
         match self {
             Self::Stdout => {
                 let mut stdout = io::stdout().lock();
-                stdout.write_all(bytes)?;
-                stdout.flush()
+                let written = write_most(&mut stdout, bytes);
+                if stdout.flush().is_ok() { written } else { 0 }
             }
-            Self::Stderr => io::stderr().lock().write_all(bytes),
+            Self::Stderr => write_most(&mut io::stderr().lock(), bytes),
             Self::File { path, file, checked } => {
                 if checked.elapsed() >= ROTATION_CHECK {
                     *checked = Instant::now();
-                    if moved(path, file) {
-                        *file = append(path)?;
+                    // Where it can't be opened anew, the one that was moved away goes on being written.
+                    if let Some(fresh) = moved(path, file).then(|| append(path).ok()).flatten() {
+                        *file = fresh;
                     }
                 }
-                file.write_all(bytes)
+                write_most(file, bytes)
             }
         }
     }
+}
+
+/// Writes until an error; says how many bytes went.
+fn write_most(output: &mut impl Write, bytes: &[u8]) -> usize {
+    let mut written = 0;
+    while let Some(left) = bytes.get(written..).filter(|left| !left.is_empty()) {
+        match output.write(left) {
+            Ok(0) => break,
+            Ok(more) => written += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    written
 }
 
 fn append(path: &PathBuf) -> io::Result<File> {
@@ -244,5 +286,21 @@ mod tests {
             sink.send(b"line\n".to_vec());
             std::thread::yield_now();
         }
+        assert!(sink.metrics().dropped.load(Ordering::Relaxed) >= 2, "so must the lines");
+    }
+
+    #[test]
+    fn a_line_that_a_full_disk_tore_spoils_no_other_and_counts_as_dropped() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut output = Output::open(Target::File(path.clone())).unwrap();
+        // As a disk that fills up in the middle of a write leaves it.
+        std::fs::write(&path, "whole\nto").unwrap();
+        output.torn = true;
+        assert!(output.write(b"next\n").is_ok());
+        assert!(!output.torn);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "whole\nto\nnext\n");
+        let mut full = Output::open(Target::File(PathBuf::from("/dev/full"))).unwrap();
+        assert!(matches!(full.write(b"one\ntwo\n"), Err(Lost { lines: 2 })));
     }
 }

@@ -162,6 +162,9 @@ fn tallies(registry: &Registry, proxy: &Arc<Proxy>) {
     register("ambit_connect_retries", "Attempts on another endpoint after one failed", |t| &t.retries);
     register("ambit_connections_cut", "Live connections ended by policy or revocation", |t| &t.cut);
     register("ambit_handed_over", "Connections handed over on this node", |t| &t.handed_over);
+    register("ambit_hbone_inbound_ping_timeouts", "Tunnel connections to us whose peer fell silent", |t| {
+        &t.silent_clients
+    });
 }
 
 fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {

@@ -143,7 +143,7 @@ impl AccessLog {
         };
         registry.counter_from(
             "ambit_access_log_dropped",
-            "Access log lines dropped because the writer did not keep up",
+            "Access log lines dropped because the writer did not keep up or could not write",
             read(|metrics| &metrics.dropped),
         );
         registry.counter_from(
