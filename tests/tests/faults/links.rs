@@ -41,7 +41,7 @@ async fn a_node_cut_off_for_a_while_under_load_fails_no_request_and_touches_noth
     let [near, far] = [0, 1].map(|server| SocketAddr::new(bed.servers[server].ip().into(), HTTP));
     let beside = Load::start(&bed.client, near, &Shape::default()).await.unwrap();
     // Few enough that what waits for the link is no crowd of its own.
-    let few = Shape { new_per_second: 10, kept_per_second: 20, kept_connections: 10 };
+    let few = Shape { new_per_second: 10, kept_per_second: 20, ..Shape::default() };
     let across = Load::start(&bed.client, far, &few).await.unwrap();
     across.more(30).await;
     let answered = beside.tally().new_answered;
