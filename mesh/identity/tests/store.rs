@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 use ambit_identity::renewal::RenewalPolicy;
 use ambit_identity::{
     CertificateError, CertificateStore, IssueError, Issuer, PeerCertificate, SpiffeId, StoreConfig, Trust,
+    Usage, WorkloadCertificate,
 };
 use async_trait::async_trait;
 use support::{HOUR, TestCa, Wish, domain, meet, trust_in};
@@ -109,7 +110,10 @@ fn settable_clock() -> (ambit_identity::store::Clock, Arc<AtomicI64>) {
 }
 
 fn start(config: StoreConfig, issuer: &Arc<TestIssuer>) -> CertificateStore {
-    let trust = Trust::new(domain("cluster.local"), Vec::new());
+    start_trusting(config, issuer, Trust::new(domain("cluster.local"), Vec::new()))
+}
+
+fn start_trusting(config: StoreConfig, issuer: &Arc<TestIssuer>, trust: Trust) -> CertificateStore {
     let (store, driver) = CertificateStore::new(config, Arc::clone(issuer) as Arc<dyn Issuer>, trust);
     tokio::spawn(driver);
     store
@@ -185,16 +189,24 @@ async fn a_clock_that_is_set_back_a_day_delays_no_renewal() {
 async fn a_clock_that_is_set_past_the_end_makes_the_certificate_invalid_and_renews_it_at_once() {
     let (clock, offset) = settable_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
-    let store = start(StoreConfig { clock, ..StoreConfig::default() }, &issuer);
+    let trust = Trust::new(domain("cluster.local"), Vec::new());
+    let config = StoreConfig { clock: Arc::clone(&clock), ..StoreConfig::default() };
+    let store = start_trusting(config, &issuer, trust.clone());
     store.prefetch(&id("a")).unwrap();
     store.prefetch(&id("b")).unwrap();
     let first = store.certificate(&id("a")).await.unwrap();
     store.certificate(&id("b")).await.unwrap();
+    let believed = |certificate: &WorkloadCertificate| {
+        trust.verify(certificate.chain(), Usage::Client, clock()).map(drop)
+    };
+    assert!(believed(&first).is_ok());
     offset.store(24 * 60 * 60, Ordering::SeqCst);
+    assert!(believed(&first).is_err(), "a peer that still shows it is refused");
     assert!(store.current(&id("a")).is_none(), "expired by the clock as it stands");
     let asked = tokio::time::Instant::now();
     let second = store.certificate(&id("a")).await.unwrap();
     assert_ne!(first.info().serial, second.info().serial);
+    assert!(believed(&second).is_ok());
     assert!(asked.elapsed() < Duration::from_secs(1), "a connection waited {:?}", asked.elapsed());
     pass(NOTICED).await;
     assert!(store.current(&id("b")).is_some(), "renewed without being asked for");
