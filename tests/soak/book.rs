@@ -4,6 +4,7 @@
 //! node proxy was killed when.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -86,6 +87,8 @@ pub(crate) struct Book {
     /// The flows, by index.
     pub(crate) titles: Vec<Title>,
     pages: Mutex<Pages>,
+    /// The worst that a timer of this process was late by since it was asked for, microseconds.
+    late: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -105,7 +108,7 @@ impl Book {
             failures: Vec::new(),
             kills: Vec::new(),
         };
-        Self { start: Instant::now(), titles, pages: Mutex::new(pages) }
+        Self { start: Instant::now(), titles, pages: Mutex::new(pages), late: AtomicU64::new(0) }
     }
 
     /// Writes down a request of flow `flow`: `asked` is when its connection was asked for, `began` when it was.
@@ -135,6 +138,16 @@ impl Book {
                 }
             }
         }
+    }
+
+    /// Notes how late a timer was.
+    pub(crate) fn note_late(&self, late: Duration) {
+        self.late.fetch_max(u64::try_from(late.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// The worst lateness of a timer since this was asked for last, milliseconds.
+    pub(crate) fn take_late(&self) -> u64 {
+        self.late.swap(0, Ordering::Relaxed) / 1000
     }
 
     /// Counts a connection that was opened.

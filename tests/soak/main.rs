@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use parking_lot::Mutex;
+use tokio::task::JoinSet;
 
 use crate::bed::Bed;
 use crate::book::{Book, quantile};
@@ -54,6 +55,8 @@ struct Arguments {
 
 /// Time between samples.
 const SAMPLE: Duration = Duration::from_secs(5);
+/// How often the soak looks how late its timers are.
+const BEAT: Duration = Duration::from_millis(100);
 /// The first second of a load is one of beginnings.
 const SECOND: Duration = Duration::from_secs(1);
 /// Load before the first look at the mesh at rest, so that what is made on first use is there.
@@ -161,6 +164,8 @@ impl Run {
     /// The load with its events.
     async fn under_load(&mut self, total: Duration, every: Duration) -> Result<()> {
         let load = self.flows.run(&self.book);
+        let mut beating = JoinSet::new();
+        beating.spawn(beat(Arc::clone(&self.book)));
         let (start, mut nth) = (Instant::now(), 0);
         let mut mark = self.book.mark();
         let mut sampled = tokio::time::interval_at((start + SAMPLE + SECOND).into(), SAMPLE);
@@ -277,6 +282,15 @@ impl Run {
     }
 }
 
+/// Sees how late its own timers are: what a busy machine does to this process, it does to the mesh as well.
+async fn beat(book: Arc<Book>) {
+    loop {
+        let due = tokio::time::Instant::now() + BEAT;
+        tokio::time::sleep_until(due).await;
+        book.note_late(due.elapsed());
+    }
+}
+
 fn sample(book: &Book, mark: &mut Vec<usize>) -> Sample {
     let latencies = book.since(mark);
     *mark = book.mark();
@@ -287,6 +301,7 @@ fn sample(book: &Book, mark: &mut Vec<usize>) -> Sample {
         seconds: recent.to_vec(),
         p50: quantile(&latencies, 0.5),
         p99: quantile(&latencies, 0.99),
+        late: book.take_late(),
     }
 }
 

@@ -38,13 +38,22 @@ pub(crate) struct Sample {
     pub(crate) p50: u32,
     /// Their 99th percentile.
     pub(crate) p99: u32,
+    /// The worst that a timer of the soak itself was late by, milliseconds.
+    pub(crate) late: u64,
 }
 
 impl fmt::Display for Sample {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let answered: u32 = self.seconds.iter().map(|second| second.answered).sum();
         let seconds = u32::try_from(self.seconds.len()).unwrap_or(1).max(1);
-        write!(f, "{}/s, p50 {} µs, p99 {} µs", answered / seconds, self.p50, self.p99)
+        write!(
+            f,
+            "{}/s, p50 {} µs, p99 {} µs, timers late by {} ms",
+            answered / seconds,
+            self.p50,
+            self.p99,
+            self.late
+        )
     }
 }
 
@@ -183,11 +192,10 @@ impl Report {
         let tell = |failure: &crate::book::Failure| {
             let since = |time: std::time::Instant| time.saturating_duration_since(book.start).as_secs_f64();
             let name = book.titles.get(failure.flow).map_or("", |title| title.name);
+            let (asked, failed, error) = (since(failure.asked), since(failure.failed), &failure.error);
+            let late = late_within(&samples, asked, failed);
             format!(
-                "{:.2} s: {name}: {} (connection asked for at {:.2} s)",
-                since(failure.failed),
-                failure.error,
-                since(failure.asked)
+                "{failed:.2} s: {name}: {error} (connection asked for at {asked:.2} s; timers late by {late} ms)"
             )
         };
         let series = processes.all();
@@ -282,9 +290,11 @@ impl Report {
         let mut seconds: Vec<u32> =
             self.samples.iter().flat_map(|sample| &sample.seconds).map(|second| second.answered).collect();
         seconds.sort_unstable();
+        let late = self.samples.iter().map(|sample| sample.late).max().unwrap_or(0);
         writeln!(
             page,
             "{answered} requests were answered on {connections} connections, {} a second (fewest in a second: {}); {} failed.\n\
+             Timers of the soak itself were late by at most {late} ms: that is what the machine did to it.\n\
              Killed proxies took {} requests on kept connections with them, and {} on new ones that they had accepted;\n\
              connections that were asked for after a kill were all to succeed.\n",
             quantile(&seconds, 0.5),
@@ -371,6 +381,15 @@ impl Report {
             self.counters.iter().map(|(name, count)| format!("`{name}` {count}")).collect();
         writeln!(page, "{}.", counters.join("; "))
     }
+}
+
+/// How late the soak's own timers were while a request ran, at worst.
+fn late_within(samples: &[Sample], from: f64, to: f64) -> u64 {
+    // A sample tells of the time before it.
+    let first = samples.iter().position(|sample| sample.at >= from).unwrap_or(samples.len());
+    let last = samples.iter().position(|sample| sample.at >= to).unwrap_or(samples.len());
+    let within = samples.get(first..samples.len().min(last + 1)).unwrap_or_default();
+    within.iter().map(|sample| sample.late).max().unwrap_or(0)
 }
 
 fn change(trend: Option<Trend>, unit: f64) -> String {
