@@ -9,7 +9,7 @@ TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
 STATIC_TARGET := x86_64-unknown-linux-gnu
 
-.PHONY: help build demo test bench soak lint fmt deny doc static packages clean
+.PHONY: help build demo test guard bench soak lint fmt deny doc static packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -26,6 +26,9 @@ test: packages build ## every test; needs root
 
 packages: ## the Debian packages whose programs the tests send through the tunnel
 	bash tests/packages.sh
+
+guard: packages ## instruction counts of the hot functions against their limits; AMBIT_GUARD_WRITE=1 sets these anew
+	$(CARGO) test --profile $(PROFILE) -p ambit-scale --test guard -- --nocapture
 
 bench: ## the figures of this machine: L4 beside no mesh and a raw relay; control plane, policies, directory, certificates
 	$(CARGO) build --release --workspace --bins

@@ -4,7 +4,8 @@ set -euo pipefail
 need=()
 for pair in postgresql-15:/usr/lib/postgresql/15/bin/postgres postgresql-client-15:/usr/lib/postgresql/15/bin/psql \
     redis-server:/usr/bin/redis-server redis-tools:/usr/bin/redis-cli nginx-light:/usr/sbin/nginx wrk:/usr/bin/wrk \
-    openssh-server:/usr/sbin/sshd openssh-client:/usr/bin/ssh curl:/usr/bin/curl; do
+    openssh-server:/usr/sbin/sshd openssh-client:/usr/bin/ssh curl:/usr/bin/curl \
+    valgrind:/usr/bin/valgrind; do
     [ -x "${pair#*:}" ] || need+=("${pair%%:*}")
 done
 [ ${#need[@]} -eq 0 ] && exit 0
