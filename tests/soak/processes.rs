@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use parking_lot::Mutex;
 use serde::Serialize;
 
 /// What one process uses at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct Usage {
+    /// CPU time so far, user and system, seconds.
+    pub(crate) cpu: f64,
     /// Resident memory, bytes.
     pub(crate) resident: u64,
     /// The part of it that no file backs, bytes: what a leak makes grow, without pages of the program that are
@@ -33,6 +37,13 @@ pub(crate) struct Series {
 }
 
 impl Series {
+    /// CPU time that it used while it was watched, seconds.
+    pub(crate) fn cpu(&self) -> f64 {
+        self.samples
+            .last()
+            .map_or(0.0, |(_, last)| last.cpu - self.samples.first().map_or(0.0, |(_, first)| first.cpu))
+    }
+
     /// How long it was watched, seconds.
     pub(crate) fn lived(&self) -> f64 {
         self.samples
@@ -91,9 +102,18 @@ pub(crate) fn usage(pid: u32) -> Result<Usage> {
     let directory = format!("/proc/{pid}/fd");
     let descriptors = std::fs::read_dir(&directory).with_context(|| format!("reading {directory}"))?.count();
     Ok(Usage {
+        cpu: cpu(pid)?,
         resident: field("VmRSS:")? * 1024,
         anonymous: field("RssAnon:")? * 1024,
         descriptors: descriptors as u64,
         threads: field("Threads:")?,
     })
+}
+
+/// CPU time of a process so far, seconds.
+fn cpu(pid: u32) -> Result<f64> {
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
+        .with_context(|| format!("the CPU clock of process {pid}"))?;
+    let used = clock_gettime(clock).with_context(|| format!("reading the CPU clock of process {pid}"))?;
+    Ok(used.tv_sec() as f64 + used.tv_nsec() as f64 / 1e9)
 }

@@ -13,6 +13,9 @@ use crate::verdict::{Judgement, REST_SLACK, Trend, median};
 
 /// The soak's own process: its memory holds the samples, so only its descriptors count.
 pub(crate) const OWN: &str = "the soak itself, node agents and applications included";
+/// Timers that are later than this, milliseconds, say that the machine had no time for the soak. The page tells it of
+/// each error; an error it remains.
+const STARVED: u64 = 250;
 /// Errors that the page shows.
 const SHOWN: usize = 30;
 /// Counters of node proxies that the report gives.
@@ -81,8 +84,12 @@ impl Rest {
     /// What a process holds now.
     pub(crate) fn now(name: String, pid: Option<u32>) -> Self {
         // Memory moves without meaning; what is waited for is that descriptors stand still.
-        let usage =
-            pid.and_then(|pid| usage(pid).ok()).map(|usage| Usage { resident: 0, anonymous: 0, ..usage });
+        let usage = pid.and_then(|pid| usage(pid).ok()).map(|usage| Usage {
+            cpu: 0.0,
+            resident: 0,
+            anonymous: 0,
+            ..usage
+        });
         Self { name, usage }
     }
 
@@ -149,6 +156,14 @@ struct Row {
     p99: u32,
 }
 
+/// A failed request in words.
+#[derive(Debug, Serialize)]
+struct Told {
+    text: String,
+    /// How late the soak's own timers were while it ran, at worst, milliseconds.
+    late: u64,
+}
+
 /// Everything that was found.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
@@ -159,7 +174,7 @@ pub(crate) struct Report {
     rows: Vec<Row>,
     kept_by_kill: u64,
     new_by_kill: u64,
-    errors: Vec<String>,
+    errors: Vec<Told>,
     error_count: u64,
     faults: Vec<String>,
     judgements: Vec<Judgement>,
@@ -194,9 +209,10 @@ impl Report {
             let name = book.titles.get(failure.flow).map_or("", |title| title.name);
             let (asked, failed, error) = (since(failure.asked), since(failure.failed), &failure.error);
             let late = late_within(&samples, asked, failed);
-            format!(
+            let text = format!(
                 "{failed:.2} s: {name}: {error} (connection asked for at {asked:.2} s; timers late by {late} ms)"
-            )
+            );
+            Told { text, late }
         };
         let series = processes.all();
         let judge = |series: &Series| Judgement::of(series, warm_up.as_secs_f64(), series.name != OWN);
@@ -225,7 +241,11 @@ impl Report {
     fn broken(&self) -> Vec<String> {
         let mut broken = self.faults.clone();
         if self.error_count > 0 {
-            broken.push(format!("{} requests failed", self.error_count));
+            let starved = self.errors.iter().filter(|error| error.late >= STARVED).count();
+            broken.push(format!(
+                "{} requests failed, {starved} of them while the soak's own timers were late by {STARVED} ms or more",
+                self.error_count
+            ));
         }
         if self.rows.iter().any(|row| row.answered == 0) {
             broken.push("a flow had no answer at all".to_owned());
@@ -278,7 +298,7 @@ impl Report {
         self.write_processes(page)?;
         if !self.errors.is_empty() {
             writeln!(page, "\n## Errors\n\n```text")?;
-            self.errors.iter().take(SHOWN).try_for_each(|error| writeln!(page, "{error}"))?;
+            self.errors.iter().take(SHOWN).try_for_each(|error| writeln!(page, "{}", error.text))?;
             writeln!(page, "```")?;
         }
         Ok(())
@@ -346,15 +366,17 @@ impl Report {
         writeln!(
             page,
             "\n## Memory and descriptors\n\nUnder load: medians of the first and the last sixth of a process's life after its warm-up.\n\n\
-             | process | lived, s | anonymous memory, MiB | descriptors | threads, most |\n| --- | ---: | ---: | ---: | ---: |"
+             | process | lived, s | CPU, % of a core | anonymous memory, MiB | descriptors | threads, most |\n\
+             | --- | ---: | ---: | ---: | ---: | ---: |"
         )?;
         for judgement in self.judgements.iter().filter(|judgement| judgement.descriptors.is_some()) {
             writeln!(
                 page,
-                "| {} ({}) | {:.0} | {} | {} | {} |",
+                "| {} ({}) | {:.0} | {:.1} | {} | {} | {} |",
                 judgement.name,
                 judgement.pid,
                 judgement.lived,
+                100.0 * judgement.cpu / judgement.lived.max(1.0),
                 change(judgement.memory, 1024.0 * 1024.0),
                 change(judgement.descriptors, 1.0),
                 judgement.threads

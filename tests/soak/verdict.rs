@@ -46,6 +46,8 @@ pub(crate) struct Judgement {
     pub(crate) pid: u32,
     /// How long it was watched, seconds.
     pub(crate) lived: f64,
+    /// CPU time that it used meanwhile, seconds.
+    pub(crate) cpu: f64,
     /// Its anonymous memory, if it lived long enough, bytes.
     pub(crate) memory: Option<Trend>,
     /// Its descriptors, the same.
@@ -67,6 +69,7 @@ impl Judgement {
             name: series.name.clone(),
             pid: series.pid,
             lived: series.lived(),
+            cpu: series.cpu(),
             memory: trend(&anonymous, MEMORY_FLOOR).filter(|_| memory),
             descriptors: trend(&of(|usage| usage.descriptors), DESCRIPTORS_FLOOR),
             threads: series.samples.iter().map(|(_, usage)| usage.threads).max().unwrap_or(0),
