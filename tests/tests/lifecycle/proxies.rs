@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use ambit_local::{Cluster, PodOptions, Ztunnel};
+use ambit_tests::access::AccessLog;
 use ambit_tests::load::{Failure, Load, Shape};
 use ambit_tests::wait;
 use tokio::task::JoinSet;
@@ -112,7 +113,12 @@ async fn end_of_all(ztunnels: &[Ztunnel]) -> Vec<Option<i32>> {
 }
 
 async fn drain_to_the_end(node: usize) {
-    let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", format!("{}s", DRAIN.as_secs()));
+    let logs = tempfile::tempdir().unwrap();
+    let log = AccessLog::of(logs.path(), node);
+    let builder = Cluster::builder()
+        .nodes(2)
+        .ztunnel_config("drainTimeout", format!("{}s", DRAIN.as_secs()))
+        .ztunnel_config_of(node, "accessLog", log.config());
     let bed = Bed::on(builder, true, &[1]).await;
     let mut kept = bed.echo(bed.vip(ECHO)).await;
     let mut idle = bed.echo(bed.vip(ECHO)).await;
@@ -122,14 +128,22 @@ async fn drain_to_the_end(node: usize) {
     bed.cluster.start_another_ztunnel(node).await.unwrap();
     first.terminate().await.unwrap();
     let began = Instant::now();
+    let mut turns = tokio::time::interval(Duration::from_millis(20));
     while began.elapsed() < DRAIN * 3 / 4 {
+        turns.tick().await;
         assert_eq!(ping(&mut kept, "draining").await.unwrap(), "draining");
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     until_ended(&mut kept, wait::SOON).await;
     let lasted = began.elapsed();
     until_ended(&mut idle, wait::SOON).await;
     assert_eq!(first.wait_ended(wait::SOON).await.unwrap(), Some(0));
+    // They were cut on purpose, not with the process.
+    let direction = ["outbound", "inbound"][node];
+    let cut = |line: &&serde_json::Value| {
+        let error = line["error"].as_str().unwrap_or_default();
+        line["direction"] == direction && error.contains("drain time is over")
+    };
+    assert_eq!(log.lines().iter().filter(cut).count(), 2, "{:?}", log.lines());
     load.more(50).await;
     let tally = load.finish().await;
     assert_eq!(tally.not_allowed(|_| false), Vec::<String>::new());

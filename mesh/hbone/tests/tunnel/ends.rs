@@ -182,10 +182,15 @@ async fn readers_that_stall_hold_only_themselves_back() {
             bulk
         }));
     }
+    // As long as there is window, bulk goes on between two turns of a small stream beside it.
+    let (mut beside, _beside_task) = client.application(node.address, echo().await).await;
     let mut before = 0;
     while before == 0 || progress.load(Ordering::SeqCst) != before {
         before = progress.load(Ordering::SeqCst);
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        for round in 0..100_u32 {
+            beside.write_u32(round).await.unwrap();
+            assert_eq!(soon("the stream beside", beside.read_u32()).await.unwrap(), round);
+        }
     }
     assert!(senders.iter().all(|sender| !sender.is_finished()), "a stalled reader held nobody back");
     let (mut small, _small_task) = client.application(node.address, echo().await).await;

@@ -10,6 +10,7 @@ use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
+use tokio_util::io::InspectReader;
 
 use crate::harness::*;
 
@@ -384,11 +385,14 @@ async fn a_connection_without_tunnels_is_closed_after_the_idle_time() {
     let client = Client::new(&world, "client", Settings { idle_timeout, ..Settings::default() });
     let target = echo().await;
     let tunnel = client.open(node.address, target).await.unwrap();
-    tokio::time::sleep(2 * idle_timeout).await;
+    // Another's idle time begins later and passes.
+    let idle = Client::new(&world, "client", Settings { idle_timeout, ..Settings::default() });
+    drop(idle.open(node.address, target).await.unwrap());
+    until("the idle close of another", || idle.pool.connections() == 0).await;
     assert_eq!(client.pool.connections(), 1, "closed under an open tunnel");
     drop(tunnel);
     until("the idle close", || client.pool.connections() == 0).await;
-    until("the server's end", || node.seen.connections_ended() == 1).await;
+    until("the server's ends", || node.seen.connections_ended() == 2).await;
     assert!(node.seen.ended.lock().iter().all(Result::is_ok));
 }
 
@@ -418,9 +422,11 @@ async fn a_path_that_goes_silent_is_noticed_by_ping() {
     let (middle, far) = (wire.local_addr().unwrap(), node.address);
     let cut = Arc::new(Notify::new());
     let cut_here = Arc::clone(&cut);
+    let (answers, answered) = tokio::sync::watch::channel(0);
     let forwarding = tokio::spawn(async move {
         let (mut near, _) = wire.accept().await.unwrap();
-        let mut far = TcpStream::connect(far).await.unwrap();
+        let far = TcpStream::connect(far).await.unwrap();
+        let mut far = InspectReader::new(far, |_: &[u8]| answers.send_modify(|count| *count += 1));
         tokio::select! {
             _ = copy_bidirectional(&mut near, &mut far) => {}
             () = cut_here.notified() => {}
@@ -428,7 +434,9 @@ async fn a_path_that_goes_silent_is_noticed_by_ping() {
         std::future::pending::<()>().await;
     });
     let (mut socket, _task) = client.application(middle, echo().await).await;
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    // Nothing else is sent than pings and their answers.
+    let before = *answered.borrow();
+    until("several pings", || *answered.borrow() >= before + 5).await;
     socket.write_all(b"x").await.unwrap();
     soon("the echo", socket.read_u8()).await.unwrap();
     cut.notify_one();
