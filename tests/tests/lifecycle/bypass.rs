@@ -7,7 +7,8 @@ use ambit_tests::wait;
 use crate::bed::{Bed, ECHO, NAMESPACE, ping};
 use crate::wire::{Insistent, SECRET, Wire};
 
-/// Attempts during an outage: a second of them.
+/// Attempts during an outage: a second of them. Where a proxy gives up after a time, tests make that a second, so
+/// that what it does then is watched too.
 const TRIES: u64 = 50;
 /// Attempts that may be under way when an outage begins, and be answered then.
 const UNDER_WAY: u64 = 5;
@@ -74,7 +75,11 @@ async fn nothing_is_sent_in_the_clear_while_node_proxies_stand_still() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_sent_in_the_clear_by_pods_whose_certificates_are_refused() {
-    let builder = Cluster::builder().nodes(2).control_arg("--trusted-node-proxy=ambit-system/nobody");
+    let limits = serde_json::json!({ "connectTimeout": "1s" });
+    let builder = Cluster::builder()
+        .nodes(2)
+        .control_arg("--trusted-node-proxy=ambit-system/nobody")
+        .ztunnel_config("limits", limits);
     let bed = Bed::on(builder, true, &[1]).await;
     let wire = Wire::tap(&bed).await;
     let client = Insistent::start_unheard(&bed);
@@ -88,7 +93,8 @@ async fn nothing_is_sent_in_the_clear_by_pods_whose_certificates_are_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_sent_in_the_clear_by_node_proxies_that_start_without_a_control_plane() {
-    let bed = Bed::start(true, &[1]).await;
+    let limits = serde_json::json!({ "directoryWait": "1s" });
+    let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[1]).await;
     let client = Insistent::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     bed.cluster.control().unwrap().kill().await.unwrap();
@@ -99,9 +105,9 @@ async fn nothing_is_sent_in_the_clear_by_node_proxies_that_start_without_a_contr
     for node in 0..2 {
         bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
     }
-    wait::for_ok("its proxy serves the client", wait::SOON, async || {
-        let served = bed.count(0, "ambit_pods_served", &[]).await;
-        if served > 0.0 { Ok(()) } else { Err(format!("{served} pods are served")) }
+    let ztunnel = bed.cluster.ztunnel(0).unwrap();
+    wait::until("its proxy serves the client", wait::SOON, async || {
+        ztunnel.metrics().await.is_ok_and(|metrics| metrics.sum("ambit_pods_served", &[]) > 0.0)
     })
     .await;
     client.tries(2 * TRIES).await;
