@@ -6,8 +6,9 @@
 //! use is a property of its states, not of its callers.
 //!
 //! Time is the wall clock's, which certificates are valid by. When that is set back, what is planned moves with it:
-//! a renewal comes after the time that was to pass, not after that and the jump. When it is set forward, what has
-//! become due is due.
+//! a renewal comes after the time that was to pass, not after that and the jump; and a certificate that was issued in
+//! what is the future now is replaced at once, for peers may hold it not valid yet. When the clock is set forward,
+//! what has become due is due.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
@@ -90,6 +91,8 @@ struct Slot {
     /// Released while a request was in flight: its outcome is not for anybody.
     is_abandoned: bool,
     not_after: Option<SystemTime>,
+    /// When the certificate arrived.
+    issued: Option<SystemTime>,
     failures: u32,
     phase: Phase,
     /// Earliest next attempt for somebody who waits.
@@ -220,6 +223,7 @@ impl Renewals {
         let renewal = self.renewal_time(now, not_after);
         let Some(slot) = self.slots.get_mut(identity) else { return false };
         slot.not_after = Some(not_after);
+        slot.issued = Some(now);
         if not_after <= now {
             // Born dead (clocks far apart): asking again at once would only burden the CA.
             self.back_off(identity, now);
@@ -315,6 +319,7 @@ impl Renewals {
                 is_wanted: false,
                 is_abandoned: false,
                 not_after: None,
+                issued: None,
                 failures: 0,
                 phase: Phase::Ready(urgency, now),
                 waited_not_before: now,
@@ -327,22 +332,33 @@ impl Renewals {
         match self.latest.duration_since(now) {
             Ok(back) if back > OUT_OF_TURN => {
                 self.latest = now;
-                self.move_back(back);
+                self.move_back(back, now);
             }
             _ => self.latest = self.latest.max(now),
         }
     }
 
-    fn move_back(&mut self, by: Duration) {
+    fn move_back(&mut self, by: Duration, now: SystemTime) {
         self.timers.clear();
+        let mut unusable = Vec::new();
         for (identity, slot) in &mut self.slots {
             slot.waited_not_before = moved(slot.waited_not_before, by);
             let Phase::Resting(until) = &mut slot.phase else { continue };
-            // What is only kept until its end ends by the clock, wherever that stands.
-            if slot.holds > 0 || slot.is_wanted || slot.not_after != Some(*until) {
+            let is_of_the_future = slot.issued.is_some_and(|issued| issued > now);
+            if slot.holds == 0 && !slot.is_wanted && slot.not_after == Some(*until) {
+                // What is only kept until its end ends by the clock, wherever that stands.
+                if is_of_the_future {
+                    unusable.push(identity.clone());
+                }
+            } else if is_of_the_future && slot.failures == 0 {
+                *until = now;
+            } else {
                 *until = moved(*until, by);
             }
             self.timers.insert((*until, identity.clone()));
+        }
+        for identity in unusable {
+            self.forget(&identity);
         }
     }
 

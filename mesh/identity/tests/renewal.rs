@@ -161,16 +161,27 @@ fn a_clock_that_is_set_back_puts_off_neither_a_renewal_nor_the_next_attempt() {
         renewals.hold(&id(number), at(0.0)).unwrap();
         assert!(renewals.poll_start(at(0.0)).is_some());
     }
-    assert!(renewals.handle_issued(&id(1), at(1000.0), at(0.0)));
-    renewals.handle_failed(&id(2), at(100.0));
-    let retry = renewals.progress(&id(2)).unwrap().1.unwrap().duration_since(at(100.0)).unwrap();
-    // An hour back: 400 seconds are left to the renewal, as before.
-    assert_eq!(renewals.poll_start(at(-3500.0)), None);
-    assert_eq!(renewals.progress(&id(2)).unwrap().1, Some(at(-3500.0) + retry));
-    assert_eq!(renewals.poll_start(at(-3500.0) + retry), Some((id(2), Urgency::Missing)));
-    assert_eq!(renewals.poll_deadline(), Some(at(-3100.0)));
-    assert_eq!(renewals.poll_start(at(-3100.1)), None);
-    assert_eq!(renewals.poll_start(at(-3100.0)), Some((id(1), Urgency::Renewal)));
+    assert!(renewals.handle_issued(&id(1), at(10_000.0), at(0.0)));
+    renewals.handle_failed(&id(2), at(4000.0));
+    let retry = renewals.progress(&id(2)).unwrap().1.unwrap().duration_since(at(4000.0)).unwrap();
+    // Most of an hour back: 1000 seconds are left to the renewal, as before.
+    assert_eq!(renewals.poll_start(at(500.0)), None);
+    assert_eq!(renewals.progress(&id(2)).unwrap().1, Some(at(500.0) + retry));
+    assert_eq!(renewals.poll_start(at(500.0) + retry), Some((id(2), Urgency::Missing)));
+    assert_eq!(renewals.poll_deadline(), Some(at(1500.0)));
+    assert_eq!(renewals.poll_start(at(1499.9)), None);
+    assert_eq!(renewals.poll_start(at(1500.0)), Some((id(1), Urgency::Renewal)));
+}
+
+#[test]
+fn a_clock_that_is_set_back_before_a_certificate_was_issued_has_it_replaced_at_once() {
+    let mut renewals = Renewals::new(exact(), 1);
+    renewals.hold(&id(1), at(0.0)).unwrap();
+    renewals.poll_start(at(0.0)).unwrap();
+    assert!(renewals.handle_issued(&id(1), at(10_000.0), at(0.0)));
+    assert_eq!(renewals.poll_start(at(-3600.0)), Some((id(1), Urgency::Renewal)));
+    renewals.handle_failed(&id(1), at(-3600.0));
+    assert_eq!(renewals.poll_start(at(-3600.0)), None, "with the pauses of any failure");
 }
 
 #[test]
@@ -188,10 +199,16 @@ fn what_is_only_kept_while_valid_is_not_renewed_because_the_clock_was_set_back()
     renewals.want(&id(1), at(0.0)).unwrap();
     renewals.poll_start(at(0.0)).unwrap();
     assert!(renewals.handle_issued(&id(1), at(1000.0), at(0.0)));
-    assert_eq!(renewals.poll_start(at(-5000.0)), None);
+    assert_eq!(renewals.poll_start(at(900.0)), None);
+    assert_eq!(renewals.poll_start(at(100.0)), None);
     assert_eq!(renewals.poll_start(at(999.0)), None);
-    assert_eq!(renewals.poll_start(at(1000.0)), None);
-    assert_eq!(renewals.poll_dropped(), Some(id(1)));
+    assert_eq!(renewals.poll_dropped(), None);
+    assert_eq!(renewals.poll_start(at(-100.0)), None);
+    assert_eq!(
+        renewals.poll_dropped(),
+        Some(id(1)),
+        "issued in the future, it is fetched anew when it is needed"
+    );
 }
 
 #[test]

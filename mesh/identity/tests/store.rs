@@ -173,16 +173,19 @@ async fn a_failed_renewal_never_discards_a_valid_certificate_and_an_expired_one_
 const NOTICED: u64 = 31;
 
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_is_set_back_a_day_delays_no_renewal() {
+async fn a_clock_that_is_set_back_delays_no_renewal_and_replaces_what_was_issued_in_the_future() {
     let (clock, offset) = settable_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
     let store = start(StoreConfig { clock, ..StoreConfig::default() }, &issuer);
     store.prefetch(&id("a")).unwrap();
     store.certificate(&id("a")).await.unwrap();
-    pass(10 * 60).await;
-    offset.store(-24 * 60 * 60, Ordering::SeqCst);
-    pass(24 * 60 + NOTICED).await;
+    pass(20 * 60).await;
+    offset.store(-15 * 60, Ordering::SeqCst);
+    pass(14 * 60 + NOTICED).await;
     assert_eq!(issuer.asked().len(), 2, "half of an hour has passed, and a tenth more");
+    offset.store(-24 * 60 * 60, Ordering::SeqCst);
+    pass(NOTICED).await;
+    assert_eq!(issuer.asked().len(), 3, "peers may hold the certificate not valid yet");
 }
 
 #[tokio::test(start_paused = true)]
