@@ -231,6 +231,13 @@ impl Load {
     }
 }
 
+/// Turns of a load. What a busy machine made this process miss is not sent in one burst: that would be another load.
+fn every(pause: Duration) -> tokio::time::Interval {
+    let mut turns = tokio::time::interval(pause);
+    turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    turns
+}
+
 fn median(times: &Mutex<Vec<Duration>>) -> Duration {
     let mut times = times.lock().clone();
     times.sort_unstable();
@@ -280,7 +287,7 @@ impl Shared {
     }
 
     async fn keep(self: Arc<Self>, mut kept: Option<Open>, pause: Duration) {
-        let mut turns = tokio::time::interval(pause);
+        let mut turns = every(pause);
         while self.running() {
             turns.tick().await;
             let (is_kept, mut asked) = match &kept {
@@ -318,7 +325,7 @@ impl Shared {
     }
 
     async fn renew(self: Arc<Self>, pause: Duration) {
-        let mut turns = tokio::time::interval(pause);
+        let mut turns = every(pause);
         let mut requests = JoinSet::new();
         while self.running() {
             turns.tick().await;
