@@ -14,15 +14,19 @@
 mod control;
 #[path = "hostile/crowd.rs"]
 mod crowd;
+#[path = "hostile/floods.rs"]
+mod floods;
 #[path = "hostile/node.rs"]
 mod node;
 #[path = "hostile/peers.rs"]
 mod peers;
 #[path = "hostile/requests.rs"]
 mod requests;
+#[path = "hostile/resolvers.rs"]
+mod resolvers;
 
 use std::error::Error;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -34,7 +38,7 @@ use ambit_tests::apps::{self, App, Running, exchange};
 use ambit_tests::beds::{Bed, Trials};
 use ambit_tests::credentials::Credentials;
 use ambit_tests::wait;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -43,6 +47,10 @@ use tokio_rustls::client::TlsStream;
 const PORT: u16 = 8080;
 /// The tunnel port.
 const HBONE: u16 = 15008;
+/// The cluster's own resolver.
+const CLUSTER_DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)), 53);
+/// One of the resolvers that node proxies ask, which is as bad as a test makes it.
+const RESOLVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 244, 1, 200)), 53);
 /// Whom no policy is against.
 const FRIEND: &str = "spiffe://cluster.local/ns/shop/sa/friend";
 /// Whom the policy of the bed keeps from the server.
@@ -72,8 +80,11 @@ impl Bed for Hostile {
         std::fs::create_dir(&manifests)?;
         let crl_file = directory.path().join("crl.pem");
         let logs = [0, 1].map(|node| AccessLog::of(directory.path(), node));
-        let mut builder =
-            Cluster::builder().nodes(2).ztunnel_config("crlFile", crl_file.display().to_string());
+        let resolvers = [CLUSTER_DNS, RESOLVER].map(|resolver| resolver.to_string());
+        let mut builder = Cluster::builder()
+            .nodes(2)
+            .ztunnel_config("crlFile", crl_file.display().to_string())
+            .ztunnel_config("dns", json!({ "upstreams": resolvers }));
         for (node, log) in logs.iter().enumerate() {
             builder = builder.ztunnel_config_of(node, "accessLog", log.config());
         }
@@ -221,6 +232,8 @@ fn main() -> ExitCode {
     let mut trials = Trials::new();
     peers::add(&mut trials);
     requests::add(&mut trials);
+    floods::add(&mut trials);
+    resolvers::add(&mut trials);
     crowd::add(&mut trials);
     control::add(&mut trials);
     node::add(&mut trials);

@@ -23,6 +23,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::driver::{Upkeep, Verdict};
 use crate::load::{Lease, Load};
+use crate::overhead::Meter;
 use crate::paced::Paced;
 use crate::request::baggage;
 use crate::tunnel::Lingering;
@@ -63,6 +64,9 @@ pub enum DriverEnd {
     Closed,
     /// A PING went unanswered.
     PingTimeout,
+    /// The peer sent this many frames that move nothing within
+    /// [`overhead_within`](Settings::overhead_within).
+    Overhead(u64),
     /// HTTP/2 or the connection below it broke.
     Broken(h2::Error),
 }
@@ -96,13 +100,15 @@ where
         return Err(OpenError::NoHttp2 { address });
     }
     let peer = verify_server(session, expected).map_err(|source| OpenError::Identity { address, source })?;
+    let meter = Meter::of_server();
+    let tally = meter.tally();
     let (sender, mut connection) = settings
         .client()
-        .handshake(Paced::new(stream))
+        .handshake(Paced::new(stream, meter))
         .await
         .map_err(|error| OpenError::Tls { address, source: Arc::new(crate::tunnel::io_error(error)) })?;
     let load = Load::new(Instant::now());
-    let upkeep = Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load));
+    let upkeep = Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load), tally);
     Ok((Connection { sender, peer, address, load }, Driver { connection, upkeep }))
 }
 
@@ -226,6 +232,7 @@ where
             while let Poll::Ready(verdict) = self.upkeep.poll(cx) {
                 match verdict {
                     Verdict::PingTimeout => return Poll::Ready(DriverEnd::PingTimeout),
+                    Verdict::Overhead(count) => return Poll::Ready(DriverEnd::Overhead(count)),
                     Verdict::Idle => {
                         self.upkeep.closing();
                         if let Some(on_idle) = on_idle.take() {

@@ -9,6 +9,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::keepalive::{Action, Keepalive};
 use crate::load::Load;
+use crate::overhead::{Overhead, Tally};
 use crate::windows::Window;
 use crate::{Settings, WindowBudget};
 
@@ -19,6 +20,8 @@ pub(crate) enum Verdict {
     Idle,
     /// A PING went unanswered.
     PingTimeout,
+    /// The peer sent this many frames that move nothing.
+    Overhead(u64),
 }
 
 /// The shell around [`Keepalive`] and [`Window`], polled by the task that owns the connection.
@@ -26,6 +29,7 @@ pub(crate) enum Verdict {
 pub(crate) struct Upkeep {
     keepalive: Keepalive,
     window: Window,
+    overhead: Overhead,
     ping: Option<PingPong>,
     timer: Pin<Box<Sleep>>,
     load: Arc<Load>,
@@ -37,6 +41,7 @@ impl Upkeep {
         budget: WindowBudget,
         ping: Option<PingPong>,
         load: Arc<Load>,
+        tally: Arc<Tally>,
     ) -> Upkeep {
         let now = Instant::now();
         Upkeep {
@@ -47,6 +52,7 @@ impl Upkeep {
                 now.into_std(),
             ),
             window: Window::new(settings, budget),
+            overhead: Overhead::new(settings.max_overhead, settings.overhead_within, tally, now.into_std()),
             ping,
             timer: Box::pin(sleep_until(now)),
             load,
@@ -67,6 +73,9 @@ impl Upkeep {
 
     /// Sends PINGs as they fall due; ready when the connection is to end.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Verdict> {
+        if let Some(count) = self.overhead.excess(|| Instant::now().into_std()) {
+            return Poll::Ready(Verdict::Overhead(count));
+        }
         if self.keepalive.is_waiting() {
             self.poll_pong(cx);
         }

@@ -263,13 +263,23 @@ pub enum ServeError {
         /// In which time.
         within: Duration,
     },
+    /// The peer sent too many frames that move nothing (CVE-2019-9512, 9515, 9518).
+    #[error("{peer} sent {count} frames that move nothing within {within:?}")]
+    Overhead {
+        /// The peer.
+        peer: SpiffeId,
+        /// How many.
+        count: u64,
+        /// In which time.
+        within: Duration,
+    },
 }
 
 impl ServeError {
     /// Whether the peer broke the protocol or one of its limits, which no orderly peer and no lost link does.
     pub fn is_misconduct(&self) -> bool {
         match self {
-            ServeError::Abandoned { .. } => true,
+            ServeError::Abandoned { .. } | ServeError::Overhead { .. } => true,
             ServeError::Http2 { source, .. } => {
                 source.is_library() && source.reason() != Some(h2::Reason::NO_ERROR)
             }
@@ -291,7 +301,8 @@ impl ServeError {
             | ServeError::NoHttp2
             | ServeError::Http2 { .. }
             | ServeError::PingTimeout { .. }
-            | ServeError::Abandoned { .. } => Fault::Peer,
+            | ServeError::Abandoned { .. }
+            | ServeError::Overhead { .. } => Fault::Peer,
         }
     }
 }

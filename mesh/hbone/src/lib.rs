@@ -19,6 +19,7 @@ mod error;
 mod forwarded;
 mod keepalive;
 mod load;
+mod overhead;
 mod paced;
 mod pool;
 mod relay;

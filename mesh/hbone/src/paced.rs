@@ -6,22 +6,25 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::overhead::Meter;
+
 /// Bytes that a connection's task reads, and writes, before it yields: about a third of a
 /// millisecond of encryption and system calls.
 const TURN: usize = 512 * 1024;
 
 /// Wraps a stream whose socket may never say that it would block. After each [`TURN`] it does, once, and
-/// wakes its task at once, so that a bulk transfer does not hold up the small ones beside it.
+/// wakes its task at once, so that a bulk transfer does not hold up the small ones beside it. What passes is metered.
 #[derive(Debug)]
 pub(crate) struct Paced<IO> {
     io: IO,
     to_read: usize,
     to_write: usize,
+    meter: Meter,
 }
 
 impl<IO> Paced<IO> {
-    pub(crate) fn new(io: IO) -> Paced<IO> {
-        Paced { io, to_read: TURN, to_write: TURN }
+    pub(crate) fn new(io: IO, meter: Meter) -> Paced<IO> {
+        Paced { io, to_read: TURN, to_write: TURN, meter }
     }
 }
 
@@ -44,7 +47,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Paced<IO> {
         ready!(poll_turn(&mut this.to_read, cx));
         let before = buf.filled().len();
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
-        this.to_read = this.to_read.saturating_sub(buf.filled().len().saturating_sub(before));
+        let received = buf.filled().get(before..).unwrap_or_default();
+        this.to_read = this.to_read.saturating_sub(received.len());
+        this.meter.received(received);
         read
     }
 }
@@ -55,6 +60,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
         ready!(poll_turn(&mut this.to_write, cx));
         let written = ready!(Pin::new(&mut this.io).poll_write(cx, buf))?;
         this.to_write = this.to_write.saturating_sub(written);
+        this.meter.sent(written);
         Poll::Ready(Ok(written))
     }
 
@@ -67,6 +73,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
         ready!(poll_turn(&mut this.to_write, cx));
         let written = ready!(Pin::new(&mut this.io).poll_write_vectored(cx, bufs))?;
         this.to_write = this.to_write.saturating_sub(written);
+        this.meter.sent(written);
         Poll::Ready(Ok(written))
     }
 
@@ -111,14 +118,14 @@ mod tests {
     fn a_stream_that_never_blocks_yields_after_each_turn() {
         let data = vec![0; 64 * 1024];
         let writes = polls(async {
-            let mut paced = Paced::new(sink());
+            let mut paced = Paced::new(sink(), Meter::of_server());
             for _ in 0..32 {
                 paced.write_all(&data).await.unwrap();
             }
         });
         assert_eq!(writes, 4);
         let reads = polls(async {
-            let mut paced = Paced::new(tokio::io::join(repeat(7), sink()));
+            let mut paced = Paced::new(tokio::io::join(repeat(7), sink()), Meter::of_server());
             let mut data = vec![0; 64 * 1024];
             for _ in 0..32 {
                 paced.read_exact(&mut data).await.unwrap();
@@ -131,7 +138,7 @@ mod tests {
     fn small_amounts_do_not_yield() {
         assert_eq!(
             polls(async {
-                let mut paced = Paced::new(tokio::io::join(empty(), sink()));
+                let mut paced = Paced::new(tokio::io::join(empty(), sink()), Meter::of_server());
                 paced.write_all(b"hello").await.unwrap();
                 assert_eq!(paced.read(&mut [0; 8]).await.unwrap(), 0);
             }),

@@ -40,6 +40,12 @@ pub struct Settings {
     pub max_abandoned: u32,
     /// The time that [`max_abandoned`](Settings::max_abandoned) is counted over.
     pub abandoned_within: Duration,
+    /// Frames that move nothing (SETTINGS, PING, WINDOW_UPDATE, PRIORITY, CONTINUATION, empty DATA) that a peer may
+    /// send within [`overhead_within`](Settings::overhead_within), beside one for each 64 bytes that it was sent;
+    /// beyond it, the connection ends (CVE-2019-9512, 9515, 9518).
+    pub max_overhead: u32,
+    /// The time that [`max_overhead`](Settings::max_overhead) is counted over.
+    pub overhead_within: Duration,
     /// Connections a pool makes for one key because those it has are busy.
     pub spread: usize,
     /// Connections a pool makes for one key because those it has are full.
@@ -68,6 +74,8 @@ impl Default for Settings {
             max_headers: 16 * 1024,
             max_abandoned: 200,
             abandoned_within: Duration::from_secs(10),
+            max_overhead: 20_000,
+            overhead_within: Duration::from_secs(10),
             spread: 4,
             max_connections: 512,
             busy_streams: 100,

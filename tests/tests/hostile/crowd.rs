@@ -28,7 +28,8 @@ async fn begin(bed: &Hostile) -> TcpStream {
     stream
 }
 
-fn resident(ztunnel: &Ztunnel) -> u64 {
+/// Bytes of a node proxy that are in memory.
+pub(crate) fn resident(ztunnel: &Ztunnel) -> u64 {
     let path = format!("/proc/{}/statm", ztunnel.pid().unwrap());
     let text = std::fs::read_to_string(path).unwrap();
     text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096

@@ -357,6 +357,9 @@ async fn drive(shared: Arc<Shared>, key: PoolKey, id: u64, driver: Driver<TcpStr
             counters.ping_timeouts.add(1);
             tracing::info!(address = %key.address, destination = %key.destination, "peer did not answer a PING");
         }
+        DriverEnd::Overhead(frames) => {
+            tracing::warn!(address = %key.address, frames, "peer floods with frames that move nothing");
+        }
         DriverEnd::Broken(error) => {
             tracing::debug!(address = %key.address, %error, "tunnel connection broke");
         }

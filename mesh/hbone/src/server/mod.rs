@@ -28,6 +28,7 @@ pub use incoming::{Incoming, NotAnswered};
 
 use crate::driver::{Upkeep, Verdict};
 use crate::load::Load;
+use crate::overhead::{Meter, Tally};
 use crate::paced::Paced;
 use crate::{ConnectRequest, RequestError, ServeError, Settings, WindowBudget};
 use abandoned::Abandoned;
@@ -37,6 +38,7 @@ type H2<IO> = h2::server::Connection<Paced<TlsStream<IO>>, Bytes>;
 /// A connection whose peer is authentic, and on which nothing has been asked yet.
 pub struct Accepted<IO> {
     connection: H2<IO>,
+    tally: Arc<Tally>,
     peer: PeerCertificate,
     malformed: Option<OnMalformed>,
 }
@@ -98,12 +100,14 @@ where
         return Err(ServeError::NoHttp2);
     }
     let peer = PeerCertificate::from_connection(session)?;
+    let meter = Meter::of_client();
+    let tally = meter.tally();
     let connection = settings
         .server()
-        .handshake(Paced::new(stream))
+        .handshake(Paced::new(stream, meter))
         .await
         .map_err(|source| ServeError::Http2 { peer: peer.identity().clone(), source })?;
-    Ok(Accepted { connection, peer, malformed: None })
+    Ok(Accepted { connection, tally, peer, malformed: None })
 }
 
 /// Serves a connection until it has ended and every handler has returned.
@@ -115,7 +119,7 @@ where
 ///
 /// # Errors
 ///
-/// [`ServeError::Http2`], [`ServeError::PingTimeout`], [`ServeError::Abandoned`]. A connection that the peer
+/// [`ServeError::Http2`], [`ServeError::PingTimeout`], [`ServeError::Abandoned`], [`ServeError::Overhead`]. A connection that the peer
 /// closed, that was idle, or that was drained, ends well.
 pub async fn serve<IO, H, F, D>(
     accepted: Accepted<IO>,
@@ -130,10 +134,10 @@ where
     F: Future<Output = ()> + Send + 'static,
     D: Future<Output = ()>,
 {
-    let Accepted { mut connection, peer, malformed } = accepted;
+    let Accepted { mut connection, tally, peer, malformed } = accepted;
     let load = Load::new(Instant::now());
     let mut serving = Serving {
-        upkeep: Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load)),
+        upkeep: Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load), tally),
         connection,
         peer: peer.identity().clone(),
         malformed,
@@ -196,9 +200,7 @@ where
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Asked>, ServeError>> {
         if let Some(count) = self.abandoned.excess(Instant::now()) {
-            // RFC 9113 §10.5: ENHANCE_YOUR_CALM.
-            self.connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
-            let _ = self.connection.poll_closed(cx);
+            self.hang_up(cx);
             let within = self.settings.abandoned_within;
             return Poll::Ready(Err(ServeError::Abandoned { peer: self.peer.clone(), count, within }));
         }
@@ -208,6 +210,11 @@ where
                 Verdict::PingTimeout => {
                     let limit = self.settings.ping_timeout;
                     return Poll::Ready(Err(ServeError::PingTimeout { peer: self.peer.clone(), limit }));
+                }
+                Verdict::Overhead(count) => {
+                    self.hang_up(cx);
+                    let within = self.settings.overhead_within;
+                    return Poll::Ready(Err(ServeError::Overhead { peer: self.peer.clone(), count, within }));
                 }
             }
         }
@@ -222,6 +229,13 @@ where
                 Poll::Ready(Err(ServeError::Http2 { peer: self.peer.clone(), source }))
             }
         }
+    }
+
+    /// RFC 9113 §10.5: GOAWAY with ENHANCE_YOUR_CALM, if there is room for it.
+    fn hang_up(&mut self, cx: &mut Context<'_>) {
+        self.connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+        // The connection is dropped next, whatever became of this.
+        let _ = self.connection.poll_closed(cx);
     }
 
     /// GOAWAY; what is in flight finishes.

@@ -30,7 +30,7 @@ fn connect(authority: &str) -> Request<()> {
 }
 
 /// A bystander on a connection of its own is served.
-async fn bystander(world: &World, node: &Node) {
+pub(crate) async fn bystander(world: &World, node: &Node) {
     let client = Client::new(world, "client", Settings::default());
     let (mut socket, _task) = client.application(node.address, echo().await).await;
     socket.write_all(b"x").await.unwrap();

@@ -4,6 +4,7 @@
 
 mod double;
 mod ends;
+mod floods;
 #[allow(unreachable_pub, reason = "shared by the modules of this program")]
 mod harness;
 mod hostile;
