@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 use ambit_control::index::{Index, Settings};
 use ambit_control::object::Change;
@@ -74,6 +75,20 @@ fn nesting_without_end_is_a_problem_and_not_a_crash() {
     for nested in ["[".repeat(200_000), "{a: ".repeat(200_000), "- ".repeat(200_000)] {
         assert_eq!(take(&format!("{header}{nested}")).1, 1);
     }
+}
+
+/// Searching the text anew for each item of a list took time with the square of its length.
+#[test]
+fn a_list_of_thousands_of_faults_is_read_in_one_go() {
+    let item = |i| {
+        format!(
+            "- {{apiVersion: v1, kind: Service, metadata: {{name: s{i}}}, spec: {{ports: [{{port: x}}]}}}}\n"
+        )
+    };
+    let items: String = (0..4_000).map(item).collect();
+    let begun = Instant::now();
+    assert_eq!(take(&format!("apiVersion: v1\nkind: List\nitems:\n{items}")), (0, 4_000));
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
 }
 
 #[test]

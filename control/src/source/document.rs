@@ -5,6 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_saphyr::Spanned;
 use std::sync::Arc;
 
 use super::yaml::{self, Misfit};
@@ -125,13 +126,18 @@ fn read_document(before: u64, text: &str) -> Vec<Document> {
 #[derive(Debug, Deserialize)]
 struct List {
     #[serde(default)]
-    items: Vec<Value>,
+    items: Vec<Spanned<Value>>,
 }
+
+/// Faults of one list that are told with the line of their field; later ones with the line of their item, as each
+/// search goes through the whole text.
+const MAX_SEARCHES: usize = 100;
 
 fn read_items(before: u64, text: &str, list: List) -> Vec<Document> {
     let mut documents = Vec::new();
-    for (i, item) in list.items.into_iter().enumerate() {
-        let start = yaml::locate(text, &format!("items[{i}]")).unwrap_or(1);
+    let mut searches = 0;
+    for (i, Spanned { value: item, referenced, .. }) in list.items.into_iter().enumerate() {
+        let start = referenced.line().max(1);
         let at = |line: Option<u64>| before + line.unwrap_or(start);
         let header = yaml::convert::<Header>(item.clone());
         let kind = header.as_ref().map(recognise);
@@ -147,7 +153,9 @@ fn read_items(before: u64, text: &str, list: List) -> Vec<Document> {
         if let Outcome::Faulty(fault) = &mut document.outcome {
             let field =
                 fault.field.take().map_or_else(|| format!("items[{i}]"), |f| format!("items[{i}].{f}"));
-            document.line = before + yaml::locate(text, &field).unwrap_or(start);
+            searches += 1;
+            let found = (searches <= MAX_SEARCHES).then(|| yaml::locate(text, &field)).flatten();
+            document.line = before + found.unwrap_or(start);
             fault.field = Some(field);
         }
         documents.push(document);
@@ -200,8 +208,9 @@ fn recognise(header: &Header) -> Recognised {
     let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.as_str() == header.kind) else {
         // Misspelt, an object of ours would silently have no effect.
         let near = |kind: &Kind| {
+            // Nobody means one of ours by a word much longer, and comparing takes memory.
             kind.group() == group
-                && header.kind.len() > 5
+                && (6..64).contains(&header.kind.len())
                 && strsim::damerau_levenshtein(kind.as_str(), &header.kind) <= 2
         };
         return match Kind::ALL.into_iter().find(near) {

@@ -53,9 +53,12 @@ fn misfit(error: &serde_saphyr::Error, field: Option<String>) -> Misfit {
     Misfit { line, field, message: message.trim().to_owned() }
 }
 
+/// Steps of a path that are followed: no field of ours is deeper, and each costs a reading of the text.
+const MAX_STEPS: usize = 16;
+
 /// The line of a field, as `spec.ports[0].port`, or of the nearest enclosing value that there is.
 pub(super) fn locate(text: &str, field: &str) -> Option<u64> {
-    let steps: Vec<Step<'_>> = field.split('.').flat_map(steps).collect();
+    let steps: Vec<Step<'_>> = field.split('.').flat_map(steps).take(MAX_STEPS).collect();
     // A path that ends early leads to what encloses it.
     (1..=steps.len()).rev().find_map(|n| {
         let found = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {

@@ -45,6 +45,9 @@ pub enum PacketError {
     /// A request of a kind that we don't know, or none.
     #[error("the request has no payload that is known here")]
     Empty,
+    /// A snapshot was complete before: followed, this one would drop every pod that came since.
+    #[error("a second snapshot on one connection")]
+    SecondSnapshot,
     /// An add without identity.
     #[error("pod {uid}: the add names no workload")]
     NoWorkload {
@@ -110,7 +113,9 @@ impl Session {
                 }
                 Ok(Step::Delete(uid))
             }
-            Payload::SnapshotSent(_) => Ok(Step::Retain(self.listed.take().unwrap_or_default())),
+            Payload::SnapshotSent(_) => {
+                self.listed.take().map(Step::Retain).ok_or(PacketError::SecondSnapshot)
+            }
         }
     }
 
@@ -185,6 +190,15 @@ mod tests {
         let listed = ["a", "b"].map(String::from).into_iter().collect();
         assert_eq!(session.handle_packet(&sent, 0), Ok(Step::Retain(listed)));
         assert!(!session.in_snapshot());
+    }
+
+    #[test]
+    fn a_second_snapshot_drops_nobody() {
+        let mut session = Session::new();
+        let sent = packet(Payload::SnapshotSent(SnapshotSent {}));
+        session.handle_packet(&sent, 0).unwrap();
+        session.handle_packet(&add("a", 0), 1).unwrap();
+        assert_eq!(session.handle_packet(&sent, 0), Err(PacketError::SecondSnapshot));
     }
 
     #[test]
