@@ -9,7 +9,7 @@ TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
 STATIC_TARGET := x86_64-unknown-linux-gnu
 
-.PHONY: help build demo test guard bench soak lint fmt deny doc static packages clean
+.PHONY: help build demo test guard bench soak fuzz lint fmt deny doc static packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -37,6 +37,9 @@ bench: ## the figures of this machine: L4 beside no mesh and a raw relay; contro
 
 soak: build ## half an hour of mixed load with restarts and rotations; needs root
 	$(BIN)/ambit-soak --out docs/soak.md --json $(TARGET_DIR)/soak.json
+
+fuzz: ## every parser of outside bytes under libFuzzer, FUZZ_SECONDS (60) each
+	CARGO="$(CARGO)" CARGO_TARGET_DIR="$(TARGET_DIR)" bash fuzz/run.sh
 
 lint: ## formatting, clippy, documentation, dependencies
 	$(CARGO) fmt --all --check

@@ -94,6 +94,15 @@ impl JwtAuthenticator {
         let shared = Arc::new(Shared { config, keys: ArcSwap::from_pointee(keys) });
         Ok((Self(Arc::clone(&shared)), follow(shared, watch, content)))
     }
+
+    /// Verifies with the keys of `jwks`, the content of a key set, for good: no file is read or followed.
+    ///
+    /// # Errors
+    /// [`JwtError`] if it is no key set or has no usable key.
+    pub fn with_key_set(config: JwtConfig, jwks: &[u8]) -> Result<Self, JwtError> {
+        let keys = parse(jwks, &config)?;
+        Ok(Self(Arc::new(Shared { config, keys: ArcSwap::from_pointee(keys) })))
+    }
 }
 
 impl std::fmt::Debug for JwtAuthenticator {

@@ -52,7 +52,7 @@ impl ConnectRequest {
 
     /// The HTTP/2 request to send. Nothing if the authority cannot stand in a URI, which
     /// [`Authority`] rules out.
-    pub(crate) fn to_http(&self) -> Option<Request<()>> {
+    pub fn to_http(&self) -> Option<Request<()>> {
         let uri = http::uri::Authority::try_from(self.authority.to_string()).ok()?;
         let uri = http::Uri::builder().authority(uri).build().ok()?;
         let mut request = Request::new(());
@@ -77,7 +77,10 @@ impl ConnectRequest {
     }
 
     /// Reads a request that arrived. Headers that cannot be read count as absent.
-    pub(crate) fn from_http(request: &http::request::Parts) -> Result<ConnectRequest, RequestError> {
+    ///
+    /// # Errors
+    /// [`RequestError`] if it asks for no tunnel.
+    pub fn from_http(request: &http::request::Parts) -> Result<ConnectRequest, RequestError> {
         if request.method != Method::CONNECT {
             return Err(RequestError::Method(request.method.clone()));
         }

@@ -8,20 +8,21 @@ use super::wire;
 /// RFC 1035 §4.2.1: what every client takes by UDP.
 const MIN_UDP: usize = 512;
 /// What we send and take by UDP at most; beyond it, TCP. Within the pod nothing is fragmented.
-pub(super) const MAX_UDP: usize = 4096;
+pub const MAX_UDP: usize = 4096;
 
 /// A question that was read.
 #[derive(Debug)]
-pub(super) struct Question {
+pub struct Question {
     message: Message,
-    pub(super) query: Query,
+    /// What is asked.
+    pub query: Query,
     /// Largest response that the client takes by UDP, in bytes.
-    pub(super) udp_limit: usize,
+    pub udp_limit: usize,
 }
 
 /// Why a message is no question.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Unreadable {
+pub enum Unreadable {
     /// Not worth a response: too short, or a response itself.
     Ignore,
     /// To be answered with this.
@@ -30,7 +31,10 @@ pub(super) enum Unreadable {
 
 impl Question {
     /// Reads a message from a client.
-    pub(super) fn read(bytes: &[u8]) -> Result<Self, Unreadable> {
+    ///
+    /// # Errors
+    /// [`Unreadable`], with what to answer.
+    pub fn read(bytes: &[u8]) -> Result<Self, Unreadable> {
         if bytes.len() < wire::HEADER || wire::is_response(bytes) {
             return Err(Unreadable::Ignore);
         }
@@ -71,7 +75,7 @@ impl Question {
     }
 
     /// The answer in at most `limit` bytes, and whether records were cut off for it.
-    pub(super) fn answer(&self, answer: Answer, limit: usize) -> Option<(Vec<u8>, bool)> {
+    pub fn answer(&self, answer: Answer, limit: usize) -> Option<(Vec<u8>, bool)> {
         let mut response = self.response(ResponseCode::NoError);
         response.metadata.authoritative = true;
         let Answer { answers, authorities, additionals } = answer;
@@ -82,7 +86,7 @@ impl Question {
     }
 
     /// Tells the client that there is no answer.
-    pub(super) fn fail(&self, code: ResponseCode) -> Option<Vec<u8>> {
+    pub fn fail(&self, code: ResponseCode) -> Option<Vec<u8>> {
         self.response(code).to_vec().ok()
     }
 }

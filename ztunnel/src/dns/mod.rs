@@ -7,18 +7,18 @@
 //! [`DnsProxy::serve_tcp`] on its sockets.
 
 mod forward;
-mod message;
+pub mod message;
 mod metrics;
 mod names;
 mod originals;
 pub mod resolv_conf;
-mod resolver;
+pub mod resolver;
 #[cfg(test)]
 mod resolver_tests;
 mod server;
 #[cfg(test)]
 mod server_tests;
-mod wire;
+pub mod wire;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

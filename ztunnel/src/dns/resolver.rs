@@ -13,13 +13,13 @@ use rand::seq::SliceRandom;
 use super::names::{candidates, dashed};
 
 /// How long a client may keep an answer, in seconds: as short as cluster resolvers have it.
-pub(super) const TTL: u32 = 30;
+pub const TTL: u32 = 30;
 /// Records in one answer, at most; of more endpoints a random choice is given.
 const MAX_RECORDS: usize = 1000;
 
 /// What is to be done with a question.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Outcome {
+pub enum Outcome {
     /// The directory knows the name.
     Answer(Answer),
     /// It does not.
@@ -28,19 +28,26 @@ pub(super) enum Outcome {
 
 /// The sections of an answer. Without answers, `authorities` says for how long there will be none.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Answer {
-    pub(super) answers: Vec<Record>,
-    pub(super) authorities: Vec<Record>,
-    pub(super) additionals: Vec<Record>,
+pub struct Answer {
+    /// What was asked for.
+    pub answers: Vec<Record>,
+    /// For how long an empty answer holds.
+    pub authorities: Vec<Record>,
+    /// Addresses of the answers' targets.
+    pub additionals: Vec<Record>,
 }
 
 /// Who asks, and what is known.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Resolver<'a> {
-    pub(super) snapshot: &'a Snapshot,
-    pub(super) namespace: &'a str,
-    pub(super) network: &'a str,
-    pub(super) cluster_domain: &'a str,
+pub struct Resolver<'a> {
+    /// What is known.
+    pub snapshot: &'a Snapshot,
+    /// The client's namespace.
+    pub namespace: &'a str,
+    /// The client's network.
+    pub network: &'a str,
+    /// The domain of the cluster's names, lower case, no dot at its ends.
+    pub cluster_domain: &'a str,
 }
 
 /// What a name was found to be.
@@ -52,7 +59,7 @@ enum Found<'a> {
 
 impl<'a> Resolver<'a> {
     /// Decides on one question; `rng` orders the endpoints of headless services.
-    pub(super) fn resolve(&self, question: &Query, rng: &mut impl Rng) -> Outcome {
+    pub fn resolve(&self, question: &Query, rng: &mut impl Rng) -> Outcome {
         if question.query_class() != DNSClass::IN {
             return Outcome::Forward;
         }

@@ -3,20 +3,20 @@
 //! RFC 1035 §4.1. Every function takes any bytes and fails softly.
 
 /// Length of the header.
-pub(super) const HEADER: usize = 12;
+pub const HEADER: usize = 12;
 /// Largest message over TCP.
-pub(super) const MAX_MESSAGE: usize = 65_535;
+pub const MAX_MESSAGE: usize = 65_535;
 
 const QR: u8 = 0x80;
 const TC: u8 = 0x02;
 
 /// The message's id.
-pub(super) fn id(message: &[u8]) -> Option<u16> {
+pub fn id(message: &[u8]) -> Option<u16> {
     u16_at(message, 0)
 }
 
 /// The same message under another id.
-pub(super) fn with_id(message: &[u8], id: u16) -> Vec<u8> {
+pub fn with_id(message: &[u8], id: u16) -> Vec<u8> {
     let mut copy = message.to_vec();
     if let Some(place) = copy.get_mut(..2) {
         place.copy_from_slice(&id.to_be_bytes());
@@ -24,7 +24,8 @@ pub(super) fn with_id(message: &[u8], id: u16) -> Vec<u8> {
     copy
 }
 
-pub(super) fn is_response(message: &[u8]) -> bool {
+/// Whether the message says that it is a response.
+pub fn is_response(message: &[u8]) -> bool {
     message.get(2).is_some_and(|flags| flags & QR != 0)
 }
 
@@ -35,7 +36,7 @@ fn u16_at(message: &[u8], at: usize) -> Option<u16> {
 
 /// The bytes of the only question: name, type and class. A question's name is never compressed, as
 /// nothing stands before it.
-pub(super) fn question(message: &[u8]) -> Option<&[u8]> {
+pub fn question(message: &[u8]) -> Option<&[u8]> {
     if u16_at(message, 4)? != 1 {
         return None;
     }
@@ -55,7 +56,7 @@ pub(super) fn question(message: &[u8]) -> Option<&[u8]> {
 }
 
 /// Whether `response` answers `query`: same id, a response, same question in any case.
-pub(super) fn answers(query: &[u8], response: &[u8]) -> bool {
+pub fn answers(query: &[u8], response: &[u8]) -> bool {
     if response.len() < HEADER || id(query) != id(response) || !is_response(response) {
         return false;
     }
@@ -71,7 +72,7 @@ pub(super) fn answers(query: &[u8], response: &[u8]) -> bool {
 }
 
 /// A response cut down to header and question, with the flag that makes the client ask by TCP.
-pub(super) fn truncated(response: &[u8]) -> Option<Vec<u8>> {
+pub fn truncated(response: &[u8]) -> Option<Vec<u8>> {
     let question = question(response)?;
     let mut cut = response.get(..HEADER)?.to_vec();
     *cut.get_mut(2)? |= TC;
