@@ -95,7 +95,8 @@ impl Kept {
     fn drop_address(&mut self, name: &str) {
         let is_workload = |update: &Update| matches!(update, Update::Address { address, .. } if matches!(address.r#type, Some(address::Type::Workload(_))));
         let at = self.0.iter().position(|(key, it)| *key == Key::Address(name.to_owned()) && is_workload(it));
-        let lower = Key::Address(name.to_ascii_lowercase());
+        let (namespace, hostname) = name.split_once('/').unwrap_or(("", name));
+        let lower = Key::Address(format!("{namespace}/{}", hostname.to_ascii_lowercase()));
         let at = at.or_else(|| self.0.iter().position(|(key, it)| *key == lower && !is_workload(it)));
         if let Some(at) = at {
             self.0.remove(at);

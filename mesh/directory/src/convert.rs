@@ -85,6 +85,13 @@ pub(crate) fn service(source: &wire::Service, texts: &mut Interner) -> Result<Se
     if source.hostname.is_empty() {
         return Err(InvalidResource::Missing { field: "service.hostname" });
     }
+    for (field, part) in [("service.namespace", &source.namespace), ("service.hostname", &source.hostname)] {
+        // Its removal could not name it.
+        if part.contains('/') {
+            let name = format!("{}/{}", source.namespace, source.hostname);
+            return Err(InvalidResource::Host { field, name });
+        }
+    }
     let vips = source.addresses.iter().map(|address| vip(address, texts)).collect::<Result<Vec<_>, _>>()?;
     let weighted = source.weighted_waypoints.iter().map(|it| weighted_waypoint(it, texts));
     let weighted_waypoints = weighted.collect::<Result<_, _>>()?;

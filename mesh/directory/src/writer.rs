@@ -194,8 +194,10 @@ impl Directory {
             self.next.note_removal(workload.uid.clone(), self.next.revision.snapshot);
             return;
         }
-        let name = name.to_ascii_lowercase();
-        if let Some(known) = HostRef::parse(&name).and_then(|host| self.next.services.remove(&host)) {
+        let Some(host) = HostRef::parse(name) else { return };
+        let hostname = host.hostname.to_ascii_lowercase();
+        let host = HostRef { hostname: &hostname, ..host };
+        if let Some(known) = self.next.services.remove(&host) {
             self.retract(&known.service);
             self.changed(false);
         }

@@ -23,6 +23,17 @@ fn deny_all(name: &str, scope: Scope) -> Authorization {
 }
 
 #[test]
+fn a_service_goes_by_the_name_that_it_came_by() {
+    let mut world = World::new([]);
+    let odd = Service { namespace: "App".into(), hostname: "Web.app.svc".into(), ..service("web", &[]) };
+    world.apply([odd.into()]);
+    world.remove("app/web.app.svc");
+    assert_eq!(world.snapshot().services().len(), 1, "another namespace's");
+    world.remove("App/WEB.app.svc");
+    assert_eq!(world.snapshot().services().len(), 0);
+}
+
+#[test]
 fn a_resource_that_cannot_be_read_is_rejected_alone_and_its_last_good_form_stays() {
     let bad_workload =
         |change: fn(&mut Workload)| Resource::from(pod("web", "10.0.0.2").with(change)).update();
@@ -66,6 +77,11 @@ fn a_resource_that_cannot_be_read_is_rejected_alone_and_its_last_good_form_stays
                 address: Address { r#type: Some(address::Type::Workload(Workload::default())) },
             },
             "x: workload.uid is empty",
+        ),
+        (
+            // Its removal could not name it.
+            Resource::from(Service { namespace: "a/b".into(), ..service("web", &[]) }).update(),
+            "a/b/web.app.svc: \"a/b/web.app.svc\" in service.namespace is not <namespace>/<hostname>",
         ),
     ];
     let mut world = World::new([
