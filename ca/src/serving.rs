@@ -19,8 +19,9 @@ use crate::signer::SignError;
 const LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 /// Shortest pause between two renewals, also of an authority that is about to expire.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
-/// Pause after a failed renewal.
-const RETRY: Duration = Duration::from_secs(30);
+/// Pause after a failed renewal, and the longest one at all: a clock that was set, or a machine that slept, is noticed
+/// within it.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// Why there is no server certificate.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +64,7 @@ impl Authority {
         names: Vec<String>,
     ) -> Result<(Arc<ServerConfig>, impl Future<Output = ()> + Send + 'static), ServingError> {
         let provider = TlsSettings::default().provider();
-        let (key, pause) = self.certified_key(&names)?;
+        let (key, age) = self.certified_key(&names)?;
         let current = Arc::new(Current(ArcSwap::from_pointee(key)));
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -72,38 +73,85 @@ impl Authority {
             .with_cert_resolver(Arc::clone(&current) as Arc<dyn ResolvesServerCert>);
         config.alpn_protocols = vec![b"h2".to_vec()];
         config.send_tls13_tickets = 0;
-        Ok((Arc::new(config), self.clone().keep_fresh(names, current, pause)))
+        Ok((Arc::new(config), self.clone().keep_fresh(names, current, age)))
     }
 
     /// A fresh certificate, and when it is to be replaced: at half of the lifetime that it got.
-    fn certified_key(&self, names: &[String]) -> Result<(CertifiedKey, Duration), ServingError> {
+    fn certified_key(&self, names: &[String]) -> Result<(CertifiedKey, Age), ServingError> {
+        let made = SystemTime::now();
         let issued = self
             .issue_server_certificate(names, Some(LIFETIME))
             .map_err(|reason| ServingError::Sign { names: names.to_vec(), reason })?;
         let key = CertifiedKey::from_der(issued.chain, issued.key, &TlsSettings::default().provider())
             .map_err(|reason| ServingError::Tls { names: names.to_vec(), reason })?;
-        let left = issued.not_after.duration_since(SystemTime::now()).unwrap_or_default();
-        Ok((key, (left / 2).max(SHORTEST_PAUSE)))
+        let left = issued.not_after.duration_since(made).unwrap_or_default();
+        Ok((key, Age { made, replaced: made + (left / 2).max(SHORTEST_PAUSE) }))
     }
 
-    async fn keep_fresh(self, names: Vec<String>, current: Arc<Current>, mut pause: Duration) {
+    async fn keep_fresh(self, names: Vec<String>, current: Arc<Current>, mut age: Age) {
         let mut changes = self.subscribe();
+        let mut pause = age.pause(SystemTime::now());
         loop {
             // The authority is alive as long as we hold it, so the channel cannot close.
-            tokio::select! {
-                _ = changes.changed() => {}
-                () = tokio::time::sleep(pause) => {}
+            let changed = tokio::select! {
+                _ = changes.changed() => true,
+                () = tokio::time::sleep(pause) => false,
+            };
+            let now = SystemTime::now();
+            if !changed && !age.is_over(now) {
+                pause = age.pause(now);
+                continue;
             }
             match self.certified_key(&names) {
                 Ok((key, next)) => {
                     current.0.store(Arc::new(key));
-                    pause = next;
+                    age = next;
+                    pause = age.pause(SystemTime::now());
                 }
                 Err(error) => {
                     tracing::warn!(%error, "server certificate not renewed; the last one stays in use");
-                    pause = RETRY;
+                    pause = LOOK;
                 }
             }
         }
+    }
+}
+
+/// When a certificate was made and is to be replaced, by the wall clock, which it is valid by.
+#[derive(Debug, Clone, Copy)]
+struct Age {
+    made: SystemTime,
+    replaced: SystemTime,
+}
+
+impl Age {
+    /// Whether it is to be replaced. One that was made in what is the future now, for the clock was set back, may be held
+    /// not valid yet.
+    fn is_over(&self, now: SystemTime) -> bool {
+        now >= self.replaced || now < self.made
+    }
+
+    /// How long to sleep before the next look.
+    fn pause(&self, now: SystemTime) -> Duration {
+        self.replaced.duration_since(now).unwrap_or_default().min(LOOK)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_certificate_is_replaced_by_the_wall_clock_however_that_is_set() {
+        let made = SystemTime::UNIX_EPOCH + HOUR * 1000;
+        let age = Age { made, replaced: made + HOUR * 12 };
+        assert!(!age.is_over(made) && !age.is_over(made + HOUR * 11));
+        assert!(age.is_over(made + HOUR * 12), "when half of its lifetime has passed");
+        assert!(age.is_over(made - HOUR), "when it is one of the future");
+        assert_eq!(age.pause(made), LOOK, "a clock that is set is noticed");
+        assert_eq!(age.pause(made + HOUR * 12 - Duration::from_secs(3)), Duration::from_secs(3));
+        assert_eq!(age.pause(made + HOUR * 20), Duration::ZERO);
     }
 }

@@ -2,7 +2,7 @@
 //! is concerned fails in bounded time or waits, everything recovers by itself. Needs root; fails without.
 //!
 //! Beside these: descriptors run out and addresses change hands in the lifecycle tests, thousands of slow handshakes
-//! in those of hostile peers, clocks that are set in those of `ambit-identity`.
+//! in those of hostile peers.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,6 +15,7 @@
 #[allow(dead_code, reason = "the rest of it serves the lifecycle tests")]
 mod bed;
 
+mod clocks;
 mod disk;
 mod links;
 mod peers;

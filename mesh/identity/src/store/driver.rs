@@ -13,8 +13,8 @@ use crate::issuer::IssueError;
 use crate::renewal::Urgency;
 use crate::spiffe::SpiffeId;
 
-/// The longest sleep of the driver: a wall clock that was set is noticed within it.
-const LONGEST_SLEEP: Duration = Duration::from_secs(30);
+/// The longest sleep of the driver: a wall clock that was set, or a machine that slept, is noticed within it.
+const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 
 /// Held by the driver; when it goes, those who wait are told.
 pub(super) struct StopGuard(pub(super) Arc<Shared>);
