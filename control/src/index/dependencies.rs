@@ -34,7 +34,8 @@ pub(super) enum Dependency {
 /// Dependencies by producer, and producers by dependency.
 #[derive(Debug, Default)]
 pub(super) struct Dependencies {
-    of: HashMap<ObjectRef, BTreeSet<Dependency>>,
+    /// In order; a few each.
+    of: HashMap<ObjectRef, Box<[Dependency]>>,
     users: HashMap<Dependency, BTreeSet<ObjectRef>>,
 }
 
@@ -42,7 +43,7 @@ impl Dependencies {
     /// Replaces what a producer depends on.
     pub(super) fn set(&mut self, producer: &ObjectRef, new: BTreeSet<Dependency>) {
         let old = self.of.remove(producer).unwrap_or_default();
-        for gone in old.difference(&new) {
+        for gone in old.iter().filter(|dependency| !new.contains(*dependency)) {
             if let Some(users) = self.users.get_mut(gone) {
                 users.remove(producer);
                 if users.is_empty() {
@@ -50,11 +51,11 @@ impl Dependencies {
                 }
             }
         }
-        for added in new.difference(&old) {
+        for added in new.iter().filter(|dependency| old.binary_search(dependency).is_err()) {
             self.users.entry(added.clone()).or_default().insert(producer.clone());
         }
         if !new.is_empty() {
-            self.of.insert(producer.clone(), new);
+            self.of.insert(producer.clone(), new.into_iter().collect());
         }
     }
 

@@ -78,7 +78,8 @@ impl Outputs {
         let mut keys = Vec::with_capacity(resources.len());
         for (kind, resource) in resources {
             let key = (kind, resource.name.clone());
-            let claims = self.claims.entry(key.clone()).or_default();
+            // One is the rule, and there are as many as resources.
+            let claims = self.claims.entry(key.clone()).or_insert_with(|| Vec::with_capacity(1));
             let at = claims.partition_point(|(claimant, _)| claimant <= producer);
             claims.insert(at, (producer.clone(), resource));
             keys.push(key);

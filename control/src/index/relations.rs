@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::object::{Kind, Labels, NamespacedName};
 
 type Pair = (Arc<str>, Arc<str>);
@@ -135,9 +137,9 @@ impl Selectors {
     }
 }
 
-/// A many-to-many relation kept from one side and read from the other.
+/// A many-to-many relation kept from one side and read from the other, in order. To most keys one refers.
 #[derive(Debug)]
-pub(super) struct Reverse<K>(HashMap<K, BTreeSet<NamespacedName>>);
+pub(super) struct Reverse<K>(HashMap<K, SmallVec<[NamespacedName; 1]>>);
 
 impl<K> Default for Reverse<K> {
     fn default() -> Self {
@@ -148,13 +150,18 @@ impl<K> Default for Reverse<K> {
 impl<K: Eq + std::hash::Hash> Reverse<K> {
     /// Notes that `id` refers to `key`.
     pub(super) fn insert(&mut self, key: K, id: NamespacedName) {
-        self.0.entry(key).or_default().insert(id);
+        let ids = self.0.entry(key).or_default();
+        if let Err(at) = ids.binary_search(&id) {
+            ids.insert(at, id);
+        }
     }
 
     /// Notes that `id` refers to `key` no longer.
     pub(super) fn remove(&mut self, key: &K, id: &NamespacedName) {
         if let Some(set) = self.0.get_mut(key) {
-            set.remove(id);
+            if let Ok(at) = set.binary_search(id) {
+                set.remove(at);
+            }
             if set.is_empty() {
                 self.0.remove(key);
             }

@@ -24,14 +24,14 @@ impl Invalid {
     }
 }
 
-/// Labels, or a selector by equality; cheap to clone.
+/// Labels, or a selector by equality; cheap to clone. In the order of their keys, and no larger than they are: every pod has some.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Labels(Arc<BTreeMap<Arc<str>, Arc<str>>>);
+pub struct Labels(Arc<[(Arc<str>, Arc<str>)]>);
 
 impl Labels {
     /// The value of a label.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key).map(AsRef::as_ref)
+        self.value(key).map(AsRef::as_ref)
     }
 
     /// Whether there are none.
@@ -41,18 +41,26 @@ impl Labels {
 
     /// All labels in the order of their keys.
     pub fn iter(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
-        self.0.iter()
+        self.0.iter().map(|(key, value)| (key, value))
+    }
+
+    fn value(&self, key: &str) -> Option<&Arc<str>> {
+        let at = self.0.binary_search_by(|(known, _)| (**known).cmp(key)).ok()?;
+        self.0.get(at).map(|(_, value)| value)
     }
 
     /// Whether every label of `selector` is among these with the same value; an empty selector selects all.
     pub fn satisfy(&self, selector: &Labels) -> bool {
-        selector.0.iter().all(|(key, value)| self.0.get(key) == Some(value))
+        selector.iter().all(|(key, value)| self.value(key) == Some(value))
     }
 }
 
 impl<K: Into<Arc<str>>, V: Into<Arc<str>>> FromIterator<(K, V)> for Labels {
     fn from_iter<I: IntoIterator<Item = (K, V)>>(pairs: I) -> Labels {
-        Labels(Arc::new(pairs.into_iter().map(|(k, v)| (k.into(), v.into())).collect()))
+        // Of a key that is there twice the last value counts.
+        let sorted: BTreeMap<Arc<str>, Arc<str>> =
+            pairs.into_iter().map(|(key, value)| (key.into(), value.into())).collect();
+        Labels(sorted.into_iter().collect())
     }
 }
 

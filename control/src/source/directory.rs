@@ -3,7 +3,7 @@
 //! One thread owns everything: it waits for events of the file system, lets each file settle, reads it, and sends
 //! what changed. A file settles when its writer closed it or put it in place; a file that is gone, or would
 //! take objects away, gets a moment in which its successor may appear, so that editors that replace a file in
-//! two steps do not make objects flicker. A slow scan of everything is the net below events that were lost.
+//! two steps do not make objects flicker. Only what no one edits goes at once: pods. A slow scan of everything is the net below events that were lost.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use notify::event::{AccessKind, AccessMode, ModifyKind, RenameMode};
+use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 
@@ -25,9 +25,9 @@ use super::scan::{self, Fingerprint, MAX_FILE};
 use super::{Event, Problem, SourceMetrics};
 use crate::object::Change;
 
-/// After a file was closed or put in place: others of the same edit may follow.
+/// After a file was closed, put in place or removed: others of the same edit may follow.
 const SETTLED: Duration = Duration::from_millis(2);
-/// After a file vanished, or lost objects: its successor may follow.
+/// After a file was found gone or without objects that it had: its successor may follow.
 const VANISHED: Duration = Duration::from_millis(25);
 /// While a file is being written: at the latest then it is read.
 const OPEN: Duration = Duration::from_millis(250);
@@ -207,7 +207,6 @@ impl Looker {
             return;
         }
         let delay = match event.kind {
-            EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(RenameMode::From)) => VANISHED,
             EventKind::Create(_) | EventKind::Modify(ModifyKind::Data(_) | ModifyKind::Any) => OPEN,
             _ => SETTLED,
         };
@@ -216,7 +215,7 @@ impl Looker {
             if scan::is_manifest(path) && !path.is_dir() {
                 // A link is complete as it is created: no writer will close it.
                 let delay = if path.is_symlink() { SETTLED } else { delay };
-                self.schedule((source, path.clone()), now, delay);
+                self.schedule((source, path.as_path().into()), now, delay);
             } else if self.is_structure(path, source) {
                 // A directory or link to one came, went or was exchanged: everything below may differ.
                 self.lost.store(true, Ordering::Release);
@@ -255,10 +254,10 @@ impl Looker {
                 }
             };
             let known = self.files.below(source, &root);
-            let gone: Vec<FileId> = known.filter(|(_, path)| !found.contains_key(path)).cloned().collect();
-            gone.into_iter().for_each(|id| self.schedule(id, now, VANISHED));
+            let gone: Vec<FileId> = known.filter(|(_, path)| !found.contains_key(&**path)).cloned().collect();
+            gone.into_iter().for_each(|id| self.schedule(id, now, SETTLED));
             for (path, fingerprint) in found {
-                let id = (source, path);
+                let id = (source, path.into());
                 if self.seen.get(&id) != Some(&fingerprint) && !self.due.contains_key(&id) {
                     self.schedule(id, now, SETTLED);
                 }

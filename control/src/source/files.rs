@@ -5,14 +5,17 @@
 //! the same object the first in order speaks for it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
 
 use super::Problem;
 use super::document::{Document, Fault, Outcome};
-use crate::object::{Change, Object, ObjectRef, PolicyBody};
+use crate::object::{Change, Kind, Object, ObjectRef, PolicyBody};
 
 /// Where a file stands: the order of its source, then its path.
-pub(super) type FileId = (usize, PathBuf);
+pub(super) type FileId = (usize, Arc<Path>);
 
 /// What was made of a file's content.
 #[derive(Debug)]
@@ -27,9 +30,33 @@ pub(super) enum Content {
 
 #[derive(Debug, Default)]
 struct File {
-    objects: BTreeMap<ObjectRef, Object>,
+    objects: Objects,
     problems: Vec<Problem>,
 }
+
+/// What a file has, in the order of references. Most files have one object, and there may be many files, so that no room is kept for more.
+#[derive(Debug, Default)]
+struct Objects(Box<[(ObjectRef, Object)]>);
+
+impl Objects {
+    fn get(&self, reference: &ObjectRef) -> Option<&Object> {
+        let at = self.0.binary_search_by(|(known, _)| known.cmp(reference)).ok()?;
+        self.0.get(at).map(|(_, object)| object)
+    }
+
+    fn iter(&self) -> impl ExactSizeIterator<Item = &(ObjectRef, Object)> {
+        self.0.iter()
+    }
+}
+
+impl From<BTreeMap<ObjectRef, Object>> for Objects {
+    fn from(objects: BTreeMap<ObjectRef, Object>) -> Self {
+        Objects(objects.into_iter().collect())
+    }
+}
+
+/// What files say of an object, in the order of the files: nearly always it is one.
+type Claims = SmallVec<[(FileId, Object); 1]>;
 
 /// All files of all directories.
 #[derive(Debug, Default)]
@@ -37,7 +64,7 @@ pub(super) struct Files {
     files: BTreeMap<FileId, File>,
     /// Problems of all files together.
     problems: usize,
-    claims: HashMap<ObjectRef, BTreeMap<FileId, Object>>,
+    claims: HashMap<ObjectRef, Claims>,
 }
 
 /// What a file's new content did.
@@ -61,15 +88,15 @@ impl Files {
         };
         let mut changes = Vec::new();
         let objects = new.as_ref().map(|file| &file.objects);
-        for reference in old.objects.keys().filter(|r| !objects.is_some_and(|o| o.contains_key(*r))) {
+        for (reference, _) in old.objects.iter().filter(|(r, _)| objects.is_none_or(|o| o.get(r).is_none())) {
             changes.extend(self.claim(reference, id, None));
         }
-        for (reference, object) in objects.into_iter().flatten() {
+        for (reference, object) in objects.into_iter().flat_map(Objects::iter) {
             changes.extend(self.claim(reference, id, Some(object.clone())));
         }
         let mut new_problems = Vec::new();
         if let Some(mut file) = new {
-            for reference in file.objects.keys() {
+            for (reference, _) in file.objects.iter() {
                 file.problems.extend(self.shadowed(reference, id));
             }
             new_problems = file.problems.iter().filter(|p| !old.problems.contains(p)).cloned().collect();
@@ -79,27 +106,38 @@ impl Files {
         Effect { changes, new_problems }
     }
 
-    /// Whether content would take objects away or leave something unread: what half-written files do.
+    /// Whether content would take objects away or leave something unread: what half-written files do. That a file of pods is gone is what it
+    /// seems: they are written by programs, which replace files in one step, and their peers wait to hear of it.
     pub(super) fn would_lose(&self, id: &FileId, content: &Content) -> bool {
-        let Content::Read(documents) = content else { return true };
-        let Some(old) = self.files.get(id) else {
+        let old = self.files.get(id);
+        let documents = match content {
+            Content::Read(documents) => documents,
+            Content::Unreadable(_) => return true,
+            Content::Gone => {
+                let is_pod = |(reference, _): &(ObjectRef, Object)| reference.kind == Kind::Pod;
+                return !old.is_some_and(|old| old.objects.iter().all(is_pod));
+            }
+        };
+        let Some(old) = old else {
             return documents.iter().any(|d| matches!(d.outcome, Outcome::Faulty(_)));
         };
         let mut seen = 0;
         for document in documents {
             match &document.outcome {
                 Outcome::Faulty(_) => return true,
-                Outcome::Object(object) => seen += usize::from(old.objects.contains_key(&object.reference())),
+                Outcome::Object(object) => {
+                    seen += usize::from(old.objects.get(&object.reference()).is_some());
+                }
                 Outcome::Ignored => {}
             }
         }
-        seen < old.objects.len()
+        seen < old.objects.iter().len()
     }
 
     /// Files known below a path, the path itself included.
     pub(super) fn below<'a>(&'a self, source: usize, path: &'a Path) -> impl Iterator<Item = &'a FileId> {
         // Paths are ordered by their components, so what is below a directory follows it.
-        let from = self.files.range((source, path.to_owned())..).map(|(id, _)| id);
+        let from = self.files.range((source, Arc::from(path))..).map(|(id, _)| id);
         from.take_while(move |(s, p)| *s == source && p.starts_with(path))
     }
 
@@ -116,12 +154,18 @@ impl Files {
     /// Sets or takes back what a file says of an object; a change only if it is the one that counts.
     fn claim(&mut self, reference: &ObjectRef, id: &FileId, object: Option<Object>) -> Option<Change> {
         let claims = self.claims.entry(reference.clone()).or_default();
-        let before = claims.first_key_value().map(|(_, object)| object.clone());
-        match object {
-            Some(object) => claims.insert(id.clone(), object),
-            None => claims.remove(id),
-        };
-        let after = claims.first_key_value().map(|(_, object)| object.clone());
+        let before = claims.first().map(|(_, object)| object.clone());
+        match (object, claims.binary_search_by(|(claimant, _)| claimant.cmp(id))) {
+            (Some(object), Ok(at)) => {
+                if let Some((_, claimed)) = claims.get_mut(at) {
+                    *claimed = object;
+                }
+            }
+            (Some(object), Err(at)) => claims.insert(at, (id.clone(), object)),
+            (None, Ok(at)) => drop(claims.remove(at)),
+            (None, Err(_)) => {}
+        }
+        let after = claims.first().map(|(_, object)| object.clone());
         if after.is_none() {
             self.claims.remove(reference);
         }
@@ -135,9 +179,9 @@ impl Files {
     /// Tells of an object that an earlier file of the same source speaks for. That another source does is
     /// what naming several is for.
     fn shadowed(&self, reference: &ObjectRef, id: &FileId) -> Option<Problem> {
-        let (first, _) = self.claims.get(reference)?.first_key_value()?;
+        let (first, _) = self.claims.get(reference)?.first()?;
         (first.0 == id.0 && first != id).then(|| Problem {
-            file: id.1.clone(),
+            file: id.1.to_path_buf(),
             line: None,
             field: None,
             object: Some(reference.clone()),
@@ -148,11 +192,11 @@ impl Files {
 
 fn unreadable(path: &Path, old: &File, message: String) -> File {
     let problem = Problem { file: path.to_owned(), line: None, field: None, object: None, message };
-    File { objects: old.objects.clone(), problems: vec![problem] }
+    File { objects: Objects(old.objects.0.clone()), problems: vec![problem] }
 }
 
 fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
-    let mut file = File::default();
+    let (mut objects, mut problems) = (BTreeMap::new(), Vec::new());
     let mut lines: HashMap<ObjectRef, u64> = HashMap::new();
     let mut faults = Vec::new();
     for Document { line, outcome } in documents {
@@ -163,10 +207,10 @@ fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
                 let reference = object.reference();
                 if let Some(first) = lines.get(&reference) {
                     let message = format!("is already defined on line {first}, which counts");
-                    file.problems.push(problem(path, line, None, Some(reference), message));
+                    problems.push(problem(path, line, None, Some(reference), message));
                 } else {
                     lines.insert(reference.clone(), line);
-                    file.objects.insert(reference, object);
+                    objects.insert(reference, object);
                 }
             }
         }
@@ -177,19 +221,19 @@ fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
             Some(reference) => {
                 let last_good = old.objects.get(reference).filter(|object| !is_stand_in(object));
                 let kept = last_good.cloned().or(stand_in);
-                if let Some(kept) = kept.filter(|_| !file.objects.contains_key(reference)) {
-                    file.objects.insert(reference.clone(), kept);
+                if let Some(kept) = kept.filter(|_| !objects.contains_key(reference)) {
+                    objects.insert(reference.clone(), kept);
                 }
             }
             None => {
-                for (reference, object) in &old.objects {
-                    file.objects.entry(reference.clone()).or_insert_with(|| object.clone());
+                for (reference, object) in old.objects.iter() {
+                    objects.entry(reference.clone()).or_insert_with(|| object.clone());
                 }
             }
         }
-        file.problems.push(problem(path, line, field, object, message));
+        problems.push(problem(path, line, field, object, message));
     }
-    file
+    File { objects: objects.into(), problems }
 }
 
 fn is_stand_in(object: &Object) -> bool {

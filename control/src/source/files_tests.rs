@@ -1,13 +1,11 @@
 //! What files do to objects, without a file system.
 
-use std::path::PathBuf;
-
 use super::super::document::read_all;
 use super::*;
-use crate::object::{Action, Kind};
+use crate::object::Action;
 
 fn id(name: &str) -> FileId {
-    (0, PathBuf::from(name))
+    (0, Path::new(name).into())
 }
 
 fn content(text: &str) -> Content {
@@ -93,7 +91,7 @@ fn policy(action: &str, ports: &str) -> String {
 
 fn body(files: &Files) -> PolicyBody {
     let claims = files.claims.values().next().unwrap();
-    match claims.first_key_value().unwrap().1 {
+    match &claims.first().unwrap().1 {
         Object::AuthorizationPolicy(policy) => policy.body.clone(),
         other => panic!("{other:?}"),
     }
@@ -162,4 +160,15 @@ fn content_that_lacks_objects_or_cannot_be_read_is_held_back() {
     assert!(files.would_lose(&id("f"), &content(&service("a", "x"))));
     assert!(files.would_lose(&id("f"), &Content::Gone));
     assert!(!files.would_lose(&id("f"), &content(&service("a", "81"))));
+}
+
+#[test]
+fn a_file_of_pods_is_taken_to_be_gone_as_soon_as_it_is() {
+    let pod = "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: p\nspec:\n  containers: []\n";
+    let mut files = Files::default();
+    files.apply(&id("f"), content(pod));
+    assert!(!files.would_lose(&id("f"), &Content::Gone));
+    assert!(files.would_lose(&id("f"), &content("")), "half of a file may be all that is written yet");
+    files.apply(&id("f"), content(&format!("{pod}{}", service("a", "80"))));
+    assert!(files.would_lose(&id("f"), &Content::Gone));
 }

@@ -84,7 +84,7 @@ impl fmt::Display for Problem {
 pub fn parse(file: &Path, text: &str) -> (Vec<Object>, Vec<Problem>) {
     let mut files = files::Files::default();
     let content = files::Content::Read(document::read_all(text));
-    let files::Effect { changes, new_problems } = files.apply(&(0, file.to_owned()), content);
+    let files::Effect { changes, new_problems } = files.apply(&(0, file.into()), content);
     let objects = changes.into_iter().filter_map(|change| match change {
         Change::Apply(object) => Some(object),
         Change::Delete(_) => None,

@@ -9,6 +9,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 
 use super::answer;
 use super::table::{Applied, Change, Resource};
@@ -36,7 +37,10 @@ impl Entry {
     }
 }
 
-type Index = HashMap<Arc<str>, BTreeSet<Arc<str>>>;
+/// Names by what else they are found by.
+type Index<Names> = HashMap<Arc<str>, Names>;
+/// In order. An alias is an address, which few share.
+type Few = SmallVec<[Arc<str>; 1]>;
 
 /// The table's content.
 #[derive(Debug)]
@@ -50,8 +54,8 @@ pub(crate) struct State {
     /// Removals up to here may have been forgotten.
     horizon: Position,
     max_removals: usize,
-    by_alias: Index,
-    by_parent: Index,
+    by_alias: Index<Few>,
+    by_parent: Index<BTreeSet<Arc<str>>>,
 }
 
 impl State {
@@ -150,7 +154,10 @@ impl State {
             position: self.head,
         });
         for alias in &entry.aliases {
-            self.by_alias.entry(Arc::clone(alias)).or_default().insert(Arc::clone(&entry.name));
+            let names = self.by_alias.entry(Arc::clone(alias)).or_default();
+            if let Err(at) = names.binary_search(&entry.name) {
+                names.insert(at, Arc::clone(&entry.name));
+            }
         }
         for parent in &entry.parents {
             self.by_parent.entry(Arc::clone(parent)).or_default().insert(Arc::clone(&entry.name));
@@ -185,19 +192,20 @@ impl State {
         let Some(old) = self.entries.remove(name) else { return };
         self.live.remove(&old.position);
         for alias in &old.aliases {
-            unindex(&mut self.by_alias, alias, name);
+            if let Some(names) = self.by_alias.get_mut(alias) {
+                names.retain(|other| **other != *name);
+                if names.is_empty() {
+                    self.by_alias.remove(alias);
+                }
+            }
         }
         for parent in &old.parents {
-            unindex(&mut self.by_parent, parent, name);
-        }
-    }
-}
-
-fn unindex(index: &mut Index, key: &str, name: &str) {
-    if let Some(names) = index.get_mut(key) {
-        names.remove(name);
-        if names.is_empty() {
-            index.remove(key);
+            if let Some(names) = self.by_parent.get_mut(parent) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.by_parent.remove(parent);
+                }
+            }
         }
     }
 }
