@@ -44,14 +44,17 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Runs the proxy until it is told to stop or can't go on.
 ///
+/// `collect` has the allocator give back to the system what the calling thread has freed; it is called when the
+/// proxy comes to rest.
+///
 /// # Errors
 /// What kept it from starting, or which essential part ended.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(config: Config, collect: fn()) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let logging = logging::init(logging::LogFormat::Text, &config.log_level, Target::Stderr)?;
     raise_file_limit();
-    let outcome = runtime.block_on(Box::pin(serve(config, &logging)));
+    let outcome = runtime.block_on(Box::pin(serve(config, &logging, collect)));
     runtime.shutdown_background();
     outcome
 }
@@ -89,7 +92,7 @@ struct Program {
     pool_counters: Arc<PoolCounters>,
 }
 
-async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
+async fn serve(config: Config, logging: &Logging, collect: fn()) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
     let (drain_signal, drain) = ambit_net::drain::new();
     let (parts, _access_writer) = parts(config, &mut tasks).await?;
@@ -98,6 +101,7 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     let readiness = readiness(&parts, seen.clone(), &mut tasks);
     let stop = shutdown::Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
+    tasks.spawn("rest", crate::rest::watch(program.workers.clone(), collect));
     crate::review::start(&program.proxy, &program.workers, &mut tasks);
     let agent = tokio::spawn({
         let (path, pods) = (parts.config.zds_socket.clone(), program.pods.clone());

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use ambit_directory::{Authority, InboundTarget, Snapshot, Workload};
 use ambit_identity::{PeerCertificate, SpiffeId};
-use ambit_net::connect;
+use ambit_net::connect_local;
 use ambit_net::relay::Counters;
 use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
@@ -202,7 +202,7 @@ impl Authorized {
         let InboundTarget { destination, dial, proxy_header } = self.target;
         let limit = self.from.worker.proxy.settings.limits.attempt_timeout;
         let source = foreign(self.from.source.ip(), dial.ip());
-        let mut stream = connect(self.from.pod.stock(), source, dial, limit).await?;
+        let mut stream = connect_local(self.from.pod.stock(), source, dial, limit).await?;
         if proxy_header {
             let identity = self.from.peer.as_ref().map(SpiffeId::as_str);
             let header = proxy_protocol::header(self.from.source, destination, identity);

@@ -19,6 +19,7 @@ pub mod pods;
 pub mod proxy;
 pub mod proxy_protocol;
 pub mod report;
+pub mod rest;
 pub mod review;
 pub mod socks5;
 pub mod tasks;

@@ -10,16 +10,27 @@ use ztunnel::config::{ConfigError, load};
 static ALLOCATOR: SamplingAllocator<MiMalloc> = SamplingAllocator::new(MiMalloc);
 
 fn main() -> ExitCode {
+    // Before anything is allocated. Without it only more memory is used.
+    let small_pages = ambit_net::memory::without_huge_pages();
     let config = match load::from_environment(std::env::args_os()) {
         Ok(config) => config,
         // Prints help, version or what is wrong with the command line, with the exit code of each.
         Err(ConfigError::Arguments(error)) => error.exit(),
         Err(error) => return fail(&error.into()),
     };
-    match ztunnel::app::run(config) {
+    if let Err(error) = small_pages {
+        eprintln!("ztunnel: the kernel may back memory by huge pages: {error}");
+    }
+    match ztunnel::app::run(config, collect) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
+}
+
+#[allow(unsafe_code, reason = "the allocator's own call, which the safe crate around it does not offer")]
+fn collect() {
+    // SAFETY: looks at the calling thread's own free memory; may be called at any time.
+    unsafe { libmimalloc_sys::mi_collect(true) }
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

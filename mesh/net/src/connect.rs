@@ -4,10 +4,11 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::netns::NetnsError;
-use crate::socket::Family;
+use crate::socket::{Family, bind_loopback, stay_local};
 use crate::stock::SocketStock;
 
 /// Why a connection could not be made. In every case no byte was sent.
@@ -60,9 +61,39 @@ pub async fn connect(
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<TcpStream, ConnectError> {
+    let socket = take(stock, destination).await?;
+    connect_with(socket, source, destination, limit).await
+}
+
+/// As [`connect`], to a `destination` in the namespace of `stock` itself.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_local(
+    stock: &SocketStock,
+    source: Option<IpAddr>,
+    destination: SocketAddr,
+    limit: Duration,
+) -> Result<TcpStream, ConnectError> {
+    let socket = take(stock, destination).await?;
+    let prepared = stay_local(&socket).and_then(|()| bind_loopback(&socket, Family::of(destination.ip())));
+    if let Err(error) = prepared {
+        tracing::debug!(%error, %destination, "a local connection is treated as any other");
+    }
+    connect_with(socket, source, destination, limit).await
+}
+
+async fn take(stock: &SocketStock, destination: SocketAddr) -> Result<Socket, ConnectError> {
     let family = Family::of(destination.ip());
-    let socket =
-        stock.take(family).await.map_err(|source| ConnectError::Namespace { destination, source })?;
+    stock.take(family).await.map_err(|source| ConnectError::Namespace { destination, source })
+}
+
+async fn connect_with(
+    socket: Socket,
+    source: Option<IpAddr>,
+    destination: SocketAddr,
+    limit: Duration,
+) -> Result<TcpStream, ConnectError> {
     let socket = TcpSocket::from_std_stream(socket.into());
     if let Some(address) = source {
         socket.bind(SocketAddr::new(address, 0)).map_err(|source| ConnectError::Bind {

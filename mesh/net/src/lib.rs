@@ -11,6 +11,7 @@
 //! - [`sockdiag`], [`pidfd`]: which sockets a namespace has, and who holds them;
 //! - [`seqpacket`]: packets with descriptors over unix sockets;
 //! - [`splice`], [`relay`]: moving bytes between connections;
+//! - [`memory`]: what of a process is resident;
 //! - [`drain`]: the two steps in which a server stops.
 
 pub mod accept;
@@ -18,6 +19,7 @@ pub mod connect;
 pub mod conntrack;
 pub mod drain;
 pub mod listen;
+pub mod memory;
 pub mod netns;
 pub mod pidfd;
 mod pipe;
@@ -29,7 +31,7 @@ pub mod socket;
 pub mod splice;
 pub mod stock;
 
-pub use connect::{ConnectError, connect};
+pub use connect::{ConnectError, connect, connect_local};
 pub use drain::{Drain, DrainSignal};
 pub use netns::{Netns, NetnsError, NetnsId};
 pub use socket::{Family, original_dst};

@@ -77,6 +77,10 @@ fn bound(address: SocketAddr, options: Options, kind: Type, protocol: Protocol) 
     if kind == Type::STREAM {
         // A restart must not wait for old connections to leave TIME_WAIT.
         socket.set_reuse_address(true)?;
+        if address.ip().is_loopback() {
+            // Inherited by what is accepted.
+            socket::stay_local(&socket)?;
+        }
     }
     if family == Family::V6 {
         socket.set_only_v6(true)?;

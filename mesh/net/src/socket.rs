@@ -5,7 +5,9 @@
 use std::io;
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -16,6 +18,9 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Unanswered probes after which the peer counts as gone: two minutes after the last word.
 const KEEPALIVE_PROBES: u32 = 4;
+
+/// The loopback interface, in every namespace.
+const LOOPBACK: NonZeroU32 = NonZeroU32::MIN;
 
 /// The address family of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -74,6 +79,43 @@ pub fn set_keepalive(socket: &impl AsFd) -> io::Result<()> {
 pub fn prepare_accepted(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_tcp_nodelay(true)?;
     set_keepalive(socket)
+}
+
+/// The congestion control of connections that don't leave the machine, where the system's own paces what it
+/// sends: pacing by timer (BBR: <https://datatracker.ietf.org/doc/draft-ietf-ccwg-bbr/>) costs CPU and delay
+/// there, and there is no path to spare.
+static UNPACED: LazyLock<Option<&'static [u8]>> = LazyLock::new(|| {
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
+    unpaced(&read("tcp_congestion_control"), &read("tcp_available_congestion_control"))
+});
+
+fn unpaced(default: &str, available: &str) -> Option<&'static [u8]> {
+    let paces = default.trim().starts_with("bbr");
+    let has_cubic = available.split_whitespace().any(|name| name == "cubic");
+    // Reno is part of every kernel.
+    paces.then_some(if has_cubic { b"cubic" } else { b"reno" })
+}
+
+/// Prepares a socket whose connection stays on this machine, before it connects or listens: it is not to
+/// pace what it sends.
+pub fn stay_local(socket: &impl AsFd) -> io::Result<()> {
+    match *UNPACED {
+        Some(name) => SockRef::from(socket).set_tcp_congestion(name),
+        None => Ok(()),
+    }
+}
+
+/// Has the socket leave by the loopback interface only.
+///
+/// Connections between the same two addresses then use a port again a second after its last connection
+/// (sysctl `tcp_tw_reuse`, 2 by default: loopback only) and not a minute, at 28,000 connections a minute the
+/// end of all ports.
+pub fn bind_loopback(socket: &impl AsFd, family: Family) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    match family {
+        Family::V4 => socket.bind_device_by_index_v4(Some(LOOPBACK)),
+        Family::V6 => socket.bind_device_by_index_v6(Some(LOOPBACK)),
+    }
 }
 
 /// Marks every packet that the socket sends from now on. Needs `CAP_NET_ADMIN`.
@@ -178,4 +220,30 @@ pub(crate) fn set_int(socket: &impl AsFd, level: i32, name: i32, value: i32) -> 
         )
     };
     if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_congestion_control_that_paces_is_replaced() {
+        for (default, available, expected) in [
+            ("cubic\n", "reno cubic\n", None),
+            ("reno\n", "reno\n", None),
+            ("bbr\n", "reno bbr cubic\n", Some(&b"cubic"[..])),
+            ("bbr3\n", "reno bbr3\n", Some(&b"reno"[..])),
+            ("", "", None),
+        ] {
+            assert_eq!(unpaced(default, available), expected, "{default:?}");
+        }
+    }
+
+    #[test]
+    fn a_local_socket_does_not_pace() {
+        let socket = tcp(Family::V4, None).unwrap();
+        stay_local(&socket).unwrap();
+        let used = socket.tcp_congestion().unwrap();
+        assert!(!used.starts_with(b"bbr"), "{}", String::from_utf8_lossy(&used));
+    }
 }

@@ -175,6 +175,10 @@ fn render_action(out: &mut Vec<Attribute>, action: &Action, tcp: bool) {
                 ],
             ));
         }
+        // The only one that the kernel shows without data.
+        Action::Untracked => {
+            out.push(Attribute::tree(LIST_ELEM, vec![Attribute::string(EXPR_NAME, "notrack")]));
+        }
         Action::Redirect(port) => {
             out.push(immediate(REG_1, &port.to_be_bytes()));
             out.push(expression("redir", vec![Attribute::number(1, REG_1)]));

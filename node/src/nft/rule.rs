@@ -192,6 +192,9 @@ pub enum Action {
     /// As `Zone`, for the way there only; replies are found in the ordinary zone. So two connections may
     /// have equal addresses and ports as long as their replies differ.
     ZoneOfOriginal(u16),
+    /// Tracks nothing of this packet, which then is not translated and has no connection mark either. Before
+    /// tracking (priority below −200) only.
+    Untracked,
     /// Translates the destination to this host and the port. Nat chains only.
     Redirect(u16),
     /// Translates the destination. Nat chains only, after matches that imply the address's family.
@@ -254,6 +257,7 @@ impl fmt::Display for Action {
             Self::SetConnMark { value, mask } => write!(f, "ct mark set {value:#x}/{mask:#x}"),
             Self::Zone(zone) => write!(f, "ct zone set {zone}"),
             Self::ZoneOfOriginal(zone) => write!(f, "ct original zone set {zone}"),
+            Self::Untracked => f.write_str("notrack"),
             Self::Redirect(port) => write!(f, "redirect to :{port}"),
             Self::Dnat(IpAddr::V6(address), Some(port)) => write!(f, "dnat to [{address}]:{port}"),
             Self::Dnat(address, Some(port)) => write!(f, "dnat to {address}:{port}"),

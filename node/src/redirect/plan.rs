@@ -89,11 +89,14 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
     let route =
         |family| LocalRoute { family, mark: PROXY_CONNMARK, priority: ROUTE_PRIORITY, table: ROUTE_TABLE };
     let mut chains = Vec::new();
+    let mut raw_prerouting = tunnels_in(&options.virtual_interfaces);
     let mut raw_output = vec![to_application()];
+    raw_output.extend(tunnels_out());
     if options.dns_capture {
-        chains.push(chain("raw_prerouting", ChainKind::Filter, HookPoint::Prerouting, RAW, dns_replies()));
+        raw_prerouting.extend(dns_replies());
         raw_output.extend(dns_questions());
     }
+    chains.push(chain("raw_prerouting", ChainKind::Filter, HookPoint::Prerouting, RAW, raw_prerouting));
     chains.push(chain("raw_output", ChainKind::Filter, HookPoint::Output, RAW, raw_output));
     chains.push(chain(
         "mangle_prerouting",
@@ -112,7 +115,9 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
         HookPoint::Output,
         MANGLE,
         vec![NftRule::new(
-            [from_proxy()],
+            // What the proxy itself sends finds its way without; a change of mark has the kernel look up the
+            // route of each packet again.
+            [from_proxy(), marked(Compare::IsNot)],
             Action::SetMark { value: PROXY_CONNMARK, mask: MARK_MASK },
             "answers to the proxy",
         )],
@@ -144,6 +149,43 @@ fn to_application() -> NftRule {
         Action::ZoneOfOriginal(APPLICATION_ZONE),
         "connections to the application",
     )
+}
+
+/// Connections between proxies are neither translated nor marked, so tracking them would only cost, with
+/// every packet. What a virtual interface brings in is the pod's own and may have to be translated.
+fn tunnels_in(virtual_interfaces: &[String]) -> Vec<NftRule> {
+    let from_outside = std::iter::once("lo")
+        .chain(virtual_interfaces.iter().map(String::as_str))
+        .map(|name| Match::InputInterface(Compare::IsNot, name.into()));
+    let matches: Vec<Match> = from_outside.chain([Match::Protocol(Protocol::Tcp)]).collect();
+    let rule = |port, what| {
+        let matches: Vec<Match> = matches.iter().cloned().chain([port]).collect();
+        NftRule::new(matches, Action::Untracked, what)
+    };
+    vec![
+        rule(to_port(ports::INBOUND_HBONE), "tunnels to the pod"),
+        rule(Match::SourcePort(Compare::Is, ports::INBOUND_HBONE), "tunnels of the pod"),
+    ]
+}
+
+/// The other direction of [`tunnels_in`].
+fn tunnels_out() -> Vec<NftRule> {
+    let rule = |port, what| {
+        NftRule::new(
+            [
+                Match::Protocol(Protocol::Tcp),
+                Match::OutputInterface(Compare::IsNot, "lo".into()),
+                port,
+                marked(Compare::Is),
+            ],
+            Action::Untracked,
+            what,
+        )
+    };
+    vec![
+        rule(to_port(ports::INBOUND_HBONE), "tunnels of the pod"),
+        rule(Match::SourcePort(Compare::Is, ports::INBOUND_HBONE), "tunnels to the pod"),
+    ]
 }
 
 /// Replies to the proxy's own questions do not meet the application's entries: an application may ask
