@@ -5,20 +5,33 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_local::{Cluster, Command, Pod, PodOptions, Process};
 use anyhow::{Context, Result, bail};
 
 use crate::cpu;
-use crate::load::Outcome;
+use crate::load::{Outcome, Work};
 use crate::relay::{Side, write_identity};
-use crate::report::{Path, Row, Sample};
+use crate::report::{Beside, Path, Row, Sample, Storm};
 
-const SERVER_PORT: u16 = 9000;
+const SERVER_PORT: u16 = 9100;
+/// Ports that each server listens on, so that one client can have more connections than it has ports: closed
+/// ones keep theirs for a minute.
+pub(crate) const SERVER_PORTS: u16 = 16;
 const NEAR_PORT: u16 = 9001;
 const FAR_PORT: u16 = 9002;
 const PLAIN_PORT: u16 = 9003;
+/// From which range a client's ports are taken.
+const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+/// Beyond the ports that anything listens on.
+const ALL_PORTS: &str = "16000 65535";
+/// Connections that a storm opens at a time.
+const STORM_CONNECTIONS: usize = 64;
+/// How long a proxy's memory may take to settle after its start.
+const RESTING: Duration = Duration::from_secs(60);
+/// Between two looks at it: longer than a proxy takes to notice that it is at rest.
+const LOOK: Duration = Duration::from_secs(11);
 /// How long a server or relay may take to listen.
 const READY: Duration = Duration::from_secs(10);
 
@@ -54,11 +67,15 @@ impl Bed {
         cluster.namespace("inside", true).await?;
         let outside = Pods::make(&cluster, "outside").await?;
         let inside = Pods::make(&cluster, "inside").await?;
+        for client in [&outside.client, &inside.client] {
+            client
+                .run(|| std::fs::write(PORT_RANGE, ALL_PORTS))
+                .await?
+                .context("widening the range of ports")?;
+        }
         let mut servers = Vec::new();
         for pod in [&outside.near_server, &outside.far_server, &inside.near_server, &inside.far_server] {
-            let listen = SocketAddr::new(IpAddr::V4(pod.ip()), SERVER_PORT);
-            let command = Command::new(&program).args(["serve", "--listen"]).arg(listen.to_string());
-            servers.push(start(pod, command).await?);
+            servers.push(serve(pod).await?);
         }
         let identity = tempfile::tempdir().context("a directory for the relay's identity")?;
         write_identity(identity.path())?;
@@ -73,8 +90,8 @@ impl Bed {
                 .arg(identity.path())
         };
         let far = SocketAddr::new(IpAddr::V4(outside.far_server.ip()), FAR_PORT);
-        let far_app = SocketAddr::new(IpAddr::V4(outside.far_server.ip()), SERVER_PORT);
-        let near_app = SocketAddr::new(IpAddr::V4(outside.near_server.ip()), SERVER_PORT);
+        let far_app = address(&outside.far_server);
+        let near_app = address(&outside.near_server);
         let relays = [
             start(&outside.client, relay(name(Side::Near), loopback(NEAR_PORT), far)).await?,
             start(&outside.far_server, relay(name(Side::Far), far, far_app)).await?,
@@ -93,6 +110,24 @@ impl Bed {
         Ok(())
     }
 
+    /// Resident memory of each node proxy once it no longer falls, bytes: starting needs more than being there.
+    ///
+    /// # Errors
+    /// As [`Bed::resident`].
+    pub(crate) async fn at_rest(&self) -> Result<Vec<u64>> {
+        let mut last = self.resident()?;
+        let deadline = Instant::now() + RESTING;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let now = self.resident()?;
+            let falls = now.iter().zip(&last).any(|(now, last)| *now < last - last / 100);
+            if !falls || Instant::now() > deadline {
+                return Ok(now);
+            }
+            last = now;
+        }
+    }
+
     /// Resident memory of each node proxy, bytes.
     ///
     /// # Errors
@@ -109,20 +144,26 @@ impl Bed {
             .collect()
     }
 
-    /// Runs one row over one path once.
-    ///
-    /// # Errors
-    /// When the client fails, or any of its operations does.
-    pub(crate) async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
+    /// Whose pods, what their client dials, and the processes between them and the server.
+    fn way(&self, row: &Row, path: Path) -> Result<(&Pods, SocketAddr, Vec<u32>)> {
         let pods = if path == Path::Ambit { &self.inside } else { &self.outside };
         let server = if row.same_node { &pods.near_server } else { &pods.far_server };
-        let direct = SocketAddr::new(IpAddr::V4(server.ip()), SERVER_PORT);
+        let direct = address(server);
         let (target, between) = match path {
             Path::NoMesh => (direct, Vec::new()),
             Path::Raw if row.same_node => (loopback(PLAIN_PORT), vec![self.relays[2].pid()]),
             Path::Raw => (loopback(NEAR_PORT), vec![self.relays[0].pid(), self.relays[1].pid()]),
             Path::Ambit => (direct, self.proxies()?),
         };
+        Ok((pods, target, between))
+    }
+
+    /// Runs one row over one path once.
+    ///
+    /// # Errors
+    /// When the client fails, or any of its operations does.
+    pub(crate) async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
+        let (pods, target, between) = self.way(row, path)?;
         // A connection before the measured ones: certificates, pools and caches are as in service.
         self.drive(&pods.client, row, target, 0.2).await?;
         let before = cpu::of_processes(&between)?;
@@ -134,7 +175,54 @@ impl Bed {
         Ok(Sample { outcome, cpu_seconds })
     }
 
+    /// Round trips on `small` connections alone, and the same beside one bulk stream of the same pair of pods.
+    ///
+    /// # Errors
+    /// When a client fails, or any of its operations does.
+    pub(crate) async fn beside(&self, path: Path, small: usize, seconds: f64) -> Result<Beside> {
+        let row = Row::new(Work::RoundTrip, false, small);
+        let alone = self.sample(&row, path, seconds).await?.outcome;
+        let (pods, target, _) = self.way(&row, path)?;
+        let stream = Row::new(Work::Bulk, false, 1);
+        let bulk = self.drive(&pods.client, &stream, target, seconds + 0.6);
+        let beside = async {
+            // The bulk stream has grown its buffers when the first message is timed.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            self.drive(&pods.client, &row, target, seconds).await
+        };
+        let (bulk, beside) = tokio::try_join!(bulk, beside)?;
+        if beside.errors > 0 {
+            bail!("{} operations failed", beside.errors);
+        }
+        Ok(Beside { path, small, alone, beside, bulk })
+    }
+
+    /// New connections from one node to the other without pause.
+    ///
+    /// # Errors
+    /// When the client fails. Failed connections are counted in what it returns.
+    pub(crate) async fn storm(&self, seconds: f64) -> Result<Storm> {
+        let row = Row::new(Work::Connect, false, STORM_CONNECTIONS);
+        let before = self.resident()?;
+        let (pods, target, _) = self.way(&row, Path::Ambit)?;
+        let outcome = self.drive_ports(&pods.client, &row, target, SERVER_PORTS, seconds).await?;
+        let resident = before.into_iter().zip(self.resident()?).collect();
+        Ok(Storm { outcome, resident })
+    }
+
     async fn drive(&self, client: &Pod, row: &Row, target: SocketAddr, seconds: f64) -> Result<Outcome> {
+        self.drive_ports(client, row, target, 1, seconds).await
+    }
+
+    /// As [`Bed::drive`]; new connections go to `ports` ports in turn.
+    async fn drive_ports(
+        &self,
+        client: &Pod,
+        row: &Row,
+        target: SocketAddr,
+        ports: u16,
+        seconds: f64,
+    ) -> Result<Outcome> {
         let work = serde_json::to_value(row.work.0)?;
         let command = Command::new(&self.program)
             .args(["drive", "--work", work.as_str().unwrap_or_default()])
@@ -143,7 +231,9 @@ impl Bed {
             .arg("--connections")
             .arg(row.connections.to_string())
             .arg("--seconds")
-            .arg(seconds.to_string());
+            .arg(seconds.to_string())
+            .arg("--ports")
+            .arg(ports.to_string());
         let process = client.spawn(command).await?;
         let status = process.wait_within(Duration::from_secs_f64(seconds + 30.0)).await?;
         let last = process.last_line().unwrap_or_default();
@@ -162,6 +252,21 @@ impl Pods {
             far_server: cluster.pod(PodOptions::new(namespace, "far-server").node(1)).await?,
         })
     }
+}
+
+/// The first address of the server in a pod.
+pub(crate) fn address(pod: &Pod) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(pod.ip()), SERVER_PORT)
+}
+
+/// Starts a server for every kind of work in a pod.
+///
+/// # Errors
+/// When it does not become ready.
+pub(crate) async fn serve(pod: &Pod) -> Result<Process> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let command = Command::new(program).args(["serve", "--listen"]).arg(address(pod).to_string());
+    start(pod, command.arg("--ports").arg(SERVER_PORTS.to_string())).await
 }
 
 fn name(side: Side) -> &'static str {

@@ -54,7 +54,8 @@ pub(crate) struct Outcome {
     pub p99_us: f64,
 }
 
-const MESSAGE: usize = 64;
+/// Bytes of a message of the round trip.
+pub(crate) const MESSAGE: usize = 64;
 const BULK_CHUNK: usize = 256 * 1024;
 const REQUEST: &[u8] =
     b"GET /bench HTTP/1.1\r\nhost: server\r\nuser-agent: ambit-bench\r\naccept: */*\r\n\r\n";
@@ -63,10 +64,19 @@ const RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent
 /// Latencies kept per client; more operations than this are still counted.
 const MAX_SAMPLES: usize = 4_000_000;
 
-/// Serves every kind of work on `listen` until the process ends.
-pub(crate) async fn serve(listen: SocketAddr) -> Result<()> {
-    let listener = TcpListener::bind(listen).await.with_context(|| format!("binding {listen}"))?;
+/// Serves every kind of work on `listen` and the `ports - 1` ports after it until the process ends.
+pub(crate) async fn serve(listen: SocketAddr, ports: u16) -> Result<()> {
+    let mut serving = tokio::task::JoinSet::new();
+    for n in 0..ports {
+        let address = SocketAddr::new(listen.ip(), listen.port() + n);
+        let listener = TcpListener::bind(address).await.with_context(|| format!("binding {address}"))?;
+        serving.spawn(serve_port(listener));
+    }
     println!("ready");
+    serving.join_next().await.context("no port to serve")??
+}
+
+async fn serve_port(listener: TcpListener) -> Result<()> {
     loop {
         let (stream, _) = listener.accept().await.context("accepting")?;
         stream.set_nodelay(true)?;
@@ -138,18 +148,20 @@ async fn serve_http(mut stream: TcpStream) -> Result<()> {
     }
 }
 
-/// Runs `work` against `server` with `connections` at once for `duration`.
+/// Runs `work` against `server` with `connections` at once for `duration`; new connections go in turn to
+/// `ports` ports from the server's on.
 pub(crate) async fn drive(
     work: Work,
     server: SocketAddr,
     connections: usize,
+    ports: u16,
     duration: Duration,
 ) -> Result<Outcome> {
     let start = Instant::now();
     let deadline = start + duration;
     let mut tasks = Vec::with_capacity(connections);
     for _ in 0..connections {
-        tasks.push(tokio::spawn(drive_one(work, server, deadline)));
+        tasks.push(tokio::spawn(drive_one(work, server, ports, deadline)));
     }
     let mut outcome = Outcome::default();
     let mut samples = Vec::new();
@@ -173,12 +185,17 @@ fn percentile(sorted: &[u64], q: f64) -> f64 {
     sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |&ns| ns as f64 / 1000.0)
 }
 
-async fn drive_one(work: Work, server: SocketAddr, deadline: Instant) -> Result<(Outcome, Vec<u64>)> {
+async fn drive_one(
+    work: Work,
+    server: SocketAddr,
+    ports: u16,
+    deadline: Instant,
+) -> Result<(Outcome, Vec<u64>)> {
     match work {
         Work::Bulk => Ok((drive_bulk(server, deadline).await?, Vec::new())),
         Work::RoundTrip => drive_messages(work, server, deadline, &[b'R'; MESSAGE], MESSAGE).await,
         Work::Http => drive_messages(work, server, deadline, REQUEST, RESPONSE.len()).await,
-        Work::Connect => drive_connects(server, deadline).await,
+        Work::Connect => drive_connects(server, ports, deadline).await,
     }
 }
 
@@ -226,15 +243,17 @@ async fn drive_messages(
     }
 }
 
-async fn drive_connects(server: SocketAddr, deadline: Instant) -> Result<(Outcome, Vec<u64>)> {
+async fn drive_connects(server: SocketAddr, ports: u16, deadline: Instant) -> Result<(Outcome, Vec<u64>)> {
     let mut samples = Vec::new();
     let mut outcome = Outcome::default();
+    let mut turn = (0..ports).cycle();
     loop {
         let start = Instant::now();
         if start >= deadline {
             return Ok((outcome, samples));
         }
-        match connect_once(server).await {
+        let port = server.port() + turn.next().unwrap_or_default();
+        match connect_once(SocketAddr::new(server.ip(), port)).await {
             Ok(()) => outcome.operations += 1,
             Err(_) => outcome.errors += 1,
         }

@@ -7,6 +7,8 @@
 
 mod bed;
 mod cpu;
+mod crowd;
+mod goals;
 mod load;
 mod relay;
 mod report;
@@ -50,6 +52,15 @@ struct Run {
     /// Only rows whose title contains this.
     #[arg(long)]
     only: Option<String>,
+    /// Idle connections held at once; 0 leaves that part out.
+    #[arg(long, default_value_t = 100_000)]
+    crowd: usize,
+    /// Seconds of new connections without pause; 0 leaves that part out.
+    #[arg(long, default_value_t = 60.0)]
+    storm_seconds: f64,
+    /// Small connections beside a bulk stream; 0 leaves that part out.
+    #[arg(long, default_value_t = 100)]
+    beside: usize,
 }
 
 #[derive(Subcommand)]
@@ -58,6 +69,16 @@ enum Part {
     Serve {
         #[arg(long)]
         listen: SocketAddr,
+        /// How many ports from that one on.
+        #[arg(long)]
+        ports: u16,
+    },
+    /// A client that holds idle connections until it is ended.
+    Hold {
+        #[arg(long)]
+        server: SocketAddr,
+        #[arg(long)]
+        connections: usize,
     },
     /// A client for one kind of work; prints its outcome as JSON.
     Drive {
@@ -69,6 +90,9 @@ enum Part {
         connections: usize,
         #[arg(long)]
         seconds: f64,
+        /// How many ports of the server new connections go to.
+        #[arg(long)]
+        ports: u16,
     },
     /// One half of the raw relay.
     Relay {
@@ -89,10 +113,11 @@ fn main() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         match arguments.part {
-            Some(Part::Serve { listen }) => load::serve(listen).await,
-            Some(Part::Drive { work, server, connections, seconds }) => {
+            Some(Part::Serve { listen, ports }) => load::serve(listen, ports).await,
+            Some(Part::Hold { server, connections }) => crowd::run(server, connections).await,
+            Some(Part::Drive { work, server, connections, seconds, ports }) => {
                 let outcome =
-                    load::drive(work, server, connections, Duration::from_secs_f64(seconds)).await?;
+                    load::drive(work, server, connections, ports, Duration::from_secs_f64(seconds)).await?;
                 println!("{}", serde_json::to_string(&outcome)?);
                 Ok(())
             }
@@ -125,7 +150,11 @@ async fn measure(run: &Run) -> Result<()> {
     let bed = Bed::start().await.context("bringing the cluster up")?;
     let outcome = measure_on(&bed, run, &rows).await;
     bed.stop().await?;
-    let report = outcome?;
+    let mut report = outcome?;
+    if run.crowd > 0 {
+        eprintln!("{} idle connections", run.crowd);
+        report.crowd = Some(crowd::measure(run.crowd).await?);
+    }
     let page = report.markdown();
     print!("{page}");
     if let Some(out) = &run.out {
@@ -139,7 +168,7 @@ async fn measure(run: &Run) -> Result<()> {
 }
 
 async fn measure_on(bed: &Bed, run: &Run, rows: &[Row]) -> Result<Report> {
-    let idle_resident = bed.resident()?;
+    let idle_resident = bed.at_rest().await?;
     let mut samples = Samples::new();
     for round in 1..=run.rounds {
         for row in rows {
@@ -152,5 +181,16 @@ async fn measure_on(bed: &Bed, run: &Run, rows: &[Row]) -> Result<Report> {
         }
     }
     let machine = machine::description().context("describing this machine")?;
-    Ok(Report::new(machine::today(), machine, idle_resident, samples))
+    let mut report = Report::new(machine::today(), machine, idle_resident, samples);
+    for round in (1..=run.rounds).filter(|_| run.beside > 0) {
+        for path in Path::ALL {
+            eprintln!("round {round}: {} small connections beside bulk, {path:?}", run.beside);
+            report.beside.push(bed.beside(path, run.beside, run.seconds).await?);
+        }
+    }
+    if run.storm_seconds > 0.0 {
+        eprintln!("new connections for {} s", run.storm_seconds);
+        report.storm = Some(bed.storm(run.storm_seconds).await?);
+    }
+    Ok(report)
 }

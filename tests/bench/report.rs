@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use crate::crowd::Crowd;
+use crate::goals;
 use crate::load::{Outcome, Work};
 
 /// What lies between client and server.
@@ -73,6 +75,11 @@ impl Row {
         Self { work: OrderedWork(work), same_node, connections }
     }
 
+    /// The work of R that a row of `work` is held against.
+    pub(crate) fn base_work(work: Work) -> Work {
+        if work == Work::Connect { Work::RoundTrip } else { work }
+    }
+
     /// What the row is called in the table.
     pub(crate) fn title(&self) -> String {
         let work = match self.work.0 {
@@ -125,6 +132,52 @@ impl Sample {
 /// All samples, by row and path.
 pub(crate) type Samples = BTreeMap<Row, BTreeMap<Path, Vec<Sample>>>;
 
+/// Round trips on several connections, without and with a bulk stream between the same pods.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Beside {
+    /// Over which path.
+    pub(crate) path: Path,
+    /// How many connections carry the round trips.
+    pub(crate) small: usize,
+    /// The round trips by themselves.
+    pub(crate) alone: Outcome,
+    /// The round trips beside the bulk stream.
+    pub(crate) beside: Outcome,
+    /// The bulk stream.
+    pub(crate) bulk: Outcome,
+}
+
+impl Beside {
+    fn growth(&self) -> f64 {
+        self.beside.p99_us / self.alone.p99_us
+    }
+
+    fn write_markdown(&self, page: &mut String) {
+        let bulk = Sample { outcome: self.bulk.clone(), cpu_seconds: 0.0 }.rate(Work::Bulk);
+        let _ = writeln!(
+            page,
+            "| {} | {} | {:.0} | {:.0} | {:.0} | {:.0} | {:.2} | {bulk:.2} |",
+            self.path.title(),
+            self.small,
+            self.alone.p50_us,
+            self.alone.p99_us,
+            self.beside.p50_us,
+            self.beside.p99_us,
+            self.growth(),
+        );
+    }
+}
+
+/// A storm of new connections for a while.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Storm {
+    /// What the client saw.
+    #[serde(flatten)]
+    pub(crate) outcome: Outcome,
+    /// Resident bytes of each ztunnel before and after it.
+    pub(crate) resident: Vec<(u64, u64)>,
+}
+
 /// Everything one run of the benchmark found out.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
@@ -136,6 +189,12 @@ pub(crate) struct Report {
     pub(crate) idle_resident: Vec<u64>,
     /// The rows, as a list for JSON.
     pub(crate) rows: Vec<RowReport>,
+    /// Small messages beside bulk, every round and path.
+    pub(crate) beside: Vec<Beside>,
+    /// New connections without pause, if that was run.
+    pub(crate) storm: Option<Storm>,
+    /// A crowd of idle connections, if that was run.
+    pub(crate) crowd: Option<Crowd>,
 }
 
 /// One row with its samples.
@@ -154,12 +213,30 @@ impl Report {
     pub(crate) fn new(date: String, machine: String, idle_resident: Vec<u64>, samples: Samples) -> Self {
         let rows =
             samples.into_iter().map(|(row, paths)| RowReport { title: row.title(), row, paths }).collect();
-        Self { date, machine, idle_resident, rows }
+        Self { date, machine, idle_resident, rows, beside: Vec::new(), storm: None, crowd: None }
+    }
+
+    /// The samples of a row over a path.
+    pub(crate) fn samples(&self, row: &Row, path: Path) -> Option<&[Sample]> {
+        self.rows.iter().find(|report| report.row == *row)?.paths.get(&path).map(Vec::as_slice)
+    }
+
+    /// How much the 99th percentile of small messages grew beside bulk: the median over the rounds.
+    pub(crate) fn beside_growth(&self, path: Path) -> Option<f64> {
+        let mut growths: Vec<f64> =
+            self.beside.iter().filter(|run| run.path == path).map(Beside::growth).collect();
+        growths.sort_by(f64::total_cmp);
+        growths.get(growths.len() / 2).copied()
+    }
+
+    /// The median of a figure.
+    pub(crate) fn median(&self, samples: &[Sample], figure: impl Fn(&Sample) -> f64) -> f64 {
+        Spread::of(samples, figure).median
     }
 
     /// R across nodes for the same work, which the goals are ratios to; a new connection is held against a round trip.
-    fn base_of(&self, row: &Row) -> Option<&[Sample]> {
-        let work = if row.work.0 == Work::Connect { Work::RoundTrip } else { row.work.0 };
+    pub(crate) fn base_of(&self, row: &Row) -> Option<&[Sample]> {
+        let work = Row::base_work(row.work.0);
         let across = |candidate: &&RowReport| !candidate.row.same_node && candidate.row.work.0 == work;
         self.rows.iter().find(across)?.paths.get(&Path::Raw).map(Vec::as_slice)
     }
@@ -170,52 +247,113 @@ impl Report {
         page.push_str("# Benchmarks\n\n");
         page.push_str("Written by `make bench`. R is a raw relay of two processes on the same TLS library: no HTTP/2, no policy\n");
         page.push_str("(on the same node: one process, no TLS). CPU is that of both node proxies, or both halves of R. Each figure is the\n");
-        page.push_str("median of alternating runs, its spread (lowest to highest) in brackets. The last columns are ratios to R across nodes\n");
+        page.push_str("median of alternating runs, its spread (lowest to highest) in brackets. Goals are ratios to R across nodes\n");
         page.push_str("on the same work with as few connections as the table has (a new connection: to R's round trip).\n\n");
         let _ = writeln!(page, "Machine: {}. Date: {}.\n", self.machine, self.date);
-        page.push_str("| work | path | rate | CPU a unit | p50 | p99 | CPU / R | rate / R | p50 / R |\n");
-        page.push_str("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+        self.write_goals(&mut page);
+        page.push_str("## Figures\n\n");
+        page.push_str("Bulk: Gb/s and CPU seconds a GB; else thousands a second and microseconds of CPU each. Latencies in microseconds.\n\n");
+        page.push_str(
+            "| work | path | rate | CPU a unit | p50 | p99 |\n| --- | --- | --- | --- | --- | --- |\n",
+        );
         for row in &self.rows {
-            row.write_markdown(&mut page, self.base_of(&row.row));
+            row.write_markdown(&mut page);
         }
-        page.push_str("\nBulk: Gb/s and CPU seconds a GB; else thousands a second and microseconds of CPU each. Latencies in microseconds.\n");
-        let resident: Vec<String> =
-            self.idle_resident.iter().map(|bytes| format!("{:.1} MB", *bytes as f64 / 1e6)).collect();
-        let _ = writeln!(page, "\nResident memory of an idle ztunnel: {}.", resident.join(", "));
+        self.write_beside(&mut page);
+        self.write_storm(&mut page);
+        self.write_crowd(&mut page);
         page
+    }
+
+    fn write_goals(&self, page: &mut String) {
+        let verdicts = goals::verdicts(self);
+        if verdicts.is_empty() {
+            return;
+        }
+        page.push_str(
+            "## Against the goals\n\n| what | measured | goal | met |\n| --- | --- | --- | --- |\n",
+        );
+        for verdict in verdicts {
+            let _ = writeln!(page, "{}", verdict.markdown());
+        }
+        page.push('\n');
+    }
+
+    fn write_beside(&self, page: &mut String) {
+        if self.beside.is_empty() {
+            return;
+        }
+        page.push_str("\n## Small messages beside a bulk stream\n\n");
+        page.push_str("64-byte round trips, one after another on each connection, and one bulk stream between the same two pods. Both cores are\n");
+        page.push_str("busy in each case, so a part of the growth is the machine's: the row without a mesh shows it.\n\n");
+        page.push_str("| path | connections | p50 alone | p99 alone | p50 beside | p99 beside | p99 grows | bulk, Gb/s |\n");
+        page.push_str("| --- | --- | --- | --- | --- | --- | --- | --- |\n");
+        for run in &self.beside {
+            run.write_markdown(page);
+        }
+    }
+
+    fn write_storm(&self, page: &mut String) {
+        let Some(Storm { outcome, resident }) = &self.storm else { return };
+        let grown: Vec<String> = resident
+            .iter()
+            .map(|(before, after)| format!("{:.1} → {:.1} MB", *before as f64 / 1e6, *after as f64 / 1e6))
+            .collect();
+        let _ = writeln!(
+            page,
+            "\n## New connections without pause\n\n{} connections in {:.0} s ({:.0} a second, all that two cores give with client and server on them), \
+             {} failed; p50 {:.0} µs, p99 {:.0} µs. Resident memory of the two ztunnels: {}.",
+            outcome.operations,
+            outcome.seconds,
+            outcome.operations as f64 / outcome.seconds,
+            outcome.errors,
+            outcome.p50_us,
+            outcome.p99_us,
+            grown.join(", "),
+        );
+    }
+
+    fn write_crowd(&self, page: &mut String) {
+        let Some(crowd) = &self.crowd else { return };
+        let _ = writeln!(
+            page,
+            "\n## {} idle connections\n\nBetween {} pairs of nodes, one exchange of 64 bytes on each, then held; opened in {:.0} s. \
+             Resident memory of all ztunnels of a side.\n\n\
+             | side | before, MB | held, MB | after, MB | bytes a connection |\n| --- | --- | --- | --- | --- |",
+            crowd.connections, crowd.pairs, crowd.opening_seconds
+        );
+        for (side, memory) in [("source", &crowd.source), ("destination", &crowd.destination)] {
+            let megabytes = [memory.before, memory.held, memory.after].map(|bytes| bytes as f64 / 1e6);
+            let _ = writeln!(
+                page,
+                "| {side} | {:.1} | {:.1} | {:.1} | {:.0} |",
+                megabytes[0],
+                megabytes[1],
+                megabytes[2],
+                memory.each(crowd.connections)
+            );
+        }
     }
 }
 
 impl RowReport {
-    fn write_markdown(&self, page: &mut String, base: Option<&[Sample]>) {
+    fn write_markdown(&self, page: &mut String) {
         let work = self.row.work.0;
         for (path, samples) in &self.paths {
             let rate = Spread::of(samples, |s| s.rate(work));
             let cpu = Spread::of(samples, |s| s.cpu_per_unit(work));
             let p50 = Spread::of(samples, |s| s.outcome.p50_us);
             let p99 = Spread::of(samples, |s| s.outcome.p99_us);
-            let ratio = |mine: f64, of: &dyn Fn(&Sample) -> f64| match base {
-                Some(base) if *path == Path::Ambit => format!("{:.2}", mine / Spread::of(base, of).median),
-                _ => String::new(),
-            };
             let latency = |spread: &Spread| if work == Work::Bulk { String::new() } else { spread.show(0) };
             let _ = writeln!(
                 page,
-                "| {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {} | {} | {} | {} | {} | {} |",
                 self.title,
                 path.title(),
                 rate.show(2),
                 if *path == Path::NoMesh { String::new() } else { cpu.show(2) },
                 latency(&p50),
                 latency(&p99),
-                ratio(cpu.median, &|s| s.cpu_per_unit(work)),
-                // A connection is held against a round trip in CPU only: its rate and latency are not alike.
-                if work == Work::Connect { String::new() } else { ratio(rate.median, &|s| s.rate(work)) },
-                if matches!(work, Work::Bulk | Work::Connect) {
-                    String::new()
-                } else {
-                    ratio(p50.median, &|s| s.outcome.p50_us)
-                },
             );
         }
     }
@@ -257,6 +395,10 @@ mod tests {
         let samples = Samples::from([(Row::new(Work::Bulk, false, 1), paths)]);
         let page = Report::new("2026-01-01".into(), "a machine".into(), vec![], samples).markdown();
         let line = page.lines().find(|l| l.contains("| Ambit |")).unwrap();
-        assert!(line.contains("| 2.00 | 1.00 |"), "{line}");
+        assert!(line.contains("3.00 (3.00–3.00)"), "{line}");
+        let goal = page.lines().find(|l| l.contains("CPU / R")).unwrap();
+        assert_eq!(goal, "| bulk, 1 connection, across nodes: CPU / R | 2.00 | ≤ 1.05 | no |");
+        let goal = page.lines().find(|l| l.contains("rate / R")).unwrap();
+        assert!(goal.ends_with("| 1.00 | ≥ 0.9 | yes |"), "{goal}");
     }
 }

@@ -47,11 +47,10 @@ struct Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// First, while this process holds nothing else: its memory is one of the figures.
-    Directory,
-    Policies,
-    Certificates,
     Control,
+    Policies,
+    Directory,
+    Certificates,
 }
 
 /// Everything one run found out.
