@@ -53,7 +53,7 @@ impl fmt::Display for Forwarded {
         write!(f, "for=\"{}\"", self.client)?;
         match &self.host {
             Some(host) if !host.is_empty() && host.bytes().all(is_token) => write!(f, ";host={host}"),
-            Some(host) if !host.is_empty() && host.bytes().all(is_visible) => {
+            Some(host) if !host.is_empty() && host.bytes().all(is_quotable) => {
                 write!(f, ";host=\"{}\"", host.replace('\\', "\\\\").replace('"', "\\\""))
             }
             _ => Ok(()),
@@ -61,8 +61,9 @@ impl fmt::Display for Forwarded {
     }
 }
 
-fn is_visible(byte: u8) -> bool {
-    (0x20..0x7f).contains(&byte)
+/// RFC 9110 §5.6.4: what may stand between quotes, some of it escaped.
+fn is_quotable(byte: u8) -> bool {
+    byte == b'\t' || (0x20..0x7f).contains(&byte)
 }
 
 /// RFC 9110 §5.6.2.
@@ -128,7 +129,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_again(v4: bool, bits: u128, port: u16, host in proptest::option::of("[ -~]{1,30}")) {
+        fn what_is_written_is_read_again(v4: bool, bits: u128, port: u16, host in proptest::option::of("[\t -~]{1,30}")) {
             let ip = if v4 { IpAddr::V4((bits as u32).into()) } else { IpAddr::V6(bits.into()) };
             let forwarded = Forwarded { client: (ip, port).into(), host };
             prop_assert_eq!(Forwarded::parse(&forwarded.to_string()), Some(forwarded));
