@@ -131,7 +131,7 @@ struct List {
 
 /// Faults of one list that are told with the line of their field; later ones with the line of their item, as each
 /// search goes through the whole text.
-const MAX_SEARCHES: usize = 100;
+const MAX_SEARCHES: usize = 10;
 
 fn read_items(before: u64, text: &str, list: List) -> Vec<Document> {
     let mut documents = Vec::new();
