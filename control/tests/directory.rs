@@ -108,6 +108,12 @@ async fn hidden_files_and_files_of_other_kinds_are_left_alone() {
     }
     fs::write(watched.path("z.yaml"), service("z", 1)).unwrap();
     watched.until(&[("z", 1)]).await;
+    // What is written where a scan would not look is no event either.
+    fs::create_dir_all(watched.path(".hidden/deep")).unwrap();
+    fs::write(watched.path(".hidden/a.yaml"), service("hidden", 2)).unwrap();
+    fs::write(watched.path(".hidden/deep/a.yaml"), service("hidden", 2)).unwrap();
+    fs::write(watched.path("z.yaml"), service("z", 2)).unwrap();
+    watched.until(&[("z", 2)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -212,7 +212,8 @@ impl Looker {
         };
         for path in &event.paths {
             let Some(source) = self.source_of(path) else { continue };
-            if scan::is_manifest(path) && !path.is_dir() {
+            let is_hidden = self.is_below_hidden(path, source);
+            if scan::is_manifest(path) && !is_hidden && !path.is_dir() {
                 // A link is complete as it is created: no writer will close it.
                 let delay = if path.is_symlink() { SETTLED } else { delay };
                 self.schedule((source, path.as_path().into()), now, delay);
@@ -225,6 +226,15 @@ impl Looker {
 
     fn source_of(&self, path: &Path) -> Option<usize> {
         self.roots.iter().position(|root| path.starts_with(root))
+    }
+
+    /// Whether a directory on the way from the source to the path is hidden; a scan would not enter it.
+    fn is_below_hidden(&self, path: &Path, source: usize) -> bool {
+        let root = self.roots.get(source).map_or(Path::new(""), PathBuf::as_path);
+        let below = path.parent().and_then(|parent| parent.strip_prefix(root).ok());
+        below.is_some_and(|below| {
+            below.ancestors().any(|part| !part.as_os_str().is_empty() && scan::is_hidden(part))
+        })
     }
 
     fn is_structure(&self, path: &Path, source: usize) -> bool {
@@ -276,7 +286,8 @@ impl Looker {
             let (content, fingerprint) = self.read(&id.1);
             let must_confirm = now.is_some() && !due.confirmed && self.files.would_lose(&id, &content);
             if let Some(now) = now.filter(|_| must_confirm) {
-                let at = now + VANISHED;
+                // An empty file is one whose writer has truncated it and was held up before it wrote.
+                let at = now + if content.is_empty() { OPEN } else { VANISHED };
                 self.due.insert(id, Due { at, latest: due.latest.max(at), confirmed: true });
                 continue;
             }

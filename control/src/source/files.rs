@@ -28,6 +28,13 @@ pub(super) enum Content {
     Gone,
 }
 
+impl Content {
+    /// Whether it was read and holds nothing at all.
+    pub(super) fn is_empty(&self) -> bool {
+        matches!(self, Content::Read(documents) if documents.is_empty())
+    }
+}
+
 #[derive(Debug, Default)]
 struct File {
     objects: Objects,
