@@ -32,7 +32,7 @@ pub(crate) fn measure() -> Result<Section> {
     let start = Instant::now();
     directory.apply(everything());
     section.push(Row::new("everything applied at once").time(start.elapsed()));
-    let held = machine::resident(std::process::id())? - before;
+    let held = machine::resident(std::process::id())?.saturating_sub(before);
     section.push(Row::new("memory").bytes(held as f64));
     let per_workload = held as f64 / f64::from(WORKLOADS);
     section.push(Row::new("memory a workload, its part of everything").bytes(per_workload));

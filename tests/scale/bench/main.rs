@@ -47,10 +47,11 @@ struct Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    Control,
-    Policies,
+    /// First, while this process holds nothing else: its memory is one of the figures.
     Directory,
+    Policies,
     Certificates,
+    Control,
 }
 
 /// Everything one run found out.
