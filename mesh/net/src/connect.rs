@@ -8,7 +8,7 @@ use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::netns::NetnsError;
-use crate::socket::{Family, bind_loopback, stay_local};
+use crate::socket::{Family, stay_local};
 use crate::stock::SocketStock;
 
 /// Why a connection could not be made. In every case no byte was sent.
@@ -76,9 +76,8 @@ pub async fn connect_local(
     limit: Duration,
 ) -> Result<TcpStream, ConnectError> {
     let socket = take(stock, destination).await?;
-    let prepared = stay_local(&socket).and_then(|()| bind_loopback(&socket, Family::of(destination.ip())));
-    if let Err(error) = prepared {
-        tracing::debug!(%error, %destination, "a local connection is treated as any other");
+    if let Err(error) = stay_local(&socket) {
+        tracing::debug!(%error, %destination, "a local connection keeps the system's congestion control");
     }
     connect_with(socket, source, destination, limit).await
 }

@@ -5,7 +5,6 @@
 use std::io;
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -18,9 +17,6 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Unanswered probes after which the peer counts as gone: two minutes after the last word.
 const KEEPALIVE_PROBES: u32 = 4;
-
-/// The loopback interface, in every namespace.
-const LOOPBACK: NonZeroU32 = NonZeroU32::MIN;
 
 /// The address family of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -102,18 +98,6 @@ pub fn stay_local(socket: &impl AsFd) -> io::Result<()> {
     match *UNPACED {
         Some(name) => SockRef::from(socket).set_tcp_congestion(name),
         None => Ok(()),
-    }
-}
-
-/// Has an IPv4 socket leave by the loopback interface only; does nothing to one of IPv6.
-///
-/// Connections between the same two addresses then use a port again a second after its last connection
-/// (sysctl `tcp_tw_reuse`, 2 by default: loopback only) and not a minute, at 28,000 connections a minute the
-/// end of all ports. With IPv6 the kernel finds no route by an interface that does not bear the address.
-pub fn bind_loopback(socket: &impl AsFd, family: Family) -> io::Result<()> {
-    match family {
-        Family::V4 => SockRef::from(socket).bind_device_by_index_v4(Some(LOOPBACK)),
-        Family::V6 => Ok(()),
     }
 }
 

@@ -1,16 +1,14 @@
 //! Namespaces, stocks of sockets and connections between them. Needs root.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ambit_net::connect::ConnectError;
 use ambit_net::listen::{Options, bind_udp, listen_tcp};
 use ambit_net::sockdiag::{self, Kind};
-use ambit_net::{Family, Netns, NetnsError, PROXY_MARK, SocketStock, connect, connect_local};
-use rtnetlink::packet_route::address::AddressHeaderFlags;
-use rtnetlink::{LinkUnspec, LinkVeth};
-use tokio::io::AsyncReadExt;
+use ambit_net::{Family, Netns, NetnsError, PROXY_MARK, SocketStock, connect};
+use rtnetlink::LinkUnspec;
 use tokio::net::TcpListener;
 
 const SOON: Duration = Duration::from_secs(5);
@@ -98,90 +96,6 @@ async fn a_stock_yields_marked_sockets_of_its_namespace_and_refills_itself() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(stock.try_take(Family::V4).is_some());
-}
-
-/// A proxy that keeps its clients' addresses has only the ports of each for all their connections to an application.
-#[tokio::test]
-async fn a_port_of_a_local_connection_is_used_again_long_before_its_minute_is_over() {
-    const PORTS: u16 = 16;
-    let inside = namespace().await;
-    let (client, pod) = (Ipv4Addr::new(10, 1, 1, 1), Ipv4Addr::new(10, 9, 9, 9));
-    for address in [client, pod] {
-        add_address(&inside, address).await;
-    }
-    let range = format!("40000 {}", 40000 + PORTS - 1);
-    inside.run(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range)).await.unwrap().unwrap();
-    let listener = listen_tcp(&inside, (pod, 8080).into(), Options::default()).await.unwrap();
-    let listener = TcpListener::from_std(listener).unwrap();
-    let stock = SocketStock::new(inside, Some(PROXY_MARK));
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let mut made = 0;
-    while made < 3 * PORTS {
-        assert!(Instant::now() < deadline, "{made} connections were made, then no port was left");
-        match connect_local(&stock, Some(client.into()), (pod, 8080).into(), SOON).await {
-            Ok(ours) => {
-                // The side that closes first is the one that remembers.
-                drop(ours);
-                let (mut theirs, _) = listener.accept().await.unwrap();
-                assert_eq!(theirs.read(&mut [0]).await.unwrap(), 0);
-                made += 1;
-            }
-            Err(ConnectError::Refused { source, .. })
-                if source.raw_os_error() == Some(libc::EADDRNOTAVAIL) =>
-            {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            Err(error) => panic!("{error}"),
-        }
-    }
-}
-
-#[tokio::test]
-async fn a_local_connection_of_either_family_is_made_from_another_address() {
-    let inside = namespace().await;
-    let v4 = [Ipv4Addr::new(10, 1, 1, 1), Ipv4Addr::new(10, 9, 9, 9)].map(IpAddr::from);
-    let v6 = ["fd00::1", "fd00::9"].map(|text| text.parse::<Ipv6Addr>().unwrap().into());
-    bring_up(&inside, v4.into_iter().chain(v6)).await;
-    let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
-    for [client, pod] in [v4, v6] {
-        let listener = listen_tcp(&inside, (pod, 8080).into(), Options::default()).await.unwrap();
-        let listener = TcpListener::from_std(listener).unwrap();
-        let _ours = connect_local(&stock, Some(client), (pod, 8080).into(), SOON).await.unwrap();
-        assert_eq!(listener.accept().await.unwrap().1.ip(), client);
-    }
-}
-
-/// Puts addresses on an interface that is not loopback, as a pod's are.
-async fn bring_up(inside: &Netns, addresses: impl IntoIterator<Item = IpAddr>) {
-    let runtime = tokio::runtime::Handle::current();
-    let connect = move || {
-        let _on = runtime.enter();
-        rtnetlink::new_connection()
-    };
-    let (driver, handle, _) = inside.run(connect).await.unwrap().unwrap();
-    let driver = tokio::spawn(driver);
-    handle.link().add(LinkVeth::new("pod", "node").up().build()).execute().await.unwrap();
-    let index = inside.run(|| nix::net::if_::if_nametoindex("pod")).await.unwrap().unwrap();
-    for address in addresses {
-        let length = if address.is_ipv4() { 32 } else { 128 };
-        let mut add = handle.address().add(index, address, length);
-        // Without detection of duplicates the address is there at once.
-        add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
-        add.execute().await.unwrap();
-    }
-    driver.abort();
-}
-
-async fn add_address(inside: &Netns, address: Ipv4Addr) {
-    let runtime = tokio::runtime::Handle::current();
-    let connect = move || {
-        let _on = runtime.enter();
-        rtnetlink::new_connection()
-    };
-    let (driver, handle, _) = inside.run(connect).await.unwrap().unwrap();
-    let driver = tokio::spawn(driver);
-    handle.address().add(1, address.into(), 32).execute().await.unwrap();
-    driver.abort();
 }
 
 #[tokio::test]
