@@ -33,6 +33,8 @@ pub(crate) struct Insistent {
 struct Counts {
     tried: AtomicU64,
     answered: AtomicU64,
+    /// Attempts that came to an end, whichever.
+    ended: AtomicU64,
 }
 
 impl Insistent {
@@ -70,6 +72,12 @@ impl Insistent {
         self.counts.answered.load(Ordering::Relaxed)
     }
 
+    /// Attempts that are under way now, and may be answered still.
+    pub(crate) fn under_way(&self) -> u64 {
+        let ended = self.counts.ended.load(Ordering::Acquire);
+        self.counts.tried.load(Ordering::Acquire).saturating_sub(ended)
+    }
+
     /// Waits for ten answers from now on.
     pub(crate) async fn heard_again(&self) {
         let target = self.answered() + 10;
@@ -92,6 +100,7 @@ async fn insist(client: Pod, targets: [SocketAddr; 2], counts: Arc<Counts>) {
             if let Ok(Ok(_)) = tokio::time::timeout(ATTEMPT, exchange).await {
                 counts.answered.fetch_add(1, Ordering::Relaxed);
             }
+            counts.ended.fetch_add(1, Ordering::Release);
         });
         while attempts.try_join_next().is_some() {}
     }
