@@ -113,6 +113,14 @@ impl Bed {
         stream
     }
 
+    /// A pod of an identity that was never seen before gets a certificate and an answer.
+    pub(crate) async fn assert_a_late_pod_is_served(&self) {
+        let late = PodOptions::new(NAMESPACE, "late").node(0).service_account("late");
+        let late = self.cluster.pod(late).await.unwrap();
+        let mut stream = late.connect_within(self.vip(ECHO), wait::SOON).await.unwrap();
+        assert_eq!(ping(&mut stream, "late").await.unwrap(), "late");
+    }
+
     /// Sum of a counter of the newest node proxy of a node.
     pub(crate) async fn count(&self, node: usize, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.cluster.ztunnel(node).unwrap().metrics().await.unwrap().sum(name, labels)

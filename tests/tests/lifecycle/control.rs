@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ambit_local::{Cluster, ClusterBuilder, PodOptions};
+use ambit_local::{Cluster, ClusterBuilder};
 use ambit_tests::wait;
 
-use crate::bed::{Bed, ECHO, NAMESPACE, ping};
+use crate::bed::{Bed, ECHO, ping};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_control_plane_killed_and_started_again_under_load_fails_no_request() {
@@ -20,10 +20,7 @@ async fn the_control_plane_killed_and_started_again_under_load_fails_no_request(
     control.wait_ready().await.unwrap();
     load.more(100).await;
     // It is of use again: a pod that it never saw before gets a certificate and is known.
-    let late = PodOptions::new(NAMESPACE, "late").node(0).service_account("late");
-    let late = bed.cluster.pod(late).await.unwrap();
-    let mut stream = late.connect_within(bed.vip(ECHO), wait::SOON).await.unwrap();
-    assert_eq!(ping(&mut stream, "late").await.unwrap(), "late");
+    bed.assert_a_late_pod_is_served().await;
     let tally = load.finish().await;
     bed.end(&tally, |_| false).await;
 }

@@ -131,10 +131,7 @@ async fn a_root_is_replaced_in_three_steps_under_load_and_no_request_fails() {
     assert!(new.meets(&outside, server, &new.certificate).await);
     assert_eq!(ping(&mut idle, "older than all this").await.unwrap(), "older than all this");
     // A pod of an identity that is new makes a tunnel of its own.
-    let late = PodOptions::new(NAMESPACE, "late").node(0).service_account("late");
-    let late = bed.cluster.pod(late).await.unwrap();
-    let mut stream = late.connect_within(bed.vip(ECHO), wait::SOON).await.unwrap();
-    assert_eq!(ping(&mut stream, "late").await.unwrap(), "late");
+    bed.assert_a_late_pod_is_served().await;
     let tally = load.finish().await;
     bed.end(&tally, |_| false).await;
 }
