@@ -60,6 +60,7 @@ fn tunnel(seeds: &Seeds) {
     seeds.put("connect", "host", "CONNECT\nReviews.shop.svc:443\nbaggage: k8s.job.name=j");
     seeds.put("connect", "get", "GET\nhttps://10.0.0.1:80/path");
     seeds.put("connect", "mapped", "CONNECT\n[::ffff:10.0.0.1]:80\nforwarded: for=\"[::1]\"");
+    tls_records(seeds);
     seeds.put("baggage", "all", baggage);
     seeds.put(
         "baggage",
@@ -346,4 +347,18 @@ fn resources(seeds: &Seeds, name: &str, index: &Index) {
     sent.extend(dialled.map(|text| format!("d{text}").into_bytes()));
     seeds.put("directory", name, join(&sent));
     seeds.put("xds-client", name, [&[0][..], &join(&answers)].concat());
+}
+
+fn tls_records(seeds: &Seeds) {
+    let update = |requested| vec![22, 24, 0, 0, 1, requested];
+    let data = [&[23][..], b"bytes of an application"].concat();
+    seeds.put(
+        "tls-record",
+        "updates",
+        join(&[data.clone(), update(1), data.clone(), update(0), vec![21, 1, 0]]),
+    );
+    seeds.put("tls-record", "ticket", join(&[vec![22, 4, 0, 0, 2, 7, 7, 24, 0, 0, 1, 0], data]));
+    seeds.put("tls-record", "alerts", join(&[vec![21, 2, 80], vec![21, 1, 90], vec![21], vec![23]]));
+    let forged = [&[0, 23, 3, 3, 0, 24][..], &[5; 24]].concat();
+    seeds.put("tls-record", "forged", join(&[forged, vec![0, 23, 3, 3, 0, 0], vec![0, 20, 3, 3, 0, 1, 1]]));
 }

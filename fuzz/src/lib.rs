@@ -18,6 +18,7 @@ mod objects;
 pub mod pieces;
 mod proxy_protocol;
 mod socks5;
+mod tls;
 mod tunnel;
 mod zds;
 
@@ -42,6 +43,7 @@ pub fn targets() -> &'static [(&'static str, Target)] {
         ("revocations", identity::revocations),
         ("socks5", socks5::handshake),
         ("spiffe", identity::spiffe),
+        ("tls-record", tls::record),
         ("token", credentials::token),
         ("token-claims", credentials::claims),
         ("token-keys", credentials::key_set),

@@ -10,28 +10,23 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use ambit_identity::{PeerCertificate, SpiffeId, unnamed_server, verify_server};
+use ambit_identity::{PeerCertificate, SpiffeId, verify_server};
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
 use http::{Response, StatusCode};
-use rustls::ClientConfig;
+use rustls::{ClientConfig, CommonState};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 use crate::driver::{Upkeep, Verdict};
 use crate::load::{Lease, Load};
 use crate::overhead::Meter;
 use crate::paced::Paced;
 use crate::request::baggage;
+use crate::tls::{self, TlsStream};
 use crate::tunnel::Lingering;
 use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
-
-/// Plaintext and TLS records that may wait in the TLS layer: one large piece of a relay and its
-/// framing, so that it is encrypted and written at once.
-pub(crate) const TLS_BUFFER: usize = 320 * 1024;
 
 /// A way to open tunnels on an established connection. Clones share the connection.
 ///
@@ -90,16 +85,16 @@ pub async fn connect<IO>(
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let mut stream = TlsConnector::from(tls)
-        .connect(unnamed_server(), io)
+    let check = |session: &CommonState| match session.alpn_protocol() {
+        Some(b"h2") => {
+            verify_server(session, expected).map_err(|source| OpenError::Identity { address, source })
+        }
+        _ => Err(OpenError::NoHttp2 { address }),
+    };
+    let (stream, peer) = tls::connect(io, tls, check)
         .await
         .map_err(|source| OpenError::Tls { address, source: Arc::new(source) })?;
-    stream.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
-    let (_, session) = stream.get_ref();
-    if session.alpn_protocol() != Some(b"h2") {
-        return Err(OpenError::NoHttp2 { address });
-    }
-    let peer = verify_server(session, expected).map_err(|source| OpenError::Identity { address, source })?;
+    let peer = peer?;
     let meter = Meter::of_server();
     let tally = meter.tally();
     let (sender, mut connection) = settings

@@ -26,6 +26,7 @@ mod relay;
 mod request;
 pub mod server;
 mod settings;
+pub mod tls;
 mod traceparent;
 mod tunnel;
 mod windows;

@@ -85,6 +85,8 @@ pub(crate) fn server_config(
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     // Without tickets no session outlives the certificate it was authenticated with.
     config.send_tls13_tickets = 0;
+    // The tunnel moves its records itself.
+    config.enable_secret_extraction = true;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(config)
 }
@@ -106,6 +108,7 @@ pub(crate) fn client_config(
         .with_client_auth_cert(chain, key)?;
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     config.enable_sni = false;
+    config.enable_secret_extraction = true;
     config.resumption = rustls::client::Resumption::disabled();
     Ok(config)
 }

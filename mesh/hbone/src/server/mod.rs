@@ -17,12 +17,10 @@ use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
 use http::{Request, StatusCode};
-use rustls::ServerConfig;
+use rustls::{CommonState, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 pub use incoming::{Incoming, NotAnswered};
 
@@ -30,6 +28,7 @@ use crate::driver::{Upkeep, Verdict};
 use crate::load::Load;
 use crate::overhead::{Meter, Tally};
 use crate::paced::Paced;
+use crate::tls::{self, TlsStream};
 use crate::{ConnectRequest, RequestError, ServeError, Settings, WindowBudget};
 use abandoned::Abandoned;
 
@@ -93,13 +92,12 @@ async fn handshake<IO>(
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut stream = TlsAcceptor::from(tls).accept(io).await.map_err(ServeError::Tls)?;
-    stream.get_mut().1.set_buffer_limit(Some(crate::client::TLS_BUFFER));
-    let (_, session) = stream.get_ref();
-    if session.alpn_protocol() != Some(b"h2") {
-        return Err(ServeError::NoHttp2);
-    }
-    let peer = PeerCertificate::from_connection(session)?;
+    let check = |session: &CommonState| match session.alpn_protocol() {
+        Some(b"h2") => Ok(PeerCertificate::from_connection(session)?),
+        _ => Err(ServeError::NoHttp2),
+    };
+    let (stream, peer) = tls::accept(io, tls, check).await.map_err(ServeError::Tls)?;
+    let peer = peer?;
     let meter = Meter::of_client();
     let tally = meter.tally();
     let connection = settings

@@ -1,0 +1,185 @@
+//! Buffers for TLS records, which belong to the worker: a connection at rest holds none.
+
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
+use super::record::{MAX_RECORD, MAX_SEALED};
+
+/// Room for any one record.
+const SMALL: usize = MAX_RECORD.next_multiple_of(1024);
+/// Room for a large piece of a relay and its framing, sealed: 257 KiB of plaintext.
+const LARGE: usize = (17 * MAX_SEALED).next_multiple_of(1024);
+/// Buffers of each size that a worker keeps.
+const KEPT: usize = 4;
+/// How long large buffers outlive their last use.
+const LARGE_KEPT_FOR: Duration = Duration::from_secs(2);
+
+/// How large a buffer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Size {
+    /// For one record.
+    Small,
+    /// For many.
+    Large,
+}
+
+impl Size {
+    const fn bytes(self) -> usize {
+        match self {
+            Size::Small => SMALL,
+            Size::Large => LARGE,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shelf {
+    small: Vec<Box<[u8]>>,
+    large: Vec<Box<[u8]>>,
+    large_used: Option<Instant>,
+}
+
+impl Shelf {
+    fn of(&mut self, size: Size) -> &mut Vec<Box<[u8]>> {
+        match size {
+            Size::Small => &mut self.small,
+            Size::Large => &mut self.large,
+        }
+    }
+}
+
+thread_local! {
+    static SHELF: RefCell<Shelf> = RefCell::new(Shelf::default());
+}
+
+/// Bytes that wait, first in, first out, in memory that goes back to its worker when this is dropped.
+pub(crate) struct Buffer {
+    bytes: Box<[u8]>,
+    size: Size,
+    start: usize,
+    end: usize,
+}
+
+impl Buffer {
+    /// An empty one.
+    pub(crate) fn take(size: Size) -> Buffer {
+        let kept = SHELF.with_borrow_mut(|shelf| shelf.of(size).pop());
+        let bytes = kept.unwrap_or_else(|| vec![0; size.bytes()].into_boxed_slice());
+        Buffer { bytes, size, start: 0, end: 0 }
+    }
+
+    pub(crate) fn size(&self) -> Size {
+        self.size
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// What waits.
+    pub(crate) fn filled(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    pub(crate) fn filled_mut(&mut self) -> &mut [u8] {
+        self.bytes.get_mut(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Room behind what waits. Its content is left over from earlier uses.
+    pub(crate) fn spare(&mut self) -> &mut [u8] {
+        self.bytes.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// The first `n` bytes of the room are filled.
+    pub(crate) fn fill(&mut self, n: usize) {
+        self.end = (self.end + n).min(self.bytes.len());
+    }
+
+    /// The first `n` bytes are done with.
+    pub(crate) fn consume(&mut self, n: usize) {
+        self.start = (self.start + n).min(self.end);
+        if self.is_empty() {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Moves what waits to the front, so that all the room is behind it.
+    pub(crate) fn compact(&mut self) {
+        self.bytes.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+    }
+
+    /// Appends `bytes`, as far as there is room.
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        let room = self.spare();
+        let fits = bytes.len().min(room.len());
+        if let (Some(room), Some(bytes)) = (room.get_mut(..fits), bytes.get(..fits)) {
+            room.copy_from_slice(bytes);
+        }
+        self.fill(fits);
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        // A thread that is ending keeps nothing.
+        let _ = SHELF.try_with(|shelf| {
+            let mut shelf = shelf.borrow_mut();
+            if self.size == Size::Large {
+                shelf.large_used = Some(Instant::now());
+            }
+            let kept = shelf.of(self.size);
+            if kept.len() < KEPT {
+                kept.push(bytes);
+            }
+        });
+    }
+}
+
+/// Frees this worker's large buffers if none was used for two seconds. Called from a periodic task of the worker.
+pub(crate) fn trim(now: Instant) {
+    SHELF.with_borrow_mut(|shelf| {
+        if shelf.large_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR) {
+            shelf.large = Vec::new();
+            shelf.large_used = None;
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_put_in_comes_out_in_order_and_makes_room() {
+        let mut buffer = Buffer::take(Size::Small);
+        buffer.push(&vec![1; SMALL - 2]);
+        buffer.push(b"abc");
+        assert_eq!(buffer.filled().len(), SMALL);
+        assert!(buffer.spare().is_empty());
+        buffer.consume(SMALL - 2);
+        assert_eq!(buffer.filled(), b"ab");
+        buffer.compact();
+        buffer.push(b"d");
+        assert_eq!(buffer.filled(), b"abd");
+        buffer.consume(3);
+        assert_eq!(buffer.spare().len(), SMALL);
+    }
+
+    #[test]
+    fn a_worker_keeps_few_buffers_and_large_ones_only_while_they_are_used() {
+        std::thread::spawn(|| {
+            let all: Vec<_> = (0..2 * KEPT).map(|_| Buffer::take(Size::Large)).collect();
+            drop(all);
+            let kept = || SHELF.with_borrow(|shelf| shelf.large.len());
+            assert_eq!(kept(), KEPT);
+            trim(Instant::now());
+            assert_eq!(kept(), KEPT);
+            trim(Instant::now() + LARGE_KEPT_FOR);
+            assert_eq!(kept(), 0);
+        })
+        .join()
+        .unwrap();
+    }
+}

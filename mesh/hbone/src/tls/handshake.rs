@@ -1,0 +1,232 @@
+//! The handshake, which is all rustls', and what it leaves behind for the record layer.
+
+use std::io;
+
+use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::kernel::KernelConnection;
+use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
+use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
+use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::message::Peer;
+use super::record::RecordError;
+
+/// First room for what the peer sends; most handshakes fit.
+const ROOM: usize = 4 * 1024;
+/// The most that may wait for the rest of a handshake message, which is 64 KiB at most, and a record.
+const MOST: usize = 96 * 1024;
+
+/// The part of a session that outlives the handshake: it derives the next secrets.
+pub(crate) enum Keys {
+    Client(KernelConnection<ClientConnectionData>),
+    Server(KernelConnection<ServerConnectionData>),
+}
+
+impl Keys {
+    pub(crate) fn peer(&self) -> Peer {
+        match self {
+            Keys::Client(_) => Peer::Server,
+            Keys::Server(_) => Peer::Client,
+        }
+    }
+
+    pub(crate) fn next_sending(&mut self) -> Result<(u64, ConnectionTrafficSecrets), RecordError> {
+        match self {
+            Keys::Client(session) => session.update_tx_secret(),
+            Keys::Server(session) => session.update_tx_secret(),
+        }
+        .map_err(|_| RecordError::Secrets)
+    }
+
+    pub(crate) fn next_receiving(&mut self) -> Result<(u64, ConnectionTrafficSecrets), RecordError> {
+        match self {
+            Keys::Client(session) => session.update_rx_secret(),
+            Keys::Server(session) => session.update_rx_secret(),
+        }
+        .map_err(|_| RecordError::Secrets)
+    }
+}
+
+/// What the two sides' sessions have in common.
+pub(crate) trait Session: Sized {
+    type Data;
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
+    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), rustls::Error>;
+}
+
+impl Session for UnbufferedClientConnection {
+    type Data = ClientConnectionData;
+
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+
+    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), rustls::Error> {
+        let (secrets, session) = self.dangerous_into_kernel_connection()?;
+        Ok((secrets, Keys::Client(session)))
+    }
+}
+
+impl Session for UnbufferedServerConnection {
+    type Data = ServerConnectionData;
+
+    fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
+        self.process_tls_records(incoming)
+    }
+
+    fn into_keys(self) -> Result<(ExtractedSecrets, Keys), rustls::Error> {
+        let (secrets, session) = self.dangerous_into_kernel_connection()?;
+        Ok((secrets, Keys::Server(session)))
+    }
+}
+
+/// What came with the end of the handshake, and is for the time after it.
+#[derive(Default)]
+pub(crate) struct Leftover {
+    /// Opened already.
+    pub(crate) plain: Vec<u8>,
+    /// Records still sealed, the last one perhaps in part.
+    pub(crate) sealed: Vec<u8>,
+}
+
+/// Runs the handshake of `session` over `io` to its end. The caller bounds the time.
+///
+/// # Errors
+///
+/// What rustls finds wrong, as `InvalidData` (the peer is told by an alert); what the connection says.
+pub(crate) async fn run<IO, S>(io: &mut IO, session: &mut S) -> io::Result<Leftover>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+    S: Session,
+{
+    let mut incoming = Incoming { bytes: Vec::new(), filled: 0 };
+    let mut outgoing = Vec::new();
+    let mut plain = Vec::new();
+    loop {
+        match step(session, &mut incoming, &mut outgoing, &mut plain) {
+            Ok(Step::On) => {}
+            Ok(Step::Read) => {
+                send(io, &mut outgoing).await?;
+                incoming.read(io).await?;
+            }
+            Ok(Step::Done) => {
+                send(io, &mut outgoing).await?;
+                incoming.bytes.truncate(incoming.filled);
+                return Ok(Leftover { plain, sealed: incoming.bytes });
+            }
+            Err(error) => {
+                // The alert. Whether it arrives does not change what is reported.
+                while matches!(step(session, &mut incoming, &mut outgoing, &mut plain), Ok(Step::On)) {}
+                let _ = send(io, &mut outgoing).await;
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+        }
+    }
+}
+
+async fn send<IO: AsyncWrite + Unpin>(io: &mut IO, outgoing: &mut Vec<u8>) -> io::Result<()> {
+    if !outgoing.is_empty() {
+        io.write_all(outgoing).await?;
+        io.flush().await?;
+        outgoing.clear();
+    }
+    Ok(())
+}
+
+struct Incoming {
+    /// All of it can be written to; what is filled is in front.
+    bytes: Vec<u8>,
+    filled: usize,
+}
+
+impl Incoming {
+    fn discard(&mut self, n: usize) {
+        let n = n.min(self.filled);
+        self.bytes.copy_within(n..self.filled, 0);
+        self.filled -= n;
+    }
+
+    async fn read<IO: AsyncRead + Unpin>(&mut self, io: &mut IO) -> io::Result<()> {
+        if self.filled == self.bytes.len() {
+            if self.filled >= MOST {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "a TLS handshake message is too large",
+                ));
+            }
+            self.bytes.resize((self.filled * 2).clamp(ROOM, MOST), 0);
+        }
+        let room = self.bytes.get_mut(self.filled..).unwrap_or_default();
+        match io.read(room).await? {
+            0 => {
+                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer hung up during the TLS handshake"))
+            }
+            n => {
+                self.filled += n;
+                Ok(())
+            }
+        }
+    }
+}
+
+enum Step {
+    /// There is more to do without the network.
+    On,
+    /// The peer's turn.
+    Read,
+    Done,
+}
+
+fn step<S: Session>(
+    session: &mut S,
+    incoming: &mut Incoming,
+    outgoing: &mut Vec<u8>,
+    plain: &mut Vec<u8>,
+) -> Result<Step, rustls::Error> {
+    let filled = incoming.bytes.get_mut(..incoming.filled).unwrap_or_default();
+    let UnbufferedStatus { mut discard, state } = session.process(filled);
+    let next = match state {
+        Ok(ConnectionState::EncodeTlsData(mut data)) => {
+            encode(&mut data, outgoing)?;
+            Ok(Step::On)
+        }
+        Ok(ConnectionState::TransmitTlsData(data)) => {
+            // It goes out before anything is waited for.
+            data.done();
+            Ok(Step::On)
+        }
+        Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+            while let Some(record) = traffic.next_record() {
+                let record = record?;
+                discard += record.discard;
+                plain.extend_from_slice(record.payload);
+            }
+            Ok(Step::On)
+        }
+        Ok(ConnectionState::BlockedHandshake) => Ok(Step::Read),
+        Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Done),
+        Ok(_) => Err(rustls::Error::General("the peer ended the connection with its handshake".to_owned())),
+        Err(error) => Err(error),
+    };
+    incoming.discard(discard);
+    next
+}
+
+fn encode<Data>(data: &mut EncodeTlsData<'_, Data>, outgoing: &mut Vec<u8>) -> Result<(), rustls::Error> {
+    let start = outgoing.len();
+    let mut room = 0;
+    loop {
+        outgoing.resize(start + room, 0);
+        match data.encode(outgoing.get_mut(start..).unwrap_or_default()) {
+            Ok(written) => {
+                outgoing.truncate(start + written);
+                return Ok(());
+            }
+            Err(EncodeError::InsufficientSize(need)) => room = need.required_size,
+            Err(EncodeError::AlreadyEncoded) => {
+                return Err(rustls::Error::General("a TLS record was to be encoded twice".to_owned()));
+            }
+        }
+    }
+}
