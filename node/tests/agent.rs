@@ -137,7 +137,7 @@ fn spec(uid: &str, pod: &Host) -> PodSpec {
 }
 
 async fn dial(from: &Netns, to: SocketAddr) -> std::io::Result<TcpStream> {
-    connect(&SocketStock::new(from.clone(), None), None, to, SOON).await.map_err(std::io::Error::other)
+    connect(&SocketStock::new(from.clone(), None), to, SOON).await.map_err(std::io::Error::other)
 }
 
 async fn state(agent: &Agent, uid: &str) -> Option<PodState> {

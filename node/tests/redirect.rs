@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ambit_net::conntrack::Conntrack;
 use ambit_net::listen::{Options as SocketOptions, bind_udp, listen_tcp};
-use ambit_net::{Family, Netns, PROXY_MARK, SocketStock, connect, original_dst};
+use ambit_net::{Family, Netns, PROXY_MARK, SocketStock, connect, connect_local, original_dst};
 use ambit_node::listeners::{Listener, bind};
 use ambit_node::nft::{self, Action, Rule};
 use ambit_node::redirect::{self, Fault, Options, PROBE_V4, Stage, plan};
@@ -46,7 +46,7 @@ impl Proxy {
 }
 
 async fn dial(from: &Netns, to: SocketAddr) -> TcpStream {
-    connect(&SocketStock::new(from.clone(), None), None, to, SOON).await.unwrap()
+    connect(&SocketStock::new(from.clone(), None), to, SOON).await.unwrap()
 }
 
 async fn listen(inside: &Netns, at: SocketAddr) -> TcpListener {
@@ -192,7 +192,7 @@ async fn marked_connections_bypass_the_rules() {
     for ip in outside.addresses() {
         let to = SocketAddr::new(ip, 9080);
         let server = listen(&outside.netns, to).await;
-        let mut direct = connect(&stock, None, to, SOON).await.unwrap();
+        let mut direct = connect(&stock, to, SOON).await.unwrap();
         let (mut taken, _) = accept(&server).await;
         talk(&mut direct, &mut taken).await;
     }
@@ -207,7 +207,7 @@ async fn the_application_sees_the_clients_address_that_the_proxy_binds() {
         for client in [client, stranger(client)] {
             let to = SocketAddr::new(own, 9080);
             let app = listen(&pod.netns, to).await;
-            let mut proxied = connect(&stock, Some(client), to, SOON).await.unwrap();
+            let mut proxied = connect_local(&stock, Some(SocketAddr::new(client, 0)), to, SOON).await.unwrap();
             let (mut taken, seen) = accept(&app).await;
             assert_eq!(seen.ip(), client);
             talk(&mut proxied, &mut taken).await;
@@ -282,7 +282,7 @@ async fn probes_reach_the_application_uncaptured() {
     let to = SocketAddr::new(pod.v4.into(), 8080);
     let app = listen(&pod.netns, to).await;
     let stock = SocketStock::new(outside.netns.clone(), None);
-    let mut kubelet = connect(&stock, Some(PROBE_V4.into()), to, SOON).await.unwrap();
+    let mut kubelet = connect_local(&stock, Some((PROBE_V4, 0).into()), to, SOON).await.unwrap();
     let (mut taken, seen) = accept(&app).await;
     assert_eq!(seen.ip(), IpAddr::from(PROBE_V4));
     talk(&mut kubelet, &mut taken).await;
@@ -358,7 +358,7 @@ async fn a_foreign_source_connection_lives_through_leaving() {
     let stock = SocketStock::new(pod.netns.clone(), Some(PROXY_MARK));
     let to = SocketAddr::new(pod.v4.into(), 9080);
     let app = listen(&pod.netns, to).await;
-    let mut proxied = connect(&stock, Some(outside.v4.into()), to, SOON).await.unwrap();
+    let mut proxied = connect_local(&stock, Some((outside.v4, 0).into()), to, SOON).await.unwrap();
     let mut taken = accept(&app).await.0;
     talk(&mut proxied, &mut taken).await;
     apply(&pod, Stage::Leaving).await;

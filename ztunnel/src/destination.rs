@@ -30,8 +30,10 @@ pub struct Authenticated {
     pub worker: Arc<Worker>,
     /// The pod that it is to.
     pub pod: Arc<Pod>,
-    /// The client's address.
+    /// The client's address; on a tunnel, the tunnel's port.
     pub source: SocketAddr,
+    /// The port that the client itself dials from, as far as it is known; else 0.
+    pub client_port: u16,
     /// Who the client is, proven by certificate or by being a pod of this node.
     pub peer: Option<SpiffeId>,
     /// The certificate that proved it.
@@ -201,7 +203,8 @@ impl Authorized {
     async fn dial(&self) -> Result<TcpStream, ConnectionError> {
         let InboundTarget { destination, dial, proxy_header } = self.target;
         let limit = self.from.worker.proxy.settings.limits.attempt_timeout;
-        let source = foreign(self.from.source.ip(), dial.ip());
+        let client = SocketAddr::new(self.from.source.ip(), self.from.client_port);
+        let source = foreign(client, dial.ip());
         let mut stream = connect_local(self.from.pod.stock(), source, dial, limit).await?;
         if proxy_header {
             let identity = self.from.peer.as_ref().map(SpiffeId::as_str);
@@ -216,8 +219,9 @@ impl Authorized {
 }
 
 /// The source to bear towards the application: the client's, unless the application couldn't answer it.
-fn foreign(source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
-    let usable = source.is_ipv4() == destination.is_ipv4() && !source.is_loopback() && source != destination;
+fn foreign(source: SocketAddr, destination: IpAddr) -> Option<SocketAddr> {
+    let ip = source.ip();
+    let usable = ip.is_ipv4() == destination.is_ipv4() && !ip.is_loopback() && ip != destination;
     usable.then_some(source)
 }
 

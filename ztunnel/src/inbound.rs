@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_hbone::server;
-use ambit_hbone::{Incoming, ServeError, Tunnel};
+use ambit_hbone::{Forwarded, Incoming, ServeError, Tunnel};
 use ambit_identity::PeerCertificate;
 use ambit_net::relay::{Counters, Side};
 use tokio::net::TcpStream;
@@ -111,6 +111,12 @@ impl Accepted {
     }
 }
 
+/// The port of a client that its own node's proxy dialled for. What a peer claims beyond its own address is not used.
+fn client_port(forwarded: Option<&Forwarded>, tunnel: SocketAddr) -> u16 {
+    let own = forwarded.map(|forwarded| forwarded.client).filter(|client| client.ip() == tunnel.ip());
+    own.map_or(0, |client| client.port())
+}
+
 impl Tunnelled {
     /// What arrived on the connection, as far as is known without a CONNECT.
     fn arrived(self) -> Authenticated {
@@ -118,6 +124,7 @@ impl Tunnelled {
             worker: self.worker,
             pod: self.pod,
             source: self.source,
+            client_port: 0,
             peer: Some(self.certificate.identity().clone()),
             certificate: Some(self.certificate),
             client: None,
@@ -145,9 +152,11 @@ impl Tunnelled {
     async fn reach(self, mut incoming: Incoming) -> Option<(Tunnel, Connected)> {
         let arrived = self.clone();
         let request = incoming.request();
+        let forwarded = request.forwarded.as_ref();
         let asked = Authenticated {
             authority: Some(directory_authority(&request.authority)),
-            host: request.forwarded.as_ref().and_then(|f| f.host.as_deref()).map(Into::into),
+            host: forwarded.and_then(|forwarded| forwarded.host.as_deref()).map(Into::into),
+            client_port: client_port(forwarded, self.source),
             ..self.arrived()
         };
         let reaching = async {

@@ -27,6 +27,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, pe
         worker,
         pod,
         source: peer,
+        client_port: peer.port(),
         peer: None,
         certificate: None,
         client: None,

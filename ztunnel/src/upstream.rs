@@ -209,6 +209,7 @@ impl Dial<'_> {
             worker: self.worker.clone(),
             pod,
             source: self.source,
+            client_port: self.source.port(),
             peer: Some(self.pod.identity().clone()),
             certificate: None,
             client: Some(self.client.clone()),
@@ -284,7 +285,7 @@ impl Dial<'_> {
         story.destination_address = way.address;
         story.hbone_address = None;
         let limit = self.worker.proxy.settings.limits.attempt_timeout;
-        Ok(Upstream::Plain(connect(self.pod.stock(), None, way.address, limit).await?))
+        Ok(Upstream::Plain(connect(self.pod.stock(), way.address, limit).await?))
     }
 
     /// To a workload that only DNS can tell the address of. The name is looked up as the proxy's own
@@ -375,7 +376,7 @@ async fn dial_proxy(
     address: SocketAddr,
     limit: std::time::Duration,
 ) -> io::Result<TcpStream> {
-    connect(&stock, None, address, limit).await.map_err(|error| match error {
+    connect(&stock, address, limit).await.map_err(|error| match error {
         ConnectError::Refused { source, .. } | ConnectError::Bind { source, .. } => source,
         ConnectError::TimedOut { .. } => io::Error::new(io::ErrorKind::TimedOut, error.to_string()),
         ConnectError::Namespace { .. } => io::Error::other(error.to_string()),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use socket2::Socket;
@@ -50,36 +51,66 @@ pub enum ConnectError {
     },
 }
 
-/// Connects to `destination` with a socket of `stock`, on the calling worker's runtime. `source`, when
-/// given, becomes the connection's source address; it need not be local if the stock bears a mark.
+/// Source ports that are borne: those that clients are given by their systems (Linux: 32768 to 60999; RFC 6335 §6:
+/// 49152 and up). Others stay free for applications of the namespace to listen on.
+const EPHEMERAL: RangeInclusive<u16> = 32768..=65535;
+
+/// Connects to `destination` with a socket of `stock`, on the calling worker's runtime, from an address and a port that
+/// the kernel chooses.
+///
+/// # Errors
+/// See [`ConnectError`].
+pub async fn connect(
+    stock: &SocketStock,
+    destination: SocketAddr,
+    limit: Duration,
+) -> Result<TcpStream, ConnectError> {
+    let socket = take(stock, destination).await?;
+    connect_with(socket, destination, limit).await
+}
+
+/// As [`connect`], to a `destination` in the namespace of `stock` itself, from `source`.
+///
+/// Its address is borne in any case; it need not be local if the stock bears a mark. Its port is borne where it is one that
+/// clients are given and is free towards `destination`; else another. So a destination tells its clients' connections
+/// apart as they do, and the kernel need not search for a port, which takes long once a client has had many.
 ///
 /// # Errors
 /// See [`ConnectError`]; a `source` of another family than `destination` fails as `Bind`.
-pub async fn connect(
-    stock: &SocketStock,
-    source: Option<IpAddr>,
-    destination: SocketAddr,
-    limit: Duration,
-) -> Result<TcpStream, ConnectError> {
-    let socket = take(stock, destination).await?;
-    connect_with(socket, source, destination, limit).await
-}
-
-/// As [`connect`], to a `destination` in the namespace of `stock` itself.
-///
-/// # Errors
-/// As [`connect`].
 pub async fn connect_local(
     stock: &SocketStock,
-    source: Option<IpAddr>,
+    source: Option<SocketAddr>,
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<TcpStream, ConnectError> {
-    let socket = take(stock, destination).await?;
-    if let Err(error) = stay_local(&socket) {
-        tracing::debug!(%error, %destination, "a local connection keeps the system's congestion control");
+    let Some(source) = source else {
+        return connect_with(take_local(stock, destination).await?, destination, limit).await;
+    };
+    if EPHEMERAL.contains(&source.port()) {
+        let socket = take_local(stock, destination).await?;
+        if bind(&socket, source, destination).is_ok() {
+            match connect_with(socket, destination, limit).await {
+                // Another connection has it, or has had it until a moment ago.
+                Err(ConnectError::Refused { source, .. }) if is_taken(&source) => {}
+                ended => return ended,
+            }
+        }
     }
-    connect_with(socket, source, destination, limit).await
+    let socket = take_local(stock, destination).await?;
+    bind(&socket, SocketAddr::new(source.ip(), 0), destination)?;
+    connect_with(socket, destination, limit).await
+}
+
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse)
+}
+
+fn bind(socket: &Socket, source: SocketAddr, destination: SocketAddr) -> Result<(), ConnectError> {
+    socket.bind(&source.into()).map_err(|error| ConnectError::Bind {
+        destination,
+        address: source.ip(),
+        source: error,
+    })
 }
 
 async fn take(stock: &SocketStock, destination: SocketAddr) -> Result<Socket, ConnectError> {
@@ -87,20 +118,20 @@ async fn take(stock: &SocketStock, destination: SocketAddr) -> Result<Socket, Co
     stock.take(family).await.map_err(|source| ConnectError::Namespace { destination, source })
 }
 
+async fn take_local(stock: &SocketStock, destination: SocketAddr) -> Result<Socket, ConnectError> {
+    let socket = take(stock, destination).await?;
+    if let Err(error) = stay_local(&socket).and_then(|()| socket.set_reuse_address(true)) {
+        tracing::debug!(%error, %destination, "a local connection has not all of its options");
+    }
+    Ok(socket)
+}
+
 async fn connect_with(
     socket: Socket,
-    source: Option<IpAddr>,
     destination: SocketAddr,
     limit: Duration,
 ) -> Result<TcpStream, ConnectError> {
     let socket = TcpSocket::from_std_stream(socket.into());
-    if let Some(address) = source {
-        socket.bind(SocketAddr::new(address, 0)).map_err(|source| ConnectError::Bind {
-            destination,
-            address,
-            source,
-        })?;
-    }
     match tokio::time::timeout(limit, socket.connect(destination)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(source)) => Err(ConnectError::Refused { destination, source }),

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use ambit_net::connect::ConnectError;
 use ambit_net::listen::{Options, bind_udp, listen_tcp};
 use ambit_net::sockdiag::{self, Kind};
-use ambit_net::{Family, Netns, NetnsError, PROXY_MARK, SocketStock, connect};
+use ambit_net::{Family, Netns, NetnsError, PROXY_MARK, SocketStock, connect, connect_local};
 use rtnetlink::LinkUnspec;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -84,7 +84,7 @@ async fn a_stock_yields_marked_sockets_of_its_namespace_and_refills_itself() {
     assert!(stock.is_empty());
     let mut open = Vec::new();
     for _ in 0..20 {
-        open.push(connect(&stock, None, loopback(8080), SOON).await.unwrap());
+        open.push(connect(&stock, loopback(8080), SOON).await.unwrap());
         open.push(listener.accept().await.unwrap().0);
     }
     let connections = sockdiag::list(&inside, Kind::TcpConnections).await.unwrap();
@@ -112,10 +112,11 @@ async fn a_burst_never_outgrows_the_stocks_limit() {
 async fn failed_connections_say_where_to_and_why() {
     let inside = namespace().await;
     let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
-    let refused = connect(&stock, None, loopback(9), SOON).await.unwrap_err();
+    let refused = connect(&stock, loopback(9), SOON).await.unwrap_err();
     assert!(matches!(&refused, ConnectError::Refused { .. }), "{refused}");
     assert!(refused.to_string().contains("127.0.0.1:9"), "{refused}");
-    let other_family = connect(&stock, Some("::1".parse().unwrap()), loopback(9), SOON).await.unwrap_err();
+    let foreign = Some("[::1]:0".parse().unwrap());
+    let other_family = connect_local(&stock, foreign, loopback(9), SOON).await.unwrap_err();
     assert!(matches!(other_family, ConnectError::Bind { .. }), "{other_family}");
     // A full queue answers nothing: the kernel drops the SYN.
     let full = listen_tcp(&inside, loopback(7), Options::default()).await.unwrap();
@@ -123,13 +124,58 @@ async fn failed_connections_say_where_to_and_why() {
     let limit = Duration::from_millis(200);
     let mut held = Vec::new();
     let late = loop {
-        match connect(&stock, None, loopback(7), limit).await {
+        match connect(&stock, loopback(7), limit).await {
             Ok(stream) if held.len() < 10 => held.push(stream),
             Ok(_) => panic!("the queue is never full"),
             Err(error) => break error,
         }
     };
     assert!(matches!(late, ConnectError::TimedOut { .. }), "{late}");
+}
+
+#[tokio::test]
+async fn a_local_connection_bears_the_clients_port_where_it_may() {
+    let inside = namespace().await;
+    let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
+    let listen = async |port| {
+        let listener = listen_tcp(&inside, loopback(port), Options::default()).await.unwrap();
+        TcpListener::from_std(listener).unwrap()
+    };
+    let (one, other) = (listen(8080).await, listen(8081).await);
+    // Every address of the kind is local to a loopback device, so an answer finds its way.
+    let client = |port| SocketAddr::from((Ipv4Addr::new(127, 9, 9, 9), port));
+    let dial = |source: SocketAddr, to: SocketAddr| {
+        let stock = stock.clone();
+        async move { connect_local(&stock, Some(source), to, SOON).await.unwrap() }
+    };
+    let seen = |accepted: &TcpStream| accepted.peer_addr().unwrap();
+
+    let first = dial(client(40_000), loopback(8080)).await;
+    let accepted = one.accept().await.unwrap().0;
+    assert_eq!(seen(&accepted), client(40_000));
+    let elsewhere = dial(client(40_000), loopback(8081)).await;
+    assert_eq!(seen(&other.accept().await.unwrap().0), client(40_000), "towards another port it is free");
+
+    // A second one with the same four-tuple cannot be: it has another port, and so after the first has ended, for a minute.
+    let _second = dial(client(40_000), loopback(8080)).await;
+    let second = one.accept().await.unwrap().0;
+    assert_eq!(seen(&second).ip(), client(0).ip());
+    assert_ne!(seen(&second).port(), 40_000);
+    drop(first);
+    accepted.readable().await.unwrap();
+    drop(accepted);
+    let _third = dial(client(40_000), loopback(8080)).await;
+    let third = one.accept().await.unwrap().0;
+    assert_eq!(seen(&third).ip(), client(0).ip());
+
+    // Ports that applications listen on stay theirs.
+    let _low = dial(client(9090), loopback(8080)).await;
+    assert_ne!(seen(&one.accept().await.unwrap().0).port(), 9090);
+    let wide = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 40_000));
+    listen_tcp(&inside, wide, Options::default())
+        .await
+        .expect("a server finds its port free beside a connection");
+    drop(elsewhere);
 }
 
 #[tokio::test]

@@ -110,7 +110,7 @@ impl Forwarder<'_> {
 
     async fn ask_tcp(&self, query: &[u8], upstream: SocketAddr) -> Result<Vec<u8>, ForwardError> {
         let fail = |source| ForwardError::Io { upstream, source };
-        let mut stream = connect(self.sockets, None, upstream, self.limit)
+        let mut stream = connect(self.sockets, upstream, self.limit)
             .await
             .map_err(|source| ForwardError::Connect { upstream, source })?;
         stream.write_all(&framed(query)).await.map_err(fail)?;

@@ -240,7 +240,7 @@ impl DnsProxy {
     async fn pass_on(&self, client: &Client, mut stream: TcpStream, foreign: SocketAddr) {
         self.shared.metrics.foreign.inc();
         let limit = self.shared.settings.attempt_timeout;
-        let mut upstream = match connect(&client.sockets, None, foreign, limit).await {
+        let mut upstream = match connect(&client.sockets, foreign, limit).await {
             Ok(upstream) => upstream,
             Err(error) => {
                 debug!(%error, "a resolver does not answer");

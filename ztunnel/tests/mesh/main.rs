@@ -35,6 +35,11 @@ async fn bytes_between_nodes_go_through_a_tunnel_and_the_server_sees_the_clients
         assert!(exchange(&mut stream, &message).await.unwrap() == message, "bytes differ");
         let peer = seen.recv().await.unwrap();
         assert!(client.net.ips().contains(&peer.ip()), "{peer}");
+        assert_eq!(
+            peer.port(),
+            stream.local_addr().unwrap().port(),
+            "the client's own port, which is free here"
+        );
         let hbone = SocketAddr::new(ip, 15008).to_string();
         for (node, direction) in [(0, "outbound"), (1, "inbound")] {
             let line = mesh.nodes[node]

@@ -93,7 +93,7 @@ impl PodNet {
     /// Connects as an application in the pod does.
     pub(crate) async fn dial(&self, address: SocketAddr) -> Result<TcpStream, ambit_net::ConnectError> {
         let stock = SocketStock::new(self.netns.clone(), None);
-        connect(&stock, None, address, Duration::from_secs(15)).await
+        connect(&stock, address, Duration::from_secs(15)).await
     }
 
     /// Listens as an application in the pod does.

@@ -155,7 +155,7 @@ async fn names_are_answered_in_the_pod_and_reached_by_socks() {
 
 async fn socks(pod: &Pod) -> TcpStream {
     let stock = SocketStock::new(pod.net.netns.clone(), None);
-    ambit_net::connect(&stock, None, (Ipv4Addr::LOCALHOST, 15080).into(), LIMIT).await.unwrap()
+    ambit_net::connect(&stock, (Ipv4Addr::LOCALHOST, 15080).into(), LIMIT).await.unwrap()
 }
 
 /// An A question.
