@@ -7,6 +7,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 BIN := $(TARGET_DIR)/$(PROFILE)
 TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
+# Linking one takes minutes, so only those that are measured or measure.
+BENCH_PROGRAMS := ztunnel ambit-control ambit-bench ambit-bench-control
 STATIC_TARGET := x86_64-unknown-linux-gnu
 
 .PHONY: help build demo test guard bench soak fuzz lint fmt deny doc static packages clean
@@ -31,7 +33,7 @@ guard: packages ## instruction counts of the hot functions against their limits;
 	$(CARGO) test --profile $(PROFILE) -p ambit-scale --test guard -- --nocapture
 
 bench: ## the figures of this machine: L4 beside no mesh and a raw relay; control plane, policies, directory, certificates
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release -p ztunnel -p ambit-control -p ambit-tests -p ambit-scale $(BENCH_PROGRAMS:%=--bin %)
 	$(TARGET_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
 	$(TARGET_DIR)/release/ambit-bench-control --out docs/benchmarks-control.md --json $(TARGET_DIR)/benchmarks-control.json
 

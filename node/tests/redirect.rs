@@ -207,7 +207,8 @@ async fn the_application_sees_the_clients_address_that_the_proxy_binds() {
         for client in [client, stranger(client)] {
             let to = SocketAddr::new(own, 9080);
             let app = listen(&pod.netns, to).await;
-            let mut proxied = connect_local(&stock, Some(SocketAddr::new(client, 0)), to, SOON).await.unwrap();
+            let mut proxied =
+                connect_local(&stock, Some(SocketAddr::new(client, 0)), to, SOON).await.unwrap();
             let (mut taken, seen) = accept(&app).await;
             assert_eq!(seen.ip(), client);
             talk(&mut proxied, &mut taken).await;

@@ -8,9 +8,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::overhead::Meter;
 
-/// Bytes that a connection's task reads, and writes, before it yields: about a third of a
+/// Bytes that a connection's task reads, and writes, before it yields: about a sixth of a
 /// millisecond of encryption and system calls.
-const TURN: usize = 512 * 1024;
+const TURN: usize = 256 * 1024;
 
 /// Wraps a stream whose socket may never say that it would block. After each [`TURN`] it does, once, and
 /// wakes its task at once, so that a bulk transfer does not hold up the small ones beside it. What passes is metered.
@@ -123,7 +123,7 @@ mod tests {
                 paced.write_all(&data).await.unwrap();
             }
         });
-        assert_eq!(writes, 4);
+        assert_eq!(writes, 8);
         let reads = polls(async {
             let mut paced = Paced::new(tokio::io::join(repeat(7), sink()), Meter::of_server());
             let mut data = vec![0; 64 * 1024];
@@ -131,7 +131,7 @@ mod tests {
                 paced.read_exact(&mut data).await.unwrap();
             }
         });
-        assert_eq!(reads, 4);
+        assert_eq!(reads, 8);
     }
 
     #[test]

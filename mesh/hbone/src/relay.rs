@@ -24,7 +24,7 @@ use crate::load::Lease;
 use crate::tunnel::{io_error, poll_room};
 
 /// Bytes that one direction may move before other tasks of the worker get their turn.
-const TURN: usize = 1024 * 1024;
+const TURN: usize = 256 * 1024;
 /// Pieces that one vectored write carries; the kernel takes 1024.
 const SLICES: usize = 64;
 /// Received pieces below this are copied together: thousands of tiny ones may wait for a slow reader.
