@@ -44,37 +44,13 @@ pub struct Query(BTreeMap<String, String>);
 impl Query {
     /// Reads `a=b&c=d`; a name that comes twice has its last value.
     pub fn parse(text: &str) -> Self {
-        let pairs = text.split('&').filter(|pair| !pair.is_empty());
-        let decoded = pairs.map(|pair| {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            (percent_decoded(name), percent_decoded(value))
-        });
-        Self(decoded.collect())
+        Self(form_urlencoded::parse(text.as_bytes()).into_owned().collect())
     }
 
     /// A parameter's value.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
-}
-
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = text.bytes();
-    let mut decoded = Vec::with_capacity(text.len());
-    while let Some(byte) = bytes.next() {
-        match byte {
-            b'+' => decoded.push(b' '),
-            b'%' => {
-                let mut digit = || bytes.next().and_then(|byte| char::from(byte).to_digit(16));
-                match (digit(), digit()) {
-                    (Some(high), Some(low)) => decoded.extend(u8::try_from(high * 16 + low)),
-                    _ => decoded.push(b'%'),
-                }
-            }
-            other => decoded.push(other),
-        }
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
 }
 
 /// Plain text with a status.
@@ -238,6 +214,7 @@ mod tests {
         let query = Query::parse("level=info%2Cztunnel%3Ddebug&seconds=5&odd=%zz&plus=a+b&flag");
         assert_eq!(query.get("level"), Some("info,ztunnel=debug"));
         assert_eq!(query.get("seconds"), Some("5"));
+        assert_eq!(query.get("odd"), Some("%zz"), "what is no escape stays");
         assert_eq!(query.get("plus"), Some("a b"));
         assert_eq!(query.get("flag"), Some(""));
         assert_eq!(query.get("none"), None);
