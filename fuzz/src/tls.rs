@@ -1,6 +1,6 @@
 //! Records of TLS after the handshake: what anybody may send, and what a peer who holds the keys may.
 
-use ambit_hbone::tls::{MAX_PLAIN, MAX_SEALED, Message, Opener, Peer, Sealer, complete, read};
+use ambit_hbone::tls::{MAX_PLAIN, MAX_SEALED, Message, Opener, Peer, Sealer, complete, read_message};
 use rustls::crypto::cipher::{AeadKey, Iv};
 use rustls::{ConnectionTrafficSecrets, ContentType};
 
@@ -44,7 +44,7 @@ pub(crate) fn record(data: &[u8]) {
 /// Only what the last byte of its record asks for changes keys, and only application data is data.
 fn said(kind: ContentType, content: &[u8]) {
     for peer in [Peer::Client, Peer::Server] {
-        match read(kind, content, peer) {
+        match read_message(kind, content, peer) {
             Ok(Message::Data) => assert_eq!(kind, ContentType::ApplicationData),
             Ok(Message::KeyUpdate { requested }) => {
                 assert_eq!(kind, ContentType::Handshake);

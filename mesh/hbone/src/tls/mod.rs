@@ -1,8 +1,8 @@
 //! TLS 1.3 of the tunnel: rustls makes the handshake and derives the keys, this moves the records.
 //!
-//! rustls' own stream takes one receive call a record, and copies each twice after it was opened. With bulk in a tunnel
-//! that is where its time goes beyond what a plain relay on TLS takes, so records are moved here, by the interface that rustls has
-//! for kernels that do the same (`rustls::kernel`). Nothing here decides whom to trust.
+//! rustls' own stream takes one receive call a record, and copies each twice after it was opened: with bulk in a tunnel
+//! a good part of all its time. So records are moved here, by the interface that rustls has for kernels that do the same
+//! (`rustls::kernel`). Nothing here decides whom to trust.
 
 mod buffers;
 mod handshake;
@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub(crate) use buffers::trim;
 use handshake::Session;
-pub use message::{Message, Peer, read};
+pub use message::{Message, Peer, read as read_message};
 pub use record::{MAX_PLAIN, MAX_SEALED, Opened, Opener, RecordError, Sealer, complete};
 pub(crate) use stream::TlsStream;
 

@@ -239,7 +239,7 @@ impl Opener {
         content(out)
     }
 
-    /// Opens a whole `record` where it lies; its content is at [`HEADER`] then.
+    /// Opens a whole `record` where it lies; its content is behind the five bytes of the header then.
     ///
     /// # Errors
     ///

@@ -19,6 +19,7 @@ const MAX_IDLE_RECORDS: u32 = 32;
 /// A caller with less room than this does not know yet how much is to come (HTTP/2 reads a frame's head first): it gets one
 /// record at a time, so that it finds out before it has to move much.
 const MANY: usize = 128 * 1024;
+
 /// TLS 1.3 over `io`, its handshake done.
 ///
 /// One receive call takes many records; each is opened straight into the reader's memory, and sealed straight from the
