@@ -116,7 +116,9 @@ where
                 return Ok(Leftover { plain, sealed: incoming.bytes });
             }
             Err(error) => {
-                // The alert. Whether it arrives does not change what is reported.
+                // The alert, and nothing else: what was refused is not read again. Whether it arrives does not change what is
+                // reported.
+                incoming.filled = 0;
                 while matches!(step(session, &mut incoming, &mut outgoing, &mut plain), Ok(Step::On)) {}
                 let _ = send(io, &mut outgoing).await;
                 return Err(io::Error::new(io::ErrorKind::InvalidData, error));

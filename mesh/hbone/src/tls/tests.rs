@@ -283,6 +283,20 @@ async fn what_the_peer_cannot_have_sent_ends_the_connection_with_an_alert() {
     }
 }
 
+#[tokio::test]
+async fn what_is_no_tls_is_refused_with_an_alert() {
+    let configs = configs(SUITES[0]);
+    for words in [&b"GET / HTTP/1.1\r\nhost: server\r\n\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+        let (near, mut far) = duplex(WIRE);
+        far.write_all(words).await.unwrap();
+        let refused = within(super::accept(near, Arc::clone(&configs.server), |_| ())).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
+        let mut answer = Vec::new();
+        within(far.read_to_end(&mut answer)).await.unwrap();
+        assert_eq!((answer.len(), answer[0]), (7, 21), "an alert: {answer:?}");
+    }
+}
+
 /// Two ends of a connection without any I/O.
 fn keys() -> (Sealer, Opener) {
     use rustls::crypto::cipher::{AeadKey, Iv};
