@@ -105,8 +105,10 @@ impl Buffer {
 
     /// Moves what waits to the front, so that all the room is behind it.
     pub(crate) fn compact(&mut self) {
-        self.bytes.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
     }
 
     /// Appends `bytes`, as far as there is room.

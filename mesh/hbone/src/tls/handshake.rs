@@ -9,6 +9,7 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, Unbuffered
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use super::invalid;
 use super::message::Peer;
 use super::record::RecordError;
 
@@ -82,7 +83,6 @@ impl Session for UnbufferedServerConnection {
 }
 
 /// What came with the end of the handshake, and is for the time after it.
-#[derive(Default)]
 pub(crate) struct Leftover {
     /// Opened already.
     pub(crate) plain: Vec<u8>,
@@ -116,12 +116,12 @@ where
                 return Ok(Leftover { plain, sealed: incoming.bytes });
             }
             Err(error) => {
-                // The alert, and nothing else: what was refused is not read again. Whether it arrives does not change what is
-                // reported.
-                incoming.filled = 0;
-                while matches!(step(session, &mut incoming, &mut outgoing, &mut plain), Ok(Step::On)) {}
-                let _ = send(io, &mut outgoing).await;
-                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+                // One step takes the alert; the next would read what was refused again. Whether it arrives does not change
+                // what is reported.
+                if step(session, &mut incoming, &mut outgoing, &mut plain).is_ok() {
+                    let _ = send(io, &mut outgoing).await;
+                }
+                return Err(invalid(error));
             }
         }
     }
@@ -152,10 +152,7 @@ impl Incoming {
     async fn read<IO: AsyncRead + Unpin>(&mut self, io: &mut IO) -> io::Result<()> {
         if self.filled == self.bytes.len() {
             if self.filled >= MOST {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    "a TLS handshake message is too large",
-                ));
+                return Err(invalid("a TLS handshake message is too large"));
             }
             self.bytes.resize((self.filled * 2).clamp(ROOM, MOST), 0);
         }

@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::buffers::{Buffer, Size};
 use super::handshake::{Keys, Leftover};
+use super::invalid;
 use super::message::{self, Message, alert, key_update};
 use super::record::{HEADER, KEY_LASTS, MAX_PLAIN, MAX_SEALED, Opener, RecordError, Sealer, complete};
 
@@ -256,8 +257,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
     /// Receives what is there. A connection that waits holds a buffer only for the beginning of a record.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let size = if self.sizing.tier() == Tier::Bulk { Size::Large } else { Size::Small };
-        let mut buffer = match self.incoming.take() {
-            Some(buffer) if buffer.is_empty() => Buffer::take(size),
+        let mut buffer = match self.incoming.take().filter(|buffer| !buffer.is_empty()) {
             Some(buffer) if buffer.size() == Size::Small && size == Size::Large => {
                 let mut larger = Buffer::take(size);
                 larger.push(buffer.filled());
@@ -311,10 +311,6 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
             Received::Alert(alert) => Err(invalid(rustls::Error::AlertReceived(alert))),
         }
     }
-}
-
-fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
