@@ -20,6 +20,8 @@ use crate::subscriber::{Crowd, Target, subscribe};
 const CHANGES: u32 = 100;
 /// Between two changes: longer than changes are batched, so that each is the first after quiet.
 const PAUSE: Duration = Duration::from_millis(100);
+/// After the program serves, until what only the first reading needed has been given back to the system.
+const SETTLING: Duration = Duration::from_secs(1);
 /// By then a push or a change must be everywhere.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -33,6 +35,7 @@ pub(crate) async fn measure(program: &Path) -> Result<Section> {
     let mut bed = Bed::start(program)?;
     section.push(Row::new("start to ready").time(bed.control.until_ready).at_most(Duration::from_secs(3)));
     section.push(Row::new("CPU of it").seconds(bed.control.cpu()?));
+    tokio::time::sleep(SETTLING).await;
     section.push(Row::new("memory, no subscribers").bytes(bed.control.resident()?).at_most_bytes(80e6));
     bed.push(1_000, Some(&mut section)).await?;
     bed.changes(Some(&mut section), 0.020).await?;

@@ -9,6 +9,7 @@
 
 pub(crate) mod answer;
 mod batch;
+mod bell;
 mod metrics;
 mod service;
 pub(crate) mod state;

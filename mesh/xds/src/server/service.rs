@@ -4,21 +4,18 @@
 //! answer and costs nobody else anything. There is no task and no queue per subscriber.
 
 use std::convert::Infallible;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use futures_util::stream::{BoxStream, SelectAll, StreamExt};
+use futures_util::{FutureExt, StreamExt};
 use http_body::Frame;
-use tokio::sync::watch;
-use tokio::time::Instant;
-use tokio_stream::wrappers::WatchStream;
+use tokio::time::Sleep;
 use tonic::codec::Codec;
 use tonic::codegen::{Body, Service, StdError};
 use tonic::metadata::MetadataMap;
@@ -27,6 +24,7 @@ use tonic_prost::ProstCodec;
 use tracing::{debug, info, warn};
 
 use super::answer::{Answer, Builder};
+use super::bell::{Bell, Listener};
 use super::metrics::ServerMetrics;
 use super::subscription::{Lagged, Subscription, TooManyNames};
 use super::table::Table;
@@ -77,29 +75,32 @@ struct Shared {
     config: ServerConfig,
     admission: Option<Arc<dyn Admission>>,
     metrics: Arc<ServerMetrics>,
-    /// Not 0 once the server drains.
-    draining: watch::Sender<u64>,
+    draining: AtomicBool,
+    /// Rung by the tables, and when draining starts.
+    bell: Bell,
 }
 
 impl Server {
     /// Serves the tables. When several have news, those named first are answered first, and what is gone
     /// from them last: a policy is there before a workload lists it and until none lists it any more.
     pub fn new(tables: Vec<Table>, config: ServerConfig) -> Self {
-        let metrics = Arc::new(ServerMetrics::default());
-        let draining = watch::Sender::new(0);
-        Self { shared: Arc::new(Shared { tables, config, admission: None, metrics, draining }) }
+        let bell = Bell::default();
+        tables.iter().for_each(|table| table.announce_to(bell.clone()));
+        let (metrics, draining) = (Arc::default(), AtomicBool::new(false));
+        Self { shared: Arc::new(Shared { tables, config, admission: None, metrics, draining, bell }) }
     }
 
     /// Asks for leave before a stream is opened.
     #[must_use]
     pub fn with_admission(self, admission: Arc<dyn Admission>) -> Self {
-        let Shared { tables, config, metrics, .. } = &*self.shared;
+        let Shared { tables, config, metrics, bell, .. } = &*self.shared;
         let shared = Shared {
             tables: tables.clone(),
             config: config.clone(),
             admission: Some(admission),
             metrics: Arc::clone(metrics),
-            draining: watch::Sender::new(0),
+            draining: AtomicBool::new(false),
+            bell: bell.clone(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -107,7 +108,8 @@ impl Server {
     /// Ends every stream and refuses new ones, so that subscribers go to another control plane while
     /// this one still finishes what it does.
     pub fn drain(&self) {
-        self.shared.draining.send_replace(1);
+        self.shared.draining.store(true, Ordering::Release);
+        self.shared.bell.ring();
     }
 
     /// Live counters.
@@ -160,7 +162,7 @@ where
     let decoder = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default().decoder();
     let max_size = shared.config.max_request_size;
     let requests = Streaming::new_request(decoder, body, None, Some(max_size));
-    let body = AnswerBody { answers: Some(Stream::new(shared, requests, seat).answers()) };
+    let body = AnswerBody { stream: Some(Box::new(Stream::new(shared, requests, seat))) };
     let mut response = http::Response::new(tonic::body::Body::new(body));
     let grpc = http::HeaderValue::from_static("application/grpc");
     response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
@@ -180,7 +182,7 @@ impl Seat {
         // Counted first, so that the drop below gives back exactly what was taken.
         let before = taken.fetch_add(1, Ordering::Relaxed);
         let seat = Self(Arc::clone(&shared.metrics));
-        if *shared.draining.borrow() != 0 {
+        if shared.draining.load(Ordering::Acquire) {
             return Err(draining());
         }
         if before >= shared.config.max_subscribers {
@@ -206,80 +208,56 @@ struct Stream {
     unknown: Vec<String>,
     /// Empty answers owed to types that are not served.
     courtesies: Vec<Answer>,
-    bells: SelectAll<WatchStream<u64>>,
+    bell: Listener,
     node: String,
-    opened: Instant,
+    /// When the stream ends if nothing was asked; `None` once something was.
+    silence: Option<Pin<Box<Sleep>>>,
     _seat: Seat,
 }
 
 impl Stream {
     fn new(shared: Arc<Shared>, requests: Streaming<DeltaDiscoveryRequest>, seat: Seat) -> Self {
-        let mut bells = SelectAll::new();
-        for table in &shared.tables {
-            bells.push(WatchStream::from_changes(table.bell()));
-        }
-        bells.push(WatchStream::from_changes(shared.draining.subscribe()));
+        let bell = shared.bell.listen();
         let subscriptions = shared.tables.iter().map(|_| None).collect();
+        let silence = Some(Box::pin(tokio::time::sleep(shared.config.first_request)));
         Self {
             shared,
             requests,
             subscriptions,
             unknown: Vec::new(),
             courtesies: Vec::new(),
-            bells,
+            bell,
             node: String::new(),
-            opened: Instant::now(),
+            silence,
             _seat: seat,
         }
     }
 
-    fn answers(self) -> BoxStream<'static, Result<Bytes, Status>> {
-        futures_util::stream::try_unfold(self, |mut stream| async move {
-            Ok(stream.next_answer().await?.map(|answer| (answer.frame, stream)))
-        })
-        .boxed()
-    }
-
-    /// Waits for the next answer; `None` when the subscriber is done.
-    async fn next_answer(&mut self) -> Result<Option<Answer>, Status> {
-        loop {
-            if *self.shared.draining.borrow() != 0 {
-                return Err(draining());
-            }
-            // Requests that wait are taken first, so that a withdrawn subscription is not answered.
-            while let Some(request) = poll_once(self.requests.message()).await {
-                match request? {
-                    Some(request) => self.handle_request(&request)?,
-                    None => return Ok(None),
-                }
-            }
-            if let Some(answer) = self.poll_answer()? {
-                return Ok(Some(answer));
-            }
-            if !self.wait().await? {
-                return Ok(None);
+    /// The next answer, once there is one; `None` when the subscriber is done.
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Answer>, Status>> {
+        // Requests that wait are taken first, so that a withdrawn subscription is not answered.
+        while let Poll::Ready(request) = self.requests.poll_next_unpin(context)? {
+            match request {
+                Some(request) => self.handle_request(&request)?,
+                None => return Poll::Ready(Ok(None)),
             }
         }
-    }
-
-    /// Waits for a request or a change; false when the subscriber has ended the stream.
-    async fn wait(&mut self) -> Result<bool, Status> {
-        let silent = self.subscriptions.iter().all(Option::is_none) && self.unknown.is_empty();
-        let deadline = self.opened + self.shared.config.first_request;
-        let request = tokio::select! {
-            request = self.requests.message() => request?,
-            Some(_) = self.bells.next() => return Ok(true),
-            () = tokio::time::sleep_until(deadline), if silent => {
-                return Err(Status::deadline_exceeded("no discovery request arrived"));
+        loop {
+            if self.shared.draining.load(Ordering::Acquire) {
+                return Poll::Ready(Err(draining()));
             }
-        };
-        match request {
-            Some(request) => self.handle_request(&request).map(|()| true),
-            None => Ok(false),
+            if let Some(answer) = self.poll_answer()? {
+                return Poll::Ready(Ok(Some(answer)));
+            }
+            if self.silence.as_mut().is_some_and(|silence| silence.poll_unpin(context).is_ready()) {
+                return Poll::Ready(Err(Status::deadline_exceeded("no discovery request arrived")));
+            }
+            std::task::ready!(self.bell.poll_rung(context));
         }
     }
 
     fn handle_request(&mut self, request: &DeltaDiscoveryRequest) -> Result<(), Status> {
+        self.silence = None;
         let metrics = &self.shared.metrics;
         metrics.requests.fetch_add(1, Ordering::Relaxed);
         if let Some(node) = request.node.as_ref().filter(|_| self.node.is_empty()) {
@@ -381,20 +359,10 @@ impl Stream {
     }
 }
 
-/// The future's output if it is ready now. For futures that lose nothing when dropped.
-async fn poll_once<F: Future>(future: F) -> Option<F::Output> {
-    let mut future = std::pin::pin!(future);
-    std::future::poll_fn(|context| match future.as_mut().poll(context) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => Poll::Ready(None),
-    })
-    .await
-}
-
 /// The response's body: frames, then the status as trailers.
 struct AnswerBody {
     /// `None` after the trailers.
-    answers: Option<BoxStream<'static, Result<Bytes, Status>>>,
+    stream: Option<Box<Stream>>,
 }
 
 impl Body for AnswerBody {
@@ -405,13 +373,13 @@ impl Body for AnswerBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let Some(answers) = &mut self.answers else { return Poll::Ready(None) };
-        let status = match std::task::ready!(answers.poll_next_unpin(context)) {
-            Some(Ok(frame)) => return Poll::Ready(Some(Ok(Frame::data(frame)))),
-            Some(Err(status)) => status,
-            None => Status::ok(""),
+        let Some(stream) = &mut self.stream else { return Poll::Ready(None) };
+        let status = match std::task::ready!(stream.poll_next(context)) {
+            Ok(Some(answer)) => return Poll::Ready(Some(Ok(Frame::data(answer.frame)))),
+            Ok(None) => Status::ok(""),
+            Err(status) => status,
         };
-        self.answers = None;
+        self.stream = None;
         let mut trailers = http::HeaderMap::new();
         status.add_header(&mut trailers)?;
         Poll::Ready(Some(Ok(Frame::trailers(trailers))))

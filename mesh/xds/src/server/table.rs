@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 
 use super::answer::{Answer, Builder};
 use super::batch::{Announce, Batcher};
+use super::bell::Bell;
 use super::state::{Position, State};
 
 /// How a table batches and what it remembers.
@@ -119,8 +120,8 @@ pub(crate) struct Inner {
     pub(crate) config: TableConfig,
     batcher: Mutex<Batcher>,
     shared: Mutex<Shared>,
-    /// The position announced last.
-    bell: watch::Sender<Position>,
+    /// The bells of the servers that serve this table.
+    bells: RwLock<Vec<Bell>>,
     /// Wakes the publisher: a deadline was set, or the table is gone.
     plan: Arc<Plan>,
 }
@@ -172,8 +173,7 @@ impl Inner {
     }
 
     fn ring(&self) {
-        let head = self.state.read().head();
-        self.bell.send_replace(head);
+        self.bells.read().iter().for_each(Bell::ring);
     }
 }
 
@@ -186,7 +186,7 @@ impl Table {
             batcher: Mutex::new(Batcher::new(config.batch)),
             shared: Mutex::new(Shared { answers: VecDeque::new(), capacity: config.shared_answers }),
             config,
-            bell: watch::Sender::new(0),
+            bells: RwLock::default(),
             plan: Arc::clone(&plan),
         });
         let publisher = Publisher { table: Arc::downgrade(&inner), plan };
@@ -242,9 +242,9 @@ impl Table {
         &self.inner
     }
 
-    /// Wakes when changes are announced.
-    pub(crate) fn bell(&self) -> watch::Receiver<Position> {
-        self.inner.bell.subscribe()
+    /// Rings that bell whenever changes are announced.
+    pub(crate) fn announce_to(&self, bell: Bell) {
+        self.inner.bells.write().push(bell);
     }
 }
 
