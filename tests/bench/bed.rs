@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ambit_local::{Cluster, Command, Pod, PodOptions, Process};
+use ambit_scale::machine;
 use anyhow::{Context, Result, bail};
 
-use crate::cpu;
 use crate::load::{Outcome, Work};
 use crate::relay::{Side, write_identity};
-use crate::report::{Beside, Path, Row, Sample, Storm};
+use crate::report::{Beside, Order, Path, Row, Sample, Storm};
 
 const SERVER_PORT: u16 = 9100;
 /// Ports that each server listens on, so that one client can have more connections than it has ports: closed
@@ -133,7 +133,7 @@ impl Bed {
     /// # Errors
     /// When a proxy is gone.
     pub(crate) fn resident(&self) -> Result<Vec<u64>> {
-        self.proxies()?.into_iter().map(cpu::resident).collect()
+        self.proxies()?.into_iter().map(machine::resident).collect()
     }
 
     fn proxies(&self) -> Result<Vec<u32>> {
@@ -166,9 +166,9 @@ impl Bed {
         let (pods, target, between) = self.way(row, path)?;
         // A connection before the measured ones: certificates, pools and caches are as in service.
         self.drive(&pods.client, row, target, 0.2).await?;
-        let before = cpu::of_processes(&between)?;
+        let before = cpu_seconds(&between)?;
         let outcome = self.drive(&pods.client, row, target, seconds).await?;
-        let cpu_seconds = cpu::of_processes(&between)? - before;
+        let cpu_seconds = cpu_seconds(&between)? - before;
         if outcome.errors > 0 {
             bail!("{} operations failed", outcome.errors);
         }
@@ -179,22 +179,36 @@ impl Bed {
     ///
     /// # Errors
     /// When a client fails, or any of its operations does.
-    pub(crate) async fn beside(&self, path: Path, small: usize, seconds: f64) -> Result<Beside> {
+    pub(crate) async fn beside(
+        &self,
+        path: Path,
+        order: Order,
+        small: usize,
+        seconds: f64,
+    ) -> Result<Beside> {
         let row = Row::new(Work::RoundTrip, false, small);
         let alone = self.sample(&row, path, seconds).await?.outcome;
         let (pods, target, _) = self.way(&row, path)?;
         let stream = Row::new(Work::Bulk, false, 1);
-        let bulk = self.drive(&pods.client, &stream, target, seconds + 0.6);
-        let beside = async {
-            // The bulk stream has grown its buffers when the first message is timed.
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            self.drive(&pods.client, &row, target, seconds).await
+        // Buffers of the bulk stream have grown, or all small connections are open, when the other begins.
+        let start = Duration::from_millis(300);
+        let (bulk_after, small_after) = match order {
+            Order::BulkFirst => (Duration::ZERO, start),
+            Order::SmallFirst => (start, Duration::ZERO),
         };
-        let (bulk, beside) = tokio::try_join!(bulk, beside)?;
+        let after = |delay: Duration, row, seconds: f64| async move {
+            tokio::time::sleep(delay).await;
+            self.drive(&pods.client, row, target, seconds).await
+        };
+        let longer = seconds + 2.0 * start.as_secs_f64();
+        let (bulk, beside) = tokio::try_join!(
+            after(bulk_after, &stream, if order == Order::BulkFirst { longer } else { seconds }),
+            after(small_after, &row, seconds),
+        )?;
         if beside.errors > 0 {
             bail!("{} operations failed", beside.errors);
         }
-        Ok(Beside { path, small, alone, beside, bulk })
+        Ok(Beside { path, order, small, alone, beside, bulk })
     }
 
     /// New connections from one node to the other without pause.
@@ -286,4 +300,9 @@ async fn start(pod: &Pod, command: Command) -> Result<Process> {
     let process = pod.spawn(command).await?;
     process.wait_for_line(READY, |line| line == "ready").await?;
     Ok(process)
+}
+
+/// CPU seconds that several processes together have used so far.
+fn cpu_seconds(pids: &[u32]) -> Result<f64> {
+    pids.iter().map(|&pid| machine::cpu_seconds(pid)).sum()
 }

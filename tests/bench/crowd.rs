@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use ambit_local::{Cluster, Command, Pod, PodOptions, Process};
+use ambit_scale::machine;
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Serialize;
@@ -15,7 +16,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::bed::{SERVER_PORTS, address, serve};
-use crate::cpu;
 use crate::load::MESSAGE;
 
 /// Connections that are being opened at a time.
@@ -170,7 +170,7 @@ impl PairBed {
         for n in 0..self.cluster.nodes() {
             let pid =
                 self.cluster.ztunnel(n)?.pid().with_context(|| format!("ztunnel of node {n} is gone"))?;
-            sums[n % 2] += cpu::resident(pid)?;
+            sums[n % 2] += machine::resident(pid)?;
         }
         Ok(sums)
     }

@@ -1,7 +1,7 @@
 //! What quality.md asks of the L4 data path, and whether a report meets it.
 
 use crate::load::Work;
-use crate::report::{Path, Report, Row, Sample};
+use crate::report::{Order, Path, Report, Row, Sample};
 
 /// One demand, and what was measured.
 pub(crate) struct Verdict {
@@ -103,8 +103,11 @@ pub(crate) fn verdicts(report: &Report) -> Vec<Verdict> {
             verdicts.push(Verdict::at_most(what, memory.left().max(0.0), LEFT, ""));
         }
     }
-    if let Some(growth) = report.beside_growth(Path::Ambit) {
-        verdicts.push(Verdict::at_most("p99 of small messages beside a bulk stream", growth, BESIDE, "×"));
+    for order in Order::ALL {
+        if let Some(growth) = report.beside_growth(Path::Ambit, order) {
+            let what = format!("p99 of small messages beside a bulk stream, {} first", order.title());
+            verdicts.push(Verdict::at_most(what, growth, BESIDE, "×"));
+        }
     }
     verdicts
 }

@@ -6,7 +6,6 @@
 #![allow(missing_docs, reason = "a program; its modules document themselves")]
 
 mod bed;
-mod cpu;
 mod crowd;
 mod goals;
 mod load;
@@ -17,13 +16,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ambit_tests::machine;
+use ambit_scale::machine;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
 use crate::bed::Bed;
 use crate::load::Work;
-use crate::report::{Path, Report, Row, Samples};
+use crate::report::{Order, Path, Report, Row, Samples};
 
 /// The L4 figures of this machine.
 #[derive(Parser)]
@@ -183,9 +182,9 @@ async fn measure_on(bed: &Bed, run: &Run, rows: &[Row]) -> Result<Report> {
     let machine = machine::description().context("describing this machine")?;
     let mut report = Report::new(machine::today(), machine, idle_resident, samples);
     for round in (1..=run.rounds).filter(|_| run.beside > 0) {
-        for path in Path::ALL {
-            eprintln!("round {round}: {} small connections beside bulk, {path:?}", run.beside);
-            report.beside.push(bed.beside(path, run.beside, run.seconds).await?);
+        for (order, path) in Order::ALL.into_iter().flat_map(|order| Path::ALL.map(|path| (order, path))) {
+            eprintln!("round {round}: {} small connections beside bulk, {path:?}, {order:?}", run.beside);
+            report.beside.push(bed.beside(path, order, run.beside, run.seconds).await?);
         }
     }
     if run.storm_seconds > 0.0 {

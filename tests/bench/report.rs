@@ -132,11 +132,36 @@ impl Sample {
 /// All samples, by row and path.
 pub(crate) type Samples = BTreeMap<Row, BTreeMap<Path, Vec<Sample>>>;
 
+/// What is there first when small messages and a bulk stream share the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    /// The bulk stream: the others can keep clear of it.
+    BulkFirst,
+    /// The small connections: they are where the bulk stream comes to.
+    SmallFirst,
+}
+
+impl Order {
+    /// Both.
+    pub(crate) const ALL: [Self; 2] = [Self::BulkFirst, Self::SmallFirst];
+
+    /// What is first, for a column and for a goal.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::BulkFirst => "bulk",
+            Self::SmallFirst => "small",
+        }
+    }
+}
+
 /// Round trips on several connections, without and with a bulk stream between the same pods.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Beside {
     /// Over which path.
     pub(crate) path: Path,
+    /// Which of the two was there first.
+    pub(crate) order: Order,
     /// How many connections carry the round trips.
     pub(crate) small: usize,
     /// The round trips by themselves.
@@ -156,8 +181,9 @@ impl Beside {
         let bulk = Sample { outcome: self.bulk.clone(), cpu_seconds: 0.0 }.rate(Work::Bulk);
         let _ = writeln!(
             page,
-            "| {} | {} | {:.0} | {:.0} | {:.0} | {:.0} | {:.2} | {bulk:.2} |",
+            "| {} | {} | {} | {:.0} | {:.0} | {:.0} | {:.0} | {:.2} | {bulk:.2} |",
             self.path.title(),
+            self.order.title(),
             self.small,
             self.alone.p50_us,
             self.alone.p99_us,
@@ -222,9 +248,9 @@ impl Report {
     }
 
     /// How much the 99th percentile of small messages grew beside bulk: the median over the rounds.
-    pub(crate) fn beside_growth(&self, path: Path) -> Option<f64> {
-        let mut growths: Vec<f64> =
-            self.beside.iter().filter(|run| run.path == path).map(Beside::growth).collect();
+    pub(crate) fn beside_growth(&self, path: Path, order: Order) -> Option<f64> {
+        let these = self.beside.iter().filter(|run| run.path == path && run.order == order);
+        let mut growths: Vec<f64> = these.map(Beside::growth).collect();
         growths.sort_by(f64::total_cmp);
         growths.get(growths.len() / 2).copied()
     }
@@ -285,9 +311,10 @@ impl Report {
         }
         page.push_str("\n## Small messages beside a bulk stream\n\n");
         page.push_str("64-byte round trips, one after another on each connection, and one bulk stream between the same two pods. Both cores are\n");
-        page.push_str("busy in each case, so a part of the growth is the machine's: the row without a mesh shows it.\n\n");
-        page.push_str("| path | connections | p50 alone | p99 alone | p50 beside | p99 beside | p99 grows | bulk, Gb/s |\n");
-        page.push_str("| --- | --- | --- | --- | --- | --- | --- | --- |\n");
+        page.push_str("busy in each case, so a part of the growth is the machine's: the row without a mesh shows it. Either the bulk stream is there\n");
+        page.push_str("first, or the small connections are, as happens when an application that talks to a server begins a transfer.\n\n");
+        page.push_str("| path | first | connections | p50 alone | p99 alone | p50 beside | p99 beside | p99 grows | bulk, Gb/s |\n");
+        page.push_str("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
         for run in &self.beside {
             run.write_markdown(page);
         }

@@ -123,8 +123,8 @@ async fn soak(arguments: &Arguments) -> Result<Report> {
         report::Findings {
             every: arguments.every,
             minutes: arguments.minutes,
-            machine: ambit_tests::machine::description()?,
-            date: ambit_tests::machine::today(),
+            machine: ambit_scale::machine::description()?,
+            date: ambit_scale::machine::today(),
             samples: run.samples.into_inner(),
             happened: run.happened,
             drained: run.drained,

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use ambit_scale::machine;
 use anyhow::{Context, Result};
-use nix::time::{clock_getcpuclockid, clock_gettime};
-use nix::unistd::Pid;
 use parking_lot::Mutex;
 use serde::Serialize;
 
@@ -99,21 +98,11 @@ pub(crate) fn usage(pid: u32) -> Result<Usage> {
         let number = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
         number.with_context(|| format!("no {name} in {path}"))
     };
-    let directory = format!("/proc/{pid}/fd");
-    let descriptors = std::fs::read_dir(&directory).with_context(|| format!("reading {directory}"))?.count();
     Ok(Usage {
-        cpu: cpu(pid)?,
-        resident: field("VmRSS:")? * 1024,
+        cpu: machine::cpu_seconds(pid)?,
+        resident: machine::resident(pid)?,
         anonymous: field("RssAnon:")? * 1024,
-        descriptors: descriptors as u64,
+        descriptors: machine::descriptors(pid)? as u64,
         threads: field("Threads:")?,
     })
-}
-
-/// CPU time of a process so far, seconds.
-fn cpu(pid: u32) -> Result<f64> {
-    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
-        .with_context(|| format!("the CPU clock of process {pid}"))?;
-    let used = clock_gettime(clock).with_context(|| format!("reading the CPU clock of process {pid}"))?;
-    Ok(used.tv_sec() as f64 + used.tv_nsec() as f64 / 1e9)
 }

@@ -11,5 +11,5 @@ pub mod beds;
 pub mod credentials;
 pub mod dns;
 pub mod load;
-pub mod machine;
+pub mod usage;
 pub mod wait;

@@ -38,6 +38,15 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(used.tv_sec() as f64 + used.tv_nsec() as f64 / 1e9)
 }
 
+/// Open descriptors of a process.
+///
+/// # Errors
+/// When the process is not there.
+pub fn descriptors(pid: u32) -> Result<usize> {
+    let path = format!("/proc/{pid}/fd");
+    Ok(std::fs::read_dir(&path).with_context(|| format!("reading {path}"))?.count())
+}
+
 /// Resident memory of a process in bytes.
 ///
 /// # Errors

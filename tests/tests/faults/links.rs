@@ -10,10 +10,10 @@ use ambit_node::nft::{
     self, Action, Chain, ChainKind, Compare, Hook, HookPoint, Match, Protocol, Rule, Table,
 };
 use ambit_tests::load::{Load, Shape};
+use ambit_tests::usage::descriptors;
 use ambit_tests::wait;
 
 use crate::bed::{Bed, ECHO, HTTP, ping, until_ended};
-use crate::descriptors;
 
 /// How long a short cut lasts: longer than the first retransmissions, shorter than any limit of a connection.
 const SHORT: Duration = Duration::from_secs(3);

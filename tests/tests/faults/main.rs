@@ -20,16 +20,3 @@ mod disk;
 mod links;
 mod peers;
 mod readers;
-
-use ambit_local::Ztunnel;
-
-/// Open descriptors of a node proxy.
-fn descriptors(ztunnel: &Ztunnel) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", ztunnel.pid().unwrap())).unwrap().count()
-}
-
-/// Resident memory of a node proxy, bytes.
-fn resident(ztunnel: &Ztunnel) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/statm", ztunnel.pid().unwrap())).unwrap();
-    text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}

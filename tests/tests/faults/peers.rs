@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use ambit_identity::unnamed_server;
 use ambit_local::{Cluster, PodOptions};
 use ambit_tests::credentials::Credentials;
+use ambit_tests::usage::descriptors;
 use ambit_tests::wait;
 use rustls::ClientConnection;
 use socket2::SockRef;
@@ -14,7 +15,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::bed::{Bed, NAMESPACE};
-use crate::descriptors;
 
 /// The tunnel port.
 const HBONE: u16 = 15008;

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use ambit_local::Pod;
+use ambit_tests::usage::resident;
 use ambit_tests::wait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -11,7 +12,6 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::bed::Bed;
-use crate::resident;
 
 const PORT: u16 = 8090;
 /// Bytes of the bulk transfer.

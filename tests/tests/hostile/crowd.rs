@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use ambit_local::Ztunnel;
 use ambit_tests::apps::exchange;
 use ambit_tests::beds::Trials;
+use ambit_tests::usage::{descriptors, resident};
 use ambit_tests::wait;
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,17 +26,6 @@ async fn begin(bed: &Hostile) -> TcpStream {
     let mut stream = bed.stranger.connect_within(bed.door(), wait::SOON).await.unwrap();
     stream.write_all(b"\x16\x03\x01\x02\x00\x01").await.unwrap();
     stream
-}
-
-/// Bytes of a node proxy that are in memory.
-pub(crate) fn resident(ztunnel: &Ztunnel) -> u64 {
-    let path = format!("/proc/{}/statm", ztunnel.pid().unwrap());
-    let text = std::fs::read_to_string(path).unwrap();
-    text.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
-fn descriptors(ztunnel: &Ztunnel) -> usize {
-    std::fs::read_dir(format!("/proc/{}/fd", ztunnel.pid().unwrap())).unwrap().count()
 }
 
 async fn thousands_of_slow_handshakes_hinder_nobody_and_end_by_themselves(bed: &Hostile) {

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ambit_tests::beds::Trials;
+use ambit_tests::usage::resident;
 use ambit_tests::wait;
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::crowd::resident;
 use crate::{FRIEND, Hostile};
 
 /// Peers that flood at the same time.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ambit_local::{Pod, PodOptions};
 use ambit_tests::beds::Trials;
+use ambit_tests::usage::resident;
 use ambit_tests::wait;
 use futures_util::future::join_all;
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
@@ -13,7 +14,6 @@ use hickory_proto::rr::{Name, RecordType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::AbortHandle;
 
-use crate::crowd::resident;
 use crate::{Hostile, RESOLVER};
 
 /// What this project sends and takes by UDP at most.
