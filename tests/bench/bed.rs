@@ -11,9 +11,9 @@ use ambit_local::{Cluster, Command, Pod, PodOptions, Process};
 use ambit_scale::machine;
 use anyhow::{Context, Result, bail};
 
-use crate::load::{Outcome, Work};
+use crate::load::{Drive, Outcome, Work};
 use crate::relay::{Side, write_identity};
-use crate::report::{Beside, Order, Path, Row, Sample, Storm};
+use crate::report::{Beside, Order, Path, Row, Sample, Steady, Storm};
 
 const SERVER_PORT: u16 = 9100;
 /// Ports that each server listens on, so that one client can have more connections than it has ports: closed
@@ -28,6 +28,10 @@ const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const ALL_PORTS: &str = "16000 65535";
 /// Connections that a storm opens at a time.
 const STORM_CONNECTIONS: usize = 64;
+/// Kept connections of a steady load, and clients that open new ones.
+const STEADY_CONNECTIONS: usize = 10;
+/// Milliseconds between two operations of each.
+const STEADY_MS: u32 = 100;
 /// How long a proxy's memory may take to settle after its start.
 const RESTING: Duration = Duration::from_secs(60);
 /// Between two looks at it: longer than a proxy takes to notice that it is at rest.
@@ -165,9 +169,10 @@ impl Bed {
     pub(crate) async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
         let (pods, target, between) = self.way(row, path)?;
         // A connection before the measured ones: certificates, pools and caches are as in service.
-        self.drive(&pods.client, row, target, 0.2).await?;
+        let drive = |seconds| Drive::new(row.work.0, target, row.connections, seconds);
+        self.drive(&pods.client, drive(0.2)).await?;
         let before = cpu_seconds(&between)?;
-        let outcome = self.drive(&pods.client, row, target, seconds).await?;
+        let outcome = self.drive(&pods.client, drive(seconds)).await?;
         let cpu_seconds = cpu_seconds(&between)? - before;
         if outcome.errors > 0 {
             bail!("{} operations failed", outcome.errors);
@@ -189,26 +194,47 @@ impl Bed {
         let row = Row::new(Work::RoundTrip, false, small);
         let alone = self.sample(&row, path, seconds).await?.outcome;
         let (pods, target, _) = self.way(&row, path)?;
-        let stream = Row::new(Work::Bulk, false, 1);
         // Buffers of the bulk stream have grown, or all small connections are open, when the other begins.
         let start = Duration::from_millis(300);
         let (bulk_after, small_after) = match order {
             Order::BulkFirst => (Duration::ZERO, start),
             Order::SmallFirst => (start, Duration::ZERO),
         };
-        let after = |delay: Duration, row, seconds: f64| async move {
-            tokio::time::sleep(delay).await;
-            self.drive(&pods.client, row, target, seconds).await
+        let bulk_seconds = match order {
+            Order::BulkFirst => seconds + 2.0 * start.as_secs_f64(),
+            Order::SmallFirst => seconds,
         };
-        let longer = seconds + 2.0 * start.as_secs_f64();
+        let after = |delay: Duration, drive| async move {
+            tokio::time::sleep(delay).await;
+            self.drive(&pods.client, drive).await
+        };
         let (bulk, beside) = tokio::try_join!(
-            after(bulk_after, &stream, if order == Order::BulkFirst { longer } else { seconds }),
-            after(small_after, &row, seconds),
+            after(bulk_after, Drive::new(Work::Bulk, target, 1, bulk_seconds)),
+            after(small_after, Drive::new(Work::RoundTrip, target, small, seconds)),
         )?;
         if beside.errors > 0 {
             bail!("{} operations failed", beside.errors);
         }
         Ok(Beside { path, order, small, alone, beside, bulk })
+    }
+
+    /// A hundred requests a second on kept connections and a hundred new connections a second, from one node to the other.
+    ///
+    /// # Errors
+    /// When a client fails, or any of its operations does.
+    pub(crate) async fn steady(&self, path: Path, seconds: f64) -> Result<Steady> {
+        let row = Row::new(Work::Http, false, STEADY_CONNECTIONS);
+        let (pods, target, _) = self.way(&row, path)?;
+        let paced =
+            |work| Drive { every_ms: STEADY_MS, ..Drive::new(work, target, STEADY_CONNECTIONS, seconds) };
+        let (kept, new) = tokio::try_join!(
+            self.drive(&pods.client, paced(Work::Http)),
+            self.drive(&pods.client, paced(Work::Connect)),
+        )?;
+        if kept.errors + new.errors > 0 {
+            bail!("{} operations failed", kept.errors + new.errors);
+        }
+        Ok(Steady { path, kept, new })
     }
 
     /// New connections from one node to the other without pause.
@@ -219,37 +245,16 @@ impl Bed {
         let row = Row::new(Work::Connect, false, STORM_CONNECTIONS);
         let before = self.resident()?;
         let (pods, target, _) = self.way(&row, Path::Ambit)?;
-        let outcome = self.drive_ports(&pods.client, &row, target, SERVER_PORTS, seconds).await?;
+        let drive = Drive::new(row.work.0, target, row.connections, seconds);
+        let outcome = self.drive(&pods.client, Drive { ports: SERVER_PORTS, ..drive }).await?;
         let resident = before.into_iter().zip(self.resident()?).collect();
         Ok(Storm { outcome, resident })
     }
 
-    async fn drive(&self, client: &Pod, row: &Row, target: SocketAddr, seconds: f64) -> Result<Outcome> {
-        self.drive_ports(client, row, target, 1, seconds).await
-    }
-
-    /// As [`Bed::drive`]; new connections go to `ports` ports in turn.
-    async fn drive_ports(
-        &self,
-        client: &Pod,
-        row: &Row,
-        target: SocketAddr,
-        ports: u16,
-        seconds: f64,
-    ) -> Result<Outcome> {
-        let work = serde_json::to_value(row.work.0)?;
-        let command = Command::new(&self.program)
-            .args(["drive", "--work", work.as_str().unwrap_or_default()])
-            .arg("--server")
-            .arg(target.to_string())
-            .arg("--connections")
-            .arg(row.connections.to_string())
-            .arg("--seconds")
-            .arg(seconds.to_string())
-            .arg("--ports")
-            .arg(ports.to_string());
+    async fn drive(&self, client: &Pod, drive: Drive) -> Result<Outcome> {
+        let command = Command::new(&self.program).arg("drive").args(drive.to_arguments());
         let process = client.spawn(command).await?;
-        let status = process.wait_within(Duration::from_secs_f64(seconds + 30.0)).await?;
+        let status = process.wait_within(Duration::from_secs_f64(drive.seconds + 30.0)).await?;
         let last = process.last_line().unwrap_or_default();
         if !status.success() {
             bail!("the client ended with {status}: {}", process.logs().join("\n"));

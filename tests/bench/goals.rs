@@ -1,7 +1,7 @@
 //! What quality.md asks of the L4 data path, and whether a report meets it.
 
 use crate::load::Work;
-use crate::report::{Order, Path, Report, Row, Sample};
+use crate::report::{Order, Path, Report, Row, Sample, Steady};
 
 /// One demand, and what was measured.
 pub(crate) struct Verdict {
@@ -85,6 +85,8 @@ const IDLE_CONNECTION: f64 = 4096.0;
 const IDLE_PROCESS: f64 = 12.0;
 /// Memory that may stay after a crowd, as a share of what was there before.
 const LEFT: f64 = 0.2;
+/// What the mesh may add to the median latency at a load of 200 requests a second, milliseconds.
+const ADDED: f64 = 0.5;
 /// How much the 99th percentile of small messages may grow beside a bulk stream.
 const BESIDE: f64 = 2.0;
 
@@ -101,6 +103,15 @@ pub(crate) fn verdicts(report: &Report) -> Vec<Verdict> {
             verdicts.push(Verdict::at_most(what, memory.each(crowd.connections), IDLE_CONNECTION, " B"));
             let what = format!("memory above the start after they closed, {side} side");
             verdicts.push(Verdict::at_most(what, memory.left().max(0.0), LEFT, ""));
+        }
+    }
+    for (what, figure) in
+        [("kept", (|run| run.kept.p50_us) as fn(&Steady) -> f64), ("new", |run| run.new.p50_us)]
+    {
+        let p50 = |path| report.steady_latency(path, figure);
+        if let (Some(mesh), Some(none)) = (p50(Path::Ambit), p50(Path::NoMesh)) {
+            let what = format!("200 requests a second, {what} connections: p50 above that of no mesh");
+            verdicts.push(Verdict::at_most(what, (mesh - none) / 1e3, ADDED, " ms"));
         }
     }
     for order in Order::ALL {

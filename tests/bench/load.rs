@@ -7,10 +7,11 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Interval, MissedTickBehavior, interval_at};
 
 /// What a client does with its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -148,20 +149,92 @@ async fn serve_http(mut stream: TcpStream) -> Result<()> {
     }
 }
 
-/// Runs `work` against `server` with `connections` at once for `duration`; new connections go in turn to
-/// `ports` ports from the server's on.
-pub(crate) async fn drive(
-    work: Work,
-    server: SocketAddr,
-    connections: usize,
-    ports: u16,
-    duration: Duration,
-) -> Result<Outcome> {
+/// What a client is to do.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Drive {
+    /// The kind of work.
+    #[arg(long, value_enum)]
+    pub(crate) work: Work,
+    /// Where the server listens.
+    #[arg(long)]
+    pub(crate) server: SocketAddr,
+    /// Connections at once.
+    #[arg(long)]
+    pub(crate) connections: usize,
+    /// How long it goes on.
+    #[arg(long)]
+    pub(crate) seconds: f64,
+    /// How many ports of the server new connections go to in turn.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) ports: u16,
+    /// Milliseconds from one operation of a connection to its next; 0 is one after the other.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) every_ms: u32,
+}
+
+impl Drive {
+    /// Without pause, to one port.
+    pub(crate) fn new(work: Work, server: SocketAddr, connections: usize, seconds: f64) -> Self {
+        Self { work, server, connections, seconds, ports: 1, every_ms: 0 }
+    }
+
+    /// As arguments of a command line.
+    pub(crate) fn to_arguments(self) -> Vec<String> {
+        let Self { work, server, connections, seconds, ports, every_ms } = self;
+        let work = work.to_possible_value().map(|work| work.get_name().to_owned()).unwrap_or_default();
+        [
+            ("--work", work),
+            ("--server", server.to_string()),
+            ("--connections", connections.to_string()),
+            ("--seconds", seconds.to_string()),
+            ("--ports", ports.to_string()),
+            ("--every-ms", every_ms.to_string()),
+        ]
+        .into_iter()
+        .flat_map(|(name, value)| [name.to_owned(), value])
+        .collect()
+    }
+}
+
+/// When one connection's operations begin.
+struct Pace {
+    ticks: Option<Interval>,
+    deadline: Instant,
+}
+
+impl Pace {
+    /// Of connection `index` of all; those that pause do so in turn.
+    fn new(drive: &Drive, index: usize, deadline: Instant) -> Self {
+        let period = Duration::from_millis(u64::from(drive.every_ms));
+        let share = index as f64 / drive.connections.max(1) as f64;
+        let ticks = (drive.every_ms > 0).then(|| {
+            let mut ticks = interval_at(tokio::time::Instant::now() + period.mul_f64(share), period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
+        Self { ticks, deadline }
+    }
+
+    /// The beginning of the next operation; nothing when it is time to end.
+    async fn next(&mut self) -> Option<Instant> {
+        if let Some(ticks) = &mut self.ticks {
+            ticks.tick().await;
+        }
+        let now = Instant::now();
+        (now < self.deadline).then_some(now)
+    }
+}
+
+/// Does what is asked for and says what came of it.
+///
+/// # Errors
+/// When a connection that is kept fails; new ones that fail are counted.
+pub(crate) async fn drive(drive: Drive) -> Result<Outcome> {
     let start = Instant::now();
-    let deadline = start + duration;
-    let mut tasks = Vec::with_capacity(connections);
-    for _ in 0..connections {
-        tasks.push(tokio::spawn(drive_one(work, server, ports, deadline)));
+    let deadline = start + Duration::from_secs_f64(drive.seconds);
+    let mut tasks = Vec::with_capacity(drive.connections);
+    for index in 0..drive.connections {
+        tasks.push(tokio::spawn(drive_one(drive, Pace::new(&drive, index, deadline))));
     }
     let mut outcome = Outcome::default();
     let mut samples = Vec::new();
@@ -185,17 +258,13 @@ fn percentile(sorted: &[u64], q: f64) -> f64 {
     sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |&ns| ns as f64 / 1000.0)
 }
 
-async fn drive_one(
-    work: Work,
-    server: SocketAddr,
-    ports: u16,
-    deadline: Instant,
-) -> Result<(Outcome, Vec<u64>)> {
+async fn drive_one(drive: Drive, pace: Pace) -> Result<(Outcome, Vec<u64>)> {
+    let Drive { work, server, ports, .. } = drive;
     match work {
-        Work::Bulk => Ok((drive_bulk(server, deadline).await?, Vec::new())),
-        Work::RoundTrip => drive_messages(work, server, deadline, &[b'R'; MESSAGE], MESSAGE).await,
-        Work::Http => drive_messages(work, server, deadline, REQUEST, RESPONSE.len()).await,
-        Work::Connect => drive_connects(server, ports, deadline).await,
+        Work::Bulk => Ok((drive_bulk(server, pace.deadline).await?, Vec::new())),
+        Work::RoundTrip => drive_messages(work, server, pace, &[b'R'; MESSAGE], MESSAGE).await,
+        Work::Http => drive_messages(work, server, pace, REQUEST, RESPONSE.len()).await,
+        Work::Connect => drive_connects(server, ports, pace).await,
     }
 }
 
@@ -220,7 +289,7 @@ async fn drive_bulk(server: SocketAddr, deadline: Instant) -> Result<Outcome> {
 async fn drive_messages(
     work: Work,
     server: SocketAddr,
-    deadline: Instant,
+    mut pace: Pace,
     request: &[u8],
     answer: usize,
 ) -> Result<(Outcome, Vec<u64>)> {
@@ -229,11 +298,7 @@ async fn drive_messages(
     let mut buffer = vec![0u8; answer];
     let mut samples = Vec::with_capacity(100_000);
     let mut outcome = Outcome::default();
-    loop {
-        let start = Instant::now();
-        if start >= deadline {
-            return Ok((outcome, samples));
-        }
+    while let Some(start) = pace.next().await {
         stream.write_all(request).await?;
         stream.read_exact(&mut buffer).await?;
         outcome.operations += 1;
@@ -241,17 +306,14 @@ async fn drive_messages(
             samples.push(start.elapsed().as_nanos() as u64);
         }
     }
+    Ok((outcome, samples))
 }
 
-async fn drive_connects(server: SocketAddr, ports: u16, deadline: Instant) -> Result<(Outcome, Vec<u64>)> {
+async fn drive_connects(server: SocketAddr, ports: u16, mut pace: Pace) -> Result<(Outcome, Vec<u64>)> {
     let mut samples = Vec::new();
     let mut outcome = Outcome::default();
     let mut turn = (0..ports).cycle();
-    loop {
-        let start = Instant::now();
-        if start >= deadline {
-            return Ok((outcome, samples));
-        }
+    while let Some(start) = pace.next().await {
         let port = server.port() + turn.next().unwrap_or_default();
         match connect_once(SocketAddr::new(server.ip(), port)).await {
             Ok(()) => outcome.operations += 1,
@@ -259,6 +321,7 @@ async fn drive_connects(server: SocketAddr, ports: u16, deadline: Instant) -> Re
         }
         samples.push(start.elapsed().as_nanos() as u64);
     }
+    Ok((outcome, samples))
 }
 
 async fn connect_once(server: SocketAddr) -> Result<()> {

@@ -14,7 +14,6 @@ mod report;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use ambit_scale::machine;
 use anyhow::{Context, Result};
@@ -57,6 +56,9 @@ struct Run {
     /// Seconds of new connections without pause; 0 leaves that part out.
     #[arg(long, default_value_t = 60.0)]
     storm_seconds: f64,
+    /// Seconds of 200 requests a second, each round; 0 leaves that part out.
+    #[arg(long, default_value_t = 5.0)]
+    steady_seconds: f64,
     /// Small connections beside a bulk stream; 0 leaves that part out.
     #[arg(long, default_value_t = 100)]
     beside: usize,
@@ -80,19 +82,7 @@ enum Part {
         connections: usize,
     },
     /// A client for one kind of work; prints its outcome as JSON.
-    Drive {
-        #[arg(long, value_enum)]
-        work: Work,
-        #[arg(long)]
-        server: SocketAddr,
-        #[arg(long)]
-        connections: usize,
-        #[arg(long)]
-        seconds: f64,
-        /// How many ports of the server new connections go to.
-        #[arg(long)]
-        ports: u16,
-    },
+    Drive(load::Drive),
     /// One half of the raw relay.
     Relay {
         #[arg(long, value_enum)]
@@ -114,10 +104,8 @@ fn main() -> Result<()> {
         match arguments.part {
             Some(Part::Serve { listen, ports }) => load::serve(listen, ports).await,
             Some(Part::Hold { server, connections }) => crowd::run(server, connections).await,
-            Some(Part::Drive { work, server, connections, seconds, ports }) => {
-                let outcome =
-                    load::drive(work, server, connections, ports, Duration::from_secs_f64(seconds)).await?;
-                println!("{}", serde_json::to_string(&outcome)?);
+            Some(Part::Drive(drive)) => {
+                println!("{}", serde_json::to_string(&load::drive(drive).await?)?);
                 Ok(())
             }
             Some(Part::Relay { side, listen, to, identity }) => {
@@ -185,6 +173,12 @@ async fn measure_on(bed: &Bed, run: &Run, rows: &[Row]) -> Result<Report> {
         for (order, path) in Order::ALL.into_iter().flat_map(|order| Path::ALL.map(|path| (order, path))) {
             eprintln!("round {round}: {} small connections beside bulk, {path:?}, {order:?}", run.beside);
             report.beside.push(bed.beside(path, order, run.beside, run.seconds).await?);
+        }
+    }
+    for round in (1..=run.rounds).filter(|_| run.steady_seconds > 0.0) {
+        for path in Path::ALL {
+            eprintln!("round {round}: steady load, {path:?}");
+            report.steady.push(bed.steady(path, run.steady_seconds).await?);
         }
     }
     if run.storm_seconds > 0.0 {

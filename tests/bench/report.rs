@@ -194,6 +194,17 @@ impl Beside {
     }
 }
 
+/// 200 requests a second, half of them on kept connections and half on new ones.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Steady {
+    /// Over which path.
+    pub(crate) path: Path,
+    /// The requests on kept connections.
+    pub(crate) kept: Outcome,
+    /// The new connections, each with one round trip.
+    pub(crate) new: Outcome,
+}
+
 /// A storm of new connections for a while.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Storm {
@@ -217,6 +228,8 @@ pub(crate) struct Report {
     pub(crate) rows: Vec<RowReport>,
     /// Small messages beside bulk, every round and path.
     pub(crate) beside: Vec<Beside>,
+    /// A steady load that leaves the machine idle most of the time, every round and path.
+    pub(crate) steady: Vec<Steady>,
     /// New connections without pause, if that was run.
     pub(crate) storm: Option<Storm>,
     /// A crowd of idle connections, if that was run.
@@ -239,7 +252,16 @@ impl Report {
     pub(crate) fn new(date: String, machine: String, idle_resident: Vec<u64>, samples: Samples) -> Self {
         let rows =
             samples.into_iter().map(|(row, paths)| RowReport { title: row.title(), row, paths }).collect();
-        Self { date, machine, idle_resident, rows, beside: Vec::new(), storm: None, crowd: None }
+        Self {
+            date,
+            machine,
+            idle_resident,
+            rows,
+            beside: Vec::new(),
+            steady: Vec::new(),
+            storm: None,
+            crowd: None,
+        }
     }
 
     /// The samples of a row over a path.
@@ -250,9 +272,12 @@ impl Report {
     /// How much the 99th percentile of small messages grew beside bulk: the median over the rounds.
     pub(crate) fn beside_growth(&self, path: Path, order: Order) -> Option<f64> {
         let these = self.beside.iter().filter(|run| run.path == path && run.order == order);
-        let mut growths: Vec<f64> = these.map(Beside::growth).collect();
-        growths.sort_by(f64::total_cmp);
-        growths.get(growths.len() / 2).copied()
+        median(these.map(Beside::growth).collect())
+    }
+
+    /// The median over the rounds of a latency under steady load, in microseconds.
+    pub(crate) fn steady_latency(&self, path: Path, figure: impl Fn(&Steady) -> f64) -> Option<f64> {
+        median(self.steady.iter().filter(|run| run.path == path).map(figure).collect())
     }
 
     /// The median of a figure.
@@ -286,6 +311,7 @@ impl Report {
             row.write_markdown(&mut page);
         }
         self.write_beside(&mut page);
+        self.write_steady(&mut page);
         self.write_storm(&mut page);
         self.write_crowd(&mut page);
         page
@@ -317,6 +343,30 @@ impl Report {
         page.push_str("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
         for run in &self.beside {
             run.write_markdown(page);
+        }
+    }
+
+    fn write_steady(&self, page: &mut String) {
+        if self.steady.is_empty() {
+            return;
+        }
+        page.push_str("\n## 200 requests a second\n\n");
+        page.push_str("HTTP/1.1 on 10 kept connections, 100 a second, beside 100 new connections a second with a round trip of 64 bytes each,\n");
+        page.push_str("across nodes: what an application sees that does not load the machine. Microseconds, medians of the rounds.\n\n");
+        page.push_str(
+            "| path | kept, p50 | kept, p99 | new, p50 | new, p99 |\n| --- | --- | --- | --- | --- |\n",
+        );
+        for path in Path::ALL {
+            let latency = |figure: fn(&Steady) -> f64| self.steady_latency(path, figure).unwrap_or_default();
+            let _ = writeln!(
+                page,
+                "| {} | {:.0} | {:.0} | {:.0} | {:.0} |",
+                path.title(),
+                latency(|run| run.kept.p50_us),
+                latency(|run| run.kept.p99_us),
+                latency(|run| run.new.p50_us),
+                latency(|run| run.new.p99_us),
+            );
         }
     }
 
@@ -386,6 +436,12 @@ impl RowReport {
     }
 }
 
+/// The median; nothing of nothing.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
 /// Median and range of a figure over the runs.
 struct Spread {
     low: f64,
@@ -427,5 +483,20 @@ mod tests {
         assert_eq!(goal, "| bulk, 1 connection, across nodes: CPU / R | 2.00 | ≤ 1.05 | no |");
         let goal = page.lines().find(|l| l.contains("rate / R")).unwrap();
         assert!(goal.ends_with("| 1.00 | ≥ 0.9 | yes |"), "{goal}");
+    }
+
+    #[test]
+    fn a_steady_load_is_held_against_no_mesh_by_the_median_of_the_rounds() {
+        let mut report = Report::new("2026-01-01".into(), "a machine".into(), vec![], Samples::new());
+        let outcome = |p50_us| Outcome { p50_us, ..Outcome::default() };
+        for (path, kept) in [(Path::NoMesh, [200.0, 900.0, 210.0]), (Path::Ambit, [500.0, 510.0, 2000.0])] {
+            let runs = kept.map(|p50| Steady { path, kept: outcome(p50), new: outcome(2.0 * p50) });
+            report.steady.extend(runs);
+        }
+        let page = report.markdown();
+        let goal =
+            |what: &str| page.lines().find(|line| line.contains(what) && line.contains("p50 above")).unwrap();
+        assert!(goal("kept").ends_with("| 0.30 ms | ≤ 0.5 ms | yes |"), "{page}");
+        assert!(goal("new").ends_with("| 0.60 ms | ≤ 0.5 ms | no |"), "{page}");
     }
 }
