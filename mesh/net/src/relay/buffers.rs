@@ -79,6 +79,14 @@ pub fn give_back(tier: Tier, mut buffer: BytesMut, now: Option<Instant>) {
         let kept = shelf.tier(tier);
         if kept.len() < KEPT {
             kept.push(buffer);
+            return;
+        }
+        // Pieces that wait pin all that is kept: a buffer with room left takes the place of one without.
+        let size = tier.read_size();
+        if buffer.capacity() >= size
+            && let Some(spent) = kept.iter_mut().find(|kept| kept.capacity() < size)
+        {
+            *spent = buffer;
         }
     });
 }
@@ -102,8 +110,9 @@ pub fn bulk_bytes_kept() -> usize {
 
 #[cfg(test)]
 mod tests {
-    use bytes::BufMut;
+    use bytes::{BufMut, Bytes};
 
+    use super::super::Sizing;
     use super::*;
 
     fn on_fresh_worker(test: impl FnOnce() + Send + 'static) {
@@ -148,6 +157,29 @@ mod tests {
             second.put_bytes(2, 64);
             assert_eq!(second.as_ptr() as usize, start + 64);
             assert_eq!(one.as_ptr() as usize, start);
+        });
+    }
+
+    #[test]
+    fn small_pieces_that_wait_share_memory_whatever_was_carried_before() {
+        on_fresh_worker(|| {
+            let now = Instant::now();
+            let mut sizing = Sizing::new();
+            while sizing.record(16 * 1024, now) < Tier::Bulk {}
+            let mut allocations = 0;
+            let mut waiting: Vec<Bytes> = Vec::new();
+            for _ in 0..5000 {
+                let tier = sizing.tier();
+                let mut buffer = take(tier);
+                buffer.put_bytes(7, 100);
+                let piece = buffer.split().freeze();
+                give_back(tier, buffer, Some(now));
+                sizing.record(piece.len(), now);
+                let behind = waiting.last().map(|last| last.as_ptr().wrapping_add(last.len()));
+                allocations += usize::from(behind != Some(piece.as_ptr()));
+                waiting.push(piece);
+            }
+            assert!(allocations < 40, "{allocations} buffers for half a megabyte");
         });
     }
 

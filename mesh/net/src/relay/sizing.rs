@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 /// Traffic after which reads of [`Tier::Steady`] are used even if none filled its buffer.
 const STEADY_AFTER: u64 = 128 * 1024;
-/// Traffic after which reads of [`Tier::Bulk`] are used.
+/// Traffic after which a read that fills [`Tier::Steady`] proves bulk.
 const BULK_AFTER: u64 = 10 * 1024 * 1024;
+/// Reads in a row that [`Tier::Steady`] had room for, after which large ones are given up.
+const SMALLER_READS: u8 = 16;
 /// A pause after which a direction starts over at [`Tier::Idle`].
 const QUIET: Duration = Duration::from_secs(2);
 
@@ -16,7 +18,7 @@ pub enum Tier {
     Idle,
     /// 16 KiB: after a read that filled its buffer, or 128 KiB of traffic.
     Steady,
-    /// 256 KiB: after 10 MiB of traffic.
+    /// 256 KiB: after 10 MiB of traffic, while reads fill more than the 16 KiB.
     Bulk,
 }
 
@@ -33,11 +35,14 @@ impl Tier {
 
 /// The read size of one direction of one connection, following what it has carried.
 ///
-/// Growth is earned: 16 KiB after a full read or 128 KiB, 256 KiB after 10 MiB. After two seconds
-/// without a byte everything is to be earned again.
+/// Growth is earned: 16 KiB after a full read or 128 KiB, 256 KiB by a full read after 10 MiB. Small
+/// messages never earn the largest size, however many they are, and 16 in a row give it up: each that
+/// waits to be sent keeps the memory that it was read into. After two seconds without a byte everything
+/// is to be earned again.
 #[derive(Debug)]
 pub struct Sizing {
     tier: Tier,
+    smaller: u8,
     proven: u64,
     last: Option<Instant>,
 }
@@ -51,7 +56,7 @@ impl Default for Sizing {
 impl Sizing {
     /// A direction that has not carried anything.
     pub const fn new() -> Sizing {
-        Sizing { tier: Tier::Idle, proven: 0, last: None }
+        Sizing { tier: Tier::Idle, smaller: 0, proven: 0, last: None }
     }
 
     /// The tier of the next read.
@@ -66,11 +71,13 @@ impl Sizing {
         }
         self.last = Some(now);
         self.proven = self.proven.saturating_add(bytes as u64);
-        let filled = bytes >= self.tier.read_size();
+        let large = bytes >= Tier::Steady.read_size();
+        self.smaller = if large { 0 } else { self.smaller.saturating_add(1) };
         self.tier = match self.tier {
-            _ if self.proven >= BULK_AFTER => Tier::Bulk,
-            Tier::Idle if filled || self.proven >= STEADY_AFTER => Tier::Steady,
-            tier => tier,
+            Tier::Idle if bytes < Tier::Idle.read_size() && self.proven < STEADY_AFTER => Tier::Idle,
+            Tier::Bulk if self.smaller < SMALLER_READS => Tier::Bulk,
+            _ if large && self.proven >= BULK_AFTER => Tier::Bulk,
+            _ => Tier::Steady,
         };
         self.tier
     }
@@ -106,5 +113,28 @@ mod tests {
         assert_eq!(sizing.record(16 * 1024, now), Tier::Bulk);
         assert_eq!(sizing.record(100, now + Duration::from_millis(1999)), Tier::Bulk);
         assert_eq!(sizing.record(100, now + Duration::from_secs(4)), Tier::Idle);
+    }
+
+    #[test]
+    fn small_messages_never_prove_bulk() {
+        let now = Instant::now();
+        let mut sizing = Sizing::new();
+        for _ in 0..2 * BULK_AFTER / 1000 {
+            assert!(sizing.record(1000, now) < Tier::Bulk);
+        }
+    }
+
+    #[test]
+    fn small_messages_after_bulk_give_its_reads_up_until_one_is_full() {
+        let now = Instant::now();
+        let mut sizing = Sizing::new();
+        while sizing.record(16 * 1024, now) < Tier::Bulk {}
+        for _ in 1..SMALLER_READS {
+            assert_eq!(sizing.record(1000, now), Tier::Bulk);
+        }
+        assert_eq!(sizing.record(1000, now), Tier::Steady);
+        assert_eq!(sizing.record(1000, now), Tier::Steady);
+        assert_eq!(sizing.record(16 * 1024, now), Tier::Bulk);
+        assert_eq!(sizing.record(1000, now), Tier::Bulk);
     }
 }
