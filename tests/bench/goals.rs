@@ -97,6 +97,10 @@ pub(crate) fn verdicts(report: &Report) -> Vec<Verdict> {
         let what = format!("resident, idle process of node {}", n + 1);
         verdicts.push(Verdict::at_most(what, *bytes as f64 / 1e6, IDLE_PROCESS, " MB"));
     }
+    if let Some(storm) = &report.storm {
+        let failed = storm.outcome.errors as f64;
+        verdicts.push(Verdict::at_most("new connections without pause, failed", failed, 0.0, ""));
+    }
     if let Some(crowd) = &report.crowd {
         for (side, memory) in [("source", &crowd.source), ("destination", &crowd.destination)] {
             let what = format!("idle connection, memory, {side} side ({} held)", crowd.connections);

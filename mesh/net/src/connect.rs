@@ -9,7 +9,7 @@ use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 
 use crate::netns::NetnsError;
-use crate::socket::{Family, stay_local};
+use crate::socket::{Family, choose_port, stay_local};
 use crate::stock::SocketStock;
 
 /// Why a connection could not be made. In every case no byte was sent.
@@ -86,23 +86,26 @@ pub async fn connect_local(
     let Some(source) = source else {
         return connect_with(take_local(stock, destination).await?, destination, limit).await;
     };
-    if EPHEMERAL.contains(&source.port()) {
-        let socket = take_local(stock, destination).await?;
-        if bind(&socket, source, destination).is_ok() {
-            match connect_with(socket, destination, limit).await {
-                // Another connection has it, or has had it until a moment ago.
-                Err(ConnectError::Refused { source, .. }) if is_taken(&source) => {}
-                ended => return ended,
-            }
+    let foreign = SocketAddr::new(source.ip(), 0);
+    let mut socket = take_local(stock, destination).await?;
+    // Bound to the port, the socket would keep it from every connection of the namespace whose port the kernel is to
+    // choose, and for a minute after its end. Chosen at connect, it is taken from this four-tuple only. A kernel before
+    // 6.3 cannot be told which, and chooses.
+    if EPHEMERAL.contains(&source.port()) && choose_port(&socket, source.port()).is_ok() {
+        bind(&socket, foreign, destination)?;
+        match connect_with(socket, destination, limit).await {
+            // Another connection has it, or has had it until a moment ago.
+            Err(ConnectError::Refused { source, .. }) if is_taken(&source) => {}
+            ended => return ended,
         }
+        socket = take_local(stock, destination).await?;
     }
-    let socket = take_local(stock, destination).await?;
-    bind(&socket, SocketAddr::new(source.ip(), 0), destination)?;
+    bind(&socket, foreign, destination)?;
     connect_with(socket, destination, limit).await
 }
 
 fn is_taken(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse)
+    error.kind() == io::ErrorKind::AddrNotAvailable
 }
 
 fn bind(socket: &Socket, source: SocketAddr, destination: SocketAddr) -> Result<(), ConnectError> {

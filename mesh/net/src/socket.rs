@@ -17,6 +17,8 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Unanswered probes after which the peer counts as gone: two minutes after the last word.
 const KEEPALIVE_PROBES: u32 = 4;
+/// linux/in.h; the libc crate does not have it.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 
 /// The address family of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -112,6 +114,13 @@ pub fn set_transparent(socket: &impl AsFd, family: Family) -> io::Result<()> {
         Family::V4 => set_int(socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1),
         Family::V6 => set_int(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1),
     }
+}
+
+/// Has the kernel choose `port` when the socket connects, if it lies in the range of the namespace (ip(7),
+/// `IP_LOCAL_PORT_RANGE`; Linux 6.3). Connecting fails with `EADDRNOTAVAIL` where another connection has the four-tuple.
+pub fn choose_port(socket: &impl AsFd, port: u16) -> io::Result<()> {
+    let range = (u32::from(port) << 16) | u32::from(port);
+    set_int(socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, range.cast_signed())
 }
 
 /// Sets the send buffer beyond the system's limit (socket(7), `SO_SNDBUFFORCE`), in bytes. Needs

@@ -179,6 +179,41 @@ async fn a_local_connection_bears_the_clients_port_where_it_may() {
 }
 
 #[tokio::test]
+async fn ports_of_clients_stay_free_for_the_namespaces_own_connections() {
+    const PORTS: std::ops::Range<u16> = 40_000..40_020;
+    let inside = namespace().await;
+    let range = format!("{} {}", PORTS.start, PORTS.end - 1);
+    inside
+        .run(move || std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range))
+        .await
+        .unwrap()
+        .unwrap();
+    let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
+    let listen = async |port| {
+        let listener = listen_tcp(&inside, loopback(port), Options::default()).await.unwrap();
+        TcpListener::from_std(listener).unwrap()
+    };
+    let (one, other) = (listen(8080).await, listen(8081).await);
+    let client = |port| SocketAddr::from((Ipv4Addr::new(127, 9, 9, 9), port));
+    // All but one of the ports have served this client, and wait for a minute.
+    for port in PORTS.skip(1) {
+        let dialled = connect_local(&stock, Some(client(port)), loopback(8080), SOON).await.unwrap();
+        let accepted = one.accept().await.unwrap().0;
+        assert_eq!(accepted.peer_addr().unwrap(), client(port));
+        drop(dialled);
+        accepted.readable().await.unwrap();
+    }
+    let taken = client(PORTS.start + 7);
+    connect_local(&stock, Some(taken), loopback(8080), SOON).await.expect("the port that is left");
+    assert_eq!(one.accept().await.unwrap().0.peer_addr().unwrap(), client(PORTS.start));
+    for _ in PORTS {
+        let own =
+            connect(&stock, loopback(8081), SOON).await.expect("a port for the namespace's own connection");
+        drop((own, other.accept().await.unwrap()));
+    }
+}
+
+#[tokio::test]
 async fn listed_sockets_are_those_of_the_namespace() {
     let inside = namespace().await;
     let tcp = listen_tcp(&inside, loopback(8080), Options::marked(PROXY_MARK)).await.unwrap();
