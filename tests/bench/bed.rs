@@ -174,8 +174,8 @@ impl Bed {
         let before = cpu_seconds(&between)?;
         let outcome = self.drive(&pods.client, drive(seconds)).await?;
         let cpu_seconds = cpu_seconds(&between)? - before;
-        if outcome.errors > 0 {
-            bail!("{} operations failed", outcome.errors);
+        if outcome.errors() > 0 {
+            bail!("operations failed: {:?}", outcome.failures);
         }
         Ok(Sample { outcome, cpu_seconds })
     }
@@ -212,8 +212,8 @@ impl Bed {
             after(bulk_after, Drive::new(Work::Bulk, target, 1, bulk_seconds)),
             after(small_after, Drive::new(Work::RoundTrip, target, small, seconds)),
         )?;
-        if beside.errors > 0 {
-            bail!("{} operations failed", beside.errors);
+        if beside.errors() > 0 {
+            bail!("operations failed: {:?}", beside.failures);
         }
         Ok(Beside { path, order, small, alone, beside, bulk })
     }
@@ -231,8 +231,8 @@ impl Bed {
             self.drive(&pods.client, paced(Work::Http)),
             self.drive(&pods.client, paced(Work::Connect)),
         )?;
-        if kept.errors + new.errors > 0 {
-            bail!("{} operations failed", kept.errors + new.errors);
+        if kept.errors() + new.errors() > 0 {
+            bail!("operations failed: {:?}, {:?}", kept.failures, new.failures);
         }
         Ok(Steady { path, kept, new })
     }

@@ -98,7 +98,7 @@ pub(crate) fn verdicts(report: &Report) -> Vec<Verdict> {
         verdicts.push(Verdict::at_most(what, *bytes as f64 / 1e6, IDLE_PROCESS, " MB"));
     }
     if let Some(storm) = &report.storm {
-        let failed = storm.outcome.errors as f64;
+        let failed = storm.outcome.errors() as f64;
         verdicts.push(Verdict::at_most("new connections without pause, failed", failed, 0.0, ""));
     }
     if let Some(crowd) = &report.crowd {

@@ -3,6 +3,7 @@
 //! Both run as child processes inside pod namespaces. The client prints one JSON [`Outcome`] on its
 //! last line of output. Neither knows what lies between them.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -45,14 +46,25 @@ pub(crate) struct Outcome {
     pub(crate) bytes: u64,
     /// Round trips, requests or connections that were completed.
     pub(crate) operations: u64,
-    /// Operations that failed.
-    pub(crate) errors: u64,
+    /// Operations that failed, by what the system said.
+    pub(crate) failures: BTreeMap<String, u64>,
     /// Wall-clock seconds of the measured part.
     pub(crate) seconds: f64,
     /// Median latency of an operation, in microseconds.
     pub p50_us: f64,
     /// 99th percentile of the latency of an operation, in microseconds.
     pub p99_us: f64,
+}
+
+impl Outcome {
+    /// Operations that failed.
+    pub(crate) fn errors(&self) -> u64 {
+        self.failures.values().sum()
+    }
+
+    fn add_failures(&mut self, cause: String, count: u64) {
+        *self.failures.entry(cause).or_default() += count;
+    }
 }
 
 /// Bytes of a message of the round trip.
@@ -242,7 +254,7 @@ pub(crate) async fn drive(drive: Drive) -> Result<Outcome> {
         let (part, mut latencies) = task.await??;
         outcome.bytes += part.bytes;
         outcome.operations += part.operations;
-        outcome.errors += part.errors;
+        part.failures.into_iter().for_each(|(cause, count)| outcome.add_failures(cause, count));
         samples.append(&mut latencies);
     }
     outcome.seconds = start.elapsed().as_secs_f64();
@@ -317,7 +329,7 @@ async fn drive_connects(server: SocketAddr, ports: u16, mut pace: Pace) -> Resul
         let port = server.port() + turn.next().unwrap_or_default();
         match connect_once(SocketAddr::new(server.ip(), port)).await {
             Ok(()) => outcome.operations += 1,
-            Err(_) => outcome.errors += 1,
+            Err(error) => outcome.add_failures(error.root_cause().to_string(), 1),
         }
         samples.push(start.elapsed().as_nanos() as u64);
     }

@@ -379,11 +379,11 @@ impl Report {
         let _ = writeln!(
             page,
             "\n## New connections without pause\n\n{} connections in {:.0} s ({:.0} a second, all that two cores give with client and server on them), \
-             {} failed; p50 {:.0} µs, p99 {:.0} µs. Resident memory of the two ztunnels: {}.",
+             {}; p50 {:.0} µs, p99 {:.0} µs. Resident memory of the two ztunnels: {}.",
             outcome.operations,
             outcome.seconds,
             outcome.operations as f64 / outcome.seconds,
-            outcome.errors,
+            failed(outcome),
             outcome.p50_us,
             outcome.p99_us,
             grown.join(", "),
@@ -433,6 +433,16 @@ impl RowReport {
                 latency(&p99),
             );
         }
+    }
+}
+
+/// How many operations failed, and of what.
+fn failed(outcome: &Outcome) -> String {
+    let causes: Vec<String> =
+        outcome.failures.iter().map(|(cause, count)| format!("{count}: {cause}")).collect();
+    match causes.as_slice() {
+        [] => "0 failed".to_owned(),
+        causes => format!("{} failed ({})", outcome.errors(), causes.join("; ")),
     }
 }
 
