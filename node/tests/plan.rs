@@ -5,13 +5,16 @@ use ambit_node::redirect::{Options, Plan, Stage, plan};
 
 /// The plan, the routes and the listeners as text.
 fn shown(options: &Options, stage: Stage) -> String {
-    let Plan { table, routes } = plan(options, stage);
+    let Plan { table, routes, settings } = plan(options, stage);
     let mut text = format!("{table}\n");
     for route in routes {
         text += &format!(
             "{:?}: rule {} fwmark {:#x} -> table {}: local default dev lo\n",
             route.family, route.priority, route.mark, route.table
         );
+    }
+    for setting in settings {
+        text += &format!("{} = {} (else {})\n", setting.name, setting.value, setting.default);
     }
     for listen in wanted(options) {
         text += &format!("{} {}:{}\n", if listen.udp { "udp" } else { "tcp" }, listen.address, listen.port);

@@ -268,6 +268,31 @@ async fn dial_from(from: &Netns, mark: Option<u32>, source: SocketAddr, to: Sock
     tokio::time::timeout(SOON, socket.connect(to)).await.expect("connected within 5 s").unwrap()
 }
 
+async fn set(pod: &Host, setting: &str, value: u32) {
+    let path = format!("/proc/sys/{setting}");
+    pod.netns.run(move || std::fs::write(path, value.to_string())).await.unwrap().unwrap();
+}
+
+/// As when tracking entries are flushed, or run out while nobody speaks. An answer that misses the proxy leaves the pod
+/// in the clear.
+#[tokio::test]
+async fn answers_find_the_proxy_when_the_kernel_has_forgotten_their_connection() {
+    let (outside, pod) = pair().await;
+    apply(&pod, Stage::In).await;
+    set(&pod, "net/netfilter/nf_conntrack_tcp_timeout_established", 1).await;
+    let stock = SocketStock::new(pod.netns.clone(), Some(PROXY_MARK));
+    for (client, own) in outside.addresses().into_iter().zip(pod.addresses()) {
+        let to = SocketAddr::new(own, 9080);
+        let app = listen(&pod.netns, to).await;
+        let mut proxied = connect_local(&stock, Some(SocketAddr::new(client, 0)), to, SOON).await.unwrap();
+        let mut taken = accept(&app).await.0;
+        talk(&mut proxied, &mut taken).await;
+        // Until its entry's second is over.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        talk(&mut taken, &mut proxied).await;
+    }
+}
+
 /// An address that no interface anywhere has.
 fn stranger(like: IpAddr) -> IpAddr {
     if like.is_ipv4() { "172.20.3.4".parse().unwrap() } else { "fd99::34".parse().unwrap() }
@@ -370,7 +395,7 @@ async fn a_foreign_source_connection_lives_through_leaving() {
 async fn applying_again_changes_nothing_and_tampering_is_found_and_repaired() {
     let (_outside, pod) = pair().await;
     let plan = plan(&Options::default(), Stage::In);
-    assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap().len(), 3);
+    assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap().len(), 6);
     assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap(), []);
     assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap(), []);
 
@@ -390,14 +415,30 @@ async fn applying_again_changes_nothing_and_tampering_is_found_and_repaired() {
         }
     }
     driver.abort();
+    set(&pod, "net/ipv4/tcp_fwmark_accept", 0).await;
     let found = redirect::verify(&pod.netns, &plan).await.unwrap();
-    assert_eq!(found.len(), 2, "{found:?}");
+    assert_eq!(found.len(), 3, "{found:?}");
     assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap(), found);
     assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap(), []);
 
     redirect::remove(&pod.netns).await.unwrap();
     redirect::remove(&pod.netns).await.unwrap();
-    assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap().len(), 3);
+    assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap().len(), 6);
+}
+
+#[tokio::test]
+async fn settings_go_back_to_the_kernels_own_but_for_those_that_another_has_changed_since() {
+    const CLOSE_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+    const TIME_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_time_wait";
+    let (_outside, pod) = pair().await;
+    apply(&pod, Stage::In).await;
+    set(&pod, TIME_WAIT, 33).await;
+    redirect::remove(&pod.netns).await.unwrap();
+    let values = ["net/ipv4/tcp_fwmark_accept", CLOSE_WAIT, TIME_WAIT].map(|setting| {
+        let path = format!("/proc/sys/{setting}");
+        pod.netns.run_blocking(move || std::fs::read_to_string(path)).unwrap().unwrap()
+    });
+    assert_eq!(values, ["0\n", "60\n", "33\n"]);
 }
 
 #[tokio::test]

@@ -6,16 +6,18 @@
 
 mod plan;
 mod routing;
+mod settings;
 
 use std::fmt;
 
 use ambit_net::Netns;
 
 pub use plan::{
-    LocalRoute, Options, PROBE_V4, PROBE_V6, Plan, ROUTE_PRIORITY, ROUTE_TABLE, Stage, TABLE, plan,
+    LocalRoute, Options, PROBE_V4, PROBE_V6, Plan, ROUTE_PRIORITY, ROUTE_TABLE, Setting, Stage, TABLE, plan,
 };
 pub(crate) use routing::Routing;
 pub use routing::RoutingError;
+pub use settings::SettingError;
 
 use crate::nft::{self, Difference, NftError};
 
@@ -28,6 +30,9 @@ pub enum RedirectError {
     /// Routing.
     #[error(transparent)]
     Routing(#[from] RoutingError),
+    /// Settings of the kernel.
+    #[error(transparent)]
+    Setting(#[from] SettingError),
 }
 
 /// Something in a namespace that is not as planned.
@@ -37,6 +42,8 @@ pub enum Fault {
     Rules(Difference),
     /// A routing rule or its route is missing.
     Route(LocalRoute),
+    /// A setting of the kernel has another value.
+    Setting(Setting),
 }
 
 impl fmt::Display for Fault {
@@ -44,12 +51,14 @@ impl fmt::Display for Fault {
         match self {
             Self::Rules(difference) => difference.fmt(f),
             Self::Route(route) => write!(f, "{:?} route of mark {:#x} is missing", route.family, route.mark),
+            Self::Setting(setting) => write!(f, "{} is not {}", setting.name, setting.value),
         }
     }
 }
 
 /// Brings the namespace in line with `plan` and returns what was not. Routing comes first, since the
-/// rules make packets depend on it. What is in line is not touched.
+/// rules make packets depend on it; settings come last, since some are there only once rules track connections. What is
+/// in line is not touched.
 pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectError> {
     let routing = Routing::open(inside).await?;
     routing.loopback_up().await?;
@@ -63,6 +72,7 @@ pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectEr
         nft::apply(inside, plan.table.clone()).await?;
         faults.push(Fault::Rules(difference));
     }
+    faults.extend(settings::ensure(inside, &plan.settings).await?.into_iter().map(Fault::Setting));
     Ok(faults)
 }
 
@@ -78,6 +88,7 @@ pub async fn verify(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectE
     if let Some(difference) = nft::verify(inside, plan.table.clone()).await? {
         faults.push(Fault::Rules(difference));
     }
+    faults.extend(settings::differing(inside, &plan.settings).await?.into_iter().map(Fault::Setting));
     Ok(faults)
 }
 
@@ -85,8 +96,9 @@ pub async fn verify(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectE
 pub async fn remove(inside: &Netns) -> Result<(), RedirectError> {
     nft::remove(inside, TABLE).await?;
     let routing = Routing::open(inside).await?;
-    for route in plan(&Options::default(), Stage::In).routes {
+    let Plan { routes, settings, .. } = plan(&Options::default(), Stage::In);
+    for route in routes {
         routing.remove(route).await?;
     }
-    Ok(())
+    Ok(settings::restore(inside, &settings).await?)
 }

@@ -68,7 +68,34 @@ pub struct Plan {
     pub table: Table,
     /// The rules of routing.
     pub routes: Vec<LocalRoute>,
+    /// The kernel's settings.
+    pub settings: Vec<Setting>,
 }
+
+/// A setting of the kernel in the namespace (sysctl(8)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    /// Its name, as of sysctl(8).
+    pub name: &'static str,
+    /// What it is to be.
+    pub value: u32,
+    /// What it is in a new namespace.
+    pub default: u32,
+}
+
+/// What the kernel is to do with every connection of a pod in the mesh.
+const SETTINGS: [Setting; 3] = [
+    // An accepted connection bears the mark of its first packet and so finds the way back to the proxy, whatever
+    // becomes of its tracking: without, an answer would leave the pod in the clear. And its packets need no second
+    // look-up of their route. `mangle_prerouting` chooses the mark.
+    Setting { name: "net.ipv4.tcp_fwmark_accept", value: 1, default: 0 },
+    // What has ended on one side may go on for long on the other. Forgotten, it would no longer be translated, and go
+    // to the wire. An hour is what kube-proxy sets on the host; the proxy's keepalive probes are 75 s apart at most.
+    Setting { name: "net.netfilter.nf_conntrack_tcp_timeout_close_wait", value: 3600, default: 60 },
+    // Neither of the two ends, both here, sends anything any more. Two minutes of them fill the tracking table (262,144
+    // entries) at 2,200 connections a second, and it then refuses new ones.
+    Setting { name: "net.netfilter.nf_conntrack_tcp_timeout_time_wait", value: 10, default: 120 },
+];
 
 /// Packets with a mark are delivered locally, whatever their destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,11 +130,18 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
         ChainKind::Filter,
         HookPoint::Prerouting,
         MANGLE,
-        vec![NftRule::new(
-            [marked(Compare::Is)],
-            Action::SetConnMark { value: PROXY_CONNMARK, mask: MARK_MASK },
-            "connections of the proxy",
-        )],
+        vec![
+            NftRule::new(
+                [marked(Compare::Is)],
+                Action::SetConnMark { value: PROXY_CONNMARK, mask: MARK_MASK },
+                "connections of the proxy",
+            ),
+            NftRule::new(
+                [Match::Protocol(Protocol::Tcp), Match::TcpFirst, marked(Compare::Is)],
+                Action::SetMark { value: PROXY_CONNMARK, mask: MARK_MASK },
+                "the application's end of them",
+            ),
+        ],
     ));
     chains.push(chain(
         "mangle_output",
@@ -129,7 +163,11 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
     };
     chains.push(chain("nat_prerouting", ChainKind::Nat, HookPoint::Prerouting, DSTNAT, inbound));
     chains.push(chain("nat_output", ChainKind::Nat, HookPoint::Output, DSTNAT, outbound));
-    Plan { table: Table { name: TABLE.into(), chains }, routes: vec![route(Family::V4), route(Family::V6)] }
+    Plan {
+        table: Table { name: TABLE.into(), chains },
+        routes: vec![route(Family::V4), route(Family::V6)],
+        settings: SETTINGS.to_vec(),
+    }
 }
 
 fn chain(name: &str, kind: ChainKind, point: HookPoint, priority: i32, rules: Vec<NftRule>) -> Chain {
@@ -212,6 +250,7 @@ fn inbound(options: &Options) -> Vec<NftRule> {
             NftRule::new([Match::Source(Compare::Is, family.probe)], Action::Accept, "kubelet probes")
         })
         .collect();
+    rules.push(NftRule::new([from_proxy()], Action::Accept, "connections of the proxy"));
     for name in &options.virtual_interfaces {
         let from_inside = Match::InputInterface(Compare::Is, name.clone());
         rules.push(NftRule::new(
@@ -229,7 +268,6 @@ fn inbound(options: &Options) -> Vec<NftRule> {
                     Match::Protocol(Protocol::Tcp),
                     Match::TcpFirst,
                     Match::DestinationPort(Compare::IsNot, ports::INBOUND_HBONE),
-                    marked(Compare::IsNot),
                 ],
                 Action::Redirect(ports::INBOUND_PLAINTEXT),
                 "inbound",

@@ -17,6 +17,7 @@ mod bed;
 
 mod clocks;
 mod disk;
+mod halves;
 mod links;
 mod peers;
 mod readers;
