@@ -293,6 +293,32 @@ async fn answers_find_the_proxy_when_the_kernel_has_forgotten_their_connection()
     }
 }
 
+/// Without, a port that has ended is lost to its destination for a minute.
+#[tokio::test]
+async fn a_client_has_more_connections_a_minute_than_ports() {
+    const PORTS: std::ops::Range<u16> = 40_000..40_020;
+    let (outside, pod) = pair().await;
+    apply(&pod, Stage::In).await;
+    let range = format!("{} {}", PORTS.start, PORTS.end - 1);
+    let path = "/proc/sys/net/ipv4/ip_local_port_range";
+    pod.netns.run(move || std::fs::write(path, range)).await.unwrap().unwrap();
+    let proxy = Proxy::in_pod(&pod).await;
+    let stock = SocketStock::new(pod.netns.clone(), None);
+    for ip in outside.addresses() {
+        let listener = proxy.tcp(15001, ip);
+        let to = SocketAddr::new(ip, 9080);
+        for _ in PORTS {
+            let app = connect(&stock, to, SOON).await.unwrap();
+            let taken = accept(&listener).await.0;
+            drop(app);
+            // Its end has come, so the application's side waits.
+            assert_eq!(taken.readable().await.map(|()| taken.try_read(&mut [0]).unwrap()).unwrap(), 0);
+        }
+        common::eventually("a port of one that ended", async || connect(&stock, to, SOON).await.is_ok())
+            .await;
+    }
+}
+
 /// An address that no interface anywhere has.
 fn stranger(like: IpAddr) -> IpAddr {
     if like.is_ipv4() { "172.20.3.4".parse().unwrap() } else { "fd99::34".parse().unwrap() }
@@ -395,7 +421,7 @@ async fn a_foreign_source_connection_lives_through_leaving() {
 async fn applying_again_changes_nothing_and_tampering_is_found_and_repaired() {
     let (_outside, pod) = pair().await;
     let plan = plan(&Options::default(), Stage::In);
-    assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap().len(), 6);
+    assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap().len(), 7);
     assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap(), []);
     assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap(), []);
 
@@ -423,7 +449,7 @@ async fn applying_again_changes_nothing_and_tampering_is_found_and_repaired() {
 
     redirect::remove(&pod.netns).await.unwrap();
     redirect::remove(&pod.netns).await.unwrap();
-    assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap().len(), 6);
+    assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap().len(), 7);
 }
 
 #[tokio::test]
