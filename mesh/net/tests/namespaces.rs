@@ -133,17 +133,21 @@ async fn failed_connections_say_where_to_and_why() {
     assert!(matches!(late, ConnectError::TimedOut { .. }), "{late}");
 }
 
+async fn listen(inside: &Netns, port: u16) -> TcpListener {
+    let listener = listen_tcp(inside, loopback(port), Options::default()).await.unwrap();
+    TcpListener::from_std(listener).unwrap()
+}
+
+/// A client's address. Every one of the kind is local to a loopback device, so an answer finds its way.
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::new(127, 9, 9, 9), port))
+}
+
 #[tokio::test]
 async fn a_local_connection_bears_the_clients_port_where_it_may() {
     let inside = namespace().await;
     let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
-    let listen = async |port| {
-        let listener = listen_tcp(&inside, loopback(port), Options::default()).await.unwrap();
-        TcpListener::from_std(listener).unwrap()
-    };
-    let (one, other) = (listen(8080).await, listen(8081).await);
-    // Every address of the kind is local to a loopback device, so an answer finds its way.
-    let client = |port| SocketAddr::from((Ipv4Addr::new(127, 9, 9, 9), port));
+    let (one, other) = (listen(&inside, 8080).await, listen(&inside, 8081).await);
     let dial = |source: SocketAddr, to: SocketAddr| {
         let stock = stock.clone();
         async move { connect_local(&stock, Some(source), to, SOON).await.unwrap() }
@@ -189,12 +193,7 @@ async fn ports_of_clients_stay_free_for_the_namespaces_own_connections() {
         .unwrap()
         .unwrap();
     let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
-    let listen = async |port| {
-        let listener = listen_tcp(&inside, loopback(port), Options::default()).await.unwrap();
-        TcpListener::from_std(listener).unwrap()
-    };
-    let (one, other) = (listen(8080).await, listen(8081).await);
-    let client = |port| SocketAddr::from((Ipv4Addr::new(127, 9, 9, 9), port));
+    let (one, other) = (listen(&inside, 8080).await, listen(&inside, 8081).await);
     // All but one of the ports have served this client, and wait for a minute.
     for port in PORTS.skip(1) {
         let dialled = connect_local(&stock, Some(client(port)), loopback(8080), SOON).await.unwrap();
