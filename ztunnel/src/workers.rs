@@ -1,10 +1,8 @@
 //! The data path's threads: each a single-threaded runtime that keeps the connections it was given.
 //!
-//! A connection goes to the worker with the fewest that is not much busier than others, and stays there; its pooled tunnels belong to the
+//! A connection goes to the worker with the fewest and stays there; its pooled tunnels belong to the
 //! same worker, so nothing on the data path wakes or locks another thread. Control tasks (xDS,
 //! certificates, admin) run elsewhere and are never spawned here.
-
-mod placement;
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -14,12 +12,9 @@ use std::thread;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use smallvec::SmallVec;
 use tokio::net::TcpStream;
 use tokio::runtime;
 use tokio::sync::{mpsc, watch};
-
-use self::placement::{Burden, Looks, Meter};
 
 /// Panics of data-path tasks since start. Anything but zero is a defect.
 #[derive(Debug, Default)]
@@ -40,7 +35,6 @@ pub struct Seat {
     load: Arc<AtomicUsize>,
     panics: Arc<Panics>,
     pulse: Arc<Pulse>,
-    meter: Arc<Meter>,
 }
 
 /// How late a worker gets to what it has to do: a sign of a task that holds it up.
@@ -148,7 +142,6 @@ pub struct Workers<W> {
     members: Box<[Member<W>]>,
     turn: AtomicUsize,
     panics: Arc<Panics>,
-    looks: Looks,
 }
 
 #[derive(Debug)]
@@ -192,18 +185,16 @@ impl<W: Send + Sync + 'static> Workers<W> {
                 load: Arc::default(),
                 panics: panics.clone(),
                 pulse: Arc::default(),
-                meter: Arc::default(),
             };
             let state = {
                 let _entered = runtime.enter();
                 Arc::new(state(&seat))
             };
-            let (pulse, meter) = (seat.pulse.clone(), seat.meter.clone());
+            let pulse = seat.pulse.clone();
             members.push(Member { seat, state });
             let (mut stopped, death) = (stop.subscribe(), DeathNotice { index, death: death.clone() });
             let body = move || {
                 let _notice = death;
-                meter.watch_this_thread();
                 runtime.block_on(async {
                     tokio::select! {
                         // A dropped supervisor is a stop too.
@@ -216,8 +207,8 @@ impl<W: Send + Sync + 'static> Workers<W> {
             let name = format!("worker-{index}");
             threads.push(thread::Builder::new().name(name).spawn(body).map_err(started)?);
         }
-        let (members, turn) = (members.into_boxed_slice(), AtomicUsize::new(0));
-        let workers = Arc::new(Self { members, turn, panics, looks: Looks::from_now() });
+        let workers =
+            Arc::new(Self { members: members.into_boxed_slice(), turn: AtomicUsize::new(0), panics });
         Ok((workers, Supervisor { stop, died, threads }))
     }
 
@@ -262,7 +253,7 @@ impl<W: Send + Sync + 'static> Workers<W> {
         &self.panics
     }
 
-    /// Hands a connection that `home` accepted to the least loaded worker ([`placement::choose`]); `home` itself wins ties,
+    /// Hands a connection that `home` accepted to the least loaded worker; `home` itself wins ties,
     /// so that the usual case costs no hop. The stream is registered with the runtime that gets it.
     pub fn place<F, T>(&self, home: &Seat, name: &'static str, stream: std::net::TcpStream, serve: F)
     where
@@ -281,10 +272,10 @@ impl<W: Send + Sync + 'static> Workers<W> {
     }
 
     fn least_loaded(&self, home: &Seat) -> Option<&Member<W>> {
-        self.looks.renew(self.seats().map(|seat| &*seat.meter));
-        let burdens: SmallVec<[Burden; 8]> =
-            self.seats().map(|seat| Burden { connections: seat.load(), busy: seat.meter.busy() }).collect();
-        placement::choose(&burdens, home.index).and_then(|index| self.members.get(index))
+        let distance = |index: usize| index.wrapping_add(self.members.len()).wrapping_sub(home.index);
+        self.members.iter().min_by_key(|member| {
+            (member.seat.load(), distance(member.seat.index).checked_rem(self.members.len()))
+        })
     }
 }
 
@@ -324,7 +315,6 @@ impl Supervisor {
 mod tests {
     use super::*;
     use std::collections::HashSet;
-    use std::time::Instant;
     use tokio::net::TcpListener;
 
     #[tokio::test]
@@ -361,36 +351,6 @@ mod tests {
         })
         .await
         .expect("loads fall when connections end");
-        supervisor.stop();
-    }
-
-    #[tokio::test]
-    async fn a_worker_that_computes_gets_no_new_connection_while_another_is_idle() {
-        let (workers, supervisor) = Workers::start(2, |_| ()).unwrap();
-        let (home, _) = workers.seat(0).unwrap();
-        let (stop, stopped) = watch::channel(false);
-        home.spawn("computes", async move {
-            while !*stopped.borrow() {
-                let turn = Instant::now();
-                while turn.elapsed() < Duration::from_millis(1) {}
-                tokio::task::yield_now().await;
-            }
-        });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut clients = Vec::new();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        let loads = || [0, 1].map(|n| workers.seat(n).unwrap().0.load());
-        while loads()[1] < loads()[0] + 5 {
-            assert!(Instant::now() < deadline, "connections: {:?}", loads());
-            clients.push(TcpStream::connect(address).await.unwrap());
-            let (stream, _) = listener.accept().await.unwrap();
-            workers.place(home, "test", stream.into_std().unwrap(), |_, _, stream| async move {
-                stream.readable().await.unwrap();
-            });
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        stop.send_replace(true);
         supervisor.stop();
     }
 
