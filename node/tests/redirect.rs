@@ -268,9 +268,9 @@ async fn dial_from(from: &Netns, mark: Option<u32>, source: SocketAddr, to: Sock
     tokio::time::timeout(SOON, socket.connect(to)).await.expect("connected within 5 s").unwrap()
 }
 
-async fn set(pod: &Host, setting: &str, value: u32) {
-    let path = format!("/proc/sys/{setting}");
-    pod.netns.run(move || std::fs::write(path, value.to_string())).await.unwrap().unwrap();
+async fn set(pod: &Host, setting: &str, value: impl ToString) {
+    let (path, value) = (format!("/proc/sys/{setting}"), value.to_string());
+    pod.netns.run(move || std::fs::write(path, value)).await.unwrap().unwrap();
 }
 
 /// As when tracking entries are flushed, or run out while nobody speaks. An answer that misses the proxy leaves the pod
@@ -299,9 +299,7 @@ async fn a_client_has_more_connections_a_minute_than_ports() {
     const PORTS: std::ops::Range<u16> = 40_000..40_020;
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
-    let range = format!("{} {}", PORTS.start, PORTS.end - 1);
-    let path = "/proc/sys/net/ipv4/ip_local_port_range";
-    pod.netns.run(move || std::fs::write(path, range)).await.unwrap().unwrap();
+    set(&pod, "net/ipv4/ip_local_port_range", format!("{} {}", PORTS.start, PORTS.end - 1)).await;
     let proxy = Proxy::in_pod(&pod).await;
     let stock = SocketStock::new(pod.netns.clone(), None);
     for ip in outside.addresses() {

@@ -174,10 +174,7 @@ impl Bed {
         let before = cpu_seconds(&between)?;
         let outcome = self.drive(&pods.client, drive(seconds)).await?;
         let cpu_seconds = cpu_seconds(&between)? - before;
-        if outcome.errors() > 0 {
-            bail!("operations failed: {:?}", outcome.failures);
-        }
-        Ok(Sample { outcome, cpu_seconds })
+        Ok(Sample { outcome: outcome.without_failures()?, cpu_seconds })
     }
 
     /// Round trips on `small` connections alone, and the same beside one bulk stream of the same pair of pods.
@@ -212,10 +209,7 @@ impl Bed {
             after(bulk_after, Drive::new(Work::Bulk, target, 1, bulk_seconds)),
             after(small_after, Drive::new(Work::RoundTrip, target, small, seconds)),
         )?;
-        if beside.errors() > 0 {
-            bail!("operations failed: {:?}", beside.failures);
-        }
-        Ok(Beside { path, order, small, alone, beside, bulk })
+        Ok(Beside { path, order, small, alone, beside: beside.without_failures()?, bulk })
     }
 
     /// A hundred requests a second on kept connections and a hundred new connections a second, from one node to the other.
@@ -231,10 +225,7 @@ impl Bed {
             self.drive(&pods.client, paced(Work::Http)),
             self.drive(&pods.client, paced(Work::Connect)),
         )?;
-        if kept.errors() + new.errors() > 0 {
-            bail!("operations failed: {:?}, {:?}", kept.failures, new.failures);
-        }
-        Ok(Steady { path, kept, new })
+        Ok(Steady { path, kept: kept.without_failures()?, new: new.without_failures()? })
     }
 
     /// New connections from one node to the other without pause.

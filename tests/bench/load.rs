@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -60,6 +60,15 @@ impl Outcome {
     /// Operations that failed.
     pub(crate) fn errors(&self) -> u64 {
         self.failures.values().sum()
+    }
+
+    /// The outcome where none may fail.
+    ///
+    /// # Errors
+    /// Says what failed of what, if anything did.
+    pub(crate) fn without_failures(self) -> Result<Self> {
+        ensure!(self.failures.is_empty(), "operations failed: {:?}", self.failures);
+        Ok(self)
     }
 
     fn add_failures(&mut self, cause: String, count: u64) {

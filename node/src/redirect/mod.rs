@@ -72,7 +72,7 @@ pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectEr
         nft::apply(inside, plan.table.clone()).await?;
         faults.push(Fault::Rules(difference));
     }
-    faults.extend(settings::ensure(inside, &plan.settings).await?.into_iter().map(Fault::Setting));
+    faults.extend(settings::ensure(inside, plan.settings).await?.into_iter().map(Fault::Setting));
     Ok(faults)
 }
 
@@ -88,7 +88,7 @@ pub async fn verify(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectE
     if let Some(difference) = nft::verify(inside, plan.table.clone()).await? {
         faults.push(Fault::Rules(difference));
     }
-    faults.extend(settings::differing(inside, &plan.settings).await?.into_iter().map(Fault::Setting));
+    faults.extend(settings::differing(inside, plan.settings).await?.into_iter().map(Fault::Setting));
     Ok(faults)
 }
 
@@ -100,5 +100,5 @@ pub async fn remove(inside: &Netns) -> Result<(), RedirectError> {
     for route in routes {
         routing.remove(route).await?;
     }
-    Ok(settings::restore(inside, &settings).await?)
+    Ok(settings::restore(inside, settings).await?)
 }

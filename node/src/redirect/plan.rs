@@ -69,7 +69,7 @@ pub struct Plan {
     /// The rules of routing.
     pub routes: Vec<LocalRoute>,
     /// The kernel's settings.
-    pub settings: Vec<Setting>,
+    pub settings: &'static [Setting],
 }
 
 /// A setting of the kernel in the namespace (sysctl(8)).
@@ -96,8 +96,8 @@ const SETTINGS: [Setting; 4] = [
     // entries) at 2,200 connections a second, and it then refuses new ones.
     Setting { name: "net.netfilter.nf_conntrack_tcp_timeout_time_wait", value: 10, default: 120 },
     // Redirected, each of the pod's connections has both ends here, as those over loopback have, to which the kernel
-    // itself gives the port of one that ended a second ago where timestamps tell the two apart (RFC 7323, PAWS). Else a client
-    // of one port of one server has 28,000 a minute, and each beyond takes a search of a millisecond.
+    // itself gives the port of one that ended a second ago where timestamps tell the two apart (RFC 7323, PAWS). Else a
+    // client of one port of one server has 28,000 a minute, and each beyond takes a search of a millisecond.
     Setting { name: "net.ipv4.tcp_tw_reuse", value: 1, default: 2 },
 ];
 
@@ -170,7 +170,7 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
     Plan {
         table: Table { name: TABLE.into(), chains },
         routes: vec![route(Family::V4), route(Family::V6)],
-        settings: SETTINGS.to_vec(),
+        settings: &SETTINGS,
     }
 }
 

@@ -24,27 +24,29 @@ pub enum SettingError {
 }
 
 /// Those of `settings` that have another value, or none.
-pub(super) async fn differing(inside: &Netns, settings: &[Setting]) -> Result<Vec<Setting>, SettingError> {
-    let settings = settings.to_vec();
-    inside
-        .run(move || settings.into_iter().filter(|setting| !holds(setting, setting.value)).collect())
-        .await
-        .map_err(SettingError::Namespace)
+pub(super) async fn differing(
+    inside: &Netns,
+    settings: &'static [Setting],
+) -> Result<Vec<Setting>, SettingError> {
+    Ok(inside.run(move || settings.iter().filter(|setting| !holds(setting)).copied().collect()).await?)
 }
 
 /// Gives each of `settings` its value and returns those that had another.
-pub(super) async fn ensure(inside: &Netns, settings: &[Setting]) -> Result<Vec<Setting>, SettingError> {
-    let differing = differing(inside, settings).await?;
-    let wanted = differing.clone();
-    inside.run(move || wanted.iter().try_for_each(|setting| write(setting, setting.value))).await??;
-    Ok(differing)
+pub(super) async fn ensure(
+    inside: &Netns,
+    settings: &'static [Setting],
+) -> Result<Vec<Setting>, SettingError> {
+    let ensured = inside.run(move || {
+        let differing = settings.iter().filter(|setting| !holds(setting));
+        differing.map(|setting| write(setting, setting.value).map(|()| *setting)).collect()
+    });
+    ensured.await?
 }
 
 /// Gives each of `settings` that still has our value the kernel's own.
-pub(super) async fn restore(inside: &Netns, settings: &[Setting]) -> Result<(), SettingError> {
-    let settings = settings.to_vec();
+pub(super) async fn restore(inside: &Netns, settings: &'static [Setting]) -> Result<(), SettingError> {
     let restored = inside.run(move || {
-        let mut ours = settings.iter().filter(|setting| holds(setting, setting.value));
+        let mut ours = settings.iter().filter(|setting| holds(setting));
         ours.try_for_each(|setting| write(setting, setting.default))
     });
     restored.await?
@@ -55,8 +57,9 @@ fn path(setting: &Setting) -> PathBuf {
     PathBuf::from("/proc/sys").join(setting.name.replace('.', "/"))
 }
 
-fn holds(setting: &Setting, value: u32) -> bool {
-    std::fs::read_to_string(path(setting)).is_ok_and(|text| text.trim().parse() == Ok(value))
+/// Whether it has our value.
+fn holds(setting: &Setting) -> bool {
+    std::fs::read_to_string(path(setting)).is_ok_and(|text| text.trim().parse() == Ok(setting.value))
 }
 
 fn write(setting: &Setting, value: u32) -> Result<(), SettingError> {
