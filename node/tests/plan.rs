@@ -5,7 +5,7 @@ use ambit_node::redirect::{Options, Plan, Stage, plan};
 
 /// The plan, the routes and the listeners as text.
 fn shown(options: &Options, stage: Stage) -> String {
-    let Plan { table, routes, settings } = plan(options, stage);
+    let Plan { table, routes, settings, opening: _ } = plan(options, stage);
     let mut text = format!("{table}\n");
     for route in routes {
         text += &format!(
@@ -25,6 +25,11 @@ fn shown(options: &Options, stage: Stage) -> String {
 #[test]
 fn a_pod_with_defaults() {
     insta::assert_snapshot!(shown(&Options::default(), Stage::In));
+}
+
+#[test]
+fn a_pod_whose_older_connections_tracking_does_not_know_yet() {
+    insta::assert_snapshot!(plan(&Options::default(), Stage::In).opening.unwrap());
 }
 
 #[test]

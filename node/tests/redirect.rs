@@ -4,75 +4,16 @@
 mod common;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 use ambit_net::conntrack::Conntrack;
-use ambit_net::listen::{Options as SocketOptions, bind_udp, listen_tcp};
+use ambit_net::listen::{Options as SocketOptions, bind_udp};
 use ambit_net::{Family, Netns, PROXY_MARK, SocketStock, connect, connect_local, original_dst};
-use ambit_node::listeners::{Listener, bind};
+use ambit_node::listeners::bind;
 use ambit_node::nft::{self, Action, Rule};
-use ambit_node::redirect::{self, Fault, Options, PROBE_V4, Stage, plan};
-use common::{Host, pair};
-use std::os::fd::AsFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
-
-const SOON: Duration = Duration::from_secs(5);
-
-/// The pod's listeners, as a proxy would have them.
-struct Proxy {
-    listeners: Vec<Listener>,
-}
-
-impl Proxy {
-    async fn in_pod(pod: &Host) -> Self {
-        Self { listeners: bind(&pod.netns, &Options::default()).await.unwrap() }
-    }
-
-    fn find(&self, port: u16, udp: bool, like: IpAddr) -> std::os::fd::OwnedFd {
-        let found = self.listeners.iter().find(|l| {
-            l.listen.port == port && l.listen.udp == udp && l.listen.address.is_ipv4() == like.is_ipv4()
-        });
-        found.unwrap().as_fd().try_clone_to_owned().unwrap()
-    }
-
-    fn tcp(&self, port: u16, like: IpAddr) -> TcpListener {
-        TcpListener::from_std(self.find(port, false, like).into()).unwrap()
-    }
-
-    fn udp(&self, port: u16, like: IpAddr) -> UdpSocket {
-        UdpSocket::from_std(self.find(port, true, like).into()).unwrap()
-    }
-}
-
-async fn dial(from: &Netns, to: SocketAddr) -> TcpStream {
-    connect(&SocketStock::new(from.clone(), None), to, SOON).await.unwrap()
-}
-
-async fn listen(inside: &Netns, at: SocketAddr) -> TcpListener {
-    let listener = listen_tcp(inside, at, SocketOptions::default()).await.unwrap();
-    TcpListener::from_std(listener).unwrap()
-}
-
-async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
-    tokio::time::timeout(SOON, listener.accept()).await.expect("a connection within 5 s").unwrap()
-}
-
-/// A byte each way.
-async fn talk(one: &mut TcpStream, other: &mut TcpStream) {
-    for byte in 0..2 {
-        one.write_all(&[byte]).await.unwrap();
-        let got = tokio::time::timeout(SOON, other.read_u8()).await.expect("a byte within 5 s");
-        assert_eq!(got.unwrap(), byte);
-        other.write_all(&[byte]).await.unwrap();
-        let got = tokio::time::timeout(SOON, one.read_u8()).await.expect("a byte within 5 s");
-        assert_eq!(got.unwrap(), byte);
-    }
-}
-
-async fn apply(pod: &Host, stage: Stage) -> Vec<Fault> {
-    redirect::apply(&pod.netns, &plan(&Options::default(), stage)).await.unwrap()
-}
+use ambit_node::redirect::{self, Options, PROBE_V4, Stage, plan};
+use common::pair;
+use common::traffic::{Proxy, SOON, accept, apply, dial, listen, set, talk};
+use tokio::net::{TcpStream, UdpSocket};
 
 #[tokio::test]
 async fn outbound_tcp_reaches_the_proxy_with_its_original_destination() {
@@ -266,31 +207,6 @@ async fn dial_from(from: &Netns, mark: Option<u32>, source: SocketAddr, to: Sock
     let socket = tokio::net::TcpSocket::from_std_stream(socket.into());
     socket.bind(source).unwrap();
     tokio::time::timeout(SOON, socket.connect(to)).await.expect("connected within 5 s").unwrap()
-}
-
-async fn set(pod: &Host, setting: &str, value: impl ToString) {
-    let (path, value) = (format!("/proc/sys/{setting}"), value.to_string());
-    pod.netns.run(move || std::fs::write(path, value)).await.unwrap().unwrap();
-}
-
-/// As when tracking entries are flushed, or run out while nobody speaks. An answer that misses the proxy leaves the pod
-/// in the clear.
-#[tokio::test]
-async fn answers_find_the_proxy_when_the_kernel_has_forgotten_their_connection() {
-    let (outside, pod) = pair().await;
-    apply(&pod, Stage::In).await;
-    set(&pod, "net/netfilter/nf_conntrack_tcp_timeout_established", 1).await;
-    let stock = SocketStock::new(pod.netns.clone(), Some(PROXY_MARK));
-    for (client, own) in outside.addresses().into_iter().zip(pod.addresses()) {
-        let to = SocketAddr::new(own, 9080);
-        let app = listen(&pod.netns, to).await;
-        let mut proxied = connect_local(&stock, Some(SocketAddr::new(client, 0)), to, SOON).await.unwrap();
-        let mut taken = accept(&app).await.0;
-        talk(&mut proxied, &mut taken).await;
-        // Until its entry's second is over.
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        talk(&mut taken, &mut proxied).await;
-    }
 }
 
 /// Without, a port that has ended is lost to its destination for a minute.

@@ -6,14 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_api::workload::zds::WorkloadInfo;
-use ambit_net::sockdiag::{self, Kind};
-use ambit_net::{MARK_MASK, Netns, PROXY_MARK};
+use ambit_net::Netns;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{AgentError, PodSpec, PodState, PodStatus, Shared};
-use crate::ports;
-use crate::redirect::{self, Fault, Options, Routing, Stage};
+use crate::redirect::{self, Fault, Options, Routing, Stage, connections, is_mesh};
 use crate::registry::Record;
 use crate::zds::ServedPod;
 
@@ -366,25 +364,4 @@ impl PodTask {
         let written = tokio::task::spawn_blocking(move || shared.registry.save(&record)).await;
         Ok(written.map_err(|_| AgentError::Ended)??)
     }
-}
-
-/// Whether a connection is one of the proxy's, or to it.
-fn is_mesh(entry: &sockdiag::Entry) -> bool {
-    let ours = [ports::OUTBOUND, ports::INBOUND_PLAINTEXT, ports::INBOUND_HBONE, ports::DNS, ports::SOCKS5];
-    entry.mark & MARK_MASK == PROXY_MARK || ours.contains(&entry.local.port())
-}
-
-/// The namespace's open TCP connections of a sort, without those that stay on loopback.
-async fn connections(
-    inside: &Netns,
-    of_sort: impl Fn(&sockdiag::Entry) -> bool,
-) -> Result<HashSet<(SocketAddr, SocketAddr)>, AgentError> {
-    let listed = sockdiag::list(inside, Kind::TcpConnections).await?;
-    let outside = |entry: &&sockdiag::Entry| is_mesh(entry) || !entry.remote.ip().is_loopback();
-    Ok(listed
-        .iter()
-        .filter(outside)
-        .filter(|entry| of_sort(entry))
-        .map(|entry| (entry.local, entry.remote))
-        .collect())
 }

@@ -25,6 +25,9 @@ const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
+const CT_STATE: u32 = 0;
+/// `NF_CT_STATE_INVALID_BIT` of linux/netfilter/nf_conntrack_common.h.
+const CT_STATE_INVALID: u32 = 1;
 const CT_MARK: u32 = 3;
 const CT_ZONE: u32 = 17;
 /// `IP_CT_DIR_ORIGINAL` of linux/netfilter/nf_conntrack_tuple_common.h.
@@ -108,6 +111,11 @@ fn render_match(out: &mut Vec<Attribute>, part: &Match) {
             out.push(load_ct(CT_MARK));
             out.push(bitwise(&mask.to_ne_bytes(), &[0; 4]));
             out.push(compare(*how, &value.to_ne_bytes()));
+        }
+        Match::Invalid => {
+            out.push(load_ct(CT_STATE));
+            out.push(bitwise(&CT_STATE_INVALID.to_ne_bytes(), &[0; 4]));
+            out.push(compare(Compare::IsNot, &[0; 4]));
         }
         Match::InputInterface(how, name) => interface(out, META_IIFNAME, *how, name),
         Match::OutputInterface(how, name) => interface(out, META_OIFNAME, *how, name),

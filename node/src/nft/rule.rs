@@ -143,6 +143,8 @@ pub enum Match {
         /// The bits that are looked at.
         mask: u32,
     },
+    /// Tracking made nothing of the packet: it fits no connection and begins none.
+    Invalid,
     /// The name of the interface that the packet came in by.
     InputInterface(Compare, String),
     /// The name of the interface that the packet goes out by.
@@ -236,6 +238,7 @@ impl fmt::Display for Match {
             Self::TcpFirst => f.write_str("tcp flags & (fin|syn|rst|ack) == syn"),
             Self::Mark { compare, value, mask } => write!(f, "meta mark & {mask:#x} {compare}{value:#x}"),
             Self::ConnMark { compare, value, mask } => write!(f, "ct mark & {mask:#x} {compare}{value:#x}"),
+            Self::Invalid => f.write_str("ct state invalid"),
             Self::InputInterface(compare, name) => write!(f, "iifname {compare}\"{name}\""),
             Self::OutputInterface(compare, name) => write!(f, "oifname {compare}\"{name}\""),
             Self::DestinationLocal(compare) => write!(f, "fib daddr type {compare}local"),

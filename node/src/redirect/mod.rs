@@ -1,9 +1,10 @@
 //! The redirection of a pod: what its namespace is to contain, and making it so.
 //!
 //! [`plan`] decides and is pure; [`apply`], [`verify`] and [`remove`] bring a namespace in line with a
-//! plan over netlink. All of them may be repeated at any time. Rules match first packets of connections
-//! only, so no connection that is older than the rules is cut, and none when they go.
+//! plan over netlink. All of them may be repeated at any time. What tracking knows of when the rules come is
+//! not redirected, and it is told of every connection that is older; so none of these is cut, and none when they go.
 
+mod connections;
 mod plan;
 mod routing;
 mod settings;
@@ -12,6 +13,7 @@ use std::fmt;
 
 use ambit_net::Netns;
 
+pub(crate) use connections::{connections, is_mesh};
 pub use plan::{
     LocalRoute, Options, PROBE_V4, PROBE_V6, Plan, ROUTE_PRIORITY, ROUTE_TABLE, Setting, Stage, TABLE, plan,
 };
@@ -69,11 +71,28 @@ pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectEr
         }
     }
     if let Some(difference) = nft::verify(inside, plan.table.clone()).await? {
-        nft::apply(inside, plan.table.clone()).await?;
+        program(inside, plan).await?;
         faults.push(Fault::Rules(difference));
     }
     faults.extend(settings::ensure(inside, plan.settings).await?.into_iter().map(Fault::Setting));
     Ok(faults)
+}
+
+/// Puts the rules in place. Where older connections could not be entered into tracking, the opening rules stay, which
+/// cut none of them, and the next call tries again.
+async fn program(inside: &Netns, plan: &Plan) -> Result<(), NftError> {
+    if let Some(opening) = &plan.opening {
+        nft::apply(inside, opening.clone()).await?;
+        if let Err(error) = connections::track(inside).await {
+            tracing::warn!(
+                netns = %inside.id(),
+                %error,
+                "connections older than the redirection are not tracked: connections that tracking loses are not held back"
+            );
+            return Ok(());
+        }
+    }
+    nft::apply(inside, plan.table.clone()).await
 }
 
 /// What in the namespace is not as planned; changes nothing.

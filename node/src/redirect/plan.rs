@@ -26,6 +26,9 @@ const DNS_ZONE: u16 = 1;
 /// The zone of the proxy's connections to the application, in the direction of their first packet.
 const APPLICATION_ZONE: u16 = 2;
 
+/// The flag RST (RFC 9293 §3.1).
+const TCP_RST: u8 = 0x04;
+
 const RAW: i32 = -300;
 const MANGLE: i32 = -150;
 const DSTNAT: i32 = -100;
@@ -66,6 +69,9 @@ pub enum Stage {
 pub struct Plan {
     /// The rules of packets.
     pub table: Table,
+    /// What is to stand in place of `table` until tracking knows every connection that is older: as `table`, but what
+    /// it does not know passes.
+    pub opening: Option<Table>,
     /// The rules of routing.
     pub routes: Vec<LocalRoute>,
     /// The kernel's settings.
@@ -119,6 +125,33 @@ pub struct LocalRoute {
 pub fn plan(options: &Options, stage: Stage) -> Plan {
     let route =
         |family| LocalRoute { family, mark: PROXY_CONNMARK, priority: ROUTE_PRIORITY, table: ROUTE_TABLE };
+    let (table, opening) = match stage {
+        Stage::In => (table(options, stage, Unknown::Captured), Some(table(options, stage, Unknown::Passes))),
+        Stage::Leaving => (table(options, stage, Unknown::Passes), None),
+    };
+    Plan { table, opening, routes: vec![route(Family::V4), route(Family::V6)], settings: &SETTINGS }
+}
+
+/// What becomes of what an application sends in the middle of an outgoing connection that tracking does not know. It is
+/// older than the rules, or its entry was lost: flushed, timed out, dropped when the table was full. Sent on as it is,
+/// it would leave the pod in the clear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// It goes out as it is.
+    Passes,
+    /// It goes where its first packet would. The proxy's end takes it up, as its addresses are again those
+    /// that it had; where there is none, the kernel answers with a reset. What fits no connection is dropped.
+    Captured,
+}
+
+impl Unknown {
+    /// The packets whose way is chosen.
+    fn captured(self) -> Option<Match> {
+        (self == Self::Passes).then_some(Match::TcpFirst)
+    }
+}
+
+fn table(options: &Options, stage: Stage, unknown: Unknown) -> Table {
     let mut chains = Vec::new();
     let mut raw_prerouting = tunnels_in(&options.virtual_interfaces);
     let mut raw_output = vec![to_application()];
@@ -147,31 +180,25 @@ pub fn plan(options: &Options, stage: Stage) -> Plan {
             ),
         ],
     ));
-    chains.push(chain(
-        "mangle_output",
-        ChainKind::Route,
-        HookPoint::Output,
-        MANGLE,
-        vec![NftRule::new(
-            // What the proxy itself sends finds its way without; a change of mark has the kernel look up the
-            // route of each packet again.
-            [from_proxy(), marked(Compare::IsNot)],
-            Action::SetMark { value: PROXY_CONNMARK, mask: MARK_MASK },
-            "answers to the proxy",
-        )],
-    ));
+    let mut mangle_output = vec![NftRule::new(
+        // What the proxy itself sends finds its way without; a change of mark has the kernel look up the
+        // route of each packet again.
+        [from_proxy(), marked(Compare::IsNot)],
+        Action::SetMark { value: PROXY_CONNMARK, mask: MARK_MASK },
+        "answers to the proxy",
+    )];
+    if unknown == Unknown::Captured {
+        mangle_output.push(fits_no_connection());
+    }
+    chains.push(chain("mangle_output", ChainKind::Route, HookPoint::Output, MANGLE, mangle_output));
     // The chains of an empty stage stay: without them the kernel would stop translating what is open.
     let (inbound, outbound) = match stage {
-        Stage::In => (inbound(options), outbound(options)),
+        Stage::In => (inbound(options), outbound(options, unknown)),
         Stage::Leaving => (Vec::new(), Vec::new()),
     };
     chains.push(chain("nat_prerouting", ChainKind::Nat, HookPoint::Prerouting, DSTNAT, inbound));
     chains.push(chain("nat_output", ChainKind::Nat, HookPoint::Output, DSTNAT, outbound));
-    Plan {
-        table: Table { name: TABLE.into(), chains },
-        routes: vec![route(Family::V4), route(Family::V6)],
-        settings: &SETTINGS,
-    }
+    Table { name: TABLE.into(), chains }
 }
 
 fn chain(name: &str, kind: ChainKind, point: HookPoint, priority: i32, rules: Vec<NftRule>) -> Chain {
@@ -230,6 +257,22 @@ fn tunnels_out() -> Vec<NftRule> {
     ]
 }
 
+/// Chains of translation do not see what tracking made nothing of, such as the end of a connection that it does not
+/// know, or what is beyond a window. A reset bears no data, and is how the kernel answers on a tunnel that is gone.
+fn fits_no_connection() -> NftRule {
+    NftRule::new(
+        [
+            Match::Invalid,
+            Match::Protocol(Protocol::Tcp),
+            Match::TcpFlags { mask: TCP_RST, value: 0 },
+            Match::OutputInterface(Compare::IsNot, "lo".into()),
+            marked(Compare::IsNot),
+        ],
+        Action::Drop,
+        "what fits no connection",
+    )
+}
+
 /// Replies to the proxy's own questions do not meet the application's entries: an application may ask
 /// from the same port.
 fn dns_questions() -> Vec<NftRule> {
@@ -281,7 +324,15 @@ fn inbound(options: &Options) -> Vec<NftRule> {
     rules
 }
 
-fn outbound(options: &Options) -> Vec<NftRule> {
+fn outbound(options: &Options, unknown: Unknown) -> Vec<NftRule> {
+    let tcp = |first: Match, rest: &[Match]| -> Vec<Match> {
+        [first, Match::Protocol(Protocol::Tcp)]
+            .into_iter()
+            .chain(unknown.captured())
+            .chain(rest.iter().cloned())
+            .chain([marked(Compare::IsNot)])
+            .collect()
+    };
     let mut rules: Vec<NftRule> = families()
         .map(|family| {
             NftRule::new([Match::Destination(Compare::Is, family.probe)], Action::Accept, "kubelet probes")
@@ -301,13 +352,7 @@ fn outbound(options: &Options) -> Vec<NftRule> {
                 "DNS",
             ));
             rules.push(NftRule::new(
-                [
-                    family.not_loopback(),
-                    Match::Protocol(Protocol::Tcp),
-                    Match::TcpFirst,
-                    to_port(53),
-                    marked(Compare::IsNot),
-                ],
+                tcp(family.not_loopback(), &[to_port(53)]),
                 Action::Redirect(ports::DNS),
                 "DNS",
             ));
@@ -322,11 +367,7 @@ fn outbound(options: &Options) -> Vec<NftRule> {
         ));
     }
     rules.extend(families().map(|family| {
-        NftRule::new(
-            [family.not_loopback(), Match::Protocol(Protocol::Tcp), Match::TcpFirst, marked(Compare::IsNot)],
-            Action::Redirect(ports::OUTBOUND),
-            "outbound",
-        )
+        NftRule::new(tcp(family.not_loopback(), &[]), Action::Redirect(ports::OUTBOUND), "outbound")
     }));
     rules
 }
