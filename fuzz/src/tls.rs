@@ -1,6 +1,6 @@
 //! Records of TLS after the handshake: what anybody may send, and what a peer who holds the keys may.
 
-use ambit_hbone::tls::{MAX_PLAIN, MAX_SEALED, Message, Opener, Peer, Sealer, complete, read_message};
+use ambit_tls::{MAX_PLAIN, MAX_SEALED, Message, Opener, Peer, Sealer, complete, read_message};
 use rustls::crypto::cipher::{AeadKey, Iv};
 use rustls::{ConnectionTrafficSecrets, ContentType};
 

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use ambit_identity::{PeerCertificate, SpiffeId, verify_server};
+use ambit_identity::{PeerCertificate, SpiffeId, unnamed_server, verify_server};
+use ambit_tls::TlsStream;
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
@@ -24,7 +25,6 @@ use crate::load::{Lease, Load};
 use crate::overhead::Meter;
 use crate::paced::Paced;
 use crate::request::baggage;
-use crate::tls::{self, TlsStream};
 use crate::tunnel::Lingering;
 use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
 
@@ -91,7 +91,7 @@ where
         }
         _ => Err(OpenError::NoHttp2 { address }),
     };
-    let (stream, peer) = tls::connect(io, tls, check)
+    let (stream, peer) = ambit_tls::connect(io, tls, unnamed_server(), check)
         .await
         .map_err(|source| OpenError::Tls { address, source: Arc::new(source) })?;
     let peer = peer?;

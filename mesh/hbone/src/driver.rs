@@ -90,7 +90,7 @@ impl Upkeep {
             ready!(self.timer.as_mut().poll(cx));
             let now = Instant::now();
             ambit_net::relay::buffers::trim(now.into_std());
-            crate::tls::trim(now.into_std());
+            ambit_tls::trim(now.into_std());
             match self.keepalive.poll(now.into_std(), self.load.open(), self.load.opened()) {
                 Action::Wait(until) => self.timer.as_mut().reset(until.into()),
                 Action::Ping => self.send_ping(cx),

@@ -26,7 +26,6 @@ mod relay;
 mod request;
 pub mod server;
 mod settings;
-pub mod tls;
 mod traceparent;
 mod tunnel;
 mod windows;

@@ -13,6 +13,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use ambit_identity::{PeerCertificate, SpiffeId};
+use ambit_tls::TlsStream;
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
@@ -28,7 +29,6 @@ use crate::driver::{Upkeep, Verdict};
 use crate::load::Load;
 use crate::overhead::{Meter, Tally};
 use crate::paced::Paced;
-use crate::tls::{self, TlsStream};
 use crate::{ConnectRequest, RequestError, ServeError, Settings, WindowBudget};
 use abandoned::Abandoned;
 
@@ -96,7 +96,7 @@ where
         Some(b"h2") => Ok(PeerCertificate::from_connection(session)?),
         _ => Err(ServeError::NoHttp2),
     };
-    let (stream, peer) = tls::accept(io, tls, check).await.map_err(ServeError::Tls)?;
+    let (stream, peer) = ambit_tls::accept(io, tls, check).await.map_err(ServeError::Tls)?;
     let peer = peer?;
     let meter = Meter::of_client();
     let tally = meter.tally();

@@ -2,7 +2,7 @@
 
 use rustls::{AlertDescription, ContentType};
 
-use super::record::RecordError;
+use crate::record::RecordError;
 
 /// Handshake messages that are left (RFC 8446 §4.6).
 const NEW_SESSION_TICKET: u8 = 4;

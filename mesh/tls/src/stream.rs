@@ -9,11 +9,11 @@ use ambit_net::relay::{Sizing, Tier};
 use rustls::{AlertDescription, ContentType, ExtractedSecrets};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::buffers::{Buffer, Size};
-use super::handshake::{Keys, Leftover};
-use super::invalid;
-use super::message::{self, Message, alert, key_update};
-use super::record::{HEADER, KEY_LASTS, MAX_PLAIN, MAX_SEALED, Opener, RecordError, Sealer, complete};
+use crate::buffers::{Buffer, Size};
+use crate::handshake::{Keys, Leftover};
+use crate::invalid;
+use crate::message::{self, Message, alert, key_update};
+use crate::record::{HEADER, KEY_LASTS, MAX_PLAIN, MAX_SEALED, Opener, RecordError, Sealer, complete};
 
 /// Records without content, and key updates, that a peer may send between two with content.
 const MAX_IDLE_RECORDS: u32 = 32;
@@ -26,13 +26,13 @@ const MANY: usize = 128 * 1024;
 /// One receive call takes many records; each is opened straight into the reader's memory, and sealed straight from the
 /// writer's, so a byte is copied by its encryption only. Key updates are answered, and made before a key is worn. The end
 /// of `io` without `close_notify` is `UnexpectedEof`. Dropping it closes `io` without a word.
-pub(crate) struct TlsStream<IO> {
+pub struct TlsStream<IO> {
     io: IO,
     keys: Keys,
     opener: Opener,
     sealer: Sealer,
     /// Records after which our key is replaced.
-    pub(super) key_lasts: u64,
+    pub(crate) key_lasts: u64,
     /// Plaintext that came with the handshake.
     early: Vec<u8>,
     incoming: Option<Buffer>,

@@ -9,9 +9,9 @@ use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, Unbuffered
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::invalid;
-use super::message::Peer;
-use super::record::RecordError;
+use crate::invalid;
+use crate::message::Peer;
+use crate::record::RecordError;
 
 /// First room for what the peer sends; most handshakes fit.
 const ROOM: usize = 4 * 1024;

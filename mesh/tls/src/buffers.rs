@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use super::record::{MAX_RECORD, MAX_SEALED};
+use crate::record::{MAX_RECORD, MAX_SEALED};
 
 /// Room for any one record.
 const SMALL: usize = MAX_RECORD.next_multiple_of(1024);
@@ -140,7 +140,7 @@ impl Drop for Buffer {
 }
 
 /// Frees this worker's large buffers if none was used for two seconds. Called from a periodic task of the worker.
-pub(crate) fn trim(now: Instant) {
+pub fn trim(now: Instant) {
     SHELF.with_borrow_mut(|shelf| {
         if shelf.large_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR) {
             shelf.large = Vec::new();

@@ -1,8 +1,13 @@
-//! TLS 1.3 of the tunnel: rustls makes the handshake and derives the keys, this moves the records.
+//! TLS 1.3 over any stream of bytes: rustls performs the handshake and derives the keys, this crate moves the records.
 //!
-//! rustls' own stream takes one receive call a record, and copies each twice after it was opened: with bulk in a tunnel
-//! a good part of all its time. So records are moved here, by the interface that rustls has for kernels that do the same
-//! (`rustls::kernel`). Nothing here decides whom to trust.
+//! rustls' own stream makes one receive call per record and copies each record twice after decrypting it, which dominates
+//! the cost of a bulk transfer. This crate takes the keys through the interface that rustls has for kernel TLS
+//! (`rustls::kernel`) and processes the records itself.
+//!
+//! - [`connect`] and [`accept`]: the handshake, which yields a [`TlsStream`];
+//! - [`Sealer`], [`Opener`], [`complete`], [`read_message`]: the record layer without I/O, public for its fuzz target.
+//!
+//! `ambit-hbone` is the main user. Whom to trust is decided by the verifiers in the rustls configurations.
 
 mod buffers;
 mod handshake;
@@ -15,41 +20,44 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 
-use ambit_identity::unnamed_server;
 use rustls::client::UnbufferedClientConnection;
+use rustls::pki_types::ServerName;
 use rustls::server::UnbufferedServerConnection;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-pub(crate) use buffers::trim;
+pub use buffers::trim;
 use handshake::Session;
 pub use message::{Message, Peer, read as read_message};
 pub use record::{MAX_PLAIN, MAX_SEALED, Opened, Opener, RecordError, Sealer, complete};
-pub(crate) use stream::TlsStream;
+pub use stream::TlsStream;
 
-/// The dialling side's handshake, and what `check` makes of the peer; nothing was sent to it yet but the handshake.
+/// Performs the client's handshake over `io`, and calls `check` on the session when it is complete.
+///
+/// `check` runs before any application data is sent. The caller bounds the time.
 ///
 /// # Errors
 ///
-/// What is wrong with the handshake is `InvalidData`; the rest is the connection's.
-pub(crate) async fn connect<IO, T>(
+/// A failed handshake is `InvalidData` around the [`rustls::Error`]; other errors are those of `io`.
+pub async fn connect<IO, T>(
     io: IO,
     config: Arc<ClientConfig>,
+    server: ServerName<'static>,
     check: impl FnOnce(&CommonState) -> T,
 ) -> io::Result<(TlsStream<IO>, T)>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let session = UnbufferedClientConnection::new(config, unnamed_server()).map_err(invalid)?;
+    let session = UnbufferedClientConnection::new(config, server).map_err(invalid)?;
     establish(io, session, |session| check(session)).await
 }
 
-/// The accepting side's. As [`connect`].
+/// Performs the server's handshake over `io`, and calls `check` on the session when it is complete.
 ///
 /// # Errors
 ///
 /// As [`connect`].
-pub(crate) async fn accept<IO, T>(
+pub async fn accept<IO, T>(
     io: IO,
     config: Arc<ServerConfig>,
     check: impl FnOnce(&CommonState) -> T,

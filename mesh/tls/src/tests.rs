@@ -14,10 +14,10 @@ use rustls::{ClientConfig, ContentType, RootCertStore, ServerConfig, SupportedCi
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
-use super::record::{
+use crate::record::{
     HEADER, KEY_LASTS, MAX_PLAIN, MAX_RECORD, MAX_SEALED, Opener, RecordError, Sealer, complete,
 };
-use super::stream::TlsStream;
+use crate::stream::TlsStream;
 
 /// Bytes that a test's connection holds, in each direction.
 const WIRE: usize = 64 * 1024;
@@ -31,7 +31,6 @@ struct Configs {
 
 fn configs(suite: SupportedCipherSuite) -> Configs {
     let key = rcgen::KeyPair::generate().unwrap();
-    // The name that the mesh gives to servers.
     let names = vec!["0.0.0.0".to_owned()];
     let certificate = rcgen::CertificateParams::new(names).unwrap().self_signed(&key).unwrap();
     let certificate: CertificateDer<'static> = certificate.der().clone();
@@ -56,7 +55,7 @@ fn configs(suite: SupportedCipherSuite) -> Configs {
 }
 
 fn name() -> ServerName<'static> {
-    ambit_identity::unnamed_server()
+    ServerName::try_from("0.0.0.0").unwrap()
 }
 
 type Ours = TlsStream<DuplexStream>;
@@ -65,7 +64,7 @@ type Ours = TlsStream<DuplexStream>;
 async fn dialled(configs: &Configs, wire: usize) -> (Ours, server::TlsStream<DuplexStream>) {
     let (near, far) = duplex(wire);
     let acceptor = TlsAcceptor::from(Arc::clone(&configs.server));
-    let connecting = super::connect(near, Arc::clone(&configs.client), |_| ());
+    let connecting = crate::connect(near, Arc::clone(&configs.client), name(), |_| ());
     let (ours, theirs) = within(async { tokio::join!(connecting, acceptor.accept(far)) }).await;
     (ours.unwrap().0, theirs.unwrap())
 }
@@ -74,7 +73,7 @@ async fn dialled(configs: &Configs, wire: usize) -> (Ours, server::TlsStream<Dup
 async fn accepted(configs: &Configs, wire: usize) -> (Ours, client::TlsStream<DuplexStream>) {
     let (near, far) = duplex(wire);
     let connector = TlsConnector::from(Arc::clone(&configs.client));
-    let accepting = super::accept(near, Arc::clone(&configs.server), |_| ());
+    let accepting = crate::accept(near, Arc::clone(&configs.server), |_| ());
     let (ours, theirs) = within(async { tokio::join!(accepting, connector.connect(name(), far)) }).await;
     (ours.unwrap().0, theirs.unwrap())
 }
@@ -159,7 +158,7 @@ async fn records_arrive_whole_however_the_wire_cuts_them() {
     for few in [1, 7, 1000] {
         let (near, far) = duplex(WIRE);
         let connector = TlsConnector::from(Arc::clone(&configs.client));
-        let accepting = super::accept(Trickle(near, few), Arc::clone(&configs.server), |_| ());
+        let accepting = crate::accept(Trickle(near, few), Arc::clone(&configs.server), |_| ());
         let (ours, theirs) = within(async { tokio::join!(accepting, connector.connect(name(), far)) }).await;
         exchange(ours.unwrap().0, theirs.unwrap(), 40_000).await;
     }
@@ -289,7 +288,7 @@ async fn what_is_no_tls_is_refused_with_an_alert() {
     for words in [&b"GET / HTTP/1.1\r\nhost: server\r\n\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
         let (near, mut far) = duplex(WIRE);
         far.write_all(words).await.unwrap();
-        let refused = within(super::accept(near, Arc::clone(&configs.server), |_| ())).await.unwrap_err();
+        let refused = within(crate::accept(near, Arc::clone(&configs.server), |_| ())).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
         let mut answer = Vec::new();
         within(far.read_to_end(&mut answer)).await.unwrap();
@@ -315,8 +314,8 @@ async fn sent_by_a_peer(records: impl FnOnce(&mut Sealer) -> Vec<u8>) -> Result<
         rustls::client::UnbufferedClientConnection::new(Arc::clone(&configs.client), name()).unwrap();
     let mut theirs = theirs;
     let (ours, _) = tokio::join!(
-        super::accept(ours, Arc::clone(&configs.server), |_| ()),
-        super::handshake::run(&mut theirs, &mut session)
+        crate::accept(ours, Arc::clone(&configs.server), |_| ()),
+        crate::handshake::run(&mut theirs, &mut session)
     );
     let (secrets, _) = session.dangerous_into_kernel_connection().unwrap();
     let mut sealer = Sealer::new(secrets.tx).unwrap();
