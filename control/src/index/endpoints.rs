@@ -62,6 +62,7 @@ fn workload(
         workload_type: api::WorkloadType::Pod as i32,
         workload_name: slice.service.to_string(),
         status: workloads::status(endpoint.ready) as i32,
+        serving_while_terminating: endpoint.serving_while_terminating,
         cluster_id: reader.settings.cluster_id.to_string(),
         uid: format!("{}/{address}", wire::uid(reader.settings, Kind::EndpointSlice, &slice.id)),
         services,

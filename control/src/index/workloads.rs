@@ -65,6 +65,7 @@ pub(super) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceT
             api::NetworkMode::Standard
         } as i32,
         capacity: None,
+        serving_while_terminating: pod.terminating && pod.ready,
     };
     vec![wire::workload_resource(message, &pod.addresses)]
 }

@@ -17,6 +17,8 @@ pub struct Endpoint {
     pub pod: Option<NamespacedName>,
     /// Takes new connections: ready and not terminating.
     pub ready: bool,
+    /// Is terminating and still passes its readiness probe.
+    pub serving_while_terminating: bool,
     /// The node that it is on, empty if unknown.
     pub node: Arc<str>,
     /// The zone that it is in, empty if unknown.
@@ -69,11 +71,14 @@ fn read_endpoint(endpoint: v1::Endpoint, slice: &NamespacedName, i: usize) -> Re
         Some(NamespacedName::new(namespace, t.name?))
     });
     let conditions = endpoint.conditions.unwrap_or_default();
+    let terminating = conditions.terminating.unwrap_or(false);
+    // discovery/v1: an unknown `ready` means ready, an unknown `serving` is as `ready`.
+    let ready = conditions.ready.unwrap_or(true);
     Ok(Endpoint {
         addresses,
         pod,
-        // discovery/v1: an unknown `ready` means ready.
-        ready: conditions.ready.unwrap_or(true) && !conditions.terminating.unwrap_or(false),
+        ready: ready && !terminating,
+        serving_while_terminating: terminating && conditions.serving.unwrap_or(ready),
         node: endpoint.node_name.unwrap_or_default().into(),
         zone: endpoint.zone.unwrap_or_default().into(),
     })

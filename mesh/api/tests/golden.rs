@@ -186,6 +186,7 @@ fn workload() {
         network_mode: 1,
         extensions: vec![extension],
         capacity: Some(7),
+        serving_while_terminating: true,
     };
     let entry = |key: &str| len(22, [len(1, key), len(2, &list_bytes)].concat());
     let bytes = golden(
@@ -219,6 +220,7 @@ fn workload() {
             int(25, 1),
             len(26, extension_bytes),
             len(27, int(1, 7)),
+            int(100, 1),
         ],
     );
     let address = workload::Address { r#type: Some(workload::address::Type::Workload(workload)) };
