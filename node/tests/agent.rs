@@ -14,7 +14,7 @@ use ambit_api::workload::zds::{
 };
 use ambit_net::seqpacket::SeqPacket;
 use ambit_net::{Netns, PROXY_MARK, SocketStock, connect};
-use ambit_node::redirect::{self, Options, Stage, plan};
+use ambit_node::redirect::{self, FormerSettings, Options, Stage, plan};
 use ambit_node::zds::MAX_PACKET;
 use ambit_node::{Agent, AgentConfig, AgentError, PodSpec, PodState};
 use common::{Host, eventually, pair};
@@ -461,7 +461,7 @@ async fn tampering_is_repaired_by_the_agent_itself() {
     let (_outside, pod) = pair().await;
     let running = Running::start(|config| config.repair_interval = Duration::from_millis(100)).await;
     running.agent.pod_up(spec("a", &pod)).await.unwrap();
-    redirect::remove(&pod.netns).await.unwrap();
+    redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
     let wanted = plan(&Options::default(), Stage::In);
     eventually("it is repaired", async || redirect::verify(&pod.netns, &wanted).await.unwrap().is_empty())
         .await;

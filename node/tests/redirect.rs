@@ -10,7 +10,7 @@ use ambit_net::listen::{Options as SocketOptions, bind_udp};
 use ambit_net::{Family, Netns, PROXY_MARK, SocketStock, connect, connect_local, original_dst};
 use ambit_node::listeners::bind;
 use ambit_node::nft::{self, Action, Rule};
-use ambit_node::redirect::{self, Options, PROBE_V4, Stage, plan};
+use ambit_node::redirect::{self, FormerSettings, Options, PROBE_V4, Stage, plan};
 use common::pair;
 use common::traffic::{Proxy, SOON, accept, apply, dial, listen, set, talk};
 use tokio::net::{TcpStream, UdpSocket};
@@ -196,7 +196,7 @@ async fn a_proxied_connection_may_bear_the_very_port_of_an_older_one() {
         assert_eq!(seen.ip(), client);
         talk(&mut proxied, &mut served).await;
         talk(&mut older, &mut taken).await;
-        redirect::remove(&pod.netns).await.unwrap();
+        redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
     }
 }
 
@@ -311,7 +311,7 @@ async fn kept_connections_live_through_enrolment_and_leaving() {
         talk(&mut client, &mut taken).await;
     }
     drop(captured);
-    redirect::remove(&pod.netns).await.unwrap();
+    redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
     for (client, taken) in &mut kept {
         talk(client, taken).await;
     }
@@ -361,19 +361,30 @@ async fn applying_again_changes_nothing_and_tampering_is_found_and_repaired() {
     assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap(), found);
     assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap(), []);
 
-    redirect::remove(&pod.netns).await.unwrap();
-    redirect::remove(&pod.netns).await.unwrap();
+    redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
+    redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
     assert_eq!(redirect::verify(&pod.netns, &plan).await.unwrap().len(), 7);
 }
 
 #[tokio::test]
-async fn settings_go_back_to_the_kernels_own_but_for_those_that_another_has_changed_since() {
+async fn former_settings_are_restored() {
+    let (_outside, pod) = pair().await;
+    set(&pod, "net/ipv4/tcp_tw_reuse", 0).await;
+    let former = redirect::current_settings(&pod.netns).await.unwrap();
+    apply(&pod, Stage::In).await;
+    redirect::remove(&pod.netns, &former).await.unwrap();
+    let read = || std::fs::read_to_string("/proc/sys/net/ipv4/tcp_tw_reuse");
+    assert_eq!(pod.netns.run_blocking(read).unwrap().unwrap(), "0\n");
+}
+
+#[tokio::test]
+async fn settings_that_another_has_changed_since_stay() {
     const CLOSE_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_close_wait";
     const TIME_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_time_wait";
     let (_outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     set(&pod, TIME_WAIT, 33).await;
-    redirect::remove(&pod.netns).await.unwrap();
+    redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
     let values = ["net/ipv4/tcp_fwmark_accept", CLOSE_WAIT, TIME_WAIT].map(|setting| {
         let path = format!("/proc/sys/{setting}");
         pod.netns.run_blocking(move || std::fs::read_to_string(path)).unwrap().unwrap()
@@ -387,7 +398,7 @@ async fn tables_of_others_are_left_alone() {
     let theirs = nft::Table { name: "theirs".into(), chains: vec![] };
     nft::apply(&pod.netns, theirs.clone()).await.unwrap();
     apply(&pod, Stage::In).await;
-    redirect::remove(&pod.netns).await.unwrap();
+    redirect::remove(&pod.netns, &FormerSettings::default()).await.unwrap();
     assert_eq!(nft::tables(&pod.netns).await.unwrap(), ["theirs"]);
 }
 

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{AgentError, PodSpec, PodState, PodStatus, Shared};
-use crate::redirect::{self, Fault, Options, Routing, Stage, connections, is_mesh};
+use crate::redirect::{self, Fault, FormerSettings, Options, Routing, Stage, connections, is_mesh};
 use crate::registry::Record;
 use crate::zds::ServedPod;
 
@@ -177,7 +177,10 @@ impl PodTask {
         self.require_own_namespace(&spec).await?;
         let older = match &self.pod {
             Some(pod) if pod.netns.as_ref().map(Netns::id) == Some(spec.netns.id()) => pod.older.clone(),
-            _ => connections(&spec.netns, |c| !is_mesh(c)).await?,
+            _ => connections(&spec.netns, |c| !is_mesh(c)).await.unwrap_or_else(|error| {
+                tracing::warn!(uid = self.uid, %error, "connections older than the redirection are not counted");
+                HashSet::new()
+            }),
         };
         let reason = self.listen(&spec).await;
         // From here on nothing leaves in the clear, whatever fails after this.
@@ -294,7 +297,7 @@ impl PodTask {
             tracing::warn!(uid = self.uid, "a node proxy does not let the pod go");
         }
         self.shared.keeper.release(&self.uid).await;
-        if let Err(error) = redirect::remove(&netns).await {
+        if let Err(error) = redirect::remove(&netns, &FormerSettings::default()).await {
             tracing::warn!(uid = self.uid, %error, "redirection of a pod that left was not removed");
         }
         if let Err(error) = self.forget() {

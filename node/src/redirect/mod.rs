@@ -11,7 +11,7 @@ mod settings;
 
 use std::fmt;
 
-use ambit_net::Netns;
+use ambit_net::{Netns, NetnsError};
 
 pub(crate) use connections::{connections, is_mesh};
 pub use plan::{
@@ -19,7 +19,7 @@ pub use plan::{
 };
 pub(crate) use routing::Routing;
 pub use routing::RoutingError;
-pub use settings::SettingError;
+pub use settings::{FormerSettings, SettingError};
 
 use crate::nft::{self, Difference, NftError};
 
@@ -32,9 +32,9 @@ pub enum RedirectError {
     /// Routing.
     #[error(transparent)]
     Routing(#[from] RoutingError),
-    /// Settings of the kernel.
+    /// The namespace could not be entered.
     #[error(transparent)]
-    Setting(#[from] SettingError),
+    Namespace(#[from] NetnsError),
 }
 
 /// Something in a namespace that is not as planned.
@@ -60,7 +60,7 @@ impl fmt::Display for Fault {
 
 /// Brings the namespace in line with `plan` and returns what was not. Routing comes first, since the
 /// rules make packets depend on it; settings come last, since some are there only once rules track connections. What is
-/// in line is not touched.
+/// in line is not touched. Settings that cannot be written are left as they are.
 pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectError> {
     let routing = Routing::open(inside).await?;
     routing.loopback_up().await?;
@@ -74,8 +74,27 @@ pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectEr
         program(inside, plan).await?;
         faults.push(Fault::Rules(difference));
     }
-    faults.extend(settings::ensure(inside, plan.settings).await?.into_iter().map(Fault::Setting));
+    let settings::Ensured { changed, refused } = settings::ensure(inside, plan.settings).await?;
+    faults.extend(changed.into_iter().map(Fault::Setting));
+    for error in refused {
+        tracing::debug!(netns = %inside.id(), %error, "setting left as it is");
+    }
     Ok(faults)
+}
+
+/// Whether the namespace carries our rules, complete or not, of this version or another.
+pub async fn is_present(inside: &Netns) -> Result<bool, NftError> {
+    Ok(nft::tables(inside).await?.iter().any(|name| name == TABLE))
+}
+
+/// The values of the settings that [`apply`] changes, for [`remove`] to restore.
+pub async fn current_settings(inside: &Netns) -> Result<FormerSettings, NetnsError> {
+    settings::current(inside, plan(&Options::default(), Stage::In).settings).await
+}
+
+/// The settings of [`apply`] that cannot be written in the namespace, which is left with our values of the others.
+pub async fn unwritable_settings(inside: &Netns) -> Result<Vec<SettingError>, NetnsError> {
+    Ok(settings::ensure(inside, plan(&Options::default(), Stage::In).settings).await?.refused)
 }
 
 /// Puts the rules in place. Where older connections could not be entered into tracking, the opening rules stay, which
@@ -111,13 +130,17 @@ pub async fn verify(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectE
     Ok(faults)
 }
 
-/// Removes whatever [`apply`] made. The rules go first: they make packets depend on the routing.
-pub async fn remove(inside: &Netns) -> Result<(), RedirectError> {
+/// Removes whatever [`apply`] made and gives the settings that it changed their former values. The rules go first: they
+/// make packets depend on the routing.
+pub async fn remove(inside: &Netns, former: &FormerSettings) -> Result<(), RedirectError> {
     nft::remove(inside, TABLE).await?;
     let routing = Routing::open(inside).await?;
     let Plan { routes, settings, .. } = plan(&Options::default(), Stage::In);
     for route in routes {
         routing.remove(route).await?;
     }
-    Ok(settings::restore(inside, settings).await?)
+    for error in settings::restore(inside, settings, former.clone()).await? {
+        tracing::warn!(netns = %inside.id(), %error, "setting not restored");
+    }
+    Ok(())
 }

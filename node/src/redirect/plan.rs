@@ -87,6 +87,8 @@ pub struct Setting {
     pub value: u32,
     /// What it is in a new namespace.
     pub default: u32,
+    /// What is no longer guaranteed without it.
+    pub guarantee: &'static str,
 }
 
 /// What the kernel is to do with every connection of a pod in the mesh.
@@ -94,17 +96,37 @@ const SETTINGS: [Setting; 4] = [
     // An accepted connection bears the mark of its first packet and so finds the way back to the proxy, whatever
     // becomes of its tracking: without, an answer would leave the pod in the clear. And its packets need no second
     // look-up of their route. `mangle_prerouting` chooses the mark.
-    Setting { name: "net.ipv4.tcp_fwmark_accept", value: 1, default: 0 },
+    Setting {
+        name: "net.ipv4.tcp_fwmark_accept",
+        value: 1,
+        default: 0,
+        guarantee: "answers of an application stay encrypted when connection tracking loses the connection",
+    },
     // What has ended on one side may go on for long on the other. Forgotten, it would no longer be translated, and go
     // to the wire. An hour is what kube-proxy sets on the host; the proxy's keepalive probes are 75 s apart at most.
-    Setting { name: "net.netfilter.nf_conntrack_tcp_timeout_close_wait", value: 3600, default: 60 },
+    Setting {
+        name: "net.netfilter.nf_conntrack_tcp_timeout_close_wait",
+        value: 3600,
+        default: 60,
+        guarantee: "a half-closed connection may be silent for more than a minute",
+    },
     // Neither of the two ends, both here, sends anything any more. Two minutes of them fill the tracking table (262,144
     // entries) at 2,200 connections a second, and it then refuses new ones.
-    Setting { name: "net.netfilter.nf_conntrack_tcp_timeout_time_wait", value: 10, default: 120 },
+    Setting {
+        name: "net.netfilter.nf_conntrack_tcp_timeout_time_wait",
+        value: 10,
+        default: 120,
+        guarantee: "more than 2,000 new connections a second can be tracked",
+    },
     // Redirected, each of the pod's connections has both ends here, as those over loopback have, to which the kernel
     // itself gives the port of one that ended a second ago where timestamps tell the two apart (RFC 7323, PAWS). Else a
     // client of one port of one server has 28,000 a minute, and each beyond takes a search of a millisecond.
-    Setting { name: "net.ipv4.tcp_tw_reuse", value: 1, default: 2 },
+    Setting {
+        name: "net.ipv4.tcp_tw_reuse",
+        value: 1,
+        default: 2,
+        guarantee: "a client can open more than 28,000 connections a minute to one port of one server",
+    },
 ];
 
 /// Packets with a mark are delivered locally, whatever their destination.
