@@ -26,7 +26,7 @@ static WORLD: LazyLock<Arc<Snapshot>> = LazyLock::new(|| {
     let endpoints = (0..ENDPOINTS).map(|number| {
         let ports = PortList { ports: vec![Port { service_port: 80, target_port: 8080, app_protocol: 1 }] };
         let workload = Workload {
-            uid: format!("Kubernetes//v1/Pod/shop/peer-{number}"),
+            uid: format!("Kubernetes//Pod/shop/peer-{number}"),
             name: format!("peer-{number}"),
             namespace: "shop".into(),
             addresses: vec![vec![10, 0, 0, number].into()],

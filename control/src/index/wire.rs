@@ -24,7 +24,7 @@ pub(super) const WAYPOINT_FAILURE_OPEN: &str = "ambit.dev/waypoint-failure-open"
 /// `<cluster>/<group>/<kind>/<namespace>/<name>`
 pub(super) fn uid(settings: &Settings, kind: Kind, id: &NamespacedName) -> String {
     match kind {
-        Kind::Pod => format!("{}//v1/Pod/{}/{}", settings.cluster_id, id.namespace, id.name),
+        Kind::Pod => format!("{}//Pod/{}/{}", settings.cluster_id, id.namespace, id.name),
         _ => format!("{}/{}/{kind}/{}/{}", settings.cluster_id, kind.group(), id.namespace, id.name),
     }
 }

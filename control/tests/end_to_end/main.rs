@@ -82,7 +82,7 @@ impl Held {
     }
 
     fn workload(&self, name: &str) -> Option<Workload> {
-        match self.addresses.lock().get(&format!("Kubernetes//v1/Pod/shop/{name}"))?.r#type.clone()? {
+        match self.addresses.lock().get(&format!("Kubernetes//Pod/shop/{name}"))?.r#type.clone()? {
             address::Type::Workload(workload) => Some(workload),
             address::Type::Service(_) => None,
         }

@@ -178,7 +178,7 @@ fn workload() {
         status: 1,
         cluster_id: "c".into(),
         network_gateway: Some(gateway),
-        uid: "c//v1/Pod/ns/pod".into(),
+        uid: "c//Pod/ns/pod".into(),
         hostname: "h".into(),
         services: BTreeMap::from([("ns/a".to_owned(), list.clone()), ("ns/b".to_owned(), list)]),
         application_tunnel: Some(tunnel),
@@ -211,7 +211,7 @@ fn workload() {
             int(17, 1),
             len(18, "c"),
             len(19, gateway_bytes),
-            len(20, "c//v1/Pod/ns/pod"),
+            len(20, "c//Pod/ns/pod"),
             len(21, "h"),
             entry("ns/a"),
             entry("ns/b"),
@@ -280,7 +280,7 @@ fn authorization() {
         ],
     );
     let clause = security::Clause { matches: vec![one] };
-    let clause_bytes = golden(&clause, &[len(1, one_bytes)]);
+    let clause_bytes = golden(&clause, &[len(2, one_bytes)]);
     let rule = security::Rule { clauses: vec![clause] };
     let rule_bytes = golden(&rule, &[len(1, clause_bytes)]);
     let policy = security::Authorization {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use equivalent::Equivalent;
 use serde::{Serialize, Serializer};
 
-/// The name of a workload that is never given to another one: of a pod `<cluster>//v1/Pod/<namespace>/<name>`.
+/// The name of a workload that is never given to another one: of a pod `<cluster>//Pod/<namespace>/<name>`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct WorkloadUid(Arc<str>);
@@ -16,7 +16,7 @@ pub struct WorkloadUid(Arc<str>);
 impl WorkloadUid {
     /// The uid of a pod (contracts.md, section 4).
     pub fn of_pod(cluster: &str, namespace: &str, name: &str) -> Self {
-        Self(format!("{cluster}//v1/Pod/{namespace}/{name}").into())
+        Self(format!("{cluster}//Pod/{namespace}/{name}").into())
     }
 
     /// The text.

@@ -228,7 +228,7 @@ fn who_went_is_told_for_as_long_as_it_is_remembered() {
 #[test]
 fn pods_are_found_by_what_the_node_agent_knows_of_them() {
     let named = pod("reviews-1", "10.0.0.2").with(|pod| {
-        pod.uid = "Kubernetes//v1/Pod/app/reviews-1".into();
+        pod.uid = "Kubernetes//Pod/app/reviews-1".into();
         pod.service_account = String::new();
         pod.trust_domain = String::new();
     });

@@ -145,7 +145,7 @@ impl Bed {
             tokio::time::sleep(PAUSE).await;
             let file = pod(number);
             let namespace = ambit_scale::objects::namespace_of(number % SERVICES);
-            self.crowd.expect(&format!("Kubernetes//v1/Pod/{namespace}/{}", pod_name(number)));
+            self.crowd.expect(&format!("Kubernetes//Pod/{namespace}/{}", pod_name(number)));
             let start = if add { self.world.put(&file)? } else { self.world.take(&file)? };
             let (crowd, count) = (Arc::clone(&self.crowd), self.subscribers.len());
             let last = self.unless_one_ends(crowd.seen(count)).await?;

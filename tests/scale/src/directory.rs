@@ -18,7 +18,7 @@ pub const NODES: u32 = 1_000;
 
 /// The uid of a workload.
 pub fn uid(number: u32) -> String {
-    format!("Kubernetes//v1/Pod/ns-{}/app-{number}", number % SERVICES % 500)
+    format!("Kubernetes//Pod/ns-{}/app-{number}", number % SERVICES % 500)
 }
 
 fn host(service: u32) -> String {

@@ -47,7 +47,7 @@ fn service(namespace: &str, hostname: &str, vips: &[&str]) -> wire::Service {
 
 fn workload(name: &str, addresses: &[&str], services: &[&str]) -> wire::Workload {
     wire::Workload {
-        uid: format!("c//v1/Pod/shop/{name}"),
+        uid: format!("c//Pod/shop/{name}"),
         name: name.into(),
         namespace: "shop".into(),
         service_account: "default".into(),

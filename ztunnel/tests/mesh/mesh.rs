@@ -132,7 +132,7 @@ impl Mesh {
     pub(crate) async fn uncaptured_pod(&self, node: usize, name: &str, account: &str) -> Pod {
         let net = self.fabric.pod().await;
         let workload = Workload {
-            uid: format!("Kubernetes//v1/Pod/default/{name}"),
+            uid: format!("Kubernetes//Pod/default/{name}"),
             name: name.into(),
             namespace: "default".into(),
             addresses: net.ips().iter().map(|ip| bytes(*ip)).collect(),

@@ -200,7 +200,7 @@ impl Client {
         PoolKey {
             origin: "pod-uid".into(),
             source: self.certificate.identity().clone(),
-            destination: "Kubernetes//v1/Pod/default/server".into(),
+            destination: "Kubernetes//Pod/default/server".into(),
             address: node,
         }
     }

@@ -225,7 +225,7 @@ async fn eviction_can_cut_and_other_workloads_are_unharmed() {
     let target = echo().await;
     let (mut gone, task) = client.application(node.address, target).await;
     let mut other_key = client.key(node.address);
-    other_key.destination = "Kubernetes//v1/Pod/default/other".into();
+    other_key.destination = "Kubernetes//Pod/default/other".into();
     let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
     let request = ConnectRequest::new(target);
     let dial = || TcpStream::connect(node.address);

@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn the_hand_made_answer_is_what_the_generated_types_read() {
-        let resource = Resource::from_bytes("c//v1/Pod/a/b", Bytes::from_static(b"body")).alias("/10.0.0.1");
+        let resource = Resource::from_bytes("c//Pod/a/b", Bytes::from_static(b"body")).alias("/10.0.0.1");
         let mut builder = Builder::new(1 << 16, "type.example/T");
         assert!(builder.remove("gone"));
         assert!(builder.resource(&resource_field("type.example/T", &resource, "v7")));
@@ -144,7 +144,7 @@ mod tests {
                     type_url: "type.example/T".into(),
                     value: b"body".to_vec(),
                 }),
-                name: "c//v1/Pod/a/b".into(),
+                name: "c//Pod/a/b".into(),
                 aliases: vec!["/10.0.0.1".into()],
                 ttl: None,
                 cache_control: None,
