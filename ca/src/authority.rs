@@ -162,7 +162,7 @@ impl Authority {
         let key = request::read(csr_pem)?;
         let state = self.0.state.load();
         let validity = self.validity(&state.signer, lifetime, SystemTime::now())?;
-        state.signer.issue(&key, identity, validity)
+        state.signer.issue(&key, identity, validity, &state.roots_pem)
     }
 
     /// Makes a key and a server certificate for `names` (DNS names or addresses); `lifetime` as in [`Authority::sign`].

@@ -43,7 +43,7 @@ pub enum SignError {
 /// A signed certificate.
 #[derive(Debug, Clone)]
 pub struct Issued {
-    /// PEM texts: leaf, intermediates, root.
+    /// PEM texts: leaf, intermediates, and in the last one all roots that are published, the active one first.
     pub chain: Vec<String>,
     /// Serial number, hexadecimal.
     pub serial: String,
@@ -69,8 +69,8 @@ pub(crate) struct Signer {
     issuer: Issuer<'static, KeyPair>,
     /// What follows the leaf in a handshake.
     intermediates: Vec<CertificateDer<'static>>,
-    /// The same and the root, as sent to callers.
-    above_leaf: Vec<String>,
+    /// The same as PEM, as sent to callers.
+    intermediates_pem: Vec<String>,
     roots: Vec<CertificateDer<'static>>,
     active_root: CertificateDer<'static>,
     not_after: SystemTime,
@@ -102,19 +102,15 @@ impl Signer {
         let mut signer = Self {
             issuer,
             intermediates,
-            above_leaf: Vec::new(),
+            intermediates_pem: Vec::new(),
             roots: material.roots.clone(),
             active_root: material.certificate.clone(),
             not_after,
             latest_issued: AtomicU64::new(0),
         };
         signer.active_root = signer.prove(now)?;
-        signer.above_leaf = signer
-            .intermediates
-            .iter()
-            .chain([&signer.active_root])
-            .map(|der| to_pem("CERTIFICATE", der))
-            .collect();
+        signer.intermediates_pem =
+            signer.intermediates.iter().map(|der| to_pem("CERTIFICATE", der)).collect();
         Ok(signer)
     }
 
@@ -145,17 +141,19 @@ impl Signer {
         SystemTime::UNIX_EPOCH + Duration::from_secs(self.latest_issued.load(Ordering::Relaxed))
     }
 
-    /// Signs for a key that the caller has verified.
+    /// Signs for a key that the caller has verified; `roots_pem` goes along.
     pub(crate) fn issue(
         &self,
         key: &impl PublicKeyData,
         identity: &SpiffeId,
         validity: Validity,
+        roots_pem: &str,
     ) -> Result<Issued, SignError> {
         let (leaf, serial) = self.sign(key, &Subject::Workload(identity), validity)?;
-        let mut chain = Vec::with_capacity(1 + self.above_leaf.len());
+        let mut chain = Vec::with_capacity(2 + self.intermediates_pem.len());
         chain.push(to_pem("CERTIFICATE", &leaf));
-        chain.extend_from_slice(&self.above_leaf);
+        chain.extend_from_slice(&self.intermediates_pem);
+        chain.push(roots_pem.to_owned());
         Ok(Issued { chain, serial, not_after: validity.not_after })
     }
 

@@ -14,7 +14,7 @@ use ambit_ca::{
 };
 use ambit_identity::{
     CertificateStore, ControlPlane, ControlPlaneConfig, GrpcIssuer, IssueError, Issuer, PeerCertificate,
-    SpiffeId, StoreConfig, Trust, TrustConfig, TrustDomain, unnamed_server, verify_server,
+    SpiffeId, StoreConfig, Trust, TrustConfig, TrustDomain, unnamed_server,
 };
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -197,15 +197,19 @@ async fn a_node_proxy_fetches_certificates_of_its_pods_with_which_they_meet() {
     let address = listener.local_addr().unwrap();
     let dial = async {
         let socket = TcpStream::connect(address).await.unwrap();
-        TlsConnector::from(client.client_config()).connect(unnamed_server(), socket).await.unwrap()
+        TlsConnector::from(client.client_tls().expecting(&[shop("server")]))
+            .connect(unnamed_server(), socket)
+            .await
+            .unwrap()
     };
     let accept = async {
         let (socket, _) = listener.accept().await.unwrap();
         TlsAcceptor::from(server.server_config()).accept(socket).await.unwrap()
     };
     let (dialled, accepted) = tokio::join!(dial, accept);
-    assert!(verify_server(dialled.get_ref().1, &[shop("server")]).is_ok());
-    let peer = PeerCertificate::from_connection(accepted.get_ref().1).unwrap();
+    let peer = PeerCertificate::of_server(dialled.get_ref().1).unwrap();
+    assert_eq!(peer.identity(), &shop("server"));
+    let peer = PeerCertificate::of_client(accepted.get_ref().1).unwrap();
     assert_eq!(peer.identity(), &shop("client"));
     assert_eq!(world.metrics.issued.load(Ordering::Relaxed), 2);
 }

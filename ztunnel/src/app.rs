@@ -190,7 +190,7 @@ async fn trust(config: &Config, tasks: &mut Tasks) -> anyhow::Result<Trust> {
     let (trust, watching) = Trust::from_files(TrustConfig {
         trust_domain: domain(&config.trust_domain)?,
         aliases: config.trust_domain_aliases.iter().map(domain).collect::<Result<_, _>>()?,
-        roots: Some(config.control_plane_root.clone()),
+        roots: config.workload_root.clone(),
         revocations: config.crl_file.clone(),
     })
     .await?;

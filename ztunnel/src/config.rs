@@ -32,6 +32,9 @@ pub struct Config {
     pub control_plane: String,
     /// PEM file with the roots that the control plane's own certificate must chain to.
     pub control_plane_root: PathBuf,
+    /// PEM file with the roots that workloads are verified against; watched. None: the roots that come with each issued
+    /// certificate.
+    pub workload_root: Option<PathBuf>,
     /// DNS name that the control plane's certificate must bear.
     pub control_plane_server_name: String,
     /// File with the service account token (audience `istio-ca`), read again before each use.
@@ -178,6 +181,7 @@ impl Default for Config {
             trust_domain_aliases: Vec::new(),
             control_plane: "ambit-control.ambit-system.svc:15012".into(),
             control_plane_root: "/var/run/secrets/istio/root-cert.pem".into(),
+            workload_root: None,
             control_plane_server_name: "ambit-control.ambit-system.svc".into(),
             token_file: "/var/run/secrets/tokens/istio-token".into(),
             zds_socket: "/var/run/ztunnel/ztunnel.sock".into(),

@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use ambit_directory::{Authority, InboundTarget, Snapshot, Workload};
 use ambit_identity::{PeerCertificate, SpiffeId};
@@ -118,7 +118,11 @@ impl Authenticated {
             Some(subject),
             self.counters.clone(),
         );
-        if self.certificate.as_ref().is_some_and(|certificate| proxy.trust.is_revoked(certificate)) {
+        if self
+            .certificate
+            .as_ref()
+            .is_some_and(|certificate| proxy.trust.recheck(certificate, SystemTime::now()).is_err())
+        {
             return Err(ConnectionError::Revoked);
         }
         let snapshot = proxy.directory.load();
@@ -228,7 +232,11 @@ fn foreign(source: SocketAddr, destination: IpAddr) -> Option<SocketAddr> {
 /// The judge of live connections: why one must end now, if it must.
 pub fn review(proxy: &Proxy, snapshot: &Snapshot, subject: &Subject) -> Option<crate::error::CutReason> {
     use crate::error::CutReason;
-    if subject.certificate.as_ref().is_some_and(|certificate| proxy.trust.is_revoked(certificate)) {
+    if subject
+        .certificate
+        .as_ref()
+        .is_some_and(|certificate| proxy.trust.recheck(certificate, SystemTime::now()).is_err())
+    {
         return Some(CutReason::Revoked);
     }
     // A pod that left the directory keeps what it has: nothing says that it may not.

@@ -4,7 +4,7 @@
 //! of the pools, and counts the bytes of connections that live long.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ambit_directory::{Removed, Revision};
 use ambit_hbone::InFlight;
@@ -64,7 +64,7 @@ async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
     while changes.changed().await.is_ok() {
         review(&proxy);
         for worker in workers.states() {
-            worker.pool.retain(|peer| !proxy.trust.is_revoked(peer));
+            worker.pool.retain(|peer| proxy.trust.recheck(peer, SystemTime::now()).is_ok());
         }
     }
 }

@@ -270,7 +270,7 @@ impl Dial<'_> {
         let inner = ambit_hbone::client::open_within(
             outer,
             way.hbone,
-            certificate.client_config(),
+            certificate.client_tls(),
             &way.inner_expected,
             &request,
             self.worker.pool.settings(),
@@ -318,7 +318,7 @@ impl Dial<'_> {
         let limit = self.worker.proxy.settings.limits.attempt_timeout;
         let stock = self.pod.stock();
         let dial = || dial_proxy(stock.clone(), address, limit);
-        let tls = certificate.client_config();
+        let tls = certificate.client_tls();
         let opened = self.worker.pool.open(&key, &tls, expected, request, dial);
         Ok(Box::pin(opened).await?)
     }

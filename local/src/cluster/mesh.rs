@@ -177,6 +177,7 @@ impl MeshOptions {
         set("trustDomain", json!(shared.trust_domain));
         set("controlPlane", json!(SocketAddr::new(IpAddr::V4(CONTROL_V4), CONTROL_PORT).to_string()));
         set("controlPlaneRoot", json!(root_file(shared)));
+        set("workloadRoot", json!(root_file(shared)));
         set("controlPlaneServerName", json!(CONTROL_NAME));
         set("tokenFile", json!(token));
         set("zdsSocket", json!(zds_socket(shared, index)));

@@ -166,7 +166,7 @@ async fn tunnel_client(
     loop {
         let (mut socket, _) = listener.accept().await?;
         let (pool, key, expected) = (pool.clone(), key.clone(), Arc::clone(&expected));
-        let tls = certificate.client_config();
+        let tls = certificate.client_tls();
         tokio::spawn(async move {
             socket.set_nodelay(true)?;
             let request = ConnectRequest::new(application);
@@ -211,7 +211,7 @@ async fn raw_client(
 ) -> Result<()> {
     loop {
         let (mut socket, _) = listener.accept().await?;
-        let connector = TlsConnector::from(certificate.client_config());
+        let connector = TlsConnector::from(certificate.client_tls().dangerous_expecting_anyone());
         tokio::spawn(async move {
             socket.set_nodelay(true)?;
             let outer = TcpStream::connect(wire).await?;

@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use ambit_identity::{PeerCertificate, SpiffeId, unnamed_server, verify_server};
+use ambit_identity::{ClientTls, PeerCertificate, PeerError, SpiffeId, unnamed_server};
 use ambit_tls::TlsStream;
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
 use http::{Response, StatusCode};
-use rustls::{ClientConfig, CommonState};
+use rustls::CommonState;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
@@ -66,8 +66,8 @@ pub enum DriverEnd {
     Broken(h2::Error),
 }
 
-/// TLS and HTTP/2 over `io`, and the check that the peer is one of `expected`; nothing is sent to
-/// anyone else. The caller bounds the time.
+/// TLS and HTTP/2 over `io`. The handshake fails unless the peer is one of `expected`, who alone sees our certificate.
+/// The caller bounds the time.
 ///
 /// `address` only names the peer in errors.
 ///
@@ -77,7 +77,7 @@ pub enum DriverEnd {
 pub async fn connect<IO>(
     io: IO,
     address: SocketAddr,
-    tls: Arc<ClientConfig>,
+    tls: Arc<ClientTls>,
     expected: &[SpiffeId],
     settings: &Settings,
     budget: WindowBudget,
@@ -87,13 +87,17 @@ where
 {
     let check = |session: &CommonState| match session.alpn_protocol() {
         Some(b"h2") => {
-            verify_server(session, expected).map_err(|source| OpenError::Identity { address, source })
+            PeerCertificate::of_server(session).map_err(|source| OpenError::Identity { address, source })
         }
         _ => Err(OpenError::NoHttp2 { address }),
     };
-    let (stream, peer) = ambit_tls::connect(io, tls, unnamed_server(), check)
-        .await
-        .map_err(|source| OpenError::Tls { address, source: Arc::new(source) })?;
+    let handshake = ambit_tls::connect(io, tls.expecting(expected), unnamed_server(), check).await;
+    let (stream, peer) = handshake.map_err(|source| match PeerError::of_handshake(&source) {
+        Some(unexpected @ PeerError::Unexpected { .. }) => {
+            OpenError::Identity { address, source: unexpected.clone() }
+        }
+        _ => OpenError::Tls { address, source: Arc::new(source) },
+    })?;
     let peer = peer?;
     let meter = Meter::of_server();
     let tally = meter.tally();
@@ -260,7 +264,7 @@ where
 pub async fn open_within(
     outer: Tunnel,
     address: SocketAddr,
-    tls: Arc<ClientConfig>,
+    tls: Arc<ClientTls>,
     expected: &[SpiffeId],
     request: &ConnectRequest,
     settings: &Settings,

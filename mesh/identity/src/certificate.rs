@@ -6,19 +6,19 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use rustls::{ClientConfig, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::revocation::hex;
 use crate::spiffe::SpiffeId;
-use crate::tls::{TlsSettings, client_config, server_config};
+use crate::tls::{ClientTls, TlsSettings, server_config};
 use crate::trust::Trust;
 use crate::verify::{PeerError, identity_of};
 
-/// Certificates in an issued chain; more is refused.
-const MAX_CHAIN: usize = 16;
+/// Certificates in an issued chain, roots included; more is refused.
+const MAX_CHAIN: usize = 64;
 
 /// Why key, request or issued chain cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +131,7 @@ pub struct WorkloadCertificate {
     chain: Vec<CertificateDer<'static>>,
     roots: Vec<CertificateDer<'static>>,
     server: Arc<ServerConfig>,
-    client: Arc<ClientConfig>,
+    client: Arc<ClientTls>,
 }
 
 impl WorkloadCertificate {
@@ -148,7 +148,7 @@ impl WorkloadCertificate {
     ) -> Result<Self, CertificateMaterialError> {
         let Parsed { chain, roots, info } = parse(identity, chain)?;
         let server = server_config(settings, trust, chain.clone(), key.clone_key())?;
-        let client = client_config(settings, trust, chain.clone(), key)?;
+        let client = ClientTls::new(settings, trust, chain.clone(), key)?;
         Ok(Self { info, chain, roots, server: Arc::new(server), client: Arc::new(client) })
     }
 
@@ -197,9 +197,8 @@ impl WorkloadCertificate {
         Arc::clone(&self.server)
     }
 
-    /// For dialling: TLS 1.3, presents this certificate, ALPN `h2`, no SNI. Follow the handshake with
-    /// [`verify_server`](crate::verify_server).
-    pub fn client_config(&self) -> Arc<ClientConfig> {
+    /// For dialling; see [`ClientTls::expecting`].
+    pub fn client_tls(&self) -> Arc<ClientTls> {
         Arc::clone(&self.client)
     }
 }
@@ -217,30 +216,31 @@ struct Parsed {
 }
 
 fn parse(identity: &SpiffeId, pems: &[impl AsRef<str>]) -> Result<Parsed, CertificateMaterialError> {
-    let mut certificates: Vec<CertificateDer<'static>> = Vec::new();
-    for pem in pems {
-        for der in CertificateDer::pem_slice_iter(pem.as_ref().as_bytes()) {
-            certificates.push(der?);
-            if certificates.len() > MAX_CHAIN {
-                return Err(CertificateMaterialError::TooLong(certificates.len()));
-            }
-        }
-    }
     let mut chain = Vec::new();
-    let mut roots = Vec::new();
+    let mut roots: Vec<CertificateDer<'static>> = Vec::new();
     let mut info = None;
-    for (position, der) in certificates.into_iter().enumerate() {
-        let malformed = |reason: String| CertificateMaterialError::Malformed { index: position + 1, reason };
-        let (_, certificate) =
-            X509Certificate::from_der(&der).map_err(|error| malformed(error.to_string()))?;
-        if position == 0 {
-            info = Some(leaf_info(identity, &der, &certificate)?);
-            chain.push(der);
-        } else if certificate.subject() == certificate.issuer() {
-            // RFC 8446 §4.4.2: the root may be left out of what is presented, as the peer must have it.
-            roots.push(der);
-        } else {
-            chain.push(der);
+    let mut count = 0;
+    for (element, pem) in pems.iter().enumerate() {
+        // contracts.md §5: roots come last; during a rotation there are several, in one element.
+        let is_roots = element > 0 && element + 1 == pems.len();
+        for der in CertificateDer::pem_slice_iter(pem.as_ref().as_bytes()) {
+            let der = der?;
+            count += 1;
+            if count > MAX_CHAIN {
+                return Err(CertificateMaterialError::TooLong(count));
+            }
+            let malformed = |reason: String| CertificateMaterialError::Malformed { index: count, reason };
+            let (_, certificate) =
+                X509Certificate::from_der(&der).map_err(|error| malformed(error.to_string()))?;
+            if info.is_none() {
+                info = Some(leaf_info(identity, &der, &certificate)?);
+                chain.push(der);
+            } else if !is_roots && certificate.subject() != certificate.issuer() {
+                chain.push(der);
+            } else if !roots.contains(&der) {
+                // RFC 8446 §4.4.2: the root may be left out of what is presented, as the peer must have it.
+                roots.push(der);
+            }
         }
     }
     let mut info = info.ok_or(CertificateMaterialError::Empty)?;

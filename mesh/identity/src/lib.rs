@@ -5,7 +5,8 @@
 //! * [`SpiffeId`] and [`TrustDomain`]: who a workload is.
 //! * [`Trust`]: whom we believe (roots per trust domain, revocations), replaced live, read without a lock.
 //! * [`WorkloadCertificate`]: one issued certificate with the two TLS configurations built from it, once.
-//! * [`PeerCertificate`] and [`verify_server`]: who is at the other end of a connection.
+//! * [`ClientTls`]: how a certificate is used to dial; the expected identity is checked inside the handshake.
+//! * [`PeerCertificate`]: who is at the other end of a connection; [`Trust::recheck`] says whether it is still believed.
 //! * [`CertificateStore`]: the certificate of each identity, fetched ahead, renewed at half life, never given up early.
 //! * [`Issuer`], [`GrpcIssuer`]: where certificates come from.
 //! * [`ControlPlane`]: the authenticated channel to the control plane that discovery and signing share.
@@ -28,10 +29,10 @@ mod verify;
 pub use certificate::{CertificateInfo, CertificateMaterialError, CertificateRequest, WorkloadCertificate};
 pub use control_plane::{ControlPlane, ControlPlaneConfig, ControlPlaneError, Credentials};
 pub use issuer::{GrpcIssuer, IssueError, Issuer};
-pub use peer::{PeerCertificate, verify_server};
+pub use peer::PeerCertificate;
 pub use revocation::{RevocationError, Revocations};
 pub use spiffe::{SpiffeId, SpiffeIdError, TrustDomain};
 pub use store::{CertificateError, CertificateState, CertificateStore, StoreConfig, StoreMetrics};
-pub use tls::{CipherPreference, TlsSettings, unnamed_server};
+pub use tls::{CipherPreference, ClientTls, TlsSettings, unnamed_server};
 pub use trust::{Trust, TrustConfig, TrustError};
 pub use verify::{PeerError, Usage};

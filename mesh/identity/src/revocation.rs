@@ -71,11 +71,8 @@ impl Revocations {
         self.lists.is_empty()
     }
 
-    /// Whether a live connection's peer, or an issuer it presented, is listed.
-    ///
-    /// The list's signature is not checked again here: a name and serial that match close the connection,
-    /// and the next handshake decides.
-    pub fn lists(&self, peer: &PeerCertificate) -> bool {
+    /// Whether a live connection's peer, or an issuer it presented, is listed. The list's signature is not checked.
+    pub(crate) fn lists(&self, peer: &PeerCertificate) -> bool {
         peer.links().iter().any(|link| self.listing(link.issuer, &link.serial).next().is_some())
     }
 

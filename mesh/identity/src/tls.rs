@@ -1,7 +1,8 @@
 //! The mesh's TLS: which versions, suites and groups, and the two configurations of a certificate.
 //!
-//! Configurations are built once when a certificate arrives, never per connection. The verifiers inside read
-//! the current [`Trust`], so a change of roots or revocations needs no new configuration.
+//! Configurations are built once when a certificate arrives. A connection that we dial gets a copy that shares
+//! everything but the expected identity. The verifiers inside read the current [`Trust`], so a change of roots or
+//! revocations needs no new configuration.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, LazyLock};
@@ -11,8 +12,9 @@ use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 
+use crate::spiffe::SpiffeId;
 use crate::trust::Trust;
-use crate::verify::MeshVerifier;
+use crate::verify::{ClientVerifier, ExpectedServer, ServerVerifier};
 
 /// ALPN of the tunnel (contracts.md §2).
 const ALPN_H2: &[u8] = b"h2";
@@ -77,7 +79,7 @@ pub(crate) fn server_config(
     key: PrivateKeyDer<'static>,
 ) -> Result<ServerConfig, rustls::Error> {
     let provider = settings.provider();
-    let verifier = Arc::new(MeshVerifier::new(trust.clone(), &provider));
+    let verifier = Arc::new(ClientVerifier::new(trust.clone(), &provider));
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
@@ -91,24 +93,54 @@ pub(crate) fn server_config(
     Ok(config)
 }
 
-/// The dialling side's configuration. It verifies the chain; *which* identity answered is checked by
-/// [`verify_server`](crate::verify_server) after the handshake, because it differs per destination.
-pub(crate) fn client_config(
-    settings: TlsSettings,
-    trust: &Trust,
-    chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
-) -> Result<ClientConfig, rustls::Error> {
-    let provider = settings.provider();
-    let verifier = Arc::new(MeshVerifier::new(trust.clone(), &provider));
-    let mut config = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_client_auth_cert(chain, key)?;
-    config.alpn_protocols = vec![ALPN_H2.to_vec()];
-    config.enable_sni = false;
-    config.enable_secret_extraction = true;
-    config.resumption = rustls::client::Resumption::disabled();
-    Ok(config)
+/// The dialling side's TLS of one certificate: TLS 1.3, presents that certificate, ALPN `h2`, no SNI.
+///
+/// There is no configuration without a statement about who may answer: [`ClientTls::expecting`] gives the one for
+/// a destination, whose identity is checked inside the handshake, before our own certificate is sent.
+#[derive(Debug)]
+pub struct ClientTls {
+    base: ClientConfig,
+    trust: Trust,
+}
+
+impl ClientTls {
+    pub(crate) fn new(
+        settings: TlsSettings,
+        trust: &Trust,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<Self, rustls::Error> {
+        let provider = settings.provider();
+        let nobody = ExpectedServer::OneOf(Arc::default());
+        let verifier = Arc::new(ServerVerifier::new(trust.clone(), &provider, nobody));
+        let mut base = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier)
+            .with_client_auth_cert(chain, key)?;
+        base.alpn_protocols = vec![ALPN_H2.to_vec()];
+        base.enable_sni = false;
+        base.enable_secret_extraction = true;
+        base.resumption = rustls::client::Resumption::disabled();
+        Ok(Self { base, trust: trust.clone() })
+    }
+
+    /// For a connection to one of these identities; anybody else is refused, and with none everybody.
+    ///
+    /// Cheap enough for every connection: key, chain and settings are shared, only the verifier is new.
+    pub fn expecting(&self, identities: &[SpiffeId]) -> Arc<ClientConfig> {
+        self.with_expected(ExpectedServer::OneOf(identities.into()))
+    }
+
+    /// For a connection whose peer may be any identity that trust accepts. It learns who we are: for tools and tests.
+    pub fn dangerous_expecting_anyone(&self) -> Arc<ClientConfig> {
+        self.with_expected(ExpectedServer::Anyone)
+    }
+
+    fn with_expected(&self, expected: ExpectedServer) -> Arc<ClientConfig> {
+        let mut config = self.base.clone();
+        let verifier = ServerVerifier::new(self.trust.clone(), config.crypto_provider(), expected);
+        config.dangerous().set_certificate_verifier(Arc::new(verifier));
+        Arc::new(config)
+    }
 }

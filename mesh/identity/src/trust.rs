@@ -64,7 +64,8 @@ pub struct TrustConfig {
     pub trust_domain: TrustDomain,
     /// Other names of it: identities there are verified against our roots.
     pub aliases: Vec<TrustDomain>,
-    /// PEM file of our roots, re-read when it changes. Absent at start is waited for.
+    /// PEM file of our roots, re-read when it changes. Without one, and until it is there, the roots that come with
+    /// our latest certificate are believed.
     pub roots: Option<PathBuf>,
     /// PEM file of revocation lists, re-read when it changes. Absent means that nothing is revoked.
     pub revocations: Option<PathBuf>,
@@ -74,6 +75,8 @@ pub struct TrustConfig {
 #[derive(Debug)]
 pub(crate) struct TrustState {
     trust_domain: TrustDomain,
+    /// Number of this set of roots, unique in the process; revocations do not change it.
+    roots: u64,
     /// Our domain and its aliases share one list; federated domains have their own.
     anchors: HashMap<TrustDomain, Arc<[TrustAnchor<'static>]>>,
     revocations: Arc<Revocations>,
@@ -95,10 +98,11 @@ impl TrustState {
     }
 }
 
-/// Roots by origin; the union of configured and learned ones is in force for our domain and its aliases.
+/// Roots by origin. For our domain and its aliases configured roots are in force, or the learned ones if none were
+/// configured.
 #[derive(Debug, Default)]
 struct Sources {
-    configured: Vec<CertificateDer<'static>>,
+    configured: Option<Vec<CertificateDer<'static>>>,
     learned: Vec<CertificateDer<'static>>,
     federated: HashMap<TrustDomain, Vec<CertificateDer<'static>>>,
 }
@@ -121,9 +125,13 @@ impl Trust {
     /// A trust with no roots yet: it believes nobody until [`Trust::set_roots`].
     pub fn new(trust_domain: TrustDomain, aliases: Vec<TrustDomain>) -> Self {
         let sources = Sources::default();
-        let state = compose(&trust_domain, &aliases, &sources, Arc::default()).unwrap_or_else(|_| {
-            TrustState { trust_domain, anchors: HashMap::new(), revocations: Arc::default() }
-        });
+        let state =
+            compose(&trust_domain, &aliases, &sources, Arc::default()).unwrap_or_else(|_| TrustState {
+                trust_domain,
+                roots: next_roots(),
+                anchors: HashMap::new(),
+                revocations: Arc::default(),
+            });
         Self(Arc::new(Shared {
             aliases,
             state: ArcSwap::from_pointee(state),
@@ -155,13 +163,14 @@ impl Trust {
         self.0.state.load().trust_domain.clone()
     }
 
-    /// Replaces the configured roots of our domain (and its aliases).
+    /// Replaces the configured roots of our domain (and its aliases). From then on roots that come with certificates
+    /// no longer count: a root that is taken out here is not believed any more, whatever certificate carried it.
     ///
     /// # Errors
     /// [`TrustError`] if `pem` holds none, too many, or one that cannot be used; the roots then stay.
     pub fn set_roots(&self, pem: &[u8]) -> Result<(), TrustError> {
         let roots = parse_roots(pem)?;
-        self.update(|sources| sources.configured = roots)
+        self.update(|sources| sources.configured = Some(roots))
     }
 
     /// Replaces the roots of another trust domain that we believe under its own roots.
@@ -175,7 +184,8 @@ impl Trust {
         })
     }
 
-    /// Replaces the roots that came with our own certificates over the authenticated CA channel.
+    /// Replaces the roots that came with our latest certificate over the authenticated channel to the CA. They are in
+    /// force unless roots are [configured](Trust::set_roots).
     pub(crate) fn set_learned(&self, roots: Vec<CertificateDer<'static>>) -> Result<(), TrustError> {
         if self.0.sources.lock().learned == roots {
             return Ok(());
@@ -183,24 +193,41 @@ impl Trust {
         self.update(|sources| sources.learned = roots)
     }
 
-    /// Replaces the revocation lists; those who [subscribed](Trust::subscribe) check their live connections.
+    /// Replaces the revocation lists; those who [subscribed](Trust::subscribe) recheck their peers.
     pub fn set_revocations(&self, revocations: Revocations) {
         let _sources = self.0.sources.lock();
         let state = self.0.state.load();
         self.0.state.store(Arc::new(TrustState {
             trust_domain: state.trust_domain.clone(),
+            roots: state.roots,
             anchors: state.anchors.clone(),
             revocations: Arc::new(revocations),
         }));
         self.0.version.send_modify(|version| *version += 1);
     }
 
-    /// Whether a live connection's peer has been revoked since its handshake.
-    pub fn is_revoked(&self, peer: &PeerCertificate) -> bool {
-        self.0.state.load().revocations.lists(peer)
+    /// Whether a handshake with the peer of an established connection would still succeed at `now`: not expired, not
+    /// revoked, and under a root that is still believed.
+    ///
+    /// Cheap enough for every request: signatures are verified again only when the set of roots has changed since
+    /// the last call for this peer (and in the first call), or a revocation list names a certificate of its chain.
+    ///
+    /// # Errors
+    /// [`PeerError`] as a handshake would fail with; [`PeerError::is_expiry`] tells expiry from the rest.
+    pub fn recheck(&self, peer: &PeerCertificate, now: SystemTime) -> Result<(), PeerError> {
+        let state = self.state();
+        let now = unix_time(now);
+        if peer.is_verified_under(state.roots, now.as_secs()) && !state.revocations.lists(peer) {
+            return Ok(());
+        }
+        let (leaf, intermediates) = peer.chain().split_first().ok_or(PeerError::NoCertificate)?;
+        verify_chain(&state, leaf, intermediates, peer.usage(), now)?;
+        peer.set_verified_under(state.roots, now.as_secs());
+        Ok(())
     }
 
-    /// Tells of every change of roots or revocations; the number counts changes.
+    /// Notified of every change of roots or revocations; the number counts changes. Expiry is no change of trust:
+    /// see [`PeerCertificate::not_after`].
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.version.subscribe()
     }
@@ -227,9 +254,7 @@ impl Trust {
         now: SystemTime,
     ) -> Result<SpiffeId, PeerError> {
         let (leaf, intermediates) = chain.split_first().ok_or(PeerError::NoCertificate)?;
-        let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let now = UnixTime::since_unix_epoch(since_epoch);
-        verify_chain(&self.state(), leaf, intermediates, usage, now)
+        verify_chain(&self.state(), leaf, intermediates, usage, unix_time(now))
     }
 
     pub(crate) fn state(&self) -> Guard<Arc<TrustState>> {
@@ -253,9 +278,7 @@ fn compose(
     sources: &Sources,
     revocations: Arc<Revocations>,
 ) -> Result<TrustState, TrustError> {
-    let mut own = sources.configured.clone();
-    own.extend(sources.learned.iter().filter(|root| !sources.configured.contains(root)).cloned());
-    let own = to_anchors(&own)?;
+    let own = to_anchors(sources.configured.as_ref().unwrap_or(&sources.learned))?;
     let mut anchors: HashMap<TrustDomain, Arc<[TrustAnchor<'static>]>> = HashMap::new();
     for (domain, roots) in &sources.federated {
         anchors.insert(domain.clone(), to_anchors(roots)?);
@@ -263,7 +286,16 @@ fn compose(
     for domain in std::iter::once(trust_domain).chain(aliases) {
         anchors.insert(domain.clone(), Arc::clone(&own));
     }
-    Ok(TrustState { trust_domain: trust_domain.clone(), anchors, revocations })
+    Ok(TrustState { trust_domain: trust_domain.clone(), roots: next_roots(), anchors, revocations })
+}
+
+fn next_roots() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
+}
+
+fn unix_time(time: SystemTime) -> UnixTime {
+    UnixTime::since_unix_epoch(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
 fn to_anchors(roots: &[CertificateDer<'static>]) -> Result<Arc<[TrustAnchor<'static>]>, TrustError> {

@@ -1,6 +1,7 @@
 //! Verification of a peer: chain against the roots of its trust domain, one SPIFFE URI SAN, revocations.
 //!
-//! Called by rustls during handshakes through [`MeshVerifier`]. Verifies who the peer is; never what it may do.
+//! Called by rustls during handshakes through [`ServerVerifier`] and [`ClientVerifier`], and by
+//! [`Trust::recheck`] for established connections. Verifies who the peer is; never what it may do.
 
 use std::sync::Arc;
 
@@ -89,6 +90,25 @@ pub enum PeerError {
     },
 }
 
+impl PeerError {
+    /// The reason why our verifier failed a handshake, if the error of that handshake carries one.
+    ///
+    /// Expiry, revocation and unknown issuers have errors of rustls' own and are not found here.
+    pub fn of_handshake(error: &std::io::Error) -> Option<&PeerError> {
+        match error.get_ref()?.downcast_ref::<rustls::Error>()? {
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(source))) => {
+                source.downcast_ref()
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the certificate is refused only because its time is over.
+    pub fn is_expiry(&self) -> bool {
+        matches!(self, PeerError::Chain { reason: webpki::Error::CertExpired { .. }, .. })
+    }
+}
+
 impl From<PeerError> for rustls::Error {
     /// Chooses the TLS alert: expiry, unknown issuer and revocation have their own (RFC 8446 §6.2).
     fn from(error: PeerError) -> Self {
@@ -162,14 +182,52 @@ pub(crate) fn verify_chain(
     }
 }
 
-/// The rustls verifier of both sides; reads the current trust at each handshake.
+/// Which servers a handshake accepts.
+#[derive(Debug, Clone)]
+pub(crate) enum ExpectedServer {
+    /// Exactly these identities.
+    OneOf(Arc<[SpiffeId]>),
+    /// Every identity that trust accepts.
+    Anyone,
+}
+
+impl ExpectedServer {
+    fn check(&self, presented: SpiffeId) -> Result<(), PeerError> {
+        match self {
+            ExpectedServer::Anyone => Ok(()),
+            ExpectedServer::OneOf(expected) if expected.contains(&presented) => Ok(()),
+            ExpectedServer::OneOf(expected) => {
+                Err(PeerError::Unexpected { presented, expected: expected.to_vec() })
+            }
+        }
+    }
+}
+
+/// Verifies servers that we dial, the expected identity included; reads the current trust at each handshake.
+///
+/// RFC 8446 §4.4.2: a client sends its certificate after it has verified the server's, so an unexpected server
+/// never sees ours.
 #[derive(Debug)]
-pub(crate) struct MeshVerifier {
+pub(crate) struct ServerVerifier {
+    trust: Trust,
+    algorithms: WebPkiSupportedAlgorithms,
+    expected: ExpectedServer,
+}
+
+impl ServerVerifier {
+    pub(crate) fn new(trust: Trust, provider: &CryptoProvider, expected: ExpectedServer) -> Self {
+        Self { trust, algorithms: provider.signature_verification_algorithms, expected }
+    }
+}
+
+/// Verifies clients that dial us; reads the current trust at each handshake.
+#[derive(Debug)]
+pub(crate) struct ClientVerifier {
     trust: Trust,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl MeshVerifier {
+impl ClientVerifier {
     pub(crate) fn new(trust: Trust, provider: &CryptoProvider) -> Self {
         Self { trust, algorithms: provider.signature_verification_algorithms }
     }
@@ -180,7 +238,7 @@ fn no_tls12() -> Result<HandshakeSignatureValid, rustls::Error> {
     Err(rustls::Error::General("TLS 1.2 is not spoken in the mesh".to_owned()))
 }
 
-impl ServerCertVerifier for MeshVerifier {
+impl ServerCertVerifier for ServerVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -189,7 +247,8 @@ impl ServerCertVerifier for MeshVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        verify_chain(&self.trust.state(), end_entity, intermediates, Usage::Server, now)?;
+        let identity = verify_chain(&self.trust.state(), end_entity, intermediates, Usage::Server, now)?;
+        self.expected.check(identity)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -216,7 +275,7 @@ impl ServerCertVerifier for MeshVerifier {
     }
 }
 
-impl ClientCertVerifier for MeshVerifier {
+impl ClientCertVerifier for ClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         // RFC 8446 §4.2.4: hints are optional; workloads have one certificate and need none.
         &[]

@@ -5,11 +5,12 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
 
 use ambit_identity::{
     CipherPreference, PeerCertificate, PeerError, Revocations, SpiffeId, TlsSettings, Trust, Usage,
-    WorkloadCertificate, verify_server,
+    WorkloadCertificate,
 };
 use rustls::{CipherSuite, NamedGroup, ProtocolVersion};
 use support::{HOUR, TestCa, Wish, domain, meet, trust_in};
@@ -23,17 +24,19 @@ fn id(text: &str) -> SpiffeId {
 
 /// The client is let in by the server, and both know each other.
 async fn assert_meet(client: &WorkloadCertificate, server: &WorkloadCertificate) {
-    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
-    let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
-    let peer = PeerCertificate::from_connection(accepted.get_ref().1).unwrap();
-    assert_eq!(peer.identity(), client.identity());
     let expected = [server.identity().clone()];
-    assert_eq!(verify_server(dialled.get_ref().1, &expected).unwrap().identity(), server.identity());
+    let (dialled, accepted) = meet(client.client_tls().expecting(&expected), server.server_config()).await;
+    let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
+    let peer = PeerCertificate::of_client(accepted.get_ref().1).unwrap();
+    assert_eq!(peer.identity(), client.identity());
+    let peer = PeerCertificate::of_server(dialled.get_ref().1).unwrap();
+    assert_eq!(peer.identity(), server.identity());
 }
 
 /// The server refuses the client with this alert.
 async fn assert_client_refused(client: &WorkloadCertificate, server: &WorkloadCertificate, reason: &str) {
-    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (dialled, accepted) =
+        meet(client.client_tls().dangerous_expecting_anyone(), server.server_config()).await;
     assert!(dialled.is_err(), "the client got a byte");
     let error = accepted.unwrap_err().to_string();
     assert!(error.contains(reason), "{error:?} does not say {reason:?}");
@@ -41,7 +44,8 @@ async fn assert_client_refused(client: &WorkloadCertificate, server: &WorkloadCe
 
 /// The client refuses the server.
 async fn assert_server_refused(client: &WorkloadCertificate, server: &WorkloadCertificate, reason: &str) {
-    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (dialled, accepted) =
+        meet(client.client_tls().dangerous_expecting_anyone(), server.server_config()).await;
     assert!(accepted.is_err(), "the server believes that it was accepted");
     let error = dialled.unwrap_err().to_string();
     assert!(error.contains(reason), "{error:?} does not say {reason:?}");
@@ -53,7 +57,8 @@ async fn two_workloads_of_a_trust_domain_meet_over_tls_1_3_with_post_quantum_key
     let trust = trust_in(&[&ca]);
     let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
     let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
-    let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (dialled, accepted) =
+        meet(client.client_tls().dangerous_expecting_anyone(), server.server_config()).await;
     let (dialled, accepted) = (dialled.unwrap(), accepted.unwrap());
     let connection = accepted.get_ref().1;
     assert_eq!(connection.protocol_version(), Some(ProtocolVersion::TLSv1_3));
@@ -63,8 +68,8 @@ async fn two_workloads_of_a_trust_domain_meet_over_tls_1_3_with_post_quantum_key
     assert_eq!(suite, Some(CipherSuite::TLS13_AES_128_GCM_SHA256));
     let group = connection.negotiated_key_exchange_group().map(|group| group.name());
     assert_eq!(group, Some(NamedGroup::X25519MLKEM768));
-    assert_eq!(PeerCertificate::from_connection(connection).unwrap().identity(), &id(CLIENT));
-    assert!(verify_server(dialled.get_ref().1, &[id(SERVER)]).is_ok());
+    assert_eq!(PeerCertificate::of_client(connection).unwrap().identity(), &id(CLIENT));
+    assert_eq!(PeerCertificate::of_server(dialled.get_ref().1).unwrap().identity(), &id(SERVER));
 }
 
 #[tokio::test]
@@ -74,7 +79,7 @@ async fn aes_256_is_chosen_when_the_client_prefers_it() {
     let aes_256 = TlsSettings { ciphers: CipherPreference::Aes256First };
     let client = ca.workload_with(&trust, &Wish::valid(&[CLIENT]), aes_256);
     let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
-    let (_, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (_, accepted) = meet(client.client_tls().dangerous_expecting_anyone(), server.server_config()).await;
     let suite = accepted.unwrap().get_ref().1.negotiated_cipher_suite().map(|suite| suite.suite());
     assert_eq!(suite, Some(CipherSuite::TLS13_AES_256_GCM_SHA384));
 }
@@ -179,7 +184,7 @@ async fn a_chain_to_an_unknown_root_is_refused_whatever_it_is_called() {
     let trust = trust_in(&[&ca]);
     let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
     let client = stranger.workload(&trust, &Wish::valid(&[CLIENT]));
-    let (_, accepted) = meet(client.client_config(), server.server_config()).await;
+    let (_, accepted) = meet(client.client_tls().dangerous_expecting_anyone(), server.server_config()).await;
     assert!(accepted.is_err());
 }
 
@@ -212,20 +217,19 @@ async fn a_revoked_certificate_is_refused_and_a_live_connection_is_known_to_be_r
     let trust = trust_in(&[&ca]);
     let client = ca.workload(&trust, &Wish { serial: 4711, ..Wish::valid(&[CLIENT]) });
     let server = ca.workload(&trust, &Wish { serial: 4712, ..Wish::valid(&[SERVER]) });
-    let (_, live) = meet(client.client_config(), server.server_config()).await;
-    let live = PeerCertificate::from_connection(live.unwrap().get_ref().1).unwrap();
+    let live = live_peer(&client, &server).await;
     let mut changes = trust.subscribe();
-    assert!(!trust.is_revoked(&live));
+    trust.recheck(&live, SystemTime::now()).unwrap();
 
     trust.set_revocations(Revocations::from_pem(ca.revoke(&[4711]).as_bytes()).unwrap());
     assert!(changes.has_changed().unwrap());
     changes.mark_unchanged();
-    assert!(trust.is_revoked(&live));
+    assert!(matches!(trust.recheck(&live, SystemTime::now()), Err(PeerError::Revoked { .. })));
     assert_client_refused(&client, &server, "Revoked").await;
     assert_server_refused(&server, &client, "Revoked").await;
 
     trust.set_revocations(Revocations::from_pem(ca.revoke(&[4799]).as_bytes()).unwrap());
-    assert!(!trust.is_revoked(&live));
+    trust.recheck(&live, SystemTime::now()).unwrap();
     assert_meet(&client, &server).await;
 }
 
@@ -242,25 +246,79 @@ async fn a_list_by_another_key_of_the_same_name_revokes_nobody() {
     assert_client_refused(&client, &server, "Revoked").await;
 }
 
+/// RFC 8446 §4.4.2: the client's certificate follows the verification of the server's.
 #[tokio::test]
-async fn a_server_that_is_somebody_else_is_found_out_before_anything_is_sent() {
+async fn an_unexpected_server_never_sees_our_certificate() {
     let ca = TestCa::new("root");
     let trust = trust_in(&[&ca]);
     let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
     let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
-    let (dialled, _accepted) = meet(client.client_config(), server.server_config()).await;
-    let dialled = dialled.unwrap();
     let other = id("spiffe://cluster.local/ns/shop/sa/other");
-    let connection = dialled.get_ref().1;
-    assert!(verify_server(connection, &[other.clone(), id(SERVER)]).is_ok());
-    match verify_server(connection, std::slice::from_ref(&other)) {
-        Err(PeerError::Unexpected { presented, expected }) => {
-            assert_eq!(presented, id(SERVER));
-            assert_eq!(expected, [other]);
+    let (watching, seen) = AnyClient::watching(&ca);
+
+    let tls = client.client_tls().expecting(&[other.clone(), id(SERVER)]);
+    let (dialled, _) = meet(tls, Arc::clone(&watching)).await;
+    dialled.expect("a server of the second identity is accepted");
+    assert_eq!(seen.swap(0, Ordering::SeqCst), 1, "an expected server sees our certificate");
+
+    for expected in [vec![other], vec![]] {
+        let (dialled, accepted) = meet(client.client_tls().expecting(&expected), Arc::clone(&watching)).await;
+        let error = dialled.unwrap_err();
+        match PeerError::of_handshake(&error) {
+            Some(PeerError::Unexpected { presented, expected: reported }) => {
+                assert_eq!(*presented, id(SERVER));
+                assert_eq!(*reported, expected);
+            }
+            _ => panic!("{error:?}"),
         }
-        outcome => panic!("{outcome:?}"),
+        assert!(accepted.is_err(), "the server completed the handshake");
+        assert_eq!(seen.load(Ordering::SeqCst), 0, "an unexpected server saw our certificate");
     }
-    assert!(verify_server(connection, &[]).is_err());
+    assert_meet(&client, &server).await;
+}
+
+/// The client's certificate as the server sees it, from a live connection.
+async fn live_peer(client: &WorkloadCertificate, server: &WorkloadCertificate) -> PeerCertificate {
+    let tls = client.client_tls().expecting(&[server.identity().clone()]);
+    let (_, accepted) = meet(tls, server.server_config()).await;
+    PeerCertificate::of_client(accepted.unwrap().get_ref().1).unwrap()
+}
+
+#[tokio::test]
+async fn a_live_peer_is_believed_until_it_expires() {
+    let ca = TestCa::new("root");
+    let trust = trust_in(&[&ca]);
+    let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
+    let peer = live_peer(&client, &server).await;
+    assert_eq!(peer.not_after(), client.not_after());
+    trust.recheck(&peer, SystemTime::now()).unwrap();
+    trust.recheck(&peer, peer.not_after()).unwrap();
+    let error = trust.recheck(&peer, peer.not_after() + Duration::from_secs(1)).unwrap_err();
+    assert!(error.is_expiry(), "{error}");
+    trust.recheck(&peer, SystemTime::now()).expect("a clock that is set back brings it back");
+}
+
+#[tokio::test]
+async fn a_live_peer_is_not_believed_when_its_root_is_removed() {
+    // Of one name, as the roots of our own authority are: names and key identifiers prove nothing.
+    let (old, new) = (TestCa::new("root"), TestCa::new("root"));
+    let trust = trust_in(&[&old, &new]);
+    let client = old.workload(&trust, &Wish::valid(&[CLIENT]));
+    let server = new.workload(&trust, &Wish::valid(&[SERVER]));
+    let peer = live_peer(&client, &server).await;
+    let mut changes = trust.subscribe();
+    trust.recheck(&peer, SystemTime::now()).unwrap();
+
+    trust.set_roots(new.pem.as_bytes()).unwrap();
+    assert!(changes.has_changed().unwrap());
+    changes.mark_unchanged();
+    for _ in 0..2 {
+        let error = trust.recheck(&peer, SystemTime::now()).unwrap_err();
+        assert!(matches!(error, PeerError::Chain { .. }) && !error.is_expiry(), "{error}");
+    }
+    trust.set_roots(format!("{}{}", old.pem, new.pem).as_bytes()).unwrap();
+    trust.recheck(&peer, SystemTime::now()).expect("believed again with its root");
 }
 
 #[test]
@@ -290,7 +348,8 @@ async fn no_session_outlives_its_handshake() {
     let client = ca.workload(&trust, &Wish::valid(&[CLIENT]));
     let server = ca.workload(&trust, &Wish::valid(&[SERVER]));
     for _ in 0..3 {
-        let (dialled, accepted) = meet(client.client_config(), server.server_config()).await;
+        let (dialled, accepted) =
+            meet(client.client_tls().dangerous_expecting_anyone(), server.server_config()).await;
         for kind in
             [dialled.unwrap().get_ref().1.handshake_kind(), accepted.unwrap().get_ref().1.handshake_kind()]
         {
@@ -317,7 +376,7 @@ proptest::proptest! {
     fn no_bytes_make_a_parser_of_what_peers_and_files_hold_panic(bytes in proptest::collection::vec(0u8.., 0..300)) {
         let trust = Trust::new(domain("cluster.local"), Vec::new());
         let leaf = rustls::pki_types::CertificateDer::from(bytes.clone());
-        proptest::prop_assert!(PeerCertificate::from_chain(std::slice::from_ref(&leaf)).is_err());
+        proptest::prop_assert!(PeerCertificate::from_chain(std::slice::from_ref(&leaf), Usage::Client).is_err());
         proptest::prop_assert!(trust.verify(&[leaf], Usage::Client, SystemTime::now()).is_err());
         proptest::prop_assert!(trust.set_roots(&bytes).is_err());
         Revocations::from_pem(&bytes).ok();
@@ -335,6 +394,64 @@ proptest::proptest! {
         der[position] ^= change;
         let outcome = trust.verify(&[der.into()], Usage::Client, SystemTime::now());
         proptest::prop_assert!(outcome.is_err(), "{outcome:?}");
+    }
+}
+
+/// Accepts every client and counts the certificates that it sees.
+#[derive(Debug)]
+struct AnyClient(Arc<AtomicUsize>);
+
+impl AnyClient {
+    /// A server as [`SERVER`] with this verifier, and its count.
+    fn watching(ca: &TestCa) -> (Arc<rustls::ServerConfig>, Arc<AtomicUsize>) {
+        let seen = Arc::new(AtomicUsize::new(0));
+        let (chain, key) = ca.raw(&Wish::valid(&[SERVER]));
+        let mut config = rustls::ServerConfig::builder_with_provider(TlsSettings::default().provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_client_cert_verifier(Arc::new(AnyClient(Arc::clone(&seen))))
+            .with_single_cert(vec![chain], key)
+            .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        (Arc::new(config), seen)
+    }
+}
+
+impl rustls::server::danger::ClientCertVerifier for AnyClient {
+    fn root_hint_subjects(&self) -> &[rustls::DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::server::danger::ClientCertVerified, rustls::Error> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(rustls::server::danger::ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        vec![rustls::SignatureScheme::ECDSA_NISTP256_SHA256]
     }
 }
 

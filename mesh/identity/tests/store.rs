@@ -30,6 +30,8 @@ enum Mood {
 
 struct TestIssuer {
     ca: Mutex<Arc<TestCa>>,
+    /// Roots that are published beside that of `ca`.
+    further_roots: Mutex<String>,
     mood: Mutex<Mood>,
     lifetime: Duration,
     clock: ambit_identity::store::Clock,
@@ -43,6 +45,7 @@ impl TestIssuer {
     fn new(clock: ambit_identity::store::Clock) -> Self {
         Self {
             ca: Mutex::new(Arc::new(TestCa::new("root"))),
+            further_roots: Mutex::default(),
             mood: Mutex::new(Mood::Works),
             lifetime: HOUR,
             clock,
@@ -78,7 +81,9 @@ impl Issuer for TestIssuer {
                 let wish =
                     Wish { not_before: now - HOUR, not_after: now + self.lifetime, ..Wish::valid(&uris) };
                 let ca = Arc::clone(&self.ca.lock().unwrap());
-                Ok(ca.sign_csr(csr, &wish))
+                let mut chain = ca.sign_csr(csr, &wish);
+                chain.last_mut().unwrap().push_str(&self.further_roots.lock().unwrap());
+                Ok(chain)
             }
             Mood::Unavailable => Err(IssueError::Unavailable {
                 address: "ca:15012".into(),
@@ -352,14 +357,13 @@ async fn when_the_driver_goes_those_who_wait_are_told_at_once() {
 }
 
 #[tokio::test]
-async fn connections_use_the_rotated_certificate_and_the_old_root_stays_until_all_certificates_are_replaced()
-{
+async fn no_connection_fails_while_the_authority_changes_its_root() {
     let clock: ambit_identity::store::Clock = Arc::new(SystemTime::now);
     let mut issuer = TestIssuer::new(Arc::clone(&clock));
     issuer.lifetime = Duration::from_secs(4);
     let old_root = Arc::clone(&issuer.ca.lock().unwrap());
     let issuer = Arc::new(issuer);
-    let trust = trust_in(&[&old_root]);
+    let trust = Trust::new(domain("cluster.local"), Vec::new());
     let (store, driver) =
         CertificateStore::new(StoreConfig::default(), Arc::clone(&issuer) as Arc<dyn Issuer>, trust);
     tokio::spawn(driver);
@@ -368,9 +372,9 @@ async fn connections_use_the_rotated_certificate_and_the_old_root_stays_until_al
     store.prefetch(&server).unwrap();
     let first = store.certificate(&client).await.unwrap();
     store.certificate(&server).await.unwrap();
-    // Another root signs from now on; the file with the roots does not know it yet.
-    let new_root = Arc::new(TestCa::new("new"));
-    *issuer.ca.lock().unwrap() = Arc::clone(&new_root);
+    // Another root signs from now on; the old one is still published beside it.
+    *issuer.further_roots.lock().unwrap() = old_root.pem.clone();
+    *issuer.ca.lock().unwrap() = Arc::new(TestCa::new("new"));
 
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     let (mut connections, mut is_rotated) = (0, false);
@@ -378,13 +382,54 @@ async fn connections_use_the_rotated_certificate_and_the_old_root_stays_until_al
         assert!(tokio::time::Instant::now() < deadline, "not rotated within 20 s");
         let current = |identity| store.current(identity).expect("there is always a valid certificate");
         let (ours, theirs) = (current(&client), current(&server));
-        let (dialled, accepted) = meet(ours.client_config(), theirs.server_config()).await;
+        let (dialled, accepted) =
+            meet(ours.client_tls().expecting(&[id("server")]), theirs.server_config()).await;
         dialled.unwrap();
-        let peer = PeerCertificate::from_connection(accepted.unwrap().get_ref().1).unwrap();
+        let peer = PeerCertificate::of_client(accepted.unwrap().get_ref().1).unwrap();
         assert_eq!(peer.serial(), ours.info().serial);
         connections += 1;
         let replaced = [&ours, &theirs].iter().all(|certificate| certificate.info().issuer == "CN=new");
         is_rotated = replaced && ours.info().serial != first.info().serial;
     }
     assert!(connections > 3);
+}
+
+/// Whether `trust` believes what `ca` signs.
+fn believes(trust: &Trust, ca: &TestCa) -> bool {
+    let (leaf, _) = ca.raw(&Wish::valid(&["spiffe://cluster.local/ns/shop/sa/a"]));
+    trust.verify(&[leaf], Usage::Client, SystemTime::now()).is_ok()
+}
+
+#[tokio::test]
+async fn a_root_that_is_no_longer_published_is_disbelieved_at_once() {
+    let issuer = Arc::new(TestIssuer::new(Arc::new(SystemTime::now)));
+    let trust = Trust::new(domain("cluster.local"), Vec::new());
+    let (store, driver) = CertificateStore::new(StoreConfig::default(), issuer.clone(), trust.clone());
+    tokio::spawn(driver);
+    let old = Arc::clone(&issuer.ca.lock().unwrap());
+    let held = store.certificate(&id("a")).await.unwrap();
+    assert!(believes(&trust, &old));
+    let mut changes = trust.subscribe();
+
+    let new = Arc::new(TestCa::new("new"));
+    *issuer.ca.lock().unwrap() = Arc::clone(&new);
+    store.certificate(&id("b")).await.unwrap();
+    assert!(changes.has_changed().unwrap());
+    changes.mark_unchanged();
+    assert!(believes(&trust, &new));
+    assert!(!believes(&trust, &old), "the certificate of a, still held, carried it");
+    assert!(held.is_valid_at(SystemTime::now()));
+}
+
+#[tokio::test]
+async fn configured_roots_override_those_that_come_with_certificates() {
+    let issuer = Arc::new(TestIssuer::new(Arc::new(SystemTime::now)));
+    let configured = TestCa::new("configured");
+    let trust = trust_in(&[&configured]);
+    let (store, driver) = CertificateStore::new(StoreConfig::default(), issuer.clone(), trust.clone());
+    tokio::spawn(driver);
+    let carried = Arc::clone(&issuer.ca.lock().unwrap());
+    store.certificate(&id("a")).await.unwrap();
+    assert!(believes(&trust, &configured));
+    assert!(!believes(&trust, &carried));
 }

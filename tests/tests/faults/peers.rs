@@ -46,7 +46,7 @@ async fn peers_that_stop_reading_in_mid_handshake_are_ended_in_time_counted_and_
     let stranger = bed.cluster.pod(PodOptions::new("street", "stranger").node(0)).await.unwrap();
     let credentials = Credentials::of(&bed.cluster, &directory.path().join("crl.pem")).await;
     let id = format!("spiffe://cluster.local/ns/{NAMESPACE}/sa/client");
-    let tls = credentials.certificate(&id).client_config();
+    let tls = credentials.certificate(&id).client_tls().dangerous_expecting_anyone();
     let load = bed.load().await;
     load.more(20).await;
     let ztunnel = bed.cluster.ztunnel(1).unwrap();

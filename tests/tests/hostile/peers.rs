@@ -190,15 +190,17 @@ async fn a_peer_whose_certificate_names_two_is_refused(bed: &Hostile) {
 
 async fn a_revoked_peer_loses_its_open_connection_and_gets_no_new_one(bed: &Hostile) {
     let (kept, lost) = (bed.credentials.certificate(FRIEND), bed.credentials.certificate(FRIEND));
-    let mut kept = requests::tunnel(bed, kept.client_config(), bed.application()).await;
-    let mut open = requests::tunnel(bed, lost.client_config(), bed.application()).await;
+    let mut kept =
+        requests::tunnel(bed, kept.client_tls().dangerous_expecting_anyone(), bed.application()).await;
+    let mut open =
+        requests::tunnel(bed, lost.client_tls().dangerous_expecting_anyone(), bed.application()).await;
     open.echoes(b"while it is good").await;
     bed.credentials.revoke(&lost);
     open.is_cut().await;
     let line = bed.told(open.from).await;
     assert!(line["error"].as_str().unwrap_or_default().contains("revoked"), "{line}");
     kept.echoes(b"of another certificate").await;
-    is_refused(bed, lost.client_config(), "CertificateRevoked", "evoked").await;
+    is_refused(bed, lost.client_tls().dangerous_expecting_anyone(), "CertificateRevoked", "evoked").await;
 }
 
 /// Says `words` at the tunnel port; it is refused and told.

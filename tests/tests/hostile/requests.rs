@@ -99,7 +99,7 @@ impl Opened {
 }
 
 async fn session(bed: &Hostile, identity: &str) -> Session {
-    Session::open(bed, bed.credentials.certificate(identity).client_config()).await
+    Session::open(bed, bed.credentials.certificate(identity).client_tls().dangerous_expecting_anyone()).await
 }
 
 /// CONNECT to `target` is answered with `status`, counted as `flags`, told with `reason`, and hurts nobody.
@@ -174,7 +174,8 @@ fn opened_and_reset(stream: u32, authority: &str) -> Vec<u8> {
 /// Requests opened and taken back at once, without end: the connection is ended (CVE-2023-44487).
 async fn a_peer_that_opens_and_resets_without_end_is_hung_up_on(bed: &Hostile) {
     let authority = bed.application().to_string();
-    let (from, stream) = bed.approach(bed.credentials.certificate(FRIEND).client_config()).await;
+    let (from, stream) =
+        bed.approach(bed.credentials.certificate(FRIEND).client_tls().dangerous_expecting_anyone()).await;
     let (mut reader, mut writer) = tokio::io::split(stream);
     let flood = async {
         writer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await?;

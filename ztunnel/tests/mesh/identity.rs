@@ -6,7 +6,13 @@ use std::time::Duration;
 
 use ambit_ca::{Authority, AuthorityConfig};
 use ambit_hbone::{ConnectRequest, OpenError, Settings, WindowBudget, client};
-use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate};
+use ambit_identity::{
+    CertificateRequest, ClientTls, SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate,
+    unnamed_server,
+};
+use rustls::client::ResolvesClientCert;
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, SignatureScheme};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
@@ -33,7 +39,7 @@ fn certificate(mesh: &Mesh, account: &str, lifetime: Duration) -> WorkloadCertif
 async fn connect(
     from: &Pod,
     server: &Pod,
-    tls: Arc<rustls::ClientConfig>,
+    tls: Arc<ClientTls>,
     authority: SocketAddr,
 ) -> Result<ambit_hbone::Tunnel, OpenError> {
     let address = SocketAddr::new(server.net.v4.into(), 15008);
@@ -55,14 +61,14 @@ async fn only_authentic_peers_reach_the_pod_and_only_the_pod() {
     let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
     let here = SocketAddr::new(server.net.v4.into(), 8080);
     let good = certificate(&mesh, "friend", Duration::from_secs(3600));
-    connect(&outside, &server, good.client_config(), here).await.expect("an authentic peer is let in");
+    connect(&outside, &server, good.client_tls(), here).await.expect("an authentic peer is let in");
     for (elsewhere, status) in [
         (SocketAddr::new(other.net.v4.into(), 8080), 400),
         (SocketAddr::new(server.net.v4.into(), 15008), 400),
         (SocketAddr::new(server.net.v4.into(), 15001), 400),
         (SocketAddr::new(server.net.v4.into(), 9), 503),
     ] {
-        match connect(&outside, &server, good.client_config(), elsewhere).await {
+        match connect(&outside, &server, good.client_tls(), elsewhere).await {
             Err(OpenError::Refused { status: got, .. }) => assert_eq!(got.as_u16(), status, "{elsewhere}"),
             other => panic!("{elsewhere}: {other:?}"),
         }
@@ -71,13 +77,41 @@ async fn only_authentic_peers_reach_the_pod_and_only_the_pod() {
         let refused = connect(&outside, &server, tls, here).await;
         assert!(refused.is_err(), "{what}");
     }
+    assert_refused_without_certificate(&mesh, &outside, &server).await;
     let metrics = mesh.nodes[0].ztunnel.metrics().await;
     assert!(metrics.contains("response_flags=\"TLS_FAILURE\""), "{metrics}");
-    connect(&outside, &server, good.client_config(), here).await.expect("everybody else is unharmed");
+    connect(&outside, &server, good.client_tls(), here).await.expect("everybody else is unharmed");
+}
+
+/// The roots of the control plane's port say who the control plane is, and nothing about workloads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_of_the_control_planes_port_verifies_no_workload() {
+    let mut mesh = Mesh::start(1, json!({})).await;
+    let dir = tempfile::tempdir().unwrap();
+    let same_domain = TrustDomain::new(TRUST_DOMAIN).unwrap();
+    let (stranger, _driver) =
+        Authority::open(AuthorityConfig::new(same_domain, dir.path().join("ca"))).await.unwrap();
+    let roots = dir.path().join("serving-roots.pem");
+    let own = std::fs::read_to_string(&mesh.control.root_file).unwrap();
+    std::fs::write(&roots, format!("{own}{}", stranger.roots_pem())).unwrap();
+    let mut config = mesh.nodes[0].ztunnel.config.clone();
+    config["controlPlaneRoot"] = json!(roots);
+    mesh.nodes[0].ztunnel.replace(config).await;
+
+    let server = mesh.pod(0, "server", "server").await;
+    let outside = mesh.uncaptured_pod(0, "outside", "outside").await;
+    let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
+    let here = SocketAddr::new(server.net.v4.into(), 8080);
+    let good = certificate(&mesh, "friend", Duration::from_secs(3600));
+    connect(&outside, &server, good.client_tls(), here).await.expect("a workload of the mesh is let in");
+    let request = CertificateRequest::new(&id("friend")).unwrap();
+    let chain = stranger.sign(request.csr_pem(), &id("friend"), None).unwrap().chain;
+    let forged = request.complete(&chain, &trust(&mesh), TlsSettings::default()).unwrap();
+    assert!(connect(&outside, &server, forged.client_tls(), here).await.is_err());
 }
 
 /// Configurations of peers that must not be let in.
-async fn strangers(mesh: &Mesh) -> Vec<(&'static str, Arc<rustls::ClientConfig>)> {
+async fn strangers(mesh: &Mesh) -> Vec<(&'static str, Arc<ClientTls>)> {
     let dir = tempfile::tempdir().unwrap();
     let foreign = TrustDomain::new("elsewhere.local").unwrap();
     let (authority, _driver) =
@@ -92,17 +126,33 @@ async fn strangers(mesh: &Mesh) -> Vec<(&'static str, Arc<rustls::ClientConfig>)
     let request = CertificateRequest::new(&id("friend")).unwrap();
     let chain = authority.sign(request.csr_pem(), &id("friend"), None).unwrap().chain;
     let forged = request.complete(&chain, &trust(mesh), TlsSettings::default()).unwrap();
-    let mut nobody = rustls::ClientConfig::builder_with_provider(TlsSettings::default().provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth();
-    nobody.alpn_protocols = vec![b"h2".to_vec()];
     vec![
-        ("another trust domain", foreign.client_config()),
-        ("our domain under another root", forged.client_config()),
-        ("no certificate", Arc::new(nobody)),
+        ("another trust domain", foreign.client_tls()),
+        ("our domain under another root", forged.client_tls()),
     ]
+}
+
+#[derive(Debug)]
+struct NoCertificate;
+
+impl ResolvesClientCert for NoCertificate {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        None
+    }
+
+    fn has_certs(&self) -> bool {
+        false
+    }
+}
+
+async fn assert_refused_without_certificate(mesh: &Mesh, from: &Pod, server: &Pod) {
+    let authentic = certificate(mesh, "friend", Duration::from_secs(3600));
+    let mut nobody = ClientConfig::clone(&authentic.client_tls().expecting(&[id("server")]));
+    nobody.client_auth_cert_resolver = Arc::new(NoCertificate);
+    let socket = from.net.dial(SocketAddr::new(server.net.v4.into(), 15008)).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(nobody));
+    let outcome = async { connector.connect(unnamed_server(), socket).await?.read_u8().await };
+    assert!(outcome.await.is_err(), "no certificate");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -114,12 +164,12 @@ async fn a_revoked_peer_loses_its_open_connections_and_gets_no_new_ones() {
     let here = SocketAddr::new(server.net.v4.into(), 8080);
     let kept = certificate(&mesh, "kept", Duration::from_secs(3600));
     let lost = certificate(&mesh, "lost", Duration::from_secs(3600));
-    let mut kept_stream = connect(&outside, &server, kept.client_config(), here).await.unwrap().into_stream();
-    let mut lost_stream = connect(&outside, &server, lost.client_config(), here).await.unwrap().into_stream();
+    let mut kept_stream = connect(&outside, &server, kept.client_tls(), here).await.unwrap().into_stream();
+    let mut lost_stream = connect(&outside, &server, lost.client_tls(), here).await.unwrap().into_stream();
     mesh.control.revoke(&[lost.info().serial.clone()]);
     let ended = tokio::time::timeout(LIMIT, lost_stream.read_u8()).await.expect("cut by revocation");
     assert!(ended.is_err());
-    assert!(connect(&outside, &server, lost.client_config(), here).await.is_err());
+    assert!(connect(&outside, &server, lost.client_tls(), here).await.is_err());
     tokio::io::AsyncWriteExt::write_all(&mut kept_stream, b"still here").await.unwrap();
     let mut answer = [0; 10];
     kept_stream.read_exact(&mut answer).await.unwrap();

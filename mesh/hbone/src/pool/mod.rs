@@ -17,9 +17,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_identity::{PeerCertificate, SpiffeId};
+use ambit_identity::{ClientTls, PeerCertificate, SpiffeId};
 use parking_lot::Mutex;
-use rustls::ClientConfig;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -116,7 +115,7 @@ impl Pool {
     pub async fn open<D, F>(
         &self,
         key: &PoolKey,
-        tls: &Arc<ClientConfig>,
+        tls: &Arc<ClientTls>,
         expected: &[SpiffeId],
         request: &ConnectRequest,
         mut dial: D,
@@ -238,7 +237,7 @@ impl Shared {
         waiter: Waiter,
         may_spread: bool,
         key: &PoolKey,
-        tls: &Arc<ClientConfig>,
+        tls: &Arc<ClientTls>,
         expected: &[SpiffeId],
     ) -> Result<bool, OpenError> {
         let outcome = waiter.outcome(key.address);
@@ -263,7 +262,7 @@ fn may_repeat(error: &OpenError) -> bool {
 /// The making of one connection.
 struct Establish {
     key: PoolKey,
-    tls: Arc<ClientConfig>,
+    tls: Arc<ClientTls>,
     expected: Vec<SpiffeId>,
     flight: Flight,
 }

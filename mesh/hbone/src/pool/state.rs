@@ -5,8 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ambit_identity::{PeerCertificate, SpiffeId};
-use rustls::ClientConfig;
+use ambit_identity::{ClientTls, PeerCertificate, SpiffeId};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -85,7 +84,7 @@ struct Member {
     connection: Option<Connection>,
     load: Arc<Load>,
     peer: PeerCertificate,
-    tls: Arc<ClientConfig>,
+    tls: Arc<ClientTls>,
     task: Option<AbortHandle>,
 }
 
@@ -98,7 +97,7 @@ struct Dialling {
 }
 
 impl Member {
-    fn serves(&self, tls: &Arc<ClientConfig>, expected: &[SpiffeId]) -> bool {
+    fn serves(&self, tls: &Arc<ClientTls>, expected: &[SpiffeId]) -> bool {
         self.connection.is_some() && Arc::ptr_eq(&self.tls, tls) && expected.contains(self.peer.identity())
     }
 
@@ -116,7 +115,7 @@ impl State {
     pub(super) fn step(
         &mut self,
         key: &PoolKey,
-        tls: &Arc<ClientConfig>,
+        tls: &Arc<ClientTls>,
         expected: &[SpiffeId],
         settings: &Settings,
         may_spread: bool,
@@ -179,7 +178,7 @@ impl State {
         key: &PoolKey,
         flight: Flight,
         connection: Connection,
-        tls: Arc<ClientConfig>,
+        tls: Arc<ClientTls>,
     ) -> Result<u64, OpenError> {
         if self.draining {
             return Err(OpenError::Draining);
@@ -298,7 +297,7 @@ impl State {
         members.into_iter().flatten().filter(|member| member.connection.is_some()).count()
     }
 
-    pub(super) fn has_usable(&self, key: &PoolKey, tls: &Arc<ClientConfig>, expected: &[SpiffeId]) -> bool {
+    pub(super) fn has_usable(&self, key: &PoolKey, tls: &Arc<ClientTls>, expected: &[SpiffeId]) -> bool {
         self.groups
             .get(key)
             .is_some_and(|group| group.members.iter().any(|member| member.serves(tls, expected)))
@@ -335,7 +334,7 @@ impl Group {
 
     fn candidates(
         &self,
-        tls: &Arc<ClientConfig>,
+        tls: &Arc<ClientTls>,
         expected: &[SpiffeId],
         settings: &Settings,
         now: Instant,

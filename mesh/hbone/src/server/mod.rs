@@ -93,7 +93,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let check = |session: &CommonState| match session.alpn_protocol() {
-        Some(b"h2") => Ok(PeerCertificate::from_connection(session)?),
+        Some(b"h2") => Ok(PeerCertificate::of_client(session)?),
         _ => Err(ServeError::NoHttp2),
     };
     let (stream, peer) = ambit_tls::accept(io, tls, check).await.map_err(ServeError::Tls)?;

@@ -18,7 +18,7 @@ async fn open_inner(
         forwarded_network: Some("east".into()),
         ..ConnectRequest::new(Authority::Address(target))
     };
-    let tls = world.certificate("client").client_config();
+    let tls = world.certificate("client").client_tls();
     let expected = [World::id(expected)];
     let settings = Settings::default();
     soon("the inner tunnel", client::open_within(outer, gateway.address, tls, &expected, &request, &settings))

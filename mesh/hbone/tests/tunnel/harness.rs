@@ -211,7 +211,7 @@ impl Client {
 
     pub async fn request(&self, node: SocketAddr, request: &ConnectRequest) -> Result<Tunnel, OpenError> {
         let expected = [World::id("server")];
-        let tls = self.certificate.client_config();
+        let tls = self.certificate.client_tls();
         let dial = || {
             self.dials.fetch_add(1, Ordering::SeqCst);
             TcpStream::connect(node)

@@ -16,7 +16,7 @@ use crate::harness::*;
 
 /// HTTP/2 without any of our manners.
 async fn raw(world: &World, node: &Node) -> (SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>) {
-    let tls = world.certificate("client").client_config();
+    let tls = world.certificate("client").client_tls().dangerous_expecting_anyone();
     let socket = TcpStream::connect(node.address).await.unwrap();
     let stream = tokio_rustls::TlsConnector::from(tls).connect(unnamed_server(), socket).await.unwrap();
     let mut builder = h2::client::Builder::new();
@@ -155,7 +155,8 @@ async fn tens_of_thousands_of_tiny_frames_for_a_stalled_application_harm_nobody(
 async fn a_peer_that_sends_no_preface_is_given_up() {
     let world = World::new();
     let node = Node::start(&world, "server", quick()).await;
-    let tls: Arc<rustls::ClientConfig> = world.certificate("client").client_config();
+    let tls: Arc<rustls::ClientConfig> =
+        world.certificate("client").client_tls().dangerous_expecting_anyone();
     let socket = TcpStream::connect(node.address).await.unwrap();
     let mut stream = tokio_rustls::TlsConnector::from(tls).connect(unnamed_server(), socket).await.unwrap();
     stream.write_all(b"PRI * HT").await.unwrap();

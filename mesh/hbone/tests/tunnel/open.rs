@@ -203,7 +203,7 @@ async fn an_identity_that_is_not_expected_any_more_is_not_reused() {
     let target = echo().await;
     client.open(node.address, target).await.unwrap();
     let key: PoolKey = client.key(node.address);
-    let tls = client.certificate.client_config();
+    let tls = client.certificate.client_tls();
     for expected in [vec![World::id("other")], vec![]] {
         let request = ConnectRequest::new(target);
         let opened =

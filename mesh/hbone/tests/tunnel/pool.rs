@@ -48,7 +48,7 @@ async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
     let node = Node::start(&world, "server", Settings::default()).await;
     let client = Client::new(&world, "client", Settings::default());
     let target = echo().await;
-    let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
+    let (tls, expected) = (client.certificate.client_tls(), [World::id("server")]);
     let (request, key, address) = (ConnectRequest::new(target), client.key(node.address), node.address);
     let gate = Arc::new(Notify::new());
     let slow = || {
@@ -205,7 +205,7 @@ async fn pods_of_one_identity_have_connections_of_their_own_that_go_with_them() 
     let (mut socket, _task) = client.application(node.address, target).await;
     let mut other = client.key(node.address);
     other.origin = "another-pod-uid".into();
-    let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
+    let (tls, expected) = (client.certificate.client_tls(), [World::id("server")]);
     let request = ConnectRequest::new(target);
     let dial = || TcpStream::connect(node.address);
     client.pool.open(&other, &tls, &expected, &request, dial).await.unwrap();
@@ -226,7 +226,7 @@ async fn eviction_can_cut_and_other_workloads_are_unharmed() {
     let (mut gone, task) = client.application(node.address, target).await;
     let mut other_key = client.key(node.address);
     other_key.destination = "Kubernetes//Pod/default/other".into();
-    let (tls, expected) = (client.certificate.client_config(), [World::id("server")]);
+    let (tls, expected) = (client.certificate.client_tls(), [World::id("server")]);
     let request = ConnectRequest::new(target);
     let dial = || TcpStream::connect(node.address);
     let other = client.pool.open(&other_key, &tls, &expected, &request, dial).await.unwrap();

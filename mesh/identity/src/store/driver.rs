@@ -25,7 +25,13 @@ impl Drop for StopGuard {
     }
 }
 
-type Attempt = (SpiffeId, Result<WorkloadCertificate, IssueError>);
+/// One request that ended.
+struct Attempt {
+    identity: SpiffeId,
+    /// Position among all requests, by when they started.
+    number: u64,
+    outcome: Result<WorkloadCertificate, IssueError>,
+}
 
 /// Starts what the core says is due and reports what came of it. Ends only by being dropped.
 pub(super) async fn drive(guard: StopGuard) {
@@ -51,8 +57,8 @@ fn start_due(
     let now = (shared.config.clock)();
     let mut renewals = shared.renewals.lock();
     while let Some((identity, urgency)) = renewals.poll_start(now) {
-        shared.metrics.requests.fetch_add(1, Ordering::Relaxed);
-        let attempt = attempts.spawn(attempt(Arc::clone(shared), identity.clone(), urgency));
+        let number = shared.metrics.requests.fetch_add(1, Ordering::Relaxed) + 1;
+        let attempt = attempts.spawn(attempt(Arc::clone(shared), identity.clone(), urgency, number));
         running.insert(attempt.id(), identity);
     }
     shared.remove_dropped(&mut renewals);
@@ -62,10 +68,10 @@ fn start_due(
 
 fn finish(shared: &Shared, running: &mut HashMap<Id, SpiffeId>, ended: Result<(Id, Attempt), JoinError>) {
     match ended {
-        Ok((id, (identity, outcome))) => {
+        Ok((id, Attempt { identity, number, outcome })) => {
             running.remove(&id);
             match outcome {
-                Ok(certificate) => shared.handle_issued(&identity, certificate),
+                Ok(certificate) => shared.handle_issued(&identity, certificate, number),
                 Err(error) => shared.handle_failed(&identity, error),
             }
         }
@@ -80,7 +86,7 @@ fn finish(shared: &Shared, running: &mut HashMap<Id, SpiffeId>, ended: Result<(I
 }
 
 /// One request: key, signing request, issuer, TLS configurations.
-async fn attempt(shared: Arc<Shared>, identity: SpiffeId, urgency: Urgency) -> Attempt {
+async fn attempt(shared: Arc<Shared>, identity: SpiffeId, urgency: Urgency, number: u64) -> Attempt {
     let waited = shared.config.issue_timeout;
     let outcome = match tokio::time::timeout(waited, issue(&shared, &identity)).await {
         Ok(outcome) => outcome,
@@ -90,7 +96,7 @@ async fn attempt(shared: Arc<Shared>, identity: SpiffeId, urgency: Urgency) -> A
         let info = certificate.info();
         tracing::info!(%identity, ?urgency, serial = %info.serial, "certificate issued");
     }
-    (identity, outcome)
+    Attempt { identity, number, outcome }
 }
 
 async fn issue(shared: &Shared, identity: &SpiffeId) -> Result<WorkloadCertificate, IssueError> {
@@ -104,14 +110,15 @@ async fn issue(shared: &Shared, identity: &SpiffeId) -> Result<WorkloadCertifica
 }
 
 impl Shared {
-    fn handle_issued(&self, identity: &SpiffeId, certificate: WorkloadCertificate) {
+    fn handle_issued(&self, identity: &SpiffeId, certificate: WorkloadCertificate, number: u64) {
         let now = (self.config.clock)();
         let mut renewals = self.renewals.lock();
+        // Before the certificate is used, so that whoever meets it knows its root.
+        self.learn_roots(&certificate, number);
         if renewals.handle_issued(identity, certificate.not_after(), now) {
             let entry = self.entry(identity);
             entry.current.store(Some(Arc::new(certificate)));
             entry.outcome.send_modify(|outcome| outcome.last_error = None);
-            self.learn_roots();
         }
         self.remove_dropped(&mut renewals);
         drop(renewals);
@@ -133,23 +140,14 @@ impl Shared {
         self.metrics.failed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Believes the roots that came with the certificates in use: they arrived over the verified channel to
-    /// the CA, perhaps before the root file did. A root goes when the last certificate that brought it goes.
-    fn learn_roots(&self) {
-        let mut roots = Vec::new();
-        for entry in self.entries.load().values() {
-            if let Some(certificate) = entry.current.load().as_ref() {
-                for root in certificate.roots() {
-                    if !roots.contains(root) {
-                        roots.push(root.clone());
-                    }
-                }
-            }
+    /// Believes the roots that came with a certificate, and no others: they are what the CA publishes now, over the
+    /// verified channel. Of answers that overtake each other the one that was asked for last counts.
+    fn learn_roots(&self, certificate: &WorkloadCertificate, number: u64) {
+        if certificate.roots().is_empty() || self.learned_from.fetch_max(number, Ordering::Relaxed) > number {
+            return;
         }
-        // In an order of their own, as that of the entries means nothing.
-        roots.sort_by(|a, b| a.as_ref().cmp(b.as_ref()));
-        if let Err(error) = self.trust.set_learned(roots) {
-            tracing::warn!(%error, "roots that came with certificates cannot be used");
+        if let Err(error) = self.trust.set_learned(certificate.roots().to_vec()) {
+            tracing::warn!(%error, "roots that came with a certificate cannot be used");
         }
     }
 }

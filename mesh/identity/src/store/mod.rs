@@ -180,6 +180,8 @@ struct Shared {
     /// Guards the core and serialises changes of `entries`.
     renewals: Mutex<Renewals>,
     wake: Notify,
+    /// Number of the request whose answer brought the roots that are believed.
+    learned_from: AtomicU64,
     rotated: watch::Sender<u64>,
     is_stopped: watch::Sender<bool>,
     metrics: StoreMetrics,
@@ -205,6 +207,7 @@ impl CertificateStore {
             entries: ArcSwap::default(),
             renewals: Mutex::new(renewals),
             wake: Notify::new(),
+            learned_from: AtomicU64::new(0),
             rotated: watch::Sender::new(0),
             is_stopped: watch::Sender::new(false),
             metrics: StoreMetrics::default(),
