@@ -1,9 +1,10 @@
 //! A small HTTP/1 server for admin, metrics and readiness: routes by path, bounded connections, timeouts.
 //! Not for traffic of the mesh.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +24,8 @@ use tracing::{debug, warn};
 
 use crate::{Readiness, Registry};
 
-/// Connections at the same time, per server; more wait in the kernel's queue.
+/// Connections at the same time, per server; more wait in the kernel's queue. One address may have as many as it leaves to
+/// others; more of it are closed.
 const MAX_CONNECTIONS: usize = 64;
 /// Limit on the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -69,7 +71,7 @@ pub fn reply(status: StatusCode, content_type: &'static str, body: Bytes) -> Rep
 /// Paths and what answers them.
 #[derive(Clone, Default)]
 pub struct Router {
-    routes: BTreeMap<String, (Method, Handler)>,
+    routes: BTreeMap<String, Vec<(Method, Handler)>>,
 }
 
 impl Router {
@@ -104,25 +106,31 @@ impl Router {
         Replying: Future<Output = Reply> + Send + 'static,
     {
         let handler: Handler = Arc::new(move |query| Box::pin(handler(query)));
-        self.routes.insert(path.to_owned(), (method, handler));
+        self.routes.entry(path.to_owned()).or_default().push((method, handler));
         self
     }
 
     async fn answer(&self, method: &Method, path: &str, query: &str) -> Reply {
-        let Some((allowed, handler)) = self.routes.get(path) else {
-            let known: Vec<_> =
-                self.routes.iter().map(|(path, (method, _))| format!("{method} {path}\n")).collect();
+        let Some(handlers) = self.routes.get(path) else {
+            let known: Vec<_> = self
+                .routes
+                .iter()
+                .flat_map(|(path, handlers)| {
+                    handlers.iter().map(move |(method, _)| format!("{method} {path}\n"))
+                })
+                .collect();
             return text(StatusCode::NOT_FOUND, format!("no {path} here; there is:\n{}", known.concat()));
         };
-        let matches = method == allowed || (*method == Method::HEAD && *allowed == Method::GET);
-        if !matches {
-            let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, format!("{path} takes {allowed}\n"));
-            if let Ok(value) = HeaderValue::from_str(allowed.as_str()) {
-                refused.headers_mut().insert(ALLOW, value);
-            }
-            return refused;
+        let wanted = if *method == Method::HEAD { &Method::GET } else { method };
+        if let Some((_, handler)) = handlers.iter().find(|(method, _)| method == wanted) {
+            return handler(Query::parse(query)).await;
         }
-        handler(Query::parse(query)).await
+        let allowed = handlers.iter().map(|(method, _)| method.as_str()).collect::<Vec<_>>().join(", ");
+        let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, format!("{path} takes {allowed}\n"));
+        if let Ok(value) = HeaderValue::from_str(&allowed) {
+            refused.headers_mut().insert(ALLOW, value);
+        }
+        refused
     }
 }
 
@@ -159,6 +167,7 @@ pub fn readiness_router(readiness: &Readiness) -> Router {
 pub async fn serve(listener: TcpListener, router: Router) {
     let router = Arc::new(router);
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut clients = Clients::default();
     let mut connections = JoinSet::new();
     loop {
         // The semaphore is never closed.
@@ -169,11 +178,17 @@ pub async fn serve(listener: TcpListener, router: Router) {
             }
         }
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, peer)) => {
+                // With the place that this connection would take.
+                let free = places.available_permits() + 1;
+                let Some(share) = clients.enter(peer.ip().to_canonical(), free) else {
+                    debug!(%peer, "an address has too many admin connections");
+                    continue;
+                };
                 let router = Arc::clone(&router);
                 connections.spawn(async move {
                     converse(stream, router).await;
-                    drop(place);
+                    drop((place, share));
                 });
             }
             Err(error) => {
@@ -181,6 +196,23 @@ pub async fn serve(listener: TcpListener, router: Router) {
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// Connections by address of the client.
+#[derive(Debug, Default)]
+struct Clients(HashMap<IpAddr, Arc<()>>);
+
+impl Clients {
+    /// Counts one more connection of `address` until the returned value is dropped; nothing if it would have more than
+    /// `free`, what is left to all.
+    fn enter(&mut self, address: IpAddr, free: usize) -> Option<Arc<()>> {
+        if self.0.len() > 2 * MAX_CONNECTIONS {
+            self.0.retain(|_, open| Arc::strong_count(open) > 1);
+        }
+        let open = self.0.entry(address).or_default();
+        // One is the table's own.
+        (Arc::strong_count(open) <= free).then(|| Arc::clone(open))
     }
 }
 
@@ -208,6 +240,20 @@ async fn converse(stream: TcpStream, router: Arc<Router>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_address_leaves_connections_to_others() {
+        let mut clients = Clients::default();
+        let mut open = Vec::new();
+        let mut fill = |last: u8| {
+            let before = open.len();
+            while let Some(place) = clients.enter([10, 0, 0, last].into(), MAX_CONNECTIONS - open.len()) {
+                open.push(place);
+            }
+            open.len() - before
+        };
+        assert_eq!([fill(1), fill(2), fill(1)], [32, 16, 0]);
+    }
 
     #[test]
     fn parameters_are_decoded() {

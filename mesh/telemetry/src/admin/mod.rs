@@ -43,13 +43,21 @@ impl Admin {
         self
     }
 
-    /// `POST /logging?level=FILTER`; `GET` is `POST` without a level and shows the filter in force.
+    /// `GET` or `POST /logging` shows the filter in force; `POST` with `?level=FILTER` sets it, with `?reset` the one of the
+    /// start.
     #[must_use]
     pub fn logging(mut self, level: LevelHandle) -> Self {
-        self.router = self.router.post("/logging", move |query| {
-            let reply = set_level(&level, &query);
-            async move { reply }
-        });
+        let shown = level.clone();
+        self.router = self
+            .router
+            .get("/logging", move |_| {
+                let reply = show_level(&shown);
+                async move { reply }
+            })
+            .post("/logging", move |query| {
+                let reply = set_level(&level, &query);
+                async move { reply }
+            });
         self
     }
 
@@ -95,12 +103,15 @@ impl Admin {
     }
 }
 
+/// In the words of Istio's node proxy, which `istioctl` prints.
+fn show_level(level: &LevelHandle) -> Reply {
+    text(StatusCode::OK, format!("current log level is {}\n", level.get()))
+}
+
 fn set_level(level: &LevelHandle, query: &Query) -> Reply {
-    let Some(filter) = query.get("level") else {
-        return text(StatusCode::OK, format!("log level: {}\n", level.get()));
-    };
-    match level.set(filter) {
-        Ok(()) => text(StatusCode::OK, format!("log level: {}\n", level.get())),
+    let filter = query.get("level").or_else(|| query.get("reset").map(|_| "reset"));
+    match filter.map_or(Ok(()), |filter| level.set(filter)) {
+        Ok(()) => show_level(level),
         Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
     }
 }
