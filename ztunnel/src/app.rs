@@ -8,6 +8,7 @@ mod servers;
 mod shutdown;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ambit_directory::Directory;
 use ambit_hbone::{Pool, PoolCounters, WindowBudget};
@@ -15,7 +16,6 @@ use ambit_identity::{
     CertificateStore, CipherPreference, ControlPlane, ControlPlaneConfig, GrpcIssuer, StoreConfig,
     TlsSettings, Trust, TrustConfig, TrustDomain,
 };
-use ambit_net::{Drain, DrainSignal};
 use ambit_telemetry::access::{self, AccessLog};
 use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, Target, TcpMetrics};
@@ -26,18 +26,26 @@ use tokio::sync::watch;
 use crate::config::{Cipher, Config, LogFormat};
 use crate::connections::Connections;
 use crate::dns::{self, DnsProxy};
+use crate::drain::{self, Drain, Drained};
 use crate::feed;
 use crate::loads::Loads;
 use crate::pods::sockets::Wanted;
 use crate::pods::{LocalPods, Pods};
 use crate::proxy::{Demander, Limits, Proxy, Settings, Tallies, Worker};
 use crate::report::Reporter;
+use crate::shares::Shares;
 use crate::tasks::Tasks;
 use crate::workers::{Supervisor, Workers};
 use crate::zds::client::Progress;
 
 /// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
 const WINDOW_BUDGET: u64 = 256 << 20;
+
+/// The limit of open files that is assumed where the system does not tell it.
+const FEW_FILES: u64 = 1024;
+
+/// Descriptors that are kept from connections however few there are.
+const OWN_FILES: u64 = 64;
 
 /// Where the node's own resolvers are named.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -53,22 +61,37 @@ pub fn run(config: Config, collect: fn()) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let logging = logging::init(logging::LogFormat::Text, &config.log_level, Target::Stderr)?;
-    raise_file_limit();
-    let outcome = runtime.block_on(Box::pin(serve(config, &logging, collect)));
+    let open_files = raise_file_limit();
+    let outcome = runtime.block_on(Box::pin(serve(config, open_files, &logging, collect)));
     runtime.shutdown_background();
     outcome
 }
 
-/// Takes as many descriptors as the system allows: a proxied connection needs two.
-fn raise_file_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-        Ok((soft, hard))
-    });
-    match raised {
-        Ok((soft, hard)) => tracing::debug!(soft, hard, "the limit of open files was raised"),
-        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
+/// Takes as many descriptors as the system allows: a proxied connection needs two. Returns how many that are.
+fn raise_file_limit() -> u64 {
+    let limits = getrlimit(Resource::RLIMIT_NOFILE);
+    let raised = limits.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
     }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((FEW_FILES, FEW_FILES));
+    tracing::debug!(soft, hard, "the limit of open files");
+    soft
+}
+
+/// What is left of the limit of open files for connections. An eighth is for the pipes of bulk transfers between pods of the
+/// node; an eighth, and [`OWN_FILES`], for pods that come, ready-made sockets, pooled tunnel connections without a
+/// tunnel, the control plane, and the admin, metrics and readiness servers.
+fn descriptors_of_connections(open_files: u64) -> u64 {
+    open_files.saturating_sub(open_files / 4 + OWN_FILES)
+}
+
+fn shares(config: &Config, workers: usize, open_files: u64) -> Shares {
+    let connections = config.limits.connections_per_worker.saturating_mul(workers) as u64;
+    // Two descriptors each.
+    ambit_net::pipe::set_limit(usize::try_from(open_files / 16).unwrap_or(usize::MAX));
+    let descriptors = descriptors_of_connections(open_files).min(connections.saturating_mul(2));
+    Shares::new(descriptors, config.limits.handshakes as u64)
 }
 
 /// What the parts are made of, before they are put together.
@@ -82,6 +105,8 @@ struct Parts {
     access_log: AccessLog,
     tcp_metrics: TcpMetrics,
     budget: WindowBudget,
+    /// Descriptors that the process may open.
+    open_files: u64,
 }
 
 /// The parts put together.
@@ -92,10 +117,10 @@ struct Program {
     pool_counters: Arc<PoolCounters>,
 }
 
-async fn serve(config: Config, logging: &Logging, collect: fn()) -> anyhow::Result<()> {
+async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
-    let (drain_signal, drain) = ambit_net::drain::new();
-    let (parts, _access_writer) = parts(config, &mut tasks).await?;
+    let (signal, drain) = drain::channel();
+    let (parts, _access_writer) = parts(config, open_files, &mut tasks).await?;
     let (program, mut supervisor) = assemble(&parts, drain)?;
     let (progress, seen) = watch::channel(Progress::default());
     let readiness = readiness(&parts, seen.clone(), &mut tasks);
@@ -113,34 +138,25 @@ async fn serve(config: Config, logging: &Logging, collect: fn()) -> anyhow::Resu
         version = env!("CARGO_PKG_VERSION"),
         "started"
     );
-    let mut drain = Draining { signal: drain_signal, agent, readiness };
+    let mut running = shutdown::Running { program: &program, signal, readiness, agent };
     let outcome = tokio::select! {
-        () = stop.wait(|| drain.begin()) => Ok(()),
+        () = stop.wait(|| drain::begin(&mut running)) => Ok(()),
         ended = tasks.ended() => Err(ended.into()),
         died = supervisor.failed() => Err(died.into()),
     };
     if outcome.is_ok() {
-        drain.begin();
-        shutdown::finish(&program, parts.config.drain_timeout.get(), &stop).await;
+        stop_in_order(&mut running, parts.config.drain_timeout.get(), &stop).await;
     }
     end(supervisor).await;
     outcome
 }
 
-/// The first step of a drain; see [`shutdown`].
-struct Draining {
-    signal: DrainSignal,
-    agent: tokio::task::JoinHandle<()>,
-    readiness: Readiness,
-}
-
-impl Draining {
-    /// Takes nothing new: the successor gets what comes. May be called again.
-    fn begin(&mut self) {
-        self.readiness.start_draining();
-        // The agent turns to a successor when this end of its socket closes.
-        self.agent.abort();
-        self.signal.drain();
+async fn stop_in_order(running: &mut shutdown::Running<'_>, limit: Duration, stop: &shutdown::Requests) {
+    let open = running.program.proxy.connections.len();
+    tracing::info!(open, ?limit, "stopping: nothing new is accepted, open connections may finish");
+    match drain::finish(running, limit, stop.wait(|| ())).await {
+        Drained::Finished => tracing::info!("stopped: every connection has finished"),
+        Drained::Closed(closed) => tracing::warn!(closed, "the drain time is over: connections were closed"),
     }
 }
 
@@ -151,7 +167,11 @@ async fn end(supervisor: Supervisor) {
     }
 }
 
-async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<(Parts, Option<LogWriter>)> {
+async fn parts(
+    config: Config,
+    open_files: u64,
+    tasks: &mut Tasks,
+) -> anyhow::Result<(Parts, Option<LogWriter>)> {
     let registry = Registry::new();
     let control_plane = ControlPlane::new(ControlPlaneConfig {
         address: config.control_plane.clone(),
@@ -181,6 +201,7 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<(Parts, Opti
         access_log,
         tcp_metrics,
         budget,
+        open_files,
     };
     Ok((parts, access_writer))
 }
@@ -229,7 +250,7 @@ fn access_log(config: &Config) -> anyhow::Result<(AccessLog, Option<LogWriter>)>
 }
 
 fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)> {
-    let Parts { config, trust, certificates, directory, discovery, budget, .. } = parts;
+    let Parts { config, trust, certificates, directory, discovery, budget, open_files, .. } = parts;
     let count = config.worker_count();
     let proxy = Arc::new(Proxy {
         settings: settings(config, trust),
@@ -239,6 +260,7 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         local: LocalPods::default(),
         connections: Connections::new(count),
         loads: Loads::default(),
+        shares: shares(config, count, *open_files),
         demander: config.xds.on_demand.then(|| Demander::new(discovery.clone())),
         synced: synced(discovery),
         drain: drain.clone(),
@@ -298,8 +320,8 @@ fn settings(config: &Config, trust: &Trust) -> Settings {
             connect_timeout: limits.connect_timeout.get(),
             attempt_timeout: limits.attempt_timeout.get(),
             connect_attempts: limits.connect_attempts,
+            connection_idle: limits.connection_idle.get(),
             directory_wait: limits.directory_wait.get(),
-            connections_per_worker: limits.connections_per_worker,
         },
     }
 }

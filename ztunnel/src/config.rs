@@ -167,8 +167,13 @@ pub struct Limits {
     pub directory_wait: Span,
     /// How long an unused HBONE connection is kept.
     pub pool_idle: Span,
-    /// Open connections a worker holds before it stops accepting.
+    /// How long an open connection may move no byte, in neither direction, before it is closed; `0s`: for ever.
+    pub connection_idle: Span,
+    /// Open connections of the process, divided by its workers. Fewer where the limit of open files is lower. Each
+    /// pod and each peer gets a share: as much as it leaves to the others.
     pub connections_per_worker: usize,
+    /// TLS handshakes of clients in progress, of the process; shared in the same way.
+    pub handshakes: usize,
 }
 
 impl Default for Config {
@@ -233,7 +238,10 @@ impl Default for Limits {
             handshake_timeout: Span::from_secs(5),
             directory_wait: Span::from_secs(5),
             pool_idle: Span::from_secs(120),
+            // What Kubernetes' own node proxy leaves an idle connection in connection tracking.
+            connection_idle: Span::from_secs(24 * 3600),
             connections_per_worker: 262_144,
+            handshakes: 2048,
         }
     }
 }
@@ -266,6 +274,9 @@ impl Config {
         }
         if self.limits.connections_per_worker == 0 {
             return wrong("limits.connectionsPerWorker", "is 0: no connection could ever be accepted");
+        }
+        if self.limits.handshakes == 0 {
+            return wrong("limits.handshakes", "is 0: no tunnel could ever be accepted");
         }
         let lifetime = self.certificates.lifetime.get().as_secs();
         // contracts.md, section 5: maximum 90 days; below a minute renewal can't keep up.

@@ -1,15 +1,14 @@
 //! The connections that are open now: for dumps, for deciding again when policy or trust changes, and
 //! for the end of a drain.
 //!
-//! Each worker has a shard of its own, so that opening and closing never waits for another worker;
-//! only control tasks look at all of them.
+//! Each worker has a shard of its own, so that opening and closing never waits for another worker. Control tasks walk over
+//! all shards, a few entries at a time, so that a worker never waits long for its own lock.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ambit_directory::WorkloadUid;
 use ambit_identity::{PeerCertificate, SpiffeId};
@@ -19,8 +18,7 @@ use ambit_telemetry::tcp;
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use crate::cut::Cut;
-use crate::error::CutReason;
+use crate::cut::{Cut, CutReason};
 
 /// Which way a connection goes, seen from the pod that it is reported for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -79,12 +77,39 @@ pub struct Connection {
     pub counters: Arc<Counters>,
     metrics: OnceLock<tcp::Connection>,
     cut: Cut,
+    activity: Activity,
+}
+
+/// When a connection moved bytes last, as far as was seen. Only one control task writes it.
+#[derive(Debug, Default)]
+struct Activity {
+    bytes: AtomicU64,
+    /// Milliseconds after the connection was opened.
+    at: AtomicU64,
+}
+
+impl Activity {
+    /// Takes the bytes that have moved so far, and says for how long there were none, since the connection is open for
+    /// `age`.
+    fn quiet_for(&self, bytes: u64, age: Duration) -> Duration {
+        let age_millis = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        if self.bytes.swap(bytes, Ordering::Relaxed) != bytes {
+            self.at.store(age_millis, Ordering::Relaxed);
+        }
+        Duration::from_millis(age_millis.saturating_sub(self.at.load(Ordering::Relaxed)))
+    }
 }
 
 impl Connection {
     /// The switch that ends it.
     pub fn cut(&self) -> &Cut {
         &self.cut
+    }
+
+    /// For how long no byte has moved, as far as it was asked before.
+    pub fn quiet_for(&self, now: Instant) -> Duration {
+        let bytes = self.counters.sent().wrapping_add(self.counters.received());
+        self.activity.quiet_for(bytes, now.saturating_duration_since(self.since))
     }
 
     /// Counts the bytes that moved since this was called last.
@@ -112,9 +137,47 @@ pub struct Summary {
     received: u64,
 }
 
-type Shard = Mutex<HashMap<u64, Arc<Connection>>>;
+/// Entries that a control task takes from a shard at a time.
+const CHUNK: usize = 64;
 
-/// All open connections. Guards maps only; nothing is decided or awaited under a shard's lock.
+/// The connections of one worker. A connection stays in its slot, so that a walk in pieces meets each one that was open
+/// all the time.
+#[derive(Debug, Default)]
+struct Slots {
+    slots: Vec<Option<Arc<Connection>>>,
+    free: Vec<usize>,
+}
+
+impl Slots {
+    fn insert(&mut self, connection: Arc<Connection>) -> usize {
+        if let Some(index) = self.free.pop()
+            && let Some(slot) = self.slots.get_mut(index)
+        {
+            *slot = Some(connection);
+            return index;
+        }
+        self.slots.push(Some(connection));
+        self.slots.len() - 1
+    }
+
+    fn remove(&mut self, index: usize) {
+        if self.slots.get_mut(index).and_then(Option::take).is_some() {
+            self.free.push(index);
+        }
+        if self.free.len() == self.slots.len() {
+            // Gives back what a burst had needed.
+            *self = Self::default();
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+type Shard = Mutex<Slots>;
+
+/// All open connections. Guards slots only; nothing is decided or awaited under a shard's lock.
 #[derive(Debug)]
 pub struct Connections {
     shards: Box<[Arc<Shard>]>,
@@ -126,6 +189,7 @@ pub struct Connections {
 pub struct Open {
     connection: Arc<Connection>,
     shard: Arc<Shard>,
+    slot: usize,
 }
 
 impl Deref for Open {
@@ -152,7 +216,7 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.shard.lock().remove(&self.connection.id);
+        self.shard.lock().remove(self.slot);
     }
 }
 
@@ -184,11 +248,12 @@ impl Connections {
             counters,
             metrics: OnceLock::new(),
             cut: Cut::default(),
+            activity: Activity::default(),
         });
         let index = worker.checked_rem(self.shards.len()).unwrap_or_default();
         let shard = self.shards.get(index).cloned().unwrap_or_default();
-        shard.lock().insert(id, connection.clone());
-        Open { connection, shard }
+        let slot = shard.lock().insert(connection.clone());
+        Open { connection, shard, slot }
     }
 
     /// How many are open.
@@ -201,35 +266,38 @@ impl Connections {
         self.len() == 0
     }
 
-    /// Asks `judge` about every open connection and ends those that it gives a reason for. Returns how
-    /// many that were.
-    pub fn review(&self, judge: impl Fn(&Connection) -> Option<CutReason>) -> usize {
-        let mut ended = 0;
+    /// Calls `look` for every connection that is open from the beginning to the end of this call; for others perhaps.
+    fn for_each(&self, mut look: impl FnMut(&Arc<Connection>)) {
+        let mut chunk = Vec::with_capacity(CHUNK);
         for shard in &self.shards {
-            let open: Vec<_> = shard.lock().values().cloned().collect();
-            for connection in open {
-                if let Some(reason) = judge(&connection) {
-                    connection.cut.cut(reason);
-                    ended += 1;
+            for start in (0..).step_by(CHUNK) {
+                {
+                    let slots = shard.lock();
+                    let Some(rest) = slots.slots.get(start..).filter(|rest| !rest.is_empty()) else { break };
+                    chunk.extend(rest.iter().take(CHUNK).flatten().cloned());
                 }
+                chunk.drain(..).for_each(|connection| look(&connection));
             }
         }
-        ended
     }
 
-    /// Counts the bytes of long-lived connections before they end.
-    pub fn report_bytes(&self) {
-        self.review(|connection| {
-            connection.report_bytes();
-            None
+    /// Asks `judge` about every open connection and closes those that it gives a reason for. Returns how many that were.
+    pub fn review(&self, judge: impl Fn(&Connection) -> Option<CutReason>) -> usize {
+        let mut closed = 0;
+        self.for_each(|connection| {
+            if let Some(reason) = judge(connection) {
+                connection.cut.cut(reason);
+                closed += 1;
+            }
         });
+        closed
     }
 
     /// What is open, for dumps.
     pub fn summaries(&self) -> Vec<Summary> {
         let now = Instant::now();
-        let mut open: Vec<_> =
-            self.shards.iter().flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>()).collect();
+        let mut open = Vec::new();
+        self.for_each(|connection| open.push(connection.clone()));
         open.sort_by_key(|connection| connection.id);
         open.iter().map(|connection| connection.summary(now)).collect()
     }
@@ -271,6 +339,32 @@ mod tests {
         assert_eq!(table.len(), 1);
         drop(second);
         assert!(table.is_empty());
+    }
+
+    #[test]
+    fn a_walk_meets_every_connection_however_slots_are_used_again() {
+        let table = Connections::new(2);
+        let open =
+            |n: u16| table.open(n.into(), Direction::Inbound, address(n), address(80), None, Arc::default());
+        let mut kept: Vec<_> = (0..1000).map(open).collect();
+        kept.retain(|connection| connection.source.port() % 3 == 0);
+        kept.extend((1000..1200).map(open));
+        let mut met: Vec<u16> = Vec::new();
+        table.for_each(|connection| met.push(connection.source.port()));
+        met.sort_unstable();
+        let mut expected: Vec<u16> = kept.iter().map(|connection| connection.source.port()).collect();
+        expected.sort_unstable();
+        assert_eq!(met, expected);
+        drop(kept);
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn a_connection_is_quiet_from_its_last_byte_on() {
+        let (activity, second) = (Activity::default(), Duration::from_secs(1));
+        assert_eq!(activity.quiet_for(0, 5 * second), 5 * second);
+        assert_eq!(activity.quiet_for(7, 10 * second), Duration::ZERO);
+        assert_eq!(activity.quiet_for(7, 70 * second), 60 * second);
     }
 
     #[tokio::test]

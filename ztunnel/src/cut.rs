@@ -7,11 +7,28 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::OnceLock;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
+use ambit_policy::Decision;
 use futures_util::task::AtomicWaker;
 use pin_project_lite::pin_project;
 
-use crate::error::CutReason;
+/// Why a live connection was closed by the proxy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CutReason {
+    /// A policy that changed no longer lets it in.
+    #[error("closed by policy: {0}")]
+    Policy(Decision),
+    /// The peer's certificate was revoked.
+    #[error("closed: the peer's certificate was revoked")]
+    Revoked,
+    /// No byte moved for too long.
+    #[error("closed: no byte moved for {0:?}")]
+    Idle(Duration),
+    /// The drain's deadline passed.
+    #[error("closed: the proxy's drain time is over")]
+    Drained,
+}
 
 /// The switch of one connection.
 #[derive(Debug, Default)]

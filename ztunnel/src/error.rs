@@ -15,6 +15,7 @@ use ambit_net::relay::RelayError;
 use ambit_policy::Decision;
 use http::StatusCode;
 
+use crate::shares::LimitExceeded;
 use crate::socks5::{Reply, Socks5Error};
 
 /// Who has to change something for the failure to go away.
@@ -32,19 +33,7 @@ pub enum Blame {
     Identity,
 }
 
-/// Why a live connection was ended from outside.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CutReason {
-    /// A policy that changed no longer lets it in.
-    #[error("closed by policy: {}", describe(.0))]
-    Policy(Decision),
-    /// The peer's certificate was revoked.
-    #[error("closed: the peer's certificate was revoked")]
-    Revoked,
-    /// The drain's deadline passed.
-    #[error("closed: the proxy's drain time is over")]
-    Drained,
-}
+pub use crate::cut::CutReason;
 
 /// Why a connection failed. No byte of the application was sent unless it is one of the last three.
 #[derive(Debug, thiserror::Error)]
@@ -77,8 +66,11 @@ pub enum ConnectionError {
     #[error(transparent)]
     Certificate(#[from] CertificateError),
     /// Policy says no.
-    #[error("{}", describe(.0))]
+    #[error("{0}")]
     Denied(Decision),
+    /// The pod or the peer holds as much as it may.
+    #[error(transparent)]
+    Limit(#[from] LimitExceeded),
     /// The control plane hasn't told its first state yet.
     #[error("the control plane's first state is not there yet")]
     NotSynced,
@@ -150,9 +142,10 @@ impl ConnectionError {
             Self::Revoked | Self::Certificate(_) | Self::Cut(CutReason::Revoked) => Blame::Identity,
             Self::Denied(_) | Self::Cut(CutReason::Policy(_)) => Blame::Policy,
             Self::OriginalDestination(_)
+            | Self::Limit(_)
             | Self::NotSynced
             | Self::UnknownPod(_)
-            | Self::Cut(CutReason::Drained) => Blame::Us,
+            | Self::Cut(CutReason::Idle(_) | CutReason::Drained) => Blame::Us,
             Self::Connect(ConnectError::Namespace { .. } | ConnectError::Bind { .. }) => Blame::Us,
             Self::UnknownName(_)
             | Self::Refused { .. }
@@ -211,16 +204,6 @@ impl ConnectionError {
             Self::Tunnel(error) => error.another_endpoint_may_help(),
             _ => false,
         }
-    }
-}
-
-/// A decision in words.
-fn describe(decision: &Decision) -> String {
-    match decision {
-        Decision::DeniedBy(policy) => format!("denied by policy {policy}"),
-        Decision::DeniedByDefault => "denied: policies that allow apply, and none matches".to_owned(),
-        Decision::AllowedBy(policy) => format!("allowed by policy {policy}"),
-        Decision::AllowedByDefault => "allowed: no policy applies".to_owned(),
     }
 }
 

@@ -21,8 +21,12 @@ use crate::error::ConnectionError;
 use crate::pods::Pod;
 use crate::proxy::Worker;
 use crate::report::{End, Story};
+use crate::shares::{Holder, Taken};
 use crate::upstream::{baggage, directory_authority};
 use crate::workers::{Seat, Weight};
+
+/// Descriptors of one tunnel: the connection to the application.
+const TUNNEL_DESCRIPTORS: u64 = 1;
 
 /// A connection that was accepted, and whose peer is not known yet.
 struct Accepted {
@@ -30,6 +34,7 @@ struct Accepted {
     pod: Arc<Pod>,
     stream: TcpStream,
     peer: SocketAddr,
+    handshake: Option<Taken>,
     since: Instant,
 }
 
@@ -39,14 +44,24 @@ struct Tunnelled {
     worker: Arc<Worker>,
     seat: Seat,
     pod: Arc<Pod>,
+    holder: Holder,
     source: SocketAddr,
     reached: SocketAddr,
     certificate: PeerCertificate,
 }
 
 /// Serves one connection to its end.
-pub async fn serve(worker: Arc<Worker>, seat: Seat, pod: Arc<Pod>, stream: TcpStream, peer: SocketAddr) {
-    let accepted = Accepted { worker, pod, stream, peer, since: Instant::now() };
+///
+/// `handshake` is given back when the peer is known.
+pub async fn serve(
+    worker: Arc<Worker>,
+    seat: Seat,
+    pod: Arc<Pod>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    handshake: Option<Taken>,
+) {
+    let accepted = Accepted { worker, pod, stream, peer, handshake, since: Instant::now() };
     let (story, reporter) = (accepted.story(), accepted.worker.reporter.clone());
     if let Err(error) = Box::pin(accepted.run(seat)).await {
         reporter.failed(&story, &error);
@@ -56,17 +71,18 @@ pub async fn serve(worker: Arc<Worker>, seat: Seat, pod: Arc<Pod>, stream: TcpSt
 impl Accepted {
     /// Fails only before the first CONNECT; what fails later is told of each, and of a peer that breaks the rules.
     async fn run(self, seat: Seat) -> Result<(), ConnectionError> {
-        let Self { worker, pod, stream, peer, .. } = self;
+        let Self { worker, pod, stream, peer, handshake, .. } = self;
         let reached = stream.local_addr().map_err(ConnectionError::OriginalDestination)?;
         let reached = SocketAddr::new(reached.ip().to_canonical(), reached.port());
         let certificate = worker.proxy.certificates.certificate(pod.identity()).await?;
         let settings = worker.pool.settings().clone();
         let accepted = Box::pin(server::accept(stream, certificate.server_config(), &settings)).await?;
-        drop(certificate);
+        drop((certificate, handshake));
         let tunnelled = Arc::new(Tunnelled {
             worker: worker.clone(),
             seat,
             pod: pod.clone(),
+            holder: pod.shares().inbound(peer.ip()),
             source: peer,
             reached,
             certificate: accepted.peer().clone(),
@@ -141,10 +157,20 @@ impl Tunnelled {
     }
 
     async fn serve(self, incoming: Incoming) {
-        let weight = self.seat.weigh();
+        let shares = &self.worker.proxy.shares;
+        let taken = match shares.descriptors.take(&self.holder, TUNNEL_DESCRIPTORS) {
+            Ok(taken) => taken,
+            Err(refusal) => {
+                shares.report(refusal, "tunnel", &self.holder, self.pod.uid(), self.source.ip());
+                let error = ConnectionError::Limit(refusal);
+                incoming.refuse(error.status());
+                return self.tell_failed(&error);
+            }
+        };
+        let held = (self.seat.weigh(), taken);
         // What reaching takes is freed before the relay begins, which may last for days.
         if let Some((tunnel, connected)) = Box::pin(self.reach(incoming)).await {
-            carry(tunnel, connected, weight).await;
+            carry(tunnel, connected, held).await;
         }
     }
 
@@ -187,7 +213,11 @@ impl Tunnelled {
 }
 
 /// Relays until both directions have ended or the connection is cut.
-fn carry(tunnel: Tunnel, connected: Connected, weight: Weight) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+fn carry(
+    tunnel: Tunnel,
+    connected: Connected,
+    held: (Weight, Taken),
+) -> Pin<Box<dyn Future<Output = ()> + Send>> {
     let Connected { mut stream, open, telling } = connected;
     Box::pin(async move {
         let relay = ambit_hbone::relay(&mut stream, Side::Upstream, tunnel, &open.counters, None);
@@ -199,7 +229,7 @@ fn carry(tunnel: Tunnel, connected: Connected, weight: Weight) -> Pin<Box<dyn Fu
             }
         };
         telling.finish(&outcome);
-        drop(weight);
+        drop(held);
     })
 }
 

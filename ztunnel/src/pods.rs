@@ -13,13 +13,14 @@ use std::time::Duration;
 use ambit_api::workload::zds::WorkloadInfo;
 use ambit_directory::WorkloadUid;
 use ambit_identity::{CertificateError, CertificateStore, SpiffeId, SpiffeIdError};
-use ambit_net::drain::Drain;
 use ambit_net::{Netns, NetnsError, NetnsId, PROXY_MARK, SocketStock};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::drain::Drain;
 use crate::proxy::{Proxy, Worker};
+use crate::shares::{PodShares, Taken};
 use crate::workers::Workers;
 use crate::zds::client::{PodDescriptors, PodSet};
 pub use listening::accept_shortages;
@@ -32,6 +33,10 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// How long HBONE connections are still taken for a pod that left: peers learn of it a little later.
 const LEAVE_GRACE: Duration = Duration::from_secs(10);
 
+/// Descriptors that a served pod takes without a connection: its namespace, up to twelve listeners, connection tracking,
+/// and some ready-made sockets.
+const POD_DESCRIPTORS: u64 = 20;
+
 /// One pod: who it is and where its sockets are made. Lives as long as a connection of it does.
 #[derive(Debug)]
 pub struct Pod {
@@ -42,6 +47,9 @@ pub struct Pod {
     stock: SocketStock,
     certificates: CertificateStore,
     dns: Arc<crate::dns::Client>,
+    shares: PodShares,
+    /// For the pod's listeners and what else it costs without a connection.
+    _descriptors: Taken,
     left: watch::Sender<bool>,
 }
 
@@ -69,6 +77,11 @@ impl Pod {
     /// The pod as one that asks DNS questions.
     pub fn dns(&self) -> &Arc<crate::dns::Client> {
         &self.dns
+    }
+
+    /// What the pod and its peers hold.
+    pub fn shares(&self) -> &PodShares {
+        &self.shares
     }
 
     /// Resolves when the pod has left and peers are to be told so.
@@ -264,6 +277,8 @@ impl Pods {
             dns: self.0.proxy.dns.client(&info.namespace, &settings.network, stock.clone()),
             stock,
             certificates,
+            shares: PodShares::default(),
+            _descriptors: self.0.proxy.shares.descriptors.reserve(POD_DESCRIPTORS),
             left: watch::Sender::new(false),
         }))
     }
@@ -295,6 +310,7 @@ impl Pods {
             pod: pod.clone(),
             role,
             is_shared,
+            proxy: self.0.proxy.clone(),
             workers: self.0.workers.clone(),
             drain: self.0.drain.clone(),
         };

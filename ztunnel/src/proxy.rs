@@ -10,17 +10,18 @@ use std::time::Duration;
 use ambit_directory::{Reader, Snapshot, Workload, WorkloadUid};
 use ambit_hbone::{Pool, WindowBudget};
 use ambit_identity::{CertificateStore, Trust, TrustDomain};
-use ambit_net::Drain;
 use tokio::sync::watch;
 
 use crate::config::SameNode;
 use crate::connections::Connections;
 use crate::dns::DnsProxy;
+use crate::drain::Drain;
 use crate::error::ConnectionError;
 use crate::loads::Loads;
 use crate::pods::sockets::Wanted;
 use crate::pods::{LocalPods, Pod};
 use crate::report::Reporter;
+use crate::shares::Shares;
 
 /// Bounds of the data path; see [`crate::config::Limits`].
 #[derive(Debug, Clone, Copy)]
@@ -31,10 +32,10 @@ pub struct Limits {
     pub attempt_timeout: Duration,
     /// Endpoints tried for one connection.
     pub connect_attempts: u8,
+    /// How long a connection may move no byte; zero: for ever.
+    pub connection_idle: Duration,
     /// Wait for the directory to know something.
     pub directory_wait: Duration,
-    /// Open connections at which a worker accepts no more.
-    pub connections_per_worker: usize,
 }
 
 /// What the data path needs of the configuration.
@@ -94,6 +95,8 @@ pub struct Tallies {
     pub retries: Tally,
     /// Live connections ended by policy or revocation.
     pub cut: Tally,
+    /// Live connections closed because they moved no byte for too long.
+    pub idle: Tally,
     /// Connections handed over on this node.
     pub handed_over: Tally,
     /// Tunnel connections of other proxies that were given up because a PING was not answered.
@@ -133,6 +136,8 @@ pub struct Proxy {
     pub connections: Connections,
     /// Open connections by workload.
     pub loads: Loads<WorkloadUid>,
+    /// What pods and peers may hold.
+    pub shares: Shares,
     /// Where resources come on demand: whom to ask.
     pub demander: Option<Demander>,
     /// Whether the control plane's first state was applied. Before that nothing is let in or out: an

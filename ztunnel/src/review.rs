@@ -4,11 +4,12 @@
 //! of the pools, and counts the bytes of connections that live long.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ambit_directory::{Removed, Revision};
 use ambit_hbone::InFlight;
 
+use crate::cut::CutReason;
 use crate::destination;
 use crate::proxy::{Proxy, Worker};
 use crate::tasks::Tasks;
@@ -23,13 +24,22 @@ const GATHER: Duration = Duration::from_millis(5);
 pub fn start(proxy: &Arc<Proxy>, workers: &Arc<Workers<Worker>>, tasks: &mut Tasks) {
     tasks.spawn("review by the directory", follow_directory(proxy.clone(), workers.clone()));
     tasks.spawn("review by trust", follow_trust(proxy.clone(), workers.clone()));
-    let counted = proxy.clone();
-    tasks.spawn("counting of open connections", async move {
-        loop {
-            tokio::time::sleep(COUNT_EVERY).await;
-            counted.connections.report_bytes();
-        }
-    });
+    tasks.spawn("counting of open connections", count(proxy.clone()));
+}
+
+/// Counts the bytes of connections before they end, and closes those that move none for too long.
+async fn count(proxy: Arc<Proxy>) {
+    let limit = proxy.settings.limits.connection_idle;
+    loop {
+        tokio::time::sleep(COUNT_EVERY).await;
+        let now = Instant::now();
+        let closed = proxy.connections.review(|connection| {
+            connection.report_bytes();
+            let quiet = connection.quiet_for(now);
+            (!limit.is_zero() && quiet >= limit).then_some(CutReason::Idle(limit))
+        });
+        proxy.tallies.idle.add(closed as u64);
+    }
 }
 
 async fn follow_directory(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {

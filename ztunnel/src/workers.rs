@@ -255,15 +255,24 @@ impl<W: Send + Sync + 'static> Workers<W> {
 
     /// Hands a connection that `home` accepted to the least loaded worker; `home` itself wins ties,
     /// so that the usual case costs no hop. The stream is registered with the runtime that gets it.
-    pub fn place<F, T>(&self, home: &Seat, name: &'static str, stream: std::net::TcpStream, serve: F)
-    where
+    ///
+    /// `held` is dropped when the connection has ended.
+    pub fn place<H, F, T>(
+        &self,
+        home: &Seat,
+        name: &'static str,
+        stream: std::net::TcpStream,
+        held: H,
+        serve: F,
+    ) where
+        H: Send + 'static,
         F: FnOnce(Seat, Arc<W>, TcpStream) -> T + Send + 'static,
         T: Future<Output = ()> + Send + 'static,
     {
         let Some(chosen) = self.least_loaded(home) else { return };
         let (seat, state, weight) = (chosen.seat.clone(), chosen.state.clone(), chosen.seat.weigh());
         chosen.seat.spawn(name, async move {
-            let _weight = weight;
+            let _held = (weight, held);
             match TcpStream::from_std(stream) {
                 Ok(stream) => serve(seat, state, stream).await,
                 Err(error) => tracing::warn!(%error, "an accepted connection can't be registered"),
@@ -329,11 +338,17 @@ mod tests {
             clients.push(TcpStream::connect(address).await.unwrap());
             let (stream, _) = listener.accept().await.unwrap();
             let tell = tell.clone();
-            workers.place(home, "test", stream.into_std().unwrap(), move |seat, state, stream| async move {
-                let thread = thread::current().name().map(str::to_owned);
-                tell.send((seat.index(), *state, thread)).await.unwrap();
-                stream.readable().await.unwrap();
-            });
+            workers.place(
+                home,
+                "test",
+                stream.into_std().unwrap(),
+                (),
+                move |seat, state, stream| async move {
+                    let thread = thread::current().name().map(str::to_owned);
+                    tell.send((seat.index(), *state, thread)).await.unwrap();
+                    stream.readable().await.unwrap();
+                },
+            );
         }
         let mut seen = Vec::new();
         for _ in 0..6 {

@@ -67,13 +67,13 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
     fn by_address(&mut self, address: SocketAddr) -> Outcome {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
-        let (network, ip, port) = (&*client.network, address.ip(), address.port());
-        if let Some(known) = snapshot.known_at(network, ip, port, &client.namespace) {
-            self.by_service(known, port)
+        let (network, ip) = (&*client.network, address.ip());
+        if let Some(known) = snapshot.known_at(network, ip, &client.namespace) {
+            self.by_service(known, address.port())
         } else if let Some(workload) = snapshot.workload_at(network, ip) {
             self.dialled_workload(workload, None, address)
-        } else if let Some(known) = snapshot.known_around(network, ip, port, &client.namespace) {
-            self.by_service(known, port)
+        } else if let Some(known) = snapshot.known_around(network, ip, &client.namespace) {
+            self.by_service(known, address.port())
         } else {
             let demand = Demand::Address(NetworkAddress {
                 network: Arc::clone(&client.network),
@@ -105,7 +105,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
     fn by_service(&mut self, known: &'a Arc<Known>, port: u16) -> Outcome {
         let service = &known.service;
         let passthrough = service.load_balancing.mode == Mode::Passthrough;
-        if !service.captures(port) {
+        if service.ports.get(port).is_none() && !(passthrough && service.ports.is_empty()) {
             return Err(Refusal::NoSuchPort { service: service.host.clone(), port });
         }
         if let Some(route) = self.through_service_waypoint(service)? {

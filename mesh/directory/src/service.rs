@@ -57,12 +57,6 @@ impl Service {
         }
     }
 
-    /// Whether connections to `port` are its own. One that makes no choice and names no port takes all.
-    pub(crate) fn captures(&self, port: u16) -> bool {
-        self.ports.get(port).is_some()
-            || (self.load_balancing.mode == Mode::Passthrough && self.ports.is_empty())
-    }
-
     /// Whether its name stands for its endpoints' addresses, for lack of its own.
     pub fn is_headless(&self) -> bool {
         self.vips.is_empty()

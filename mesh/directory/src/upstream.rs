@@ -151,13 +151,8 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
         port: impl Fn(&Endpoint) -> Option<u16>,
     ) -> Result<Choice<'a>, NoEndpoint> {
         let (Known { service, endpoints }, question) = (known, self.question);
-        let snapshot = self.snapshot;
         let usable = |endpoint: &Endpoint| {
             let workload = &endpoint.workload;
-            // An entry in one namespace must not lead to a pod of another as if that were no pod.
-            if !workload.is_pod && snapshot.claims_a_pods_address(workload) {
-                return None;
-            }
             let reachable = if workload.network == question.client.network {
                 !workload.addresses.is_empty() || !workload.hostname.is_empty()
             } else {

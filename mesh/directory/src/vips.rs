@@ -42,23 +42,13 @@ pub(crate) struct Vips {
     nets: Table<NetworkNet, Sharing>,
     /// Prefix lengths in use, longest first, with the number of networks of that length.
     lengths: Arc<Vec<(u8, u32)>>,
-    /// Those of `addresses` that are a pod's own and lead to the pod: nearly always none.
-    of_pods: Table<NetworkAddress, ()>,
 }
 
 impl Vips {
-    /// Enters `known` at `vip`, in place of an earlier state of the same service. `is_pods` says whether an address is a pod's own.
-    pub(crate) fn insert(
-        &mut self,
-        vip: &Vip,
-        known: &Arc<Known>,
-        is_pods: impl Fn(&NetworkAddress) -> bool,
-    ) {
+    /// Enters `known` at `vip`, in place of an earlier state of the same service.
+    pub(crate) fn insert(&mut self, vip: &Vip, known: &Arc<Known>) {
         match vip {
-            Vip::Address(address) => {
-                self.addresses.change(address, |sharing| put(sharing, known));
-                self.set_pod(address, is_pods(address));
-            }
+            Vip::Address(address) => self.addresses.change(address, |sharing| put(sharing, known)),
             Vip::Net { network, net } => {
                 let key = NetworkNet { network: Arc::clone(network), net: *net };
                 if !self.nets.contains_key(&key) {
@@ -74,7 +64,6 @@ impl Vips {
             Vip::Address(address) => {
                 if self.addresses.get_mut(address).is_some_and(|sharing| take(sharing, host)) {
                     self.addresses.remove(address);
-                    self.set_pod(address, false);
                 }
             }
             Vip::Net { network, net } => {
@@ -87,20 +76,8 @@ impl Vips {
         }
     }
 
-    /// Notes whether an address is a pod's own, which then no service has.
-    pub(crate) fn set_pod(&mut self, address: &NetworkAddress, is_pods: bool) {
-        if is_pods && self.addresses.contains_key(address) {
-            self.of_pods.insert(address.clone(), ());
-        } else if !self.of_pods.is_empty() {
-            self.of_pods.remove(address);
-        }
-    }
-
     /// The services whose address this is.
     pub(crate) fn at(&self, address: AddressRef<'_>) -> &[Arc<Known>] {
-        if !self.of_pods.is_empty() && self.of_pods.contains_key(&address) {
-            return &[];
-        }
         self.addresses.get(&address).map_or(&[], |sharing| sharing)
     }
 

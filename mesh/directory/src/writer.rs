@@ -145,12 +145,8 @@ impl Directory {
             let endpoints = self.next.endpoints.get(&host).map(|endpoints| (**endpoints).clone());
             let service = Arc::clone(&known.service);
             let known = Arc::new(Known { endpoints: endpoints.unwrap_or_default(), service });
-            let Snapshot { vips, by_address, .. } = &mut self.next;
-            let is_pods = |address: &NetworkAddress| {
-                by_address.get(address).is_some_and(|claims| claims.iter().any(|workload| workload.is_pod))
-            };
             for vip in &known.service.vips {
-                vips.insert(vip, &known, is_pods);
+                self.next.vips.insert(vip, &known);
             }
             self.next.services.insert(host, known);
         }
@@ -243,9 +239,6 @@ impl Directory {
             self.next.by_address.change(&address, |claims| {
                 claims.insert(at.unwrap_or(claims.len()).min(claims.len()), Arc::clone(workload));
             });
-            if workload.is_pod {
-                self.next.vips.set_pod(&address, true);
-            }
         }
         self.next.by_identity.change(&workload.identity, |holders| holders.push(Arc::clone(workload)));
         if !workload.hostname.is_empty() {
@@ -275,9 +268,6 @@ impl Directory {
                 if claims.is_empty() {
                     self.next.by_address.remove(&key);
                 }
-            }
-            if workload.is_pod && !self.next.has_pod_at(key) {
-                self.next.vips.set_pod(&address, false);
             }
         }
         if let Some(holders) = self.next.by_identity.get_mut(&workload.identity) {

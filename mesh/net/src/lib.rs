@@ -1,4 +1,4 @@
-//! Sockets, network namespaces, original destinations, relaying and draining.
+//! Sockets, network namespaces, original destinations and relaying.
 //!
 //! The node proxy, the tunnel and the node agent build on this crate. It knows no Kubernetes, no
 //! certificates and no HTTP. System calls and `unsafe` of the workspace live here.
@@ -10,19 +10,17 @@
 //! - [`conntrack`]: the original destination of redirected datagrams;
 //! - [`sockdiag`], [`pidfd`]: which sockets a namespace has, and who holds them;
 //! - [`seqpacket`]: packets with descriptors over unix sockets;
-//! - [`splice`], [`relay`]: moving bytes between connections;
-//! - [`memory`]: what of a process is resident;
-//! - [`drain`]: the two steps in which a server stops.
+//! - [`splice`], [`relay`], [`pipe`]: moving bytes between connections;
+//! - [`memory`]: what of a process is resident.
 
 pub mod accept;
 pub mod connect;
 pub mod conntrack;
-pub mod drain;
 pub mod listen;
 pub mod memory;
 pub mod netns;
 pub mod pidfd;
-mod pipe;
+pub mod pipe;
 mod readiness;
 pub mod relay;
 pub mod seqpacket;
@@ -32,7 +30,6 @@ pub mod splice;
 pub mod stock;
 
 pub use connect::{ConnectError, connect, connect_local};
-pub use drain::{Drain, DrainSignal};
 pub use netns::{Netns, NetnsError, NetnsId};
 pub use socket::{Family, original_dst};
 pub use stock::SocketStock;

@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
@@ -19,6 +20,15 @@ thread_local! {
     static EMPTY: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Pipes that there are, of all threads, and how many there may be.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Sets how many pipes the process may have; each takes two descriptors. Beyond it, bulk data is copied.
+pub fn set_limit(pipes: usize) {
+    LIMIT.store(pipes, Ordering::Relaxed);
+}
+
 /// A pipe and what is in it.
 #[derive(Debug)]
 pub(crate) struct Pipe {
@@ -28,6 +38,30 @@ pub(crate) struct Pipe {
     pub(crate) capacity: usize,
     /// Bytes in it now.
     pub(crate) held: usize,
+    _counted: Counted,
+}
+
+/// Counts a pipe for as long as it is open.
+#[derive(Debug)]
+struct Counted;
+
+impl Counted {
+    /// # Errors
+    /// `EMFILE` when there are as many as there may be.
+    fn new() -> io::Result<Self> {
+        let counted = Self;
+        if OPEN.fetch_add(1, Ordering::Relaxed) < LIMIT.load(Ordering::Relaxed) {
+            return Ok(counted);
+        }
+        drop(counted);
+        Err(io::Error::from_raw_os_error(libc::EMFILE))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Pipe {
@@ -36,11 +70,18 @@ impl Pipe {
         if let Some(pipe) = EMPTY.with_borrow_mut(Vec::pop) {
             return Ok(pipe);
         }
+        let counted = Counted::new()?;
         let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
         // Growth can be refused (pipe(7), limits per user): then bulk data moves in smaller pieces.
         let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(GROWN))
             .or_else(|_| fcntl(&write, FcntlArg::F_GETPIPE_SZ))?;
-        Ok(Self { read, write, capacity: usize::try_from(capacity).unwrap_or(4096), held: 0 })
+        Ok(Self {
+            read,
+            write,
+            capacity: usize::try_from(capacity).unwrap_or(4096),
+            held: 0,
+            _counted: counted,
+        })
     }
 
     /// Gives the pipe back. One that still holds bytes is closed: they must never meet another connection.

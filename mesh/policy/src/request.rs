@@ -1,5 +1,6 @@
 //! What is decided, about what, and by which policy.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use serde::Serialize;
@@ -43,6 +44,17 @@ pub enum Decision {
     DeniedBy(PolicyName),
     /// ALLOW policies apply to the workload and none matched.
     DeniedByDefault,
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DeniedBy(policy) => write!(f, "denied by policy {policy}"),
+            Self::DeniedByDefault => f.write_str("denied: policies that allow apply, and none matches"),
+            Self::AllowedBy(policy) => write!(f, "allowed by policy {policy}"),
+            Self::AllowedByDefault => f.write_str("allowed: no policy applies"),
+        }
+    }
 }
 
 impl Decision {

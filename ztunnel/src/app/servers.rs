@@ -106,6 +106,7 @@ fn pod_dump(proxy: &Proxy) -> Value {
 fn register(parts: &Parts, program: &Program, logging: &Logging) {
     let registry = &parts.registry;
     logging.register(registry);
+    program.proxy.shares.register(registry);
     tallies(registry, &program.proxy);
     pools(registry, &program.pool_counters);
     discovery(registry, &parts.discovery);
@@ -161,6 +162,9 @@ fn tallies(registry: &Registry, proxy: &Arc<Proxy>) {
     });
     register("ambit_connect_retries", "Attempts on another endpoint after one failed", |t| &t.retries);
     register("ambit_connections_cut", "Live connections ended by policy or revocation", |t| &t.cut);
+    register("ambit_connections_idle", "Connections closed because they moved no byte for too long", |t| {
+        &t.idle
+    });
     register("ambit_handed_over", "Connections handed over on this node", |t| &t.handed_over);
     register("ambit_hbone_inbound_ping_timeouts", "Tunnel connections to us whose peer fell silent", |t| {
         &t.silent_clients

@@ -1,22 +1,18 @@
-//! Stopping: stop accepting → tell → wait → deadline → cut.
+//! Requests to stop, and how this program takes the steps of a drain ([`crate::drain`]).
 //!
-//! SIGTERM, SIGINT and `POST /quitquitquit` do all of it; `POST /drain_listeners` the first two only. A
-//! second signal cuts at once.
+//! SIGTERM, SIGINT and `POST /quitquitquit` take all of them; `POST /drain_listeners` the first two only. A second
+//! signal closes everything at once.
 
 use std::sync::Arc;
-use std::time::Duration;
 
+use ambit_telemetry::Readiness;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::time::Instant;
+use tokio::task::JoinHandle;
 
 use super::Program;
-use crate::error::CutReason;
-
-/// How often the end of the last connection is looked for.
-const LOOK: Duration = Duration::from_millis(20);
-/// What cut connections get to tell their story.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+use crate::cut::CutReason;
+use crate::drain::{DrainSignal, Drainable};
 
 /// Who may ask for a stop.
 #[derive(Debug, Clone)]
@@ -47,7 +43,7 @@ impl Requests {
                 () = asked_by_signal() => return,
                 () = self.quit.notified() => return,
                 () = self.drain.notified() => {
-                    tracing::info!("draining: nothing new is taken");
+                    tracing::info!("draining: nothing new is accepted");
                     begin();
                 }
             }
@@ -72,36 +68,42 @@ async fn asked_by_signal() {
     }
 }
 
-/// Waits for open connections, at most `limit`, then cuts them. The first step was taken before.
-pub(super) async fn finish(program: &Program, limit: Duration, requests: &Requests) {
-    let open = program.proxy.connections.len();
-    tracing::info!(open, limit = ?limit, "stopping: nothing new is taken, open connections may finish");
-    let finished = tokio::select! {
-        () = quiet(program) => true,
-        () = tokio::time::sleep(limit) => false,
-        () = requests.wait(|| ()) => false,
-    };
-    // Not before: what was accepted last may still need a tunnel.
-    for worker in program.workers.states() {
-        worker.pool.drain();
-    }
-    if finished {
-        return tracing::info!("stopped: every connection has finished");
-    }
-    let cut = program.proxy.connections.review(|_| Some(CutReason::Drained));
-    tracing::warn!(cut, "the drain time is over: connections were cut");
-    let deadline = Instant::now() + LAST_WORDS;
-    while !program.proxy.connections.is_empty() && Instant::now() < deadline {
-        tokio::time::sleep(LOOK).await;
-    }
-    for worker in program.workers.states() {
-        worker.pool.cut();
-    }
+/// The program as a drain stops it.
+pub(super) struct Running<'a> {
+    pub(super) program: &'a Program,
+    pub(super) signal: DrainSignal,
+    pub(super) readiness: Readiness,
+    /// The connection to the node agent.
+    pub(super) agent: JoinHandle<()>,
 }
 
-/// Resolves when no worker carries anything.
-async fn quiet(program: &Program) {
-    while !program.proxy.connections.is_empty() || program.workers.seats().any(|seat| seat.load() > 0) {
-        tokio::time::sleep(LOOK).await;
+impl Drainable for Running<'_> {
+    fn stop_accepting(&mut self) {
+        self.readiness.start_draining();
+        // The agent turns to a successor when this end of its socket closes.
+        self.agent.abort();
+        self.signal.stop_accepting();
+    }
+
+    fn notify_peers(&mut self) {
+        self.signal.notify_peers();
+    }
+
+    fn open(&self) -> usize {
+        let Program { proxy, workers, .. } = self.program;
+        // What is being opened is on a worker only.
+        proxy.connections.len().max(workers.seats().map(|seat| seat.load()).sum())
+    }
+
+    fn close_unused(&mut self) {
+        self.program.workers.states().for_each(|worker| worker.pool.drain());
+    }
+
+    fn close(&mut self) -> usize {
+        self.program.proxy.connections.review(|_| Some(CutReason::Drained))
+    }
+
+    fn abort(&mut self) {
+        self.program.workers.states().for_each(|worker| worker.pool.cut());
     }
 }

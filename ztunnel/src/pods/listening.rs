@@ -4,24 +4,25 @@
 //! drains. A socket that the node agent holds too is then left with its queue for a successor; one
 //! of our own is emptied first, because closing it would reset what waits there.
 
-use std::future::Future;
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use ambit_net::accept::Acceptor;
-use ambit_net::drain::Drain;
 use tokio::sync::watch;
 
 use super::{Pod, Role};
 use crate::dns::Tracked;
-use crate::proxy::Worker;
+use crate::drain::Drain;
+use crate::proxy::{Proxy, Worker};
+use crate::shares::{Holder, LimitExceeded, Taken};
 use crate::workers::{Seat, Workers};
 use crate::{inbound, outbound, passthrough};
 
-/// How often a full worker looks whether it has room again.
-const FULL_PAUSE: Duration = Duration::from_millis(20);
+/// Descriptors of a relayed connection: its own, and the one to where it goes.
+const RELAYED: u64 = 2;
+/// Descriptors of a tunnel connection; its tunnels have their own.
+const TUNNELS: u64 = 1;
 
 /// Accepts that failed for want of descriptors or memory, of the whole process.
 static SHORTAGES: AtomicU64 = AtomicU64::new(0);
@@ -54,6 +55,7 @@ pub(super) struct Post {
     pub(super) role: Role,
     /// Whether the node agent holds the socket too.
     pub(super) is_shared: bool,
+    pub(super) proxy: Arc<Proxy>,
     pub(super) workers: Arc<Workers<Worker>>,
     pub(super) drain: Drain,
 }
@@ -74,15 +76,14 @@ pub(super) fn start_udp(post: Post, seat: &Seat, socket: UdpSocket) -> Listening
 }
 
 async fn run_udp(mut post: Post, socket: UdpSocket, mut stopped: watch::Receiver<bool>) {
-    let Some((_, worker)) = post.workers.seat(0) else { return };
-    let (dns, client) = (worker.proxy.dns.clone(), post.pod.dns().clone());
+    let (dns, client) = (post.proxy.dns.clone(), post.pod.dns().clone());
     let pod = post.pod.uid().to_owned();
     let netns = post.pod.stock().netns().clone();
     let stop = async move {
         tokio::select! {
             // A dropped sender is a stop too: its pod is gone.
             _ = stopped.wait_for(|stop| *stop) => {}
-            () = post.drain.draining() => {}
+            () = post.drain.accepting_stopped() => {}
         }
     };
     let serve = async {
@@ -110,8 +111,8 @@ async fn run(mut post: Post, home: Seat, listener: TcpListener, mut stopped: wat
             biased;
             // A dropped sender is a stop too: its pod is gone.
             _ = stopped.wait_for(|stop| *stop) => break,
-            () = post.drain.draining() => break,
-            accepted = when_there_is_room(&post.workers, acceptor.accept()) => match accepted {
+            () = post.drain.accepting_stopped() => break,
+            accepted = acceptor.accept() => match accepted {
                 Ok((stream, peer)) => hand_over(&post, &home, stream, peer),
                 Err(error) => return tracing::error!(pod = post.pod.uid(), %error, "a listener is lost"),
             },
@@ -120,17 +121,6 @@ async fn run(mut post: Post, home: Seat, listener: TcpListener, mut stopped: wat
     if !post.is_shared {
         empty(&post, &home, &acceptor.into_inner());
     }
-}
-
-/// Accepts only while some worker is below its limit: what waits then waits in the kernel's queue.
-async fn when_there_is_room<T>(workers: &Workers<Worker>, accept: impl Future<Output = T>) -> T {
-    while workers
-        .all()
-        .all(|(seat, worker)| seat.load() >= worker.proxy.settings.limits.connections_per_worker)
-    {
-        tokio::time::sleep(FULL_PAUSE).await;
-    }
-    accept.await
 }
 
 /// Serves what waits in the queue of a socket that is about to close.
@@ -144,23 +134,63 @@ fn empty(post: &Post, home: &Seat, listener: &TcpListener) {
     }
 }
 
+/// What a connection holds while it is served.
+struct Admission {
+    descriptors: Taken,
+    /// Until the peer is known.
+    handshake: Option<Taken>,
+}
+
+impl Post {
+    /// Takes what serving a connection of `peer` needs on the account of who opened it.
+    fn admit(&self, peer: IpAddr) -> Result<Admission, (LimitExceeded, Holder)> {
+        let (shares, of_pod) = (&self.proxy.shares, self.pod.shares());
+        let (holder, descriptors) = match self.role {
+            Role::Outbound | Role::Socks5 | Role::Dns => (of_pod.outbound(), RELAYED),
+            Role::Passthrough => (of_pod.inbound(peer), RELAYED),
+            Role::Inbound => (of_pod.inbound(peer), TUNNELS),
+        };
+        let take = || {
+            Ok(Admission {
+                descriptors: shares.descriptors.take(&holder, descriptors)?,
+                handshake: match self.role {
+                    Role::Inbound => Some(shares.handshakes.take(&holder, 1)?),
+                    Role::Outbound | Role::Socks5 | Role::Dns | Role::Passthrough => None,
+                },
+            })
+        };
+        take().map_err(|refusal| (refusal, holder))
+    }
+}
+
+/// Has a worker serve the connection, or resets it if its pod or peer holds too much.
 fn hand_over(post: &Post, home: &Seat, stream: TcpStream, peer: SocketAddr) {
-    let (pod, workers) = (post.pod.clone(), &post.workers);
+    let (pod, workers, name) = (post.pod.clone(), &post.workers, post.role.as_str());
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let Admission { descriptors: held, handshake } = match post.admit(peer.ip()) {
+        Ok(admission) => admission,
+        Err((refusal, holder)) => {
+            post.proxy.shares.report(refusal, name, &holder, pod.uid(), peer.ip());
+            if let Err(error) = ambit_net::socket::reset(&stream) {
+                tracing::trace!(%error, "linger not set");
+            }
+            return;
+        }
+    };
     match post.role {
-        Role::Outbound => workers.place(home, "outbound", stream, move |_, worker, stream| {
+        Role::Outbound => workers.place(home, name, stream, held, move |_, worker, stream| {
             outbound::serve_captured(worker, pod, stream, peer)
         }),
-        Role::Socks5 => workers.place(home, "socks5", stream, move |_, worker, stream| {
+        Role::Socks5 => workers.place(home, name, stream, held, move |_, worker, stream| {
             outbound::serve_socks5(worker, pod, stream, peer)
         }),
-        Role::Inbound => workers.place(home, "inbound", stream, move |seat, worker, stream| {
-            inbound::serve(worker, seat, pod, stream, peer)
+        Role::Inbound => workers.place(home, name, stream, held, move |seat, worker, stream| {
+            inbound::serve(worker, seat, pod, stream, peer, handshake)
         }),
-        Role::Passthrough => workers.place(home, "passthrough", stream, move |_, worker, stream| {
+        Role::Passthrough => workers.place(home, name, stream, held, move |_, worker, stream| {
             passthrough::serve(worker, pod, stream, peer)
         }),
-        Role::Dns => workers.place(home, "dns", stream, move |_, worker, stream| async move {
+        Role::Dns => workers.place(home, name, stream, held, move |_, worker, stream| async move {
             let resolver = ambit_net::original_dst(&stream).ok();
             worker.proxy.dns.serve_tcp(pod.dns().clone(), stream, resolver).await;
         }),

@@ -43,6 +43,17 @@ impl Role {
         }
     }
 
+    /// The role as metrics and the log name it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Passthrough => "passthrough",
+            Self::Inbound => "inbound",
+            Self::Dns => "dns",
+            Self::Socks5 => "socks5",
+        }
+    }
+
     fn of_port(port: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|role| u32::from(role.port()) == port)
     }

@@ -16,6 +16,7 @@ mod mesh;
 mod network;
 mod policy;
 mod routing;
+mod shares;
 mod tunnels;
 
 use std::net::SocketAddr;

@@ -29,6 +29,8 @@ pub(crate) struct Mesh {
     pub(crate) retired: Vec<Ztunnel>,
     /// The network that nodes and pods are in.
     pub(crate) network: String,
+    /// Descriptors that the ztunnel of a node may open.
+    open_files: Option<(usize, u64)>,
     dir: TempDir,
 }
 
@@ -42,6 +44,7 @@ pub(crate) struct Node {
 pub(crate) struct Ztunnel {
     pub(crate) child: Child,
     pub(crate) config: Value,
+    open_files: Option<u64>,
     dir: PathBuf,
     admin: SocketAddr,
     metrics: SocketAddr,
@@ -59,11 +62,26 @@ pub(crate) struct Pod {
 impl Mesh {
     /// `nodes` nodes; `extra` are keys of every ztunnel's configuration.
     pub(crate) async fn start(nodes: usize, extra: Value) -> Self {
+        Self::start_limited(nodes, extra, None).await
+    }
+
+    /// The same, and the proxy of node `limited` may open so many descriptors only.
+    pub(crate) async fn start_with_files(
+        nodes: usize,
+        extra: Value,
+        limited: usize,
+        open_files: u64,
+    ) -> Self {
+        Self::start_limited(nodes, extra, Some((limited, open_files))).await
+    }
+
+    async fn start_limited(nodes: usize, extra: Value, open_files: Option<(usize, u64)>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let network = extra["network"].as_str().unwrap_or_default().to_owned();
         let control = Control::start(dir.path()).await;
         let fabric = Fabric::new().await;
-        let mut mesh = Self { control, fabric, nodes: Vec::new(), retired: Vec::new(), network, dir };
+        let mut mesh =
+            Self { control, fabric, nodes: Vec::new(), retired: Vec::new(), network, open_files, dir };
         for index in 0..nodes {
             let node = mesh.node(index, &extra).await;
             mesh.nodes.push(node);
@@ -94,7 +112,8 @@ impl Mesh {
         for (key, value) in extra.as_object().unwrap() {
             config[key] = value.clone();
         }
-        let ztunnel = Ztunnel::start(&dir, config).await;
+        let open_files = self.open_files.filter(|(node, _)| *node == index).map(|(_, limit)| limit);
+        let ztunnel = Ztunnel::start(&dir, config, open_files).await;
         Node { name, agent, ztunnel }
     }
 
@@ -207,7 +226,7 @@ impl Mesh {
 }
 
 impl Ztunnel {
-    pub(crate) async fn start(dir: &std::path::Path, mut config: Value) -> Self {
+    pub(crate) async fn start(dir: &std::path::Path, mut config: Value, open_files: Option<u64>) -> Self {
         let [admin, metrics, ready] = free_addresses();
         config["adminAddress"] = json!(admin.to_string());
         config["metricsAddress"] = json!(metrics.to_string());
@@ -216,7 +235,15 @@ impl Ztunnel {
         std::fs::write(&file, serde_json::to_string(&config).unwrap()).unwrap();
         let log =
             |name: &str| std::fs::File::options().create(true).append(true).open(dir.join(name)).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_ztunnel"))
+        let program = env!("CARGO_BIN_EXE_ztunnel");
+        let mut command = match open_files {
+            Some(_) => Command::new("prlimit"),
+            None => Command::new(program),
+        };
+        if let Some(limit) = open_files {
+            command.arg(format!("--nofile={limit}:{limit}")).arg(program);
+        }
+        let child = command
             .arg("--config")
             .arg(&file)
             .stdin(Stdio::null())
@@ -225,7 +252,7 @@ impl Ztunnel {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let ztunnel = Self { child, config, dir: dir.to_owned(), admin, metrics, ready };
+        let ztunnel = Self { child, config, open_files, dir: dir.to_owned(), admin, metrics, ready };
         eventually("ztunnel ready", async || {
             ztunnel.get(ztunnel.ready, "/healthz/ready").await.starts_with("HTTP/1.1 200")
         })
@@ -235,13 +262,13 @@ impl Ztunnel {
 
     /// Another process with the same configuration, as in an upgrade.
     pub(crate) async fn start_another(&self) -> Self {
-        Self::start(&self.dir, self.config.clone()).await
+        Self::start(&self.dir, self.config.clone(), self.open_files).await
     }
 
     /// Starts a new process in place of this one, which is killed if it still runs.
     pub(crate) async fn replace(&mut self, config: Value) {
         self.child.kill().await.ok();
-        *self = Self::start(&self.dir.clone(), config).await;
+        *self = Self::start(&self.dir.clone(), config, self.open_files).await;
     }
 
     pub(crate) async fn is_ready(&self) -> bool {
