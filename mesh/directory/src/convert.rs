@@ -48,6 +48,7 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
     let identity = texts.identity(SpiffeId::new(trust_domain, &source.namespace, account)?);
     Ok(Workload {
         spread: spread(source.uid.as_bytes()),
+        is_pod: is_pod(&source),
         identity,
         addresses: addresses.collect::<Result<_, _>>()?,
         tunnel,
@@ -78,6 +79,13 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
         status,
         host_network,
     })
+}
+
+/// contracts.md, section 4: the uid of a pod is `<cluster>//Pod/<namespace>/<name>`. Other uids may end in a text of their author's, so the
+/// whole beginning counts.
+fn is_pod(source: &wire::Workload) -> bool {
+    let after_cluster = source.uid.strip_prefix(source.cluster_id.as_str());
+    after_cluster.is_some_and(|rest| rest.starts_with("//Pod/"))
 }
 
 /// Reads a service.

@@ -15,6 +15,7 @@ mod inbound;
 mod intern;
 mod list;
 mod name;
+mod release;
 mod resolve;
 mod route;
 mod service;
@@ -32,7 +33,7 @@ pub use error::{InvalidResource, Rejected};
 pub use inbound::{InboundRefusal, InboundTarget};
 pub use list::Iter;
 pub use name::{AddressRef, Demand, HostRef, NamespacedHost, NetworkAddress, WorkloadUid};
-pub use resolve::{ClientRole, Question, resolve};
+pub use resolve::{ClientRole, Dependencies, Dependency, Question, resolve, resolve_on_demand};
 pub use route::{
     DoubleTunnel, Expected, Lookup, NoEndpoint, Plain, Refusal, Route, Tunnel, Unknown, WaypointTunnel,
 };

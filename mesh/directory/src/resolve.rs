@@ -4,12 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use rand::Rng;
+use smallvec::SmallVec;
 
 use crate::HBONE_PORT;
 use crate::authority::Authority;
 use crate::choose::Load;
 use crate::endpoints::Known;
-use crate::name::{Demand, NamespacedHost, NetworkAddress, WorkloadUid};
+use crate::name::{AddressRef, Demand, NamespacedHost, NetworkAddress, WorkloadUid};
 use crate::route::{DoubleTunnel, Expected, Lookup, Plain, Refusal, Route, Tunnel, Unknown, WaypointTunnel};
 use crate::service::{Gateway, GatewayDestination, IpFamilies, Mode, Service};
 use crate::snapshot::Snapshot;
@@ -47,7 +48,43 @@ pub struct Question<'a> {
 ///
 /// `load` tells how many connections each workload has, as this node sees it.
 pub fn resolve(snapshot: &Snapshot, question: &Question<'_>, load: &impl Load, rng: &mut impl Rng) -> Route {
-    let mut resolver = Resolver { chooser: Chooser { snapshot, question, load, rng }, bypassed: false };
+    resolve_with(snapshot, question, load, rng, None)
+}
+
+/// As [`resolve`], for a directory that holds only what was demanded: tells in addition which names the route depends on. While one of them
+/// is not known, the control plane has to be asked for it before the route is taken.
+pub fn resolve_on_demand(
+    snapshot: &Snapshot,
+    question: &Question<'_>,
+    load: &impl Load,
+    rng: &mut impl Rng,
+) -> (Route, Dependencies) {
+    let mut dependencies = Dependencies::new();
+    let route = resolve_with(snapshot, question, load, rng, Some(&mut dependencies));
+    (route, dependencies)
+}
+
+/// A name that a route depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dependency {
+    /// The name on the control plane.
+    pub demand: Demand,
+    /// Whether the directory has a resource of that name.
+    pub is_known: bool,
+}
+
+/// The names that a route depends on.
+pub type Dependencies = SmallVec<[Dependency; 2]>;
+
+fn resolve_with(
+    snapshot: &Snapshot,
+    question: &Question<'_>,
+    load: &impl Load,
+    rng: &mut impl Rng,
+    dependencies: Option<&mut Dependencies>,
+) -> Route {
+    let chooser = Chooser { snapshot, question, load, rng, dependencies };
+    let mut resolver = Resolver { chooser, bypassed: false };
     let route = match &question.destination {
         Authority::Address(address) => resolver.by_address(*address),
         Authority::Host { hostname, port } => resolver.by_host(hostname, *port),
@@ -67,19 +104,21 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
     fn by_address(&mut self, address: SocketAddr) -> Outcome {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
-        let (network, ip) = (&*client.network, address.ip());
-        if let Some(known) = snapshot.known_at(network, ip, &client.namespace) {
-            self.by_service(known, address.port())
+        let (network, ip, port) = (&*client.network, address.ip(), address.port());
+        // A network of addresses that is known says nothing of who is at this one.
+        self.chooser.depend(|| {
+            let at = AddressRef { network, address: ip.to_canonical() };
+            let is_known = !snapshot.vips.at(at).is_empty() || snapshot.workload_at(network, ip).is_some();
+            Dependency { demand: demand_of(client, ip), is_known }
+        });
+        if let Some(known) = snapshot.known_at(network, ip, port, &client.namespace) {
+            self.by_service(known, port)
         } else if let Some(workload) = snapshot.workload_at(network, ip) {
             self.dialled_workload(workload, None, address)
-        } else if let Some(known) = snapshot.known_around(network, ip, &client.namespace) {
-            self.by_service(known, address.port())
+        } else if let Some(known) = snapshot.known_around(network, ip, port, &client.namespace) {
+            self.by_service(known, port)
         } else {
-            let demand = Demand::Address(NetworkAddress {
-                network: Arc::clone(&client.network),
-                address: ip.to_canonical(),
-            });
-            Ok(Route::Unknown(Unknown { authority: address.into(), demand }))
+            Ok(Route::Unknown(Unknown { authority: address.into(), demand: demand_of(client, ip) }))
         }
     }
 
@@ -87,6 +126,15 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
         let service = snapshot.service_named(hostname, &client.namespace);
+        let host =
+            || NamespacedHost { namespace: Arc::clone(&client.namespace), hostname: Arc::clone(hostname) };
+        self.chooser.depend(|| match service {
+            Some(service) => Dependency { demand: Demand::Service(service.host.clone()), is_known: true },
+            None => Dependency {
+                demand: Demand::Service(host()),
+                is_known: !snapshot.workloads_named(hostname).is_empty(),
+            },
+        });
         if let Some(known) = service.and_then(|service| snapshot.known(service.host.as_ref())) {
             return self.by_service(known, port);
         }
@@ -96,16 +144,14 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         {
             return self.dialled_workload(workload, None, SocketAddr::new(ip, port));
         }
-        let host =
-            NamespacedHost { namespace: Arc::clone(&client.namespace), hostname: Arc::clone(hostname) };
         let authority = self.chooser.question.destination.clone();
-        Ok(Route::Unknown(Unknown { authority, demand: Demand::Service(host) }))
+        Ok(Route::Unknown(Unknown { authority, demand: Demand::Service(host()) }))
     }
 
     fn by_service(&mut self, known: &'a Arc<Known>, port: u16) -> Outcome {
         let service = &known.service;
         let passthrough = service.load_balancing.mode == Mode::Passthrough;
-        if service.ports.get(port).is_none() && !(passthrough && service.ports.is_empty()) {
+        if !service.captures(port) {
             return Err(Refusal::NoSuchPort { service: service.host.clone(), port });
         }
         if let Some(route) = self.through_service_waypoint(service)? {
@@ -353,6 +399,11 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
     fn own_family(&self) -> Option<IpAddr> {
         self.chooser.question.client.addresses.first().copied()
     }
+}
+
+/// What to ask the control plane for to know who is at `ip`.
+fn demand_of(client: &Workload, ip: IpAddr) -> Demand {
+    Demand::Address(NetworkAddress { network: Arc::clone(&client.network), address: ip.to_canonical() })
 }
 
 /// Where to dial a network gateway: as it was named, which is what this network can reach.

@@ -266,10 +266,7 @@ impl Refusal {
     pub fn demand(&self) -> Option<Demand> {
         match self {
             Self::WaypointUnknown { waypoint: destination }
-            | Self::NetworkGatewayUnknown { gateway: destination } => Some(match destination {
-                GatewayDestination::Hostname(host) => Demand::Service(host.clone()),
-                GatewayDestination::Address(address) => Demand::Address(address.clone()),
-            }),
+            | Self::NetworkGatewayUnknown { gateway: destination } => Some(destination.demand()),
             Self::NoSuchPort { .. }
             | Self::NoEndpoint { .. }
             | Self::Tried { .. }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::dump;
-use crate::name::{NamespacedHost, NetworkAddress};
+use crate::name::{Demand, NamespacedHost, NetworkAddress};
 
 /// A service: a name and addresses that stand for workloads. Immutable; kept behind an `Arc`.
 ///
@@ -55,6 +55,12 @@ impl Service {
             Visibility::Public => true,
             Visibility::Namespace => &*self.host.namespace == namespace,
         }
+    }
+
+    /// Whether connections to `port` are its own. One that makes no choice and names no port takes all.
+    pub(crate) fn captures(&self, port: u16) -> bool {
+        self.ports.get(port).is_some()
+            || (self.load_balancing.mode == Mode::Passthrough && self.ports.is_empty())
     }
 
     /// Whether its name stands for its endpoints' addresses, for lack of its own.
@@ -230,6 +236,16 @@ pub enum GatewayDestination {
     Hostname(NamespacedHost),
     /// At an address: of a service or a workload.
     Address(NetworkAddress),
+}
+
+impl GatewayDestination {
+    /// What to ask the control plane for to know the gateway.
+    pub fn demand(&self) -> Demand {
+        match self {
+            Self::Hostname(host) => Demand::Service(host.clone()),
+            Self::Address(address) => Demand::Address(address.clone()),
+        }
+    }
 }
 
 impl std::fmt::Display for GatewayDestination {

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use crate::endpoints::{Endpoints, Known};
 use crate::list::List;
 use crate::name::{AddressRef, HostRef, NamespacedHost, NetworkAddress, WorkloadUid};
-use crate::service::Service;
+use crate::service::{Mode, Service};
 use crate::table::Table;
 use crate::vips::Vips;
 use crate::workload::Workload;
@@ -83,11 +83,27 @@ impl Snapshot {
         (workload.identity.service_account() == service_account).then_some(workload)
     }
 
-    /// The workload at an address. Of several (an address given on before its former holder was removed) the newest healthy one, else the newest.
+    /// The workload at an address. A pod owns its address: of several (an address given on before its former holder was removed) the newest
+    /// healthy pod, else the newest. Where there is no pod, the oldest of the others, so that nobody takes an address over by claiming it too.
     /// Workloads that share their node's address are not found by it.
     pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
         let claims = self.by_address.get(&AddressRef { network, address: address.to_canonical() })?;
-        claims.iter().rev().find(|workload| workload.is_healthy()).or_else(|| claims.last())
+        if let [sole] = claims.as_slice() {
+            return Some(sole);
+        }
+        let mut pods = claims.iter().rev().filter(|workload| workload.is_pod);
+        let newest = pods.clone().next();
+        pods.find(|pod| pod.is_healthy()).or(newest).or_else(|| claims.first())
+    }
+
+    /// Whether one of the addresses of `workload`, which is not a pod, is a pod's own.
+    pub(crate) fn claims_a_pods_address(&self, workload: &Workload) -> bool {
+        let network = &*workload.network;
+        workload.addresses.iter().any(|address| self.has_pod_at(AddressRef { network, address: *address }))
+    }
+
+    pub(crate) fn has_pod_at(&self, address: AddressRef<'_>) -> bool {
+        self.by_address.get(&address).is_some_and(|claims| claims.iter().any(|workload| workload.is_pod))
     }
 
     /// The workloads that have an identity, in no order.
@@ -112,12 +128,8 @@ impl Snapshot {
 
     /// The service that a client in `namespace` reaches at a virtual address of its own.
     pub fn service_at(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
-        self.known_at(network, address, namespace).map(|known| &known.service)
-    }
-
-    /// The service that a client in `namespace` reaches at an address within a network of virtual addresses: that of the longest prefix.
-    pub fn service_around(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
-        self.known_around(network, address, namespace).map(|known| &known.service)
+        let sharing = self.vips.at(AddressRef { network, address: address.to_canonical() });
+        preferred(sharing, |known| &known.service, namespace).map(|known| &known.service)
     }
 
     /// The services of a host name (in lower case) in all namespaces, in the order of these.
@@ -199,28 +211,53 @@ impl Snapshot {
         self.services.get(&host)
     }
 
-    /// As [`Snapshot::service_at`].
-    pub(crate) fn known_at(&self, network: &str, address: IpAddr, namespace: &str) -> Option<&Arc<Known>> {
+    /// The service that a client in `namespace` reaches at `port` of a virtual address of its own. A service that makes no choice among
+    /// endpoints has its own ports only; others have the whole address.
+    pub(crate) fn known_at(
+        &self,
+        network: &str,
+        address: IpAddr,
+        port: u16,
+        namespace: &str,
+    ) -> Option<&Arc<Known>> {
         let sharing = self.vips.at(AddressRef { network, address: address.to_canonical() });
-        preferred(sharing, |known| &known.service, namespace)
+        let captured =
+            |service: &Service| service.load_balancing.mode != Mode::Passthrough || service.captures(port);
+        preferred_where(sharing, |known| &known.service, namespace, captured)
     }
 
-    /// As [`Snapshot::service_around`].
+    /// The service that a client in `namespace` reaches at `port` of an address within a network of virtual addresses: that of the longest
+    /// prefix that has the port. Other ports of the network are as if it were not there.
     pub(crate) fn known_around(
         &self,
         network: &str,
         address: IpAddr,
+        port: u16,
         namespace: &str,
     ) -> Option<&Arc<Known>> {
         let mut around = self.vips.around(network, address.to_canonical());
-        around.find_map(|sharing| preferred(sharing, |known| &known.service, namespace))
+        around.find_map(|sharing| {
+            preferred_where(sharing, |known| &known.service, namespace, |service| service.captures(port))
+        })
     }
 }
 
 /// Of services that share a name or address the one that a client in `namespace` gets: of those it may see one of its own namespace, else a
 /// canonical one, else the first.
 fn preferred<'a, T>(services: &'a [T], service: impl Fn(&T) -> &Service, namespace: &str) -> Option<&'a T> {
-    let visible = services.iter().filter(|candidate| service(candidate).visible_to(namespace));
+    preferred_where(services, service, namespace, |_| true)
+}
+
+/// As [`preferred`], of those that `suits` holds of.
+fn preferred_where<'a, T>(
+    services: &'a [T],
+    service: impl Fn(&T) -> &Service,
+    namespace: &str,
+    suits: impl Fn(&Service) -> bool,
+) -> Option<&'a T> {
+    let visible = services
+        .iter()
+        .filter(|candidate| service(candidate).visible_to(namespace) && suits(service(candidate)));
     // `min_by_key` keeps the first of equals.
     visible.min_by_key(|candidate| {
         let service = service(candidate);

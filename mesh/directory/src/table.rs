@@ -56,6 +56,11 @@ impl<K, V> Default for Table<K, V> {
 }
 
 impl<K, V> Table<K, V> {
+    /// Whether there is no entry.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// All values, in no order.
     pub(crate) fn values(&self) -> Values<'_, K, V> {
         Values { nodes: vec![std::slice::from_ref(&self.root).iter()], slots: [].iter(), left: self.len }

@@ -8,7 +8,7 @@ use rand::{Rng, RngExt};
 use crate::choose::{self, Choice, Load};
 use crate::endpoints::{Endpoint, Endpoints, Known};
 use crate::name::AddressRef;
-use crate::resolve::Question;
+use crate::resolve::{Dependencies, Dependency, Question};
 use crate::route::{Expected, NoEndpoint, Refusal};
 use crate::service::{Gateway, GatewayDestination, HealthPolicy, Service, WeightedWaypoint};
 use crate::snapshot::Snapshot;
@@ -20,6 +20,8 @@ pub(crate) struct Chooser<'a, 'q, L, R> {
     pub(crate) question: &'q Question<'q>,
     pub(crate) load: &'q L,
     pub(crate) rng: &'q mut R,
+    /// Where the names are noted that the route depends on, where resources come on demand.
+    pub(crate) dependencies: Option<&'q mut Dependencies>,
 }
 
 /// A waypoint or network gateway that was chosen.
@@ -62,6 +64,28 @@ pub(crate) fn expected(workload: &Workload, service: Option<&Service>) -> Expect
 }
 
 impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
+    /// Notes a name that the route depends on, if somebody wants to know.
+    pub(crate) fn depend(&mut self, dependency: impl FnOnce() -> Dependency) {
+        if let Some(dependencies) = &mut self.dependencies {
+            dependencies.push(dependency());
+        }
+    }
+
+    fn depend_on_gateway(&mut self, gateway: &Gateway) {
+        let snapshot = self.snapshot;
+        self.depend(|| {
+            let is_known = match &gateway.destination {
+                GatewayDestination::Hostname(host) => snapshot.known(host.as_ref()).is_some(),
+                GatewayDestination::Address(at) => {
+                    let address = AddressRef { network: &at.network, address: at.address };
+                    !snapshot.vips.at(address).is_empty()
+                        || snapshot.workload_at(&at.network, at.address).is_some()
+                }
+            };
+            Dependency { demand: gateway.destination.demand(), is_known }
+        });
+    }
+
     /// An endpoint of `service` for connections to its `port`.
     pub(crate) fn endpoint(&mut self, known: &'a Known, port: u16) -> Result<Choice<'a>, NoEndpoint> {
         self.choose(known, |endpoint| endpoint.target_port(&known.service, port))
@@ -70,6 +94,7 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
     /// The proxy that `gateway` names, one in another network only if `crossing`. Behind a service its HBONE port is mapped if the service has it,
     /// and taken as it is if not.
     pub(crate) fn proxy(&mut self, gateway: &Gateway, crossing: bool) -> Result<Proxy<'a>, NoProxy> {
+        self.depend_on_gateway(gateway);
         let snapshot = self.snapshot;
         let (known, named_address) = match &gateway.destination {
             GatewayDestination::Hostname(host) => {
@@ -151,8 +176,13 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
         port: impl Fn(&Endpoint) -> Option<u16>,
     ) -> Result<Choice<'a>, NoEndpoint> {
         let (Known { service, endpoints }, question) = (known, self.question);
+        let snapshot = self.snapshot;
         let usable = |endpoint: &Endpoint| {
             let workload = &endpoint.workload;
+            // An entry in one namespace must not lead to a pod of another as if that were no pod.
+            if !workload.is_pod && snapshot.claims_a_pods_address(workload) {
+                return None;
+            }
             let reachable = if workload.network == question.client.network {
                 !workload.addresses.is_empty() || !workload.hostname.is_empty()
             } else {

@@ -42,13 +42,23 @@ pub(crate) struct Vips {
     nets: Table<NetworkNet, Sharing>,
     /// Prefix lengths in use, longest first, with the number of networks of that length.
     lengths: Arc<Vec<(u8, u32)>>,
+    /// Those of `addresses` that are a pod's own and lead to the pod: nearly always none.
+    of_pods: Table<NetworkAddress, ()>,
 }
 
 impl Vips {
-    /// Enters `known` at `vip`, in place of an earlier state of the same service.
-    pub(crate) fn insert(&mut self, vip: &Vip, known: &Arc<Known>) {
+    /// Enters `known` at `vip`, in place of an earlier state of the same service. `is_pods` says whether an address is a pod's own.
+    pub(crate) fn insert(
+        &mut self,
+        vip: &Vip,
+        known: &Arc<Known>,
+        is_pods: impl Fn(&NetworkAddress) -> bool,
+    ) {
         match vip {
-            Vip::Address(address) => self.addresses.change(address, |sharing| put(sharing, known)),
+            Vip::Address(address) => {
+                self.addresses.change(address, |sharing| put(sharing, known));
+                self.set_pod(address, is_pods(address));
+            }
             Vip::Net { network, net } => {
                 let key = NetworkNet { network: Arc::clone(network), net: *net };
                 if !self.nets.contains_key(&key) {
@@ -64,6 +74,7 @@ impl Vips {
             Vip::Address(address) => {
                 if self.addresses.get_mut(address).is_some_and(|sharing| take(sharing, host)) {
                     self.addresses.remove(address);
+                    self.set_pod(address, false);
                 }
             }
             Vip::Net { network, net } => {
@@ -76,8 +87,20 @@ impl Vips {
         }
     }
 
+    /// Notes whether an address is a pod's own, which then no service has.
+    pub(crate) fn set_pod(&mut self, address: &NetworkAddress, is_pods: bool) {
+        if is_pods && self.addresses.contains_key(address) {
+            self.of_pods.insert(address.clone(), ());
+        } else if !self.of_pods.is_empty() {
+            self.of_pods.remove(address);
+        }
+    }
+
     /// The services whose address this is.
     pub(crate) fn at(&self, address: AddressRef<'_>) -> &[Arc<Known>] {
+        if !self.of_pods.is_empty() && self.of_pods.contains_key(&address) {
+            return &[];
+        }
         self.addresses.get(&address).map_or(&[], |sharing| sharing)
     }
 

@@ -33,6 +33,9 @@ pub struct Workload {
     pub native_tunnel: bool,
     /// Whether it shares its address with the node and others there.
     pub host_network: bool,
+    /// Whether it is a pod, as its uid says: a pod owns its addresses, whatever else claims them.
+    #[serde(skip)]
+    pub(crate) is_pod: bool,
     /// Whether the direct way is allowed while its waypoint is missing.
     pub waypoint_failure_open: bool,
     /// The kind of its owner.

@@ -61,7 +61,7 @@ struct Shared {
 /// snapshot; readers go on with the one before until then. Dropping it leaves readers with the last.
 #[derive(Debug)]
 pub struct Directory {
-    next: Snapshot,
+    pub(crate) next: Snapshot,
     /// Services that are to be put together with their endpoints anew before the next publication.
     stale: HashSet<NamespacedHost>,
     texts: Interner,
@@ -129,13 +129,18 @@ impl Directory {
                 rejected.push(Rejected { name, error });
             }
         }
+        self.publish(before);
+        rejected
+    }
+
+    /// Publishes what differs from the revision `before`, if anything does.
+    pub(crate) fn publish(&mut self, before: Revision) {
         self.refresh();
         if self.next.revision != before {
             // Within one publication everything bears the same number, whatever the number of changes.
             self.shared.snapshot.store(Arc::new(self.next.clone()));
             self.shared.revision.send_replace(self.next.revision);
         }
-        rejected
     }
 
     /// Puts services that changed, or whose endpoints did, together with what they have now: once an update, however many endpoints it moved.
@@ -145,8 +150,12 @@ impl Directory {
             let endpoints = self.next.endpoints.get(&host).map(|endpoints| (**endpoints).clone());
             let service = Arc::clone(&known.service);
             let known = Arc::new(Known { endpoints: endpoints.unwrap_or_default(), service });
+            let Snapshot { vips, by_address, .. } = &mut self.next;
+            let is_pods = |address: &NetworkAddress| {
+                by_address.get(address).is_some_and(|claims| claims.iter().any(|workload| workload.is_pod))
+            };
             for vip in &known.service.vips {
-                self.next.vips.insert(vip, &known);
+                vips.insert(vip, &known, is_pods);
             }
             self.next.services.insert(host, known);
         }
@@ -187,7 +196,7 @@ impl Directory {
     }
 
     /// contracts.md, section 4: a workload's resource name is its uid, a service's `<namespace>/<hostname>`.
-    fn remove_address(&mut self, name: &str) {
+    pub(crate) fn remove_address(&mut self, name: &str) {
         if let Some(workload) = self.next.workloads.remove(name) {
             self.withdraw(&workload);
             self.changed(true);
@@ -239,6 +248,9 @@ impl Directory {
             self.next.by_address.change(&address, |claims| {
                 claims.insert(at.unwrap_or(claims.len()).min(claims.len()), Arc::clone(workload));
             });
+            if workload.is_pod {
+                self.next.vips.set_pod(&address, true);
+            }
         }
         self.next.by_identity.change(&workload.identity, |holders| holders.push(Arc::clone(workload)));
         if !workload.hostname.is_empty() {
@@ -268,6 +280,9 @@ impl Directory {
                 if claims.is_empty() {
                     self.next.by_address.remove(&key);
                 }
+            }
+            if workload.is_pod && !self.next.has_pod_at(key) {
+                self.next.vips.set_pod(&address, false);
             }
         }
         if let Some(holders) = self.next.by_identity.get_mut(&workload.identity) {

@@ -17,7 +17,7 @@ pub mod server;
 
 pub use backoff::Backoff;
 pub use client::{
-    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Driver, Found,
+    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver, Found,
     Handler, Rejected, Update, ztunnel_node,
 };
 pub use server::{

@@ -20,7 +20,18 @@ use naive::{Naive, key};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 
-const UIDS: [&str; 9] = ["p0", "p1", "p2", "p3", "p4", "p5", "wp", "gw", "host"];
+/// Pods, and workloads that are none but may claim the same addresses.
+const UIDS: [&str; 9] = [
+    "Kubernetes//Pod/app/p0",
+    "Kubernetes//Pod/app/p1",
+    "Kubernetes//Pod/app/p2",
+    "Kubernetes/networking.istio.io/WorkloadEntry/app/p3",
+    "Kubernetes/networking.istio.io/WorkloadEntry/app/p4",
+    "Kubernetes/networking.istio.io/ServiceEntry/app/p5/Kubernetes//Pod/app/p5",
+    "wp",
+    "gw",
+    "host",
+];
 const SERVICES: [&str; 4] = ["s0", "s1", "s2", "wps"];
 const ADDRESSES: [&str; 6] = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.1.1", "fd00::1", "10.0.1.2"];
 const VIPS: [&str; 7] =
@@ -44,7 +55,8 @@ fn workload() -> impl Strategy<Value = Workload> {
         .prop_map(
             |(uid, addresses, services, (node, zone, region, network), (up, capacity), shape, ports)| {
                 let (hbone, native, host_network, waypoint) = shape;
-                let mut workload = pod(uid, "10.0.0.1");
+                let mut workload = pod(uid.rsplit('/').next().unwrap(), "10.0.0.1");
+                workload.uid = uid.into();
                 workload.addresses = addresses.iter().map(|address| common::octets(address)).collect();
                 for name in services {
                     let ports = ports.map(|target| port(80, target)).into_iter().collect();
@@ -198,7 +210,7 @@ proptest! {
             for client in naive.workloads.values() {
                 let right = naive.answers(client, to, role, &excluded);
                 for _ in 0..3 {
-                    let route = world.ask(&client.uid, &to.to_string(), role, &exclude, |uid| u32::from(uid.as_str() == "p1"));
+                    let route = world.ask(&client.uid, &to.to_string(), role, &exclude, |uid| u32::from(uid.as_str().ends_with("/p1")));
                     prop_assert!(right.contains(&brief(&route)), "{} to {to}: {} is none of {right:?}", client.uid, say(&route));
                 }
             }

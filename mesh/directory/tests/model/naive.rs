@@ -34,6 +34,18 @@ fn healthy(workload: &Workload) -> bool {
     workload.status == WorkloadStatus::Healthy as i32
 }
 
+fn is_pod(workload: &Workload) -> bool {
+    workload.uid.starts_with("Kubernetes//Pod/")
+}
+
+fn captures(service: &Service, port: u16) -> bool {
+    service.ports.iter().any(|it| it.service_port == u32::from(port))
+}
+
+fn is_passthrough(service: &Service) -> bool {
+    service.load_balancing.as_ref().is_some_and(|it| it.mode == Mode::Passthrough as i32)
+}
+
 fn scope_of(workload: &Workload, scope: i32) -> String {
     let locality = workload.locality.clone().unwrap_or_default();
     match Scope::try_from(scope).unwrap() {
@@ -75,11 +87,26 @@ impl Naive {
     fn at(&self, network: &str, address: IpAddr) -> Option<&Workload> {
         let there = self.claims.iter().rev().filter(|(net, ip, _)| net == network && *ip == address);
         let there: Vec<&Workload> = there.map(|(_, _, uid)| &self.workloads[uid]).collect();
-        there.iter().find(|workload| healthy(workload)).or(there.first()).copied()
+        let pods: Vec<&Workload> = there.iter().copied().filter(|workload| is_pod(workload)).collect();
+        pods.iter().find(|workload| healthy(workload)).or(pods.first()).or(there.last()).copied()
+    }
+
+    fn has_pod(&self, network: &str, address: IpAddr) -> bool {
+        self.at(network, address).is_some_and(is_pod)
     }
 
     /// The service at `address`: with `exact` by its own address, else by the longest network around it.
-    fn service_at(&self, network: &str, address: IpAddr, namespace: &str, exact: bool) -> Option<&Service> {
+    fn service_at(
+        &self,
+        network: &str,
+        address: IpAddr,
+        port: u16,
+        namespace: &str,
+        exact: bool,
+    ) -> Option<&Service> {
+        if exact && self.has_pod(network, address) {
+            return None;
+        }
         let full = if address.is_ipv4() { 32 } else { 128 };
         let lengths: Vec<u32> = if exact { vec![full] } else { (0..full).rev().collect() };
         lengths.into_iter().find_map(|length| {
@@ -92,8 +119,11 @@ impl Naive {
             };
             let sharing: Vec<&Service> =
                 self.services.values().filter(|it| it.addresses.iter().any(has)).collect();
-            let visible: Vec<&Service> =
-                sharing.into_iter().filter(|it| it.visibility == 0 || it.namespace == namespace).collect();
+            let suits = |it: &&Service| {
+                (it.visibility == 0 || it.namespace == namespace)
+                    && (captures(it, port) || (exact && !is_passthrough(it)))
+            };
+            let visible: Vec<&Service> = sharing.into_iter().filter(suits).collect();
             let own = visible.iter().find(|it| it.namespace == namespace && it.canonical);
             let own = own.or(visible.iter().find(|it| it.namespace == namespace));
             own.or(visible.iter().find(|it| it.canonical)).or(visible.first()).copied()
@@ -119,6 +149,8 @@ impl Naive {
             let target = own.filter(|it| *it != 0).or(general.filter(|it| *it != 0)).or(fallback)?;
             let fit = (healthy(workload) || policy.health_policy == HealthPolicy::AllowAll as i32)
                 && workload.capacity != Some(0)
+                && (is_pod(workload)
+                    || !workload.addresses.iter().any(|it| self.has_pod(&workload.network, ip(it))))
                 && !exclude.contains(&workload.uid)
                 && (workload.network == client.network || (workload.network_gateway.is_some() && crossing));
             fit.then_some((workload, target))
@@ -150,7 +182,8 @@ impl Naive {
             }
             gateway_address::Destination::Address(at) => {
                 let has = |vip: &NetworkAddress| vip == at;
-                self.services.values().find(|it| it.addresses.iter().any(has))
+                let sharing = self.services.values().find(|it| it.addresses.iter().any(has));
+                sharing.filter(|_| !self.has_pod(&at.network, ip(&at.address)))
             }
         };
         if let Some(service) = service {
@@ -170,8 +203,9 @@ impl Naive {
             gateway_address::Destination::Address(at) => {
                 let serves =
                     |it: &&Service| it.addresses.contains(at) && client.services.contains_key(&key(it));
+                let is_pods = self.has_pod(&at.network, ip(&at.address));
                 (client.network == at.network && client.addresses.contains(&at.address))
-                    || self.services.values().any(|it| serves(&it))
+                    || (!is_pods && self.services.values().any(|it| serves(&it)))
             }
         }
     }
@@ -184,9 +218,10 @@ impl Naive {
         role: ClientRole,
         exclude: &[String],
     ) -> BTreeSet<String> {
-        let exact = self.service_at(&client.network, to.ip(), &client.namespace, true);
+        let named = |exact| self.service_at(&client.network, to.ip(), to.port(), &client.namespace, exact);
+        let exact = named(true);
         let there = self.at(&client.network, to.ip());
-        let around = || self.service_at(&client.network, to.ip(), &client.namespace, false);
+        let around = || named(false);
         let service = exact.or_else(|| if there.is_some() { None } else { around() });
         match (service, there) {
             (Some(service), _) => self.to_service(service, client, to, role, exclude),
@@ -248,7 +283,7 @@ impl Naive {
         exclude: &[String],
     ) -> BTreeSet<String> {
         let wanted = u32::from(to.port());
-        if service.load_balancing.as_ref().is_some_and(|it| it.mode == Mode::Passthrough as i32) {
+        if is_passthrough(service) {
             return match self.at(&client.network, to.ip()) {
                 Some(workload) if exclude.contains(&workload.uid) => refused(),
                 Some(workload) => [direct(workload, client)].into(),

@@ -262,7 +262,16 @@ impl Core {
     }
 
     fn handle_command(&mut self, command: Option<Command>) -> Next {
-        let Some(Command::Demand { type_url, name, reply }) = command else { return Next::Stop };
+        let (type_url, name, reply) = match command {
+            None => return Next::Stop,
+            Some(Command::Release { type_url, name }) => {
+                self.session.handle_release(&type_url, &name);
+                // Those who still wait for an answer learn that none is coming.
+                self.waiting.remove(&(type_url, name));
+                return Next::Continue;
+            }
+            Some(Command::Demand { type_url, name, reply }) => (type_url, name, reply),
+        };
         match self.session.handle_demand(&type_url, &name) {
             Ok(None) => {
                 let waiters = self.waiting.entry((type_url, name)).or_default();

@@ -35,6 +35,15 @@ pub struct Rejected {
 pub trait Handler<M>: Send + 'static {
     /// Applies the updates in order and returns those that were rejected.
     fn handle(&mut self, updates: Vec<Update<M>>) -> Vec<Rejected>;
+
+    /// A demanded `name` is no longer subscribed. Drops the resources that were there only because of it and returns
+    /// their names; `is_subscribed` says of other names whether they still are. Also called with the name of a resource.
+    ///
+    /// By default nothing is dropped.
+    fn release(&mut self, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
+        let _ = (name, is_subscribed);
+        Vec::new()
+    }
 }
 
 impl<M, F> Handler<M> for F
@@ -50,6 +59,8 @@ where
 pub(crate) trait Sink: Send {
     /// Decodes and applies; returns what was rejected, by decoding or by the handler.
     fn apply(&mut self, removed: &[String], resources: &[Resource]) -> Vec<Rejected>;
+    /// As [`Handler::release`].
+    fn release(&mut self, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String>;
 }
 
 pub(crate) fn typed<M>(type_url: &str, handler: impl Handler<M>) -> Box<dyn Sink>
@@ -102,5 +113,8 @@ where
             rejected.extend(self.handler.handle(updates));
         }
         rejected
+    }
+    fn release(&mut self, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
+        self.handler.release(name, is_subscribed)
     }
 }

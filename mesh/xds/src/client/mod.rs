@@ -132,6 +132,22 @@ pub enum DemandError {
 
 enum Command {
     Demand { type_url: Arc<str>, name: String, reply: oneshot::Sender<Result<Found, DemandError>> },
+    Release { type_url: Arc<str>, name: String },
+}
+
+/// The answer to a demand, which is still to come.
+#[must_use = "the answer says whether there is such a resource"]
+#[derive(Debug)]
+pub struct Demanded(oneshot::Receiver<Result<Found, DemandError>>);
+
+impl Demanded {
+    /// Waits for the server's word. The caller sets the time limit; a dropped future leaves the subscription in place.
+    ///
+    /// # Errors
+    /// [`DemandError`], when there will be no answer.
+    pub async fn answer(self) -> Result<Found, DemandError> {
+        self.0.await.unwrap_or(Err(DemandError::Stopped))
+    }
 }
 
 /// Handle to a running client. Cheap to clone.
@@ -162,16 +178,39 @@ impl Client {
     /// Subscribes to one name of a type taken on demand and waits for the server's word on it.
     /// Asking again for a name that was answered returns at once. The caller sets the time limit;
     /// a dropped future leaves the subscription in place.
+    ///
+    /// # Errors
+    /// [`DemandError`], when there will be no answer. It says nothing of whether there is such a resource.
     pub async fn demand(&self, type_url: &str, name: &str) -> Result<Found, DemandError> {
+        self.start_demand(type_url, name)?.answer().await
+    }
+
+    /// As [`demand`](Self::demand), without waiting. Demands and releases take effect in the order of the calls.
+    ///
+    /// # Errors
+    /// [`DemandError`], when too many calls wait for the driver, or it has ended.
+    pub fn start_demand(&self, type_url: &str, name: &str) -> Result<Demanded, DemandError> {
         let (reply, answer) = oneshot::channel();
         let command = Command::Demand { type_url: type_url.into(), name: name.to_owned(), reply };
+        self.send(type_url, name, command)?;
+        Ok(Demanded(answer))
+    }
+
+    /// Unsubscribes from a name that was demanded, and drops the resources that only it stood for.
+    ///
+    /// # Errors
+    /// [`DemandError`], when too many calls wait for the driver, or it has ended; the name is still subscribed then.
+    pub fn release(&self, type_url: &str, name: &str) -> Result<(), DemandError> {
+        self.send(type_url, name, Command::Release { type_url: type_url.into(), name: name.to_owned() })
+    }
+
+    fn send(&self, type_url: &str, name: &str, command: Command) -> Result<(), DemandError> {
         self.commands.try_send(command).map_err(|failed| match failed {
             mpsc::error::TrySendError::Full(_) => {
                 DemandError::TooMany { type_url: type_url.to_owned(), name: name.to_owned() }
             }
             mpsc::error::TrySendError::Closed(_) => DemandError::Stopped,
-        })?;
-        answer.await.unwrap_or(Err(DemandError::Stopped))
+        })
     }
 
     /// Live counters.

@@ -3,7 +3,7 @@
 //! Driven by [`super::driver`]; it never sleeps, sends or reads a clock. What is held (names and
 //! versions) survives disconnections, so that a new stream asks only for what differs.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use ambit_api::core::Node;
@@ -24,11 +24,40 @@ const COALESCE_ABOVE: usize = 32;
 /// Most requests that wait; beyond it the oldest nack gives way to the newest.
 const MAX_OUTBOX: usize = 256;
 
+/// Most dropped resources that are remembered; see [`Subscription::dropped`].
+const MAX_DROPPED: usize = 8192;
+
 /// How a type is subscribed.
 pub(crate) enum Mode {
     Wildcard,
     /// The names demanded, with the server's word on each once it spoke.
     OnDemand(HashMap<String, Option<Found>>),
+}
+
+/// Names to subscribe and unsubscribe with the next request; none is in both, as servers differ in which they read first.
+#[derive(Debug, Default)]
+struct Changes {
+    /// With whether the server has the name subscribed already, as when it was about to be unsubscribed.
+    subscribe: BTreeMap<String, bool>,
+    /// Names that the server has subscribed.
+    unsubscribe: BTreeSet<String>,
+}
+
+impl Changes {
+    fn subscribe(&mut self, name: &str) {
+        let known = self.unsubscribe.remove(name);
+        self.subscribe.insert(name.to_owned(), known);
+    }
+
+    fn unsubscribe(&mut self, name: &str) {
+        if self.subscribe.remove(name) != Some(false) {
+            self.unsubscribe.insert(name.to_owned());
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.subscribe.is_empty() && self.unsubscribe.is_empty()
+    }
 }
 
 /// One type: its handler and what is held of it.
@@ -42,6 +71,13 @@ pub(crate) struct Subscription {
     complete: bool,
     /// Names spoken of since the last complete state, on this stream or an earlier one.
     answered: HashSet<String>,
+    /// Changes of what is subscribed that were not sent yet.
+    changes: Changes,
+    /// Resources that were dropped with a name: the server may have sent one again before it saw that the
+    /// name was given up. Bounded by [`MAX_DROPPED`].
+    dropped: HashSet<String>,
+    /// Dropped resources that came again in an answer that is not complete yet.
+    returned: Vec<String>,
     /// Names without an answer that this stream's first request asked for. Those that its first
     /// complete state does not speak of are there, unchanged, under versions that the request named.
     opening: Vec<String>,
@@ -56,6 +92,9 @@ impl Subscription {
             held: HashMap::new(),
             complete: false,
             answered: HashSet::new(),
+            changes: Changes::default(),
+            dropped: HashSet::new(),
+            returned: Vec::new(),
             opening: Vec::new(),
         }
     }
@@ -95,8 +134,29 @@ impl Subscription {
             if !refused.contains(resource.name.as_str()) {
                 self.held.insert(resource.name.clone(), resource.version.clone());
             }
+            if self.dropped.remove(&resource.name) {
+                self.returned.push(resource.name.clone());
+            }
         }
         rejected
+    }
+
+    /// Drops what was held only because of `name`, which is no longer subscribed.
+    fn drop_unsubscribed(&mut self, name: &str) {
+        let Mode::OnDemand(names) = &self.mode else { return };
+        for dropped in self.sink.release(name, &|name| names.contains_key(name)) {
+            self.held.remove(&dropped);
+            if self.dropped.len() < MAX_DROPPED {
+                self.dropped.insert(dropped);
+            }
+        }
+    }
+
+    /// Drops resources again that came after their name was given up, unless another name covers them by now.
+    fn drop_returned(&mut self) {
+        for name in std::mem::take(&mut self.returned) {
+            self.drop_unsubscribed(&name);
+        }
     }
 
     /// Notes which demanded names an answer speaks of; returns those whose state is now complete.
@@ -171,6 +231,7 @@ impl Session {
         self.connected = true;
         self.outbox.clear();
         for subscription in &mut self.types {
+            subscription.changes = Changes::default();
             self.outbox.push_back(subscription.open());
         }
         if let Some(first) = self.outbox.front_mut() {
@@ -182,6 +243,9 @@ impl Session {
     pub(crate) fn handle_disconnected(&mut self) {
         self.connected = false;
         self.outbox.clear();
+        for subscription in &mut self.types {
+            subscription.changes = Changes::default();
+        }
     }
 
     /// Applies an answer and queues its ack or nack.
@@ -193,6 +257,9 @@ impl Session {
                 outcome.rejected = subscription.apply(response);
                 let type_url = Arc::clone(&subscription.type_url);
                 let settled = subscription.settle(response, more);
+                if !more {
+                    subscription.drop_returned();
+                }
                 subscription.complete |= !more;
                 outcome.answered = settled
                     .into_iter()
@@ -229,16 +296,11 @@ impl Session {
     /// Asks for one name. `Ok(None)`: the answer is still to come.
     pub(crate) fn handle_demand(&mut self, type_url: &str, name: &str) -> Result<Option<Found>, DemandError> {
         let max_names = self.max_names;
-        let names =
-            self.types.iter_mut().find(|known| *known.type_url == *type_url).and_then(
-                |known| match &mut known.mode {
-                    Mode::OnDemand(names) => Some(names),
-                    Mode::Wildcard => None,
-                },
-            );
-        let Some(names) = names else {
-            return Err(DemandError::NotOnDemand { type_url: type_url.to_owned(), name: name.to_owned() });
-        };
+        let not_on_demand =
+            || DemandError::NotOnDemand { type_url: type_url.to_owned(), name: name.to_owned() };
+        let subscription =
+            self.types.iter_mut().find(|known| *known.type_url == *type_url).ok_or_else(not_on_demand)?;
+        let Mode::OnDemand(names) = &mut subscription.mode else { return Err(not_on_demand()) };
         if let Some(state) = names.get(name) {
             return Ok(*state);
         }
@@ -247,37 +309,44 @@ impl Session {
         }
         names.insert(name.to_owned(), None);
         if self.connected {
-            self.subscribe(type_url, name);
+            subscription.changes.subscribe(name);
         }
         Ok(None)
     }
 
-    /// Adds a name to a request that only subscribes, or queues a new one.
-    fn subscribe(&mut self, type_url: &str, name: &str) {
-        let open = self.outbox.iter_mut().find(|request| {
-            request.type_url == type_url
-                && request.response_nonce.is_empty()
-                && !request.resource_names_subscribe.is_empty()
-        });
-        if let Some(request) = open {
-            request.resource_names_subscribe.push(name.to_owned());
+    /// Gives a demanded name up: unsubscribes, and drops what was held because of it alone.
+    pub(crate) fn handle_release(&mut self, type_url: &str, name: &str) {
+        let Some(subscription) = self.types.iter_mut().find(|known| *known.type_url == *type_url) else {
+            return;
+        };
+        let Mode::OnDemand(names) = &mut subscription.mode else { return };
+        if names.remove(name).is_none() {
             return;
         }
-        self.outbox.push_back(DeltaDiscoveryRequest {
-            type_url: type_url.to_owned(),
-            resource_names_subscribe: vec![name.to_owned()],
-            ..DeltaDiscoveryRequest::default()
-        });
+        subscription.answered.remove(name);
+        subscription.drop_unsubscribed(name);
+        if self.connected {
+            subscription.changes.unsubscribe(name);
+        }
     }
 
     /// Whether a request waits to be sent.
     pub(crate) fn wants_to_send(&self) -> bool {
-        !self.outbox.is_empty()
+        !self.outbox.is_empty() || self.types.iter().any(|known| !known.changes.is_empty())
     }
 
     /// The next request to send.
     pub(crate) fn poll_request(&mut self) -> Option<DeltaDiscoveryRequest> {
-        self.outbox.pop_front()
+        self.outbox.pop_front().or_else(|| {
+            let changed = self.types.iter_mut().find(|known| !known.changes.is_empty())?;
+            let Changes { subscribe, unsubscribe } = std::mem::take(&mut changed.changes);
+            Some(DeltaDiscoveryRequest {
+                type_url: changed.type_url.to_string(),
+                resource_names_subscribe: subscribe.into_keys().collect(),
+                resource_names_unsubscribe: unsubscribe.into_iter().collect(),
+                ..DeltaDiscoveryRequest::default()
+            })
+        })
     }
 
     /// Whether the first state of every type has been applied.

@@ -154,3 +154,85 @@ fn demands_are_limited_and_need_an_on_demand_type() {
     session.handle_response(&answer("n", vec![resource("a", "v", 0)]));
     assert_eq!(session.handle_demand(TYPE, "a"), Ok(Some(Found::Present)));
 }
+
+/// Drops the resource of the name that is given up, unless `kept` is subscribed.
+struct Dropping(Arc<parking_lot::Mutex<Vec<String>>>);
+
+impl Handler<Body> for Dropping {
+    fn handle(&mut self, _: Vec<Update<Body>>) -> Vec<Rejected> {
+        Vec::new()
+    }
+
+    fn release(&mut self, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
+        if is_subscribed(name) || is_subscribed("kept") {
+            return Vec::new();
+        }
+        self.0.lock().push(name.to_owned());
+        vec![name.to_owned()]
+    }
+}
+
+fn dropping() -> (Session, Arc<parking_lot::Mutex<Vec<String>>>) {
+    let dropped = Arc::<parking_lot::Mutex<Vec<String>>>::default();
+    let sink = handler::typed::<Body>(TYPE, Dropping(dropped.clone()));
+    let subscription = session::Subscription::new(TYPE, Mode::OnDemand(HashMap::new()), sink);
+    let mut session = Session::new(Node::default(), vec![subscription], 3);
+    session.handle_connected();
+    sent(&mut session);
+    (session, dropped)
+}
+
+#[test]
+fn a_name_given_up_is_unsubscribed_and_its_resource_dropped() {
+    let (mut session, dropped) = dropping();
+    session.handle_demand(TYPE, "a").unwrap();
+    sent(&mut session);
+    session.handle_response(&answer("n1", vec![resource("a", "v1", 0)]));
+    sent(&mut session);
+    session.handle_release(TYPE, "a");
+    let requests = sent(&mut session);
+    assert_eq!(requests.len(), 1);
+    assert_eq!(requests[0].resource_names_unsubscribe, ["a"]);
+    assert!(requests[0].resource_names_subscribe.is_empty());
+    assert_eq!(*dropped.lock(), ["a"]);
+    session.handle_disconnected();
+    session.handle_connected();
+    let opening = &sent(&mut session)[0];
+    assert!(opening.initial_resource_versions.is_empty(), "what was dropped is not held");
+    assert!(!opening.resource_names_subscribe.contains(&"a".to_owned()));
+    session.handle_demand(TYPE, "b").unwrap();
+    session.handle_demand(TYPE, "c").unwrap();
+    assert_eq!(session.handle_demand(TYPE, "a"), Ok(None), "there is room for another, and it is asked for anew");
+}
+
+#[test]
+fn an_answer_that_crossed_the_unsubscription_is_dropped_again() {
+    let (mut session, dropped) = dropping();
+    session.handle_demand(TYPE, "a").unwrap();
+    session.handle_response(&answer("n1", vec![resource("a", "v1", 0)]));
+    session.handle_release(TYPE, "a");
+    session.handle_response(&answer("n2", vec![resource("a", "v2", 0)]));
+    assert_eq!(*dropped.lock(), ["a", "a"]);
+    session.handle_demand(TYPE, "kept").unwrap();
+    session.handle_response(&answer("n3", vec![resource("a", "v3", 0)]));
+    assert_eq!(dropped.lock().len(), 2, "another name covers it by now");
+}
+
+#[test]
+fn names_demanded_and_given_up_while_nothing_is_sent_leave_one_small_request() {
+    let (mut session, _) = dropping();
+    session.handle_demand(TYPE, "a").unwrap();
+    sent(&mut session);
+    for number in 0..1_000 {
+        let name = number.to_string();
+        session.handle_demand(TYPE, &name).unwrap();
+        session.handle_release(TYPE, &name);
+    }
+    session.handle_release(TYPE, "a");
+    session.handle_demand(TYPE, "a").unwrap();
+    session.handle_demand(TYPE, "b").unwrap();
+    let requests = sent(&mut session);
+    assert_eq!(requests.len(), 1);
+    assert_eq!(requests[0].resource_names_subscribe, ["a", "b"], "asked again, so answered again");
+    assert!(requests[0].resource_names_unsubscribe.is_empty());
+}
