@@ -29,9 +29,10 @@ use crate::dns::{self, DnsProxy};
 use crate::drain::{self, Drain, Drained};
 use crate::feed;
 use crate::loads::Loads;
+use crate::ondemand::{Bounds, Demander};
 use crate::pods::sockets::Wanted;
 use crate::pods::{LocalPods, Pods};
-use crate::proxy::{Demander, Limits, Proxy, Settings, Tallies, Worker};
+use crate::proxy::{Limits, Proxy, Settings, Tallies, Worker};
 use crate::report::Reporter;
 use crate::shares::Shares;
 use crate::tasks::Tasks;
@@ -127,6 +128,9 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
     let stop = shutdown::Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
     tasks.spawn("rest", crate::rest::watch(program.workers.clone(), collect));
+    if let Some(demander) = program.proxy.demander.clone() {
+        tasks.spawn("names demanded", demander.expire());
+    }
     crate::review::start(&program.proxy, &program.workers, &mut tasks);
     let agent = tokio::spawn({
         let (path, pods) = (parts.config.zds_socket.clone(), program.pods.clone());
@@ -261,7 +265,7 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         connections: Connections::new(count),
         loads: Loads::default(),
         shares: shares(config, count, *open_files),
-        demander: config.xds.on_demand.then(|| Demander::new(discovery.clone())),
+        demander: config.xds.on_demand.then(|| Demander::new(discovery.clone(), Bounds::default())),
         synced: synced(discovery),
         drain: drain.clone(),
         budget: budget.clone(),

@@ -15,6 +15,7 @@ use ambit_net::relay::RelayError;
 use ambit_policy::Decision;
 use http::StatusCode;
 
+use crate::ondemand::DemandFailure;
 use crate::shares::LimitExceeded;
 use crate::socks5::{Reply, Socks5Error};
 
@@ -80,6 +81,14 @@ pub enum ConnectionError {
     /// Nobody knows the name.
     #[error("{0} is unknown")]
     UnknownName(String),
+    /// It isn't known whether the mesh has the destination, so it can't be passed by.
+    #[error("not known whether there is {name}: {reason}")]
+    Undetermined {
+        /// What was asked for.
+        name: String,
+        /// Why there is no answer.
+        reason: DemandFailure,
+    },
     /// The directory refuses the destination.
     #[error("no way to {destination}: {reason}")]
     Refused {
@@ -144,6 +153,7 @@ impl ConnectionError {
             Self::OriginalDestination(_)
             | Self::Limit(_)
             | Self::NotSynced
+            | Self::Undetermined { .. }
             | Self::UnknownPod(_)
             | Self::Cut(CutReason::Idle(_) | CutReason::Drained) => Blame::Us,
             Self::Connect(ConnectError::Namespace { .. } | ConnectError::Bind { .. }) => Blame::Us,

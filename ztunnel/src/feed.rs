@@ -10,7 +10,7 @@ use ambit_api::workload::Address;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_directory::{Directory, Update as Change};
 use ambit_identity::{ControlPlane, Credentials};
-use ambit_xds::{BoxError, Client, ClientConfig, Connector, Rejected, Update};
+use ambit_xds::{BoxError, Client, ClientConfig, Connector, Handler, Rejected, Update};
 use parking_lot::Mutex;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -37,7 +37,7 @@ pub fn subscribe(
     // Policies first: no address is known before what protects it.
     let policies = policy_handler(writer.clone());
     let builder = Client::builder(ClientConfig::new(node)).wildcard(AUTHORIZATION_TYPE_URL, policies);
-    let addresses = address_handler(writer);
+    let addresses = Addresses(writer);
     let builder = if config.xds.on_demand {
         builder.on_demand(ADDRESS_TYPE_URL, addresses)
     } else {
@@ -60,12 +60,19 @@ impl Connector for Credentialed {
     }
 }
 
-fn address_handler(writer: Writer) -> impl FnMut(Vec<Update<Address>>) -> Vec<Rejected> + Send + 'static {
-    move |updates| {
-        apply(&writer, updates, |update| match update {
+/// Workloads and services.
+struct Addresses(Writer);
+
+impl Handler<Address> for Addresses {
+    fn handle(&mut self, updates: Vec<Update<Address>>) -> Vec<Rejected> {
+        apply(&self.0, updates, |update| match update {
             Update::Upsert { name, resource } => Change::Address { name, address: resource },
             Update::Remove { name } => Change::AddressRemoved { name },
         })
+    }
+
+    fn release(&mut self, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
+        self.0.lock().release(name, is_subscribed)
     }
 }
 

@@ -14,6 +14,7 @@ pub mod error;
 pub mod feed;
 pub mod inbound;
 pub mod loads;
+pub mod ondemand;
 pub mod outbound;
 pub mod passthrough;
 pub mod pods;

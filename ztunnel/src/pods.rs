@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::drain::Drain;
+use crate::ondemand::Pinned;
 use crate::proxy::{Proxy, Worker};
 use crate::shares::{PodShares, Taken};
 use crate::workers::Workers;
@@ -40,10 +41,12 @@ const POD_DESCRIPTORS: u64 = 20;
 /// One pod: who it is and where its sockets are made. Lives as long as a connection of it does.
 #[derive(Debug)]
 pub struct Pod {
-    uid: String,
+    uid: Arc<str>,
     info: WorkloadInfo,
     identity: SpiffeId,
     workload: WorkloadUid,
+    /// Where resources come on demand: keeps the pod's own.
+    pinned: Option<Pinned>,
     stock: SocketStock,
     certificates: CertificateStore,
     dns: Arc<crate::dns::Client>,
@@ -57,6 +60,16 @@ impl Pod {
     /// The pod's Kubernetes uid.
     pub fn uid(&self) -> &str {
         &self.uid
+    }
+
+    /// As [`Pod::uid`], to keep.
+    pub fn shared_uid(&self) -> &Arc<str> {
+        &self.uid
+    }
+
+    /// Where resources come on demand: the pod's own.
+    pub fn pinned(&self) -> Option<&Pinned> {
+        self.pinned.as_ref()
     }
 
     /// Name, namespace and service account as the node agent gave them.
@@ -270,9 +283,10 @@ impl Pods {
         let workload = WorkloadUid::of_pod(&settings.cluster_id, &info.namespace, &info.name);
         let stock = SocketStock::new(netns.clone(), Some(PROXY_MARK));
         Ok(Arc::new(Pod {
-            uid: uid.clone(),
+            uid: uid.as_str().into(),
             info: info.clone(),
             identity,
+            pinned: self.0.proxy.demander.as_ref().map(|demander| demander.pin(workload.as_str())),
             workload,
             dns: self.0.proxy.dns.client(&info.namespace, &settings.network, stock.clone()),
             stock,
@@ -314,7 +328,7 @@ impl Pods {
             workers: self.0.workers.clone(),
             drain: self.0.drain.clone(),
         };
-        let unusable = |error| tracing::error!(pod = pod.uid, %error, "a listener can't be used");
+        let unusable = |error| tracing::error!(pod = pod.uid(), %error, "a listener can't be used");
         for (role, listener) in sockets.tcp {
             let Some(seat) = self.0.workers.next_seat() else { continue };
             match sockets::socket_id(&listener) {
@@ -434,7 +448,7 @@ impl Pods {
         drop(table);
         for entry in removed {
             if let Entry::Served(served) = entry {
-                tracing::info!(pod = served.pod.uid, workload = %served.pod.workload, "the pod left");
+                tracing::info!(pod = served.pod.uid(), workload = %served.pod.workload, "the pod left");
                 self.retire(served);
             }
         }

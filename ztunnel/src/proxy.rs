@@ -18,6 +18,7 @@ use crate::dns::DnsProxy;
 use crate::drain::Drain;
 use crate::error::ConnectionError;
 use crate::loads::Loads;
+use crate::ondemand::Demander;
 use crate::pods::sockets::Wanted;
 use crate::pods::{LocalPods, Pod};
 use crate::report::Reporter;
@@ -55,33 +56,6 @@ pub struct Settings {
     pub listeners: Wanted,
     /// Bounds.
     pub limits: Limits,
-}
-
-/// Asks the control plane for a resource, where resources come on demand.
-#[derive(Clone)]
-pub struct Demander(ambit_xds::Client);
-
-impl std::fmt::Debug for Demander {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Demander")
-    }
-}
-
-impl Demander {
-    /// Asks through `client`, which must have subscribed to addresses on demand.
-    pub fn new(client: ambit_xds::Client) -> Self {
-        Self(client)
-    }
-
-    /// Waits for the control plane's word on a resource name, at most `limit`. Whatever it was, the
-    /// directory has what it gave when this returns.
-    pub async fn demand(&self, name: &str, limit: Duration) {
-        match tokio::time::timeout(limit, self.0.demand(ambit_api::ADDRESS_TYPE_URL, name)).await {
-            Ok(Ok(found)) => tracing::debug!(name, ?found, "asked the control plane"),
-            Ok(Err(error)) => tracing::warn!(name, %error, "the control plane can't be asked"),
-            Err(_) => tracing::warn!(name, "the control plane did not answer in time"),
-        }
-    }
 }
 
 /// Decisions that are to be counted but fail nothing.
@@ -184,8 +158,11 @@ impl Proxy {
         if let Some(workload) = own(&self.directory.load(), pod) {
             return Ok(workload);
         }
-        if let Some(demander) = &self.demander {
-            demander.demand(pod.workload().as_str(), limit).await;
+        if let (Some(demander), Some(pinned)) = (&self.demander, pod.pinned()) {
+            // What is waited for below is the same.
+            if let Err(error) = demander.demand_pinned(pinned, limit).await {
+                tracing::warn!(pod = pod.uid(), %error, "the control plane can't be asked for a pod of this node");
+            }
         }
         let mut changes = self.directory.changes();
         let found = tokio::time::timeout(limit, async {

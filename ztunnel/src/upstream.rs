@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_directory::{
-    ClientRole, DoubleTunnel, Lookup, Plain, Question, Route, Service, WaypointTunnel, Workload, WorkloadUid,
-    resolve,
+    ClientRole, Demand, Dependency, DoubleTunnel, Lookup, Plain, Question, Route, Service, WaypointTunnel,
+    Workload, WorkloadUid, resolve, resolve_on_demand,
 };
 use ambit_hbone::{
     Authority, Baggage, ConnectRequest, Forwarded, OpenError, PoolKey, TraceParent, Tunnel, WorkloadKind,
@@ -18,6 +18,7 @@ use ambit_hbone::{
 use ambit_identity::SpiffeId;
 use ambit_net::relay::Counters;
 use ambit_net::{ConnectError, SocketStock, connect};
+use ambit_xds::Found;
 use smallvec::SmallVec;
 use tokio::net::TcpStream;
 
@@ -29,6 +30,9 @@ use crate::loads::LoadGuard;
 use crate::pods::Pod;
 use crate::proxy::Worker;
 use crate::report::{End, Story};
+
+/// Names asked for on the way of one connection, at most: address, waypoint, gateway and their services.
+const MAX_DEMANDS: usize = 8;
 
 /// An open way to the destination.
 #[derive(Debug)]
@@ -107,7 +111,7 @@ impl Dial<'_> {
         let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
         let mut last: Option<ConnectionError> = None;
         for _ in 0..limits.connect_attempts {
-            let mut route = self.route(&tried).await;
+            let mut route = self.route(&tried).await?;
             if let (Route::Refuse(refusal), Some(error)) = (&route, &last)
                 && refusal.is_exhausted()
             {
@@ -115,7 +119,7 @@ impl Dial<'_> {
                     break;
                 }
                 tried.clear();
-                route = self.route(&tried).await;
+                route = self.route(&tried).await?;
             }
             story.service = route.service().cloned();
             if bypasses_waypoint(&route) {
@@ -142,34 +146,61 @@ impl Dial<'_> {
         Err(last.unwrap_or_else(|| ConnectionError::UnknownName(self.dialled.to_string())))
     }
 
-    /// Where to go, after asking the control plane if the directory lacks something.
-    async fn route(&self, tried: &[WorkloadUid]) -> Route {
-        let route = self.resolve(tried);
-        let demand = match &route {
-            Route::Unknown(unknown) => Some(unknown.demand.clone()),
-            Route::Refuse(refusal) => refusal.demand(),
-            _ => None,
+    /// Where to go. Where resources come on demand, the control plane is asked first for every name that the route depends on.
+    async fn route(&self, tried: &[WorkloadUid]) -> Result<Route, ConnectionError> {
+        let proxy = &self.worker.proxy;
+        let Some(demander) = &proxy.demander else {
+            return Ok(resolve(
+                &proxy.directory.load(),
+                &self.question(tried),
+                &self.load(),
+                &mut rand::rng(),
+            ));
         };
-        match (&self.worker.proxy.demander, demand) {
-            (Some(demander), Some(demand)) => {
-                demander.demand(&demand.to_string(), self.worker.proxy.settings.limits.directory_wait).await;
-                self.resolve(tried)
+        let mut answers: SmallVec<[(Demand, Found); 4]> = SmallVec::new();
+        loop {
+            let (route, names) = {
+                let (question, load) = (self.question(tried), self.load());
+                resolve_on_demand(&proxy.directory.load(), &question, &load, &mut rand::rng())
+            };
+            for name in names.iter().filter(|name| name.is_known) {
+                demander.note_use(self.pod.shared_uid(), &name.demand.to_string());
             }
-            _ => route,
+            let is_asked = |name: &Demand| answers.iter().any(|(asked, _)| asked == name);
+            let next = names.into_iter().find(|name| !name.is_known && !is_asked(&name.demand));
+            let Some(Dependency { demand, .. }) = next.filter(|_| answers.len() < MAX_DEMANDS) else {
+                return self.settled(route, &answers);
+            };
+            let name = demand.to_string();
+            let found =
+                demander.demand(self.pod.shared_uid(), &name, proxy.settings.limits.directory_wait).await;
+            let found = found.map_err(|reason| ConnectionError::Undetermined { name, reason })?;
+            answers.push((demand, found));
         }
     }
 
-    fn resolve(&self, tried: &[WorkloadUid]) -> Route {
-        let proxy = &self.worker.proxy;
-        let question = Question {
+    /// What the directory doesn't know passes only if the control plane said that there is no such thing.
+    fn settled(&self, route: Route, answers: &[(Demand, Found)]) -> Result<Route, ConnectionError> {
+        if let Route::Unknown(unknown) = &route
+            && !answers.contains(&(unknown.demand.clone(), Found::Absent))
+        {
+            return Err(ConnectionError::UnknownName(unknown.demand.to_string()));
+        }
+        Ok(route)
+    }
+
+    fn question<'a>(&'a self, tried: &'a [WorkloadUid]) -> Question<'a> {
+        Question {
             client: &self.client,
             role: ClientRole::Workload,
             source: self.source.ip(),
             destination: self.dialled.clone(),
             exclude: tried,
-        };
-        let load = |workload: &WorkloadUid| proxy.loads.get(workload);
-        resolve(&proxy.directory.load(), &question, &load, &mut rand::rng())
+        }
+    }
+
+    fn load(&self) -> impl Fn(&WorkloadUid) -> u32 + '_ {
+        |workload: &WorkloadUid| self.worker.proxy.loads.get(workload)
     }
 
     async fn attempt(&self, route: Route, story: &mut Story) -> Result<Upstream, ConnectionError> {
@@ -310,7 +341,7 @@ impl Dial<'_> {
     ) -> Result<Tunnel, ConnectionError> {
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
         let key = PoolKey {
-            origin: self.pod.uid().into(),
+            origin: self.pod.shared_uid().clone(),
             source: self.pod.identity().clone(),
             destination: workload.uid.shared().clone(),
             address,

@@ -105,10 +105,10 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         let snapshot = self.chooser.snapshot;
         let client = self.chooser.question.client;
         let (network, ip, port) = (&*client.network, address.ip(), address.port());
-        // A network of addresses that is known says nothing of who is at this one.
+        // A network of addresses, or another workload that claims this one, says nothing of whether a pod has it.
         self.chooser.depend(|| {
             let at = AddressRef { network, address: ip.to_canonical() };
-            let is_known = !snapshot.vips.at(at).is_empty() || snapshot.workload_at(network, ip).is_some();
+            let is_known = !snapshot.vips.at(at).is_empty() || snapshot.has_pod_at(at);
             Dependency { demand: demand_of(client, ip), is_known }
         });
         if let Some(known) = snapshot.known_at(network, ip, port, &client.namespace) {

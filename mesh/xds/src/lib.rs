@@ -17,8 +17,8 @@ pub mod server;
 
 pub use backoff::Backoff;
 pub use client::{
-    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver, Found,
-    Handler, Rejected, Update, ztunnel_node,
+    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver,
+    Found, Handler, Rejected, Update, ztunnel_node,
 };
 pub use server::{
     Admission, Applied, Change, Publisher, Resource, Server, ServerConfig, ServerMetrics, Table, TableConfig,

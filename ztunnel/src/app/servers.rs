@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 
 use super::shutdown::Requests;
 use super::{Parts, Program};
+use crate::ondemand::{self, Demander};
 use crate::proxy::{Proxy, Tallies, Tally};
 use crate::tasks::Tasks;
 
@@ -110,6 +111,9 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     tallies(registry, &program.proxy);
     pools(registry, &program.pool_counters);
     discovery(registry, &parts.discovery);
+    if let Some(demander) = &program.proxy.demander {
+        demands(registry, demander);
+    }
     certificates(registry, &parts.certificates);
     let trust = parts.trust.clone();
     let roots = move || i64::try_from(trust.root_count()).unwrap_or(i64::MAX);
@@ -212,6 +216,26 @@ fn discovery(registry: &Registry, client: &ambit_xds::Client) {
     let metrics = client.metrics().clone();
     let connected = move || i64::from(metrics.connected.load(Relaxed));
     registry.gauge_from("ambit_xds_connected", "Whether a discovery stream is open", connected);
+}
+
+fn demands(registry: &Registry, demander: &Demander) {
+    let register = |name: &str, help: &str, tally: fn(&ondemand::Tallies) -> &Tally| {
+        let demander = demander.clone();
+        registry.counter_from(name, help, move || tally(demander.tallies()).get());
+    };
+    register("ambit_demands", "Times the control plane was asked for what a pod dialled", |t| &t.demands);
+    register("ambit_demands_unanswered", "Demands that the control plane did not answer in time", |t| {
+        &t.unanswered
+    });
+    register("ambit_demands_refused", "Demands refused because too many names were asked for", |t| {
+        &t.refused
+    });
+    register("ambit_demands_given_up", "Demanded names unsubscribed, unused or beyond a pod's share", |t| {
+        &t.given_up
+    });
+    let demander = demander.clone();
+    let names = move || i64::try_from(demander.names()).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_demanded_names", "Names subscribed because pods dialled them", names);
 }
 
 fn certificates(registry: &Registry, store: &ambit_identity::CertificateStore) {

@@ -16,14 +16,18 @@ use ambit_ca::{
 use ambit_identity::{SpiffeId, TrustDomain};
 use ambit_xds::{Change, Resource, Server, Table};
 use async_trait::async_trait;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 pub(crate) const SERVER_NAME: &str = "ambit-control.ambit-system.svc";
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
 
 /// The control plane. Its tasks end with the test's runtime.
 pub(crate) struct Control {
-    pub(crate) address: SocketAddr,
+    /// Where proxies reach it.
+    pub(crate) gate: Gate,
     pub(crate) root_file: PathBuf,
     pub(crate) token_file: PathBuf,
     pub(crate) crl_file: PathBuf,
@@ -52,7 +56,7 @@ impl Control {
             IssuancePolicy::default(),
         );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let gate = Gate::start(listener.local_addr().unwrap()).await;
         let server = tonic::transport::Server::builder()
             .add_service(certificates.into_server())
             .add_service(discovery);
@@ -60,7 +64,7 @@ impl Control {
         let (root_file, token_file) = (dir.join("root.pem"), dir.join("token"));
         std::fs::write(&root_file, authority.roots_pem().as_bytes()).unwrap();
         std::fs::write(&token_file, "a token").unwrap();
-        Self { address, root_file, token_file, crl_file: dir.join("crl.pem"), authority, addresses, policies }
+        Self { gate, root_file, token_file, crl_file: dir.join("crl.pem"), authority, addresses, policies }
     }
 
     pub(crate) fn workload(&self, workload: Workload) {
@@ -114,6 +118,43 @@ impl Control {
         std::fs::write(&fresh, pem).unwrap();
         std::fs::rename(fresh, &self.crl_file).unwrap();
     }
+}
+
+/// A relay in front of the control plane, which can be made to fall silent while its connections stay open.
+pub(crate) struct Gate {
+    pub(crate) address: SocketAddr,
+    open: watch::Sender<bool>,
+}
+
+impl Gate {
+    async fn start(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (open, is_open) = watch::channel(true);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let Ok(far) = TcpStream::connect(target).await else { continue };
+                let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
+                tokio::spawn(pass(near_read, far_write, is_open.clone()));
+                tokio::spawn(pass(far_read, near_write, is_open.clone()));
+            }
+        });
+        Self { address, open }
+    }
+
+    /// Holds back everything in both directions, or lets it pass again.
+    pub(crate) fn set_open(&self, open: bool) {
+        self.open.send_replace(open);
+    }
+}
+
+async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut is_open: watch::Receiver<bool>) {
+    let mut buffer = [0; 16_384];
+    while let Ok(length) = from.read(&mut buffer).await
+        && length > 0
+        && is_open.wait_for(|open| *open).await.is_ok()
+        && to.write_all(&buffer[..length]).await.is_ok()
+    {}
 }
 
 fn bytes_of(hex: &str) -> Vec<u8> {

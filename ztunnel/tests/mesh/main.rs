@@ -14,6 +14,7 @@ mod identity;
 mod lifecycle;
 mod mesh;
 mod network;
+mod ondemand;
 mod policy;
 mod routing;
 mod shares;

@@ -31,6 +31,8 @@ pub(crate) struct Mesh {
     pub(crate) network: String,
     /// Descriptors that the ztunnel of a node may open.
     open_files: Option<(usize, u64)>,
+    /// Proxies know only what their pods dialled.
+    on_demand: bool,
     dir: TempDir,
 }
 
@@ -78,10 +80,19 @@ impl Mesh {
     async fn start_limited(nodes: usize, extra: Value, open_files: Option<(usize, u64)>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let network = extra["network"].as_str().unwrap_or_default().to_owned();
+        let on_demand = extra["xds"]["onDemand"] == true;
         let control = Control::start(dir.path()).await;
         let fabric = Fabric::new().await;
-        let mut mesh =
-            Self { control, fabric, nodes: Vec::new(), retired: Vec::new(), network, open_files, dir };
+        let mut mesh = Self {
+            control,
+            fabric,
+            nodes: Vec::new(),
+            retired: Vec::new(),
+            network,
+            open_files,
+            on_demand,
+            dir,
+        };
         for index in 0..nodes {
             let node = mesh.node(index, &extra).await;
             mesh.nodes.push(node);
@@ -98,7 +109,7 @@ impl Mesh {
         tokio::spawn(driver);
         let mut config = json!({
             "node": name,
-            "controlPlane": self.control.address.to_string(),
+            "controlPlane": self.control.gate.address.to_string(),
             "controlPlaneRoot": self.control.root_file,
             "controlPlaneServerName": SERVER_NAME,
             "tokenFile": self.control.token_file,
@@ -171,9 +182,13 @@ impl Mesh {
         pod
     }
 
-    /// Tells the control plane of the pod as it is now, and waits until every ztunnel knows.
+    /// Tells the control plane of the pod as it is now, and waits until every ztunnel knows; not where they know only
+    /// what is demanded.
     pub(crate) async fn announce(&self, pod: &Pod) {
         self.control.workload(pod.workload.clone());
+        if self.on_demand {
+            return;
+        }
         let uid = pod.workload.uid.clone();
         let protocol =
             if pod.workload.tunnel_protocol == i32::from(TunnelProtocol::Hbone) { "HBONE" } else { "TCP" };

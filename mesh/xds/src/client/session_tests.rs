@@ -202,7 +202,11 @@ fn a_name_given_up_is_unsubscribed_and_its_resource_dropped() {
     assert!(!opening.resource_names_subscribe.contains(&"a".to_owned()));
     session.handle_demand(TYPE, "b").unwrap();
     session.handle_demand(TYPE, "c").unwrap();
-    assert_eq!(session.handle_demand(TYPE, "a"), Ok(None), "there is room for another, and it is asked for anew");
+    assert_eq!(
+        session.handle_demand(TYPE, "a"),
+        Ok(None),
+        "there is room for another, and it is asked for anew"
+    );
 }
 
 #[test]
