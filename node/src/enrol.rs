@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::redirect::Options;
+use crate::redirect::{Options, OtherProtocols};
 
 /// Label on pods and namespaces.
 pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
@@ -131,6 +131,7 @@ fn options(annotations: &BTreeMap<String, String>, settings: &Settings) -> Optio
             .map(String::from)
             .collect(),
         socks5: settings.socks5,
+        other_protocols: OtherProtocols::Allow,
     }
 }
 
@@ -184,7 +185,7 @@ mod tests {
             dns_capture: false,
             inbound_capture: false,
             virtual_interfaces: vec!["k6t-0".into(), "tap1".into()],
-            socks5: false,
+            ..Options::default()
         };
         assert_eq!(decide(&[AMBIENT], &[], &annotations), Decision::In(wanted));
         let unreadable = [(BYPASS_INBOUND, "yes"), (DNS_CAPTURE, "maybe")];

@@ -56,7 +56,7 @@ impl Listener {
 
 /// Which sockets a pod with these options needs, in the order in which they are passed.
 pub fn wanted(options: &Options) -> Vec<Listen> {
-    let Options { dns_capture, inbound_capture, virtual_interfaces, socks5 } = options;
+    let Options { dns_capture, inbound_capture, virtual_interfaces, socks5, other_protocols: _ } = options;
     let mut all = Vec::new();
     for (anywhere, loopback) in [
         (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::LOCALHOST)),

@@ -18,7 +18,11 @@ const NETLINK_NETFILTER: i32 = 12;
 const CT_GET: u16 = (1 << 8) | 1;
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW`.
 const CT_NEW: u16 = 1 << 8;
+/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`.
+const CT_DELETE: u16 = (1 << 8) | 2;
 const NLM_F_REQUEST: u16 = 1;
+/// `NLM_F_REQUEST | NLM_F_ACK`.
+const NLM_F_REQUEST_ACK: u16 = 0x5;
 /// `NLM_F_REQUEST | NLM_F_ACK | NLM_F_EXCL | NLM_F_CREATE`.
 const NLM_F_REQUEST_NEW: u16 = 0x605;
 const NLMSG_ERROR: u16 = 2;
@@ -110,6 +114,19 @@ impl Conntrack {
         }
     }
 
+    /// Removes the entry of a TCP connection that `client` began to `server`. Says whether there was one.
+    pub async fn delete_tcp(&mut self, client: SocketAddr, server: SocketAddr) -> io::Result<bool> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let request = delete_tcp(self.sequence, client, server);
+        let mut answer = [0_u8; 4096];
+        match error_code(self.ask(&request, &mut answer).await?) {
+            Some(0) => Ok(true),
+            Some(libc::ENOENT) => Ok(false),
+            Some(code) => Err(io::Error::from_raw_os_error(code)),
+            None => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
     /// Sends the request that bears the current number and returns its answer.
     async fn ask<'a>(&self, request: &[u8], answer: &'a mut [u8]) -> io::Result<&'a [u8]> {
         self.socket.async_io(Interest::WRITABLE, |socket| socket.send(request)).await?;
@@ -152,6 +169,13 @@ fn new_tcp(sequence: u32, client: SocketAddr, server: SocketAddr) -> Vec<u8> {
     attribute(&mut body, CTA_TIMEOUT, &TRACKED_FOR.to_be_bytes());
     attribute(&mut body, CTA_PROTOINFO | NESTED, &protocol);
     message(CT_NEW, NLM_F_REQUEST_NEW, sequence, client, &body)
+}
+
+/// The request to remove an entry.
+fn delete_tcp(sequence: u32, client: SocketAddr, server: SocketAddr) -> Vec<u8> {
+    let mut body = Vec::new();
+    attribute(&mut body, CTA_TUPLE_ORIG | NESTED, &tuple(libc::IPPROTO_TCP, client, server));
+    message(CT_DELETE, NLM_F_REQUEST_ACK, sequence, client, &body)
 }
 
 /// Addresses, ports and protocol of one direction.

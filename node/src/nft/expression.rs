@@ -28,12 +28,20 @@ const META_L4PROTO: u32 = 16;
 const CT_STATE: u32 = 0;
 /// `NF_CT_STATE_INVALID_BIT` of linux/netfilter/nf_conntrack_common.h.
 const CT_STATE_INVALID: u32 = 1;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)` of the same.
+const CT_STATE_NEW: u32 = 8;
+const CT_STATUS: u32 = 2;
+/// `IPS_CONFIRMED` of the same.
+const CT_STATUS_CONFIRMED: u32 = 0x08;
+/// `IPS_DST_NAT` of the same.
+const CT_STATUS_DNAT: u32 = 0x20;
 const CT_MARK: u32 = 3;
 const CT_ZONE: u32 = 17;
 /// `IP_CT_DIR_ORIGINAL` of linux/netfilter/nf_conntrack_tuple_common.h.
 const DIRECTION_ORIGINAL: u8 = 0;
 const BASE_NETWORK: u32 = 1;
 const BASE_TRANSPORT: u32 = 2;
+const SOCKET_MARK: u32 = 1;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const FIB_DADDR: u32 = 2;
 /// `RTN_LOCAL` of linux/rtnetlink.h.
@@ -53,6 +61,8 @@ const TCP_FIN: u8 = 0x01;
 const TCP_SYN: u8 = 0x02;
 const TCP_RST: u8 = 0x04;
 const TCP_ACK: u8 = 0x10;
+/// The flags that tell the first packet of a connection from the others.
+const TCP_KIND: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
 /// Length of an interface's name with padding (`IFNAMSIZ`).
 const NAME_SIZE: usize = 16;
 
@@ -82,14 +92,8 @@ fn render_match(out: &mut Vec<Attribute>, part: &Match) {
     match part {
         Match::Ipv4 => family_is(out, libc::NFPROTO_IPV4 as u8),
         Match::Ipv6 => family_is(out, libc::NFPROTO_IPV6 as u8),
-        Match::Protocol(protocol) => {
-            let number = match protocol {
-                Protocol::Tcp => libc::IPPROTO_TCP,
-                Protocol::Udp => libc::IPPROTO_UDP,
-            };
-            out.push(load_meta(META_L4PROTO));
-            out.push(compare(Compare::Is, &[number as u8]));
-        }
+        Match::Protocol(protocol) => transport(out, Compare::Is, *protocol),
+        Match::NotProtocol(protocol) => transport(out, Compare::IsNot, *protocol),
         Match::Source(how, net) => address(out, *how, net, 12, 8),
         Match::Destination(how, net) => address(out, *how, net, 16, 24),
         Match::SourcePort(how, port) => {
@@ -100,8 +104,9 @@ fn render_match(out: &mut Vec<Attribute>, part: &Match) {
             out.push(payload(BASE_TRANSPORT, 2, 2));
             out.push(compare(*how, &port.to_be_bytes()));
         }
-        Match::TcpFlags { mask, value } => tcp_flags(out, *mask, *value),
-        Match::TcpFirst => tcp_flags(out, TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK, TCP_SYN),
+        Match::TcpFlags { mask, value } => tcp_flags(out, Compare::Is, *mask, *value),
+        Match::TcpFirst => tcp_flags(out, Compare::Is, TCP_KIND, TCP_SYN),
+        Match::TcpLater => tcp_flags(out, Compare::IsNot, TCP_KIND, TCP_SYN),
         Match::Mark { compare: how, value, mask } => {
             out.push(load_meta(META_MARK));
             out.push(bitwise(&mask.to_ne_bytes(), &[0; 4]));
@@ -112,10 +117,20 @@ fn render_match(out: &mut Vec<Attribute>, part: &Match) {
             out.push(bitwise(&mask.to_ne_bytes(), &[0; 4]));
             out.push(compare(*how, &value.to_ne_bytes()));
         }
-        Match::Invalid => {
-            out.push(load_ct(CT_STATE));
-            out.push(bitwise(&CT_STATE_INVALID.to_ne_bytes(), &[0; 4]));
-            out.push(compare(Compare::IsNot, &[0; 4]));
+        Match::Invalid => any_bit(out, load_ct(CT_STATE), CT_STATE_INVALID),
+        Match::New => any_bit(out, load_ct(CT_STATE), CT_STATE_NEW),
+        Match::Untranslated => {
+            out.push(load_ct(CT_STATUS));
+            out.push(bitwise(&(CT_STATUS_CONFIRMED | CT_STATUS_DNAT).to_ne_bytes(), &[0; 4]));
+            out.push(compare(Compare::Is, &CT_STATUS_CONFIRMED.to_ne_bytes()));
+        }
+        Match::SocketMark { value, mask } => {
+            out.push(expression(
+                "socket",
+                vec![Attribute::number(1, SOCKET_MARK), Attribute::number(2, REG_1)],
+            ));
+            out.push(bitwise(&mask.to_ne_bytes(), &[0; 4]));
+            out.push(compare(Compare::Is, &value.to_ne_bytes()));
         }
         Match::InputInterface(how, name) => interface(out, META_IIFNAME, *how, name),
         Match::OutputInterface(how, name) => interface(out, META_OIFNAME, *how, name),
@@ -240,10 +255,28 @@ fn address(out: &mut Vec<Attribute>, how: Compare, net: &IpNet, v4_offset: u32, 
 }
 
 /// RFC 9293 §3.1: the flags are the fourteenth byte of the TCP header.
-fn tcp_flags(out: &mut Vec<Attribute>, mask: u8, value: u8) {
+fn tcp_flags(out: &mut Vec<Attribute>, how: Compare, mask: u8, value: u8) {
     out.push(payload(BASE_TRANSPORT, 13, 1));
     out.push(bitwise(&[mask], &[0]));
-    out.push(compare(Compare::Is, &[value]));
+    out.push(compare(how, &[value]));
+}
+
+fn transport(out: &mut Vec<Attribute>, how: Compare, protocol: Protocol) {
+    let number = match protocol {
+        Protocol::Tcp => libc::IPPROTO_TCP,
+        Protocol::Udp => libc::IPPROTO_UDP,
+        Protocol::Icmp => libc::IPPROTO_ICMP,
+        Protocol::Icmpv6 => libc::IPPROTO_ICMPV6,
+    };
+    out.push(load_meta(META_L4PROTO));
+    out.push(compare(how, &[number as u8]));
+}
+
+/// Whether what `load` puts into register 1 has any of `bits`.
+fn any_bit(out: &mut Vec<Attribute>, load: Attribute, bits: u32) {
+    out.push(load);
+    out.push(bitwise(&bits.to_ne_bytes(), &[0; 4]));
+    out.push(compare(Compare::IsNot, &[0; 4]));
 }
 
 fn interface(out: &mut Vec<Attribute>, key: u32, how: Compare, name: &str) {

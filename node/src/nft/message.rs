@@ -24,6 +24,9 @@ const NEW_RULE: u16 = 6;
 const GET_RULE: u16 = 7;
 
 pub(super) const TABLE_NAME: u16 = 1;
+const TABLE_FLAGS: u16 = 2;
+/// `NFT_TABLE_F_DORMANT`.
+const TABLE_DORMANT: u32 = 1;
 pub(super) const CHAIN_TABLE: u16 = 1;
 pub(super) const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
@@ -185,6 +188,12 @@ pub(super) fn rule_attributes(table: &str, chain: &str, rule: &Rule) -> Vec<Attr
         attributes.push(Attribute::bytes(RULE_USERDATA, comment(&rule.comment)));
     }
     attributes
+}
+
+/// Whether a table's chains are detached from their hooks.
+pub(super) fn is_dormant(table: &[u8]) -> bool {
+    let flags = super::attribute::find(table, TABLE_FLAGS).and_then(|flags| flags.try_into().ok());
+    flags.is_some_and(|flags| u32::from_be_bytes(flags) & TABLE_DORMANT != 0)
 }
 
 /// The number of expressions of a rule; with [`rule_attributes`] covered, it makes two rules equal.

@@ -38,6 +38,12 @@ pub async fn tables(inside: &Netns) -> Result<Vec<String>, NftError> {
     within(inside, Nft::tables).await
 }
 
+/// The names of the chains of the `inet` table called `table`; none if there is no such table.
+pub async fn chains(inside: &Netns, table: &str) -> Result<Vec<String>, NftError> {
+    let table = table.to_owned();
+    within(inside, move |nft| nft.chains(&table)).await
+}
+
 /// Runs a conversation on a thread that may block: a commit waits for the kernel's grace periods.
 async fn within<T: Send + 'static>(
     inside: &Netns,

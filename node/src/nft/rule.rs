@@ -97,6 +97,10 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// ICMP of IPv4.
+    Icmp,
+    /// ICMP of IPv6.
+    Icmpv6,
 }
 
 /// A condition on a packet.
@@ -108,6 +112,8 @@ pub enum Match {
     Ipv6,
     /// The transport protocol.
     Protocol(Protocol),
+    /// The transport protocol is another one.
+    NotProtocol(Protocol),
     /// The source address is in the network. Implies its family.
     Source(Compare, IpNet),
     /// The destination address is in the network. Implies its family.
@@ -125,6 +131,8 @@ pub enum Match {
     },
     /// A SYN without ACK, FIN or RST: the first packet of a TCP connection. Only after `Protocol(Tcp)`.
     TcpFirst,
+    /// Any other TCP packet. Only after `Protocol(Tcp)`.
+    TcpLater,
     /// The packet's mark under a mask.
     Mark {
         /// Equal or not.
@@ -143,8 +151,20 @@ pub enum Match {
         /// The bits that are looked at.
         mask: u32,
     },
-    /// Tracking made nothing of the packet: it fits no connection and begins none.
+    /// The packet belongs to no connection and cannot begin one, or lies beyond its connection's window.
     Invalid,
+    /// The connection has seen no reply yet.
+    New,
+    /// The connection was known before this packet, and its destination is not translated.
+    Untranslated,
+    /// The mark, under a mask, of the local socket that has or listens for the packet's connection. Does not match
+    /// where there is no such socket. At [`HookPoint::Prerouting`] and [`HookPoint::Input`] only.
+    SocketMark {
+        /// The value under the mask.
+        value: u32,
+        /// The bits that are looked at.
+        mask: u32,
+    },
     /// The name of the interface that the packet came in by.
     InputInterface(Compare, String),
     /// The name of the interface that the packet goes out by.
@@ -169,7 +189,8 @@ pub enum Action {
     Accept,
     /// Ends everything; the packet is gone.
     Drop,
-    /// Refuses with an answer: a reset for TCP, else "port unreachable". Filter chains only.
+    /// Refuses with an answer: a reset for TCP, else "port unreachable". Filter and route chains only; at
+    /// [`HookPoint::Prerouting`] from Linux 5.9 on.
     Reject,
     /// Goes on after the jump that led here.
     Return,
@@ -219,6 +240,8 @@ impl fmt::Display for Protocol {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Icmp => "icmp",
+            Self::Icmpv6 => "ipv6-icmp",
         })
     }
 }
@@ -230,15 +253,20 @@ impl fmt::Display for Match {
             Self::Ipv4 => f.write_str("meta nfproto ipv4"),
             Self::Ipv6 => f.write_str("meta nfproto ipv6"),
             Self::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
+            Self::NotProtocol(protocol) => write!(f, "meta l4proto != {protocol}"),
             Self::Source(compare, net) => write!(f, "{} saddr {compare}{net}", family(net)),
             Self::Destination(compare, net) => write!(f, "{} daddr {compare}{net}", family(net)),
             Self::SourcePort(compare, port) => write!(f, "th sport {compare}{port}"),
             Self::DestinationPort(compare, port) => write!(f, "th dport {compare}{port}"),
             Self::TcpFlags { mask, value } => write!(f, "tcp flags & {mask:#04x} == {value:#04x}"),
             Self::TcpFirst => f.write_str("tcp flags & (fin|syn|rst|ack) == syn"),
+            Self::TcpLater => f.write_str("tcp flags & (fin|syn|rst|ack) != syn"),
             Self::Mark { compare, value, mask } => write!(f, "meta mark & {mask:#x} {compare}{value:#x}"),
             Self::ConnMark { compare, value, mask } => write!(f, "ct mark & {mask:#x} {compare}{value:#x}"),
             Self::Invalid => f.write_str("ct state invalid"),
+            Self::New => f.write_str("ct state new"),
+            Self::Untranslated => f.write_str("ct status & (confirmed|dnat) == confirmed"),
+            Self::SocketMark { value, mask } => write!(f, "socket mark & {mask:#x} {value:#x}"),
             Self::InputInterface(compare, name) => write!(f, "iifname {compare}\"{name}\""),
             Self::OutputInterface(compare, name) => write!(f, "oifname {compare}\"{name}\""),
             Self::DestinationLocal(compare) => write!(f, "fib daddr type {compare}local"),

@@ -41,8 +41,10 @@ pub enum NftError {
 /// What a table in the kernel lacks or has too much.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Difference {
-    /// The table is not there.
+    /// The table is missing.
     NoTable,
+    /// The table is dormant: its chains see no packets.
+    Dormant,
     /// A chain is missing, or attached elsewhere.
     Chain(String),
     /// There is a chain that is not wanted.
@@ -57,6 +59,7 @@ impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoTable => f.write_str("table is missing"),
+            Self::Dormant => f.write_str("table is dormant"),
             Self::Chain(name) => write!(f, "chain {name} is missing or attached elsewhere"),
             Self::ExtraChain(name) => write!(f, "chain {name} does not belong there"),
             Self::Rule(chain, at) => write!(f, "rule {at} of chain {chain} is missing or another"),
@@ -113,16 +116,28 @@ impl Nft {
         Ok(listed.iter().filter_map(|table| find_string(table, message::TABLE_NAME)).collect())
     }
 
+    /// The names of the chains of an `inet` table.
+    pub fn chains(&mut self, table: &str) -> Result<Vec<String>, NftError> {
+        let listed = self.chains_of(table)?;
+        Ok(listed.iter().filter_map(|chain| find_string(chain, message::CHAIN_NAME)).collect())
+    }
+
+    fn chains_of(&mut self, table: &str) -> Result<Vec<Vec<u8>>, NftError> {
+        let mut listed = self.dump(Listed::Chains, None)?;
+        listed.retain(|chain| find_string(chain, message::CHAIN_TABLE).as_deref() == Some(table));
+        Ok(listed)
+    }
+
     /// The first thing that distinguishes the kernel's table from `table`, if anything.
     pub fn verify(&mut self, table: &Table) -> Result<Option<Difference>, NftError> {
-        if !self.tables()?.contains(&table.name) {
-            return Ok(Some(Difference::NoTable));
+        let tables = self.dump(Listed::Tables, None)?;
+        let named =
+            |listed: &&Vec<u8>| find_string(listed, message::TABLE_NAME).as_ref() == Some(&table.name);
+        let Some(listed) = tables.iter().find(named) else { return Ok(Some(Difference::NoTable)) };
+        if message::is_dormant(listed) {
+            return Ok(Some(Difference::Dormant));
         }
-        let chains: Vec<_> = self
-            .dump(Listed::Chains, None)?
-            .into_iter()
-            .filter(|c| find_string(c, message::CHAIN_TABLE).as_ref() == Some(&table.name))
-            .collect();
+        let chains = self.chains_of(&table.name)?;
         let rules = self.dump(Listed::Rules, Some(&table.name))?;
         Ok(compare(table, &chains, &rules))
     }

@@ -1,21 +1,25 @@
 //! The redirection of a pod: what its namespace is to contain, and making it so.
 //!
 //! [`plan`] decides and is pure; [`apply`], [`verify`] and [`remove`] bring a namespace in line with a
-//! plan over netlink. All of them may be repeated at any time. What tracking knows of when the rules come is
-//! not redirected, and it is told of every connection that is older; so none of these is cut, and none when they go.
+//! plan over netlink. All of them may be repeated at any time. Connections that are older than the rules are entered
+//! into connection tracking, so that the rules leave them alone; none is cut when the rules come, and none when they go.
 
 mod connections;
 mod plan;
 mod routing;
+mod rules;
 mod settings;
 
 use std::fmt;
 
 use ambit_net::{Netns, NetnsError};
 
+use connections::TrackError;
 pub(crate) use connections::{connections, is_mesh};
+use plan::{COMPLETE, former_routes};
 pub use plan::{
-    LocalRoute, Options, PROBE_V4, PROBE_V6, Plan, ROUTE_PRIORITY, ROUTE_TABLE, Setting, Stage, TABLE, plan,
+    LocalRoute, Options, OtherProtocols, PROBE_V4, PROBE_V6, Plan, ROUTE_PRIORITY, ROUTE_TABLE, Setting,
+    Stage, TABLE, plan,
 };
 pub(crate) use routing::Routing;
 pub use routing::RoutingError;
@@ -72,6 +76,11 @@ pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectEr
     }
     if let Some(difference) = nft::verify(inside, plan.table.clone()).await? {
         program(inside, plan).await?;
+        if difference != Difference::NoTable {
+            for former in former_routes() {
+                routing.remove(former).await?;
+            }
+        }
         faults.push(Fault::Rules(difference));
     }
     let settings::Ensured { changed, refused } = settings::ensure(inside, plan.settings).await?;
@@ -97,21 +106,41 @@ pub async fn unwritable_settings(inside: &Netns) -> Result<Vec<SettingError>, Ne
     Ok(settings::ensure(inside, plan(&Options::default(), Stage::In).settings).await?.refused)
 }
 
-/// Puts the rules in place. Where older connections could not be entered into tracking, the opening rules stay, which
-/// cut none of them, and the next call tries again.
+/// Puts the rules in place. Where older connections could not be entered into tracking, the opening rules stay, and the
+/// next call tries again.
 async fn program(inside: &Netns, plan: &Plan) -> Result<(), NftError> {
-    if let Some(opening) = &plan.opening {
-        nft::apply(inside, opening.clone()).await?;
-        if let Err(error) = connections::track(inside).await {
-            tracing::warn!(
-                netns = %inside.id(),
-                %error,
-                "connections older than the redirection are not tracked: connections that tracking loses are not held back"
-            );
-            return Ok(());
-        }
+    let Some(opening) = &plan.opening else { return nft::apply(inside, plan.table.clone()).await };
+    // Tracking has known every connection since the rules that are to be replaced were applied. What it does not know
+    // now was captured, and would be taken for an older connection.
+    if nft::chains(inside, TABLE).await?.iter().any(|name| name == COMPLETE) {
+        return nft::apply(inside, plan.table.clone()).await;
+    }
+    if let Err(error) = open(inside, opening).await? {
+        tracing::warn!(
+            netns = %inside.id(),
+            %error,
+            "connections older than the redirection are not tracked: those that the other side speaks on first may be \
+             cut, and outgoing connections that tracking loses are not held back"
+        );
+        return Ok(());
     }
     nft::apply(inside, plan.table.clone()).await
+}
+
+/// Applies the opening rules and enters the older connections into tracking. The rules let nothing in that tracking does
+/// not know, so connections are entered before as well; what began between the two is entered after.
+async fn open(inside: &Netns, opening: &nft::Table) -> Result<Result<(), TrackError>, NftError> {
+    let before = connections::track(inside).await;
+    nft::apply(inside, opening.clone()).await?;
+    let mut entered = match before {
+        Ok(entered) => entered,
+        Err(error) => return Ok(Err(error)),
+    };
+    Ok(async {
+        entered.extend(connections::track(inside).await?);
+        connections::forget_ended(inside, entered).await
+    }
+    .await)
 }
 
 /// What in the namespace is not as planned; changes nothing.
@@ -136,7 +165,7 @@ pub async fn remove(inside: &Netns, former: &FormerSettings) -> Result<(), Redir
     nft::remove(inside, TABLE).await?;
     let routing = Routing::open(inside).await?;
     let Plan { routes, settings, .. } = plan(&Options::default(), Stage::In);
-    for route in routes {
+    for route in routes.into_iter().chain(former_routes()) {
         routing.remove(route).await?;
     }
     for error in settings::restore(inside, settings, former.clone()).await? {

@@ -86,7 +86,7 @@ impl Routing {
             changed = true;
         }
         if self.routes(wanted).await?.is_empty() {
-            match self.handle.route().add(route_message(wanted)).replace().execute().await {
+            match self.handle.route().add(route_message(wanted)).execute().await {
                 Err(error) if is_absent_family(wanted.family, &error) => return Ok(changed),
                 other => other.map_err(refused("add the local route"))?,
             }
@@ -159,7 +159,6 @@ impl Routing {
     async fn routes(&self, like: LocalRoute) -> Result<Vec<RouteMessage>, RoutingError> {
         let mut filter = RouteMessage::default();
         filter.header.address_family = family_of(like.family);
-        filter.header.table = like.table as u8;
         filter.header.kind = RouteType::Unspec;
         let listed: Result<Vec<RouteMessage>, _> =
             self.handle.route().get(filter).execute().try_collect().await;

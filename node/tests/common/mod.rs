@@ -1,6 +1,7 @@
 //! Namespaces for tests: a client and a pod, joined by a link, each with IPv4 and IPv6. Needs root.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+pub(crate) mod raw;
 pub(crate) mod traffic;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
