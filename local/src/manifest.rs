@@ -103,7 +103,7 @@ pub(crate) fn parse(file: &Path, text: &str) -> Result<Vec<Object>> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| Error::Manifest {
         file: file.to_owned(),
         line: error.location().map(|location| location.line()),
-        message: error.to_string(),
+        message: explained(&error.to_string()),
     })?;
     let mut objects = Vec::new();
     for document in documents.into_iter().filter(|document| !document.is_null()) {
@@ -120,6 +120,16 @@ pub(crate) fn parse(file: &Path, text: &str) -> Result<Vec<Object>> {
         }
     }
     Ok(objects)
+}
+
+/// Names the likely cause of an object that begins inside another one.
+fn explained(message: &str) -> String {
+    let begins_an_object = ["apiVersion", "kind", "metadata"].iter().any(|key| message.contains(key));
+    if message.contains("duplicate") && begins_an_object {
+        format!("{message}; is a line \"---\" missing between two documents?")
+    } else {
+        message.to_owned()
+    }
 }
 
 fn object(file: &Path, mut body: Value) -> Result<Object> {
@@ -173,6 +183,14 @@ mod tests {
     fn a_syntax_error_names_its_line() {
         let error = parsed("apiVersion: v1\nkind: [\n").expect_err("the sequence is not closed");
         assert!(matches!(error, Error::Manifest { line: Some(line), .. } if line >= 2), "{error}");
+    }
+
+    #[test]
+    fn a_missing_separator_is_named() {
+        let text = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\napiVersion: v1\nkind: Service\nmetadata: {name: b}\n";
+        let error = parsed(text).expect_err("one object has two kinds").to_string();
+        assert!(error.contains(r#"is a line "---" missing"#), "{error}");
+        assert!(error.starts_with("test.yaml:4"), "{error}");
     }
 
     #[test]

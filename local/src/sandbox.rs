@@ -5,6 +5,8 @@
 //! namespace. When the sandbox is dropped the thread ends, the descriptors close, and the kernel takes the
 //! namespace with everything in it: nothing is pinned in the file system.
 
+mod root;
+
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,13 +19,17 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::oneshot;
 
+pub(crate) use root::PrivateRoot;
+
 use crate::error::{Error, Result};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Files that are laid over their system-wide namesakes within a sandbox's mount namespace.
+/// What a sandbox's mount namespace shows in place of the system's files.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Overlays {
+    /// A root file system of the sandbox's own, where it mounts volumes.
+    pub(crate) root: Option<PrivateRoot>,
     /// Pairs of a file to show and the path to show it at. The path must exist; a symbolic link is followed.
     pub(crate) files: Vec<(PathBuf, PathBuf)>,
 }
@@ -235,6 +241,9 @@ fn lay_over(name: &str, overlays: &Overlays) -> Result<()> {
     // What is mounted here must not be seen outside.
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
         .map_err(Error::errno(format!("make the mounts of {name} private")))?;
+    if let Some(root) = &overlays.root {
+        root::enter(name, root)?;
+    }
     for (shown, path) in &overlays.files {
         let target = path
             .canonicalize()

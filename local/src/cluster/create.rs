@@ -16,12 +16,14 @@ use crate::addresses::{Addresses, DNS_V4};
 use crate::cluster::shared::{Node, Shared};
 use crate::dns::CLUSTER_DOMAIN;
 use crate::error::{Error, Result};
-use crate::kubelet::container::Surroundings;
+use crate::kubelet::configuration::Configuration;
+use crate::kubelet::container::{ConfigurationReader, Surroundings};
 use crate::kubelet::lifecycle;
 use crate::kubelet::probe::Prober;
 use crate::kubelet::status::{self, Redirection};
+use crate::kubelet::volumes;
 use crate::pod::{Inner, Origin, Pod, PodOptions};
-use crate::sandbox::{Overlays, Sandbox};
+use crate::sandbox::{Overlays, PrivateRoot, Sandbox};
 
 /// Delay before the node agent is asked again after it failed.
 const AGENT_RETRY: Duration = Duration::from_millis(250);
@@ -106,9 +108,10 @@ pub(crate) async fn create(shared: &Arc<Shared>, new: NewPod) -> Result<Pod> {
     let mut view = lifecycle::first_view(&object);
     if !run {
         view.containers.clear();
+        view.init_containers.clear();
         view.initialized = true;
     }
-    let containers = view.containers.len();
+    let containers = view.containers.len() + view.init_containers.len();
     // Environments may refer to the pod's addresses.
     object.status = Some(view.to_status(addresses, node.attached.addresses));
     let started = Arc::new(object.clone());
@@ -161,7 +164,14 @@ async fn sandbox(
     let name = object.metadata.name.as_deref().unwrap_or_default();
     let hostname = spec.and_then(|spec| spec.hostname.as_deref()).unwrap_or(name);
     let directory = shared.directory.join("pods").join(uid);
-    let overlays = write_files(&directory, namespace, hostname, addresses)?;
+    let mut overlays = write_files(&directory, namespace, hostname, addresses)?;
+    let configuration = Configuration::of(namespace, &shared.objects.lock().all());
+    let volumes = volumes::plan(object, &configuration)
+        .map_err(|message| Error::manifest(format!("{namespace}/{name}"), message))?;
+    if !volumes.is_empty() {
+        let binds = volumes.write(&directory.join("volumes"))?;
+        overlays.root = Some(PrivateRoot { directory: directory.join("root"), binds });
+    }
     let sandbox = Sandbox::new(name, Some(overlays)).await?;
     let port = format!("veth{}", uid.chars().take(8).collect::<String>());
     let gateway = shared.plan.gateway(node.index);
@@ -194,7 +204,7 @@ fn write_files(
         (write("resolv.conf", resolv)?, PathBuf::from("/etc/resolv.conf")),
         (write("hosts", hosts)?, PathBuf::from("/etc/hosts")),
     ];
-    Ok(Overlays { files })
+    Ok(Overlays { files, root: None })
 }
 
 /// A random uid in the form of RFC 9562, version 4.
@@ -237,13 +247,17 @@ async fn live(shared: Arc<Shared>, pod: Pod, run: Option<Arc<Object>>) {
     leave(&shared, &pod).await;
 }
 
-fn surroundings(shared: &Shared, pod: &Pod) -> Surroundings {
+fn surroundings(shared: &Arc<Shared>, pod: &Pod) -> Surroundings {
+    let (of, namespace) = (Arc::clone(shared), pod.namespace().to_owned());
     let own = &pod.inner.sandbox;
     let node = shared.nodes.get(pod.node()).map_or(own, |node| &node.attached.sandbox);
     Surroundings {
         pod: pod.to_string().into(),
         prober: Prober { node: node.clone(), pod: own.clone(), address: pod.ip().into() },
         view: Arc::clone(&pod.inner.view),
+        configuration: ConfigurationReader(Arc::new(move || {
+            Configuration::of(&namespace, &of.objects.lock().all())
+        })),
         processes: Arc::clone(&pod.inner.processes),
         stop: pod.inner.stop.subscribe(),
     }

@@ -11,9 +11,10 @@ use k8s_openapi::api::core::v1::{Container, LifecycleHandler, Pod};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::kubelet::configuration::Configuration;
 use crate::kubelet::plan::{Programs, Unplannable};
 use crate::kubelet::probe::{Probe, Prober};
-use crate::kubelet::status::{ContainerView, PodView, State};
+use crate::kubelet::status::{ContainerView, PodView, State, explain};
 use crate::process::{Command, Process};
 
 /// Delay before the first restart.
@@ -56,7 +57,7 @@ impl Restart {
 /// What a container runs, ready to be started.
 #[derive(Debug, Clone)]
 pub(crate) struct Planned {
-    /// Position among the pod's containers.
+    /// Position among the pod's containers, with the init containers counted after the others.
     pub(crate) index: usize,
     name: String,
     command: Command,
@@ -76,27 +77,32 @@ impl Planned {
         programs: &Programs,
         pod: &Pod,
         container: &Container,
+        configuration: &Configuration,
         index: usize,
         restart: Restart,
     ) -> Result<Self, Unplannable> {
-        if container.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty()) {
-            return Err(Unplannable {
-                reason: "CreateContainerConfigError",
-                message: format!("container {} mounts volumes, which do not exist here", container.name),
-            });
-        }
         let probe = |probe: &Option<_>| probe.as_ref().map(|probe| Probe::read(container, probe)).transpose();
         let lifecycle = container.lifecycle.as_ref();
         Ok(Self {
             index,
             name: container.name.clone(),
-            command: programs.command(pod, container)?,
+            command: programs.command(pod, container, configuration)?,
             startup: probe(&container.startup_probe)?,
             liveness: probe(&container.liveness_probe)?,
             readiness: probe(&container.readiness_probe)?,
             pre_stop: lifecycle.and_then(|lifecycle| lifecycle.pre_stop.clone()),
             restart,
         })
+    }
+}
+
+/// Reads a namespace's ConfigMaps and Secrets.
+#[derive(Clone)]
+pub(crate) struct ConfigurationReader(pub(crate) Arc<dyn Fn() -> Configuration + Send + Sync>);
+
+impl std::fmt::Debug for ConfigurationReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ConfigurationReader")
     }
 }
 
@@ -109,6 +115,8 @@ pub(crate) struct Surroundings {
     pub(crate) prober: Prober,
     /// Where views are published.
     pub(crate) view: Arc<watch::Sender<PodView>>,
+    /// The ConfigMaps and Secrets of the pod's namespace as they are now.
+    pub(crate) configuration: ConfigurationReader,
     /// The running processes by container, for their logs.
     pub(crate) processes: Arc<Mutex<Vec<Option<Process>>>>,
     /// Becomes `Some(grace)` when the pod is to stop.
@@ -116,9 +124,14 @@ pub(crate) struct Surroundings {
 }
 
 impl Surroundings {
-    fn update(&self, index: usize, change: impl FnOnce(&mut ContainerView)) {
+    /// Changes what is known of the container at `index`, where init containers count after the others.
+    pub(crate) fn update(&self, index: usize, change: impl FnOnce(&mut ContainerView)) {
         self.view.send_modify(|view| {
-            if let Some(container) = view.containers.get_mut(index) {
+            let container = match index.checked_sub(view.containers.len()) {
+                None => view.containers.get_mut(index),
+                Some(init) => view.init_containers.get_mut(init),
+            };
+            if let Some(container) = container {
                 change(container);
             }
         });
@@ -142,9 +155,11 @@ pub(crate) async fn run(planned: Planned, around: Surroundings) -> Option<i32> {
         let again = !stopped && planned.restart.applies(code);
         if !again {
             let reason = if code == 0 { "Completed" } else { "Error" };
+            let message = if code == 0 { String::new() } else { why };
             around.update(planned.index, |container| {
                 container.ready = false;
-                container.state = State::Terminated { code, reason: reason.to_owned() };
+                container.started = false;
+                container.state = State::Terminated { code, reason: reason.to_owned(), message };
             });
             return Some(code);
         }
@@ -154,6 +169,7 @@ pub(crate) async fn run(planned: Planned, around: Surroundings) -> Option<i32> {
         tracing::warn!(pod = &*around.pod, container = planned.name, code, why, "a container ended");
         around.update(planned.index, |container| {
             container.ready = false;
+            container.started = false;
             container.last_end = Some((code, why.clone()));
             container.state =
                 State::Waiting { reason: "CrashLoopBackOff".to_owned(), message: explain(code, &why) };
@@ -164,13 +180,6 @@ pub(crate) async fn run(planned: Planned, around: Surroundings) -> Option<i32> {
         }
         delay = (delay * 2).min(LONGEST_DELAY);
         around.update(planned.index, |container| container.restarts += 1);
-    }
-}
-
-fn explain(code: i32, why: &str) -> String {
-    match why {
-        "" => format!("exit code {code}"),
-        why => format!("exit code {code}: {why}"),
     }
 }
 
@@ -222,6 +231,7 @@ async fn probe(planned: &Planned, around: &Surroundings) -> String {
     {
         return why;
     }
+    around.update(planned.index, |container| container.started = true);
     let readiness = async {
         match &planned.readiness {
             None => around.update(planned.index, |container| container.ready = true),

@@ -1,17 +1,20 @@
-//! One pod's task: init containers one after another, then its containers side by side, until it is stopped.
+//! One pod's task: init containers one after another, then its containers beside the sidecars, until it is stopped.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::kubelet::container::{self, Planned, Restart, Surroundings};
-use crate::kubelet::plan::{Programs, Unplannable};
-use crate::kubelet::status::{ContainerView, PodView, State};
+use crate::kubelet::plan::{CONFIGURATION_FAULT, Programs, Unplannable};
+use crate::kubelet::status::{ContainerView, PodView, State, explain};
 
 /// What a pod without a grace period of its own gets, as in Kubernetes.
 const DEFAULT_GRACE: Duration = Duration::from_secs(30);
+/// Delay before a container that refers to an object that is not there is looked at again.
+const CONFIGURATION_RETRY: Duration = Duration::from_secs(1);
 
 /// The time a pod's containers have between SIGTERM and SIGKILL.
 pub(crate) fn grace(pod: &Pod) -> Duration {
@@ -21,64 +24,136 @@ pub(crate) fn grace(pod: &Pod) -> Duration {
 
 /// The view of a pod that was just set up.
 pub(crate) fn first_view(pod: &Pod) -> PodView {
-    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let view = |container: &Container| ContainerView {
+        // The field has no meaning for the containers proper.
+        sidecar: is_sidecar(container),
+        ..ContainerView::waiting(&container.name, container.image.as_deref().unwrap_or_default())
+    };
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers).map(view).collect();
+    let init = pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten());
+    let init_containers: Vec<ContainerView> = init.map(view).collect();
     PodView {
-        containers: containers
-            .map(|container| {
-                ContainerView::waiting(&container.name, container.image.as_deref().unwrap_or_default())
-            })
-            .collect(),
+        containers,
+        initialized: init_containers.is_empty(),
+        init_containers,
         redirection: None,
         terminating: None,
         gone: false,
         failure: None,
-        initialized: pod.spec.as_ref().is_none_or(|spec| spec.init_containers.is_none()),
         started: std::time::SystemTime::now(),
     }
 }
 
+/// Whether an init container runs beside the others for as long as they run (KEP-753).
+fn is_sidecar(container: &Container) -> bool {
+    container.restart_policy.as_deref() == Some("Always")
+}
+
 /// Runs the pod's containers. Returns when all have ended for good, or all are stopped after the pod was asked
-/// to stop.
+/// to stop. Sidecars stop last.
 pub(crate) async fn run(pod: Arc<Pod>, programs: Arc<Programs>, around: Surroundings) {
     let Some(spec) = &pod.spec else { return };
-    let restart = Restart::of(&pod);
-    for init in spec.init_containers.iter().flatten() {
-        // An init container is tried again unless the pod is never to restart (Kubernetes: Always acts as
-        // OnFailure here).
-        let policy = if restart == Restart::Never { Restart::Never } else { Restart::OnFailure };
-        // Its place is past the containers' ones, so that its states don't overwrite theirs.
-        match Planned::new(&programs, &pod, init, usize::MAX, policy) {
-            Ok(planned) => {
-                if container::run(planned, around.clone()).await != Some(0) {
-                    fail(&around, format!("init container {} failed", init.name));
-                    return;
+    let stop_sidecars = watch::Sender::new(None);
+    let beside = Surroundings { stop: stop_sidecars.subscribe(), ..around.clone() };
+    let mut sidecars = JoinSet::new();
+    if initialize(&pod, &programs, &around, &beside, &mut sidecars).await {
+        around.view.send_modify(|view| view.initialized = true);
+        let restart = Restart::of(&pod);
+        let mut running = JoinSet::new();
+        for (index, container) in spec.containers.iter().enumerate() {
+            let (pod, programs, around) = (Arc::clone(&pod), Arc::clone(&programs), around.clone());
+            let container = container.clone();
+            running.spawn(async move {
+                if let Some(planned) = plan(&programs, &pod, &container, index, restart, &around).await {
+                    container::run(planned, around).await;
                 }
+            });
+        }
+        join(&mut running, &around).await;
+    }
+    // KEP-753: sidecars are stopped after the containers, with what is left of the grace period; at least two seconds.
+    let grace = around.stop.borrow().map_or(DEFAULT_GRACE, |grace| grace.max(Duration::from_secs(2)));
+    stop_sidecars.send_replace(Some(grace));
+    join(&mut sidecars, &around).await;
+}
+
+/// Runs the init containers one after another and starts the sidecars among them. False when the containers are not
+/// to run: an init container failed for good, or the pod was stopped.
+async fn initialize(
+    pod: &Arc<Pod>,
+    programs: &Arc<Programs>,
+    around: &Surroundings,
+    beside: &Surroundings,
+    sidecars: &mut JoinSet<()>,
+) -> bool {
+    let Some(spec) = &pod.spec else { return false };
+    for (position, init) in spec.init_containers.iter().flatten().enumerate() {
+        let index = spec.containers.len() + position;
+        // Kubernetes: Always means OnFailure for an init container that is no sidecar.
+        let policy = match (is_sidecar(init), Restart::of(pod)) {
+            (true, _) => Restart::Always,
+            (false, Restart::Never) => Restart::Never,
+            (false, _) => Restart::OnFailure,
+        };
+        let Some(planned) = plan(programs, pod, init, index, policy, around).await else { return false };
+        if is_sidecar(init) {
+            sidecars.spawn(run_sidecar(planned, beside.clone()));
+            if !started(around, position).await {
+                return false;
             }
-            Err(Unplannable { reason, message }) => {
-                fail(&around, format!("{reason}: {message}"));
-                return;
+        } else {
+            let code = container::run(planned, around.clone()).await;
+            if code != Some(0) {
+                fail(around, failure_of(around, position, &init.name));
+                return false;
             }
         }
         if around.stop.borrow().is_some() {
-            return;
+            return false;
         }
     }
-    around.view.send_modify(|view| view.initialized = true);
-    let mut running = JoinSet::new();
-    for (index, container) in spec.containers.iter().enumerate() {
-        if let Some(planned) = plan(&programs, &pod, container, index, restart, &around) {
-            running.spawn(container::run(planned, around.clone()));
-        }
+    true
+}
+
+async fn run_sidecar(planned: Planned, around: Surroundings) {
+    container::run(planned, around).await;
+}
+
+/// Waits until a sidecar has started. False when the pod is stopped first.
+async fn started(around: &Surroundings, position: usize) -> bool {
+    let mut view = around.view.subscribe();
+    let has_started =
+        |view: &PodView| view.init_containers.get(position).is_some_and(|container| container.started);
+    tokio::select! {
+        started = view.wait_for(has_started) => started.is_ok(),
+        _ = around.stopping() => false,
     }
-    while let Some(ended) = running.join_next().await {
+}
+
+/// What a person is to read of an init container that failed for good.
+fn failure_of(around: &Surroundings, position: usize, name: &str) -> String {
+    let view = around.view.borrow();
+    let state = view.init_containers.get(position).map(|container| &container.state);
+    match state {
+        Some(State::Terminated { code, message, .. }) => {
+            format!("init container {name} failed ({})", explain(*code, message))
+        }
+        _ => format!("init container {name} failed"),
+    }
+}
+
+async fn join(tasks: &mut JoinSet<()>, around: &Surroundings) {
+    while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {
             tracing::error!(pod = &*around.pod, %error, "the task of a container failed");
-            fail(&around, "the task of a container failed".to_owned());
+            fail(around, "the task of a container failed".to_owned());
         }
     }
 }
 
-fn plan(
+/// Translates a container. One that refers to an object that is not there waits for it, as a kubelet does; `None` when
+/// it can never run, or the pod is stopped first.
+async fn plan(
     programs: &Programs,
     pod: &Pod,
     container: &Container,
@@ -86,16 +161,25 @@ fn plan(
     restart: Restart,
     around: &Surroundings,
 ) -> Option<Planned> {
-    match Planned::new(programs, pod, container, index, restart) {
-        Ok(planned) => Some(planned),
-        Err(Unplannable { reason, message }) => {
+    let mut last = String::new();
+    loop {
+        let configuration = (around.configuration.0)();
+        let unplannable = match Planned::new(programs, pod, container, &configuration, index, restart) {
+            Ok(planned) => return Some(planned),
+            Err(unplannable) => unplannable,
+        };
+        let Unplannable { reason, message } = unplannable;
+        if message != last {
             tracing::warn!(pod = &*around.pod, container = container.name, reason, message, "cannot run");
-            around.view.send_modify(|view| {
-                if let Some(container) = view.containers.get_mut(index) {
-                    container.state = State::Waiting { reason: reason.to_owned(), message };
-                }
-            });
-            None
+            last.clone_from(&message);
+        }
+        around.update(index, |view| view.state = State::Waiting { reason: reason.to_owned(), message });
+        if reason != CONFIGURATION_FAULT {
+            return None;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(CONFIGURATION_RETRY) => {}
+            _ = around.stopping() => return None,
         }
     }
 }

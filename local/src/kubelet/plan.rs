@@ -8,7 +8,11 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::{Container, EnvVar, Pod};
 
+use crate::kubelet::configuration::{Configuration, Data, Kind};
 use crate::process::Command;
+
+/// The reason of a container that refers to an object or field that is not there, as a kubelet gives it.
+pub(crate) const CONFIGURATION_FAULT: &str = "CreateContainerConfigError";
 
 /// Which program stands for which image.
 #[derive(Debug, Clone, Default)]
@@ -30,7 +34,7 @@ pub(crate) struct Unplannable {
 
 impl Unplannable {
     fn configuration(message: String) -> Self {
-        Self { reason: "CreateContainerConfigError", message }
+        Self { reason: CONFIGURATION_FAULT, message }
     }
 }
 
@@ -52,8 +56,13 @@ impl Programs {
     ///
     /// # Errors
     /// When the image stands for no program here, or the environment refers to what does not exist.
-    pub(crate) fn command(&self, pod: &Pod, container: &Container) -> Result<Command, Unplannable> {
-        let environment = environment(pod, container)?;
+    pub(crate) fn command(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        configuration: &Configuration,
+    ) -> Result<Command, Unplannable> {
+        let environment = environment(pod, container, configuration)?;
         let expand = |text: &String| expand(text, &environment);
         let mut words = container.command.iter().flatten().map(expand);
         let program = match words.next() {
@@ -77,8 +86,9 @@ impl Programs {
         self.of_image(image).ok_or_else(|| Unplannable {
             reason: "ImageNotFound",
             message: format!(
-                "no program stands for image {image:?}: none of that name lies in {}, and none is mapped to it",
-                self.beside.display()
+                "no program stands for image {image:?}: there is none of that name in {}; name one with --image {}=PROGRAM",
+                self.beside.display(),
+                without_tag(image)
             ),
         })
     }
@@ -93,30 +103,69 @@ fn without_tag(image: &str) -> &str {
     }
 }
 
-fn environment(pod: &Pod, container: &Container) -> Result<BTreeMap<String, String>, Unplannable> {
-    if container.env_from.as_ref().is_some_and(|sources| !sources.is_empty()) {
-        return Err(Unplannable::configuration(format!("envFrom of container {}", container.name)));
-    }
+fn environment(
+    pod: &Pod,
+    container: &Container,
+    configuration: &Configuration,
+) -> Result<BTreeMap<String, String>, Unplannable> {
     let mut environment = BTreeMap::new();
+    for source in container.env_from.iter().flatten() {
+        let prefix = source.prefix.as_deref().unwrap_or_default();
+        let config_map = source.config_map_ref.as_ref().map(|r| (Kind::ConfigMap, &r.name, r.optional));
+        let secret = source.secret_ref.as_ref().map(|r| (Kind::Secret, &r.name, r.optional));
+        let Some((kind, name, optional)) = config_map.or(secret) else { continue };
+        match configuration.get(kind, name) {
+            Some(data) => environment.extend(variables(prefix, data)),
+            None if optional == Some(true) => {}
+            None => {
+                let message = format!("container {}: there is no {} {name}", container.name, kind.name());
+                return Err(Unplannable::configuration(message));
+            }
+        }
+    }
     for variable in container.env.iter().flatten() {
-        let value = value_of(pod, variable)?;
+        // An optional key that is absent leaves the variable unset.
+        let Some(value) = value_of(pod, variable, configuration)? else { continue };
         let value = expand(&value, &environment);
         environment.insert(variable.name.clone(), value);
     }
     Ok(environment)
 }
 
-fn value_of(pod: &Pod, variable: &EnvVar) -> Result<String, Unplannable> {
-    let Some(source) = &variable.value_from else {
-        return Ok(variable.value.clone().unwrap_or_default());
-    };
-    let Some(field) = &source.field_ref else {
-        let message = format!("variable {}: only fieldRef is supported as a source", variable.name);
-        return Err(Unplannable::configuration(message));
-    };
-    field_of(pod, &field.field_path).ok_or_else(|| {
-        Unplannable::configuration(format!("variable {}: no field {}", variable.name, field.field_path))
+/// The keys that can be names of variables; Kubernetes skips the others too.
+fn variables<'a>(prefix: &'a str, data: &'a Data) -> impl Iterator<Item = (String, String)> + 'a {
+    let usable = |name: &str| !name.is_empty() && !name.contains(['=', '\0']);
+    data.iter().filter_map(move |(key, value)| {
+        let name = format!("{prefix}{key}");
+        usable(&name).then(|| (name, String::from_utf8_lossy(value).into_owned()))
     })
+}
+
+fn value_of(
+    pod: &Pod,
+    variable: &EnvVar,
+    configuration: &Configuration,
+) -> Result<Option<String>, Unplannable> {
+    let Some(source) = &variable.value_from else {
+        return Ok(Some(variable.value.clone().unwrap_or_default()));
+    };
+    let fault =
+        |message: String| Unplannable::configuration(format!("variable {}: {message}", variable.name));
+    if let Some(field) = &source.field_ref {
+        let value = field_of(pod, &field.field_path);
+        return value.map(Some).ok_or_else(|| fault(format!("no field {}", field.field_path)));
+    }
+    let config_map =
+        source.config_map_key_ref.as_ref().map(|r| (Kind::ConfigMap, &r.name, &r.key, r.optional));
+    let secret = source.secret_key_ref.as_ref().map(|r| (Kind::Secret, &r.name, &r.key, r.optional));
+    let Some((kind, name, key, optional)) = config_map.or(secret) else {
+        return Err(fault("resourceFieldRef and fileKeyRef are not supported here".to_owned()));
+    };
+    match configuration.get(kind, name).and_then(|data| data.get(key)) {
+        Some(value) => Ok(Some(String::from_utf8_lossy(value).into_owned())),
+        None if optional == Some(true) => Ok(None),
+        None => Err(fault(format!("there is no key {key} in {} {name}", kind.name()))),
+    }
 }
 
 /// The downward API's fields that Kubernetes allows in an environment.
@@ -199,7 +248,8 @@ mod tests {
         let programs = programs();
         for image in ["redis", "redis:7", "docker.io:5000/library/redis@sha256:0", "library/redis"] {
             let container = container(&format!("{{name: c, image: '{image}', args: [--port, '1']}}"));
-            let command = programs.command(&pod(), &container).expect("redis is mapped");
+            let command =
+                programs.command(&pod(), &container, &Configuration::default()).expect("redis is mapped");
             assert_eq!(command.program, Path::new("/usr/bin/redis-server"), "{image}");
             assert_eq!(command.args, ["--port", "1"]);
         }
@@ -208,8 +258,10 @@ mod tests {
     #[test]
     fn an_unknown_image_is_said_to_be_unknown() {
         let error =
-            programs().command(&pod(), &container("{name: c, image: nginx}")).expect_err("not mapped");
+            programs().command(&pod(), &container("{name: c, image: 'nginx:1'}"), &Configuration::default());
+        let error = error.expect_err("not mapped");
         assert_eq!(error.reason, "ImageNotFound");
+        assert!(error.message.contains("--image nginx=PROGRAM"), "{}", error.message);
     }
 
     #[test]
@@ -217,7 +269,9 @@ mod tests {
         let container = container(
             "{name: c, image: any, command: [/bin/echo, $(A)], args: [$(B), $$(A), $(MISSING)], env: [{name: A, value: one}, {name: B, value: $(A)-two}]}",
         );
-        let command = programs().command(&pod(), &container).expect("the command is absolute");
+        let command = programs()
+            .command(&pod(), &container, &Configuration::default())
+            .expect("the command is absolute");
         assert_eq!(command.program, Path::new("/bin/echo"));
         assert_eq!(command.args, ["one", "one-two", "$(A)", "$(MISSING)"]);
     }
@@ -225,16 +279,31 @@ mod tests {
     #[test]
     fn fields_of_the_pod_reach_the_environment() {
         let yaml = "{name: c, command: [/bin/true], env: [{name: IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}, {name: APP, valueFrom: {fieldRef: {fieldPath: \"metadata.labels['app']\"}}}]}";
-        let command = programs().command(&pod(), &container(yaml)).expect("both fields exist");
+        let command = programs().command(&pod(), &container(yaml), &Configuration::default());
+        let command = command.expect("both fields exist");
         assert_eq!(command.env.get(std::ffi::OsStr::new("IP")), Some(&"10.0.0.1".into()));
         assert_eq!(command.env.get(std::ffi::OsStr::new("APP")), Some(&"x".into()));
     }
 
     #[test]
-    fn an_unsupported_source_is_refused() {
+    fn keys_of_config_maps_and_secrets_reach_the_environment() {
+        let mut configuration = Configuration::default();
+        let data = |value: &str| Data::from([("k".to_owned(), value.as_bytes().to_vec())]);
+        configuration.insert(Kind::ConfigMap, "cm", data("plain"));
+        configuration.insert(Kind::Secret, "s", data("hidden"));
+        let yaml = "{name: c, command: [/bin/true], envFrom: [{prefix: CM_, configMapRef: {name: cm}}, {secretRef: {name: gone, optional: true}}], env: [{name: S, valueFrom: {secretKeyRef: {name: s, key: k}}}, {name: NONE, valueFrom: {configMapKeyRef: {name: cm, key: gone, optional: true}}}]}";
+        let command = programs().command(&pod(), &container(yaml), &configuration).expect("all is there");
+        let value = |name: &str| command.env.get(std::ffi::OsStr::new(name)).and_then(|value| value.to_str());
+        assert_eq!((value("CM_k"), value("S"), value("NONE")), (Some("plain"), Some("hidden"), None));
+    }
+
+    #[test]
+    fn a_missing_key_is_named() {
         let yaml =
             "{name: c, command: [/bin/true], env: [{name: S, valueFrom: {secretKeyRef: {name: s, key: k}}}]}";
-        let error = programs().command(&pod(), &container(yaml)).expect_err("there are no secrets");
+        let command = programs().command(&pod(), &container(yaml), &Configuration::default());
+        let error = command.expect_err("there is no such secret");
         assert_eq!(error.reason, "CreateContainerConfigError");
+        assert!(error.message.contains("no key k in Secret s"), "{}", error.message);
     }
 }

@@ -35,6 +35,8 @@ pub enum State {
         code: i32,
         /// `Completed` or `Error`.
         reason: String,
+        /// The last line of its output when it failed, or nothing.
+        message: String,
     },
 }
 
@@ -49,8 +51,12 @@ pub struct ContainerView {
     pub state: State,
     /// Whether its readiness probe holds (or it runs and has none).
     pub ready: bool,
+    /// Whether it runs and its startup probe, if it has one, has succeeded.
+    pub started: bool,
     /// How often it was started again.
     pub restarts: u32,
+    /// An init container that runs beside the others (`restartPolicy: Always`, KEP-753).
+    pub sidecar: bool,
     /// How the run before this one ended: exit code and last line of output.
     pub last_end: Option<(i32, String)>,
 }
@@ -69,6 +75,8 @@ pub enum Redirection {
 pub struct PodView {
     /// Its containers, in the order of the specification.
     pub containers: Vec<ContainerView>,
+    /// Its init containers, sidecars among them, in the order of the specification.
+    pub init_containers: Vec<ContainerView>,
     /// Whether it takes part in the mesh.
     pub redirection: Option<Redirection>,
     /// When it was asked to stop.
@@ -90,7 +98,15 @@ impl PodView {
         self.terminating.is_none()
             && self.failure.is_none()
             && self.initialized
-            && self.containers.iter().all(|container| container.ready)
+            && self.containers.iter().chain(self.sidecars()).all(|container| container.ready)
+    }
+
+    fn sidecars(&self) -> impl Iterator<Item = &ContainerView> {
+        self.init_containers.iter().filter(|container| container.sidecar)
+    }
+
+    fn all_containers(&self) -> impl Iterator<Item = &ContainerView> {
+        self.init_containers.iter().chain(&self.containers)
     }
 
     /// `Pending`, `Running`, `Succeeded` or `Failed`.
@@ -128,21 +144,18 @@ impl PodView {
         if self.terminating.is_some() {
             return "Terminating".to_owned();
         }
-        let waiting = self.containers.iter().find_map(|container| match &container.state {
-            State::Waiting { reason, message } if !reason.is_empty() => Some(match message.as_str() {
-                "" => reason.clone(),
-                message => format!("{reason}: {message}"),
-            }),
-            State::Terminated { code, reason } if *code != 0 => Some(format!("{reason} (exit code {code})")),
-            _ => None,
-        });
+        let init = self.init_containers.iter().find_map(ContainerView::complaint);
+        let waiting = match init {
+            Some(complaint) => Some(format!("Init:{complaint}")),
+            None => self.containers.iter().find_map(ContainerView::complaint),
+        };
         waiting.unwrap_or_else(|| self.phase().to_owned())
     }
 
     /// Whether a container waits for something that time alone does not bring, such as a program for its image.
     #[must_use]
     pub fn is_stuck(&self) -> bool {
-        self.containers.iter().any(|container| match &container.state {
+        self.all_containers().any(|container| match &container.state {
             State::Waiting { reason, .. } => reason != CREATING,
             State::Terminated { code, .. } => *code != 0 && self.terminating.is_none(),
             State::Running { .. } => false,
@@ -152,7 +165,7 @@ impl PodView {
     /// How often containers were started again, all together.
     #[must_use]
     pub fn restarts(&self) -> u32 {
-        self.containers.iter().map(|container| container.restarts).sum()
+        self.all_containers().map(|container| container.restarts).sum()
     }
 
     /// The view as a Kubernetes status.
@@ -174,8 +187,19 @@ impl PodView {
             start_time: Some(time(self.started)),
             conditions: Some(conditions.map(|(type_, status)| condition(type_, status)).to_vec()),
             container_statuses: Some(self.containers.iter().map(ContainerView::to_status).collect()),
+            init_container_statuses: Some(
+                self.init_containers.iter().map(ContainerView::to_status).collect(),
+            ),
             ..PodStatus::default()
         }
+    }
+}
+
+/// An exit code with the last line of output, if there is one.
+pub(crate) fn explain(code: i32, last_line: &str) -> String {
+    match last_line {
+        "" => format!("exit code {code}"),
+        line => format!("exit code {code}: {line}"),
     }
 }
 
@@ -199,8 +223,26 @@ impl ContainerView {
             image: image.to_owned(),
             state: State::Waiting { reason: CREATING.to_owned(), message: String::new() },
             ready: false,
+            started: false,
             restarts: 0,
+            sidecar: false,
             last_end: None,
+        }
+    }
+
+    /// What is wrong with it, if something is.
+    fn complaint(&self) -> Option<String> {
+        match &self.state {
+            State::Waiting { reason, message } if reason != CREATING && !reason.is_empty() => {
+                Some(match message.as_str() {
+                    "" => reason.clone(),
+                    message => format!("{reason}: {message}"),
+                })
+            }
+            State::Terminated { code, reason, message } if *code != 0 => {
+                Some(format!("{reason} ({})", explain(*code, message)))
+            }
+            _ => None,
         }
     }
 
@@ -217,10 +259,11 @@ impl ContainerView {
                 running: Some(ContainerStateRunning { started_at: Some(time(*since)) }),
                 ..ContainerState::default()
             },
-            State::Terminated { code, reason } => ContainerState {
+            State::Terminated { code, reason, message } => ContainerState {
                 terminated: Some(ContainerStateTerminated {
                     exit_code: *code,
                     reason: Some(reason.clone()),
+                    message: Some(message.clone()).filter(|message| !message.is_empty()),
                     ..ContainerStateTerminated::default()
                 }),
                 ..ContainerState::default()
@@ -239,7 +282,7 @@ impl ContainerView {
             image: self.image.clone(),
             ready: self.ready,
             restart_count: i32::try_from(self.restarts).unwrap_or(i32::MAX),
-            started: Some(matches!(self.state, State::Running { .. })),
+            started: Some(self.started),
             state: Some(state),
             last_state,
             ..ContainerStatus::default()
@@ -255,6 +298,7 @@ mod tests {
         let container = ContainerView { state, ready, ..ContainerView::waiting("c", "i") };
         PodView {
             containers: vec![container],
+            init_containers: Vec::new(),
             redirection: None,
             terminating: None,
             gone: false,
@@ -278,15 +322,16 @@ mod tests {
         let waiting =
             State::Waiting { reason: "CrashLoopBackOff".to_owned(), message: "exit code 3".to_owned() };
         assert_eq!(view(waiting, false).summary(), "CrashLoopBackOff: exit code 3");
-        let ended = State::Terminated { code: 1, reason: "Error".to_owned() };
+        let ended =
+            State::Terminated { code: 1, reason: "Error".to_owned(), message: "no database".to_owned() };
         let view = view(ended, false);
         assert_eq!(view.phase(), "Failed");
-        assert_eq!(view.summary(), "Error (exit code 1)");
+        assert_eq!(view.summary(), "Error (exit code 1: no database)");
     }
 
     #[test]
     fn a_pod_whose_containers_all_ended_well_has_succeeded() {
-        let ended = State::Terminated { code: 0, reason: "Completed".to_owned() };
+        let ended = State::Terminated { code: 0, reason: "Completed".to_owned(), message: String::new() };
         assert_eq!(view(ended, false).phase(), "Succeeded");
     }
 }
