@@ -1,5 +1,6 @@
 //! The command `ambit`.
 
+mod remote;
 mod up;
 
 use std::process::ExitCode;
@@ -12,6 +13,12 @@ use clap::Parser;
 enum Command {
     /// Runs a mesh with the workloads of a directory of manifests on this machine, without a cluster.
     Up(up::Options),
+    /// Runs a command in a pod of a mesh that `ambit up` runs.
+    Exec(remote::Exec),
+    /// Prints the output of a container of such a mesh.
+    Logs(remote::Logs),
+    /// Prints the configuration of a node's proxy of such a mesh, as JSON.
+    Dump(remote::Dump),
 }
 
 fn main() -> ExitCode {
@@ -20,6 +27,9 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let outcome = match Command::parse() {
         Command::Up(options) => up::run(&options),
+        Command::Exec(options) => remote::exec(&options),
+        Command::Logs(options) => remote::logs(&options),
+        Command::Dump(options) => remote::dump(&options),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("ambit: {error:#}");

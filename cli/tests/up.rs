@@ -57,7 +57,7 @@ fn shown() -> (Child, Vec<String>) {
     let mut lines = Vec::new();
     for line in BufReader::new(output).lines() {
         let line = line.expect("text");
-        let last = line.contains("no program of the mesh has fallen");
+        let last = line.contains("no program of the mesh has ended");
         lines.push(line);
         if last {
             break;

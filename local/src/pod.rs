@@ -264,10 +264,26 @@ impl Pod {
         Process::start(format!("a program in pod {self}"), &self.inner.sandbox, command).await
     }
 
-    /// The process of a container, by its position in the specification.
+    /// The name of the Deployment that it belongs to.
+    #[must_use]
+    pub fn deployment(&self) -> Option<&str> {
+        match &self.inner.origin {
+            Origin::Deployment { name, .. } => Some(name),
+            Origin::Manifest | Origin::Call => None,
+        }
+    }
+
+    /// The process of a container, by its position in the specification; init containers count after the others.
     #[must_use]
     pub fn process(&self, container: usize) -> Option<Process> {
         self.inner.processes.lock().get(container).cloned().flatten()
+    }
+
+    /// The names of its containers, then of its init containers: the order of [`Pod::process`].
+    #[must_use]
+    pub fn container_names(&self) -> Vec<String> {
+        let view = self.inner.view.borrow();
+        view.containers.iter().chain(&view.init_containers).map(|container| container.name.clone()).collect()
     }
 
     /// The last output of all containers, container after container.

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -38,6 +39,7 @@ pub struct Command {
     pub(crate) env: BTreeMap<OsString, OsString>,
     pub(crate) directory: Option<PathBuf>,
     pub(crate) log_file: Option<PathBuf>,
+    pub(crate) stdio: Option<Arc<[OwnedFd; 3]>>,
 }
 
 impl Command {
@@ -84,6 +86,13 @@ impl Command {
         self.log_file = Some(file.into());
         self
     }
+
+    /// Gives the program these as standard input, output and error; nothing of its output is kept then.
+    #[must_use]
+    pub fn stdio(mut self, descriptors: [OwnedFd; 3]) -> Self {
+        self.stdio = Some(Arc::new(descriptors));
+        self
+    }
 }
 
 /// A running or ended child. The last clone to be dropped kills it with its process group.
@@ -94,6 +103,7 @@ pub struct Process {
     signals: mpsc::Sender<(Signal, oneshot::Sender<()>)>,
     exit: watch::Receiver<Option<ExitStatus>>,
     output: Arc<Output>,
+    env: Arc<BTreeMap<OsString, OsString>>,
 }
 
 impl Process {
@@ -108,6 +118,7 @@ impl Process {
     ) -> Result<Self> {
         let name = name.into();
         let log_file = command.log_file.clone();
+        let env = Arc::new(command.env.clone());
         let label = Arc::clone(&name);
         // The parent-death signal follows the thread that forks, so this must be the sandbox's own one,
         // which lives as long as the sandbox.
@@ -125,7 +136,7 @@ impl Process {
         let (exited, exit) = watch::channel(None);
         let group = Group { pid, reaped: false };
         tokio::spawn(supervise(child, group, readers, pending, exited));
-        Ok(Self { name, pid, signals, exit, output })
+        Ok(Self { name, pid, signals, exit, output, env })
     }
 
     /// Process id of the leader.
@@ -138,6 +149,12 @@ impl Process {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The environment that its command set, without what it inherited.
+    #[must_use]
+    pub fn environment(&self) -> &BTreeMap<OsString, OsString> {
+        &self.env
     }
 
     /// Whether the leader still runs.
@@ -186,6 +203,13 @@ impl Process {
         }
     }
 
+    /// Sends a signal by number, as [`Process::signal`] does; a number that is no signal does nothing.
+    pub async fn signal_number(&self, number: i32) {
+        if let Ok(signal) = Signal::try_from(number) {
+            self.signal(signal).await;
+        }
+    }
+
     /// SIGTERM, then SIGKILL if it still runs after `grace`. Returns how it ended.
     ///
     /// # Errors
@@ -211,6 +235,13 @@ impl Process {
     #[must_use]
     pub fn logs(&self) -> Vec<String> {
         self.output.lines()
+    }
+
+    /// The lines of its output from number `from` on, counted from 0, that are still kept, and the number of the next
+    /// line. Nothing when the output goes to a log file.
+    #[must_use]
+    pub fn logs_from(&self, from: u64) -> (Vec<String>, u64) {
+        self.output.lines_from(from)
     }
 
     /// The last line of its output.
@@ -254,6 +285,8 @@ struct Output {
 struct Kept {
     lines: VecDeque<String>,
     bytes: usize,
+    /// How many lines were dropped before those.
+    dropped: u64,
 }
 
 impl Output {
@@ -264,9 +297,17 @@ impl Output {
         while kept.bytes > LOG_BYTES {
             let Some(oldest) = kept.lines.pop_front() else { break };
             kept.bytes -= oldest.len();
+            kept.dropped += 1;
         }
         drop(kept);
         self.more.notify_waiters();
+    }
+
+    fn lines_from(&self, from: u64) -> (Vec<String>, u64) {
+        let kept = self.kept.lock();
+        let skip = usize::try_from(from.saturating_sub(kept.dropped)).unwrap_or(usize::MAX);
+        let next = kept.dropped + u64::try_from(kept.lines.len()).unwrap_or_default();
+        (kept.lines.iter().skip(skip).cloned().collect(), next)
     }
 
     fn lines(&self) -> Vec<String> {
@@ -353,17 +394,25 @@ async fn supervise(
 
 /// Runs on the sandbox's thread.
 fn spawn(name: &str, command: &Command) -> Result<Child> {
-    let Command { program, args, env, directory, log_file } = command;
+    let Command { program, args, env, directory, log_file, stdio } = command;
     let mut spawning = tokio::process::Command::new(program);
     spawning.args(args).envs(env).stdin(Stdio::null()).process_group(0);
     if let Some(directory) = directory {
         spawning.current_dir(directory);
     }
-    match log_file {
-        None => {
+    match (stdio, log_file) {
+        (Some(stdio), _) => {
+            let again = |descriptor: &OwnedFd| {
+                let attempt = format!("hand a descriptor to {name}");
+                descriptor.try_clone().map(Stdio::from).map_err(Error::system(attempt))
+            };
+            let [input, output, error] = &**stdio;
+            spawning.stdin(again(input)?).stdout(again(output)?).stderr(again(error)?);
+        }
+        (None, None) => {
             spawning.stdout(Stdio::piped()).stderr(Stdio::piped());
         }
-        Some(path) => {
+        (None, Some(path)) => {
             let attempt = format!("open the log file {} of {name}", path.display());
             let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
             let file = file.map_err(Error::system(attempt.clone()))?;

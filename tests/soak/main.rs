@@ -113,7 +113,7 @@ async fn soak(arguments: &Arguments) -> Result<Report> {
     run.under_load(minutes, Duration::from_secs_f64(arguments.every)).await?;
     eprintln!("the load has ended; waiting for rest");
     let after = run.rest(Some(&before)).await;
-    run.faults.extend(run.bed.cluster.fallen());
+    run.faults.extend(run.bed.cluster.program_troubles());
     let warm_up = WARM_UP.min(minutes / 6);
     let counters = run.counters().await;
     let report = Report::new(

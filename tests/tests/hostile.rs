@@ -213,7 +213,7 @@ impl Hostile {
             let answer = tokio::time::timeout(wait::SOON, exchange(&mut stream, b"as before")).await;
             assert_eq!(answer.expect("an answer in time").unwrap(), b"as before");
         }
-        assert_eq!(self.cluster.fallen(), Vec::<String>::new());
+        assert_eq!(self.cluster.program_troubles(), Vec::<String>::new());
     }
 
     /// A node proxy's service account token, as if of a pod on `node`.

@@ -85,6 +85,10 @@ impl Machine {
 
 impl Up {
     fn start(directory: &Path, once: bool) -> Self {
+        Self::start_with(directory, if once { &["--open", "0", "--once"] } else { &["--open", "0"] })
+    }
+
+    fn start_with(directory: &Path, args: &[&str]) -> Self {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let mark = format!("{}-{number}", std::process::id());
@@ -94,7 +98,7 @@ impl Up {
         beside.pop();
         beside.pop();
         let mut command = Command::new(beside.join("ambit"));
-        command.arg("up").arg(directory).args(["--open", "0"]).args(once.then_some("--once"));
+        command.arg("up").arg(directory).args(args);
         command.env(MARK, &mark).env("TMPDIR", temporary.path()).process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).kill_on_drop(true);
         let mut child = command.spawn().expect("the programs are built beside the tests");
@@ -225,7 +229,7 @@ async fn once_ends_with_zero_and_leaves_nothing_behind() {
 async fn ctrl_c_ends_what_runs_with_zero_and_leaves_nothing_behind() {
     let mut up = Up::start(&manifests(), false);
     let opened = up.read_until(|line| line.starts_with("open http://")).await.pop().unwrap();
-    up.read_until(|line| line.contains("no program of the mesh has fallen")).await;
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
     assert!(open(&opened).await.starts_with("HTTP/1.1 200"), "the page can be opened from this machine");
     let namespaces = up.namespaces();
     up.interrupt();
@@ -276,10 +280,92 @@ async fn text_that_is_no_yaml_is_named_with_file_and_line_and_named_again_when_i
     let broken = fs::read_to_string(&file).unwrap();
     fs::copy(manifests().join("reviews.yaml"), &file).unwrap();
     let mut up = Up::start(directory.path(), false);
-    up.read_until(|line| line.contains("no program of the mesh has fallen")).await;
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
     fs::write(&file, broken).unwrap();
     let lines = up.read_until(|text| text.starts_with(&format!("! {}:{line}: ", file.display()))).await;
     up.interrupt();
     assert_eq!(up.end().await.0, Some(0), "{lines:#?}");
     up.assert_gone(&BTreeSet::new()).await;
+}
+
+/// Runs `ambit` with arguments against the mesh of `up`; its exit code and standard output.
+async fn ambit(up: &Up, args: &[&str], input: &str) -> (Option<i32>, String) {
+    let mut beside = std::env::current_exe().unwrap();
+    beside.pop();
+    beside.pop();
+    let mut command = Command::new(beside.join("ambit"));
+    command.args(args).env("TMPDIR", up.temporary.path()).env_remove("XDG_RUNTIME_DIR");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).await.unwrap();
+    drop(stdin);
+    let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await.unwrap().unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exec_logs_and_dump_reach_a_running_mesh() {
+    let mut up = Up::start(&manifests(), false);
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
+    let shell = "echo \"$(hostname -I) $SERVICE_VERSION\"; cat; exit 7";
+    let (code, text) =
+        ambit(&up, &["exec", "bookinfo/reviews-v1", "--", "/bin/sh", "-c", shell], "from outside\n").await;
+    assert_eq!((code, text.lines().nth(1)), (Some(7), Some("from outside")), "{text}");
+    assert!(text.starts_with("10."), "the pod's own address: {text}");
+    let (code, text) = ambit(&up, &["logs", "-n", "bookinfo", "reviews-v1"], "").await;
+    assert_eq!(code, Some(0), "{text}");
+    let (code, text) = ambit(&up, &["dump", "node-1"], "").await;
+    assert_eq!(code, Some(0));
+    let dump: serde_json::Value = serde_json::from_str(&text).expect("a dump is JSON");
+    assert!(dump.get("workloads").is_some());
+    assert_eq!(ambit(&up, &["logs", "nobody"], "").await.0, Some(1));
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0));
+    up.assert_gone(&BTreeSet::new()).await;
+    assert_eq!(ambit(&up, &["dump", "node-1"], "").await.0, Some(1), "no mesh runs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn programs_of_the_mesh_that_die_are_restarted() {
+    let mut up = Up::start(&manifests(), false);
+    let opened = up.read_until(|line| line.starts_with("open http://")).await.pop().unwrap();
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
+    for program in ["ztunnel", "ambit-control"] {
+        let named = |pid: &u32| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == program)
+        };
+        let victim = up.processes().into_iter().find(named).expect("it runs");
+        let victim = Pid::from_raw(i32::try_from(victim).unwrap());
+        nix::sys::signal::kill(victim, Signal::SIGKILL).unwrap();
+        let wanted =
+            |line: &str| line.starts_with("! ") && line.contains(program) && line.contains("restarted");
+        up.read_until(wanted).await;
+    }
+    wait::until("the page opens again", LIMIT, || async { open(&opened).await.contains(" 200") }).await;
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_mesh_is_reported_as_not_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let pod = |name: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: idle}}\nspec: {{containers: [{{name: c, command: [/bin/sleep, '1000']}}]}}\n"
+        )
+    };
+    let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: idle, labels: {istio.io/dataplane-mode: ambient}}\n";
+    let ignored = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: n, namespace: idle}\nspec: {podSelector: {}}\n";
+    let text = format!("{namespace}{}{}{ignored}", pod("a"), pod("b"));
+    fs::write(directory.path().join("idle.yaml"), text).unwrap();
+    let mut up = Up::start_with(directory.path(), &["--once"]);
+    let (code, lines) = up.end().await;
+    assert_eq!(code, Some(0), "{lines:#?}");
+    for wanted in [
+        "– no payload is readable on the wire between the nodes: not shown: no traffic",
+        "– every connection is authenticated on both sides: not shown: no traffic",
+        "note: kind NetworkPolicy has no effect in a local cluster (NetworkPolicy idle/n)",
+    ] {
+        assert_eq!(lines.iter().filter(|line| line.starts_with(wanted)).count(), 1, "{wanted}: {lines:#?}");
+    }
 }

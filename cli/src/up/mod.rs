@@ -18,14 +18,17 @@ use std::time::Duration;
 
 use ambit_local::Cluster;
 use ambit_local::isolate::{self, Stage};
+use ambit_net::seqpacket::SeqPacketListener;
 use anyhow::{Context, ensure};
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::remote::{self, Endpoint};
+
 use expectations::Expectations;
 use forward::Forward;
 use proof::Proof;
-use screen::Screen;
+use screen::{News, Screen};
 
 /// How often the table is drawn.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -79,7 +82,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         Stage::Supervisor => {
             let directory = &options.directory;
             ensure!(directory.is_dir(), "{} is no directory", directory.display());
-            let mut descriptors = Vec::new();
+            let (_endpoint, socket) = Endpoint::listen()?;
+            let mut descriptors = vec![socket];
             if let Some(listener) = listen(options)? {
                 descriptors.push(OwnedFd::from(listener));
                 descriptors.push(isolate::client_socket()?);
@@ -128,6 +132,9 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     };
     let expectations = Expectations::read(&cluster);
     let mut descriptors = isolate::inherited().await?.into_iter();
+    let commands = descriptors.next().context("the supervisor handed no socket down")?;
+    let commands =
+        tokio::spawn(remote::serve(SeqPacketListener::from_fd(commands)?, Arc::downgrade(&cluster)));
     let forward = match descriptors.next() {
         Some(listener) => {
             let listener = TcpListener::from(listener);
@@ -151,6 +158,7 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     };
     screen.end();
     drop(forward);
+    commands.abort();
     if let Some(cluster) = Arc::into_inner(cluster) {
         cluster.shutdown().await;
     }
@@ -161,7 +169,8 @@ async fn start(options: &Options) -> anyhow::Result<Arc<Cluster>> {
     let mut builder = Cluster::builder()
         .nodes(usize::from(options.nodes))
         .manifests(&options.directory)
-        .directory(Path::new(isolate::DIRECTORY));
+        .directory(Path::new(isolate::DIRECTORY))
+        .restart_programs();
     if options.no_ipv6 {
         builder = builder.ipv6(false);
     }
@@ -187,7 +196,7 @@ async fn once(
     let mut proof = Proof::new();
     proof.note("every workload is ready and captured", ready);
     proof.run(cluster, expectations, forward).await;
-    screen.draw(&troubles(cluster).await, &flows::read(cluster).await, Some(&proof));
+    screen.draw(&news(cluster).await, &flows::read(cluster).await, Some(&proof));
     if proof.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -214,17 +223,21 @@ async fn stay(
             done = &mut proving, if proof.is_none() => proof = Some(done),
             _ = refresh.tick() => {
                 let flows = flows::read(cluster).await;
-                screen.draw(&troubles(cluster).await, &flows, proof.as_ref());
+                screen.draw(&news(cluster).await, &flows, proof.as_ref());
             }
         }
     }
 }
 
-/// What a person should know that is not well, a line each.
+async fn news(cluster: &Cluster) -> News {
+    News { troubles: troubles(cluster).await, notes: cluster.ignored() }
+}
+
+/// What is not well, a line each.
 async fn troubles(cluster: &Cluster) -> Vec<String> {
     let mut lines = cluster.problems();
     lines.extend(cluster.control_problems().await);
-    lines.extend(cluster.fallen());
+    lines.extend(cluster.program_troubles());
     for pod in cluster.pods() {
         let view = pod.view();
         // A pod that has just been made, or is on its way out, is as it should be.

@@ -32,8 +32,41 @@ const SAMPLE_NAMESPACE: &str = "ambit-sample";
 pub(crate) struct Check {
     /// What was to be shown.
     pub(crate) claim: String,
-    /// What was seen, or why it does not hold.
-    pub(crate) outcome: Result<String, String>,
+    /// What came of it.
+    pub(crate) outcome: Outcome,
+}
+
+/// What came of a check, with what was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It holds.
+    Shown(String),
+    /// Nothing happened that could show it, which is no fault of the mesh.
+    NotShown(String),
+    /// It does not hold.
+    Failed(String),
+}
+
+/// The error of a check that saw nothing to judge.
+#[derive(Debug)]
+struct NoTraffic(String);
+
+impl std::fmt::Display for NoTraffic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "no traffic: {}", self.0)
+    }
+}
+
+impl std::error::Error for NoTraffic {}
+
+impl From<anyhow::Result<String>> for Outcome {
+    fn from(result: anyhow::Result<String>) -> Self {
+        match result {
+            Ok(seen) => Self::Shown(seen),
+            Err(error) if error.is::<NoTraffic>() => Self::NotShown(error.to_string()),
+            Err(error) => Self::Failed(format!("{error:#}")),
+        }
+    }
 }
 
 /// All sentences so far.
@@ -50,13 +83,13 @@ impl Proof {
 
     /// Adds a sentence.
     pub(crate) fn note(&mut self, claim: &str, outcome: anyhow::Result<String>) {
-        let outcome = outcome.map_err(|error| format!("{error:#}"));
-        self.checks.push(Check { claim: claim.to_owned(), outcome });
+        self.checks.push(Check { claim: claim.to_owned(), outcome: outcome.into() });
     }
 
-    /// Whether all of it held.
+    /// Whether nothing failed.
     pub(crate) fn holds(&self) -> bool {
-        !self.checks.is_empty() && self.checks.iter().all(|check| check.outcome.is_ok())
+        let failed = |check: &Check| matches!(check.outcome, Outcome::Failed(_));
+        !self.checks.is_empty() && !self.checks.iter().any(failed)
     }
 
     /// Makes all checks but the first, which is [`wait_ready`].
@@ -82,13 +115,13 @@ impl Proof {
         if let Some(forward) = page {
             self.note("the page opens from this machine", opens(forward, expectations.page_path()).await);
         }
-        let fallen = cluster.fallen();
-        let stands = if fallen.is_empty() {
+        let troubles = cluster.program_troubles();
+        let running = if troubles.is_empty() {
             Ok("control plane and node proxies run".to_owned())
         } else {
-            Err(anyhow!("{}", fallen.join("; ")))
+            Err(anyhow!("{}", troubles.join("; ")))
         };
-        self.note("no program of the mesh has fallen", stands);
+        self.note("no program of the mesh has ended", running);
     }
 }
 
@@ -157,7 +190,9 @@ fn judge_authentication(flows: &Flows) -> anyhow::Result<String> {
         ensure!(flow.confirmed > 0.0, "{name} is not confirmed by the destination's proxy");
         pairs += 1;
     }
-    ensure!(pairs > 0, "nobody in the mesh has talked to anybody");
+    if pairs == 0 {
+        return Err(NoTraffic("no workload of the mesh has connected to another".to_owned()).into());
+    }
     Ok(format!("{pairs} pairs of workloads, mutual TLS, identities reported alike by both proxies"))
 }
 
@@ -202,7 +237,9 @@ fn judge_capture(
         .filter(|packet| packet.tcp && [packet.source.port(), packet.destination.port()].contains(&HBONE))
         .map(|packet| packet.payload.len())
         .sum();
-    ensure!(tunnelled > 0, "nothing crossed the wire on port {HBONE}");
+    if tunnelled == 0 {
+        return Err(NoTraffic(format!("nothing crossed the wire on port {HBONE}")).into());
+    }
     Ok(format!(
         "{} packets listened to, {tunnelled} bytes on port {HBONE}; {} words found only in a sample sent in the clear",
         captured.packets.len(),
@@ -275,7 +312,12 @@ async fn spread(cluster: &Cluster, service: &ServiceName) -> anyhow::Result<Stri
                 wanted.iter().map(|workload| format!("{workload} {}", reached(workload))).collect();
             return Ok(shares.join(", "));
         }
-        ensure!(Instant::now() < deadline, "of {wanted:?}, nobody connected to {missing:?}");
+        if Instant::now() >= deadline {
+            if missing.len() == wanted.len() {
+                return Err(NoTraffic(format!("no workload has connected to {}", service.name)).into());
+            }
+            bail!("of {wanted:?}, nobody connected to {missing:?}");
+        }
         tokio::time::sleep(POLL).await;
     }
 }

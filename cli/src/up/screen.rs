@@ -7,12 +7,21 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::up::flows::Flows;
-use crate::up::proof::Proof;
+use crate::up::proof::{Outcome, Proof};
 
 const GREEN: &str = "32";
 const RED: &str = "31";
 const BOLD: &str = "1";
 const DIM: &str = "2";
+
+/// What a person should know beside the flows, a line each.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct News {
+    /// What is not well.
+    pub(crate) troubles: Vec<String>,
+    /// What the manifests ask for and is not done here.
+    pub(crate) notes: Vec<String>,
+}
 
 /// Where the table is shown.
 pub(crate) struct Screen {
@@ -25,8 +34,10 @@ pub(crate) struct Screen {
     header: String,
     /// Where there is no terminal: whether the table was printed.
     table_printed: bool,
-    /// Where there is no terminal: the troubles that were told.
+    /// Where there is no terminal: the troubles that were printed.
     troubles: Vec<String>,
+    /// Where there is no terminal: the notes that were printed.
+    notes: Vec<String>,
 }
 
 impl Screen {
@@ -40,6 +51,7 @@ impl Screen {
             header: String::new(),
             table_printed: false,
             troubles: Vec::new(),
+            notes: Vec::new(),
         }
     }
 
@@ -70,13 +82,19 @@ impl Screen {
         self.header.push('\n');
     }
 
-    /// Shows pods that are not well, flows and proof.
-    pub(crate) fn draw(&mut self, troubles: &[String], flows: &Flows, proof: Option<&Proof>) {
+    /// Shows what is not well, what is ignored, flows and proof.
+    pub(crate) fn draw(&mut self, news: &News, flows: &Flows, proof: Option<&Proof>) {
         self.end();
+        let News { troubles, notes } = news;
         let paint = |code: &'static str| Paint { code, on: self.terminal };
         let mut text = String::new();
         for line in troubles {
             let _ = writeln!(text, "{}", paint(RED).apply(&format!("! {line}")));
+        }
+        if self.live {
+            for line in notes {
+                let _ = writeln!(text, "{}", paint(DIM).apply(&format!("note: {line}")));
+            }
         }
         add_flows(&mut text, flows, &paint);
         if let Some(proof) = proof {
@@ -90,15 +108,20 @@ impl Screen {
             print(&format!("\x1b[?7l\x1b[H{screen}\x1b[J\x1b[?7h"));
             return;
         }
+        let unread = notes.iter().filter(|line| !self.notes.contains(line));
+        print(&unread.map(|line| format!("note: {line}\n")).collect::<String>());
         if proof.is_some() && !self.table_printed {
             print(&text);
             self.table_printed = true;
         } else {
             // Where there is nothing to draw over, news are enough.
-            let news = troubles.iter().filter(|line| !self.troubles.contains(line));
-            print(&news.map(|line| format!("! {line}\n")).collect::<String>());
+            let unread = troubles.iter().filter(|line| !self.troubles.contains(line));
+            print(&unread.map(|line| format!("! {line}\n")).collect::<String>());
+            let mended = self.troubles.iter().filter(|line| !troubles.contains(line));
+            print(&mended.map(|line| format!("mended: {line}\n")).collect::<String>());
         }
-        self.troubles = troubles.to_vec();
+        self.troubles.clone_from(troubles);
+        self.notes.clone_from(notes);
     }
 }
 
@@ -172,10 +195,11 @@ fn add_proof(text: &mut String, proof: &Proof, paint: &impl Fn(&'static str) -> 
     let _ = writeln!(text);
     for check in &proof.checks {
         let (mark, detail) = match &check.outcome {
-            Ok(detail) => (paint(GREEN).apply("✓"), detail),
-            Err(detail) => (paint(RED).apply("✗"), detail),
+            Outcome::Shown(detail) => (paint(GREEN).apply("✓"), detail.clone()),
+            Outcome::NotShown(detail) => (paint(DIM).apply("–"), format!("not shown: {detail}")),
+            Outcome::Failed(detail) => (paint(RED).apply("✗"), detail.clone()),
         };
-        let _ = writeln!(text, "{mark} {}: {}", check.claim, paint(DIM).apply(detail));
+        let _ = writeln!(text, "{mark} {}: {}", check.claim, paint(DIM).apply(&detail));
     }
 }
 

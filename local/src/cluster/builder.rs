@@ -21,7 +21,7 @@ use crate::cluster::mesh::{self, MeshOptions};
 use crate::cluster::objects::Objects;
 use crate::cluster::program::Program;
 use crate::cluster::shared::{Node, Shared};
-use crate::cluster::{Cluster, watch as manifests};
+use crate::cluster::{Cluster, restart, watch as manifests};
 use crate::dns::Dns;
 use crate::error::{Error, Result};
 use crate::fabric::{Attached, Fabric};
@@ -46,6 +46,7 @@ pub struct ClusterBuilder {
     programs: BTreeMap<String, PathBuf>,
     bin_dir: Option<PathBuf>,
     directory: Option<PathBuf>,
+    restart_programs: bool,
     options: MeshOptions,
 }
 
@@ -62,6 +63,7 @@ impl ClusterBuilder {
             programs: BTreeMap::new(),
             bin_dir: None,
             directory: None,
+            restart_programs: false,
             options: MeshOptions::default(),
         }
     }
@@ -202,6 +204,13 @@ impl ClusterBuilder {
         self
     }
 
+    /// Restarts the control plane and the node proxies when they end by themselves. Default false: tests decide.
+    #[must_use]
+    pub fn restart_programs(mut self) -> Self {
+        self.restart_programs = true;
+        self
+    }
+
     /// Brings the cluster up. Returns when the control plane and every ztunnel are ready and the controller has
     /// acted on the manifests once; their pods may still be starting.
     ///
@@ -260,6 +269,9 @@ impl ClusterBuilder {
         cluster.tasks.spawn(renew_tokens(Arc::clone(&shared)));
         for ready in join_all(ztunnels.iter().map(|ztunnel| ztunnel.wait_ready())).await {
             ready?;
+        }
+        if self.restart_programs {
+            cluster.tasks.spawn(restart::keep_running(shared, control));
         }
         Ok(())
     }

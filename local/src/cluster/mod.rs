@@ -3,11 +3,13 @@
 mod builder;
 mod controller;
 mod create;
+mod ignored;
 pub(crate) mod mesh;
 mod objects;
 mod parts;
 mod program;
 mod publish;
+mod restart;
 pub(crate) mod shared;
 mod watch;
 
@@ -299,6 +301,13 @@ impl Cluster {
             if problem.contains(object) { problem.clone() } else { format!("{object}: {problem}") }
         }));
         problems
+    }
+
+    /// What the manifests ask for that a local cluster does not do, a sentence each.
+    #[must_use]
+    pub fn ignored(&self) -> Vec<String> {
+        let nodes: Vec<String> = self.shared.nodes.iter().map(|node| node.name.clone()).collect();
+        ignored::ignored(&self.shared.objects.lock().all(), &nodes)
     }
 
     /// Ends everything: pods' programs with SIGTERM and their grace period (at most 5 s here), then the mesh.

@@ -22,6 +22,12 @@ impl Cluster {
         self.shared.nodes.len()
     }
 
+    /// The names of the nodes, by index.
+    #[must_use]
+    pub fn node_names(&self) -> Vec<String> {
+        self.shared.nodes.iter().map(|node| node.name.clone()).collect()
+    }
+
     /// A node's address on the fabric.
     ///
     /// # Errors
@@ -192,22 +198,13 @@ impl Cluster {
         mesh::zds_socket(&self.shared, index)
     }
 
-    /// Programs of the mesh that have ended although nobody ended them, with what they said last.
+    /// Programs of the mesh that have ended although nobody ended them, or were restarted, with what they said last.
     #[must_use]
-    pub fn fallen(&self) -> Vec<String> {
+    pub fn program_troubles(&self) -> Vec<String> {
         let ztunnels: Vec<Ztunnel> =
             self.shared.nodes.iter().flat_map(|node| node.ztunnels.lock().clone()).collect();
-        let ended = |program: &Program| program.end().map(|end| (end, program.logs()));
-        let control =
-            self.mesh.iter().filter_map(|(_, control)| Some(("ambit-control".to_owned(), ended(control)?)));
-        let proxies =
-            ztunnels.iter().filter_map(|ztunnel| Some((ztunnel.pod().name().to_owned(), ended(ztunnel)?)));
-        control
-            .chain(proxies)
-            .map(|(name, (end, logs))| {
-                format!("{name} has ended ({end}): {}", logs.last().map_or("", String::as_str))
-            })
-            .collect()
+        let control = self.mesh.iter().filter_map(|(_, control)| control.trouble());
+        control.chain(ztunnels.iter().filter_map(|ztunnel| ztunnel.trouble())).collect()
     }
 
     /// What the control plane finds wrong with objects now, in its own words; nothing in a cluster without a mesh.

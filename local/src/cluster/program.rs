@@ -43,12 +43,29 @@ struct Inner {
     command: Command,
     listeners: Listeners,
     current: Mutex<Option<Process>>,
+    ends: Mutex<Ends>,
+}
+
+/// The ends after which it was started again.
+#[derive(Debug, Clone, Default)]
+struct Ends {
+    count: u32,
+    last: String,
 }
 
 impl Program {
     /// A program that is not started yet.
     pub(crate) fn new(name: String, sandbox: Sandbox, command: Command, listeners: Listeners) -> Self {
-        Self { inner: Arc::new(Inner { name, sandbox, command, listeners, current: Mutex::new(None) }) }
+        Self {
+            inner: Arc::new(Inner {
+                name,
+                sandbox,
+                command,
+                listeners,
+                current: Mutex::new(None),
+                ends: Mutex::default(),
+            }),
+        }
     }
 
     fn current(&self) -> Result<Process> {
@@ -68,6 +85,47 @@ impl Program {
         let process = Process::start(name.as_str(), sandbox, command.clone()).await?;
         *self.inner.current.lock() = Some(process);
         Ok(())
+    }
+
+    /// Starts it again after it ended by itself, and remembers how it ended.
+    ///
+    /// # Errors
+    /// When it can't be executed.
+    pub(crate) async fn start_again(&self) -> Result<()> {
+        if let Some(end) = self.describe_end() {
+            let mut ends = self.inner.ends.lock();
+            *ends = Ends { count: ends.count + 1, last: end };
+        }
+        self.start().await
+    }
+
+    /// How the present process ended, with its last line.
+    fn describe_end(&self) -> Option<String> {
+        let current = self.inner.current.lock();
+        let process = current.as_ref()?;
+        let status = process.exit_status()?;
+        let line = process.last_line().unwrap_or_default();
+        Some(format!("{status}: {line}"))
+    }
+
+    /// That it has ended, or ended and was started again; `None` when it has run since it was first started.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        let name = &self.inner.name;
+        if let Some(end) = self.describe_end() {
+            return Some(format!("{name} has ended ({end})"));
+        }
+        let ends = self.inner.ends.lock();
+        match ends.count {
+            0 => None,
+            1 => Some(format!("{name} ended and was restarted ({})", ends.last)),
+            count => Some(format!("{name} ended and was restarted {count} times (last {})", ends.last)),
+        }
+    }
+
+    /// Whether both handles lead to one program.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Whether it runs.

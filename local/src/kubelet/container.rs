@@ -285,7 +285,8 @@ async fn before_stop(planned: &Planned, around: &Surroundings, grace: Duration) 
 }
 
 /// The exit code as containers report it: a signal's number counts from 128.
-fn exit_code(status: ExitStatus) -> i32 {
+#[must_use]
+pub fn exit_code(status: ExitStatus) -> i32 {
     status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1)
 }
 

@@ -143,36 +143,55 @@ fn new_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?)
 }
 
-/// The listening side. Its file is removed when it is dropped.
+/// A listening socket at `path`, which replaces what a dead predecessor left there. It needs no runtime, so it can be
+/// made before the process that will accept is started. The file is readable and writable for its owner only.
+///
+/// # Errors
+/// `AddrInUse` when another process listens there.
+pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::PermissionsExt;
+    if path.exists() {
+        if is_served(path)? {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!("{} is served by another process", path.display()),
+            ));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let socket = new_socket()?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listen(&socket, Backlog::new(BACKLOG)?)?;
+    Ok(socket)
+}
+
+/// The listening side. A file that it made is removed when it is dropped.
 #[derive(Debug)]
 pub struct SeqPacketListener {
     socket: AsyncFd<OwnedFd>,
-    path: PathBuf,
+    /// Absent where another process made the file and removes it.
+    path: Option<PathBuf>,
 }
 
 impl SeqPacketListener {
+    /// Takes over a listening, non-blocking socket, as [`listen_at`] makes it. Must be called on a runtime.
+    ///
+    /// # Errors
+    /// When the runtime cannot watch it.
+    pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
+        Ok(Self { socket: register(socket, Interest::READABLE)?, path: None })
+    }
+
     /// Listens at `path`, replacing what a dead predecessor left there. Must be called on a runtime.
     /// The file is readable and writable for its owner only.
     ///
     /// # Errors
     /// `AddrInUse` when somebody still listens there.
     pub fn bind(path: impl AsRef<Path>) -> io::Result<Self> {
-        use std::os::unix::fs::PermissionsExt;
         let path = path.as_ref().to_owned();
-        if path.exists() {
-            if is_served(&path)? {
-                return Err(io::Error::new(
-                    io::ErrorKind::AddrInUse,
-                    format!("{} is served by another process", path.display()),
-                ));
-            }
-            std::fs::remove_file(&path)?;
-        }
-        let socket = new_socket()?;
-        bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-        listen(&socket, Backlog::new(BACKLOG)?)?;
-        Ok(Self { socket: register(socket, Interest::READABLE)?, path })
+        let socket = listen_at(&path)?;
+        Ok(Self { socket: register(socket, Interest::READABLE)?, path: Some(path) })
     }
 
     /// The next connection. Cancel safe.
@@ -181,16 +200,18 @@ impl SeqPacketListener {
         SeqPacket::from_fd(accepted)
     }
 
-    /// Where it listens.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Where it listens, if it made the socket itself.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 }
 
 impl Drop for SeqPacketListener {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::debug!(path = %self.path.display(), %error, "socket file not removed");
+        if let Some(path) = &self.path
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::debug!(path = %path.display(), %error, "socket file not removed");
         }
     }
 }

@@ -18,7 +18,7 @@ fn path() -> PathBuf {
 
 async fn pair() -> (SeqPacketListener, SeqPacket, SeqPacket) {
     let listener = SeqPacketListener::bind(path()).unwrap();
-    let dialled = SeqPacket::connect(listener.path()).unwrap();
+    let dialled = SeqPacket::connect(listener.path().unwrap()).unwrap();
     let accepted = listener.accept().await.unwrap();
     (listener, dialled, accepted)
 }
@@ -99,7 +99,7 @@ async fn a_dead_predecessors_file_is_replaced_and_a_living_ones_is_not() {
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
     let listener = SeqPacketListener::bind(&path).unwrap();
-    SeqPacket::connect(listener.path()).unwrap();
+    SeqPacket::connect(listener.path().unwrap()).unwrap();
 }
 
 #[tokio::test]

@@ -186,7 +186,7 @@ impl Bed {
     }
 
     pub(crate) async fn end(self) {
-        assert!(self.cluster.fallen().is_empty(), "{:?}", self.cluster.fallen());
+        assert!(self.cluster.program_troubles().is_empty(), "{:?}", self.cluster.program_troubles());
         self.cluster.shutdown().await;
     }
 

@@ -1,0 +1,104 @@
+//! Commands for a mesh that `ambit up` runs in another terminal: `ambit exec`, `ambit logs`, `ambit dump`.
+//!
+//! `ambit up` listens on a socket of the user's; each command is one connection to it. A packet is one JSON message.
+
+mod client;
+mod directory;
+mod protocol;
+mod server;
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+pub(crate) use directory::Endpoint;
+pub(crate) use server::serve;
+
+use protocol::{Request, Target};
+
+/// Which of several meshes.
+#[derive(Debug, Args)]
+struct Mesh {
+    /// Process id of the `ambit up` that is meant, where several run.
+    #[arg(long, value_name = "PID")]
+    mesh: Option<u32>,
+}
+
+/// Which container.
+#[derive(Debug, Args)]
+struct Container {
+    /// The pod: its name, NAMESPACE/NAME, or the name of its Deployment.
+    pod: String,
+    /// Namespace of the pod.
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// The container; default is the first.
+    #[arg(short, long)]
+    container: Option<String>,
+}
+
+impl Container {
+    fn target(&self) -> Target {
+        let (namespace, pod) = self.pod.split_once('/').unwrap_or((&self.namespace, &self.pod));
+        Target { namespace: namespace.to_owned(), pod: pod.to_owned(), container: self.container.clone() }
+    }
+}
+
+/// Options of `ambit exec`.
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    container: Container,
+    #[command(flatten)]
+    mesh: Mesh,
+    /// The command and its arguments.
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+/// Options of `ambit logs`.
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    #[command(flatten)]
+    container: Container,
+    /// Go on with what is written from now on.
+    #[arg(short, long)]
+    follow: bool,
+    #[command(flatten)]
+    mesh: Mesh,
+}
+
+/// Options of `ambit dump`.
+#[derive(Debug, Args)]
+pub(crate) struct Dump {
+    /// The node, such as `node-1`.
+    node: String,
+    #[command(flatten)]
+    mesh: Mesh,
+}
+
+/// Runs a command in a pod, with this terminal as its input and output.
+///
+/// # Errors
+/// When no mesh runs, or it has no such pod, or the command cannot be started.
+pub(crate) fn exec(options: &Exec) -> anyhow::Result<ExitCode> {
+    let request = Request::Exec { target: options.container.target(), command: options.command.clone() };
+    client::ask(options.mesh.mesh, &request)
+}
+
+/// Prints the output of a container.
+///
+/// # Errors
+/// When no mesh runs, or it has no such pod.
+pub(crate) fn logs(options: &Logs) -> anyhow::Result<ExitCode> {
+    let request = Request::Logs { target: options.container.target(), follow: options.follow };
+    client::ask(options.mesh.mesh, &request)
+}
+
+/// Prints the configuration of a node's proxy as JSON.
+///
+/// # Errors
+/// When no mesh runs, or it has no such node.
+pub(crate) fn dump(options: &Dump) -> anyhow::Result<ExitCode> {
+    client::ask(options.mesh.mesh, &Request::Dump { node: options.node.clone() })
+}

@@ -1,0 +1,75 @@
+//! The messages between a command and the mesh: one JSON object a packet.
+
+use serde::{Deserialize, Serialize};
+
+/// No packet is longer, bytes.
+pub(super) const LONGEST_PACKET: usize = 64 * 1024;
+/// Text is sent in pieces of at most this many bytes; JSON may escape each byte to six.
+pub(super) const PIECE: usize = 8 * 1024;
+
+/// A container of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Target {
+    pub(super) namespace: String,
+    /// Name of the pod or of its Deployment.
+    pub(super) pod: String,
+    pub(super) container: Option<String>,
+}
+
+/// What a command asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum Request {
+    /// Runs a command; standard input, output and error come as descriptors with this packet.
+    Exec { target: Target, command: Vec<String> },
+    /// Prints the output of a container.
+    Logs { target: Target, follow: bool },
+    /// Prints the configuration of a node's proxy.
+    Dump { node: String },
+    /// Passes a signal on to the command of [`Request::Exec`].
+    Signal { number: i32 },
+}
+
+/// What the mesh answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum Reply {
+    /// A piece of text to print.
+    Text(String),
+    /// The end, with the exit code of the command.
+    Done { code: u8 },
+    /// The request cannot be fulfilled.
+    Failed(String),
+}
+
+/// Cuts text into pieces that fit into a packet each.
+pub(super) fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let end = rest.floor_char_boundary(PIECE.min(rest.len()));
+        let (piece, tail) = rest.split_at(end);
+        rest = tail;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_whole_characters_and_lose_nothing() {
+        let text = "ä".repeat(PIECE);
+        let cut: Vec<&str> = pieces(&text).collect();
+        assert!(cut.iter().all(|piece| piece.len() <= PIECE));
+        assert_eq!(cut.concat(), text);
+        assert_eq!(pieces("").count(), 0);
+    }
+
+    #[test]
+    fn the_longest_piece_fits_into_a_packet_however_it_is_escaped() {
+        let text = "\u{1}".repeat(PIECE);
+        let reply = Reply::Text(pieces(&text).next().expect("a piece").to_owned());
+        assert!(serde_json::to_vec(&reply).expect("it can be encoded").len() <= LONGEST_PACKET);
+    }
+}

@@ -1,0 +1,170 @@
+//! The side of the mesh: accepts connections and does for each what it asks for.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use ambit_local::{Cluster, Command, Pod, Process};
+use ambit_net::seqpacket::{Received, SeqPacket, SeqPacketListener};
+use anyhow::{Context, anyhow, bail};
+use tokio::sync::Semaphore;
+
+use super::protocol::{LONGEST_PACKET, Reply, Request, Target, pieces};
+
+/// Connections at once; others wait.
+const CONNECTIONS: usize = 64;
+/// How often the output of a followed container is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// Pause after an accept that failed, such as for lack of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long a command has between SIGTERM and SIGKILL once its caller is gone.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Serves commands until the cluster is gone.
+pub(crate) async fn serve(listener: SeqPacketListener, cluster: Weak<Cluster>) {
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+        let socket = match listener.accept().await {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%error, "a command could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let cluster = Weak::clone(&cluster);
+        tokio::spawn(async move {
+            if let Err(error) = answer(&socket, &cluster).await {
+                let reply = Reply::Failed(format!("{error:#}"));
+                if let Err(error) = send(&socket, &reply).await {
+                    tracing::debug!(%error, "the command is gone");
+                }
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn answer(socket: &SeqPacket, cluster: &Weak<Cluster>) -> anyhow::Result<()> {
+    let mut buffer = vec![0; LONGEST_PACKET];
+    let Received { len, descriptors } = socket.recv(&mut buffer).await?;
+    let request = serde_json::from_slice(buffer.get(..len).unwrap_or_default())?;
+    match request {
+        Request::Exec { target, command } => {
+            let process = start(&find(cluster, &target)?, &target, &command, descriptors).await?;
+            attend(socket, &process).await
+        }
+        Request::Logs { target, follow } => {
+            let pod = find(cluster, &target)?;
+            tokio::select! {
+                // The caller sends nothing more; what comes is its end.
+                _ = socket.recv(&mut buffer) => Ok(()),
+                printed = print_logs(socket, &pod, &target, follow) => printed,
+            }
+        }
+        Request::Dump { node } => dump(socket, cluster, &node).await,
+        Request::Signal { .. } => bail!("there is no command to signal"),
+    }
+}
+
+fn find(cluster: &Weak<Cluster>, target: &Target) -> anyhow::Result<Pod> {
+    let cluster = cluster.upgrade().context("the mesh is ending")?;
+    let Target { namespace, pod: name, .. } = target;
+    let of_deployment = |pod: &Pod| pod.namespace() == namespace && pod.deployment() == Some(name);
+    let named = cluster.find_pod(namespace, name);
+    let found = named.or_else(|| cluster.pods().into_iter().find(of_deployment));
+    found.with_context(|| format!("there is no pod or Deployment {namespace}/{name}"))
+}
+
+/// The position of the container that is meant.
+fn position(pod: &Pod, target: &Target) -> anyhow::Result<usize> {
+    let Some(wanted) = &target.container else { return Ok(0) };
+    let names = pod.container_names();
+    names
+        .iter()
+        .position(|name| name == wanted)
+        .with_context(|| format!("pod {pod} has no container {wanted}; it has {}", names.join(", ")))
+}
+
+async fn start(
+    pod: &Pod,
+    target: &Target,
+    words: &[String],
+    descriptors: Vec<OwnedFd>,
+) -> anyhow::Result<Process> {
+    let stdio: [OwnedFd; 3] =
+        descriptors.try_into().map_err(|_| anyhow!("standard input, output and error must come along"))?;
+    let (program, args) = words.split_first().context("no command was given")?;
+    let mut command = Command::new(program).args(args).stdio(stdio);
+    if let Some(process) = pod.process(position(pod, target)?) {
+        for (name, value) in process.environment() {
+            command = command.env(name, value);
+        }
+    }
+    Ok(pod.spawn(command).await?)
+}
+
+/// Waits for the end of a command, passes signals on to it, and ends it when its caller is gone.
+async fn attend(socket: &SeqPacket, process: &Process) -> anyhow::Result<()> {
+    let mut buffer = vec![0; LONGEST_PACKET];
+    loop {
+        tokio::select! {
+            status = process.wait() => {
+                let code = ambit_local::exit_code(status?);
+                return send(socket, &Reply::Done { code: u8::try_from(code).unwrap_or(u8::MAX) }).await;
+            }
+            received = socket.recv(&mut buffer) => {
+                let length = received.map_or(0, |received| received.len);
+                match serde_json::from_slice(buffer.get(..length).unwrap_or_default()) {
+                    Ok(Request::Signal { number }) => process.signal_number(number).await,
+                    _ => {
+                        process.terminate(GRACE).await?;
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn print_logs(socket: &SeqPacket, pod: &Pod, target: &Target, follow: bool) -> anyhow::Result<()> {
+    let position = position(pod, target)?;
+    let mut printed = (0, 0);
+    loop {
+        let process = pod.process(position);
+        if let Some(process) = &process {
+            // A restarted container's output is counted from its beginning.
+            let from = if printed.0 == process.pid() { printed.1 } else { 0 };
+            let (lines, next) = process.logs_from(from);
+            printed = (process.pid(), next);
+            for line in lines {
+                send_text(socket, &format!("{line}\n")).await?;
+            }
+        }
+        if !follow || pod.view().gone {
+            return send(socket, &Reply::Done { code: 0 }).await;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn dump(socket: &SeqPacket, cluster: &Weak<Cluster>, node: &str) -> anyhow::Result<()> {
+    let cluster = cluster.upgrade().context("the mesh is ending")?;
+    let names = cluster.node_names();
+    let index = names.iter().position(|name| name == node);
+    let index = index.with_context(|| format!("there is no node {node}; there are {}", names.join(", ")))?;
+    let dump = cluster.ztunnel(index)?.config_dump().await?;
+    send_text(socket, &format!("{}\n", serde_json::to_string_pretty(&dump)?)).await?;
+    send(socket, &Reply::Done { code: 0 }).await
+}
+
+async fn send_text(socket: &SeqPacket, text: &str) -> anyhow::Result<()> {
+    for piece in pieces(text) {
+        send(socket, &Reply::Text(piece.to_owned())).await?;
+    }
+    Ok(())
+}
+
+async fn send(socket: &SeqPacket, reply: &Reply) -> anyhow::Result<()> {
+    Ok(socket.send(&serde_json::to_vec(reply)?, &[]).await?)
+}
