@@ -28,7 +28,7 @@ use crate::object::{Change, ObjectRef};
 use crate::observe::{Findings, IndexMetrics, Observed};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::census::Census;
-use crate::serve::publish::Tables;
+use crate::serve::publish::Published;
 use crate::serve::roots;
 use crate::source::directory::{Directories, WatchError};
 use crate::source::{Event, SourceName};
@@ -358,18 +358,18 @@ fn services(
     authority: Authority,
     authenticator: Arc<JwtAuthenticator>,
 ) -> (Server, CertificateService, Observed) {
-    let (tables, publishers) = Tables::new();
-    publishers.into_iter().for_each(|publisher| tasks.spawn("a table's publisher", publisher.run()));
+    let (published, publisher) = Published::new();
+    tasks.spawn("the publisher", publisher.run());
     let census = Arc::new(Census::default());
     let policy = IssuancePolicy { trusted_node_proxies: config.trusted_node_proxies.clone() };
-    let certificates = CertificateService::new(authority, authenticator.clone(), census.clone(), policy);
-    let admission = TokenAdmission::new(authenticator);
+    let admission = TokenAdmission::new(authenticator.clone(), policy.clone());
+    let certificates = CertificateService::new(authority, authenticator, census.clone(), policy);
     let xds_refused = admission.refused();
-    let xds = Server::new(tables.in_order(), ServerConfig::default()).with_admission(Arc::new(admission));
+    let xds = Server::with_admission(published.store(), ServerConfig::default(), Arc::new(admission));
     let observed = Observed {
         source: Arc::default(),
         index: Arc::default(),
-        tables,
+        published,
         census,
         connections: Arc::default(),
         xds: xds.metrics().clone(),
@@ -415,7 +415,7 @@ async fn start_index(
     let (directories, events) = Directories::watch(roots, observed.source.clone())?;
     let (ready, is_ready) = oneshot::channel();
     let worker = IndexWorker {
-        tables: observed.tables.clone(),
+        published: observed.published.clone(),
         census: observed.census.clone(),
         metrics: observed.index.clone(),
         findings: observed.findings.clone(),
@@ -442,7 +442,7 @@ async fn start_index(
 
 /// The index and where its results go; runs on a thread of its own.
 struct IndexWorker {
-    tables: Tables,
+    published: Published,
     census: Arc<Census>,
     metrics: Arc<IndexMetrics>,
     findings: Findings,
@@ -477,7 +477,7 @@ impl IndexWorker {
         let Changes { policies, addresses, seats, findings } = index.apply(changes);
         // A proxy that hears of a pod may ask for its certificate at once.
         self.census.apply(seats);
-        self.tables.publish(policies, addresses);
+        self.published.publish(policies, addresses);
         self.report(findings);
         self.metrics.batches.fetch_add(1, Ordering::Relaxed);
         self.metrics.computed.fetch_add(index.computed() - before, Ordering::Relaxed);

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::index::Finding;
 use crate::object::ObjectRef;
 use crate::serve::census::Census;
-use crate::serve::publish::Tables;
+use crate::serve::publish::Published;
 use crate::source::SourceMetrics;
 
 /// Live counters of the index.
@@ -34,7 +34,7 @@ pub(crate) type Findings = Arc<Mutex<BTreeMap<ObjectRef, Vec<Finding>>>>;
 pub(crate) struct Observed {
     pub(crate) source: Arc<SourceMetrics>,
     pub(crate) index: Arc<IndexMetrics>,
-    pub(crate) tables: Tables,
+    pub(crate) published: Published,
     pub(crate) census: Arc<Census>,
     /// Connections that finished their handshake.
     pub(crate) connections: Arc<AtomicU64>,
@@ -91,9 +91,10 @@ impl Observed {
         counter(registry, ("index_batches", "Batches of changes taken"), index, |m| &m.batches);
         counter(registry, ("index_computed", "Producers of resources computed"), index, |m| &m.computed);
         counter(registry, ("index_microseconds", "Time spent on changes"), index, |m| &m.micros);
-        let (policies, addresses, census) = (self.tables.clone(), self.tables.clone(), self.census.clone());
-        gauge(registry, ("policies", "Policies served"), move || policies.len().0 as u64);
-        gauge(registry, ("addresses", "Workloads and services served"), move || addresses.len().1 as u64);
+        let (policies, addresses, census) =
+            (self.published.clone(), self.published.clone(), self.census.clone());
+        gauge(registry, ("policies", "Policies served"), move || policies.policies() as u64);
+        gauge(registry, ("addresses", "Workloads and services served"), move || addresses.addresses() as u64);
         gauge(registry, ("live_pods", "Live pods bound to a node"), move || census.len() as u64);
     }
 
@@ -105,7 +106,12 @@ impl Observed {
             u64::try_from(subscribers.subscribers.load(Ordering::Relaxed)).unwrap_or(0)
         });
         counter(registry, ("xds_refused", "Streams refused because too many were open"), xds, |m| &m.refused);
-        counter(registry, ("xds_unauthenticated", "Subscribers not believed"), &self.xds_refused, |m| m);
+        counter(
+            registry,
+            ("xds_unauthenticated", "Subscribers without valid credentials or right"),
+            &self.xds_refused,
+            |m| m,
+        );
         counter(registry, ("xds_lagged", "Streams ended because they fell behind"), xds, |m| &m.lagged);
         counter(registry, ("xds_requests", "Requests received"), xds, |m| &m.requests);
         counter(registry, ("xds_nacks", "Requests that rejected resources"), xds, |m| &m.nacks);
@@ -126,12 +132,11 @@ impl Observed {
 
     /// The sections of the configuration dump.
     pub(crate) fn admin(&self) -> Admin {
-        let (findings, tables) = (self.findings.clone(), self.tables.clone());
+        let (findings, published) = (self.findings.clone(), self.published.clone());
         Admin::new()
             .section("findings", move || Ok(dump(&findings.lock())))
             .section("resources", move || {
-                let (policies, addresses) = tables.len();
-                Ok(json!({ "policies": policies, "addresses": addresses }))
+                Ok(json!({ "policies": published.policies(), "addresses": published.addresses() }))
             })
             .section("version", || Ok(json!(env!("CARGO_PKG_VERSION"))))
     }

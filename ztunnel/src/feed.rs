@@ -1,24 +1,19 @@
-//! From discovery to the directory: what the control plane sends is applied as it comes.
+//! From discovery to the directory: each batch of the control plane is applied as one snapshot.
 //!
 //! Runs on the control runtime; readers see whole snapshots and are never held up.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use ambit_api::security::Authorization;
 use ambit_api::workload::Address;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
-use ambit_directory::{Directory, Update as Change};
+use ambit_directory::{Directory, InvalidResource, Update as Change};
 use ambit_identity::{ControlPlane, Credentials};
 use ambit_xds::{BoxError, Client, ClientConfig, Connector, Handler, Rejected, Update};
-use parking_lot::Mutex;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
 use crate::config::Config;
-
-/// The writer, shared by the two handlers; they are called one at a time by one task.
-type Writer = Arc<Mutex<Directory>>;
 
 /// The client of the control plane's discovery service, and the future that drives it.
 pub fn subscribe(
@@ -26,22 +21,22 @@ pub fn subscribe(
     directory: Directory,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
-    let writer: Writer = Arc::new(Mutex::new(directory));
     let metadata = BTreeMap::from([
+        ("NAME".to_owned(), config.pod_name.clone()),
         ("NAMESPACE".to_owned(), config.pod_namespace.clone()),
         ("NODE_NAME".to_owned(), config.node.clone()),
+        ("INSTANCE_IPS".to_owned(), config.instance_ip.to_string()),
         ("CLUSTER_ID".to_owned(), config.cluster_id.clone()),
         ("NETWORK".to_owned(), config.network.clone()),
     ]);
     let node = ambit_xds::ztunnel_node(config.instance_ip, &config.pod_name, &config.pod_namespace, metadata);
+    let builder = Client::builder(ClientConfig::new(node), Applier(directory));
     // Policies first: no address is known before what protects it.
-    let policies = policy_handler(writer.clone());
-    let builder = Client::builder(ClientConfig::new(node)).wildcard(AUTHORIZATION_TYPE_URL, policies);
-    let addresses = Addresses(writer);
+    let builder = builder.wildcard(AUTHORIZATION_TYPE_URL, policy);
     let builder = if config.xds.on_demand {
-        builder.on_demand(ADDRESS_TYPE_URL, addresses)
+        builder.on_demand(ADDRESS_TYPE_URL, address)
     } else {
-        builder.wildcard(ADDRESS_TYPE_URL, addresses)
+        builder.wildcard(ADDRESS_TYPE_URL, address)
     };
     let (client, driver) = builder.build(Credentialed(control_plane));
     (client, async move {
@@ -60,40 +55,38 @@ impl Connector for Credentialed {
     }
 }
 
-/// Workloads and services.
-struct Addresses(Writer);
-
-impl Handler<Address> for Addresses {
-    fn handle(&mut self, updates: Vec<Update<Address>>) -> Vec<Rejected> {
-        apply(&self.0, updates, |update| match update {
-            Update::Upsert { name, resource } => Change::Address { name, address: resource },
-            Update::Remove { name } => Change::AddressRemoved { name },
-        })
-    }
-
-    fn release(&mut self, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
-        self.0.lock().release(name, is_subscribed)
+fn address(update: Update<Address>) -> Change {
+    match update {
+        Update::Upsert { name, resource } => Change::Address { name, address: resource },
+        Update::Remove { name } => Change::AddressRemoved { name },
     }
 }
 
-fn policy_handler(
-    writer: Writer,
-) -> impl FnMut(Vec<Update<Authorization>>) -> Vec<Rejected> + Send + 'static {
-    move |updates| {
-        apply(&writer, updates, |update| match update {
-            Update::Upsert { name, resource } => Change::Policy { name, policy: resource },
-            Update::Remove { name } => Change::PolicyRemoved { name },
-        })
+fn policy(update: Update<Authorization>) -> Change {
+    match update {
+        Update::Upsert { name, resource } => Change::Policy { name, policy: resource },
+        Update::Remove { name } => Change::PolicyRemoved { name },
     }
 }
 
-fn apply<M>(writer: &Writer, updates: Vec<Update<M>>, change: impl Fn(Update<M>) -> Change) -> Vec<Rejected> {
-    let rejected = writer.lock().apply(updates.into_iter().map(change));
-    rejected
-        .into_iter()
-        .map(|rejected| {
-            tracing::warn!(%rejected, "a resource of the control plane was rejected");
-            Rejected { reason: rejected.error.to_string(), name: rejected.name }
-        })
-        .collect()
+/// Applies batches to the directory; each becomes at most one snapshot.
+struct Applier(Directory);
+
+impl Handler<Change> for Applier {
+    fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
+        let rejected = self.0.apply(batch);
+        let report = rejected.into_iter().map(|ambit_directory::Rejected { name, error }| {
+            let type_url = match &error {
+                InvalidResource::Policy(_) => AUTHORIZATION_TYPE_URL,
+                _ => ADDRESS_TYPE_URL,
+            };
+            Rejected { type_url: type_url.to_owned(), name, reason: error.to_string() }
+        });
+        report.collect()
+    }
+
+    fn release(&mut self, _: &str, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
+        // Only addresses are on demand.
+        self.0.release(name, is_subscribed)
+    }
 }

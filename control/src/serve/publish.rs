@@ -1,48 +1,51 @@
-//! What the index says, put into the tables that subscribers follow.
+//! Publishes what the index computes to the store that subscribers follow.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
-use ambit_xds::{Change, Publisher, Resource, Table, TableConfig};
+use ambit_xds::{Change, Publisher, Resource, Store, StoreConfig};
 
 use crate::index::{self, ResourceChanges};
 
-/// The tables of the two types.
+/// The published resources.
 #[derive(Clone, Debug)]
-pub struct Tables {
-    policies: Table,
-    addresses: Table,
-}
+pub struct Published(Store);
 
-impl Tables {
-    /// Empty tables, and what announces their batched changes: run both for the process's life.
-    pub fn new() -> (Tables, [Publisher; 2]) {
-        let (policies, first) = Table::new(AUTHORIZATION_TYPE_URL, TableConfig::default());
-        let (addresses, second) = Table::new(ADDRESS_TYPE_URL, TableConfig::default());
-        (Tables { policies, addresses }, [first, second])
+impl Published {
+    /// An empty store, and what announces its batched changes: run it for the process's life.
+    pub fn new() -> (Published, Publisher) {
+        // Policies before the workloads that list them.
+        let (store, publisher) =
+            Store::new(&[AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL], StoreConfig::default());
+        (Published(store), publisher)
     }
 
-    /// The tables in the order in which subscribers are told of news: policies before the workloads that name them.
-    pub fn in_order(&self) -> Vec<Table> {
-        vec![self.policies.clone(), self.addresses.clone()]
+    /// The store, to be served.
+    pub fn store(&self) -> Store {
+        self.0.clone()
     }
 
-    /// How many resources there are: policies, then workloads and services.
-    pub fn len(&self) -> (usize, usize) {
-        (self.policies.len(), self.addresses.len())
+    /// How many policies there are.
+    pub fn policies(&self) -> usize {
+        self.0.len(AUTHORIZATION_TYPE_URL)
     }
 
-    /// Publishes changes. A policy is there before a workload lists it and goes after no workload lists it any more.
+    /// How many workloads and services there are.
+    pub fn addresses(&self) -> usize {
+        self.0.len(ADDRESS_TYPE_URL)
+    }
+
+    /// Publishes changes of one batch at once: no subscriber takes a workload for complete without its policies.
     pub fn publish(&self, policies: ResourceChanges, addresses: ResourceChanges) {
-        let ResourceChanges { upserts, urgent, removals } = policies;
-        apply(&self.policies, ResourceChanges { upserts, urgent, removals: Vec::new() });
-        apply(&self.addresses, addresses);
-        apply(&self.policies, ResourceChanges { removals, ..ResourceChanges::default() });
+        self.0.apply_batch([
+            (AUTHORIZATION_TYPE_URL, changes(policies)),
+            (ADDRESS_TYPE_URL, changes(addresses)),
+        ]);
     }
 }
 
-fn apply(table: &Table, changes: ResourceChanges) {
+fn changes(changes: ResourceChanges) -> Vec<Change> {
     let ResourceChanges { upserts, urgent, removals } = changes;
     let urgent: HashSet<Arc<str>> = urgent.into_iter().collect();
     let removals = removals.into_iter().map(Change::Remove);
@@ -51,10 +54,7 @@ fn apply(table: &Table, changes: ResourceChanges) {
         let resource = translate(resource);
         Change::Upsert(if is_urgent { resource.urgent() } else { resource })
     });
-    let changes: Vec<Change> = removals.chain(upserts).collect();
-    if !changes.is_empty() {
-        table.apply(changes);
-    }
+    removals.chain(upserts).collect()
 }
 
 fn translate(resource: index::Resource) -> Resource {

@@ -50,20 +50,25 @@ struct Held {
 }
 
 impl Held {
-    fn keep<M: Send + 'static>(
+    /// A handler that applies what its decoders did while the batch was read.
+    fn handler(
         &self,
-        held: &Arc<Mutex<BTreeMap<String, M>>>,
-    ) -> impl FnMut(Vec<Update<M>>) -> Vec<ambit_xds::Rejected> + Send + 'static {
-        let (held, changed) = (held.clone(), self.changed.clone());
-        move |updates| {
-            for update in updates {
-                match update {
-                    Update::Upsert { name, resource } => held.lock().insert(name, resource),
-                    Update::Remove { name } => held.lock().remove(&name),
-                };
-            }
+    ) -> impl FnMut(&mut dyn Iterator<Item = ()>) -> Vec<ambit_xds::Rejected> + Send + 'static {
+        let changed = self.changed.clone();
+        move |batch| {
+            batch.for_each(drop);
             changed.send_replace(());
             Vec::new()
+        }
+    }
+
+    fn keep<M: Send + 'static>(
+        held: &Arc<Mutex<BTreeMap<String, M>>>,
+    ) -> impl Fn(Update<M>) + Send + 'static {
+        let held = held.clone();
+        move |update| match update {
+            Update::Upsert { name, resource } => drop(held.lock().insert(name, resource)),
+            Update::Remove { name } => drop(held.lock().remove(&name)),
         }
     }
 
@@ -116,9 +121,9 @@ fn node() -> ClientConfig {
 /// Subscribes to everything; the client must be held for the stream to go on.
 fn subscribe(caller: ControlPlane) -> (Client, Held) {
     let held = Held::default();
-    let (client, driver) = Client::builder(node())
-        .wildcard::<Authorization>(AUTHORIZATION_TYPE_URL, held.keep(&held.policies))
-        .wildcard::<Address>(ADDRESS_TYPE_URL, held.keep(&held.addresses))
+    let (client, driver) = Client::builder(node(), held.handler())
+        .wildcard::<Authorization>(AUTHORIZATION_TYPE_URL, Held::keep(&held.policies))
+        .wildcard::<Address>(ADDRESS_TYPE_URL, Held::keep(&held.addresses))
         .build(connector(caller));
     tokio::spawn(driver.run());
     (client, held)
@@ -193,8 +198,8 @@ async fn a_malformed_file_is_told_with_line_and_field_counted_and_changes_nothin
 async fn a_demand_for_a_service_address_brings_the_workloads_behind_it() {
     let world = start();
     let held = Held::default();
-    let (client, driver) = Client::builder(node())
-        .on_demand::<Address>(ADDRESS_TYPE_URL, held.keep(&held.addresses))
+    let (client, driver) = Client::builder(node(), held.handler())
+        .on_demand::<Address>(ADDRESS_TYPE_URL, Held::keep(&held.addresses))
         .build(connector(world.node_proxy("node-a")));
     tokio::spawn(driver.run());
     let found = client.demand(ADDRESS_TYPE_URL, "/10.96.0.7").await.unwrap();

@@ -9,7 +9,7 @@ use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use ambit_api::security::Authorization;
 use ambit_api::workload::Address;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
-use ambit_directory::{Directory, Update as Change};
+use ambit_directory::{Directory, InvalidResource, Update as Change};
 use ambit_xds::{BoxError, Client, ClientConfig, Rejected, Update};
 use http_body_util::BodyExt;
 use prost::Message;
@@ -71,22 +71,21 @@ fn follow_the_protocol(requests: &[DeltaDiscoveryRequest], nonces: &[String], kn
 
 /// One stream from its beginning to its end.
 fn run(directory: Directory, body: Fed, on_demand: bool, sent: &Sent) {
-    let writer = Arc::new(Mutex::new(directory));
-    let policies = handler(Arc::clone(&writer), |update: Update<Authorization>| match update {
-        Update::Upsert { name, resource } => Change::Policy { name, policy: resource },
-        Update::Remove { name } => Change::PolicyRemoved { name },
-    });
-    let addresses = handler(writer, |update: Update<Address>| match update {
-        Update::Upsert { name, resource } => Change::Address { name, address: resource },
-        Update::Remove { name } => Change::AddressRemoved { name },
-    });
     // Once the stream has ended, nothing happens for longer than any input takes.
     let pause = Duration::from_secs(3600);
     let config = ClientConfig { min_delay: pause, max_delay: pause, ..ClientConfig::new(Node::default()) };
-    let builder = Client::builder(config).wildcard(AUTHORIZATION_TYPE_URL, policies);
+    let policy = |update: Update<Authorization>| match update {
+        Update::Upsert { name, resource } => Change::Policy { name, policy: resource },
+        Update::Remove { name } => Change::PolicyRemoved { name },
+    };
+    let address = |update: Update<Address>| match update {
+        Update::Upsert { name, resource } => Change::Address { name, address: resource },
+        Update::Remove { name } => Change::AddressRemoved { name },
+    };
+    let builder = Client::builder(config, applier(directory)).wildcard(AUTHORIZATION_TYPE_URL, policy);
     let builder = match on_demand {
-        true => builder.on_demand(ADDRESS_TYPE_URL, addresses),
-        false => builder.wildcard(ADDRESS_TYPE_URL, addresses),
+        true => builder.on_demand(ADDRESS_TYPE_URL, address),
+        false => builder.wildcard(ADDRESS_TYPE_URL, address),
     };
     let sent = Arc::clone(sent);
     let connector = move || {
@@ -113,13 +112,15 @@ fn run(directory: Directory, body: Fed, on_demand: bool, sent: &Sent) {
 }
 
 /// As the node proxy has it.
-fn handler<M>(
-    writer: Arc<Mutex<Directory>>,
-    change: impl Fn(Update<M>) -> Change + Send + 'static,
-) -> impl FnMut(Vec<Update<M>>) -> Vec<Rejected> + Send + 'static {
-    move |updates| {
-        let mut writer = writer.lock().expect("no panic before");
-        let rejected = writer.apply(updates.into_iter().map(&change));
-        rejected.into_iter().map(|it| Rejected { reason: it.error.to_string(), name: it.name }).collect()
+fn applier(
+    mut directory: Directory,
+) -> impl FnMut(&mut dyn Iterator<Item = Change>) -> Vec<Rejected> + Send + 'static {
+    move |batch| {
+        let report = |it: ambit_directory::Rejected| {
+            let is_policy = matches!(it.error, InvalidResource::Policy(_));
+            let type_url = if is_policy { AUTHORIZATION_TYPE_URL } else { ADDRESS_TYPE_URL };
+            Rejected { type_url: type_url.to_owned(), reason: it.error.to_string(), name: it.name }
+        };
+        directory.apply(batch).into_iter().map(report).collect()
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ambit_api::ADDRESS_TYPE_URL;
 use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
-use ambit_xds::{Change, Resource, Server, ServerConfig, Table, TableConfig};
+use ambit_xds::{Change, Resource, Server, ServerConfig, Store, StoreConfig};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use http_body_util::BodyExt;
@@ -18,7 +18,7 @@ use crate::pieces::cut;
 const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 /// Parts that begin with what they are: a request, a raw piece of the body, a resource that changes or goes. The
-/// subscriber holds what it asked for as it is in the table.
+/// subscriber holds what it asked for as it is in the store.
 pub(crate) fn server(data: &[u8]) {
     block_on(async { converse(data) });
 }
@@ -26,11 +26,11 @@ pub(crate) fn server(data: &[u8]) {
 /// Nothing here ever waits: everything is polled until it has nothing more to say.
 fn converse(data: &[u8]) {
     // Answers as small as can be, and removals soon forgotten.
-    let config = TableConfig { batch: Duration::ZERO, answer_limit: 200, max_removals: 4, shared_answers: 2 };
-    let (table, _publisher) = Table::new(ADDRESS_TYPE_URL, config);
-    let mut world = World { table: table.clone(), live: BTreeMap::new() };
+    let config = StoreConfig { batch: Duration::ZERO, answer_limit: 200, max_removals: 4, shared_answers: 2 };
+    let (store, _publisher) = Store::new(&[ADDRESS_TYPE_URL], config);
+    let mut world = World { store: store.clone(), live: BTreeMap::new() };
     let config = ServerConfig { max_names: 16, ..ServerConfig::default() };
-    let mut server = Server::new(vec![table], config);
+    let mut server = Server::new(store, config);
     let requests = Fed::default();
     let request = http::Request::post(METHOD).body(requests.clone()).expect("a request");
     let called = server.call(request).now_or_never().expect("an answer at once").expect("infallible");
@@ -77,7 +77,7 @@ struct Live {
 }
 
 struct World {
-    table: Table,
+    store: Store,
     live: BTreeMap<String, Live>,
 }
 
@@ -88,7 +88,7 @@ impl World {
         let name = format!("name-{number}");
         if kind & 8 != 0 {
             self.live.remove(&name);
-            self.table.apply(vec![Change::Remove(name.into())]);
+            self.store.apply(ADDRESS_TYPE_URL, vec![Change::Remove(name.into())]);
             return;
         }
         let (alias, parent) = (format!("alias-{}", number / 2), format!("name-{}", (number + 1) % 4));
@@ -97,17 +97,19 @@ impl World {
         let resource = if has_parent { resource.parent(parent.clone()) } else { resource };
         let parents = if has_parent { vec![parent] } else { Vec::new() };
         self.live.insert(name, Live { aliases: vec![alias], parents });
-        self.table.apply(vec![Change::Upsert(resource)]);
+        self.store.apply(ADDRESS_TYPE_URL, vec![Change::Upsert(resource)]);
     }
 
-    /// Whether these names bring the resource: by its own, or through a live parent.
+    /// Whether these names bring the resource: by its own, or through live resources at most four levels above it.
     fn covers(&self, names: &BTreeSet<String>, name: &str) -> bool {
-        let own = |name: &str| {
-            self.live
-                .get(name)
-                .is_some_and(|live| names.contains(name) || live.aliases.iter().any(|it| names.contains(it)))
-        };
-        own(name) || self.live.get(name).is_some_and(|live| live.parents.iter().any(|parent| own(parent)))
+        self.covers_levels(names, name, 4)
+    }
+
+    fn covers_levels(&self, names: &BTreeSet<String>, name: &str, levels: u32) -> bool {
+        let Some(live) = self.live.get(name) else { return false };
+        let own = names.contains(name) || live.aliases.iter().any(|it| names.contains(it));
+        let above = |parent: &String| self.covers_levels(names, parent, levels - 1);
+        own || (levels > 0 && live.parents.iter().any(above))
     }
 }
 
@@ -127,20 +129,26 @@ impl Subscriber {
             return;
         }
         let subscribe = &request.resource_names_subscribe;
-        let drops_all = request.resource_names_unsubscribe.iter().any(|name| name == "*");
+        let unsubscribe = &request.resource_names_unsubscribe;
+        let drops_all = unsubscribe.iter().any(|name| name == "*");
+        let asks_all = !drops_all && (subscribe.iter().any(|name| name == "*"));
         let named = subscribe.iter().filter(|name| *name != "*").cloned();
         match &mut self.asked {
             None => {
-                let all = (subscribe.is_empty() && !drops_all) || subscribe.iter().any(|name| name == "*");
-                self.asked = Some((all, named.collect()));
+                let all = asks_all || (subscribe.is_empty() && !drops_all);
+                let mut names: BTreeSet<String> = named.filter(|name| !unsubscribe.contains(name)).collect();
+                if !all && names.is_empty() {
+                    names.extend(request.initial_resource_versions.keys().cloned());
+                }
+                self.asked = Some((all, names));
                 self.held.clone_from(&request.initial_resource_versions.clone().into_iter().collect());
             }
             Some((all, names)) => {
-                *all |= subscribe.iter().any(|name| name == "*");
+                *all |= asks_all;
                 names.extend(named);
                 *all &= !drops_all;
-                names.retain(|name| !request.resource_names_unsubscribe.contains(name));
-                if !request.resource_names_unsubscribe.is_empty() && !*all {
+                names.retain(|name| !unsubscribe.contains(name));
+                if !unsubscribe.is_empty() && !*all {
                     self.held.retain(|name, _| world.covers(names, name));
                 }
             }
@@ -167,7 +175,7 @@ impl Subscriber {
     fn is_told(&self, world: &World) {
         let Some((all, names)) = self.asked.as_ref().filter(|_| !self.is_garbled) else { return };
         for name in world.live.keys() {
-            let version = world.table.version(name).expect("a live resource");
+            let version = world.store.version(ADDRESS_TYPE_URL, name).expect("a live resource");
             match self.held.get(name) {
                 Some(held) => assert_eq!(**held, *version, "{name} is held as it was"),
                 None => assert!(!all && !world.covers(names, name), "{name} was not sent"),

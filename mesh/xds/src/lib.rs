@@ -1,15 +1,16 @@
 //! Delta xDS, client and server.
 //!
 //! Both ends are cores without I/O ([`client`]'s session, [`server`]'s subscription) driven by a page
-//! of async code each. Proxies use [`Client`]; the control plane uses [`Table`] and [`Server`].
+//! of async code each. Proxies use [`Client`]; the control plane uses [`Store`] and [`Server`].
 //! What a resource means is the business of the crates that hand in handlers and resources.
 //!
-//! One convention goes beyond the protocol, in a field that it keeps for debugging:
-//! `system_version_info` ends with `+` when more answers of the same state follow, so that a client
-//! knows when a snapshot cut into small answers is complete. Servers that never say so are understood as
-//! sending each state in one answer.
+//! One convention goes beyond the protocol, in a field that it keeps for debugging: `system_version_info` carries the
+//! number of the batch that an answer belongs to, and ends with `+` when more answers of that batch follow, of any type. A
+//! client applies a batch at once, so that a workload and the policies that it lists become visible together. Servers that
+//! write another form are understood as sending each state in one answer.
 
 mod backoff;
+mod batch_mark;
 pub mod client;
 #[cfg(test)]
 mod pair_tests;
@@ -17,14 +18,13 @@ pub mod server;
 
 pub use backoff::Backoff;
 pub use client::{
-    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver,
-    Found, Handler, Rejected, Update, ztunnel_node,
+    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver, Found,
+    Handler, PARTIAL_STATE, Rejected, Update, ztunnel_node,
 };
 pub use server::{
-    Admission, Applied, Change, Publisher, Resource, Server, ServerConfig, ServerMetrics, Table, TableConfig,
+    Admission, Applied, Change, Publisher, Resource, Server, ServerConfig, ServerMetrics, Store, StoreConfig,
+    Subscriber, View,
 };
 
-/// Ends `system_version_info` when more answers of the same state follow.
-const MORE: char = '+';
 /// The name that stands for every resource of a type.
 const WILDCARD: &str = "*";

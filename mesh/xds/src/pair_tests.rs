@@ -11,11 +11,11 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 use prost::Message;
 
-use crate::client::handler::typed;
-use crate::client::session::{Mode, Session, Subscription as ClientSubscription};
+use crate::client::handler::Decoders;
+use crate::client::session::{Limits, Mode, Session, Subscription as ClientSubscription};
+use crate::server::shared::Turn;
 use crate::server::subscription::{Lagged, Subscription};
-use crate::server::table::Inner;
-use crate::{Change, Found, Rejected, Resource, Table, TableConfig, Update};
+use crate::{Change, Found, Rejected, Resource, Store, StoreConfig, Update};
 
 const TYPE: &str = "type.googleapis.com/istio.security.Authorization";
 const LIMIT: usize = 400;
@@ -29,7 +29,7 @@ struct Applied {
 }
 
 struct Pair {
-    table: Table,
+    store: Store,
     /// Gone while disconnected and until the first request of a stream arrives.
     server: Option<Subscription>,
     client: Session,
@@ -41,10 +41,13 @@ struct Pair {
     found: HashMap<String, Found>,
     lagged: usize,
     hold_removals: bool,
+    /// The last answer said that more follows.
+    unfinished: bool,
 }
 
-fn new_table(max_removals: usize) -> Table {
-    Table::new(TYPE, TableConfig { answer_limit: LIMIT, max_removals, ..TableConfig::default() }).0
+fn new_store(max_removals: usize) -> Store {
+    let config = StoreConfig { answer_limit: LIMIT, max_removals, ..StoreConfig::default() };
+    Store::new(&[TYPE], config).0
 }
 
 fn resource(name: u8, value: u8) -> Resource {
@@ -64,16 +67,16 @@ impl Pair {
     fn new(wildcard: bool, max_removals: usize) -> Self {
         let applied = Arc::new(Mutex::new(Applied::default()));
         let handled = Arc::clone(&applied);
-        let handler = move |updates: Vec<Update<Authorization>>| {
+        let handler = move |batch: &mut dyn Iterator<Item = Update<Authorization>>| {
             let mut applied = handled.lock();
             let mut rejected = Vec::new();
-            for update in updates {
+            for update in batch {
                 match update {
                     Update::Remove { name } => {
                         applied.values.remove(&name);
                     }
                     Update::Upsert { name, .. } if applied.refused.contains(&name) => {
-                        rejected.push(Rejected { name, reason: "not today".into() });
+                        rejected.push(Rejected { type_url: TYPE.into(), name, reason: "not today".into() });
                     }
                     Update::Upsert { name, resource } => {
                         applied.values.insert(name, resource.name);
@@ -82,12 +85,15 @@ impl Pair {
             }
             rejected
         };
+        let mut decoders = Decoders::new(handler);
+        decoders.add(TYPE, |update| update);
         let mode = if wildcard { Mode::Wildcard } else { Mode::OnDemand(HashMap::new()) };
-        let subscription = ClientSubscription::new(TYPE, mode, typed::<Authorization>(TYPE, handler));
+        let limits = Limits { names: 1000, batch: usize::MAX };
+        let types = vec![ClientSubscription::new(TYPE, mode)];
         Self {
-            table: new_table(max_removals),
+            store: new_store(max_removals),
             server: None,
-            client: Session::new(Node::default(), vec![subscription], 1000),
+            client: Session::new(Node::default(), types, Box::new(decoders), limits),
             applied,
             to_server: VecDeque::new(),
             to_client: VecDeque::new(),
@@ -96,6 +102,7 @@ impl Pair {
             found: HashMap::new(),
             lagged: 0,
             hold_removals: false,
+            unfinished: false,
         }
     }
 
@@ -109,6 +116,7 @@ impl Pair {
     fn disconnect(&mut self) {
         self.connected = false;
         self.server = None;
+        self.unfinished = false;
         self.to_server.clear();
         self.to_client.clear();
         self.client.handle_disconnected();
@@ -117,9 +125,9 @@ impl Pair {
     /// The same content in a control plane that knows nothing of positions and removals before.
     fn restart_server(&mut self, content: &BTreeMap<u8, u8>) {
         self.disconnect();
-        self.table = new_table(100);
+        self.store = new_store(100);
         let all = content.iter().map(|(name, value)| Change::Upsert(resource(*name, *value)));
-        self.table.apply(all.collect());
+        self.store.apply(TYPE, all.collect());
     }
 
     fn demand(&mut self, name: String) {
@@ -138,27 +146,35 @@ impl Pair {
 
     fn server_receives(&mut self) -> bool {
         let Some(request) = self.to_server.pop_front() else { return false };
-        let inner = self.table.inner();
-        let state = inner.state.read();
+        let content = self.store.inner().read();
+        let state = &content.types()[0];
         match &mut self.server {
-            Some(server) => server.handle_request(&request, &state, 1000).unwrap(),
-            None => self.server = Some(Subscription::open(&request, &state, 1000).unwrap()),
+            Some(server) => server.handle_request(&request, state, 1000).unwrap(),
+            None => self.server = Some(Subscription::open(&request, state, 1000).unwrap()),
         }
         true
     }
 
     fn server_sends(&mut self) -> bool {
         let Some(server) = &mut self.server else { return false };
-        let inner: &Inner = self.table.inner();
-        let polled = server.poll_answer(inner, &inner.state.read(), self.hold_removals);
-        let answer = match polled {
-            Ok(answer) => answer,
-            Err(Lagged) => {
-                self.lagged += 1;
-                self.disconnect();
-                return true;
-            }
-        };
+        let store = Arc::clone(self.store.inner());
+        let content = store.read();
+        let state = &content.types()[0];
+        if server.catch_up(state) == Err(Lagged) {
+            self.lagged += 1;
+            self.disconnect();
+            return true;
+        }
+        let hold_removals = self.hold_removals;
+        let turn =
+            Turn { batch: content.batch(), hold_removals, more_elsewhere: hold_removals, limit: LIMIT };
+        let answer = server.poll_answer(&store.shared, (0, state), turn);
+        self.unfinished |= answer.is_some();
+        let ending = std::mem::replace(&mut self.unfinished, answer.as_ref().is_some_and(|it| it.more));
+        // As the stream does when what was due has gone.
+        let ends = answer.is_none() && ending && !hold_removals;
+        let answer = answer.or_else(|| ends.then(|| server.empty_answer(state, turn)));
+        self.unfinished |= answer.is_none() && ending;
         let Some(answer) = answer else { return false };
         assert!(answer.frame.len() <= LIMIT, "an answer of {} bytes", answer.frame.len());
         self.to_client.push_back(DeltaDiscoveryResponse::decode(&answer.frame[5..]).unwrap());
@@ -167,7 +183,7 @@ impl Pair {
 
     fn client_receives(&mut self) -> bool {
         let Some(response) = self.to_client.pop_front() else { return false };
-        for answered in self.client.handle_response(&response).answered {
+        for answered in self.client.handle_response(response).answered {
             self.found.insert(answered.name, answered.found);
         }
         true
@@ -239,11 +255,11 @@ fn run(pair: &mut Pair, steps: Vec<Step>, demands: bool) -> BTreeMap<u8, u8> {
         match step {
             Step::Upsert(name, value) => {
                 content.insert(name, value);
-                pair.table.apply(vec![Change::Upsert(resource(name, value))]);
+                pair.store.apply(TYPE, vec![Change::Upsert(resource(name, value))]);
             }
             Step::Remove(name) => {
                 content.remove(&name);
-                pair.table.apply(vec![Change::Remove(format!("r{name}").into())]);
+                pair.store.apply(TYPE, vec![Change::Remove(format!("r{name}").into())]);
             }
             Step::ClientSends => drop(pair.client_sends()),
             Step::ServerReceives => drop(pair.server_receives()),
@@ -271,7 +287,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_wildcard_client_ends_with_exactly_what_the_table_holds(steps in steps(), max_removals in 1usize..12) {
+    fn a_wildcard_client_ends_with_what_the_store_holds(steps in steps(), max_removals in 1usize..12) {
         let mut pair = Pair::new(true, max_removals);
         let content = run(&mut pair, steps, false);
         pair.settle();
@@ -304,7 +320,7 @@ proptest! {
         // And once more for changes after the last request.
         for name in 0..NAMES {
             content.insert(name, name);
-            pair.table.apply(vec![Change::Upsert(resource(name, name))]);
+            pair.store.apply(TYPE, vec![Change::Upsert(resource(name, name))]);
         }
         pair.settle();
         check_on_demand(&pair, &content)?;
@@ -350,10 +366,10 @@ fn check_on_demand(pair: &Pair, content: &BTreeMap<u8, u8>) -> Result<(), TestCa
 #[test]
 fn a_reconnecting_client_is_sent_only_what_differs() {
     let mut pair = Pair::new(true, 100);
-    pair.table.apply((0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();
     pair.disconnect();
-    pair.table.apply(vec![Change::Upsert(resource(3, 2)), Change::Remove("r4".into())]);
+    pair.store.apply(TYPE, vec![Change::Upsert(resource(3, 2)), Change::Remove("r4".into())]);
     pair.connect();
     pair.client_sends();
     pair.server_receives();
@@ -383,7 +399,7 @@ fn a_client_of_a_restarted_server_with_the_same_content_is_sent_nothing() {
 #[test]
 fn removals_overtake_a_snapshot_that_is_still_being_sent() {
     let mut pair = Pair::new(true, 100);
-    pair.table.apply((0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.connect();
     pair.client_sends();
     pair.server_receives();
@@ -391,7 +407,7 @@ fn removals_overtake_a_snapshot_that_is_still_being_sent() {
     let first = pair.to_client.pop_back().unwrap();
     assert!(first.resources.len() < usize::from(NAMES), "the snapshot takes several answers");
     assert!(first.system_version_info.ends_with('+'));
-    pair.table.apply(vec![Change::Remove("r0".into())]);
+    pair.store.apply(TYPE, vec![Change::Remove("r0".into())]);
     assert!(pair.server_sends());
     assert_eq!(pair.to_client.pop_back().unwrap().removed_resources, ["r0"]);
 }
@@ -399,10 +415,10 @@ fn removals_overtake_a_snapshot_that_is_still_being_sent() {
 #[test]
 fn held_removals_come_when_they_may() {
     let mut pair = Pair::new(true, 100);
-    pair.table.apply((0..2).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.store.apply(TYPE, (0..2).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();
     pair.hold_removals = true;
-    pair.table.apply(vec![Change::Remove("r0".into()), Change::Upsert(resource(1, 2))]);
+    pair.store.apply(TYPE, vec![Change::Remove("r0".into()), Change::Upsert(resource(1, 2))]);
     assert!(pair.server_sends());
     let first = pair.to_client.pop_back().unwrap();
     assert_eq!((first.resources.len(), first.removed_resources.len()), (1, 0));
@@ -418,7 +434,7 @@ fn held_removals_come_when_they_may() {
 #[test]
 fn a_client_is_ready_only_when_the_whole_snapshot_has_arrived() {
     let mut pair = Pair::new(true, 100);
-    pair.table.apply((0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.connect();
     pair.client_sends();
     pair.server_receives();
@@ -436,10 +452,10 @@ fn a_client_is_ready_only_when_the_whole_snapshot_has_arrived() {
 #[test]
 fn a_subscriber_that_fell_behind_is_told_to_reconnect_and_loses_nothing() {
     let mut pair = Pair::new(true, 2);
-    pair.table.apply((0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();
     for name in 0..5 {
-        pair.table.apply(vec![Change::Remove(format!("r{name}").into())]);
+        pair.store.apply(TYPE, vec![Change::Remove(format!("r{name}").into())]);
     }
     pair.settle();
     assert_eq!(pair.lagged, 1);
@@ -449,7 +465,7 @@ fn a_subscriber_that_fell_behind_is_told_to_reconnect_and_loses_nothing() {
 #[test]
 fn a_demanded_address_brings_the_service_and_the_workloads_behind_it() {
     let mut pair = Pair::new(false, 100);
-    pair.table.apply((0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
+    pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();
     assert!(pair.applied.lock().values.is_empty());
     pair.demand("/vip2".into());

@@ -8,15 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ambit_api::core::Node;
 use ambit_api::discovery::DeltaDiscoveryRequest;
 use ambit_api::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use ambit_api::security::Authorization;
 use ambit_api::workload::{Address, Workload, address};
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_xds::{
-    Admission, BoxError, Change, Client, ClientConfig, Found, Rejected, Resource, Server, ServerConfig,
-    Table, TableConfig, Update,
+    Admission, BoxError, Change, Client, ClientConfig, Found, PARTIAL_STATE, Rejected, Resource, Server,
+    ServerConfig, Store, StoreConfig, Subscriber as Caller, Update, View, ztunnel_node,
 };
 use futures_util::future::BoxFuture;
 use tokio::net::TcpListener;
@@ -40,10 +39,10 @@ fn upsert(name: &str, namespace: &str) -> Change {
     Change::Upsert(Resource::new(name, &workload(name, namespace)))
 }
 
-fn new_table(config: TableConfig) -> Table {
-    let (table, publisher) = Table::new(ADDRESS_TYPE_URL, config);
+fn new_store(config: StoreConfig) -> Store {
+    let (store, publisher) = Store::new(&[AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL], config);
     tokio::spawn(publisher.run());
-    table
+    store
 }
 
 /// A server that can be stopped and started on the same port.
@@ -87,7 +86,7 @@ struct Subscriber {
 }
 
 fn config() -> ClientConfig {
-    let mut config = ClientConfig::new(Node { id: "test".into(), ..Node::default() });
+    let mut config = ClientConfig::new(ztunnel_node([127, 0, 0, 1].into(), "test", "ns", BTreeMap::new()));
     config.min_delay = Duration::from_millis(20);
     config.max_delay = Duration::from_millis(100);
     config
@@ -95,10 +94,10 @@ fn config() -> ClientConfig {
 
 fn subscribe(addr: SocketAddr, on_demand: bool) -> Subscriber {
     let (sender, held) = watch::channel(Held::new());
-    let handler = move |updates: Vec<Update<Address>>| {
+    let handler = move |batch: &mut dyn Iterator<Item = Update<Address>>| {
         let mut rejected = Vec::new();
         sender.send_modify(|held| {
-            for update in updates {
+            for update in batch {
                 match update {
                     Update::Remove { name } => drop(held.remove(&name)),
                     Update::Upsert {
@@ -108,18 +107,19 @@ fn subscribe(addr: SocketAddr, on_demand: bool) -> Subscriber {
                         held.insert(name, workload);
                     }
                     Update::Upsert { name, .. } => {
-                        rejected.push(Rejected { name, reason: "no workload".into() });
+                        let type_url = ADDRESS_TYPE_URL.to_owned();
+                        rejected.push(Rejected { type_url, name, reason: "no workload".into() });
                     }
                 }
             }
         });
         rejected
     };
-    let builder = Client::builder(config());
+    let builder = Client::builder(config(), handler);
     let builder = if on_demand {
-        builder.on_demand::<Address>(ADDRESS_TYPE_URL, handler)
+        builder.on_demand(ADDRESS_TYPE_URL, |update: Update<Address>| update)
     } else {
-        builder.wildcard::<Address>(ADDRESS_TYPE_URL, handler)
+        builder.wildcard(ADDRESS_TYPE_URL, |update: Update<Address>| update)
     };
     let (client, driver) = builder.build(move || connect(addr));
     tokio::spawn(driver.run());
@@ -145,9 +145,9 @@ impl Subscriber {
 
 #[tokio::test]
 async fn a_snapshot_changes_and_removals_reach_the_client() {
-    let table = new_table(TableConfig::default());
-    table.apply((0..5_000).map(|number| upsert(&format!("w{number}"), "a")).collect());
-    let server = Server::new(vec![table.clone()], ServerConfig::default());
+    let store = new_store(StoreConfig::default());
+    store.apply(ADDRESS_TYPE_URL, (0..5_000).map(|number| upsert(&format!("w{number}"), "a")).collect());
+    let server = Server::new(store.clone(), ServerConfig::default());
     let metrics = Arc::clone(server.metrics());
     let running = Running::start(loopback(), server).await;
     let mut subscriber = subscribe(running.addr, false);
@@ -155,9 +155,9 @@ async fn a_snapshot_changes_and_removals_reach_the_client() {
     assert_eq!(subscriber.held.borrow().len(), 5_000);
     assert!(metrics.answers.load(Ordering::Relaxed) > 3, "a large snapshot takes several answers");
 
-    table.apply(vec![upsert("w7", "b")]);
+    store.apply(ADDRESS_TYPE_URL, vec![upsert("w7", "b")]);
     subscriber.until("the change", |held| held["w7"].namespace == "b").await;
-    table.apply(vec![Change::Remove("w8".into())]);
+    store.apply(ADDRESS_TYPE_URL, vec![Change::Remove("w8".into())]);
     subscriber.until("the removal", |held| !held.contains_key("w8")).await;
     assert_eq!(metrics.subscribers.load(Ordering::Relaxed), 1);
     drop(subscriber);
@@ -171,19 +171,19 @@ async fn a_snapshot_changes_and_removals_reach_the_client() {
 
 #[tokio::test]
 async fn a_client_survives_a_restart_of_the_server_and_is_sent_only_what_differs() {
-    let first = new_table(TableConfig::default());
-    first.apply((0..1_000).map(|number| upsert(&format!("w{number}"), "a")).collect());
-    let running = Running::start(loopback(), Server::new(vec![first], ServerConfig::default())).await;
+    let first = new_store(StoreConfig::default());
+    first.apply(ADDRESS_TYPE_URL, (0..1_000).map(|number| upsert(&format!("w{number}"), "a")).collect());
+    let running = Running::start(loopback(), Server::new(first, ServerConfig::default())).await;
     let addr = running.addr;
     let mut subscriber = subscribe(addr, false);
     subscriber.ready().await;
     running.stop().await;
 
     // Another control plane with its own history: one changed, one gone, one new.
-    let second = new_table(TableConfig::default());
-    second.apply((0..999).rev().map(|number| upsert(&format!("w{number}"), "a")).collect());
-    second.apply(vec![upsert("w5", "b"), upsert("new", "a")]);
-    let server = Server::new(vec![second], ServerConfig::default());
+    let second = new_store(StoreConfig::default());
+    second.apply(ADDRESS_TYPE_URL, (0..999).rev().map(|number| upsert(&format!("w{number}"), "a")).collect());
+    second.apply(ADDRESS_TYPE_URL, vec![upsert("w5", "b"), upsert("new", "a")]);
+    let server = Server::new(second, ServerConfig::default());
     let metrics = Arc::clone(server.metrics());
     let _running = Running::start(addr, server).await;
     subscriber
@@ -198,14 +198,17 @@ async fn a_client_survives_a_restart_of_the_server_and_is_sent_only_what_differs
 
 #[tokio::test]
 async fn a_demand_is_answered_with_what_is_there_and_what_is_not() {
-    let table = new_table(TableConfig::default());
+    let store = new_store(StoreConfig::default());
     let pod = Resource::new("pod", &workload("pod", "a")).alias("net/10.0.0.1").parent("a/svc");
-    table.apply(vec![
-        Change::Upsert(pod),
-        Change::Upsert(Resource::new("a/svc", &workload("svc", "a")).alias("net/10.1.0.1")),
-        upsert("other", "a"),
-    ]);
-    let running = Running::start(loopback(), Server::new(vec![table.clone()], ServerConfig::default())).await;
+    store.apply(
+        ADDRESS_TYPE_URL,
+        vec![
+            Change::Upsert(pod),
+            Change::Upsert(Resource::new("a/svc", &workload("svc", "a")).alias("net/10.1.0.1")),
+            upsert("other", "a"),
+        ],
+    );
+    let running = Running::start(loopback(), Server::new(store.clone(), ServerConfig::default())).await;
     let mut subscriber = subscribe(running.addr, true);
     subscriber.ready().await;
     assert!(subscriber.held.borrow().is_empty());
@@ -217,18 +220,24 @@ async fn a_demand_is_answered_with_what_is_there_and_what_is_not() {
     assert_eq!(subscriber.held.borrow().keys().collect::<Vec<_>>(), ["a/svc", "pod"]);
     assert_eq!(ask("net/10.9.9.9").await, Ok(Found::Absent));
     let late = Resource::new("late", &workload("late", "a")).parent("a/svc");
-    table.apply(vec![Change::Upsert(late)]);
+    store.apply(ADDRESS_TYPE_URL, vec![Change::Upsert(late)]);
     subscriber.until("a workload that joins the service", |held| held.contains_key("late")).await;
-    table.apply(vec![Change::Upsert(Resource::new("nine", &workload("nine", "a")).alias("net/10.9.9.9"))]);
+    store.apply(
+        ADDRESS_TYPE_URL,
+        vec![Change::Upsert(Resource::new("nine", &workload("nine", "a")).alias("net/10.9.9.9"))],
+    );
     subscriber.until("a name that was absent appears", |held| held.contains_key("nine")).await;
     assert!(!subscriber.held.borrow().contains_key("other"));
 }
 
 #[tokio::test]
 async fn a_resource_that_the_handler_rejects_does_not_stop_the_others() {
-    let table = new_table(TableConfig::default());
-    table.apply(vec![Change::Upsert(Resource::new("empty", &Address::default())), upsert("good", "a")]);
-    let server = Server::new(vec![table], ServerConfig::default());
+    let store = new_store(StoreConfig::default());
+    store.apply(
+        ADDRESS_TYPE_URL,
+        vec![Change::Upsert(Resource::new("empty", &Address::default())), upsert("good", "a")],
+    );
+    let server = Server::new(store, ServerConfig::default());
     let metrics = Arc::clone(server.metrics());
     let running = Running::start(loopback(), server).await;
     let mut subscriber = subscribe(running.addr, false);
@@ -245,17 +254,17 @@ async fn a_resource_that_the_handler_rejects_does_not_stop_the_others() {
 
 #[tokio::test]
 async fn changes_that_follow_at_once_come_in_one_answer() {
-    let table = new_table(TableConfig { batch: Duration::from_millis(300), ..TableConfig::default() });
-    let server = Server::new(vec![table.clone()], ServerConfig::default());
+    let store = new_store(StoreConfig { batch: Duration::from_millis(300), ..StoreConfig::default() });
+    let server = Server::new(store.clone(), ServerConfig::default());
     let metrics = Arc::clone(server.metrics());
     let running = Running::start(loopback(), server).await;
     let mut subscriber = subscribe(running.addr, false);
     subscriber.ready().await;
     let before = metrics.answers.load(Ordering::Relaxed);
-    table.apply(vec![upsert("first", "a")]);
+    store.apply(ADDRESS_TYPE_URL, vec![upsert("first", "a")]);
     subscriber.until("the first", |held| held.contains_key("first")).await;
     for number in 0..100 {
-        table.apply(vec![upsert(&format!("w{number}"), "a")]);
+        store.apply(ADDRESS_TYPE_URL, vec![upsert(&format!("w{number}"), "a")]);
     }
     subscriber.until("the batch", |held| held.len() == 101).await;
     assert_eq!(metrics.answers.load(Ordering::Relaxed) - before, 2);
@@ -276,25 +285,22 @@ async fn raw(
 
 #[tokio::test]
 async fn a_type_that_is_not_served_is_answered_once_and_empty() {
-    let running = Running::start(
-        loopback(),
-        Server::new(vec![new_table(TableConfig::default())], ServerConfig::default()),
-    )
-    .await;
+    let running =
+        Running::start(loopback(), Server::new(new_store(StoreConfig::default()), ServerConfig::default()))
+            .await;
     let (requests, stream) = raw(running.addr).await;
     let mut stream = stream.unwrap();
-    let ask = DeltaDiscoveryRequest { type_url: AUTHORIZATION_TYPE_URL.into(), ..Default::default() };
+    let ask = DeltaDiscoveryRequest { type_url: "type.example/T".into(), ..Default::default() };
     requests.send(ask).await.unwrap();
     let answer = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap().unwrap().unwrap();
-    assert_eq!(answer.type_url, AUTHORIZATION_TYPE_URL);
+    assert_eq!(answer.type_url, "type.example/T");
     assert!(answer.resources.is_empty());
 }
 
 #[tokio::test]
 async fn a_silent_stream_is_closed() {
     let config = ServerConfig { first_request: Duration::from_millis(50), ..ServerConfig::default() };
-    let running =
-        Running::start(loopback(), Server::new(vec![new_table(TableConfig::default())], config)).await;
+    let running = Running::start(loopback(), Server::new(new_store(StoreConfig::default()), config)).await;
     let (_requests, stream) = raw(running.addr).await;
     let ended = tokio::time::timeout(PATIENCE, stream.unwrap().message()).await.unwrap();
     assert_eq!(ended.unwrap_err().code(), Code::DeadlineExceeded);
@@ -303,8 +309,7 @@ async fn a_silent_stream_is_closed() {
 #[tokio::test]
 async fn a_stream_too_many_is_refused() {
     let config = ServerConfig { max_subscribers: 1, ..ServerConfig::default() };
-    let running =
-        Running::start(loopback(), Server::new(vec![new_table(TableConfig::default())], config)).await;
+    let running = Running::start(loopback(), Server::new(new_store(StoreConfig::default()), config)).await;
     let (_requests, first) = raw(running.addr).await;
     first.unwrap();
     let (_requests, second) = raw(running.addr).await;
@@ -314,16 +319,24 @@ async fn a_stream_too_many_is_refused() {
 struct OnlyWithToken;
 
 impl Admission for OnlyWithToken {
-    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<(), Status>> {
-        let known = metadata.get("authorization").is_some_and(|value| value == "Bearer good");
-        Box::pin(async move { if known { Ok(()) } else { Err(Status::unauthenticated("no token")) } })
+    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Caller, Status>> {
+        let view = match metadata.get("authorization").and_then(|value| value.to_str().ok()) {
+            Some("Bearer all") => Some(View::everything()),
+            Some("Bearer policies") => Some(View::of_types([AUTHORIZATION_TYPE_URL])),
+            _ => None,
+        };
+        let caller = view.map(|view| Caller { identity: "known".into(), view });
+        Box::pin(std::future::ready(caller.ok_or_else(|| Status::unauthenticated("no token"))))
     }
 }
 
 #[tokio::test]
 async fn a_caller_without_credentials_is_refused() {
-    let server = Server::new(vec![new_table(TableConfig::default())], ServerConfig::default())
-        .with_admission(Arc::new(OnlyWithToken));
+    let server = Server::with_admission(
+        new_store(StoreConfig::default()),
+        ServerConfig::default(),
+        Arc::new(OnlyWithToken),
+    );
     let running = Running::start(loopback(), server).await;
     let (_requests, stream) = raw(running.addr).await;
     assert_eq!(stream.unwrap_err().code(), Code::Unauthenticated);
@@ -331,14 +344,18 @@ async fn a_caller_without_credentials_is_refused() {
 
 #[tokio::test]
 async fn a_subscriber_that_does_not_read_is_made_no_more_answers_than_its_window_takes() {
-    let table = new_table(TableConfig::default());
-    table.apply((0..50_000).map(|number| upsert(&format!("workload-{number:060}"), "namespace")).collect());
-    let server = Server::new(vec![table], ServerConfig::default());
+    let store = new_store(StoreConfig::default());
+    store.apply(
+        ADDRESS_TYPE_URL,
+        (0..50_000).map(|number| upsert(&format!("workload-{number:060}"), "namespace")).collect(),
+    );
+    let server = Server::new(store, ServerConfig::default());
     let metrics = Arc::clone(server.metrics());
     let running = Running::start(loopback(), server).await;
     let (requests, stream) = raw(running.addr).await;
     let _unread = stream.unwrap();
-    let ask = DeltaDiscoveryRequest { type_url: ADDRESS_TYPE_URL.into(), ..Default::default() };
+    let node = Some(config().node);
+    let ask = DeltaDiscoveryRequest { node, type_url: ADDRESS_TYPE_URL.into(), ..Default::default() };
     requests.send(ask).await.unwrap();
     let started = async {
         while metrics.answers.load(Ordering::Relaxed) == 0 {
@@ -358,64 +375,103 @@ async fn a_subscriber_that_does_not_read_is_made_no_more_answers_than_its_window
     );
 }
 
-/// What a client was told, in order, over both types.
-async fn told(server: Server, ready: &mut dyn FnMut(), last: &str) -> Vec<String> {
+async fn next(
+    stream: &mut tonic::Streaming<ambit_api::discovery::DeltaDiscoveryResponse>,
+) -> ambit_api::discovery::DeltaDiscoveryResponse {
+    tokio::time::timeout(PATIENCE, stream.message()).await.unwrap().unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn an_identity_sees_only_its_view() {
+    let store = new_store(StoreConfig::default());
+    store.apply(ADDRESS_TYPE_URL, vec![upsert("secret", "a")]);
+    let server = Server::with_admission(store, ServerConfig::default(), Arc::new(OnlyWithToken));
     let running = Running::start(loopback(), server).await;
-    let (sender, mut log) = watch::channel(Vec::<String>::new());
-    let noted = Arc::new(sender);
-    let note = |noted: &Arc<watch::Sender<Vec<String>>>| {
-        let noted = Arc::clone(noted);
-        move |name: String, there: bool| {
-            noted.send_modify(|log| log.push(format!("{}{name}", if there { '+' } else { '-' })));
+    for (token, expected) in [("Bearer policies", 0), ("Bearer all", 1)] {
+        let mut client = AggregatedDiscoveryServiceClient::new(connect(running.addr).await.unwrap());
+        let ask = DeltaDiscoveryRequest { type_url: ADDRESS_TYPE_URL.into(), ..Default::default() };
+        let requests =
+            futures_util::StreamExt::chain(tokio_stream::iter([ask]), futures_util::stream::pending());
+        let mut request = tonic::Request::new(requests);
+        request.metadata_mut().insert("authorization", token.parse().unwrap());
+        let mut stream = client.delta_aggregated_resources(request).await.unwrap().into_inner();
+        assert_eq!(next(&mut stream).await.resources.len(), expected, "{token}");
+    }
+}
+
+#[tokio::test]
+async fn the_opening_state_is_one_answer_unless_parts_are_announced() {
+    let store = new_store(StoreConfig::default());
+    store.apply(ADDRESS_TYPE_URL, (0..5_000).map(|number| upsert(&format!("w{number}"), "a")).collect());
+    let running = Running::start(loopback(), Server::new(store, ServerConfig::default())).await;
+    let mut node = config().node;
+    for announces in [false, true] {
+        let fields = &mut node.metadata.as_mut().unwrap().fields;
+        if !announces {
+            fields.remove(PARTIAL_STATE);
+        } else {
+            *fields = config().node.metadata.unwrap().fields;
         }
+        let (requests, stream) = raw(running.addr).await;
+        let node = Some(node.clone());
+        let ask = DeltaDiscoveryRequest { node, type_url: ADDRESS_TYPE_URL.into(), ..Default::default() };
+        requests.send(ask).await.unwrap();
+        let first = next(&mut stream.unwrap()).await;
+        assert_eq!(first.resources.len() == 5_000, !announces, "{} resources", first.resources.len());
+        assert_eq!(first.system_version_info.ends_with('+'), announces);
+    }
+}
+
+#[tokio::test]
+async fn too_many_names_in_one_request_end_the_stream() {
+    let config = ServerConfig { max_names: 4, ..ServerConfig::default() };
+    let running = Running::start(loopback(), Server::new(new_store(StoreConfig::default()), config)).await;
+    let (requests, stream) = raw(running.addr).await;
+    let resource_names_subscribe = vec!["same".to_owned(); 5];
+    let ask = DeltaDiscoveryRequest {
+        type_url: ADDRESS_TYPE_URL.into(),
+        resource_names_subscribe,
+        ..Default::default()
     };
-    let (on_policy, on_address) = (note(&noted), note(&noted));
-    let (client, driver) = Client::builder(config())
-        .wildcard::<Authorization>(AUTHORIZATION_TYPE_URL, move |updates: Vec<Update<Authorization>>| {
-            for update in updates {
-                match update {
-                    Update::Upsert { name, .. } => on_policy(name, true),
-                    Update::Remove { name } => on_policy(name, false),
-                }
-            }
-            Vec::new()
+    requests.send(ask).await.unwrap();
+    let ended = tokio::time::timeout(PATIENCE, stream.unwrap().message()).await.unwrap();
+    assert_eq!(ended.unwrap_err().code(), Code::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn a_batch_over_two_types_is_applied_at_once() {
+    let policy = |name: &str| Change::Upsert(Resource::new(name, &Authorization::default()));
+    let store = new_store(StoreConfig::default());
+    store.apply_batch([
+        (AUTHORIZATION_TYPE_URL, vec![policy("ns/old")]),
+        (ADDRESS_TYPE_URL, vec![upsert("pod", "lists-old")]),
+    ]);
+    let running = Running::start(loopback(), Server::new(store.clone(), ServerConfig::default())).await;
+    let (sender, mut log) = watch::channel(Vec::<Vec<String>>::new());
+    let handler = move |batch: &mut dyn Iterator<Item = String>| {
+        let batch = batch.collect();
+        sender.send_modify(|log| log.push(batch));
+        Vec::new()
+    };
+    let note = |there: &str, name: &str| format!("{there}{name}");
+    let (client, driver) = Client::builder(config(), handler)
+        .wildcard(AUTHORIZATION_TYPE_URL, move |update: Update<Authorization>| match update {
+            Update::Upsert { name, .. } => note("+", &name),
+            Update::Remove { name } => note("-", &name),
         })
-        .wildcard::<Address>(ADDRESS_TYPE_URL, move |updates: Vec<Update<Address>>| {
-            for update in updates {
-                match update {
-                    Update::Upsert { name, .. } => on_address(name, true),
-                    Update::Remove { name } => on_address(name, false),
-                }
-            }
-            Vec::new()
+        .wildcard(ADDRESS_TYPE_URL, move |update: Update<Address>| match update {
+            Update::Upsert { name, .. } => note("+", &name),
+            Update::Remove { name } => note("-", &name),
         })
         .build(move || connect(running.addr));
     tokio::spawn(driver.run());
     assert!(tokio::time::timeout(PATIENCE, client.ready()).await.unwrap());
-    noted.send_modify(Vec::clear);
-    ready();
-    let complete = log.wait_for(|log| log.iter().any(|entry| entry == last));
-    tokio::time::timeout(PATIENCE, complete).await.unwrap().unwrap().clone()
-}
-
-#[tokio::test]
-async fn a_policy_is_there_before_a_workload_lists_it_and_until_none_does() {
-    let policy = |name: &str| Change::Upsert(Resource::new(name, &Authorization::default()));
-    let (policies, publisher) = Table::new(AUTHORIZATION_TYPE_URL, TableConfig::default());
-    tokio::spawn(publisher.run());
-    let addresses = new_table(TableConfig::default());
-    policies.apply(vec![policy("ns/old")]);
-    // Nothing is quiet: what is not urgent waits for its batch.
-    addresses.apply(vec![upsert("pod", "lists-old")]);
-    let server = Server::new(vec![policies.clone(), addresses.clone()], ServerConfig::default());
-    let mut replace = || {
-        policies.apply(vec![policy("ns/first-after-quiet")]);
-        addresses.apply(vec![upsert("other", "first-after-quiet")]);
-        policies.apply(vec![policy("ns/new")]);
-        addresses.apply(vec![upsert("pod", "lists-new")]);
-        policies.apply(vec![Change::Remove("ns/old".into())]);
-    };
-    let told = told(server, &mut replace, "-ns/old").await;
-    let at = |entry: &str| told.iter().position(|told| told == entry).unwrap();
-    assert!(at("+ns/new") < at("+pod") && at("+pod") < at("-ns/old"), "{told:?}");
+    store.apply_batch([
+        (AUTHORIZATION_TYPE_URL, vec![policy("ns/new"), Change::Remove("ns/old".into())]),
+        (ADDRESS_TYPE_URL, vec![upsert("pod", "lists-new")]),
+    ]);
+    let complete = log.wait_for(|log| log.iter().flatten().any(|entry| entry == "-ns/old"));
+    let log = tokio::time::timeout(PATIENCE, complete).await.unwrap().unwrap().clone();
+    // Policies first, what is gone last, all in one call.
+    assert_eq!(log.last().unwrap(), &["+ns/new", "+pod", "-ns/old"]);
 }

@@ -9,7 +9,7 @@ use ambit_api::discovery::DeltaDiscoveryRequest;
 use ambit_api::workload::WorkloadStatus;
 use ambit_directory::Update;
 use ambit_scale::directory::workload;
-use ambit_xds::{Change, Resource, Server, ServerConfig, Table, TableConfig};
+use ambit_xds::{Change, Resource, Server, ServerConfig, Store, StoreConfig};
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use http_body::{Body, Frame};
@@ -18,7 +18,7 @@ use tonic::body::Body as ResponseBody;
 use tonic::codegen::Service;
 
 const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
-/// Resources of the table.
+/// Resources of the store.
 const RESOURCES: u32 = 2_000;
 /// Subscribers that take them.
 const SUBSCRIBERS: usize = 20;
@@ -31,31 +31,32 @@ fn changes() -> Vec<(String, ambit_api::workload::Address)> {
     addresses.flatten().collect()
 }
 
-/// Messages become entries of a table.
+/// Messages become entries of a store.
 pub(crate) fn resources() -> Result<()> {
     let messages = changes();
-    let (table, _publisher) = Table::new(ADDRESS_TYPE_URL, TableConfig::default());
-    guarded_encode(&table, &messages);
-    ensure!(table.len() == messages.len(), "{} resources", table.len());
+    let (store, _publisher) = Store::new(&[ADDRESS_TYPE_URL], StoreConfig::default());
+    guarded_encode(&store, &messages);
+    let kept = store.len(ADDRESS_TYPE_URL);
+    ensure!(kept == messages.len(), "{kept} resources");
     Ok(())
 }
 
 #[inline(never)]
-fn guarded_encode(table: &Table, messages: &[(String, ambit_api::workload::Address)]) {
+fn guarded_encode(store: &Store, messages: &[(String, ambit_api::workload::Address)]) {
     let resource = |(name, message): &(String, ambit_api::workload::Address)| {
         Change::Upsert(Resource::new(name.as_str(), message).alias("/10.0.0.1"))
     };
-    black_box(table.apply(messages.iter().map(resource).collect()));
+    black_box(store.apply(ADDRESS_TYPE_URL, messages.iter().map(resource).collect()));
 }
 
-/// A table that is full is taken by subscribers, one after the other.
+/// A full store is taken by subscribers, one after the other.
 pub(crate) fn push() -> Result<()> {
-    let (table, _publisher) = Table::new(ADDRESS_TYPE_URL, TableConfig::default());
+    let (store, _publisher) = Store::new(&[ADDRESS_TYPE_URL], StoreConfig::default());
     let upsert = |(name, message): (String, ambit_api::workload::Address)| {
         Change::Upsert(Resource::new(name, &message))
     };
-    table.apply(changes().into_iter().map(upsert).collect());
-    let mut server = Server::new(vec![table], ServerConfig::default());
+    store.apply(ADDRESS_TYPE_URL, changes().into_iter().map(upsert).collect());
+    let mut server = Server::new(store, ServerConfig::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let _within = runtime.enter();
     let bodies: Vec<_> =

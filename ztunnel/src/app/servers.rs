@@ -213,6 +213,9 @@ fn discovery(registry: &Registry, client: &ambit_xds::Client) {
     register("ambit_xds_resources", "Resources received", |m| m.resources.load(Relaxed));
     register("ambit_xds_removals", "Removals received", |m| m.removals.load(Relaxed));
     register("ambit_xds_rejected", "Resources rejected", |m| m.rejected.load(Relaxed));
+    register("ambit_xds_split_batches", "Batches too large to be applied at once", |m| {
+        m.split_batches.load(Relaxed)
+    });
     let metrics = client.metrics().clone();
     let connected = move || i64::from(metrics.connected.load(Relaxed));
     registry.gauge_from("ambit_xds_connected", "Whether a discovery stream is open", connected);

@@ -14,7 +14,7 @@ use ambit_ca::{
     IssuancePolicy, NodePods, PodRef, RevokedCertificate, incoming::incoming,
 };
 use ambit_identity::{SpiffeId, TrustDomain};
-use ambit_xds::{Change, Resource, Server, Table};
+use ambit_xds::{Change, Resource, Server, Store};
 use async_trait::async_trait;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -32,8 +32,7 @@ pub(crate) struct Control {
     pub(crate) token_file: PathBuf,
     pub(crate) crl_file: PathBuf,
     authority: Authority,
-    addresses: Table,
-    policies: Table,
+    store: Store,
 }
 
 impl Control {
@@ -44,11 +43,9 @@ impl Control {
         tokio::spawn(driver);
         let (tls, fresh) = authority.serving(vec![SERVER_NAME.to_owned()]).unwrap();
         tokio::spawn(fresh);
-        let (addresses, publisher) = Table::new(ADDRESS_TYPE_URL, <_>::default());
+        let (store, publisher) = Store::new(&[AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL], <_>::default());
         tokio::spawn(publisher.run());
-        let (policies, publisher) = Table::new(AUTHORIZATION_TYPE_URL, <_>::default());
-        tokio::spawn(publisher.run());
-        let discovery = Server::new(vec![policies.clone(), addresses.clone()], <_>::default());
+        let discovery = Server::new(store.clone(), <_>::default());
         let certificates = CertificateService::new(
             authority.clone(),
             Arc::new(Everybody),
@@ -64,7 +61,7 @@ impl Control {
         let (root_file, token_file) = (dir.join("root.pem"), dir.join("token"));
         std::fs::write(&root_file, authority.roots_pem().as_bytes()).unwrap();
         std::fs::write(&token_file, "a token").unwrap();
-        Self { gate, root_file, token_file, crl_file: dir.join("crl.pem"), authority, addresses, policies }
+        Self { gate, root_file, token_file, crl_file: dir.join("crl.pem"), authority, store }
     }
 
     pub(crate) fn workload(&self, workload: Workload) {
@@ -76,7 +73,7 @@ impl Control {
         for service in workload.services.keys() {
             resource = resource.parent(service.clone());
         }
-        self.addresses.apply(vec![Change::Upsert(resource)]);
+        self.store.apply(ADDRESS_TYPE_URL, vec![Change::Upsert(resource)]);
     }
 
     pub(crate) fn service(&self, service: Service) {
@@ -85,20 +82,20 @@ impl Control {
         for address in &service.addresses {
             resource = resource.alias(format!("{}/{}", address.network, ip(&address.address)));
         }
-        self.addresses.apply(vec![Change::Upsert(resource)]);
+        self.store.apply(ADDRESS_TYPE_URL, vec![Change::Upsert(resource)]);
     }
 
     pub(crate) fn remove_address(&self, name: &str) {
-        self.addresses.apply(vec![Change::Remove(name.into())]);
+        self.store.apply(ADDRESS_TYPE_URL, vec![Change::Remove(name.into())]);
     }
 
     pub(crate) fn policy(&self, policy: &Authorization) {
         let name = format!("{}/{}", policy.namespace, policy.name);
-        self.policies.apply(vec![Change::Upsert(Resource::new(name, policy))]);
+        self.store.apply(AUTHORIZATION_TYPE_URL, vec![Change::Upsert(Resource::new(name, policy))]);
     }
 
     pub(crate) fn remove_policy(&self, name: &str) {
-        self.policies.apply(vec![Change::Remove(name.into())]);
+        self.store.apply(AUTHORIZATION_TYPE_URL, vec![Change::Remove(name.into())]);
     }
 
     /// Signs a key for any identity, as a rogue or a foreign proxy would have it.

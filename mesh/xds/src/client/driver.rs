@@ -16,7 +16,7 @@ use tonic::{Status, Streaming};
 use tracing::{debug, info, warn};
 
 use super::session::{Outcome, Session};
-use super::{BoxError, ClientConfig, ClientMetrics, Command, DemandError, Found};
+use super::{BoxError, ClientConfig, ClientMetrics, Command, DemandError, Found, Rejected};
 use crate::Backoff;
 
 /// Requests between the session and the transport; beyond it they wait (and coalesce) in the session.
@@ -203,7 +203,7 @@ impl Core {
                     let response = response
                         .map_err(|status| StreamError::Stream(Box::new(status)))?
                         .ok_or(StreamError::Ended)?;
-                    self.handle_response(&response);
+                    self.handle_response(response);
                 }
                 command = self.commands.recv() => {
                     if self.handle_command(command) == Next::Stop {
@@ -228,7 +228,7 @@ impl Core {
         }
     }
 
-    fn handle_response(&mut self, response: &DeltaDiscoveryResponse) {
+    fn handle_response(&mut self, response: DeltaDiscoveryResponse) {
         let metrics = &self.metrics;
         metrics.answers.fetch_add(1, Ordering::Relaxed);
         metrics.resources.fetch_add(response.resources.len() as u64, Ordering::Relaxed);
@@ -240,15 +240,17 @@ impl Core {
             nonce = response.nonce,
             "discovery answer"
         );
-        let Outcome { rejected, answered } = self.session.handle_response(response);
+        let Outcome { rejected, answered, split } = self.session.handle_response(response);
         self.metrics.rejected.fetch_add(rejected.len() as u64, Ordering::Relaxed);
-        for rejected in rejected {
+        if split {
+            self.metrics.split_batches.fetch_add(1, Ordering::Relaxed);
             warn!(
-                type_url = response.type_url,
-                name = rejected.name,
-                reason = rejected.reason,
-                "resource rejected"
+                limit = self.config.max_batch,
+                "a batch is too large to be applied at once; it is applied in parts"
             );
+        }
+        for Rejected { type_url, name, reason } in rejected {
+            warn!(type_url, name, reason, "resource rejected");
         }
         for answered in answered {
             for reply in self.waiting.remove(&(answered.type_url, answered.name)).unwrap_or_default() {

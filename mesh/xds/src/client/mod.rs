@@ -1,4 +1,4 @@
-//! The delta client: proxies hand in a handler per type and get a handle and a driver.
+//! The delta client: proxies hand in one handler for the types that they subscribe to and get a handle and a driver.
 //!
 //! [`Client`] is a cheap handle (readiness, demands, metrics); [`Driver`] owns the stream and must be
 //! run. Dropping every `Client` ends the driver; dropping the driver leaves what was applied in place
@@ -21,6 +21,7 @@ use prost_types::value::Kind;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use driver::{Connector, Driver};
+use handler::Decoders;
 pub use handler::{Handler, Rejected, Update};
 use session::{Mode, Session};
 
@@ -45,10 +46,13 @@ pub struct ClientConfig {
     pub max_delay: Duration,
     /// Most names demanded per type.
     pub max_names: usize,
+    /// Most bytes of a batch that wait for its rest; a larger batch is applied in parts.
+    pub max_batch: usize,
 }
 
 impl ClientConfig {
-    /// Defaults: answers up to 200 MiB, 10 s to open, delays of 250 ms to 15 s, 100,000 names a type.
+    /// Defaults: answers up to 200 MiB, 10 s to open, delays of 250 ms to 15 s, 100,000 names a type,
+    /// batches up to 256 MiB.
     pub fn new(node: Node) -> Self {
         Self {
             node,
@@ -57,17 +61,23 @@ impl ClientConfig {
             min_delay: Duration::from_millis(250),
             max_delay: Duration::from_secs(15),
             max_names: 100_000,
+            max_batch: 256 << 20,
         }
     }
 }
 
+/// Node metadata by which a client says that it waits for the last part of a state that comes in several answers
+/// (contracts.md, section 4).
+pub const PARTIAL_STATE: &str = "AMBIT_PARTIAL_STATE";
+
 /// The node message of a ztunnel: id `ztunnel~<ip>~<pod>.<ns>~<ns>.svc.cluster.local`.
 ///
 /// `metadata` becomes string fields of the node's metadata (`NAMESPACE`, `NODE_NAME`, `CLUSTER_ID`,
-/// `NETWORK`, … as the field knows them).
+/// `NETWORK`, … as the field knows them); [`PARTIAL_STATE`] is added, as every client of this crate waits.
 pub fn ztunnel_node(ip: IpAddr, pod: &str, namespace: &str, metadata: BTreeMap<String, String>) -> Node {
     let fields = metadata
         .into_iter()
+        .chain(std::iter::once((PARTIAL_STATE.to_owned(), "true".to_owned())))
         .map(|(key, value)| (key, prost_types::Value { kind: Some(Kind::StringValue(value)) }))
         .collect();
     Node {
@@ -95,6 +105,8 @@ pub struct ClientMetrics {
     pub removals: AtomicU64,
     /// Resources rejected.
     pub rejected: AtomicU64,
+    /// Batches that were too large to be applied at once.
+    pub split_batches: AtomicU64,
 }
 
 /// What a demand found.
@@ -159,9 +171,9 @@ pub struct Client {
 }
 
 impl Client {
-    /// Starts to describe a client.
-    pub fn builder(config: ClientConfig) -> ClientBuilder {
-        ClientBuilder { config, types: Vec::new() }
+    /// Starts to describe a client whose changes go to `handler`.
+    pub fn builder<C: 'static>(config: ClientConfig, handler: impl Handler<C>) -> ClientBuilder<C> {
+        ClientBuilder { config, types: Vec::new(), decoders: Decoders::new(handler) }
     }
 
     /// Whether the first state of every type has been applied. Never returns to false: a proxy keeps
@@ -219,46 +231,49 @@ impl Client {
     }
 }
 
-/// Collects types and their handlers.
-pub struct ClientBuilder {
+/// Collects the types that a client subscribes to.
+pub struct ClientBuilder<C> {
     config: ClientConfig,
     types: Vec<session::Subscription>,
+    decoders: Decoders<C>,
 }
 
-impl ClientBuilder {
-    /// Subscribes to all resources of a type. Types are asked for in the order of these calls.
+impl<C: 'static> ClientBuilder<C> {
+    /// Subscribes to all resources of a type; `change` makes the handler's kind of change of an update. Types are
+    /// requested in the order of these calls.
     #[must_use]
-    pub fn wildcard<M>(self, type_url: &str, handler: impl Handler<M>) -> Self
+    pub fn wildcard<M>(self, type_url: &str, change: impl Fn(Update<M>) -> C + Send + 'static) -> Self
     where
         M: prost::Message + Default + 'static,
     {
-        self.add::<M>(type_url, Mode::Wildcard, handler)
+        self.add(type_url, Mode::Wildcard, change)
     }
 
     /// Subscribes to those resources of a type that are demanded ([`Client::demand`]).
     #[must_use]
-    pub fn on_demand<M>(self, type_url: &str, handler: impl Handler<M>) -> Self
+    pub fn on_demand<M>(self, type_url: &str, change: impl Fn(Update<M>) -> C + Send + 'static) -> Self
     where
         M: prost::Message + Default + 'static,
     {
-        self.add::<M>(type_url, Mode::OnDemand(HashMap::new()), handler)
+        self.add(type_url, Mode::OnDemand(HashMap::new()), change)
     }
 
-    fn add<M>(mut self, type_url: &str, mode: Mode, handler: impl Handler<M>) -> Self
+    fn add<M>(mut self, type_url: &str, mode: Mode, change: impl Fn(Update<M>) -> C + Send + 'static) -> Self
     where
         M: prost::Message + Default + 'static,
     {
-        let sink = handler::typed::<M>(type_url, handler);
-        self.types.push(session::Subscription::new(type_url, mode, sink));
+        self.decoders.add(type_url, change);
+        self.types.push(session::Subscription::new(type_url, mode));
         self
     }
 
     /// Makes handle and driver; nothing is sent until the driver runs.
-    pub fn build<C: Connector>(self, connector: C) -> (Client, Driver<C>) {
+    pub fn build<S: Connector>(self, connector: S) -> (Client, Driver<S>) {
         let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
         let (ready_sender, ready) = watch::channel(false);
         let metrics = Arc::new(ClientMetrics::default());
-        let session = Session::new(self.config.node.clone(), self.types, self.config.max_names);
+        let limits = session::Limits { names: self.config.max_names, batch: self.config.max_batch };
+        let session = Session::new(self.config.node.clone(), self.types, Box::new(self.decoders), limits);
         let driver = Driver::new(self.config, session, connector, queue, ready_sender, Arc::clone(&metrics));
         (Client { commands, ready, metrics }, driver)
     }

@@ -12,7 +12,8 @@ use ambit_api::rpc::Status;
 
 use super::handler::{Rejected, Sink};
 use super::{DemandError, Found};
-use crate::{MORE, WILDCARD};
+use crate::WILDCARD;
+use crate::batch_mark::BatchMark;
 
 /// `google.rpc.Code.INVALID_ARGUMENT`.
 const INVALID_ARGUMENT: i32 = 3;
@@ -60,23 +61,24 @@ impl Changes {
     }
 }
 
-/// One type: its handler and what is held of it.
+/// One type: how it is subscribed and what is held of it.
 pub(crate) struct Subscription {
     type_url: Arc<str>,
     mode: Mode,
-    sink: Box<dyn Sink>,
     /// Name to version of everything that was accepted.
     held: HashMap<String, String>,
     /// The first state has been applied completely, on this or an earlier stream.
     complete: bool,
-    /// Names spoken of since the last complete state, on this stream or an earlier one.
+    /// An answer of this type has arrived on this stream.
+    is_answered: bool,
+    /// Names that the server spoke of since the last complete state, on this stream or an earlier one.
     answered: HashSet<String>,
     /// Changes of what is subscribed that were not sent yet.
     changes: Changes,
     /// Resources that were dropped with a name: the server may have sent one again before it saw that the
     /// name was given up. Bounded by [`MAX_DROPPED`].
     dropped: HashSet<String>,
-    /// Dropped resources that came again in an answer that is not complete yet.
+    /// Dropped resources that came again in a batch that is not complete yet.
     returned: Vec<String>,
     /// Names without an answer that this stream's first request asked for. Those that its first
     /// complete state does not speak of are there, unchanged, under versions that the request named.
@@ -84,13 +86,13 @@ pub(crate) struct Subscription {
 }
 
 impl Subscription {
-    pub(crate) fn new(type_url: &str, mode: Mode, sink: Box<dyn Sink>) -> Self {
+    pub(crate) fn new(type_url: &str, mode: Mode) -> Self {
         Self {
             type_url: type_url.into(),
             mode,
-            sink,
             held: HashMap::new(),
             complete: false,
+            is_answered: false,
             answered: HashSet::new(),
             changes: Changes::default(),
             dropped: HashSet::new(),
@@ -101,6 +103,7 @@ impl Subscription {
 
     /// The request that opens this type on a new stream.
     fn open(&mut self) -> DeltaDiscoveryRequest {
+        self.is_answered = false;
         self.opening = match &self.mode {
             Mode::Wildcard => Vec::new(),
             Mode::OnDemand(names) => {
@@ -109,10 +112,12 @@ impl Subscription {
             }
         };
         let initial = self.held.iter().map(|(name, version)| (name.clone(), version.clone())).collect();
+        let all = || std::iter::once(WILDCARD.to_owned());
         let (subscribe, unsubscribe) = match &self.mode {
             // An empty first request means all; every server of the field understands that form.
             Mode::Wildcard => (Vec::new(), Vec::new()),
-            Mode::OnDemand(names) => (names.keys().cloned().collect(), vec![WILDCARD.to_owned()]),
+            // contracts.md, section 4: the form of istio's ztunnel. istiod sends everything to one that only unsubscribes.
+            Mode::OnDemand(names) => (all().chain(names.keys().cloned()).collect(), all().collect()),
         };
         DeltaDiscoveryRequest {
             type_url: self.type_url.to_string(),
@@ -123,9 +128,8 @@ impl Subscription {
         }
     }
 
-    fn apply(&mut self, response: &DeltaDiscoveryResponse) -> Vec<Rejected> {
-        let rejected = self.sink.apply(&response.removed_resources, &response.resources);
-        let refused: HashSet<&str> = rejected.iter().map(|rejected| rejected.name.as_str()).collect();
+    /// Notes what an applied answer leaves held, and which demanded names it speaks of.
+    fn note(&mut self, response: &DeltaDiscoveryResponse, refused: &HashSet<&str>) {
         for name in &response.removed_resources {
             self.held.remove(name);
         }
@@ -138,13 +142,28 @@ impl Subscription {
                 self.returned.push(resource.name.clone());
             }
         }
-        rejected
+        let Mode::OnDemand(names) = &mut self.mode else { return };
+        let mut answer = |name: &String, found: Found| {
+            if let Some(state) = names.get_mut(name) {
+                *state = Some(found);
+                self.answered.insert(name.clone());
+            }
+        };
+        for name in &response.removed_resources {
+            answer(name, Found::Absent);
+        }
+        for resource in &response.resources {
+            answer(&resource.name, Found::Present);
+            for alias in &resource.aliases {
+                answer(alias, Found::Present);
+            }
+        }
     }
 
     /// Drops what was held only because of `name`, which is no longer subscribed.
-    fn drop_unsubscribed(&mut self, name: &str) {
+    fn drop_unsubscribed(&mut self, sink: &mut dyn Sink, name: &str) {
         let Mode::OnDemand(names) = &self.mode else { return };
-        for dropped in self.sink.release(name, &|name| names.contains_key(name)) {
+        for dropped in sink.release(&self.type_url, name, &|name| names.contains_key(name)) {
             self.held.remove(&dropped);
             if self.dropped.len() < MAX_DROPPED {
                 self.dropped.insert(dropped);
@@ -153,47 +172,30 @@ impl Subscription {
     }
 
     /// Drops resources again that came after their name was given up, unless another name covers them by now.
-    fn drop_returned(&mut self) {
+    fn drop_returned(&mut self, sink: &mut dyn Sink) {
         for name in std::mem::take(&mut self.returned) {
-            self.drop_unsubscribed(&name);
+            self.drop_unsubscribed(sink, &name);
         }
     }
 
-    /// Notes which demanded names an answer speaks of; returns those whose state is now complete.
-    fn settle(&mut self, response: &DeltaDiscoveryResponse, more: bool) -> Vec<(String, Found)> {
+    /// The state is complete: returns the demanded names that the server spoke of since it last was.
+    fn complete(&mut self) -> Vec<Answered> {
+        self.complete |= self.is_answered;
         let Mode::OnDemand(names) = &mut self.mode else { return Vec::new() };
-        let mut note = |name: &String, found: Found| {
-            if let Some(state) = names.get_mut(name) {
-                *state = Some(found);
-                self.answered.insert(name.clone());
-            }
-        };
-        for name in &response.removed_resources {
-            note(name, Found::Absent);
-        }
-        for resource in &response.resources {
-            note(&resource.name, Found::Present);
-            for alias in &resource.aliases {
-                note(alias, Found::Present);
+        if self.is_answered {
+            for name in std::mem::take(&mut self.opening) {
+                if let Some(unanswered @ None) = names.get_mut(&name) {
+                    *unanswered = Some(Found::Present);
+                    self.answered.insert(name);
+                }
             }
         }
-        if more {
-            return Vec::new();
-        }
-        for name in std::mem::take(&mut self.opening) {
-            if let Some(unanswered @ None) = names.get_mut(&name) {
-                *unanswered = Some(Found::Present);
-                self.answered.insert(name);
-            }
-        }
-        let answered = std::mem::take(&mut self.answered);
-        answered
-            .into_iter()
-            .filter_map(|name| {
-                let found = names.get(&name).copied().flatten()?;
-                Some((name, found))
-            })
-            .collect()
+        let answered = std::mem::take(&mut self.answered).into_iter();
+        let found = answered.filter_map(|name| {
+            let found = names.get(&name).copied().flatten()?;
+            Some(Answered { type_url: Arc::clone(&self.type_url), name, found })
+        });
+        found.collect()
     }
 }
 
@@ -210,20 +212,41 @@ pub(crate) struct Answered {
 pub(crate) struct Outcome {
     pub(crate) rejected: Vec<Rejected>,
     pub(crate) answered: Vec<Answered>,
+    /// A batch was larger than what is held back, and was applied before it was complete.
+    pub(crate) split: bool,
+}
+
+/// Answers that wait for the rest of their batch.
+#[derive(Default)]
+struct Pending {
+    answers: Vec<DeltaDiscoveryResponse>,
+    bytes: usize,
 }
 
 /// All types of one client.
 pub(crate) struct Session {
     node: Node,
     types: Vec<Subscription>,
+    sink: Box<dyn Sink>,
     outbox: VecDeque<DeltaDiscoveryRequest>,
+    pending: Pending,
     connected: bool,
-    max_names: usize,
+    limits: Limits,
+}
+
+/// Bounds of what a session holds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Names demanded, per type.
+    pub(crate) names: usize,
+    /// Bytes of answers that wait for the rest of their batch.
+    pub(crate) batch: usize,
 }
 
 impl Session {
-    pub(crate) fn new(node: Node, types: Vec<Subscription>, max_names: usize) -> Self {
-        Self { node, types, outbox: VecDeque::new(), connected: false, max_names }
+    pub(crate) fn new(node: Node, types: Vec<Subscription>, sink: Box<dyn Sink>, limits: Limits) -> Self {
+        let (outbox, pending) = (VecDeque::new(), Pending::default());
+        Self { node, types, sink, outbox, pending, connected: false, limits }
     }
 
     /// A stream is open: asks for every type, naming what is held.
@@ -239,40 +262,77 @@ impl Session {
         }
     }
 
-    /// The stream is gone: what waited to be sent is void, what is held stays.
+    /// The stream is gone: what waited to be sent or applied is void, what is held stays.
     pub(crate) fn handle_disconnected(&mut self) {
         self.connected = false;
         self.outbox.clear();
+        self.pending = Pending::default();
         for subscription in &mut self.types {
+            subscription.is_answered = false;
             subscription.changes = Changes::default();
         }
     }
 
-    /// Applies an answer and queues its ack or nack.
-    pub(crate) fn handle_response(&mut self, response: &DeltaDiscoveryResponse) -> Outcome {
-        let mut outcome = Outcome::default();
-        let more = response.system_version_info.ends_with(MORE);
-        match self.types.iter_mut().find(|known| *known.type_url == *response.type_url) {
-            Some(subscription) => {
-                outcome.rejected = subscription.apply(response);
-                let type_url = Arc::clone(&subscription.type_url);
-                let settled = subscription.settle(response, more);
-                if !more {
-                    subscription.drop_returned();
-                }
-                subscription.complete |= !more;
-                outcome.answered = settled
-                    .into_iter()
-                    .map(|(name, found)| Answered { type_url: Arc::clone(&type_url), name, found })
-                    .collect();
-            }
-            None => outcome.rejected.push(Rejected {
-                name: response.type_url.clone(),
-                reason: "this type was never subscribed".to_owned(),
-            }),
+    /// Applies an answer once its batch is complete, and queues the ack or nack of what was applied.
+    pub(crate) fn handle_response(&mut self, response: DeltaDiscoveryResponse) -> Outcome {
+        let Some(subscription) = self.types.iter_mut().find(|known| *known.type_url == *response.type_url)
+        else {
+            let (type_url, name) = (response.type_url.clone(), response.type_url.clone());
+            let reason = "this type was never subscribed".to_owned();
+            let rejected = vec![Rejected { type_url, name, reason }];
+            self.acknowledge(&response, &rejected);
+            return Outcome { rejected, ..Outcome::default() };
+        };
+        subscription.is_answered = true;
+        let mark = BatchMark::read(&response.system_version_info);
+        let is_incomplete = match mark {
+            // A server with batches answers every type that a stream opens: the first batch ends with the last of them.
+            Some(mark) => mark.more || self.types.iter().any(|subscription| !subscription.is_answered),
+            None => false,
+        };
+        let has_more = mark.is_some_and(|mark| mark.more);
+        self.pending.bytes = self.pending.bytes.saturating_add(weight(&response));
+        self.pending.answers.push(response);
+        let is_full = self.pending.bytes > self.limits.batch;
+        // Until the first state is complete nothing relies on it, and what is large then is applied as it comes.
+        if is_incomplete && self.is_ready() && !is_full {
+            return Outcome::default();
         }
-        self.acknowledge(response, &outcome.rejected);
+        let mut outcome = self.apply_pending();
+        outcome.split = is_incomplete && self.is_ready();
+        if !has_more {
+            for subscription in &mut self.types {
+                subscription.drop_returned(&mut *self.sink);
+            }
+            outcome.answered = self.types.iter_mut().flat_map(Subscription::complete).collect();
+        }
         outcome
+    }
+
+    /// Applies everything that waits, as one batch.
+    fn apply_pending(&mut self) -> Outcome {
+        let answers = std::mem::take(&mut self.pending).answers;
+        let rejected = self.sink.apply(&answers);
+        for response in &answers {
+            let named = |name: &str| {
+                response.resources.iter().any(|it| it.name == name)
+                    || response.removed_resources.iter().any(|removed| removed == name)
+            };
+            let refused: Vec<Rejected> = match rejected.is_empty() {
+                true => Vec::new(),
+                false => rejected
+                    .iter()
+                    .filter(|it| it.type_url == response.type_url && named(&it.name))
+                    .cloned()
+                    .collect(),
+            };
+            if let Some(subscription) = self.types.iter_mut().find(|it| *it.type_url == *response.type_url) {
+                let names = refused.iter().map(|rejected| rejected.name.as_str()).collect();
+                subscription.note(response, &names);
+            }
+            self.acknowledge(response, &refused);
+        }
+        Outcome { rejected, ..Outcome::default() }
     }
 
     fn acknowledge(&mut self, response: &DeltaDiscoveryResponse, rejected: &[Rejected]) {
@@ -295,7 +355,7 @@ impl Session {
 
     /// Asks for one name. `Ok(None)`: the answer is still to come.
     pub(crate) fn handle_demand(&mut self, type_url: &str, name: &str) -> Result<Option<Found>, DemandError> {
-        let max_names = self.max_names;
+        let max_names = self.limits.names;
         let not_on_demand =
             || DemandError::NotOnDemand { type_url: type_url.to_owned(), name: name.to_owned() };
         let subscription =
@@ -324,7 +384,7 @@ impl Session {
             return;
         }
         subscription.answered.remove(name);
-        subscription.drop_unsubscribed(name);
+        subscription.drop_unsubscribed(&mut *self.sink, name);
         if self.connected {
             subscription.changes.unsubscribe(name);
         }
@@ -355,6 +415,17 @@ impl Session {
     }
 }
 
+/// About what an answer takes while it waits, in bytes.
+fn weight(response: &DeltaDiscoveryResponse) -> usize {
+    let body = |resource: &ambit_api::discovery::Resource| {
+        let any = resource.resource.as_ref().map_or(0, |any| any.value.len() + any.type_url.len());
+        let aliases: usize = resource.aliases.iter().map(|alias| alias.len() + size_of::<String>()).sum();
+        size_of_val(resource) + resource.name.len() + resource.version.len() + any + aliases
+    };
+    let removed = response.removed_resources.iter().map(|name| name.len() + size_of::<String>());
+    size_of_val(response) + response.resources.iter().map(body).sum::<usize>() + removed.sum::<usize>()
+}
+
 fn is_plain_ack_of(request: &DeltaDiscoveryRequest, type_url: &str) -> bool {
     request.type_url == type_url
         && !request.response_nonce.is_empty()
@@ -364,7 +435,7 @@ fn is_plain_ack_of(request: &DeltaDiscoveryRequest, type_url: &str) -> bool {
 
 fn nack(rejected: &[Rejected]) -> Status {
     let mut message = String::new();
-    for (index, Rejected { name, reason }) in rejected.iter().enumerate() {
+    for (index, Rejected { name, reason, .. }) in rejected.iter().enumerate() {
         let next = format!("{name}: {reason}");
         if message.len() + next.len() + 2 > MAX_NACK_MESSAGE {
             if message.is_empty() {

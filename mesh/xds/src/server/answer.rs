@@ -9,7 +9,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 
-use super::table::Resource;
+use super::store::Resource;
+use crate::batch_mark::BatchMark;
 
 /// Field numbers of `DeltaDiscoveryResponse`.
 mod field {
@@ -30,6 +31,8 @@ pub(crate) struct Answer {
     pub(crate) frame: Bytes,
     pub(crate) resources: u64,
     pub(crate) removals: u64,
+    /// Whether it says that more of its batch follows.
+    pub(crate) more: bool,
 }
 
 /// A resource as a field of an answer, tag and length included.
@@ -98,16 +101,16 @@ impl Builder {
         self.is_empty() || self.body.len() + length + TRAILER <= self.limit
     }
 
-    /// Closes the answer. `more` says that answers of the same state follow.
-    pub(crate) fn finish(mut self, nonce: &str, position: u64, more: bool) -> Answer {
-        let more = if more { String::from(crate::MORE) } else { String::new() };
-        put_string(field::SYSTEM_VERSION_INFO, &format!("{position}{more}"), &mut self.body);
+    /// Closes the answer.
+    pub(crate) fn finish(mut self, nonce: &str, mark: BatchMark) -> Answer {
+        put_string(field::SYSTEM_VERSION_INFO, &mark.to_string(), &mut self.body);
         put_string(field::NONCE, nonce, &mut self.body);
         let length = u32::try_from(self.body.len() - GRPC_HEADER).unwrap_or(u32::MAX);
         if let Some(header) = self.body.get_mut(1..GRPC_HEADER) {
             header.copy_from_slice(&length.to_be_bytes());
         }
-        Answer { frame: self.body.freeze(), resources: self.resources, removals: self.removals }
+        let Self { body, resources, removals, .. } = self;
+        Answer { frame: body.freeze(), resources, removals, more: mark.more }
     }
 }
 
@@ -135,7 +138,7 @@ mod tests {
         let mut builder = Builder::new(1 << 16, "type.example/T");
         assert!(builder.remove("gone"));
         assert!(builder.resource(&resource_field("type.example/T", &resource, "v7")));
-        let answer = builder.finish("n1", 42, true);
+        let answer = builder.finish("n1", BatchMark { number: 42, more: true });
         let expected = DeltaDiscoveryResponse {
             system_version_info: "42+".into(),
             resources: vec![discovery::Resource {
@@ -164,7 +167,7 @@ mod tests {
         assert!(builder.resource(&field));
         assert!(builder.resource(&field));
         assert!(!builder.resource(&field));
-        assert!(builder.finish("nonce", u64::MAX, true).frame.len() <= 2048);
+        assert!(builder.finish("nonce", BatchMark { number: u64::MAX, more: true }).frame.len() <= 2048);
         let mut small = Builder::new(100, "t");
         assert!(small.resource(&field), "one resource larger than the limit goes alone");
         assert!(!small.remove("x"));

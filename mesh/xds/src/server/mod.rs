@@ -1,21 +1,26 @@
-//! The delta server: the control plane applies changes to tables, subscribers get what differs.
+//! The delta server: the control plane applies changes to a store, subscribers get what differs.
 //!
-//! [`Table`] holds one type's resources, encoded once and shared, with a log of changes that is
+//! [`Store`] holds resources by type, encoded once and shared, with a log of changes that is
 //! compacted by name. A subscriber holds positions in that log, not a copy of what it was sent; only
 //! on-demand subscribers also hold the names they were sent. [`Server`] is the gRPC service.
 //!
-//! Tables must hold their first complete state before the service is offered: to a subscriber that
+//! A store must hold its first complete state before the service is offered: to a subscriber that
 //! reconnects, a resource that is not there is a resource that was removed.
 
+mod admission;
 pub(crate) mod answer;
 mod batch;
-mod bell;
 mod metrics;
+mod request;
 mod service;
+pub(crate) mod shared;
 pub(crate) mod state;
+pub(crate) mod store;
+mod stream;
 pub(crate) mod subscription;
-pub(crate) mod table;
+mod wakeup;
 
+pub use admission::{Admission, Subscriber, View};
 pub use metrics::ServerMetrics;
-pub use service::{Admission, Server, ServerConfig};
-pub use table::{Applied, Change, Publisher, Resource, Table, TableConfig};
+pub use service::{Server, ServerConfig};
+pub use store::{Applied, Change, Publisher, Resource, Store, StoreConfig};

@@ -3,7 +3,7 @@
 //! Every change takes the next position. A name has one place in the log: a live resource or a
 //! removal. Whoever has seen everything up to a position needs exactly the entries above it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Bound;
 use std::sync::Arc;
@@ -12,10 +12,13 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::answer;
-use super::table::{Applied, Change, Resource};
+use super::store::{Applied, Change, Resource};
 
 /// A place in the change log; 0 is before everything.
 pub(crate) type Position = u64;
+
+/// Levels of members that a subscription brings along: workloads of a service, and what they bring in turn.
+const MAX_LEVELS: u32 = 4;
 
 /// A live resource.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub(crate) struct Entry {
     /// The `Resource` message as a field of an answer, tag and length included.
     pub(crate) field: Bytes,
     pub(crate) position: Position,
+    /// Where the content last changed; later positions changed the parents only.
+    pub(crate) changed: Position,
 }
 
 impl Entry {
@@ -42,7 +47,7 @@ type Index<Names> = HashMap<Arc<str>, Names>;
 /// In order. An alias is an address, which few share.
 type Few = SmallVec<[Arc<str>; 1]>;
 
-/// The table's content.
+/// The resources of one type.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) type_url: Arc<str>,
@@ -99,6 +104,11 @@ impl State {
         self.live.range((Bound::Excluded(from), Bound::Unbounded)).map(|(position, entry)| (*position, entry))
     }
 
+    /// Live resources whose content changed after `from`, oldest first: what a subscriber to everything needs.
+    pub(crate) fn changed_after(&self, from: Position) -> impl Iterator<Item = (Position, &Arc<Entry>)> {
+        self.live_after(from).filter(move |(_, entry)| entry.changed > from)
+    }
+
     /// The live resource at exactly this position, unless it has changed since.
     pub(crate) fn live_at(&self, position: Position) -> Option<&Arc<Entry>> {
         self.live.get(&position)
@@ -118,40 +128,76 @@ impl State {
     }
 
     /// Resources that name `parent` as theirs.
-    pub(crate) fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
+    fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
         self.by_parent.get(parent).into_iter().flatten().filter_map(|name| self.get(name))
     }
 
-    /// Applies changes in order. Content that is there already takes no position.
-    pub(crate) fn apply(&mut self, changes: Vec<Change>) -> Applied {
-        let mut applied = Applied::default();
-        for change in changes {
-            match change {
-                Change::Upsert(resource) => self.upsert(resource, &mut applied),
-                Change::Remove(name) => self.remove(&name, &mut applied),
+    /// These resources and all below them: members, their members, and so on.
+    pub(crate) fn with_members<'a>(
+        &'a self,
+        roots: impl Iterator<Item = &'a Arc<Entry>>,
+    ) -> Vec<&'a Arc<Entry>> {
+        let mut seen: HashSet<&str> = HashSet::new();
+        let mut found: Vec<&Arc<Entry>> = roots.filter(|entry| seen.insert(&entry.name)).collect();
+        let mut level = 0..found.len();
+        for _ in 0..MAX_LEVELS {
+            let parents: Vec<&Arc<Entry>> = found.get(level.clone()).unwrap_or_default().to_vec();
+            let members = parents.into_iter().flat_map(|parent| self.members(&parent.name));
+            found.extend(members.filter(|entry| seen.insert(&entry.name)));
+            level = level.end..found.len();
+            if level.is_empty() {
+                break;
             }
         }
-        applied.position = self.head;
-        applied
+        found
+    }
+
+    /// Whether `asked` holds for a name of the entry, or of a live resource above it.
+    pub(crate) fn is_within(&self, entry: &Entry, asked: &impl Fn(&str) -> bool) -> bool {
+        self.is_within_levels(entry, asked, MAX_LEVELS)
+    }
+
+    fn is_within_levels(&self, entry: &Entry, asked: &impl Fn(&str) -> bool, levels: u32) -> bool {
+        let above = |parent: &Arc<str>| {
+            let parent = self.get(parent);
+            parent.is_some_and(|parent| self.is_within_levels(parent, asked, levels - 1))
+        };
+        entry.names().any(|name| asked(name)) || (levels > 0 && entry.parents.iter().any(above))
+    }
+
+    /// Applies changes in order. Content that is there already takes no position.
+    pub(crate) fn apply(&mut self, changes: Vec<Change>, applied: &mut Applied) {
+        for change in changes {
+            match change {
+                Change::Upsert(resource) => self.upsert(resource, applied),
+                Change::Remove(name) => self.remove(&name, applied),
+            }
+        }
     }
 
     fn upsert(&mut self, resource: Resource, applied: &mut Applied) {
         let version = version(&resource);
-        if self.entries.get(&resource.name).is_some_and(|old| *old.version == *version) {
+        let same = self.entries.get(&resource.name).filter(|old| *old.version == *version);
+        if same.is_some_and(|old| *old.parents == *resource.parents) {
             applied.unchanged += 1;
             return;
         }
+        // Other parents only: subscribers to everything hold it already.
+        let unchanged = same.map(|old| (old.field.clone(), old.changed));
         applied.urgent |= resource.urgent;
         applied.changed += 1;
         self.forget(&resource.name);
         self.head += 1;
+        let (field, changed) = unchanged
+            .unwrap_or_else(|| (answer::resource_field(&self.type_url, &resource, &version), self.head));
         let entry = Arc::new(Entry {
-            field: answer::resource_field(&self.type_url, &resource, &version),
+            field,
             name: resource.name,
             aliases: resource.aliases.into(),
             parents: resource.parents.into(),
             version: version.into(),
             position: self.head,
+            changed,
         });
         for alias in &entry.aliases {
             let names = self.by_alias.entry(Arc::clone(alias)).or_default();
@@ -210,11 +256,11 @@ impl State {
     }
 }
 
-/// A version by content, so that it means the same in another control plane and after a restart.
+/// A version by what the subscriber is sent, so that it means the same in another control plane and after a restart.
+/// Parents are not sent and not part of it.
 fn version(resource: &Resource) -> String {
     let mut hasher = DefaultHasher::new();
     resource.aliases.hash(&mut hasher);
-    resource.parents.hash(&mut hasher);
     resource.body.hash(&mut hasher);
     format!("{:016x}", hasher.finish())
 }

@@ -3,15 +3,16 @@
 //! A wildcard subscriber is a pair of positions in the change log; only what a reconnect owes it is
 //! listed, by position. An on-demand subscriber also holds the names it asked for and was sent.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use ambit_api::discovery::DeltaDiscoveryRequest;
 
 use super::answer::{Answer, Builder};
+use super::shared::{Cursor, SharedAnswers, Turn};
 use super::state::{Entry, Position, State};
-use super::table::{Cursor, Inner};
 use crate::WILDCARD;
+use crate::batch_mark::BatchMark;
 
 /// Removals that this subscriber needs have been forgotten; it must reconnect with its versions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,13 +29,13 @@ pub(crate) struct Subscription {
     names: HashSet<String>,
     cursor: Cursor,
     /// Names to be reported as not there, before anything else.
-    owed_removals: VecDeque<String>,
+    owed_removals: BTreeSet<String>,
     /// Resources to be sent although the cursor has passed them; those that changed since are skipped,
     /// as the log brings them again.
     owed: BTreeSet<Position>,
     /// On demand only: what the subscriber holds.
     sent: HashSet<Arc<str>>,
-    /// An answer is due even if it is empty: the first, and one that ends what was said to go on.
+    /// The first answer is due, even if it is empty.
     open: bool,
     nonces: u64,
 }
@@ -47,16 +48,26 @@ impl Subscription {
         max_names: usize,
     ) -> Result<Self, TooManyNames> {
         let subscribe = &request.resource_names_subscribe;
-        let unsubscribes_all = request.resource_names_unsubscribe.iter().any(|name| name == WILDCARD);
+        let unsubscribe = &request.resource_names_unsubscribe;
+        let known = &request.initial_resource_versions;
         // xDS "how the client specifies what resources to return": an empty first request is a wildcard.
-        let wildcard =
-            (subscribe.is_empty() && !unsubscribes_all) || subscribe.iter().any(|name| name == WILDCARD);
+        let asks_all = subscribe.is_empty() || subscribe.iter().any(|name| name == WILDCARD);
+        let wildcard = asks_all && unsubscribe.iter().all(|name| name != WILDCARD);
+        let mut names: HashSet<String> = subscribe
+            .iter()
+            .filter(|name| *name != WILDCARD && !unsubscribe.contains(name))
+            .cloned()
+            .collect();
+        // istio's ztunnel repeats what it asked for on earlier streams among its versions only.
+        if !wildcard && names.is_empty() {
+            names.extend(known.keys().cloned());
+        }
         let head = state.head();
         let mut opened = Self {
             wildcard,
-            names: subscribe.iter().filter(|name| *name != WILDCARD).cloned().collect(),
+            names,
             cursor: Cursor { removed: head, live: head },
-            owed_removals: VecDeque::new(),
+            owed_removals: BTreeSet::new(),
             owed: BTreeSet::new(),
             sent: HashSet::new(),
             open: true,
@@ -65,20 +76,19 @@ impl Subscription {
         if opened.names.len() > max_names {
             return Err(TooManyNames);
         }
-        let known = &request.initial_resource_versions;
         if wildcard && known.is_empty() {
             opened.cursor.live = 0;
         } else if wildcard {
             opened.owe_difference(state.entries(), known);
         } else {
             let covered = opened.covered(state);
-            opened.owe_difference(covered.iter(), known);
+            opened.owe_difference(covered.into_iter(), known);
         }
         let stale: Vec<_> = known.keys().filter(|name| !opened.holds(name, state)).cloned().collect();
         opened.owed_removals.extend(stale);
         for name in &opened.names {
             if !known.contains_key(name) && state.named(name).next().is_none() {
-                opened.owed_removals.push_back(name.clone());
+                opened.owed_removals.insert(name.clone());
             }
         }
         Ok(opened)
@@ -112,14 +122,18 @@ impl Subscription {
         state: &State,
         max_names: usize,
     ) -> Result<(), TooManyNames> {
-        for name in &request.resource_names_subscribe {
+        let subscribe = &request.resource_names_subscribe;
+        let unsubscribe = &request.resource_names_unsubscribe;
+        // Both at once is on demand, as in the first request.
+        let drops_all = unsubscribe.iter().any(|name| name == WILDCARD);
+        for name in subscribe.iter().filter(|name| !(drops_all && *name == WILDCARD)) {
             self.subscribe(name, state);
         }
         if self.names.len() > max_names {
             return Err(TooManyNames);
         }
-        if !request.resource_names_unsubscribe.is_empty() {
-            self.unsubscribe(&request.resource_names_unsubscribe, state);
+        if !unsubscribe.is_empty() {
+            self.unsubscribe(unsubscribe, state);
         }
         Ok(())
     }
@@ -137,14 +151,11 @@ impl Subscription {
         }
         // A name that is asked for again is answered again.
         self.names.insert(name.to_owned());
-        let mut found = false;
-        for entry in with_members(state.named(name), state) {
-            found = true;
-            self.owed.insert(entry.position);
+        let found = state.with_members(state.named(name));
+        if found.is_empty() {
+            self.owed_removals.insert(name.to_owned());
         }
-        if !found {
-            self.owed_removals.push_back(name.to_owned());
-        }
+        self.owed.extend(found.iter().map(|entry| entry.position));
     }
 
     fn unsubscribe(&mut self, names: &[String], state: &State) {
@@ -168,80 +179,98 @@ impl Subscription {
     }
 
     /// Every entry that the names stand for.
-    fn covered(&self, state: &State) -> Vec<Arc<Entry>> {
-        let named = self.names.iter().flat_map(|name| state.named(name));
-        with_members(named, state).cloned().collect()
+    fn covered<'a>(&self, state: &'a State) -> Vec<&'a Arc<Entry>> {
+        state.with_members(self.names.iter().flat_map(|name| state.named(name)))
     }
 
-    /// Whether an entry is subscribed by a name of its own or through a parent.
+    /// Whether an entry is subscribed by a name of its own or of a resource above it.
     fn covers(&self, entry: &Entry, state: &State) -> bool {
-        let asked = |name: &Arc<str>| self.names.contains(&**name);
-        let brings = |parent: &Arc<str>| state.get(parent).is_some_and(|parent| parent.names().any(asked));
-        entry.names().any(asked) || entry.parents.iter().any(brings)
+        state.is_within(entry, &|name| self.names.contains(name))
     }
 
-    /// Whether an answer is due, as far as can be told without making it.
+    /// Whether the subscriber has not been sent anything yet.
+    pub(crate) fn is_opening(&self) -> bool {
+        self.open
+    }
+
+    /// Whether an answer is due; [`catch_up`](Self::catch_up) comes first.
     pub(crate) fn is_behind(&self, state: &State) -> bool {
-        let Cursor { removed, live } = self.cursor;
-        let owes = !self.owed.is_empty() || !self.owed_removals.is_empty();
-        owes || self.open || live < state.head() || removed < state.head()
+        self.open || self.owes(state)
     }
 
-    /// The next answer, if anything is due; `Err` if the subscriber cannot be brought up to date.
-    /// `hold_removals` keeps back what is gone, for as long as another type may still refer to it.
-    pub(crate) fn poll_answer(
-        &mut self,
-        table: &Inner,
-        state: &State,
-        hold_removals: bool,
-    ) -> Result<Option<Answer>, Lagged> {
+    fn owes(&self, state: &State) -> bool {
+        !self.owed.is_empty() || self.owes_removals(state) || self.has_news(state)
+    }
+
+    fn owes_removals(&self, state: &State) -> bool {
+        !self.owed_removals.is_empty()
+            || (self.wildcard && state.removed_after(self.cursor.removed).next().is_some())
+    }
+
+    fn has_news(&self, state: &State) -> bool {
+        self.wildcard && state.changed_after(self.cursor.live).next().is_some()
+    }
+
+    /// Takes in what the log gained; `Err` if the subscriber cannot be brought up to date.
+    pub(crate) fn catch_up(&mut self, state: &State) -> Result<(), Lagged> {
         if self.cursor.removed < state.horizon() {
             return Err(Lagged);
         }
         if !self.wildcard {
             self.look_through(state);
         }
+        Ok(())
+    }
+
+    /// The next answer, if anything is due; [`catch_up`](Self::catch_up) comes first. `index` is the number of the type.
+    pub(crate) fn poll_answer(
+        &mut self,
+        shared: &SharedAnswers,
+        (index, state): (usize, &State),
+        turn: Turn,
+    ) -> Option<Answer> {
         let owes = !self.owed.is_empty() || !self.owed_removals.is_empty();
-        if owes && let Some(answer) = self.pay(table, state, hold_removals) {
-            return Ok(Some(answer));
+        if owes && let Some(answer) = self.pay(state, turn) {
+            self.open = false;
+            return Some(answer);
         }
         if self.wildcard {
-            if let Some(step) = table.step(self.cursor, state, hold_removals) {
+            if let Some(step) = shared.step(index, state, self.cursor, turn) {
                 self.cursor = step.to;
-                self.open = step.more;
-                return Ok(Some(step.answer));
+                self.open = false;
+                return Some(step.answer);
             }
             self.cursor.live = state.head();
         }
-        if hold_removals && self.owes_removals(state) {
-            return Ok(None);
+        if turn.hold_removals && self.owes_removals(state) {
+            return None;
         }
         self.cursor.removed = state.head();
-        if std::mem::take(&mut self.open) {
-            let builder = Builder::new(table.config.answer_limit, &state.type_url);
-            return Ok(Some(builder.finish(&self.nonce(), state.head(), false)));
-        }
-        Ok(None)
+        std::mem::take(&mut self.open).then(|| self.empty_answer(state, turn))
     }
 
-    fn owes_removals(&self, state: &State) -> bool {
-        !self.owed_removals.is_empty() || state.removed_after(self.cursor.removed).next().is_some()
+    /// An answer without resources: the first one of an empty state, or the end of a batch.
+    pub(crate) fn empty_answer(&mut self, state: &State, turn: Turn) -> Answer {
+        let mark = BatchMark { number: turn.batch, more: turn.more_elsewhere };
+        Builder::new(turn.limit, &state.type_url).finish(&self.nonce(), mark)
     }
 
     /// On demand: turns what the log gained into what is owed.
     fn look_through(&mut self, state: &State) {
         for (_, name) in state.removed_after(self.cursor.removed) {
             if self.sent.remove(name) {
-                self.owed_removals.push_back(name.to_string());
+                self.owed_removals.insert(name.to_string());
             }
         }
         for (position, entry) in state.live_after(self.cursor.live) {
             let covered = self.covers(entry, state);
-            if covered || self.sent.contains(&entry.name) {
+            let is_held = self.sent.contains(&entry.name);
+            if (covered || is_held) && !(is_held && entry.changed <= self.cursor.live) {
                 self.owed.insert(position);
             }
             if covered {
-                let missing = state.members(&entry.name).filter(|member| !self.sent.contains(&member.name));
+                let members = state.with_members(std::iter::once(entry));
+                let missing = members.into_iter().filter(|member| !self.sent.contains(&member.name));
                 self.owed.extend(missing.map(|member| member.position));
             }
         }
@@ -249,9 +278,9 @@ impl Subscription {
     }
 
     /// An answer from what is owed; removals first.
-    fn pay(&mut self, table: &Inner, state: &State, hold_removals: bool) -> Option<Answer> {
-        let mut builder = Builder::new(table.config.answer_limit, &state.type_url);
-        if hold_removals || self.pay_removals(&mut builder, state) {
+    fn pay(&mut self, state: &State, turn: Turn) -> Option<Answer> {
+        let mut builder = Builder::new(turn.limit, &state.type_url);
+        if turn.hold_removals || self.pay_removals(&mut builder, state) {
             while let Some(position) = self.owed.first().copied() {
                 if let Some(entry) = state.live_at(position) {
                     if !builder.resource(&entry.field) {
@@ -267,21 +296,19 @@ impl Subscription {
         if builder.is_empty() {
             return None;
         }
-        let behind = self.cursor.live < state.head() || self.cursor.removed < state.head();
-        let more = behind || !self.owed.is_empty() || !self.owed_removals.is_empty();
-        self.open = more;
-        Some(builder.finish(&self.nonce(), state.head(), more))
+        let mark = BatchMark { number: turn.batch, more: turn.more_elsewhere || self.owes(state) };
+        Some(builder.finish(&self.nonce(), mark))
     }
 
     /// Adds the removals that are due; false if the answer is full before all are in.
     fn pay_removals(&mut self, builder: &mut Builder, state: &State) -> bool {
-        while let Some(name) = self.owed_removals.front() {
+        while let Some(name) = self.owed_removals.first() {
             // What came (back) in the meantime is sent, and must not be taken away after that.
             let there = state.named(name).any(|entry| self.wildcard || self.covers(entry, state));
             if !there && !builder.remove(name) {
                 return false;
             }
-            self.owed_removals.pop_front();
+            self.owed_removals.pop_first();
         }
         if self.wildcard {
             for (position, name) in state.removed_after(self.cursor.removed) {
@@ -299,11 +326,4 @@ impl Subscription {
         self.nonces += 1;
         format!("own-{}", self.nonces)
     }
-}
-
-fn with_members<'a>(
-    entries: impl Iterator<Item = &'a Arc<Entry>>,
-    state: &'a State,
-) -> impl Iterator<Item = &'a Arc<Entry>> {
-    entries.flat_map(|entry| std::iter::once(entry).chain(state.members(&entry.name)))
 }

@@ -1,0 +1,50 @@
+//! Who subscribes, and what that subscriber may see.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+
+/// Authenticates the callers of streams. Asked once per stream, with the request's metadata.
+pub trait Admission: Send + Sync + 'static {
+    /// The subscriber behind the credentials, or why there is none (`UNAUTHENTICATED`, `PERMISSION_DENIED`).
+    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Subscriber, Status>>;
+}
+
+/// An authenticated caller.
+#[derive(Debug, Clone)]
+pub struct Subscriber {
+    /// Its identity, for the log.
+    pub identity: Arc<str>,
+    /// What it may see: decided from the identity, never from what the caller asks for.
+    pub view: View,
+}
+
+impl Subscriber {
+    /// Stands for every caller of a server without admission.
+    pub(crate) fn anonymous() -> Self {
+        Self { identity: "anonymous".into(), view: View::everything() }
+    }
+}
+
+/// The resources that a subscriber may see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View(Option<Arc<[Arc<str>]>>);
+
+impl View {
+    /// Resources of every type.
+    pub fn everything() -> Self {
+        Self(None)
+    }
+
+    /// Resources of these types.
+    pub fn of_types<'a>(type_urls: impl IntoIterator<Item = &'a str>) -> Self {
+        Self(Some(type_urls.into_iter().map(Arc::from).collect()))
+    }
+
+    /// Whether resources of a type may be seen.
+    pub(crate) fn has_type(&self, type_url: &str) -> bool {
+        self.0.as_ref().is_none_or(|types| types.iter().any(|known| **known == *type_url))
+    }
+}
