@@ -1,0 +1,24 @@
+//! The contracts with other implementations, from the outside: an encoder and decoder of its own plays istiod to our
+//! node proxy, and Istio's node proxy to our control plane. Field numbers are those of the contract, not those of the
+//! types that the programs are built with.
+//!
+//! Needs root for the namespaces of pods; fails without.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that can't go on says so by panicking")]
+
+mod control;
+mod grpc;
+mod istiod;
+mod wire;
+mod zds;
+
+pub(crate) const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
+pub(crate) const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
+
+/// A program beside this test's executable.
+pub(crate) fn program(name: &str) -> std::path::PathBuf {
+    let executable = std::env::current_exe().unwrap();
+    let path = executable.parent().unwrap().parent().unwrap().join(name);
+    assert!(path.exists(), "{} is not built", path.display());
+    path
+}
