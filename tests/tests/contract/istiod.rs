@@ -72,7 +72,7 @@ impl Istiod {
 pub(crate) struct Ztunnel {
     _child: Child,
     admin: SocketAddr,
-    pub(crate) metrics: SocketAddr,
+    metrics: SocketAddr,
     readiness: SocketAddr,
     log: PathBuf,
 }
@@ -131,6 +131,10 @@ impl Ztunnel {
             .split_once("\r\n\r\n")
             .and_then(|(_, body)| serde_json::from_str(body).ok())
             .unwrap_or_default()
+    }
+
+    pub(crate) async fn metrics(&self) -> String {
+        get(self.metrics, "/metrics").await
     }
 
     pub(crate) async fn is_ready(&self) -> bool {
@@ -264,6 +268,7 @@ async fn what_istiod_sends_is_understood_and_acknowledged() {
     assert!(message.contains("//Pod/shop/bad") && !message.contains("/web"), "{message}");
     let ack = acknowledgement(&mut stream, &format!("Authorization-{VERSION}")).await;
     assert!(ack["error_detail"].is_null(), "{ack}");
+    assert!(ztunnel.metrics().await.contains("ambit_xds_rejected_total 1"));
     let dump =
         ztunnel.until("the workload", |dump| dump["workloads"][0]["uid"] == "Kubernetes//Pod/shop/web").await;
     let shown = dump["policies"].to_string();
