@@ -18,8 +18,8 @@ pub mod server;
 
 pub use backoff::Backoff;
 pub use client::{
-    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver, Found,
-    Handler, PARTIAL_STATE, Rejected, Update, ztunnel_node,
+    BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver,
+    Found, Handler, PARTIAL_STATE, Rejected, Update, ztunnel_node,
 };
 pub use server::{
     Admission, Applied, Change, Publisher, Resource, Server, ServerConfig, ServerMetrics, Store, StoreConfig,
