@@ -1,5 +1,5 @@
-//! A node's agent, in this process: the library that a cluster's node runs as a program, with what it says
-//! carried into the pods' views.
+//! A node's agent, in this process: the library that a cluster's node runs as a program. What it reports is copied into
+//! the pods' views.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
@@ -11,6 +11,7 @@ use ambit_node::{Agent, AgentConfig, AgentError, PodSpec, PodState, StatusEvent}
 use parking_lot::Mutex;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::cluster::shared::Shared;
 use crate::error::{Error, Result};
@@ -25,14 +26,14 @@ pub(crate) struct NodeAgent {
     /// Whether the node's proxy serves SOCKS5: the agent binds its listeners.
     socks5: bool,
     running: Mutex<Option<Running>>,
-    /// Pods that were brought in and not yet out.
+    /// Pods that the agent was asked to enrol and not yet to unenrol.
     enrolled: Mutex<BTreeSet<String>>,
 }
 
 #[derive(Debug)]
 struct Running {
     agent: Agent,
-    /// The agent's driver and the carrier of its events; they end when this is dropped.
+    /// The agent's driver and the copying of its events; they end when this is dropped.
     tasks: JoinSet<()>,
 }
 
@@ -56,23 +57,30 @@ impl NodeAgent {
         })
     }
 
-    /// Starts it; pods of its registry are taken up again.
+    /// Starts it, with the pods of the node that are to be enrolled. It takes up those of its registry again.
     ///
     /// # Errors
     /// When its socket or registry can't be opened.
-    pub(crate) async fn start(&self, shared: &Arc<Shared>) -> Result<()> {
+    pub(crate) async fn start(&self, shared: &Arc<Shared>, pods: &[(Pod, Options)]) -> Result<()> {
         if self.running.lock().is_some() {
             return Ok(());
         }
+        let as_of = Instant::now();
         let (agent, driver) = Agent::start(self.config.clone()).await.map_err(self.fault("start"))?;
         let mut tasks = JoinSet::new();
-        tasks.spawn(carry(agent.clone(), Arc::downgrade(shared)));
+        tasks.spawn(follow(agent.clone(), Arc::downgrade(shared)));
         let node = self.node.clone();
         tasks.spawn(async move {
             driver.await;
             tracing::error!(node, "the node agent has ended by itself");
         });
-        *self.running.lock() = Some(Running { agent, tasks });
+        *self.running.lock() = Some(Running { agent: agent.clone(), tasks });
+        let specs =
+            pods.iter().map(|(pod, options)| self.spec(pod, options.clone())).collect::<Result<_>>()?;
+        self.enrolled.lock().extend(pods.iter().map(|(pod, _)| pod.uid().to_owned()));
+        for (uid, error) in agent.reconcile(specs, as_of).await.failed {
+            tracing::warn!(node = self.node, uid, %error, "pod not enrolled yet");
+        }
         Ok(())
     }
 
@@ -84,59 +92,70 @@ impl NodeAgent {
         }
     }
 
-    /// Brings a pod in. Returns when its rules are in place.
-    ///
-    /// # Errors
-    /// When the agent is stopped or refuses.
-    pub(crate) async fn enrol(&self, pod: &Pod, options: Options) -> Result<()> {
-        let attempt = format!("bring pod {pod} in");
-        let agent = self.agent(&attempt)?;
-        let netns = pod.inner.sandbox.netns()?;
+    fn spec(&self, pod: &Pod, options: Options) -> Result<PodSpec> {
         let path = format!("/proc/self/fd/{}", pod.inner.sandbox.network().as_raw_fd());
-        let spec = PodSpec {
+        Ok(PodSpec {
             uid: pod.uid().to_owned(),
             name: pod.name().to_owned(),
             namespace: pod.namespace().to_owned(),
             service_account: pod.service_account().to_owned(),
             ips: pod.ips(),
-            netns,
+            netns: Some(pod.inner.sandbox.netns()?),
             netns_path: Some(PathBuf::from(path)),
+            sandbox: None,
             options: Options { socks5: options.socks5 || self.socks5, ..options },
-        };
-        agent.pod_up(spec).await.map_err(self.fault(attempt))?;
-        self.enrolled.lock().insert(pod.uid().to_owned());
-        Ok(())
+        })
     }
 
-    /// Takes a running pod out. Does nothing for one that is not in.
+    /// Enrols a pod. Returns when its rules are in place.
+    ///
+    /// # Errors
+    /// When the agent is stopped or refuses.
+    pub(crate) async fn enrol(&self, pod: &Pod, options: Options) -> Result<()> {
+        let attempt = format!("enrol pod {pod}");
+        let agent = self.agent(&attempt)?;
+        let spec = self.spec(pod, options)?;
+        self.enrolled.lock().insert(pod.uid().to_owned());
+        agent.enrol(spec).await.map_err(self.fault(attempt))
+    }
+
+    /// Unenrols a running pod. Does nothing for one that was never to be enrolled.
     ///
     /// # Errors
     /// When the agent is stopped or fails.
-    pub(crate) async fn unenrol(&self, uid: &str) -> Result<()> {
-        if !self.enrolled.lock().contains(uid) {
+    pub(crate) async fn unenrol(&self, pod: &Pod) -> Result<()> {
+        if !self.enrolled.lock().contains(pod.uid()) {
             return Ok(());
         }
-        let attempt = format!("take pod {uid} out");
-        self.agent(&attempt)?.unenrol(uid).await.map_err(self.fault(attempt))?;
-        self.enrolled.lock().remove(uid);
+        let attempt = format!("unenrol pod {pod}");
+        let agent = self.agent(&attempt)?;
+        match agent.unenrol(pod.uid()).await {
+            // What a failed enrolment may have left is removed by the namespace.
+            Err(AgentError::NotEnrolled { .. } | AgentError::NamespaceNotFound { .. }) => {
+                let netns = pod.inner.sandbox.netns()?;
+                agent.cleanup(&netns).await.map_err(self.fault(attempt))?;
+            }
+            outcome => outcome.map_err(self.fault(attempt))?,
+        }
+        self.enrolled.lock().remove(pod.uid());
         Ok(())
     }
 
-    /// Tells it that a pod is gone.
+    /// Reports to it that a pod has ended.
     ///
     /// # Errors
-    /// When the agent fails. While it is stopped there is nothing to tell.
-    pub(crate) async fn pod_down(&self, uid: &str) -> Result<()> {
+    /// When the agent fails. One that is stopped learns of it when it starts.
+    pub(crate) async fn remove_pod(&self, uid: &str) -> Result<()> {
         if !self.enrolled.lock().remove(uid) {
             return Ok(());
         }
         let Ok(agent) = self.agent("") else { return Ok(()) };
-        agent.pod_down(uid).await.map_err(self.fault(format!("forget pod {uid}")))
+        agent.remove_pod(uid, None).await.map_err(self.fault(format!("remove pod {uid}")))
     }
 }
 
-/// Carries the agent's state changes into the pods' views.
-async fn carry(agent: Agent, shared: Weak<Shared>) {
+/// Copies the agent's status events into the pods' views.
+async fn follow(agent: Agent, shared: Weak<Shared>) {
     let mut events = agent.events();
     loop {
         let changed = match events.recv().await {
@@ -151,7 +170,7 @@ async fn carry(agent: Agent, shared: Weak<Shared>) {
             let redirection = match state {
                 PodState::Pending => Some(Redirection::Pending),
                 PodState::Enabled => Some(Redirection::Enabled),
-                PodState::Leaving | PodState::Out => None,
+                PodState::Leaving | PodState::Failed | PodState::Out => None,
             };
             shared.set_redirection(&uid, redirection);
         }

@@ -1,4 +1,4 @@
-//! Who is in the mesh, and with which options: decided from labels and annotations alone.
+//! Which pods are enrolled, and with which options: decided from labels, annotations and the runtime alone.
 //!
 //! kubernetes.md, "Who is in the mesh". Pure; the sources of pods call it for every change.
 
@@ -9,7 +9,8 @@ use crate::redirect::{Options, OtherProtocols};
 
 /// Label on pods and namespaces.
 pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
-/// Status annotation on pods, written by the agent's caller: `enabled` or `pending`.
+/// Status annotation on pods, written by the agent's caller: that of [`PodState`](crate::PodState::annotation) or of
+/// [`Reason`].
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Annotation that a sidecar's injector leaves on a pod.
 pub const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
@@ -20,7 +21,7 @@ pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 /// Annotation: interfaces, separated by commas, whose traffic counts as the pod's own.
 pub const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
 
-/// What of a pod matters here.
+/// The properties of a pod that the decision depends on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pod {
     /// Its namespace's name.
@@ -31,13 +32,18 @@ pub struct Pod {
     pub annotations: BTreeMap<String, String>,
     /// Whether it shares the node's network namespace.
     pub host_network: bool,
+    /// The handler of its RuntimeClass, if it names one.
+    pub runtime_handler: Option<String>,
 }
 
-/// The mesh's settings that bear on the decision.
+/// The mesh's settings that the decision depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Namespaces of which no pod is ever in.
+    /// Namespaces of which no pod is ever enrolled.
     pub excluded_namespaces: BTreeSet<String>,
+    /// Handlers of RuntimeClasses whose pods' packets do not pass the rules of their network namespace. A `*` at the end
+    /// stands for any characters.
+    pub unsupported_runtimes: BTreeSet<String>,
     /// Whether DNS is captured where a pod says nothing.
     pub dns_capture: bool,
     /// Whether the proxy offers SOCKS5 in pods.
@@ -47,24 +53,27 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let excluded = ["kube-system", "ambit-system"];
+        // gVisor has a network stack of its own; Kata hands the interface to a virtual machine.
+        let unsupported = ["runsc", "runsc-*", "gvisor", "kata", "kata-*"];
         Self {
             excluded_namespaces: excluded.into_iter().map(String::from).collect(),
+            unsupported_runtimes: unsupported.into_iter().map(String::from).collect(),
             dns_capture: true,
             socks5: false,
         }
     }
 }
 
-/// Whether a pod is in, and how; or why not.
+/// Whether a pod is enrolled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// In the mesh, with these options.
+    /// Enrolled, with these options.
     In(Options),
-    /// Not in the mesh.
+    /// Not enrolled.
     Out(Reason),
 }
 
-/// Why a pod is not in.
+/// Why a pod is not enrolled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     /// It shares the node's network namespace.
@@ -73,10 +82,27 @@ pub enum Reason {
     Sidecar,
     /// Its namespace is excluded.
     ExcludedNamespace,
-    /// Its own label says another mode.
+    /// Its own label names another mode.
     PodLabel,
     /// Neither it nor its namespace is labelled.
     NotLabelled,
+    /// It is labelled, but its packets do not pass the rules of its network namespace.
+    UnsupportedRuntime,
+}
+
+impl Reason {
+    /// The value of the annotation [`REDIRECTION`], where the user asked for something that is not done; `None`: no
+    /// annotation.
+    pub fn annotation(self) -> Option<&'static str> {
+        match self {
+            Self::UnsupportedRuntime => Some("unsupported-runtime"),
+            Self::HostNetwork
+            | Self::Sidecar
+            | Self::ExcludedNamespace
+            | Self::PodLabel
+            | Self::NotLabelled => None,
+        }
+    }
 }
 
 impl fmt::Display for Reason {
@@ -87,13 +113,14 @@ impl fmt::Display for Reason {
             Self::ExcludedNamespace => "its namespace is excluded",
             Self::PodLabel => "its label istio.io/dataplane-mode says so",
             Self::NotLabelled => "neither it nor its namespace has istio.io/dataplane-mode: ambient",
+            Self::UnsupportedRuntime => "packets of its container runtime do not pass its network namespace",
         })
     }
 }
 
 /// Decides about a pod.
 pub fn enrolled(pod: &Pod, namespace_labels: &BTreeMap<String, String>, settings: &Settings) -> Decision {
-    let Pod { namespace, labels, annotations, host_network } = pod;
+    let Pod { namespace, labels, annotations, host_network, runtime_handler } = pod;
     if *host_network {
         return Decision::Out(Reason::HostNetwork);
     }
@@ -105,12 +132,22 @@ pub fn enrolled(pod: &Pod, namespace_labels: &BTreeMap<String, String>, settings
     }
     match labels.get(DATAPLANE_MODE).map(String::as_str) {
         Some("ambient") => {}
-        // Any other word on the pod but none at all is a choice of its own: `none`, or another mode.
+        // Any other value on the pod is a choice of its own: `none`, or another mode.
         Some(word) if !word.is_empty() => return Decision::Out(Reason::PodLabel),
         _ if namespace_labels.get(DATAPLANE_MODE).is_some_and(|mode| mode == "ambient") => {}
         _ => return Decision::Out(Reason::NotLabelled),
     }
+    if runtime_handler.as_deref().is_some_and(|handler| is_unsupported(handler, settings)) {
+        return Decision::Out(Reason::UnsupportedRuntime);
+    }
     Decision::In(options(annotations, settings))
+}
+
+fn is_unsupported(handler: &str, settings: &Settings) -> bool {
+    settings.unsupported_runtimes.iter().any(|pattern| match pattern.strip_suffix('*') {
+        Some(prefix) => handler.starts_with(prefix),
+        None => handler == pattern,
+    })
 }
 
 fn options(annotations: &BTreeMap<String, String>, settings: &Settings) -> Options {
@@ -148,7 +185,7 @@ mod tests {
             namespace: "shop".into(),
             labels: map(pod),
             annotations: map(annotations),
-            host_network: false,
+            ..Pod::default()
         };
         enrolled(&pod, &map(namespace), &Settings::default())
     }
@@ -166,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn host_network_sidecars_and_excluded_namespaces_are_never_in() {
+    fn host_network_sidecars_and_excluded_namespaces_stay_out() {
         let mut pod = Pod { namespace: "kube-system".into(), labels: map(&[AMBIENT]), ..Pod::default() };
         let settings = Settings::default();
         assert_eq!(enrolled(&pod, &map(&[AMBIENT]), &settings), Decision::Out(Reason::ExcludedNamespace));
@@ -175,6 +212,27 @@ mod tests {
         assert_eq!(enrolled(&pod, &map(&[AMBIENT]), &settings), Decision::Out(Reason::HostNetwork));
         let sidecar = [(SIDECAR_STATUS, "{}")];
         assert_eq!(decide(&[AMBIENT], &[], &sidecar), Decision::Out(Reason::Sidecar));
+    }
+
+    #[test]
+    fn pods_of_gvisor_and_kata_are_not_enrolled_and_say_so() {
+        let with = |handler: &str, labels| Pod {
+            namespace: "shop".into(),
+            labels,
+            runtime_handler: Some(handler.into()),
+            ..Pod::default()
+        };
+        let settings = Settings::default();
+        for handler in ["runsc", "gvisor", "kata", "kata-qemu"] {
+            let decision = enrolled(&with(handler, map(&[AMBIENT])), &map(&[]), &settings);
+            assert_eq!(decision, Decision::Out(Reason::UnsupportedRuntime), "{handler}");
+            let unlabelled = enrolled(&with(handler, map(&[])), &map(&[]), &settings);
+            assert_eq!(unlabelled, Decision::Out(Reason::NotLabelled), "{handler}");
+        }
+        let runc = enrolled(&with("runc", map(&[AMBIENT])), &map(&[]), &settings);
+        assert_eq!(runc, Decision::In(Options::default()));
+        assert_eq!(Reason::UnsupportedRuntime.annotation(), Some("unsupported-runtime"));
+        assert_eq!(Reason::NotLabelled.annotation(), None);
     }
 
     #[test]

@@ -1,17 +1,20 @@
-//! The node agent's library: which pods are in the mesh, and how they are kept in.
+//! The node agent's library: which pods are enrolled in the mesh, and their redirection.
 //!
-//! The node's programs and `local` use it through [`Agent`]. It knows no Kubernetes API: callers bring
-//! pods. Invariants: rules are in before anybody is told that a pod is in; nothing here cuts a
-//! connection that is older than the rules; a pod that was served is never called unserved while it is
-//! in, so that its peers never fall back to plaintext.
+//! The node's programs and `local` use it through [`Agent`]. It knows no Kubernetes API: callers bring pods. Invariants:
+//! rules are in before anybody is informed that a pod is enrolled; no connection that is older than the rules is cut; a
+//! pod that was served stays `enabled` while it is enrolled, so that its peers never fall back to plaintext.
 //!
-//! - [`enrol`]: the decision who is in;
+//! - [`mod@enrol`]: the decision which pods are enrolled;
 //! - [`redirect`]: what a pod's namespace contains, over [`nft`] and routing netlink;
+//! - [`discovery`]: finding the network namespaces of a node;
 //! - [`listeners`]: the pods' listening sockets;
-//! - [`zds`]: telling node proxies;
-//! - [`registry`]: what survives a restart.
+//! - [`zds`]: informing node proxies;
+//! - [`registry`]: what survives a restart;
+//! - [`capabilities`]: what the node's kernel and the agent's privileges allow.
 
 mod agent;
+pub mod capabilities;
+pub mod discovery;
 pub mod enrol;
 pub mod listeners;
 pub mod nft;
@@ -20,4 +23,6 @@ pub mod redirect;
 pub mod registry;
 pub mod zds;
 
-pub use agent::{Agent, AgentConfig, AgentError, PodSpec, PodState, PodStatus, StatusEvent};
+pub use agent::{
+    Agent, AgentConfig, AgentError, ErrorKind, Health, PodSpec, PodState, PodStatus, Reconciled, StatusEvent,
+};

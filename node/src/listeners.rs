@@ -1,7 +1,7 @@
 //! The listening sockets of pods: bound here, kept open here, passed to the proxy.
 //!
-//! While the agent holds them, connections that no proxy accepts wait in the kernel instead of being
-//! refused. One task, the [`Keeper`], owns them all; the ZDS server asks it.
+//! While the agent holds them, connections that no proxy accepts wait in the kernel instead of being refused. The task
+//! behind [`ListenerHolder`] owns them all; pods' tasks and the ZDS server ask it.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,10 +18,10 @@ use tokio::sync::{mpsc, oneshot};
 use crate::ports;
 use crate::redirect::Options;
 
-/// Requests that wait for the keeper at most.
+/// Requests that may wait for the task.
 const QUEUE: usize = 1024;
 
-/// What one listening socket is for.
+/// The address of a listening socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Listen {
     /// The port.
@@ -35,7 +35,7 @@ pub struct Listen {
 /// A listening socket of a pod.
 #[derive(Debug)]
 pub struct Listener {
-    /// What it is for.
+    /// Its address.
     pub listen: Listen,
     socket: OwnedFd,
 }
@@ -54,7 +54,7 @@ impl Listener {
     }
 }
 
-/// Which sockets a pod with these options needs, in the order in which they are passed.
+/// The sockets that a pod with these options needs, in the order in which they are passed.
 pub fn wanted(options: &Options) -> Vec<Listen> {
     let Options { dns_capture, inbound_capture, virtual_interfaces, socks5, other_protocols: _ } = options;
     let mut all = Vec::new();
@@ -63,8 +63,8 @@ pub fn wanted(options: &Options) -> Vec<Listen> {
         (IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::LOCALHOST)),
     ] {
         let tcp = |port, address| Listen { port, udp: false, address };
-        // What a virtual interface brings in is redirected to that interface's address; all else
-        // outbound comes by loopback, and nobody outside shall reach this port.
+        // What a virtual interface brings in is redirected to that interface's address. Everything else outbound
+        // comes by loopback, and nobody outside may reach this port.
         let outbound = if virtual_interfaces.is_empty() { loopback } else { anywhere };
         all.push(tcp(ports::OUTBOUND, outbound));
         if *inbound_capture {
@@ -82,7 +82,7 @@ pub fn wanted(options: &Options) -> Vec<Listen> {
     all
 }
 
-/// Binds what a pod needs. A family that the namespace does not have is left out.
+/// Binds the sockets that a pod needs. A family that the namespace does not have is left out.
 ///
 /// # Errors
 /// `EADDRINUSE` inside [`NetnsError::Socket`] when a process of the pod, or a proxy, holds a port.
@@ -151,7 +151,7 @@ async fn take_back(inside: &Netns, options: &Options, proxies: &[i32]) -> Result
     Ok(taken)
 }
 
-/// Listeners of one pod, shared with those who are passing them.
+/// Listeners of one pod, shared with the conversations that pass them to proxies.
 pub type Listeners = Arc<Vec<Listener>>;
 
 enum Request {
@@ -170,11 +170,11 @@ type Answer = Result<Listeners, Arc<NetnsError>>;
 
 /// The handle of the task that holds every pod's listeners.
 #[derive(Debug, Clone)]
-pub struct Keeper {
+pub struct ListenerHolder {
     requests: mpsc::Sender<Request>,
 }
 
-impl Keeper {
+impl ListenerHolder {
     /// The handle and the task; the listeners live as long as the task runs.
     pub fn new() -> (Self, impl Future<Output = ()> + Send) {
         let (requests, queue) = mpsc::channel(QUEUE);
@@ -194,7 +194,7 @@ impl Keeper {
         };
         let gone = || {
             Arc::new(NetnsError::Socket {
-                attempt: "ask the keeper of listeners".into(),
+                attempt: "ask the task that holds listeners".into(),
                 id: inside.id(),
                 source: io::ErrorKind::BrokenPipe.into(),
             })
@@ -205,7 +205,7 @@ impl Keeper {
 
     /// Closes our copies of a pod's listeners.
     pub async fn release(&self, uid: &str) {
-        // A keeper that has ended holds nothing.
+        // A task that has ended holds nothing.
         self.requests.send(Request::Release(uid.into())).await.ok();
     }
 
@@ -236,7 +236,7 @@ async fn hold(mut queue: mpsc::Receiver<Request>) {
                 let outcome = match found {
                     Some(listeners) => Ok(listeners),
                     None => {
-                        // Those of another namespace or other options make way first.
+                        // Those of another namespace or other options are closed first.
                         pods.remove(&uid);
                         open(&inside, &options, &proxies).await
                     }
@@ -245,13 +245,13 @@ async fn hold(mut queue: mpsc::Receiver<Request>) {
                     let held = Held { inside: inside.id(), options, listeners: Arc::clone(listeners) };
                     pods.insert(uid, held);
                 }
-                // Whoever asked may have given up; the listeners are kept for the next.
+                // The caller may have given up; the listeners are kept for the next.
                 answer.send(outcome).ok();
             }
             Request::Release(uid) => drop(pods.remove(&uid)),
             Request::ReleaseAll(done) => {
                 pods.clear();
-                // Whoever asked may have gone.
+                // The caller may have gone.
                 done.send(()).ok();
             }
         }

@@ -40,11 +40,14 @@ fn a_pod_is_captured_where_settings_are_read_only() {
             namespace: "shop".into(),
             service_account: "reviews".into(),
             ips: pod.addresses().to_vec(),
-            netns: pod.netns.clone(),
+            netns: Some(pod.netns.clone()),
             netns_path: None,
+            sandbox: None,
             options: Default::default(),
         };
-        agent.pod_up(spec).await.expect("enrolled without the settings");
+        let weaknesses = agent.health().weaknesses;
+        assert!(weaknesses.iter().any(|weak| weak.missing.contains("tcp_fwmark_accept")), "{weaknesses:?}");
+        agent.enrol(spec).await.expect("enrolled without the settings");
         assert_eq!(agent.status("a").unwrap().state, PodState::Pending);
         let to = SocketAddr::new(outside.v4.into(), 9080);
         connect(&SocketStock::new(pod.netns.clone(), None), to, SOON).await.expect("held for the proxy");

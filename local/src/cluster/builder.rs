@@ -237,7 +237,7 @@ impl ClusterBuilder {
             cluster.tasks.spawn(watching);
         }
         for agent in shared.nodes.iter().filter_map(|node| node.agent.as_ref()) {
-            agent.start(&shared).await?;
+            agent.start(&shared, &[]).await?;
         }
         let controller = Controller::new(Arc::clone(&shared));
         if self.mesh {

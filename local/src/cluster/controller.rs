@@ -294,6 +294,8 @@ pub(crate) fn membership(
         labels: metadata.labels.clone().unwrap_or_default(),
         annotations: metadata.annotations.clone().unwrap_or_default(),
         host_network: object.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)),
+        // A local cluster runs every pod the same way.
+        runtime_handler: None,
     };
     let none = BTreeMap::new();
     let labels = namespaces.get(&pod.namespace).unwrap_or(&none);

@@ -327,7 +327,7 @@ async fn reconcile_membership(shared: &Shared, pod: &Pod, wanted: Option<Options
     };
     match wanted {
         Some(options) => agent.enrol(pod, options).await,
-        None => agent.unenrol(pod.uid()).await,
+        None => agent.unenrol(pod).await,
     }
 }
 
@@ -335,7 +335,7 @@ async fn reconcile_membership(shared: &Shared, pod: &Pod, wanted: Option<Options
 async fn leave(shared: &Shared, pod: &Pod) {
     let node = shared.nodes.get(pod.node());
     if let Some(agent) = node.and_then(|node| node.agent.as_ref())
-        && let Err(error) = agent.pod_down(pod.uid()).await
+        && let Err(error) = agent.remove_pod(pod.uid()).await
     {
         tracing::warn!(%pod, %error, "the node agent did not let go of the pod");
     }

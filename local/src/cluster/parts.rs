@@ -123,15 +123,12 @@ impl Cluster {
     /// # Errors
     /// When it can't be started.
     pub async fn start_agent(&self, index: usize) -> Result<()> {
-        let agent = self.agent(index)?;
-        agent.start(&self.shared).await?;
-        for pod in self.shared.pods().iter().filter(|pod| pod.node() == index) {
-            let wanted = pod.inner.wanted_in_mesh.borrow().clone();
-            if let Some(options) = wanted {
-                agent.enrol(pod, options).await?;
-            }
-        }
-        Ok(())
+        let pods = self.shared.pods().into_iter().filter(|pod| pod.node() == index);
+        let wanted = pods.filter_map(|pod| {
+            let options = pod.inner.wanted_in_mesh.borrow().clone()?;
+            Some((pod, options))
+        });
+        self.agent(index)?.start(&self.shared, &wanted.collect::<Vec<_>>()).await
     }
 
     fn agent(&self, index: usize) -> Result<&crate::agent::NodeAgent> {

@@ -1,40 +1,51 @@
-//! The agent: pods in and out of the mesh, with everything that belongs to it.
+//! The agent: enrols and unenrols pods, with everything that belongs to it.
 //!
-//! A source of pods (the API server, the CNI plugin, `local`) calls [`Agent::pod_up`], [`Agent::unenrol`]
-//! and [`Agent::pod_down`]; the agent programs redirection, keeps the registry, binds listeners and
-//! tells the node proxy. Each pod has a task of its own (`pod`), so that one slow namespace holds
-//! nobody up and the steps of one pod never overlap. The agent decides nothing about who is in: see
-//! [`enrol`](crate::enrol).
+//! A source of pods (the API server, the CNI plugin, `local`) calls [`Agent::reconcile`] with all pods that are to be
+//! enrolled, and [`Agent::enrol`], [`Agent::unenrol`] and [`Agent::remove_pod`] for single ones. The agent programs
+//! redirection, keeps the registry, binds listeners and informs the node proxy, which it serves from the first
+//! reconciliation on. Each pod has a task of its own (`pod`), so that one slow namespace delays nobody and the steps of
+//! one pod never overlap. The agent does not decide which pods are enrolled: see [`enrol`](crate::enrol).
 
+mod driver;
+mod error;
+mod metrics;
 mod pod;
+mod reconcile;
+mod status;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_net::{Netns, NetnsError, NetnsId};
-use futures_util::StreamExt;
+use ambit_net::{Netns, NetnsId};
+use ambit_telemetry::Registry as MetricsRegistry;
 use parking_lot::Mutex;
-use tokio::sync::{broadcast, mpsc, oneshot};
-use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
+use tokio::time::timeout;
 
-use crate::listeners::Keeper;
-use crate::redirect::{Fault, Options, RedirectError};
-use crate::registry::{Registry, RegistryError};
-use crate::zds::{Pods, Server, ZdsError, ZdsEvent};
+use crate::capabilities::{self, Weakness};
+use crate::discovery::{self, Discovery};
+use crate::listeners::ListenerHolder;
+use crate::redirect::Options;
+use crate::registry::Registry;
+use crate::zds::{ServedPods, Server};
+use driver::Driver;
+pub use error::{AgentError, ErrorKind};
+use metrics::Metrics;
 use pod::{Command, PodTask};
+pub use reconcile::Reconciled;
+pub use status::{Health, PodState, PodStatus, StatusEvent};
 
 /// Status events that a slow subscriber may be behind; beyond, it reads [`Agent::statuses`] again.
 const EVENTS: usize = 1024;
-/// Commands that one pod's task may have waiting.
+/// Commands that may wait for one pod's task.
 const COMMANDS: usize = 16;
-/// Pods that are verified at a time.
-const REPAIRS: usize = 8;
-/// Rounds that a command makes when it meets a pod's task that is just ending.
-const ROUNDS: usize = 4;
+/// Pods that are enrolled or verified at a time.
+const CONCURRENCY: usize = 16;
+/// Attempts to reach a pod's task that is just ending.
+const ATTEMPTS: usize = 4;
 
 /// The agent's settings.
 #[derive(Debug, Clone)]
@@ -43,23 +54,30 @@ pub struct AgentConfig {
     pub zds_socket: PathBuf,
     /// The directory of the registry.
     pub registry: PathBuf,
+    /// The host's network namespace, of which no pod is enrolled: that of process 1 of the host.
+    pub host_netns: PathBuf,
+    /// Where namespaces are looked for: those of pods that come without, and those that carry our rules and belong to
+    /// no pod, which are cleaned. By default nowhere. An agent that looks at all processes must be the only one.
+    pub discovery: Discovery,
     /// How long pods' listeners are held open without a proxy; then connections are refused.
     pub hold_for: Duration,
-    /// How long a leaving pod is served at least: peers learn only after a while that it left, and tunnel
-    /// to it until then.
+    /// How long a leaving pod is served at least: peers learn only after a while that it left, and tunnel to it until
+    /// then.
     pub leave_grace: Duration,
-    /// How long a leaving pod's tunnelled connections may live on; then they are cut.
+    /// How long a leaving pod's tunnelled connections may live on; then they are closed.
     pub leave_timeout: Duration,
-    /// Between two verifications of every pod's redirection.
+    /// Time between two verifications of every pod's redirection.
     pub repair_interval: Duration,
 }
 
 impl AgentConfig {
-    /// The defaults of contracts.md and kubernetes.md, with a socket and a registry of one's own.
+    /// The defaults of contracts.md and kubernetes.md, with the given socket and registry.
     pub fn new(zds_socket: impl Into<PathBuf>, registry: impl Into<PathBuf>) -> Self {
         Self {
             zds_socket: zds_socket.into(),
             registry: registry.into(),
+            host_netns: "/proc/1/ns/net".into(),
+            discovery: Discovery::default(),
             hold_for: Duration::from_secs(30),
             leave_grace: Duration::from_secs(5),
             leave_timeout: Duration::from_secs(600),
@@ -68,7 +86,7 @@ impl AgentConfig {
     }
 }
 
-/// A pod that is to be in the mesh.
+/// A pod that is to be enrolled.
 #[derive(Debug, Clone)]
 pub struct PodSpec {
     /// Its uid, which no other pod ever has.
@@ -81,180 +99,120 @@ pub struct PodSpec {
     pub service_account: String,
     /// Its addresses; the network namespace must hold all of them.
     pub ips: Vec<IpAddr>,
-    /// Its network namespace.
-    pub netns: Netns,
-    /// Where the namespace can be found again after a restart of the agent.
+    /// Its network namespace. `None`: the one that the agent knows, else it is looked for by the addresses.
+    pub netns: Option<Netns>,
+    /// Where the namespace can be opened again after a restart of the agent.
     pub netns_path: Option<PathBuf>,
-    /// What it asked for.
+    /// The id of its sandbox, as the container runtime gives it to the CNI plugin.
+    pub sandbox: Option<String>,
+    /// Its capture options.
     pub options: Options,
-}
-
-/// How far a pod is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PodState {
-    /// Rules in, proxy not yet: traffic is refused or waits. Annotation `pending`.
-    Pending,
-    /// Captured and served. Annotation `enabled`. It stays so while a proxy restarts: to say otherwise
-    /// would have its peers send in the clear.
-    Enabled,
-    /// On its way out: nothing new is captured. No annotation.
-    Leaving,
-    /// Not in.
-    Out,
-}
-
-/// What is known of a pod.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodStatus {
-    /// Its name.
-    pub name: String,
-    /// Its namespace.
-    pub namespace: String,
-    /// How far it is.
-    pub state: PodState,
-    /// Why it is not further, if that is known.
-    pub reason: Option<String>,
-    /// Connections that are older than its redirection and still open.
-    pub older_connections: usize,
-}
-
-/// A change of a pod's state.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StatusEvent {
-    /// The pod.
-    pub uid: String,
-    /// What is known of it now.
-    pub status: PodStatus,
-}
-
-/// Why a pod could not be brought in or out.
-#[derive(Debug, thiserror::Error)]
-pub enum AgentError {
-    /// The registry.
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    /// The ZDS socket.
-    #[error(transparent)]
-    Zds(#[from] ZdsError),
-    /// The agent's own namespace could not be read.
-    #[error(transparent)]
-    Namespace(#[from] NetnsError),
-    /// Redirection.
-    #[error("pod {uid}: {source}")]
-    Redirect {
-        /// The pod.
-        uid: String,
-        /// What failed.
-        source: RedirectError,
-    },
-    /// The namespace is the node's own: its rules would capture the node.
-    #[error("pod {uid}: its network namespace is the host's")]
-    HostNetwork {
-        /// The pod.
-        uid: String,
-    },
-    /// The namespace is not that pod's.
-    #[error("pod {uid}: network namespace {netns} does not hold its address ({missing:?} missing)")]
-    WrongNamespace {
-        /// The pod.
-        uid: String,
-        /// The namespace that was given.
-        netns: NetnsId,
-        /// The addresses that it should hold; empty if the pod has none.
-        missing: Vec<IpAddr>,
-    },
-    /// The agent has ended.
-    #[error("the agent has ended")]
-    Ended,
 }
 
 /// The handle. Cloning shares the agent.
 #[derive(Debug, Clone)]
 pub struct Agent(Arc<Shared>);
 
-/// What the handle and the pods' tasks share. Each lock guards the map it wraps for the length of a
-/// look-up.
+/// What the handle and the pods' tasks share. Each lock guards the map it wraps for the length of a look-up.
 #[derive(Debug)]
 struct Shared {
     config: AgentConfig,
-    own_netns: NetnsId,
+    /// Namespaces that are never a pod's: the host's and the agent's own.
+    host_netns: HashSet<NetnsId>,
     registry: Registry,
-    keeper: Keeper,
-    served: Pods,
+    listeners: ListenerHolder,
+    served: ServedPods,
     tasks: Mutex<HashMap<String, mpsc::Sender<Command>>>,
     statuses: Mutex<BTreeMap<String, PodStatus>>,
+    /// Who uses a namespace: a pod's uid, or [`reconcile::CLEANUP`].
+    claims: Mutex<HashMap<NetnsId, String>>,
+    /// Pods whose record could not be read, until they are enrolled again.
+    unreadable: Mutex<HashSet<String>>,
+    /// Limits how many enrolments run at a time.
+    enrolling: Semaphore,
     events: broadcast::Sender<StatusEvent>,
     spawn: mpsc::Sender<PodTask>,
+    reconciled: watch::Sender<bool>,
+    weaknesses: Vec<Weakness>,
+    metrics: Metrics,
 }
 
 impl Agent {
-    /// Starts an agent: the handle, and the future that drives it, which ends only when it is dropped
-    /// and everything stops with it (rules in pods stay). Pods of the registry are taken up again.
+    /// Starts an agent: the handle, and the future that drives it. The future never ends by itself; when it is dropped
+    /// everything stops, and rules in pods stay. Pods of the registry are taken up again.
     pub async fn start(
         config: AgentConfig,
     ) -> Result<(Self, impl Future<Output = ()> + Send + use<>), AgentError> {
         let registry = Registry::open(&config.registry)?;
-        let records = registry.load()?;
-        let (keeper, holding) = Keeper::new();
+        let loaded = registry.load()?;
+        let mut weaknesses = capabilities::probe().await;
+        let mut host_netns = HashSet::from([Netns::current()?.id()]);
+        match Netns::open(&config.host_netns) {
+            Ok(host) => drop(host_netns.insert(host.id())),
+            Err(error) => weaknesses.push(capabilities::host_unknown(&error)),
+        }
+        for weakness in &weaknesses {
+            tracing::warn!("{weakness}");
+        }
+        let (listeners, holding) = ListenerHolder::new();
         let (zds_events, happened) = mpsc::channel(EVENTS);
-        let server = Server::bind(&config.zds_socket, keeper.clone(), config.hold_for, zds_events)?;
+        let server = Server::bind(&config.zds_socket, listeners.clone(), config.hold_for, zds_events)?;
         let (spawn, to_spawn) = mpsc::channel(EVENTS);
-        let repair_interval = config.repair_interval;
         let agent = Self(Arc::new(Shared {
-            own_netns: Netns::current()?.id(),
+            host_netns,
             registry,
-            keeper,
+            listeners,
             served: server.pods(),
             tasks: Mutex::default(),
             statuses: Mutex::default(),
+            claims: Mutex::default(),
+            unreadable: Mutex::default(),
+            enrolling: Semaphore::new(CONCURRENCY),
             events: broadcast::channel(EVENTS).0,
             spawn,
+            reconciled: watch::Sender::new(false),
+            weaknesses,
+            metrics: Metrics::default(),
             config,
         }));
-        let mut restored = Vec::new();
-        for record in records {
-            restored.extend(pod::restore(&agent.0, record).await?);
-        }
-        let driver = Driver { agent: agent.clone(), to_spawn, happened, repair_interval, restored };
+        let restored = agent.restore(loaded).await;
+        let driver = Driver { agent: agent.clone(), to_spawn, happened, restored };
         Ok((agent, driver.run(server, holding)))
     }
 
-    /// Brings a pod in, or renews it: verifies the namespace, binds listeners, puts the rules in, writes
-    /// the registry, has the proxy told. Returns when the rules are in; [`wait_enabled`](Self::wait_enabled) waits for
-    /// the proxy.
-    pub async fn pod_up(&self, spec: PodSpec) -> Result<(), AgentError> {
+    /// Enrols a pod, or renews its enrolment: verifies the namespace, writes the registry, binds listeners, puts the
+    /// rules in, informs the proxy. Returns when the rules are in; [`wait_enabled`](Self::wait_enabled) waits for the
+    /// proxy.
+    ///
+    /// # Errors
+    /// Nothing is left in a pod whose first enrolment fails. One that was enrolled before stays captured.
+    pub async fn enrol(&self, spec: PodSpec) -> Result<(), AgentError> {
         let uid = spec.uid.clone();
-        self.command(&uid, |answer| Command::Up(Box::new(spec.clone()), answer)).await?
+        self.command(&uid, |answer| Command::Enrol(Box::new(spec.clone()), answer)).await?
     }
 
-    /// A pod has gone, and its namespace with it: the proxy is told, listeners are closed. The rules
-    /// stay in whatever is left of the namespace.
-    pub async fn pod_down(&self, uid: &str) -> Result<(), AgentError> {
-        self.command(uid, Command::Down).await?
-    }
-
-    /// Takes a running pod out. Returns when nothing new is redirected; what is tunnelled goes on until
-    /// it ends, or for the leave timeout, and then the rest is cleared away.
+    /// Unenrols a running pod. Returns when nothing new is redirected; what is tunnelled goes on until it ends, or for
+    /// the leave timeout, and then the rest is removed.
+    ///
+    /// # Errors
+    /// [`AgentError::NotEnrolled`] and [`AgentError::NamespaceNotFound`] when there is no namespace to remove rules
+    /// from; [`cleanup`](Self::cleanup) takes one.
     pub async fn unenrol(&self, uid: &str) -> Result<(), AgentError> {
+        if !self.0.tasks.lock().contains_key(uid) {
+            return Err(AgentError::NotEnrolled { uid: uid.into() });
+        }
         self.command(uid, Command::Leave).await?
     }
 
-    /// Verifies every pod's redirection, repairs what is not as planned and says what that was. The
-    /// agent does the same at its repair interval.
-    pub async fn repair(&self) -> Vec<(String, Vec<Fault>)> {
-        let uids: Vec<String> = self.0.tasks.lock().keys().cloned().collect();
-        futures_util::stream::iter(uids)
-            .map(|uid| async move {
-                let outcome = self.command(&uid, Command::Repair).await;
-                (uid, outcome.flatten())
-            })
-            .buffer_unordered(REPAIRS)
-            .filter_map(|(uid, outcome)| std::future::ready(told(uid, outcome)))
-            .collect()
-            .await
+    /// A pod's sandbox has ended, and its namespace with it: the proxy is informed, listeners are closed. The rules
+    /// stay in whatever is left of the namespace. Does nothing when the pod is in another sandbox by now. Without a
+    /// `sandbox` the pod itself has ended.
+    pub async fn remove_pod(&self, uid: &str, sandbox: Option<&str>) -> Result<(), AgentError> {
+        let sandbox = sandbox.map(String::from);
+        self.command(uid, |answer| Command::Remove(sandbox.clone(), answer)).await?
     }
 
-    /// Waits, for at most `limit`, until a proxy serves the pod. Says whether one does.
+    /// Waits, for at most `limit`, until a proxy serves the pod. Returns whether one does.
     pub async fn wait_enabled(&self, uid: &str, limit: Duration) -> bool {
         let mut events = self.0.events.subscribe();
         let enabled = || self.status(uid).is_some_and(|s| s.state == PodState::Enabled);
@@ -269,12 +227,12 @@ impl Agent {
         .is_ok_and(|()| enabled())
     }
 
-    /// What is known of a pod; `None` if it is not in.
+    /// The status of a pod; `None` if it is not enrolled and not to be.
     pub fn status(&self, uid: &str) -> Option<PodStatus> {
         self.0.statuses.lock().get(uid).cloned()
     }
 
-    /// What is known of every pod that is in.
+    /// The status of every pod that is enrolled or to be.
     pub fn statuses(&self) -> BTreeMap<String, PodStatus> {
         self.0.statuses.lock().clone()
     }
@@ -284,25 +242,40 @@ impl Agent {
         self.0.events.subscribe()
     }
 
-    /// Node proxies that are connected.
+    /// Number of connected node proxies.
     pub fn proxies(&self) -> usize {
         self.0.served.proxies()
     }
 
-    /// Hands a command to the pod's task, which is made if there is none, and waits for the answer.
+    /// The agent's own state.
+    pub fn health(&self) -> Health {
+        let unserved = |status: &&PodStatus| matches!(status.state, PodState::Pending | PodState::Failed);
+        Health {
+            reconciled: *self.0.reconciled.borrow(),
+            proxies: self.proxies(),
+            unserved_pods: self.0.statuses.lock().values().filter(unserved).count(),
+            weaknesses: self.0.weaknesses.clone(),
+        }
+    }
+
+    /// Registers the agent's metrics.
+    pub fn register_metrics(&self, registry: &MetricsRegistry) {
+        metrics::register(&self.0, registry);
+    }
+
+    /// Sends a command to the pod's task, which is made if there is none, and waits for the answer.
     async fn command<T>(
         &self,
         uid: &str,
         command: impl Fn(oneshot::Sender<T>) -> Command,
     ) -> Result<T, AgentError> {
-        for _ in 0..ROUNDS {
-            let known = self.0.tasks.lock().get(uid).cloned();
-            let task = match known {
-                Some(task) => task,
-                None => self.0.add_task(uid, None).await?,
-            };
+        for _ in 0..ATTEMPTS {
+            let (commands, task) = self.0.task(uid, None);
+            if let Some(task) = task {
+                self.0.spawn.send(task).await.map_err(|_| AgentError::Ended)?;
+            }
             let (answer, result) = oneshot::channel();
-            if task.send(command(answer)).await.is_ok()
+            if commands.send(command(answer)).await.is_ok()
                 && let Ok(result) = result.await
             {
                 return Ok(result);
@@ -312,41 +285,9 @@ impl Agent {
     }
 }
 
-/// Logs what a repair came to, and returns what was not as planned.
-fn told(uid: String, outcome: Result<Vec<Fault>, AgentError>) -> Option<(String, Vec<Fault>)> {
-    match outcome {
-        Ok(faults) => {
-            for fault in &faults {
-                tracing::warn!(uid, %fault, "redirection repaired");
-            }
-            (!faults.is_empty()).then_some((uid, faults))
-        }
-        Err(error) => {
-            tracing::warn!(uid, %error, "redirection not repaired");
-            None
-        }
-    }
-}
-
 impl Shared {
-    /// Makes a pod's task and hands it to the driver, unless there is one already.
-    async fn add_task(
-        self: &Arc<Self>,
-        uid: &str,
-        pod: Option<pod::Pod>,
-    ) -> Result<mpsc::Sender<Command>, AgentError> {
-        let (commands, task) = self.new_task(uid, pod);
-        if let Some(task) = task {
-            self.spawn.send(task).await.map_err(|_| AgentError::Ended)?;
-        }
-        Ok(commands)
-    }
-
-    fn new_task(
-        self: &Arc<Self>,
-        uid: &str,
-        pod: Option<pod::Pod>,
-    ) -> (mpsc::Sender<Command>, Option<PodTask>) {
+    /// The way to a pod's task, and the task itself if it is new and has to be started.
+    fn task(self: &Arc<Self>, uid: &str, pod: Option<pod::Pod>) -> (mpsc::Sender<Command>, Option<PodTask>) {
         let mut tasks = self.tasks.lock();
         if let Some(known) = tasks.get(uid) {
             return (known.clone(), None);
@@ -356,82 +297,47 @@ impl Shared {
         (commands, Some(PodTask::new(Arc::clone(self), uid.into(), queue, pod)))
     }
 
-    /// Publishes what is known of a pod, if it is news.
+    /// Publishes the status of a pod, if it differs.
     fn set_status(&self, uid: &str, status: PodStatus) {
-        let news = {
+        let changed = {
             let mut statuses = self.statuses.lock();
-            let known = if status.state == PodState::Out {
+            let before = if status.state == PodState::Out {
                 statuses.remove(uid)
             } else {
                 statuses.insert(uid.into(), status.clone())
             };
-            known.as_ref() != Some(&status)
+            before.as_ref() != Some(&status)
         };
-        if news {
+        if changed {
             // Nobody has to listen.
             self.events.send(StatusEvent { uid: uid.into(), status }).ok();
         }
     }
-}
 
-/// Everything that runs on the agent's behalf.
-struct Driver {
-    agent: Agent,
-    to_spawn: mpsc::Receiver<PodTask>,
-    happened: mpsc::Receiver<ZdsEvent>,
-    repair_interval: Duration,
-    restored: Vec<PodTask>,
-}
-
-impl Driver {
-    async fn run(mut self, server: Server, holding: impl Future<Output = ()> + Send) {
-        let mut tasks = JoinSet::new();
-        for task in self.restored.drain(..) {
-            tasks.spawn(task.run());
-        }
-        let agent = self.agent.clone();
-        let repairs = async move {
-            // The first round is at once: the node may have changed while no agent ran.
-            let mut ticks = interval(self.repair_interval);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                agent.repair().await;
+    /// Reserves a namespace for one user, so that no two change its rules at a time.
+    fn claim(&self, netns: NetnsId, uid: &str, user: &str) -> Result<(), AgentError> {
+        let mut claims = self.claims.lock();
+        match claims.get(&netns) {
+            Some(holder) if holder != user => {
+                Err(AgentError::NamespaceTaken { uid: uid.into(), netns, holder: holder.clone() })
             }
-        };
-        let agent = self.agent.clone();
-        let pods = async move {
-            loop {
-                tokio::select! {
-                    Some(task) = self.to_spawn.recv() => drop(tasks.spawn(task.run())),
-                    Some(event) = self.happened.recv() => agent.pass_on(event),
-                    Some(ended) = tasks.join_next() => if let Err(error) = ended {
-                        tracing::error!(%error, "a pod's task died");
-                    },
-                }
+            _ => {
+                claims.insert(netns, user.into());
+                Ok(())
             }
-        };
-        tokio::select! {
-            () = server.run() => {}
-            () = holding => {}
-            () = repairs => {}
-            () = pods => {}
         }
     }
-}
 
-impl Agent {
-    /// Tells a pod's task what a proxy said.
-    fn pass_on(&self, event: ZdsEvent) {
-        let (uid, command) = match event {
-            ZdsEvent::Served { uid } => (uid, Command::Served),
-            ZdsEvent::Refused { uid, reason } => (uid, Command::Refused(reason)),
-        };
-        let task = self.0.tasks.lock().get(&uid).cloned();
-        if let Some(task) = task
-            && task.try_send(command).is_err()
-        {
-            tracing::debug!(uid, "the pod's task is ending or busy");
-        }
+    /// Gives up the namespaces of `user`, but `except`.
+    fn release_claims(&self, user: &str, except: Option<NetnsId>) {
+        self.claims.lock().retain(|netns, holder| holder != user || Some(*netns) == except);
+    }
+
+    /// Looks for the namespace that holds the addresses.
+    async fn find_namespace(&self, uid: &str, ips: &[IpAddr]) -> Result<discovery::Found, AgentError> {
+        let known = self.config.discovery.addresses(&self.host_netns).await;
+        let found = discovery::holding(&known, ips)
+            .map_err(|source| AgentError::Ambiguous { uid: uid.into(), source })?;
+        found.cloned().ok_or_else(|| AgentError::NamespaceNotFound { uid: uid.into() })
     }
 }

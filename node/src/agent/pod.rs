@@ -1,4 +1,4 @@
-//! One pod's way in and out, step by step, in a task of its own.
+//! One pod's enrolment and departure, step by step, in a task of its own.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -6,44 +6,63 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_api::workload::zds::WorkloadInfo;
-use ambit_net::Netns;
+use ambit_net::{Netns, NetnsId};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::{AgentError, PodSpec, PodState, PodStatus, Shared};
-use crate::redirect::{self, Fault, FormerSettings, Options, Routing, Stage, connections, is_mesh};
+use crate::discovery::{self, Found};
+use crate::redirect::{self, Fault, FormerSettings, Options, Stage, connections, is_mesh};
 use crate::registry::Record;
 use crate::zds::ServedPod;
 
-/// Between two looks whether a leaving pod's last tunnelled connection has ended.
+/// Time between two checks whether a leaving pod's last tunnelled connection has ended.
 const LEAVE_CHECK: Duration = Duration::from_millis(200);
 /// How long proxies may take to let a pod go.
 const FORGET: Duration = Duration::from_secs(30);
+/// First pause before a failed enrolment, or a failed removal of rules, is tried again.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// Longest pause.
+const RETRY_LAST: Duration = Duration::from_secs(60);
 
-/// What a pod's task is told. An answer that nobody waits for is lost without harm.
+type Answer<T> = oneshot::Sender<Result<T, AgentError>>;
+
+/// What a pod's task is asked for. Losing an answer that nobody waits for does no harm.
 #[derive(Debug)]
 pub(super) enum Command {
-    Up(Box<PodSpec>, oneshot::Sender<Result<(), AgentError>>),
-    Leave(oneshot::Sender<Result<(), AgentError>>),
-    Down(oneshot::Sender<Result<(), AgentError>>),
-    Repair(oneshot::Sender<Result<Vec<Fault>, AgentError>>),
+    /// Enrol it; a failure is the caller's to retry.
+    Enrol(Box<PodSpec>, Answer<()>),
+    /// Enrol it, in the namespace that was found if its own is not known; a failure is retried here.
+    Want(Box<PodSpec>, Option<Found>, Answer<()>),
+    /// Unenrol it.
+    Leave(Answer<()>),
+    /// Unenrol it if it was enrolled before that time. The answer is whether it was.
+    LeaveIfOlder(Instant, Answer<bool>),
+    /// The sandbox has ended; `None`: the pod has.
+    Remove(Option<String>, Answer<()>),
+    /// Verify and repair the redirection.
+    Repair(Answer<Vec<Fault>>),
+    /// A proxy serves it.
     Served,
+    /// A proxy cannot serve it, for that reason.
     Refused(String),
 }
 
-/// A pod that is in, or leaving.
+/// An enrolled pod, or one that is leaving.
 #[derive(Debug)]
 pub(super) struct Pod {
     info: WorkloadInfo,
     record: Record,
-    /// `None` if it was lost with a restart.
+    /// `None` if it was not found again after a restart.
     netns: Option<Netns>,
     reason: Option<String>,
     older: HashSet<(SocketAddr, SocketAddr)>,
     leaving: Option<Leaving>,
+    /// When it was enrolled, or confirmed; `None`: by an earlier agent.
+    since: Option<Instant>,
 }
 
-/// When a leaving pod may be gone, and when it must be.
+/// When a leaving pod may be forgotten, and when it must be.
 #[derive(Debug, Clone, Copy)]
 struct Leaving {
     not_before: Instant,
@@ -57,6 +76,14 @@ impl Leaving {
     }
 }
 
+/// A failed enrolment that is tried again.
+#[derive(Debug)]
+struct Retry {
+    spec: PodSpec,
+    at: Instant,
+    pause: Duration,
+}
+
 /// The task.
 #[derive(Debug)]
 pub(super) struct PodTask {
@@ -64,38 +91,75 @@ pub(super) struct PodTask {
     uid: String,
     commands: mpsc::Receiver<Command>,
     pod: Option<Pod>,
+    retry: Option<Retry>,
 }
 
-/// Takes a pod of the registry up again: with its namespace if that is still found at its path and holds
-/// the pod's addresses, else without.
-pub(super) async fn restore(shared: &Arc<Shared>, record: Record) -> Result<Option<PodTask>, AgentError> {
+/// Takes up a pod of the registry: with its namespace if that is found again, else without.
+pub(super) async fn restore(shared: Arc<Shared>, record: Record) -> Option<PodTask> {
     let uid = record.uid.clone();
-    let netns = find_namespace(&record).await;
-    if netns.is_none() && record.stage == Stage::Leaving {
-        shared.registry.remove(&uid)?;
-        return Ok(None);
-    }
-    let info = WorkloadInfo {
-        name: record.name.clone(),
-        namespace: record.namespace.clone(),
-        service_account: record.service_account.clone(),
+    let netns = find_again(&shared, &record).await.found();
+    let pod = Pod {
+        info: WorkloadInfo {
+            name: record.name.clone(),
+            namespace: record.namespace.clone(),
+            service_account: record.service_account.clone(),
+        },
+        leaving: (record.stage == Stage::Leaving).then(|| Leaving::from_now(&shared)),
+        record,
+        netns,
+        reason: None,
+        older: HashSet::new(),
+        since: None,
     };
-    let leaving = (record.stage == Stage::Leaving).then(|| Leaving::from_now(shared));
-    let pod = Pod { info, record, netns, reason: None, older: HashSet::new(), leaving };
+    if let Some(netns) = &pod.netns
+        && let Err(error) = shared.claim(netns.id(), &uid, &uid)
+    {
+        tracing::warn!(uid, %error, "registry record of a namespace that has another pod");
+    }
     shared.served.upsert(&uid, pod.to_serve());
     shared.set_status(&uid, pod.status());
-    Ok(shared.new_task(&uid, Some(pod)).1)
+    shared.task(&uid, Some(pod)).1
 }
 
-async fn find_namespace(record: &Record) -> Option<Netns> {
-    let netns = Netns::open(record.netns_path.as_ref()?).ok()?;
-    let id = netns.id();
-    if (id.dev, id.ino) != (record.netns_dev, record.netns_ino) {
-        return None;
+/// Where the namespace of a record is.
+enum Search {
+    Found(Netns),
+    /// Neither a process nor a path has it any more.
+    Gone,
+    /// It was not found, and may exist.
+    Unknown,
+}
+
+impl Search {
+    fn found(self) -> Option<Netns> {
+        match self {
+            Self::Found(netns) => Some(netns),
+            Self::Gone | Self::Unknown => None,
+        }
     }
-    // An inode is used again, an address in it proves whose it is.
-    let held = Routing::open(&netns).await.ok()?.addresses().await.ok()?;
-    record.ips.iter().all(|ip| held.contains(ip)).then_some(netns)
+}
+
+/// Looks for the namespace of a record: at its path, then anywhere on the node.
+async fn find_again(shared: &Shared, record: &Record) -> Search {
+    if let Some(path) = &record.netns_path
+        && let Ok(netns) = Netns::open(path)
+        && netns.id() == record.netns
+        // An inode is used again; an address in the namespace proves whose it is.
+        && holds_all(&netns, record).await
+    {
+        return Search::Found(netns);
+    }
+    let walk = shared.config.discovery.walk().await;
+    for found in walk.namespaces {
+        if found.netns.id() == record.netns && holds_all(&found.netns, record).await {
+            return Search::Found(found.netns);
+        }
+    }
+    if walk.complete { Search::Gone } else { Search::Unknown }
+}
+
+async fn holds_all(netns: &Netns, record: &Record) -> bool {
+    discovery::addresses(netns).await.is_ok_and(|held| record.ips.iter().all(|ip| held.contains(ip)))
 }
 
 impl Pod {
@@ -117,6 +181,10 @@ impl Pod {
     fn to_serve(&self) -> ServedPod {
         ServedPod { info: self.info.clone(), netns: self.netns.clone(), options: self.record.options.clone() }
     }
+
+    fn is_in(&self, netns: NetnsId) -> bool {
+        self.netns.as_ref().map(Netns::id) == Some(netns)
+    }
 }
 
 impl PodTask {
@@ -126,24 +194,26 @@ impl PodTask {
         commands: mpsc::Receiver<Command>,
         pod: Option<Pod>,
     ) -> Self {
-        Self { shared, uid, commands, pod }
+        Self { shared, uid, commands, pod, retry: None }
     }
 
-    /// Runs until the pod is out.
+    /// Runs until the pod is neither enrolled nor to be.
     pub(super) async fn run(mut self) {
         let mut ticks = interval(LEAVE_CHECK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let leaving = self.pod.as_ref().is_some_and(|pod| pod.leaving.is_some());
+            let retry_at = self.retry.as_ref().map_or_else(Instant::now, |retry| retry.at);
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(command) => self.handle(command).await,
                     None => return,
                 },
-                _ = ticks.tick(), if leaving => self.look_whether_left().await,
+                () = sleep_until(retry_at), if self.retry.is_some() => self.try_again().await,
+                _ = ticks.tick(), if leaving => self.finish_leaving().await,
             }
             // What comes after this meets a new task; whoever waits for an answer asks again.
-            if self.pod.is_none() {
+            if self.pod.is_none() && self.retry.is_none() {
                 self.shared.tasks.lock().remove(&self.uid);
                 return;
             }
@@ -152,16 +222,24 @@ impl PodTask {
 
     async fn handle(&mut self, command: Command) {
         match command {
-            Command::Up(spec, answer) => {
-                let outcome = self.up(*spec).await;
+            Command::Enrol(spec, answer) => {
+                let outcome = self.enrol(*spec, None).await;
+                answer.send(outcome).ok();
+            }
+            Command::Want(spec, found, answer) => {
+                let outcome = self.want(*spec, found).await;
                 answer.send(outcome).ok();
             }
             Command::Leave(answer) => {
                 let outcome = self.leave().await;
                 answer.send(outcome).ok();
             }
-            Command::Down(answer) => {
-                let outcome = self.down().await;
+            Command::LeaveIfOlder(time, answer) => {
+                let outcome = self.leave_if_older(time).await;
+                answer.send(outcome).ok();
+            }
+            Command::Remove(sandbox, answer) => {
+                let outcome = self.remove(sandbox.as_deref()).await;
                 answer.send(outcome).ok();
             }
             Command::Repair(answer) => {
@@ -173,145 +251,347 @@ impl PodTask {
         }
     }
 
-    async fn up(&mut self, spec: PodSpec) -> Result<(), AgentError> {
-        self.require_own_namespace(&spec).await?;
-        let older = match &self.pod {
-            Some(pod) if pod.netns.as_ref().map(Netns::id) == Some(spec.netns.id()) => pod.older.clone(),
-            _ => connections(&spec.netns, |c| !is_mesh(c)).await.unwrap_or_else(|error| {
-                tracing::warn!(uid = self.uid, %error, "connections older than the redirection are not counted");
-                HashSet::new()
-            }),
+    async fn want(&mut self, spec: PodSpec, found: Option<Found>) -> Result<(), AgentError> {
+        let pause = self.retry.as_ref().map_or(RETRY_FIRST, |retry| retry.pause);
+        let outcome = self.enrol(spec.clone(), found).await;
+        if let Err(error) = &outcome {
+            self.retry_later(spec, error, pause);
+        }
+        outcome
+    }
+
+    async fn try_again(&mut self) {
+        let Some(Retry { spec, pause, .. }) = self.retry.take() else { return };
+        if let Err(error) = self.enrol(spec.clone(), None).await {
+            tracing::debug!(uid = self.uid, %error, "pod still not enrolled");
+            self.retry_later(spec, &error, (pause * 2).min(RETRY_LAST));
+        }
+    }
+
+    fn retry_later(&mut self, spec: PodSpec, error: &AgentError, pause: Duration) {
+        let reason = format!("{error} ({})", error.kind().as_str());
+        match &mut self.pod {
+            Some(pod) => {
+                pod.reason = Some(reason);
+                let status = pod.status();
+                self.shared.set_status(&self.uid, status);
+            }
+            None => {
+                // A proxy may serve it from before, and drops what a snapshot does not name.
+                self.shared.served.keep(&self.uid);
+                let status = PodStatus {
+                    name: spec.name.clone(),
+                    namespace: spec.namespace.clone(),
+                    state: PodState::Failed,
+                    reason: Some(reason),
+                    older_connections: 0,
+                };
+                self.shared.set_status(&self.uid, status);
+            }
+        }
+        self.retry = Some(Retry { spec, at: Instant::now() + pause, pause });
+    }
+
+    async fn enrol(&mut self, spec: PodSpec, found: Option<Found>) -> Result<(), AgentError> {
+        let outcome = self.try_enrol(spec, found).await;
+        match &outcome {
+            Ok(()) => {
+                self.retry = None;
+                self.shared.unreadable.lock().remove(&self.uid);
+                self.shared.metrics.enrolments.inc();
+            }
+            Err(error) => self.shared.metrics.failed(error),
+        }
+        outcome
+    }
+
+    async fn try_enrol(&mut self, mut spec: PodSpec, found: Option<Found>) -> Result<(), AgentError> {
+        let shared = Arc::clone(&self.shared);
+        let _permit = shared.enrolling.acquire().await.map_err(|_| AgentError::Ended)?;
+        let netns = self.namespace(&mut spec, found).await?;
+        self.require_own_namespace(&netns, &spec).await?;
+        self.shared.claim(netns.id(), &self.uid, &self.uid)?;
+        let outcome = self.enrol_in(spec, &netns).await;
+        let keep = self.pod.as_ref().and_then(|pod| pod.netns.as_ref()).map(Netns::id);
+        self.shared.release_claims(&self.uid, keep);
+        outcome
+    }
+
+    /// Where the pod is: as its caller says, else where it was, else where it was found.
+    async fn namespace(&self, spec: &mut PodSpec, found: Option<Found>) -> Result<Netns, AgentError> {
+        if let Some(netns) = spec.netns.take() {
+            return Ok(netns);
+        }
+        if let Some(pod) = &self.pod
+            && let Some(netns) = &pod.netns
+            && holds_all(netns, &pod.record).await
+        {
+            spec.netns_path = spec.netns_path.take().or_else(|| pod.record.netns_path.clone());
+            return Ok(netns.clone());
+        }
+        let found = match found {
+            Some(found) => found,
+            None => self.shared.find_namespace(&self.uid, &spec.ips).await?,
         };
-        let reason = self.listen(&spec).await;
-        // From here on nothing leaves in the clear, whatever fails after this.
-        self.program(&spec.netns, &spec.options, Stage::In).await?;
-        let pod = Pod {
-            info: WorkloadInfo {
-                name: spec.name.clone(),
-                namespace: spec.namespace.clone(),
-                service_account: spec.service_account.clone(),
-            },
-            record: self.record(&spec),
-            netns: Some(spec.netns),
-            reason,
-            older,
-            leaving: None,
-        };
-        self.save(&pod.record).await?;
-        self.shared.served.upsert(&self.uid, pod.to_serve());
-        self.shared.set_status(&self.uid, pod.status());
-        self.pod = Some(pod);
+        spec.netns_path = Some(found.path);
+        Ok(found.netns)
+    }
+
+    /// kubernetes.md, "The node": a namespace is paired with a pod only if it holds that pod's addresses.
+    async fn require_own_namespace(&self, netns: &Netns, spec: &PodSpec) -> Result<(), AgentError> {
+        let uid = self.uid.clone();
+        if self.shared.host_netns.contains(&netns.id()) {
+            return Err(AgentError::HostNetwork { uid });
+        }
+        let held = discovery::addresses(netns).await;
+        let held = held.map_err(|e| AgentError::Redirect { uid: uid.clone(), source: e.into() })?;
+        let missing: Vec<_> = spec.ips.iter().filter(|ip| !held.contains(ip)).copied().collect();
+        if spec.ips.is_empty() || !missing.is_empty() {
+            return Err(AgentError::WrongNamespace { uid, netns: netns.id(), missing });
+        }
         Ok(())
     }
 
-    /// Binds the pod's listeners, so that what the rules redirect waits for the proxy instead of being
-    /// refused until the proxy is told. Returns why that failed: the pod is captured all the same.
-    async fn listen(&self, spec: &PodSpec) -> Option<String> {
+    async fn enrol_in(&mut self, spec: PodSpec, netns: &Netns) -> Result<(), AgentError> {
+        let known = self.pod.as_ref().filter(|pod| pod.is_in(netns.id()));
+        let older = match known {
+            Some(pod) => pod.older.clone(),
+            None => self.older_connections(netns).await,
+        };
+        // Rules that are in already stay, whatever fails from here on: the pod may be one that a proxy serves.
+        let captured = match known {
+            Some(_) => true,
+            None => redirect::is_present(netns).await.map_err(|e| self.redirect_error(e.into()))?,
+        };
+        // The record comes before the rules: an agent that is killed between the two knows of them.
+        let record = self.record(spec, netns, captured).await?;
+        if let Err(error) = self.save(&record).await {
+            if !captured {
+                return Err(error);
+            }
+            tracing::warn!(uid = self.uid, %error, "registry not written");
+        }
+        let (options, former) = (record.options.clone(), record.former_settings.clone());
+        let reason = self.bind_listeners(netns, &options).await;
+        let outcome = self.program(netns, &options, Stage::In).await;
+        if outcome.is_err() && !captured && self.roll_back(netns, &former).await {
+            return outcome.map(drop);
+        }
+        let pod = Pod {
+            info: WorkloadInfo {
+                name: record.name.clone(),
+                namespace: record.namespace.clone(),
+                service_account: record.service_account.clone(),
+            },
+            record,
+            netns: Some(netns.clone()),
+            reason: outcome.as_ref().err().map(ToString::to_string).or(reason),
+            older,
+            leaving: None,
+            since: Some(Instant::now()),
+        };
+        self.shared.served.upsert(&self.uid, pod.to_serve());
+        self.shared.set_status(&self.uid, pod.status());
+        self.pod = Some(pod);
+        outcome.map(drop)
+    }
+
+    /// They are only counted: an enrolment does not depend on knowing them.
+    async fn older_connections(&self, netns: &Netns) -> HashSet<(SocketAddr, SocketAddr)> {
+        connections(netns, |c| !is_mesh(c)).await.unwrap_or_else(|error| {
+            tracing::warn!(uid = self.uid, %error, "connections older than the redirection are not counted");
+            HashSet::new()
+        })
+    }
+
+    /// Binds the pod's listeners, so that what the rules redirect waits for the proxy instead of being refused until the
+    /// proxy is informed. Returns why that failed: the pod is captured all the same.
+    async fn bind_listeners(&self, netns: &Netns, options: &Options) -> Option<String> {
         let proxies = self.shared.served.takers_of_listeners()?;
-        let bound = self.shared.keeper.acquire(&self.uid, &spec.netns, &spec.options, proxies).await;
-        let reason = bound.err()?.to_string();
+        let error = self.shared.listeners.acquire(&self.uid, netns, options, proxies).await.err()?;
+        if error.raw_os_error() == Some(libc::EADDRINUSE) && !*self.shared.reconciled.borrow() {
+            // The proxy holds them from an earlier agent. They are taken back when it connects.
+            return None;
+        }
+        let reason = error.to_string();
         tracing::warn!(uid = self.uid, reason, "pod's listeners not bound");
         Some(reason)
     }
 
-    /// kubernetes.md, "The node": a namespace must hold that pod's IP before it is given an identity.
-    async fn require_own_namespace(&self, spec: &PodSpec) -> Result<(), AgentError> {
-        let uid = self.uid.clone();
-        if spec.netns.id() == self.shared.own_netns {
-            return Err(AgentError::HostNetwork { uid });
+    /// Removes what a failed enrolment put in. Returns whether nothing is left; if not, the pod counts as captured, so
+    /// that the proxy serves it and the rest is tried again.
+    async fn roll_back(&self, netns: &Netns, former: &FormerSettings) -> bool {
+        if let Err(error) = redirect::remove(netns, former).await {
+            tracing::error!(uid = self.uid, %error, "rules of a failed enrolment not removed");
+            return false;
         }
-        let held = async { Routing::open(&spec.netns).await?.addresses().await }.await;
-        let held = held.map_err(|e| AgentError::Redirect { uid: uid.clone(), source: e.into() })?;
-        let missing: Vec<_> = spec.ips.iter().filter(|ip| !held.contains(ip)).copied().collect();
-        if spec.ips.is_empty() || !missing.is_empty() {
-            return Err(AgentError::WrongNamespace { uid, netns: spec.netns.id(), missing });
+        self.shared.listeners.release(&self.uid).await;
+        if let Err(error) = self.shared.registry.remove(&self.uid) {
+            tracing::warn!(uid = self.uid, %error, "record of a failed enrolment not removed");
         }
-        Ok(())
+        true
     }
 
-    fn record(&self, spec: &PodSpec) -> Record {
-        let id = spec.netns.id();
+    async fn record(&self, spec: PodSpec, netns: &Netns, captured: bool) -> Result<Record, AgentError> {
+        let id = netns.id();
+        let before = self.pod.as_ref().map(|pod| &pod.record).filter(|record| record.netns == id);
+        let former_settings = match before {
+            Some(record) => record.former_settings.clone(),
+            // Our own values would pass for former ones.
+            None if captured => FormerSettings::default(),
+            None => redirect::current_settings(netns).await?,
+        };
         // A pod that was served in this namespace is served: its proxy may only be restarting.
-        let served = self.pod.as_ref().is_some_and(|pod| {
-            pod.record.served && (pod.record.netns_dev, pod.record.netns_ino) == (id.dev, id.ino)
-        });
-        Record {
-            uid: spec.uid.clone(),
-            name: spec.name.clone(),
-            namespace: spec.namespace.clone(),
-            service_account: spec.service_account.clone(),
-            ips: spec.ips.clone(),
-            options: spec.options.clone(),
+        let served = match before {
+            Some(record) => record.served,
+            None => captured && self.shared.unreadable.lock().contains(&self.uid),
+        };
+        let unknown = before.map(|record| record.unknown.clone()).unwrap_or_default();
+        let sandbox = spec.sandbox.or_else(|| before.and_then(|record| record.sandbox.clone()));
+        Ok(Record {
+            uid: spec.uid,
+            name: spec.name,
+            namespace: spec.namespace,
+            service_account: spec.service_account,
+            ips: spec.ips,
+            options: spec.options,
             stage: Stage::In,
             served,
-            netns_dev: id.dev,
-            netns_ino: id.ino,
-            netns_path: spec.netns_path.clone(),
-            boot_id: self.shared.registry.boot_id().into(),
+            netns: id,
+            netns_path: spec.netns_path,
+            sandbox,
+            former_settings,
+            unknown,
+        })
+    }
+
+    async fn leave_if_older(&mut self, time: Instant) -> Result<bool, AgentError> {
+        match &self.pod {
+            Some(pod) if pod.leaving.is_some() || pod.since.is_some_and(|since| since > time) => Ok(false),
+            Some(_) => self.leave().await.map(|()| true),
+            None => {
+                self.give_up();
+                Ok(false)
+            }
         }
     }
 
     async fn leave(&mut self) -> Result<(), AgentError> {
-        let Some(pod) = &self.pod else { return Ok(()) };
-        if pod.record.stage == Stage::Leaving {
+        let Some(pod) = &self.pod else {
+            let error = AgentError::NotEnrolled { uid: self.uid.clone() };
+            return if self.give_up() { Ok(()) } else { Err(error) };
+        };
+        self.retry = None;
+        if pod.leaving.is_some() {
             return Ok(());
         }
-        let Some(netns) = pod.netns.clone() else { return self.down().await };
-        let options = pod.record.options.clone();
+        let (record, options) = (pod.record.clone(), pod.record.options.clone());
+        let netns = match pod.netns.clone() {
+            Some(netns) => netns,
+            None => match find_again(&self.shared, &record).await {
+                Search::Found(netns) => netns,
+                Search::Gone => return self.forget(),
+                Search::Unknown => return Err(AgentError::NamespaceNotFound { uid: self.uid.clone() }),
+            },
+        };
         self.program(&netns, &options, Stage::Leaving).await?;
         let leaving = Leaving::from_now(&self.shared);
         let Some(pod) = &mut self.pod else { return Ok(()) };
         pod.record.stage = Stage::Leaving;
         pod.leaving = Some(leaving);
+        pod.netns = Some(netns);
         let (record, status) = (pod.record.clone(), pod.status());
         self.shared.set_status(&self.uid, status);
         self.save(&record).await
     }
 
-    /// Clears a leaving pod away once nothing is tunnelled any more, or its time is up.
-    async fn look_whether_left(&mut self) {
-        let Some(Pod { netns: Some(netns), leaving: Some(leaving), .. }) = &self.pod else { return };
+    /// Ends the attempts to enrol a pod of which nothing is in. Returns whether there were any.
+    fn give_up(&mut self) -> bool {
+        let Some(Retry { spec, .. }) = self.retry.take() else { return false };
+        self.shared.served.delete(&self.uid);
+        let status = PodStatus {
+            name: spec.name,
+            namespace: spec.namespace,
+            state: PodState::Out,
+            reason: None,
+            older_connections: 0,
+        };
+        self.shared.set_status(&self.uid, status);
+        true
+    }
+
+    /// Removes what is left of a leaving pod once nothing is tunnelled any more, or its time is up.
+    async fn finish_leaving(&mut self) {
+        let Some(Pod { netns: Some(netns), leaving: Some(leaving), record, .. }) = &self.pod else { return };
         let now = Instant::now();
-        let late = now >= leaving.not_after;
-        if now < leaving.not_before && !late {
+        if now < leaving.not_before || !self.may_be_cut(netns, now >= leaving.not_after).await {
             return;
         }
-        match connections(netns, is_mesh).await {
-            Ok(open) if open.is_empty() => {}
-            Ok(open) if late => {
-                tracing::warn!(
-                    uid = self.uid,
-                    connections = open.len(),
-                    "cutting connections of a pod that left"
-                );
-            }
-            Ok(_) => return,
-            Err(error) if late => {
-                tracing::warn!(uid = self.uid, %error, "connections of a pod that left are not known");
-            }
-            Err(_) => return,
-        }
-        let netns = netns.clone();
+        let (netns, former) = (netns.clone(), record.former_settings.clone());
         self.shared.served.delete(&self.uid);
         if !self.shared.served.forgotten(&self.uid, FORGET).await {
             tracing::warn!(uid = self.uid, "a node proxy does not let the pod go");
         }
-        self.shared.keeper.release(&self.uid).await;
-        if let Err(error) = redirect::remove(&netns, &FormerSettings::default()).await {
-            tracing::warn!(uid = self.uid, %error, "redirection of a pod that left was not removed");
+        self.shared.listeners.release(&self.uid).await;
+        if let Err(error) = redirect::remove(&netns, &former).await {
+            tracing::warn!(uid = self.uid, %error, "redirection of a pod that left is removed later");
+            if let Some(Pod { leaving: Some(leaving), .. }) = &mut self.pod {
+                leaving.not_before = Instant::now() + RETRY_FIRST;
+            }
+            return;
         }
         if let Err(error) = self.forget() {
             tracing::warn!(uid = self.uid, %error, "pod that left is still in the registry");
         }
     }
 
-    async fn down(&mut self) -> Result<(), AgentError> {
+    /// Whether nothing is tunnelled any more. When it is late, that is reported and does not matter.
+    async fn may_be_cut(&self, netns: &Netns, late: bool) -> bool {
+        let uid = &self.uid;
+        match connections(netns, is_mesh).await {
+            Ok(open) if open.is_empty() => true,
+            Ok(open) => {
+                if late {
+                    tracing::warn!(uid, connections = open.len(), "closing connections of a pod that left");
+                }
+                late
+            }
+            Err(error) => {
+                if late {
+                    tracing::warn!(uid, %error, "connections of a pod that left are not known");
+                }
+                late
+            }
+        }
+    }
+
+    async fn remove(&mut self, sandbox: Option<&str>) -> Result<(), AgentError> {
+        let own = match (&self.pod, &self.retry) {
+            (Some(pod), _) => Some(pod.record.sandbox.as_deref()),
+            (None, Some(retry)) => Some(retry.spec.sandbox.as_deref()),
+            (None, None) => None,
+        };
+        if sandbox.is_some() && self.shared.unreadable.lock().contains(&self.uid) {
+            return Ok(());
+        }
+        // A sandbox that is not known to be the pod's own may be its predecessor.
+        if let (Some(ended), Some(own)) = (sandbox, own)
+            && own != Some(ended)
+        {
+            tracing::debug!(uid = self.uid, ended, own, "another sandbox of the pod has ended");
+            return Ok(());
+        }
+        self.give_up();
+        self.shared.unreadable.lock().remove(&self.uid);
         self.shared.served.delete(&self.uid);
-        self.shared.keeper.release(&self.uid).await;
+        self.shared.listeners.release(&self.uid).await;
         self.forget()
     }
 
     fn forget(&mut self) -> Result<(), AgentError> {
+        self.retry = None;
+        self.shared.served.delete(&self.uid);
+        self.shared.release_claims(&self.uid, None);
         if let Some(pod) = self.pod.take() {
             let status = PodStatus { state: PodState::Out, reason: None, ..pod.status() };
             self.shared.set_status(&self.uid, status);
@@ -320,13 +600,17 @@ impl PodTask {
     }
 
     async fn repair(&mut self) -> Result<Vec<Fault>, AgentError> {
+        self.look_for_namespace().await;
         let Some(Pod { netns: Some(netns), record, .. }) = &self.pod else { return Ok(Vec::new()) };
-        let faults = self.program(&netns.clone(), &record.options.clone(), record.stage).await?;
-        let open = connections(&netns.clone(), |c| !is_mesh(c)).await?;
+        let netns = netns.clone();
+        let faults = self.program(&netns, &record.options.clone(), record.stage).await?;
+        let open = connections(&netns, |c| !is_mesh(c)).await;
         if let Some(pod) = &mut self.pod {
-            pod.older.retain(|connection| open.contains(connection));
+            if let Ok(open) = open {
+                pod.older.retain(|connection| open.contains(connection));
+            }
             self.shared.set_status(&self.uid, pod.status());
-            // Catches up on a proxy's word that was lost while this task was busy.
+            // Catches up on a proxy's answer that was lost while this task was busy.
             if self.shared.served.is_served(&self.uid) {
                 self.note(None);
             }
@@ -334,7 +618,21 @@ impl PodTask {
         Ok(faults)
     }
 
-    /// Notes what a proxy said of the pod: `None` that it serves it, else why not.
+    /// Looks again for a namespace that was not found after a restart.
+    async fn look_for_namespace(&mut self) {
+        let Some(Pod { netns: None, record, .. }) = &self.pod else { return };
+        let record = record.clone();
+        let Search::Found(netns) = find_again(&self.shared, &record).await else { return };
+        if self.shared.claim(netns.id(), &self.uid, &self.uid).is_err() {
+            return;
+        }
+        if let Some(pod) = &mut self.pod {
+            pod.netns = Some(netns);
+            self.shared.served.upsert(&self.uid, pod.to_serve());
+        }
+    }
+
+    /// Notes a proxy's answer: `None` that it serves the pod, else why not.
     fn note(&mut self, refused: Option<String>) {
         let Some(pod) = &mut self.pod else { return };
         let first = refused.is_none() && !pod.record.served;
@@ -356,12 +654,14 @@ impl PodTask {
         stage: Stage,
     ) -> Result<Vec<Fault>, AgentError> {
         let plan = redirect::plan(options, stage);
-        redirect::apply(netns, &plan)
-            .await
-            .map_err(|source| AgentError::Redirect { uid: self.uid.clone(), source })
+        redirect::apply(netns, &plan).await.map_err(|source| self.redirect_error(source))
     }
 
-    /// Writes on a thread that may block: a record is on disk before the caller is told.
+    fn redirect_error(&self, source: redirect::RedirectError) -> AgentError {
+        AgentError::Redirect { uid: self.uid.clone(), source }
+    }
+
+    /// Writes on a thread that may block: a record is on disk before the rules are in.
     async fn save(&self, record: &Record) -> Result<(), AgentError> {
         let (shared, record) = (Arc::clone(&self.shared), record.clone());
         let written = tokio::task::spawn_blocking(move || shared.registry.save(&record)).await;

@@ -1,9 +1,8 @@
-//! Who is to be told what: the state of the ZDS server, without I/O.
+//! What to send to which proxy: the state of the ZDS server, without I/O.
 //!
-//! Level-triggered: what a proxy has been told is compared with what it should know, and the next
-//! difference is the next order. So a proxy that reconnects, a pod that changes while another order
-//! is out, and a retry are all the same thing. Calls come
-//! from the [`Server`](super::Server); `now` is an argument.
+//! Level-triggered: what has been sent to a proxy is compared with what it should know, and the next difference is the
+//! next order. A proxy that reconnects, a pod that changes while another order is out, and a retry need no cases of
+//! their own. Calls come from the [`Server`](super::Server); `now` is an argument.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -20,12 +19,12 @@ const RETRY_LAST: Duration = Duration::from_secs(15);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProxyId(pub u64);
 
-/// What a pod is to the proxy; another value under the same uid is told anew.
+/// The version of a pod; another value under the same uid is sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {
     /// The namespace; `None` when the descriptor was lost.
     pub netns: Option<NetnsId>,
-    /// Changes with anything else that the proxy must learn.
+    /// Changes with everything else that the proxy must know.
     pub revision: u64,
 }
 
@@ -38,11 +37,11 @@ pub enum Order {
     Keep(String, Version),
     /// Stop serving this pod.
     Del(String),
-    /// Everything has been told.
+    /// The snapshot is complete.
     SnapshotSent,
 }
 
-/// What a connection is to do.
+/// What a connection has to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Next {
     /// Send this and wait for the answer.
@@ -54,7 +53,7 @@ pub enum Next {
 }
 
 #[derive(Debug, Clone)]
-struct Told {
+struct Sent {
     version: Version,
     outcome: Outcome,
 }
@@ -62,17 +61,22 @@ struct Told {
 #[derive(Debug, Clone)]
 enum Outcome {
     Served,
-    Refused { again_at: Instant, pause: Duration },
+    /// It was sent a Keep, whatever it answered: it serves the pod if it did before.
+    Kept,
+    Refused {
+        again_at: Instant,
+        pause: Duration,
+    },
 }
 
 #[derive(Debug, Default)]
 struct Proxy {
-    told: HashMap<String, Told>,
+    sent: HashMap<String, Sent>,
     snapshot_sent: bool,
     in_flight: Option<Order>,
 }
 
-/// Pods, proxies, and what each proxy has been told.
+/// Pods, proxies, and what each proxy has been sent.
 #[derive(Debug, Default)]
 pub struct Hub {
     pods: BTreeMap<String, Version>,
@@ -104,6 +108,11 @@ impl Hub {
         self.pods.insert(uid.into(), version);
     }
 
+    /// Whether the pod is to be served or kept.
+    pub fn contains(&self, uid: &str) -> bool {
+        self.pods.contains_key(uid)
+    }
+
     /// A pod is no longer to be served.
     pub fn delete(&mut self, uid: &str) {
         self.pods.remove(uid);
@@ -113,14 +122,14 @@ impl Hub {
     pub fn is_served(&self, uid: &str) -> bool {
         let Some(version) = self.pods.get(uid) else { return false };
         self.proxies.values().any(|proxy| {
-            proxy.told.get(uid).is_some_and(|t| t.version == *version && matches!(t.outcome, Outcome::Served))
+            proxy.sent.get(uid).is_some_and(|t| t.version == *version && matches!(t.outcome, Outcome::Served))
         })
     }
 
-    /// Whether a proxy has been told of the pod, and not yet of its end.
+    /// Whether a proxy has been sent of the pod, and not yet of its end.
     pub fn is_known(&self, uid: &str) -> bool {
         self.proxies.values().any(|proxy| {
-            proxy.told.contains_key(uid)
+            proxy.sent.contains_key(uid)
                 || matches!(&proxy.in_flight, Some(Order::Add(u, _) | Order::Keep(u, _)) if u == uid)
         })
     }
@@ -149,27 +158,30 @@ impl Hub {
         }
     }
 
-    /// The answer to the order in flight: `true` if the proxy did it. Says which pod it was about, if
-    /// it was an add or keep.
+    /// The answer to the order in flight: `true` if the proxy did it. Returns the pod of an add.
     pub fn handle_ack(&mut self, id: ProxyId, accepted: bool, now: Instant) -> Option<String> {
         let proxy = self.proxies.get_mut(&id)?;
         match proxy.in_flight.take()? {
-            Order::Add(uid, version) | Order::Keep(uid, version) => {
+            Order::Keep(uid, version) => {
+                proxy.sent.insert(uid, Sent { version, outcome: Outcome::Kept });
+                None
+            }
+            Order::Add(uid, version) => {
                 let outcome = if accepted {
                     Outcome::Served
                 } else {
-                    let pause = match proxy.told.get(&uid).map(|told| &told.outcome) {
+                    let pause = match proxy.sent.get(&uid).map(|sent| &sent.outcome) {
                         Some(Outcome::Refused { pause, .. }) => (*pause * 2).min(RETRY_LAST),
                         _ => RETRY_FIRST,
                     };
                     Outcome::Refused { again_at: now + pause, pause }
                 };
-                proxy.told.insert(uid.clone(), Told { version, outcome });
+                proxy.sent.insert(uid.clone(), Sent { version, outcome });
                 Some(uid)
             }
             // A proxy that could not stop a pod will not do better when asked again.
             Order::Del(uid) => {
-                proxy.told.remove(&uid);
+                proxy.sent.remove(&uid);
                 None
             }
             Order::SnapshotSent => {
@@ -182,14 +194,16 @@ impl Hub {
 
 /// A proxy that gets no adds must not go on in a namespace that its pod has left.
 fn del_order(proxy: &Proxy, pods: &BTreeMap<String, Version>, adds: bool) -> Option<Order> {
-    let is_over = |uid: &String, told: &Told| match pods.get(uid) {
+    let is_over = |uid: &String, sent: &Sent| match pods.get(uid) {
         None => true,
-        Some(version) => !adds && version.netns != told.version.netns,
+        Some(version) => {
+            !adds && sent.version.netns.zip(version.netns).is_some_and(|(before, now)| before != now)
+        }
     };
     proxy
-        .told
+        .sent
         .iter()
-        .filter(|(uid, told)| is_over(uid, told))
+        .filter(|(uid, sent)| is_over(uid, sent))
         .map(|(uid, _)| uid)
         .min()
         .cloned()
@@ -206,7 +220,12 @@ fn add_order(
         Some(_) => Order::Add(uid.clone(), *version),
         None => Order::Keep(uid.clone(), *version),
     };
-    let fresh = pods.iter().find(|(uid, v)| proxy.told.get(*uid).is_none_or(|t| t.version != **v));
+    // A Keep belongs into a snapshot: istio's ztunnel takes a later one for an error of the protocol.
+    let sendable = |version: &Version| version.netns.is_some() || !proxy.snapshot_sent;
+    let is_fresh = |uid: &String, version: &Version| {
+        sendable(version) && proxy.sent.get(uid).is_none_or(|sent| sent.version != *version)
+    };
+    let fresh = pods.iter().find(|(uid, version)| is_fresh(uid, version));
     if let Some((uid, version)) = fresh {
         return Some(order(uid, version));
     }
@@ -215,7 +234,7 @@ fn add_order(
         return None;
     }
     for (uid, version) in pods {
-        if let Some(Told { outcome: Outcome::Refused { again_at, .. }, .. }) = proxy.told.get(uid) {
+        if let Some(Sent { outcome: Outcome::Refused { again_at, .. }, .. }) = proxy.sent.get(uid) {
             if *again_at <= now {
                 return Some(order(uid, version));
             }
@@ -262,6 +281,25 @@ mod tests {
         hub.delete("a");
         assert_eq!(run(&mut hub, id, now, |_| true), [Order::Del("a".into()), add("c", 3)]);
         assert!(!hub.is_known("a"));
+    }
+
+    #[test]
+    fn a_keep_is_sent_in_the_snapshot_only_and_does_not_count_as_served() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        let lost = Version { netns: None, revision: 0 };
+        hub.upsert("a", lost);
+        let id = hub.connect();
+        assert_eq!(run(&mut hub, id, now, |_| true), [Order::Keep("a".into(), lost), Order::SnapshotSent]);
+        assert!(!hub.is_served("a"));
+        hub.upsert("b", lost);
+        assert_eq!(run(&mut hub, id, now, |_| true), []);
+        hub.upsert("a", version(1));
+        assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 1)]);
+        let id = hub.connect();
+        let refused = run(&mut hub, id, now, |order| !matches!(order, Order::Keep(..)));
+        assert_eq!(refused, [add("a", 1), Order::Keep("b".into(), lost), Order::SnapshotSent]);
+        assert_eq!(hub.poll_next(id, now), Next::Wait, "a refused Keep is not sent again");
     }
 
     #[test]

@@ -9,24 +9,24 @@ use prost::Message;
 /// Bytes that a packet to a proxy has at most (contracts.md, section 3).
 pub const MAX_PACKET: usize = 1024;
 
-/// A packet that cannot be sent, or that makes no sense.
+/// A packet that cannot be sent or not be understood.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
     /// The packet would be too long for the proxy's buffer.
     #[error("packet of {0} bytes, beyond {MAX_PACKET}")]
     TooLong(usize),
-    /// The bytes are no message of the kind that was due.
+    /// The bytes are no message of the expected kind.
     #[error("packet cannot be decoded: {0}")]
     Decode(#[from] prost::DecodeError),
     /// The proxy speaks another version.
     #[error("proxy speaks version {0} of ZDS, not 1")]
     Version(i32),
-    /// The response says nothing.
+    /// The response is empty.
     #[error("response has no payload")]
     Empty,
 }
 
-/// What is said to a proxy.
+/// A message to a proxy.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Request {
     /// Serve a pod; listeners are announced in the order in which their descriptors follow.
@@ -35,7 +35,7 @@ pub enum Request {
     Keep(String),
     /// Stop serving a pod.
     Del(String),
-    /// Everything has been told.
+    /// The snapshot is complete.
     SnapshotSent,
 }
 
@@ -57,7 +57,7 @@ pub fn encode_request(request: Request) -> Result<Vec<u8>, MessageError> {
 /// The proxy's first packet.
 pub fn decode_hello(packet: &[u8]) -> Result<ZdsHello, MessageError> {
     let hello = ZdsHello::decode(packet)?;
-    // Version 1; 0 would be a proxy that says nothing of itself.
+    // 0: a proxy that sent no version.
     if hello.version == 1 { Ok(hello) } else { Err(MessageError::Version(hello.version)) }
 }
 
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_read_and_nonsense_is_told_apart() {
+    fn answers_are_decoded_and_invalid_packets_refused() {
         assert_eq!(decode_response(b"\x0a\x00").unwrap(), Ok(()));
         assert_eq!(decode_response(b"\x0a\x03\x0a\x01e").unwrap(), Err("e".into()));
         assert!(matches!(decode_response(b""), Err(MessageError::Empty)));

@@ -1,11 +1,11 @@
 //! The ZDS server: tells node proxies which pods to serve (contracts.md, section 3).
 //!
-//! [`hub`] decides what each proxy is to be told, without I/O; [`Server`] talks. The agent changes pods
-//! through [`Pods`].
+//! [`hub`] decides what to send to each proxy, without I/O; [`Server`] sends it. The agent changes pods through
+//! [`ServedPods`].
 
 pub mod hub;
 mod message;
 mod server;
 
 pub use message::{MAX_PACKET, MessageError, Request, decode_hello, decode_response, encode_request};
-pub use server::{Pods, ServedPod, Server, ZdsError, ZdsEvent};
+pub use server::{ServedPod, ServedPods, Server, ZdsError, ZdsEvent};

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::hub::{Hub, Next, Order, ProxyId, Version};
 use super::message::{MAX_PACKET, MessageError, Request, decode_hello, decode_response, encode_request};
-use crate::listeners::{Keeper, Listeners};
+use crate::listeners::{ListenerHolder, Listeners};
 use crate::redirect::Options;
 
 /// How long a proxy may take to say hello.
@@ -95,12 +95,12 @@ struct State {
 ///
 /// The lock guards pods and proxies together for the length of a look-up; no call in it waits.
 #[derive(Debug, Clone)]
-pub struct Pods {
+pub struct ServedPods {
     state: Arc<Mutex<State>>,
     changed: watch::Sender<u64>,
 }
 
-impl Pods {
+impl ServedPods {
     fn new() -> Self {
         Self { state: Arc::default(), changed: watch::Sender::new(0) }
     }
@@ -121,6 +121,18 @@ impl Pods {
         let revision = *self.changed.borrow() + 1;
         state.hub.upsert(uid, Version { netns, revision });
         state.pods.insert(uid.into(), pod);
+        drop(state);
+        self.wake();
+    }
+
+    /// Has a pod kept by proxies that serve it, where nothing else is known of it.
+    pub fn keep(&self, uid: &str) {
+        let mut state = self.state.lock();
+        if state.hub.contains(uid) {
+            return;
+        }
+        let revision = *self.changed.borrow() + 1;
+        state.hub.upsert(uid, Version { netns: None, revision });
         drop(state);
         self.wake();
     }
@@ -178,8 +190,8 @@ impl Pods {
 #[derive(Debug)]
 pub struct Server {
     listener: SeqPacketListener,
-    pods: Pods,
-    keeper: Keeper,
+    pods: ServedPods,
+    listeners: ListenerHolder,
     hold_for: Duration,
     events: mpsc::Sender<ZdsEvent>,
 }
@@ -189,22 +201,25 @@ impl Server {
     /// nobody takes hold the conversations up.
     pub fn bind(
         path: &Path,
-        keeper: Keeper,
+        listeners: ListenerHolder,
         hold_for: Duration,
         events: mpsc::Sender<ZdsEvent>,
     ) -> Result<Self, ZdsError> {
         let listener =
             SeqPacketListener::bind(path).map_err(|source| ZdsError { path: path.into(), source })?;
-        Ok(Self { listener, pods: Pods::new(), keeper, hold_for, events })
+        Ok(Self { listener, pods: ServedPods::new(), listeners, hold_for, events })
     }
 
     /// The pods to be served.
-    pub fn pods(&self) -> Pods {
+    pub fn pods(&self) -> ServedPods {
         self.pods.clone()
     }
 
-    /// Serves until dropped.
-    pub async fn run(self) {
+    /// Serves until dropped, from the moment on that `open` is true. Proxies that connect before wait.
+    pub async fn run(self, mut open: watch::Receiver<bool>) {
+        if open.wait_for(|open| *open).await.is_err() {
+            return;
+        }
         let mut conversations = JoinSet::new();
         let mut alone_since = Some(Instant::now());
         let mut released = false;
@@ -219,7 +234,7 @@ impl Server {
                         let conversation = Conversation {
                             socket,
                             pods: self.pods.clone(),
-                            keeper: self.keeper.clone(),
+                            listeners: self.listeners.clone(),
                             events: self.events.clone(),
                         };
                         conversations.spawn(conversation.run());
@@ -237,7 +252,7 @@ impl Server {
                 () = wait_until(close_at) => {
                     tracing::warn!(hold_for = ?self.hold_for, "no node proxy; pods' connections are refused from now on");
                     self.pods.want_listeners(false);
-                    self.keeper.release_all().await;
+                    self.listeners.release_all().await;
                     alone_since = None;
                     released = true;
                 }
@@ -262,15 +277,15 @@ async fn wait_until(at: Option<Instant>) {
 /// The conversation with one proxy.
 struct Conversation {
     socket: SeqPacket,
-    pods: Pods,
-    keeper: Keeper,
+    pods: ServedPods,
+    listeners: ListenerHolder,
     events: mpsc::Sender<ZdsEvent>,
 }
 
 /// Tells the hub that a proxy is gone, however its conversation ends.
 struct Connected {
     id: ProxyId,
-    pods: Pods,
+    pods: ServedPods,
 }
 
 impl Drop for Connected {
@@ -304,7 +319,7 @@ impl Conversation {
         self.pods.want_listeners(hello.takes_listeners);
         if !hello.takes_listeners {
             // It binds its own, which it cannot while we hold them.
-            self.keeper.release_all().await;
+            self.listeners.release_all().await;
         }
         let mut changes = self.pods.changed.subscribe();
         let connected = self.register(pid);
@@ -404,7 +419,7 @@ impl Conversation {
                     return Err("the pod has gone".into());
                 };
                 let listeners = if takes_listeners {
-                    let held = self.keeper.acquire(&uid, &netns, &options, pids).await;
+                    let held = self.listeners.acquire(&uid, &netns, &options, pids).await;
                     Some(held.map_err(|e| e.to_string())?)
                 } else {
                     None

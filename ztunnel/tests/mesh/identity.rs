@@ -185,7 +185,7 @@ async fn an_address_used_again_by_another_pod_never_meets_an_old_tunnel() {
     let address = SocketAddr::new(server.net.v4.into(), 8080);
     let mut stream = client.net.dial(address).await.unwrap();
     assert_eq!(ping(&mut stream, b"first").await.unwrap(), b"first");
-    mesh.nodes[1].agent.pod_down(&server.uid).await.unwrap();
+    mesh.nodes[1].agent.remove_pod(&server.uid, None).await.unwrap();
     mesh.control.remove_address(&server.workload.uid);
     let number = server.net.v4.octets()[3];
     drop(server);

@@ -145,7 +145,7 @@ async fn a_pod_that_leaves_is_served_no_more_and_the_others_go_on() {
         .await;
     };
     served(2).await;
-    mesh.nodes[0].agent.pod_down(&leaving.uid).await.unwrap();
+    mesh.nodes[0].agent.remove_pod(&leaving.uid, None).await.unwrap();
     served(1).await;
     let mut stream = client.net.dial(address).await.unwrap();
     assert_eq!(exchange(&mut stream, b"on").await.unwrap(), b"on");

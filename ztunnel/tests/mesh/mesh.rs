@@ -107,6 +107,8 @@ impl Mesh {
         let socket = dir.join("zds.sock");
         let (agent, driver) = Agent::start(AgentConfig::new(&socket, dir.join("registry"))).await.unwrap();
         tokio::spawn(driver);
+        // Proxies are served from then on.
+        agent.reconcile(vec![], tokio::time::Instant::now()).await;
         let mut config = json!({
             "node": name,
             "controlPlane": self.control.gate.address.to_string(),
@@ -137,7 +139,7 @@ impl Mesh {
     /// Brings a pod into the mesh.
     pub(crate) async fn capture(&self, node: usize, pod: &Pod) -> Pod {
         let agent = &self.nodes[node].agent;
-        agent.pod_up(self.spec(pod)).await.unwrap();
+        agent.enrol(self.spec(pod)).await.unwrap();
         assert!(agent.wait_enabled(&pod.uid, LIMIT).await, "pod not served: {:?}", agent.status(&pod.uid));
         let mut pod = pod.clone();
         pod.workload.tunnel_protocol = TunnelProtocol::Hbone.into();
@@ -152,8 +154,9 @@ impl Mesh {
             namespace: pod.workload.namespace.clone(),
             service_account: pod.workload.service_account.clone(),
             ips: pod.net.ips().to_vec(),
-            netns: pod.net.netns.clone(),
+            netns: Some(pod.net.netns.clone()),
             netns_path: None,
+            sandbox: None,
             options: ambit_node::redirect::Options { socks5: true, ..Default::default() },
         }
     }

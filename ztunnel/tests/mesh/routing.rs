@@ -183,7 +183,7 @@ async fn with_resources_on_demand_a_destination_is_asked_for_when_it_is_dialled(
     };
     let mut mesh = mesh;
     mesh.nodes[0].ztunnel.replace(config).await;
-    mesh.nodes[0].agent.pod_up(mesh.spec(&client)).await.unwrap();
+    mesh.nodes[0].agent.enrol(mesh.spec(&client)).await.unwrap();
     assert!(mesh.nodes[0].agent.wait_enabled(&client.uid, LIMIT).await);
     let before = mesh.nodes[0].ztunnel.dump().await;
     assert_eq!(before["workloads"].as_array().map(Vec::len), Some(0), "{before}");

@@ -1,0 +1,196 @@
+//! `Agent::reconcile`: the node in line with the pods that are to be enrolled.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::symlink;
+use std::time::Duration;
+
+use ambit_api::workload::zds::workload_request::Payload;
+use ambit_net::Netns;
+use ambit_node::discovery::Discovery;
+use ambit_node::redirect::{self, Options, Stage, plan};
+use ambit_node::{AgentError, PodSpec, PodState, nft};
+use ambit_telemetry::Registry;
+use rtnetlink::LinkUnspec;
+use tokio::time::Instant;
+
+use crate::bed::{Running, SOON, lasting_path, spec, state};
+use crate::common::{Host, eventually, netlink, pair};
+
+/// Pods of one node that start at a time.
+const MANY: u8 = 100;
+/// How long these may take on a busy machine.
+const ALL_UP: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn proxies_are_served_after_the_first_reconciliation() {
+    let (_outside, pod) = pair().await;
+    let running = Running::start_in(tempfile::tempdir().unwrap(), |_| {}).await;
+    let mut proxy = running.proxy(true).await;
+    proxy.hears_nothing().await;
+    assert!(!running.agent.health().reconciled);
+    let done = running.reconcile(vec![spec("a", &pod)]).await;
+    assert_eq!((done.enrolled, done.failed.len()), (1, 0));
+    proxy.obey_add("a").await;
+    assert!(matches!(proxy.obey().await, Payload::SnapshotSent(_)));
+    assert!(running.agent.health().is_ready());
+}
+
+#[tokio::test]
+async fn a_pod_that_cannot_be_enrolled_is_kept_and_tried_again() {
+    let (_outside, pod) = pair().await;
+    let directory = tempfile::tempdir().unwrap();
+    let namespaces = directory.path().join("netns");
+    let discovery = Discovery { proc: None, directories: vec![namespaces.clone()] };
+    let running = Running::start_in(directory, |config| config.discovery = discovery).await;
+    let done = running.reconcile(vec![PodSpec { netns: None, ..spec("a", &pod) }]).await;
+    assert!(matches!(&done.failed[..], [(_, AgentError::NamespaceNotFound { .. })]), "{done:?}");
+    assert_eq!(state(&running.agent, "a").await, Some(PodState::Failed));
+    let mut proxy = running.proxy(true).await;
+    assert!(matches!(proxy.obey().await, Payload::Keep(keep) if keep.uid == "a"));
+    assert!(matches!(proxy.obey().await, Payload::SnapshotSent(_)));
+    std::fs::create_dir(&namespaces).unwrap();
+    symlink(lasting_path(&pod.netns), namespaces.join("cni-1")).unwrap();
+    proxy.obey_add("a").await;
+    assert!(running.agent.wait_enabled("a", SOON).await);
+}
+
+#[tokio::test]
+async fn a_pod_that_is_not_desired_is_unenrolled_unless_it_is_newer() {
+    let (_outside, pod) = pair().await;
+    let (_outside2, newer) = pair().await;
+    let running = Running::start(|_| {}).await;
+    running.agent.enrol(spec("a", &pod)).await.unwrap();
+    let listed = Instant::now();
+    running.agent.enrol(spec("b", &newer)).await.unwrap();
+    let done = running.agent.reconcile(vec![], listed).await;
+    assert_eq!(done.unenrolled, ["a"]);
+    eventually("it is out", async || running.agent.status("a").is_none()).await;
+    assert_eq!(nft::tables(&pod.netns).await.unwrap(), [] as [&str; 0]);
+    assert_eq!(state(&running.agent, "b").await, Some(PodState::Pending));
+}
+
+#[tokio::test]
+async fn namespaces_are_found_by_address_and_those_of_no_pod_cleaned() {
+    let (outside, pod) = pair().await;
+    let (_outside2, left) = pair().await;
+    let directory = tempfile::tempdir().unwrap();
+    let namespaces = directory.path().join("netns");
+    std::fs::create_dir(&namespaces).unwrap();
+    std::fs::write(namespaces.join("no-namespace"), "").unwrap();
+    let discovery = Discovery { proc: None, directories: vec![namespaces.clone()] };
+    let theirs = nft::Table { name: "theirs".into(), chains: vec![] };
+    nft::apply(&left.netns, theirs).await.unwrap();
+    redirect::apply(&left.netns, &plan(&Options::default(), Stage::In)).await.unwrap();
+    for (name, host) in [("outside", &outside), ("pod", &pod)] {
+        symlink(lasting_path(&host.netns), namespaces.join(name)).unwrap();
+    }
+    let running = Running::start_in(directory, |config| config.discovery = discovery).await;
+    let desired = PodSpec { netns: None, ..spec("a", &pod) };
+    let done = running.reconcile(vec![desired.clone()]).await;
+    assert_eq!((done.enrolled, done.cleaned), (1, vec![]));
+    assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
+    // It holds the pod's address as well, so from here on only what is known tells the two apart.
+    symlink(lasting_path(&left.netns), namespaces.join("left")).unwrap();
+    let done = running.reconcile(vec![desired]).await;
+    assert_eq!((done.enrolled, done.cleaned), (1, vec![left.netns.id()]));
+    assert_eq!(nft::tables(&left.netns).await.unwrap(), ["theirs"]);
+    assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn namespaces_of_processes_are_found() {
+    let netns = Netns::create().unwrap();
+    let sleep = || std::process::Command::new("sleep").arg("60").spawn();
+    let mut process = netns.run_blocking(sleep).unwrap().unwrap();
+    let found = Discovery { proc: Some("/proc".into()), directories: vec![] }.walk().await;
+    process.kill().unwrap();
+    process.wait().unwrap();
+    let path = format!("/proc/{}/ns/net", process.id());
+    assert!(
+        found.namespaces.iter().any(|found| found.netns.id() == netns.id() && found.path.ends_with(&path))
+    );
+}
+
+#[tokio::test]
+async fn an_ambiguous_namespace_is_given_to_no_pod() {
+    let (_outside, pod) = pair().await;
+    let (_outside2, twin) = pair().await;
+    let directory = tempfile::tempdir().unwrap();
+    for (name, host) in [("netns-a", &pod), ("netns-b", &twin)] {
+        symlink(lasting_path(&host.netns), directory.path().join(name)).unwrap();
+    }
+    let discovery = Discovery { proc: None, directories: vec![directory.path().into()] };
+    let running = Running::start_in(directory, |config| config.discovery = discovery).await;
+    let done = running.reconcile(vec![PodSpec { netns: None, ..spec("a", &pod) }]).await;
+    assert!(matches!(&done.failed[..], [(_, AgentError::Ambiguous { .. })]), "{done:?}");
+    for host in [&pod, &twin] {
+        assert_eq!(nft::tables(&host.netns).await.unwrap(), [] as [&str; 0]);
+    }
+}
+
+#[tokio::test]
+async fn a_pod_takes_over_the_namespace_of_its_predecessor() {
+    let (_outside, pod) = pair().await;
+    let running = Running::start(|_| {}).await;
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_snapshot().await;
+    running.agent.enrol(spec("old", &pod)).await.unwrap();
+    proxy.obey_add("old").await;
+    let desired = vec![spec("new", &pod)];
+    let (done, ()) = tokio::join!(running.reconcile(desired), async {
+        assert!(matches!(proxy.obey().await, Payload::Del(del) if del.uid == "old"));
+        proxy.obey_add("new").await;
+    });
+    assert_eq!(done.enrolled, 1);
+    assert_eq!(running.agent.status("old"), None);
+    assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
+}
+
+/// A pod's namespace with nothing but an address.
+async fn bare(number: u8) -> Host {
+    let netns = Netns::create().unwrap();
+    let v4 = Ipv4Addr::new(10, 78, 0, number);
+    let (link, driver) = netlink(&netns).await;
+    link.link().set(LinkUnspec::new_with_index(1).up().build()).execute().await.unwrap();
+    link.address().add(1, v4.into(), 32).execute().await.unwrap();
+    driver.abort();
+    Host { netns, v4, v6: std::net::Ipv6Addr::LOCALHOST }
+}
+
+#[tokio::test]
+async fn a_hundred_pods_that_start_together_are_all_enrolled() {
+    let mut pods = Vec::new();
+    for number in 1..=MANY {
+        pods.push(bare(number).await);
+    }
+    let running = Running::start(|_| {}).await;
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_snapshot().await;
+    let began = Instant::now();
+    let desired = pods.iter().enumerate().map(|(index, pod)| {
+        let ips = vec![IpAddr::from(pod.v4)];
+        PodSpec { ips, ..spec(&format!("pod-{index}"), pod) }
+    });
+    let (done, ()) = tokio::join!(running.reconcile(desired.collect()), async {
+        for _ in 0..MANY {
+            assert!(matches!(proxy.obey().await, Payload::Add(_)));
+        }
+    });
+    assert_eq!((done.enrolled, done.failed.len()), (usize::from(MANY), 0));
+    eventually("all are enabled", async || {
+        running.agent.statuses().values().all(|status| status.state == PodState::Enabled)
+    })
+    .await;
+    assert!(began.elapsed() < ALL_UP, "it took {:?}", began.elapsed());
+    let registry = Registry::new();
+    running.agent.register_metrics(&registry);
+    let text = registry.encode();
+    for line in [
+        "ambit_node_pods{state=\"enabled\"} 100",
+        "ambit_node_pods{state=\"failed\"} 0",
+        "ambit_node_enrolments_total 100",
+        "ambit_node_proxies 1",
+    ] {
+        assert!(text.lines().any(|known| known == line), "{line:?} is missing in\n{text}");
+    }
+}
