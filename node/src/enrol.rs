@@ -20,6 +20,9 @@ pub const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 pub const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 /// Annotation: interfaces, separated by commas, whose traffic counts as the pod's own.
 pub const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
+/// Annotation on namespaces: what becomes of packets that no tunnel carries. `allow` or none lets them pass, any other
+/// value drops them.
+pub const OTHER_PROTOCOLS: &str = "ambit.dev/other-protocols";
 
 /// The properties of a pod that the decision depends on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub struct Pod {
     pub labels: BTreeMap<String, String>,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
+    /// Its namespace's annotations.
+    pub namespace_annotations: BTreeMap<String, String>,
     /// Whether it shares the node's network namespace.
     pub host_network: bool,
     /// The handler of its RuntimeClass, if it names one.
@@ -120,7 +125,7 @@ impl fmt::Display for Reason {
 
 /// Decides about a pod.
 pub fn enrolled(pod: &Pod, namespace_labels: &BTreeMap<String, String>, settings: &Settings) -> Decision {
-    let Pod { namespace, labels, annotations, host_network, runtime_handler } = pod;
+    let Pod { namespace, labels, annotations, namespace_annotations, host_network, runtime_handler } = pod;
     if *host_network {
         return Decision::Out(Reason::HostNetwork);
     }
@@ -140,7 +145,11 @@ pub fn enrolled(pod: &Pod, namespace_labels: &BTreeMap<String, String>, settings
     if runtime_handler.as_deref().is_some_and(|handler| is_unsupported(handler, settings)) {
         return Decision::Out(Reason::UnsupportedRuntime);
     }
-    Decision::In(options(annotations, settings))
+    let other_protocols = match namespace_annotations.get(OTHER_PROTOCOLS).map(|value| value.trim()) {
+        None | Some("allow") => OtherProtocols::Allow,
+        Some(_) => OtherProtocols::Deny,
+    };
+    Decision::In(Options { other_protocols, ..options(annotations, settings) })
 }
 
 fn is_unsupported(handler: &str, settings: &Settings) -> bool {
@@ -248,5 +257,20 @@ mod tests {
         assert_eq!(decide(&[AMBIENT], &[], &annotations), Decision::In(wanted));
         let unreadable = [(BYPASS_INBOUND, "yes"), (DNS_CAPTURE, "maybe")];
         assert_eq!(decide(&[AMBIENT], &[], &unreadable), Decision::In(Options::default()));
+    }
+
+    #[test]
+    fn a_namespaces_annotation_denies_other_protocols() {
+        let with = |value: &str| {
+            let namespace_annotations = map(&[(OTHER_PROTOCOLS, value)]);
+            let pod = Pod { namespace: "shop".into(), namespace_annotations, ..Pod::default() };
+            match enrolled(&pod, &map(&[AMBIENT]), &Settings::default()) {
+                Decision::In(options) => options.other_protocols,
+                Decision::Out(reason) => panic!("{reason}"),
+            }
+        };
+        assert_eq!(with("deny"), OtherProtocols::Deny);
+        assert_eq!(with("allow"), OtherProtocols::Allow);
+        assert_eq!(with("dney"), OtherProtocols::Deny);
     }
 }

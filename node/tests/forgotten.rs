@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use ambit_net::conntrack::Conntrack;
 use ambit_net::{Netns, PROXY_MARK, SocketStock, connect, connect_local};
-use ambit_node::redirect::Stage;
+use ambit_node::listeners::bind;
+use ambit_node::redirect::{self, Options, Stage, plan};
 use common::traffic::{Proxy, SOON, accept, apply, dial, listen, set, talk};
 use common::{Host, pair};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -55,6 +56,39 @@ async fn a_captured_connection_goes_on_when_the_kernel_has_forgotten_it() {
         talk(&mut app, &mut taken).await;
         tokio::time::sleep(FORGOTTEN).await;
         talk(&mut app, &mut taken).await;
+    }
+}
+
+/// The link's end in the pod stands for the interface of a virtual machine in it.
+#[tokio::test]
+async fn a_lost_connection_of_a_virtual_interface_is_captured_again() {
+    let (outside, pod) = pair().await;
+    let options = Options { virtual_interfaces: vec!["eth0".into()], ..Options::default() };
+    redirect::apply(&pod.netns, &plan(&options, Stage::In)).await.unwrap();
+    set(&pod, ESTABLISHED, 1).await;
+    let proxy = Proxy { listeners: bind(&pod.netns, &options).await.unwrap() };
+    for own in pod.addresses() {
+        let mut machine = dial(&outside.netns, SocketAddr::new(own, 9080)).await;
+        let mut taken = accept(&proxy.tcp(15001, own)).await.0;
+        talk(&mut machine, &mut taken).await;
+        tokio::time::sleep(FORGOTTEN).await;
+        talk(&mut machine, &mut taken).await;
+    }
+}
+
+/// Inbound, too: the proxy's end takes the connection up again.
+#[tokio::test]
+async fn a_lost_inbound_connection_is_captured_again() {
+    let (outside, pod) = pair().await;
+    apply(&pod, Stage::In).await;
+    set(&pod, ESTABLISHED, 1).await;
+    let proxy = Proxy::in_pod(&pod).await;
+    for own in pod.addresses() {
+        let mut client = dial(&outside.netns, SocketAddr::new(own, 9080)).await;
+        let mut taken = accept(&proxy.tcp(15006, own)).await.0;
+        talk(&mut client, &mut taken).await;
+        tokio::time::sleep(FORGOTTEN).await;
+        talk(&mut client, &mut taken).await;
     }
 }
 

@@ -93,7 +93,7 @@ impl Controller {
     }
 
     /// Tells every pod whether it is to be in the mesh.
-    fn enrol(&self, namespaces: &BTreeMap<String, BTreeMap<String, String>>) {
+    fn enrol(&self, namespaces: &BTreeMap<String, publish::Namespace>) {
         for pod in self.shared.pods() {
             let object = pod.inner.object.read().clone();
             let wanted = membership(&object, namespaces);
@@ -108,7 +108,7 @@ impl Controller {
     async fn run_deployments(
         &self,
         objects: &BTreeMap<Key, Object>,
-        namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+        namespaces: &BTreeMap<String, publish::Namespace>,
         problems: &mut BTreeMap<String, String>,
     ) {
         let mut wanted = BTreeSet::new();
@@ -134,7 +134,7 @@ impl Controller {
         &self,
         key: &Key,
         deployment: &Deployment,
-        namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+        namespaces: &BTreeMap<String, publish::Namespace>,
         new: &mut Vec<NewPod>,
     ) {
         let Some(spec) = &deployment.spec else { return };
@@ -178,7 +178,7 @@ impl Controller {
     async fn run_pods(
         &self,
         objects: &BTreeMap<Key, Object>,
-        namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+        namespaces: &BTreeMap<String, publish::Namespace>,
         problems: &mut BTreeMap<String, String>,
     ) {
         let mut new = Vec::new();
@@ -286,20 +286,23 @@ fn described(object: &PodObject) -> String {
 /// Whether labels and annotations want a pod in the mesh, and with which options.
 pub(crate) fn membership(
     object: &PodObject,
-    namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+    namespaces: &BTreeMap<String, publish::Namespace>,
 ) -> Option<Options> {
     let metadata = &object.metadata;
+    let name = metadata.namespace.clone().unwrap_or_default();
+    let unknown = publish::Namespace::default();
+    let publish::Namespace { labels: namespace_labels, annotations: namespace_annotations } =
+        namespaces.get(&name).unwrap_or(&unknown);
     let pod = enrol::Pod {
-        namespace: metadata.namespace.clone().unwrap_or_default(),
+        namespace: name,
         labels: metadata.labels.clone().unwrap_or_default(),
         annotations: metadata.annotations.clone().unwrap_or_default(),
+        namespace_annotations: namespace_annotations.clone(),
         host_network: object.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)),
         // A local cluster runs every pod the same way.
         runtime_handler: None,
     };
-    let none = BTreeMap::new();
-    let labels = namespaces.get(&pod.namespace).unwrap_or(&none);
-    match enrol::enrolled(&pod, labels, &enrol::Settings::default()) {
+    match enrol::enrolled(&pod, namespace_labels, &enrol::Settings::default()) {
         enrol::Decision::In(options) => Some(options),
         enrol::Decision::Out(_) => None,
     }

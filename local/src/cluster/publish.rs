@@ -18,26 +18,32 @@ use crate::manifest::{Key, Object};
 use crate::pod::{Origin, Pod};
 use crate::services::Backend;
 
-/// Labels of every namespace: those that are written down, and those that something lies in.
-pub(crate) fn namespaces(
-    objects: &BTreeMap<Key, Object>,
-    pods: &[Pod],
-) -> BTreeMap<String, BTreeMap<String, String>> {
-    let mut namespaces: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
+/// Labels and annotations of a namespace.
+#[derive(Debug, Default)]
+pub(crate) struct Namespace {
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+/// Every namespace that is written down or that something lies in.
+pub(crate) fn namespaces(objects: &BTreeMap<Key, Object>, pods: &[Pod]) -> BTreeMap<String, Namespace> {
+    let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
     let mentioned = objects.keys().map(|key| key.namespace.as_str()).filter(|name| !name.is_empty());
     let inhabited = pods.iter().map(Pod::namespace);
     for name in mentioned.chain(inhabited).chain(["default", "kube-system", SYSTEM_NAMESPACE]) {
         namespaces.entry(name.to_owned()).or_default();
     }
     for (key, object) in objects.iter().filter(|(key, _)| key.kind == "Namespace") {
-        let labels = object.body["metadata"]["labels"].as_object();
-        let labels = labels.into_iter().flatten();
-        let text = labels.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())));
-        namespaces.insert(key.name.clone(), text.collect());
+        let strings = |field: &str| {
+            let values = object.body["metadata"][field].as_object().into_iter().flatten();
+            values.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+        };
+        let namespace = Namespace { labels: strings("labels"), annotations: strings("annotations") };
+        namespaces.insert(key.name.clone(), namespace);
     }
-    for (name, labels) in &mut namespaces {
+    for (name, namespace) in &mut namespaces {
         // Kubernetes itself sets this one.
-        labels.insert("kubernetes.io/metadata.name".to_owned(), name.clone());
+        namespace.labels.insert("kubernetes.io/metadata.name".to_owned(), name.clone());
     }
     namespaces
 }
@@ -185,7 +191,7 @@ pub(crate) fn backend(pod: &Pod) -> Backend {
 pub(crate) fn collect(
     shared: &Shared,
     objects: &BTreeMap<Key, Object>,
-    namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+    namespaces: &BTreeMap<String, Namespace>,
     services: &[Service],
     out: &mut BTreeMap<Key, Value>,
 ) {
@@ -195,7 +201,7 @@ pub(crate) fn collect(
             out.insert(key, object.body.clone());
         }
     }
-    for (name, labels) in namespaces {
+    for (name, Namespace { labels, annotations: _ }) in namespaces {
         let key = Key::new("Namespace", "", name);
         let mut body = objects.get(&key).map_or_else(
             || json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": name } }),
