@@ -98,7 +98,8 @@ impl Authenticated {
         let proxy = &self.worker.proxy;
         let workload = proxy.workload_of(&self.pod).await?;
         let target = self.target(&proxy.directory.load(), &workload)?;
-        if Role::ALL.iter().any(|role| role.port() == target.dial.port()) {
+        let listeners = proxy.settings.listeners;
+        if Role::ALL.iter().any(|role| listeners.wants(*role) && role.port() == target.dial.port()) {
             return Err(ConnectionError::Loop(target.dial));
         }
         let subject = Subject {

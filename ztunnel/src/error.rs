@@ -72,6 +72,9 @@ pub enum ConnectionError {
     /// The pod or the peer holds as much as it may.
     #[error(transparent)]
     Limit(#[from] LimitExceeded),
+    /// The client bears an address that is not its workload's, and no address of that is known.
+    #[error("{0} is not an address of the client, and none is known")]
+    ForeignSource(std::net::IpAddr),
     /// The control plane hasn't told its first state yet.
     #[error("the control plane's first state is not there yet")]
     NotSynced,
@@ -133,6 +136,7 @@ impl ConnectionError {
         match self {
             Self::Socks5(_)
             | Self::NotHere(_)
+            | Self::ForeignSource(_)
             | Self::Loop(_)
             | Self::Malformed(_)
             | Self::NotAnswered(_) => Blame::Client,

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ambit_directory::Authority;
+use ambit_directory::{Authority, Workload};
 use ambit_net::original_dst;
 use ambit_net::relay::{Counters, Side};
 use ambit_net::splice::splice;
@@ -53,7 +53,7 @@ pub async fn serve_captured(worker: Arc<Worker>, pod: Arc<Pod>, stream: TcpStrea
     // Not redirected but dialled directly: it would come back to us for ever.
     let is_own = dialled.port() == Role::Outbound.port()
         && stream.local_addr().is_ok_and(|local| local.ip().to_canonical() == dialled.ip());
-    let asked = Asked { worker, pod, source: peer, dialled: dialled.into(), since };
+    let mut asked = Asked { worker, pod, source: peer, dialled: dialled.into(), since };
     if is_own {
         let story = asked.story();
         asked.worker.reporter.failed(&story, &ConnectionError::Loop(dialled));
@@ -79,7 +79,7 @@ pub async fn serve_socks5(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStr
         Target::Address(address) => Authority::Address(address),
         Target::Name(name, port) => name_of(&worker, &pod, &name, port).await,
     };
-    let asked = Asked { worker, pod, source, dialled, since };
+    let mut asked = Asked { worker, pod, source, dialled, since };
     let reached = Box::pin(asked.reach()).await;
     let reply = reached.as_ref().map_or_else(|error| error.socks_reply(), |_| Reply::Succeeded);
     if let Err(error) = socks5::answer(&mut stream, reply).await {
@@ -127,7 +127,7 @@ async fn name_of(worker: &Worker, pod: &Pod, name: &str, port: u16) -> Authority
 
 impl Asked {
     /// Reaches the destination. A failure has been reported when this returns.
-    async fn reach(&self) -> Result<(Reached, Arc<Counters>), ConnectionError> {
+    async fn reach(&mut self) -> Result<(Reached, Arc<Counters>), ConnectionError> {
         let counters = Arc::new(Counters::new());
         let client = match self.worker.proxy.workload_of(&self.pod).await {
             Ok(client) => client,
@@ -136,6 +136,11 @@ impl Asked {
                 return Err(error);
             }
         };
+        if !self.correct_source(&client) {
+            let error = ConnectionError::ForeignSource(self.source.ip());
+            self.worker.reporter.failed(&self.story(), &error);
+            return Err(error);
+        }
         let dial = Dial {
             worker: &self.worker,
             pod: &self.pod,
@@ -152,6 +157,24 @@ impl Asked {
                 Err(missed.error)
             }
         }
+    }
+
+    /// A pod chooses the address that its socket bears: `::1` without any privilege, any other with NET_ADMIN. Policies,
+    /// logs and the application get an address of the workload instead, as they do of a tunnel from another node. False if it
+    /// has none.
+    fn correct_source(&mut self, client: &Workload) -> bool {
+        if client.has_address(self.source.ip()) {
+            return true;
+        }
+        self.worker.proxy.tallies.foreign_sources.add(1);
+        let like = match &self.dialled {
+            Authority::Address(address) => address.ip(),
+            Authority::Host { .. } => self.source.ip(),
+        };
+        let Some(own) = client.address_like(Some(like)) else { return false };
+        tracing::debug!(pod = self.pod.uid(), claimed = %self.source, %own, "not an address of the pod");
+        self.source = SocketAddr::new(own, self.source.port());
+        true
     }
 
     /// Relays until both directions have ended or the connection is cut. What is returned holds only

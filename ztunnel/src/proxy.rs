@@ -73,6 +73,8 @@ pub struct Tallies {
     pub idle: Tally,
     /// Connections handed over on this node.
     pub handed_over: Tally,
+    /// Connections of pods from addresses that are not their own.
+    pub foreign_sources: Tally,
     /// Tunnel connections of other proxies that were given up because a PING was not answered.
     pub silent_clients: Tally,
 }

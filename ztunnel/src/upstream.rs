@@ -4,7 +4,7 @@
 //! `outbound` calls it for every connection of a pod. Nothing of the application is read here.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,7 +17,7 @@ use ambit_hbone::{
 };
 use ambit_identity::SpiffeId;
 use ambit_net::relay::Counters;
-use ambit_net::{ConnectError, SocketStock, connect};
+use ambit_net::{ConnectError, SocketStock, connect, connect_from};
 use ambit_xds::Found;
 use smallvec::SmallVec;
 use tokio::net::TcpStream;
@@ -348,7 +348,9 @@ impl Dial<'_> {
         };
         let limit = self.worker.proxy.settings.limits.attempt_timeout;
         let stock = self.pod.stock();
-        let dial = || dial_proxy(stock.clone(), address, limit);
+        // Not what the pod's routes would choose: the other proxy's policies go by it.
+        let source = self.client.address_like(Some(address.ip()));
+        let dial = || dial_proxy(stock.clone(), source, address, limit);
         let tls = certificate.client_tls();
         let opened = self.worker.pool.open(&key, &tls, expected, request, dial);
         Ok(Box::pin(opened).await?)
@@ -404,10 +406,15 @@ impl Dial<'_> {
 /// One TCP connection to another proxy, out of the pod's namespace and from its own address.
 async fn dial_proxy(
     stock: SocketStock,
+    source: Option<IpAddr>,
     address: SocketAddr,
     limit: std::time::Duration,
 ) -> io::Result<TcpStream> {
-    connect(&stock, address, limit).await.map_err(|error| match error {
+    let connected = match source {
+        Some(source) => connect_from(&stock, source, address, limit).await,
+        None => connect(&stock, address, limit).await,
+    };
+    connected.map_err(|error| match error {
         ConnectError::Refused { source, .. } | ConnectError::Bind { source, .. } => source,
         ConnectError::TimedOut { .. } => io::Error::new(io::ErrorKind::TimedOut, error.to_string()),
         ConnectError::Namespace { .. } => io::Error::other(error.to_string()),

@@ -69,6 +69,25 @@ pub async fn connect(
     connect_with(socket, destination, limit).await
 }
 
+/// As [`connect`], from the address `source` if it is of the family of `destination`.
+///
+/// A marked socket may bear an address that the namespace no longer has; then nothing comes back.
+///
+/// # Errors
+/// See [`ConnectError`].
+pub async fn connect_from(
+    stock: &SocketStock,
+    source: IpAddr,
+    destination: SocketAddr,
+    limit: Duration,
+) -> Result<TcpStream, ConnectError> {
+    let socket = take(stock, destination).await?;
+    if source.is_ipv4() == destination.is_ipv4() {
+        bind(&socket, SocketAddr::new(source, 0), destination)?;
+    }
+    connect_with(socket, destination, limit).await
+}
+
 /// As [`connect`], to a `destination` in the namespace of `stock` itself, from `source`.
 ///
 /// Its address is borne in any case; it need not be local if the stock bears a mark. Its port is borne where it is one that

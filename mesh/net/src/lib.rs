@@ -29,7 +29,7 @@ pub mod socket;
 pub mod splice;
 pub mod stock;
 
-pub use connect::{ConnectError, connect, connect_local};
+pub use connect::{ConnectError, connect, connect_from, connect_local};
 pub use netns::{Netns, NetnsError, NetnsId};
 pub use socket::{Family, original_dst};
 pub use stock::SocketStock;

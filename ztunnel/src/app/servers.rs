@@ -170,6 +170,9 @@ fn tallies(registry: &Registry, proxy: &Arc<Proxy>) {
         &t.idle
     });
     register("ambit_handed_over", "Connections handed over on this node", |t| &t.handed_over);
+    register("ambit_foreign_sources", "Connections of pods from addresses that are not their own", |t| {
+        &t.foreign_sources
+    });
     register("ambit_hbone_inbound_ping_timeouts", "Tunnel connections to us whose peer fell silent", |t| {
         &t.silent_clients
     });

@@ -81,6 +81,12 @@ impl Forwarder<'_> {
         Err(last)
     }
 
+    /// Sends a datagram as it is, id included, and returns its answer. What is signed (TSIG) stays valid.
+    pub(super) async fn pass(&self, query: &[u8], upstream: SocketAddr) -> Result<Vec<u8>, ForwardError> {
+        let timed_out = ForwardError::Timeout { upstream, limit: self.limit };
+        timeout(self.limit, self.ask_udp(query, upstream)).await.unwrap_or(Err(timed_out))
+    }
+
     async fn ask_udp(&self, query: &[u8], upstream: SocketAddr) -> Result<Vec<u8>, ForwardError> {
         let fail = |source| ForwardError::Io { upstream, source };
         let any: IpAddr = match upstream {

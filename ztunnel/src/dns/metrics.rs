@@ -28,10 +28,7 @@ impl Metrics {
             malformed: counter("malformed", "Messages of pods that are no questions"),
             bad_answers: counter("bad_answers", "Messages of resolvers that answer no question of ours"),
             truncated: counter("truncated", "Answers cut because the client takes no more by UDP"),
-            foreign: counter(
-                "foreign",
-                "Questions and connections to resolvers outside the cluster, passed on as they are",
-            ),
+            foreign: counter("foreign", "Datagrams to resolvers outside the cluster, passed on as they are"),
         }
     }
 }

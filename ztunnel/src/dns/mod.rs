@@ -2,8 +2,8 @@
 //!
 //! Names that the directory knows are answered from it; everything else goes to the resolver that the
 //! application asked, or to the configured ones. A resolver that is not one of the cluster's, asked
-//! explicitly, gets its question as it is. `resolver` decides and does no I/O; `server` and
-//! `forward` carry messages. `pods` makes one [`Client`] a pod and runs [`DnsProxy::serve_udp`] and
+//! explicitly by UDP, gets the datagram as it is; a TCP connection to one is an outbound connection like others.
+//! `resolver` decides and does no I/O; `server` and `forward` carry messages. `pods` makes one [`Client`] a pod and runs [`DnsProxy::serve_udp`] and
 //! [`DnsProxy::serve_tcp`] on its sockets.
 
 mod forward;
@@ -46,10 +46,16 @@ pub struct Settings {
     pub max_in_flight: usize,
     /// As `max_in_flight`, of one pod.
     pub max_in_flight_per_pod: usize,
+    /// How long a resolver outside the cluster may take to answer; its client sets its own limit.
+    pub foreign_timeout: Duration,
+    /// Datagrams that may be with resolvers outside the cluster at the same time, of the process.
+    pub max_foreign: usize,
+    /// As `max_foreign`, of one pod.
+    pub max_foreign_per_pod: usize,
 }
 
 impl Settings {
-    /// 2 s an attempt, 4,096 questions at the same time, 512 a pod.
+    /// 2 s an attempt, 4,096 questions at the same time, 512 a pod; 10 s, 1,024 and 64 outside the cluster.
     pub fn new(cluster_domain: &str, upstreams: Vec<SocketAddr>) -> Self {
         Self {
             cluster_domain: cluster_domain.trim_matches('.').to_ascii_lowercase(),
@@ -57,6 +63,9 @@ impl Settings {
             attempt_timeout: Duration::from_secs(2),
             max_in_flight: 4096,
             max_in_flight_per_pod: 512,
+            foreign_timeout: Duration::from_secs(10),
+            max_foreign: 1024,
+            max_foreign_per_pod: 64,
         }
     }
 }
@@ -69,6 +78,7 @@ pub struct Client {
     /// Makes the sockets that questions are forwarded with: marked, in the pod's namespace.
     sockets: SocketStock,
     in_flight: Arc<Semaphore>,
+    foreign: Arc<Semaphore>,
 }
 
 /// The DNS proxy of the process. Cheap to clone.
@@ -83,19 +93,29 @@ struct Shared {
     directory: Reader,
     metrics: Metrics,
     in_flight: Arc<Semaphore>,
+    foreign: Arc<Semaphore>,
 }
 
 impl DnsProxy {
     /// Answers from `directory`.
     pub fn new(settings: Settings, directory: Reader, metrics: Metrics) -> Self {
         let in_flight = Arc::new(Semaphore::new(settings.max_in_flight));
-        Self { shared: Arc::new(Shared { settings, directory, metrics, in_flight }) }
+        let foreign = Arc::new(Semaphore::new(settings.max_foreign));
+        Self { shared: Arc::new(Shared { settings, directory, metrics, in_flight, foreign }) }
     }
 
     /// A pod in `namespace` and `network` whose questions are forwarded with `sockets`.
     pub fn client(&self, namespace: &str, network: &str, sockets: SocketStock) -> Arc<Client> {
         let in_flight = Arc::new(Semaphore::new(self.shared.settings.max_in_flight_per_pod));
-        Arc::new(Client { namespace: namespace.into(), network: network.into(), sockets, in_flight })
+        let foreign = Arc::new(Semaphore::new(self.shared.settings.max_foreign_per_pod));
+        Arc::new(Client { namespace: namespace.into(), network: network.into(), sockets, in_flight, foreign })
+    }
+
+    /// Whether a TCP connection to `resolver` is one of DNS questions for the cluster: `None` is one to this proxy
+    /// itself. Where the cluster's resolvers are not known, no other connection is.
+    pub fn is_for_cluster(&self, resolver: Option<SocketAddr>) -> bool {
+        let knows_none = self.shared.settings.upstreams.is_empty();
+        resolver.is_none() || (!knows_none && self.shared.is_own(resolver))
     }
 }
 

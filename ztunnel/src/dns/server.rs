@@ -7,11 +7,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_net::connect::connect;
 use hickory_proto::op::ResponseCode;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -25,8 +24,6 @@ use super::{Client, DnsProxy, Originals, Shared, wire};
 const TCP_IDLE: Duration = Duration::from_secs(30);
 /// Questions of one TCP connection, at most.
 const MAX_QUESTIONS: usize = 10_000;
-/// How long a connection to a resolver outside the cluster may last.
-const FOREIGN_LIMIT: Duration = Duration::from_secs(300);
 /// Pause after an error of the socket itself.
 const RECEIVE_PAUSE: Duration = Duration::from_millis(50);
 /// How long connection tracking may take to say where a datagram was going.
@@ -51,15 +48,31 @@ struct Asked {
 /// A datagram that resolvers are to answer.
 struct ForResolvers {
     asked: Asked,
-    /// Largest response that the client takes, in bytes.
-    limit: usize,
+    whose: Whose,
     leave: Leave,
+}
+
+/// Whose resolvers are asked.
+enum Whose {
+    /// The cluster's.
+    Cluster {
+        /// Largest response that the client takes, in bytes.
+        limit: usize,
+    },
+    /// The one that the client chose, outside the cluster.
+    Foreign(SocketAddr),
 }
 
 impl ForResolvers {
     async fn ask(self, shared: Arc<Shared>, socket: Arc<UdpSocket>) {
-        let Self { asked: Asked { client, query, original, peer }, limit, leave } = self;
-        if let Some(response) = shared.forward(&client, &query, original, Transport::Udp).await {
+        let Self { asked: Asked { client, query, original, peer }, whose, leave } = self;
+        let (response, limit) = match whose {
+            Whose::Cluster { limit } => {
+                (shared.forward(&client, &query, original, Transport::Udp).await, limit)
+            }
+            Whose::Foreign(resolver) => (shared.pass(&client, &query, resolver).await, MAX_UDP),
+        };
+        if let Some(response) = response {
             if response.len() <= limit {
                 send(&socket, &response, peer);
             } else if let Some(cut) = wire::truncated(&response) {
@@ -78,9 +91,9 @@ struct Leave {
 }
 
 impl Shared {
-    fn leave(&self, client: &Client) -> Option<Leave> {
-        let of_pod = Arc::clone(&client.in_flight).try_acquire_owned().ok()?;
-        let of_process = Arc::clone(&self.in_flight).try_acquire_owned().ok()?;
+    fn leave(of_pod: &Arc<Semaphore>, of_process: &Arc<Semaphore>) -> Option<Leave> {
+        let of_pod = Arc::clone(of_pod).try_acquire_owned().ok()?;
+        let of_process = Arc::clone(of_process).try_acquire_owned().ok()?;
         Some(Leave { _of_pod: of_pod, _of_process: of_process })
     }
 
@@ -125,27 +138,49 @@ impl Shared {
 
     /// Answers a datagram at once, or returns it to be forwarded.
     fn handle_datagram(&self, asked: Asked, socket: &UdpSocket) -> Option<ForResolvers> {
-        let limit = if self.is_own(asked.original) {
-            match self.react(&asked.client, &asked.query, Transport::Udp) {
-                Reaction::Send(response) => {
-                    send(socket, &response, asked.peer);
-                    return None;
-                }
-                Reaction::Ignore => return None,
-                Reaction::Forward(question) => question.udp_limit,
-            }
-        } else {
+        if let Some(resolver) = asked.original.filter(|_| !self.is_own(asked.original)) {
             self.metrics.foreign.inc();
-            MAX_UDP
+            let Some(leave) = Self::leave(&asked.client.foreign, &self.foreign) else {
+                // Lost, as datagrams may be: nobody but the resolver answers for it.
+                self.metrics.refused.inc();
+                return None;
+            };
+            return Some(ForResolvers { asked, whose: Whose::Foreign(resolver), leave });
+        }
+        let limit = match self.react(&asked.client, &asked.query, Transport::Udp) {
+            Reaction::Send(response) => {
+                send(socket, &response, asked.peer);
+                return None;
+            }
+            Reaction::Ignore => return None,
+            Reaction::Forward(question) => question.udp_limit,
         };
-        let Some(leave) = self.leave(&asked.client) else {
+        let Some(leave) = Self::leave(&asked.client.in_flight, &self.in_flight) else {
             self.metrics.refused.inc();
             if let Some(response) = failure(&asked.query) {
                 send(socket, &response, asked.peer);
             }
             return None;
         };
-        Some(ForResolvers { asked, limit, leave })
+        Some(ForResolvers { asked, whose: Whose::Cluster { limit }, leave })
+    }
+
+    /// Passes a datagram on to a resolver outside the cluster. `None` if that does not answer: its client waits for as
+    /// long as it likes and hears nothing else.
+    async fn pass(&self, client: &Client, query: &[u8], resolver: SocketAddr) -> Option<Vec<u8>> {
+        let limit = self.settings.foreign_timeout;
+        let forwarder = Forwarder { sockets: &client.sockets, metrics: &self.metrics, limit };
+        match forwarder.pass(query, resolver).await {
+            Ok(response) => {
+                self.metrics.forwarded.inc();
+                Some(response)
+            }
+            Err(error) => {
+                debug!(%error, "a resolver outside the cluster does not answer");
+                self.metrics.failed.inc();
+                None
+            }
+        }
     }
 
     /// Asks resolvers; always comes back with something to send, if only that it failed.
@@ -222,40 +257,15 @@ impl DnsProxy {
         }
     }
 
-    /// Answers the questions of one TCP connection until it ends. `original` is the resolver that the
-    /// client dialled.
+    /// Answers the questions of one TCP connection [for the cluster](Self::is_for_cluster) until it ends. `original` is
+    /// the resolver that the client dialled.
     pub async fn serve_tcp(&self, client: Arc<Client>, stream: TcpStream, original: Option<SocketAddr>) {
-        let Some(leave) = self.shared.leave(&client) else {
+        let Some(leave) = Shared::leave(&client.in_flight, &self.shared.in_flight) else {
             self.shared.metrics.refused.inc();
             return;
         };
-        match original {
-            Some(foreign) if !self.shared.is_own(original) => self.pass_on(&client, stream, foreign).await,
-            _ => self.converse(&client, stream, original).await,
-        }
+        self.converse(&client, stream, original).await;
         drop(leave);
-    }
-
-    /// A resolver outside the cluster gets the connection as it is.
-    async fn pass_on(&self, client: &Client, mut stream: TcpStream, foreign: SocketAddr) {
-        self.shared.metrics.foreign.inc();
-        let limit = self.shared.settings.attempt_timeout;
-        let mut upstream = match connect(&client.sockets, foreign, limit).await {
-            Ok(upstream) => upstream,
-            Err(error) => {
-                debug!(%error, "a resolver does not answer");
-                self.shared.metrics.failed.inc();
-                return;
-            }
-        };
-        match timeout(FOREIGN_LIMIT, copy_bidirectional(&mut stream, &mut upstream)).await {
-            Ok(Ok(_)) => self.shared.metrics.forwarded.inc(),
-            Ok(Err(error)) => {
-                debug!(%error, %foreign, "a connection to a resolver broke");
-                self.shared.metrics.failed.inc()
-            }
-            Err(_) => self.shared.metrics.failed.inc(),
-        };
     }
 
     async fn converse(&self, client: &Client, mut stream: TcpStream, original: Option<SocketAddr>) {

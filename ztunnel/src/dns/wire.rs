@@ -7,6 +7,8 @@ pub const HEADER: usize = 12;
 /// Largest message over TCP.
 pub const MAX_MESSAGE: usize = 65_535;
 
+/// RFC 1035 §4.1.1: the opcode of a question.
+const QUERY: u8 = 0;
 const QR: u8 = 0x80;
 const TC: u8 = 0x02;
 
@@ -27,6 +29,10 @@ pub fn with_id(message: &[u8], id: u16) -> Vec<u8> {
 /// Whether the message says that it is a response.
 pub fn is_response(message: &[u8]) -> bool {
     message.get(2).is_some_and(|flags| flags & QR != 0)
+}
+
+fn opcode(message: &[u8]) -> Option<u8> {
+    message.get(2).map(|flags| (flags >> 3) & 0x0f)
 }
 
 fn u16_at(message: &[u8], at: usize) -> Option<u16> {
@@ -55,15 +61,17 @@ pub fn question(message: &[u8]) -> Option<&[u8]> {
     message.get(HEADER..at + 4)
 }
 
-/// Whether `response` answers `query`: same id, a response, same question in any case.
+/// Whether `response` answers `query`: same id and opcode, a response, same question in any case.
 pub fn answers(query: &[u8], response: &[u8]) -> bool {
-    if response.len() < HEADER || id(query) != id(response) || !is_response(response) {
+    let same = id(query) == id(response) && opcode(query) == opcode(response);
+    if response.len() < HEADER || !same || !is_response(response) {
         return false;
     }
     // A resolver that could not read the question may leave it out, but only with an error.
     let failed = response.get(3).is_some_and(|flags| flags & 0x0f != 0);
     if u16_at(response, 4) == Some(0) {
-        return failed;
+        // RFC 2136 §3.8: the answer to an UPDATE may be a header alone.
+        return failed || opcode(query) != Some(QUERY);
     }
     match (question(query), question(response)) {
         (Some(asked), Some(answered)) => asked.eq_ignore_ascii_case(answered),
@@ -117,6 +125,17 @@ mod tests {
         assert!(answers(&query, &bare));
         bare[3] = 0x80;
         assert!(!answers(&query, &bare));
+    }
+
+    #[test]
+    fn the_answer_to_an_update_may_be_a_header_alone() {
+        let update = message(7, 0x2800, b"\x01a\0");
+        let mut bare = message(7, 0xa800, b"")[..HEADER].to_vec();
+        bare[4..6].fill(0);
+        assert!(answers(&update, &bare));
+        assert!(!answers(&message(7, 0x0100, b"\x01a\0"), &bare), "another opcode");
+        bare[0] = 1;
+        assert!(!answers(&update, &bare), "another id");
     }
 
     #[test]

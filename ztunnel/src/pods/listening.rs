@@ -191,8 +191,20 @@ fn hand_over(post: &Post, home: &Seat, stream: TcpStream, peer: SocketAddr) {
             passthrough::serve(worker, pod, stream, peer)
         }),
         Role::Dns => workers.place(home, name, stream, held, move |_, worker, stream| async move {
-            let resolver = ambit_net::original_dst(&stream).ok();
-            worker.proxy.dns.serve_tcp(pod.dns().clone(), stream, resolver).await;
+            let resolver = dialled_resolver(&stream);
+            if worker.proxy.dns.is_for_cluster(resolver) {
+                worker.proxy.dns.serve_tcp(pod.dns().clone(), stream, resolver).await;
+            } else {
+                // Port 53 of anything else is a destination like others.
+                outbound::serve_captured(worker, pod, stream, peer).await;
+            }
         }),
     }
+}
+
+/// The resolver that a redirected connection was going to; `None` for one that dialled the listener itself.
+fn dialled_resolver(stream: &tokio::net::TcpStream) -> Option<SocketAddr> {
+    let dialled = ambit_net::original_dst(stream).ok()?;
+    (stream.local_addr().ok() != Some(dialled))
+        .then(|| SocketAddr::new(dialled.ip().to_canonical(), dialled.port()))
 }

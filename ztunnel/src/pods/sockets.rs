@@ -74,7 +74,8 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    fn wants(self, role: Role) -> bool {
+    /// Whether a pod gets the listener of a role.
+    pub fn wants(self, role: Role) -> bool {
         match role {
             Role::Dns => self.dns,
             Role::Socks5 => self.socks5,

@@ -213,8 +213,19 @@ impl Mesh {
 
     /// A service `name.default.svc.cluster.local` at `vip`, port 80 to `target`, with these endpoints.
     pub(crate) async fn service(&self, name: &str, vip: IpAddr, target: u16, pods: &mut [&mut Pod]) {
+        self.service_on(name, vip, (80, target), pods).await;
+    }
+
+    /// The same, with the service's own port too.
+    pub(crate) async fn service_on(
+        &self,
+        name: &str,
+        vip: IpAddr,
+        (service_port, target): (u16, u16),
+        pods: &mut [&mut Pod],
+    ) {
         let hostname = format!("{name}.default.svc.cluster.local");
-        let port = Port { service_port: 80, target_port: target.into(), app_protocol: 0 };
+        let port = Port { service_port: service_port.into(), target_port: target.into(), app_protocol: 0 };
         self.control.service(Service {
             name: name.into(),
             namespace: "default".into(),

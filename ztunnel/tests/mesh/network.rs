@@ -96,6 +96,25 @@ impl PodNet {
         connect(&stock, address, Duration::from_secs(15)).await
     }
 
+    /// Connects from an address that the application chooses; it must be local.
+    pub(crate) async fn dial_from(
+        &self,
+        source: IpAddr,
+        address: SocketAddr,
+    ) -> Result<TcpStream, ambit_net::ConnectError> {
+        let stock = SocketStock::new(self.netns.clone(), None);
+        ambit_net::connect_from(&stock, source, address, Duration::from_secs(15)).await
+    }
+
+    /// Gives the pod's loopback another address, as a pod with NET_ADMIN can.
+    pub(crate) async fn add_address(&self, ip: IpAddr) {
+        inside(&self.netns, async move |handle| {
+            let lo = index(&handle, "lo").await.unwrap();
+            handle.address().add(lo, ip, if ip.is_ipv4() { 32 } else { 128 }).execute().await.unwrap();
+        })
+        .await;
+    }
+
     /// Listens as an application in the pod does.
     pub(crate) async fn listen(&self, ip: IpAddr, port: u16) -> TcpListener {
         let address = SocketAddr::new(ip, port);

@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 
 use ambit_api::security::string_match::MatchType;
-use ambit_api::security::{Action, Authorization, Clause, Match, Rule, Scope, StringMatch};
+use ambit_api::security::{Action, Address, Authorization, Clause, Match, Rule, Scope, StringMatch};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
-use crate::mesh::{LIMIT, Mesh, Pod, echo, eventually, exchange, ping};
+use crate::mesh::{LIMIT, Mesh, Pod, bytes, echo, eventually, exchange, ping};
 
 /// A policy of the default namespace with one rule of one match.
 fn policy(name: &str, action: Action, of: Match) -> Authorization {
@@ -19,6 +19,12 @@ fn policy(name: &str, action: Action, of: Match) -> Authorization {
         rules: vec![Rule { clauses: vec![Clause { matches: vec![of] }] }],
         ..Authorization::default()
     }
+}
+
+/// Nobody without an identity is let in.
+pub(crate) fn strict() -> Authorization {
+    let anybody = StringMatch { match_type: Some(MatchType::Presence(())) };
+    policy("strict", Action::Deny, Match { not_principals: vec![anybody], ..Match::default() })
 }
 
 fn exact(text: &str) -> StringMatch {
@@ -129,4 +135,45 @@ async fn a_dry_run_policy_refuses_nothing_and_is_counted() {
     assert!(works(&client, (server.net.v4, 8080).into()).await);
     let metrics = mesh.nodes[1].ztunnel.metrics().await;
     assert!(metrics.contains("ambit_policy_dry_run_differs_total 1"), "{metrics}");
+}
+
+/// `::1` needs no privilege, another address NET_ADMIN; neither is believed, on one node and across.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_address_that_a_pod_chose_is_not_believed() {
+    let mesh = Mesh::start(2, json!({})).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let servers = [mesh.pod(0, "near", "server").await, mesh.pod(1, "far", "server").await];
+    let free: std::net::Ipv4Addr = "10.77.9.9".parse().unwrap();
+    client.net.add_address(free.into()).await;
+    for server in &servers {
+        for ip in server.net.ips() {
+            let mut seen = echo(server.net.listen(ip, 8080).await);
+            tokio::spawn(async move { while seen.recv().await.is_some() {} });
+        }
+    }
+    let works_from = async |source: std::net::IpAddr, to: SocketAddr| {
+        let Ok(mut stream) = client.net.dial_from(source, to).await else { return false };
+        exchange(&mut stream, b"hello").await.is_ok_and(|answer| answer == b"hello")
+    };
+    let loopback = std::net::Ipv6Addr::LOCALHOST;
+    for server in &servers {
+        assert!(works_from(loopback.into(), (server.net.v6, 8080).into()).await, "judged as the pod itself");
+        assert!(works_from(free.into(), (server.net.v4, 8080).into()).await);
+    }
+    let line = mesh.nodes[0].ztunnel.logged("the hand-over", |line| {
+        line["direction"] == "inbound" && line["src.addr"].to_string().contains("fd77")
+    });
+    assert_eq!(line.await["src.workload"], "client");
+    let blocks = [
+        Address { address: bytes(client.net.v4.into()), length: 32 },
+        Address { address: bytes(client.net.v6.into()), length: 128 },
+    ];
+    let of_client = Match { source_ips: blocks.to_vec(), ..Match::default() };
+    mesh.control.policy(&policy("deny-client", Action::Deny, of_client));
+    for server in &servers {
+        let (v4, v6) = ((server.net.v4, 8080).into(), (server.net.v6, 8080).into());
+        eventually("denied", async || !works(&client, v4).await && !works(&client, v6).await).await;
+        assert!(!works_from(loopback.into(), v6).await, "::1 passes a DENY of the pod's address");
+        assert!(!works_from(free.into(), v4).await, "another address passes a DENY of the pod's address");
+    }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::control::TRUST_DOMAIN;
-use crate::mesh::{LIMIT, Mesh, bytes, exchange};
+use crate::mesh::{LIMIT, Mesh, bytes, echo, exchange, ping};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_application_tunnel_gets_a_proxy_header_with_the_clients_identity() {
@@ -148,4 +148,20 @@ async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tun
     let authority = "remote.default.svc.cluster.local:80";
     assert_eq!(told.recv().await.unwrap(), format!("outer {client_id} {authority}"));
     assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"east\")"));
+}
+
+/// Without a DNS proxy and SOCKS5 their ports are the application's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ports_of_listeners_that_are_off_are_the_applications() {
+    let mesh = Mesh::start(2, json!({ "dns": { "enabled": false } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let servers = [mesh.pod(0, "near", "server").await, mesh.pod(1, "far", "server").await];
+    for server in &servers {
+        for port in [15053, 15080] {
+            let address = SocketAddr::new(server.net.v4.into(), port);
+            let _seen = echo(server.net.listen(address.ip(), port).await);
+            let mut stream = client.net.dial(address).await.unwrap();
+            assert_eq!(ping(&mut stream, b"hello").await.unwrap(), b"hello", "{address}");
+        }
+    }
 }
