@@ -12,7 +12,7 @@ use ambit_telemetry::logging::LogFormat;
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::index::Settings;
+use crate::index::{L7DenyAtL4, Settings};
 use crate::source::SourceName;
 
 /// Why there is no configuration.
@@ -177,6 +177,10 @@ struct Raw {
         value_delimiter = ','
     )]
     waypoint_classes: Option<Vec<String>>,
+    /// What a DENY rule that names HTTP attributes alone does without a waypoint: ignore or deny (default ignore).
+    #[arg(long, env = "AMBIT_CONTROL_L7_DENY_AT_L4", value_name = "EFFECT")]
+    #[serde(rename = "l7DenyAtL4")]
+    l7_deny_at_l4: Option<L7DenyAtL4>,
     /// Where metrics are served.
     #[arg(long, env = "AMBIT_CONTROL_METRICS", value_name = "ADDRESS")]
     metrics: Option<SocketAddr>,
@@ -233,7 +237,7 @@ fn read_file(path: &Path) -> Result<Raw, ConfigError> {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 23] = [
     "sources",
     "listen",
     "serverNames",
@@ -251,6 +255,7 @@ const KEYS: [&str; 22] = [
     "systemNamespace",
     "rootNamespace",
     "waypointClasses",
+    "l7DenyAtL4",
     "metrics",
     "readiness",
     "admin",
@@ -282,6 +287,7 @@ fn merge(over: Raw, under: Raw) -> Raw {
         system_namespace: over.system_namespace.or(under.system_namespace),
         root_namespace: over.root_namespace.or(under.root_namespace),
         waypoint_classes: over.waypoint_classes.or(under.waypoint_classes),
+        l7_deny_at_l4: over.l7_deny_at_l4.or(under.l7_deny_at_l4),
         metrics: over.metrics.or(under.metrics),
         readiness: over.readiness.or(under.readiness),
         admin: over.admin.or(under.admin),
@@ -309,6 +315,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         system_namespace,
         root_namespace,
         waypoint_classes,
+        l7_deny_at_l4,
         metrics,
         readiness,
         admin,
@@ -343,6 +350,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
             cluster_domain: cluster_domain.map_or(defaults.cluster_domain, Arc::from),
             root_namespace: root_namespace.unwrap_or_else(|| system.clone()).into(),
             waypoint_classes: classes.unwrap_or(defaults.waypoint_classes),
+            l7_deny_at_l4: l7_deny_at_l4.unwrap_or_default(),
         },
         trust_domain,
         metrics,

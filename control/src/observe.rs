@@ -10,7 +10,7 @@ use ambit_xds::ServerMetrics;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use crate::index::Finding;
+use crate::index::{Finding, NO_EFFECT_AT_L4};
 use crate::object::ObjectRef;
 use crate::serve::census::Census;
 use crate::serve::publish::Published;
@@ -95,6 +95,20 @@ impl Observed {
             (self.published.clone(), self.published.clone(), self.census.clone());
         gauge(registry, ("policies", "Policies served"), move || policies.policies() as u64);
         gauge(registry, ("addresses", "Workloads and services served"), move || addresses.addresses() as u64);
+        let findings = self.findings.clone();
+        let unmet = |finding: &Finding| !finding.met;
+        gauge(
+            registry,
+            ("objects_not_accepted", "Objects of which a part has no or another effect"),
+            move || findings.lock().values().filter(|findings| findings.iter().any(unmet)).count() as u64,
+        );
+        let findings = self.findings.clone();
+        let no_effect = |finding: &Finding| finding.reason == NO_EFFECT_AT_L4;
+        gauge(
+            registry,
+            ("policies_without_effect", "DENY policies with a rule that has no effect at L4"),
+            move || findings.lock().values().filter(|findings| findings.iter().any(no_effect)).count() as u64,
+        );
         gauge(registry, ("live_pods", "Live pods bound to a node"), move || census.len() as u64);
     }
 

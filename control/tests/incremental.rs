@@ -50,12 +50,12 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
     ));
     texts.extend(combine(
         "apiVersion: v1\nkind: Service\nmetadata: {name: $0, namespace: a}\nspec: {$1, $2, ports: [{name: http, port: $3, targetPort: web}]}",
-        &[&["s1", "s2"], &["clusterIP: 10.96.0.1", "type: ExternalName", "publishNotReadyAddresses: true"], &["selector: {app: x}", "selector: {app: y, tier: t}", "sessionAffinity: None"], &["80", "81"]],
+        &[&["s1", "s2"], &["clusterIP: 10.96.0.1", "clusterIP: 10.0.0.9", "type: ExternalName", "publishNotReadyAddresses: true"], &["selector: {app: x}", "selector: {app: y, tier: t}", "sessionAffinity: None"], &["80", "81"]],
     ));
     texts.extend(combine(
         "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: $0, namespace: a, labels: {kubernetes.io/service-name: $1}}\naddressType: IPv4\n\
          ports: [{name: http, port: 9000}]\nendpoints: [{addresses: [$2]$3}]",
-        &[&["e1", "e2"], &["s1", "s2"], &["10.0.0.1", "10.0.0.9"], &["", ", targetRef: {kind: Pod, name: p1}", ", nodeName: n"]],
+        &[&["e1", "e2"], &["s1", "s2"], &["10.0.0.1", "10.0.0.9", "10.96.0.1"], &["", ", targetRef: {kind: Pod, name: p1}", ", targetRef: {kind: Pod, name: p2}", ", nodeName: n"]],
     ));
     texts.extend(combine(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: z, namespace: $0}\nspec: {action: $1, $2, rules: [{to: [{operation: {$3}}]}]}",
@@ -66,12 +66,25 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["pa1", "pa2"], &["a", "ambit-system"], &["STRICT", "PERMISSIVE", "UNSET"], &["", ", selector: {matchLabels: {app: x}}", ", selector: {matchLabels: {app: x}}, portLevelMtls: {80: {mode: PERMISSIVE}, 81: {mode: STRICT}}"]],
     ));
     texts.extend(combine(
-        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: $0, namespace: $1}\nspec: {hosts: [$2], resolution: $3, ports: [{number: 80, name: http, protocol: HTTP}], $4}",
-        &[&["se1", "se2"], &["a", "b"], &["h.example", "s1.a.svc.cluster.local"], &["STATIC", "DNS"], &["workloadSelector: {labels: {app: x}}", "endpoints: [{address: 10.0.0.9}]", "exportTo: ['.']"]],
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: $0, namespace: $1, $5}\nspec: {hosts: [$2], resolution: $3, ports: [{number: 80, name: web, protocol: HTTP}], $4}",
+        &[
+            &["se1", "se2"],
+            &["a", "b"],
+            &["h.example", "s1.a.svc.cluster.local"],
+            &["STATIC", "DNS"],
+            &[
+                "workloadSelector: {labels: {app: x}}",
+                "endpoints: [{address: 10.0.0.9, labels: {app: x}}, {address: 10.0.0.1}]",
+                "exportTo: ['.'], addresses: [10.0.0.2, 240.0.0.1]",
+                "exportTo: ['~']",
+                "addresses: [10.0.0.1, 240.0.0.1, 10.96.0.1, 10.0.0.0/24]",
+            ],
+            &["labels: {a: b}", "creationTimestamp: '2026-01-01T00:00:00Z'"],
+        ],
     ));
     texts.extend(combine(
         "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: w1, namespace: a, labels: {app: $0}}\nspec: {address: $1, network: $2}",
-        &[&["x", "y"], &["10.0.0.8", "host.example"], &["''", "n2", "n3"]],
+        &[&["x", "y"], &["10.0.0.8", "10.0.0.1", "10.0.0.9", "host.example"], &["''", "n2", "n3"]],
     ));
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: w, namespace: $0, labels: {istio.io/waypoint-for: $1, $2}}\n\

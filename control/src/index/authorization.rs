@@ -1,7 +1,7 @@
 //! AuthorizationPolicies as the node proxy enforces them.
 //!
-//! What L4 cannot see never matches in an ALLOW and is dropped from a DENY (kubernetes.md), so that both
-//! err on the side of refusing. A policy that could not be read errs the same way.
+//! What L4 cannot see never matches in an ALLOW and is dropped from a DENY; a DENY rule with nothing left has no effect
+//! at L4, unless the mesh is set to deny then (contracts.md, section 4). A policy that could not be read fails closed.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use prost::Message;
 
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{Finding, wire};
+use super::{Finding, L7DenyAtL4, Settings, wire};
 use crate::object::{
     Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Labels, NamespacedName, Operation, Pattern,
-    PolicyBody, PortNumber, Rule, Source,
+    PolicyBody, PortNumber, Rule, Source, TrustDomainPattern,
 };
 
 /// The policy's selector, if it has one and is enforced by node proxies.
@@ -89,130 +89,269 @@ fn translated(
     action: api::Action,
     rules: &[Rule],
 ) -> Vec<api::Rule> {
-    let mut unseen = false;
-    let translated =
-        rules.iter().filter_map(|rule| translate(namespace, action, rule, &mut unseen)).collect();
-    reader.find(if unseen {
-        let effect = match action {
-            api::Action::Allow => "such alternatives never match",
-            api::Action::Deny => "such fields are left out, so more is denied",
-        };
-        accepted(false, "UnsupportedValue", format!("node proxies see no HTTP attributes or JWTs: {effect}"))
-    } else {
-        accepted(true, "Accepted", "enforced by node proxies".to_owned())
+    let translator = Translator { namespace, action, settings: reader.settings };
+    let mut unseen = Unseen::default();
+    let translated = rules.iter().flat_map(|rule| translator.rule(rule, &mut unseen)).collect();
+    let http = "node proxies see no HTTP attributes or JWTs";
+    reader.find(match (action, unseen) {
+        (_, Unseen { named: false, .. }) => accepted(true, "Accepted", "enforced by node proxies".to_owned()),
+        (api::Action::Allow, _) => {
+            accepted(false, "UnsupportedValue", format!("{http}: alternatives with such never match"))
+        }
+        (api::Action::Deny, Unseen { no_effect: false, .. }) => accepted(
+            false,
+            "UnsupportedValue",
+            format!("{http}: such fields are left out, so more is denied"),
+        ),
+        (api::Action::Deny, _) if reader.settings.l7_deny_at_l4 == L7DenyAtL4::Deny => accepted(
+            false,
+            "UnsupportedValue",
+            format!("{http}: a rule with nothing else denies every connection (l7DenyAtL4: deny)"),
+        ),
+        (api::Action::Deny, _) => accepted(
+            false,
+            NO_EFFECT_AT_L4,
+            format!("{http}: a rule, or an alternative of one, with nothing else has no effect at L4"),
+        ),
     });
     translated
 }
 
-/// A rule's clauses, or `None` if it can never match. `unseen` is set when it names what L4 cannot see.
-fn translate(namespace: &Arc<str>, action: api::Action, rule: &Rule, unseen: &mut bool) -> Option<api::Rule> {
-    let operations = alternatives(action, &rule.to, Operation::needs_http, operation, unseen);
-    let sources = alternatives(action, &rule.from, Source::needs_http, |s| source(namespace, s), unseen);
-    let mut clauses = Vec::new();
-    for clause in [sources, operations] {
-        match clause {
-            Alternatives::Never => return None,
-            Alternatives::Always => {}
-            Alternatives::Of(matches) => clauses.push(api::Clause { matches }),
-        }
+/// Reason of the finding that tells of a DENY rule without effect.
+pub(crate) const NO_EFFECT_AT_L4: &str = "NoEffectAtL4";
+
+/// What a policy names that L4 cannot see.
+#[derive(Clone, Copy, Default)]
+struct Unseen {
+    /// Anything at all.
+    named: bool,
+    /// In a rule, or a combination of alternatives, of a DENY with nothing beside it.
+    no_effect: bool,
+}
+
+/// Alternatives of a rule as far as L4 sees them.
+#[derive(Default)]
+struct Seen<T> {
+    /// Those with something to match.
+    some: Vec<T>,
+    /// Whether there is one that everything meets: none was asked for, or what it asked for cannot be seen.
+    anything: bool,
+}
+
+impl<T> Seen<T> {
+    fn never(&self) -> bool {
+        self.some.is_empty() && !self.anything
     }
-    for Condition(attribute) in &rule.when {
-        if let Attribute::Http(_) = attribute {
-            *unseen = true;
-            match action {
-                api::Action::Allow => return None,
-                api::Action::Deny => continue,
+}
+
+/// A source on the wire: a match, and principals of which one must match too where both are asked for.
+struct SourceMatch {
+    fields: api::Match,
+    trust_domains: Vec<api::StringMatch>,
+}
+
+struct Translator<'a> {
+    namespace: &'a Arc<str>,
+    action: api::Action,
+    settings: &'a Settings,
+}
+
+impl Translator<'_> {
+    /// The rules on the wire that come to the same; none if it can never match.
+    fn rule(&self, rule: &Rule, unseen: &mut Unseen) -> Vec<api::Rule> {
+        let sources = self.seen(&rule.from, Source::needs_http, |source| self.source(source), unseen);
+        let operations = self.seen(&rule.to, Operation::needs_http, operation, unseen);
+        let mut conditions = Vec::new();
+        for Condition(attribute) in &rule.when {
+            if let Attribute::Http(_) = attribute {
+                unseen.named = true;
+                if self.action == api::Action::Allow {
+                    return Vec::new();
+                }
+            } else {
+                conditions.push(api::Clause { matches: vec![self.condition(attribute)] });
             }
         }
-        clauses.push(api::Clause { matches: vec![condition(namespace, attribute)] });
+        if sources.never() || operations.never() {
+            return Vec::new();
+        }
+        let asks_nothing = rule.from.is_empty() && rule.to.is_empty() && rule.when.is_empty();
+        let is_left = !conditions.is_empty() || asks_nothing || self.action == api::Action::Allow;
+        self.combine(sources, operations, &conditions, is_left, unseen)
     }
-    if clauses.is_empty() { Some(everything()) } else { Some(api::Rule { clauses }) }
+
+    /// Sources, operations and conditions together. `is_left`: also what asks for neither source nor operation is enforced.
+    fn combine(
+        &self,
+        sources: Seen<SourceMatch>,
+        operations: Seen<api::Match>,
+        conditions: &[api::Clause],
+        is_left: bool,
+        unseen: &mut Unseen,
+    ) -> Vec<api::Rule> {
+        let of = |clauses: Vec<api::Clause>| api::Rule {
+            clauses: clauses.into_iter().chain(conditions.iter().cloned()).collect(),
+        };
+        let ports = (!operations.some.is_empty()).then(|| api::Clause { matches: operations.some });
+        if sources.anything && operations.anything {
+            if is_left || self.settings.l7_deny_at_l4 == L7DenyAtL4::Deny {
+                unseen.no_effect |= !is_left;
+                let rule = of(Vec::new());
+                return vec![if rule.clauses.is_empty() { everything() } else { rule }];
+            }
+            unseen.no_effect = true;
+            let by_source = by_source(sources.some).into_iter().map(of);
+            return by_source.chain(ports.map(|ports| api::Rule { clauses: vec![ports] })).collect();
+        }
+        if sources.anything {
+            return ports.into_iter().map(|ports| of(vec![ports])).collect();
+        }
+        let ports = ports.filter(|_| !operations.anything);
+        by_source(sources.some)
+            .into_iter()
+            .map(|clauses| of(clauses.into_iter().chain(ports.clone()).collect()))
+            .collect()
+    }
+
+    fn seen<T, M>(
+        &self,
+        list: &[T],
+        needs_http: impl Fn(&T) -> bool,
+        translate: impl Fn(&T) -> Option<M>,
+        unseen: &mut Unseen,
+    ) -> Seen<M> {
+        let mut seen = Seen { some: Vec::new(), anything: list.is_empty() };
+        for alternative in list {
+            if needs_http(alternative) {
+                unseen.named = true;
+                if self.action == api::Action::Allow {
+                    continue;
+                }
+            }
+            // An empty match never matches on the wire; here it is what is left of one that named more.
+            match translate(alternative) {
+                Some(translated) => seen.some.push(translated),
+                None => seen.anything = true,
+            }
+        }
+        seen
+    }
+
+    /// `None` when there is nothing in it to match.
+    fn source(&self, source: &Source) -> Option<SourceMatch> {
+        let (principals, trust_domains) =
+            match (self.principals(&source.principals), self.trust_domains(&source.trust_domains)) {
+                (principals, trust_domains) if principals.is_empty() => (trust_domains, Vec::new()),
+                both => both,
+            };
+        let mut not_principals = self.principals(&source.not_principals);
+        not_principals.extend(self.trust_domains(&source.not_trust_domains));
+        let fields = api::Match {
+            namespaces: patterns(&source.namespaces),
+            not_namespaces: patterns(&source.not_namespaces),
+            principals,
+            not_principals,
+            source_ips: addresses(&source.ip_blocks),
+            not_source_ips: addresses(&source.not_ip_blocks),
+            service_accounts: service_accounts(self.namespace, &source.service_accounts),
+            not_service_accounts: service_accounts(self.namespace, &source.not_service_accounts),
+            ..api::Match::default()
+        };
+        (fields != api::Match::default()).then_some(SourceMatch { fields, trust_domains })
+    }
+
+    fn condition(&self, attribute: &Attribute) -> api::Match {
+        let empty = api::Match::default();
+        match attribute {
+            Attribute::SourceIp { values, not_values } => {
+                api::Match { source_ips: addresses(values), not_source_ips: addresses(not_values), ..empty }
+            }
+            Attribute::DestinationIp { values, not_values } => api::Match {
+                destination_ips: addresses(values),
+                not_destination_ips: addresses(not_values),
+                ..empty
+            },
+            Attribute::DestinationPort { values, not_values } => api::Match {
+                destination_ports: ports(values),
+                not_destination_ports: ports(not_values),
+                ..empty
+            },
+            Attribute::SourceNamespace { values, not_values } => {
+                api::Match { namespaces: patterns(values), not_namespaces: patterns(not_values), ..empty }
+            }
+            Attribute::SourcePrincipal { values, not_values } => api::Match {
+                principals: self.principals(values),
+                not_principals: self.principals(not_values),
+                ..empty
+            },
+            Attribute::SourceServiceAccount { values, not_values } => api::Match {
+                service_accounts: service_accounts(self.namespace, values),
+                not_service_accounts: service_accounts(self.namespace, not_values),
+                ..empty
+            },
+            Attribute::Http(_) => empty,
+        }
+    }
+
+    fn principals(&self, patterns: &[Pattern]) -> Vec<api::StringMatch> {
+        let principal = |pattern: &Pattern| match pattern {
+            Pattern::Exact(text) => string_match(&Pattern::Exact(self.principal(text))),
+            Pattern::Prefix(text) => string_match(&Pattern::Prefix(self.principal(text))),
+            other => string_match(other),
+        };
+        patterns.iter().map(principal).collect()
+    }
+
+    /// contracts.md, section 4: principals compare without their scheme, and `cluster.local/…` stands for the mesh's own
+    /// trust domain, whatever its name.
+    fn principal(&self, text: &str) -> String {
+        let bare = text.strip_prefix("spiffe://").unwrap_or(text);
+        match bare.strip_prefix(OWN_TRUST_DOMAIN).and_then(|rest| rest.strip_prefix('/')) {
+            Some(rest) => format!("{}/{rest}", self.settings.trust_domain),
+            None => bare.to_owned(),
+        }
+    }
+
+    /// contracts.md, section 4: at L4 a trust domain is the beginning of a principal.
+    fn trust_domains(&self, patterns: &[TrustDomainPattern]) -> Vec<api::StringMatch> {
+        let trust_domain = |pattern: &TrustDomainPattern| match pattern {
+            TrustDomainPattern::Exact(text) => Pattern::Prefix(self.principal(&format!("{text}/"))),
+            TrustDomainPattern::Prefix(text) => Pattern::Prefix(text.clone()),
+            TrustDomainPattern::Presence => Pattern::Presence,
+        };
+        patterns.iter().map(|pattern| string_match(&trust_domain(pattern))).collect()
+    }
 }
 
-enum Alternatives {
-    /// None of them can match.
-    Never,
-    /// There are none, or one is met by everything.
-    Always,
-    Of(Vec<api::Match>),
-}
+/// The trust domain that stands for the mesh's own.
+const OWN_TRUST_DOMAIN: &str = "cluster.local";
 
-fn alternatives<T>(
-    action: api::Action,
-    list: &[T],
-    needs_http: impl Fn(&T) -> bool,
-    translate: impl Fn(&T) -> api::Match,
-    unseen: &mut bool,
-) -> Alternatives {
-    if list.is_empty() {
-        return Alternatives::Always;
-    }
-    let mut matches = Vec::new();
-    for alternative in list {
-        let needs_http = needs_http(alternative);
-        *unseen |= needs_http;
-        if needs_http && action == api::Action::Allow {
+/// The clauses of each rule that sources come to: the fields of a match are AND'ed but hold one list of principals, so a
+/// source that asks for principals and trust domains needs a clause more, and hence a rule of its own.
+fn by_source(sources: Vec<SourceMatch>) -> Vec<Vec<api::Clause>> {
+    let (mut together, mut rules) = (Vec::new(), Vec::new());
+    for SourceMatch { fields, trust_domains } in sources {
+        if trust_domains.is_empty() {
+            together.push(fields);
             continue;
         }
-        let translated = translate(alternative);
-        // An empty match never matches on the wire; here it is what is left of one that named more.
-        if translated == api::Match::default() {
-            return Alternatives::Always;
-        }
-        matches.push(translated);
+        let of_trust_domains = api::Match { principals: trust_domains, ..api::Match::default() };
+        rules.push([fields, of_trust_domains].map(|one| api::Clause { matches: vec![one] }).to_vec());
     }
-    if matches.is_empty() { Alternatives::Never } else { Alternatives::Of(matches) }
+    if !together.is_empty() {
+        rules.insert(0, vec![api::Clause { matches: together }]);
+    }
+    rules
 }
 
-fn operation(operation: &Operation) -> api::Match {
-    api::Match {
+/// `None` when there is nothing in it to match.
+fn operation(operation: &Operation) -> Option<api::Match> {
+    let fields = api::Match {
         destination_ports: ports(&operation.ports),
         not_destination_ports: ports(&operation.not_ports),
         ..api::Match::default()
-    }
-}
-
-fn source(namespace: &Arc<str>, source: &Source) -> api::Match {
-    api::Match {
-        namespaces: patterns(&source.namespaces),
-        not_namespaces: patterns(&source.not_namespaces),
-        principals: principals(&source.principals),
-        not_principals: principals(&source.not_principals),
-        source_ips: addresses(&source.ip_blocks),
-        not_source_ips: addresses(&source.not_ip_blocks),
-        service_accounts: service_accounts(namespace, &source.service_accounts),
-        not_service_accounts: service_accounts(namespace, &source.not_service_accounts),
-        ..api::Match::default()
-    }
-}
-
-fn condition(namespace: &Arc<str>, attribute: &Attribute) -> api::Match {
-    let empty = api::Match::default();
-    match attribute {
-        Attribute::SourceIp { values, not_values } => {
-            api::Match { source_ips: addresses(values), not_source_ips: addresses(not_values), ..empty }
-        }
-        Attribute::DestinationIp { values, not_values } => api::Match {
-            destination_ips: addresses(values),
-            not_destination_ips: addresses(not_values),
-            ..empty
-        },
-        Attribute::DestinationPort { values, not_values } => {
-            api::Match { destination_ports: ports(values), not_destination_ports: ports(not_values), ..empty }
-        }
-        Attribute::SourceNamespace { values, not_values } => {
-            api::Match { namespaces: patterns(values), not_namespaces: patterns(not_values), ..empty }
-        }
-        Attribute::SourcePrincipal { values, not_values } => {
-            api::Match { principals: principals(values), not_principals: principals(not_values), ..empty }
-        }
-        Attribute::SourceServiceAccount { values, not_values } => api::Match {
-            service_accounts: service_accounts(namespace, values),
-            not_service_accounts: service_accounts(namespace, not_values),
-            ..empty
-        },
-        Attribute::Http(_) => empty,
-    }
+    };
+    (fields != api::Match::default()).then_some(fields)
 }
 
 fn ports(ports: &[PortNumber]) -> Vec<u32> {
@@ -229,17 +368,6 @@ fn addresses(blocks: &[IpBlock]) -> Vec<api::Address> {
 
 fn patterns(patterns: &[Pattern]) -> Vec<api::StringMatch> {
     patterns.iter().map(string_match).collect()
-}
-
-/// Principals compare without their scheme (contracts.md, section 4), so one that was written is cut.
-fn principals(patterns: &[Pattern]) -> Vec<api::StringMatch> {
-    let bare = |text: &String| text.strip_prefix("spiffe://").unwrap_or(text).to_owned();
-    let principal = |pattern: &Pattern| match pattern {
-        Pattern::Exact(text) => string_match(&Pattern::Exact(bare(text))),
-        Pattern::Prefix(text) => string_match(&Pattern::Prefix(bare(text))),
-        other => string_match(other),
-    };
-    patterns.iter().map(principal).collect()
 }
 
 fn string_match(pattern: &Pattern) -> api::StringMatch {

@@ -23,10 +23,14 @@ pub(super) enum Dependency {
     Network(Arc<str>),
     /// Whether a pod of this name is there.
     Pod(NamespacedName),
-    /// Whether a pod has this address.
+    /// The pods and Services that own this address.
     Address(IpAddr),
+    /// The ServiceEntries that claim this address.
+    VirtualAddress(IpAddr),
     /// Who offers a host.
     Host(Arc<str>),
+    /// The selectors of policies of a namespace, for what is no member that they select.
+    Selectors(Arc<str>),
     /// The PeerAuthentications without selector of a namespace.
     Authentication(Arc<str>),
 }

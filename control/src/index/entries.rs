@@ -7,13 +7,14 @@ use ambit_api::workload as api;
 use ipnet::IpNet;
 
 use super::outputs::{Resource, ResourceType};
+use super::ownership::{self, Losses};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
 use super::workloads::{self, Memberships};
 use super::{services, wire};
 use crate::object::{
     AddressValue, EntryAddress, EntryPort, Gateway, Kind, Labels, NamespacedName, Resolution, ServiceEntry,
-    TargetPort, WorkloadEntry, WorkloadSpec,
+    TargetPort, Visibility, WaypointBinding, WorkloadEntry, WorkloadSpec,
 };
 
 /// `gatewayClassName`s that stand for a gateway of another cluster, whose pods we do not see.
@@ -22,32 +23,81 @@ const REMOTE_CLASSES: [&str; 2] = ["ambit-remote", "istio-remote"];
 /// The services of an entry's hosts and the workloads of the endpoints that it lists.
 pub(super) fn of_service_entry(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.service_entries.get(id) else { return Vec::new() };
-    let mut resources: Vec<_> = entry.hosts.iter().map(|host| service(reader, entry, host)).collect();
-    for (i, endpoint) in entry.endpoints.iter().enumerate() {
-        let mut services = Memberships::new();
-        entry
-            .hosts
-            .iter()
-            .for_each(|host| join(&mut services, entry, host, |port| entry_target(endpoint, port)));
-        resources.push(listed(reader, entry, endpoint, &i.to_string(), services));
+    if !entry.foreign_namespaces.is_empty() {
+        let mut losses = Losses::default();
+        losses.other(format!(
+            "exportTo names {}: node proxies know `*` and `.` only",
+            entry.foreign_namespaces.join(", ")
+        ));
+        losses.find(reader, "ambit.dev/ExportAccepted", "NamespacesUnsupported");
     }
+    if entry.visibility == Visibility::Hidden {
+        return Vec::new();
+    }
+    let hosts = hosts_in_force(reader, entry);
+    if hosts.is_empty() {
+        return Vec::new();
+    }
+    let network = workloads::network(reader, &id.namespace, None);
+    let addresses = addresses_in_force(reader, entry, &network);
+    let mut resources: Vec<_> =
+        hosts.iter().map(|host| service(reader, entry, host, &network, &addresses)).collect();
+    resources.extend(endpoints(reader, entry, &hosts));
     let by_dns = matches!(entry.resolution, Resolution::Dns | Resolution::DnsRoundRobin);
     if by_dns && entry.endpoints.is_empty() && entry.selector.is_none() {
-        resources.extend(
-            entry.hosts.iter().filter(|h| !h.starts_with('*')).map(|host| named(reader, entry, host)),
-        );
+        let names = hosts.iter().filter(|host| !host.starts_with('*'));
+        resources.extend(names.map(|host| named(reader, entry, host)));
     }
     resources
 }
 
-fn service(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (ResourceType, Resource) {
+/// The hosts that the entry offers. Of several entries of a namespace the oldest has a host, and a Service its own.
+fn hosts_in_force<'a>(reader: &Reader<'_>, entry: &'a ServiceEntry) -> Vec<&'a Arc<str>> {
+    let (mut hosts, mut losses) = (Vec::new(), Losses::default());
+    for host in &entry.hosts {
+        if hosts.contains(&host) {
+            continue;
+        }
+        match reader.host_owner(entry, host) {
+            None => hosts.push(host),
+            Some(owner) => losses.other(format!("host {host} is offered by {owner}")),
+        }
+    }
+    losses.find(reader, "ambit.dev/HostsAccepted", "HostTaken");
+    hosts
+}
+
+/// The virtual addresses of the entry that nobody else owns, each with the host that it was allocated for, if it was.
+fn addresses_in_force<'a>(
+    reader: &Reader<'_>,
+    entry: &'a ServiceEntry,
+    network: &Arc<str>,
+) -> Vec<(Option<&'a Arc<str>>, IpNet)> {
+    let mut losses = Losses::default();
+    let own = entry.addresses.iter().map(|block| (None, *block));
+    let allocated = entry.allocated.iter().map(|(of, block)| (Some(of).filter(|of| !of.is_empty()), *block));
+    let in_force = own.chain(allocated).filter(|(_, block)| {
+        let owner = ownership::of_virtual_address(reader, network, entry, *block);
+        owner.iter().for_each(|owner| losses.address(block.addr(), owner));
+        owner.is_none()
+    });
+    let in_force = in_force.collect();
+    losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    in_force
+}
+
+fn service(
+    reader: &Reader<'_>,
+    entry: &ServiceEntry,
+    host: &Arc<str>,
+    network: &Arc<str>,
+    addresses: &[(Option<&Arc<str>>, IpNet)],
+) -> (ResourceType, Resource) {
     let id = &entry.meta.id;
     let waypoints =
         waypoints::resolve(reader, &id.namespace, &entry.meta.labels, &entry.waypoint, Destination::Service);
-    let network = workloads::network(reader, &id.namespace, None);
-    let allocated =
-        entry.allocated.iter().filter(|(of, _)| of.is_empty() || of == host).map(|(_, block)| *block);
-    let addresses: Vec<IpNet> = entry.addresses.iter().copied().chain(allocated).collect();
+    let of_host = addresses.iter().filter(|(of, _)| of.is_none_or(|of| of == host));
+    let addresses: Vec<IpNet> = of_host.map(|(_, block)| *block).collect();
     let passthrough = api::LoadBalancing {
         mode: api::load_balancing::Mode::Passthrough as i32,
         ..api::LoadBalancing::default()
@@ -61,7 +111,7 @@ fn service(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resou
         name: id.name.to_string(),
         namespace: id.namespace.to_string(),
         hostname: host.to_string(),
-        addresses: addresses.iter().map(|block| wire::network_block(&network, *block)).collect(),
+        addresses: addresses.iter().map(|block| wire::network_block(network, *block)).collect(),
         ports: entry.ports.iter().map(port).collect(),
         subject_alt_names: entry.subject_alt_names.clone(),
         extensions: waypoints.extensions().collect(),
@@ -71,9 +121,45 @@ fn service(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resou
         canonical: reader.is_first_for_host(id, host),
         ingress_use_waypoint: waypoints.ingress,
         weighted_waypoints: waypoints.weighted,
-        visibility: services::visibility(entry.private) as i32,
+        visibility: services::visibility(entry.visibility) as i32,
     };
     wire::service_resource(message, &addresses)
+}
+
+/// The workloads of the endpoints that an entry lists, for the hosts that it offers.
+fn endpoints(
+    reader: &Reader<'_>,
+    entry: &ServiceEntry,
+    hosts: &[&Arc<str>],
+) -> Vec<(ResourceType, Resource)> {
+    let id = &entry.meta.id;
+    let mut resources: Vec<(ResourceType, Resource)> = Vec::new();
+    let mut losses = Losses::default();
+    for endpoint in &entry.endpoints {
+        let network = workloads::network(reader, &id.namespace, endpoint.network.as_ref());
+        if let Some((address, owner)) = ownership::of_endpoint(reader, &network, &ips(endpoint)) {
+            losses.address(address, &owner);
+            continue;
+        }
+        let mut services = Memberships::new();
+        for host in hosts {
+            join(&mut services, entry, host, |port| entry_target(endpoint, port));
+        }
+        let part = match &endpoint.address {
+            EntryAddress::Ip(address) => address.to_string(),
+            EntryAddress::Hostname(host) => host.to_string(),
+            // Of those that are reached through the gateway of their network there is one in each.
+            EntryAddress::Unknown => network.to_string(),
+        };
+        let (kind, resource) = listed(reader, entry, endpoint, &part, services);
+        if resources.iter().any(|(_, other)| other.name == resource.name) {
+            losses.other(format!("endpoint {part} is listed twice, of which the first counts"));
+        } else {
+            resources.push((kind, resource));
+        }
+    }
+    losses.find(reader, "ambit.dev/EndpointsAccepted", "AddressTaken");
+    resources
 }
 
 /// An endpoint that the entry lists; `part` tells it from the others.
@@ -87,10 +173,18 @@ fn listed(
     let id = &entry.meta.id;
     let uid = format!("{}/{part}", wire::uid(reader.settings, Kind::ServiceEntry, id));
     let name = format!("{}-{part}", id.name);
+    let binding = WaypointBinding::of_labels(&endpoint.labels, &id.namespace);
+    let waypoints =
+        waypoints::resolve(reader, &id.namespace, &endpoint.labels, &binding, Destination::Workload);
+    reader.depend_on_selectors(&id.namespace);
     let message = api::Workload {
         canonical_name: workloads::canonical_name(&endpoint.labels, &id.name).to_owned(),
         status: workloads::status(true) as i32,
-        tunnel_protocol: workloads::tunnel_protocol(false) as i32,
+        tunnel_protocol: workloads::tunnel_protocol(endpoint.has_native_tunnel()) as i32,
+        native_tunnel: endpoint.has_native_tunnel(),
+        extensions: waypoints.extensions().collect(),
+        waypoint: waypoints.primary,
+        authorization_policies: workloads::policies(reader, &id.namespace, &endpoint.labels),
         ..described(reader, &id.namespace, name, uid, endpoint, services)
     };
     wire::workload_resource(message, &ips(endpoint))
@@ -115,6 +209,13 @@ fn named(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resourc
 /// The workload of a WorkloadEntry.
 pub(super) fn of_workload_entry(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.workload_entries.get(id) else { return Vec::new() };
+    let network = workloads::network(reader, &id.namespace, entry.spec.network.as_ref());
+    if let Some((address, owner)) = ownership::of_endpoint(reader, &network, &ips(&entry.spec)) {
+        let mut losses = Losses::default();
+        losses.address(address, &owner);
+        losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+        return Vec::new();
+    }
     let labels = &entry.meta.labels;
     let waypoints = waypoints::resolve(reader, &id.namespace, labels, &entry.waypoint, Destination::Workload);
     let uid = wire::uid(reader.settings, Kind::WorkloadEntry, id);
@@ -182,10 +283,11 @@ fn memberships(reader: &Reader<'_>, entry: &WorkloadEntry) -> Memberships {
         let Some(service) = reader.store.services.get(&service) else { continue };
         workloads::join(reader, &mut services, service, |port| {
             let own = |name: &Arc<str>| entry.spec.ports.get(name).copied();
-            own(&port.name).or_else(|| match &port.target {
-                TargetPort::Number(number) => Some(*number),
-                TargetPort::Name(name) => Some(own(name).unwrap_or(port.number)),
-            })
+            // kubernetes.md, "From objects to resources": a named target port is looked up by that name only.
+            match &port.target {
+                TargetPort::Number(number) => Some(own(&port.name).unwrap_or(*number)),
+                TargetPort::Name(name) => own(name),
+            }
         });
     }
     join_entries(reader, &mut services, namespace, labels, |port| entry_target(&entry.spec, port));
@@ -207,7 +309,12 @@ pub(super) fn join_entries(
 ) {
     for entry in reader.store.entry_selectors.selecting(namespace, labels) {
         let Some(entry) = reader.store.service_entries.get(&entry) else { continue };
-        entry.hosts.iter().for_each(|host| join(services, entry, host, &target));
+        let is_visible = entry.visibility != Visibility::Hidden;
+        for host in entry.hosts.iter().filter(|_| is_visible) {
+            if reader.host_owner(entry, host).is_none() {
+                join(services, entry, host, &target);
+            }
+        }
     }
 }
 

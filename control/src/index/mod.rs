@@ -11,6 +11,7 @@ mod dependencies;
 mod endpoints;
 mod entries;
 mod outputs;
+mod ownership;
 mod reader;
 mod relations;
 mod seats;
@@ -25,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::object::{Change, Kind, NamespacedName, ObjectRef};
+pub(crate) use authorization::NO_EFFECT_AT_L4;
 use dependencies::Dependencies;
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
@@ -47,6 +49,19 @@ pub struct Settings {
     pub root_namespace: Arc<str>,
     /// `gatewayClassName`s of waypoints.
     pub waypoint_classes: Vec<Arc<str>>,
+    /// What a DENY rule does at L4 that names only what L4 cannot see.
+    pub l7_deny_at_l4: L7DenyAtL4,
+}
+
+/// What a DENY rule does at L4 that names only what L4 cannot see (contracts.md, section 4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "camelCase")]
+pub enum L7DenyAtL4 {
+    /// Nothing, as in Istio: the rule is for a waypoint.
+    #[default]
+    Ignore,
+    /// It denies every connection.
+    Deny,
 }
 
 impl Settings {
@@ -72,6 +87,7 @@ impl Default for Settings {
             cluster_domain: "cluster.local".into(),
             root_namespace: "ambit-system".into(),
             waypoint_classes: vec!["ambit-waypoint".into(), "istio-waypoint".into()],
+            l7_deny_at_l4: L7DenyAtL4::default(),
         }
     }
 }

@@ -8,7 +8,10 @@ use std::sync::Arc;
 use super::dependencies::Dependency;
 use super::store::Store;
 use super::{Finding, Settings};
-use crate::object::{Gateway, Labels, Namespace, NamespacedName, Node, PeerAuthentication, ReplicaSet};
+use crate::object::{
+    Gateway, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet,
+    ServiceEntry, Visibility,
+};
 
 /// The objects, for the time of one computation.
 pub(super) struct Reader<'a> {
@@ -88,20 +91,69 @@ impl<'a> Reader<'a> {
 
     /// Whether a pod has this address for itself.
     pub(super) fn has_pod_at(&self, address: IpAddr) -> bool {
+        self.pods_at(address).next().is_some()
+    }
+
+    /// The pods that have this address for themselves, in order.
+    pub(super) fn pods_at(&self, address: IpAddr) -> impl Iterator<Item = &'a Pod> {
         self.depend(Dependency::Address(address));
-        self.store.pods_by_address.of(&address).next().is_some()
+        let ids = self.store.pods_by_address.of(&address);
+        ids.filter_map(|id| self.store.pods.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The Services that have this cluster IP, in order.
+    pub(super) fn services_at(&self, address: IpAddr) -> impl Iterator<Item = &'a NamespacedName> {
+        self.depend(Dependency::Address(address));
+        self.store.services_by_address.of(&address)
+    }
+
+    /// The ServiceEntries that claim this virtual address, in order.
+    pub(super) fn entries_at(&self, address: IpAddr) -> impl Iterator<Item = &'a ServiceEntry> {
+        self.depend(Dependency::VirtualAddress(address));
+        let ids = self.store.entries_by_address.of(&address);
+        ids.filter_map(|id| self.store.service_entries.get(id)).map(AsRef::as_ref)
+    }
+
+    /// Notes that selectors of policies in `namespace` and in the root namespace are asked for labels of no member.
+    pub(super) fn depend_on_selectors(&self, namespace: &Arc<str>) {
+        self.depend(Dependency::Selectors(namespace.clone()));
+        self.depend(Dependency::Selectors(self.settings.root_namespace.clone()));
+    }
+
+    /// The Kubernetes service of a host.
+    fn service_of_host(&self, host: &Arc<str>) -> Option<&'a NamespacedName> {
+        self.depend(Dependency::Host(host.clone()));
+        let id = self.settings.service_of_host(host)?;
+        let (id, service) = self.store.services.get_key_value(&id)?;
+        (!service.external_name).then_some(id)
     }
 
     /// Whether a ServiceEntry is the first to offer a host, and no Service does.
     pub(super) fn is_first_for_host(&self, id: &NamespacedName, host: &Arc<str>) -> bool {
-        self.depend(Dependency::Host(host.clone()));
-        if let Some(service) = self.settings.service_of_host(host)
-            && self.store.services.get(&service).is_some_and(|s| !s.external_name)
-        {
+        if self.service_of_host(host).is_some() {
             return false;
         }
-        let entries = self.store.entries_by_host.of(host).filter_map(|id| self.store.service_entries.get(id));
-        entries.min_by_key(|entry| entry.meta.seniority()).is_some_and(|first| first.meta.id == *id)
+        let first = self.entries_of_host(host).min_by_key(|entry| entry.meta.seniority());
+        first.is_some_and(|first| first.meta.id == *id)
+    }
+
+    /// What keeps a ServiceEntry from offering a host: the Service of that host, or an older ServiceEntry of its namespace.
+    pub(super) fn host_owner(&self, entry: &ServiceEntry, host: &Arc<str>) -> Option<ObjectRef> {
+        if let Some(service) = self.service_of_host(host) {
+            return Some(ObjectRef { kind: Kind::Service, name: service.clone() });
+        }
+        let id = &entry.meta.id;
+        let rivals = self.entries_of_host(host).filter(|other| other.meta.id.namespace == id.namespace);
+        let oldest = rivals.min_by_key(|other| other.meta.seniority())?;
+        let name = &oldest.meta.id;
+        (name != id).then(|| ObjectRef { kind: Kind::ServiceEntry, name: name.clone() })
+    }
+
+    fn entries_of_host(&self, host: &Arc<str>) -> impl Iterator<Item = &'a ServiceEntry> {
+        self.depend(Dependency::Host(host.clone()));
+        let ids = self.store.entries_by_host.of(host);
+        let entries = ids.filter_map(|id| self.store.service_entries.get(id)).map(AsRef::as_ref);
+        entries.filter(|entry: &&ServiceEntry| entry.visibility != Visibility::Hidden)
     }
 
     /// The PeerAuthentication without selector in force for a namespace itself: its oldest.

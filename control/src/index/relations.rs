@@ -169,7 +169,7 @@ impl<K: Eq + std::hash::Hash> Reverse<K> {
     }
 
     /// Everything that refers to `key`, in order.
-    pub(super) fn of(&self, key: &K) -> impl Iterator<Item = &NamespacedName> {
+    pub(super) fn of<'s>(&'s self, key: &K) -> impl Iterator<Item = &'s NamespacedName> + use<'s, K> {
         self.0.get(key).into_iter().flatten()
     }
 }

@@ -10,7 +10,7 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
 use super::wire;
-use crate::object::{Distribution, NamespacedName, Service, TargetPort};
+use crate::object::{Distribution, NamespacedName, Service, TargetPort, Visibility};
 
 /// The resource of a service, unless it is an `ExternalName`.
 pub(super) fn of_service(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
@@ -41,15 +41,18 @@ pub(super) fn of_service(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(Resou
         canonical: true,
         ingress_use_waypoint: waypoints.ingress,
         weighted_waypoints: waypoints.weighted,
-        visibility: visibility(service.private) as i32,
+        visibility: visibility(service.visibility) as i32,
     };
     let blocks: Vec<IpNet> = service.addresses.iter().map(|a| IpNet::from(*a)).collect();
     vec![wire::service_resource(message, &blocks)]
 }
 
 /// Who sees a service.
-pub(super) fn visibility(private: bool) -> api::service::Visibility {
-    if private { api::service::Visibility::Namespace } else { api::service::Visibility::Public }
+pub(super) fn visibility(visibility: Visibility) -> api::service::Visibility {
+    match visibility {
+        Visibility::Public => api::service::Visibility::Public,
+        Visibility::Namespace | Visibility::Hidden => api::service::Visibility::Namespace,
+    }
 }
 
 /// A named target port has no number of its own: 0, and each workload says its own.

@@ -43,8 +43,12 @@ pub(super) struct Store {
     pub(super) slices_by_service: Reverse<NamespacedName>,
     /// EndpointSlices by the pod that an endpoint names.
     pub(super) slices_by_pod: Reverse<NamespacedName>,
-    /// EndpointSlices by the address of an endpoint that names no pod.
+    /// EndpointSlices by the address of an endpoint.
     pub(super) slices_by_address: Reverse<IpAddr>,
+    /// Services by cluster IP.
+    pub(super) services_by_address: Reverse<IpAddr>,
+    /// ServiceEntries by virtual address; ranges are left out.
+    pub(super) entries_by_address: Reverse<IpAddr>,
     /// ServiceEntries by host.
     pub(super) entries_by_host: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
@@ -97,7 +101,10 @@ impl Store {
             Some(selector) => self.service_selectors.apply(id, selector, false),
             None => self.service_selectors.delete(id),
         }
-        replace(&mut self.services, id, new)
+        let old = replace(&mut self.services, id, new);
+        cluster_ips(old.as_ref()).for_each(|address| self.services_by_address.remove(address, id));
+        cluster_ips(new).for_each(|address| self.services_by_address.insert(*address, id.clone()));
+        old
     }
 
     /// Puts an EndpointSlice in place and returns what was there.
@@ -110,21 +117,15 @@ impl Store {
         if let Some(old) = &old {
             self.slices_by_service.remove(&service_of(old), id);
             for endpoint in &old.endpoints {
-                match &endpoint.pod {
-                    Some(pod) => self.slices_by_pod.remove(pod, id),
-                    None => endpoint.addresses.iter().for_each(|a| self.slices_by_address.remove(a, id)),
-                }
+                endpoint.pod.iter().for_each(|pod| self.slices_by_pod.remove(pod, id));
+                endpoint.addresses.iter().for_each(|a| self.slices_by_address.remove(a, id));
             }
         }
         if let Some(new) = new {
             self.slices_by_service.insert(service_of(new), id.clone());
             for endpoint in &new.endpoints {
-                match &endpoint.pod {
-                    Some(pod) => self.slices_by_pod.insert(pod.clone(), id.clone()),
-                    None => {
-                        endpoint.addresses.iter().for_each(|a| self.slices_by_address.insert(*a, id.clone()));
-                    }
-                }
+                endpoint.pod.iter().for_each(|pod| self.slices_by_pod.insert(pod.clone(), id.clone()));
+                endpoint.addresses.iter().for_each(|a| self.slices_by_address.insert(*a, id.clone()));
             }
         }
         old
@@ -173,6 +174,8 @@ impl Store {
         for host in new.iter().flat_map(|e| &e.hosts) {
             self.entries_by_host.insert(host.clone(), id.clone());
         }
+        virtual_addresses(old.as_ref()).for_each(|address| self.entries_by_address.remove(&address, id));
+        virtual_addresses(new).for_each(|address| self.entries_by_address.insert(address, id.clone()));
         match new.and_then(|e| e.selector.as_ref()) {
             Some(selector) => self.entry_selectors.apply(id, selector, false),
             None => self.entry_selectors.delete(id),
@@ -200,6 +203,19 @@ impl Store {
 /// Whether the pod's addresses are its own: not its node's, and not given back.
 pub(super) fn is_addressable(pod: &Pod) -> bool {
     !pod.host_network && !pod.finished
+}
+
+/// The cluster IPs of a service.
+pub(super) fn cluster_ips(service: Option<&Arc<Service>>) -> impl Iterator<Item = &IpAddr> {
+    service.into_iter().filter(|service| !service.external_name).flat_map(|service| &service.addresses)
+}
+
+/// The single virtual addresses of a ServiceEntry.
+pub(super) fn virtual_addresses(entry: Option<&Arc<ServiceEntry>>) -> impl Iterator<Item = IpAddr> {
+    let blocks = entry.into_iter().flat_map(|entry| {
+        entry.addresses.iter().chain(entry.allocated.iter().map(|(_, block)| block)).copied()
+    });
+    blocks.filter(|block| block.prefix_len() == block.max_prefix_len()).map(|block| block.addr())
 }
 
 /// The service that a slice belongs to.

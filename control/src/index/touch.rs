@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::Index;
 use super::dependencies::Dependency;
 use super::seats::Seat;
-use super::store::{is_addressable, replace, service_of};
+use super::store::{cluster_ips, is_addressable, replace, service_of, virtual_addresses};
 use crate::object::{
     AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
     Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
@@ -120,13 +120,13 @@ impl Index {
         if present(old.as_ref()) != present(new) {
             self.touch_users(&Dependency::Pod(id.clone()));
         }
-        let addresses = |pod: Option<&Arc<Pod>>| match pod {
-            Some(pod) if is_addressable(pod) => pod.addresses.clone(),
-            _ => Vec::new(),
+        let owned = |pod: Option<&Arc<Pod>>| match pod {
+            Some(pod) if is_addressable(pod) => (pod.addresses.clone(), pod.network.clone()),
+            _ => (Vec::new(), None),
         };
-        let (before, after) = (addresses(old.as_ref()), addresses(new));
+        let (before, after) = (owned(old.as_ref()), owned(new));
         if before != after {
-            for address in before.into_iter().chain(after) {
+            for address in before.0.into_iter().chain(after.0) {
                 self.touch_users(&Dependency::Address(address));
             }
         }
@@ -140,6 +140,11 @@ impl Index {
         self.touch(Kind::Service, id);
         let host = self.settings.host_of_service(id);
         self.touch_users(&Dependency::Host(host.into()));
+        let owned = |service| cluster_ips(service).copied().collect::<Vec<_>>();
+        let (before, after) = (owned(old.as_ref()), owned(new));
+        if before != after {
+            before.into_iter().chain(after).for_each(|a| self.touch_users(&Dependency::Address(a)));
+        }
         let membership =
             |s: &Service| (s.external_name, s.selector.clone(), s.ports.clone(), s.publish_not_ready);
         if old.as_deref().map(membership) == new.map(|s| membership(s)) {
@@ -173,15 +178,10 @@ impl Index {
 
     fn touch_pods_of(&mut self, slice: &EndpointSlice) {
         for endpoint in &slice.endpoints {
-            match &endpoint.pod {
-                Some(pod) => self.touch(Kind::Pod, pod),
-                None => {
-                    let addresses = endpoint.addresses.iter();
-                    let pods = addresses.flat_map(|address| self.store.pods_by_address.of(address));
-                    let pods: Vec<NamespacedName> = pods.cloned().collect();
-                    pods.iter().for_each(|pod| self.touch(Kind::Pod, pod));
-                }
-            }
+            let addresses = endpoint.addresses.iter();
+            let pods = addresses.flat_map(|address| self.store.pods_by_address.of(address));
+            let pods: Vec<NamespacedName> = pods.chain(&endpoint.pod).cloned().collect();
+            pods.iter().for_each(|pod| self.touch(Kind::Pod, pod));
         }
     }
 
@@ -197,6 +197,7 @@ impl Index {
         if before != after {
             let namespace = (!everywhere).then_some(&id.namespace);
             self.touch_selected(namespace, [before, after].iter().flatten());
+            self.touch_users(&Dependency::Selectors(id.namespace.clone()));
         }
     }
 
@@ -209,6 +210,9 @@ impl Index {
         let both = || [old.as_ref(), new].into_iter().flatten();
         if both().any(|a| a.selector.is_none()) {
             self.touch_users(&Dependency::Authentication(id.namespace.clone()));
+        }
+        if both().any(|a| a.selector.is_some()) {
+            self.touch_users(&Dependency::Selectors(id.namespace.clone()));
         }
         self.touch_selected(Some(&id.namespace), both().filter_map(|a| a.selector.as_ref()));
     }
@@ -223,6 +227,7 @@ impl Index {
             for host in &entry.hosts {
                 self.touch_users(&Dependency::Host(host.clone()));
             }
+            virtual_addresses(Some(entry)).for_each(|a| self.touch_users(&Dependency::VirtualAddress(a)));
             self.touch_selected(Some(&id.namespace), entry.selector.iter());
         }
     }

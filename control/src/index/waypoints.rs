@@ -7,8 +7,8 @@ use ambit_api::workload as api;
 use super::reader::Reader;
 use super::{Finding, wire};
 use crate::object::{
-    AddressValue, AllowedNamespaces, Choice, Gateway, Labels, NamespacedName, Pod, WaypointBinding,
-    WaypointFor,
+    AddressValue, AllowedNamespaces, CANARY_WEIGHT, Canary, Choice, Gateway, Labels, NamespacedName, Pod,
+    WaypointBinding, WaypointFor,
 };
 
 /// What kind of destination asks.
@@ -44,7 +44,8 @@ enum Standing {
     Ready(api::GatewayAddress),
     /// It is not for this kind of destination, so it does not concern it.
     NotConcerned,
-    /// It does not exist, which leaves open what it is for.
+    /// It does not exist. What it was for is not known, so it concerns everybody: one for all that was deleted must not
+    /// open the direct way.
     Missing(String),
     NotReady(&'static str, String),
 }
@@ -66,6 +67,9 @@ pub(super) fn resolve(
     if is_waypoint(reader, namespace, labels) {
         return Waypoints::default();
     }
+    // A canary stands beside the waypoint of its own object or, on an object without one, beside the namespace's.
+    let inherited = in_force.and_then(|b| b.canary.as_ref());
+    let canary = binding.canary.as_ref().or(inherited);
     let primary = match standing(reader, namespace, name, destination) {
         Standing::Ready(address) => {
             reader.find(bound(true, "WaypointAccepted", format!("bound to waypoint {name}")));
@@ -78,10 +82,6 @@ pub(super) fn resolve(
             }
             return Waypoints::default();
         }
-        // A waypoint is for services unless it says otherwise, so a namespace's missing one is not the pods'.
-        Standing::Missing(_) if !of_object && destination == Destination::Workload => {
-            return Waypoints::default();
-        }
         Standing::Missing(message) => {
             reader.find(bound(false, "WaypointMissing", message));
             nowhere(name)
@@ -92,7 +92,7 @@ pub(super) fn resolve(
         }
     };
     Waypoints {
-        weighted: weighted(reader, namespace, in_force, &primary, destination),
+        weighted: weighted(reader, namespace, canary, &primary, destination),
         primary: Some(primary),
         ingress: binding.ingress.or(defaults.and_then(|d| d.ingress)).unwrap_or(false),
         failure_open: binding.failure_open || defaults.is_some_and(|d| d.failure_open),
@@ -103,18 +103,26 @@ pub(super) fn resolve(
 fn weighted(
     reader: &Reader<'_>,
     namespace: &Arc<str>,
-    binding: Option<&WaypointBinding>,
+    canary: Option<&Canary>,
     primary: &api::GatewayAddress,
     destination: Destination,
 ) -> Vec<api::WeightedWaypoint> {
-    let Some(canary) = binding.and_then(|b| b.canary.as_ref()) else { return Vec::new() };
+    let Some(canary) = canary else { return Vec::new() };
+    let Some(weight) = canary.weight else {
+        let message = format!(
+            "canary waypoint {} gets no connections: annotation {CANARY_WEIGHT} is no number from 0 to 100",
+            canary.gateway
+        );
+        reader.find(canary_finding("WeightInvalid", message));
+        return Vec::new();
+    };
     let Standing::Ready(address) = standing(reader, namespace, &canary.gateway, destination) else {
         let message = format!("canary waypoint {} is not ready and gets no connections", canary.gateway);
-        reader.find(bound(false, "CanaryNotReady", message));
+        reader.find(canary_finding("NotReady", message));
         return Vec::new();
     };
     let share = |destination, weight| api::WeightedWaypoint { destination: Some(destination), weight };
-    vec![share(primary.clone(), 100 - canary.weight), share(address, canary.weight)]
+    vec![share(primary.clone(), 100 - weight), share(address, weight)]
 }
 
 /// Whether an object belongs to a waypoint itself: nothing stands before a waypoint.
@@ -187,6 +195,10 @@ fn network(reader: &Reader<'_>, gateway: &Gateway) -> Arc<str> {
 /// gateway's own service name would not do: that may exist before the gateway may be used.
 fn nowhere(name: &NamespacedName) -> api::GatewayAddress {
     wire::gateway_hostname(&name.namespace, &format!("{}.{}.waypoint.invalid", name.name, name.namespace))
+}
+
+fn canary_finding(reason: &'static str, message: String) -> Finding {
+    Finding { condition: "ambit.dev/WaypointCanaryAccepted", met: false, reason, message }
 }
 
 fn bound(met: bool, reason: &'static str, message: String) -> Finding {

@@ -192,7 +192,9 @@ fn memberships(reader: &Reader<'_>, pod: &Pod) -> Memberships {
     for slice in super::endpoints::slices_of_pod(reader, pod) {
         super::endpoints::join_slice(reader, &mut services, slice);
     }
-    super::entries::join_entries(reader, &mut services, &id.namespace, labels, |port| port.target);
+    super::entries::join_entries(reader, &mut services, &id.namespace, labels, |port| {
+        pod.port(&port.name).unwrap_or(port.target)
+    });
     services
 }
 

@@ -87,6 +87,37 @@ impl From<String> for Pattern {
     }
 }
 
+/// A trust domain, or the beginning of one.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum TrustDomainPattern {
+    /// This one.
+    Exact(String),
+    /// Those that begin so (`text*`).
+    Prefix(String),
+    /// Any (`*`).
+    Presence,
+}
+
+impl TryFrom<String> for TrustDomainPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<TrustDomainPattern, String> {
+        if text.is_empty() || text.contains('/') {
+            return Err(format!("{text:?} is no trust domain"));
+        }
+        match Pattern::from(text) {
+            Pattern::Exact(text) => Ok(TrustDomainPattern::Exact(text)),
+            Pattern::Prefix(text) => Ok(TrustDomainPattern::Prefix(text)),
+            Pattern::Presence => Ok(TrustDomainPattern::Presence),
+            // On the wire a trust domain is the beginning of a principal, whose middle cannot be matched.
+            Pattern::Suffix(text) => {
+                Err(format!("\"*{text}\" is not supported: only the end of a trust domain may be a *"))
+            }
+        }
+    }
+}
+
 /// Where a connection comes from. Values of a field are alternatives, fields must all hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -95,6 +126,10 @@ pub struct Source {
     pub principals: Vec<Pattern>,
     /// None of these identities.
     pub not_principals: Vec<Pattern>,
+    /// Trust domains of the peer's identity.
+    pub trust_domains: Vec<TrustDomainPattern>,
+    /// None of these trust domains.
+    pub not_trust_domains: Vec<TrustDomainPattern>,
     /// JWT principals, which L4 cannot see.
     pub request_principals: Vec<String>,
     /// None of these JWT principals.

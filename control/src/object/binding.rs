@@ -11,7 +11,7 @@ const USE_WAYPOINT: &str = "istio.io/use-waypoint";
 const USE_WAYPOINT_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 const CANARY: &str = "istio.io/use-waypoint-canary";
 const CANARY_NAMESPACE: &str = "istio.io/use-waypoint-canary-namespace";
-const CANARY_WEIGHT: &str = "istio.io/use-waypoint-canary-weight";
+pub(crate) const CANARY_WEIGHT: &str = "istio.io/use-waypoint-canary-weight";
 const INGRESS: &str = "istio.io/ingress-use-waypoint";
 const FAILURE: &str = "ambit.dev/waypoint-failure";
 
@@ -29,8 +29,8 @@ pub enum Choice {
 pub struct Canary {
     /// The gateway.
     pub gateway: NamespacedName,
-    /// Its share in per cent, 0 to 100.
-    pub weight: u32,
+    /// Its share in per cent, 0 to 100; `None` where none that can be was given.
+    pub weight: Option<u32>,
 }
 
 /// Everything that an object says about its waypoint.
@@ -47,6 +47,11 @@ pub struct WaypointBinding {
 }
 
 impl WaypointBinding {
+    /// The binding of something that has labels in `namespace` and is no object of its own.
+    pub fn of_labels(labels: &Labels, namespace: &Arc<str>) -> WaypointBinding {
+        WaypointBinding::read(labels, &ObjectMeta::default(), namespace)
+    }
+
     /// Reads the binding of an object that lives in, or is, `namespace`.
     pub fn read(labels: &Labels, meta: &ObjectMeta, namespace: &Arc<str>) -> WaypointBinding {
         let gateway = |name: &str, of: Option<&str>| {
@@ -62,8 +67,9 @@ impl WaypointBinding {
             None | Some("" | "none") => None,
             Some(name) => Some(Canary {
                 gateway: gateway(name, labels.get(CANARY_NAMESPACE)),
-                // A canary without a readable weight gets nothing rather than a guess.
-                weight: annotation(meta, CANARY_WEIGHT).and_then(|w| w.parse().ok()).unwrap_or(0).min(100),
+                weight: annotation(meta, CANARY_WEIGHT)
+                    .and_then(|weight| weight.parse().ok())
+                    .filter(|weight| *weight <= 100),
             }),
         };
         WaypointBinding {

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::binding::WaypointBinding;
 use super::cluster::NETWORK;
 use super::meta::{Invalid, Labels, Meta, annotation};
-use super::service::AppProtocol;
+use super::service::{AppProtocol, Visibility};
 
 /// Where a workload outside of Kubernetes is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +42,13 @@ pub struct WorkloadSpec {
     pub weight: Option<u32>,
     /// Its identity; empty if it has none.
     pub service_account: Arc<str>,
+}
+
+impl WorkloadSpec {
+    /// Whether it terminates HBONE itself (label `networking.istio.io/tunnel: http`).
+    pub fn has_native_tunnel(&self) -> bool {
+        self.labels.get("networking.istio.io/tunnel") == Some("http")
+    }
 }
 
 /// A workload outside of Kubernetes.
@@ -112,8 +119,10 @@ pub struct ServiceEntry {
     pub selector: Option<Labels>,
     /// Identities to expect of its endpoints, beside their own.
     pub subject_alt_names: Vec<String>,
-    /// Whether only its own namespace sees it (`exportTo: ["."]`).
-    pub private: bool,
+    /// Who sees it (`exportTo`).
+    pub visibility: Visibility,
+    /// Namespaces of `exportTo` that proxies cannot be told of.
+    pub foreign_namespaces: Vec<Arc<str>>,
     /// What it says about its waypoint.
     pub waypoint: WaypointBinding,
 }
@@ -306,12 +315,21 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
                 .map(|s| s.labels.into_iter().collect())
                 .filter(|s: &Labels| !s.is_empty()),
             subject_alt_names,
-            private: export_to.iter().any(|e| e == ".") && export_to.len() == 1,
+            visibility: Visibility::of_list(export_to.iter().map(String::as_str), &meta.id.namespace),
+            foreign_namespaces: foreign_namespaces(&export_to, &meta.id.namespace),
             waypoint: WaypointBinding::read(&meta.labels, &metadata, &meta.id.namespace),
             hosts: hosts.into_iter().map(Arc::from).collect(),
             meta,
         })
     }
+}
+
+fn foreign_namespaces(export_to: &[String], own: &str) -> Vec<Arc<str>> {
+    if export_to.iter().any(|item| item == "*") {
+        return Vec::new();
+    }
+    let others = export_to.iter().filter(|item| !matches!(item.as_str(), "." | "~") && *item != own);
+    others.map(|item| item.as_str().into()).collect()
 }
 
 fn port(raw: RawPort) -> EntryPort {

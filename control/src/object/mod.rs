@@ -21,8 +21,9 @@ pub use authentication::{MutualTls, PeerAuthentication};
 pub(crate) use authorization::service_account;
 pub use authorization::{
     Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber,
-    Rule, Source,
+    Rule, Source, TrustDomainPattern,
 };
+pub(crate) use binding::CANARY_WEIGHT;
 pub use binding::{Canary, Choice, WaypointBinding};
 pub(crate) use cluster::identity;
 pub use cluster::{Namespace, Node, ReplicaSet};
@@ -33,7 +34,7 @@ pub use gateway::{
 };
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
 pub use pod::Pod;
-pub use service::{AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort};
+pub use service::{AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Visibility};
 
 /// Manifests of the kinds that no library of ours knows.
 pub(crate) mod manifest {

@@ -92,6 +92,36 @@ impl Distribution {
     }
 }
 
+/// Who sees a service (`exportTo`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Visibility {
+    /// Every namespace.
+    Public,
+    /// Its own namespace.
+    Namespace,
+    /// Nobody.
+    Hidden,
+}
+
+impl Visibility {
+    /// The visibility that a list of `*`, `.`, `~` and namespaces comes to in `namespace`. Proxies can be told of all
+    /// namespaces or of the service's own; a list that names others shows the service to those of them that can be told.
+    pub fn of_list<'a>(list: impl IntoIterator<Item = &'a str>, namespace: &str) -> Visibility {
+        let mut visibility = None;
+        for item in list.into_iter().map(str::trim).filter(|item| !item.is_empty()) {
+            if item == "*" {
+                return Visibility::Public;
+            }
+            if item == "." || item == namespace {
+                visibility = Some(Visibility::Namespace);
+            } else {
+                visibility = visibility.or(Some(Visibility::Hidden));
+            }
+        }
+        visibility.unwrap_or(Visibility::Public)
+    }
+}
+
 /// `ipFamilies` of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IpFamilies {
@@ -112,7 +142,8 @@ pub struct Service {
     pub meta: Meta,
     /// `ExternalName`: a DNS alias without endpoints, which the mesh skips.
     pub external_name: bool,
-    /// Cluster and load balancer addresses; none for headless services.
+    /// Cluster IPs; none for headless services. Load-balancer and external IPs are none of the mesh's: kube-proxy
+    /// translates them, and a load-balancer IP may be a node's own address.
     pub addresses: Vec<IpAddr>,
     /// The pods behind it; `None` leaves them to EndpointSlices.
     pub selector: Option<Labels>,
@@ -128,8 +159,9 @@ pub struct Service {
     pub affinity: Option<u32>,
     /// Its address families.
     pub families: IpFamilies,
-    /// Whether only its own namespace sees it (annotation `networking.istio.io/exportTo: .`).
-    pub private: bool,
+    /// Who sees it (annotation `networking.istio.io/exportTo`). One that is hidden is still seen by its own namespace:
+    /// its cluster IP would be reached without the mesh otherwise.
+    pub visibility: Visibility,
     /// What it says about its waypoint.
     pub waypoint: WaypointBinding,
 }
@@ -152,7 +184,7 @@ impl TryFrom<v1::Service> for Service {
         let annotated = annotation(&meta, Distribution::ANNOTATION).and_then(Distribution::parse);
         Ok(Service {
             external_name: spec.type_.as_deref() == Some("ExternalName"),
-            addresses: addresses(&spec, object.status.as_ref())?,
+            addresses: addresses(&spec)?,
             selector: selector.map(|s| s.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect()),
             ports: ports(&spec)?,
             node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
@@ -160,22 +192,28 @@ impl TryFrom<v1::Service> for Service {
             publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
             affinity,
             families: families(&spec),
-            private: annotation(&meta, "networking.istio.io/exportTo") == Some("."),
+            visibility: match Visibility::of_list(
+                annotation(&meta, "networking.istio.io/exportTo")
+                    .into_iter()
+                    .flat_map(|list| list.split(',')),
+                &common.id.namespace,
+            ) {
+                Visibility::Public => Visibility::Public,
+                Visibility::Namespace | Visibility::Hidden => Visibility::Namespace,
+            },
             waypoint: WaypointBinding::read(&common.labels, &meta, &common.id.namespace),
             meta: common,
         })
     }
 }
 
-/// Cluster IPs, then load balancer IPs; both families of a dual-stack service.
-fn addresses(spec: &v1::ServiceSpec, status: Option<&v1::ServiceStatus>) -> Result<Vec<IpAddr>, Invalid> {
+/// Cluster IPs, both of a dual-stack service.
+fn addresses(spec: &v1::ServiceSpec) -> Result<Vec<IpAddr>, Invalid> {
     let cluster = spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.as_ref());
-    let cluster = cluster.filter(|ip| !ip.is_empty() && *ip != "None").map(|ip| ("spec.clusterIPs", ip));
-    let ingress = status.and_then(|s| s.load_balancer.as_ref()).and_then(|l| l.ingress.as_ref());
-    let ingress = ingress.into_iter().flatten().filter_map(|i| i.ip.as_ref());
     let mut addresses = Vec::new();
-    for (field, text) in cluster.chain(ingress.map(|ip| ("status.loadBalancer.ingress", ip))) {
-        let address = text.parse().map_err(|_| Invalid::new(field, format!("{text:?} is no IP address")))?;
+    for text in cluster.filter(|ip| !ip.is_empty() && *ip != "None") {
+        let invalid = |_| Invalid::new("spec.clusterIPs", format!("{text:?} is no IP address"));
+        let address = text.parse().map_err(invalid)?;
         if !addresses.contains(&address) {
             addresses.push(address);
         }

@@ -19,10 +19,23 @@ fn cases() -> Vec<PathBuf> {
     cases
 }
 
+/// The defaults, with what the case has a file for.
+fn settings(case: &Path) -> Settings {
+    let mut settings = Settings::default();
+    let read = |name: &str| fs::read_to_string(case.join(name)).ok().map(|text| text.trim().to_owned());
+    if let Some(trust_domain) = read("trust-domain") {
+        settings.trust_domain = trust_domain.into();
+    }
+    if let Some(effect) = read("l7-deny-at-l4") {
+        settings.l7_deny_at_l4 = serde_json::from_value(Value::String(effect)).unwrap();
+    }
+    settings
+}
+
 fn translate(case: &Path) -> Value {
     let text = fs::read_to_string(case.join("objects.yaml")).unwrap();
     let (objects, problems) = source::parse(Path::new("objects.yaml"), &text);
-    let mut index = Index::new(Settings::default());
+    let mut index = Index::new(settings(case));
     let changes = index.apply(objects.into_iter().map(Change::Apply));
     let (mut addresses, mut policies) = (Map::new(), Map::new());
     for ((kind, name), resource) in index.resources() {
