@@ -103,11 +103,6 @@ pub fn main(config: Config) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         let (quit, quitting) = watch::channel(false);
         let app = App::start(config, Some(&logging), quit).await?;
-        // The objects have been read once; the code for it is rarely used again.
-        match ambit_net::memory::release_code() {
-            Ok(bytes) => tracing::debug!(bytes, "code that is not in use was released"),
-            Err(error) => tracing::debug!(%error, "code can't be released"),
-        }
         app.run(ended(quitting)).await
     });
     runtime.shutdown_timeout(Duration::from_secs(1));

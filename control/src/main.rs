@@ -11,7 +11,7 @@ static ALLOCATOR: SamplingAllocator<MiMalloc> = SamplingAllocator::new(MiMalloc)
 
 fn main() -> ExitCode {
     // Before anything is allocated. Without it only more memory is used.
-    if let Err(error) = ambit_net::memory::without_huge_pages() {
+    if let Err(error) = ambit_net::process::disable_huge_pages() {
         eprintln!("ambit-control: the kernel may back memory by huge pages: {error}");
     }
     match config::from_command_line().map_err(anyhow::Error::from).and_then(app::main) {

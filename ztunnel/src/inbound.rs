@@ -13,6 +13,7 @@ use ambit_hbone::server;
 use ambit_hbone::{Forwarded, Incoming, ServeError, Tunnel};
 use ambit_identity::PeerCertificate;
 use ambit_net::relay::{Counters, Side};
+use ambit_net::socket::reset_on_close;
 use tokio::net::TcpStream;
 
 use crate::connections::Direction;
@@ -224,18 +225,11 @@ fn carry(
         let outcome = match open.cut().race(relay).await {
             Ok(ended) => ended.map_err(ConnectionError::from),
             Err(reason) => {
-                reset(&stream);
+                reset_on_close(&stream);
                 Err(ConnectionError::Cut(reason))
             }
         };
         telling.finish(&outcome);
         drop(held);
     })
-}
-
-/// Lets the application see that its connection was cut, not finished.
-pub(crate) fn reset(stream: &TcpStream) {
-    if let Err(error) = ambit_net::socket::reset_on_close(stream) {
-        tracing::trace!(%error, "linger not set");
-    }
 }

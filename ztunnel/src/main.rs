@@ -11,7 +11,7 @@ static ALLOCATOR: SamplingAllocator<MiMalloc> = SamplingAllocator::new(MiMalloc)
 
 fn main() -> ExitCode {
     // Before anything is allocated. Without it only more memory is used.
-    let small_pages = ambit_net::memory::without_huge_pages();
+    let small_pages = ambit_net::process::disable_huge_pages();
     let config = match load::from_environment(std::env::args_os()) {
         Ok(config) => config,
         // Prints help, version or what is wrong with the command line, with the exit code of each.

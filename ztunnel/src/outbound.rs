@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use ambit_directory::{Authority, Workload};
 use ambit_net::original_dst;
 use ambit_net::relay::{Counters, Side};
+use ambit_net::socket::reset_on_close;
 use ambit_net::splice::splice;
 use tokio::net::TcpStream;
 
 use crate::connections::Direction;
 use crate::destination::Connected;
 use crate::error::{ConnectionError, CutReason};
-use crate::inbound::reset;
 use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
 use crate::report::{End, Story};
@@ -47,7 +47,7 @@ pub async fn serve_captured(worker: Arc<Worker>, pod: Arc<Pod>, stream: TcpStrea
         Ok(dialled) => SocketAddr::new(dialled.ip().to_canonical(), dialled.port()),
         Err(error) => {
             tracing::debug!(%peer, %error, "a captured connection without a destination");
-            return reset(&stream);
+            return reset_on_close(&stream);
         }
     };
     // Not redirected but dialled directly: it would come back to us for ever.
@@ -57,11 +57,11 @@ pub async fn serve_captured(worker: Arc<Worker>, pod: Arc<Pod>, stream: TcpStrea
     if is_own {
         let story = asked.story();
         asked.worker.reporter.failed(&story, &ConnectionError::Loop(dialled));
-        return reset(&stream);
+        return reset_on_close(&stream);
     }
     match Box::pin(asked.reach()).await {
         Ok((reached, counters)) => asked.carry(stream, reached, counters).await,
-        Err(_) => reset(&stream),
+        Err(_) => reset_on_close(&stream),
     }
 }
 
@@ -250,6 +250,6 @@ fn settle<E: Into<ConnectionError>>(raced: Result<Result<(), E>, CutReason>) -> 
 /// A peer must see that its connection was cut, not finished.
 fn reset_if_cut(outcome: &Result<(), ConnectionError>, stream: &TcpStream) {
     if matches!(outcome, Err(ConnectionError::Cut(_))) {
-        reset(stream);
+        reset_on_close(stream);
     }
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_net::relay::Counters;
+use ambit_net::socket::reset_on_close;
 use ambit_net::{original_dst, splice::splice};
 use tokio::net::TcpStream;
 
 use crate::destination::{Authenticated, Connected};
 use crate::error::ConnectionError;
-use crate::inbound::reset;
 use crate::pods::Pod;
 use crate::proxy::Worker;
 
@@ -20,7 +20,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, pe
         Ok(reached) => SocketAddr::new(reached.ip().to_canonical(), reached.port()),
         Err(error) => {
             tracing::debug!(%peer, %error, "a plaintext connection without a destination");
-            return reset(&stream);
+            return reset_on_close(&stream);
         }
     };
     let asked = Authenticated {
@@ -40,13 +40,13 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, pe
     let connected = Box::pin(async { asked.authorize().await?.connect().await }).await;
     // The failure has been told already; the client sees a reset.
     let Ok(Connected { stream: mut application, open, telling }) = connected else {
-        return reset(&stream);
+        return reset_on_close(&stream);
     };
     let outcome = match open.cut().race(splice(&mut stream, &mut application, &open.counters)).await {
         Ok(ended) => ended.map_err(ConnectionError::from),
         Err(reason) => {
-            reset(&stream);
-            reset(&application);
+            reset_on_close(&stream);
+            reset_on_close(&application);
             Err(ConnectionError::Cut(reason))
         }
     };

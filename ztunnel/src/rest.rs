@@ -1,11 +1,10 @@
-//! Gives memory back when the proxy is at rest: what only starting, or a burst, had needed.
+//! Returns freed memory to the system when the proxy is idle, after a start or a burst.
 //!
-//! A control task; it looks at the process's CPU time and at nothing of the data path.
+//! A control task. It observes the process's CPU time and nothing of the data path.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_net::memory;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::proxy::Worker;
@@ -55,11 +54,6 @@ pub async fn watch(workers: Arc<Workers<Worker>>, collect: fn()) {
             collect();
             for seat in workers.seats() {
                 seat.spawn("collect", async move { collect() });
-            }
-            match tokio::task::spawn_blocking(memory::release_code).await {
-                Ok(Ok(bytes)) => tracing::debug!(bytes, "at rest: code that is not in use was released"),
-                Ok(Err(error)) => tracing::debug!(%error, "at rest, but code can't be released"),
-                Err(error) => tracing::error!(%error, "releasing code panicked"),
             }
         }
         // What releasing itself took is no work.

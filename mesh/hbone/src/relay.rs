@@ -12,7 +12,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use ambit_net::relay::{Counters, RelayError, Side, Sizing, Tier, buffers, reset_on_close};
+use ambit_net::relay::{Counters, RelayError, Side, Sizing, Tier, buffers};
+use ambit_net::socket::reset_on_close;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::AsyncWrite;
@@ -288,10 +289,8 @@ impl Relay {
             RelayError::Read { .. } | RelayError::Write { .. } => Reason::CONNECT_ERROR,
         });
         // After an end that was delivered in order, RST would only destroy what is still unread.
-        if self.down != Phase::Done
-            && let Err(error) = reset_on_close(socket)
-        {
-            tracing::debug!(%error, "a socket could not be set to reset on close");
+        if self.down != Phase::Done {
+            reset_on_close(socket);
         }
     }
 }

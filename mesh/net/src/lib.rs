@@ -11,16 +11,16 @@
 //! - [`sockdiag`], [`pidfd`]: which sockets a namespace has, and who holds them;
 //! - [`seqpacket`]: packets with descriptors over unix sockets;
 //! - [`splice`], [`relay`], [`pipe`]: moving bytes between connections;
-//! - [`memory`]: what of a process is resident.
+//! - [`process`]: settings of the calling process.
 
 pub mod accept;
 pub mod connect;
 pub mod conntrack;
 pub mod listen;
-pub mod memory;
 pub mod netns;
 pub mod pidfd;
 pub mod pipe;
+pub mod process;
 mod readiness;
 pub mod relay;
 pub mod seqpacket;

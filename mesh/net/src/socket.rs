@@ -129,14 +129,14 @@ pub fn force_send_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
     set_int(socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, i32::try_from(bytes).unwrap_or(i32::MAX))
 }
 
-/// Makes the close of this connection a reset: the peer sees an error, not an end of data.
-pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
-    SockRef::from(socket).set_linger(Some(Duration::ZERO))
-}
-
-/// Closes a connection with a reset.
-pub fn reset(socket: impl AsFd) -> io::Result<()> {
-    reset_on_close(&socket)
+/// Makes the kernel answer with RST instead of FIN when `socket` is closed.
+///
+/// RFC 9293 §3.10.5: the peer must see an abort when the other half of a relay failed; a FIN would let it believe that it
+/// had received everything. If the option can't be set, the socket closes in the ordinary way, and the log says so.
+pub fn reset_on_close(socket: &impl AsFd) {
+    if let Err(error) = SockRef::from(socket).set_linger(Some(Duration::ZERO)) {
+        tracing::debug!(%error, "a socket could not be set to reset on close");
+    }
 }
 
 /// Where a redirected connection was going before `redirect` took it (`SO_ORIGINAL_DST`).

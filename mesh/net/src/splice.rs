@@ -53,10 +53,7 @@ pub async fn splice(
     .await;
     if outcome.is_err() {
         for stream in [&*downstream, &*upstream] {
-            // Either may be closed already; what can still be told is told.
-            if let Err(error) = reset_on_close(stream) {
-                tracing::trace!(%error, "a socket could not be set to reset on close");
-            }
+            reset_on_close(stream);
         }
     }
     outcome

@@ -7,7 +7,7 @@
 
 mod decide;
 mod encode;
-mod relay;
+mod records;
 mod resolve;
 
 use anyhow::{Result, bail};
@@ -20,8 +20,8 @@ fn main() -> Result<()> {
         Some("apply-change") => resolve::apply_change(),
         Some("decide-by-namespace") => decide::by_namespace(),
         Some("decide-by-name") => decide::by_name(),
-        Some("relay-bulk") => relay::bulk(),
-        Some("relay-round-trips") => relay::round_trips(),
+        Some("records-bulk") => records::bulk(),
+        Some("records-small") => records::small(),
         Some("xds-encode") => encode::resources(),
         Some("xds-push") => encode::push(),
         other => bail!("no such function: {other:?}"),

@@ -171,9 +171,7 @@ fn hand_over(post: &Post, home: &Seat, stream: TcpStream, peer: SocketAddr) {
         Ok(admission) => admission,
         Err((refusal, holder)) => {
             post.proxy.shares.report(refusal, name, &holder, pod.uid(), peer.ip());
-            if let Err(error) = ambit_net::socket::reset(&stream) {
-                tracing::trace!(%error, "linger not set");
-            }
+            ambit_net::socket::reset_on_close(&stream);
             return;
         }
     };

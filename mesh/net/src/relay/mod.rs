@@ -1,21 +1,14 @@
-//! Moving bytes between two streams: read sizes that follow the traffic, buffers shared by a worker,
-//! live counters, half-close and reset passed on.
+//! What every relay is built from: read sizes that follow the traffic, buffers shared by a worker, byte counters, errors.
 //!
-//! The proxies call [`relay_tcp`] where bytes pass unchanged between two sockets and `splice` is not
-//! wanted; `ambit-hbone` builds its tunnel relay from the same [`Sizing`], [`buffers`] and
-//! [`Counters`]. Nothing here knows TLS, HTTP/2 or who is allowed to talk to whom.
+//! [`splice`](crate::splice) and the tunnel relay of `ambit-hbone` use it.
 
 pub mod buffers;
-mod copy;
 mod sizing;
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-
-pub use copy::{relay, relay_tcp};
 pub use sizing::{Sizing, Tier};
 
 /// Bytes of one connection, counted while it lives, so that a dump of open connections shows them.
@@ -113,16 +106,4 @@ pub enum RelayError {
     /// No byte moved in either direction for the idle limit.
     #[error("no byte moved for {0:?}")]
     Idle(Duration),
-}
-
-/// Makes the kernel answer with RST instead of FIN when `socket` is dropped.
-///
-/// RFC 9293 §3.10.5: an ABORT is what the peer must see when the other half of a relay was reset; a
-/// FIN would let it believe that it had received everything.
-///
-/// # Errors
-///
-/// What `setsockopt(SO_LINGER)` returned; the socket is then closed in the ordinary way.
-pub fn reset_on_close(socket: &TcpStream) -> io::Result<()> {
-    socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO))
 }

@@ -1,25 +1,23 @@
 //! CPU profiles for `/debug/pprof/profile`.
 //!
-//! Samples are taken by a timer signal while a profile runs and cost nothing otherwise; one profile runs
-//! at a time.
+//! A timer signal takes samples while a profile runs; at other times it costs nothing. One profile runs at a time.
 
 use std::time::Duration;
 
-use pprof::{ProfilerGuard, ProfilerGuardBuilder, Report};
-use prost::Message;
+use pprof::protos::Message;
+use pprof::{ProfilerGuard, ProfilerGuardBuilder};
 use tokio::sync::Mutex;
 
 use super::ProfileError;
-use super::encoding::{Profile, Sample, Tables};
 
-/// Samples a second.
+/// Samples per second.
 const FREQUENCY: i32 = 99;
 
-/// Held while a profile runs: the signal handler and its buffer are the process's. Waited for by nobody;
-/// a second request is refused.
+/// Held while a profile runs: the signal handler and its buffer belong to the process. A second request is refused, not
+/// queued.
 static RUNNING: Mutex<()> = Mutex::const_new(());
 
-/// Takes a profile for so many seconds.
+/// Takes a profile for `seconds`.
 pub(super) async fn take(seconds: u64) -> Result<Vec<u8>, ProfileError> {
     let _running = RUNNING.try_lock().map_err(|_busy| ProfileError::Busy)?;
     let profiler = ProfilerGuardBuilder::default()
@@ -28,43 +26,19 @@ pub(super) async fn take(seconds: u64) -> Result<Vec<u8>, ProfileError> {
         .blocklist(&["libc", "libgcc", "pthread", "vdso"])
         .build()?;
     tokio::time::sleep(Duration::from_secs(seconds)).await;
-    let made = tokio::task::spawn_blocking(move || report(&profiler, seconds)).await;
-    made.map_err(ProfileError::Report)?
+    let encoded = tokio::task::spawn_blocking(move || encode(&profiler)).await;
+    encoded.map_err(ProfileError::Report)?
 }
 
-fn report(profiler: &ProfilerGuard<'_>, seconds: u64) -> Result<Vec<u8>, ProfileError> {
-    Ok(render(&profiler.report().build()?, seconds).encode_to_vec())
-}
-
-fn render(report: &Report, seconds: u64) -> Profile {
-    let mut tables = Tables::default();
-    let period = 1_000_000_000 / i64::from(FREQUENCY);
-    let kinds = [("samples", "count"), ("cpu", "nanoseconds")];
-    let sample_type: Vec<_> = kinds.iter().map(|(kind, unit)| tables.value_type(kind, unit)).collect();
-    let mut samples = Vec::with_capacity(report.data.len());
-    for (frames, count) in &report.data {
-        let mut location_id = Vec::new();
-        for symbol in frames.frames.iter().flatten() {
-            let line = i64::from(symbol.lineno.unwrap_or(0));
-            location_id.push(tables.location(&symbol.name(), &symbol.filename(), line));
-        }
-        let count = i64::try_from(*count).unwrap_or(i64::MAX);
-        samples.push(Sample { location_id, value: vec![count, count.saturating_mul(period)] });
-    }
-    let period_type = tables.value_type("cpu", "nanoseconds");
-    Profile {
-        sample_type,
-        sample: samples,
-        duration_nanos: i64::try_from(seconds * 1_000_000_000).unwrap_or(i64::MAX),
-        period_type: Some(period_type),
-        period,
-        ..tables.into_profile()
-    }
+fn encode(profiler: &ProfilerGuard<'_>) -> Result<Vec<u8>, ProfileError> {
+    let profile = profiler.report().build()?.pprof()?;
+    profile.write_to_bytes().map_err(|error| ProfileError::Encode(error.into()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pprof::protos::Profile;
     use std::hint::black_box;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,7 +58,7 @@ mod tests {
         let bytes = first.unwrap();
         stop.store(true, Ordering::Relaxed);
         burner.join().unwrap();
-        let profile = Profile::decode(bytes.as_slice()).unwrap();
+        let profile = Profile::parse_from_bytes(&bytes).unwrap();
         assert_eq!(profile.string_table.first().map(String::as_str), Some(""));
         assert!(!profile.sample.is_empty());
         let functions = profile.function.iter().map(|function| &profile.string_table[function.name as usize]);

@@ -1,62 +1,105 @@
 //! Heap profiles for `/debug/pprof/heap`, from the samples of [`crate::heap`].
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use prost::Message;
+use pprof::protos::{Function, Line, Location, Message, Profile, Sample, ValueType};
 
 use super::ProfileError;
-use super::encoding::{Profile, Sample, Tables};
 use crate::heap::{Recording, SAMPLE_BYTES, SampledAllocation};
 
-/// Watches the allocator for so many seconds.
+/// Names and units of a sample's values.
+const VALUES: [(&str, &str); 4] = [
+    ("alloc_objects", "count"),
+    ("alloc_space", "bytes"),
+    ("inuse_objects", "count"),
+    ("inuse_space", "bytes"),
+];
+
+/// Records allocations for `seconds`.
 pub(super) async fn take(seconds: u64) -> Result<Vec<u8>, ProfileError> {
     let recording = Recording::start()?;
     tokio::time::sleep(Duration::from_secs(seconds)).await;
-    let made = tokio::task::spawn_blocking(move || render(recording.finish(), seconds).encode_to_vec()).await;
-    made.map_err(ProfileError::Report)
+    let encoded = tokio::task::spawn_blocking(move || profile(recording.finish(), seconds).write_to_bytes());
+    encoded.await.map_err(ProfileError::Report)?.map_err(|error| ProfileError::Encode(error.into()))
 }
 
-fn render(allocations: Vec<SampledAllocation>, seconds: u64) -> Profile {
+fn profile(allocations: Vec<SampledAllocation>, seconds: u64) -> Profile {
     let mut tables = Tables::default();
-    let kinds = [
-        ("alloc_objects", "count"),
-        ("alloc_space", "bytes"),
-        ("inuse_objects", "count"),
-        ("inuse_space", "bytes"),
-    ];
-    let sample_type: Vec<_> = kinds.iter().map(|(kind, unit)| tables.value_type(kind, unit)).collect();
-    let mut sample = Vec::with_capacity(allocations.len());
-    for mut allocation in allocations {
-        let (objects, bytes) = stands_for(allocation.size);
-        let in_use = |value: i64| if allocation.in_use { value } else { 0 };
-        let value = vec![objects, bytes, in_use(objects), in_use(bytes)];
-        sample.push(Sample { location_id: locations(&mut allocation, &mut tables), value });
-    }
+    // profile.proto: the first string is empty.
+    tables.string("");
+    let sample_type = VALUES.iter().map(|(name, unit)| tables.value_type(name, unit)).collect();
     let period_type = tables.value_type("space", "bytes");
-    Profile {
-        sample_type,
-        sample,
-        duration_nanos: i64::try_from(seconds * 1_000_000_000).unwrap_or(i64::MAX),
-        period_type: Some(period_type),
-        period: i64::try_from(SAMPLE_BYTES).unwrap_or(i64::MAX),
-        ..tables.into_profile()
+    let sample = allocations.into_iter().map(|allocation| tables.sample(allocation)).collect();
+    let Tables { strings: _, locations: _, mut profile } = tables;
+    profile.sample_type = sample_type;
+    profile.sample = sample;
+    profile.duration_nanos = i64::try_from(seconds * 1_000_000_000).unwrap_or(i64::MAX);
+    profile.period_type = Some(period_type).into();
+    profile.period = i64::try_from(SAMPLE_BYTES).unwrap_or(i64::MAX);
+    profile
+}
+
+/// The tables of a profile under construction. Ids start at 1; each location has a function of its own id.
+#[derive(Default)]
+struct Tables {
+    strings: HashMap<String, i64>,
+    locations: HashMap<(String, String, u32), u64>,
+    profile: Profile,
+}
+
+impl Tables {
+    fn string(&mut self, text: &str) -> i64 {
+        if let Some(index) = self.strings.get(text) {
+            return *index;
+        }
+        let index = i64::try_from(self.profile.string_table.len()).unwrap_or(0);
+        self.profile.string_table.push(text.to_owned());
+        self.strings.insert(text.to_owned(), index);
+        index
+    }
+
+    fn value_type(&mut self, name: &str, unit: &str) -> ValueType {
+        ValueType { ty: self.string(name), unit: self.string(unit), ..ValueType::default() }
+    }
+
+    fn sample(&mut self, mut allocation: SampledAllocation) -> Sample {
+        allocation.trace.resolve();
+        let symbols = allocation.trace.frames().iter().flat_map(|frame| frame.symbols());
+        let location_id = symbols
+            .map(|symbol| {
+                let name = symbol.name().map_or_else(|| "?".to_owned(), |name| format!("{name:#}"));
+                let file = symbol.filename().map(|path| path.display().to_string()).unwrap_or_default();
+                self.location(name, file, symbol.lineno().unwrap_or(0))
+            })
+            .collect();
+        let (objects, bytes) = represented(allocation.size);
+        let in_use = |value: i64| if allocation.in_use { value } else { 0 };
+        Sample {
+            location_id,
+            value: vec![objects, bytes, in_use(objects), in_use(bytes)],
+            ..Sample::default()
+        }
+    }
+
+    fn location(&mut self, name: String, file: String, line: u32) -> u64 {
+        let (name_index, file_index) = (self.string(&name), self.string(&file));
+        let next = self.profile.location.len() as u64 + 1;
+        let id = *self.locations.entry((name, file, line)).or_insert(next);
+        if id == next {
+            let (name, filename) = (name_index, file_index);
+            let function = Function { id, name, system_name: name, filename, ..Function::default() };
+            self.profile.function.push(function);
+            let line = Line { function_id: id, line: line.into(), ..Line::default() };
+            self.profile.location.push(Location { id, line: vec![line], ..Location::default() });
+        }
+        id
     }
 }
 
-/// Objects and bytes that one sample of this size stands for: one is taken every [`SAMPLE_BYTES`].
-fn stands_for(size: usize) -> (i64, i64) {
+/// Objects and bytes that one sample of this size represents: one is taken every [`SAMPLE_BYTES`].
+fn represented(size: usize) -> (i64, i64) {
     let bytes = size.max(SAMPLE_BYTES);
     let objects = bytes / size.max(1);
     (i64::try_from(objects).unwrap_or(i64::MAX), i64::try_from(bytes).unwrap_or(i64::MAX))
-}
-
-fn locations(allocation: &mut SampledAllocation, tables: &mut Tables) -> Vec<u64> {
-    allocation.trace.resolve();
-    let mut ids = Vec::new();
-    for symbol in allocation.trace.frames().iter().flat_map(|frame| frame.symbols()) {
-        let name = symbol.name().map_or_else(|| "?".to_owned(), |name| format!("{name:#}"));
-        let file = symbol.filename().map(|path| path.display().to_string()).unwrap_or_default();
-        ids.push(tables.location(&name, &file, i64::from(symbol.lineno().unwrap_or(0))));
-    }
-    ids
 }

@@ -1,7 +1,6 @@
 //! Profiles for people with `pprof`: where time goes, and where memory goes.
 
 mod cpu;
-mod encoding;
 mod heap;
 
 use ::http::StatusCode;
@@ -27,6 +26,9 @@ pub enum ProfileError {
     /// The program's allocator takes no samples.
     #[error(transparent)]
     Heap(#[from] StartError),
+    /// The profile could not be encoded.
+    #[error("the profile could not be encoded: {0}")]
+    Encode(Box<dyn std::error::Error + Send + Sync>),
     /// The task that makes the report died.
     #[error("the profile's report could not be made: {0}")]
     Report(tokio::task::JoinError),
@@ -38,7 +40,7 @@ impl ProfileError {
             Self::Busy | Self::Heap(StartError::Running) => StatusCode::CONFLICT,
             Self::Seconds(_) => StatusCode::BAD_REQUEST,
             Self::Heap(StartError::NotInstalled) => StatusCode::NOT_IMPLEMENTED,
-            Self::Profiler(_) | Self::Report(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Profiler(_) | Self::Encode(_) | Self::Report(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 }
