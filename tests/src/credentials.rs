@@ -52,6 +52,11 @@ impl Credentials {
         request.complete(&chain, &self.trust, TlsSettings::default()).expect("a usable certificate")
     }
 
+    /// The cluster's roots.
+    pub fn trust(&self) -> Trust {
+        self.trust.clone()
+    }
+
     /// Puts a certificate on the list that the node proxies watch, which is replaced in one step.
     ///
     /// # Panics

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_directory::Directory;
-use ambit_hbone::{Pool, PoolCounters, WindowBudget};
+use ambit_hbone::{Pool, PoolCounters, Server, WindowBudget};
 use ambit_identity::{
     CertificateStore, CipherPreference, ControlPlane, ControlPlaneConfig, GrpcIssuer, StoreConfig,
     TlsSettings, Trust, TrustConfig, TrustDomain,
@@ -36,6 +36,7 @@ use crate::proxy::{Limits, Proxy, Settings, Tallies, Worker};
 use crate::report::Reporter;
 use crate::shares::Shares;
 use crate::tasks::Tasks;
+use crate::tunnels::{pool_settings, server_settings};
 use crate::workers::{Supervisor, Workers};
 use crate::zds::client::Progress;
 
@@ -268,7 +269,7 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         demander: config.xds.on_demand.then(|| Demander::new(discovery.clone(), Bounds::default())),
         synced: synced(discovery),
         drain: drain.clone(),
-        budget: budget.clone(),
+        server: Server::new(server_settings(config), trust.clone(), budget.clone()),
         dns: dns(config, directory.clone(), &parts.registry),
         tallies: Tallies::default(),
     });
@@ -276,7 +277,7 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
     let (workers, supervisor) = Workers::start(count, |seat| Worker {
         proxy: proxy.clone(),
         index: seat.index(),
-        pool: Pool::new(tunnel_settings(config), budget.clone(), pool_counters.clone()),
+        pool: Pool::new(pool_settings(config), trust.clone(), budget.clone(), pool_counters.clone()),
         reporter: Arc::new(Reporter::new(parts.tcp_metrics.clone(), parts.access_log.clone())),
     })?;
     let pods = Pods::new(proxy.clone(), workers.clone(), drain);
@@ -327,16 +328,6 @@ fn settings(config: &Config, trust: &Trust) -> Settings {
             connection_idle: limits.connection_idle.get(),
             directory_wait: limits.directory_wait.get(),
         },
-    }
-}
-
-fn tunnel_settings(config: &Config) -> ambit_hbone::Settings {
-    ambit_hbone::Settings {
-        handshake_timeout: config.limits.handshake_timeout.get(),
-        // One attempt of several: a proxy that does not answer must leave time for another one.
-        connect_timeout: config.limits.attempt_timeout.get(),
-        idle_timeout: config.limits.pool_idle.get(),
-        ..ambit_hbone::Settings::default()
     }
 }
 

@@ -9,8 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ambit_hbone::server;
-use ambit_hbone::{Forwarded, Incoming, ServeError, Tunnel};
+use ambit_hbone::{Endpoints, Forwarded, Incoming, ServeError, Tunnel};
 use ambit_identity::PeerCertificate;
 use ambit_net::relay::{Counters, Side};
 use ambit_net::socket::reset_on_close;
@@ -76,8 +75,9 @@ impl Accepted {
         let reached = stream.local_addr().map_err(ConnectionError::OriginalDestination)?;
         let reached = SocketAddr::new(reached.ip().to_canonical(), reached.port());
         let certificate = worker.proxy.certificates.certificate(pod.identity()).await?;
-        let settings = worker.pool.settings().clone();
-        let accepted = Box::pin(server::accept(stream, certificate.server_config(), &settings)).await?;
+        let server = worker.proxy.server.clone();
+        let endpoints = Endpoints { local: reached, remote: peer };
+        let accepted = Box::pin(server.accept(stream, endpoints, certificate.server_config())).await?;
         drop((certificate, handshake));
         let tunnelled = Arc::new(Tunnelled {
             worker: worker.clone(),
@@ -86,7 +86,7 @@ impl Accepted {
             holder: pod.shares().inbound(peer.ip()),
             source: peer,
             reached,
-            certificate: accepted.peer().clone(),
+            certificate: accepted.peer().certificate.clone(),
         });
         let (malformed, asked) = (Arc::clone(&tunnelled), Arc::clone(&tunnelled));
         let accepted = accepted.on_malformed(move |error| malformed.tell_failed(&error.into()));
@@ -97,10 +97,7 @@ impl Accepted {
                 () = pod.leaving() => {}
             }
         };
-        let budget = worker.proxy.budget.clone();
-        let ended = server::serve(accepted, &settings, budget, ending, move |incoming| {
-            Tunnelled::clone(&asked).serve(incoming)
-        });
+        let ended = server.serve(accepted, ending, move |incoming| Tunnelled::clone(&asked).serve(incoming));
         match ended.await {
             Err(error) if error.is_misconduct() => tunnelled.tell_failed(&error.into()),
             Err(error @ ServeError::PingTimeout { .. }) => {
@@ -221,7 +218,7 @@ fn carry(
 ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
     let Connected { mut stream, open, telling } = connected;
     Box::pin(async move {
-        let relay = ambit_hbone::relay(&mut stream, Side::Upstream, tunnel, &open.counters, None);
+        let relay = ambit_hbone::relay(&mut stream, Side::Upstream, tunnel, &open.counters);
         let outcome = match open.cut().race(relay).await {
             Ok(ended) => ended.map_err(ConnectionError::from),
             Err(reason) => {

@@ -26,6 +26,7 @@ pub mod review;
 pub mod shares;
 pub mod socks5;
 pub mod tasks;
+pub mod tunnels;
 pub mod upstream;
 pub mod workers;
 pub mod zds;

@@ -194,7 +194,7 @@ impl Asked {
         let telling = worker.reporter.open(story, &open);
         match upstream {
             Upstream::Tunnel(tunnel) => Box::pin(async move {
-                let relay = ambit_hbone::relay(&mut stream, Side::Downstream, *tunnel, &open.counters, None);
+                let relay = ambit_hbone::relay(&mut stream, Side::Downstream, *tunnel, &open.counters);
                 let outcome = settle(open.cut().race(relay).await);
                 reset_if_cut(&outcome, &stream);
                 telling.finish(&outcome);

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use ambit_api::workload::zds::WorkloadInfo;
 use ambit_directory::WorkloadUid;
+use ambit_hbone::InFlight;
 use ambit_identity::{CertificateError, CertificateStore, SpiffeId, SpiffeIdError};
 use ambit_net::{Netns, NetnsError, NetnsId, PROXY_MARK, SocketStock};
 use arc_swap::ArcSwap;
@@ -400,7 +401,7 @@ impl Pods {
             return;
         }
         for worker in self.0.workers.states() {
-            worker.pool.evict_origin(uid);
+            worker.pool.evict(|key| &*key.origin == uid, InFlight::Finish);
         }
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ambit_directory::{Reader, Snapshot, Workload, WorkloadUid};
-use ambit_hbone::{Pool, WindowBudget};
+use ambit_hbone::{Pool, Server};
 use ambit_identity::{CertificateStore, Trust, TrustDomain};
 use tokio::sync::watch;
 
@@ -23,6 +23,7 @@ use crate::pods::sockets::Wanted;
 use crate::pods::{LocalPods, Pod};
 use crate::report::Reporter;
 use crate::shares::Shares;
+use crate::tunnels::TunnelKey;
 
 /// Bounds of the data path; see [`crate::config::Limits`].
 #[derive(Debug, Clone, Copy)]
@@ -121,8 +122,8 @@ pub struct Proxy {
     pub synced: watch::Receiver<bool>,
     /// Tells when nothing new is to be taken.
     pub drain: Drain,
-    /// Memory for tunnels' windows, of the whole process.
-    pub budget: WindowBudget,
+    /// Accepts and serves the tunnel connections of other proxies.
+    pub server: Server,
     /// Answers pods' DNS questions.
     pub dns: DnsProxy,
     /// Counts.
@@ -137,7 +138,7 @@ pub struct Worker {
     /// Its number, from 0.
     pub index: usize,
     /// Its tunnels.
-    pub pool: Pool,
+    pub pool: Pool<TunnelKey>,
     /// Its memory of metrics.
     pub reporter: Arc<Reporter>,
 }

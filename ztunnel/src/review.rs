@@ -3,6 +3,7 @@
 //! Runs on the control runtime. Ends what may no longer be, takes tunnels of workloads that are gone out
 //! of the pools, and counts the bytes of connections that live long.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -55,9 +56,10 @@ async fn follow_directory(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
             review(&proxy);
         }
         if let Removed::These(gone) = snapshot.removed_since(seen.snapshot) {
-            for uid in gone {
+            let gone: HashSet<&str> = gone.iter().map(|uid| uid.as_str()).collect();
+            if !gone.is_empty() {
                 for worker in workers.states() {
-                    worker.pool.evict(uid.as_str(), InFlight::Finish);
+                    worker.pool.evict(|key| gone.contains(&*key.destination), InFlight::Finish);
                 }
             }
         } else {

@@ -12,8 +12,9 @@ use ambit_directory::{
     ClientRole, Demand, Dependency, DoubleTunnel, Lookup, Plain, Question, Route, Service, WaypointTunnel,
     Workload, WorkloadUid, resolve, resolve_on_demand,
 };
+use ambit_hbone::client::Target;
 use ambit_hbone::{
-    Authority, Baggage, ConnectRequest, Forwarded, OpenError, PoolKey, TraceParent, Tunnel, WorkloadKind,
+    Authority, Baggage, ConnectRequest, Forwarded, OpenError, TraceParent, Tunnel, WorkloadKind,
 };
 use ambit_identity::SpiffeId;
 use ambit_net::relay::Counters;
@@ -30,6 +31,10 @@ use crate::loads::LoadGuard;
 use crate::pods::Pod;
 use crate::proxy::Worker;
 use crate::report::{End, Story};
+use crate::tunnels::TunnelKey;
+
+/// Requests that a peer did not process, beside [`connect_attempts`](crate::config::Limits::connect_attempts).
+const UNPROCESSED_ATTEMPTS: u32 = 8;
 
 /// Names asked for on the way of one connection, at most: address, waypoint, gateway and their services.
 const MAX_DEMANDS: usize = 8;
@@ -110,7 +115,8 @@ impl Dial<'_> {
         let limits = self.worker.proxy.settings.limits;
         let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
         let mut last: Option<ConnectionError> = None;
-        for _ in 0..limits.connect_attempts {
+        let (mut attempts, mut unprocessed) = (0, 0);
+        while attempts < limits.connect_attempts {
             let mut route = self.route(&tried).await?;
             if let (Route::Refuse(refusal), Some(error)) = (&route, &last)
                 && refusal.is_exhausted()
@@ -129,7 +135,17 @@ impl Dial<'_> {
             let load = hop.as_ref().map(|hop| self.worker.proxy.loads.open(hop));
             match Box::pin(self.attempt(route, story)).await {
                 Ok(upstream) => return Ok((upstream, load)),
+                // The peer's connection was closing, as before an upgrade: the same endpoint may take it on another one.
+                Err(ConnectionError::Tunnel(error))
+                    if error.never_processed() && unprocessed < UNPROCESSED_ATTEMPTS =>
+                {
+                    tracing::debug!(%error, dialled = %self.dialled, "a request was not processed");
+                    self.worker.proxy.tallies.retries.add(1);
+                    unprocessed += 1;
+                    last = Some(error.into());
+                }
                 Err(error) => {
+                    attempts += 1;
                     let again = error.another_endpoint_may_help();
                     tracing::debug!(%error, dialled = %self.dialled, again, "an attempt failed");
                     last = Some(error);
@@ -298,14 +314,10 @@ impl Dial<'_> {
         let outer = self.open(&way.gateway, way.hbone, &way.expected, &request).await?;
         request.forwarded_network = Some(way.network.to_string());
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
-        let inner = ambit_hbone::client::open_within(
-            outer,
-            way.hbone,
-            certificate.client_tls(),
-            &way.inner_expected,
-            &request,
-            self.worker.pool.settings(),
-        );
+        let (address, tls) = (way.hbone, certificate.client_tls());
+        let target = Target { address, source: self.source.ip(), tls: &tls, expected: &way.inner_expected };
+        let settings = &self.worker.pool.settings().client;
+        let inner = ambit_hbone::client::open_within(outer, target, &request, settings);
         let inner = Box::pin(inner).await?;
         story.destination.identity = Some(inner.peer().clone());
         Ok(Upstream::Tunnel(Box::new(inner)))
@@ -340,7 +352,7 @@ impl Dial<'_> {
         request: &ConnectRequest,
     ) -> Result<Tunnel, ConnectionError> {
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
-        let key = PoolKey {
+        let key = TunnelKey {
             origin: self.pod.shared_uid().clone(),
             source: self.pod.identity().clone(),
             destination: workload.uid.shared().clone(),
@@ -352,7 +364,8 @@ impl Dial<'_> {
         let source = self.client.address_like(Some(address.ip()));
         let dial = || dial_proxy(stock.clone(), source, address, limit);
         let tls = certificate.client_tls();
-        let opened = self.worker.pool.open(&key, &tls, expected, request, dial);
+        let target = Target { address, source: self.source.ip(), tls: &tls, expected };
+        let opened = self.worker.pool.open(&key, target, request, dial);
         Ok(Box::pin(opened).await?)
     }
 

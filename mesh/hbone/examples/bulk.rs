@@ -10,7 +10,10 @@ use std::net::{Shutdown, SocketAddr, TcpListener as StdListener, TcpStream as St
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use ambit_hbone::{ConnectRequest, Incoming, Pool, PoolKey, Settings, WindowBudget, relay, server};
+use ambit_hbone::client::Target;
+use ambit_hbone::{
+    ConnectRequest, Endpoints, Incoming, Pool, PoolSettings, Server, ServerSettings, WindowBudget, relay,
+};
 use ambit_identity::{SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate, unnamed_server};
 use ambit_net::relay::{Counters, Side};
 use anyhow::{Context, Result};
@@ -32,10 +35,10 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let rounds = arguments.next().map_or(Ok(3), |text| text.parse())?;
     let only = arguments.next();
-    let certificates = certificates()?;
+    let (certificates, trust) = certificates()?;
     for round in 1..=rounds {
         for path in [Path::Tunnel, Path::Raw] {
-            let bed = Bed::start(path, &certificates)?;
+            let bed = Bed::start(path, &certificates, &trust)?;
             for (name, row) in
                 ROWS.iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name))
             {
@@ -94,17 +97,18 @@ struct Bed {
 }
 
 impl Bed {
-    fn start(path: Path, certificates: &[Arc<WorkloadCertificate>; 2]) -> Result<Bed> {
+    fn start(path: Path, certificates: &[Arc<WorkloadCertificate>; 2], trust: &Trust) -> Result<Bed> {
         let exit = StdListener::bind("127.0.0.1:0")?;
         let application = exit.local_addr()?;
         let [client, server] = certificates.clone();
+        let (client_trust, server_trust) = (trust.clone(), trust.clone());
         let (wire, far) = proxy(move |listener| match path {
             Path::Raw => tokio::spawn(raw_server(listener, server, application)),
-            Path::Tunnel => tokio::spawn(tunnel_server(listener, server)),
+            Path::Tunnel => tokio::spawn(tunnel_server(listener, server, server_trust)),
         })?;
         let (entry, near) = proxy(move |listener| match path {
             Path::Raw => tokio::spawn(raw_client(listener, client, wire)),
-            Path::Tunnel => tokio::spawn(tunnel_client(listener, client, wire, application)),
+            Path::Tunnel => tokio::spawn(tunnel_client(listener, client, client_trust, wire, application)),
         })?;
         Ok(Bed { entry, exit, threads: [near, far] })
     }
@@ -152,41 +156,47 @@ fn proxy(
 async fn tunnel_client(
     listener: TcpListener,
     certificate: Arc<WorkloadCertificate>,
+    trust: Trust,
     wire: SocketAddr,
     application: SocketAddr,
 ) -> Result<()> {
-    let pool = Pool::new(Settings::default(), WindowBudget::default(), Arc::default());
-    let key = PoolKey {
-        origin: "client".into(),
-        source: id("client")?,
-        destination: "server".into(),
-        address: wire,
-    };
+    let pool: Pool<SocketAddr> =
+        Pool::new(PoolSettings::default(), trust, WindowBudget::default(), Arc::default());
     let expected: Arc<[SpiffeId]> = Arc::new([id("server")?]);
     loop {
         let (mut socket, _) = listener.accept().await?;
-        let (pool, key, expected) = (pool.clone(), key.clone(), Arc::clone(&expected));
+        let (pool, expected) = (pool.clone(), Arc::clone(&expected));
         let tls = certificate.client_tls();
         tokio::spawn(async move {
             socket.set_nodelay(true)?;
             let request = ConnectRequest::new(application);
-            let tunnel = pool.open(&key, &tls, &expected, &request, || TcpStream::connect(wire)).await?;
-            relay(&mut socket, Side::Downstream, tunnel, &Counters::new(), None).await?;
+            let target = Target { address: wire, source: wire.ip(), tls: &tls, expected: &expected };
+            let dial = || async move {
+                let stream = TcpStream::connect(wire).await?;
+                stream.set_nodelay(true)?;
+                Ok(stream)
+            };
+            let tunnel = pool.open(&wire, target, &request, dial).await?;
+            relay(&mut socket, Side::Downstream, tunnel, &Counters::new()).await?;
             anyhow::Ok(())
         });
     }
 }
 
-async fn tunnel_server(listener: TcpListener, certificate: Arc<WorkloadCertificate>) -> Result<()> {
+async fn tunnel_server(
+    listener: TcpListener,
+    certificate: Arc<WorkloadCertificate>,
+    trust: Trust,
+) -> Result<()> {
+    let server = Server::new(ServerSettings::default(), trust, WindowBudget::default());
     loop {
-        let (socket, _) = listener.accept().await?;
+        let (socket, remote) = listener.accept().await?;
+        let (server, endpoints) = (server.clone(), Endpoints { local: socket.local_addr()?, remote });
         let tls = certificate.server_config();
         tokio::spawn(async move {
             socket.set_nodelay(true)?;
-            let settings = Settings::default();
-            let accepted = server::accept(socket, tls, &settings).await?;
-            let drain = std::future::pending();
-            server::serve(accepted, &settings, WindowBudget::default(), drain, to_application).await?;
+            let accepted = server.accept(socket, endpoints, tls).await?;
+            server.serve(accepted, std::future::pending(), to_application).await?;
             anyhow::Ok(())
         });
     }
@@ -199,7 +209,7 @@ async fn to_application(mut incoming: Incoming) {
         return;
     }
     let Ok(tunnel) = incoming.accept(None) else { return };
-    if let Err(error) = relay(&mut socket, Side::Upstream, tunnel, &Counters::new(), None).await {
+    if let Err(error) = relay(&mut socket, Side::Upstream, tunnel, &Counters::new()).await {
         println!("relay: {error}");
     }
 }
@@ -355,8 +365,8 @@ fn id(name: &str) -> Result<SpiffeId> {
     Ok(SpiffeId::new("cluster.local", "default", name)?)
 }
 
-/// The client's and the server's.
-fn certificates() -> Result<[Arc<WorkloadCertificate>; 2]> {
+/// The client's and the server's, and a trust in both.
+fn certificates() -> Result<([Arc<WorkloadCertificate>; 2], Trust)> {
     let mut params = CertificateParams::new(Vec::new())?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
@@ -371,5 +381,5 @@ fn certificates() -> Result<[Arc<WorkloadCertificate>; 2]> {
         let key = rustls::pki_types::PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         Ok(Arc::new(WorkloadCertificate::new(&id, key, &chain, &trust, TlsSettings::default())?))
     };
-    Ok([certificate("client")?, certificate("server")?])
+    Ok(([certificate("client")?, certificate("server")?], trust))
 }

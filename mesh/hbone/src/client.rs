@@ -1,14 +1,14 @@
 //! The client's end of one tunnel connection.
 //!
-//! [`Pool`](crate::Pool) is the usual way in; [`connect`] and [`open_within`] serve it, and callers that need a connection
-//! of their own.
+//! [`Pool`](crate::Pool) is the usual entry; [`connect`] and [`open_within`] serve callers that need a connection of their
+//! own.
 
 use std::future::{Future, poll_fn};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ambit_identity::{ClientTls, PeerCertificate, PeerError, SpiffeId, unnamed_server};
 use ambit_tls::TlsStream;
@@ -21,14 +21,28 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
 
 use crate::driver::{Upkeep, Verdict};
+use crate::error::is_rejection;
 use crate::load::{Lease, Load};
-use crate::overhead::Meter;
+use crate::overhead::{Meter, Tally};
 use crate::paced::Paced;
 use crate::request::baggage;
-use crate::tunnel::Lingering;
-use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
+use crate::windows::Window;
+use crate::{ClientSettings, ConnectRequest, OpenError, Tunnel, WindowBudget};
 
-/// A way to open tunnels on an established connection. Clones share the connection.
+/// Where a connection goes, and who must answer there.
+#[derive(Debug, Clone, Copy)]
+pub struct Target<'a> {
+    /// The peer's address. It names the peer in errors; the dial is the caller's.
+    pub address: SocketAddr,
+    /// The address that the connection is made from, whose part of the [`WindowBudget`] it uses.
+    pub source: IpAddr,
+    /// How our certificate is presented.
+    pub tls: &'a Arc<ClientTls>,
+    /// The identities that the peer may have. Nobody else is shown our certificate.
+    pub expected: &'a [SpiffeId],
+}
+
+/// Opens tunnels on an established connection. Clones share the connection.
 ///
 /// When all clones are dropped and the last tunnel has ended, the connection closes with GOAWAY.
 #[derive(Debug, Clone)]
@@ -37,6 +51,7 @@ pub struct Connection {
     peer: PeerCertificate,
     address: SocketAddr,
     load: Arc<Load>,
+    tally: Arc<Tally>,
 }
 
 /// The connection itself: a future that moves its frames. It must be polled for tunnels to make
@@ -59,32 +74,28 @@ pub enum DriverEnd {
     Closed,
     /// A PING went unanswered.
     PingTimeout,
-    /// The peer sent this many frames that move nothing within
-    /// [`overhead_within`](Settings::overhead_within).
+    /// The peer sent this many frames that carry nothing within
+    /// [`overhead_period`](crate::ConnectionSettings::overhead_period).
     Overhead(u64),
     /// HTTP/2 or the connection below it broke.
     Broken(h2::Error),
 }
 
-/// TLS and HTTP/2 over `io`. The handshake fails unless the peer is one of `expected`, who alone sees our certificate.
-/// The caller bounds the time.
-///
-/// `address` only names the peer in errors.
+/// Performs the handshakes of TLS and HTTP/2 over `io`. The caller bounds the time.
 ///
 /// # Errors
 ///
-/// [`OpenError::Tls`], [`OpenError::NoHttp2`], [`OpenError::Identity`], [`OpenError::Lost`].
+/// [`OpenError::Tls`], [`OpenError::NoHttp2`], [`OpenError::Identity`].
 pub async fn connect<IO>(
     io: IO,
-    address: SocketAddr,
-    tls: Arc<ClientTls>,
-    expected: &[SpiffeId],
-    settings: &Settings,
-    budget: WindowBudget,
+    target: Target<'_>,
+    settings: &ClientSettings,
+    budget: &WindowBudget,
 ) -> Result<(Connection, Driver<IO>), OpenError>
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    let Target { address, source, tls, expected } = target;
     let check = |session: &CommonState| match session.alpn_protocol() {
         Some(b"h2") => {
             PeerCertificate::of_server(session).map_err(|source| OpenError::Identity { address, source })
@@ -101,14 +112,17 @@ where
     let peer = peer?;
     let meter = Meter::of_server();
     let tally = meter.tally();
+    let window = Window::new(&settings.connection, budget.share(source, address.ip()));
     let (sender, mut connection) = settings
-        .client()
+        .connection
+        .client(window.size())
         .handshake(Paced::new(stream, meter))
         .await
         .map_err(|error| OpenError::Tls { address, source: Arc::new(crate::tunnel::io_error(error)) })?;
     let load = Load::new(Instant::now());
-    let upkeep = Upkeep::new(settings, budget, connection.ping_pong(), Arc::clone(&load), tally);
-    Ok((Connection { sender, peer, address, load }, Driver { connection, upkeep }))
+    let ping = connection.ping_pong();
+    let upkeep = Upkeep::new(&settings.connection, window, ping, Arc::clone(&load), Arc::clone(&tally));
+    Ok((Connection { sender, peer, address, load, tally }, Driver { connection, upkeep }))
 }
 
 impl Connection {
@@ -137,8 +151,12 @@ impl Connection {
     /// # Errors
     ///
     /// [`OpenError::Refused`], [`OpenError::ConnectTimeout`], [`OpenError::Silent`], [`OpenError::Lost`],
-    /// [`OpenError::NotProcessed`].
-    pub async fn open(&self, request: &ConnectRequest, settings: &Settings) -> Result<Tunnel, OpenError> {
+    /// [`OpenError::NotProcessed`], [`OpenError::Tls`] if the peer rejected our certificate after the handshake.
+    pub async fn open(
+        &self,
+        request: &ConnectRequest,
+        settings: &ClientSettings,
+    ) -> Result<Tunnel, OpenError> {
         let lease = self.load.enter();
         self.open_leased(request, settings, lease).await
     }
@@ -146,12 +164,12 @@ impl Connection {
     pub(crate) async fn open_leased(
         &self,
         request: &ConnectRequest,
-        settings: &Settings,
+        settings: &ClientSettings,
         lease: Lease,
     ) -> Result<Tunnel, OpenError> {
         let (answer, send) = self.send(request)?;
         let authority = || request.authority.clone();
-        let answer = pin!(self.answer(request, settings.doubt, answer));
+        let answer = pin!(self.answer(request, settings, answer));
         let response = timeout(settings.connect_timeout, answer).await.map_err(|_| {
             let (address, limit) = (self.address, settings.connect_timeout);
             OpenError::ConnectTimeout { address, authority: authority(), limit }
@@ -169,24 +187,25 @@ impl Connection {
         Ok(Tunnel::new(send, recv, lease, self.peer.identity().clone(), about))
     }
 
-    /// The answer to CONNECT. It may take as long as the application takes, but not with a peer that is not there:
-    /// after `doubt` the peer is asked for a sign of life.
+    /// The answer to CONNECT. It may take as long as the application takes, unless the peer is gone: after
+    /// `probe_timeout` the peer must answer a PING.
     async fn answer(
         &self,
         request: &ConnectRequest,
-        doubt: Duration,
+        settings: &ClientSettings,
         mut answer: ResponseFuture,
     ) -> Result<Response<RecvStream>, OpenError> {
-        let answered = match timeout(doubt, &mut answer).await {
+        let limit = settings.probe_timeout;
+        let answered = match timeout(limit, &mut answer).await {
             Ok(answered) => answered,
             Err(_) => tokio::select! {
                 biased;
                 answered = &mut answer => answered,
-                given = timeout(doubt, self.load.sign_of_life()) => match given {
+                probed = timeout(limit, self.load.probe()) => match probed {
                     Ok(()) => answer.await,
                     Err(_) => {
                         let (address, authority) = (self.address, request.authority.clone());
-                        return Err(OpenError::Silent { address, authority, silent: doubt * 2 });
+                        return Err(OpenError::Silent { address, authority, silent: limit * 2 });
                     }
                 },
             },
@@ -198,15 +217,20 @@ impl Connection {
         let message = request
             .to_http()
             .ok_or_else(|| OpenError::Unsendable { authority: request.authority.clone() })?;
-        // What cannot be sent was certainly not processed.
-        self.sender.clone().send_request(message, false).map_err(|error| OpenError::NotProcessed {
-            address: self.address,
-            authority: request.authority.clone(),
-            source: Arc::new(error),
+        self.sender.clone().send_request(message, false).map_err(|error| {
+            // What cannot be sent was certainly not processed.
+            self.rejected().unwrap_or_else(|| OpenError::NotProcessed {
+                address: self.address,
+                authority: request.authority.clone(),
+                source: Arc::new(error),
+            })
         })
     }
 
     fn failed(&self, request: &ConnectRequest, error: h2::Error) -> OpenError {
+        if let Some(rejected) = self.rejected() {
+            return rejected;
+        }
         // RFC 9113 §6.8, §8.7: streams above a GOAWAY's last one, and those refused, were not processed.
         let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
         let going = error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
@@ -216,6 +240,13 @@ impl Connection {
         } else {
             OpenError::Lost { address, authority, source }
         }
+    }
+
+    /// RFC 8446 §4.4.2.4: a server verifies our certificate after our side of the handshake is complete, so its refusal
+    /// arrives as an alert in answer to the first request.
+    fn rejected(&self) -> Option<OpenError> {
+        let source = self.tally.failure().filter(|failure| is_rejection(failure))?;
+        Some(OpenError::Tls { address: self.address, source: Arc::clone(source) })
     }
 }
 
@@ -230,6 +261,7 @@ where
         poll_fn(|cx| {
             while let Poll::Ready(verdict) = self.upkeep.poll(cx) {
                 match verdict {
+                    Verdict::Tick => {}
                     Verdict::PingTimeout => return Poll::Ready(DriverEnd::PingTimeout),
                     Verdict::Overhead(count) => return Poll::Ready(DriverEnd::Overhead(count)),
                     Verdict::Idle => {
@@ -252,27 +284,26 @@ where
     }
 }
 
-/// Opens a tunnel inside another one (double HBONE): a second TLS, verified against `expected`, and a
-/// second CONNECT, for a destination in another network (contracts.md, section 2).
+/// Opens a tunnel inside another one (double HBONE): a second TLS and a second CONNECT, for a destination in another
+/// network (contracts.md, section 2).
 ///
 /// The inner connection carries this tunnel only; it runs as a task of the current runtime, ends
-/// with the tunnel, and otherwise with an unanswered PING.
+/// with the tunnel, and otherwise with an unanswered PING. For a connection that several tunnels share, give
+/// [`Pool::open`](crate::Pool::open) a dial that yields [`Tunnel::into_transport`].
 ///
 /// # Errors
 ///
 /// As [`connect`] and [`Connection::open`], and [`OpenError::HandshakeTimeout`].
 pub async fn open_within(
     outer: Tunnel,
-    address: SocketAddr,
-    tls: Arc<ClientTls>,
-    expected: &[SpiffeId],
+    target: Target<'_>,
     request: &ConnectRequest,
-    settings: &Settings,
+    settings: &ClientSettings,
 ) -> Result<Tunnel, OpenError> {
-    let limit = settings.handshake_timeout;
+    let (address, limit) = (target.address, settings.handshake_timeout);
     // An inner window of the same size adds nothing: the outer one already holds the peer back.
     let budget = WindowBudget::new(0);
-    let connected = connect(Lingering::new(outer.into_stream()), address, tls, expected, settings, budget);
+    let connected = connect(outer.into_transport(), target, settings, &budget);
     let (connection, driver) =
         timeout(limit, connected).await.map_err(|_| OpenError::HandshakeTimeout { address, limit })??;
     tokio::spawn(async move {

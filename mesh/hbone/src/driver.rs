@@ -1,4 +1,4 @@
-//! What every connection's task does beside HTTP/2 itself: PING, idle limit, window growth.
+//! What every connection's task does besides HTTP/2 itself: PING, idle limit, window growth, limits of overhead.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -7,20 +7,22 @@ use std::task::{Context, Poll, ready};
 use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::ConnectionSettings;
 use crate::keepalive::{Action, Keepalive};
 use crate::load::Load;
 use crate::overhead::{Overhead, Tally};
 use crate::windows::Window;
-use crate::{Settings, WindowBudget};
 
-/// Why a connection's task is to stop.
+/// What a connection's task is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
+    /// The timer has fired: time for what is to be checked now and then.
+    Tick,
     /// No tunnel for the idle time.
     Idle,
     /// A PING went unanswered.
     PingTimeout,
-    /// The peer sent this many frames that move nothing.
+    /// The peer sent this many frames that carry nothing.
     Overhead(u64),
 }
 
@@ -37,8 +39,8 @@ pub(crate) struct Upkeep {
 
 impl Upkeep {
     pub(crate) fn new(
-        settings: &Settings,
-        budget: WindowBudget,
+        settings: &ConnectionSettings,
+        window: Window,
         ping: Option<PingPong>,
         load: Arc<Load>,
         tally: Arc<Tally>,
@@ -51,27 +53,27 @@ impl Upkeep {
                 settings.idle_timeout,
                 now.into_std(),
             ),
-            window: Window::new(settings, budget),
-            overhead: Overhead::new(settings.max_overhead, settings.overhead_within, tally, now.into_std()),
+            window,
+            overhead: Overhead::new(settings.max_overhead, settings.overhead_period, tally, now.into_std()),
             ping,
             timer: Box::pin(sleep_until(now)),
             load,
         }
     }
 
-    /// The connection window to set now, if it is to be another one.
+    /// The connection window to set now, if it is to change.
     pub(crate) fn changed_window(&mut self, cx: &Context<'_>) -> Option<u32> {
         self.load.watch(cx);
         self.window.change(self.load.received(), self.load.held())
     }
 
-    /// The connection is closing: only the peer's silence matters from now on.
+    /// The connection is closing: from now on only an unanswered PING ends it early.
     pub(crate) fn closing(&mut self) {
         self.keepalive.handle_closing();
         self.timer.as_mut().reset(Instant::now());
     }
 
-    /// Sends PINGs as they fall due; ready when the connection is to end.
+    /// Sends PINGs as they fall due; ready when the connection's task has something to do.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Verdict> {
         if let Some(count) = self.overhead.excess(|| Instant::now().into_std()) {
             return Poll::Ready(Verdict::Overhead(count));
@@ -79,20 +81,24 @@ impl Upkeep {
         if self.keepalive.is_waiting() {
             self.poll_pong(cx);
         }
-        // Before the look, so that a doubt that is raised after it wakes.
+        // Registered before the flag is read, so that a probe requested in between wakes this task.
         self.load.watch(cx);
-        if self.load.take_doubt() {
+        if self.load.take_probe_request() {
             let now = Instant::now();
-            self.keepalive.handle_doubt(now.into_std());
+            self.keepalive.handle_probe(now.into_std());
             self.timer.as_mut().reset(now);
         }
         loop {
             ready!(self.timer.as_mut().poll(cx));
+            self.window.retry();
             let now = Instant::now();
             ambit_net::relay::buffers::trim(now.into_std());
             ambit_tls::trim(now.into_std());
             match self.keepalive.poll(now.into_std(), self.load.open(), self.load.opened()) {
-                Action::Wait(until) => self.timer.as_mut().reset(until.into()),
+                Action::Wait(until) => {
+                    self.timer.as_mut().reset(until.into());
+                    return Poll::Ready(Verdict::Tick);
+                }
                 Action::Ping => self.send_ping(cx),
                 Action::Dead => return Poll::Ready(Verdict::PingTimeout),
                 Action::Idle => return Poll::Ready(Verdict::Idle),
@@ -116,6 +122,8 @@ impl Upkeep {
             Some(Poll::Ready(Ok(_))) => {
                 self.keepalive.handle_pong();
                 self.load.note_alive();
+                // Until now it waited for the answer; what is due next may be due sooner.
+                self.timer.as_mut().reset(Instant::now());
             }
             Some(Poll::Ready(Err(_))) | None => {
                 self.ping = None;

@@ -1,4 +1,4 @@
-//! What can go wrong with a tunnel, split by whose fault it is.
+//! Errors of opening and serving tunnels, split by whose fault they are.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,9 +17,9 @@ pub enum Fault {
     Peer,
     /// The destination's policy.
     Policy,
-    /// A certificate: the peer is not who it must be, or does not believe us.
+    /// A certificate: the peer has the wrong one, or rejects ours.
     Identity,
-    /// We are stopping, or at one of our limits.
+    /// This process: it is stopping, or at one of its limits.
     Us,
 }
 
@@ -44,7 +44,8 @@ pub enum OpenError {
         /// The limit.
         limit: Duration,
     },
-    /// TLS failed: the peer's certificate was refused, or ours by the peer, or it does not speak it.
+    /// TLS failed: we rejected the peer's certificate or it rejected ours, or it does not speak TLS. With TLS 1.3, a peer's
+    /// rejection may arrive in answer to CONNECT.
     #[error("TLS with {address}: {}", describe(source))]
     Tls {
         /// Where to.
@@ -76,9 +77,8 @@ pub enum OpenError {
         /// What HTTP/2 said.
         source: Arc<h2::Error>,
     },
-    /// The other proxy did not take the request up: it is going away or has too many. Never retried
-    /// here more often than a fixed number of times.
-    #[error("{address} did not take CONNECT {authority} up: {source}")]
+    /// The other proxy did not process the request: its connection is closing, or has too many requests.
+    #[error("{address} did not process CONNECT {authority}: {source}")]
     NotProcessed {
         /// The other proxy.
         address: SocketAddr,
@@ -97,7 +97,7 @@ pub enum OpenError {
         /// The limit.
         limit: Duration,
     },
-    /// CONNECT was not answered, and the peer gave no sign of life when it was asked for one.
+    /// Neither CONNECT nor a PING after it was answered.
     #[error("{address} was silent for {silent:?} after CONNECT {authority}")]
     Silent {
         /// The other proxy.
@@ -117,11 +117,11 @@ pub enum OpenError {
         /// Its answer: 401 is policy, 503 an application that could not be reached.
         status: StatusCode,
     },
-    /// The destination was evicted while its connection was being made.
-    #[error("workload {destination} is gone")]
+    /// The key was evicted from the pool while its connection was being dialled.
+    #[error("the workload behind {address} is gone")]
     Evicted {
-        /// The workload's uid.
-        destination: Arc<str>,
+        /// Where to.
+        address: SocketAddr,
     },
     /// The pool takes no new tunnels.
     #[error("the proxy is draining")]
@@ -134,7 +134,7 @@ pub enum OpenError {
         /// Connections for this key.
         connections: usize,
     },
-    /// The task that made the connection ended without a result.
+    /// The task that dialled the connection ended without a result, or nothing that it dialled could be used.
     #[error("connecting to {address} was abandoned")]
     Abandoned {
         /// Where to.
@@ -152,7 +152,7 @@ impl OpenError {
     /// Whose fault it is.
     pub fn fault(&self) -> Fault {
         match self {
-            OpenError::Tls { source, .. } if is_certificate(source) => Fault::Identity,
+            OpenError::Tls { source, .. } if is_identity(source) => Fault::Identity,
             OpenError::Identity { .. } => Fault::Identity,
             OpenError::Refused { status, .. } if *status == StatusCode::UNAUTHORIZED => Fault::Policy,
             OpenError::Dial { .. }
@@ -184,47 +184,56 @@ impl OpenError {
         }
     }
 
-    /// Whether the peer provably never looked at the request.
-    pub(crate) fn never_processed(&self) -> bool {
+    /// Whether the peer certainly did not process the request (RFC 9113 §8.7), so that it may be sent again, to the same
+    /// peer too, whatever it asks for.
+    pub fn never_processed(&self) -> bool {
         matches!(self, OpenError::NotProcessed { .. })
     }
 }
 
-/// What failed, in the words of the verifier where it was ours: rustls shows such a reason only as a debug text.
+/// The text of a TLS failure. For a certificate that we rejected it is our verifier's, which rustls shows as debug text only.
 fn describe(error: &io::Error) -> String {
     use rustls::{CertificateError, Error};
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+    match tls_error(error) {
         Some(Error::InvalidCertificate(CertificateError::Other(reason))) => reason.0.to_string(),
         _ => error.to_string(),
     }
 }
 
-/// Whether rustls failed on a certificate, theirs or ours.
-fn is_certificate(error: &io::Error) -> bool {
-    use rustls::AlertDescription as Alert;
-    let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
-        return false;
-    };
-    match error {
-        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => true,
-        rustls::Error::AlertReceived(alert) => matches!(
-            alert,
-            Alert::BadCertificate
-                | Alert::CertificateExpired
-                | Alert::CertificateRequired
-                | Alert::CertificateRevoked
-                | Alert::CertificateUnknown
-                | Alert::UnknownCA
-                | Alert::UnsupportedCertificate
-                | Alert::AccessDenied
-        ),
-        _ => false,
-    }
+/// Whether TLS failed because of a certificate, the peer's or ours.
+fn is_identity(error: &io::Error) -> bool {
+    use rustls::Error::{InvalidCertificate, NoCertificatesPresented};
+    let ours = matches!(tls_error(error), Some(InvalidCertificate(_) | NoCertificatesPresented));
+    ours || is_rejection(error)
 }
 
-/// Why a connection that was accepted was given up.
+/// Whether the peer sent an alert that rejects our certificate.
+pub(crate) fn is_rejection(error: &io::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+    let Some(rustls::Error::AlertReceived(alert)) = tls_error(error) else { return false };
+    matches!(
+        alert,
+        Alert::BadCertificate
+            | Alert::CertificateExpired
+            | Alert::CertificateRequired
+            | Alert::CertificateRevoked
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::UnsupportedCertificate
+            | Alert::AccessDenied
+    )
+}
+
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// Why an accepted connection was closed.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// The client sent nothing.
+    #[error("the client sent nothing within {0:?}")]
+    NoFirstByte(Duration),
     /// TLS and HTTP/2 were not ready in time.
     #[error("no handshake within {0:?}")]
     HandshakeTimeout(Duration),
@@ -263,8 +272,8 @@ pub enum ServeError {
         /// In which time.
         within: Duration,
     },
-    /// The peer sent too many frames that move nothing (CVE-2019-9512, 9515, 9518).
-    #[error("{peer} sent {count} frames that move nothing within {within:?}")]
+    /// The peer sent too many frames that carry nothing (CVE-2019-9512, 9515, 9518).
+    #[error("{peer} sent {count} frames that carry nothing within {within:?}")]
     Overhead {
         /// The peer.
         peer: SpiffeId,
@@ -276,14 +285,15 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    /// Whether the peer broke the protocol or one of its limits, which no orderly peer and no lost link does.
+    /// Whether the peer broke the protocol or one of its limits, which neither a correct peer nor a lost link does.
     pub fn is_misconduct(&self) -> bool {
         match self {
             ServeError::Abandoned { .. } | ServeError::Overhead { .. } => true,
             ServeError::Http2 { source, .. } => {
                 source.is_library() && source.reason() != Some(h2::Reason::NO_ERROR)
             }
-            ServeError::HandshakeTimeout(_)
+            ServeError::NoFirstByte(_)
+            | ServeError::HandshakeTimeout(_)
             | ServeError::Tls(_)
             | ServeError::NoHttp2
             | ServeError::Identity(_)
@@ -294,9 +304,10 @@ impl ServeError {
     /// Whose fault it is.
     pub fn fault(&self) -> Fault {
         match self {
-            ServeError::Tls(error) if is_certificate(error) => Fault::Identity,
+            ServeError::Tls(error) if is_identity(error) => Fault::Identity,
             ServeError::Identity(_) => Fault::Identity,
-            ServeError::HandshakeTimeout(_)
+            ServeError::NoFirstByte(_)
+            | ServeError::HandshakeTimeout(_)
             | ServeError::Tls(_)
             | ServeError::NoHttp2
             | ServeError::Http2 { .. }

@@ -1,11 +1,11 @@
-//! When to ask a peer for a sign of life, and when to stop waiting. No clock and no I/O of its own.
+//! When to send PING, and when to give a connection up. No clock and no I/O of its own.
 
 use std::time::{Duration, Instant};
 
 /// What is to be done now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Nothing before then.
+    /// Nothing is due before then.
     Wait(Instant),
     /// Send a PING.
     Ping,
@@ -20,7 +20,7 @@ pub(crate) enum Action {
 pub(crate) struct Keepalive {
     interval: Duration,
     timeout: Duration,
-    /// Nothing once the connection is closing anyway.
+    /// `None` once the connection is closing.
     idle: Option<Duration>,
     next_ping: Instant,
     unanswered: Option<Instant>,
@@ -39,18 +39,18 @@ impl Keepalive {
         }
     }
 
-    /// Whether a PING is on its way.
+    /// Whether a PING is unanswered.
     pub(crate) fn is_waiting(&self) -> bool {
         self.unanswered.is_some()
     }
 
-    /// The connection is closing: only the peer's silence matters from now on.
+    /// The connection is closing: from now on only an unanswered PING ends it early.
     pub(crate) fn handle_closing(&mut self) {
         self.idle = None;
     }
 
-    /// Somebody doubts that the peer lives: it is asked now, unless it is being asked already.
-    pub(crate) fn handle_doubt(&mut self, now: Instant) {
+    /// Makes a PING due now, unless one is unanswered.
+    pub(crate) fn handle_probe(&mut self, now: Instant) {
         self.next_ping = self.next_ping.min(now);
     }
 
@@ -108,12 +108,12 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_asks_at_once_and_once() {
+    fn a_probe_is_sent_at_once_and_only_once() {
         let start = Instant::now();
         let mut state = keepalive(start);
-        state.handle_doubt(start + SECOND);
+        state.handle_probe(start + SECOND);
         assert_eq!(state.poll(start + SECOND, 1, 1), Action::Ping);
-        state.handle_doubt(start + 2 * SECOND);
+        state.handle_probe(start + 2 * SECOND);
         assert_eq!(state.poll(start + 2 * SECOND, 1, 1), Action::Wait(start + 21 * SECOND));
         assert_eq!(state.poll(start + 21 * SECOND, 1, 1), Action::Dead);
     }
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_is_closing_is_still_asked_for_a_sign_of_life() {
+    fn a_connection_that_is_closing_is_still_probed() {
         let start = Instant::now();
         let mut state = keepalive(start);
         state.handle_closing();

@@ -1,15 +1,14 @@
 //! The tunnel: HTTP/2 CONNECT over mutual TLS, client, server and pool (contracts.md, section 2).
 //!
 //! - [`Pool`]: a worker's connections to other proxies; [`Pool::open`] yields a [`Tunnel`];
-//! - [`server::accept`] and [`server::serve`]: the other end, which hands each CONNECT to a handler as
-//!   [`Incoming`];
+//! - [`Server`]: the other end, which hands each CONNECT to a handler as [`Incoming`];
 //! - [`relay`]: the bytes between a socket and a tunnel;
-//! - [`Tunnel::into_stream`] and [`client::open_within`]: a tunnel inside a tunnel;
-//! - [`Authority`], [`Baggage`], [`Forwarded`], [`TraceParent`], [`ConnectRequest`]: what a CONNECT says.
+//! - [`Tunnel::into_transport`] and [`client::open_within`]: a tunnel inside a tunnel;
+//! - [`Authority`], [`Baggage`], [`Forwarded`], [`TraceParent`], [`ConnectRequest`]: the content of a CONNECT.
 //!
 //! Pool, connection tasks and stream tasks are meant to share one single-threaded runtime; the types
-//! are `Send` nevertheless. This crate authenticates peers through `ambit-identity` and never decides
-//! who may talk to whom, nor which endpoint is dialled.
+//! are `Send` nevertheless. This crate authenticates peers through `ambit-identity`. It never decides
+//! who may talk to whom, nor which endpoint is dialled, nor whether a request is retried.
 
 mod authority;
 mod baggage;
@@ -24,7 +23,7 @@ mod paced;
 mod pool;
 mod relay;
 mod request;
-pub mod server;
+mod server;
 mod settings;
 mod traceparent;
 mod tunnel;
@@ -34,11 +33,11 @@ pub use authority::{Authority, AuthorityError};
 pub use baggage::{Baggage, WorkloadKind};
 pub use error::{Fault, OpenError, ServeError};
 pub use forwarded::Forwarded;
-pub use pool::{InFlight, Pool, PoolCounters, PoolKey};
+pub use pool::{Count, InFlight, Key, Pool, PoolCounters};
 pub use relay::relay;
 pub use request::{ConnectRequest, RequestError};
-pub use server::{Incoming, NotAnswered};
-pub use settings::Settings;
+pub use server::{Accepted, Endpoints, Incoming, NotAnswered, Peer, Server};
+pub use settings::{ClientSettings, ConnectionSettings, PoolSettings, ServerSettings};
 pub use traceparent::TraceParent;
-pub use tunnel::{Tunnel, TunnelStream};
-pub use windows::WindowBudget;
+pub use tunnel::{Tunnel, TunnelStream, TunnelTransport};
+pub use windows::{WindowBudget, WindowShare};

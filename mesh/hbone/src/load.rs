@@ -1,10 +1,11 @@
-//! How much a connection carries, seen by the pool, its driver and its tunnels.
+//! How much a connection carries. Written by its tunnels, read by the pool and by the connection's task.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::task::Context;
 use std::time::{Duration, Instant};
 
+use ambit_net::relay::{Sizing, Tier};
 use futures_util::task::AtomicWaker;
 use tokio::sync::Notify;
 
@@ -21,12 +22,12 @@ pub(crate) struct Load {
     opened: AtomicU64,
     received: AtomicU64,
     held: AtomicU64,
-    /// The connection's task, which sets the window by what is held.
+    /// The connection's task, which adjusts the window to what is held.
     driver: AtomicWaker,
     /// Milliseconds after the epoch; 0 for never.
     last_bulk: AtomicU64,
-    /// Somebody waits for a sign of the peer's life.
-    doubted: AtomicBool,
+    /// A CONNECT waits for the answer to a PING.
+    probe_requested: AtomicBool,
     alive: Notify,
 }
 
@@ -40,7 +41,7 @@ impl Load {
             held: AtomicU64::new(0),
             driver: AtomicWaker::new(),
             last_bulk: AtomicU64::new(0),
-            doubted: AtomicBool::new(false),
+            probe_requested: AtomicBool::new(false),
             alive: Notify::new(),
         })
     }
@@ -62,40 +63,40 @@ impl Load {
         self.opened.load(Ordering::Relaxed)
     }
 
-    /// Bytes that tunnels took over from the connection.
+    /// Bytes that tunnels received from the connection and delivered.
     pub(crate) fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
-    /// Bytes that tunnels took over and could not deliver yet.
+    /// Bytes that tunnels received and could not deliver yet.
     pub(crate) fn held(&self) -> u64 {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Has the peer asked for a sign of life, and waits until it gives one.
-    pub(crate) async fn sign_of_life(&self) {
-        let given = self.alive.notified();
-        self.doubted.store(true, Ordering::Release);
+    /// Has the connection's task send a PING, and waits until the peer answers one.
+    pub(crate) async fn probe(&self) {
+        let answered = self.alive.notified();
+        self.probe_requested.store(true, Ordering::Release);
         self.driver.wake();
-        given.await;
+        answered.await;
     }
 
-    /// Whether a sign of life was asked for since this was called last.
-    pub(crate) fn take_doubt(&self) -> bool {
-        self.doubted.load(Ordering::Acquire) && self.doubted.swap(false, Ordering::AcqRel)
+    /// Whether [`probe`](Load::probe) was called since this was called last.
+    pub(crate) fn take_probe_request(&self) -> bool {
+        self.probe_requested.load(Ordering::Acquire) && self.probe_requested.swap(false, Ordering::AcqRel)
     }
 
-    /// The peer gave a sign of life.
+    /// The peer answered a PING.
     pub(crate) fn note_alive(&self) {
         self.alive.notify_waiters();
     }
 
-    /// Wakes `cx` when what is held has grown by a step, or a sign of life is asked for.
+    /// Wakes `cx` when what is held has grown by a step, or a probe is requested.
     pub(crate) fn watch(&self, cx: &Context<'_>) {
         self.driver.register(cx.waker());
     }
 
-    /// Whether one of its tunnels is moving bulk.
+    /// Whether one of its tunnels carries bulk.
     pub(crate) fn is_bulk(&self, now: Instant) -> bool {
         let last = self.last_bulk.load(Ordering::Relaxed);
         last != 0 && self.millis(now).saturating_sub(last) < BULK_FOR.as_millis() as u64
@@ -106,7 +107,7 @@ impl Load {
     }
 }
 
-/// One tunnel's part in the load; gives it back when dropped.
+/// One tunnel's part in the load; ends with it.
 #[derive(Debug)]
 pub(crate) struct Lease {
     load: Arc<Load>,
@@ -114,16 +115,23 @@ pub(crate) struct Lease {
 }
 
 impl Lease {
-    pub(crate) fn mark_bulk(&self, now: Instant) {
+    /// Records `bytes` that moved in one direction, whose read sizes are `sizing`.
+    pub(crate) fn record(&self, sizing: &mut Sizing, bytes: usize, now: Instant) {
+        if sizing.record(bytes, now) == Tier::Bulk {
+            self.mark_bulk(now);
+        }
+    }
+
+    fn mark_bulk(&self, now: Instant) {
         self.load.last_bulk.store(self.load.millis(now).max(1), Ordering::Relaxed);
     }
 
-    /// Counts bytes that were taken over from the connection and delivered at once.
+    /// Counts bytes that were received from the connection and delivered.
     pub(crate) fn add_received(&self, bytes: usize) {
         self.load.received.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Says how many bytes the tunnel holds now.
+    /// Sets how many received bytes the tunnel holds.
     pub(crate) fn set_held(&mut self, bytes: usize) {
         let bytes = bytes as u64;
         if bytes == self.held {

@@ -1,10 +1,11 @@
-//! Telling a peer that sends frames for their own sake from one that moves bytes (RFC 9113 §10.5).
+//! Detection of peers that flood a connection with frames that carry nothing (RFC 9113 §10.5).
 //!
 //! SETTINGS, PING, WINDOW_UPDATE, PRIORITY, CONTINUATION, unknown and empty DATA frames cost both sides about the
 //! same, and nothing in HTTP/2 limits them (CVE-2019-9511 to 9518). What opens or resets a stream has limits of its own.
 
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// RFC 9113 §3.4: what a client sends before its first frame.
@@ -18,14 +19,20 @@ const END_STREAM: u8 = 1;
 /// Bytes sent that earn the peer one more frame: it has to give windows back for what it took.
 const EARNED_BY: u64 = 64;
 
-/// What was seen of a connection: written by the stream, read by the connection's task.
+/// What was observed of a connection: written by its stream, read by its task.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     frames: AtomicU64,
     sent: AtomicU64,
+    failure: OnceLock<Arc<io::Error>>,
 }
 
 impl Tally {
+    /// Why the stream failed. HTTP/2 passes on the text of an I/O error only, not its type.
+    pub(crate) fn failure(&self) -> Option<&Arc<io::Error>> {
+        self.failure.get()
+    }
+
     /// Only one stream counts, so there is no update to lose.
     fn add(counter: &AtomicU64, n: u64) {
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
@@ -58,6 +65,14 @@ impl Meter {
         Arc::clone(&self.tally)
     }
 
+    /// Keeps the first error of the stream, and returns what stands for it.
+    pub(crate) fn failed(&self, error: io::Error) -> io::Error {
+        let again = io::Error::new(error.kind(), error.to_string());
+        // The first failure is the cause of those that follow.
+        let _ = self.tally.failure.set(Arc::new(error));
+        again
+    }
+
     /// Bytes that went to the peer.
     pub(crate) fn sent(&mut self, bytes: usize) {
         Tally::add(&self.tally.sent, bytes as u64);
@@ -79,7 +94,7 @@ impl Meter {
                 self.have = 0;
                 let [a, b, c, kind, flags, ..] = self.header;
                 self.skip = u32::from_be_bytes([0, a, b, c]) as usize;
-                frames += u64::from(moves_nothing(kind, flags, self.skip));
+                frames += u64::from(carries_nothing(kind, flags, self.skip));
             }
         }
         if frames > 0 {
@@ -88,7 +103,7 @@ impl Meter {
     }
 }
 
-fn moves_nothing(kind: u8, flags: u8, length: usize) -> bool {
+fn carries_nothing(kind: u8, flags: u8, length: usize) -> bool {
     match kind {
         DATA => length == 0 && flags & END_STREAM == 0,
         HEADERS | RST_STREAM => false,
@@ -197,7 +212,7 @@ mod tests {
                     break;
                 }
             }
-            let expected = kinds.iter().filter(|(kind, flags, length)| moves_nothing(*kind, *flags, *length)).count();
+            let expected = kinds.iter().filter(|(kind, flags, length)| carries_nothing(*kind, *flags, *length)).count();
             prop_assert_eq!(counted(&meter), expected as u64);
         }
 

@@ -1,4 +1,4 @@
-//! A stream that lets the other tasks of its worker run now and then.
+//! A stream that yields to the other tasks of its worker, meters what passes, and keeps the cause of its failure.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -11,9 +11,11 @@ use crate::overhead::Meter;
 /// Bytes that a connection's task reads, and writes, before it yields: about a sixth of a
 /// millisecond of encryption and system calls.
 const TURN: usize = 256 * 1024;
+/// Bytes read in search of a peer's last alert.
+const ALERT_ROOM: usize = 4096;
 
-/// Wraps a stream whose socket may never say that it would block. After each [`TURN`] it does, once, and
-/// wakes its task at once, so that a bulk transfer does not hold up the small ones beside it. What passes is metered.
+/// Wraps a stream whose socket may never be unready. After each [`TURN`] it is pending once and wakes its task, so that a
+/// bulk transfer does not delay the small ones beside it.
 #[derive(Debug)]
 pub(crate) struct Paced<IO> {
     io: IO,
@@ -50,15 +52,31 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Paced<IO> {
         let received = buf.filled().get(before..).unwrap_or_default();
         this.to_read = this.to_read.saturating_sub(received.len());
         this.meter.received(received);
-        read
+        read.map_err(|error| this.meter.failed(error))
     }
 }
 
-impl<IO: AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
+impl<IO: AsyncRead + Unpin> Paced<IO> {
+    /// A peer that rejects us sends its alert and closes: what then fails may be a write. The alert, which is the cause, is
+    /// still to be read.
+    fn write_failed(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
+        let mut discarded = [0; ALERT_ROOM];
+        let mut buf = ReadBuf::new(&mut discarded);
+        match Pin::new(&mut self.io).poll_read(cx, &mut buf) {
+            Poll::Ready(Err(cause)) => self.meter.failed(cause),
+            _ => self.meter.failed(error),
+        }
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         ready!(poll_turn(&mut this.to_write, cx));
-        let written = ready!(Pin::new(&mut this.io).poll_write(cx, buf))?;
+        let written = match ready!(Pin::new(&mut this.io).poll_write(cx, buf)) {
+            Ok(written) => written,
+            Err(error) => return Poll::Ready(Err(this.write_failed(cx, error))),
+        };
         this.to_write = this.to_write.saturating_sub(written);
         this.meter.sent(written);
         Poll::Ready(Ok(written))
@@ -71,7 +89,10 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
     ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         ready!(poll_turn(&mut this.to_write, cx));
-        let written = ready!(Pin::new(&mut this.io).poll_write_vectored(cx, bufs))?;
+        let written = match ready!(Pin::new(&mut this.io).poll_write_vectored(cx, bufs)) {
+            Ok(written) => written,
+            Err(error) => return Poll::Ready(Err(this.write_failed(cx, error))),
+        };
         this.to_write = this.to_write.saturating_sub(written);
         this.meter.sent(written);
         Poll::Ready(Ok(written))
@@ -82,7 +103,11 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let this = &mut *self;
+        match ready!(Pin::new(&mut this.io).poll_flush(cx)) {
+            Ok(()) => Poll::Ready(Ok(())),
+            Err(error) => Poll::Ready(Err(this.write_failed(cx, error))),
+        }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -118,7 +143,7 @@ mod tests {
     fn a_stream_that_never_blocks_yields_after_each_turn() {
         let data = vec![0; 64 * 1024];
         let writes = polls(async {
-            let mut paced = Paced::new(sink(), Meter::of_server());
+            let mut paced = Paced::new(tokio::io::join(empty(), sink()), Meter::of_server());
             for _ in 0..32 {
                 paced.write_all(&data).await.unwrap();
             }

@@ -10,9 +10,9 @@ use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use ambit_net::relay::{Counters, RelayError, Side, Sizing, Tier, buffers};
+use ambit_net::relay::{Counters, RelayError, Side, Sizing, buffers};
 use ambit_net::socket::reset_on_close;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
@@ -39,8 +39,7 @@ const AT_REST: usize = 4;
 /// fails, the tunnel is reset; when the tunnel is reset or lost, the socket is made to answer with
 /// RST once the caller drops it. Dropping the future resets the tunnel and leaves the socket as it is.
 ///
-/// `socket_side` says which side of the proxied connection the socket is, and so which way `counters`
-/// count. `idle` ends a relay on which nothing moved for that long (up to a half longer).
+/// `socket_side` says which side of the proxied connection the socket is, and so which way `counters` count.
 ///
 /// # Errors
 ///
@@ -50,21 +49,14 @@ pub fn relay<'a>(
     socket_side: Side,
     tunnel: Tunnel,
     counters: &'a Counters,
-    idle: Option<Duration>,
 ) -> impl Future<Output = Result<(), RelayError>> + Send + use<'a> {
     // Built here and not in the future, which would keep room for the tunnel as well: most relays
     // are at rest, so their size counts.
     let mut state = Relay::new(socket_side, tunnel);
-    let mut idle = idle.map(|limit| (limit, Box::pin(counters.idle_for(limit))));
     poll_fn(move |cx| {
-        let mut ended = state.poll(cx, socket, counters);
-        if ended.is_pending()
-            && let Some((limit, idle)) = &mut idle
-        {
-            ended = idle.as_mut().poll(cx).map(|()| Err(RelayError::Idle(*limit)));
-        }
-        if let Poll::Ready(Err(error)) = &ended {
-            state.pass_on(error, socket);
+        let ended = state.poll(cx, socket, counters);
+        if let Poll::Ready(Err(_)) = &ended {
+            state.pass_on(socket);
         }
         ended
     })
@@ -189,9 +181,7 @@ impl Relay {
             }
         };
         let now = Instant::now();
-        if self.up_sizing.record(read, now) == Tier::Bulk {
-            self.lease.mark_bulk(now);
-        }
+        self.lease.record(&mut self.up_sizing, read, now);
         let piece = buffer.split().freeze();
         buffers::give_back(tier, buffer, Some(now));
         Ok(Poll::Ready(piece))
@@ -265,10 +255,7 @@ impl Relay {
     }
 
     fn written(&mut self, bytes: usize, counters: &Counters) -> Result<(), RelayError> {
-        let now = Instant::now();
-        if self.down_sizing.record(bytes, now) == Tier::Bulk {
-            self.lease.mark_bulk(now);
-        }
+        self.lease.record(&mut self.down_sizing, bytes, Instant::now());
         self.lease.add_received(bytes);
         self.lease.set_held(0);
         match self.socket_side {
@@ -282,12 +269,9 @@ impl Relay {
     }
 
     /// Lets the other side see a failure as what it is.
-    fn pass_on(&mut self, error: &RelayError, socket: &TcpStream) {
+    fn pass_on(&mut self, socket: &TcpStream) {
         // RFC 9113 §8.5: a TCP error becomes CONNECT_ERROR, a stream error becomes RST.
-        self.send.send_reset(match error {
-            RelayError::Idle(_) => Reason::CANCEL,
-            RelayError::Read { .. } | RelayError::Write { .. } => Reason::CONNECT_ERROR,
-        });
+        self.send.send_reset(Reason::CONNECT_ERROR);
         // After an end that was delivered in order, RST would only destroy what is still unread.
         if self.down != Phase::Done {
             reset_on_close(socket);

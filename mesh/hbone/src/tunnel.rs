@@ -1,13 +1,13 @@
 //! An open tunnel: one HTTP/2 stream, both directions.
 
 use std::future::Future;
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_identity::SpiffeId;
-use ambit_net::relay::{Tier, buffers};
+use ambit_net::relay::{Sizing, Tier, buffers};
 use bytes::{Buf, BufMut, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -58,7 +58,18 @@ impl Tunnel {
 
     /// The tunnel as a byte stream, to run another protocol in it.
     pub fn into_stream(self) -> TunnelStream {
-        TunnelStream { tunnel: self, received: Bytes::new(), closed: false }
+        TunnelStream {
+            tunnel: self,
+            sent: Sizing::new(),
+            received: Sizing::new(),
+            unread: Bytes::new(),
+            closed: false,
+        }
+    }
+
+    /// The tunnel as the transport of another connection, such as a tunnel connection inside it.
+    pub fn into_transport(self) -> TunnelTransport {
+        TunnelTransport { stream: self.into_stream(), limit: None }
     }
 
     /// Tells the other side that the application's connection failed.
@@ -95,11 +106,16 @@ pub(crate) fn poll_room(send: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> P
     Poll::Ready(Ok(()))
 }
 
-/// A [`Tunnel`] read and written as bytes. Shutdown ends our direction only.
+/// A [`Tunnel`] as a byte stream. Shutdown ends our direction only.
+///
+/// [`poll_data`](TunnelStream::poll_data), [`poll_ready`](TunnelStream::poll_ready) and [`send`](TunnelStream::send) move
+/// whole pieces without a copy; [`AsyncRead`] and [`AsyncWrite`] copy.
 #[derive(Debug)]
 pub struct TunnelStream {
     tunnel: Tunnel,
-    received: Bytes,
+    sent: Sizing,
+    received: Sizing,
+    unread: Bytes,
     closed: bool,
 }
 
@@ -107,6 +123,54 @@ impl TunnelStream {
     /// The tunnel's peer.
     pub fn peer(&self) -> &SpiffeId {
         &self.tunnel.peer
+    }
+
+    /// The next piece that arrived; `None` at the end. The sender may replace it as soon as it is returned.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        match ready!(self.poll_piece(cx)) {
+            Ok(piece) if piece.is_empty() => Poll::Ready(None),
+            Ok(piece) => Poll::Ready(Some(self.delivered(piece.len()).map(|()| piece))),
+            Err(error) => Poll::Ready(Some(Err(error))),
+        }
+    }
+
+    /// Waits until [`send`](TunnelStream::send) may be called.
+    pub fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        poll_room(&mut self.tunnel.send, cx)
+    }
+
+    /// Sends one piece, of at most 256 KiB if others are to have their turn.
+    ///
+    /// # Errors
+    ///
+    /// The peer reset the tunnel, or our direction was shut down.
+    pub fn send(&mut self, piece: Bytes) -> io::Result<()> {
+        let length = piece.len();
+        self.tunnel.send.send_data(piece, false).map_err(io_error)?;
+        self.tunnel.lease.record(&mut self.sent, length, Instant::now());
+        Ok(())
+    }
+
+    /// A piece that is not counted as delivered yet; an empty one is the end.
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        if !self.unread.is_empty() {
+            return Poll::Ready(Ok(std::mem::take(&mut self.unread)));
+        }
+        loop {
+            match ready!(self.tunnel.recv.poll_data(cx)) {
+                Some(Ok(piece)) if piece.is_empty() => {}
+                Some(Ok(piece)) => return Poll::Ready(Ok(piece)),
+                Some(Err(error)) => return Poll::Ready(Err(io_error(error))),
+                None => return Poll::Ready(Ok(Bytes::new())),
+            }
+        }
+    }
+
+    /// Counts delivered bytes and lets the sender replace them.
+    fn delivered(&mut self, bytes: usize) -> io::Result<()> {
+        self.tunnel.lease.record(&mut self.received, bytes, Instant::now());
+        self.tunnel.lease.add_received(bytes);
+        self.tunnel.recv.flow_control().release_capacity(bytes).map_err(io_error)
     }
 }
 
@@ -116,41 +180,41 @@ impl AsyncRead for TunnelStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        while this.received.is_empty() {
-            match ready!(this.tunnel.recv.poll_data(cx)) {
-                Some(Ok(data)) => this.received = data,
-                Some(Err(error)) => return Poll::Ready(Err(io_error(error))),
-                None => return Poll::Ready(Ok(())),
-            }
+        let mut piece = ready!(self.poll_piece(cx))?;
+        let taken = piece.len().min(buf.remaining());
+        buf.put_slice(piece.get(..taken).unwrap_or_default());
+        piece.advance(taken);
+        self.unread = piece;
+        if taken > 0 {
+            self.delivered(taken)?;
         }
-        let taken = this.received.len().min(buf.remaining());
-        buf.put_slice(this.received.get(..taken).unwrap_or_default());
-        this.received.advance(taken);
-        this.tunnel.lease.add_received(taken);
-        this.tunnel.recv.flow_control().release_capacity(taken).map_err(io_error)?;
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for TunnelStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if buf.is_empty() {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let total: usize = bufs.iter().map(|buf| buf.len()).sum();
+        if total == 0 {
             return Poll::Ready(Ok(0));
         }
-        ready!(poll_room(&mut self.tunnel.send, cx))?;
-        let piece = buf.get(..PIECE).unwrap_or(buf);
-        let tier = match piece.len() {
-            ..=1024 => Tier::Idle,
-            1025..=16_384 => Tier::Steady,
-            _ => Tier::Bulk,
-        };
-        let mut buffer = buffers::take(tier);
-        buffer.put_slice(piece);
-        let data = buffer.split().freeze();
-        buffers::give_back(tier, buffer, None);
-        self.tunnel.send.send_data(data, false).map_err(io_error)?;
-        Poll::Ready(Ok(piece.len()))
+        ready!(self.poll_ready(cx))?;
+        let piece = gather(bufs, total.min(PIECE));
+        let length = piece.len();
+        self.send(piece)?;
+        Poll::Ready(Ok(length))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -167,10 +231,29 @@ impl AsyncWrite for TunnelStream {
     }
 }
 
-/// A [`TunnelStream`] that is closed as a whole: shutdown also waits for the peer's end, at most
-/// [`LINGER`]. Dropped right after its own end, HTTP/2 would send a reset that overtakes it.
+/// The first `length` bytes of `bufs` in one piece, in memory of the worker.
+fn gather(bufs: &[IoSlice<'_>], length: usize) -> Bytes {
+    let tier = match length {
+        ..=1024 => Tier::Idle,
+        1025..=16_384 => Tier::Steady,
+        _ => Tier::Bulk,
+    };
+    let mut buffer = buffers::take(tier);
+    let mut left = length;
+    for buf in bufs {
+        let part = buf.get(..left).unwrap_or(buf);
+        buffer.put_slice(part);
+        left -= part.len();
+    }
+    let piece = buffer.split().freeze();
+    buffers::give_back(tier, buffer, None);
+    piece
+}
+
+/// A [`TunnelStream`] that carries another connection and is closed as a whole: shutdown also waits for the peer's end,
+/// at most [`LINGER`]. If it were dropped right after its own end, HTTP/2 would send a reset that overtakes that.
 #[derive(Debug)]
-pub(crate) struct Lingering {
+pub struct TunnelTransport {
     stream: TunnelStream,
     limit: Option<Pin<Box<Sleep>>>,
 }
@@ -178,13 +261,7 @@ pub(crate) struct Lingering {
 /// How long a peer may take to answer an end with its own.
 const LINGER: Duration = Duration::from_secs(2);
 
-impl Lingering {
-    pub(crate) fn new(stream: TunnelStream) -> Lingering {
-        Lingering { stream, limit: None }
-    }
-}
-
-impl AsyncRead for Lingering {
+impl AsyncRead for TunnelTransport {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -194,7 +271,7 @@ impl AsyncRead for Lingering {
     }
 }
 
-impl AsyncWrite for Lingering {
+impl AsyncWrite for TunnelTransport {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
@@ -204,7 +281,7 @@ impl AsyncWrite for Lingering {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Lingering { stream, limit } = &mut *self;
+        let TunnelTransport { stream, limit } = &mut *self;
         ready!(Pin::new(&mut *stream).poll_shutdown(cx))?;
         let limit = limit.get_or_insert_with(|| Box::pin(sleep(LINGER)));
         loop {

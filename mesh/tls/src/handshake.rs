@@ -14,7 +14,7 @@ use crate::message::Peer;
 use crate::record::RecordError;
 
 /// First room for what the peer sends; most handshakes fit.
-const ROOM: usize = 4 * 1024;
+pub(crate) const ROOM: usize = 4 * 1024;
 /// The most that may wait for the rest of a handshake message, which is 64 KiB at most, and a record.
 const MOST: usize = 96 * 1024;
 
@@ -90,17 +90,18 @@ pub(crate) struct Leftover {
     pub(crate) sealed: Vec<u8>,
 }
 
-/// Runs the handshake of `session` over `io` to its end. The caller bounds the time.
+/// Runs the handshake of `session` over `io` to its end, beginning with `received`, which came from `io` already. The
+/// caller bounds the time.
 ///
 /// # Errors
 ///
 /// What rustls finds wrong, as `InvalidData` (the peer is told by an alert); what the connection says.
-pub(crate) async fn run<IO, S>(io: &mut IO, session: &mut S) -> io::Result<Leftover>
+pub(crate) async fn run<IO, S>(io: &mut IO, session: &mut S, received: Vec<u8>) -> io::Result<Leftover>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
     S: Session,
 {
-    let mut incoming = Incoming { bytes: Vec::new(), filled: 0 };
+    let mut incoming = Incoming { filled: received.len(), bytes: received };
     let mut outgoing = Vec::new();
     let mut plain = Vec::new();
     loop {

@@ -4,7 +4,7 @@
 //! the cost of a bulk transfer. This crate takes the keys through the interface that rustls has for kernel TLS
 //! (`rustls::kernel`) and processes the records itself.
 //!
-//! - [`connect`] and [`accept`]: the handshake, which yields a [`TlsStream`];
+//! - [`connect`], [`FirstBytes`] and [`accept`]: the handshake, which yields a [`TlsStream`];
 //! - [`Sealer`], [`Opener`], [`complete`], [`read_message`]: the record layer without I/O, public for its fuzz target.
 //!
 //! `ambit-hbone` is the main user. Whom to trust is decided by the verifiers in the rustls configurations.
@@ -24,7 +24,7 @@ use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::UnbufferedServerConnection;
 use rustls::{ClientConfig, CommonState, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 pub use buffers::trim;
 use handshake::Session;
@@ -49,16 +49,38 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let session = UnbufferedClientConnection::new(config, server).map_err(invalid)?;
-    establish(io, session, |session| check(session)).await
+    establish(io, session, Vec::new(), |session| check(session)).await
 }
 
-/// Performs the server's handshake over `io`, and calls `check` on the session when it is complete.
+/// What a client sent first, read before anything is allocated for its handshake, so that a client that sends nothing
+/// costs little and can be given up early.
+#[derive(Debug)]
+pub struct FirstBytes(Vec<u8>);
+
+impl FirstBytes {
+    /// Waits for the first bytes. The caller bounds the time.
+    ///
+    /// # Errors
+    ///
+    /// Those of `io`; its end is `UnexpectedEof`.
+    pub async fn read<IO: AsyncRead + Unpin>(io: &mut IO) -> io::Result<FirstBytes> {
+        let mut first = [0; 1];
+        io.read_exact(&mut first).await?;
+        let mut bytes = Vec::with_capacity(handshake::ROOM);
+        bytes.extend(first);
+        Ok(FirstBytes(bytes))
+    }
+}
+
+/// Performs the server's handshake over `io`, whose first bytes are `first`, and calls `check` on the session when it
+/// is complete.
 ///
 /// # Errors
 ///
 /// As [`connect`].
 pub async fn accept<IO, T>(
     io: IO,
+    first: FirstBytes,
     config: Arc<ServerConfig>,
     check: impl FnOnce(&CommonState) -> T,
 ) -> io::Result<(TlsStream<IO>, T)>
@@ -66,19 +88,20 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let session = UnbufferedServerConnection::new(config).map_err(invalid)?;
-    establish(io, session, |session| check(session)).await
+    establish(io, session, first.0, |session| check(session)).await
 }
 
 async fn establish<IO, S, T>(
     mut io: IO,
     mut session: S,
+    received: Vec<u8>,
     check: impl FnOnce(&S) -> T,
 ) -> io::Result<(TlsStream<IO>, T)>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
     S: Session,
 {
-    let leftover = handshake::run(&mut io, &mut session).await?;
+    let leftover = handshake::run(&mut io, &mut session, received).await?;
     let checked = check(&session);
     let (secrets, keys) = session.into_keys().map_err(invalid)?;
     let stream = TlsStream::new(io, secrets, keys, leftover).map_err(invalid)?;

@@ -60,6 +60,14 @@ fn name() -> ServerName<'static> {
 
 type Ours = TlsStream<DuplexStream>;
 
+async fn accept<IO>(mut io: IO, config: Arc<ServerConfig>) -> io::Result<TlsStream<IO>>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let first = crate::FirstBytes::read(&mut io).await?;
+    Ok(crate::accept(io, first, config, |_| ()).await?.0)
+}
+
 /// We dial rustls.
 async fn dialled(configs: &Configs, wire: usize) -> (Ours, server::TlsStream<DuplexStream>) {
     let (near, far) = duplex(wire);
@@ -73,9 +81,9 @@ async fn dialled(configs: &Configs, wire: usize) -> (Ours, server::TlsStream<Dup
 async fn accepted(configs: &Configs, wire: usize) -> (Ours, client::TlsStream<DuplexStream>) {
     let (near, far) = duplex(wire);
     let connector = TlsConnector::from(Arc::clone(&configs.client));
-    let accepting = crate::accept(near, Arc::clone(&configs.server), |_| ());
+    let accepting = accept(near, Arc::clone(&configs.server));
     let (ours, theirs) = within(async { tokio::join!(accepting, connector.connect(name(), far)) }).await;
-    (ours.unwrap().0, theirs.unwrap())
+    (ours.unwrap(), theirs.unwrap())
 }
 
 fn pattern(length: usize) -> Vec<u8> {
@@ -158,9 +166,9 @@ async fn records_arrive_whole_however_the_wire_cuts_them() {
     for few in [1, 7, 1000] {
         let (near, far) = duplex(WIRE);
         let connector = TlsConnector::from(Arc::clone(&configs.client));
-        let accepting = crate::accept(Trickle(near, few), Arc::clone(&configs.server), |_| ());
+        let accepting = accept(Trickle(near, few), Arc::clone(&configs.server));
         let (ours, theirs) = within(async { tokio::join!(accepting, connector.connect(name(), far)) }).await;
-        exchange(ours.unwrap().0, theirs.unwrap(), 40_000).await;
+        exchange(ours.unwrap(), theirs.unwrap(), 40_000).await;
     }
 }
 
@@ -288,7 +296,7 @@ async fn what_is_no_tls_is_refused_with_an_alert() {
     for words in [&b"GET / HTTP/1.1\r\nhost: server\r\n\r\n"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
         let (near, mut far) = duplex(WIRE);
         far.write_all(words).await.unwrap();
-        let refused = within(crate::accept(near, Arc::clone(&configs.server), |_| ())).await.unwrap_err();
+        let refused = within(accept(near, Arc::clone(&configs.server))).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
         let mut answer = Vec::new();
         within(far.read_to_end(&mut answer)).await.unwrap();
@@ -314,14 +322,14 @@ async fn sent_by_a_peer(records: impl FnOnce(&mut Sealer) -> Vec<u8>) -> Result<
         rustls::client::UnbufferedClientConnection::new(Arc::clone(&configs.client), name()).unwrap();
     let mut theirs = theirs;
     let (ours, _) = tokio::join!(
-        crate::accept(ours, Arc::clone(&configs.server), |_| ()),
-        crate::handshake::run(&mut theirs, &mut session)
+        accept(ours, Arc::clone(&configs.server)),
+        crate::handshake::run(&mut theirs, &mut session, Vec::new())
     );
     let (secrets, _) = session.dangerous_into_kernel_connection().unwrap();
     let mut sealer = Sealer::new(secrets.tx).unwrap();
     theirs.write_all(&records(&mut sealer)).await.unwrap();
     let mut got = Vec::new();
-    let mut ours = ours.unwrap().0;
+    let mut ours = ours.unwrap();
     let ended = within(ours.read_to_end(&mut got)).await;
     ended.map(|_| got).map_err(|error| error.to_string())
 }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use ambit_hbone::{Settings, WindowBudget, server};
-use ambit_identity::WorkloadCertificate;
+use ambit_hbone::{Endpoints, Incoming, Server, ServerSettings, WindowBudget};
+use ambit_identity::{Trust, WorkloadCertificate};
 use ambit_local::{Pod, PodOptions};
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
@@ -31,40 +31,53 @@ impl Drop for Gateway {
 
 impl Gateway {
     /// Listens on `at`, as whom `certificate` says, and leads to `target`.
-    async fn start(at: &Pod, port: u16, certificate: WorkloadCertificate, target: &Pod) -> Self {
+    async fn start(
+        at: &Pod,
+        port: u16,
+        certificate: WorkloadCertificate,
+        trust: Trust,
+        target: &Pod,
+    ) -> Self {
         let listener = at.listen((at.ip(), port).into()).await.unwrap();
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let serving = serve(listener, Arc::new(certificate), at.clone(), target.clone(), Arc::clone(&asked));
+        let server = Server::new(ServerSettings::default(), trust, WindowBudget::new(0));
+        let serving =
+            serve(listener, server, Arc::new(certificate), at.clone(), target.clone(), Arc::clone(&asked));
         Self { task: tokio::spawn(serving), asked }
     }
 }
 
 async fn serve(
     listener: TcpListener,
+    server: Server,
     certificate: Arc<WorkloadCertificate>,
     at: Pod,
     target: Pod,
     asked: Arc<Mutex<Vec<String>>>,
 ) {
-    while let Ok((socket, _)) = listener.accept().await {
-        let (certificate, asked) = (Arc::clone(&certificate), Arc::clone(&asked));
+    while let Ok((socket, remote)) = listener.accept().await {
+        let endpoints = Endpoints { local: socket.local_addr().unwrap(), remote };
+        let (server, certificate, asked) = (server.clone(), Arc::clone(&certificate), Arc::clone(&asked));
         let (at, target) = (at.clone(), target.clone());
         tokio::spawn(async move {
-            let settings = Settings::default();
-            let Ok(accepted) = server::accept(socket, certificate.server_config(), &settings).await else {
+            let Ok(accepted) = server.accept(socket, endpoints, certificate.server_config()).await else {
                 return;
             };
-            let handler = move |incoming: server::Incoming| {
+            let handler = move |incoming: Incoming| {
                 let (asked, at, target) = (Arc::clone(&asked), at.clone(), target.clone());
                 async move {
-                    asked.lock().push(format!("{} for {}", incoming.peer(), incoming.request().authority));
+                    asked.lock().push(format!(
+                        "{} for {}",
+                        incoming.peer().certificate.identity(),
+                        incoming.request().authority
+                    ));
                     let mut inner = incoming.accept(None).unwrap().into_stream();
                     let mut onward = at.connect((target.ip(), 15008).into()).await.unwrap();
                     drop(copy_bidirectional(&mut inner, &mut onward).await);
                 }
             };
             let endless = std::future::pending();
-            drop(server::serve(accepted, &settings, WindowBudget::new(0), endless, handler).await);
+            drop(server.serve(accepted, endless, handler).await);
         });
     }
 }
@@ -82,7 +95,7 @@ fn gateway_object(bed: &Extensions, network: &str, name: &str, port: u16, accoun
 
 async fn a_service_in_another_network_is_reached_by_a_tunnel_inside_a_tunnel(bed: &Extensions) {
     let certificate = bed.credentials.certificate(GATEWAY);
-    let gateway = Gateway::start(&bed.gateway, 15008, certificate, &bed.east).await;
+    let gateway = Gateway::start(&bed.gateway, 15008, certificate, bed.credentials.trust(), &bed.east).await;
     bed.cluster.apply(&gateway_object(bed, EAST, "to-east", 15008, "gateway")).await.unwrap();
     bed.knows(0, "workloads", "to-east").await;
     let capture = bed.cluster.capture().await.unwrap();
@@ -119,7 +132,7 @@ async fn a_gateway_that_is_somebody_else_gets_nothing(bed: &Extensions) {
     let impostor = bed.credentials.certificate("spiffe://cluster.local/ns/street/sa/impostor");
     let options = PodOptions::new("street", "impostor").service_account("impostor").node(1);
     let place = bed.cluster.pod(options).await.unwrap();
-    let gateway = Gateway::start(&place, 15008, impostor, &west).await;
+    let gateway = Gateway::start(&place, 15008, impostor, bed.credentials.trust(), &west).await;
     let object = gateway_object(bed, "west", "to-west", 15008, "gateway");
     let object = object.replace(&bed.gateway.ip().to_string(), &place.ip().to_string());
     bed.cluster.apply(&object).await.unwrap();

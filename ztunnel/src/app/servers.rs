@@ -110,6 +110,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     program.proxy.shares.register(registry);
     tallies(registry, &program.proxy);
     pools(registry, &program.pool_counters);
+    windows(registry, parts);
     discovery(registry, &parts.discovery);
     if let Some(demander) = &program.proxy.demander {
         demands(registry, demander);
@@ -201,6 +202,15 @@ fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {
     register("ambit_hbone_ping_timeouts", "Tunnel connections whose peer fell silent", |c| {
         c.ping_timeouts.get()
     });
+}
+
+fn windows(registry: &Registry, parts: &Parts) {
+    let budget = parts.budget.clone();
+    registry.counter_from(
+        "ambit_hbone_windows_refused",
+        "Windows that did not grow because their pod's or peer's share of memory was used up",
+        move || budget.refused(),
+    );
 }
 
 fn discovery(registry: &Registry, client: &ambit_xds::Client) {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_ca::{Authority, AuthorityConfig};
-use ambit_hbone::{ConnectRequest, OpenError, Settings, WindowBudget, client};
+use ambit_hbone::client::{self, Target};
+use ambit_hbone::{ClientSettings, ConnectRequest, OpenError, WindowBudget};
 use ambit_identity::{
     CertificateRequest, ClientTls, SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate,
     unnamed_server,
@@ -44,10 +45,10 @@ async fn connect(
 ) -> Result<ambit_hbone::Tunnel, OpenError> {
     let address = SocketAddr::new(server.net.v4.into(), 15008);
     let socket = from.net.dial(address).await.unwrap();
-    let settings = Settings { connect_timeout: LIMIT, ..Settings::default() };
-    let expected = [id("server")];
-    let (connection, driver) =
-        client::connect(socket, address, tls, &expected, &settings, WindowBudget::new(0)).await?;
+    let settings = ClientSettings { connect_timeout: LIMIT, ..ClientSettings::default() };
+    let source = socket.local_addr().unwrap().ip();
+    let target = Target { address, source, tls: &tls, expected: &[id("server")] };
+    let (connection, driver) = client::connect(socket, target, &settings, &WindowBudget::new(0)).await?;
     tokio::spawn(driver.run(|| ()));
     connection.open(&ConnectRequest::new(authority), &settings).await
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ambit_api::workload::gateway_address::Destination;
 use ambit_api::workload::{ApplicationTunnel, GatewayAddress, NetworkAddress, application_tunnel};
-use ambit_hbone::{Settings, WindowBudget, server};
+use ambit_hbone::{Endpoints, Server, ServerSettings, WindowBudget};
 use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -62,27 +62,29 @@ async fn gateway(
     };
     let (outer, inner) = (certificate("gateway"), certificate("server"));
     tokio::spawn(async move {
-        let settings = Settings::default();
-        while let Ok((socket, _)) = listener.accept().await {
-            let accepted = server::accept(socket, outer.server_config(), &settings).await.unwrap();
-            let (settings, inner, told) = (settings.clone(), inner.clone(), told.clone());
+        let server = Server::new(ServerSettings::default(), trust, WindowBudget::new(0));
+        while let Ok((socket, remote)) = listener.accept().await {
+            let endpoints = Endpoints { local: socket.local_addr().unwrap(), remote };
+            let accepted = server.accept(socket, endpoints, outer.server_config()).await.unwrap();
+            let (server, inner, told) = (server.clone(), inner.clone(), told.clone());
             tokio::spawn(async move {
-                let serve =
-                    server::serve(accepted, &settings, WindowBudget::new(0), std::future::pending(), {
-                        move |incoming| {
-                            let (inner, told) = (inner.clone(), told.clone());
-                            async move {
-                                told.send(format!(
-                                    "outer {} {}",
-                                    incoming.peer(),
-                                    incoming.request().authority
-                                ))
-                                .unwrap();
-                                let within = incoming.accept(None).unwrap().into_stream();
-                                inside(within, inner, told).await;
-                            }
+                let inside_server = server.clone();
+                let serve = server.serve(accepted, std::future::pending(), {
+                    move |incoming| {
+                        let (inner, told) = (inner.clone(), told.clone());
+                        let server = inside_server.clone();
+                        async move {
+                            told.send(format!(
+                                "outer {} {}",
+                                incoming.peer().certificate.identity(),
+                                incoming.request().authority
+                            ))
+                            .unwrap();
+                            let within = incoming.accept(None).unwrap().into_stream();
+                            inside(within, endpoints, server, inner, told).await;
                         }
-                    });
+                    }
+                });
                 serve.await.ok();
             });
         }
@@ -91,30 +93,30 @@ async fn gateway(
 
 async fn inside(
     stream: ambit_hbone::TunnelStream,
+    endpoints: Endpoints,
+    server: Server,
     certificate: Arc<ambit_identity::WorkloadCertificate>,
     told: tokio::sync::mpsc::UnboundedSender<String>,
 ) {
-    let settings = Settings::default();
-    let accepted = server::accept(stream, certificate.server_config(), &settings).await.unwrap();
-    let serve =
-        server::serve(accepted, &settings, WindowBudget::new(0), std::future::pending(), move |incoming| {
-            let told = told.clone();
-            async move {
-                let request = incoming.request();
-                told.send(format!(
-                    "inner {} {} {:?}",
-                    incoming.peer(),
-                    request.authority,
-                    request.forwarded_network
-                ))
-                .unwrap();
-                let mut stream = incoming.accept(None).unwrap().into_stream();
-                let mut received = Vec::new();
-                stream.read_to_end(&mut received).await.unwrap();
-                stream.write_all(&received).await.unwrap();
-                stream.shutdown().await.unwrap();
-            }
-        });
+    let accepted = server.accept(stream, endpoints, certificate.server_config()).await.unwrap();
+    let serve = server.serve(accepted, std::future::pending(), move |incoming| {
+        let told = told.clone();
+        async move {
+            let request = incoming.request();
+            told.send(format!(
+                "inner {} {} {:?}",
+                incoming.peer().certificate.identity(),
+                request.authority,
+                request.forwarded_network
+            ))
+            .unwrap();
+            let mut stream = incoming.accept(None).unwrap().into_stream();
+            let mut received = Vec::new();
+            stream.read_to_end(&mut received).await.unwrap();
+            stream.write_all(&received).await.unwrap();
+            stream.shutdown().await.unwrap();
+        }
+    });
     serve.await.ok();
 }
 

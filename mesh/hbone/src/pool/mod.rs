@@ -1,11 +1,14 @@
 //! A worker's connections to other proxies, shared by its tunnels.
 //!
-//! The pool hands out tunnels; a task for each connection drives it, and another makes it, so that a
-//! caller that goes away breaks nothing for those who wait beside it. Dropping the last [`Pool`]
-//! leaves open tunnels alone; their connections close when they have ended.
+//! The pool hands out tunnels. One task drives each connection, and another one dials it, so that a caller that goes
+//! away breaks nothing for those that wait beside it. Dropping the last [`Pool`] leaves open tunnels alone; their
+//! connections close when they have ended.
 //!
-//! One lock guards the index. It is held for look-ups only, never across an await, and since each
-//! worker has a pool of its own nobody contends for it but evictions.
+//! The pool never sends a CONNECT twice: its caller owns retries, and [`OpenError::never_processed`] tells it which
+//! requests certainly had no effect.
+//!
+//! One lock guards the index. It is held for look-ups only, never across an await. Each worker has a pool of its own, so
+//! only evictions contend for it.
 
 mod choice;
 mod counters;
@@ -13,47 +16,33 @@ mod state;
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_identity::{ClientTls, PeerCertificate, SpiffeId};
+use ambit_identity::{ClientTls, PeerCertificate, SpiffeId, Trust};
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-pub use counters::PoolCounters;
+pub use counters::{Count, PoolCounters};
+pub use state::Key;
 
-use crate::client::{self, Connection, Driver, DriverEnd};
+use crate::client::{self, Connection, Driver, DriverEnd, Target};
 use crate::load::Lease;
-use crate::{ConnectRequest, OpenError, Settings, Tunnel, WindowBudget};
-use state::{Flight, Outcome, State, Step, Waiter};
+use crate::{ConnectRequest, OpenError, PoolSettings, Tunnel, WindowBudget};
+use state::{DialId, DialOutcome, DialWaiter, Selected, State, Step};
 
-/// How often one `open` may find that its connection was just going away.
-const ATTEMPTS: usize = 4;
-/// How long a tunnel waits for a quieter connection before it takes a busy one.
+/// How often one `open` may find that the connection it waited for is of no use to it.
+const DIALS: usize = 4;
+/// How long a tunnel waits for a less busy connection before it uses a busy one.
 const SPREAD_WAIT: Duration = Duration::from_millis(100);
 
-/// What a connection may be shared by: one source workload with one identity to one workload at one
-/// address. An address that is used again by another workload has another key.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PoolKey {
-    /// Uid of the source pod. Pods of one identity do not share connections: each leaves from its own
-    /// namespace and address, and goes with it.
-    pub origin: Arc<str>,
-    /// The identity that our side presents.
-    pub source: SpiffeId,
-    /// Uid of the destination workload (of the waypoint or gateway, if there is one).
-    pub destination: Arc<str>,
-    /// Where its proxy listens.
-    pub address: SocketAddr,
-}
-
-/// What eviction does to tunnels that are open.
+/// What eviction does to open tunnels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InFlight {
-    /// They go on until they end; only new ones are kept off.
+    /// They go on until they end; the connection takes no new ones.
     Finish,
     /// They are cut.
     Cut,
@@ -61,112 +50,113 @@ pub enum InFlight {
 
 /// The connections of one worker. Clones share them.
 ///
-/// Shutting down: [`Pool::drain`] refuses new tunnels and closes what is idle; what is in flight goes
+/// `K` decides what may share a connection: two callers with equal keys do. A key should name the workload, not only its
+/// address, so that an address that is used again by another workload has another key.
+///
+/// Shutting down: [`Pool::drain`] refuses new tunnels and closes idle connections; what is in flight goes
 /// on until its end, or until [`Pool::cut`].
 #[derive(Debug, Clone)]
-pub struct Pool {
-    shared: Arc<Shared>,
+pub struct Pool<K: Key> {
+    shared: Arc<Shared<K>>,
     /// The drivers hold `shared` as well, so its own drop would come too late.
-    _last: Arc<DrainOnDrop>,
+    _last: Arc<DrainOnDrop<K>>,
 }
 
 #[derive(Debug)]
-struct DrainOnDrop(Arc<Shared>);
+struct DrainOnDrop<K: Key>(Arc<Shared<K>>);
 
-impl Drop for DrainOnDrop {
+impl<K: Key> Drop for DrainOnDrop<K> {
     fn drop(&mut self) {
         self.0.state.lock().drain();
     }
 }
 
 #[derive(Debug)]
-struct Shared {
-    settings: Settings,
+struct Shared<K: Key> {
+    settings: PoolSettings,
+    trust: Trust,
     budget: WindowBudget,
-    state: Mutex<State>,
+    state: Mutex<State<K>>,
     counters: Arc<PoolCounters>,
 }
 
-impl Pool {
-    /// An empty pool. `budget` is the process's, shared by all workers.
-    pub fn new(settings: Settings, budget: WindowBudget, counters: Arc<PoolCounters>) -> Pool {
+impl<K: Key> Pool<K> {
+    /// An empty pool. `budget` is the process's, shared by all workers. Connections whose peer `trust` no longer believes
+    /// carry no new tunnels.
+    pub fn new(
+        settings: PoolSettings,
+        trust: Trust,
+        budget: WindowBudget,
+        counters: Arc<PoolCounters>,
+    ) -> Pool<K> {
         let state = Mutex::new(State::default());
-        let shared = Arc::new(Shared { settings, budget, state, counters });
+        let shared = Arc::new(Shared { settings, trust, budget, state, counters });
         Pool { _last: Arc::new(DrainOnDrop(Arc::clone(&shared))), shared }
     }
 
-    /// The settings that its connections follow.
-    pub fn settings(&self) -> &Settings {
+    /// The settings of the pool.
+    pub fn settings(&self) -> &PoolSettings {
         &self.shared.settings
     }
 
-    /// Opens a tunnel to the workload of `key`: on a connection that is there, or on one made by
-    /// `dial`, TLS with `tls`, and the check that the peer is one of `expected`.
+    /// Opens a tunnel on an existing connection of `key`, or on a new one over what `dial` yields.
     ///
-    /// Callers that find a connection being made for their key wait for it and share its failure.
-    /// A connection made with an older `tls` configuration (before a certificate was renewed) takes
-    /// no more tunnels. `dial` runs in a task of the pool and is bounded, with the handshakes, by
-    /// [`Settings::handshake_timeout`]; it is called again only if the connection it made was gone
-    /// before the tunnel was answered. Must be called on the worker's runtime.
+    /// Callers that find a connection being dialled for their key wait for it and share its failure.
+    /// A connection takes no more tunnels once `target` has another certificate (after a renewal), does not expect its
+    /// peer any more, or its peer is no longer believed. `dial` runs in a task of the pool and is bounded, with the
+    /// handshakes, by [`handshake_timeout`](crate::ClientSettings::handshake_timeout). Must be called on the worker's
+    /// runtime.
     ///
     /// # Errors
     ///
     /// [`OpenError`]; no byte of the application has been sent then.
-    pub async fn open<D, F>(
+    pub async fn open<D, F, IO>(
         &self,
-        key: &PoolKey,
-        tls: &Arc<ClientTls>,
-        expected: &[SpiffeId],
+        key: &K,
+        target: Target<'_>,
         request: &ConnectRequest,
         mut dial: D,
     ) -> Result<Tunnel, OpenError>
     where
         D: FnMut() -> F,
-        F: Future<Output = io::Result<TcpStream>> + Send + 'static,
+        F: Future<Output = io::Result<IO>> + Send + 'static,
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let shared = &self.shared;
         let mut may_spread = true;
-        let mut attempts = 0;
-        loop {
-            let step = shared.state.lock().step(key, tls, expected, &shared.settings, may_spread)?;
-            match step {
-                Step::Use(connection, lease) => {
-                    let opened = shared.open_on(key, &connection, request, lease).await;
-                    attempts += 1;
-                    match opened {
-                        Err(error) if may_repeat(&error) && attempts < ATTEMPTS => {}
-                        opened => return opened,
-                    }
-                }
+        for _ in 0..=DIALS {
+            let step = {
+                let believed = |peer: &PeerCertificate| shared.is_believed(peer);
+                shared.state.lock().step(key, target, believed, &shared.settings, may_spread)?
+            };
+            let waiter = match step {
+                Step::Use(selected, lease) => return shared.open_on(key, &selected, request, lease).await,
                 Step::Wait(waiter) => {
                     shared.counters.shared.add(1);
-                    may_spread = shared.landing(waiter, may_spread, key, tls, expected).await?;
+                    waiter
                 }
-                Step::Dial(ticket) => {
-                    let establish = Establish {
+                Step::Dial(permit) => {
+                    let dialling = Dialling {
                         key: key.clone(),
-                        tls: Arc::clone(tls),
-                        expected: expected.to_vec(),
-                        flight: ticket.flight,
+                        address: target.address,
+                        source: target.source,
+                        tls: Arc::clone(target.tls),
+                        expected: target.expected.to_vec(),
+                        id: permit.id,
                     };
-                    let task = establish.run(Arc::clone(shared), dial(), ticket.report);
-                    let task = tokio::spawn(task);
-                    shared.state.lock().watch(key, ticket.flight, task.abort_handle());
-                    may_spread = shared.landing(ticket.waiter, may_spread, key, tls, expected).await?;
+                    let task = tokio::spawn(dialling.run(Arc::clone(shared), dial(), permit.report));
+                    shared.state.lock().hold_dial(key, permit.id, task.abort_handle());
+                    permit.waiter
                 }
-            }
+            };
+            may_spread = shared.join_dial(waiter, may_spread, key, target).await?;
         }
+        Err(OpenError::Abandoned { address: target.address })
     }
 
-    /// Takes the connections of a workload that is gone out of the pool, those being made included.
-    pub fn evict(&self, destination: &str, in_flight: InFlight) {
-        let evicted = self.shared.state.lock().evict(destination, in_flight);
-        self.shared.counters.evicted.add(evicted as u64);
-    }
-
-    /// Takes the connections out that were made for a source pod that has left. Open tunnels finish.
-    pub fn evict_origin(&self, origin: &str) {
-        let evicted = self.shared.state.lock().evict_origin(origin);
+    /// Takes the connections of matching keys out of the pool, those being dialled included.
+    pub fn evict(&self, matches: impl Fn(&K) -> bool, in_flight: InFlight) {
+        let evicted = self.shared.state.lock().evict(matches, in_flight);
         self.shared.counters.evicted.add(evicted as u64);
     }
 
@@ -188,7 +178,7 @@ impl Pool {
         state.cut();
     }
 
-    /// Connections that are open, including those that take no more tunnels.
+    /// Open connections, including those that take no more tunnels.
     pub fn connections(&self) -> usize {
         self.shared.state.lock().connections()
     }
@@ -198,21 +188,29 @@ impl Pool {
         self.shared.state.lock().tunnels()
     }
 
-    /// Connections to the workload of `key` that take tunnels.
-    pub fn connections_of(&self, key: &PoolKey) -> usize {
+    /// Connections of `key` that take tunnels.
+    pub fn connections_of(&self, key: &K) -> usize {
         self.shared.state.lock().connections_of(key)
     }
 }
 
-impl Shared {
+impl<K: Key> Shared<K> {
+    fn is_believed(&self, peer: &PeerCertificate) -> bool {
+        let rechecked = self.trust.recheck(peer, std::time::SystemTime::now());
+        if let Err(error) = &rechecked {
+            tracing::info!(%error, "a pooled connection takes no more tunnels");
+        }
+        rechecked.is_ok()
+    }
+
     async fn open_on(
         &self,
-        key: &PoolKey,
-        connection: &state::Handle,
+        key: &K,
+        selected: &Selected,
         request: &ConnectRequest,
         lease: Lease,
     ) -> Result<Tunnel, OpenError> {
-        let opened = connection.connection.open_leased(request, &self.settings, lease).await;
+        let opened = selected.connection.open_leased(request, &self.settings.client, lease).await;
         match &opened {
             Ok(_) => self.counters.tunnels.add(1),
             Err(error) => {
@@ -220,147 +218,151 @@ impl Shared {
                 if let OpenError::Silent { .. } = error {
                     self.counters.silent.add(1);
                 }
-                if unfit(error) {
-                    self.state.lock().retire(key, connection.id);
+                if is_of_connection(error) {
+                    self.state.lock().retire(key, selected.id);
                 }
             }
         }
         opened
     }
 
-    /// Waits for a connection that is being made; yields whether the tunnel may wait for one again.
+    /// Waits for a connection that is being dialled. Returns whether the tunnel may wait for another one.
     ///
-    /// If it is only to spread the load, the wait is short and its failure is nobody's: what is there
-    /// carries the tunnel as well.
-    async fn landing(
+    /// If it is dialled only to spread the load, the wait is short and a failure is ignored: the existing connections
+    /// carry the tunnel as well.
+    async fn join_dial(
         &self,
-        waiter: Waiter,
+        waiter: DialWaiter,
         may_spread: bool,
-        key: &PoolKey,
-        tls: &Arc<ClientTls>,
-        expected: &[SpiffeId],
+        key: &K,
+        target: Target<'_>,
     ) -> Result<bool, OpenError> {
-        let outcome = waiter.outcome(key.address);
-        if may_spread && self.state.lock().has_usable(key, tls, expected) {
+        let outcome = waiter.outcome(target.address);
+        if may_spread && self.state.lock().has_usable(key, target) {
             return Ok(matches!(timeout(SPREAD_WAIT, outcome).await, Ok(Ok(()))));
         }
         outcome.await.map(|()| may_spread)
     }
 }
 
-/// Whether a failure says that the connection is of no use to other tunnels either.
-fn unfit(error: &OpenError) -> bool {
-    matches!(error, OpenError::NotProcessed { .. } | OpenError::Lost { .. } | OpenError::Silent { .. })
+/// Whether a failure concerns the connection and not only the request.
+fn is_of_connection(error: &OpenError) -> bool {
+    matches!(
+        error,
+        OpenError::NotProcessed { .. }
+            | OpenError::Lost { .. }
+            | OpenError::Silent { .. }
+            | OpenError::Tls { .. }
+    )
 }
 
-/// Whether a CONNECT may be sent again on another connection. One that was lost with its connection may have
-/// reached the peer, but no byte of the application has been sent, and none of its answer was relayed.
-fn may_repeat(error: &OpenError) -> bool {
-    error.never_processed() || matches!(error, OpenError::Lost { .. })
-}
-
-/// The making of one connection.
-struct Establish {
-    key: PoolKey,
+/// The dialling of one connection.
+struct Dialling<K> {
+    key: K,
+    address: SocketAddr,
+    source: IpAddr,
     tls: Arc<ClientTls>,
     expected: Vec<SpiffeId>,
-    flight: Flight,
+    id: DialId,
 }
 
-impl Establish {
-    /// Makes the connection, puts it into the pool and tells those who wait. If this is aborted or
-    /// panics, `report` is dropped and they see that nobody is making it any more.
-    async fn run<F>(self, shared: Arc<Shared>, dial: F, report: watch::Sender<Option<Outcome>>)
+impl<K: Key> Dialling<K> {
+    /// Makes the connection, adds it to the pool and reports to the waiters. If this is aborted or
+    /// panics, `report` is dropped and they see that nobody is dialling any more.
+    async fn run<F, IO>(self, shared: Arc<Shared<K>>, dial: F, report: watch::Sender<Option<DialOutcome>>)
     where
-        F: Future<Output = io::Result<TcpStream>> + Send + 'static,
+        F: Future<Output = io::Result<IO>> + Send + 'static,
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let landing = Landing { shared: Arc::clone(&shared), key: self.key.clone(), flight: self.flight };
-        let limit = shared.settings.handshake_timeout;
-        let made = match timeout(limit, self.connect(&shared, dial)).await {
-            Ok(made) => made,
-            Err(_) => Err(OpenError::HandshakeTimeout { address: self.key.address, limit }),
+        let guard = DialGuard { shared: Arc::clone(&shared), key: self.key.clone(), id: self.id };
+        let limit = shared.settings.client.handshake_timeout;
+        let connected = match timeout(limit, self.connect(&shared, dial)).await {
+            Ok(connected) => connected,
+            Err(_) => Err(OpenError::HandshakeTimeout { address: self.address, limit }),
         };
-        let outcome = match made {
-            Ok((connection, driver)) => self.board(&shared, connection, driver),
+        let outcome = match connected {
+            Ok((connection, driver)) => self.add(&shared, connection, driver),
             Err(error) => Err(error),
         };
         match &outcome {
             Ok(()) => shared.counters.connections.add(1),
             Err(_) => shared.counters.failed_connections.add(1),
         }
-        drop(landing);
+        drop(guard);
         report.send_replace(Some(outcome));
     }
 
-    async fn connect<F>(&self, shared: &Shared, dial: F) -> Result<(Connection, Driver<TcpStream>), OpenError>
+    async fn connect<F, IO>(&self, shared: &Shared<K>, dial: F) -> Result<(Connection, Driver<IO>), OpenError>
     where
-        F: Future<Output = io::Result<TcpStream>> + Send + 'static,
+        F: Future<Output = io::Result<IO>> + Send + 'static,
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let address = self.key.address;
-        let socket = dial.await.map_err(|source| OpenError::Dial { address, source: Arc::new(source) })?;
-        // Latency: a CONNECT must not wait for the acknowledgement of what went before.
-        socket.set_nodelay(true).map_err(|source| OpenError::Dial { address, source: Arc::new(source) })?;
-        let (tls, budget) = (Arc::clone(&self.tls), shared.budget.clone());
-        client::connect(socket, address, tls, &self.expected, &shared.settings, budget).await
+        let address = self.address;
+        let io = dial.await.map_err(|source| OpenError::Dial { address, source: Arc::new(source) })?;
+        let target = Target { address, source: self.source, tls: &self.tls, expected: &self.expected };
+        client::connect(io, target, &shared.settings.client, &shared.budget).await
     }
 
     /// Adds the connection to the pool and starts its driver.
-    fn board(
+    fn add<IO>(
         &self,
-        shared: &Arc<Shared>,
+        shared: &Arc<Shared<K>>,
         connection: Connection,
-        driver: Driver<TcpStream>,
-    ) -> Result<(), OpenError> {
+        driver: Driver<IO>,
+    ) -> Result<(), OpenError>
+    where
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let mut state = shared.state.lock();
-        let id = state.add(&self.key, self.flight, connection, Arc::clone(&self.tls))?;
-        let drive = drive(Arc::clone(shared), self.key.clone(), id, driver);
-        state.hold(&self.key, id, tokio::spawn(drive).abort_handle());
+        let id = state.add(&self.key, self.id, connection, Arc::clone(&self.tls))?;
+        let drive = drive(Arc::clone(shared), self.key.clone(), self.address, id, driver);
+        state.hold_driver(&self.key, id, tokio::spawn(drive).abort_handle());
         Ok(())
     }
 }
 
-/// Ends a flight however its task ends.
-struct Landing {
-    shared: Arc<Shared>,
-    key: PoolKey,
-    flight: Flight,
+/// Ends a dial however its task ends.
+struct DialGuard<K: Key> {
+    shared: Arc<Shared<K>>,
+    key: K,
+    id: DialId,
 }
 
-impl Drop for Landing {
+impl<K: Key> Drop for DialGuard<K> {
     fn drop(&mut self) {
-        self.shared.state.lock().landed(&self.key, self.flight);
+        self.shared.state.lock().end_dial(&self.key, self.id);
     }
 }
 
 /// Takes a connection out of the pool however its task ends.
-struct Departure {
-    shared: Arc<Shared>,
-    key: PoolKey,
+struct ConnectionGuard<K: Key> {
+    shared: Arc<Shared<K>>,
+    key: K,
     id: u64,
 }
 
-impl Drop for Departure {
+impl<K: Key> Drop for ConnectionGuard<K> {
     fn drop(&mut self) {
         self.shared.state.lock().remove(&self.key, self.id);
     }
 }
 
 /// The task of one connection.
-async fn drive(shared: Arc<Shared>, key: PoolKey, id: u64, driver: Driver<TcpStream>) {
-    let departure = Departure { shared, key, id };
-    let end = driver.run(|| departure.shared.state.lock().retire(&departure.key, id)).await;
-    let (key, counters) = (&departure.key, &departure.shared.counters);
+async fn drive<K: Key, IO>(shared: Arc<Shared<K>>, key: K, address: SocketAddr, id: u64, driver: Driver<IO>)
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let guard = ConnectionGuard { shared, key, id };
+    let end = driver.run(|| guard.shared.state.lock().retire(&guard.key, id)).await;
     match end {
-        DriverEnd::Closed => tracing::debug!(address = %key.address, "tunnel connection closed"),
+        DriverEnd::Closed => tracing::debug!(%address, "tunnel connection closed"),
         DriverEnd::PingTimeout => {
-            counters.ping_timeouts.add(1);
-            tracing::info!(address = %key.address, destination = %key.destination, "peer did not answer a PING");
+            guard.shared.counters.ping_timeouts.add(1);
+            tracing::info!(%address, key = ?guard.key, "peer did not answer a PING");
         }
         DriverEnd::Overhead(frames) => {
-            tracing::warn!(address = %key.address, frames, "peer floods with frames that move nothing");
+            tracing::warn!(%address, frames, "peer floods the connection with frames that carry nothing");
         }
-        DriverEnd::Broken(error) => {
-            tracing::debug!(address = %key.address, %error, "tunnel connection broke");
-        }
+        DriverEnd::Broken(error) => tracing::debug!(%address, %error, "tunnel connection broke"),
     }
 }

@@ -1,37 +1,44 @@
-//! The pool's index: which connections there are, and which are being made. No I/O, no waiting.
+//! The pool's index: which connections exist, and which are being dialled. No I/O, no waiting.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
+use std::hash::Hash;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ambit_identity::{ClientTls, PeerCertificate, SpiffeId};
+use ambit_identity::{ClientTls, PeerCertificate};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+use super::InFlight;
 use super::choice::{Bounds, Candidate, Choice, choose};
-use super::{InFlight, PoolKey};
-use crate::client::Connection;
+use crate::client::{Connection, Target};
 use crate::load::{Lease, Load};
-use crate::{OpenError, Settings};
+use crate::{OpenError, PoolSettings};
 
-/// How the making of a connection ended.
-pub(super) type Outcome = Result<(), OpenError>;
+/// What a pool's connections are kept by.
+pub trait Key: Clone + Eq + Hash + Debug + Send + Sync + 'static {}
 
-/// Names one attempt to make a connection, so that a late one is not taken for its successor.
+impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Key for T {}
+
+/// How a dial ended.
+pub(super) type DialOutcome = Result<(), OpenError>;
+
+/// Identifies one dial, so that a late one is not taken for its successor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Flight(u64);
+pub(super) struct DialId(u64);
 
-/// Waits for the end of a flight.
+/// Waits for the end of a dial.
 #[derive(Debug)]
-pub(super) struct Waiter {
-    outcome: watch::Receiver<Option<Outcome>>,
-    /// Counts those who wait.
-    _present: Arc<()>,
+pub(super) struct DialWaiter {
+    outcome: watch::Receiver<Option<DialOutcome>>,
+    /// Its strong count is the number of waiters, and one.
+    _waiting: Arc<()>,
 }
 
-impl Waiter {
-    pub(super) async fn outcome(mut self, address: SocketAddr) -> Outcome {
+impl DialWaiter {
+    pub(super) async fn outcome(mut self, address: SocketAddr) -> DialOutcome {
         match self.outcome.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.clone().unwrap_or(Err(OpenError::Abandoned { address })),
             Err(_) => Err(OpenError::Abandoned { address }),
@@ -39,17 +46,17 @@ impl Waiter {
     }
 }
 
-/// Permission to make a connection.
+/// Permission to dial a connection.
 #[derive(Debug)]
-pub(super) struct Ticket {
-    pub(super) flight: Flight,
-    pub(super) report: watch::Sender<Option<Outcome>>,
-    pub(super) waiter: Waiter,
+pub(super) struct DialPermit {
+    pub(super) id: DialId,
+    pub(super) report: watch::Sender<Option<DialOutcome>>,
+    pub(super) waiter: DialWaiter,
 }
 
 /// A connection that was chosen.
 #[derive(Debug)]
-pub(super) struct Handle {
+pub(super) struct Selected {
     pub(super) id: u64,
     pub(super) connection: Connection,
 }
@@ -57,30 +64,35 @@ pub(super) struct Handle {
 /// What the caller is to do next.
 #[derive(Debug)]
 pub(super) enum Step {
-    Use(Handle, Lease),
-    Wait(Waiter),
-    Dial(Ticket),
+    Use(Selected, Lease),
+    Wait(DialWaiter),
+    Dial(DialPermit),
 }
 
-#[derive(Debug, Default)]
-pub(super) struct State {
-    groups: HashMap<PoolKey, Group>,
-    /// Keys of each workload, for eviction.
-    keys: HashMap<Arc<str>, Vec<PoolKey>>,
+#[derive(Debug)]
+pub(super) struct State<K> {
+    groups: HashMap<K, Group>,
     last_id: u64,
     draining: bool,
 }
 
+impl<K> Default for State<K> {
+    fn default() -> Self {
+        State { groups: HashMap::new(), last_id: 0, draining: false }
+    }
+}
+
+/// The connections of one key.
 #[derive(Debug, Default)]
 struct Group {
     members: Vec<Member>,
-    dialling: Option<Dialling>,
+    dial: Option<Dial>,
 }
 
 #[derive(Debug)]
 struct Member {
     id: u64,
-    /// Gone once it takes no more tunnels; the last one dropped closes the connection.
+    /// `None` once it takes no more tunnels; the last one dropped closes the connection.
     connection: Option<Connection>,
     load: Arc<Load>,
     peer: PeerCertificate,
@@ -89,16 +101,18 @@ struct Member {
 }
 
 #[derive(Debug)]
-struct Dialling {
-    flight: Flight,
-    outcome: watch::Receiver<Option<Outcome>>,
+struct Dial {
+    id: DialId,
+    outcome: watch::Receiver<Option<DialOutcome>>,
     waiting: Arc<()>,
     task: Option<AbortHandle>,
 }
 
 impl Member {
-    fn serves(&self, tls: &Arc<ClientTls>, expected: &[SpiffeId]) -> bool {
-        self.connection.is_some() && Arc::ptr_eq(&self.tls, tls) && expected.contains(self.peer.identity())
+    fn serves(&self, target: Target<'_>) -> bool {
+        self.connection.is_some()
+            && Arc::ptr_eq(&self.tls, target.tls)
+            && target.expected.contains(self.peer.identity())
     }
 
     fn cut(&mut self) {
@@ -109,159 +123,142 @@ impl Member {
     }
 }
 
-impl State {
-    /// Decides where the next tunnel to `key` goes. Without `may_spread`, a busy connection is as
+impl<K: Key> State<K> {
+    /// Decides where the next tunnel of `key` goes. Without `may_spread`, a busy connection is as
     /// good as a quiet one.
     pub(super) fn step(
         &mut self,
-        key: &PoolKey,
-        tls: &Arc<ClientTls>,
-        expected: &[SpiffeId],
-        settings: &Settings,
+        key: &K,
+        target: Target<'_>,
+        believed: impl Fn(&PeerCertificate) -> bool,
+        settings: &PoolSettings,
         may_spread: bool,
     ) -> Result<Step, OpenError> {
         if self.draining {
             return Err(OpenError::Draining);
         }
-        let now = Instant::now();
-        if !self.groups.contains_key(key) {
-            self.groups.insert(key.clone(), Group::default());
-            self.keys.entry(Arc::clone(&key.destination)).or_default().push(key.clone());
-        }
-        let Some(group) = self.groups.get_mut(key) else {
-            return Err(OpenError::Abandoned { address: key.address });
-        };
+        let address = target.address;
+        let group = self.groups.entry(key.clone()).or_default();
         for member in &mut group.members {
-            if !Arc::ptr_eq(&member.tls, tls) {
+            if member.connection.is_some()
+                && !(Arc::ptr_eq(&member.tls, target.tls) && believed(&member.peer))
+            {
                 member.connection = None;
             }
         }
-        let (indices, candidates) = group.candidates(tls, expected, settings, now);
+        let (indices, candidates) = group.candidates(target, settings, Instant::now());
         let bounds = Bounds {
             spread: if may_spread { settings.spread } else { 0 },
             connections: settings.max_connections,
             busy: settings.busy_streams,
         };
-        match choose(&candidates, group.dialling.is_some(), bounds) {
+        match choose(&candidates, group.dial.is_some(), bounds) {
             Choice::Use(chosen) => match indices.get(chosen).and_then(|index| group.members.get(*index)) {
                 Some(Member { id, connection: Some(connection), load, .. }) => {
-                    Ok(Step::Use(Handle { id: *id, connection: connection.clone() }, load.enter()))
+                    Ok(Step::Use(Selected { id: *id, connection: connection.clone() }, load.enter()))
                 }
-                _ => Err(OpenError::Abandoned { address: key.address }),
+                _ => Err(OpenError::Abandoned { address }),
             },
-            Choice::Wait => group.wait(key, settings),
+            Choice::Wait => group.wait(address, settings),
             Choice::Dial => {
                 self.last_id += 1;
-                Ok(Step::Dial(group.take_off(Flight(self.last_id))))
+                Ok(Step::Dial(group.start_dial(DialId(self.last_id))))
             }
-            Choice::Full => {
-                Err(OpenError::Exhausted { address: key.address, connections: group.members.len() })
-            }
+            Choice::Full => Err(OpenError::Exhausted { address, connections: group.members.len() }),
         }
     }
 
-    /// Keeps hold of the task of a flight, unless it has landed already.
-    pub(super) fn watch(&mut self, key: &PoolKey, flight: Flight, task: AbortHandle) {
-        match self.groups.get_mut(key).and_then(|group| group.dialling.as_mut()) {
-            Some(dialling) if dialling.flight == flight => dialling.task = Some(task),
+    /// Keeps the task of a dial, unless it has ended.
+    pub(super) fn hold_dial(&mut self, key: &K, id: DialId, task: AbortHandle) {
+        match self.groups.get_mut(key).and_then(|group| group.dial.as_mut()) {
+            Some(dial) if dial.id == id => dial.task = Some(task),
             _ => {}
         }
     }
 
-    /// Adds a connection that was made.
+    /// Adds a connection that was dialled.
     ///
     /// # Errors
     ///
-    /// [`OpenError::Evicted`] if its workload went meanwhile, [`OpenError::Draining`].
+    /// [`OpenError::Evicted`] if its key was evicted meanwhile, [`OpenError::Draining`].
     pub(super) fn add(
         &mut self,
-        key: &PoolKey,
-        flight: Flight,
+        key: &K,
+        id: DialId,
         connection: Connection,
         tls: Arc<ClientTls>,
     ) -> Result<u64, OpenError> {
         if self.draining {
             return Err(OpenError::Draining);
         }
-        let evicted = || OpenError::Evicted { destination: Arc::clone(&key.destination) };
+        let evicted = || OpenError::Evicted { address: connection.address() };
         let group = self.groups.get_mut(key).ok_or_else(evicted)?;
-        if group.dialling.as_ref().is_none_or(|dialling| dialling.flight != flight) {
+        if group.dial.as_ref().is_none_or(|dial| dial.id != id) {
             return Err(evicted());
         }
-        let id = flight.0;
         group.members.push(Member {
-            id,
+            id: id.0,
             load: Arc::clone(connection.load()),
             peer: connection.peer().clone(),
             connection: Some(connection),
             tls,
             task: None,
         });
-        Ok(id)
+        Ok(id.0)
     }
 
-    /// Keeps hold of a connection's task.
-    pub(super) fn hold(&mut self, key: &PoolKey, id: u64, task: AbortHandle) {
+    /// Keeps a connection's task.
+    pub(super) fn hold_driver(&mut self, key: &K, id: u64, task: AbortHandle) {
         if let Some(member) = self.member(key, id) {
             member.task = Some(task);
         }
     }
 
-    /// Ends a flight.
-    pub(super) fn landed(&mut self, key: &PoolKey, flight: Flight) {
+    /// Ends a dial.
+    pub(super) fn end_dial(&mut self, key: &K, id: DialId) {
         if let Some(group) = self.groups.get_mut(key)
-            && group.dialling.as_ref().is_some_and(|dialling| dialling.flight == flight)
+            && group.dial.as_ref().is_some_and(|dial| dial.id == id)
         {
-            group.dialling = None;
+            group.dial = None;
         }
-        self.tidy(key);
+        self.remove_empty(key);
     }
 
     /// Lets a connection take no more tunnels; it closes with its last one.
-    pub(super) fn retire(&mut self, key: &PoolKey, id: u64) {
+    pub(super) fn retire(&mut self, key: &K, id: u64) {
         if let Some(member) = self.member(key, id) {
             member.connection = None;
         }
     }
 
-    /// Forgets a connection that has ended.
-    pub(super) fn remove(&mut self, key: &PoolKey, id: u64) {
+    /// Removes a connection that has ended.
+    pub(super) fn remove(&mut self, key: &K, id: u64) {
         if let Some(group) = self.groups.get_mut(key) {
             group.members.retain(|member| member.id != id);
         }
-        self.tidy(key);
+        self.remove_empty(key);
     }
 
-    /// Takes a workload's connections out; yields how many.
-    pub(super) fn evict(&mut self, destination: &str, in_flight: InFlight) -> usize {
-        let keys = self.keys.get(destination).cloned().unwrap_or_default();
-        keys.iter().map(|key| self.evict_key(key, in_flight)).sum()
-    }
-
-    /// Takes the connections of a source pod out; yields how many.
-    pub(super) fn evict_origin(&mut self, origin: &str) -> usize {
-        let keys: Vec<_> = self.groups.keys().filter(|key| &*key.origin == origin).cloned().collect();
-        keys.iter().map(|key| self.evict_key(key, InFlight::Finish)).sum()
-    }
-
-    fn evict_key(&mut self, key: &PoolKey, in_flight: InFlight) -> usize {
-        let Some(group) = self.groups.get_mut(key) else { return 0 };
-        if let Some(task) = group.dialling.take().and_then(|dialling| dialling.task) {
-            task.abort();
-        }
+    /// Takes the connections of matching keys out; returns how many.
+    pub(super) fn evict(&mut self, matches: impl Fn(&K) -> bool, in_flight: InFlight) -> usize {
         let mut evicted = 0;
-        for member in &mut group.members {
-            evicted += usize::from(member.connection.is_some());
-            match in_flight {
-                InFlight::Finish => member.connection = None,
-                InFlight::Cut => member.cut(),
+        for (_, group) in self.groups.iter_mut().filter(|(key, _)| matches(key)) {
+            if let Some(task) = group.dial.take().and_then(|dial| dial.task) {
+                task.abort();
+            }
+            for member in &mut group.members {
+                evicted += usize::from(member.connection.is_some());
+                match in_flight {
+                    InFlight::Finish => member.connection = None,
+                    InFlight::Cut => member.cut(),
+                }
             }
         }
-        self.tidy(key);
+        self.groups.retain(|_, group| !group.is_empty());
         evicted
     }
 
-    /// Cuts connections whose peer is not accepted; yields how many.
+    /// Cuts connections whose peer is not accepted; returns how many.
     pub(super) fn retain(&mut self, keep: impl Fn(&PeerCertificate) -> bool) -> usize {
         let members = self.groups.values_mut().flat_map(|group| &mut group.members);
         members.filter(|member| !keep(&member.peer)).map(Member::cut).count()
@@ -270,7 +267,7 @@ impl State {
     pub(super) fn drain(&mut self) {
         self.draining = true;
         for group in self.groups.values_mut() {
-            if let Some(task) = group.dialling.take().and_then(|dialling| dialling.task) {
+            if let Some(task) = group.dial.take().and_then(|dial| dial.task) {
                 task.abort();
             }
             for member in &mut group.members {
@@ -292,57 +289,50 @@ impl State {
         members.map(|member| member.load.open() as usize).sum()
     }
 
-    pub(super) fn connections_of(&self, key: &PoolKey) -> usize {
+    pub(super) fn connections_of(&self, key: &K) -> usize {
         let members = self.groups.get(key).map(|group| group.members.iter());
         members.into_iter().flatten().filter(|member| member.connection.is_some()).count()
     }
 
-    pub(super) fn has_usable(&self, key: &PoolKey, tls: &Arc<ClientTls>, expected: &[SpiffeId]) -> bool {
-        self.groups
-            .get(key)
-            .is_some_and(|group| group.members.iter().any(|member| member.serves(tls, expected)))
+    pub(super) fn has_usable(&self, key: &K, target: Target<'_>) -> bool {
+        self.groups.get(key).is_some_and(|group| group.members.iter().any(|member| member.serves(target)))
     }
 
-    fn member(&mut self, key: &PoolKey, id: u64) -> Option<&mut Member> {
+    fn member(&mut self, key: &K, id: u64) -> Option<&mut Member> {
         self.groups.get_mut(key)?.members.iter_mut().find(|member| member.id == id)
     }
 
-    /// Drops a key that holds nothing, so that the index does not outgrow what is alive.
-    fn tidy(&mut self, key: &PoolKey) {
-        let empty = |group: &Group| group.members.is_empty() && group.dialling.is_none();
-        if !self.groups.get(key).is_some_and(empty) {
-            return;
-        }
-        self.groups.remove(key);
-        if let Some(keys) = self.keys.get_mut(&key.destination) {
-            keys.retain(|other| other != key);
-            if keys.is_empty() {
-                self.keys.remove(&key.destination);
-            }
+    /// Removes a key that holds nothing, so that the index does not outgrow what exists.
+    fn remove_empty(&mut self, key: &K) {
+        if self.groups.get(key).is_some_and(Group::is_empty) {
+            self.groups.remove(key);
         }
     }
 }
 
 impl Group {
-    fn take_off(&mut self, flight: Flight) -> Ticket {
+    fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.dial.is_none()
+    }
+
+    fn start_dial(&mut self, id: DialId) -> DialPermit {
         let (report, outcome) = watch::channel(None);
         let waiting = Arc::new(());
-        let waiter = Waiter { outcome: outcome.clone(), _present: Arc::clone(&waiting) };
-        self.dialling = Some(Dialling { flight, outcome, waiting, task: None });
-        Ticket { flight, report, waiter }
+        let waiter = DialWaiter { outcome: outcome.clone(), _waiting: Arc::clone(&waiting) };
+        self.dial = Some(Dial { id, outcome, waiting, task: None });
+        DialPermit { id, report, waiter }
     }
 
     fn candidates(
         &self,
-        tls: &Arc<ClientTls>,
-        expected: &[SpiffeId],
-        settings: &Settings,
+        target: Target<'_>,
+        settings: &PoolSettings,
         now: Instant,
     ) -> (Vec<usize>, Vec<Candidate>) {
         self.members
             .iter()
             .enumerate()
-            .filter(|(_, member)| member.serves(tls, expected))
+            .filter(|(_, member)| member.serves(target))
             .map(|(index, member)| {
                 let peer_limit = member.connection.as_ref().map_or(0, Connection::peer_limit);
                 let candidate = Candidate {
@@ -355,15 +345,13 @@ impl Group {
             .unzip()
     }
 
-    fn wait(&self, key: &PoolKey, settings: &Settings) -> Result<Step, OpenError> {
-        match &self.dialling {
-            Some(dialling) if Arc::strong_count(&dialling.waiting) <= settings.max_waiting => {
-                Ok(Step::Wait(Waiter {
-                    outcome: dialling.outcome.clone(),
-                    _present: Arc::clone(&dialling.waiting),
-                }))
+    fn wait(&self, address: SocketAddr, settings: &PoolSettings) -> Result<Step, OpenError> {
+        match &self.dial {
+            Some(dial) if Arc::strong_count(&dial.waiting) <= settings.max_waiting => {
+                let outcome = dial.outcome.clone();
+                Ok(Step::Wait(DialWaiter { outcome, _waiting: Arc::clone(&dial.waiting) }))
             }
-            _ => Err(OpenError::Exhausted { address: key.address, connections: self.members.len() }),
+            _ => Err(OpenError::Exhausted { address, connections: self.members.len() }),
         }
     }
 }

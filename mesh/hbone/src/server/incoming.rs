@@ -1,6 +1,7 @@
 //! One CONNECT that waits for its answer.
 
 use std::future::{Future, poll_fn};
+use std::sync::Arc;
 use std::task::Poll;
 
 use ambit_identity::SpiffeId;
@@ -10,6 +11,7 @@ use h2::server::SendResponse;
 use http::{Response, StatusCode};
 use tokio::time::{Instant, timeout_at};
 
+use super::Peer;
 use super::abandoned::Tally;
 use crate::load::Lease;
 use crate::request::set_baggage;
@@ -20,7 +22,7 @@ use crate::{Baggage, ConnectRequest, Tunnel};
 pub struct Incoming {
     /// Boxed: handlers keep this while they dial.
     request: Box<ConnectRequest>,
-    peer: SpiffeId,
+    peer: Arc<Peer>,
     deadline: Instant,
     tally: Tally,
     /// Taken by the answer.
@@ -34,13 +36,13 @@ struct Open {
     lease: Lease,
 }
 
-/// Why a CONNECT needs no answer any more.
+/// Why a CONNECT no longer needs an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotAnswered {
     /// The peer reset the request, or its connection ended.
     #[error("the client gave the request up")]
     Cancelled,
-    /// [`Settings::connect_timeout`](crate::Settings::connect_timeout) has passed.
+    /// [`ServerSettings::connect_timeout`](crate::ServerSettings::connect_timeout) has passed.
     #[error("the request was not answered in time")]
     TimedOut,
 }
@@ -48,7 +50,7 @@ pub enum NotAnswered {
 impl Incoming {
     pub(super) fn new(
         request: ConnectRequest,
-        peer: SpiffeId,
+        peer: Arc<Peer>,
         respond: SendResponse<Bytes>,
         recv: RecvStream,
         lease: Lease,
@@ -64,17 +66,17 @@ impl Incoming {
         }
     }
 
-    /// What is asked for.
+    /// The request.
     pub fn request(&self) -> &ConnectRequest {
         &self.request
     }
 
-    /// The verified identity of the connection's client.
-    pub fn peer(&self) -> &SpiffeId {
+    /// The connection's client: its certificate, and the addresses of the connection.
+    pub fn peer(&self) -> &Arc<Peer> {
         &self.peer
     }
 
-    /// Does `work` (deciding, dialling) while the client still waits for it.
+    /// Runs `work` (deciding, dialling) while the client waits for it.
     ///
     /// # Errors
     ///
@@ -109,10 +111,11 @@ impl Incoming {
         let Some(Open { mut respond, recv, lease }) = self.open.take() else {
             return Err(NotAnswered::Cancelled);
         };
+        let identity: SpiffeId = self.peer.certificate.identity().clone();
         let mut response = Response::new(());
         set_baggage(response.headers_mut(), baggage);
         match respond.send_response(response, false) {
-            Ok(send) => Ok(Tunnel::new(send, recv, lease, self.peer.clone(), None)),
+            Ok(send) => Ok(Tunnel::new(send, recv, lease, identity, None)),
             Err(_) => {
                 self.tally.add();
                 Err(NotAnswered::Cancelled)

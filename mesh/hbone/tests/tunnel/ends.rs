@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use ambit_hbone::Settings;
+use ambit_hbone::{PoolSettings, ServerSettings};
 use ambit_net::relay::RelayError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
@@ -15,8 +15,8 @@ use crate::harness::*;
 #[tokio::test]
 async fn a_server_that_speaks_first_is_heard() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let server = application(|mut socket| async move {
         socket.write_all(b"220 ready\r\n").await.unwrap();
         let mut command = [0; 4];
@@ -41,8 +41,8 @@ async fn a_server_that_speaks_first_is_heard() {
 #[tokio::test]
 async fn a_half_close_is_passed_on_and_the_other_direction_goes_on() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     // The server answers only when it has seen the client's end.
     let server = application(|mut socket| async move {
         let mut request = Vec::new();
@@ -72,8 +72,8 @@ async fn a_half_close_is_passed_on_and_the_other_direction_goes_on() {
 #[tokio::test]
 async fn a_clients_reset_reaches_the_server_as_a_reset() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let (tell, mut told) = mpsc::unbounded_channel();
     let server = application(move |mut socket| {
         let tell = tell.clone();
@@ -97,8 +97,8 @@ async fn a_clients_reset_reaches_the_server_as_a_reset() {
 #[tokio::test]
 async fn a_servers_reset_reaches_the_client_as_a_reset() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let server = application(|mut socket| async move {
         socket.read_u8().await.unwrap();
         socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap();
@@ -115,8 +115,8 @@ async fn a_servers_reset_reaches_the_client_as_a_reset() {
 #[tokio::test]
 async fn a_proxy_that_is_killed_resets_its_tunnels() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let (mut socket, _task) = client.application(node.address, echo().await).await;
     socket.write_all(b"x").await.unwrap();
     soon("the echo", socket.read_u8()).await.unwrap();
@@ -129,8 +129,8 @@ async fn a_proxy_that_is_killed_resets_its_tunnels() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bulk_arrives_byte_for_byte_both_ways_at_once() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let (socket, task) = client.application(node.address, echo().await).await;
     let data = Arc::new(pattern(48 * 1024 * 1024));
     let (mut reader, mut writer) = socket.into_split();
@@ -151,8 +151,8 @@ async fn bulk_arrives_byte_for_byte_both_ways_at_once() {
 async fn readers_that_stall_hold_only_themselves_back() {
     let world = World::new();
     // One connection only, so that the small stream shares it with the stalled ones.
-    let settings = Settings { spread: 1, max_connections: 1, ..Settings::default() };
-    let node = Node::start(&world, "server", settings.clone()).await;
+    let settings = PoolSettings { spread: 1, max_connections: 1, ..PoolSettings::default() };
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", settings);
     let (proceed, stalled) = watch::channel(false);
     let (tell, mut told) = mpsc::unbounded_channel();
@@ -210,32 +210,10 @@ async fn readers_that_stall_hold_only_themselves_back() {
 }
 
 #[tokio::test]
-async fn an_idle_relay_ends_at_its_limit_and_a_busy_one_does_not() {
-    let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
-    let tunnel = client.open(node.address, echo().await).await.unwrap();
-    let (mut application, mut socket) = pair().await;
-    let limit = Duration::from_millis(300);
-    let task = tokio::spawn(async move {
-        let counters = ambit_net::relay::Counters::new();
-        let side = ambit_net::relay::Side::Downstream;
-        ambit_hbone::relay(&mut socket, side, tunnel, &counters, Some(limit)).await
-    });
-    for _ in 0..10 {
-        tokio::time::sleep(limit / 6).await;
-        application.write_all(b"x").await.unwrap();
-        soon("the echo", application.read_u8()).await.unwrap();
-    }
-    assert!(!task.is_finished());
-    assert!(matches!(soon("the end", task).await.unwrap(), Err(RelayError::Idle(_))));
-}
-
-#[tokio::test]
 async fn hundreds_of_tunnels_at_once_each_carry_their_own_bytes() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Arc::new(Client::new(&world, "client", Settings::default()));
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Arc::new(Client::new(&world, "client", PoolSettings::default()));
     let target = echo().await;
     let mut tasks = tokio::task::JoinSet::new();
     for number in 0..500_usize {

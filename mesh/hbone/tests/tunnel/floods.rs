@@ -1,6 +1,6 @@
 //! Peers that send frames for their own sake. Each is hung up on; those beside them do not notice.
 
-use ambit_hbone::Settings;
+use ambit_hbone::{ConnectionSettings, ServerSettings};
 use ambit_identity::unnamed_server;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -66,9 +66,9 @@ const PROTOCOL_ERROR: u32 = 1;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
 #[tokio::test]
-async fn floods_of_frames_that_move_nothing_end_the_connection_and_nobody_elses() {
+async fn floods_of_empty_frames_end_only_their_connection() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let silent = application(|socket| async move {
         std::future::pending::<()>().await;
         drop(socket);
@@ -104,7 +104,7 @@ async fn floods_of_frames_that_move_nothing_end_the_connection_and_nobody_elses(
 #[tokio::test]
 async fn a_head_that_goes_on_without_end_ends_the_connection() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let begun = head("127.0.0.1:2", false);
     // RFC 7541 §6.2.2: a literal header `a: b`, again and again; and nothing at all.
     for piece in [frame(9, 0, 1, b"\x00\x01a\x01b"), frame(9, 0, 1, &[])] {
@@ -118,9 +118,9 @@ async fn a_head_that_goes_on_without_end_ends_the_connection() {
 #[tokio::test]
 async fn a_peer_that_takes_much_may_give_much_window_back() {
     let world = World::new();
-    let settings = Settings { max_overhead: 20, ..Settings::default() };
-    let node = Node::start(&world, "server", settings.clone()).await;
-    let client = Client::new(&world, "client", settings);
+    let settings = ConnectionSettings { max_overhead: 20, ..ConnectionSettings::default() };
+    let node = Node::start(&world, "server", server_with(settings.clone())).await;
+    let client = Client::new(&world, "client", pool_with(settings));
     let (mut socket, _task) = client.application(node.address, echo().await).await;
     let (mut reader, mut writer) = socket.split();
     let data = pattern(32 << 20);

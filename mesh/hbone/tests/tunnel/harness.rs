@@ -1,21 +1,22 @@
 //! A certificate authority, proxies and applications on loopback.
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use ambit_hbone::client::Target;
 use ambit_hbone::{
-    Authority, ConnectRequest, Incoming, OpenError, Pool, PoolCounters, PoolKey, ServeError, Settings,
-    Tunnel, WindowBudget, relay, server,
+    Authority, ClientSettings, ConnectRequest, ConnectionSettings, Endpoints, Incoming, OpenError, Pool,
+    PoolCounters, PoolSettings, ServeError, Server, ServerSettings, Tunnel, WindowBudget, relay,
 };
 use ambit_identity::{SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate};
 use ambit_net::relay::{Counters, RelayError, Side};
 use http::StatusCode;
 use parking_lot::Mutex;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, KeyUsagePurpose, SanType};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -57,15 +58,32 @@ impl World {
         SpiffeId::new("cluster.local", "default", name).unwrap()
     }
 
+    /// The root as PEM.
+    pub fn root(&self) -> String {
+        self.ca.pem()
+    }
+
+    /// Somebody else's trust, in these roots.
+    pub fn trusting(roots: &[String]) -> Trust {
+        let trust = Trust::new(TrustDomain::new("cluster.local").unwrap(), Vec::new());
+        trust.set_roots(roots.concat().as_bytes()).unwrap();
+        trust
+    }
+
     pub fn certificate(&self, name: &str) -> WorkloadCertificate {
+        self.certificate_until(name, SystemTime::now() + Duration::from_secs(3600), &self.trust)
+    }
+
+    pub fn certificate_until(&self, name: &str, end: SystemTime, trust: &Trust) -> WorkloadCertificate {
         let id = World::id(name);
         let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.not_after = end.into();
         params.subject_alt_names = vec![SanType::URI(id.as_str().try_into().unwrap())];
         let key = KeyPair::generate().unwrap();
         let leaf = params.signed_by(&key, &self.ca).unwrap();
         let key = rustls::pki_types::PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         let chain = [leaf.pem(), self.ca.pem()];
-        WorkloadCertificate::new(&id, key, &chain, &self.trust, TlsSettings::default()).unwrap()
+        WorkloadCertificate::new(&id, key, &chain, trust, TlsSettings::default()).unwrap()
     }
 }
 
@@ -98,13 +116,18 @@ pub struct Node {
 }
 
 impl Node {
-    pub async fn start(world: &World, name: &str, settings: Settings) -> Node {
+    pub async fn start(world: &World, name: &str, settings: ServerSettings) -> Node {
+        let server = Server::new(settings, world.trust.clone(), WindowBudget::default());
+        Node::serve(world.certificate(name), server).await
+    }
+
+    pub async fn serve(certificate: WorkloadCertificate, server: Server) -> Node {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let tls = world.certificate(name).server_config();
         let seen = Arc::new(Seen::default());
         let (drain, drained) = watch::channel(0);
-        let task = tokio::spawn(accept_loop(listener, tls, settings, Arc::clone(&seen), drained));
+        let tls = certificate.server_config();
+        let task = tokio::spawn(accept_loop(listener, tls, server, Arc::clone(&seen), drained));
         Node { address, seen, drain, task }
     }
 
@@ -128,20 +151,21 @@ impl Drop for Node {
 async fn accept_loop(
     listener: TcpListener,
     tls: Arc<rustls::ServerConfig>,
-    settings: Settings,
+    server: Server,
     seen: Arc<Seen>,
     drained: watch::Receiver<u32>,
 ) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
-        let (socket, _) = listener.accept().await.unwrap();
+        let (socket, remote) = listener.accept().await.unwrap();
         socket.set_nodelay(true).unwrap();
+        let endpoints = Endpoints { local: socket.local_addr().unwrap(), remote };
         seen.accepted.fetch_add(1, Ordering::SeqCst);
-        let (tls, settings, seen) = (Arc::clone(&tls), settings.clone(), Arc::clone(&seen));
+        let (tls, server, seen) = (Arc::clone(&tls), server.clone(), Arc::clone(&seen));
         let mut drained = drained.clone();
         drained.mark_unchanged();
         connections.spawn(async move {
-            let ended = match server::accept(socket, tls, &settings).await {
+            let ended = match server.accept(socket, endpoints, tls).await {
                 Err(error) => Err(error),
                 Ok(accepted) => {
                     let drain = async move {
@@ -149,7 +173,7 @@ async fn accept_loop(
                     };
                     let inner = Arc::clone(&seen);
                     let handler = move |incoming| handle(incoming, Arc::clone(&inner));
-                    server::serve(accepted, &settings, WindowBudget::default(), drain, handler).await
+                    server.serve(accepted, drain, handler).await
                 }
             };
             seen.ended.lock().push(ended);
@@ -171,7 +195,7 @@ async fn handle(mut incoming: Incoming, seen: Arc<Seen>) {
         Ok(Ok(mut socket)) => {
             socket.set_nodelay(true).unwrap();
             let Ok(tunnel) = incoming.accept(None) else { return };
-            let relayed = relay(&mut socket, Side::Upstream, tunnel, &Counters::new(), None).await;
+            let relayed = relay(&mut socket, Side::Upstream, tunnel, &Counters::new()).await;
             seen.relayed.lock().push(relayed);
         }
         Ok(Err(_)) => incoming.refuse(StatusCode::SERVICE_UNAVAILABLE),
@@ -181,28 +205,36 @@ async fn handle(mut incoming: Incoming, seen: Arc<Seen>) {
     }
 }
 
+/// What the client's connections are kept by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub origin: &'static str,
+    pub destination: &'static str,
+    pub address: SocketAddr,
+}
+
 /// The source's proxy.
 pub struct Client {
-    pub pool: Pool,
+    pub pool: Pool<Key>,
+    pub source: IpAddr,
     pub counters: Arc<PoolCounters>,
     pub certificate: WorkloadCertificate,
     pub dials: Arc<AtomicUsize>,
 }
 
 impl Client {
-    pub fn new(world: &World, name: &str, settings: Settings) -> Client {
-        let counters = Arc::new(PoolCounters::default());
-        let pool = Pool::new(settings, WindowBudget::default(), Arc::clone(&counters));
-        Client { pool, counters, certificate: world.certificate(name), dials: Arc::default() }
+    pub fn new(world: &World, name: &str, settings: PoolSettings) -> Client {
+        Client::trusting(world.certificate(name), world.trust.clone(), settings)
     }
 
-    pub fn key(&self, node: SocketAddr) -> PoolKey {
-        PoolKey {
-            origin: "pod-uid".into(),
-            source: self.certificate.identity().clone(),
-            destination: "Kubernetes//Pod/default/server".into(),
-            address: node,
-        }
+    pub fn trusting(certificate: WorkloadCertificate, trust: Trust, settings: PoolSettings) -> Client {
+        let counters = Arc::new(PoolCounters::default());
+        let pool = Pool::new(settings, trust, WindowBudget::default(), Arc::clone(&counters));
+        Client { pool, source: [127, 0, 0, 1].into(), counters, certificate, dials: Arc::default() }
+    }
+
+    pub fn key(&self, node: SocketAddr) -> Key {
+        Key { origin: "pod-uid", destination: "server-uid", address: node }
     }
 
     pub async fn open(&self, node: SocketAddr, destination: SocketAddr) -> Result<Tunnel, OpenError> {
@@ -210,13 +242,29 @@ impl Client {
     }
 
     pub async fn request(&self, node: SocketAddr, request: &ConnectRequest) -> Result<Tunnel, OpenError> {
-        let expected = [World::id("server")];
+        self.request_as(&self.key(node), &[World::id("server")], request).await
+    }
+
+    pub async fn request_as(
+        &self,
+        key: &Key,
+        expected: &[SpiffeId],
+        request: &ConnectRequest,
+    ) -> Result<Tunnel, OpenError> {
+        let (address, source) = (key.address, self.source);
         let tls = self.certificate.client_tls();
+        let target = Target { address, source, tls: &tls, expected };
         let dial = || {
             self.dials.fetch_add(1, Ordering::SeqCst);
-            TcpStream::connect(node)
+            async move {
+                let socket = TcpSocket::new_v4()?;
+                socket.bind((source, 0).into())?;
+                let stream = socket.connect(address).await?;
+                stream.set_nodelay(true)?;
+                Ok(stream)
+            }
         };
-        soon("opening a tunnel", self.pool.open(&self.key(node), &tls, &expected, request, dial)).await
+        soon("opening a tunnel", self.pool.open(key, target, request, dial)).await
     }
 
     pub fn dials(&self) -> usize {
@@ -233,7 +281,7 @@ impl Client {
         let (application, mut socket) = pair().await;
         let task = tokio::spawn(async move {
             let counters = Counters::new();
-            let ended = relay(&mut socket, Side::Downstream, tunnel, &counters, None).await;
+            let ended = relay(&mut socket, Side::Downstream, tunnel, &counters).await;
             (ended, counters.sent(), counters.received())
         });
         (application, task)
@@ -290,10 +338,32 @@ pub fn pattern(length: usize) -> Vec<u8> {
 }
 
 /// Small limits, so that tests of limits are short.
-pub fn quick() -> Settings {
-    Settings {
+pub fn quick() -> PoolSettings {
+    let (handshake_timeout, connect_timeout) = (Duration::from_millis(500), Duration::from_millis(500));
+    PoolSettings {
+        client: ClientSettings { handshake_timeout, connect_timeout, ..ClientSettings::default() },
+        ..PoolSettings::default()
+    }
+}
+
+/// The same for a server.
+pub fn quick_server() -> ServerSettings {
+    ServerSettings {
         handshake_timeout: Duration::from_millis(500),
         connect_timeout: Duration::from_millis(500),
-        ..Settings::default()
+        ..ServerSettings::default()
     }
+}
+
+/// Client settings with these for both ends.
+pub fn pool_with(connection: ConnectionSettings) -> PoolSettings {
+    PoolSettings {
+        client: ClientSettings { connection, ..ClientSettings::default() },
+        ..PoolSettings::default()
+    }
+}
+
+/// Server settings with these for both ends.
+pub fn server_with(connection: ConnectionSettings) -> ServerSettings {
+    ServerSettings { connection, ..ServerSettings::default() }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_hbone::{ServeError, Settings};
+use ambit_hbone::{PoolSettings, ServeError, ServerSettings};
 use ambit_identity::unnamed_server;
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -31,7 +31,7 @@ fn connect(authority: &str) -> Request<()> {
 
 /// A bystander on a connection of its own is served.
 pub(crate) async fn bystander(world: &World, node: &Node) {
-    let client = Client::new(world, "client", Settings::default());
+    let client = Client::new(world, "client", PoolSettings::default());
     let (mut socket, _task) = client.application(node.address, echo().await).await;
     socket.write_all(b"x").await.unwrap();
     soon("the bystander's echo", socket.read_u8()).await.unwrap();
@@ -40,7 +40,7 @@ pub(crate) async fn bystander(world: &World, node: &Node) {
 #[tokio::test]
 async fn requests_that_open_no_tunnel_are_answered_with_400() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let (sender, _connection) = raw(&world, &node).await;
     let get = Request::builder().uri("https://10.0.0.1:80/").body(()).unwrap();
     for request in [get, connect("10.0.0.1:0"), connect("no-port"), connect("10.0.0.300:80")] {
@@ -55,7 +55,7 @@ async fn requests_that_open_no_tunnel_are_answered_with_400() {
 #[tokio::test]
 async fn rapid_reset_ends_the_connection_and_nobody_elses() {
     let world = World::new();
-    let settings = Settings { max_abandoned: 50, ..Settings::default() };
+    let settings = ServerSettings { max_abandoned: 50, ..ServerSettings::default() };
     let node = Node::start(&world, "server", settings).await;
     let (sender, connection) = raw(&world, &node).await;
     let flood = async {
@@ -83,7 +83,7 @@ async fn rapid_reset_ends_the_connection_and_nobody_elses() {
 #[tokio::test]
 async fn a_flood_of_headers_is_refused() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let (sender, _connection) = raw(&world, &node).await;
     let mut request = connect("127.0.0.1:2");
     for number in 0..600 {
@@ -103,7 +103,8 @@ async fn a_flood_of_headers_is_refused() {
 #[tokio::test]
 async fn more_streams_than_allowed_are_not_opened() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings { max_streams: 10, ..Settings::default() }).await;
+    let node =
+        Node::start(&world, "server", ServerSettings { max_streams: 10, ..ServerSettings::default() }).await;
     let (sender, _connection) = raw(&world, &node).await;
     let mut held = Vec::new();
     for _ in 0..100 {
@@ -120,7 +121,7 @@ async fn more_streams_than_allowed_are_not_opened() {
 #[tokio::test]
 async fn tens_of_thousands_of_tiny_frames_for_a_stalled_application_harm_nobody() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let stalled = application(|socket| async move {
         std::future::pending::<()>().await;
         drop(socket);
@@ -154,7 +155,7 @@ async fn tens_of_thousands_of_tiny_frames_for_a_stalled_application_harm_nobody(
 #[tokio::test]
 async fn a_peer_that_sends_no_preface_is_given_up() {
     let world = World::new();
-    let node = Node::start(&world, "server", quick()).await;
+    let node = Node::start(&world, "server", quick_server()).await;
     let tls: Arc<rustls::ClientConfig> =
         world.certificate("client").client_tls().dangerous_expecting_anyone();
     let socket = TcpStream::connect(node.address).await.unwrap();

@@ -10,3 +10,5 @@ mod harness;
 mod hostile;
 mod open;
 mod pool;
+mod shares;
+mod trust;

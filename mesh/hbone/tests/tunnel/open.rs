@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ambit_hbone::{
-    Baggage, ConnectRequest, Fault, Forwarded, OpenError, PoolKey, ServeError, Settings, TraceParent,
-    WorkloadKind,
+    Baggage, ConnectRequest, Fault, Forwarded, OpenError, PoolSettings, ServeError, ServerSettings,
+    TraceParent, WorkloadKind,
 };
 use ambit_identity::{TlsSettings, unnamed_server};
 use http::StatusCode;
@@ -20,8 +20,8 @@ use crate::harness::*;
 #[tokio::test]
 async fn a_tunnel_carries_bytes_both_ways_and_its_headers_arrive() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let request = ConnectRequest {
         baggage: Some(Baggage {
             namespace: "default".into(),
@@ -47,8 +47,8 @@ async fn a_tunnel_carries_bytes_both_ways_and_its_headers_arrive() {
 #[tokio::test]
 async fn an_application_that_refuses_is_503_and_policy_is_401() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let error = client.open(node.address, closed).await.unwrap_err();
     assert!(matches!(error, OpenError::Refused { status: StatusCode::SERVICE_UNAVAILABLE, .. }), "{error}");
@@ -64,8 +64,8 @@ async fn an_application_that_refuses_is_503_and_policy_is_401() {
 #[tokio::test]
 async fn a_server_that_is_somebody_else_gets_no_request() {
     let world = World::new();
-    let node = Node::start(&world, "impostor", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "impostor", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let error = client.open(node.address, echo().await).await.unwrap_err();
     assert!(matches!(error, OpenError::Identity { .. }), "{error}");
     assert_eq!(error.fault(), Fault::Identity);
@@ -77,8 +77,8 @@ async fn a_server_that_is_somebody_else_gets_no_request() {
 #[tokio::test]
 async fn a_client_of_another_authority_or_without_certificate_is_refused() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let stranger = Client::new(&World::new(), "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let stranger = Client::new(&World::new(), "client", PoolSettings::default());
     // The stranger's own check of the server comes first; with the right root it is the server's turn.
     let error = stranger.open(node.address, echo().await).await.unwrap_err();
     assert_eq!(error.fault(), Fault::Identity, "{error}");
@@ -142,7 +142,7 @@ impl rustls::client::danger::ServerCertVerifier for BelievesAll {
 #[tokio::test]
 async fn a_dial_that_fails_says_where_to() {
     let world = World::new();
-    let client = Client::new(&world, "client", Settings::default());
+    let client = Client::new(&world, "client", PoolSettings::default());
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let error = client.open(nobody, nobody).await.unwrap_err();
     assert!(matches!(error, OpenError::Dial { address, .. } if address == nobody), "{error}");
@@ -161,7 +161,7 @@ async fn a_peer_that_stops_in_mid_handshake_is_given_up_in_time() {
     assert!(start.elapsed() < Duration::from_secs(5));
 
     // The other way round, while somebody else is served.
-    let node = Node::start(&world, "server", quick()).await;
+    let node = Node::start(&world, "server", quick_server()).await;
     let mut slow = TcpStream::connect(node.address).await.unwrap();
     slow.write_all(&[0x16, 0x03, 0x01, 0x02, 0x00, 0x01]).await.unwrap();
     client.open(node.address, echo().await).await.unwrap();
@@ -175,9 +175,23 @@ async fn a_peer_that_stops_in_mid_handshake_is_given_up_in_time() {
 }
 
 #[tokio::test]
+async fn a_client_that_sends_nothing_is_given_up_early() {
+    let world = World::new();
+    let settings =
+        ServerSettings { first_byte_timeout: Duration::from_millis(200), ..ServerSettings::default() };
+    let node = Node::start(&world, "server", settings).await;
+    let mut silent = TcpStream::connect(node.address).await.unwrap();
+    assert_eq!(soon("the close", silent.read(&mut [0])).await.unwrap(), 0);
+    until("the server's error", || {
+        node.seen.ended.lock().iter().any(|end| matches!(end, Err(ServeError::NoFirstByte(_))))
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_connect_that_is_never_answered_times_out_and_the_connection_lives() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", quick());
     let error = client.open(node.address, "127.0.0.1:2".parse().unwrap()).await.unwrap_err();
     assert!(matches!(error, OpenError::ConnectTimeout { .. }), "{error}");
@@ -189,8 +203,8 @@ async fn a_connect_that_is_never_answered_times_out_and_the_connection_lives() {
 #[tokio::test]
 async fn a_server_gives_an_answer_even_if_the_application_never_does() {
     let world = World::new();
-    let node = Node::start(&world, "server", quick()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", quick_server()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let error = client.open(node.address, "127.0.0.1:2".parse().unwrap()).await.unwrap_err();
     assert!(matches!(error, OpenError::Refused { status: StatusCode::SERVICE_UNAVAILABLE, .. }), "{error}");
 }
@@ -198,16 +212,13 @@ async fn a_server_gives_an_answer_even_if_the_application_never_does() {
 #[tokio::test]
 async fn an_identity_that_is_not_expected_any_more_is_not_reused() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     client.open(node.address, target).await.unwrap();
-    let key: PoolKey = client.key(node.address);
-    let tls = client.certificate.client_tls();
+    let key = client.key(node.address);
     for expected in [vec![World::id("other")], vec![]] {
-        let request = ConnectRequest::new(target);
-        let opened =
-            client.pool.open(&key, &tls, &expected, &request, || TcpStream::connect(node.address)).await;
+        let opened = client.request_as(&key, &expected, &ConnectRequest::new(target)).await;
         assert!(matches!(opened, Err(OpenError::Identity { .. })));
     }
 }

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use ambit_hbone::{ConnectRequest, InFlight, OpenError, Settings};
+use ambit_hbone::client::Target;
+use ambit_hbone::{
+    ClientSettings, ConnectRequest, ConnectionSettings, InFlight, OpenError, PoolSettings, ServerSettings,
+};
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
@@ -17,8 +20,8 @@ use crate::harness::*;
 #[tokio::test]
 async fn many_first_tunnels_share_one_connection() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let opened = join_all((0..50).map(|_| client.open(node.address, target))).await;
     assert!(opened.iter().all(Result::is_ok));
@@ -32,7 +35,7 @@ async fn many_first_tunnels_share_one_connection() {
 #[tokio::test]
 async fn those_who_waited_see_the_failure_of_the_one_who_dialled() {
     let world = World::new();
-    let client = Client::new(&world, "client", Settings::default());
+    let client = Client::new(&world, "client", PoolSettings::default());
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let opened = join_all((0..20).map(|_| client.open(nobody, nobody))).await;
     assert!(opened.iter().all(|opened| matches!(opened, Err(OpenError::Dial { .. }))));
@@ -45,8 +48,8 @@ async fn those_who_waited_see_the_failure_of_the_one_who_dialled() {
 #[tokio::test]
 async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (tls, expected) = (client.certificate.client_tls(), [World::id("server")]);
     let (request, key, address) = (ConnectRequest::new(target), client.key(node.address), node.address);
@@ -58,7 +61,8 @@ async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
             TcpStream::connect(address).await
         }
     };
-    let first = client.pool.open(&key, &tls, &expected, &request, slow);
+    let target_of = Target { address, source: client.source, tls: &tls, expected: &expected };
+    let first = client.pool.open(&key, target_of, &request, slow);
     assert!(tokio::time::timeout(Duration::from_millis(50), first).await.is_err());
     let second = client.open(node.address, target);
     let (opened, ()) = tokio::join!(second, async {
@@ -72,8 +76,8 @@ async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
 #[tokio::test]
 async fn a_full_connection_gets_a_companion_and_the_last_limit_is_an_error() {
     let world = World::new();
-    let settings = Settings { max_streams: 2, max_connections: 2, spread: 1, ..Settings::default() };
-    let node = Node::start(&world, "server", settings.clone()).await;
+    let settings = PoolSettings { max_streams: 2, max_connections: 2, spread: 1, ..PoolSettings::default() };
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", settings);
     let target = echo().await;
     let mut tunnels = Vec::new();
@@ -92,8 +96,9 @@ async fn a_full_connection_gets_a_companion_and_the_last_limit_is_an_error() {
 #[tokio::test]
 async fn the_peers_limit_of_streams_is_kept() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings { max_streams: 3, ..Settings::default() }).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node =
+        Node::start(&world, "server", ServerSettings { max_streams: 3, ..ServerSettings::default() }).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     // The first tells the peer's limit.
     let mut tunnels = vec![client.open(node.address, target).await.unwrap()];
@@ -106,8 +111,8 @@ async fn the_peers_limit_of_streams_is_kept() {
 #[tokio::test]
 async fn beside_a_bulk_stream_a_new_tunnel_gets_a_connection_of_its_own() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let sink = application(|mut socket| async move {
         let _ = tokio::io::copy(&mut socket, &mut tokio::io::sink()).await;
     })
@@ -136,8 +141,8 @@ async fn beside_a_bulk_stream_a_new_tunnel_gets_a_connection_of_its_own() {
 #[tokio::test]
 async fn a_second_connection_that_hangs_holds_no_tunnel_up() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     // A wire that carries one connection and lets others hang.
     let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (middle, far) = (wire.local_addr().unwrap(), node.address);
@@ -178,12 +183,12 @@ async fn a_second_connection_that_hangs_holds_no_tunnel_up() {
 #[tokio::test]
 async fn eviction_keeps_new_tunnels_off_and_lets_open_ones_finish() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (mut socket, task) = client.application(node.address, target).await;
     let key = client.key(node.address);
-    client.pool.evict(&key.destination, InFlight::Finish);
+    client.pool.evict(|other| *other == key, InFlight::Finish);
     assert_eq!(client.counters.evicted.get(), 1);
     assert_eq!(client.pool.connections_of(&key), 0);
     socket.write_all(b"x").await.unwrap();
@@ -199,18 +204,15 @@ async fn eviction_keeps_new_tunnels_off_and_lets_open_ones_finish() {
 #[tokio::test]
 async fn pods_of_one_identity_have_connections_of_their_own_that_go_with_them() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (mut socket, _task) = client.application(node.address, target).await;
     let mut other = client.key(node.address);
-    other.origin = "another-pod-uid".into();
-    let (tls, expected) = (client.certificate.client_tls(), [World::id("server")]);
-    let request = ConnectRequest::new(target);
-    let dial = || TcpStream::connect(node.address);
-    client.pool.open(&other, &tls, &expected, &request, dial).await.unwrap();
+    other.origin = "another-pod-uid";
+    client.request_as(&other, &[World::id("server")], &ConnectRequest::new(target)).await.unwrap();
     assert_eq!(node.seen.accepted(), 2);
-    client.pool.evict_origin(&client.key(node.address).origin);
+    client.pool.evict(|key| key.origin == "pod-uid", InFlight::Finish);
     assert_eq!(client.pool.connections_of(&client.key(node.address)), 0);
     assert_eq!(client.pool.connections_of(&other), 1);
     socket.write_all(b"x").await.unwrap();
@@ -220,17 +222,15 @@ async fn pods_of_one_identity_have_connections_of_their_own_that_go_with_them() 
 #[tokio::test]
 async fn eviction_can_cut_and_other_workloads_are_unharmed() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (mut gone, task) = client.application(node.address, target).await;
     let mut other_key = client.key(node.address);
-    other_key.destination = "Kubernetes//Pod/default/other".into();
-    let (tls, expected) = (client.certificate.client_tls(), [World::id("server")]);
+    other_key.destination = "other-uid";
     let request = ConnectRequest::new(target);
-    let dial = || TcpStream::connect(node.address);
-    let other = client.pool.open(&other_key, &tls, &expected, &request, dial).await.unwrap();
-    client.pool.evict(&client.key(node.address).destination, InFlight::Cut);
+    let other = client.request_as(&other_key, &[World::id("server")], &request).await.unwrap();
+    client.pool.evict(|key| key.destination == "server-uid", InFlight::Cut);
     soon("the cut", gone.read_u8()).await.unwrap_err();
     assert!(soon("the relay's end", task).await.unwrap().0.is_err());
     let mut other = other.into_stream();
@@ -241,14 +241,14 @@ async fn eviction_can_cut_and_other_workloads_are_unharmed() {
 #[tokio::test]
 async fn eviction_reaches_a_connection_that_is_being_made() {
     let world = World::new();
-    let client = Client::new(&world, "client", Settings::default());
+    let client = Client::new(&world, "client", PoolSettings::default());
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = silent.local_addr().unwrap();
     let open = client.open(address, address);
     let evict = async {
         until("the dial", || client.dials() == 1).await;
         tokio::task::yield_now().await;
-        client.pool.evict(&client.key(address).destination, InFlight::Finish);
+        client.pool.evict(|key| key.destination == "server-uid", InFlight::Finish);
     };
     let (opened, ()) = tokio::join!(open, evict);
     assert!(matches!(opened, Err(OpenError::Abandoned { .. } | OpenError::Evicted { .. })), "{opened:?}");
@@ -257,8 +257,8 @@ async fn eviction_reaches_a_connection_that_is_being_made() {
 #[tokio::test]
 async fn after_a_renewal_new_tunnels_use_the_new_certificate_and_old_ones_live_on() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let mut client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let mut client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let mut old = client.open(node.address, target).await.unwrap().into_stream();
     client.certificate = world.certificate("client");
@@ -273,8 +273,8 @@ async fn after_a_renewal_new_tunnels_use_the_new_certificate_and_old_ones_live_o
 #[tokio::test]
 async fn a_peer_that_is_not_accepted_any_more_is_cut() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let (mut socket, _task) = client.application(node.address, echo().await).await;
     client.pool.retain(|_| true);
     socket.write_all(b"x").await.unwrap();
@@ -287,14 +287,16 @@ async fn a_peer_that_is_not_accepted_any_more_is_cut() {
 #[tokio::test]
 async fn goaway_lets_open_tunnels_finish_and_sends_new_ones_elsewhere() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (mut socket, task) = client.application(node.address, target).await;
     node.drain();
     let moved = async {
         while client.dials() < 2 {
-            client.open(node.address, target).await.unwrap();
+            if let Err(error) = client.open(node.address, target).await {
+                assert!(error.never_processed(), "{error}");
+            }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -310,15 +312,18 @@ async fn goaway_lets_open_tunnels_finish_and_sends_new_ones_elsewhere() {
 }
 
 #[tokio::test]
-async fn no_tunnel_fails_while_the_server_drains_again_and_again() {
+async fn while_a_server_drains_requests_fail_as_never_processed() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let opened = AtomicUsize::new(0);
     let load = async {
         for _ in 0..300 {
-            client.open(node.address, target).await.unwrap();
+            // The pool leaves retries to its caller.
+            while let Err(error) = client.open(node.address, target).await {
+                assert!(error.never_processed(), "{error}");
+            }
             opened.fetch_add(1, Ordering::SeqCst);
         }
     };
@@ -364,29 +369,32 @@ async fn cutting(node: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
 }
 
 #[tokio::test]
-async fn a_connect_that_is_lost_with_its_connection_is_sent_again_on_another() {
+async fn a_connect_that_is_lost_is_reported_and_not_sent_again() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (address, switch) = cutting(node.address).await;
     let _first = client.open(address, target).await.unwrap();
     switch.store(true, Ordering::SeqCst);
-    client.open(address, target).await.expect("on a connection of its own");
+    let error = client.open(address, target).await.unwrap_err();
+    assert!(matches!(error, OpenError::Lost { .. }) && !error.never_processed(), "{error}");
     assert!(!switch.load(Ordering::SeqCst), "the CONNECT met the cut");
-    assert_eq!(client.dials(), 2);
+    assert_eq!(client.dials(), 1);
+    client.open(address, target).await.expect("on a connection of its own");
 }
 
 #[tokio::test]
 async fn a_connection_without_tunnels_is_closed_after_the_idle_time() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
     let idle_timeout = Duration::from_millis(200);
-    let client = Client::new(&world, "client", Settings { idle_timeout, ..Settings::default() });
+    let settings = pool_with(ConnectionSettings { idle_timeout, ..ConnectionSettings::default() });
+    let client = Client::new(&world, "client", settings.clone());
     let target = echo().await;
     let tunnel = client.open(node.address, target).await.unwrap();
     // Another's idle time begins later and passes.
-    let idle = Client::new(&world, "client", Settings { idle_timeout, ..Settings::default() });
+    let idle = Client::new(&world, "client", settings);
     drop(idle.open(node.address, target).await.unwrap());
     until("the idle close of another", || idle.pool.connections() == 0).await;
     assert_eq!(client.pool.connections(), 1, "closed under an open tunnel");
@@ -400,8 +408,9 @@ async fn a_connection_without_tunnels_is_closed_after_the_idle_time() {
 async fn a_server_closes_an_idle_connection_as_well() {
     let world = World::new();
     let idle_timeout = Duration::from_millis(200);
-    let node = Node::start(&world, "server", Settings { idle_timeout, ..Settings::default() }).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let settings = server_with(ConnectionSettings { idle_timeout, ..ConnectionSettings::default() });
+    let node = Node::start(&world, "server", settings).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     client.open(node.address, echo().await).await.unwrap();
     until("the server's end", || node.seen.connections_ended() == 1).await;
     until("the pool's notice", || client.pool.connections() == 0).await;
@@ -410,12 +419,12 @@ async fn a_server_closes_an_idle_connection_as_well() {
 #[tokio::test]
 async fn a_path_that_goes_silent_is_noticed_by_ping() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let settings = Settings {
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let settings = pool_with(ConnectionSettings {
         ping_interval: Duration::from_millis(100),
         ping_timeout: Duration::from_millis(300),
-        ..Settings::default()
-    };
+        ..ConnectionSettings::default()
+    });
     let client = Client::new(&world, "client", settings);
     // A wire that can be cut without either end being told.
     let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -471,11 +480,13 @@ async fn silencing(node: SocketAddr) -> (SocketAddr, Arc<Notify>) {
 }
 
 #[tokio::test]
-async fn behind_a_connection_that_went_silent_the_next_tunnel_gets_a_fresh_one_and_open_ones_are_not_cut() {
+async fn a_silent_connection_takes_no_new_tunnel_and_keeps_open_ones() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let doubt = Duration::from_millis(200);
-    let client = Client::new(&world, "client", Settings { doubt, ..Settings::default() });
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let probe_timeout = Duration::from_millis(200);
+    let settings = ClientSettings { probe_timeout, ..ClientSettings::default() };
+    let settings = PoolSettings { client: settings, ..PoolSettings::default() };
+    let client = Client::new(&world, "client", settings);
     let target = echo().await;
     let (address, silence) = silencing(node.address).await;
     let (mut kept, _task) = client.application(address, target).await;
@@ -487,15 +498,16 @@ async fn behind_a_connection_that_went_silent_the_next_tunnel_gets_a_fresh_one_a
     client.open(address, target).await.expect("on a connection of its own");
     assert_eq!((client.dials(), client.counters.silent.get()), (2, 1));
     assert_eq!(client.pool.connections(), 2, "the silent one may yet speak again");
-    let ended = tokio::time::timeout(doubt, kept.read_u8()).await;
+    let ended = tokio::time::timeout(probe_timeout, kept.read_u8()).await;
     assert!(ended.is_err(), "an open tunnel was cut: {ended:?}");
 }
 
 #[tokio::test]
-async fn a_connect_that_an_application_is_slow_to_take_is_no_reason_to_doubt_its_connection() {
+async fn a_slow_application_is_not_taken_for_a_silent_peer() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let settings = Settings { doubt: Duration::from_millis(50), ..quick() };
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let mut settings = quick();
+    settings.client.probe_timeout = Duration::from_millis(50);
     let client = Client::new(&world, "client", settings);
     let error = client.open(node.address, "127.0.0.1:2".parse().unwrap()).await.unwrap_err();
     assert!(matches!(error, OpenError::ConnectTimeout { .. }), "{error}");
@@ -506,8 +518,8 @@ async fn a_connect_that_an_application_is_slow_to_take_is_no_reason_to_doubt_its
 #[tokio::test]
 async fn a_draining_pool_refuses_and_a_dropped_one_closes_what_is_idle() {
     let world = World::new();
-    let node = Node::start(&world, "server", Settings::default()).await;
-    let client = Client::new(&world, "client", Settings::default());
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
     let (mut socket, _task) = client.application(node.address, target).await;
     client.pool.drain();
@@ -517,7 +529,7 @@ async fn a_draining_pool_refuses_and_a_dropped_one_closes_what_is_idle() {
     client.pool.cut();
     soon("the cut", socket.read_u8()).await.unwrap_err();
 
-    let second = Client::new(&world, "client", Settings::default());
+    let second = Client::new(&world, "client", PoolSettings::default());
     second.open(node.address, target).await.unwrap();
     drop(second);
     until("both ends", || node.seen.connections_ended() == 2).await;

@@ -7,7 +7,6 @@ mod sizing;
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 pub use sizing::{Sizing, Tier};
 
@@ -51,19 +50,6 @@ impl Counters {
     pub fn total(&self) -> u64 {
         self.sent() + self.received()
     }
-
-    /// Waits until neither counter has moved for `limit`, or up to a half longer. The counters are
-    /// looked at twice in that time, so that no timestamp is taken for each chunk.
-    pub async fn idle_for(&self, limit: Duration) {
-        let mut seen = self.total();
-        let mut still = 0;
-        while still < 2 {
-            tokio::time::sleep(limit / 2).await;
-            let total = self.total();
-            still = if total == seen { still + 1 } else { 0 };
-            seen = total;
-        }
-    }
 }
 
 /// One of the two ends of a relay.
@@ -103,7 +89,4 @@ pub enum RelayError {
         /// What the socket said.
         source: io::Error,
     },
-    /// No byte moved in either direction for the idle limit.
-    #[error("no byte moved for {0:?}")]
-    Idle(Duration),
 }
