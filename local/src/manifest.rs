@@ -142,6 +142,11 @@ fn object(file: &Path, mut body: Value) -> Result<Object> {
         .get_mut("metadata")
         .and_then(Value::as_object_mut)
         .ok_or_else(|| missing(&format!("metadata, of kind {kind}")))?;
+    if let Some(name) = metadata.get("name").filter(|name| !name.is_string()) {
+        // YAML 1.1: `n`, `no` and `on` are truth values, and digits are numbers.
+        let message = format!("metadata.name, of kind {kind}, is {name}, not text: put it in quotes");
+        return Err(Error::manifest(file, message));
+    }
     let name = metadata
         .get("name")
         .and_then(Value::as_str)
@@ -199,6 +204,12 @@ mod tests {
         let objects = parsed(text).expect("the syntax is sound");
         let error = objects[0].read::<Deployment>().expect_err("replicas is a number");
         assert!(error.to_string().contains("spec.replicas"), "{error}");
+    }
+
+    #[test]
+    fn a_name_that_yaml_takes_for_a_truth_value_is_told() {
+        let error = parsed("apiVersion: v1\nkind: Service\nmetadata: {name: n}\n").expect_err("no name");
+        assert!(error.to_string().contains("put it in quotes"), "{error}");
     }
 
     #[test]

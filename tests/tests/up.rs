@@ -355,7 +355,7 @@ async fn an_idle_mesh_is_reported_as_not_shown() {
         )
     };
     let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: idle, labels: {istio.io/dataplane-mode: ambient}}\n";
-    let ignored = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: n, namespace: idle}\nspec: {podSelector: {}}\n";
+    let ignored = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: net, namespace: idle}\nspec: {podSelector: {}}\n";
     let text = format!("{namespace}{}{}{ignored}", pod("a"), pod("b"));
     fs::write(directory.path().join("idle.yaml"), text).unwrap();
     let mut up = Up::start_with(directory.path(), &["--once"]);
@@ -364,8 +364,34 @@ async fn an_idle_mesh_is_reported_as_not_shown() {
     for wanted in [
         "– no payload is readable on the wire between the nodes: not shown: no traffic",
         "– every connection is authenticated on both sides: not shown: no traffic",
-        "note: kind NetworkPolicy has no effect in a local cluster (NetworkPolicy idle/n)",
+        "note: kind NetworkPolicy has no effect in a local cluster (NetworkPolicy idle/net)",
     ] {
         assert_eq!(lines.iter().filter(|line| line.starts_with(wanted)).count(), 1, "{wanted}: {lines:#?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn findings_of_the_control_plane_appear_and_go_when_mended() {
+    let directory = tempfile::tempdir().unwrap();
+    let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}\n";
+    let policy = |rules: &str| {
+        format!(
+            "{namespace}---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: shop}}\nspec: {{action: DENY, rules: {rules}}}\n"
+        )
+    };
+    let file = directory.path().join("shop.yaml");
+    fs::write(
+        &file,
+        policy(
+            "[{when: [{key: request.auth.claims, notValues: ['*']}], to: [{operation: {methods: [GET]}}]}]",
+        ),
+    )
+    .unwrap();
+    let mut up = Up::start_with(directory.path(), &[]);
+    let place = format!("{}: AuthorizationPolicy shop/p: ", file.display());
+    let found = up.read_until(|line| line.starts_with(&format!("! {place}"))).await.pop().unwrap();
+    fs::write(&file, policy("[{from: [{source: {namespaces: [plain]}}]}]")).unwrap();
+    up.read_until(|line| line == found.replacen('!', "mended:", 1)).await;
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0));
 }

@@ -237,6 +237,7 @@ async fn news(cluster: &Cluster) -> News {
 async fn troubles(cluster: &Cluster) -> Vec<String> {
     let mut lines = cluster.problems();
     lines.extend(cluster.control_problems().await);
+    lines.extend(cluster.findings().await);
     lines.extend(cluster.program_troubles());
     for pod in cluster.pods() {
         let view = pod.view();

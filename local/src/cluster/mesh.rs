@@ -85,6 +85,7 @@ impl MeshOptions {
         replace(&jwks, shared.signer.jwks().as_bytes())?;
         let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS_PORT));
         let readiness = SocketAddr::from((Ipv4Addr::LOCALHOST, READINESS_PORT));
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT));
         let mut command = Command::new(&self.control);
         // Of an object in both, the published one counts: it has what the cluster filled in.
         for source in [&directory.join("objects")].into_iter().chain(&self.manifests) {
@@ -103,6 +104,7 @@ impl MeshOptions {
             .args(["--system-namespace", SYSTEM_NAMESPACE])
             .args(["--metrics", &metrics.to_string()])
             .args(["--readiness", &readiness.to_string()])
+            .args(["--admin", &admin.to_string()])
             .args(&self.control_args);
         for (name, value) in &self.control_env {
             command = command.env(name, value);
@@ -110,7 +112,7 @@ impl MeshOptions {
         if let Some(logs) = &self.log_dir {
             command = command.log_file(logs.join("ambit-control.log"));
         }
-        let listeners = Listeners { readiness, metrics, admin: None };
+        let listeners = Listeners { readiness, metrics, admin: Some(admin) };
         Ok(Program::new("ambit-control".to_owned(), shared.control_node.sandbox.clone(), command, listeners))
     }
 

@@ -3,6 +3,7 @@
 mod builder;
 mod controller;
 mod create;
+mod findings;
 mod ignored;
 pub(crate) mod mesh;
 mod objects;

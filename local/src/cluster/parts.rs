@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::addresses::Addresses;
 use crate::capture::{Capture, DEFAULT_LIMIT};
+use crate::cluster::findings;
 use crate::cluster::mesh::{self, MeshOptions};
 use crate::cluster::{Cluster, Program, Ztunnel};
 use crate::error::{Error, Result};
@@ -222,6 +223,15 @@ impl Cluster {
         // Older ones may be solved by now.
         problems.drain(..problems.len().saturating_sub(MOST_PROBLEMS));
         problems
+    }
+
+    /// What the control plane has to tell the authors of objects: each condition that does not hold, with the file of
+    /// its object. Nothing in a cluster without a mesh.
+    pub async fn findings(&self) -> Vec<String> {
+        let Ok(control) = self.control() else { return Vec::new() };
+        let Ok(dump) = control.config_dump().await else { return Vec::new() };
+        let objects = self.shared.objects.lock().all();
+        findings::unmet(&dump["findings"], &objects)
     }
 
     /// Logs of the mesh's programs, for a failing test.

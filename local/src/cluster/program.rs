@@ -26,7 +26,7 @@ pub(crate) struct Listeners {
     pub(crate) readiness: SocketAddr,
     /// `/metrics`.
     pub(crate) metrics: SocketAddr,
-    /// `/config_dump` and the rest; absent for the control plane.
+    /// `/config_dump` and the rest.
     pub(crate) admin: Option<SocketAddr>,
 }
 
