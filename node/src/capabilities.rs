@@ -15,6 +15,10 @@ use crate::redirect::{self, Options, SettingError, Stage};
 /// Bit of CAP_SYS_PTRACE in a capability set (capabilities(7)).
 const CAP_SYS_PTRACE: u64 = 1 << 19;
 
+/// What knowing and tracking the connections of a pod gives.
+const OLDER_CONNECTIONS: &str = "connections older than an enrolment live on, and outgoing ones that connection tracking has \
+     lost do not leave in the clear";
+
 /// A guarantee that does not hold on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Weakness {
@@ -61,7 +65,7 @@ pub async fn probe() -> Vec<Weakness> {
 pub(crate) fn host_unknown(error: &NetnsError) -> Weakness {
     Weakness {
         missing: error.to_string(),
-        guarantee: "a pod that is wrongly given with the host's network namespace is refused",
+        guarantee: "probes of kubelet pass policies, and no pod is enrolled in the host's network namespace",
         remedy: "CAP_SYS_PTRACE and the host's process namespace",
     }
 }
@@ -81,7 +85,7 @@ fn of_setting(error: &SettingError) -> Weakness {
 async fn tracks_older_connections(inside: &Netns) -> Result<(), Weakness> {
     let weakness = |missing: String| Weakness {
         missing: format!("enter a connection into tracking: {missing}"),
-        guarantee: "outgoing connections that connection tracking has lost do not leave in the clear",
+        guarantee: OLDER_CONNECTIONS,
         remedy: "the kernel module nf_conntrack_netlink",
     };
     let mut conntrack = Conntrack::open(inside).await.map_err(|e| weakness(e.to_string()))?;
@@ -93,7 +97,7 @@ async fn tracks_older_connections(inside: &Netns) -> Result<(), Weakness> {
 async fn lists_connections(inside: &Netns) -> Result<(), Weakness> {
     let weakness = |error: NetnsError| Weakness {
         missing: error.to_string(),
-        guarantee: "connections older than an enrolment are counted, and a leaving pod leaves with its last connection",
+        guarantee: OLDER_CONNECTIONS,
         remedy: "the kernel modules inet_diag and tcp_diag",
     };
     sockdiag::list(inside, Kind::TcpConnections).await.map_err(weakness)?;

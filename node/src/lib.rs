@@ -6,6 +6,7 @@
 //!
 //! - [`mod@enrol`]: the decision which pods are enrolled;
 //! - [`redirect`]: what a pod's namespace contains, over [`nft`] and routing netlink;
+//! - [`probes`]: the host's rules for kubelet's probes;
 //! - [`discovery`]: finding the network namespaces of a node;
 //! - [`listeners`]: the pods' listening sockets;
 //! - [`zds`]: informing node proxies;
@@ -19,6 +20,7 @@ pub mod enrol;
 pub mod listeners;
 pub mod nft;
 pub mod ports;
+pub mod probes;
 pub mod redirect;
 pub mod registry;
 pub mod zds;

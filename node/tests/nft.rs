@@ -92,6 +92,17 @@ fn every_feature() -> Table {
                     "",
                 )],
             ),
+            base(
+                "snat",
+                ChainKind::Nat,
+                HookPoint::Postrouting,
+                99,
+                vec![Rule::new(
+                    [Match::Destination(Compare::Is, net("10.1.0.5/32")), Match::LocalUser(7)],
+                    Action::Snat(address("169.254.7.127")),
+                    "",
+                )],
+            ),
         ],
     }
 }

@@ -22,7 +22,12 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub(super) async fn run(mut self, server: Server, holding: impl Future<Output = ()> + Send) {
+    pub(super) async fn run(
+        mut self,
+        server: Server,
+        holding_listeners: impl Future<Output = ()> + Send,
+        keeping_probes: impl Future<Output = ()> + Send,
+    ) {
         let mut tasks = JoinSet::new();
         for task in self.restored.drain(..) {
             tasks.spawn(task.run());
@@ -42,7 +47,8 @@ impl Driver {
         };
         tokio::select! {
             () = server.run(reconciled) => {}
-            () = holding => {}
+            () = holding_listeners => {}
+            () = keeping_probes => {}
             () = repairs => {}
             () = pods => {}
         }
@@ -56,6 +62,7 @@ async fn repair_regularly(agent: Agent) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        agent.0.probes.repair().await;
         agent.repair().await;
     }
 }

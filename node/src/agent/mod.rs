@@ -28,6 +28,7 @@ use tokio::time::timeout;
 use crate::capabilities::{self, Weakness};
 use crate::discovery::{self, Discovery};
 use crate::listeners::ListenerHolder;
+use crate::probes::ProbeRules;
 use crate::redirect::Options;
 use crate::registry::Registry;
 use crate::zds::{ServedPods, Server};
@@ -56,6 +57,9 @@ pub struct AgentConfig {
     pub registry: PathBuf,
     /// The host's network namespace, of which no pod is enrolled: that of process 1 of the host.
     pub host_netns: PathBuf,
+    /// The user whose connections from the host's namespace to enrolled pods are kubelet's probes. `None`: the host's
+    /// namespace gets no rules, and probes are captured as all connections.
+    pub kubelet_uid: Option<u32>,
     /// Where namespaces are looked for: those of pods that come without, and those that carry our rules and belong to
     /// no pod, which are cleaned. By default nowhere. An agent that looks at all processes must be the only one.
     pub discovery: Discovery,
@@ -77,6 +81,7 @@ impl AgentConfig {
             zds_socket: zds_socket.into(),
             registry: registry.into(),
             host_netns: "/proc/1/ns/net".into(),
+            kubelet_uid: None,
             discovery: Discovery::default(),
             hold_for: Duration::from_secs(30),
             leave_grace: Duration::from_secs(5),
@@ -121,6 +126,7 @@ struct Shared {
     host_netns: HashSet<NetnsId>,
     registry: Registry,
     listeners: ListenerHolder,
+    probes: ProbeRules,
     served: ServedPods,
     tasks: Mutex<HashMap<String, mpsc::Sender<Command>>>,
     statuses: Mutex<BTreeMap<String, PodStatus>>,
@@ -147,10 +153,16 @@ impl Agent {
         let loaded = registry.load()?;
         let mut weaknesses = capabilities::probe().await;
         let mut host_netns = HashSet::from([Netns::current()?.id()]);
+        let mut host = None;
         match Netns::open(&config.host_netns) {
-            Ok(host) => drop(host_netns.insert(host.id())),
+            Ok(netns) => {
+                host_netns.insert(netns.id());
+                host = config.kubelet_uid.map(|uid| (netns, uid));
+            }
             Err(error) => weaknesses.push(capabilities::host_unknown(&error)),
         }
+        let addresses = loaded.records.iter().map(|record| (record.uid.clone(), record.ips.clone()));
+        let (probes, keeping) = ProbeRules::new(host, addresses.collect());
         for weakness in &weaknesses {
             tracing::warn!("{weakness}");
         }
@@ -162,6 +174,7 @@ impl Agent {
             host_netns,
             registry,
             listeners,
+            probes,
             served: server.pods(),
             tasks: Mutex::default(),
             statuses: Mutex::default(),
@@ -177,7 +190,7 @@ impl Agent {
         }));
         let restored = agent.restore(loaded).await;
         let driver = Driver { agent: agent.clone(), to_spawn, happened, restored };
-        Ok((agent, driver.run(server, holding)))
+        Ok((agent, driver.run(server, holding, keeping)))
     }
 
     /// Enrols a pod, or renews its enrolment: verifies the namespace, writes the registry, binds listeners, puts the

@@ -372,6 +372,8 @@ impl PodTask {
             tracing::warn!(uid = self.uid, %error, "registry not written");
         }
         let (options, former) = (record.options.clone(), record.former_settings.clone());
+        // Probes must not be captured for a moment.
+        self.shared.probes.set(&self.uid, record.ips.clone()).await;
         let reason = self.bind_listeners(netns, &options).await;
         let outcome = self.program(netns, &options, Stage::In).await;
         if outcome.is_err() && !captured && self.roll_back(netns, &former).await {
@@ -426,6 +428,7 @@ impl PodTask {
             return false;
         }
         self.shared.listeners.release(&self.uid).await;
+        self.shared.probes.set(&self.uid, Vec::new()).await;
         if let Err(error) = self.shared.registry.remove(&self.uid) {
             tracing::warn!(uid = self.uid, %error, "record of a failed enrolment not removed");
         }
@@ -490,7 +493,7 @@ impl PodTask {
             Some(netns) => netns,
             None => match find_again(&self.shared, &record).await {
                 Search::Found(netns) => netns,
-                Search::Gone => return self.forget(),
+                Search::Gone => return self.forget().await,
                 Search::Unknown => return Err(AgentError::NamespaceNotFound { uid: self.uid.clone() }),
             },
         };
@@ -540,7 +543,7 @@ impl PodTask {
             }
             return;
         }
-        if let Err(error) = self.forget() {
+        if let Err(error) = self.forget().await {
             tracing::warn!(uid = self.uid, %error, "pod that left is still in the registry");
         }
     }
@@ -585,11 +588,12 @@ impl PodTask {
         self.shared.unreadable.lock().remove(&self.uid);
         self.shared.served.delete(&self.uid);
         self.shared.listeners.release(&self.uid).await;
-        self.forget()
+        self.forget().await
     }
 
-    fn forget(&mut self) -> Result<(), AgentError> {
+    async fn forget(&mut self) -> Result<(), AgentError> {
         self.retry = None;
+        self.shared.probes.set(&self.uid, Vec::new()).await;
         self.shared.served.delete(&self.uid);
         self.shared.release_claims(&self.uid, None);
         if let Some(pod) = self.pod.take() {

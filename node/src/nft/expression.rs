@@ -23,6 +23,7 @@ const DATA_VERDICT: u16 = 2;
 const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
+const META_SKUID: u32 = 10;
 const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 const CT_STATE: u32 = 0;
@@ -47,6 +48,7 @@ const FIB_DADDR: u32 = 2;
 /// `RTN_LOCAL` of linux/rtnetlink.h.
 const ADDRTYPE_LOCAL: u32 = 2;
 const NUMGEN_RANDOM: u32 = 1;
+const NAT_SNAT: u32 = 0;
 const NAT_DNAT: u32 = 1;
 const REJECT_TCP_RST: u32 = 1;
 const REJECT_ICMPX: u32 = 2;
@@ -145,6 +147,10 @@ fn render_match(out: &mut Vec<Attribute>, part: &Match) {
             ));
             out.push(compare(*how, &ADDRTYPE_LOCAL.to_ne_bytes()));
         }
+        Match::LocalUser(user) => {
+            out.push(load_meta(META_SKUID));
+            out.push(compare(Compare::Is, &user.to_ne_bytes()));
+        }
         Match::Random { modulus, value } => {
             out.push(expression(
                 "numgen",
@@ -206,15 +212,16 @@ fn render_action(out: &mut Vec<Attribute>, action: &Action, tcp: bool) {
             out.push(immediate(REG_1, &port.to_be_bytes()));
             out.push(expression("redir", vec![Attribute::number(1, REG_1)]));
         }
-        Action::Dnat(address, port) => dnat(out, *address, *port),
+        Action::Dnat(address, port) => nat(out, NAT_DNAT, *address, *port),
+        Action::Snat(address) => nat(out, NAT_SNAT, *address, None),
         Action::Masquerade => out.push(expression("masq", Vec::new())),
     }
 }
 
-fn dnat(out: &mut Vec<Attribute>, address: IpAddr, port: Option<u16>) {
+fn nat(out: &mut Vec<Attribute>, kind: u32, address: IpAddr, port: Option<u16>) {
     out.push(immediate(REG_1, &octets(address)));
     let mut nat = vec![
-        Attribute::number(1, NAT_DNAT),
+        Attribute::number(1, kind),
         Attribute::number(2, u32::from(nfproto(address))),
         Attribute::number(3, REG_1),
     ];

@@ -133,6 +133,8 @@ pub enum Match {
     TcpFirst,
     /// Any other TCP packet. Only after `Protocol(Tcp)`.
     TcpLater,
+    /// A local socket sent the packet, on behalf of this user. On the way out only.
+    LocalUser(u32),
     /// The packet's mark under a mask.
     Mark {
         /// Equal or not.
@@ -224,6 +226,8 @@ pub enum Action {
     Dnat(IpAddr, Option<u16>),
     /// Translates the source to the outgoing interface's address. Nat postrouting only.
     Masquerade,
+    /// Replaces the source address; in translating chains at [`HookPoint::Postrouting`].
+    Snat(IpAddr),
 }
 
 impl fmt::Display for Compare {
@@ -271,6 +275,7 @@ impl fmt::Display for Match {
             Self::OutputInterface(compare, name) => write!(f, "oifname {compare}\"{name}\""),
             Self::DestinationLocal(compare) => write!(f, "fib daddr type {compare}local"),
             Self::Random { modulus, value } => write!(f, "numgen random mod {modulus} == {value}"),
+            Self::LocalUser(user) => write!(f, "meta skuid {user}"),
         }
     }
 }
@@ -294,6 +299,7 @@ impl fmt::Display for Action {
             Self::Dnat(address, Some(port)) => write!(f, "dnat to {address}:{port}"),
             Self::Dnat(address, None) => write!(f, "dnat to {address}"),
             Self::Masquerade => f.write_str("masquerade"),
+            Self::Snat(address) => write!(f, "snat to {address}"),
         }
     }
 }

@@ -5,6 +5,7 @@ mod bed;
 #[path = "../common/mod.rs"]
 mod common;
 mod failures;
+mod probes;
 mod reconciling;
 mod restarts;
 mod serving;
