@@ -1,13 +1,11 @@
 //! The control plane, put together: sources → index → tables → the TLS port, beside the CA.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use ambit_ca::incoming::{ServedConnection, incoming};
 use ambit_ca::{
     Authority, AuthorityConfig, AuthorityError, CertificateService, IssuancePolicy, JwtAuthenticator,
     JwtConfig, JwtError,
@@ -16,11 +14,11 @@ use ambit_telemetry::http::{metrics_router, readiness_router, serve};
 use ambit_telemetry::{Readiness, ReadinessTask, Registry, Target, logging};
 use ambit_xds::{Server, ServerConfig};
 use anyhow::Context;
-use futures_util::{Stream, StreamExt};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tonic::service::Routes;
 
 use crate::config::Config;
 use crate::index::{Changes, Finding, Index, Settings};
@@ -28,17 +26,16 @@ use crate::object::{Change, ObjectRef};
 use crate::observe::{Findings, IndexMetrics, Observed};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::census::Census;
+use crate::serve::port::{self, PortLimits};
 use crate::serve::publish::Published;
 use crate::serve::roots;
 use crate::source::directory::{Directories, WatchError};
 use crate::source::{Event, SourceName};
 
+/// The task that serves the port.
+const PORT: &str = "the port";
 /// Time that open streams have to end after the program was told to end.
 const DRAIN: Duration = Duration::from_secs(5);
-/// Between probes of a subscriber's connection, and how long it may take to answer.
-const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
-/// Requests at the same time on one connection.
-const MAX_STREAMS: u32 = 256;
 /// Batches of a source that are taken together when they wait.
 const TOGETHER: usize = 64;
 
@@ -145,7 +142,7 @@ pub struct App {
     readiness: Readiness,
     tasks: Tasks,
     xds: Option<Server>,
-    stop: Option<oneshot::Sender<()>>,
+    stop: watch::Sender<bool>,
     /// Watches for as long as the program runs.
     sources: Option<Directories>,
 }
@@ -209,22 +206,13 @@ impl App {
         serve_admin(&mut tasks, &config, &observed, logging, quit).await?;
         let sources = start_index(&mut tasks, &config, &observed, synced).await?;
 
-        let connections = observed.connections.clone();
-        let incoming = incoming(listener, tls).inspect(move |_| {
-            connections.fetch_add(1, Ordering::Relaxed);
-        });
-        let stop = serve_grpc(&mut tasks, incoming, xds.clone(), certificates);
+        let routes = Routes::new(xds.clone()).add_service(certificates.into_server()).prepare();
+        let limits = PortLimits::with_max_age(config.max_connection_age);
+        let (stop, stopping) = watch::channel(false);
+        tasks.spawn(PORT, port::serve(listener, tls, routes, limits, observed.port.clone(), stopping));
         serving.done();
         tracing::info!(%address, "serving");
-        Ok(App {
-            address,
-            metrics,
-            readiness,
-            tasks,
-            xds: Some(xds),
-            stop: Some(stop),
-            sources: Some(sources),
-        })
+        Ok(App { address, metrics, readiness, tasks, xds: Some(xds), stop, sources: Some(sources) })
     }
 
     /// Where xDS and certificates are served.
@@ -254,13 +242,11 @@ impl App {
         if let Some(xds) = self.xds.take() {
             xds.drain();
         }
-        if let Some(stop) = self.stop.take() {
-            stop.send(()).unwrap_or_default();
-        }
+        self.stop.send_replace(true);
         drop(self.sources.take());
         let server_ended = async {
             while let Some(ended) = self.tasks.0.join_next().await {
-                if matches!(ended, Ok((name, _)) if name == "the gRPC server") {
+                if matches!(ended, Ok((name, _)) if name == PORT) {
                     return;
                 }
             }
@@ -366,36 +352,13 @@ fn services(
         index: Arc::default(),
         published,
         census,
-        connections: Arc::default(),
+        port: Arc::default(),
         xds: xds.metrics().clone(),
         xds_refused,
         issuance: certificates.metrics(),
         findings: Findings::default(),
     };
     (xds, certificates, observed)
-}
-
-/// Serves both services on connections as they come, until told to stop.
-fn serve_grpc(
-    tasks: &mut Tasks,
-    incoming: impl Stream<Item = Result<ServedConnection, Infallible>> + Send + 'static,
-    xds: Server,
-    certificates: CertificateService,
-) -> oneshot::Sender<()> {
-    let (stop, stopped) = oneshot::channel::<()>();
-    let router = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE.0))
-        .http2_keepalive_timeout(Some(KEEPALIVE.1))
-        .max_concurrent_streams(MAX_STREAMS)
-        .add_service(xds)
-        .add_service(certificates.into_server());
-    tasks.spawn("the gRPC server", async move {
-        let stopped = async move { drop(stopped.await) };
-        if let Err(error) = router.serve_with_incoming_shutdown(incoming, stopped).await {
-            tracing::error!(%error, "the gRPC server failed");
-        }
-    });
-    stop
 }
 
 /// Starts sources and index, and waits until everything that is there was taken: to a proxy that

@@ -13,6 +13,7 @@ use clap::Parser;
 use serde::Deserialize;
 
 use crate::index::{L7DenyAtL4, Settings};
+use crate::serve::port::PortLimits;
 use crate::source::SourceName;
 
 /// Why there is no configuration.
@@ -72,6 +73,8 @@ pub struct Config {
     pub max_certificate_lifetime: Duration,
     /// How long a new root is published before it signs.
     pub root_propagation: Duration,
+    /// Age at which a connection of a proxy ends, so that it is made again.
+    pub max_connection_age: Duration,
     /// Key set that callers' tokens are verified with.
     pub jwks: PathBuf,
     /// Audiences of which a token must name one.
@@ -134,6 +137,9 @@ struct Raw {
     /// How long a new root is published before it signs, in seconds (default 300).
     #[arg(long, env = "AMBIT_CONTROL_ROOT_PROPAGATION", value_name = "SECONDS")]
     root_propagation: Option<u64>,
+    /// Age in seconds at which a connection of a proxy ends and is made again (default 1800).
+    #[arg(long, env = "AMBIT_CONTROL_MAX_CONNECTION_AGE", value_name = "SECONDS")]
+    max_connection_age: Option<u64>,
     /// JSON Web Key Set that callers' tokens are verified with.
     #[arg(long, env = "AMBIT_CONTROL_JWKS", value_name = "FILE")]
     jwks: Option<PathBuf>,
@@ -237,13 +243,14 @@ fn read_file(path: &Path) -> Result<Raw, ConfigError> {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 23] = [
+const KEYS: [&str; 24] = [
     "sources",
     "listen",
     "serverNames",
     "caDir",
     "maxCertificateLifetime",
     "rootPropagation",
+    "maxConnectionAge",
     "jwks",
     "audiences",
     "trustedNodeProxies",
@@ -276,6 +283,7 @@ fn merge(over: Raw, under: Raw) -> Raw {
         ca_dir: over.ca_dir.or(under.ca_dir),
         max_certificate_lifetime: over.max_certificate_lifetime.or(under.max_certificate_lifetime),
         root_propagation: over.root_propagation.or(under.root_propagation),
+        max_connection_age: over.max_connection_age.or(under.max_connection_age),
         jwks: over.jwks.or(under.jwks),
         audiences: over.audiences.or(under.audiences),
         trusted_node_proxies: over.trusted_node_proxies.or(under.trusted_node_proxies),
@@ -304,6 +312,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         ca_dir,
         max_certificate_lifetime,
         root_propagation,
+        max_connection_age,
         jwks,
         audiences,
         trusted_node_proxies,
@@ -339,6 +348,8 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         ca_dir: ca_dir.ok_or(ConfigError::Missing("--ca-dir"))?,
         max_certificate_lifetime: max_lifetime(max_certificate_lifetime)?,
         root_propagation: root_propagation.map_or(AuthorityConfig::ROOT_PROPAGATION, Duration::from_secs),
+        max_connection_age: max_connection_age
+            .map_or(PortLimits::MAX_AGE, |seconds| Duration::from_secs(seconds.max(1))),
         jwks: jwks.ok_or(ConfigError::Missing("--jwks"))?,
         audiences: audiences.unwrap_or_else(|| vec!["istio-ca".to_owned()]),
         trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,

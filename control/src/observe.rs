@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::index::{Finding, NO_EFFECT_AT_L4};
 use crate::object::ObjectRef;
 use crate::serve::census::Census;
+use crate::serve::port::PortMetrics;
 use crate::serve::publish::Published;
 use crate::source::SourceMetrics;
 
@@ -36,8 +37,7 @@ pub(crate) struct Observed {
     pub(crate) index: Arc<IndexMetrics>,
     pub(crate) published: Published,
     pub(crate) census: Arc<Census>,
-    /// Connections that finished their handshake.
-    pub(crate) connections: Arc<AtomicU64>,
+    pub(crate) port: Arc<PortMetrics>,
     pub(crate) xds: Arc<ServerMetrics>,
     pub(crate) xds_refused: Arc<AtomicU64>,
     pub(crate) issuance: Arc<IssuanceMetrics>,
@@ -65,6 +65,7 @@ impl Observed {
     pub(crate) fn register(&self, registry: &Registry) {
         self.register_source(registry);
         self.register_index(registry);
+        self.register_port(registry);
         self.register_xds(registry);
         self.register_issuance(registry);
     }
@@ -112,8 +113,33 @@ impl Observed {
         gauge(registry, ("live_pods", "Live pods bound to a node"), move || census.len() as u64);
     }
 
+    fn register_port(&self, registry: &Registry) {
+        let port = &self.port;
+        counter(registry, ("connections", "Connections accepted"), port, |m| &m.accepted);
+        let open = port.clone();
+        gauge(registry, ("open_connections", "Connections open now, handshakes included"), move || {
+            open.open.load(Ordering::Relaxed)
+        });
+        counter(
+            registry,
+            ("connections_refused", "Connections refused: too many of one address"),
+            port,
+            |m| &m.refused,
+        );
+        counter(registry, ("connections_aged", "Connections ended because of their age"), port, |m| &m.aged);
+        counter(registry, ("connections_idle", "Connections ended because they were idle"), port, |m| {
+            &m.idle
+        });
+        counter(registry, ("tls_failures", "TLS handshakes that failed or took too long"), port, |m| {
+            &m.failed_handshakes
+        });
+        counter(registry, ("tls_silent", "Connections that sent nothing"), port, |m| &m.silent);
+        counter(registry, ("tls_evicted", "TLS handshakes that gave way to newer ones"), port, |m| {
+            &m.evicted
+        });
+    }
+
     fn register_xds(&self, registry: &Registry) {
-        counter(registry, ("connections", "Connections accepted"), &self.connections, |m| m);
         let xds = &self.xds;
         let subscribers = xds.clone();
         gauge(registry, ("xds_subscribers", "Streams open now"), move || {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod port;
 mod world;
 
 use std::collections::BTreeMap;
@@ -130,8 +131,13 @@ fn subscribe(caller: ControlPlane) -> (Client, Held) {
 }
 
 fn start() -> World {
+    start_with(&[])
+}
+
+fn start_with(arguments: &[&str]) -> World {
     let objects = format!("{NAMESPACE}{}", pod("reviews-1", "node-a", "10.0.0.7"));
-    World::start(&[("pods.yaml", &objects), ("service.yaml", &service(9080)), ("policy.yaml", POLICY)])
+    let files = [("pods.yaml", &*objects), ("service.yaml", &service(9080)), ("policy.yaml", POLICY)];
+    World::start_with(&files, arguments)
 }
 
 #[tokio::test(flavor = "multi_thread")]

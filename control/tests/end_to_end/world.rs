@@ -65,7 +65,7 @@ pub(crate) struct World {
 
 impl World {
     /// Starts the program on the given files of its source directory and waits until it serves.
-    pub(crate) fn start(files: &[(&str, &str)]) -> World {
+    pub(crate) fn start_with(files: &[(&str, &str)], arguments: &[&str]) -> World {
         let directory = tempfile::tempdir().unwrap();
         let signer = TokenSigner::new();
         std::fs::create_dir(directory.path().join("objects")).unwrap();
@@ -74,7 +74,7 @@ impl World {
         }
         std::fs::write(directory.path().join("jwks.json"), json!({ "keys": [signer.jwk] }).to_string())
             .unwrap();
-        let mut child = spawn(directory.path());
+        let mut child = spawn(directory.path(), arguments);
         let log = follow(&mut child);
         let listening = |purpose: &str| {
             let line = wait_for(&log, |line| line["message"] == "listening" && line["purpose"] == purpose);
@@ -174,7 +174,7 @@ fn md(text: &str) -> u64 {
     hasher.finish()
 }
 
-fn spawn(directory: &Path) -> Child {
+fn spawn(directory: &Path, arguments: &[&str]) -> Child {
     let path = |name: &str| directory.join(name).display().to_string();
     Command::new(env!("CARGO_BIN_EXE_ambit-control"))
         .args(["--source", &format!("dir:{}", path("objects"))])
@@ -182,6 +182,7 @@ fn spawn(directory: &Path) -> Child {
         .args(["--readiness", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
         .args(["--ca-dir", &path("ca"), "--jwks", &path("jwks.json"), "--root-out", &path("root-cert.pem")])
         .args(["--log-format", "json"])
+        .args(arguments)
         .stderr(Stdio::piped())
         .spawn()
         .unwrap()
