@@ -1,32 +1,28 @@
-//! Connection tracking over netlink: where a redirected datagram was going, and connections that the kernel is to know.
+//! Connection tracking over netlink: original destinations of datagrams, and TCP connections entered and removed.
 //!
 //! TCP has `SO_ORIGINAL_DST`; for UDP only the tracking table knows. The DNS proxy asks it, so that a
-//! resolver that an application named explicitly is honoured. The node agent enters what is older than tracking.
+//! resolver that an application named explicitly is honoured. The node agent enters connections that are older than
+//! tracking.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::netlink::{self, Attribute, Content, Family, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Request, find};
 use crate::netns::{Netns, NetnsError};
 use crate::readiness::register;
 
-const NETLINK_NETFILTER: i32 = 12;
-/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET`.
-const CT_GET: u16 = (1 << 8) | 1;
-/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW`.
-const CT_NEW: u16 = 1 << 8;
-/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`.
-const CT_DELETE: u16 = (1 << 8) | 2;
-const NLM_F_REQUEST: u16 = 1;
-/// `NLM_F_REQUEST | NLM_F_ACK`.
-const NLM_F_REQUEST_ACK: u16 = 0x5;
-/// `NLM_F_REQUEST | NLM_F_ACK | NLM_F_EXCL | NLM_F_CREATE`.
-const NLM_F_REQUEST_NEW: u16 = 0x605;
-const NLMSG_ERROR: u16 = 2;
-const NESTED: u16 = 0x8000;
+/// `NFNL_SUBSYS_CTNETLINK`, in the high byte of message types.
+const SUBSYSTEM: u16 = 1 << 8;
+/// `IPCTNL_MSG_CT_NEW`.
+const NEW: u16 = SUBSYSTEM;
+/// `IPCTNL_MSG_CT_GET`.
+const GET: u16 = SUBSYSTEM | 1;
+/// `IPCTNL_MSG_CT_DELETE`.
+const DELETE: u16 = SUBSYSTEM | 2;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_STATUS: u16 = 3;
@@ -54,8 +50,8 @@ const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
-const HEADER: usize = 16;
-const GENERIC: usize = 4;
+/// Length of `struct nfgenmsg`: family, version, resource id.
+const FIXED: usize = 4;
 
 /// A socket to the connection tracking of one namespace.
 #[derive(Debug)]
@@ -73,11 +69,9 @@ impl Conntrack {
             source,
         };
         let made = inside.run(|| {
-            Socket::new(
-                Domain::from(libc::AF_NETLINK),
-                Type::RAW.nonblocking().cloexec(),
-                Some(Protocol::from(NETLINK_NETFILTER)),
-            )
+            let socket = Family::Netfilter.open()?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
         });
         let socket = made.await?.map_err(fail)?;
         Ok(Self {
@@ -86,55 +80,67 @@ impl Conntrack {
         })
     }
 
-    /// Where the datagram from `client` that arrived at `local` was going before it was redirected.
+    /// The destination of the datagram from `client` that arrived at `local` before it was redirected.
     /// `None` when the table does not know it.
     pub async fn original_udp_destination(
         &mut self,
         client: SocketAddr,
         local: SocketAddr,
     ) -> io::Result<Option<SocketAddr>> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let request = get_by_reply(self.sequence, local, client);
-        let mut answer = [0_u8; 4096];
-        read_answer(self.ask(&request, &mut answer).await?)
+        let reply = tuple(CTA_TUPLE_REPLY, libc::IPPROTO_UDP, local, client);
+        match self.ask(GET, 0, client, &[reply]).await {
+            Ok(attributes) => Ok(original_destination(&attributes)),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Enters an established TCP connection that `client` began to `server`, untranslated, as if its packets had been
     /// seen. Says whether it was unknown; what the table knows stays as it is. Fails with `ENOMEM` when the table is
     /// full.
     pub async fn enter_tcp(&mut self, client: SocketAddr, server: SocketAddr) -> io::Result<bool> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let request = new_tcp(self.sequence, client, server);
-        let mut answer = [0_u8; 4096];
-        match error_code(self.ask(&request, &mut answer).await?) {
-            Some(0) => Ok(true),
-            Some(libc::EEXIST) => Ok(false),
-            Some(code) => Err(io::Error::from_raw_os_error(code)),
-            None => Err(io::ErrorKind::InvalidData.into()),
+        let entry = established_tcp(client, server);
+        match self.ask(NEW, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, client, &entry).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
     /// Removes the entry of a TCP connection that `client` began to `server`. Says whether there was one.
     pub async fn delete_tcp(&mut self, client: SocketAddr, server: SocketAddr) -> io::Result<bool> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let request = delete_tcp(self.sequence, client, server);
-        let mut answer = [0_u8; 4096];
-        match error_code(self.ask(&request, &mut answer).await?) {
-            Some(0) => Ok(true),
-            Some(libc::ENOENT) => Ok(false),
-            Some(code) => Err(io::Error::from_raw_os_error(code)),
-            None => Err(io::ErrorKind::InvalidData.into()),
+        let original = tuple(CTA_TUPLE_ORIG, libc::IPPROTO_TCP, client, server);
+        match self.ask(DELETE, NLM_F_ACK, client, &[original]).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
-    /// Sends the request that bears the current number and returns its answer.
-    async fn ask<'a>(&self, request: &[u8], answer: &'a mut [u8]) -> io::Result<&'a [u8]> {
-        self.socket.async_io(Interest::WRITABLE, |socket| socket.send(request)).await?;
+    /// Sends a request about addresses of the family of `like`. Returns the attributes of the answer; none for an
+    /// acknowledgement.
+    async fn ask(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        like: SocketAddr,
+        attributes: &[Attribute],
+    ) -> io::Result<Vec<u8>> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let sequence = self.sequence;
+        let family = if like.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let request = Request { kind, flags, sequence }.encode(&[family as u8, 0, 0, 0], attributes);
+        self.socket.async_io(Interest::WRITABLE, |socket| socket.send(&request)).await?;
+        let mut answer = [0_u8; 4096];
         loop {
-            let n = self.socket.async_io(Interest::READABLE, |socket| receive(socket, answer)).await?;
-            // An answer to a question that was given up on is passed over.
-            if field_u32(answer, 8) == Some(self.sequence) {
-                return Ok(answer.get(..n).unwrap_or_default());
+            let n = self.socket.async_io(Interest::READABLE, |socket| receive(socket, &mut answer)).await?;
+            let mut messages = netlink::messages(answer.get(..n).unwrap_or_default());
+            // Answers to earlier questions that were given up are skipped.
+            match messages.find(|message| message.sequence == sequence).map(|message| message.content) {
+                None => {}
+                Some(Content::Body(body)) => return Ok(body.get(FIXED..).unwrap_or_default().to_vec()),
+                Some(Content::Acknowledged | Content::Done) => return Ok(Vec::new()),
+                Some(Content::Refused(error)) => return Err(error),
             }
         }
     }
@@ -146,74 +152,39 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
     socket.read(buffer)
 }
 
-/// The request for the entry whose replies go from `from` to `to`.
-fn get_by_reply(sequence: u32, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
-    let mut body = Vec::new();
-    attribute(&mut body, CTA_TUPLE_REPLY | NESTED, &tuple(libc::IPPROTO_UDP, from, to));
-    message(CT_GET, NLM_F_REQUEST, sequence, from, &body)
-}
-
-/// The request to make an entry.
-fn new_tcp(sequence: u32, client: SocketAddr, server: SocketAddr) -> Vec<u8> {
-    let mut tcp = Vec::new();
-    attribute(&mut tcp, CTA_PROTOINFO_TCP_STATE, &[TCP_ESTABLISHED]);
-    // struct nf_ct_tcp_flags: flags, and which of them are meant.
-    attribute(&mut tcp, CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &[TCP_LIBERAL; 2]);
-    attribute(&mut tcp, CTA_PROTOINFO_TCP_FLAGS_REPLY, &[TCP_LIBERAL; 2]);
-    let mut protocol = Vec::new();
-    attribute(&mut protocol, CTA_PROTOINFO_TCP | NESTED, &tcp);
-    let mut body = Vec::new();
-    attribute(&mut body, CTA_TUPLE_ORIG | NESTED, &tuple(libc::IPPROTO_TCP, client, server));
-    attribute(&mut body, CTA_TUPLE_REPLY | NESTED, &tuple(libc::IPPROTO_TCP, server, client));
-    attribute(&mut body, CTA_STATUS, &ESTABLISHED_STATUS.to_be_bytes());
-    attribute(&mut body, CTA_TIMEOUT, &TRACKED_FOR.to_be_bytes());
-    attribute(&mut body, CTA_PROTOINFO | NESTED, &protocol);
-    message(CT_NEW, NLM_F_REQUEST_NEW, sequence, client, &body)
-}
-
-/// The request to remove an entry.
-fn delete_tcp(sequence: u32, client: SocketAddr, server: SocketAddr) -> Vec<u8> {
-    let mut body = Vec::new();
-    attribute(&mut body, CTA_TUPLE_ORIG | NESTED, &tuple(libc::IPPROTO_TCP, client, server));
-    message(CT_DELETE, NLM_F_REQUEST_ACK, sequence, client, &body)
+fn established_tcp(client: SocketAddr, server: SocketAddr) -> [Attribute; 5] {
+    let tcp = vec![
+        Attribute::bytes(CTA_PROTOINFO_TCP_STATE, [TCP_ESTABLISHED]),
+        // struct nf_ct_tcp_flags: flags, and which of them are meant.
+        Attribute::bytes(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, [TCP_LIBERAL; 2]),
+        Attribute::bytes(CTA_PROTOINFO_TCP_FLAGS_REPLY, [TCP_LIBERAL; 2]),
+    ];
+    [
+        tuple(CTA_TUPLE_ORIG, libc::IPPROTO_TCP, client, server),
+        tuple(CTA_TUPLE_REPLY, libc::IPPROTO_TCP, server, client),
+        Attribute::number(CTA_STATUS, ESTABLISHED_STATUS),
+        Attribute::number(CTA_TIMEOUT, TRACKED_FOR),
+        Attribute::tree(CTA_PROTOINFO, vec![Attribute::tree(CTA_PROTOINFO_TCP, tcp)]),
+    ]
 }
 
 /// Addresses, ports and protocol of one direction.
-fn tuple(protocol: i32, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
-    let mut ip = Vec::new();
-    match (from.ip(), to.ip()) {
+fn tuple(kind: u16, protocol: i32, from: SocketAddr, to: SocketAddr) -> Attribute {
+    let ip = match (from.ip(), to.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
-            attribute(&mut ip, CTA_IP_V4_SRC, &from.octets());
-            attribute(&mut ip, CTA_IP_V4_DST, &to.octets());
+            vec![Attribute::bytes(CTA_IP_V4_SRC, from.octets()), Attribute::bytes(CTA_IP_V4_DST, to.octets())]
         }
-        (from, to) => {
-            attribute(&mut ip, CTA_IP_V6_SRC, &v6(from).octets());
-            attribute(&mut ip, CTA_IP_V6_DST, &v6(to).octets());
-        }
-    }
-    let mut proto = Vec::new();
-    attribute(&mut proto, CTA_PROTO_NUM, &[protocol as u8]);
-    attribute(&mut proto, CTA_PROTO_SRC_PORT, &from.port().to_be_bytes());
-    attribute(&mut proto, CTA_PROTO_DST_PORT, &to.port().to_be_bytes());
-    let mut tuple = Vec::new();
-    attribute(&mut tuple, CTA_TUPLE_IP | NESTED, &ip);
-    attribute(&mut tuple, CTA_TUPLE_PROTO | NESTED, &proto);
-    tuple
-}
-
-/// `struct nlmsghdr` and `struct nfgenmsg` (family as `like`, version, resource id), then the attributes.
-fn message(kind: u16, flags: u16, sequence: u32, like: SocketAddr, attributes: &[u8]) -> Vec<u8> {
-    let len = HEADER + GENERIC + attributes.len();
-    let family = if like.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let mut message = Vec::with_capacity(len);
-    message.extend_from_slice(&(len as u32).to_ne_bytes());
-    message.extend_from_slice(&kind.to_ne_bytes());
-    message.extend_from_slice(&flags.to_ne_bytes());
-    message.extend_from_slice(&sequence.to_ne_bytes());
-    message.extend_from_slice(&0_u32.to_ne_bytes());
-    message.extend_from_slice(&[family as u8, 0, 0, 0]);
-    message.extend_from_slice(attributes);
-    message
+        (from, to) => vec![
+            Attribute::bytes(CTA_IP_V6_SRC, v6(from).octets()),
+            Attribute::bytes(CTA_IP_V6_DST, v6(to).octets()),
+        ],
+    };
+    let proto = vec![
+        Attribute::bytes(CTA_PROTO_NUM, [protocol as u8]),
+        Attribute::bytes(CTA_PROTO_SRC_PORT, from.port().to_be_bytes()),
+        Attribute::bytes(CTA_PROTO_DST_PORT, to.port().to_be_bytes()),
+    ];
+    Attribute::tree(kind, vec![Attribute::tree(CTA_TUPLE_IP, ip), Attribute::tree(CTA_TUPLE_PROTO, proto)])
 }
 
 fn v6(address: IpAddr) -> Ipv6Addr {
@@ -221,35 +192,6 @@ fn v6(address: IpAddr) -> Ipv6Addr {
         IpAddr::V4(address) => address.to_ipv6_mapped(),
         IpAddr::V6(address) => address,
     }
-}
-
-fn attribute(out: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    out.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(value);
-    out.resize(out.len().next_multiple_of(4), 0);
-}
-
-fn field_u32(message: &[u8], at: usize) -> Option<u32> {
-    message.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
-}
-
-fn field_u16(message: &[u8], at: usize) -> Option<u16> {
-    message.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-fn read_answer(message: &[u8]) -> io::Result<Option<SocketAddr>> {
-    match error_code(message) {
-        None => Ok(original_destination(message.get(HEADER + GENERIC..).unwrap_or_default())),
-        Some(0 | libc::ENOENT) => Ok(None),
-        Some(code) => Err(io::Error::from_raw_os_error(code)),
-    }
-}
-
-/// The error that an answer bears, 0 for an acknowledgement; `None` when it is neither.
-fn error_code(message: &[u8]) -> Option<i32> {
-    (field_u16(message, 4) == Some(NLMSG_ERROR))
-        .then(|| field_u32(message, HEADER).map_or(0, |code| (code as i32).wrapping_neg()))
 }
 
 fn original_destination(attributes: &[u8]) -> Option<SocketAddr> {
@@ -263,16 +205,4 @@ fn original_destination(attributes: &[u8]) -> Option<SocketAddr> {
         (None, None) => return None,
     };
     Some(SocketAddr::new(ip, port))
-}
-
-fn find(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
-    while attributes.len() >= 4 {
-        let len = usize::from(field_u16(attributes, 0)?);
-        let value = attributes.get(4..len)?;
-        if field_u16(attributes, 2)? & !NESTED == kind {
-            return Some(value);
-        }
-        attributes = attributes.get(len.next_multiple_of(4)..)?;
-    }
-    None
 }

@@ -7,7 +7,8 @@
 //! - [`stock`], [`mod@connect`]: marked sockets made ahead, and connections from a chosen source;
 //! - [`listen`], [`accept`]: listening sockets in a namespace, and accepting under pressure;
 //! - [`socket`]: options, original destinations, resets;
-//! - [`conntrack`]: the original destination of redirected datagrams;
+//! - [`netlink`]: messages to and from the kernel, for the next two and for nftables;
+//! - [`conntrack`]: original destinations of datagrams, entries made and removed;
 //! - [`sockdiag`], [`pidfd`]: which sockets a namespace has, and who holds them;
 //! - [`seqpacket`]: packets with descriptors over unix sockets;
 //! - [`splice`], [`relay`], [`pipe`]: moving bytes between connections;
@@ -17,6 +18,7 @@ pub mod accept;
 pub mod connect;
 pub mod conntrack;
 pub mod listen;
+pub mod netlink;
 pub mod netns;
 pub mod pidfd;
 pub mod pipe;

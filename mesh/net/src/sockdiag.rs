@@ -7,20 +7,19 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
+use crate::netlink::{self, Content, NLM_F_DUMP, Request, find};
 use crate::netns::{Netns, NetnsError};
 use crate::socket::Family;
 
-const NETLINK_SOCK_DIAG: i32 = 4;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST_DUMP: u16 = 0x301;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
 const INET_DIAG_MARK: u16 = 15;
-const HEADER: usize = 16;
-/// `struct inet_diag_msg`.
+/// Length of `struct inet_diag_req_v2`.
+const REQUEST: usize = 56;
+/// Length of `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
+/// How long the kernel may take for one answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What kind of socket is asked for.
@@ -57,11 +56,7 @@ pub async fn list(inside: &Netns, kind: Kind) -> Result<Vec<Entry>, NetnsError> 
 }
 
 fn open() -> io::Result<Socket> {
-    let socket = Socket::new(
-        Domain::from(libc::AF_NETLINK),
-        Type::RAW.cloexec(),
-        Some(Protocol::from(NETLINK_SOCK_DIAG)),
-    )?;
+    let socket = netlink::Family::SockDiag.open()?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
 }
@@ -69,7 +64,8 @@ fn open() -> io::Result<Socket> {
 fn list_with(mut socket: Socket, kind: Kind) -> io::Result<Vec<Entry>> {
     let mut found = Vec::new();
     for (sequence, family) in [(1, Family::V4), (2, Family::V6)] {
-        socket.write_all(&request(kind, family, sequence))?;
+        let request = Request { kind: SOCK_DIAG_BY_FAMILY, flags: NLM_F_DUMP, sequence };
+        socket.write_all(&request.encode(&wanted(kind, family), &[]))?;
         match receive(&mut socket, sequence, &mut found) {
             // IPv6 may be missing from the kernel.
             Err(error) if family == Family::V6 && error.raw_os_error() == Some(libc::ENOENT) => {}
@@ -79,8 +75,8 @@ fn list_with(mut socket: Socket, kind: Kind) -> io::Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// `struct nlmsghdr`, then `struct inet_diag_req_v2` with an empty socket id.
-fn request(kind: Kind, family: Family, sequence: u32) -> Vec<u8> {
+/// `struct inet_diag_req_v2` with an empty socket id.
+fn wanted(kind: Kind, family: Family) -> [u8; REQUEST] {
     const ESTABLISHED_LIKE: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     let (protocol, states) = match kind {
         Kind::TcpConnections => (libc::IPPROTO_TCP, ESTABLISHED_LIKE),
@@ -91,36 +87,27 @@ fn request(kind: Kind, family: Family, sequence: u32) -> Vec<u8> {
         Family::V4 => libc::AF_INET,
         Family::V6 => libc::AF_INET6,
     };
-    let mut message = Vec::with_capacity(HEADER + 56);
-    message.extend_from_slice(&(HEADER as u32 + 56).to_ne_bytes());
-    message.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    message.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
-    message.extend_from_slice(&sequence.to_ne_bytes());
-    message.extend_from_slice(&0_u32.to_ne_bytes());
-    message.extend_from_slice(&[family as u8, protocol as u8, 0, 0]);
-    message.extend_from_slice(&states.to_ne_bytes());
-    message.resize(HEADER + 56, 0);
-    message
+    let mut request = [0; REQUEST];
+    let (head, rest) = request.split_at_mut(4);
+    head.copy_from_slice(&[family as u8, protocol as u8, 0, 0]);
+    rest.split_at_mut(4).0.copy_from_slice(&states.to_ne_bytes());
+    request
 }
 
 fn receive(socket: &mut Socket, sequence: u32, found: &mut Vec<Entry>) -> io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let n = socket.read(&mut buffer)?;
-        let mut rest = buffer.get(..n).unwrap_or_default();
-        while let Some(len) = u32_at(rest, 0).map(|len| len as usize).filter(|len| *len >= HEADER) {
-            let Some(message) = rest.get(..len) else { break };
-            if u32_at(message, 8) == Some(sequence) {
-                match u16_at(message, 4) {
-                    Some(NLMSG_DONE) => return Ok(()),
-                    Some(NLMSG_ERROR) => {
-                        let code = u32_at(message, HEADER).unwrap_or_default() as i32;
-                        return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
-                    }
-                    _ => found.extend(message.get(HEADER..).and_then(entry)),
-                }
+        for message in netlink::messages(buffer.get(..n).unwrap_or_default()) {
+            if message.sequence != sequence {
+                continue;
             }
-            rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+            match message.content {
+                Content::Body(body) => found.extend(entry(body)),
+                Content::Refused(error) => return Err(error),
+                Content::Done => return Ok(()),
+                Content::Acknowledged => {}
+            }
         }
     }
 }
@@ -137,26 +124,15 @@ fn entry(message: &[u8]) -> Option<Entry> {
             Some(Ipv6Addr::from(<[u8; 16]>::try_from(message.get(at..at + 16)?).ok()?).into())
         }
     };
-    let mut mark = 0;
-    let mut attributes = message.get(MESSAGE..)?;
-    while let Some(len) = u16_at(attributes, 0).map(usize::from).filter(|len| *len >= 4) {
-        if u16_at(attributes, 2) == Some(INET_DIAG_MARK) {
-            mark = u32_at(attributes, 4)?;
-        }
-        attributes = attributes.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
+    let mark = find(message.get(MESSAGE..)?, INET_DIAG_MARK);
     Some(Entry {
         local: SocketAddr::new(address(8)?, port(4)?),
         remote: SocketAddr::new(address(24)?, port(6)?),
-        mark,
-        inode: u32_at(message, 68)?,
+        mark: mark.and_then(number).unwrap_or_default(),
+        inode: number(message.get(68..MESSAGE)?)?,
     })
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+fn number(bytes: &[u8]) -> Option<u32> {
+    bytes.try_into().ok().map(u32::from_ne_bytes)
 }

@@ -5,9 +5,9 @@
 
 use std::net::IpAddr;
 
+use ambit_net::netlink::Attribute;
 use ipnet::IpNet;
 
-use super::attribute::Attribute;
 use super::rule::{Action, Compare, Match, Protocol, Rule};
 
 const REG_VERDICT: u32 = 0;

@@ -1,16 +1,9 @@
 //! Netlink messages of nftables: batches that change tables, dumps that list them.
 
-use super::attribute::{Attribute, encode_all};
+use ambit_net::netlink::{self, Attribute, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Request, find};
+
 use super::expression;
 use super::rule::{Chain, Rule, Table};
-
-pub(super) const NLMSG_ERROR: u16 = 2;
-pub(super) const NLMSG_DONE: u16 = 3;
-const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
-const NLM_F_DUMP: u16 = 0x300;
-const NLM_F_CREATE: u16 = 0x400;
-const NLM_F_APPEND: u16 = 0x800;
 
 const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
@@ -42,76 +35,95 @@ const USERDATA_COMMENT: u8 = 0;
 const COMMENT_MAX: usize = 127;
 const POLICY_ACCEPT: u32 = 1;
 
-/// Length of a netlink header.
-pub(super) const HEADER: usize = 16;
-/// Length of the header that all netfilter messages have after it.
-pub(super) const GENERIC: usize = 4;
+/// Length of the fixed part of all netfilter messages.
+pub(super) const FIXED: usize = 4;
+
+/// `struct nfgenmsg`: family, version, resource id in network byte order.
+fn fixed(family: i32, resource: u16) -> [u8; FIXED] {
+    let [high, low] = resource.to_be_bytes();
+    [family as u8, 0, high, low]
+}
 
 /// Messages that take effect together or not at all.
 pub(super) struct Batch {
+    bytes: Vec<u8>,
+    /// Sequence number of the message that opens the batch.
+    first: u32,
+    next: u32,
+    /// The last change, which is not encoded yet: it is the one that is to be acknowledged.
+    last: Option<(Request, Vec<Attribute>)>,
+}
+
+/// A batch as it is sent.
+pub(super) struct Encoded {
     pub(super) bytes: Vec<u8>,
     /// Sequence number of the message that opens the batch.
     pub(super) first: u32,
-    /// Sequence number of the last message that is acknowledged.
+    /// Sequence number of the change that is acknowledged.
     pub(super) last: u32,
-    next: u32,
-    last_at: usize,
 }
 
 impl Batch {
     pub(super) fn begin(sequence: u32) -> Self {
-        let mut batch =
-            Self { bytes: Vec::new(), first: sequence, last: sequence, next: sequence, last_at: 0 };
-        batch.push_raw(BATCH_BEGIN, NLM_F_REQUEST, libc::AF_UNSPEC as u8, SUBSYSTEM, &[]);
+        let mut batch = Self { bytes: Vec::new(), first: sequence, next: sequence, last: None };
+        batch.push_boundary(BATCH_BEGIN);
         batch
     }
 
     /// Replaces the table: made if missing, so that deleting it cannot fail, deleted, made anew.
     pub(super) fn replace(&mut self, table: &Table) {
-        let name = [Attribute::string(TABLE_NAME, &table.name)];
-        self.push(NEW_TABLE, NLM_F_CREATE, &name);
-        self.push(DEL_TABLE, 0, &name);
-        self.push(NEW_TABLE, NLM_F_CREATE, &name);
+        let name = || vec![Attribute::string(TABLE_NAME, &table.name)];
+        self.push(NEW_TABLE, NLM_F_CREATE, name());
+        self.push(DEL_TABLE, 0, name());
+        self.push(NEW_TABLE, NLM_F_CREATE, name());
         for chain in &table.chains {
-            self.push(NEW_CHAIN, NLM_F_CREATE, &chain_attributes(&table.name, chain));
+            self.push(NEW_CHAIN, NLM_F_CREATE, chain_attributes(&table.name, chain));
         }
         for chain in &table.chains {
             for rule in &chain.rules {
                 let attributes = rule_attributes(&table.name, &chain.name, rule);
-                self.push(NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, &attributes);
+                self.push(NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, attributes);
             }
         }
     }
 
     pub(super) fn delete(&mut self, table: &str) {
-        self.push(DEL_TABLE, 0, &[Attribute::string(TABLE_NAME, table)]);
+        self.push(DEL_TABLE, 0, vec![Attribute::string(TABLE_NAME, table)]);
     }
 
-    fn push(&mut self, kind: u16, flags: u16, attributes: &[Attribute]) {
-        self.last = self.next;
-        self.last_at = self.bytes.len();
-        let kind = SUBSYSTEM << 8 | kind;
-        self.push_raw(kind, NLM_F_REQUEST | flags, libc::NFPROTO_INET as u8, 0, attributes);
-    }
-
-    fn push_raw(&mut self, kind: u16, flags: u16, family: u8, resource: u16, attributes: &[Attribute]) {
-        push(&mut self.bytes, kind, flags, self.next, family, resource, attributes);
+    fn push(&mut self, kind: u16, flags: u16, attributes: Vec<Attribute>) {
+        self.flush(0);
+        let request = Request { kind: SUBSYSTEM << 8 | kind, flags, sequence: self.next };
         self.next = self.next.wrapping_add(1);
+        self.last = Some((request, attributes));
     }
 
-    /// Closes the batch. Only its last change is acknowledged: errors of the others are told anyway,
+    fn flush(&mut self, flags: u16) -> Option<u32> {
+        let (request, attributes) = self.last.take()?;
+        let request = Request { flags: request.flags | flags, ..request };
+        request.push(&mut self.bytes, &fixed(libc::NFPROTO_INET, 0), &attributes);
+        Some(request.sequence)
+    }
+
+    fn push_boundary(&mut self, kind: u16) {
+        let request = Request { kind, flags: 0, sequence: self.next };
+        self.next = self.next.wrapping_add(1);
+        request.push(&mut self.bytes, &fixed(libc::AF_UNSPEC, SUBSYSTEM), &[]);
+    }
+
+    /// Closes the batch. Only its last change is acknowledged: errors of the others are reported anyway,
     /// and before that.
-    pub(super) fn end(&mut self) {
-        let at = self.last_at + 6;
-        if let Some(flags) = self.bytes.get_mut(at..at + 2) {
-            let now = u16::from_ne_bytes([flags[0], flags[1]]);
-            flags.copy_from_slice(&(now | NLM_F_ACK).to_ne_bytes());
-        }
-        self.push_raw(BATCH_END, NLM_F_REQUEST, libc::AF_UNSPEC as u8, SUBSYSTEM, &[]);
+    pub(super) fn end(mut self) -> Encoded {
+        let last = self.flush(NLM_F_ACK).unwrap_or(self.first);
+        self.push_boundary(BATCH_END);
+        Encoded { bytes: self.bytes, first: self.first, last }
     }
+}
 
+impl Encoded {
+    /// The first sequence number after the batch.
     pub(super) fn next_sequence(&self) -> u32 {
-        self.next
+        self.last.wrapping_add(2)
     }
 }
 
@@ -131,38 +143,11 @@ pub(super) fn dump(what: Listed, table: Option<&str>, sequence: u32) -> Vec<u8> 
         Listed::Rules => GET_RULE,
     };
     let filter: Vec<Attribute> = table.map(|name| Attribute::string(TABLE_NAME, name)).into_iter().collect();
-    let mut bytes = Vec::new();
-    let flags = NLM_F_REQUEST | NLM_F_DUMP;
-    push(&mut bytes, SUBSYSTEM << 8 | kind, flags, sequence, libc::NFPROTO_INET as u8, 0, &filter);
-    bytes
+    let request = Request { kind: SUBSYSTEM << 8 | kind, flags: NLM_F_DUMP, sequence };
+    request.encode(&fixed(libc::NFPROTO_INET, 0), &filter)
 }
 
-fn push(
-    out: &mut Vec<u8>,
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    family: u8,
-    resource: u16,
-    attributes: &[Attribute],
-) {
-    let start = out.len();
-    out.extend_from_slice(&0_u32.to_ne_bytes());
-    out.extend_from_slice(&kind.to_ne_bytes());
-    out.extend_from_slice(&flags.to_ne_bytes());
-    out.extend_from_slice(&sequence.to_ne_bytes());
-    out.extend_from_slice(&0_u32.to_ne_bytes());
-    // struct nfgenmsg: family, version, resource id in network byte order.
-    out.extend_from_slice(&[family, 0]);
-    out.extend_from_slice(&resource.to_be_bytes());
-    encode_all(attributes, out);
-    let len = (out.len() - start) as u32;
-    if let Some(field) = out.get_mut(start..start + 4) {
-        field.copy_from_slice(&len.to_ne_bytes());
-    }
-}
-
-/// What makes a chain: also what it is compared by.
+/// The attributes of a chain, which it is made from and compared by.
 pub(super) fn chain_attributes(table: &str, chain: &Chain) -> Vec<Attribute> {
     let mut attributes =
         vec![Attribute::string(CHAIN_TABLE, table), Attribute::string(CHAIN_NAME, &chain.name)];
@@ -177,7 +162,7 @@ pub(super) fn chain_attributes(table: &str, chain: &Chain) -> Vec<Attribute> {
     attributes
 }
 
-/// What makes a rule: also what it is compared by.
+/// The attributes of a rule, which it is made from and compared by.
 pub(super) fn rule_attributes(table: &str, chain: &str, rule: &Rule) -> Vec<Attribute> {
     let mut attributes = vec![
         Attribute::string(RULE_TABLE, table),
@@ -192,13 +177,13 @@ pub(super) fn rule_attributes(table: &str, chain: &str, rule: &Rule) -> Vec<Attr
 
 /// Whether a table's chains are detached from their hooks.
 pub(super) fn is_dormant(table: &[u8]) -> bool {
-    let flags = super::attribute::find(table, TABLE_FLAGS).and_then(|flags| flags.try_into().ok());
+    let flags = find(table, TABLE_FLAGS).and_then(|flags| flags.try_into().ok());
     flags.is_some_and(|flags| u32::from_be_bytes(flags) & TABLE_DORMANT != 0)
 }
 
 /// The number of expressions of a rule; with [`rule_attributes`] covered, it makes two rules equal.
 pub(super) fn expressions(rule: &[u8]) -> usize {
-    super::attribute::find(rule, RULE_EXPRESSIONS).map_or(0, |list| super::attribute::walk(list).count())
+    find(rule, RULE_EXPRESSIONS).map_or(0, |list| netlink::attributes(list).count())
 }
 
 fn comment(text: &str) -> Vec<u8> {

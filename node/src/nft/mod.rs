@@ -5,7 +5,6 @@
 //! table rule by rule, so what is in the kernel is always what somebody described. All tables are of the
 //! family `inet`. Tables of others are never touched, and no host program is used.
 
-mod attribute;
 mod expression;
 mod message;
 mod rule;

@@ -5,13 +5,12 @@ use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use ambit_net::NetnsError;
-use socket2::{Domain, Protocol, Socket, Type};
+use ambit_net::netlink::{self, Content, Family, NLM_F_DUMP_INTR, covers, find_string};
+use socket2::Socket;
 
-use super::attribute::{covers, find_string};
-use super::message::{self, Batch, GENERIC, HEADER, Listed, NLMSG_DONE, NLMSG_ERROR};
+use super::message::{self, Batch, FIXED, Listed};
 use super::rule::Table;
 
-const NETLINK_NETFILTER: i32 = 12;
 /// How long the kernel may take for one answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// What one receive can take, in bytes; dumps come in pieces of at most 32 KiB.
@@ -80,11 +79,7 @@ impl Nft {
     /// Opens one in the calling thread's namespace. Needs `CAP_NET_ADMIN` there.
     pub fn open() -> Result<Self, NftError> {
         let open = || {
-            let socket = Socket::new(
-                Domain::from(libc::AF_NETLINK),
-                Type::RAW.cloexec(),
-                Some(Protocol::from(NETLINK_NETFILTER)),
-            )?;
+            let socket = Family::Netfilter.open()?;
             socket.set_read_timeout(Some(PATIENCE))?;
             socket.set_write_timeout(Some(PATIENCE))?;
             Ok(socket)
@@ -142,8 +137,8 @@ impl Nft {
         Ok(compare(table, &chains, &rules))
     }
 
-    fn commit(&mut self, mut batch: Batch) -> Result<(), CommitError> {
-        batch.end();
+    fn commit(&mut self, batch: Batch) -> Result<(), CommitError> {
+        let batch = batch.end();
         self.sequence = batch.next_sequence();
         if batch.bytes.len() > 64 * 1024 {
             ambit_net::socket::force_send_buffer(&self.socket, SEND_BUFFER).map_err(CommitError::Talk)?;
@@ -153,15 +148,17 @@ impl Nft {
         let mut buffer = vec![0; RECEIVE];
         loop {
             let n = self.receive(&mut buffer).map_err(CommitError::Talk)?;
-            for Answer { kind, sequence, body } in answers(buffer.get(..n).unwrap_or_default()) {
-                if kind != NLMSG_ERROR || sequence < batch.first {
+            for message in netlink::messages(buffer.get(..n).unwrap_or_default()) {
+                if message.sequence < batch.first {
                     continue;
                 }
-                if let Some(error) = error_of(body) {
-                    refused.get_or_insert(error);
+                match message.content {
+                    Content::Refused(error) => drop(refused.get_or_insert(error)),
+                    Content::Acknowledged => {}
+                    Content::Body(_) | Content::Done => continue,
                 }
                 // A batch that fails as a whole is answered with the number of its opening.
-                if sequence == batch.last || sequence == batch.first {
+                if message.sequence == batch.last || message.sequence == batch.first {
                     return refused.map_or(Ok(()), |error| Err(CommitError::Refused(error)));
                 }
             }
@@ -183,7 +180,6 @@ impl Nft {
 
     /// `None` when the list was interrupted by a change.
     fn dump_once(&mut self, what: Listed, table: Option<&str>) -> io::Result<Option<Vec<Vec<u8>>>> {
-        const NLM_F_DUMP_INTR: u16 = 0x10;
         let sequence = self.sequence;
         self.sequence = sequence.wrapping_add(1);
         self.send(&message::dump(what, table, sequence))?;
@@ -192,22 +188,19 @@ impl Nft {
         let mut buffer = vec![0; RECEIVE];
         loop {
             let n = self.receive(&mut buffer)?;
-            let message = buffer.get(..n).unwrap_or_default();
-            for (answer, flags) in answers(message).zip(flags(message)) {
-                if answer.sequence != sequence {
+            for message in netlink::messages(buffer.get(..n).unwrap_or_default()) {
+                if message.sequence != sequence {
                     continue;
                 }
-                interrupted |= flags & NLM_F_DUMP_INTR != 0;
-                match answer.kind {
-                    NLMSG_DONE => return Ok((!interrupted).then_some(listed)),
-                    NLMSG_ERROR => match error_of(answer.body) {
-                        Some(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-                            return Ok(Some(Vec::new()));
-                        }
-                        Some(error) => return Err(error),
-                        None => {}
-                    },
-                    _ => listed.push(answer.body.get(GENERIC..).unwrap_or_default().to_vec()),
+                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                match message.content {
+                    Content::Body(body) => listed.push(body.get(FIXED..).unwrap_or_default().to_vec()),
+                    Content::Done => return Ok((!interrupted).then_some(listed)),
+                    Content::Refused(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                        return Ok(Some(Vec::new()));
+                    }
+                    Content::Refused(error) => return Err(error),
+                    Content::Acknowledged => {}
                 }
             }
         }
@@ -240,43 +233,6 @@ impl CommitError {
             Self::Refused(source) => NftError::Refused { attempt: attempt(), source },
         }
     }
-}
-
-struct Answer<'a> {
-    kind: u16,
-    sequence: u32,
-    body: &'a [u8],
-}
-
-/// The messages in one datagram.
-fn messages(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = bytes;
-    std::iter::from_fn(move || {
-        let len = u32::from_ne_bytes(rest.get(0..4)?.try_into().ok()?) as usize;
-        let message = rest.get(..len).filter(|m| m.len() >= HEADER)?;
-        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some(message)
-    })
-}
-
-fn answers(bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
-    messages(bytes).filter_map(|message| {
-        Some(Answer {
-            kind: u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?),
-            sequence: u32::from_ne_bytes(message.get(8..12)?.try_into().ok()?),
-            body: message.get(HEADER..)?,
-        })
-    })
-}
-
-fn flags(bytes: &[u8]) -> impl Iterator<Item = u16> {
-    messages(bytes).filter_map(|message| Some(u16::from_ne_bytes(message.get(6..8)?.try_into().ok()?)))
-}
-
-/// The error that an `NLMSG_ERROR` bears; `None` for an acknowledgement.
-fn error_of(body: &[u8]) -> Option<io::Error> {
-    let code = i32::from_ne_bytes(body.get(0..4)?.try_into().ok()?);
-    (code != 0).then(|| io::Error::from_raw_os_error(code.wrapping_neg()))
 }
 
 fn compare(table: &Table, chains: &[Vec<u8>], rules: &[Vec<u8>]) -> Option<Difference> {
