@@ -22,6 +22,12 @@ pub enum CutReason {
     /// The peer's certificate was revoked.
     #[error("closed: the peer's certificate was revoked")]
     Revoked,
+    /// The peer's certificate expired, and the peer has had time to renew it.
+    #[error("closed: the peer's certificate expired")]
+    Expired,
+    /// The root of the peer's certificate was taken out.
+    #[error("closed: the peer's certificate is not trusted any more")]
+    Untrusted,
     /// No byte moved for too long.
     #[error("closed: no byte moved for {0:?}")]
     Idle(Duration),

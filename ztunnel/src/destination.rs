@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ambit_directory::{Authority, InboundTarget, Snapshot, Workload};
-use ambit_identity::{PeerCertificate, SpiffeId};
+use ambit_identity::{PeerCertificate, PeerError, SpiffeId, Trust};
 use ambit_net::connect_local;
 use ambit_net::relay::Counters;
 use parking_lot::Mutex;
@@ -17,9 +17,10 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::connections::{Direction, Open, Subject};
+use crate::cut::CutReason;
 use crate::error::ConnectionError;
 use crate::pods::{Pod, Role};
-use crate::proxy::{Proxy, Worker};
+use crate::proxy::Worker;
 use crate::proxy_protocol;
 use crate::report::{End, Story, Telling};
 
@@ -119,12 +120,8 @@ impl Authenticated {
             Some(subject),
             self.counters.clone(),
         );
-        if self
-            .certificate
-            .as_ref()
-            .is_some_and(|certificate| proxy.trust.recheck(certificate, SystemTime::now()).is_err())
-        {
-            return Err(ConnectionError::Revoked);
+        if let Some(certificate) = &self.certificate {
+            proxy.trust.recheck(certificate, SystemTime::now()).map_err(ConnectionError::Untrusted)?;
         }
         let snapshot = proxy.directory.load();
         // The newest form of the workload, with the newest list of policies.
@@ -230,16 +227,27 @@ fn foreign(source: SocketAddr, destination: IpAddr) -> Option<SocketAddr> {
     usable.then_some(source)
 }
 
-/// The judge of live connections: why one must end now, if it must.
-pub fn review(proxy: &Proxy, snapshot: &Snapshot, subject: &Subject) -> Option<crate::error::CutReason> {
-    use crate::error::CutReason;
-    if subject
-        .certificate
-        .as_ref()
-        .is_some_and(|certificate| proxy.trust.recheck(certificate, SystemTime::now()).is_err())
-    {
-        return Some(CutReason::Revoked);
+/// Why a connection to or from this peer must be closed now, if it must.
+///
+/// contracts.md, section 5: an expired peer keeps its tunnels for the time of one renewal, so that they can move to a
+/// connection with the new certificate. One that is revoked or lost its root has no such time.
+pub fn peer_reason(trust: &Trust, peer: &PeerCertificate, now: SystemTime) -> Option<CutReason> {
+    match trust.recheck(peer, now) {
+        Ok(()) => None,
+        Err(PeerError::Revoked { .. }) => Some(CutReason::Revoked),
+        Err(error) if !error.is_expiry() => Some(CutReason::Untrusted),
+        Err(_) if now > peer.not_after() + peer.renewal_time() => Some(CutReason::Expired),
+        // Expiry may not be all that is wrong.
+        Err(_) => match trust.recheck(peer, peer.not_after()) {
+            Ok(()) => None,
+            Err(PeerError::Revoked { .. }) => Some(CutReason::Revoked),
+            Err(_) => Some(CutReason::Untrusted),
+        },
     }
+}
+
+/// Why policy does not allow an open connection any more, if it doesn't.
+pub fn review(snapshot: &Snapshot, subject: &Subject) -> Option<CutReason> {
     // A pod that left the directory keeps what it has: nothing says that it may not.
     let workload = snapshot.workload(subject.workload.as_str())?;
     let stamp = snapshot.authorization_stamp(workload);

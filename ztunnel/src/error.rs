@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ambit_directory::{Authority, InboundRefusal, Refusal, WorkloadUid};
 use ambit_hbone::{Fault, OpenError, ServeError};
-use ambit_identity::CertificateError;
+use ambit_identity::{CertificateError, PeerError};
 use ambit_net::ConnectError;
 use ambit_net::relay::RelayError;
 use ambit_policy::Decision;
@@ -60,9 +60,9 @@ pub enum ConnectionError {
     /// The client gave a CONNECT up before it was answered, or it took too long.
     #[error(transparent)]
     NotAnswered(#[from] ambit_hbone::NotAnswered),
-    /// The client's certificate was revoked after its handshake.
-    #[error("the client's certificate was revoked")]
-    Revoked,
+    /// The client's certificate expired, was revoked, or lost its root after the handshake.
+    #[error("the client is not trusted any more: {0}")]
+    Untrusted(#[source] PeerError),
     /// The pod has no certificate.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
@@ -152,7 +152,9 @@ impl ConnectionError {
                 Fault::Us => Blame::Us,
                 Fault::Peer => Blame::Upstream,
             },
-            Self::Revoked | Self::Certificate(_) | Self::Cut(CutReason::Revoked) => Blame::Identity,
+            Self::Untrusted(_)
+            | Self::Certificate(_)
+            | Self::Cut(CutReason::Revoked | CutReason::Expired | CutReason::Untrusted) => Blame::Identity,
             Self::Denied(_) | Self::Cut(CutReason::Policy(_)) => Blame::Policy,
             Self::OriginalDestination(_)
             | Self::Limit(_)
@@ -231,7 +233,7 @@ mod tests {
         let refused = io::ErrorKind::ConnectionRefused.into();
         for (error, status, flags) in [
             (ConnectionError::Denied(Decision::DeniedByDefault), 401, "DENY"),
-            (ConnectionError::Revoked, 401, "IDENTITY_ERROR"),
+            (ConnectionError::Untrusted(PeerError::NoCertificate), 401, "IDENTITY_ERROR"),
             (ConnectionError::Loop(here), 400, "CONNECT"),
             (
                 ConnectionError::Connect(ConnectError::Refused { destination: here, source: refused }),

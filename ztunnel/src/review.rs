@@ -1,7 +1,7 @@
-//! Looking at live connections again: when policies, workloads or trust change.
+//! Reviews of open connections: when policies, workloads or trust change, and when peers' certificates expire.
 //!
-//! Runs on the control runtime. Ends what may no longer be, takes tunnels of workloads that are gone out
-//! of the pools, and counts the bytes of connections that live long.
+//! Runs on the control runtime. Closes connections that are no longer allowed, evicts pooled connections to deleted
+//! workloads, and counts the bytes of open connections.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ambit_directory::{Removed, Revision};
 use ambit_hbone::InFlight;
+use ambit_identity::PeerCertificate;
 
 use crate::cut::CutReason;
 use crate::destination;
@@ -18,6 +19,10 @@ use crate::workers::Workers;
 
 /// How often the bytes of open connections are counted in metrics.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
+/// How often is looked for peers whose certificate has expired.
+const EXPIRY_EVERY: Duration = Duration::from_secs(5);
+/// How long connections go on whose root was taken out: requests in flight finish, nothing new begins.
+const FINISH_TIME: Duration = Duration::from_secs(2);
 /// Changes that come within this time are looked at together.
 const GATHER: Duration = Duration::from_millis(5);
 
@@ -71,23 +76,57 @@ async fn follow_directory(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
     }
 }
 
+/// Closes connections whose peer is not trusted any more: at once if it was revoked, [`FINISH_TIME`] later if it lost its
+/// root, and when its time to renew is over if it expired.
 async fn follow_trust(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
     let mut changes = proxy.trust.subscribe();
-    while changes.changed().await.is_ok() {
-        review(&proxy);
-        for worker in workers.states() {
-            worker.pool.retain(|peer| proxy.trust.recheck(peer, SystemTime::now()).is_ok());
+    let mut roots_changed: Option<Instant> = None;
+    let mut due = tokio::time::interval(EXPIRY_EVERY);
+    due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            changed = changes.changed() => match changed {
+                Ok(()) => {
+                    roots_changed = Some(Instant::now());
+                    due.reset_after(FINISH_TIME);
+                }
+                // Trust lives as long as the proxy.
+                Err(_) => return,
+            },
+            _ = due.tick() => {}
         }
+        let may_finish = roots_changed.is_some_and(|since| since.elapsed() < FINISH_TIME);
+        review_peers(&proxy, &workers, may_finish);
+    }
+}
+
+/// With `may_finish`, peers that lost their root keep what they have for now.
+fn review_peers(proxy: &Proxy, workers: &Workers<Worker>, may_finish: bool) {
+    let now = SystemTime::now();
+    let reason = |peer: &PeerCertificate| {
+        destination::peer_reason(&proxy.trust, peer, now)
+            .filter(|reason| !may_finish || *reason != CutReason::Untrusted)
+    };
+    let closed = proxy.connections.review(|connection| {
+        connection.subject.as_ref().and_then(|subject| subject.certificate.as_ref()).and_then(reason)
+    });
+    report(proxy, closed);
+    for worker in workers.states() {
+        worker.pool.retain(|peer| reason(peer).is_none());
     }
 }
 
 fn review(proxy: &Proxy) {
     let snapshot = proxy.directory.snapshot();
-    let cut = proxy.connections.review(|connection| {
-        connection.subject.as_ref().and_then(|subject| destination::review(proxy, &snapshot, subject))
+    let closed = proxy.connections.review(|connection| {
+        connection.subject.as_ref().and_then(|subject| destination::review(&snapshot, subject))
     });
-    if cut > 0 {
-        proxy.tallies.cut.add(cut as u64);
-        tracing::info!(cut, "live connections were closed after a change of policy or trust");
+    report(proxy, closed);
+}
+
+fn report(proxy: &Proxy, closed: usize) {
+    if closed > 0 {
+        proxy.tallies.cut.add(closed as u64);
+        tracing::info!(closed, "open connections were closed after a change of policy or trust");
     }
 }

@@ -20,7 +20,8 @@ use crate::verify::{PeerError, Usage, identity_of};
 pub(crate) struct Link {
     pub(crate) issuer: u64,
     pub(crate) serial: Box<[u8]>,
-    /// Last second of validity, of the Unix epoch.
+    /// First and last second of validity, of the Unix epoch.
+    not_before: u64,
     not_after: u64,
 }
 
@@ -101,6 +102,12 @@ impl PeerCertificate {
         SystemTime::UNIX_EPOCH + Duration::from_secs(end)
     }
 
+    /// How long after its issue the peer's own certificate is renewed: half of its lifetime.
+    pub fn renewal_time(&self) -> Duration {
+        let lifetime = self.0.links.first().map_or(0, |link| link.not_after.saturating_sub(link.not_before));
+        Duration::from_secs(lifetime / 2)
+    }
+
     pub(crate) fn usage(&self) -> Usage {
         self.0.usage
     }
@@ -133,6 +140,7 @@ fn link(der: &CertificateDer<'_>) -> Result<Link, PeerError> {
     Ok(Link {
         issuer: issuer_key(certificate.issuer()),
         serial: certificate.serial().into(),
+        not_before: u64::try_from(parsed.validity().not_before.timestamp()).unwrap_or_default(),
         not_after: u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default(),
     })
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use ambit_identity::TlsSettings;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
+use http::StatusCode;
 use rcgen::{
     CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     SanType,
@@ -203,6 +204,31 @@ async fn a_revoked_peer_loses_its_open_connection_and_gets_no_new_one(bed: &Host
     is_refused(bed, lost.client_tls().dangerous_expecting_anyone(), "CertificateRevoked", "evoked").await;
 }
 
+/// A client of our root whose certificate is valid for so many seconds more, half of which it has to renew.
+fn expiring(bed: &Hostile, seconds: u64) -> (Arc<ClientConfig>, SystemTime) {
+    let mut forged = Forged::new();
+    forged.not_before = SystemTime::now();
+    let end = SystemTime::now() + Duration::from_secs(seconds);
+    forged.not_after = end;
+    (forged.client(&own_root(bed)), end)
+}
+
+async fn a_peer_that_expires_keeps_nothing(bed: &Hostile) {
+    let (tls, end) = expiring(bed, 4);
+    let mut other = requests::Session::open(bed, tls.clone()).await;
+    assert_eq!(other.connect(&bed.application().to_string()).await, StatusCode::OK);
+    let mut open = requests::tunnel(bed, tls, bed.application()).await;
+    open.echoes(b"while it is good").await;
+    let expired = async || SystemTime::now() > end + Duration::from_secs(1);
+    wait::until("it has expired", wait::SOON, expired).await;
+    open.echoes(b"it has time to renew").await;
+    assert!(!other.is_let_in(bed.application()).await, "a new CONNECT of an expired peer");
+    open.is_cut().await;
+    let line = bed.told(open.from).await;
+    assert!(line["error"].as_str().unwrap_or_default().contains("expired"), "{line}");
+    bed.goes_on().await;
+}
+
 /// Says `words` at the tunnel port; it is refused and told.
 async fn speaks_in_the_clear(bed: &Hostile, words: &[u8]) {
     let before = bed.failures("TLS_FAILURE").await;
@@ -248,6 +274,7 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
         a_peer_whose_certificate_names_nobody_is_refused,
         a_peer_whose_certificate_names_two_is_refused,
         a_revoked_peer_loses_its_open_connection_and_gets_no_new_one,
+        a_peer_that_expires_keeps_nothing,
         plaintext_http_to_the_tunnel_port_is_refused,
         plaintext_http2_to_the_tunnel_port_is_refused,
         a_tls_record_of_nonsense_to_the_tunnel_port_is_refused,

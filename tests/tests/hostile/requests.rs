@@ -48,6 +48,18 @@ impl Session {
         self.ask(Method::CONNECT, target).await
     }
 
+    /// Whether a CONNECT to `target` opens a tunnel. The connection may be closing, or gone.
+    pub(crate) async fn is_let_in(&mut self, target: SocketAddr) -> bool {
+        let requests = &mut self.requests;
+        if poll_fn(|cx| requests.poll_ready(cx)).await.is_err() {
+            return false;
+        }
+        let request = Request::builder().method(Method::CONNECT).uri(target.to_string()).body(()).unwrap();
+        let Ok((answer, _body)) = requests.send_request(request, false) else { return false };
+        let answer = tokio::time::timeout(wait::SOON, answer).await.expect("an answer in time");
+        answer.is_ok_and(|answer| answer.status() == StatusCode::OK)
+    }
+
     async fn send(&mut self, request: Request<()>) -> StatusCode {
         let requests = &mut self.requests;
         poll_fn(|cx| requests.poll_ready(cx)).await.unwrap();

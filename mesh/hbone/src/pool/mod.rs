@@ -162,7 +162,13 @@ impl<K: Key> Pool<K> {
 
     /// Cuts connections whose peer `keep` does not accept any more (revocation, changed trust).
     pub fn retain(&self, keep: impl Fn(&PeerCertificate) -> bool) {
-        let cut = self.shared.state.lock().retain(keep);
+        // Verifying a certificate takes too long for a lock that tunnels wait for.
+        let peers = self.shared.state.lock().peers();
+        let ids: Vec<_> = peers.into_iter().filter(|(_, peer)| !keep(peer)).map(|(id, _)| id).collect();
+        if ids.is_empty() {
+            return;
+        }
+        let cut = self.shared.state.lock().cut_these(&ids);
         self.shared.counters.evicted.add(cut as u64);
     }
 

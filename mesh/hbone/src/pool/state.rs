@@ -258,10 +258,16 @@ impl<K: Key> State<K> {
         evicted
     }
 
-    /// Cuts connections whose peer is not accepted; returns how many.
-    pub(super) fn retain(&mut self, keep: impl Fn(&PeerCertificate) -> bool) -> usize {
+    /// The peers of all connections, with the connections' numbers.
+    pub(super) fn peers(&self) -> Vec<(u64, PeerCertificate)> {
+        let members = self.groups.values().flat_map(|group| &group.members);
+        members.map(|member| (member.id, member.peer.clone())).collect()
+    }
+
+    /// Cuts connections by their numbers. Returns how many there were.
+    pub(super) fn cut_these(&mut self, ids: &[u64]) -> usize {
         let members = self.groups.values_mut().flat_map(|group| &mut group.members);
-        members.filter(|member| !keep(&member.peer)).map(Member::cut).count()
+        members.filter(|member| ids.contains(&member.id)).map(Member::cut).count()
     }
 
     pub(super) fn drain(&mut self) {
