@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ping_is_sent_every_interval_and_its_silence_ends_the_connection() {
+    fn an_unanswered_ping_ends_the_connection() {
         let start = Instant::now();
         let mut state = keepalive(start);
         assert_eq!(state.poll(start, 1, 1), Action::Wait(start + 10 * SECOND));

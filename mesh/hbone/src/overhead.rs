@@ -16,7 +16,7 @@ const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const END_STREAM: u8 = 1;
-/// Bytes sent that earn the peer one more frame: it has to give windows back for what it took.
+/// Bytes sent that allow the peer one more frame: it has to send WINDOW_UPDATE for them.
 const EARNED_BY: u64 = 64;
 
 /// What was observed of a connection: written by its stream, read by its task.
@@ -39,24 +39,24 @@ impl Tally {
     }
 }
 
-/// Reads frame headers in the bytes that pass; payloads are passed over.
+/// Reads the frame headers in a stream of bytes and skips payloads.
 #[derive(Debug)]
 pub(crate) struct Meter {
     tally: Arc<Tally>,
     header: [u8; HEADER],
-    /// Bytes of the header that are there.
+    /// Bytes of the header that were read.
     have: usize,
-    /// Bytes to pass over before the next header.
+    /// Bytes to skip before the next header.
     skip: usize,
 }
 
 impl Meter {
-    /// Of what a client sends.
+    /// A meter of what a client sends.
     pub(crate) fn of_client() -> Meter {
         Meter { skip: PREFACE, ..Meter::of_server() }
     }
 
-    /// Of what a server sends.
+    /// A meter of what a server sends.
     pub(crate) fn of_server() -> Meter {
         Meter { tally: Arc::default(), header: [0; HEADER], have: 0, skip: 0 }
     }
@@ -73,12 +73,12 @@ impl Meter {
         again
     }
 
-    /// Bytes that went to the peer.
+    /// Counts bytes that were sent to the peer.
     pub(crate) fn sent(&mut self, bytes: usize) {
         Tally::add(&self.tally.sent, bytes as u64);
     }
 
-    /// Bytes that came from the peer.
+    /// Reads bytes that were received from the peer.
     pub(crate) fn received(&mut self, mut bytes: &[u8]) {
         let mut frames = 0;
         while !bytes.is_empty() {
@@ -111,7 +111,7 @@ fn carries_nothing(kind: u8, flags: u8, length: usize) -> bool {
     }
 }
 
-/// How many such frames a peer may send in a time.
+/// Limits how many such frames a peer may send in a period.
 #[derive(Debug)]
 pub(crate) struct Overhead {
     limit: u64,
@@ -128,7 +128,7 @@ impl Overhead {
         Overhead { limit: limit.into(), within, tally, since: now, frames: 0, sent: 0 }
     }
 
-    /// The number of this period, if it is above the limit. The clock is asked only then.
+    /// The count of this period, if it is above the limit. The clock is read only then.
     pub(crate) fn excess(&mut self, now: impl FnOnce() -> Instant) -> Option<u64> {
         let frames = self.tally.frames.load(Ordering::Relaxed);
         let sent = self.tally.sent.load(Ordering::Relaxed);
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_opens_ends_or_carries_is_no_overhead() {
+    fn frames_that_open_end_or_carry_are_no_overhead() {
         let mut meter = Meter::of_client();
         meter.received(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
         for frame in
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn only_many_in_a_short_time_and_for_nothing_are_too_many() {
+    fn only_many_empty_frames_in_a_short_time_are_too_many() {
         let start = Instant::now();
         let mut meter = Meter::of_server();
         let mut overhead = Overhead::new(100, WITHIN, meter.tally(), start);

@@ -1,9 +1,9 @@
-//! The bytes between a socket and a tunnel: the hot path of every tunnelled connection.
+//! The relay between a socket and a tunnel: the hot path of every tunnelled connection.
 //!
 //! One task serves both directions. Towards the tunnel, one read of up to 256 KiB becomes one piece;
 //! towards the socket, everything that has arrived is written by one vectored write, and only then
 //! is window credit given back, so a slow application holds its own sender back and nobody else.
-//! Buffers belong to the worker (see [`ambit_net::relay::buffers`]); at rest a relay holds none.
+//! Buffers belong to the worker (see [`ambit_net::relay::buffers`]); an idle relay holds none.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -24,14 +24,14 @@ use crate::Tunnel;
 use crate::load::Lease;
 use crate::tunnel::{io_error, poll_room};
 
-/// Bytes that one direction may move before other tasks of the worker get their turn.
+/// Bytes that one direction may move before it yields to other tasks of the worker.
 const TURN: usize = 256 * 1024;
-/// Pieces that one vectored write carries; the kernel takes 1024.
+/// Pieces in one vectored write; the kernel accepts 1024.
 const SLICES: usize = 64;
-/// Received pieces below this are copied together: thousands of tiny ones may wait for a slow reader.
+/// Received pieces below this size are merged: thousands of tiny ones may wait for a slow reader.
 const SMALL: usize = 1024;
-/// Slots for received pieces that a quiet relay keeps, so that a message costs no allocation.
-const AT_REST: usize = 4;
+/// Slots for received pieces that an idle relay keeps, so that a message costs no allocation.
+const IDLE_SLOTS: usize = 4;
 
 /// Moves bytes between `socket` and `tunnel` until both directions have ended.
 ///
@@ -51,7 +51,7 @@ pub fn relay<'a>(
     counters: &'a Counters,
 ) -> impl Future<Output = Result<(), RelayError>> + Send + use<'a> {
     // Built here and not in the future, which would keep room for the tunnel as well: most relays
-    // are at rest, so their size counts.
+    // are idle, so their size matters.
     let mut state = Relay::new(socket_side, tunnel);
     poll_fn(move |cx| {
         let ended = state.poll(cx, socket, counters);
@@ -62,7 +62,7 @@ pub fn relay<'a>(
     })
 }
 
-/// Where a direction stands.
+/// The state of one direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Open,
@@ -110,7 +110,7 @@ impl Relay {
         socket: &mut TcpStream,
         counters: &Counters,
     ) -> Poll<Result<(), RelayError>> {
-        // Down first: a tunnel that was reset has its reason there.
+        // Down first: the reason of a reset tunnel is reported there.
         let down = self.poll_down(cx, socket, counters)?;
         let up = self.poll_up(cx, socket, counters)?;
         if down.is_ready() && up.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
@@ -153,7 +153,7 @@ impl Relay {
         Ok(Poll::Ready(()))
     }
 
-    /// While the socket is quiet: has the peer, having ended its own direction, told us to stop?
+    /// While the socket is not readable: whether the peer, after it ended its own direction, has reset ours.
     fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.down == Phase::Done && self.send.poll_reset(cx).is_ready() {
             return self.stop_sending();
@@ -161,7 +161,7 @@ impl Relay {
         Poll::Pending
     }
 
-    /// The peer takes no more. Whether that was an end or a failure, the other direction will say.
+    /// The peer accepts no more bytes. The other direction tells whether that was an end or a failure.
     fn stop_sending(&mut self) -> Poll<()> {
         self.up = Phase::Done;
         Poll::Ready(())
@@ -213,7 +213,7 @@ impl Relay {
                 .poll_write(cx, socket)
                 .map_err(|source| RelayError::Write { side: self.socket_side, source })?
             else {
-                // The application does not read: the window of the others must not shrink by this.
+                // The application does not read: that must not shrink the window of other tunnels.
                 self.lease.set_held(self.waiting.bytes);
                 return Ok(Poll::Pending);
             };
@@ -222,7 +222,7 @@ impl Relay {
         }
     }
 
-    /// Takes over all that has arrived. Bounded by the stream's window, which stays shut until the
+    /// Receives everything that has arrived. Bounded by the stream's window, which is not reopened until the
     /// bytes are written.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Result<(), RelayError> {
         while self.down == Phase::Open {
@@ -245,7 +245,7 @@ impl Relay {
                 self.down = Phase::Done;
                 Ok(Poll::Ready(()))
             }
-            // The application has already closed; there is nobody left to tell.
+            // The application has already closed.
             Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::NotConnected => {
                 self.down = Phase::Done;
                 Ok(Poll::Ready(()))
@@ -268,18 +268,18 @@ impl Relay {
             .map_err(|error| RelayError::Read { side: self.tunnel_side, source: io_error(error) })
     }
 
-    /// Lets the other side see a failure as what it is.
+    /// Passes a failure on to the other side.
     fn pass_on(&mut self, socket: &TcpStream) {
         // RFC 9113 §8.5: a TCP error becomes CONNECT_ERROR, a stream error becomes RST.
         self.send.send_reset(Reason::CONNECT_ERROR);
-        // After an end that was delivered in order, RST would only destroy what is still unread.
+        // After a delivered end, RST would only discard what is still unread.
         if self.down != Phase::Done {
             reset_on_close(socket);
         }
     }
 }
 
-/// Pieces that have arrived and are not written yet. Never more than the stream's window.
+/// Pieces that have arrived and are not written yet; at most the stream's window.
 #[derive(Default)]
 struct Waiting {
     pieces: VecDeque<Bytes>,
@@ -292,7 +292,7 @@ impl Waiting {
         self.bytes == 0
     }
 
-    /// Adds a piece in order. The first one waits as it is; small ones behind others are gathered.
+    /// Adds a piece. The first one is kept as it is; small ones behind others are merged.
     fn push(&mut self, piece: Bytes) {
         if piece.is_empty() {
             return;
@@ -307,7 +307,7 @@ impl Waiting {
         self.pieces.push_back(piece);
     }
 
-    /// Moves what was gathered into the queue.
+    /// Moves merged bytes into the queue.
     fn settle(&mut self) {
         if !self.small.is_empty() {
             self.pieces.push_back(self.small.split().freeze());
@@ -341,8 +341,8 @@ impl Waiting {
             written -= first.len();
             self.pieces.pop_front();
         }
-        // At rest next to nothing is held.
-        self.pieces.shrink_to(AT_REST);
+        // An idle relay holds next to nothing.
+        self.pieces.shrink_to(IDLE_SLOTS);
         self.small = BytesMut::new();
     }
 }
@@ -352,7 +352,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn small_pieces_behind_others_are_gathered_in_order() {
+    fn small_pieces_behind_others_are_merged_in_order() {
         let mut waiting = Waiting::default();
         waiting.push(Bytes::from_static(b"first"));
         for _ in 0..3 {

@@ -1,6 +1,6 @@
 //! Accepting connections, also when descriptors run out.
 //!
-//! The accepting task hands connections to workers, so what it yields is not bound to any runtime yet:
+//! The accepting task hands connections to workers, so they are not registered with a runtime yet:
 //! the worker that gets one registers it with [`tokio::net::TcpStream::from_std`].
 
 use std::io;
@@ -19,13 +19,13 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 /// Longest pause between failed accepts.
 const BACKOFF_LAST: Duration = Duration::from_secs(1);
 
-/// Why accepting ended for good.
+/// Why a listener can no longer accept.
 #[derive(Debug, thiserror::Error)]
 #[error("accept on {address}: {source}")]
 pub struct AcceptError {
     /// The listener's address.
     pub address: SocketAddr,
-    /// The system's answer.
+    /// The error of the system.
     pub source: io::Error,
 }
 
@@ -47,25 +47,25 @@ impl Acceptor {
         Ok(Self { listener, address, pause: BACKOFF_FIRST, on_shortage: None })
     }
 
-    /// Has `hook` called for each accept that failed for want of descriptors or memory: for a counter.
+    /// Calls `hook` for each accept that failed for lack of descriptors or memory.
     #[must_use]
     pub fn on_shortage(mut self, hook: fn(&io::Error)) -> Self {
         self.on_shortage = Some(hook);
         self
     }
 
-    /// Where the listener listens.
+    /// The local address.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// The listener back, for handing it on.
+    /// Returns the listener.
     pub fn into_inner(self) -> TcpListener {
         self.listener.into_inner()
     }
 
-    /// The next connection and its peer, non-blocking. Waits out shortages with growing pauses of up
-    /// to one second. Cancel safe: no connection is lost.
+    /// Accepts the next connection, non-blocking, and returns it with its peer. In a shortage it pauses for up
+    /// to one second between attempts. Cancel safe: no connection is lost.
     ///
     /// # Errors
     /// Only when the listener itself is unusable.

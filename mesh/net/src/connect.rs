@@ -12,41 +12,41 @@ use crate::netns::NetnsError;
 use crate::socket::{Family, choose_port, stay_local};
 use crate::stock::SocketStock;
 
-/// Why a connection could not be made. In every case no byte was sent.
+/// Why a connection failed. No byte was sent.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// No socket could be had in the namespace.
+    /// No socket could be created in the namespace.
     #[error("connect to {destination}: {source}")]
     Namespace {
-        /// Where the connection was to go.
+        /// The destination.
         destination: SocketAddr,
-        /// What the namespace said.
+        /// The error of the namespace.
         source: NetnsError,
     },
-    /// The source address could not be taken.
+    /// The source address could not be bound.
     #[error("connect to {destination}: bind to source {address}: {source}")]
     Bind {
-        /// Where the connection was to go.
+        /// The destination.
         destination: SocketAddr,
-        /// The source that was asked for.
+        /// The requested source.
         address: IpAddr,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The peer, or the way to it, refused.
+    /// The peer, or the network, refused the connection.
     #[error("connect to {destination}: {source}")]
     Refused {
-        /// Where the connection was to go.
+        /// The destination.
         destination: SocketAddr,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// No answer in time.
+    /// The peer did not answer in time.
     #[error("connect to {destination}: no answer within {limit:?}")]
     TimedOut {
-        /// Where the connection was to go.
+        /// The destination.
         destination: SocketAddr,
-        /// The time that was allowed.
+        /// The time limit.
         limit: Duration,
     },
 }
@@ -71,7 +71,7 @@ pub async fn connect(
 
 /// As [`connect`], from the address `source` if it is of the family of `destination`.
 ///
-/// A marked socket may bear an address that the namespace no longer has; then nothing comes back.
+/// A marked socket may have a source address that the namespace no longer has; then no answer arrives.
 ///
 /// # Errors
 /// See [`ConnectError`].

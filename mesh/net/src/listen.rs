@@ -1,4 +1,4 @@
-//! Listening sockets, made inside a namespace and used anywhere.
+//! Listening sockets, created inside a namespace and used from any thread.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -8,8 +8,8 @@ use socket2::{Protocol, Socket, Type};
 use crate::netns::{Netns, NetnsError};
 use crate::socket::{self, Family};
 
-/// Connections that wait for an accept at most; the kernel caps it at `net.core.somaxconn`. Long enough
-/// to bridge the restart of a proxy under load.
+/// Backlog, which the kernel caps at `net.core.somaxconn`. Long enough
+/// for the restart of a proxy under load.
 pub const BACKLOG: i32 = 4096;
 
 /// How a socket is bound.
@@ -17,9 +17,9 @@ pub const BACKLOG: i32 = 4096;
 pub struct Options {
     /// The mark of the socket and of what it accepts. Needs `CAP_NET_ADMIN`.
     pub mark: Option<u32>,
-    /// Whether it receives what is addressed to others (`IP_TRANSPARENT`).
+    /// Whether it receives packets for addresses that are not local (`IP_TRANSPARENT`).
     pub transparent: bool,
-    /// Whether others of the same user may bind the same address beside it.
+    /// Whether other sockets of the same user may bind the same address (`SO_REUSEPORT`).
     pub reuse_port: bool,
 }
 
@@ -30,7 +30,7 @@ impl Options {
     }
 }
 
-/// A non-blocking TCP listener in `inside`. An IPv6 listener takes IPv6 only.
+/// A non-blocking TCP listener in `inside`. An IPv6 listener accepts IPv6 only.
 pub async fn listen_tcp(
     inside: &Netns,
     address: SocketAddr,
@@ -44,7 +44,7 @@ pub async fn listen_tcp(
     })
 }
 
-/// A non-blocking UDP socket in `inside`. An IPv6 socket takes IPv6 only.
+/// A non-blocking UDP socket in `inside`. An IPv6 socket receives IPv6 only.
 pub async fn bind_udp(
     inside: &Netns,
     address: SocketAddr,

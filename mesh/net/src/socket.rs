@@ -1,6 +1,6 @@
-//! Single sockets: making them with the mesh's options, original destinations, resets.
+//! Single sockets: creating them with the mesh's options, original destinations, resets.
 //!
-//! Everything here acts in the calling thread's namespace or on a socket that exists already.
+//! Everything here acts in the calling thread's namespace or on an existing socket.
 
 use std::io;
 use std::mem::size_of;
@@ -13,9 +13,9 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 
 /// First keepalive probe after this much silence.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-/// Between unanswered keepalive probes.
+/// Time between unanswered keepalive probes.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// Unanswered probes after which the peer counts as gone: two minutes after the last word.
+/// Unanswered probes after which the connection fails: two minutes after the last packet.
 const KEEPALIVE_PROBES: u32 = 4;
 /// linux/in.h; the libc crate does not have it.
 const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
@@ -25,7 +25,7 @@ const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 pub enum Family {
     /// IPv4.
     V4,
-    /// IPv6, and only that.
+    /// IPv6 only.
     V6,
 }
 
@@ -47,7 +47,7 @@ impl Family {
 }
 
 /// Makes a non-blocking TCP socket ready to bind and connect: no delay, keepalive; with a mark also
-/// transparent, so that it may bear a foreign source address. A mark needs `CAP_NET_ADMIN`.
+/// transparent, so that its source address may be foreign. A mark needs `CAP_NET_ADMIN`.
 pub fn tcp(family: Family, mark: Option<u32>) -> io::Result<Socket> {
     let socket = Socket::new(family.domain(), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
@@ -73,7 +73,7 @@ pub fn set_keepalive(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_tcp_keepalive(&keepalive)
 }
 
-/// The options of a connection that was accepted: no delay and keepalive.
+/// Sets the options of an accepted connection: no delay and keepalive.
 pub fn prepare_accepted(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_tcp_nodelay(true)?;
     set_keepalive(socket)
@@ -103,12 +103,12 @@ pub fn stay_local(socket: &impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Marks every packet that the socket sends from now on. Needs `CAP_NET_ADMIN`.
+/// Sets the mark of packets that the socket sends. Needs `CAP_NET_ADMIN`.
 pub fn set_mark(socket: &impl AsFd, mark: u32) -> io::Result<()> {
     SockRef::from(socket).set_mark(mark)
 }
 
-/// Lets the socket bear addresses that are not local (ip(7), `IP_TRANSPARENT`). Needs `CAP_NET_ADMIN`.
+/// Allows the socket to have addresses that are not local (ip(7), `IP_TRANSPARENT`). Needs `CAP_NET_ADMIN`.
 pub fn set_transparent(socket: &impl AsFd, family: Family) -> io::Result<()> {
     match family {
         Family::V4 => set_int(socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1),
@@ -116,7 +116,7 @@ pub fn set_transparent(socket: &impl AsFd, family: Family) -> io::Result<()> {
     }
 }
 
-/// Has the kernel choose `port` when the socket connects, if it lies in the range of the namespace (ip(7),
+/// Makes the kernel choose `port` when the socket connects, if it lies in the range of the namespace (ip(7),
 /// `IP_LOCAL_PORT_RANGE`; Linux 6.3). Connecting fails with `EADDRNOTAVAIL` where another connection has the four-tuple.
 pub fn choose_port(socket: &impl AsFd, port: u16) -> io::Result<()> {
     let range = (u32::from(port) << 16) | u32::from(port);
@@ -139,11 +139,11 @@ pub fn reset_on_close(socket: &impl AsFd) {
     }
 }
 
-/// Where a redirected connection was going before `redirect` took it (`SO_ORIGINAL_DST`).
+/// The destination of a redirected connection before the redirect (`SO_ORIGINAL_DST`).
 ///
 /// # Errors
 /// `ENOENT` when connection tracking does not know the connection, `ENOPROTOOPT` when the
-/// namespace tracks none. A connection that was not redirected yields its own local address.
+/// namespace tracks none. For a connection that was not redirected, this is its own local address.
 pub fn original_dst(socket: &impl AsFd) -> io::Result<SocketAddr> {
     let local = SockRef::from(socket).local_addr()?.as_socket();
     match local {

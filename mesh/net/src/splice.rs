@@ -22,19 +22,19 @@ use crate::socket::reset_on_close;
 const SCRATCH: usize = 64 * 1024;
 /// A splice that moved less than this ends splicing, in bytes.
 const SMALL: usize = 16 * 1024;
-/// What one direction may move before others get a turn, in bytes.
+/// Bytes that one direction may move before it yields.
 const TURN: usize = 4 << 20;
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; SCRATCH]);
 }
 
-/// Relays both ways until both directions have ended. `counters` move as bytes are delivered. An end of
-/// data is passed on as such, direction by direction.
+/// Relays both ways until both directions have ended. `counters` are updated as bytes are delivered. An end of
+/// data in one direction is passed on as a half-close.
 ///
 /// # Errors
 /// [`RelayError`] names the side that failed; both connections are then set to close with a reset, so
-/// that both peers see a failure. Dropping the future stops the relay and leaves both as they are.
+/// that both peers see a failure. Dropping the future stops the relay and leaves both unchanged.
 pub async fn splice(
     downstream: &mut TcpStream,
     upstream: &mut TcpStream,
@@ -59,7 +59,7 @@ pub async fn splice(
     outcome
 }
 
-/// A failure seen from one direction.
+/// A failure of one direction.
 enum Broken {
     Read(io::Error),
     Write(io::Error),
@@ -74,16 +74,16 @@ struct Direction {
 
 #[derive(Default)]
 enum State {
-    /// Nothing on the way; the next bytes are read.
+    /// Nothing is in transit; the next bytes are read.
     #[default]
     Reading,
     /// Bulk data; the next bytes are spliced.
     Splicing,
-    /// Read, and not written yet: the bytes and how many of them are gone.
+    /// Read, and not completely written: the bytes, and how many are written.
     Leftover(Box<[u8]>, usize),
-    /// In the pipe, and not written yet; and how much there was at first.
+    /// In the pipe, and not completely written; and how many there were at first.
     Piped(Pipe, usize),
-    /// The source has ended; the destination is to be told.
+    /// The source has ended; the end is still to be passed on.
     Ending,
     /// Done.
     Ended,
@@ -152,7 +152,7 @@ impl Direction {
         }
     }
 
-    /// Decides how to go on after the pipe has run empty, and gives it back.
+    /// Returns the empty pipe, and chooses between splicing and copying.
     fn emptied(&mut self) {
         if let State::Piped(pipe, filled) = std::mem::take(&mut self.state) {
             pipe.give_back();
@@ -161,12 +161,12 @@ impl Direction {
     }
 }
 
-/// A peer that has gone entirely cannot be told of an end any more, and need not be.
+/// A half-close to a peer that has closed its connection is not an error.
 fn ignore_gone(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotConnected { Ok(()) } else { Err(error) }
 }
 
-/// Reads what is there into the scratch buffer and writes it at once. What the destination does not take
+/// Reads available bytes into the scratch buffer and writes them at once. What the destination does not accept
 /// is kept for later.
 fn copy(
     cx: &mut Context<'_>,
@@ -199,12 +199,12 @@ fn copy(
     })
 }
 
-/// Splices what is there into an empty pipe. When little comes, the next round copies again.
+/// Splices available bytes into an empty pipe. If there are few, the next round copies again.
 fn fill(cx: &mut Context<'_>, from: &TcpStream) -> Poll<Result<State, Broken>> {
     loop {
         ready!(from.poll_read_ready(cx)).map_err(Broken::Read)?;
         let Ok(mut pipe) = Pipe::take() else {
-            // Short of descriptors: copying goes on without.
+            // Without descriptors for a pipe, copying goes on.
             return Poll::Ready(Ok(State::Reading));
         };
         let spliced =

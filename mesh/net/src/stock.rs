@@ -1,7 +1,7 @@
-//! Sockets made ahead in a pod's namespace, so that a worker connects without a thread hop.
+//! Sockets created in advance in a pod's namespace, so that a worker connects without a thread hop.
 //!
-//! One stock a pod. The helper thread of [`netns`](crate::netns) refills it in batches when it runs
-//! low; it grows with demand up to [`MAX_STOCK`] and shrinks to one socket when nobody draws from it.
+//! There is one stock per pod. The helper thread of [`netns`](crate::netns) refills it in batches when it runs
+//! low. It grows with demand up to [`MAX_STOCK`] and shrinks to one socket when it is not used.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -14,13 +14,13 @@ use socket2::Socket;
 use crate::netns::{Netns, NetnsError};
 use crate::socket::{self, Family};
 
-/// Sockets of one family that a stock holds at most.
+/// Largest number of sockets of one family.
 pub const MAX_STOCK: usize = 64;
-/// What a stock aims at before it knows the demand.
+/// Target size before the demand is known.
 const INITIAL: usize = 2;
-/// Refills that follow one another within this time are of a busy pod, in milliseconds.
+/// A pod whose refills follow one another within this time is busy, in milliseconds.
 const CLOSE_MILLIS: u64 = 100;
-/// What an idle stock keeps.
+/// Size of an idle stock.
 const IDLE: usize = 1;
 
 /// A pod's ready-made TCP sockets. Cloning shares the stock.
@@ -42,8 +42,8 @@ struct Shelf {
     sockets: Mutex<Vec<OwnedFd>>,
     target: AtomicUsize,
     refilling: AtomicBool,
-    drawn: AtomicUsize,
-    /// When a refill was asked for last, in milliseconds since the first stock was used.
+    taken: AtomicUsize,
+    /// When a refill was last requested, in milliseconds since the first stock was used.
     asked: AtomicU64,
 }
 
@@ -54,7 +54,7 @@ impl Shelf {
             sockets: Mutex::new(Vec::new()),
             target: AtomicUsize::new(INITIAL),
             refilling: AtomicBool::new(false),
-            drawn: AtomicUsize::new(0),
+            taken: AtomicUsize::new(0),
             asked: AtomicU64::new(0),
         }
     }
@@ -62,7 +62,7 @@ impl Shelf {
     /// Refills that follow one another closely get larger: waking the helper costs more than a socket.
     fn note_refill(&self) {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-        // The first one finds 0 and counts as following none.
+        // The first one finds 0 and follows none.
         let now = u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1);
         let before = self.asked.swap(now, Ordering::Relaxed);
         if before != 0 && now.saturating_sub(before) < CLOSE_MILLIS {
@@ -72,12 +72,12 @@ impl Shelf {
     }
 }
 
-/// Every stock that lives, for the trimming of idle ones.
+/// All stocks, for the trimming of idle ones.
 static STOCKS: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
 
 impl SocketStock {
     /// A stock for `inside`; with a mark, sockets are transparent too (see [`socket::tcp`]). The
-    /// first sockets are made when the first is asked for.
+    /// first sockets are created when the first one is taken.
     pub fn new(inside: Netns, mark: Option<u32>) -> Self {
         let shared =
             Arc::new(Shared { inside, mark, v4: Shelf::new(Family::V4), v6: Shelf::new(Family::V6) });
@@ -90,12 +90,12 @@ impl SocketStock {
         &self.0.inside
     }
 
-    /// The mark that the sockets bear.
+    /// The mark of the sockets.
     pub fn mark(&self) -> Option<u32> {
         self.0.mark
     }
 
-    /// A socket, unbound and not connected: from the stock, or, when it is empty, made now.
+    /// Takes an unbound, unconnected socket from the stock, or creates one if it is empty.
     pub async fn take(&self, family: Family) -> Result<Socket, NetnsError> {
         if let Some(socket) = self.try_take(family) {
             return Ok(socket);
@@ -109,10 +109,10 @@ impl SocketStock {
         })
     }
 
-    /// A socket if one is in stock. Never waits.
+    /// Takes a socket if there is one. Never waits.
     pub fn try_take(&self, family: Family) -> Option<Socket> {
         let shelf = self.0.shelf(family);
-        shelf.drawn.fetch_add(1, Ordering::Relaxed);
+        shelf.taken.fetch_add(1, Ordering::Relaxed);
         let (taken, left) = {
             let mut sockets = shelf.sockets.lock();
             (sockets.pop(), sockets.len())
@@ -138,7 +138,7 @@ impl SocketStock {
         self.len() == 0
     }
 
-    /// Asks the helper thread to bring the shelf up to its target, unless it was asked already.
+    /// Asks the helper thread to fill the shelf to its target, unless it was asked already.
     fn refill(&self, family: Family) {
         if self.0.shelf(family).refilling.swap(true, Ordering::AcqRel) {
             return;
@@ -181,14 +181,14 @@ impl Shared {
     }
 }
 
-/// Gives back what stocks hold that nobody has drawn from since the last call. Called by the helper
+/// Closes sockets of stocks that were not used since the last call. Called by the helper
 /// thread when it is idle.
 pub(crate) fn trim_idle() {
     let mut stocks = STOCKS.lock();
     stocks.retain(|stock| stock.strong_count() > 0);
     for shared in stocks.iter().filter_map(Weak::upgrade) {
         for shelf in [&shared.v4, &shared.v6] {
-            if shelf.drawn.swap(0, Ordering::Relaxed) == 0 {
+            if shelf.taken.swap(0, Ordering::Relaxed) == 0 {
                 shelf.target.store(INITIAL, Ordering::Relaxed);
                 let surplus = {
                     let mut sockets = shelf.sockets.lock();

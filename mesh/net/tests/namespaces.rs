@@ -76,7 +76,7 @@ async fn a_descriptor_of_something_else_is_no_namespace() {
 }
 
 #[tokio::test]
-async fn a_stock_yields_marked_sockets_of_its_namespace_and_refills_itself() {
+async fn a_stock_has_marked_sockets_and_refills_itself() {
     let inside = namespace().await;
     let listener = listen_tcp(&inside, loopback(8080), Options::default()).await.unwrap();
     let listener = TcpListener::from_std(listener).unwrap();
@@ -183,7 +183,7 @@ async fn a_local_connection_bears_the_clients_port_where_it_may() {
 }
 
 #[tokio::test]
-async fn ports_of_clients_stay_free_for_the_namespaces_own_connections() {
+async fn client_ports_stay_free_for_the_namespace() {
     const PORTS: std::ops::Range<u16> = 40_000..40_020;
     let inside = namespace().await;
     let range = format!("{} {}", PORTS.start, PORTS.end - 1);

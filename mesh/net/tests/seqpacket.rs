@@ -24,7 +24,7 @@ async fn pair() -> (SeqPacketListener, SeqPacket, SeqPacket) {
 }
 
 #[tokio::test]
-async fn packets_keep_their_bounds_and_bring_their_descriptors_in_order() {
+async fn packets_keep_bounds_and_order_of_descriptors() {
     let (_listener, one, other) = pair().await;
     let mut files = Vec::new();
     for text in ["first", "second"] {
@@ -68,7 +68,7 @@ async fn received_descriptors_are_not_inherited_by_programs() {
 }
 
 #[tokio::test]
-async fn a_packet_beyond_the_buffer_is_an_error_and_the_next_one_arrives() {
+async fn a_packet_beyond_the_buffer_is_an_error() {
     let (_listener, one, other) = pair().await;
     one.send(&[7; 100], &[]).await.unwrap();
     one.send(b"next", &[]).await.unwrap();
@@ -88,7 +88,7 @@ async fn too_many_descriptors_and_empty_packets_are_not_sent() {
 }
 
 #[tokio::test]
-async fn a_dead_predecessors_file_is_replaced_and_a_living_ones_is_not() {
+async fn only_a_dead_predecessors_socket_file_is_replaced() {
     let path = path();
     let listener = SeqPacketListener::bind(&path).unwrap();
     let error = SeqPacketListener::bind(&path).unwrap_err();

@@ -12,7 +12,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 static SHORTAGES: AtomicU32 = AtomicU32::new(0);
 
 #[tokio::test]
-async fn without_descriptors_connections_wait_and_are_accepted_when_there_are_some_again() {
+async fn connections_wait_while_descriptors_are_short() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut acceptor = Acceptor::new(listener).unwrap().on_shortage(|error| {
         assert_eq!(error.raw_os_error(), Some(libc::EMFILE));

@@ -99,7 +99,7 @@ async fn bytes_of_both_directions_arrive_whole_in_every_size_of_piece() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_loses_nothing_after_bulk_and_small_pieces_in_turn() {
+async fn a_slow_reader_loses_nothing() {
     let Relayed { mut client, mut server, relay, .. } = relayed().await;
     let bytes = pattern(6_000_000, 3);
     let wanted = bytes.clone();

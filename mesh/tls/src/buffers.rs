@@ -1,4 +1,4 @@
-//! Buffers for TLS records, which belong to the worker: a connection at rest holds none.
+//! Buffers for TLS records. They belong to the worker: an idle connection holds none.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -52,7 +52,7 @@ thread_local! {
     static SHELF: RefCell<Shelf> = RefCell::new(Shelf::default());
 }
 
-/// Bytes that wait, first in, first out, in memory that goes back to its worker when this is dropped.
+/// A first-in, first-out buffer whose memory returns to its worker when it is dropped.
 pub(crate) struct Buffer {
     bytes: Box<[u8]>,
     size: Size,
@@ -61,7 +61,7 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    /// An empty one.
+    /// Takes an empty buffer from the worker, or allocates one.
     pub(crate) fn take(size: Size) -> Buffer {
         let kept = SHELF.with_borrow_mut(|shelf| shelf.of(size).pop());
         let bytes = kept.unwrap_or_else(|| vec![0; size.bytes()].into_boxed_slice());
@@ -76,7 +76,7 @@ impl Buffer {
         self.start == self.end
     }
 
-    /// What waits.
+    /// The bytes in it.
     pub(crate) fn filled(&self) -> &[u8] {
         self.bytes.get(self.start..self.end).unwrap_or_default()
     }
@@ -85,17 +85,17 @@ impl Buffer {
         self.bytes.get_mut(self.start..self.end).unwrap_or_default()
     }
 
-    /// Room behind what waits. Its content is left over from earlier uses.
+    /// The room behind them. Its content is left over from earlier uses.
     pub(crate) fn spare(&mut self) -> &mut [u8] {
         self.bytes.get_mut(self.end..).unwrap_or_default()
     }
 
-    /// The first `n` bytes of the room are filled.
+    /// Marks the first `n` bytes of the room as filled.
     pub(crate) fn fill(&mut self, n: usize) {
         self.end = (self.end + n).min(self.bytes.len());
     }
 
-    /// The first `n` bytes are done with.
+    /// Removes the first `n` bytes.
     pub(crate) fn consume(&mut self, n: usize) {
         self.start = (self.start + n).min(self.end);
         if self.is_empty() {
@@ -103,7 +103,7 @@ impl Buffer {
         }
     }
 
-    /// Moves what waits to the front, so that all the room is behind it.
+    /// Moves the bytes to the front, so that all the room is behind them.
     pub(crate) fn compact(&mut self) {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -111,7 +111,7 @@ impl Buffer {
         }
     }
 
-    /// Appends `bytes`, as far as there is room.
+    /// Appends as much of `bytes` as fits.
     pub(crate) fn push(&mut self, bytes: &[u8]) {
         let room = self.spare();
         let fits = bytes.len().min(room.len());
@@ -125,7 +125,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
-        // A thread that is ending keeps nothing.
+        // A thread that is ending keeps no buffers.
         let _ = SHELF.try_with(|shelf| {
             let mut shelf = shelf.borrow_mut();
             if self.size == Size::Large {
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_put_in_comes_out_in_order_and_makes_room() {
+    fn bytes_come_out_in_order_and_make_room() {
         let mut buffer = Buffer::take(Size::Small);
         buffer.push(&vec![1; SMALL - 2]);
         buffer.push(b"abc");
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_keeps_few_buffers_and_large_ones_only_while_they_are_used() {
+    fn a_worker_keeps_few_buffers_and_large_ones_only_while_used() {
         std::thread::spawn(|| {
             let all: Vec<_> = (0..2 * KEPT).map(|_| Buffer::take(Size::Large)).collect();
             drop(all);

@@ -1,4 +1,4 @@
-//! The handshake, which is all rustls', and what it leaves behind for the record layer.
+//! Drives rustls through the handshake, and extracts what the record layer needs.
 
 use std::io;
 
@@ -49,7 +49,7 @@ impl Keys {
     }
 }
 
-/// What the two sides' sessions have in common.
+/// The common interface of client and server sessions.
 pub(crate) trait Session: Sized {
     type Data;
     fn process<'c, 'i>(&'c mut self, incoming: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
@@ -82,11 +82,11 @@ impl Session for UnbufferedServerConnection {
     }
 }
 
-/// What came with the end of the handshake, and is for the time after it.
+/// Bytes received with the end of the handshake that belong to what follows it.
 pub(crate) struct Leftover {
-    /// Opened already.
+    /// Decrypted by rustls.
     pub(crate) plain: Vec<u8>,
-    /// Records still sealed, the last one perhaps in part.
+    /// Encrypted records; the last one may be incomplete.
     pub(crate) sealed: Vec<u8>,
 }
 
@@ -95,7 +95,7 @@ pub(crate) struct Leftover {
 ///
 /// # Errors
 ///
-/// What rustls finds wrong, as `InvalidData` (the peer is told by an alert); what the connection says.
+/// A failure of the handshake is `InvalidData`, and the peer gets an alert; others are those of `io`.
 pub(crate) async fn run<IO, S>(io: &mut IO, session: &mut S, received: Vec<u8>) -> io::Result<Leftover>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
@@ -117,8 +117,8 @@ where
                 return Ok(Leftover { plain, sealed: incoming.bytes });
             }
             Err(error) => {
-                // One step takes the alert; the next would read what was refused again. Whether it arrives does not change
-                // what is reported.
+                // One step encodes the alert; another one would process the refused bytes again. Whether the alert arrives
+                // does not change what is reported.
                 if step(session, &mut incoming, &mut outgoing, &mut plain).is_ok() {
                     let _ = send(io, &mut outgoing).await;
                 }
@@ -159,9 +159,10 @@ impl Incoming {
         }
         let room = self.bytes.get_mut(self.filled..).unwrap_or_default();
         match io.read(room).await? {
-            0 => {
-                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer hung up during the TLS handshake"))
-            }
+            0 => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the peer closed the connection during the TLS handshake",
+            )),
             n => {
                 self.filled += n;
                 Ok(())
@@ -171,9 +172,9 @@ impl Incoming {
 }
 
 enum Step {
-    /// There is more to do without the network.
+    /// More can be done without the network.
     On,
-    /// The peer's turn.
+    /// The peer has to send something.
     Read,
     Done,
 }
@@ -192,7 +193,7 @@ fn step<S: Session>(
             Ok(Step::On)
         }
         Ok(ConnectionState::TransmitTlsData(data)) => {
-            // It goes out before anything is waited for.
+            // It is sent before the next read.
             data.done();
             Ok(Step::On)
         }

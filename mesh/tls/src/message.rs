@@ -1,4 +1,4 @@
-//! What a peer may say in a record after the handshake. Pure.
+//! The messages that a peer may send in a record after the handshake. Pure.
 
 use rustls::{AlertDescription, ContentType};
 
@@ -16,26 +16,26 @@ const FATAL: u8 = 2;
 /// Which side of the connection the peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
-    /// It dialled.
+    /// The peer dialled.
     Client,
-    /// It was dialled.
+    /// We dialled the peer.
     Server,
 }
 
-/// What a record says.
+/// The meaning of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
     /// Bytes for the application.
     Data,
-    /// Nothing that matters.
+    /// Nothing that needs handling.
     Nothing,
     /// The peer sends no more.
     Closed,
-    /// The peer gave the connection up.
+    /// The peer ended the connection with an error.
     Alert(AlertDescription),
-    /// The peer's next record is sealed with its next key; with `requested`, ours is to be as well.
+    /// The peer's next record uses its next key; with `requested`, ours must do so too.
     KeyUpdate {
-        /// Whether the peer waits for one of ours.
+        /// Whether the peer asks for an update of our key.
         requested: bool,
     },
 }
@@ -59,7 +59,7 @@ fn read_alert(content: &[u8]) -> Result<Message, RecordError> {
     let &[_, description] = content else {
         return Err(RecordError::Unexpected(ContentType::Alert.into()));
     };
-    // RFC 8446 §6: the level says nothing. All but these two end the connection; user_canceled is followed by close_notify.
+    // RFC 8446 §6: the level has no meaning. All but these two end the connection; user_canceled is followed by close_notify.
     Ok(match AlertDescription::from(description) {
         AlertDescription::CloseNotify => Message::Closed,
         AlertDescription::UserCanceled => Message::Nothing,
@@ -89,7 +89,7 @@ fn read_handshake(mut content: &[u8], peer: Peer) -> Result<Message, RecordError
     }
 }
 
-/// A key update that asks for none in return.
+/// A key update that does not request one in return.
 pub(super) const fn key_update() -> [u8; 5] {
     [KEY_UPDATE, 0, 0, 1, NOT_REQUESTED]
 }
@@ -108,7 +108,7 @@ mod tests {
     const TICKET: [u8; 6] = [NEW_SESSION_TICKET, 0, 0, 2, 7, 7];
 
     #[test]
-    fn only_tickets_of_servers_and_key_updates_are_left_of_the_handshake() {
+    fn only_tickets_and_key_updates_are_allowed_after_a_handshake() {
         let read = |content: &[&[u8]], peer| read(ContentType::Handshake, &content.concat(), peer);
         let updated = |requested| Ok(Message::KeyUpdate { requested });
         for peer in [Peer::Client, Peer::Server] {

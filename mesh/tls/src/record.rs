@@ -1,7 +1,7 @@
 //! The record layer of TLS 1.3 (RFC 8446 §5): one record in, one record out. No I/O, no buffers of its own.
 //!
-//! Keys come from rustls after its handshake. The cryptography is aws-lc-rs'; what is here is where a record's
-//! parts lie, the nonce of each, and what a peer may put into one.
+//! Keys come from rustls after its handshake; aws-lc-rs does the cryptography. This module lays out the parts of a record,
+//! numbers the nonces, and checks what a peer put into a record.
 
 use aws_lc_rs::aead::{self, Aad, LessSafeKey, UnboundKey};
 use rustls::crypto::cipher::{Iv, Nonce};
@@ -23,25 +23,25 @@ pub const MAX_SEALED: usize = HEADER + MAX_PLAIN + EXPANSION;
 /// Records after which a key is to be replaced: half of what AES-GCM allows (RFC 8446 §5.5: 2^24.5).
 pub(crate) const KEY_LASTS: u64 = 1 << 23;
 
-/// What is wrong with what came, or cannot be sent. A connection ends with any of them.
+/// Why a record is rejected or cannot be sent. Each ends the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
-    /// Not sealed with the key of the connection, or altered on the way.
+    /// The record was not encrypted with the key of the connection, or was altered.
     #[error("a TLS record does not authenticate")]
     Unauthentic,
     /// Larger than TLS allows.
     #[error("a TLS record of {0} bytes is larger than TLS allows")]
     Oversized(usize),
-    /// Of a kind that has no place here.
+    /// A content type that is not allowed after the handshake.
     #[error("a TLS record of content type {0} out of place")]
     Unexpected(u8),
     /// A handshake message that can't be read, or one that TLS 1.3 does not allow after the handshake.
     #[error("a TLS handshake message after the handshake that is malformed or not allowed")]
     Handshake,
-    /// More records that carry nothing than any peer needs to send.
+    /// More records without application data than any peer needs to send.
     #[error("too many TLS records that carry nothing")]
     Overhead,
-    /// The cryptographic library refused.
+    /// The cryptographic library failed.
     #[error("a TLS record can't be sealed")]
     Seal,
     /// The secrets are of a suite that the mesh does not speak, or can't be derived.
@@ -50,7 +50,7 @@ pub enum RecordError {
 }
 
 impl RecordError {
-    /// What the peer is told (RFC 8446 §6.2).
+    /// The alert that the peer gets (RFC 8446 §6.2).
     pub(crate) fn alert(self) -> AlertDescription {
         match self {
             RecordError::Unauthentic => AlertDescription::BadRecordMac,
@@ -87,7 +87,7 @@ impl Key {
         Ok(Key { aead: LessSafeKey::new(key), iv, sequence })
     }
 
-    /// RFC 8446 §5.3: no nonce is ever used twice with one key.
+    /// RFC 8446 §5.3: a nonce is used once with a key.
     fn next_nonce(&mut self) -> aead::Nonce {
         let nonce = Nonce::new(&self.iv, self.sequence);
         self.sequence += 1;
@@ -101,7 +101,7 @@ fn header(body: usize) -> [u8; HEADER] {
     [u8::from(ContentType::ApplicationData), 3, 3, high, low]
 }
 
-/// Makes records of what we send.
+/// Encrypts records.
 #[derive(Debug)]
 pub struct Sealer(Key);
 
@@ -183,7 +183,7 @@ fn parts(plain: usize, out: &mut [u8]) -> Result<Parts<'_>, RecordError> {
 /// [`RecordError::Unexpected`] and [`RecordError::Oversized`].
 pub fn complete(bytes: &[u8]) -> Result<Option<usize>, RecordError> {
     let Some(&[kind, _, _, high, low]) = bytes.first_chunk::<HEADER>() else { return Ok(None) };
-    // RFC 8446 §5: with the handshake behind, nothing else is allowed.
+    // RFC 8446 §5: after the handshake nothing else is allowed.
     if kind != u8::from(ContentType::ApplicationData) {
         return Err(RecordError::Unexpected(kind));
     }
@@ -194,7 +194,7 @@ pub fn complete(bytes: &[u8]) -> Result<Option<usize>, RecordError> {
     Ok((bytes.len() >= length).then_some(length))
 }
 
-/// A record that was opened: what it is and where its content ends in the output.
+/// A decrypted record: its type and the length of its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Opened {
     /// What its content is.
@@ -203,7 +203,7 @@ pub struct Opened {
     pub length: usize,
 }
 
-/// Reads records of the peer.
+/// Decrypts the peer's records.
 #[derive(Debug)]
 pub struct Opener(Key);
 

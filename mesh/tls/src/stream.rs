@@ -17,15 +17,15 @@ use crate::record::{HEADER, KEY_LASTS, MAX_PLAIN, MAX_SEALED, Opener, RecordErro
 
 /// Records without content, and key updates, that a peer may send between two with content.
 const MAX_IDLE_RECORDS: u32 = 32;
-/// A caller with less room than this does not know yet how much is to come (HTTP/2 reads a frame's head first): it gets one
-/// record at a time, so that it finds out before it has to move much.
+/// A caller with less room than this does not know yet how much to read (HTTP/2 reads the head of a frame first). It gets
+/// one record at a time, so that it can size its buffer before it has to move much.
 const MANY: usize = 128 * 1024;
 
 /// TLS 1.3 over `io`, its handshake done.
 ///
 /// One receive call takes many records; each is opened straight into the reader's memory, and sealed straight from the
 /// writer's, so a byte is copied by its encryption only. Key updates are answered, and made before a key is worn. The end
-/// of `io` without `close_notify` is `UnexpectedEof`. Dropping it closes `io` without a word.
+/// of `io` without `close_notify` is `UnexpectedEof`. Dropping it closes `io` without `close_notify`.
 pub struct TlsStream<IO> {
     io: IO,
     keys: Keys,
@@ -47,16 +47,16 @@ pub struct TlsStream<IO> {
     sent_close: bool,
 }
 
-/// What is to come from the peer.
+/// What can still be received.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Received {
-    /// More.
+    /// More records.
     Open,
     /// Nothing: `close_notify`.
     Closed,
-    /// Nothing that could be believed.
+    /// Nothing: a record was rejected.
     Failed(RecordError),
-    /// Nothing: the peer's alert.
+    /// Nothing: the peer sent a fatal alert.
     Alert(AlertDescription),
 }
 
@@ -93,7 +93,7 @@ impl<IO> TlsStream<IO> {
         Ok(stream)
     }
 
-    /// Gives `out` what has arrived: of records that are complete, as many as fit.
+    /// Decrypts complete records into `out`, as many as fit.
     fn open(&mut self, out: &mut ReadBuf<'_>) -> Result<(), RecordError> {
         let many = out.remaining() >= MANY;
         let before = out.filled().len();
@@ -108,7 +108,7 @@ impl<IO> TlsStream<IO> {
         Ok(())
     }
 
-    /// Hands out content that was opened before; `false` if there is none.
+    /// Copies content that was decrypted before; `false` if there is none.
     fn take_opened(&mut self, out: &mut ReadBuf<'_>) -> bool {
         if !self.early.is_empty() {
             let fits = self.early.len().min(out.remaining());
@@ -133,7 +133,7 @@ impl<IO> TlsStream<IO> {
         true
     }
 
-    /// Opens the next record; `false` if it has not arrived in whole.
+    /// Decrypts the next record; `false` if it is not complete.
     fn open_next(&mut self, out: &mut ReadBuf<'_>) -> Result<bool, RecordError> {
         let Some(buffer) = &mut self.incoming else { return Ok(false) };
         let Some(length) = complete(buffer.filled())? else { return Ok(false) };
@@ -187,7 +187,7 @@ impl<IO> TlsStream<IO> {
         Ok(())
     }
 
-    /// Seals what is not content, if there is room. An alert without room is one that the peer does not read anyway.
+    /// Encrypts a record without application data, if there is room. A peer that leaves no room does not read alerts either.
     fn seal_small(&mut self, kind: ContentType, content: &[u8]) -> Result<bool, RecordError> {
         let outgoing = self.outgoing.get_or_insert_with(|| Buffer::take(Size::Small));
         if outgoing.spare().len() < MAX_SEALED - MAX_PLAIN + content.len() {
@@ -198,7 +198,7 @@ impl<IO> TlsStream<IO> {
         Ok(true)
     }
 
-    /// Takes a new key where one is due.
+    /// Updates our key if the peer asked for it or it is worn.
     fn update_key(&mut self) -> Result<(), RecordError> {
         if (self.update_due || self.sealer.sealed() >= self.key_lasts)
             && self.seal_small(ContentType::Handshake, &key_update())?
@@ -209,7 +209,7 @@ impl<IO> TlsStream<IO> {
         Ok(())
     }
 
-    /// Seals bytes of `pieces` as far as there is room, and returns how many.
+    /// Encrypts as many bytes of `pieces` as there is room for, and returns how many.
     fn seal(&mut self, pieces: &[IoSlice<'_>]) -> Result<usize, RecordError> {
         let total: usize = pieces.iter().map(|piece| piece.len()).sum();
         let size = if total > MAX_PLAIN { Size::Large } else { Size::Small };
@@ -254,7 +254,7 @@ impl<IO> TlsStream<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
-    /// Receives what is there. A connection that waits holds a buffer only for the beginning of a record.
+    /// Reads from `io`. A connection that waits holds a buffer only for an incomplete record.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let size = if self.sizing.tier() == Tier::Bulk { Size::Large } else { Size::Small };
         let mut buffer = match self.incoming.take().filter(|buffer| !buffer.is_empty()) {
@@ -281,7 +281,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         Poll::Ready(Ok(received))
     }
 
-    /// Sends what is sealed; ready when all of it has gone.
+    /// Writes encrypted records; ready when all are written.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while let Some(outgoing) = self.outgoing.as_mut().filter(|outgoing| !outgoing.is_empty()) {
             match ready!(Pin::new(&mut self.io).poll_write(cx, outgoing.filled()))? {
@@ -293,12 +293,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> TlsStream<IO> {
         Poll::Ready(Ok(()))
     }
 
-    /// Tells the peer why the connection ends, if it can be told without waiting.
+    /// Sends an alert if that is possible without waiting.
     fn fail(&mut self, cx: &mut Context<'_>, error: RecordError) {
         self.received = Received::Failed(error);
-        let told = self.seal_small(ContentType::Alert, &alert(error.alert()));
-        // What is reported is why it ends; that it could not be said to the peer adds nothing.
-        if let (Ok(true), Poll::Ready(Err(error))) = (told, self.poll_send(cx)) {
+        let sealed = self.seal_small(ContentType::Alert, &alert(error.alert()));
+        // The error that is reported is `error`, whether the alert was sent or not.
+        if let (Ok(true), Poll::Ready(Err(error))) = (sealed, self.poll_send(cx)) {
             tracing::trace!(%error, "a TLS alert was not sent");
         }
         self.sent_close = true;
@@ -328,7 +328,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<IO> {
                 return Poll::Ready(this.ended());
             }
             if ready!(this.poll_fill(cx))? == 0 {
-                // RFC 8446 §6.1: an end that the peer did not announce may be somebody else's doing.
+                // RFC 8446 §6.1: an end without close_notify may be a truncation attack.
                 let unannounced = "the peer closed the connection without TLS close_notify";
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::UnexpectedEof, unannounced)));
             }
@@ -350,7 +350,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<IO> {
         if this.sent_close {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        // What was sealed before goes first, so no more than one piece ever waits here.
+        // Earlier records are written first, so at most one piece waits here.
         ready!(this.poll_send(cx))?;
         this.update_key().map_err(invalid)?;
         let taken = this.seal(bufs).map_err(invalid)?;

@@ -269,7 +269,7 @@ async fn fed(before: &[u8], bytes: &[u8]) -> (Vec<u8>, String, String) {
 }
 
 #[tokio::test]
-async fn what_the_peer_cannot_have_sent_ends_the_connection_with_an_alert() {
+async fn forged_records_end_the_connection_with_an_alert() {
     let forged = [&[23, 3, 3, 0, 40][..], &[7; 40]].concat();
     let cases: [(&[u8], RecordError, &str); 5] = [
         (&forged, RecordError::Unauthentic, "BadRecordMac"),

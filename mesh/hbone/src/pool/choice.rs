@@ -1,22 +1,22 @@
-//! Which connection the next tunnel goes to. Pure.
+//! The choice of a connection for the next tunnel. Pure.
 
-/// A connection that may be used, as the choice sees it.
+/// A connection that may be chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Candidate {
     /// Tunnels open or being opened.
     pub open: u32,
-    /// Tunnels that it takes at most.
+    /// Largest number of tunnels.
     pub limit: u32,
-    /// Whether one of its tunnels moves bulk.
+    /// Whether one of its tunnels carries bulk.
     pub bulk: bool,
 }
 
-/// How far a key may spread.
+/// How many connections a key may have.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
-    /// Connections made because others are busy; with 0, a busy one is used without waiting.
+    /// Connections dialled because others are busy; with 0, a busy one is used without waiting.
     pub spread: usize,
-    /// Connections made because others are full.
+    /// Connections dialled because others are full.
     pub connections: usize,
     /// Tunnels above which a connection is busy.
     pub busy: u32,
@@ -27,16 +27,16 @@ pub(crate) struct Bounds {
 pub(crate) enum Choice {
     /// Open it on the candidate with this index.
     Use(usize),
-    /// Make a connection first.
+    /// Dial a connection first.
     Dial,
-    /// Wait for the connection that is being made.
+    /// Wait for the connection that is being dialled.
     Wait,
-    /// Nothing is free and no more connections are allowed.
+    /// All connections are full and no more are allowed.
     Full,
 }
 
-/// The least loaded connection without bulk; a new one when all are busy or full; the least loaded
-/// busy one when the key has spread far enough.
+/// Chooses the least loaded connection without bulk; a new one when all are busy or full; the least loaded
+/// busy one when the key may not have more.
 pub(crate) fn choose(candidates: &[Candidate], dialling: bool, bounds: Bounds) -> Choice {
     let free = candidates.iter().enumerate().filter(|(_, one)| one.open < one.limit);
     let best = free.min_by_key(|(_, one)| (one.bulk, one.open)).map(|(index, one)| (index, *one));
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_tunnel_dials_and_those_beside_it_wait() {
+    fn the_first_tunnel_dials_and_others_wait() {
         assert_eq!(choose(&[], false, BOUNDS), Choice::Dial);
         assert_eq!(choose(&[], true, BOUNDS), Choice::Wait);
     }
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn bulk_or_many_tunnels_spread_to_another_connection_within_bounds() {
+    fn bulk_or_many_tunnels_spread_within_bounds() {
         assert_eq!(choose(&[candidate(1, true)], false, BOUNDS), Choice::Dial);
         assert_eq!(choose(&[candidate(100, false)], false, BOUNDS), Choice::Dial);
         assert_eq!(choose(&[candidate(1, true)], true, BOUNDS), Choice::Wait);
@@ -101,7 +101,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_chosen_connection_has_room_and_none_quieter_was_passed_over(
+        fn the_choice_has_room_and_is_the_quietest(
             all in proptest::collection::vec((0u32..260, any::<bool>()), 0..6), dialling: bool,
         ) {
             let all: Vec<_> = all.into_iter().map(|(open, bulk)| candidate(open, bulk)).collect();

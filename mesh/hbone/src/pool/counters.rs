@@ -1,4 +1,4 @@
-//! What the pools of a process count, for its metrics.
+//! Counters of the pools of a process, for its metrics.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,19 +20,19 @@ impl Count {
 /// Totals since the process started; shared by the pools of all workers.
 #[derive(Debug, Default)]
 pub struct PoolCounters {
-    /// Connections made.
+    /// Connections established.
     pub connections: Count,
-    /// Connections that could not be made.
+    /// Connections that could not be established.
     pub failed_connections: Count,
     /// Tunnels opened.
     pub tunnels: Count,
-    /// Tunnels that could not be opened on a connection that was there.
+    /// Tunnels that could not be opened on an established connection.
     pub failed_tunnels: Count,
-    /// Tunnels that waited for a connection that another one was making.
+    /// Tunnels that waited for a connection that was being dialled for another one.
     pub shared: Count,
-    /// Connections taken out because their workload or their peer's certificate went.
+    /// Connections evicted because their workload or their peer's certificate is gone.
     pub evicted: Count,
-    /// Connections that take no more tunnels because a CONNECT and a PING after it met silence.
+    /// Connections that take no more tunnels because a CONNECT and the PING after it were not answered.
     pub silent: Count,
     /// Connections given up because a PING was not answered.
     pub ping_timeouts: Count,

@@ -1,11 +1,10 @@
-//! Telling a peer that opens and abandons requests on end from one whose clients went away.
+//! Detection of peers that open and abandon requests without end (CVE-2023-44487).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// How many requests of a connection were reset before they were answered, over a sliding pair of
-/// periods.
+/// How many requests of a connection were reset before they were answered, in the current period.
 #[derive(Debug)]
 pub(super) struct Abandoned {
     limit: u32,
@@ -15,7 +14,7 @@ pub(super) struct Abandoned {
     period: Option<(Instant, u32)>,
 }
 
-/// Where those who see an abandoned request count it.
+/// The count of abandoned requests, shared with the requests.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Tally(Arc<AtomicU32>);
 
@@ -34,7 +33,7 @@ impl Abandoned {
         self.tally.clone()
     }
 
-    /// The number of this period, if it is above the limit.
+    /// The count of this period, if it is above the limit.
     pub(super) fn excess(&mut self, now: Instant) -> Option<u32> {
         let total = self.tally.0.load(Ordering::Relaxed);
         let (start, before) = self.period.unwrap_or((now, 0));

@@ -28,7 +28,7 @@ async fn open_inner(
 }
 
 #[tokio::test]
-async fn the_inner_tunnel_is_authenticated_by_itself_and_carries_bytes() {
+async fn an_inner_tunnel_is_authenticated_and_carries_bytes() {
     let world = World::new();
     let gateway = Node::start(&world, "server", ServerSettings::default()).await;
     let node = Node::start(&world, "inner", ServerSettings::default()).await;

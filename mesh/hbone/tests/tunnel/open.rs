@@ -75,7 +75,7 @@ async fn a_server_that_is_somebody_else_gets_no_request() {
 }
 
 #[tokio::test]
-async fn a_client_of_another_authority_or_without_certificate_is_refused() {
+async fn clients_without_a_trusted_certificate_are_refused() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let stranger = Client::new(&World::new(), "client", PoolSettings::default());
@@ -189,7 +189,7 @@ async fn a_client_that_sends_nothing_is_given_up_early() {
 }
 
 #[tokio::test]
-async fn a_connect_that_is_never_answered_times_out_and_the_connection_lives() {
+async fn an_unanswered_connect_times_out_alone() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", quick());

@@ -46,7 +46,7 @@ async fn those_who_waited_see_the_failure_of_the_one_who_dialled() {
 }
 
 #[tokio::test]
-async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
+async fn a_dial_survives_the_caller_that_started_it() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", PoolSettings::default());
@@ -74,7 +74,7 @@ async fn a_first_caller_that_goes_away_does_not_take_the_connection_with_it() {
 }
 
 #[tokio::test]
-async fn a_full_connection_gets_a_companion_and_the_last_limit_is_an_error() {
+async fn full_connections_are_added_to_up_to_the_limit() {
     let world = World::new();
     let settings = PoolSettings { max_streams: 2, max_connections: 2, spread: 1, ..PoolSettings::default() };
     let node = Node::start(&world, "server", ServerSettings::default()).await;
@@ -109,7 +109,7 @@ async fn the_peers_limit_of_streams_is_kept() {
 }
 
 #[tokio::test]
-async fn beside_a_bulk_stream_a_new_tunnel_gets_a_connection_of_its_own() {
+async fn a_tunnel_beside_bulk_gets_another_connection() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", PoolSettings::default());
@@ -202,7 +202,7 @@ async fn eviction_keeps_new_tunnels_off_and_lets_open_ones_finish() {
 }
 
 #[tokio::test]
-async fn pods_of_one_identity_have_connections_of_their_own_that_go_with_them() {
+async fn pods_of_one_identity_do_not_share_connections() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", PoolSettings::default());
@@ -255,7 +255,7 @@ async fn eviction_reaches_a_connection_that_is_being_made() {
 }
 
 #[tokio::test]
-async fn after_a_renewal_new_tunnels_use_the_new_certificate_and_old_ones_live_on() {
+async fn after_a_renewal_new_tunnels_use_the_new_certificate() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let mut client = Client::new(&world, "client", PoolSettings::default());
@@ -516,7 +516,7 @@ async fn a_slow_application_is_not_taken_for_a_silent_peer() {
 }
 
 #[tokio::test]
-async fn a_draining_pool_refuses_and_a_dropped_one_closes_what_is_idle() {
+async fn a_draining_pool_refuses_new_tunnels() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", PoolSettings::default());

@@ -76,7 +76,7 @@ async fn a_client_whose_certificate_expired_opens_no_more_tunnels() {
 }
 
 #[tokio::test]
-async fn a_connection_whose_client_expired_gets_goaway_without_a_request() {
+async fn an_idle_connection_of_an_expired_client_gets_goaway() {
     let world = World::new();
     let ping_interval = Duration::from_millis(200);
     let settings = server_with(ConnectionSettings { ping_interval, ..ConnectionSettings::default() });
@@ -93,7 +93,7 @@ async fn a_connection_whose_client_expired_gets_goaway_without_a_request() {
 }
 
 #[tokio::test]
-async fn a_pooled_connection_to_an_expired_server_carries_no_new_tunnel() {
+async fn a_connection_to_an_expired_server_takes_no_tunnel() {
     let world = World::new();
     let end = soon_expired();
     let server = Server::new(ServerSettings::default(), world.trust.clone(), WindowBudget::default());
@@ -108,7 +108,7 @@ async fn a_pooled_connection_to_an_expired_server_carries_no_new_tunnel() {
 }
 
 #[tokio::test]
-async fn a_pooled_connection_under_a_removed_root_carries_no_new_tunnel() {
+async fn a_connection_under_a_removed_root_takes_no_tunnel() {
     let (world, other) = (World::new(), World::new());
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let trust = World::trusting(&[world.root(), other.root()]);

@@ -1,11 +1,11 @@
 //! Read buffers that belong to a worker, not to a connection.
 //!
-//! A connection at rest holds none. When bytes arrive, it takes a buffer of its [`Tier`] from the
-//! worker, reads, splits off what was read and gives the rest back; when the last piece of a buffer
-//! was written the memory is used again. In steady traffic nothing is allocated.
+//! An idle connection holds none. When bytes arrive, it takes a buffer of its [`Tier`] from the
+//! worker, reads, splits off the bytes that it read and returns the rest. When the last piece of a buffer
+//! is written, the memory is used again. In steady traffic nothing is allocated.
 //!
-//! Each worker keeps at most [`KEPT`] buffers a tier (2.6 MiB when all are in use); more are
-//! allocated under pressure and freed when their pieces are. [`trim`] frees large ones that were not
+//! Each worker keeps at most [`KEPT`] buffers per tier (2.6 MiB when all are in use). More are
+//! allocated when needed and freed with their pieces. [`trim`] frees large ones that were not
 //! used for two seconds.
 
 use std::cell::RefCell;
@@ -67,9 +67,9 @@ pub fn take(tier: Tier) -> BytesMut {
     })
 }
 
-/// Gives back what is left of a buffer after its pieces were split off.
+/// Returns the rest of a buffer after its pieces were split off.
 ///
-/// `now` is when it was last used; only the largest tier looks at it.
+/// `now` is when it was last used; only the largest tier needs it.
 pub fn give_back(tier: Tier, mut buffer: BytesMut, now: Option<Instant>) {
     buffer.clear();
     SHELF.with_borrow_mut(|shelf| {
@@ -81,7 +81,7 @@ pub fn give_back(tier: Tier, mut buffer: BytesMut, now: Option<Instant>) {
             kept.push(buffer);
             return;
         }
-        // Pieces that wait pin all that is kept: a buffer with room left takes the place of one without.
+        // Waiting pieces pin all kept buffers: a buffer with room replaces one without.
         let size = tier.read_size();
         if buffer.capacity() >= size
             && let Some(spent) = kept.iter_mut().find(|kept| kept.capacity() < size)
@@ -103,7 +103,7 @@ pub fn trim(now: Instant) {
     });
 }
 
-/// Bytes of memory that this worker's shelf keeps allocated for the largest tier.
+/// Bytes of memory that this worker keeps allocated for the largest tier.
 pub fn bulk_bytes_kept() -> usize {
     SHELF.with_borrow(|shelf| shelf.bulk.len() * allocation(Tier::Bulk))
 }
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn small_pieces_that_wait_share_memory_whatever_was_carried_before() {
+    fn waiting_small_pieces_share_memory() {
         on_fresh_worker(|| {
             let now = Instant::now();
             let mut sizing = Sizing::new();

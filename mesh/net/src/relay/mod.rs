@@ -12,8 +12,8 @@ pub use sizing::{Sizing, Tier};
 
 /// Bytes of one connection, counted while it lives, so that a dump of open connections shows them.
 ///
-/// Both counters only grow. *Sent* is what the downstream (the side that was accepted) gave and the
-/// upstream took over; *received* is what was delivered to the downstream.
+/// Both counters only grow. *Sent* counts bytes from the downstream (the accepted side) that were passed to the
+/// upstream; *received* counts bytes that were delivered to the downstream.
 #[derive(Debug, Default)]
 pub struct Counters {
     sent: AtomicU64,
@@ -57,7 +57,7 @@ impl Counters {
 pub enum Side {
     /// The connection that was accepted.
     Downstream,
-    /// The connection that was made for it.
+    /// The connection that was dialled for it.
     Upstream,
 }
 
@@ -78,7 +78,7 @@ pub enum RelayError {
     Read {
         /// The side that was read from.
         side: Side,
-        /// What the socket said.
+        /// The error of the socket.
         source: io::Error,
     },
     /// Writing to one side failed, most often because it was reset.
@@ -86,7 +86,7 @@ pub enum RelayError {
     Write {
         /// The side that was written to.
         side: Side,
-        /// What the socket said.
+        /// The error of the socket.
         source: io::Error,
     },
 }

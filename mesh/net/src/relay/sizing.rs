@@ -1,4 +1,4 @@
-//! How much to read at once: small while a connection is quiet, large once traffic is proven.
+//! Read sizes: small while a connection is quiet, large once traffic is proven.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 const STEADY_AFTER: u64 = 128 * 1024;
 /// Traffic after which a read that fills [`Tier::Steady`] proves bulk.
 const BULK_AFTER: u64 = 10 * 1024 * 1024;
-/// Reads in a row that [`Tier::Steady`] had room for, after which large ones are given up.
+/// Consecutive reads that fit [`Tier::Steady`], after which the largest size is no longer used.
 const SMALLER_READS: u8 = 16;
 /// A pause after which a direction starts over at [`Tier::Idle`].
 const QUIET: Duration = Duration::from_secs(2);
@@ -23,7 +23,7 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// Bytes asked for in one read.
+    /// Largest number of bytes of one read.
     pub const fn read_size(self) -> usize {
         match self {
             Tier::Idle => 1024,
@@ -33,12 +33,12 @@ impl Tier {
     }
 }
 
-/// The read size of one direction of one connection, following what it has carried.
+/// The read size of one direction of one connection, which follows its traffic.
 ///
-/// Growth is earned: 16 KiB after a full read or 128 KiB, 256 KiB by a full read after 10 MiB. Small
-/// messages never earn the largest size, however many they are, and 16 in a row give it up: each that
-/// waits to be sent keeps the memory that it was read into. After two seconds without a byte everything
-/// is to be earned again.
+/// It grows to 16 KiB after a full read or 128 KiB of traffic, and to 256 KiB by a full read after 10 MiB. Small
+/// messages never lead to the largest size, and 16 in a row end it: each message that
+/// waits to be sent pins the memory that it was read into. After two seconds without a byte the size
+/// starts over.
 #[derive(Debug)]
 pub struct Sizing {
     tier: Tier,
@@ -54,7 +54,7 @@ impl Default for Sizing {
 }
 
 impl Sizing {
-    /// A direction that has not carried anything.
+    /// The sizing of a direction without traffic.
     pub const fn new() -> Sizing {
         Sizing { tier: Tier::Idle, smaller: 0, proven: 0, last: None }
     }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn small_messages_after_bulk_give_its_reads_up_until_one_is_full() {
+    fn small_messages_after_bulk_end_large_reads() {
         let now = Instant::now();
         let mut sizing = Sizing::new();
         while sizing.record(16 * 1024, now) < Tier::Bulk {}
