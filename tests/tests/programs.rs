@@ -151,7 +151,7 @@ impl<'a> Talk<'a> {
                 };
                 let led = of("services").iter().any(|service| {
                     let name = service["hostname"].as_str().unwrap_or_default();
-                    let endpoints = service["endpoints"].as_array();
+                    let endpoints = service["endpoints"].as_object();
                     name.starts_with(&self.host) && endpoints.is_some_and(|all| !all.is_empty())
                 });
                 told(&self.client, true) && told(&self.server, self.place.is_captured()) && led

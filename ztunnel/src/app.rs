@@ -4,6 +4,7 @@
 //! data-path threads are [`crate::workers`]. Every task here is essential: when one ends by itself, the
 //! program ends with its reason.
 
+mod dump;
 mod servers;
 mod shutdown;
 
@@ -62,7 +63,15 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 pub fn run(config: Config, collect: fn()) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let logging = logging::init(logging::LogFormat::Text, &config.log_level, Target::Stderr)?;
+    let format = match config.log_format {
+        LogFormat::Text => logging::LogFormat::Text,
+        LogFormat::Json => logging::LogFormat::Json,
+    };
+    let logging = logging::init(format, &config.log_level, Target::Stderr)?;
+    if !config.without_effect.is_empty() {
+        let variables = config.without_effect.join(", ");
+        tracing::warn!(variables, "variables of the environment that have no effect here");
+    }
     let open_files = raise_file_limit();
     let outcome = runtime.block_on(Box::pin(serve(config, open_files, &logging, collect)));
     runtime.shutdown_background();

@@ -3,9 +3,11 @@
 //! `app` destructures it; everything else receives only the part that it needs. Where values come
 //! from (file, environment, flags) and how a wrong key is reported is [`load`]'s business.
 
+mod istio;
 pub mod load;
 mod span;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -69,6 +71,13 @@ pub struct Config {
     pub instance_ip: IpAddr,
     /// Filter of the program's log, as in `info,ztunnel=debug`.
     pub log_level: String,
+    /// Shape of a line of the program's log.
+    pub log_format: LogFormat,
+    /// Further metadata of the xDS node: names and values.
+    pub node_metadata: BTreeMap<String, String>,
+    /// Variables of Istio's chart that have no effect here; named once at start.
+    #[serde(skip)]
+    pub without_effect: Vec<String>,
     /// The subscription to the control plane.
     pub xds: Xds,
     /// The certificates of this node's pods.
@@ -112,11 +121,11 @@ pub struct AccessLog {
     pub path: Option<PathBuf>,
 }
 
-/// Shape of an access-log line.
+/// Shape of a line of a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
-    /// Fields separated by tabs, `key=value`.
+    /// For people; the access log as fields separated by tabs, `key=value`.
     Text,
     /// One JSON object a line.
     Json,
@@ -204,6 +213,9 @@ impl Default for Config {
             pod_namespace: "ambit-system".into(),
             instance_ip: Ipv4Addr::LOCALHOST.into(),
             log_level: "info".into(),
+            log_format: LogFormat::Text,
+            node_metadata: BTreeMap::new(),
+            without_effect: Vec::new(),
             xds: Xds::default(),
             certificates: Certificates::default(),
             limits: Limits::default(),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ambit_directory::{Authority, InboundTarget, Snapshot, Workload};
+use ambit_hbone::Baggage;
 use ambit_identity::{PeerCertificate, PeerError, SpiffeId, Trust};
 use ambit_net::connect_local;
 use ambit_net::relay::Counters;
@@ -47,6 +48,8 @@ pub struct Authenticated {
     pub authority: Option<Authority>,
     /// The service that the client says it dialled.
     pub host: Option<Arc<str>>,
+    /// What the client's proxy says of its workload.
+    pub baggage: Option<Arc<Baggage>>,
     /// Since when.
     pub since: Instant,
     /// Where its bytes are counted.
@@ -155,9 +158,13 @@ impl Authenticated {
         let identity = self.peer.is_some().then(|| self.pod.identity().clone());
         Story {
             direction: Direction::Inbound,
-            source: End { workload: self.client.clone(), identity: self.peer.clone() },
+            source: End {
+                workload: self.client.clone(),
+                identity: self.peer.clone(),
+                baggage: self.baggage.clone(),
+            },
             source_address: self.source,
-            destination: End { workload: None, identity },
+            destination: End { identity, ..End::default() },
             destination_address: self.reached,
             hbone_address: self.authority.as_ref().map(|authority| authority.to_string().into()),
             service: None,

@@ -13,6 +13,7 @@ use ambit_identity::{CertificateError, PeerError};
 use ambit_net::ConnectError;
 use ambit_net::relay::RelayError;
 use ambit_policy::Decision;
+use ambit_telemetry::tcp::ResponseFlags;
 use http::StatusCode;
 
 use crate::ondemand::DemandFailure;
@@ -185,18 +186,36 @@ impl ConnectionError {
         }
     }
 
-    /// The label `response_flags` (contracts.md, section 6).
-    pub fn flags(&self) -> &'static str {
+    /// The label `response_flags` (contracts.md, section 7).
+    pub fn response_flags(&self) -> ResponseFlags {
         match self {
-            Self::Serve(ServeError::Http2 { .. } | ServeError::NoHttp2)
-            | Self::Tunnel(OpenError::NoHttp2 { .. }) => "H2_HANDSHAKE_FAILURE",
-            Self::Serve(ServeError::Tls(_) | ServeError::HandshakeTimeout(_))
-            | Self::Tunnel(OpenError::Tls { .. }) => "TLS_FAILURE",
-            other => match other.blame() {
-                Blame::Policy => "DENY",
-                Blame::Identity => "IDENTITY_ERROR",
-                Blame::Client | Blame::Us | Blame::Upstream => "CONNECT",
-            },
+            Self::Denied(_) | Self::Cut(CutReason::Policy(_)) => ResponseFlags::Denied,
+            Self::Untrusted(PeerError::Revoked { .. }) | Self::Cut(CutReason::Revoked) => {
+                ResponseFlags::Revoked
+            }
+            Self::Untrusted(_)
+            | Self::Certificate(_)
+            | Self::Cut(CutReason::Expired | CutReason::Untrusted) => ResponseFlags::Identity,
+            Self::Serve(error) => serve_flags(error),
+            Self::Tunnel(error) => open_flags(error),
+            Self::OriginalDestination(_)
+            | Self::Loop(_)
+            | Self::Socks5(_)
+            | Self::NotHere(_)
+            | Self::Malformed(_)
+            | Self::NotAnswered(_)
+            | Self::Limit(_)
+            | Self::ForeignSource(_)
+            | Self::NotSynced
+            | Self::UnknownPod(_)
+            | Self::UnknownName(_)
+            | Self::Undetermined { .. }
+            | Self::Refused { .. }
+            | Self::Connect(_)
+            | Self::ApplicationTunnel { .. }
+            | Self::Budget { .. }
+            | Self::Relay(_)
+            | Self::Cut(CutReason::Idle(_) | CutReason::Drained) => ResponseFlags::Connect,
         }
     }
 
@@ -220,6 +239,45 @@ impl ConnectionError {
             Self::Tunnel(error) => error.another_endpoint_may_help(),
             _ => false,
         }
+    }
+}
+
+fn serve_flags(error: &ServeError) -> ResponseFlags {
+    match error {
+        ServeError::Identity(_) => ResponseFlags::Identity,
+        ServeError::Tls(_) | ServeError::HandshakeTimeout(_) | ServeError::NoFirstByte(_) => {
+            ResponseFlags::Tls
+        }
+        ServeError::NoHttp2
+        | ServeError::Http2 { .. }
+        | ServeError::PingTimeout { .. }
+        | ServeError::Abandoned { .. }
+        | ServeError::Overhead { .. } => ResponseFlags::Http2,
+    }
+}
+
+fn open_flags(error: &OpenError) -> ResponseFlags {
+    match error {
+        OpenError::Identity { .. } => ResponseFlags::Identity,
+        OpenError::Tls { .. } => ResponseFlags::Tls,
+        OpenError::NoHttp2 { .. } => ResponseFlags::Http2,
+        // As Istio's node proxy has it: what drops packets to the tunnel port is most often a NetworkPolicy.
+        OpenError::Dial { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
+            ResponseFlags::NetworkPolicy
+        }
+        OpenError::Refused { .. } if error.fault() == Fault::Policy => ResponseFlags::Denied,
+        OpenError::Dial { .. }
+        | OpenError::HandshakeTimeout { .. }
+        | OpenError::Lost { .. }
+        | OpenError::NotProcessed { .. }
+        | OpenError::ConnectTimeout { .. }
+        | OpenError::Silent { .. }
+        | OpenError::Refused { .. }
+        | OpenError::Evicted { .. }
+        | OpenError::Draining
+        | OpenError::Unsendable { .. }
+        | OpenError::Exhausted { .. }
+        | OpenError::Abandoned { .. } => ResponseFlags::Connect,
     }
 }
 
@@ -247,7 +305,7 @@ mod tests {
             ),
         ] {
             assert_eq!(error.status().as_u16(), status, "{error}");
-            assert_eq!(error.flags(), flags, "{error}");
+            assert_eq!(error.response_flags().as_str(), flags, "{error}");
         }
     }
 

@@ -2,8 +2,6 @@
 //!
 //! Runs on the control runtime; readers see whole snapshots and are never held up.
 
-use std::collections::BTreeMap;
-
 use ambit_api::security::Authorization;
 use ambit_api::workload::Address;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
@@ -21,7 +19,8 @@ pub fn subscribe(
     directory: Directory,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
-    let metadata = BTreeMap::from([
+    let mut metadata = config.node_metadata.clone();
+    metadata.extend([
         ("NAME".to_owned(), config.pod_name.clone()),
         ("NAMESPACE".to_owned(), config.pod_namespace.clone()),
         ("NODE_NAME".to_owned(), config.node.clone()),

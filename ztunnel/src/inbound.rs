@@ -116,7 +116,7 @@ impl Accepted {
             direction: Direction::Inbound,
             source: End::default(),
             source_address: self.peer,
-            destination: End { workload: None, identity: Some(self.pod.identity().clone()) },
+            destination: End { identity: Some(self.pod.identity().clone()), ..End::default() },
             destination_address: self.stream.local_addr().unwrap_or(self.peer),
             hbone_address: None,
             service: None,
@@ -145,6 +145,7 @@ impl Tunnelled {
             reached: self.reached,
             authority: None,
             host: None,
+            baggage: None,
             since: Instant::now(),
             counters: Arc::new(Counters::new()),
         }
@@ -181,6 +182,7 @@ impl Tunnelled {
             authority: Some(directory_authority(&request.authority)),
             host: forwarded.and_then(|forwarded| forwarded.host.as_deref()).map(Into::into),
             client_port: client_port(forwarded, self.source),
+            baggage: request.baggage.clone().map(Arc::new),
             ..self.arrived()
         };
         let reaching = async {

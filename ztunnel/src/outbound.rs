@@ -226,7 +226,7 @@ impl Asked {
     fn story(&self) -> Story {
         Story {
             direction: Direction::Outbound,
-            source: End { workload: None, identity: Some(self.pod.identity().clone()) },
+            source: End { identity: Some(self.pod.identity().clone()), ..End::default() },
             source_address: self.source,
             destination: End::default(),
             destination_address: match &self.dialled {

@@ -34,6 +34,7 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, pe
         reached,
         authority: None,
         host: None,
+        baggage: None,
         since: Instant::now(),
         counters: Arc::new(Counters::new()),
     };

@@ -10,14 +10,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_directory::{Service, Workload};
+use ambit_hbone::Baggage;
 use ambit_identity::SpiffeId;
 use ambit_telemetry::access::{self, AccessLog, Entry, Party};
-use ambit_telemetry::tcp::{Labels, Peer, PeerLabels, ResponseFlags, Security, Series, ServiceLabels};
+use ambit_telemetry::tcp::{Labels, Peer, PeerLabels, Security, Series, ServiceLabels};
 use ambit_telemetry::{TcpMetrics, tcp};
 use parking_lot::Mutex;
 
 use crate::connections::{Direction, Open};
-use crate::error::{Blame, ConnectionError};
+use crate::error::ConnectionError;
 
 /// Pairs of workloads whose counters are held ready; beyond it, all are looked up anew.
 const MAX_PAIRS: usize = 512;
@@ -29,6 +30,15 @@ pub struct End {
     pub workload: Option<Arc<Workload>>,
     /// Who it proved, or must prove, to be.
     pub identity: Option<SpiffeId>,
+    /// What its proxy says of it: for metrics and logs of a workload that the directory does not hold, never for a decision.
+    pub baggage: Option<Arc<Baggage>>,
+}
+
+impl End {
+    /// What its proxy says of it, where the directory does not know better.
+    fn described(&self) -> Option<&Baggage> {
+        self.baggage.as_deref().filter(|_| self.workload.is_none())
+    }
 }
 
 /// What is known of a connection.
@@ -85,6 +95,8 @@ struct PairKey {
     service: Option<usize>,
     source_identity: Option<SpiffeId>,
     destination_identity: Option<SpiffeId>,
+    source_baggage: Option<Arc<Baggage>>,
+    destination_baggage: Option<Arc<Baggage>>,
 }
 
 fn address_of<T>(part: &Option<Arc<T>>) -> Option<usize> {
@@ -100,6 +112,12 @@ impl PairKey {
             service: address_of(&story.service),
             source_identity: story.source.identity.clone(),
             destination_identity: story.destination.identity.clone(),
+            source_baggage: story.source.baggage.clone().filter(|_| story.source.workload.is_none()),
+            destination_baggage: story
+                .destination
+                .baggage
+                .clone()
+                .filter(|_| story.destination.workload.is_none()),
         }
     }
 }
@@ -119,7 +137,7 @@ impl Reporter {
 
     /// Tells of a connection that failed before it was open.
     pub fn failed(&self, story: &Story, error: &ConnectionError) {
-        self.series(story).fail(flags(error));
+        self.series(story).fail(error.response_flags());
         self.write(story, (0, 0), story.since.elapsed(), Some(error.to_string()));
     }
 
@@ -194,22 +212,6 @@ impl Drop for Telling {
     }
 }
 
-/// The metrics' word for an error.
-fn flags(error: &ConnectionError) -> ResponseFlags {
-    match error.flags() {
-        "TLS_FAILURE" => ResponseFlags::Tls,
-        "H2_HANDSHAKE_FAILURE" => ResponseFlags::Http2,
-        _ => match (error.blame(), error) {
-            (_, ConnectionError::Refused { .. } | ConnectionError::UnknownName(_)) => {
-                ResponseFlags::NoEndpoint
-            }
-            (Blame::Policy, _) => ResponseFlags::Denied,
-            (Blame::Identity, _) => ResponseFlags::Identity,
-            (Blame::Client | Blame::Us | Blame::Upstream, _) => ResponseFlags::Connect,
-        },
-    }
-}
-
 fn labels(story: &Story) -> Labels {
     Labels {
         reporter: match story.direction {
@@ -243,16 +245,39 @@ fn peer_labels(end: &End) -> Arc<PeerLabels> {
             version: workload.canonical_revision.clone(),
             cluster: workload.cluster_id.clone(),
         },
-        None => Peer { principal, ..Peer::default() },
+        None => match end.described() {
+            Some(baggage) => described_peer(baggage, principal),
+            None => Peer { principal, ..Peer::default() },
+        },
     };
     Arc::new(PeerLabels::new(peer))
 }
 
+/// Labels from what a proxy says of its workload.
+fn described_peer(baggage: &Baggage, principal: Arc<str>) -> Peer {
+    let Baggage { cluster, namespace, workload, service, version, region: _, zone: _ } = baggage;
+    let workload = workload.as_ref().map(|(_, name)| name.as_str()).unwrap_or_default();
+    let (service, version): (Arc<str>, Arc<str>) = (service.as_str().into(), version.as_str().into());
+    Peer {
+        workload: workload.into(),
+        workload_namespace: namespace.as_str().into(),
+        principal,
+        canonical_service: service.clone(),
+        canonical_revision: version.clone(),
+        app: service,
+        version,
+        cluster: cluster.as_str().into(),
+    }
+}
+
 fn party(end: &End, address: SocketAddr) -> Party {
+    let described = end.described();
+    let name = || described.and_then(|baggage| Some(baggage.workload.as_ref()?.1.as_str().into()));
+    let namespace = || described.map(|baggage| baggage.namespace.as_str().into());
     Party {
         addr: Some(address),
-        workload: end.workload.as_ref().map(|workload| workload.name.clone()),
-        namespace: end.workload.as_ref().map(|workload| workload.namespace.clone()),
+        workload: end.workload.as_ref().map(|workload| workload.name.clone()).or_else(name),
+        namespace: end.workload.as_ref().map(|workload| workload.namespace.clone()).or_else(namespace),
         identity: end.identity.as_ref().map(|identity| identity.shared().clone()),
     }
 }

@@ -263,6 +263,7 @@ impl Dial<'_> {
             reached: way.hbone,
             authority: Some(way.address.into()),
             host: way.service.as_ref().map(|service| service.host.hostname.clone()),
+            baggage: None,
             since: self.since,
             counters: self.counters.clone(),
         };
@@ -320,11 +321,16 @@ impl Dial<'_> {
         let inner = ambit_hbone::client::open_within(outer, target, &request, settings);
         let inner = Box::pin(inner).await?;
         story.destination.identity = Some(inner.peer().clone());
+        if let Some(baggage) = inner.baggage() {
+            // The directory holds the other network's gateway, not which workload behind it was chosen.
+            story.destination.workload = None;
+            story.destination.baggage = Some(Arc::new(baggage.clone()));
+        }
         Ok(Upstream::Tunnel(Box::new(inner)))
     }
 
     async fn plain(&self, way: Plain, story: &mut Story) -> Result<Upstream, ConnectionError> {
-        story.destination = End { workload: way.workload, identity: None };
+        story.destination = End { workload: way.workload, ..End::default() };
         story.destination_address = way.address;
         story.hbone_address = None;
         let limit = self.worker.proxy.settings.limits.attempt_timeout;
@@ -385,7 +391,7 @@ impl Dial<'_> {
     fn story(&self) -> Story {
         Story {
             direction: Direction::Outbound,
-            source: End { workload: Some(self.client.clone()), identity: None },
+            source: End { workload: Some(self.client.clone()), ..End::default() },
             source_address: self.source,
             destination: End::default(),
             destination_address: match &self.dialled {
@@ -410,7 +416,7 @@ impl Dial<'_> {
         authority: Option<Arc<str>>,
     ) {
         story.source.identity = Some(self.pod.identity().clone());
-        story.destination = End { workload: Some(workload.clone()), identity };
+        story.destination = End { workload: Some(workload.clone()), identity, baggage: None };
         story.destination_address = address;
         story.hbone_address = authority;
     }

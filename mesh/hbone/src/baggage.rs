@@ -36,7 +36,7 @@ impl WorkloadKind {
 
 /// What the `baggage` header of a CONNECT, or of its answer, says about the sender (contracts.md,
 /// section 2). What is absent is empty.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Baggage {
     /// `k8s.cluster.name`
     pub cluster: String,

@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::family::Family;
 
 /// A counter without labels. Clones count together.
 pub type Counter = prometheus_client::metrics::counter::Counter<u64, AtomicU64>;
@@ -55,6 +56,35 @@ impl Registry {
             help: help.to_owned(),
             read: Read::Counter(Box::new(read)),
         });
+    }
+
+    /// Registers counters of one family that live elsewhere, by the value of one label.
+    pub fn counters_from<F>(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        series: impl IntoIterator<Item = (String, F)>,
+    ) where
+        F: Fn() -> u64 + Send + Sync + 'static,
+    {
+        let boxed =
+            |(value, read): (String, F)| (value, Box::new(read) as Box<dyn Fn() -> u64 + Send + Sync>);
+        self.collect(ObservedFamily {
+            name: name.to_owned(),
+            help: help.to_owned(),
+            label: label.to_owned(),
+            series: series.into_iter().map(boxed).collect(),
+        });
+    }
+
+    /// Registers `istio_build`, which says what a component is and its version.
+    pub fn build_info(&self, component: &str, version: &str) {
+        let family = Family::<Vec<(String, String)>, Gauge>::default();
+        let labels = [("component", component), ("tag", version)];
+        let labels = labels.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        family.get_or_create(&labels.into()).set(1);
+        self.register("istio_build", "Component and version", family);
     }
 
     /// Registers a gauge that lives elsewhere; `read` is called at each scrape.
@@ -126,6 +156,31 @@ impl Collector for Observed {
     }
 }
 
+struct ObservedFamily {
+    name: String,
+    help: String,
+    label: String,
+    series: Vec<(String, Box<dyn Fn() -> u64 + Send + Sync>)>,
+}
+
+impl fmt::Debug for ObservedFamily {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ObservedFamily({})", self.name)
+    }
+}
+
+impl Collector for ObservedFamily {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = format!("{}.", sentence(&self.help));
+        let mut family = encoder.encode_descriptor(&self.name, &help, None, MetricType::Counter)?;
+        for (value, read) in &self.series {
+            let labels = [(self.label.as_str(), value.as_str())];
+            family.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&read(), None)?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +192,8 @@ mod tests {
         registry.gauge("ambit_b", "Level").set(-2);
         registry.counter_from("ambit_c", "Seen", || 7);
         registry.gauge_from("ambit_d", "Now.", || 9);
+        registry.counters_from("ambit_e", "Ends", "reason", [("Error".to_owned(), || 4)]);
+        registry.build_info("ztunnel", "1");
         let text = registry.encode();
         for line in [
             "# HELP ambit_a Things.",
@@ -146,6 +203,8 @@ mod tests {
             "# HELP ambit_c Seen.",
             "ambit_c_total 7",
             "ambit_d 9",
+            "ambit_e_total{reason=\"Error\"} 4",
+            "istio_build{component=\"ztunnel\",tag=\"1\"} 1",
         ] {
             assert!(text.lines().any(|known| known == line), "{line:?} is missing in\n{text}");
         }

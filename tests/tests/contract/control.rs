@@ -222,7 +222,9 @@ async fn every_resource_has_the_contracts_fields() {
     assert_eq!(service["hostname"], "web.shop.svc.cluster.local");
     assert_eq!(service["addresses"][0]["address"], hex(&[10, 96, 0, 7]));
     let policies = answer(&mut stream, AUTHORIZATION).await;
-    let guard = body("Authorization", &policies["resources"][0]);
+    let guard =
+        policies["resources"].as_array().unwrap().iter().find(|it| it["name"] == "shop/guard").unwrap();
+    let guard = body("Authorization", guard);
     assert_eq!((&guard["scope"], &guard["action"]), (&json!("NAMESPACE"), &json!("DENY")), "{guard}");
     // Rules are OR'ed, clauses AND'ed, matches OR'ed.
     let clauses = guard["rules"][0]["clauses"].as_array().unwrap();

@@ -271,11 +271,14 @@ async fn what_istiod_sends_is_understood_and_acknowledged() {
     assert!(ztunnel.metrics().await.contains("ambit_xds_rejected_total 1"));
     let dump =
         ztunnel.until("the workload", |dump| dump["workloads"][0]["uid"] == "Kubernetes//Pod/shop/web").await;
-    let shown = dump["policies"].to_string();
-    assert!(
-        shown.contains("cluster.local/ns/shop/sa/enemy") && shown.contains("8080"),
-        "matches are read: {shown}"
-    );
+    // As `istioctl ztunnel-config` reads it.
+    let workload = &dump["workloads"][0];
+    assert_eq!(workload["workloadIps"], json!(["10.0.0.7"]));
+    assert_eq!((&workload["serviceAccount"], &workload["protocol"]), (&json!("web"), &json!("HBONE")));
+    let shown = &dump["policies"][0];
+    let one = &shown["rules"][0][0][0];
+    assert_eq!(one["principals"], json!([{ "Exact": "cluster.local/ns/shop/sa/enemy" }]), "{shown}");
+    assert_eq!((&shown["name"], &one["destinationPorts"]), (&json!("guard"), &json!([8080])), "{shown}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

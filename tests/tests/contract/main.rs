@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that can't go on says so by panicking")]
 
 mod control;
+mod drop_in;
 mod grpc;
 mod istiod;
 mod wire;

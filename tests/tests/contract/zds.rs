@@ -116,5 +116,8 @@ async fn a_pods_certificate_is_requested_by_impersonation() {
     assert_eq!(request["validity_duration"], Duration::from_secs(24 * 3600).as_secs());
     let identity = &request["metadata"]["fields"]["ImpersonatedIdentity"]["string_value"];
     assert_eq!(identity, "spiffe://cluster.local/ns/shop/sa/web");
-    ztunnel.until("the certificate", |dump| dump["certificates"][0]["state"] == "Available").await;
+    let dump = ztunnel.until("the certificate", |dump| dump["certificates"][0]["state"] == "Available").await;
+    let leaf = &dump["certificates"][0]["certChain"][0];
+    assert!(leaf["serialNumber"].as_str().unwrap().bytes().all(|byte| byte.is_ascii_digit()), "{leaf}");
+    assert!(leaf["expirationTime"].as_str().unwrap().ends_with('Z'), "{leaf}");
 }

@@ -94,7 +94,7 @@ impl Bed {
                     workloads.iter().any(|w| w["name"] == pod.name() && w["protocol"] == protocol)
                 };
                 let service = dump["services"].as_array().into_iter().flatten().find(|s| s["name"] == "web");
-                let led = service.and_then(|s| s["endpoints"].as_array()).map_or(0, Vec::len);
+                let led = service.and_then(|s| s["endpoints"].as_object()).map_or(0, serde_json::Map::len);
                 self.pods().all(told) && led == self.servers.len()
             })
             .await;

@@ -195,7 +195,7 @@ impl Bed {
                         s["namespace"] == pod.namespace()
                             && s["hostname"].as_str().is_some_and(|name| name.starts_with(pod.name()))
                     });
-                    served.filter(|s| s["endpoints"].as_array().is_some_and(|e| !e.is_empty())).count() == 2
+                    served.filter(|s| s["endpoints"].as_object().is_some_and(|e| !e.is_empty())).count() == 2
                 };
                 self.clients.iter().all(|(captured, pod)| told(pod, *captured))
                     && self.servers.iter().all(|((captured, _), pod)| told(pod, *captured) && led(pod))

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use super::shutdown::Requests;
-use super::{Parts, Program};
+use super::{Parts, Program, dump};
 use crate::ondemand::{self, Demander};
 use crate::proxy::{Proxy, Tallies, Tally};
 use crate::tasks::Tasks;
@@ -44,22 +44,25 @@ async fn listen(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) -> Admin {
-    let directory = |section: &'static str| {
+    let directory = |shape: fn(Value) -> Value| {
         let reader = parts.directory.clone();
-        move || {
-            let dump = serde_json::to_value(&*reader.snapshot())?;
-            Ok(dump.get(section).cloned().unwrap_or_default())
-        }
+        move || Ok(shape(serde_json::to_value(&*reader.snapshot())?))
     };
     let (certificates, proxy, config) =
         (parts.certificates.clone(), program.proxy.clone(), parts.config.clone());
     let pods = program.proxy.clone();
     let (quit, drain) = (stop.clone(), stop.clone());
     Admin::new()
-        .section("services", directory("services"))
-        .section("workloads", directory("workloads"))
-        .section("policies", directory("policies"))
-        .section("certificates", move || Ok(certificate_dump(&certificates)))
+        .section(
+            "services",
+            directory(|mut dump| {
+                let workloads = dump["workloads"].take();
+                dump::services(dump["services"].take(), &workloads)
+            }),
+        )
+        .section("workloads", directory(|mut dump| dump::workloads(dump["workloads"].take())))
+        .section("policies", directory(|mut dump| dump::policies(dump["policies"].take())))
+        .section("certificates", move || Ok(dump::certificates(&certificates.list())))
         .section("connections", move || serde_json::to_value(proxy.connections.summaries()))
         .section("pods", move || Ok(pod_dump(&pods)))
         .section("config", move || serde_json::to_value(&config))
@@ -69,24 +72,11 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .on_drain(move || drain.drain())
 }
 
-fn certificate_dump(certificates: &ambit_identity::CertificateStore) -> Value {
-    let time = |time: std::time::SystemTime| {
-        time.duration_since(std::time::UNIX_EPOCH).map(|since| since.as_secs()).unwrap_or_default()
-    };
-    certificates
-        .list()
-        .iter()
-        .map(|state| {
-            json!({
-                "identity": state.identity.as_str(),
-                "state": if state.is_valid { "Available" } else if state.certificate.is_some() { "Expired" } else { "Initializing" },
-                "notBefore": state.certificate.as_ref().map(|c| time(c.not_before())),
-                "notAfter": state.certificate.as_ref().map(|c| time(c.not_after())),
-                "failures": state.failures,
-                "lastError": state.last_error.as_ref().map(ToString::to_string),
-            })
-        })
-        .collect()
+/// Descriptors of this process; 0 if the system does not say.
+fn open_descriptors() -> i64 {
+    let listed = std::fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or_default();
+    // The directory itself is open while it is read.
+    i64::try_from(listed).unwrap_or(i64::MAX).saturating_sub(1)
 }
 
 fn pod_dump(proxy: &Proxy) -> Value {
@@ -125,13 +115,22 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     );
     let proxy = program.proxy.clone();
     let open = move || i64::try_from(proxy.connections.len()).unwrap_or(i64::MAX);
-    registry.gauge_from("ambit_connections_open", "Connections open now", open);
+    registry.gauge_from("ambit_connections_open", "Connections open now", open.clone());
+    registry.gauge_from("istio_tcp_sockets_open", "Connections open now", open);
+    registry.build_info("ztunnel", env!("CARGO_PKG_VERSION"));
+    registry.gauge_from("process_open_fds", "Descriptors open now", open_descriptors);
     let pods = program.pods.clone();
     let served = move || i64::try_from(pods.counts().0).unwrap_or(i64::MAX);
-    registry.gauge_from("ambit_pods_served", "Pods of this node that are served", served);
+    registry.gauge_from("ambit_pods_served", "Pods of this node that are served", served.clone());
+    registry.gauge_from("workload_manager_active_proxy_count", "Pods of this node that are served", served);
     let pods = program.pods.clone();
     let failed = move || i64::try_from(pods.counts().1).unwrap_or(i64::MAX);
-    registry.gauge_from("ambit_pods_failed", "Pods that can't be served and are tried again", failed);
+    registry.gauge_from("ambit_pods_failed", "Pods that can't be served and are tried again", failed.clone());
+    registry.gauge_from(
+        "workload_manager_pending_proxy_count",
+        "Pods that can't be served and are tried again",
+        failed,
+    );
     let panics = program.workers.panics().clone();
     registry.counter_from("ambit_panics", "Data-path tasks that panicked", move || panics.count());
     let workers = program.workers.clone();
@@ -230,6 +229,22 @@ fn discovery(registry: &Registry, client: &ambit_xds::Client) {
         m.split_batches.load(Relaxed)
     });
     let metrics = client.metrics().clone();
+    let reasons = ambit_xds::Termination::ALL.map(|reason| {
+        let metrics = metrics.clone();
+        (reason.as_str().to_owned(), move || metrics.terminations(reason))
+    });
+    let help = "Discovery streams and attempts that ended";
+    registry.counters_from("istio_xds_connection_terminations", help, "reason", reasons);
+    let messages = client.metrics().clone();
+    let types: Vec<_> = metrics
+        .type_urls()
+        .enumerate()
+        .map(|(index, url)| {
+            let messages = messages.clone();
+            (url.to_owned(), move || messages.messages(index))
+        })
+        .collect();
+    registry.counters_from("istio_xds_message", "Discovery answers received", "url", types);
     let connected = move || i64::from(metrics.connected.load(Relaxed));
     registry.gauge_from("ambit_xds_connected", "Whether a discovery stream is open", connected);
 }

@@ -1,4 +1,5 @@
-//! Where configuration comes from: one YAML file, over it the environment, over it flags.
+//! Where configuration comes from: one YAML file, overridden by the environment of Istio's chart, by variables of our
+//! own, and by flags.
 //!
 //! The keys are read off the default configuration itself, so that a key exists in all three places
 //! or in none: `dns.clusterDomain` is `ZTUNNEL_DNS_CLUSTER_DOMAIN` and `--dns-cluster-domain`.
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use clap::{Arg, ArgMatches, Command};
 use serde_json::{Map, Value};
 
-use super::Config;
+use super::{Config, istio};
 
 /// Why a configuration can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -64,12 +65,37 @@ pub fn from_environment(arguments: impl IntoIterator<Item = OsString>) -> Result
         None => Map::new(),
     };
     check_keys(&tree)?;
+    let variables: Vec<(String, String)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let without_effect = apply_istio(&mut tree, &keys, &variables)?;
     for key in &keys {
         if let Some(text) = text_of(&matches, key) {
             set(&mut tree, &key.path, key.value(&text)?);
         }
     }
-    typed(tree)
+    Ok(Config { without_effect, ..typed(tree)? })
+}
+
+/// Sets what the environment of Istio's chart says; returns the variables without effect.
+fn apply_istio(
+    tree: &mut Map<String, Value>,
+    keys: &[Leaf],
+    variables: &[(String, String)],
+) -> Result<Vec<String>, ConfigError> {
+    let istio::Environment { settings, metadata, without_effect } = istio::read(variables)?;
+    for (path, text, variable) in settings {
+        let Some(key) = keys.iter().find(|key| key.dotted() == path) else { continue };
+        let value = key.value(&text).map_err(|error| match error {
+            ConfigError::Value { reason, .. } => ConfigError::Value { key: variable.to_owned(), reason },
+            other => other,
+        })?;
+        set(tree, &key.path, value);
+    }
+    for (name, value) in metadata {
+        set(tree, &["nodeMetadata".to_owned(), name], Value::from(value));
+    }
+    Ok(without_effect)
 }
 
 /// Builds the configuration from YAML alone.
@@ -171,7 +197,9 @@ fn command(keys: &[Leaf]) -> Command {
                 .value_name("FILE")
                 .value_parser(clap::value_parser!(PathBuf))
                 .help("YAML file with the configuration; flags and environment override its keys"),
-        );
+        )
+        // Istio's chart starts the program as `ztunnel proxy ztunnel`.
+        .arg(Arg::new("role").hide(true).num_args(0..=2).value_parser(["proxy", "ztunnel"]));
     keys.iter().fold(base, |command, key| {
         command.arg(
             Arg::new(key.dotted())
@@ -227,6 +255,8 @@ fn check_level(
                     key: path,
                 });
             }
+            // A setting that holds names of the user's own.
+            (Some(Value::Object(inner)), Value::Object(_)) if inner.is_empty() => {}
             (Some(Value::Object(inner)), Value::Object(given)) => {
                 check_level(given, inner, &format!("{path}."), everywhere)?;
             }

@@ -20,7 +20,7 @@ impl Metrics {
     /// Registers the counters.
     pub fn register(registry: &Registry) -> Self {
         let counter = |name: &str, help: &str| registry.counter(&format!("ambit_dns_{name}"), help);
-        Self {
+        let metrics = Self {
             answered: counter("answered", "Questions answered from the directory"),
             forwarded: counter("forwarded", "Questions answered by a resolver"),
             failed: counter("failed", "Questions that no resolver answered"),
@@ -29,6 +29,19 @@ impl Metrics {
             bad_answers: counter("bad_answers", "Messages of resolvers that answer no question of ours"),
             truncated: counter("truncated", "Answers cut because the client takes no more by UDP"),
             foreign: counter("foreign", "Datagrams to resolvers outside the cluster, passed on as they are"),
-        }
+        };
+        // Under the names that dashboards of Istio's node proxy read.
+        let all = metrics.clone();
+        registry.counter_from("istio_dns_requests", "Questions of pods", move || {
+            [&all.answered, &all.forwarded, &all.failed, &all.refused]
+                .map(|counter| counter.get())
+                .iter()
+                .sum()
+        });
+        let upstream = metrics.clone();
+        registry.counter_from("istio_dns_upstream_requests", "Questions put to resolvers", move || {
+            upstream.forwarded.get() + upstream.failed.get()
+        });
+        metrics
     }
 }

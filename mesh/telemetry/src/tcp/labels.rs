@@ -48,47 +48,42 @@ impl Security {
     }
 }
 
-/// Why a connection failed.
+/// Why a connection failed, in the values of Istio's node proxy (contracts.md, section 7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ResponseFlags {
     /// It did not.
     None,
-    /// Refused by policy.
+    /// Denied by policy.
     Denied,
-    /// No connection to the upstream.
+    /// No connection to the destination.
     Connect,
     /// The TLS handshake failed.
     Tls,
-    /// The HTTP/2 handshake or the CONNECT failed.
+    /// The HTTP/2 handshake failed, or the peer broke HTTP/2.
     Http2,
+    /// The tunnel port did not answer, as when a network policy drops its packets.
+    NetworkPolicy,
     /// The peer is not who it must be, or no certificate could be had.
     Identity,
-    /// Nothing is known about the destination, or no endpoint of it is usable.
-    NoEndpoint,
+    /// The peer's certificate was revoked.
+    Revoked,
 }
 
 /// All flags, in the order of [`ResponseFlags::index`].
-pub(super) const FLAGS: [ResponseFlags; 7] = [
+pub(super) const FLAGS: [ResponseFlags; 8] = [
     ResponseFlags::None,
     ResponseFlags::Denied,
     ResponseFlags::Connect,
     ResponseFlags::Tls,
     ResponseFlags::Http2,
+    ResponseFlags::NetworkPolicy,
     ResponseFlags::Identity,
-    ResponseFlags::NoEndpoint,
+    ResponseFlags::Revoked,
 ];
 
 impl ResponseFlags {
     pub(super) fn index(self) -> usize {
-        match self {
-            Self::None => 0,
-            Self::Denied => 1,
-            Self::Connect => 2,
-            Self::Tls => 3,
-            Self::Http2 => 4,
-            Self::Identity => 5,
-            Self::NoEndpoint => 6,
-        }
+        self as usize
     }
 
     /// The label's value.
@@ -99,8 +94,9 @@ impl ResponseFlags {
             Self::Connect => "CONNECT",
             Self::Tls => "TLS_FAILURE",
             Self::Http2 => "H2_HANDSHAKE_FAILURE",
-            Self::Identity => "IDENTITY",
-            Self::NoEndpoint => "NO_ENDPOINT",
+            Self::NetworkPolicy => "NETWORK_POLICY",
+            Self::Identity => "IDENTITY_ERROR",
+            Self::Revoked => "CERT_REVOKED",
         }
     }
 }

@@ -12,11 +12,11 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::{Body, StdError};
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use super::session::{Outcome, Session};
-use super::{BoxError, ClientConfig, ClientMetrics, Command, DemandError, Found, Rejected};
+use super::{BoxError, ClientConfig, ClientMetrics, Command, DemandError, Found, Rejected, Termination};
 use crate::Backoff;
 
 /// Requests between the session and the transport; beyond it they wait (and coalesce) in the session.
@@ -65,6 +65,21 @@ enum StreamError {
     Stream(Box<Status>),
     #[error("the control plane ended the discovery stream")]
     Ended,
+}
+
+impl StreamError {
+    fn termination(&self) -> Termination {
+        match self {
+            Self::Connect(_) | Self::Timeout(_) => Termination::ConnectionError,
+            Self::Ended => Termination::Complete,
+            Self::Stream(status) => match status.code() {
+                Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable => {
+                    Termination::Reconnect
+                }
+                _ => Termination::Error,
+            },
+        }
+    }
 }
 
 fn describe(status: &Status) -> String {
@@ -122,6 +137,7 @@ impl<C: Connector> Driver<C> {
             self.core.session.handle_disconnected();
             self.core.metrics.connected.store(false, Ordering::Relaxed);
             self.core.metrics.disconnections.fetch_add(1, Ordering::Relaxed);
+            self.core.metrics.count_termination(error.termination());
             if self.core.metrics.answers.load(Ordering::Relaxed) != answers_before {
                 backoff.reset();
             }
@@ -231,6 +247,7 @@ impl Core {
     fn handle_response(&mut self, response: DeltaDiscoveryResponse) {
         let metrics = &self.metrics;
         metrics.answers.fetch_add(1, Ordering::Relaxed);
+        metrics.count_message(&response.type_url);
         metrics.resources.fetch_add(response.resources.len() as u64, Ordering::Relaxed);
         metrics.removals.fetch_add(response.removed_resources.len() as u64, Ordering::Relaxed);
         debug!(

@@ -13,7 +13,7 @@ mod session_tests;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use ambit_api::core::Node;
@@ -107,6 +107,73 @@ pub struct ClientMetrics {
     pub rejected: AtomicU64,
     /// Batches that were too large to be applied at once.
     pub split_batches: AtomicU64,
+    terminations: [AtomicU64; Termination::ALL.len()],
+    /// Answers by type, in the order in which types were added.
+    messages: Vec<(Arc<str>, AtomicU64)>,
+}
+
+impl ClientMetrics {
+    fn new<'a>(type_urls: impl Iterator<Item = &'a Arc<str>>) -> Self {
+        Self {
+            messages: type_urls.map(|url| (Arc::clone(url), AtomicU64::new(0))).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Streams and attempts that ended for a reason.
+    pub fn terminations(&self, reason: Termination) -> u64 {
+        self.terminations.get(reason as usize).map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// The types that are subscribed.
+    pub fn type_urls(&self) -> impl Iterator<Item = &str> {
+        self.messages.iter().map(|(url, _)| &**url)
+    }
+
+    /// Answers of type number `index`.
+    pub fn messages(&self, index: usize) -> u64 {
+        self.messages.get(index).map_or(0, |(_, count)| count.load(Ordering::Relaxed))
+    }
+
+    fn count_termination(&self, reason: Termination) {
+        if let Some(count) = self.terminations.get(reason as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn count_message(&self, type_url: &str) {
+        if let Some((_, count)) = self.messages.iter().find(|(url, _)| **url == *type_url) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Why a stream ended or an attempt failed, as Istio's node proxy tells them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Termination {
+    /// No connection to the server.
+    ConnectionError,
+    /// The server refused or broke the stream.
+    Error,
+    /// The server or the transport closed the stream, as for a restart.
+    Reconnect,
+    /// The server ended the stream without an error.
+    Complete,
+}
+
+impl Termination {
+    /// All reasons.
+    pub const ALL: [Self; 4] = [Self::ConnectionError, Self::Error, Self::Reconnect, Self::Complete];
+
+    /// The value of the metric's label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ConnectionError => "ConnectionError",
+            Self::Error => "Error",
+            Self::Reconnect => "Reconnect",
+            Self::Complete => "Complete",
+        }
+    }
 }
 
 /// What a demand found.
@@ -271,7 +338,7 @@ impl<C: 'static> ClientBuilder<C> {
     pub fn build<S: Connector>(self, connector: S) -> (Client, Driver<S>) {
         let (commands, queue) = mpsc::channel(COMMAND_QUEUE);
         let (ready_sender, ready) = watch::channel(false);
-        let metrics = Arc::new(ClientMetrics::default());
+        let metrics = Arc::new(ClientMetrics::new(self.types.iter().map(session::Subscription::type_url)));
         let limits = session::Limits { names: self.config.max_names, batch: self.config.max_batch };
         let session = Session::new(self.config.node.clone(), self.types, Box::new(self.decoders), limits);
         let driver = Driver::new(self.config, session, connector, queue, ready_sender, Arc::clone(&metrics));

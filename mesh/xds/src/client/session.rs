@@ -101,6 +101,10 @@ impl Subscription {
         }
     }
 
+    pub(crate) fn type_url(&self) -> &Arc<str> {
+        &self.type_url
+    }
+
     /// The request that opens this type on a new stream.
     fn open(&mut self) -> DeltaDiscoveryRequest {
         self.is_answered = false;
