@@ -136,6 +136,8 @@ struct Shared {
     unreadable: Mutex<HashSet<String>>,
     /// Limits how many enrolments run at a time.
     enrolling: Semaphore,
+    /// Has one reconciliation run at a time.
+    reconciling: Semaphore,
     events: broadcast::Sender<StatusEvent>,
     spawn: mpsc::Sender<PodTask>,
     reconciled: watch::Sender<bool>,
@@ -181,6 +183,7 @@ impl Agent {
             claims: Mutex::default(),
             unreadable: Mutex::default(),
             enrolling: Semaphore::new(CONCURRENCY),
+            reconciling: Semaphore::new(1),
             events: broadcast::channel(EVENTS).0,
             spawn,
             reconciled: watch::Sender::new(false),

@@ -25,6 +25,9 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause.
 const RETRY_LAST: Duration = Duration::from_secs(60);
 
+/// Why a pod of the registry is only kept.
+const NOT_FOUND: &str = "its network namespace was not found again";
+
 type Answer<T> = oneshot::Sender<Result<T, AgentError>>;
 
 /// What a pod's task is asked for. Losing an answer that nobody waits for does no harm.
@@ -106,8 +109,8 @@ pub(super) async fn restore(shared: Arc<Shared>, record: Record) -> Option<PodTa
         },
         leaving: (record.stage == Stage::Leaving).then(|| Leaving::from_now(&shared)),
         record,
+        reason: netns.is_none().then(|| NOT_FOUND.to_owned()),
         netns,
-        reason: None,
         older: HashSet::new(),
         since: None,
     };
@@ -632,6 +635,7 @@ impl PodTask {
         }
         if let Some(pod) = &mut self.pod {
             pod.netns = Some(netns);
+            pod.reason = None;
             self.shared.served.upsert(&self.uid, pod.to_serve());
         }
     }

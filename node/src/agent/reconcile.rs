@@ -33,8 +33,10 @@ impl Agent {
     /// `as_of`: enrols what is missing, unenrols what is not desired and was enrolled before `as_of`, and removes our
     /// rules from namespaces that belong to no pod. A pod that cannot be enrolled is tried again by the agent until it
     /// can, or is no longer desired; a proxy that serves it keeps it. Node proxies are served once the first call has
-    /// ended. Calls must not overlap.
+    /// ended. A call waits for the one before it.
     pub async fn reconcile(&self, desired: Vec<PodSpec>, as_of: Instant) -> Reconciled {
+        // The semaphore is never closed.
+        let _one_at_a_time = self.0.reconciling.acquire().await;
         let ips: HashMap<String, Vec<IpAddr>> =
             desired.iter().map(|pod| (pod.uid.clone(), pod.ips.clone())).collect();
         let uids: HashSet<String> = ips.keys().cloned().collect();

@@ -5,17 +5,17 @@ use ambit_local::{Cluster, DATAPLANE_MODE};
 use ambit_tests::wait;
 
 use crate::bed::{Bed, ECHO, NAMESPACE, ping};
-use crate::wire::{Insistent, SECRET, Wire};
+use crate::wire::{RetryingClient, SECRET, Wire};
 
 /// Attempts during an outage: a second of them. Where a proxy gives up after a time, tests make that a second, so
 /// that what it does then is watched too.
 const TRIES: u64 = 50;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_in_the_clear_after_node_proxies_were_told_to_stop() {
+async fn nothing_is_in_the_clear_after_node_proxies_stopped() {
     let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", "1s");
     let bed = Bed::on(builder, true, &[1]).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     for node in 0..2 {
         bed.cluster.ztunnel(node).unwrap().terminate().await.unwrap();
@@ -30,15 +30,15 @@ async fn nothing_is_sent_in_the_clear_after_node_proxies_were_told_to_stop() {
     for node in 0..2 {
         bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
     }
-    client.heard_again().await;
+    client.answered_again().await;
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_in_the_clear_while_node_proxies_die_again_and_again() {
+async fn nothing_is_in_the_clear_while_node_proxies_die() {
     let bed = Bed::start(true, &[1]).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     for round in 0..8_usize {
         let ztunnel = bed.cluster.ztunnel(round % 2).unwrap();
@@ -48,15 +48,15 @@ async fn nothing_is_sent_in_the_clear_while_node_proxies_die_again_and_again() {
         // Killed at any moment of its start too.
         client.tries(2 * (round as u64 % 4)).await;
     }
-    client.heard_again().await;
+    client.answered_again().await;
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_in_the_clear_while_node_proxies_stand_still() {
+async fn nothing_is_in_the_clear_while_node_proxies_stand_still() {
     let bed = Bed::start(true, &[1]).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     for node in 0..2 {
         let ztunnel = bed.cluster.ztunnel(node).unwrap();
@@ -65,14 +65,14 @@ async fn nothing_is_sent_in_the_clear_while_node_proxies_stand_still() {
         client.tries(TRIES).await;
         assert!(client.answered() <= at_most, "answered past a proxy that stands still");
         ztunnel.resume().await.unwrap();
-        client.heard_again().await;
+        client.answered_again().await;
     }
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_in_the_clear_by_pods_whose_certificates_are_refused() {
+async fn nothing_is_in_the_clear_without_certificates() {
     let limits = serde_json::json!({ "connectTimeout": "1s" });
     let builder = Cluster::builder()
         .nodes(2)
@@ -80,7 +80,7 @@ async fn nothing_is_sent_in_the_clear_by_pods_whose_certificates_are_refused() {
         .ztunnel_config("limits", limits);
     let bed = Bed::on(builder, true, &[1]).await;
     let wire = Wire::tap(&bed).await;
-    let client = Insistent::start_unheard(&bed);
+    let client = RetryingClient::start_unanswered(&bed);
     client.tries(2 * TRIES).await;
     let refused = bed.count(0, "ambit_certificates_failed_total", &[]).await;
     assert!(refused > 0.0, "the authority refused nothing");
@@ -90,10 +90,10 @@ async fn nothing_is_sent_in_the_clear_by_pods_whose_certificates_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_in_the_clear_by_node_proxies_that_start_without_a_control_plane() {
+async fn nothing_is_in_the_clear_with_proxies_without_control_plane() {
     let limits = serde_json::json!({ "directoryWait": "1s" });
     let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[1]).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     bed.cluster.control().unwrap().kill().await.unwrap();
     for node in 0..2 {
@@ -111,20 +111,20 @@ async fn nothing_is_sent_in_the_clear_by_node_proxies_that_start_without_a_contr
     client.tries(2 * TRIES).await;
     assert_eq!(client.answered(), answered, "answered without certificate and directory");
     bed.cluster.control().unwrap().start().await.unwrap();
-    client.heard_again().await;
+    client.answered_again().await;
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_is_sent_in_the_clear_without_agents_nor_without_agents_and_node_proxies() {
+async fn nothing_is_in_the_clear_without_agents_and_without_proxies() {
     let bed = Bed::start(true, &[1]).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     for node in 0..2 {
         bed.cluster.stop_agent(node).await.unwrap();
     }
-    client.heard_again().await;
+    client.answered_again().await;
     // From here on a node is as after a reboot: namespaces and rules are there, no process is.
     for node in 0..2 {
         bed.cluster.ztunnel(node).unwrap().kill().await.unwrap();
@@ -140,15 +140,15 @@ async fn nothing_is_sent_in_the_clear_without_agents_nor_without_agents_and_node
     for node in 0..2 {
         bed.cluster.start_agent(node).await.unwrap();
     }
-    client.heard_again().await;
+    client.answered_again().await;
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebooted_node_comes_back_with_its_agent_first_and_nothing_was_sent_in_the_clear() {
+async fn nothing_is_in_the_clear_when_a_rebooted_node_comes_back() {
     let bed = Bed::start(true, &[1]).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     let wire = Wire::tap(&bed).await;
     for node in 0..2 {
         bed.cluster.ztunnel(node).unwrap().kill().await.unwrap();
@@ -162,7 +162,7 @@ async fn a_rebooted_node_comes_back_with_its_agent_first_and_nothing_was_sent_in
         client.tries(TRIES).await;
         assert_eq!(client.answered(), answered, "answered without proxy");
         bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
-        client.heard_again().await;
+        client.answered_again().await;
     }
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;
@@ -195,7 +195,7 @@ async fn is_silent_until_served(bed: Bed, serve: impl AsyncFnOnce(&Cluster)) {
     bed.cluster.apply(&talkative(&bed)).await.unwrap();
     let pod = bed.cluster.find_pod(NAMESPACE, "talkative").expect("it was made");
     // Another client of the node is the clock.
-    let client = Insistent::start_unheard(&bed);
+    let client = RetryingClient::start_unanswered(&bed);
     client.tries(TRIES).await;
     assert!(!pod.is_enrolled() && !pod.is_ready(), "it waits for its agent and proxy: {:?}", pod.view());
     assert!(pod.process(0).is_none(), "its program does not run yet");
@@ -215,21 +215,21 @@ async fn is_silent_until_served(bed: Bed, serve: impl AsyncFnOnce(&Cluster)) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_made_while_its_node_has_no_agent_does_not_run_before_it_is_served() {
+async fn a_pod_made_without_an_agent_waits_until_it_is_served() {
     let bed = Bed::start(true, &[1]).await;
     bed.cluster.stop_agent(0).await.unwrap();
     is_silent_until_served(bed, async |cluster| cluster.start_agent(0).await.unwrap()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_made_while_its_node_has_no_proxy_does_not_run_before_it_is_served() {
+async fn a_pod_made_without_a_proxy_waits_until_it_is_served() {
     let bed = Bed::start(true, &[1]).await;
     bed.cluster.ztunnel(0).unwrap().kill().await.unwrap();
     is_silent_until_served(bed, async |cluster| cluster.ztunnel(0).unwrap().start().await.unwrap()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_running_pod_labelled_while_its_node_has_no_agent_is_out_until_the_agent_is_back_and_then_in() {
+async fn a_pod_labelled_without_an_agent_is_enrolled_when_it_is_back() {
     let bed = Bed::start(false, &[1]).await;
     bed.cluster.stop_agent(0).await.unwrap();
     bed.cluster.label_namespace(NAMESPACE, DATAPLANE_MODE, Some("ambient")).await.unwrap();
@@ -242,7 +242,7 @@ async fn a_running_pod_labelled_while_its_node_has_no_agent_is_out_until_the_age
     drop(plain);
     bed.all_known().await;
     let wire = Wire::tap(&bed).await;
-    let client = Insistent::start(&bed).await;
+    let client = RetryingClient::start(&bed).await;
     client.tries(TRIES).await;
     wire.assert_nothing_in_the_clear(&bed, &[]).await;
     bed.shutdown().await;

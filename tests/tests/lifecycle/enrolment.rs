@@ -7,7 +7,7 @@ use ambit_local::{Cluster, DATAPLANE_MODE};
 use tokio::io::AsyncWriteExt;
 
 use crate::bed::{Bed, ECHO, HBONE, NAMESPACE, ping};
-use crate::wire::{Insistent, SECRET};
+use crate::wire::{RetryingClient, SECRET};
 use ambit_tests::wait;
 
 /// How long proxies and agents may take to let go of pods that have left and whose last connection has ended.
@@ -16,7 +16,7 @@ const LEFT: Duration = Duration::from_secs(30);
 const TRIES: u64 = 50;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_labelled_under_load_is_in_the_mesh_within_a_second_and_no_request_fails() {
+async fn a_namespace_is_enrolled_under_load_within_a_second() {
     let bed = Bed::start(false, &[0, 1]).await;
     let load = bed.load().await;
     load.more(50).await;
@@ -45,7 +45,7 @@ async fn a_namespace_labelled_under_load_is_in_the_mesh_within_a_second_and_no_r
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_namespace_unlabelled_under_load_is_out_of_the_mesh_and_no_request_fails() {
+async fn a_namespace_is_unenrolled_under_load_and_nothing_fails() {
     // Unused tunnels count as connections of a pod that leaves.
     let limits = serde_json::json!({ "poolIdle": "2s" });
     let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[0, 1]).await;
@@ -93,7 +93,7 @@ async fn a_namespace_unlabelled_under_load_is_out_of_the_mesh_and_no_request_fai
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_node_proxy_a_captured_pod_sends_nothing_in_the_clear_and_waits_for_one() {
+async fn an_enrolled_pod_waits_for_a_node_proxy() {
     let bed = Bed::start(true, &[1]).await;
     let mut kept = bed.echo(bed.vip(ECHO)).await;
     for node in 0..2 {
@@ -111,7 +111,7 @@ async fn without_a_node_proxy_a_captured_pod_sends_nothing_in_the_clear_and_wait
             ping(&mut stream, SECRET).await
         });
     }
-    Insistent::start_unheard(&bed).tries(TRIES).await;
+    RetryingClient::start_unanswered(&bed).tries(TRIES).await;
     let captured = capture.stop().await.unwrap();
     let own = captured.packets.iter().filter(|p| p.tcp && p.source.ip() == bed.client.ip());
     assert_eq!(own.filter(|p| !p.payload.is_empty()).count(), 0, "a captured pod sent past its proxy");
@@ -130,7 +130,7 @@ async fn without_a_node_proxy_a_captured_pod_sends_nothing_in_the_clear_and_wait
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pod_labelled_while_its_node_has_no_proxy_sends_nothing_in_the_clear_and_waits_for_one() {
+async fn a_pod_labelled_without_a_node_proxy_waits_for_one() {
     let bed = Bed::start(false, &[1]).await;
     let target = bed.vip(ECHO);
     let mut plain = bed.echo(target).await;
@@ -149,7 +149,7 @@ async fn a_pod_labelled_while_its_node_has_no_proxy_sends_nothing_in_the_clear_a
         ping(&mut stream, SECRET).await
     });
     assert_eq!(ping(&mut plain, "older than the label").await.unwrap(), "older than the label");
-    Insistent::start_unheard(&bed).tries(TRIES).await;
+    RetryingClient::start_unanswered(&bed).tries(TRIES).await;
     assert!(!waiting.is_finished(), "the connection waits");
     bed.cluster.ztunnel(0).unwrap().start().await.unwrap();
     assert_eq!(waiting.await.unwrap().expect("held, then served"), SECRET);

@@ -45,11 +45,11 @@ async fn held_then_refused_then_served(node: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_proxy_of_the_client_connections_wait_for_the_hold_time_and_are_refused_after_it() {
+async fn without_the_clients_proxy_connections_are_held_then_refused() {
     held_then_refused_then_served(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_proxy_of_the_server_connections_wait_for_the_hold_time_and_are_refused_after_it() {
+async fn without_the_servers_proxy_connections_are_held_then_refused() {
     held_then_refused_then_served(1).await;
 }

@@ -12,6 +12,7 @@
 )]
 
 mod addresses;
+mod agents;
 mod bed;
 mod bypass;
 mod control;

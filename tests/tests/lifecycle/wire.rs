@@ -1,4 +1,4 @@
-//! What somebody sees who listens between the nodes, while an enrolled client insists on being heard.
+//! What is seen on the wire between the nodes while an enrolled client sends without pause.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -17,14 +17,14 @@ use crate::bed::{Bed, ECHO, HBONE, ping};
 pub(crate) const SECRET: &str = "xyzzy-in-the-clear-xyzzy";
 /// A namespace that is never in the mesh.
 const OUTSIDE: &str = "outside";
-/// Between two attempts of an insistent client.
+/// Time between two attempts of a client.
 const PACE: Duration = Duration::from_millis(20);
 /// How long one attempt may wait for its answer.
 const ATTEMPT: Duration = Duration::from_secs(3);
 
 /// A client that sends the secret on a new connection every 20 ms, to the service and to the first server itself
 /// in turn, and on a kept one for as long as it lives.
-pub(crate) struct Insistent {
+pub(crate) struct RetryingClient {
     counts: Arc<Counts>,
     tasks: JoinSet<()>,
 }
@@ -37,24 +37,24 @@ struct Counts {
     ended: AtomicU64,
 }
 
-impl Insistent {
+impl RetryingClient {
     /// Starts with everything working: returns after the first answers.
     pub(crate) async fn start(bed: &Bed) -> Self {
         let kept = bed.echo(bed.vip(ECHO)).await;
-        let insistent = Self::start_unheard(bed);
-        let Self { counts, mut tasks } = insistent;
-        tasks.spawn(insist_on(kept));
-        let insistent = Self { counts, tasks };
-        insistent.heard_again().await;
-        insistent
+        let retrying = Self::start_unanswered(bed);
+        let Self { counts, mut tasks } = retrying;
+        tasks.spawn(send_on(kept));
+        let retrying = Self { counts, tasks };
+        retrying.answered_again().await;
+        retrying
     }
 
     /// Starts without waiting for an answer.
-    pub(crate) fn start_unheard(bed: &Bed) -> Self {
+    pub(crate) fn start_unanswered(bed: &Bed) -> Self {
         let counts: Arc<Counts> = Arc::default();
         let targets = [bed.vip(ECHO), SocketAddr::new(bed.servers[0].ip().into(), ECHO)];
         let mut tasks = JoinSet::new();
-        tasks.spawn(insist(bed.client.clone(), targets, Arc::clone(&counts)));
+        tasks.spawn(send_repeatedly(bed.client.clone(), targets, Arc::clone(&counts)));
         Self { counts, tasks }
     }
 
@@ -79,13 +79,13 @@ impl Insistent {
     }
 
     /// Waits for ten answers from now on.
-    pub(crate) async fn heard_again(&self) {
+    pub(crate) async fn answered_again(&self) {
         let target = self.answered() + 10;
         wait::until("answers", Duration::from_secs(30), || async { self.answered() >= target }).await;
     }
 }
 
-async fn insist(client: Pod, targets: [SocketAddr; 2], counts: Arc<Counts>) {
+async fn send_repeatedly(client: Pod, targets: [SocketAddr; 2], counts: Arc<Counts>) {
     let mut turns = tokio::time::interval(PACE);
     let mut attempts = JoinSet::new();
     for target in targets.iter().cycle() {
@@ -106,7 +106,7 @@ async fn insist(client: Pod, targets: [SocketAddr; 2], counts: Arc<Counts>) {
     }
 }
 
-async fn insist_on(mut kept: TcpStream) {
+async fn send_on(mut kept: TcpStream) {
     let mut turns = tokio::time::interval(PACE);
     while ping(&mut kept, SECRET).await.is_ok() {
         turns.tick().await;
