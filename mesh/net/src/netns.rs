@@ -1,9 +1,9 @@
 //! Network namespaces: naming them, and running code inside them.
 //!
-//! A thread belongs to one namespace at a time and a runtime worker must never leave its own, so
-//! code that has to run inside (making sockets, mostly) is sent to one helper thread that does
-//! nothing else. What may block gets a thread of its own with [`Netns::thread`]. Sockets keep the
-//! namespace they were made in, wherever they are used later.
+//! A thread belongs to one namespace at a time, and a runtime worker must never leave its own. So
+//! code that has to run inside (mostly the creation of sockets) is sent to one helper thread that does
+//! nothing else. Code that may block gets a thread of its own with [`Netns::thread`]. A socket keeps the
+//! namespace that it was created in, wherever it is used.
 
 use std::fmt;
 use std::fs::File;
@@ -23,57 +23,57 @@ use tokio::sync::oneshot;
 
 /// Jobs that may wait for the helper thread; a job takes microseconds.
 const QUEUE: usize = 4096;
-/// How often the helper looks for stocks of sockets that nobody draws from.
+/// How often the helper looks for stocks of sockets that are not used.
 const TICK: Duration = Duration::from_secs(15);
 
-/// What went wrong with a namespace.
+/// Errors of network namespaces.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
-    /// The file that stands for the namespace could not be opened.
+    /// The file of the namespace could not be opened.
     #[error("open network namespace {}: {source}", path.display())]
     Open {
-        /// The file that was tried.
+        /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The descriptor is something else than a network namespace.
+    /// The descriptor is not a network namespace.
     #[error("descriptor is not a network namespace: {0}")]
     NotANamespace(io::Error),
     /// The thread could not be moved into the namespace.
     #[error("enter network namespace {id}: {source}")]
     Enter {
-        /// The namespace that was to be entered.
+        /// The namespace.
         id: NetnsId,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
-    /// A new namespace could not be made.
+    /// A new namespace could not be created.
     #[error("create a network namespace: {0}")]
     Create(io::Error),
     /// The thread that enters namespaces could not be started.
     #[error("start the namespace thread: {0}")]
     Thread(io::Error),
-    /// Too many jobs wait already.
+    /// Too many jobs are waiting.
     #[error("namespace thread is busy: {QUEUE} jobs are waiting")]
     Busy,
     /// The code that ran inside panicked.
     #[error("code inside network namespace {0} panicked")]
     Panicked(NetnsId),
-    /// A socket could not be made or configured inside.
+    /// A socket could not be created or configured inside.
     #[error("{attempt} in network namespace {id}: {source}")]
     Socket {
-        /// What was tried, as a verb phrase.
+        /// What was attempted, as a verb phrase.
         attempt: String,
         /// The namespace.
         id: NetnsId,
-        /// The system's answer.
+        /// The error of the system.
         source: io::Error,
     },
 }
 
 impl NetnsError {
-    /// The system's error code, where there is one.
+    /// The system's error code, if there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             Self::Open { source, .. }
@@ -87,7 +87,7 @@ impl NetnsError {
     }
 }
 
-/// What makes a namespace itself: two descriptors with equal ids are one namespace.
+/// The identity of a namespace: two descriptors with equal ids are one namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NetnsId {
     /// Device of the namespace file system.
@@ -129,14 +129,14 @@ impl Netns {
         Self::open("/proc/thread-self/ns/net")
     }
 
-    /// The namespace that a file stands for: `/run/netns/NAME`, `/proc/PID/ns/net`.
+    /// The namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, NetnsError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
         Self::from_fd(file.into())
     }
 
-    /// Takes over a descriptor, as received from a peer. Anything but a network namespace is refused.
+    /// Takes a descriptor, as received from a peer. Anything but a network namespace is refused.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, NetnsError> {
         let file = File::from(fd);
         let metadata = file.metadata().map_err(NetnsError::NotANamespace)?;
@@ -146,8 +146,8 @@ impl Netns {
         Ok(Self(Arc::new(Inner { fd, id })))
     }
 
-    /// Makes a new, empty namespace with no name; it lasts as long as a handle, a process or a
-    /// socket in it does. Its loopback device is down.
+    /// Creates an empty namespace without a name. It exists as long as a handle, a process or a
+    /// socket in it. Its loopback device is down.
     pub fn create() -> Result<Self, NetnsError> {
         let worker = std::thread::Builder::new().name("netns-create".into()).spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).map_err(|e| NetnsError::Create(e.into()))?;
@@ -159,13 +159,13 @@ impl Netns {
         }
     }
 
-    /// What makes this namespace itself.
+    /// The identity of this namespace.
     pub fn id(&self) -> NetnsId {
         self.0.id
     }
 
     /// Runs `work` inside, on the helper thread that all namespaces share. `work` must not block:
-    /// it makes a socket, sets options, reads an address. For anything longer see
+    /// it creates a socket, sets options, reads an address. For anything longer use
     /// [`thread`](Self::thread).
     pub async fn run<T, F>(&self, work: F) -> Result<T, NetnsError>
     where
@@ -177,13 +177,13 @@ impl Netns {
         self.submit(move |entered| {
             let outcome = entered
                 .and_then(|()| catch_unwind(AssertUnwindSafe(work)).map_err(|_| NetnsError::Panicked(id)));
-            // A caller that went away no longer wants the result.
+            // The caller may have been dropped.
             drop(answer.send(outcome));
         })?;
         result.await.unwrap_or(Err(NetnsError::Panicked(id)))
     }
 
-    /// Runs `work` inside on a thread made for it and waits. For programs' start, tests and tools;
+    /// Runs `work` inside on a new thread and waits. For program start, tests and tools;
     /// on a runtime worker use [`run`](Self::run).
     pub fn run_blocking<T, F>(&self, work: F) -> Result<T, NetnsError>
     where
@@ -218,14 +218,14 @@ impl Netns {
             .map_err(NetnsError::Thread)
     }
 
-    /// Hands `job` to the helper thread without waiting; it learns whether entering worked.
+    /// Sends `job` to the helper thread without waiting. The job gets the result of entering.
     pub(crate) fn submit(
         &self,
         job: impl FnOnce(Result<(), NetnsError>) + Send + 'static,
     ) -> Result<(), NetnsError> {
         let mut job = Job { inside: self.clone(), work: Box::new(job) };
         let mut helper = HELPER.lock();
-        // A second round only if the thread has ended, which no job can cause: panics are caught.
+        // A second attempt only if the thread has ended, which no job can cause: panics are caught.
         for _ in 0..2 {
             let queue = match helper.take() {
                 Some(queue) => queue,
@@ -269,7 +269,7 @@ fn start_helper() -> Result<SyncSender<Job>, NetnsError> {
     Ok(queue)
 }
 
-/// The helper's loop. It ends only when the queue's last sender is gone.
+/// The helper's loop. It ends when the queue's last sender is dropped.
 fn serve(jobs: &Receiver<Job>) {
     let mut inside: Option<Netns> = None;
     let mut trimmed = Instant::now();
@@ -292,7 +292,7 @@ fn serve(jobs: &Receiver<Job>) {
                 }
             }
             Err(RecvTimeoutError::Timeout) => {
-                // A quiet helper must not keep a pod's namespace alive by its handle.
+                // An idle helper must not keep a pod's namespace alive by its handle.
                 inside = None;
             }
             Err(RecvTimeoutError::Disconnected) => return,

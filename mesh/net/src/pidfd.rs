@@ -1,6 +1,6 @@
-//! Descriptors of another process, by its consent or ours being privileged (pidfd_getfd(2)).
+//! Descriptors of another process (pidfd_getfd(2)).
 //!
-//! The node agent takes back the listeners that it passed to a proxy before it was restarted itself.
+//! A restarted node agent gets back the listeners that it had passed to a proxy.
 
 use std::collections::HashMap;
 use std::io;
@@ -41,6 +41,6 @@ fn call(number: libc::c_long, [a, b, c]: [libc::c_long; 3]) -> io::Result<RawFd>
 
 #[allow(unsafe_code, reason = "a system call returns descriptors as integers")]
 fn owned(number: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made this descriptor for us and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor for us and nobody else knows it.
     unsafe { OwnedFd::from_raw_fd(number) }
 }

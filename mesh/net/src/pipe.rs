@@ -1,4 +1,4 @@
-//! Pipes for [`splice`](crate::splice), kept for use again.
+//! Pipes for [`splice`](crate::splice), which are reused.
 //!
 //! Each thread keeps a few empty pipes: a worker's connections share them, and a connection holds one
 //! only while bytes are in it.
@@ -13,14 +13,14 @@ use nix::unistd::pipe2;
 
 /// Empty pipes that a thread keeps.
 const KEPT: usize = 32;
-/// What a pipe for bulk data is grown to, in bytes; `/proc/sys/fs/pipe-max-size` by default.
+/// Size of a pipe for bulk data, in bytes; `/proc/sys/fs/pipe-max-size` by default.
 const GROWN: i32 = 1 << 20;
 
 thread_local! {
     static EMPTY: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Pipes that there are, of all threads, and how many there may be.
+/// Open pipes of all threads, and their limit.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
 
@@ -29,14 +29,14 @@ pub fn set_limit(pipes: usize) {
     LIMIT.store(pipes, Ordering::Relaxed);
 }
 
-/// A pipe and what is in it.
+/// A pipe and the number of bytes in it.
 #[derive(Debug)]
 pub(crate) struct Pipe {
     pub(crate) read: OwnedFd,
     pub(crate) write: OwnedFd,
     /// Bytes that the pipe can take when empty, as the kernel accounts it.
     pub(crate) capacity: usize,
-    /// Bytes in it now.
+    /// Bytes in the pipe.
     pub(crate) held: usize,
     _counted: Counted,
 }
@@ -47,7 +47,7 @@ struct Counted;
 
 impl Counted {
     /// # Errors
-    /// `EMFILE` when there are as many as there may be.
+    /// `EMFILE` when the limit is reached.
     fn new() -> io::Result<Self> {
         let counted = Self;
         if OPEN.fetch_add(1, Ordering::Relaxed) < LIMIT.load(Ordering::Relaxed) {
@@ -65,14 +65,14 @@ impl Drop for Counted {
 }
 
 impl Pipe {
-    /// An empty pipe: one that this thread kept, or a new one.
+    /// Takes an empty pipe that this thread kept, or creates one.
     pub(crate) fn take() -> io::Result<Self> {
         if let Some(pipe) = EMPTY.with_borrow_mut(Vec::pop) {
             return Ok(pipe);
         }
         let counted = Counted::new()?;
         let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
-        // Growth can be refused (pipe(7), limits per user): then bulk data moves in smaller pieces.
+        // The size can be refused (pipe(7), limits per user): then bulk data moves in smaller pieces.
         let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(GROWN))
             .or_else(|_| fcntl(&write, FcntlArg::F_GETPIPE_SZ))?;
         Ok(Self {
@@ -84,7 +84,7 @@ impl Pipe {
         })
     }
 
-    /// Gives the pipe back. One that still holds bytes is closed: they must never meet another connection.
+    /// Returns the pipe. One that still holds bytes is closed: they must never reach another connection.
     pub(crate) fn give_back(self) {
         if self.held == 0 {
             EMPTY.with_borrow_mut(|kept| {

@@ -1,7 +1,7 @@
 //! Packets with descriptors over unix `SOCK_SEQPACKET` sockets.
 //!
-//! The node agent listens, the node proxy dials (contracts.md, section 3). A packet arrives whole or not
-//! at all; descriptors in it arrive with it, close-on-exec.
+//! The node agent listens, the node proxy dials (contracts.md, section 3). A packet arrives completely or not
+//! at all. Its descriptors arrive with it, close-on-exec.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -17,17 +17,17 @@ use tokio::io::unix::AsyncFd;
 
 use crate::readiness::register;
 
-/// Descriptors that one packet can carry; the kernel's own limit is 253.
+/// Largest number of descriptors in a packet; the kernel's own limit is 253.
 pub const MAX_DESCRIPTORS: usize = 64;
-/// Peers that wait for an accept.
+/// Backlog.
 const BACKLOG: i32 = 64;
 
-/// A packet as it came.
+/// A received packet.
 #[derive(Debug)]
 pub struct Received {
     /// Bytes of the packet; 0 is the end of the connection.
     pub len: usize,
-    /// The descriptors that came with it, in the order in which they were sent.
+    /// Its descriptors, in the order in which they were sent.
     pub descriptors: Vec<OwnedFd>,
 }
 
@@ -48,7 +48,7 @@ impl SeqPacket {
         Self::from_fd(socket)
     }
 
-    /// Takes over a connected, non-blocking socket.
+    /// Takes a connected, non-blocking socket.
     pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
         Ok(Self { socket: register(socket, Interest::READABLE | Interest::WRITABLE)? })
     }
@@ -58,7 +58,7 @@ impl SeqPacket {
         Ok(getsockopt(self.socket.get_ref(), sockopt::PeerCredentials)?.pid())
     }
 
-    /// Sends one packet with its descriptors. Cancel safe: the packet went or did not.
+    /// Sends one packet with its descriptors. Cancel safe: the packet was sent or was not.
     ///
     /// # Errors
     /// `InvalidInput` for an empty packet or more than [`MAX_DESCRIPTORS`]; `EMSGSIZE` for a packet
@@ -82,8 +82,8 @@ impl SeqPacket {
     /// Receives one packet into `buffer`. Cancel safe.
     ///
     /// # Errors
-    /// `InvalidData` when the packet is longer than `buffer` or bore more descriptors than
-    /// [`MAX_DESCRIPTORS`]; the packet is then lost and descriptors that came are closed.
+    /// `InvalidData` when the packet is longer than `buffer` or had more descriptors than
+    /// [`MAX_DESCRIPTORS`]; the packet is then lost and its descriptors are closed.
     pub async fn recv(&self, buffer: &mut [u8]) -> io::Result<Received> {
         self.socket.async_io(Interest::READABLE, |socket| recv_now(socket, buffer)).await
     }
@@ -121,7 +121,7 @@ fn recv_now(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Received> {
     Ok(Received { len: message.bytes, descriptors })
 }
 
-/// Closes what arrived with a truncated control message, so that a peer cannot use up our descriptors.
+/// Closes the descriptors of a truncated control message, so that a peer cannot use up ours.
 fn close_all(message: &nix::sys::socket::RecvMsg<'_, '_, ()>) {
     if let Ok(controls) = message.cmsgs() {
         for control in controls {
@@ -143,8 +143,8 @@ fn new_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?)
 }
 
-/// A listening socket at `path`, which replaces what a dead predecessor left there. It needs no runtime, so it can be
-/// made before the process that will accept is started. The file is readable and writable for its owner only.
+/// A listening socket at `path`, which replaces the file of a dead predecessor. It needs no runtime, so it can be
+/// created before the process that will accept is started. The file is readable and writable for its owner only.
 ///
 /// # Errors
 /// `AddrInUse` when another process listens there.
@@ -166,41 +166,41 @@ pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// The listening side. A file that it made is removed when it is dropped.
+/// The listening side. A file that it created is removed when it is dropped.
 #[derive(Debug)]
 pub struct SeqPacketListener {
     socket: AsyncFd<OwnedFd>,
-    /// Absent where another process made the file and removes it.
+    /// `None` if another process created the file and removes it.
     path: Option<PathBuf>,
 }
 
 impl SeqPacketListener {
-    /// Takes over a listening, non-blocking socket, as [`listen_at`] makes it. Must be called on a runtime.
+    /// Takes a listening, non-blocking socket, as created by [`listen_at`]. Must be called on a runtime.
     ///
     /// # Errors
-    /// When the runtime cannot watch it.
+    /// The runtime cannot register it.
     pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
         Ok(Self { socket: register(socket, Interest::READABLE)?, path: None })
     }
 
-    /// Listens at `path`, replacing what a dead predecessor left there. Must be called on a runtime.
+    /// Listens at `path`, replacing the file of a dead predecessor. Must be called on a runtime.
     /// The file is readable and writable for its owner only.
     ///
     /// # Errors
-    /// `AddrInUse` when somebody still listens there.
+    /// `AddrInUse` when another process listens there.
     pub fn bind(path: impl AsRef<Path>) -> io::Result<Self> {
         let path = path.as_ref().to_owned();
         let socket = listen_at(&path)?;
         Ok(Self { socket: register(socket, Interest::READABLE)?, path: Some(path) })
     }
 
-    /// The next connection. Cancel safe.
+    /// Accepts the next connection. Cancel safe.
     pub async fn accept(&self) -> io::Result<SeqPacket> {
         let accepted = self.socket.async_io(Interest::READABLE, accept_now).await?;
         SeqPacket::from_fd(accepted)
     }
 
-    /// Where it listens, if it made the socket itself.
+    /// Its path, if it created the socket itself.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()
     }
@@ -221,7 +221,7 @@ fn accept_now(listener: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(own(raw))
 }
 
-/// Whether somebody accepts at `path`: a full queue is an answer too.
+/// Whether a process listens at `path`: a full queue means that it does.
 fn is_served(path: &Path) -> io::Result<bool> {
     let probe = new_socket()?;
     match connect(probe.as_raw_fd(), &UnixAddr::new(path)?) {
