@@ -113,7 +113,7 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
     for (name, piece) in floods {
         let name = format!("floods::a_peer_that_floods_with_{name}_is_hung_up_on");
         trials.add(name, async move |bed: &Hostile| {
-            let reason = "frames that move nothing";
+            let reason = "frames that carry nothing";
             is_hung_up_on(bed, &[], &piece, ENHANCE_YOUR_CALM, "CONNECT", reason).await;
         });
     }

@@ -1,12 +1,14 @@
 //! Ends, resets, and bytes in between.
 
-use std::io::ErrorKind;
+use std::future::poll_fn;
+use std::io::{ErrorKind, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ambit_hbone::{PoolSettings, ServerSettings};
 use ambit_net::relay::RelayError;
+use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{mpsc, watch};
 
@@ -207,6 +209,52 @@ async fn readers_that_stall_hold_only_themselves_back() {
     for sender in senders {
         soon("the sender", sender).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_stream_moves_whole_pieces_and_writes_vectored() {
+    let world = World::new();
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
+    let mut stream = client.open(node.address, echo().await).await.unwrap().into_stream();
+    let first = pattern(100_000);
+    poll_fn(|cx| stream.poll_ready(cx)).await.unwrap();
+    stream.send(Bytes::from(first.clone())).unwrap();
+    let parts = [IoSlice::new(b"one"), IoSlice::new(b""), IoSlice::new(b"two")];
+    assert_eq!(stream.write_vectored(&parts).await.unwrap(), 6);
+    stream.shutdown().await.unwrap();
+    let mut got = Vec::new();
+    // A read of a part leaves the rest of its piece to the next.
+    got.push(soon("the first byte", stream.read_u8()).await.unwrap());
+    while let Some(piece) = soon("a piece", poll_fn(|cx| stream.poll_data(cx))).await {
+        got.extend_from_slice(&piece.unwrap());
+    }
+    assert!(got == [&first[..], b"onetwo"].concat(), "{} bytes came back, altered", got.len());
+}
+
+#[tokio::test]
+async fn bulk_in_a_stream_is_avoided_by_new_tunnels() {
+    let world = World::new();
+    let node = Node::start(&world, "server", ServerSettings::default()).await;
+    let client = Client::new(&world, "client", PoolSettings::default());
+    let sink = application(|mut socket| async move {
+        let _ = tokio::io::copy(&mut socket, &mut tokio::io::sink()).await;
+    })
+    .await;
+    let mut stream = client.open(node.address, sink).await.unwrap().into_stream();
+    let busy = tokio::spawn(async move {
+        let chunk = pattern(1024 * 1024);
+        while stream.write_all(&chunk).await.is_ok() {}
+    });
+    let target = echo().await;
+    let spread = async {
+        while client.dials() < 2 {
+            client.open(node.address, target).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    soon("a second connection", spread).await;
+    busy.abort();
 }
 
 #[tokio::test]
