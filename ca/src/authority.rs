@@ -1,54 +1,69 @@
-//! The authority: what it signs with now, what it publishes, and the driver that follows its files.
+//! The authority: what it signs with now, what it publishes, and the driver that follows its store.
 //!
 //! Reading is lock-free: signing loads the current key. The driver alone changes it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use ambit_identity::files::FileWatch;
 use ambit_identity::{SpiffeId, TrustDomain};
 use arc_swap::ArcSwap;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
-use crate::material::{self, MaterialError, SelfSigned, to_pem};
+use crate::material::{Material, MaterialError, OwnRoot, SelfSigned};
 use crate::request;
-use crate::rotation::{Key, Rotation};
+use crate::rotation::{Record, RecordError, SigningKey, decide};
 use crate::signer::{Issued, SignError, Signer, Validity};
+use crate::store::{AuthorityStore, FileStore, StoreError, StoredMaterial};
 
-/// How often files are looked at even if nobody says that they changed, and self-made roots for renewal.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+/// How often the store is looked at even if nobody says that it changed.
+const LONGEST_SLEEP: Duration = Duration::from_secs(10);
+/// How often time alone makes it be looked at.
+const SHORTEST_SLEEP: Duration = Duration::from_millis(100);
+/// Attempts to write what was decided while other replicas write too.
+const ATTEMPTS: usize = 8;
 
-/// Why the authority cannot start.
+/// Why the authority cannot start, or not follow its store.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// Its files cannot be used.
-    #[error("certificate authority in {directory}: {reason}")]
+    /// Key or certificates cannot be used.
+    #[error("certificate authority in {store}: {reason}")]
     Material {
-        /// Where its files are.
-        directory: PathBuf,
+        /// Where they are.
+        store: String,
         /// What is wrong with them.
         reason: MaterialError,
     },
-    /// The task that read the files ended abnormally.
-    #[error("reading the certificate authority's files in {directory} ended abnormally: {reason}")]
-    Reader {
-        /// Where its files are.
-        directory: PathBuf,
-        /// How it ended.
-        reason: String,
+    /// The record of rotations cannot be used.
+    #[error("certificate authority in {store}: {reason}")]
+    Record {
+        /// Where it is.
+        store: String,
+        /// What is wrong with it.
+        reason: RecordError,
     },
+    /// The store cannot be used.
+    #[error("certificate authority in {store}: {reason}")]
+    Store {
+        /// Which one.
+        store: String,
+        /// What is wrong.
+        reason: StoreError,
+    },
+    /// Others change the store all the time.
+    #[error("certificate authority in {0}: changed by others in each of {ATTEMPTS} attempts to write to it")]
+    Contended(String),
 }
 
 /// Settings of an authority.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct AuthorityConfig {
     /// Whose identities it signs.
     pub trust_domain: TrustDomain,
-    /// Its files; see contracts.md §5 for their names. A self-signed root is made there if there is none.
-    pub directory: PathBuf,
+    /// Where its key and certificates are. A self-signed root is made there if there is none.
+    pub store: Arc<dyn AuthorityStore>,
     /// Lifetime given when the caller asks for none.
     pub default_lifetime: Duration,
     /// Longest lifetime given; longer ones are cut.
@@ -67,18 +82,29 @@ impl AuthorityConfig {
     /// Default of [`root_propagation`](Self::root_propagation).
     pub const ROOT_PROPAGATION: Duration = Duration::from_secs(300);
 
-    /// Defaults of contracts.md §5 for the files in `directory`.
+    /// Defaults of contracts.md §5 for the [files](FileStore) in `directory`.
     pub fn new(trust_domain: TrustDomain, directory: PathBuf) -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         Self {
             trust_domain,
-            directory,
+            store: Arc::new(FileStore::new(directory)),
             default_lifetime: DAY,
             max_lifetime: Self::MAX_LIFETIME,
             backdating: Duration::from_secs(120),
             root_lifetime: DAY * 3650,
             root_propagation: Self::ROOT_PROPAGATION,
         }
+    }
+}
+
+impl std::fmt::Debug for AuthorityConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AuthorityConfig")
+            .field("trust_domain", &self.trust_domain)
+            .field("store", &self.store.name())
+            .field("max_lifetime", &self.max_lifetime)
+            .field("root_propagation", &self.root_propagation)
+            .finish_non_exhaustive()
     }
 }
 
@@ -107,6 +133,8 @@ struct State {
     signer: Arc<Signer>,
     roots_pem: Arc<str>,
     revocations_pem: Option<Arc<str>>,
+    /// When time alone changes this.
+    next: Option<SystemTime>,
 }
 
 struct Shared {
@@ -114,6 +142,8 @@ struct Shared {
     state: ArcSwap<State>,
     version: watch::Sender<u64>,
     reload_failures: AtomicU64,
+    /// Wakes the driver to record that certificates of a longer lifetime were given.
+    wake: Notify,
 }
 
 /// The certificate authority. Clones share it.
@@ -121,30 +151,25 @@ struct Shared {
 pub struct Authority(Arc<Shared>);
 
 impl Authority {
-    /// Reads or makes its files; the future returned follows them and is run for the process's life.
+    /// Reads or makes key and certificates; the future returned follows the store and is run for the process's life.
     ///
     /// # Errors
-    /// [`AuthorityError`] if the files are incomplete, malformed, or do not fit together.
+    /// [`AuthorityError`] if they are incomplete, malformed, or do not fit together.
     pub async fn open(
         config: AuthorityConfig,
     ) -> Result<(Self, impl Future<Output = ()> + Send + 'static), AuthorityError> {
-        let watch = FileWatch::new(std::slice::from_ref(&config.directory));
-        let loaded = load(&config, material::load_or_create).await?;
-        let signer = Arc::new(loaded.signer);
-        let rotation = Rotation::new(Arc::clone(&signer), config.root_propagation);
-        let state = State {
-            signer,
-            roots_pem: roots_pem(&rotation.roots()),
-            revocations_pem: loaded.revocations.map(Arc::from),
-        };
+        let mut follower = Follower::new(&config);
+        follower.create_root(SystemTime::now()).await?;
+        let state = follower.follow().await?;
         let shared = Arc::new(Shared {
             config,
             state: ArcSwap::from_pointee(state),
             version: watch::Sender::new(0),
             reload_failures: AtomicU64::new(0),
+            wake: Notify::new(),
         });
-        let driver = Driver { shared: Arc::clone(&shared), rotation, last_error: None };
-        Ok((Self(shared), driver.run(watch)))
+        let driver = Driver { shared: Arc::clone(&shared), follower, last_error: None };
+        Ok((Self(shared), driver.run()))
     }
 
     /// Signs the key of `csr_pem` for `identity`; names in the request are ignored.
@@ -161,7 +186,7 @@ impl Authority {
     ) -> Result<Issued, SignError> {
         let key = request::read(csr_pem)?;
         let state = self.0.state.load();
-        let validity = self.validity(&state.signer, lifetime, SystemTime::now())?;
+        let validity = self.grant(&state.signer, lifetime, SystemTime::now())?;
         state.signer.issue(&key, identity, validity, &state.roots_pem)
     }
 
@@ -175,7 +200,7 @@ impl Authority {
         lifetime: Option<Duration>,
     ) -> Result<ServerCertificate, SignError> {
         let state = self.0.state.load();
-        let validity = self.validity(&state.signer, lifetime, SystemTime::now())?;
+        let validity = self.grant(&state.signer, lifetime, SystemTime::now())?;
         let (chain, key) = state.signer.issue_server(names, validity)?;
         Ok(ServerCertificate { chain, key, not_after: validity.not_after })
     }
@@ -222,7 +247,8 @@ impl Authority {
         self.0.state.load().signer.not_after()
     }
 
-    fn validity(
+    /// The validity of a certificate that is signed now; its root is published for at least as long.
+    fn grant(
         &self,
         signer: &Signer,
         lifetime: Option<Duration>,
@@ -233,6 +259,9 @@ impl Authority {
             return Err(SignError::Expired);
         }
         let lifetime = lifetime.unwrap_or(config.default_lifetime).min(config.max_lifetime);
+        if signer.note_lifetime(lifetime) {
+            self.0.wake.notify_one();
+        }
         Ok(Validity {
             not_before: now - config.backdating,
             // A certificate that outlives its issuer would not verify.
@@ -247,118 +276,243 @@ impl std::fmt::Debug for Authority {
     }
 }
 
-impl Key for Signer {
-    fn roots(&self) -> &[CertificateDer<'static>] {
-        Signer::roots(self)
-    }
-
-    fn active_root(&self) -> &CertificateDer<'static> {
-        Signer::active_root(self)
-    }
-
-    fn not_after(&self) -> SystemTime {
-        Signer::not_after(self)
-    }
-
-    fn latest_issued(&self) -> SystemTime {
-        Signer::latest_issued(self)
-    }
-
-    fn is_same_as(&self, other: &Self) -> bool {
-        Signer::is_same_as(self, other)
-    }
+/// Follows the store: reads it, decides, writes the decision back.
+struct Follower {
+    store: Arc<dyn AuthorityStore>,
+    self_signed: SelfSigned,
+    propagation: Duration,
+    /// The key that the operator wants, as last read.
+    wanted: Option<Known>,
+    /// Why what the operator wants cannot be used, until the driver has reported it.
+    wanted_error: Option<String>,
+    /// The key that signs.
+    active: Option<Known>,
 }
 
-struct Loaded {
-    signer: Signer,
-    revocations: Option<String>,
+/// A key that was proven to work.
+#[derive(Clone)]
+struct Known {
+    record: SigningKey,
+    signer: Arc<Signer>,
 }
 
-type Read = fn(&Path, &SelfSigned, SystemTime) -> Result<material::Material, MaterialError>;
-
-/// Reads the files off the runtime, as they may lie on a slow disk.
-async fn load(config: &AuthorityConfig, read: Read) -> Result<Loaded, AuthorityError> {
-    let directory = config.directory.clone();
-    let self_signed = SelfSigned {
-        organization: config.trust_domain.to_string(),
-        lifetime: config.root_lifetime,
-        backdating: config.backdating,
-    };
-    let prove = move || -> Result<Loaded, MaterialError> {
-        let now = SystemTime::now();
-        let material = read(&directory, &self_signed, now)?;
-        let signer = Signer::new(&material, now)?;
-        Ok(Loaded { signer, revocations: material.revocations })
-    };
-    match tokio::task::spawn_blocking(prove).await {
-        Ok(Ok(loaded)) => Ok(loaded),
-        Ok(Err(reason)) => Err(AuthorityError::Material { directory: config.directory.clone(), reason }),
-        Err(error) => {
-            Err(AuthorityError::Reader { directory: config.directory.clone(), reason: error.to_string() })
+impl Follower {
+    fn new(config: &AuthorityConfig) -> Self {
+        let self_signed = SelfSigned {
+            organization: config.trust_domain.to_string(),
+            lifetime: config.root_lifetime,
+            backdating: config.backdating,
+        };
+        let store = Arc::clone(&config.store);
+        Self {
+            store,
+            self_signed,
+            propagation: config.root_propagation,
+            wanted: None,
+            wanted_error: None,
+            active: None,
         }
     }
+
+    /// Makes a self-signed root if there is nothing. Only at the start: what is missing later is being replaced.
+    async fn create_root(&self, now: SystemTime) -> Result<(), AuthorityError> {
+        let stored = self.store.material().await.map_err(|reason| self.store_error(reason))?;
+        if let Some(root) = self.self_signed.create(&stored, now).map_err(|reason| self.unusable(reason))? {
+            let OwnRoot { certificate, key } = root;
+            let made = self.store.replace_material(&stored, &certificate, &key).await;
+            if made.map_err(|reason| self.store_error(reason))? {
+                tracing::info!(store = self.store.name(), "self-signed root made");
+            }
+        }
+        Ok(())
+    }
+
+    /// What is in force now, as the store has it.
+    async fn follow(&mut self) -> Result<State, AuthorityError> {
+        let mut may_renew = true;
+        for _ in 0..ATTEMPTS {
+            let now = SystemTime::now();
+            self.wanted_error = None;
+            // First the record: what it says was decided on material that is as old or older.
+            let text = self.store.rotation().await.map_err(|reason| self.store_error(reason))?;
+            let record = text.as_deref().map(Record::parse).transpose();
+            let record = record.map_err(|reason| self.unreadable(reason))?;
+            let stored = self.store.material().await.map_err(|reason| self.store_error(reason))?;
+            let wanted = self.read_wanted(&stored, record.as_ref(), now)?;
+            let longest = self.longest_lifetime(record.as_ref());
+            let decision = decide(record, &wanted.record, longest, self.propagation, now);
+            let written = decision.record.to_text().map_err(|reason| self.unreadable(reason))?;
+            if text.as_ref() != Some(&written) {
+                let replaced = self.store.replace_rotation(text.as_deref(), &written).await;
+                if !replaced.map_err(|reason| self.store_error(reason))? {
+                    continue;
+                }
+            }
+            let active = self.activate(&wanted, &decision.record.signing, now)?;
+            if std::mem::take(&mut may_renew) && self.renew_root(&stored, now).await? {
+                continue;
+            }
+            let roots_pem = decision.roots.concat().into();
+            let revocations_pem = stored.revocations.map(Arc::from);
+            return Ok(State { signer: active.signer, roots_pem, revocations_pem, next: decision.next });
+        }
+        Err(AuthorityError::Contended(self.store.name()))
+    }
+
+    /// The key that the operator wants. While that cannot be used, the last good one is wanted; after a restart, the one
+    /// that signs.
+    fn read_wanted(
+        &mut self,
+        stored: &StoredMaterial,
+        record: Option<&Record>,
+        now: SystemTime,
+    ) -> Result<Known, AuthorityError> {
+        let read = Material::parse(stored).and_then(|material| prove(&material, self.wanted.as_ref(), now));
+        let known = match (read, &self.wanted, record) {
+            (Ok(known), _, _) => known,
+            (Err(error), Some(last), _) => {
+                // Reported by the driver, as the store's state and not as an end of following it.
+                self.wanted_error = Some(error.to_string());
+                last.clone()
+            }
+            (Err(error), None, Some(record)) => {
+                self.wanted_error = Some(error.to_string());
+                let material =
+                    Material::of_record(&record.signing).map_err(|reason| self.unusable(reason))?;
+                prove(&material, None, now).map_err(|reason| self.unusable(reason))?
+            }
+            (Err(reason), None, None) => return Err(self.unusable(reason)),
+        };
+        self.wanted = Some(known.clone());
+        Ok(known)
+    }
+
+    /// What this replica gave under the key that signs by the record.
+    fn longest_lifetime(&self, record: Option<&Record>) -> Duration {
+        match (&self.active, record) {
+            (Some(active), Some(record)) if active.record.is_same_as(&record.signing) => {
+                active.signer.longest_lifetime()
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
+    fn activate(
+        &mut self,
+        wanted: &Known,
+        signing: &SigningKey,
+        now: SystemTime,
+    ) -> Result<Known, AuthorityError> {
+        let known = match &self.active {
+            Some(active) if active.record.is_same_as(signing) => active.clone(),
+            _ if wanted.record.is_same_as(signing) => wanted.clone(),
+            _ => {
+                let material = Material::of_record(signing).map_err(|reason| self.unusable(reason))?;
+                prove(&material, None, now).map_err(|reason| self.unusable(reason))?
+            }
+        };
+        self.active = Some(known.clone());
+        Ok(known)
+    }
+
+    /// Renews a self-made root that is near its end; true if the store has another one now.
+    async fn renew_root(&self, stored: &StoredMaterial, now: SystemTime) -> Result<bool, AuthorityError> {
+        let renewed = match self.self_signed.renew(stored, now) {
+            Ok(None) => return Ok(false),
+            Ok(Some(renewed)) => renewed,
+            Err(reason) => return Err(self.unusable(reason)),
+        };
+        match self.store.replace_material(stored, &renewed.certificate, &renewed.key).await {
+            Ok(true) => {
+                tracing::info!(store = self.store.name(), "self-signed root renewed with the same key");
+                Ok(true)
+            }
+            Ok(false) => Ok(true),
+            Err(error) => {
+                tracing::warn!(%error, "self-signed root is about to expire and cannot be renewed");
+                Ok(false)
+            }
+        }
+    }
+
+    fn store_error(&self, reason: StoreError) -> AuthorityError {
+        AuthorityError::Store { store: self.store.name(), reason }
+    }
+
+    fn unusable(&self, reason: MaterialError) -> AuthorityError {
+        AuthorityError::Material { store: self.store.name(), reason }
+    }
+
+    fn unreadable(&self, reason: RecordError) -> AuthorityError {
+        AuthorityError::Record { store: self.store.name(), reason }
+    }
 }
 
-fn roots_pem(roots: &[CertificateDer<'static>]) -> Arc<str> {
-    roots.iter().map(|root| to_pem("CERTIFICATE", root)).collect::<String>().into()
+/// Proves that a key works; one that is known already is not proven again and keeps what it counted.
+fn prove(material: &Material, known: Option<&Known>, now: SystemTime) -> Result<Known, MaterialError> {
+    let signer = Signer::new(material, now)?;
+    let record = material.to_record(signer.active_root(), signer.not_after());
+    match known {
+        Some(known) if known.record.is_same_as(&record) => {
+            Ok(Known { record, signer: Arc::clone(&known.signer) })
+        }
+        _ => Ok(Known { record, signer: Arc::new(signer) }),
+    }
 }
 
 struct Driver {
     shared: Arc<Shared>,
-    rotation: Rotation<Signer>,
-    /// So that a lasting failure is reported once, not every minute.
+    follower: Follower,
+    /// So that a lasting failure is reported once, not at every look.
     last_error: Option<String>,
 }
 
 impl Driver {
-    async fn run(mut self, mut watch: FileWatch) {
+    async fn run(mut self) {
+        let mut watch = self.follower.store.watch();
         loop {
+            // At once: something may have changed before the watch began.
+            self.turn().await;
             let now = SystemTime::now();
-            let due = self.rotation.poll_deadline().map(|at| at.duration_since(now).unwrap_or_default());
-            let sleep = due.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP);
+            let next = self.shared.state.load().next;
+            let due = next.map(|at| at.duration_since(now).unwrap_or_default());
             tokio::select! {
                 () = watch.changed() => {}
-                () = tokio::time::sleep(sleep) => {}
+                () = self.shared.wake.notified() => {}
+                () = tokio::time::sleep(due.unwrap_or(LONGEST_SLEEP).clamp(SHORTEST_SLEEP, LONGEST_SLEEP)) => {}
             }
-            self.turn().await;
         }
     }
 
     async fn turn(&mut self) {
-        let mut revocations = self.shared.state.load().revocations_pem.clone();
-        let mut changed = false;
-        match load(&self.shared.config, material::reload).await {
-            Ok(loaded) => {
-                self.last_error = None;
-                let read: Option<Arc<str>> = loaded.revocations.map(Arc::from);
-                changed |= read != revocations;
-                revocations = read;
-                changed |= self.rotation.handle_loaded(Arc::new(loaded.signer), SystemTime::now());
-            }
-            Err(error) => {
-                self.shared.reload_failures.fetch_add(1, Ordering::Relaxed);
-                let text = error.to_string();
-                if self.last_error.as_ref() != Some(&text) {
-                    tracing::warn!(%error, "certificate authority not reloaded; the last good one stays in force");
-                    self.last_error = Some(text);
-                }
-                changed |= self.rotation.poll(SystemTime::now());
+        let followed = self.follower.follow().await;
+        let error = match &followed {
+            Ok(_) => self.follower.wanted_error.take(),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(error) = &error {
+            self.shared.reload_failures.fetch_add(1, Ordering::Relaxed);
+            if self.last_error.as_ref() != Some(error) {
+                tracing::warn!(error, "certificate authority not reloaded; the last good one stays in force");
             }
         }
-        if changed {
-            self.publish(revocations);
+        self.last_error = error;
+        if let Ok(state) = followed {
+            self.publish(state);
         }
     }
 
-    fn publish(&self, revocations_pem: Option<Arc<str>>) {
-        let roots = self.rotation.roots();
-        let state = State {
-            signer: Arc::clone(self.rotation.active()),
-            roots_pem: roots_pem(&roots),
-            revocations_pem,
+    fn publish(&self, state: State) {
+        let is_same = {
+            let present = self.shared.state.load();
+            Arc::ptr_eq(&present.signer, &state.signer)
+                && present.roots_pem == state.roots_pem
+                && present.revocations_pem == state.revocations_pem
         };
-        tracing::info!(roots = roots.len(), "certificate authority reloaded");
         self.shared.state.store(Arc::new(state));
-        self.shared.version.send_modify(|version| *version += 1);
+        if !is_same {
+            tracing::info!("certificate authority reloaded");
+            self.shared.version.send_modify(|version| *version += 1);
+        }
     }
 }

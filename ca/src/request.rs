@@ -134,8 +134,6 @@ mod tests {
     }
 
     fn pem_of(label: &str, der: &[u8]) -> String {
-        use base64::Engine;
-        let text = base64::engine::general_purpose::STANDARD.encode(der);
-        format!("-----BEGIN {label}-----\n{text}\n-----END {label}-----\n")
+        pem::encode(&pem::Pem::new(label, der))
     }
 }

@@ -1,214 +1,182 @@
-//! Which key signs and which roots are published, while they change: a core without I/O or clock.
+//! Which key signs and which roots are published, while they change: decided from what the store keeps and the time.
+//! No I/O, no clock, no memory of its own, so every replica and every restart decides alike.
 //!
 //! A new root is published first and signs only once everybody had the time to learn it; an old root stays
 //! published until the last certificate under it has expired. So a rotation breaks no handshake, even when an
 //! operator swaps all files at once.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use rustls_pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
 
-/// What the core needs to know of a signing key.
-pub(crate) trait Key {
-    fn roots(&self) -> &[CertificateDer<'static>];
-    fn active_root(&self) -> &CertificateDer<'static>;
-    /// End of its own validity.
-    fn not_after(&self) -> SystemTime;
-    /// Latest end of what it signed.
-    fn latest_issued(&self) -> SystemTime;
+/// How long after a switch a replica may still sign with the former key, before it has noticed.
+const SWITCH_DELAY: Duration = Duration::from_secs(15);
+/// The form of a record that this program writes.
+const VERSION: u32 = 1;
+
+/// A signing key as it is recorded. Texts are PEM.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct SigningKey {
+    pub(crate) certificate: String,
+    pub(crate) key: String,
+    /// Between the certificate and its root, both excluded.
+    pub(crate) chain: Vec<String>,
+    /// All roots that the operator configured with it.
+    pub(crate) roots: Vec<String>,
+    /// The root that its certificates lead to; one of `roots`.
+    pub(crate) active_root: String,
+    /// End of its own validity, seconds of the Unix epoch.
+    pub(crate) not_after: u64,
+}
+
+impl SigningKey {
     /// Whether it signs the same way; its further roots may differ.
-    fn is_same_as(&self, other: &Self) -> bool;
+    pub(crate) fn is_same_as(&self, other: &Self) -> bool {
+        self.certificate == other.certificate
+            && self.key == other.key
+            && self.chain == other.chain
+            && self.active_root == other.active_root
+    }
 }
 
-/// The state of rotation.
-pub(crate) struct Rotation<K> {
-    active: Arc<K>,
-    /// Signs from then on.
-    pending: Option<(Arc<K>, SystemTime)>,
+impl std::fmt::Debug for SigningKey {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SigningKey").field("active_root", &self.active_root).finish_non_exhaustive()
+    }
+}
+
+/// What is kept of rotations.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Record {
+    version: u32,
+    /// The key that signs.
+    pub(crate) signing: SigningKey,
+    /// Longest lifetime of what it signed, seconds.
+    longest_lifetime: u64,
+    /// Since when each configured root is published, seconds of the Unix epoch.
+    published: BTreeMap<String, u64>,
     /// Roots of former keys, and until when they are published.
-    retired: Vec<(CertificateDer<'static>, SystemTime)>,
-    published_since: HashMap<CertificateDer<'static>, SystemTime>,
-    propagation: Duration,
+    retired: BTreeMap<String, u64>,
 }
 
-impl<K: Key> Rotation<K> {
-    /// Starts with a key whose roots count as known to everybody.
-    pub(crate) fn new(active: Arc<K>, propagation: Duration) -> Self {
-        let published_since =
-            active.roots().iter().map(|root| (root.clone(), SystemTime::UNIX_EPOCH)).collect();
-        Self { active, pending: None, retired: Vec::new(), published_since, propagation }
+/// Why a record cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// It is not one.
+    #[error("record of root rotations cannot be read: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// A newer program wrote it.
+    #[error("record of root rotations has version {0}; this program knows {VERSION}")]
+    Version(u32),
+}
+
+impl Record {
+    pub(crate) fn parse(text: &str) -> Result<Self, RecordError> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let Versioned { version } = serde_json::from_str(text)?;
+        if version != VERSION {
+            return Err(RecordError::Version(version));
+        }
+        Ok(serde_json::from_str(text)?)
     }
 
-    /// The files hold this key now. Returns whether anything changed.
-    pub(crate) fn handle_loaded(&mut self, key: Arc<K>, now: SystemTime) -> bool {
-        let before = self.roots();
-        let was_pending = self.pending.is_some();
-        for root in key.roots() {
-            self.published_since.entry(root.clone()).or_insert(now);
-        }
-        if key.is_same_as(&self.active) {
-            self.pending = None;
-            let latest = self.active.latest_issued().max(key.latest_issued());
-            self.replace_active(key, latest);
+    pub(crate) fn to_text(&self) -> Result<String, RecordError> {
+        Ok(serde_json::to_string_pretty(self)?)
+    }
+}
+
+/// What is to be done now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Decision {
+    /// To be kept before anything else is done.
+    pub(crate) record: Record,
+    /// All roots to be published, PEM, each once: the one that signs first.
+    pub(crate) roots: Vec<String>,
+    /// When time alone changes the decision.
+    pub(crate) next: Option<SystemTime>,
+}
+
+/// Decides from the record (none at the very first start), the key that the operator wants, the longest lifetime that
+/// this replica gave under the recorded key, and the time.
+pub(crate) fn decide(
+    record: Option<Record>,
+    wanted: &SigningKey,
+    longest_lifetime: Duration,
+    propagation: Duration,
+    now: SystemTime,
+) -> Decision {
+    let mut record = record.unwrap_or_else(|| first(wanted));
+    record.longest_lifetime = record.longest_lifetime.max(seconds_up(longest_lifetime));
+    let seconds = unix(now);
+    for root in &wanted.roots {
+        record.published.entry(root.clone()).or_insert(seconds);
+    }
+    let mut pending = None;
+    if wanted.is_same_as(&record.signing) {
+        record.signing = wanted.clone();
+    } else {
+        let since = record.published.get(&wanted.active_root).copied().unwrap_or(seconds);
+        let due = since.saturating_add(seconds_up(propagation)).min(record.signing.not_after);
+        if due <= seconds {
+            switch(&mut record, wanted, seconds);
         } else {
-            let known_since = self.published_since.get(key.active_root()).copied().unwrap_or(now);
-            self.pending = Some((key, known_since + self.propagation));
-        }
-        let switched = self.poll(now);
-        switched || was_pending != self.pending.is_some() || before != self.roots()
-    }
-
-    /// Lets due changes happen. Returns whether anything changed.
-    pub(crate) fn poll(&mut self, now: SystemTime) -> bool {
-        let mut changed = false;
-        let is_due = |at: SystemTime| at <= now || self.active.not_after() <= now;
-        if let Some((key, _)) = self.pending.take_if(|(_, at)| is_due(*at)) {
-            let latest = self.active.latest_issued();
-            self.replace_active(key, latest);
-            changed = true;
-        }
-        let retired = self.retired.len();
-        self.retired.retain(|(_, until)| *until > now);
-        changed |= retired != self.retired.len();
-        if changed {
-            let roots = self.roots();
-            self.published_since.retain(|root, _| roots.contains(root));
-        }
-        changed
-    }
-
-    /// When [`poll`](Self::poll) has something to do by itself.
-    pub(crate) fn poll_deadline(&self) -> Option<SystemTime> {
-        let pending = self.pending.as_ref().map(|(_, at)| (*at).min(self.active.not_after()));
-        self.retired.iter().map(|(_, until)| *until).chain(pending).min()
-    }
-
-    /// The key that signs now.
-    pub(crate) fn active(&self) -> &Arc<K> {
-        &self.active
-    }
-
-    /// All roots to be published, each once: of the active key, of the coming one, of former ones.
-    pub(crate) fn roots(&self) -> Vec<CertificateDer<'static>> {
-        let pending = self.pending.iter().flat_map(|(key, _)| key.roots());
-        let retired = self.retired.iter().map(|(root, _)| root);
-        let mut roots: Vec<CertificateDer<'static>> = Vec::new();
-        for root in self.active.roots().iter().chain(pending).chain(retired) {
-            if !roots.contains(root) {
-                roots.push(root.clone());
-            }
-        }
-        roots
-    }
-
-    /// Puts `key` in charge and retires the root of the former until `latest`, the end of its last certificate.
-    ///
-    /// Only the root that it signed under is kept: others that the operator took away are to go.
-    fn replace_active(&mut self, key: Arc<K>, latest: SystemTime) {
-        let former = std::mem::replace(&mut self.active, key);
-        let root = former.active_root();
-        self.retired.retain(|(retired, _)| !self.active.roots().contains(retired));
-        if !self.active.roots().contains(root) {
-            self.retired.push((root.clone(), latest));
+            pending = Some(due);
         }
     }
+    let Record { signing, published, retired, .. } = &mut record;
+    retired.retain(|root, until| seconds < *until && !signing.roots.contains(root));
+    let next = retired.values().copied().chain(pending).min().map(time);
+    let signing_first = std::iter::once(&signing.active_root);
+    let mut roots: Vec<String> = Vec::new();
+    for root in signing_first.chain(&signing.roots).chain(&wanted.roots).chain(retired.keys()) {
+        if !roots.contains(root) {
+            roots.push(root.clone());
+        }
+    }
+    published.retain(|root, _| roots.contains(root));
+    Decision { record, roots, next }
+}
+
+/// The first key of all: whoever starts the mesh with it learns its roots with it.
+fn first(key: &SigningKey) -> Record {
+    Record {
+        version: VERSION,
+        signing: key.clone(),
+        longest_lifetime: 0,
+        published: key.roots.iter().map(|root| (root.clone(), 0)).collect(),
+        retired: BTreeMap::new(),
+    }
+}
+
+/// Puts `key` in charge. Of the former one only the root that it signed under stays published: others that the operator
+/// took away are to go.
+fn switch(record: &mut Record, key: &SigningKey, now: u64) {
+    let former = std::mem::replace(&mut record.signing, key.clone());
+    let last = now.saturating_add(std::mem::take(&mut record.longest_lifetime)).min(former.not_after);
+    record.retired.insert(former.active_root, last.saturating_add(SWITCH_DELAY.as_secs()));
+}
+
+fn unix(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn time(seconds: u64) -> SystemTime {
+    // Record texts come from outside; what is beyond the clock's range never comes.
+    let far = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 33);
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap_or(far)
+}
+
+fn seconds_up(duration: Duration) -> u64 {
+    duration.as_secs().saturating_add(u64::from(duration.subsec_nanos() > 0))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug)]
-    struct Fake {
-        name: u8,
-        roots: Vec<CertificateDer<'static>>,
-        not_after: SystemTime,
-        latest: SystemTime,
-    }
-
-    impl Key for Fake {
-        fn roots(&self) -> &[CertificateDer<'static>] {
-            &self.roots
-        }
-        fn active_root(&self) -> &CertificateDer<'static> {
-            &self.roots[0]
-        }
-        fn not_after(&self) -> SystemTime {
-            self.not_after
-        }
-        fn latest_issued(&self) -> SystemTime {
-            self.latest
-        }
-        fn is_same_as(&self, other: &Self) -> bool {
-            self.name == other.name
-        }
-    }
-
-    const PROPAGATION: Duration = Duration::from_secs(300);
-
-    fn at(seconds: u64) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 + seconds)
-    }
-
-    fn root(name: u8) -> CertificateDer<'static> {
-        CertificateDer::from(vec![name])
-    }
-
-    fn key(name: u8, further: &[u8], latest: u64) -> Arc<Fake> {
-        let roots = std::iter::once(name).chain(further.iter().copied()).map(root).collect();
-        Arc::new(Fake { name, roots, not_after: at(1_000_000), latest: at(latest) })
-    }
-
-    #[test]
-    fn a_root_swapped_at_once_is_published_before_it_signs_and_the_old_one_until_its_last_certificate_ends() {
-        let mut rotation = Rotation::new(key(1, &[], 5_000), PROPAGATION);
-        assert!(rotation.handle_loaded(key(2, &[], 0), at(10)));
-        assert_eq!(rotation.active().name, 1);
-        assert_eq!(rotation.roots(), [root(1), root(2)]);
-        assert_eq!(rotation.poll_deadline(), Some(at(310)));
-        assert!(!rotation.poll(at(309)));
-        assert!(rotation.poll(at(310)));
-        assert_eq!(rotation.active().name, 2);
-        assert_eq!(rotation.roots(), [root(2), root(1)]);
-        assert_eq!(rotation.poll_deadline(), Some(at(5_000)));
-        assert!(rotation.poll(at(5_000)));
-        assert_eq!(rotation.roots(), [root(2)]);
-    }
-
-    #[test]
-    fn a_root_that_was_published_long_enough_signs_at_once() {
-        let mut rotation = Rotation::new(key(1, &[], 5_000), PROPAGATION);
-        assert!(rotation.handle_loaded(key(1, &[2], 0), at(0)));
-        assert_eq!(rotation.roots(), [root(1), root(2)]);
-        assert!(rotation.handle_loaded(key(2, &[1], 0), at(400)));
-        assert_eq!(rotation.active().name, 2);
-        assert_eq!(rotation.roots(), [root(2), root(1)]);
-    }
-
-    #[test]
-    fn an_expired_key_gives_way_at_once() {
-        let expired = Arc::new(Fake { name: 1, roots: vec![root(1)], not_after: at(5), latest: at(5) });
-        let mut rotation = Rotation::new(expired, PROPAGATION);
-        assert!(rotation.handle_loaded(key(2, &[], 0), at(10)));
-        assert_eq!(rotation.active().name, 2);
-        assert_eq!(rotation.roots(), [root(2)]);
-    }
-
-    #[test]
-    fn going_back_before_the_switch_leaves_the_old_key_in_charge() {
-        let mut rotation = Rotation::new(key(1, &[], 5_000), PROPAGATION);
-        rotation.handle_loaded(key(2, &[], 0), at(10));
-        assert!(rotation.handle_loaded(key(1, &[], 0), at(20)));
-        assert!(!rotation.poll(at(400)));
-        assert_eq!(rotation.active().name, 1);
-        assert_eq!(rotation.roots(), [root(1)]);
-    }
-
-    #[test]
-    fn loading_the_same_files_again_changes_nothing() {
-        let mut rotation = Rotation::new(key(1, &[3], 5_000), PROPAGATION);
-        assert!(!rotation.handle_loaded(key(1, &[3], 0), at(10)));
-    }
-}
+#[path = "rotation_tests.rs"]
+mod tests;

@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::authority::RevokedCertificate;
-use crate::material::{Material, MaterialError, to_pem};
+use crate::material::{Material, MaterialError, certificate_pem};
 
 /// Validity of the certificate that a new signer proves itself with.
 const PROBE_LIFETIME: Duration = Duration::from_secs(60);
@@ -71,11 +71,10 @@ pub(crate) struct Signer {
     intermediates: Vec<CertificateDer<'static>>,
     /// The same as PEM, as sent to callers.
     intermediates_pem: Vec<String>,
-    roots: Vec<CertificateDer<'static>>,
     active_root: CertificateDer<'static>,
     not_after: SystemTime,
-    /// Latest end of validity of what was signed, seconds of the Unix epoch.
-    latest_issued: AtomicU64,
+    /// Longest lifetime that was given, seconds, with a margin.
+    longest_lifetime: AtomicU64,
 }
 
 impl Signer {
@@ -103,20 +102,13 @@ impl Signer {
             issuer,
             intermediates,
             intermediates_pem: Vec::new(),
-            roots: material.roots.clone(),
             active_root: material.certificate.clone(),
             not_after,
-            latest_issued: AtomicU64::new(0),
+            longest_lifetime: AtomicU64::new(0),
         };
-        signer.active_root = signer.prove(now)?;
-        signer.intermediates_pem =
-            signer.intermediates.iter().map(|der| to_pem("CERTIFICATE", der)).collect();
+        signer.active_root = signer.prove(&material.roots, now)?;
+        signer.intermediates_pem = signer.intermediates.iter().map(certificate_pem).collect();
         Ok(signer)
-    }
-
-    /// All roots configured with this key.
-    pub(crate) fn roots(&self) -> &[CertificateDer<'static>] {
-        &self.roots
     }
 
     /// The root that this key's certificates lead to.
@@ -124,21 +116,24 @@ impl Signer {
         &self.active_root
     }
 
-    /// Whether this key signs the same way as `other`, apart from further roots.
-    pub(crate) fn is_same_as(&self, other: &Self) -> bool {
-        self.active_root == other.active_root
-            && self.intermediates == other.intermediates
-            && self.issuer.key().der_bytes() == other.issuer.key().der_bytes()
-    }
-
     /// End of the CA certificate's validity.
     pub(crate) fn not_after(&self) -> SystemTime {
         self.not_after
     }
 
-    /// Latest end of validity of what was signed; the epoch if nothing was.
-    pub(crate) fn latest_issued(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(self.latest_issued.load(Ordering::Relaxed))
+    /// At least the longest lifetime that was given with this key.
+    pub(crate) fn longest_lifetime(&self) -> Duration {
+        Duration::from_secs(self.longest_lifetime.load(Ordering::Relaxed))
+    }
+
+    /// Notes that a certificate of this lifetime is given; true if the longest one changed. It grows by an eighth more
+    /// than needed, so that callers who ask for ever longer ones change it a few dozen times at most.
+    pub(crate) fn note_lifetime(&self, lifetime: Duration) -> bool {
+        let seconds = lifetime.as_secs().saturating_add(1);
+        if self.longest_lifetime.load(Ordering::Relaxed) >= seconds {
+            return false;
+        }
+        self.longest_lifetime.fetch_max(seconds.saturating_add(seconds / 8), Ordering::Relaxed) < seconds
     }
 
     /// Signs for a key that the caller has verified; `roots_pem` goes along.
@@ -151,7 +146,7 @@ impl Signer {
     ) -> Result<Issued, SignError> {
         let (leaf, serial) = self.sign(key, &Subject::Workload(identity), validity)?;
         let mut chain = Vec::with_capacity(2 + self.intermediates_pem.len());
-        chain.push(to_pem("CERTIFICATE", &leaf));
+        chain.push(certificate_pem(&leaf));
         chain.extend_from_slice(&self.intermediates_pem);
         chain.push(roots_pem.to_owned());
         Ok(Issued { chain, serial, not_after: validity.not_after })
@@ -195,8 +190,6 @@ impl Signer {
         };
         parameters.use_authority_key_identifier_extension = true;
         let certificate = parameters.signed_by(key, &self.issuer).map_err(failed)?;
-        let end = validity.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.latest_issued.fetch_max(end.as_secs(), Ordering::Relaxed);
         Ok((certificate.into(), hex(&serial)))
     }
 
@@ -231,18 +224,21 @@ impl Signer {
     }
 
     /// Signs a short-lived certificate and verifies it; returns the root that it leads to.
-    fn prove(&self, now: SystemTime) -> Result<CertificateDer<'static>, MaterialError> {
+    fn prove(
+        &self,
+        roots: &[CertificateDer<'static>],
+        now: SystemTime,
+    ) -> Result<CertificateDer<'static>, MaterialError> {
         let unproven = |reason: String| MaterialError::Unproven(reason);
         let validity = Validity { not_before: now, not_after: now + PROBE_LIFETIME };
         let (chain, _key) = self
             .issue_server(&["probe.invalid".to_owned()], validity)
             .map_err(|error| unproven(error.to_string()))?;
-        self.latest_issued.store(0, Ordering::Relaxed);
         let leaf = chain.first().ok_or_else(|| unproven("no leaf".to_owned()))?;
         let leaf = webpki::EndEntityCert::try_from(leaf).map_err(|error| unproven(error.to_string()))?;
         let now = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
         let mut last = webpki::Error::UnknownIssuer;
-        for root in &self.roots {
+        for root in roots {
             let anchor =
                 webpki::anchor_from_trusted_cert(root).map_err(|error| unproven(error.to_string()))?;
             let anchors = [anchor];

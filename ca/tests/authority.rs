@@ -208,15 +208,18 @@ async fn files_that_do_not_fit_together_are_refused_with_the_reason() {
 }
 
 #[tokio::test]
-async fn a_root_replaced_while_running_overlaps_with_the_old_one_and_signs_after_the_time_to_learn_it() {
+async fn a_root_replaced_while_running_signs_after_its_propagation() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = (plugged("old"), plugged("new"));
     plug_in(directory.path(), &old, &old.root);
     let settings = AuthorityConfig { root_propagation: Duration::from_secs(3), ..config(directory.path()) };
     let (authority, driver) = Authority::open(settings).await.unwrap();
     tokio::spawn(driver);
-    let root_of =
-        |authority: &Authority| authority.sign(&csr(), &reviews(), None).unwrap().chain.pop().unwrap();
+    // The root that signs comes first in the last element of a chain; others that are published follow.
+    let root_of = |authority: &Authority| {
+        let roots = authority.sign(&csr(), &reviews(), None).unwrap().chain.pop().unwrap();
+        CertificateDer::from_pem_slice(roots.as_bytes()).unwrap()
+    };
     let before = root_of(&authority);
     let changes = authority.subscribe();
 
@@ -248,7 +251,7 @@ async fn files_broken_or_removed_while_running_leave_the_last_good_ones_in_force
 }
 
 #[tokio::test]
-async fn an_own_root_near_its_end_is_renewed_with_the_same_key_so_that_chains_verify_under_either() {
+async fn an_own_root_near_its_end_is_renewed_with_the_same_key() {
     let directory = tempfile::tempdir().unwrap();
     let settings = AuthorityConfig {
         root_lifetime: Duration::from_secs(100),
@@ -257,7 +260,8 @@ async fn an_own_root_near_its_end_is_renewed_with_the_same_key_so_that_chains_ve
     };
     let (first, _driver) = Authority::open(settings).await.unwrap();
     let old_trust = trust(&first);
-    let renewed = open(directory.path()).await;
+    let at_once = AuthorityConfig { root_propagation: Duration::ZERO, ..config(directory.path()) };
+    let (renewed, _driver) = Authority::open(at_once).await.unwrap();
     assert!(renewed.not_after() > SystemTime::now() + DAY * 1000);
     let chain = ders(&renewed.sign(&csr(), &reviews(), None).unwrap().chain);
     assert!(old_trust.verify(&chain[..1], Usage::Client, SystemTime::now()).is_ok());
@@ -296,4 +300,107 @@ async fn a_revocation_list_that_it_signs_revokes_what_it_signed() {
 
     std::fs::write(directory.path().join("ca-crl.pem"), &list).unwrap();
     until("the plugged-in list", || authority.revocations_pem().as_deref() == Some(list.as_str())).await;
+}
+
+/// Settings under which a new root signs only after a while that no test waits for.
+fn slow(directory: &Path) -> AuthorityConfig {
+    AuthorityConfig { root_propagation: DAY, ..config(directory) }
+}
+
+/// The name of the authority that signs.
+fn signs(authority: &Authority) -> String {
+    let chain = ders(&authority.sign(&csr(), &reviews(), None).unwrap().chain);
+    let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();
+    leaf.issuer().to_string()
+}
+
+fn roots(authority: &Authority) -> usize {
+    authority.roots_pem().matches("BEGIN").count()
+}
+
+#[tokio::test]
+async fn a_restart_during_propagation_changes_neither_signer_nor_roots() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (plugged("old"), plugged("new"));
+    plug_in(directory.path(), &old, &old.root);
+    {
+        let (authority, driver) = Authority::open(slow(directory.path())).await.unwrap();
+        let driver = tokio::spawn(driver);
+        plug_in(directory.path(), &new, &new.root);
+        until("both roots published", || roots(&authority) == 2).await;
+        driver.abort();
+    }
+    // The files hold the new key only; the old one is still to sign.
+    for _ in 0..2 {
+        let (authority, _driver) = Authority::open(slow(directory.path())).await.unwrap();
+        assert!(signs(&authority).contains("old intermediate"), "{}", signs(&authority));
+        assert_eq!(roots(&authority), 2);
+        let chain = ders(&authority.sign(&csr(), &reviews(), None).unwrap().chain);
+        assert!(trust(&authority).verify(&chain[..2], Usage::Client, SystemTime::now()).is_ok());
+    }
+}
+
+#[tokio::test]
+async fn files_swapped_while_no_replica_runs_are_propagated_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (plugged("old"), plugged("new"));
+    plug_in(directory.path(), &old, &old.root);
+    drop(Authority::open(slow(directory.path())).await.unwrap());
+    plug_in(directory.path(), &new, &new.root);
+    let (authority, _driver) = Authority::open(slow(directory.path())).await.unwrap();
+    assert!(signs(&authority).contains("old intermediate"));
+    assert_eq!(roots(&authority), 2);
+}
+
+#[tokio::test]
+async fn a_retired_root_is_still_published_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (plugged("old"), plugged("new"));
+    plug_in(directory.path(), &old, &old.root);
+    let at_once = || AuthorityConfig { root_propagation: Duration::ZERO, ..config(directory.path()) };
+    {
+        let (authority, driver) = Authority::open(at_once()).await.unwrap();
+        let driver = tokio::spawn(driver);
+        signs(&authority);
+        plug_in(directory.path(), &new, &new.root);
+        until("the new root signs", || signs(&authority).contains("new intermediate")).await;
+        driver.abort();
+    }
+    let (authority, _driver) = Authority::open(at_once()).await.unwrap();
+    assert!(signs(&authority).contains("new intermediate"));
+    assert_eq!(roots(&authority), 2, "certificates under the old root are still valid");
+}
+
+#[tokio::test]
+async fn two_replicas_over_one_store_make_one_root_and_switch_together() {
+    let directory = tempfile::tempdir().unwrap();
+    let settings =
+        || AuthorityConfig { root_propagation: Duration::from_secs(2), ..config(directory.path()) };
+    let (one, other) = tokio::join!(Authority::open(settings()), Authority::open(settings()));
+    let ((one, first), (other, second)) = (one.unwrap(), other.unwrap());
+    tokio::spawn(first);
+    tokio::spawn(second);
+    assert_eq!(one.roots_pem(), other.roots_pem());
+    let new = plugged("new");
+    plug_in(directory.path(), &new, &new.root);
+    until("both publish both roots", || roots(&one) == 2 && roots(&other) == 2).await;
+    until("both sign with the new key", || {
+        [&one, &other].iter().all(|authority| signs(authority).contains("new intermediate"))
+    })
+    .await;
+    until("they publish the same", || one.roots_pem() == other.roots_pem()).await;
+}
+
+#[tokio::test]
+async fn the_record_of_rotations_is_unreadable_to_others_and_an_unknown_one_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    drop(Authority::open(config(directory.path())).await.unwrap());
+    let record = directory.path().join("rotation.json");
+    assert_eq!(std::fs::metadata(&record).unwrap().permissions().mode() & 0o777, 0o600);
+    for unknown in ["{\"version\": 99}", "nonsense"] {
+        std::fs::write(&record, unknown).unwrap();
+        let outcome = Authority::open(config(directory.path())).await.map(|_| ());
+        assert!(matches!(outcome, Err(AuthorityError::Record { .. })), "{outcome:?}");
+        assert_eq!(std::fs::read_to_string(&record).unwrap(), unknown);
+    }
 }

@@ -3,28 +3,82 @@
 //! Any workload can get a token for the control plane, so a valid one is not enough: the whole mesh is shown only to the
 //! service accounts that the certificate authority also trusts as node proxies.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ambit_ca::{Authenticator, Caller, Credentials, IssuancePolicy};
-use ambit_xds::{Admission, Subscriber, View};
+use ambit_identity::SpiffeId;
+use ambit_xds::{Admission, Permit, Subscriber, View};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
+
+/// Streams at the same time of one pod, or of one identity whose tokens are bound to no pod: one in use, and those of
+/// broken connections that have not been noticed yet.
+const MAX_STREAMS: usize = 8;
 
 /// Admits subscribers by their token.
 #[derive(Clone)]
 pub struct TokenAdmission {
     authenticator: Arc<dyn Authenticator>,
     policy: Arc<IssuancePolicy>,
+    streams: Arc<Streams>,
     refused: Arc<AtomicU64>,
+}
+
+/// Who subscribes: an identity is shared by the node proxies of all nodes, so the pod counts where the token names one.
+type Owner = (SpiffeId, Option<String>);
+
+/// Streams by who opened them.
+#[derive(Default)]
+struct Streams(Mutex<HashMap<Owner, usize>>);
+
+impl Streams {
+    fn open(self: &Arc<Self>, caller: &Caller) -> Result<OpenStream, Status> {
+        let owner = (caller.identity.clone(), caller.pod.as_ref().map(|pod| pod.uid.clone()));
+        let mut streams = self.0.lock();
+        let count = streams.entry(owner.clone()).or_default();
+        if *count >= MAX_STREAMS {
+            return Err(Status::resource_exhausted(format!(
+                "{} has {MAX_STREAMS} discovery streams already",
+                caller.identity
+            )));
+        }
+        *count += 1;
+        Ok(OpenStream { streams: Arc::clone(self), owner })
+    }
+}
+
+/// One stream, until it is dropped.
+struct OpenStream {
+    streams: Arc<Streams>,
+    owner: Owner,
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        let mut streams = self.streams.0.lock();
+        if let Some(count) = streams.get_mut(&self.owner) {
+            *count -= 1;
+            if *count == 0 {
+                streams.remove(&self.owner);
+            }
+        }
+    }
 }
 
 impl TokenAdmission {
     /// Asks the given authenticator who a caller is, and the policy whether that is a node proxy.
     pub fn new(authenticator: Arc<dyn Authenticator>, policy: IssuancePolicy) -> TokenAdmission {
-        TokenAdmission { authenticator, policy: Arc::new(policy), refused: Arc::default() }
+        TokenAdmission {
+            authenticator,
+            policy: Arc::new(policy),
+            streams: Arc::default(),
+            refused: Arc::default(),
+        }
     }
 
     /// Callers that were refused.
@@ -53,7 +107,7 @@ impl std::fmt::Debug for TokenAdmission {
 
 impl Admission for TokenAdmission {
     fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Subscriber, Status>> {
-        let Self { authenticator, policy, refused } = self.clone();
+        let Self { authenticator, policy, streams, refused } = self.clone();
         let credentials = Credentials::from_metadata(metadata);
         async move {
             let caller = match credentials {
@@ -62,8 +116,9 @@ impl Admission for TokenAdmission {
             };
             let admitted = caller.map_err(Status::from).and_then(|caller| {
                 let view = view_of(&caller, &policy)?;
+                let permit = Some(Permit::new(streams.open(&caller)?));
                 tracing::info!(caller = %caller.identity, node = caller.node.as_deref(), "subscriber admitted");
-                Ok(Subscriber { identity: caller.identity.to_string().into(), view })
+                Ok(Subscriber { identity: caller.identity.to_string().into(), view, permit })
             });
             admitted.inspect_err(|status| {
                 refused.fetch_add(1, Ordering::Relaxed);

@@ -68,3 +68,20 @@ async fn a_connection_ends_at_its_age_and_the_subscriber_comes_back() {
     world.replace("service.yaml", &crate::service(9090));
     held.until("a change after it", |held| held.port() == Some(9090)).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_pod_has_a_bounded_number_of_streams() {
+    let world = start();
+    let mut clients = Vec::new();
+    for _ in 0..12 {
+        clients.push(subscribe(world.node_proxy("node-a")));
+    }
+    until_metric(&world, "ambit_control_xds_unauthenticated_total", |refused| refused >= 4.0).await;
+    until_metric(&world, "ambit_control_xds_subscribers", |streams| streams == 8.0).await;
+    let (_client, held) = subscribe(world.node_proxy("node-b"));
+    held.until("another pod is served", |held| held.service().is_some()).await;
+    clients.truncate(2);
+    until_metric(&world, "ambit_control_xds_subscribers", |streams| streams <= 9.0).await;
+    let (_client, held) = subscribe(world.node_proxy("node-a"));
+    held.until("a place that was given back", |held| held.service().is_some()).await;
+}

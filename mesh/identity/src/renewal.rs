@@ -21,6 +21,9 @@ use crate::spiffe::SpiffeId;
 /// How far the clock may go back without being taken for set: callers read it before they take their turns.
 const OUT_OF_TURN: Duration = Duration::from_secs(1);
 
+/// How long a certificate is kept at least, even if peers don't believe it.
+const DISTRUSTED_AFTER: Duration = Duration::from_secs(10);
+
 /// Limits and intervals of renewal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RenewalPolicy {
@@ -235,6 +238,17 @@ impl Renewals {
         let next = if slot.holds == 0 { not_after } else { renewal };
         self.rest(identity, next);
         true
+    }
+
+    /// Peers no longer believe the certificate, though it is valid: its root was taken out, or it was revoked. It is
+    /// replaced at once, or a while after it was issued, so that an authority that contradicts itself is not flooded.
+    pub fn handle_distrusted(&mut self, identity: &SpiffeId, now: SystemTime) {
+        self.observe(now);
+        let Some(slot) = self.slots.get(identity) else { return };
+        let (Phase::Resting(until), Some(issued)) = (slot.phase, slot.issued) else { return };
+        if slot.holds > 0 && slot.failures == 0 {
+            self.rest(identity, until.min(issued + DISTRUSTED_AFTER));
+        }
     }
 
     /// A request failed.

@@ -433,3 +433,23 @@ async fn configured_roots_override_those_that_come_with_certificates() {
     assert!(believes(&trust, &configured));
     assert!(!believes(&trust, &carried));
 }
+
+#[tokio::test(start_paused = true)]
+async fn certificates_under_a_removed_root_are_replaced_long_before_their_renewal() {
+    let clock = virtual_clock();
+    let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
+    let (old, new) = (Arc::clone(&issuer.ca.lock().unwrap()), Arc::new(TestCa::new("new")));
+    let trust = trust_in(&[&old, &new]);
+    let config = StoreConfig { clock: Arc::clone(&clock), ..StoreConfig::default() };
+    let (store, driver) = CertificateStore::new(config, issuer.clone(), trust.clone());
+    tokio::spawn(driver);
+    store.prefetch(&id("a")).unwrap();
+    let first = store.certificate(&id("a")).await.unwrap();
+    *issuer.ca.lock().unwrap() = Arc::clone(&new);
+    trust.set_roots(new.pem.as_bytes()).unwrap();
+    pass(20).await;
+    let second = store.current(&id("a")).unwrap();
+    assert_ne!(first.info().serial, second.info().serial);
+    assert_eq!(second.info().issuer, "CN=new");
+    assert_eq!(issuer.asked().len(), 2);
+}

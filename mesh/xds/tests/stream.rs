@@ -325,7 +325,7 @@ impl Admission for OnlyWithToken {
             Some("Bearer policies") => Some(View::of_types([AUTHORIZATION_TYPE_URL])),
             _ => None,
         };
-        let caller = view.map(|view| Caller { identity: "known".into(), view });
+        let caller = view.map(|view| Caller { identity: "known".into(), view, permit: None });
         Box::pin(std::future::ready(caller.ok_or_else(|| Status::unauthenticated("no token"))))
     }
 }

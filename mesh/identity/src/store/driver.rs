@@ -12,6 +12,7 @@ use crate::certificate::{CertificateRequest, WorkloadCertificate};
 use crate::issuer::IssueError;
 use crate::renewal::Urgency;
 use crate::spiffe::SpiffeId;
+use crate::verify::Usage;
 
 /// The longest sleep of the driver: a wall clock that was set, or a machine that slept, is noticed within it.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
@@ -38,10 +39,13 @@ pub(super) async fn drive(guard: StopGuard) {
     let shared = &guard.0;
     let mut attempts: JoinSet<Attempt> = JoinSet::new();
     let mut running: HashMap<Id, SpiffeId> = HashMap::new();
+    let mut trust = shared.trust.subscribe();
     loop {
         let sleep = start_due(shared, &mut attempts, &mut running);
         tokio::select! {
             () = shared.wake.notified() => {}
+            // The sender lives as long as `shared`.
+            _ = trust.changed() => shared.replace_distrusted(),
             Some(ended) = attempts.join_next_with_id() => finish(shared, &mut running, ended),
             () = tokio::time::sleep(sleep) => {}
         }
@@ -138,6 +142,22 @@ impl Shared {
         }
         self.remove_dropped(&mut renewals);
         self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Has certificates replaced that peers with our roots and revocations do not believe any more.
+    fn replace_distrusted(&self) {
+        let now = (self.config.clock)();
+        let mut renewals = self.renewals.lock();
+        for (identity, entry) in &**self.entries.load() {
+            let Some(certificate) = entry.current.load_full() else { continue };
+            if !certificate.is_valid_at(now) {
+                continue;
+            }
+            if let Err(error) = self.trust.verify(certificate.chain(), Usage::Server, now) {
+                tracing::warn!(%identity, %error, "our certificate is not believed any more and is replaced");
+                renewals.handle_distrusted(identity, now);
+            }
+        }
     }
 
     /// Believes the roots that came with a certificate, and no others: they are what the CA publishes now, over the

@@ -1,5 +1,6 @@
 //! Who subscribes, and what that subscriber may see.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
@@ -19,12 +20,31 @@ pub struct Subscriber {
     pub identity: Arc<str>,
     /// What it may see: decided from the identity, never from what the caller asks for.
     pub view: View,
+    /// What the admission counts the stream by; dropped when the stream ends.
+    pub permit: Option<Permit>,
+}
+
+/// Whatever is to be given back when a stream has ended.
+#[derive(Clone)]
+pub struct Permit(#[expect(dead_code, reason = "held to be dropped")] Arc<dyn Any + Send + Sync>);
+
+impl Permit {
+    /// Holds `guard` for as long as the stream lasts.
+    pub fn new(guard: impl Any + Send + Sync) -> Self {
+        Self(Arc::new(guard))
+    }
+}
+
+impl std::fmt::Debug for Permit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Permit")
+    }
 }
 
 impl Subscriber {
     /// Stands for every caller of a server without admission.
     pub(crate) fn anonymous() -> Self {
-        Self { identity: "anonymous".into(), view: View::everything() }
+        Self { identity: "anonymous".into(), view: View::everything(), permit: None }
     }
 }
 

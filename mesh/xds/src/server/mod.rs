@@ -20,7 +20,7 @@ mod stream;
 pub(crate) mod subscription;
 mod wakeup;
 
-pub use admission::{Admission, Subscriber, View};
+pub use admission::{Admission, Permit, Subscriber, View};
 pub use metrics::ServerMetrics;
 pub use service::{Server, ServerConfig};
 pub use store::{Applied, Change, Publisher, Resource, Store, StoreConfig};
