@@ -1,4 +1,4 @@
-//! Who calls: the seam behind which tokens are verified, and what a verified caller is.
+//! Authentication of callers: the trait that verifies tokens, and the caller that it returns.
 //!
 //! Discovery uses the same seam as signing. One implementation is [`JwtAuthenticator`](crate::JwtAuthenticator).
 
@@ -9,7 +9,7 @@ use tonic::metadata::MetadataMap;
 /// Tokens longer than this are refused unread, bytes.
 const MAX_TOKEN: usize = 16 * 1024;
 
-/// Why a caller is not believed. The message goes to the caller and must not help a forger.
+/// Why authentication failed. The message is sent to the caller and must not help a forger.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AuthenticationError {
     /// No `authorization: Bearer` header.
@@ -68,7 +68,7 @@ impl Credentials {
         Self::new(bearer, text("clusterid").unwrap_or_default())
     }
 
-    /// A token and the cluster that its bearer says it is of (empty: not said).
+    /// A token and the cluster that the caller named (empty if it named none).
     ///
     /// # Errors
     /// [`AuthenticationError::NotAToken`] if it is empty or implausibly long.

@@ -18,9 +18,9 @@ use crate::rotation::{Record, RecordError, SigningKey, decide};
 use crate::signer::{Issued, SignError, Signer, Validity};
 use crate::store::{AuthorityStore, FileStore, StoreError, StoredMaterial};
 
-/// How often the store is looked at even if nobody says that it changed.
+/// How often the store is read even if no change was reported.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
-/// How often time alone makes it be looked at.
+/// Shortest pause before a decision that depends on time alone.
 const SHORTEST_SLEEP: Duration = Duration::from_millis(100);
 /// Attempts to write what was decided while other replicas write too.
 const ATTEMPTS: usize = 8;
@@ -227,7 +227,7 @@ impl Authority {
         self.0.state.load().signer.sign_revocations(revoked, SystemTime::now(), next_update)
     }
 
-    /// Tells when roots, key or revocations changed; the number counts changes.
+    /// Notified when roots, key or revocations change; the number counts the changes.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.version.subscribe()
     }
@@ -463,7 +463,7 @@ fn prove(material: &Material, known: Option<&Known>, now: SystemTime) -> Result<
 struct Driver {
     shared: Arc<Shared>,
     follower: Follower,
-    /// So that a lasting failure is reported once, not at every look.
+    /// The last failure that was reported, so that a lasting one is reported once.
     last_error: Option<String>,
 }
 

@@ -73,7 +73,7 @@ async fn handshake(acceptor: TlsAcceptor, socket: TcpStream) -> Option<ServedCon
     }
 }
 
-/// An authenticated-server TLS connection that tells tonic its addresses.
+/// A TLS connection that gives tonic its addresses.
 #[derive(Debug)]
 pub struct ServedConnection(TlsStream<TcpStream>);
 

@@ -4,7 +4,7 @@
 //!
 //! * [`Authority`]: signs for identities with a self-made or plugged-in key, reloads and rotates live.
 //! * [`AuthorityStore`]: where its key is, and what it must remember about a change of roots.
-//! * [`Authenticator`] and [`JwtAuthenticator`]: who calls.
+//! * [`Authenticator`] and [`JwtAuthenticator`]: authentication of callers.
 //! * [`NodePods`]: which identities run where, as the control plane knows it.
 //! * [`CertificateService`]: the gRPC service that ties them together.
 //!

@@ -13,9 +13,9 @@ use crate::rotation::SigningKey;
 use crate::signer::{Validity, self_sign};
 use crate::store::StoredMaterial;
 
-/// Common name by which a self-made root is known again.
+/// Common name that marks a self-signed root as our own.
 const SELF_SIGNED_NAME: &str = "Ambit self-signed root";
-/// A self-made root is renewed when less than this part of its lifetime is left.
+/// A self-signed root of ours is renewed when less than this part of its lifetime is left.
 const RENEW_ROOT_AT: f64 = 0.2;
 
 /// Why the CA's key or certificates cannot be used.
@@ -27,7 +27,7 @@ pub enum MaterialError {
     /// The CA certificate cannot be parsed.
     #[error("CA certificate: {0}")]
     Certificate(String),
-    /// The certificate may not sign others.
+    /// The certificate is not that of a certificate authority.
     #[error("certificate {0:?} is not that of a CA")]
     NotCa(String),
     /// Key and certificate do not belong together.
@@ -120,7 +120,7 @@ impl Material {
     }
 }
 
-/// How long a self-made root is valid and for whom.
+/// Lifetime and organization of a self-signed root.
 #[derive(Debug, Clone)]
 pub(crate) struct SelfSigned {
     pub(crate) organization: String,

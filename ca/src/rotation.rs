@@ -92,7 +92,7 @@ impl Record {
     }
 }
 
-/// What is to be done now.
+/// The outcome of [`decide`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Decision {
     /// To be kept before anything else is done.
@@ -155,8 +155,8 @@ fn first(key: &SigningKey) -> Record {
     }
 }
 
-/// Puts `key` in charge. Of the former one only the root that it signed under stays published: others that the operator
-/// took away are to go.
+/// Makes `key` the signing key. Of the former key only the root that it signed under stays published; further roots that
+/// the operator removed are no longer published.
 fn switch(record: &mut Record, key: &SigningKey, now: u64) {
     let former = std::mem::replace(&mut record.signing, key.clone());
     let last = now.saturating_add(std::mem::take(&mut record.longest_lifetime)).min(former.not_after);

@@ -58,7 +58,7 @@ fn a_root_swapped_at_once_is_published_before_it_signs() {
     let mut store = Store::with(key("old", &[]));
     assert_eq!(store.look(0), published("old", &["old"]));
     store.wanted = key("new", &[]);
-    // Every look is that of a replica that has just started.
+    // Every call of `look` stands for a replica that has just started.
     assert_eq!(store.look(10), published("old", &["old", "new"]));
     assert_eq!(store.next(10), Some(at(310)));
     assert_eq!(store.look(309), published("old", &["old", "new"]));

@@ -36,7 +36,7 @@ pub trait NodePods: Send + Sync + 'static {
     }
 }
 
-/// A service account whose bearers may ask for the identities of pods on their node.
+/// A service account that may request the identities of pods on its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeProxy {
     /// Namespace.
@@ -48,7 +48,7 @@ pub struct NodeProxy {
 /// Who may have what signed.
 #[derive(Debug, Clone)]
 pub struct IssuancePolicy {
-    /// Whom to believe as node proxies.
+    /// Service accounts of node proxies.
     pub trusted_node_proxies: Vec<NodeProxy>,
 }
 
@@ -65,9 +65,9 @@ impl Default for IssuancePolicy {
 pub struct IssuanceMetrics {
     /// Certificates signed.
     pub issued: AtomicU64,
-    /// Callers not believed.
+    /// Callers that failed authentication.
     pub unauthenticated: AtomicU64,
-    /// Callers that may not have what they asked for.
+    /// Requests that were denied.
     pub denied: AtomicU64,
     /// Requests that are not acceptable.
     pub invalid: AtomicU64,

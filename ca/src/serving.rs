@@ -76,7 +76,7 @@ impl Authority {
         Ok((Arc::new(config), self.clone().keep_fresh(names, current, age)))
     }
 
-    /// A fresh certificate, and when it is to be replaced: at half of the lifetime that it got.
+    /// A new certificate, and its replacement time: half of its lifetime.
     fn certified_key(&self, names: &[String]) -> Result<(CertifiedKey, Age), ServingError> {
         let made = SystemTime::now();
         let issued = self
@@ -117,7 +117,7 @@ impl Authority {
     }
 }
 
-/// When a certificate was made and is to be replaced, by the wall clock, which it is valid by.
+/// When a certificate was issued and when it must be replaced, by the wall clock.
 #[derive(Debug, Clone, Copy)]
 struct Age {
     made: SystemTime,
@@ -125,13 +125,13 @@ struct Age {
 }
 
 impl Age {
-    /// Whether it is to be replaced. One that was made in what is the future now, for the clock was set back, may be held
-    /// not valid yet.
+    /// Whether it must be replaced. If the clock was set back, a certificate from what is now the future may be rejected
+    /// as not yet valid, so it is replaced too.
     fn is_over(&self, now: SystemTime) -> bool {
         now >= self.replaced || now < self.made
     }
 
-    /// How long to sleep before the next look.
+    /// How long to sleep before the next check.
     fn pause(&self, now: SystemTime) -> Duration {
         self.replaced.duration_since(now).unwrap_or_default().min(LOOK)
     }

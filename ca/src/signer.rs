@@ -33,7 +33,7 @@ pub enum SignError {
     /// The library failed.
     #[error("cannot sign for {subject}: {reason}")]
     Library {
-        /// For whom.
+        /// Subject of the certificate.
         subject: String,
         /// What it said.
         reason: rcgen::Error,
@@ -58,7 +58,7 @@ pub(crate) struct Validity {
     pub(crate) not_after: SystemTime,
 }
 
-/// Whom a certificate is for.
+/// Subject of a certificate.
 pub(crate) enum Subject<'a> {
     Workload(&'a SpiffeId),
     Server(&'a [String]),
@@ -136,7 +136,7 @@ impl Signer {
         self.longest_lifetime.fetch_max(seconds.saturating_add(seconds / 8), Ordering::Relaxed) < seconds
     }
 
-    /// Signs for a key that the caller has verified; `roots_pem` goes along.
+    /// Signs a key whose possession the caller has verified. `roots_pem` becomes the last element of the chain.
     pub(crate) fn issue(
         &self,
         key: &impl PublicKeyData,

@@ -86,7 +86,7 @@ fn plug_in(directory: &Path, plugged: &Plugged, roots: &str) {
 }
 
 #[tokio::test]
-async fn a_self_signed_root_is_made_once_and_kept_with_its_key_unreadable_to_others() {
+async fn a_self_signed_root_is_made_once_with_a_private_key_file() {
     let directory = tempfile::tempdir().unwrap();
     let home = directory.path().join("ca");
     let first = open(&home).await;
@@ -108,7 +108,7 @@ async fn a_crash_between_key_and_certificate_leaves_a_state_that_starts() {
 }
 
 #[tokio::test]
-async fn a_certificate_has_the_identity_of_the_caller_whatever_the_request_says() {
+async fn a_certificate_has_the_identity_of_the_caller() {
     let directory = tempfile::tempdir().unwrap();
     let authority = open(directory.path()).await;
     let key = KeyPair::generate().unwrap();
@@ -127,7 +127,7 @@ async fn a_certificate_has_the_identity_of_the_caller_whatever_the_request_says(
 }
 
 #[tokio::test]
-async fn lifetimes_are_a_day_by_default_ninety_days_at_most_and_backdated_by_two_minutes() {
+async fn lifetimes_have_a_default_a_maximum_and_backdating() {
     let directory = tempfile::tempdir().unwrap();
     let authority = open(directory.path()).await;
     let span = |lifetime: Option<Duration>| {
@@ -238,7 +238,7 @@ async fn a_root_replaced_while_running_signs_after_its_propagation() {
 }
 
 #[tokio::test]
-async fn files_broken_or_removed_while_running_leave_the_last_good_ones_in_force() {
+async fn broken_files_leave_the_last_good_ones_in_force() {
     let directory = tempfile::tempdir().unwrap();
     let authority = open(directory.path()).await;
     let before = authority.roots_pem();
@@ -270,7 +270,7 @@ async fn an_own_root_near_its_end_is_renewed_with_the_same_key() {
 }
 
 #[tokio::test]
-async fn no_certificate_outlives_the_authority_and_an_expired_one_signs_nothing() {
+async fn no_certificate_outlives_the_authority() {
     let directory = tempfile::tempdir().unwrap();
     let short = AuthorityConfig { root_lifetime: Duration::from_secs(2), ..config(directory.path()) };
     let (authority, _driver) = Authority::open(short).await.unwrap();
@@ -372,7 +372,7 @@ async fn a_retired_root_is_still_published_after_a_restart() {
 }
 
 #[tokio::test]
-async fn two_replicas_over_one_store_make_one_root_and_switch_together() {
+async fn two_replicas_make_one_root_and_switch_together() {
     let directory = tempfile::tempdir().unwrap();
     let settings =
         || AuthorityConfig { root_propagation: Duration::from_secs(2), ..config(directory.path()) };
@@ -392,7 +392,7 @@ async fn two_replicas_over_one_store_make_one_root_and_switch_together() {
 }
 
 #[tokio::test]
-async fn the_record_of_rotations_is_unreadable_to_others_and_an_unknown_one_is_kept() {
+async fn the_record_of_rotations_is_private_and_never_overwritten() {
     let directory = tempfile::tempdir().unwrap();
     drop(Authority::open(config(directory.path())).await.unwrap());
     let record = directory.path().join("rotation.json");

@@ -175,7 +175,7 @@ async fn serve(service: CertificateService, tls: Arc<rustls::ServerConfig>) -> S
 }
 
 #[tokio::test]
-async fn a_node_proxy_fetches_certificates_of_its_pods_with_which_they_meet() {
+async fn a_node_proxy_fetches_certificates_of_its_pods() {
     let world = World::start().await;
     world.write_token(&claims("ambit-system", "ztunnel", NODE));
     let trust = TrustConfig {
@@ -215,7 +215,7 @@ async fn a_node_proxy_fetches_certificates_of_its_pods_with_which_they_meet() {
 }
 
 #[tokio::test]
-async fn identities_of_other_nodes_and_domains_are_denied_and_so_are_callers_that_are_no_node_proxies() {
+async fn foreign_identities_and_unknown_callers_are_denied() {
     let world = World::start().await;
     let denied = async |identity: &SpiffeId| match world.ask(identity).await {
         Err(IssueError::Denied { reason, .. }) => reason,
@@ -331,7 +331,7 @@ async fn a_control_plane_under_another_root_or_name_is_not_told_our_token() {
 }
 
 #[tokio::test]
-async fn a_root_file_that_is_replaced_counts_for_the_next_connection_of_the_same_channel() {
+async fn a_replaced_root_file_counts_for_the_next_connection() {
     let world = World::start().await;
     world.write_token(&claims("ambit-system", "ztunnel", NODE));
     let good = std::fs::read(world.path("root-cert.pem")).unwrap();
@@ -345,7 +345,7 @@ async fn a_root_file_that_is_replaced_counts_for_the_next_connection_of_the_same
 }
 
 #[tokio::test]
-async fn the_ports_own_certificate_is_replaced_before_the_end_that_the_authority_gave_it() {
+async fn the_ports_own_certificate_is_replaced_in_time() {
     let lifetime = Duration::from_secs(3);
     let world = World::with(|config| config.max_lifetime = lifetime).await;
     let first_ends = SystemTime::now() + lifetime;

@@ -178,7 +178,7 @@ async fn an_edit_arrives_within_a_tenth_of_a_second() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_malformed_file_is_told_with_line_and_field_counted_and_changes_nothing() {
+async fn a_malformed_file_is_reported_counted_and_changes_nothing() {
     let world = start();
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("first state", |held| held.port() == Some(9080)).await;
@@ -234,7 +234,7 @@ async fn ask(caller: ControlPlane, account: &str) -> Result<Vec<String>, IssueEr
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificates_are_signed_for_pods_of_the_callers_node_and_refused_for_others() {
+async fn certificates_are_signed_for_pods_of_the_callers_node_only() {
     let world = start();
     let chain = ask(world.node_proxy("node-a"), "reviews").await.unwrap();
     let root = std::fs::read_to_string(world.directory.path().join("root-cert.pem")).unwrap();
@@ -263,7 +263,7 @@ async fn a_pod_that_moves_takes_the_right_to_its_certificate_along() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_program_says_that_it_is_ready_and_what_objects_authors_should_know() {
+async fn readiness_and_findings_are_shown() {
     let world = start();
     assert!(world.readiness().starts_with("HTTP/1.1 200"), "{}", world.readiness());
     assert_eq!(world.config_dump("resources"), serde_json::json!({ "policies": 2, "addresses": 2 }));

@@ -26,7 +26,7 @@ pub enum CertificateMaterialError {
     /// The key or the request could not be made.
     #[error("cannot make key and signing request for {identity}: {reason}")]
     Request {
-        /// For whom.
+        /// The identity.
         identity: SpiffeId,
         /// What the library said.
         reason: rcgen::Error,
@@ -53,7 +53,7 @@ pub enum CertificateMaterialError {
     Identity {
         /// Who was asked for.
         asked: SpiffeId,
-        /// Whom it names.
+        /// The identity in the certificate.
         issued: String,
     },
     /// The leaf cannot be read as an identity.

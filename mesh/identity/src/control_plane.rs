@@ -1,4 +1,4 @@
-//! The channel to the control plane: TLS against a root file, a bearer token, one connection that comes back.
+//! The channel to the control plane: TLS against a root file, a bearer token, one connection that reconnects.
 //!
 //! Shared by discovery and certificate signing. Root and token files are read anew for every connection and
 //! call, so rotated ones need no restart. Never sends a token before the server's certificate is verified.
@@ -55,7 +55,7 @@ pub enum ControlPlaneError {
     Connect {
         /// Where.
         address: String,
-        /// The name its certificate must bear.
+        /// The DNS name that its certificate must have.
         server_name: String,
         /// What went wrong.
         reason: std::io::Error,
@@ -75,9 +75,9 @@ pub struct ControlPlaneConfig {
     pub address: String,
     /// PEM file with the roots of its certificate.
     pub root_file: PathBuf,
-    /// DNS name that its certificate must bear, whatever `address` says.
+    /// DNS name that its certificate must have, independent of `address`.
     pub server_name: String,
-    /// File with our bearer token; without one, calls carry none.
+    /// File with our bearer token. Without one, calls have no `authorization` header.
     pub token_file: Option<PathBuf>,
     /// Our cluster, as header `clusterid`.
     pub cluster_id: String,

@@ -1,4 +1,4 @@
-//! Waiting for files to change: at once where the kernel tells, else by looking every few seconds.
+//! Waits for files to change: inotify where available, else polling every few seconds.
 //!
 //! Used for roots, revocation lists, CA keys and key sets. Directories are watched rather than files, because
 //! mounted ConfigMaps and careful writers replace a file by renaming. The caller reads and compares contents.
@@ -10,9 +10,9 @@ use std::time::Duration;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 
-/// How long to look away at most.
+/// Longest interval between two checks.
 const POLL: Duration = Duration::from_secs(10);
-/// The same when the kernel has no watch to give, or the directory is not there yet.
+/// The same when there is no inotify watch, or the directory does not exist yet.
 const UNWATCHED_POLL: Duration = Duration::from_secs(1);
 /// Writers touch several files in a row; one wake-up is enough for all.
 const SETTLE: Duration = Duration::from_millis(50);

@@ -25,7 +25,7 @@ pub enum IssueError {
     Unavailable {
         /// Who was asked.
         address: String,
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// What went wrong.
         reason: String,
@@ -35,7 +35,7 @@ pub enum IssueError {
     Denied {
         /// Who was asked.
         address: String,
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// What it said.
         reason: String,
@@ -43,7 +43,7 @@ pub enum IssueError {
     /// The answer cannot be used.
     #[error("certificate for {identity} cannot be used: {reason}")]
     Unusable {
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// What is wrong.
         reason: String,
@@ -51,7 +51,7 @@ pub enum IssueError {
     /// No answer in time.
     #[error("no certificate for {identity} within {waited:?}")]
     Timeout {
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// How long was waited.
         waited: Duration,

@@ -3,10 +3,10 @@
 //! Used by the node proxy, the waypoint, the tunnel crate and the control plane. The pieces:
 //!
 //! * [`SpiffeId`] and [`TrustDomain`]: who a workload is.
-//! * [`Trust`]: whom we believe (roots per trust domain, revocations), replaced live, read without a lock.
+//! * [`Trust`]: roots per trust domain and revocations; replaced live, read without a lock.
 //! * [`WorkloadCertificate`]: one issued certificate with the two TLS configurations built from it, once.
 //! * [`ClientTls`]: how a certificate is used to dial; the expected identity is checked inside the handshake.
-//! * [`PeerCertificate`]: who is at the other end of a connection; [`Trust::recheck`] says whether it is still believed.
+//! * [`PeerCertificate`]: who is at the other end of a connection; [`Trust::recheck`] says whether it is still trusted.
 //! * [`CertificateStore`]: the certificate of each identity, fetched ahead, renewed at half life, never given up early.
 //! * [`Issuer`], [`GrpcIssuer`]: where certificates come from.
 //! * [`ControlPlane`]: the authenticated channel to the control plane that discovery and signing share.

@@ -21,7 +21,7 @@ use crate::spiffe::SpiffeId;
 /// How far the clock may go back without being taken for set: callers read it before they take their turns.
 const OUT_OF_TURN: Duration = Duration::from_secs(1);
 
-/// How long a certificate is kept at least, even if peers don't believe it.
+/// Minimum age at which a certificate that peers no longer trust is replaced.
 const DISTRUSTED_AFTER: Duration = Duration::from_secs(10);
 
 /// Limits and intervals of renewal.
@@ -29,7 +29,7 @@ const DISTRUSTED_AFTER: Duration = Duration::from_secs(10);
 pub struct RenewalPolicy {
     /// Identities known at once; more are refused. At least 1.
     pub max_identities: usize,
-    /// Requests in flight for nobody in particular. At least 1.
+    /// Background requests in flight. At least 1.
     pub max_background: usize,
     /// Requests in flight, besides those, for identities that a connection waits for. At least 1.
     pub max_waited: usize,
@@ -67,7 +67,7 @@ pub enum Urgency {
     Waited,
     /// There is no valid certificate.
     Missing,
-    /// There is a valid certificate; it is to be replaced in time.
+    /// There is a valid certificate, which is due for renewal.
     Renewal,
 }
 
@@ -98,7 +98,7 @@ struct Slot {
     issued: Option<SystemTime>,
     failures: u32,
     phase: Phase,
-    /// Earliest next attempt for somebody who waits.
+    /// Earliest next attempt while a connection waits.
     waited_not_before: SystemTime,
 }
 
@@ -217,7 +217,7 @@ impl Renewals {
 
     /// A request succeeded with a certificate that is valid until `not_after`.
     ///
-    /// Returns whether it is to be used: not if the identity was released meanwhile.
+    /// Returns false if the identity was released meanwhile; the certificate is then dropped.
     pub fn handle_issued(&mut self, identity: &SpiffeId, not_after: SystemTime, now: SystemTime) -> bool {
         self.observe(now);
         if !self.finish(identity) {
@@ -228,7 +228,7 @@ impl Renewals {
         slot.not_after = Some(not_after);
         slot.issued = Some(now);
         if not_after <= now {
-            // Born dead (clocks far apart): asking again at once would only burden the CA.
+            // Expired on arrival (the clocks are far apart): an immediate retry would only load the CA.
             self.back_off(identity, now);
             return true;
         }
@@ -240,8 +240,9 @@ impl Renewals {
         true
     }
 
-    /// Peers no longer believe the certificate, though it is valid: its root was taken out, or it was revoked. It is
-    /// replaced at once, or a while after it was issued, so that an authority that contradicts itself is not flooded.
+    /// Peers no longer trust the certificate although it has not expired: its root was removed, or it was revoked. It is
+    /// replaced at once, but not within a few seconds of its issue, which bounds the requests to an authority whose
+    /// answers contradict each other.
     pub fn handle_distrusted(&mut self, identity: &SpiffeId, now: SystemTime) {
         self.observe(now);
         let Some(slot) = self.slots.get(identity) else { return };
@@ -281,7 +282,7 @@ impl Renewals {
         Some((identity, urgency))
     }
 
-    /// When something becomes due by itself. Requests in flight and new demands come on top.
+    /// When the next timer expires. Completed requests and new demands can make something due earlier.
     pub fn poll_deadline(&self) -> Option<SystemTime> {
         self.timers.first().map(|(time, _)| *time)
     }

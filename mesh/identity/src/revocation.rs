@@ -1,7 +1,7 @@
 //! Certificate revocation lists: parsed once, looked up per connection by issuer and serial.
 //!
 //! A list counts for certificates of the issuer that signed it. New connections check the list's signature
-//! when, and only when, a serial is listed; so the usual case costs one hash look-up a certificate.
+//! only if a serial is listed, so the usual case costs one hash look-up per certificate.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::LazyLock;

@@ -1,7 +1,7 @@
-//! Whom we believe: roots per trust domain, aliases, revocations; replaced live, read without a lock.
+//! Trust: roots per trust domain, aliases, revocations; replaced live, read without a lock.
 //!
 //! One [`Trust`] is shared by every TLS configuration of a process. Several roots of a domain are valid side by
-//! side, which is how a rotation of roots drops nobody. With no root known, nobody is believed.
+//! side, so a rotation of roots breaks no connection. With no root known, every peer is refused.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -65,13 +65,13 @@ pub struct TrustConfig {
     /// Other names of it: identities there are verified against our roots.
     pub aliases: Vec<TrustDomain>,
     /// PEM file of our roots, re-read when it changes. Without one, and until it is there, the roots that come with
-    /// our latest certificate are believed.
+    /// our latest certificate are trusted.
     pub roots: Option<PathBuf>,
     /// PEM file of revocation lists, re-read when it changes. Absent means that nothing is revoked.
     pub revocations: Option<PathBuf>,
 }
 
-/// What is believed at one moment.
+/// Roots and revocations at one moment.
 #[derive(Debug)]
 pub(crate) struct TrustState {
     trust_domain: TrustDomain,
@@ -122,7 +122,7 @@ struct Shared {
 pub struct Trust(Arc<Shared>);
 
 impl Trust {
-    /// A trust with no roots yet: it believes nobody until [`Trust::set_roots`].
+    /// A trust without roots: every peer is refused until [`Trust::set_roots`].
     pub fn new(trust_domain: TrustDomain, aliases: Vec<TrustDomain>) -> Self {
         let sources = Sources::default();
         let state =
@@ -164,7 +164,7 @@ impl Trust {
     }
 
     /// Replaces the configured roots of our domain (and its aliases). From then on roots that come with certificates
-    /// no longer count: a root that is taken out here is not believed any more, whatever certificate carried it.
+    /// are ignored, so a root that is removed here is no longer trusted, even if a certificate in use came with it.
     ///
     /// # Errors
     /// [`TrustError`] if `pem` holds none, too many, or one that cannot be used; the roots then stay.
@@ -173,7 +173,7 @@ impl Trust {
         self.update(|sources| sources.configured = Some(roots))
     }
 
-    /// Replaces the roots of another trust domain that we believe under its own roots.
+    /// Replaces the roots of a federated trust domain, which is verified against its own roots.
     ///
     /// # Errors
     /// As [`Trust::set_roots`].
@@ -207,13 +207,13 @@ impl Trust {
     }
 
     /// Whether a handshake with the peer of an established connection would still succeed at `now`: not expired, not
-    /// revoked, and under a root that is still believed.
+    /// revoked, and issued under a root that is still trusted.
     ///
     /// Cheap enough for every request: signatures are verified again only when the set of roots has changed since
     /// the last call for this peer (and in the first call), or a revocation list names a certificate of its chain.
     ///
     /// # Errors
-    /// [`PeerError`] as a handshake would fail with; [`PeerError::is_expiry`] tells expiry from the rest.
+    /// The [`PeerError`] that a handshake would fail with; [`PeerError::is_expiry`] identifies expiry.
     pub fn recheck(&self, peer: &PeerCertificate, now: SystemTime) -> Result<(), PeerError> {
         let state = self.state();
         let now = unix_time(now);

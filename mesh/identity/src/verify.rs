@@ -91,7 +91,7 @@ pub enum PeerError {
 }
 
 impl PeerError {
-    /// The reason why our verifier failed a handshake, if the error of that handshake carries one.
+    /// The error of our verifier inside the error of a failed handshake, if there is one.
     ///
     /// Expiry, revocation and unknown issuers have errors of rustls' own and are not found here.
     pub fn of_handshake(error: &std::io::Error) -> Option<&PeerError> {

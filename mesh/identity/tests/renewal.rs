@@ -24,7 +24,7 @@ fn exact() -> RenewalPolicy {
 }
 
 #[test]
-fn a_held_identity_is_fetched_at_once_and_renewed_at_half_of_its_lifetime() {
+fn a_held_identity_is_renewed_at_half_of_its_lifetime() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
     assert_eq!(renewals.poll_start(at(0.0)), Some((id(1), Urgency::Missing)));
@@ -57,7 +57,7 @@ fn renewals_of_many_are_spread_around_half_of_the_lifetime() {
 }
 
 #[test]
-fn one_that_a_connection_waits_for_goes_before_missing_ones_and_those_before_renewals() {
+fn waited_identities_go_first_then_missing_ones() {
     let policy = RenewalPolicy { max_background: 1, max_waited: 1, ..exact() };
     let mut renewals = Renewals::new(policy, 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
@@ -105,7 +105,7 @@ fn failures_back_off_exponentially_up_to_the_limit() {
 }
 
 #[test]
-fn a_connection_that_waits_shortens_the_back_off_but_does_not_abolish_it() {
+fn a_waiting_connection_shortens_the_back_off() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
     let mut now = at(0.0);
@@ -155,7 +155,7 @@ fn an_expired_state_recovers_as_soon_as_the_issuer_does() {
 }
 
 #[test]
-fn a_clock_that_is_set_back_puts_off_neither_a_renewal_nor_the_next_attempt() {
+fn a_clock_set_back_delays_neither_renewal_nor_retry() {
     let mut renewals = Renewals::new(exact(), 1);
     for number in [1, 2] {
         renewals.hold(&id(number), at(0.0)).unwrap();
@@ -174,7 +174,7 @@ fn a_clock_that_is_set_back_puts_off_neither_a_renewal_nor_the_next_attempt() {
 }
 
 #[test]
-fn a_clock_that_is_set_back_before_a_certificate_was_issued_has_it_replaced_at_once() {
+fn a_certificate_from_the_future_is_replaced_at_once() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
     renewals.poll_start(at(0.0)).unwrap();
@@ -185,7 +185,7 @@ fn a_clock_that_is_set_back_before_a_certificate_was_issued_has_it_replaced_at_o
 }
 
 #[test]
-fn a_clock_that_is_set_past_the_end_of_a_certificate_makes_its_renewal_due_as_one_that_is_missing() {
+fn a_clock_set_past_the_end_makes_a_certificate_missing() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
     renewals.poll_start(at(0.0)).unwrap();
@@ -194,7 +194,7 @@ fn a_clock_that_is_set_past_the_end_of_a_certificate_makes_its_renewal_due_as_on
 }
 
 #[test]
-fn what_is_only_kept_while_valid_is_not_renewed_because_the_clock_was_set_back() {
+fn a_clock_set_back_renews_nothing_that_nobody_holds() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.want(&id(1), at(0.0)).unwrap();
     renewals.poll_start(at(0.0)).unwrap();
@@ -212,7 +212,7 @@ fn what_is_only_kept_while_valid_is_not_renewed_because_the_clock_was_set_back()
 }
 
 #[test]
-fn what_is_released_is_forgotten_even_while_its_request_is_in_flight() {
+fn a_released_identity_is_forgotten_even_in_flight() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
     renewals.hold(&id(1), at(0.0)).unwrap();
@@ -228,7 +228,7 @@ fn what_is_released_is_forgotten_even_while_its_request_is_in_flight() {
 }
 
 #[test]
-fn what_was_fetched_for_a_passing_connection_is_kept_while_valid_and_not_renewed() {
+fn a_certificate_that_nobody_holds_is_not_renewed() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.want(&id(1), at(0.0)).unwrap();
     assert_eq!(renewals.poll_start(at(0.0)), Some((id(1), Urgency::Waited)));

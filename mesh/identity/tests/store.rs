@@ -135,7 +135,7 @@ async fn pass(seconds: u64) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_prefetched_certificate_is_there_without_waiting_and_is_replaced_at_half_life() {
+async fn a_prefetched_certificate_is_replaced_at_half_life() {
     let (store, issuer) = setup();
     store.prefetch(&id("a")).unwrap();
     assert!(store.current(&id("a")).is_none());
@@ -151,7 +151,7 @@ async fn a_prefetched_certificate_is_there_without_waiting_and_is_replaced_at_ha
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_renewal_never_discards_a_valid_certificate_and_an_expired_one_recovers() {
+async fn a_failed_renewal_never_discards_a_valid_certificate() {
     let (store, issuer) = setup();
     store.prefetch(&id("a")).unwrap();
     let first = store.certificate(&id("a")).await.unwrap();
@@ -178,7 +178,7 @@ async fn a_failed_renewal_never_discards_a_valid_certificate_and_an_expired_one_
 const NOTICED: u64 = 11;
 
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_is_set_back_delays_no_renewal_and_replaces_what_was_issued_in_the_future() {
+async fn a_clock_set_back_delays_no_renewal() {
     let (clock, offset) = settable_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
     let store = start(StoreConfig { clock, ..StoreConfig::default() }, &issuer);
@@ -194,7 +194,7 @@ async fn a_clock_that_is_set_back_delays_no_renewal_and_replaces_what_was_issued
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_clock_that_is_set_past_the_end_makes_the_certificate_invalid_and_renews_it_at_once() {
+async fn a_clock_set_past_the_end_renews_at_once() {
     let (clock, offset) = settable_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
     let trust = Trust::new(domain("cluster.local"), Vec::new());
@@ -221,7 +221,7 @@ async fn a_clock_that_is_set_past_the_end_makes_the_certificate_invalid_and_rene
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_that_waits_gets_its_certificate_when_the_issuer_comes_back() {
+async fn a_waiting_connection_is_served_when_the_issuer_returns() {
     let (store, issuer) = setup();
     issuer.set(Mood::Unavailable);
     store.prefetch(&id("a")).unwrap();
@@ -238,7 +238,7 @@ async fn a_connection_that_waits_gets_its_certificate_when_the_issuer_comes_back
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_waited_identity_overtakes_a_thousand_prefetched_ones_and_requests_stay_bounded() {
+async fn a_waited_identity_overtakes_a_thousand_prefetched_ones() {
     let (store, issuer) = setup();
     for number in 0..1000 {
         store.prefetch(&id(&format!("bulk-{number}"))).unwrap();
@@ -310,7 +310,7 @@ async fn waiters_are_bounded_and_told_why() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_released_identity_is_forgotten_and_those_who_wait_for_it_are_told() {
+async fn releasing_an_identity_fails_its_waiters() {
     let (store, issuer) = setup();
     store.prefetch(&id("a")).unwrap();
     store.prefetch(&id("a")).unwrap();
@@ -435,7 +435,7 @@ async fn configured_roots_override_those_that_come_with_certificates() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn certificates_under_a_removed_root_are_replaced_long_before_their_renewal() {
+async fn certificates_under_a_removed_root_are_replaced_at_once() {
     let clock = virtual_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
     let (old, new) = (Arc::clone(&issuer.ca.lock().unwrap()), Arc::new(TestCa::new("new")));

@@ -37,7 +37,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 }
 
 #[tokio::test]
-async fn changed_root_and_revocation_files_take_effect_and_bad_ones_change_nothing() {
+async fn changed_files_take_effect_and_bad_ones_change_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = (TestCa::new("old"), TestCa::new("new"));
     let roots = directory.path().join("root-cert.pem");
@@ -71,7 +71,7 @@ async fn changed_root_and_revocation_files_take_effect_and_bad_ones_change_nothi
 }
 
 #[tokio::test]
-async fn a_root_file_that_is_not_there_yet_is_waited_for_and_nobody_is_believed_meanwhile() {
+async fn without_a_root_file_nobody_is_trusted_until_it_appears() {
     let directory = tempfile::tempdir().unwrap();
     let ca = TestCa::new("root");
     let (trust, driver) = Trust::from_files(config(directory.path())).await.unwrap();

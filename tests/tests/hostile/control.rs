@@ -139,7 +139,7 @@ async fn status_of(bed: &Hostile, identity: &str) -> u16 {
 
 /// A file that was right becomes wrong: its last good content stays in force, it is said where it is wrong, and
 /// other files are followed as before.
-async fn a_malformed_manifest_changes_nothing_and_is_told_with_file_line_and_field(bed: &Hostile) {
+async fn a_malformed_manifest_changes_nothing_and_is_reported(bed: &Hostile) {
     const SUSPECT: &str = "spiffe://cluster.local/ns/shop/sa/suspect";
     let control = bed.cluster.control().unwrap();
     let problems = || async { control.metrics().await.unwrap().sum("ambit_control_source_problems", &[]) };
@@ -196,6 +196,6 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
         a_token_of_a_key_that_is_not_the_clusters_is_refused,
         a_token_whose_claims_were_changed_is_refused,
         who_has_no_token_gets_nothing,
-        a_malformed_manifest_changes_nothing_and_is_told_with_file_line_and_field,
+        a_malformed_manifest_changes_nothing_and_is_reported,
     );
 }

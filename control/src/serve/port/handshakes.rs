@@ -1,8 +1,8 @@
 //! Which sockets may be in their handshake at the same time. No I/O, no clock.
 //!
-//! Nobody is held up by others: when there are too many, of one address or of all, the oldest gives way to the new
-//! one, and first one that has not sent anything yet. A proxy sends its ClientHello at once and is done within
-//! milliseconds, so it is never the oldest for long.
+//! When there are too many, of one address or in total, a new socket evicts the oldest one that has not sent anything
+//! yet, or else the oldest. A proxy sends its ClientHello at once and completes within milliseconds, so it is not
+//! evicted in practice.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -52,7 +52,7 @@ impl Handshakes {
         Self { limits, sockets: BTreeMap::new(), by_origin: HashMap::new(), next: 0 }
     }
 
-    /// Takes a new socket; the second value is the one that has to go for it.
+    /// Adds a new socket; the second value is the socket that it evicts.
     pub(crate) fn begin(&mut self, origin: Origin) -> (SocketId, Option<SocketId>) {
         let evicted = self.evict(origin);
         let id = self.next;

@@ -93,7 +93,7 @@ pub(crate) async fn serve(
     tasks.spawn(accept::accept(listener, TlsAcceptor::from(tls), limits, metrics.clone(), send));
     let stopping = stop.clone();
     let stopped = async move {
-        // Nobody can tell to stop any more: the same.
+        // A dropped sender also means stop.
         drop(stop.wait_for(|stop| *stop).await);
     };
     tokio::pin!(stopped);

@@ -17,7 +17,7 @@ use crate::verify::Usage;
 /// The longest sleep of the driver: a wall clock that was set, or a machine that slept, is noticed within it.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 
-/// Held by the driver; when it goes, those who wait are told.
+/// Held by the driver; dropping it fails all waiters.
 pub(super) struct StopGuard(pub(super) Arc<Shared>);
 
 impl Drop for StopGuard {
@@ -52,7 +52,7 @@ pub(super) async fn drive(guard: StopGuard) {
     }
 }
 
-/// Starts all requests that are due and tells how long to sleep.
+/// Starts all requests that are due and returns how long to sleep.
 fn start_due(
     shared: &Arc<Shared>,
     attempts: &mut JoinSet<Attempt>,
@@ -117,7 +117,7 @@ impl Shared {
     fn handle_issued(&self, identity: &SpiffeId, certificate: WorkloadCertificate, number: u64) {
         let now = (self.config.clock)();
         let mut renewals = self.renewals.lock();
-        // Before the certificate is used, so that whoever meets it knows its root.
+        // Before the certificate is used, so that this process trusts its root first.
         self.learn_roots(&certificate, number);
         if renewals.handle_issued(identity, certificate.not_after(), now) {
             let entry = self.entry(identity);
@@ -144,7 +144,7 @@ impl Shared {
         self.metrics.failed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Has certificates replaced that peers with our roots and revocations do not believe any more.
+    /// Schedules the replacement of certificates that our own roots and revocations no longer verify: peers refuse them.
     fn replace_distrusted(&self) {
         let now = (self.config.clock)();
         let mut renewals = self.renewals.lock();
@@ -160,8 +160,8 @@ impl Shared {
         }
     }
 
-    /// Believes the roots that came with a certificate, and no others: they are what the CA publishes now, over the
-    /// verified channel. Of answers that overtake each other the one that was asked for last counts.
+    /// Trusts the roots that came with a certificate, and no earlier ones: they are what the CA publishes now, received over
+    /// the verified channel. If responses arrive out of order, the one to the latest request wins.
     fn learn_roots(&self, certificate: &WorkloadCertificate, number: u64) {
         if certificate.roots().is_empty() || self.learned_from.fetch_max(number, Ordering::Relaxed) > number {
             return;

@@ -80,7 +80,7 @@ pub enum CertificateError {
     /// None came in time.
     #[error("no valid certificate for {identity} after {waited:?}{}", cause(.last))]
     Timeout {
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// How long was waited.
         waited: Duration,
@@ -93,7 +93,7 @@ pub enum CertificateError {
     /// Too many connections wait already.
     #[error("{waiting} connections wait for certificates already; not waiting for {identity}")]
     TooManyWaiters {
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// How many wait.
         waiting: usize,
@@ -101,7 +101,7 @@ pub enum CertificateError {
     /// Too many identities.
     #[error("no certificate for {identity}: {reason}")]
     TooManyIdentities {
-        /// For whom.
+        /// The requested identity.
         identity: SpiffeId,
         /// The limit.
         reason: TooManyIdentities,
@@ -158,7 +158,7 @@ impl CertificateState {
     }
 }
 
-/// One identity: what connections read, and what waiters are told.
+/// One identity: its certificate, and the outcome that waiters receive.
 struct Entry {
     current: ArcSwapOption<WorkloadCertificate>,
     outcome: watch::Sender<Outcome>,
@@ -180,7 +180,7 @@ struct Shared {
     /// Guards the core and serialises changes of `entries`.
     renewals: Mutex<Renewals>,
     wake: Notify,
-    /// Number of the request whose answer brought the roots that are believed.
+    /// Number of the request whose response brought the roots in force.
     learned_from: AtomicU64,
     rotated: watch::Sender<u64>,
     is_stopped: watch::Sender<bool>,
@@ -287,7 +287,7 @@ impl CertificateStore {
         states
     }
 
-    /// Tells of every certificate that arrived; the number counts them.
+    /// Notified of every certificate that arrives; the number counts them.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.rotated.subscribe()
     }
