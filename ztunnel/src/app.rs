@@ -31,7 +31,7 @@ use crate::drain::{self, Drain, Drained};
 use crate::feed;
 use crate::loads::Loads;
 use crate::ondemand::{Bounds, Demander};
-use crate::pods::sockets::Wanted;
+use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pods};
 use crate::proxy::{Limits, Proxy, Settings, Tallies, Worker};
 use crate::report::Reporter;
@@ -137,7 +137,7 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
     let readiness = readiness(&parts, seen.clone(), &mut tasks);
     let stop = shutdown::Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
-    tasks.spawn("rest", crate::rest::watch(program.workers.clone(), collect));
+    tasks.spawn("idle memory", crate::idle_memory::watch(program.workers.clone(), collect));
     if let Some(demander) = program.proxy.demander.clone() {
         tasks.spawn("names demanded", demander.expire());
     }
@@ -283,9 +283,9 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         tallies: Tallies::default(),
     });
     let pool_counters = Arc::new(PoolCounters::default());
-    let (workers, supervisor) = Workers::start(count, |seat| Worker {
+    let (workers, supervisor) = Workers::start(count, |handle| Worker {
         proxy: proxy.clone(),
-        index: seat.index(),
+        index: handle.index(),
         pool: Pool::new(pool_settings(config), trust.clone(), budget.clone(), pool_counters.clone()),
         reporter: Arc::new(Reporter::new(parts.tcp_metrics.clone(), parts.access_log.clone())),
     })?;
@@ -329,7 +329,7 @@ fn settings(config: &Config, trust: &Trust) -> Settings {
         trust_domain: trust.trust_domain(),
         cluster_domain: config.dns.cluster_domain.as_str().into(),
         same_node: config.same_node,
-        listeners: Wanted { dns: config.dns.enabled, socks5: config.socks5 },
+        listeners: OptionalListeners { dns: config.dns.enabled, socks5: config.socks5 },
         limits: Limits {
             connect_timeout: limits.connect_timeout.get(),
             attempt_timeout: limits.attempt_timeout.get(),

@@ -23,7 +23,7 @@ use crate::proxy::Worker;
 use crate::report::{End, Story};
 use crate::shares::{Holder, Taken};
 use crate::upstream::{baggage, directory_authority};
-use crate::workers::{Seat, Weight};
+use crate::workers::{ConnectionGuard, WorkerHandle};
 
 /// Descriptors of one tunnel: the connection to the application.
 const TUNNEL_DESCRIPTORS: u64 = 1;
@@ -42,7 +42,7 @@ struct Accepted {
 #[derive(Debug, Clone)]
 struct Tunnelled {
     worker: Arc<Worker>,
-    seat: Seat,
+    handle: WorkerHandle,
     pod: Arc<Pod>,
     holder: Holder,
     source: SocketAddr,
@@ -55,7 +55,7 @@ struct Tunnelled {
 /// `handshake` is given back when the peer is known.
 pub async fn serve(
     worker: Arc<Worker>,
-    seat: Seat,
+    handle: WorkerHandle,
     pod: Arc<Pod>,
     stream: TcpStream,
     peer: SocketAddr,
@@ -63,14 +63,14 @@ pub async fn serve(
 ) {
     let accepted = Accepted { worker, pod, stream, peer, handshake, since: Instant::now() };
     let (story, reporter) = (accepted.story(), accepted.worker.reporter.clone());
-    if let Err(error) = Box::pin(accepted.run(seat)).await {
+    if let Err(error) = Box::pin(accepted.run(handle)).await {
         reporter.failed(&story, &error);
     }
 }
 
 impl Accepted {
     /// Fails only before the first CONNECT; what fails later is told of each, and of a peer that breaks the rules.
-    async fn run(self, seat: Seat) -> Result<(), ConnectionError> {
+    async fn run(self, handle: WorkerHandle) -> Result<(), ConnectionError> {
         let Self { worker, pod, stream, peer, handshake, .. } = self;
         let reached = stream.local_addr().map_err(ConnectionError::OriginalDestination)?;
         let reached = SocketAddr::new(reached.ip().to_canonical(), reached.port());
@@ -81,7 +81,7 @@ impl Accepted {
         drop((certificate, handshake));
         let tunnelled = Arc::new(Tunnelled {
             worker: worker.clone(),
-            seat,
+            handle,
             pod: pod.clone(),
             holder: pod.shares().inbound(peer.ip()),
             source: peer,
@@ -166,7 +166,7 @@ impl Tunnelled {
                 return self.tell_failed(&error);
             }
         };
-        let held = (self.seat.weigh(), taken);
+        let held = (self.handle.count_connection(), taken);
         // What reaching takes is freed before the relay begins, which may last for days.
         if let Some((tunnel, connected)) = Box::pin(self.reach(incoming)).await {
             carry(tunnel, connected, held).await;
@@ -216,7 +216,7 @@ impl Tunnelled {
 fn carry(
     tunnel: Tunnel,
     connected: Connected,
-    held: (Weight, Taken),
+    held: (ConnectionGuard, Taken),
 ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
     let Connected { mut stream, open, telling } = connected;
     Box::pin(async move {

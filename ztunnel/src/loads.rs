@@ -1,7 +1,7 @@
-//! How many connections this node has open to each workload: the load that endpoint choice compares.
+//! Number of open connections of this node to each workload: the load that the choice of an endpoint compares.
 //!
-//! Written once when a connection opens and once when it ends, read twice a choice; shared by all
-//! workers, because two choices are only fair if they see the same counts.
+//! Written when a connection opens and when it ends, read twice per choice. All workers share it, because choices are only
+//! fair if they see the same counts.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::RwLock;
 
-/// Entries below which nothing is swept.
+/// Number of entries below which nothing is swept.
 const SWEEP_FLOOR: usize = 1024;
 
 /// Connection counts by key. Grows with the workloads in use and is swept when half of it is unused.
@@ -26,7 +26,7 @@ struct Table<K> {
     sweep_at: usize,
 }
 
-/// One open connection. Dropping it takes the connection out of the count.
+/// Counts one open connection until it is dropped.
 #[derive(Debug)]
 pub struct LoadGuard(Arc<AtomicU32>);
 
@@ -65,12 +65,12 @@ impl<K: Eq + Hash + Clone> Loads<K> {
         LoadGuard(count.clone())
     }
 
-    /// How many keys are held, used or not.
+    /// Number of keys, used or not.
     pub fn len(&self) -> usize {
         self.counts.read().counts.len()
     }
 
-    /// Whether no key is held.
+    /// Whether there are no keys.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -26,13 +26,13 @@ use crate::shares::{PodShares, Taken};
 use crate::workers::Workers;
 use crate::zds::client::{PodDescriptors, PodSet};
 pub use listening::accept_shortages;
-use listening::{Listening, Post};
+use listening::{ListenerContext, ListenerTask};
 pub use sockets::Role;
 use sockets::{PodSockets, SocketId, SocketsError};
 
-/// First and longest pause between attempts to start a pod.
+/// First and longest pause between attempts to start serving a pod.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-/// How long HBONE connections are still taken for a pod that left: peers learn of it a little later.
+/// How long HBONE connections are still accepted for a deleted pod: peers learn of the deletion a little later.
 const LEAVE_GRACE: Duration = Duration::from_secs(10);
 
 /// Descriptors that a served pod takes without a connection: its namespace, up to twelve listeners, connection tracking,
@@ -151,7 +151,7 @@ impl LocalPods {
 /// Why a pod can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum PodError {
-    /// The namespace's descriptor is none.
+    /// The descriptor is not of a network namespace.
     #[error("pod {uid}: {source}")]
     Netns {
         /// The pod.
@@ -159,7 +159,7 @@ pub enum PodError {
         /// What is wrong.
         source: NetnsError,
     },
-    /// Namespace and service account make no identity.
+    /// Namespace and service account do not form an identity.
     #[error("pod {uid} has no possible identity: {source}")]
     Identity {
         /// The pod.
@@ -167,7 +167,7 @@ pub enum PodError {
         /// What is wrong.
         source: SpiffeIdError,
     },
-    /// Its listeners can't be had.
+    /// Its listeners can't be created or taken over.
     #[error("pod {uid}: {source}")]
     Sockets {
         /// The pod.
@@ -175,7 +175,7 @@ pub enum PodError {
         /// What is wrong.
         source: SocketsError,
     },
-    /// No room for another identity.
+    /// There are too many identities.
     #[error("pod {uid}: {source}")]
     Certificate {
         /// The pod.
@@ -183,7 +183,7 @@ pub enum PodError {
         /// What is wrong.
         source: CertificateError,
     },
-    /// The agent says to keep a pod that we don't have.
+    /// The agent asks to keep a pod that is not served.
     #[error("pod {uid} is not served here")]
     Unknown {
         /// The pod.
@@ -191,9 +191,9 @@ pub enum PodError {
     },
 }
 
-/// What the agent said of a pod, kept so that a failed start can be repeated.
+/// The node agent's request to serve a pod, kept so that a failed start can be retried.
 #[derive(Debug)]
-struct Order {
+struct PodRequest {
     uid: String,
     info: WorkloadInfo,
     netns: Netns,
@@ -206,27 +206,27 @@ struct Served {
     number: u64,
     pod: Arc<Pod>,
     netns: NetnsId,
-    listening: HashMap<SocketId, (Role, Listening)>,
+    listening: HashMap<SocketId, (Role, ListenerTask)>,
 }
 
 #[derive(Debug)]
 enum Entry {
     Served(Served),
-    /// Being retried; an entry made later under the same uid ends the retries of this one.
+    /// Being retried. A later entry of the same uid ends the retries of this one.
     Failed {
-        ticket: u64,
+        attempt: u64,
     },
 }
 
 #[derive(Debug, Default)]
 struct Table {
     entries: HashMap<String, Entry>,
-    tickets: u64,
+    attempts: u64,
 }
 
 impl Table {
-    fn holds(&self, uid: &str, ticket: u64) -> bool {
-        matches!(self.entries.get(uid), Some(Entry::Failed { ticket: held }) if *held == ticket)
+    fn holds(&self, uid: &str, attempt: u64) -> bool {
+        matches!(self.entries.get(uid), Some(Entry::Failed { attempt: held }) if *held == attempt)
     }
 }
 
@@ -251,19 +251,19 @@ impl Pods {
         Self(Arc::new(Inner { proxy, workers, drain, table: Mutex::default(), runtime }))
     }
 
-    /// Makes the pod's sockets and starts accepting; replaces what was served under its uid.
-    /// With a ticket only if its retry still stands: the pod may have left or come again meanwhile.
-    async fn start(&self, order: &Order, ticket: Option<u64>) -> Result<(), PodError> {
-        let pod = self.pod(order)?;
-        let (sockets, is_shared) = self.sockets(order).await?;
+    /// Creates the pod's sockets and starts accepting, instead of what was served under its uid. An `attempt` is dropped
+    /// if the pod was deleted or added again meanwhile.
+    async fn start(&self, request: &PodRequest, attempt: Option<u64>) -> Result<(), PodError> {
+        let pod = self.pod(request)?;
+        let (sockets, is_shared) = self.sockets(request).await?;
         let mut table = self.0.table.lock();
-        if ticket.is_some_and(|ticket| !table.holds(&order.uid, ticket)) {
+        if attempt.is_some_and(|attempt| !table.holds(&request.uid, attempt)) {
             return Ok(());
         }
         let listening = self.listen(&pod, sockets, is_shared);
-        table.tickets += 1;
-        let served = Served { number: table.tickets, pod, netns: order.netns.id(), listening };
-        let previous = table.entries.insert(order.uid.clone(), Entry::Served(served));
+        table.attempts += 1;
+        let served = Served { number: table.attempts, pod, netns: request.netns.id(), listening };
+        let previous = table.entries.insert(request.uid.clone(), Entry::Served(served));
         self.0.proxy.local.publish(&table.entries);
         drop(table);
         if let Some(Entry::Served(previous)) = previous {
@@ -272,8 +272,8 @@ impl Pods {
         Ok(())
     }
 
-    fn pod(&self, order: &Order) -> Result<Arc<Pod>, PodError> {
-        let Order { uid, info, netns, .. } = order;
+    fn pod(&self, request: &PodRequest) -> Result<Arc<Pod>, PodError> {
+        let PodRequest { uid, info, netns, .. } = request;
         let settings = &self.0.proxy.settings;
         let identity = SpiffeId::new(settings.trust_domain.as_str(), &info.namespace, &info.service_account)
             .map_err(|source| PodError::Identity { uid: uid.clone(), source })?;
@@ -298,16 +298,16 @@ impl Pods {
         }))
     }
 
-    async fn sockets(&self, order: &Order) -> Result<(PodSockets, bool), PodError> {
+    async fn sockets(&self, request: &PodRequest) -> Result<(PodSockets, bool), PodError> {
         let wanted = self.0.proxy.settings.listeners;
-        let wrong = |source| PodError::Sockets { uid: order.uid.clone(), source };
-        if order.listeners.is_empty() {
-            return Ok((sockets::own(&order.netns, wanted).await.map_err(wrong)?, false));
+        let wrong = |source| PodError::Sockets { uid: request.uid.clone(), source };
+        if request.listeners.is_empty() {
+            return Ok((sockets::own(&request.netns, wanted).await.map_err(wrong)?, false));
         }
-        let passed = sockets::passed(&order.listeners, wanted).map_err(wrong)?;
+        let passed = sockets::passed(&request.listeners, wanted).map_err(wrong)?;
         if wanted.socks5 && !passed.tcp.iter().any(|(role, _)| *role == Role::Socks5) {
             tracing::warn!(
-                pod = order.uid,
+                pod = request.uid,
                 "no SOCKS5: the node agent binds the listeners, but not this one"
             );
         }
@@ -319,9 +319,9 @@ impl Pods {
         pod: &Arc<Pod>,
         sockets: PodSockets,
         is_shared: bool,
-    ) -> HashMap<SocketId, (Role, Listening)> {
+    ) -> HashMap<SocketId, (Role, ListenerTask)> {
         let mut listening = HashMap::new();
-        let post = |role| Post {
+        let context = |role| ListenerContext {
             pod: pod.clone(),
             role,
             is_shared,
@@ -331,17 +331,20 @@ impl Pods {
         };
         let unusable = |error| tracing::error!(pod = pod.uid(), %error, "a listener can't be used");
         for (role, listener) in sockets.tcp {
-            let Some(seat) = self.0.workers.next_seat() else { continue };
+            let Some(handle) = self.0.workers.in_turn() else { continue };
             match sockets::socket_id(&listener) {
-                Ok(id) => drop(listening.insert(id, (role, listening::start(post(role), seat, listener)))),
+                Ok(id) => {
+                    let task = listening::start(context(role), handle, listener);
+                    drop(listening.insert(id, (role, task)));
+                }
                 Err(error) => unusable(error),
             }
         }
         for socket in sockets.dns_udp {
-            let Some(seat) = self.0.workers.next_seat() else { continue };
+            let Some(handle) = self.0.workers.in_turn() else { continue };
             match sockets::socket_id(&socket) {
                 Ok(id) => {
-                    let task = listening::start_udp(post(Role::Dns), seat, socket);
+                    let task = listening::start_udp(context(Role::Dns), handle, socket);
                     drop(listening.insert(id, (Role::Dns, task)));
                 }
                 Err(error) => unusable(error),
@@ -350,14 +353,14 @@ impl Pods {
         listening
     }
 
-    /// Takes over listeners that a restarted agent passes for a pod that is served already.
-    fn adopt(&self, served: &mut Served, order: &Order) -> Result<(), PodError> {
-        if order.listeners.is_empty() {
+    /// Takes over the listeners that a restarted agent passes for a pod that is already served.
+    fn adopt(&self, served: &mut Served, request: &PodRequest) -> Result<(), PodError> {
+        if request.listeners.is_empty() {
             return Ok(());
         }
-        let wrong = |source| PodError::Sockets { uid: order.uid.clone(), source };
+        let wrong = |source| PodError::Sockets { uid: request.uid.clone(), source };
         let mut sockets =
-            sockets::passed(&order.listeners, self.0.proxy.settings.listeners).map_err(wrong)?;
+            sockets::passed(&request.listeners, self.0.proxy.settings.listeners).map_err(wrong)?;
         let mut passed = HashSet::new();
         let mut is_fresh = |id: std::io::Result<SocketId>| {
             id.is_ok_and(|id| passed.insert(id) && !served.listening.contains_key(&id))
@@ -376,7 +379,7 @@ impl Pods {
         Ok(())
     }
 
-    /// Ends accepting for a pod that left; HBONE a little later than the rest.
+    /// Stops accepting for a deleted pod; HBONE a little later than the rest.
     fn retire(&self, served: Served) {
         let (inbound, rest): (Vec<_>, Vec<_>) =
             served.listening.into_values().partition(|(role, _)| *role == Role::Inbound);
@@ -393,8 +396,8 @@ impl Pods {
         });
     }
 
-    /// Takes the tunnels that were made for a pod out of all pools; those in use finish. Not before the
-    /// grace is over: a connection that was accepted just before may still be waiting for its tunnel.
+    /// Evicts the pod's connections from all pools; open tunnels finish. Called after the grace time: a connection that was
+    /// accepted just before may still wait for its tunnel.
     fn evict(&self, uid: &str) {
         if self.0.table.lock().entries.contains_key(uid) {
             // It came again under its uid, and uses them.
@@ -405,18 +408,18 @@ impl Pods {
         }
     }
 
-    /// Repeats a failed start until it works or another order for the pod came.
-    fn retry(&self, order: Order, ticket: u64) {
+    /// Retries a failed start until it succeeds or there is another request for the pod.
+    fn retry(&self, request: PodRequest, attempt: u64) {
         let pods = self.clone();
         self.0.runtime.spawn(async move {
             let mut pause = RETRY.0;
             loop {
                 tokio::time::sleep(pause).await;
-                if !pods.0.table.lock().holds(&order.uid, ticket) {
+                if !pods.0.table.lock().holds(&request.uid, attempt) {
                     return;
                 }
-                match pods.start(&order, Some(ticket)).await {
-                    Ok(()) => return tracing::info!(pod = order.uid, "the pod is served now"),
+                match pods.start(&request, Some(attempt)).await {
+                    Ok(()) => return tracing::info!(pod = request.uid, "the pod is served now"),
                     Err(error) => tracing::warn!(%error, "the pod still can't be served"),
                 }
                 pause = (pause * 2).min(RETRY.1);
@@ -425,14 +428,14 @@ impl Pods {
     }
 
     /// Whether the pod is served already, in the same namespace and as the same workload; if so, with
-    /// the listeners of this order from now on.
-    fn continues(&self, order: &Order) -> Option<Result<(), PodError>> {
+    /// the listeners of this request from now on.
+    fn continues(&self, request: &PodRequest) -> Option<Result<(), PodError>> {
         let mut table = self.0.table.lock();
-        match table.entries.get_mut(&order.uid) {
+        match table.entries.get_mut(&request.uid) {
             Some(Entry::Served(served))
-                if served.netns == order.netns.id() && served.pod.info == order.info =>
+                if served.netns == request.netns.id() && served.pod.info == request.info =>
             {
-                Some(self.adopt(served, order))
+                Some(self.adopt(served, request))
             }
             _ => None,
         }
@@ -468,34 +471,34 @@ impl PodSet for Pods {
         let PodDescriptors { netns, listeners } = with;
         let netns = Netns::from_fd(netns)
             .map_err(|source| PodError::Netns { uid: uid.clone(), source }.to_string())?;
-        let order = Order { uid, info, netns, listeners };
-        let result = match self.continues(&order) {
+        let request = PodRequest { uid, info, netns, listeners };
+        let result = match self.continues(&request) {
             Some(result) => return result.map_err(|error| error.to_string()),
-            None => self.start(&order, None).await,
+            None => self.start(&request, None).await,
         };
         match result {
             Ok(()) => {
                 tracing::info!(
-                    pod = order.uid,
-                    name = order.info.name,
-                    namespace = order.info.namespace,
+                    pod = request.uid,
+                    name = request.info.name,
+                    namespace = request.info.namespace,
                     "serving"
                 );
                 Ok(())
             }
             Err(error) => {
-                let ticket = {
+                let attempt = {
                     let mut table = self.0.table.lock();
-                    table.tickets += 1;
-                    let ticket = table.tickets;
-                    let previous = table.entries.insert(order.uid.clone(), Entry::Failed { ticket });
+                    table.attempts += 1;
+                    let attempt = table.attempts;
+                    let previous = table.entries.insert(request.uid.clone(), Entry::Failed { attempt });
                     self.0.proxy.local.publish(&table.entries);
                     if let Some(Entry::Served(previous)) = previous {
                         self.retire(previous);
                     }
-                    ticket
+                    attempt
                 };
-                self.retry(order, ticket);
+                self.retry(request, attempt);
                 Err(error.to_string())
             }
         }

@@ -19,7 +19,7 @@ use crate::drain::Drain;
 use crate::error::ConnectionError;
 use crate::loads::Loads;
 use crate::ondemand::Demander;
-use crate::pods::sockets::Wanted;
+use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pod};
 use crate::report::Reporter;
 use crate::shares::Shares;
@@ -54,7 +54,7 @@ pub struct Settings {
     /// How two pods of this node are connected.
     pub same_node: SameNode,
     /// Which optional listeners pods get.
-    pub listeners: Wanted,
+    pub listeners: OptionalListeners,
     /// Bounds.
     pub limits: Limits,
 }

@@ -6,14 +6,18 @@
 //! need nothing. A few relaxed atomics a connection; no lock but for the look-up of a peer.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use ambit_telemetry::{Counter, Registry};
 use parking_lot::RwLock;
 use prometheus_client::metrics::family::Family;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// What every holder gets while anything is free: this part of the capacity, within [`FLOOR`].
 const FLOOR_PART: u64 = 1024;
@@ -210,6 +214,56 @@ impl Budget {
     pub fn reserve(self: &Arc<Self>, amount: u64) -> Taken {
         self.used.fetch_add(amount, Ordering::Relaxed);
         Taken { budget: self.clone(), holder: None, amount }
+    }
+}
+
+/// A connection that is on somebody's account until it is closed.
+#[derive(Debug)]
+pub struct Counted<IO> {
+    io: IO,
+    _taken: Taken,
+}
+
+impl<IO> Counted<IO> {
+    /// Keeps `taken` for as long as `io` is open.
+    pub fn new(io: IO, taken: Taken) -> Self {
+        Self { io, _taken: taken }
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, pieces)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
     }
 }
 

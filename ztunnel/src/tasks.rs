@@ -1,10 +1,10 @@
-//! The program's long-lived tasks: held, named, watched.
+//! The program's long-lived tasks: each is held, named and watched.
 
 use std::future::Future;
 
 use tokio::task::{AbortHandle, JoinSet};
 
-/// An essential task that ended though nobody told it to.
+/// An essential task that ended by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskEnded {
     /// It returned.

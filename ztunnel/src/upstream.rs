@@ -29,8 +29,9 @@ use crate::destination::{Authenticated, Connected};
 use crate::error::ConnectionError;
 use crate::loads::LoadGuard;
 use crate::pods::Pod;
-use crate::proxy::Worker;
+use crate::proxy::{Proxy, Worker};
 use crate::report::{End, Story};
+use crate::shares::{Counted, Taken};
 use crate::tunnels::TunnelKey;
 
 /// Requests that a peer did not process, beside [`connect_attempts`](crate::config::Limits::connect_attempts).
@@ -368,7 +369,14 @@ impl Dial<'_> {
         let stock = self.pod.stock();
         // Not what the pod's routes would choose: the other proxy's policies go by it.
         let source = self.client.address_like(Some(address.ip()));
-        let dial = || dial_proxy(stock.clone(), source, address, limit);
+        let (proxy, pod) = (&self.worker.proxy, self.pod);
+        let dial = || {
+            let (proxy, pod, stock) = (proxy.clone(), pod.clone(), stock.clone());
+            async move {
+                let taken = take_pooled(&proxy, &pod, address)?;
+                Ok(Counted::new(dial_proxy(stock, source, address, limit).await?, taken))
+            }
+        };
         let tls = certificate.client_tls();
         let target = Target { address, source: self.source.ip(), tls: &tls, expected };
         let opened = self.worker.pool.open(&key, target, request, dial);
@@ -420,6 +428,15 @@ impl Dial<'_> {
         story.destination_address = address;
         story.hbone_address = authority;
     }
+}
+
+/// The descriptor of a pooled connection, which may outlive the connection that it is dialled for.
+fn take_pooled(proxy: &Proxy, pod: &Pod, address: SocketAddr) -> io::Result<Taken> {
+    let (shares, holder) = (&proxy.shares, pod.shares().outbound());
+    shares.descriptors.take(&holder, 1).map_err(|exceeded| {
+        shares.report(exceeded, "pool", &holder, pod.uid(), address.ip());
+        io::Error::other(exceeded)
+    })
 }
 
 /// One TCP connection to another proxy, out of the pod's namespace and from its own address.

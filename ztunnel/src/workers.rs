@@ -1,8 +1,7 @@
-//! The data path's threads: each a single-threaded runtime that keeps the connections it was given.
+//! The threads of the data path. Each is a single-threaded runtime that keeps the connections placed on it.
 //!
-//! A connection goes to the worker with the fewest and stays there; its pooled tunnels belong to the
-//! same worker, so nothing on the data path wakes or locks another thread. Control tasks (xDS,
-//! certificates, admin) run elsewhere and are never spawned here.
+//! A connection is placed on the worker with the fewest and stays there. Its pooled tunnels belong to the same worker, so
+//! nothing on the data path wakes or locks another thread. Control tasks (xDS, certificates, admin) run elsewhere.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -16,48 +15,48 @@ use tokio::net::TcpStream;
 use tokio::runtime;
 use tokio::sync::{mpsc, watch};
 
-/// Panics of data-path tasks since start. Anything but zero is a defect.
+/// Number of panics of data-path tasks since start. Anything but zero is a defect.
 #[derive(Debug, Default)]
 pub struct Panics(AtomicU64);
 
 impl Panics {
-    /// How many there were.
+    /// Panics so far.
     pub fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Where tasks can be started on a worker: its runtime and its load.
+/// Starts tasks on a worker, and counts its connections.
 #[derive(Debug, Clone)]
-pub struct Seat {
+pub struct WorkerHandle {
     index: usize,
     runtime: runtime::Handle,
     load: Arc<AtomicUsize>,
     panics: Arc<Panics>,
-    pulse: Arc<Pulse>,
+    lag: Arc<Lag>,
 }
 
-/// How late a worker gets to what it has to do: a sign of a task that holds it up.
+/// How late a worker's timers fire: a sign of a task that blocks it.
 ///
-/// The beat has another use: while a timer is due soon, setting a later one needs no wake-up call to
-/// the runtime's own driver, and every connection sets later ones.
+/// The timer that measures it has another use: while a timer is due soon, setting a later one does not wake the
+/// runtime's driver, and every connection sets later ones.
 #[derive(Debug, Default)]
-pub struct Pulse {
+pub struct Lag {
     latest_millis: AtomicU64,
 }
 
-/// Time between two beats of a worker.
-const BEAT: Duration = Duration::from_millis(500);
+/// Time between two measurements.
+const MEASURE_EVERY: Duration = Duration::from_millis(500);
 
-impl Pulse {
-    /// How late the last beat was, in milliseconds.
-    pub fn delay_millis(&self) -> u64 {
+impl Lag {
+    /// How late the last measurement was, in milliseconds.
+    pub fn millis(&self) -> u64 {
         self.latest_millis.load(Ordering::Relaxed)
     }
 
-    async fn beat(&self) {
+    async fn measure(&self) {
         loop {
-            let due = tokio::time::Instant::now() + BEAT;
+            let due = tokio::time::Instant::now() + MEASURE_EVERY;
             tokio::time::sleep_until(due).await;
             let late = u64::try_from(due.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.latest_millis.store(late, Ordering::Relaxed);
@@ -65,39 +64,39 @@ impl Pulse {
     }
 }
 
-/// One connection's weight on its worker, for as long as it lives.
+/// Counts one connection of a worker until it is dropped.
 #[derive(Debug)]
-pub struct Weight(Arc<AtomicUsize>);
+pub struct ConnectionGuard(Arc<AtomicUsize>);
 
-impl Drop for Weight {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Seat {
-    /// Which worker this is, from 0.
+impl WorkerHandle {
+    /// The worker's number, from 0.
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// Connections that the worker carries now.
+    /// Number of connections of the worker.
     pub fn load(&self) -> usize {
         self.load.load(Ordering::Relaxed)
     }
 
-    /// How punctual the worker is.
-    pub fn pulse(&self) -> &Pulse {
-        &self.pulse
+    /// How late the worker's timers fire.
+    pub fn lag(&self) -> &Lag {
+        &self.lag
     }
 
     /// Counts one more connection until the guard is dropped.
-    pub fn weigh(&self) -> Weight {
+    pub fn count_connection(&self) -> ConnectionGuard {
         self.load.fetch_add(1, Ordering::Relaxed);
-        Weight(self.load.clone())
+        ConnectionGuard(self.load.clone())
     }
 
-    /// Runs `task` on the worker. A panic in it ends that task alone, is logged and counted.
+    /// Runs `task` on the worker. A panic ends that task only; it is logged and counted.
     pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let panics = self.panics.clone();
         self.runtime.spawn(async move {
@@ -113,10 +112,10 @@ impl Seat {
     }
 }
 
-/// Why the workers can't go on.
+/// Why the workers can't start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// A runtime or thread could not be made.
+    /// A runtime or thread could not be created.
     #[error("worker {index} can't start")]
     Start {
         /// Which worker.
@@ -124,7 +123,7 @@ pub enum WorkerError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A worker's thread ended though nobody told it to.
+    /// A worker's thread ended without being told to.
     #[error("worker {index} died")]
     Died {
         /// Which worker.
@@ -132,11 +131,11 @@ pub enum WorkerError {
     },
 }
 
-/// Polls of tasks after which a busy worker looks for what has arrived. A bulk transfer always has tasks that are ready, each good for
-/// a fraction of a millisecond; with tokio's 61 of them in between, small messages waited for tens of milliseconds.
+/// Number of task polls after which a busy worker checks for I/O events. A bulk transfer always has tasks that are ready, each
+/// taking a fraction of a millisecond; with tokio's default of 61, small messages waited for tens of milliseconds.
 const EVENT_INTERVAL: u32 = 8;
 
-/// All workers. `W` is what each keeps for its own connections, its pool above all.
+/// All workers. `W` is the state of each, such as its pool of connections.
 #[derive(Debug)]
 pub struct Workers<W> {
     members: Box<[Member<W>]>,
@@ -146,11 +145,11 @@ pub struct Workers<W> {
 
 #[derive(Debug)]
 struct Member<W> {
-    seat: Seat,
+    handle: WorkerHandle,
     state: Arc<W>,
 }
 
-/// Ends the workers and hears of one that ended by itself. Threads end when this is dropped.
+/// Stops the workers, and notices one that ended by itself. Threads end when this is dropped.
 #[derive(Debug)]
 pub struct Supervisor {
     stop: watch::Sender<bool>,
@@ -159,13 +158,13 @@ pub struct Supervisor {
 }
 
 impl<W: Send + Sync + 'static> Workers<W> {
-    /// Starts `count` threads; `state` makes each one's own state, called inside its runtime.
+    /// Starts `count` threads. `state` creates the state of each, inside its runtime.
     ///
     /// # Errors
     /// [`WorkerError::Start`].
     pub fn start(
         count: usize,
-        mut state: impl FnMut(&Seat) -> W,
+        mut state: impl FnMut(&WorkerHandle) -> W,
     ) -> Result<(Arc<Self>, Supervisor), WorkerError> {
         let (stop, _) = watch::channel(false);
         let (death, died) = mpsc::channel(count.max(1));
@@ -179,19 +178,19 @@ impl<W: Send + Sync + 'static> Workers<W> {
                 .enable_all()
                 .build()
                 .map_err(started)?;
-            let seat = Seat {
+            let handle = WorkerHandle {
                 index,
                 runtime: runtime.handle().clone(),
                 load: Arc::default(),
                 panics: panics.clone(),
-                pulse: Arc::default(),
+                lag: Arc::default(),
             };
             let state = {
                 let _entered = runtime.enter();
-                Arc::new(state(&seat))
+                Arc::new(state(&handle))
             };
-            let pulse = seat.pulse.clone();
-            members.push(Member { seat, state });
+            let lag = handle.lag.clone();
+            members.push(Member { handle, state });
             let (mut stopped, death) = (stop.subscribe(), DeathNotice { index, death: death.clone() });
             let body = move || {
                 let _notice = death;
@@ -199,7 +198,7 @@ impl<W: Send + Sync + 'static> Workers<W> {
                     tokio::select! {
                         // A dropped supervisor is a stop too.
                         _ = stopped.wait_for(|stop| *stop) => {}
-                        () = pulse.beat() => {}
+                        () = lag.measure() => {}
                     }
                 });
                 runtime.shutdown_background();
@@ -212,40 +211,40 @@ impl<W: Send + Sync + 'static> Workers<W> {
         Ok((workers, Supervisor { stop, died, threads }))
     }
 
-    /// How many workers there are.
+    /// Number of workers.
     pub fn len(&self) -> usize {
         self.members.len()
     }
 
-    /// Whether there is none; never so after a start with a count above zero.
+    /// Whether there are no workers; never after a start with a count above zero.
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
 
-    /// Worker `n`, counted round.
-    pub fn seat(&self, n: usize) -> Option<(&Seat, &Arc<W>)> {
+    /// Worker `n` modulo the number of workers.
+    pub fn get(&self, n: usize) -> Option<(&WorkerHandle, &Arc<W>)> {
         let index = n.checked_rem(self.members.len())?;
-        self.members.get(index).map(|member| (&member.seat, &member.state))
+        self.members.get(index).map(|member| (&member.handle, &member.state))
     }
 
-    /// The worker that shall run the next long-lived task, in turn.
-    pub fn next_seat(&self) -> Option<&Seat> {
-        self.seat(self.turn.fetch_add(1, Ordering::Relaxed)).map(|(seat, _)| seat)
+    /// The workers in turn, for long-lived tasks.
+    pub fn in_turn(&self) -> Option<&WorkerHandle> {
+        self.get(self.turn.fetch_add(1, Ordering::Relaxed)).map(|(handle, _)| handle)
     }
 
     /// Every worker with its state.
-    pub fn all(&self) -> impl Iterator<Item = (&Seat, &Arc<W>)> {
-        self.members.iter().map(|member| (&member.seat, &member.state))
+    pub fn all(&self) -> impl Iterator<Item = (&WorkerHandle, &Arc<W>)> {
+        self.members.iter().map(|member| (&member.handle, &member.state))
     }
 
-    /// Every worker's state, for tasks that concern all of them.
+    /// The state of every worker.
     pub fn states(&self) -> impl Iterator<Item = &Arc<W>> {
         self.members.iter().map(|member| &member.state)
     }
 
-    /// Every worker's seat.
-    pub fn seats(&self) -> impl Iterator<Item = &Seat> {
-        self.members.iter().map(|member| &member.seat)
+    /// The handle of every worker.
+    pub fn handles(&self) -> impl Iterator<Item = &WorkerHandle> {
+        self.members.iter().map(|member| &member.handle)
     }
 
     /// Panics of data-path tasks.
@@ -253,37 +252,38 @@ impl<W: Send + Sync + 'static> Workers<W> {
         &self.panics
     }
 
-    /// Hands a connection that `home` accepted to the least loaded worker; `home` itself wins ties,
-    /// so that the usual case costs no hop. The stream is registered with the runtime that gets it.
+    /// Places a connection that `home` accepted on the least loaded worker; `home` itself wins ties, so that the usual case
+    /// needs no other thread. The stream is registered with the runtime that gets it.
     ///
     /// `held` is dropped when the connection has ended.
     pub fn place<H, F, T>(
         &self,
-        home: &Seat,
+        home: &WorkerHandle,
         name: &'static str,
         stream: std::net::TcpStream,
         held: H,
         serve: F,
     ) where
         H: Send + 'static,
-        F: FnOnce(Seat, Arc<W>, TcpStream) -> T + Send + 'static,
+        F: FnOnce(WorkerHandle, Arc<W>, TcpStream) -> T + Send + 'static,
         T: Future<Output = ()> + Send + 'static,
     {
         let Some(chosen) = self.least_loaded(home) else { return };
-        let (seat, state, weight) = (chosen.seat.clone(), chosen.state.clone(), chosen.seat.weigh());
-        chosen.seat.spawn(name, async move {
-            let _held = (weight, held);
+        let (handle, state, counted) =
+            (chosen.handle.clone(), chosen.state.clone(), chosen.handle.count_connection());
+        chosen.handle.spawn(name, async move {
+            let _held = (counted, held);
             match TcpStream::from_std(stream) {
-                Ok(stream) => serve(seat, state, stream).await,
+                Ok(stream) => serve(handle, state, stream).await,
                 Err(error) => tracing::warn!(%error, "an accepted connection can't be registered"),
             }
         });
     }
 
-    fn least_loaded(&self, home: &Seat) -> Option<&Member<W>> {
+    fn least_loaded(&self, home: &WorkerHandle) -> Option<&Member<W>> {
         let distance = |index: usize| index.wrapping_add(self.members.len()).wrapping_sub(home.index);
         self.members.iter().min_by_key(|member| {
-            (member.seat.load(), distance(member.seat.index).checked_rem(self.members.len()))
+            (member.handle.load(), distance(member.handle.index).checked_rem(self.members.len()))
         })
     }
 }
@@ -301,7 +301,7 @@ impl Drop for DeathNotice {
 }
 
 impl Supervisor {
-    /// Resolves when a worker ended by itself: an essential task died, and the program must end.
+    /// Resolves when a worker ended by itself: the program must end.
     pub async fn failed(&mut self) -> WorkerError {
         match self.died.recv().await {
             Some(index) => WorkerError::Died { index },
@@ -309,7 +309,7 @@ impl Supervisor {
         }
     }
 
-    /// Ends all workers with everything they still carry, and waits for their threads.
+    /// Ends all workers and their connections, and waits for the threads.
     pub fn stop(self) {
         self.stop.send_replace(true);
         for thread in self.threads {
@@ -328,12 +328,12 @@ mod tests {
 
     #[tokio::test]
     async fn connections_are_spread_evenly_and_stay_where_they_were_put() {
-        let (workers, supervisor) = Workers::start(3, |seat| seat.index()).unwrap();
+        let (workers, supervisor) = Workers::start(3, |handle| handle.index()).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (tell, mut told) = mpsc::channel(16);
         let mut clients = Vec::new();
-        let (home, _) = workers.seat(0).unwrap();
+        let (home, _) = workers.get(0).unwrap();
         for _ in 0..6 {
             clients.push(TcpStream::connect(address).await.unwrap());
             let (stream, _) = listener.accept().await.unwrap();
@@ -343,9 +343,9 @@ mod tests {
                 "test",
                 stream.into_std().unwrap(),
                 (),
-                move |seat, state, stream| async move {
+                move |handle, state, stream| async move {
                     let thread = thread::current().name().map(str::to_owned);
-                    tell.send((seat.index(), *state, thread)).await.unwrap();
+                    tell.send((handle.index(), *state, thread)).await.unwrap();
                     stream.readable().await.unwrap();
                 },
             );
@@ -360,7 +360,7 @@ mod tests {
         assert!((0..3).all(|n| seen.iter().filter(|i| **i == n).count() == 2), "{seen:?}");
         drop(clients);
         tokio::time::timeout(Duration::from_secs(5), async {
-            while workers.seats().any(|seat| seat.load() != 0) {
+            while workers.handles().any(|handle| handle.load() != 0) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })
@@ -372,10 +372,10 @@ mod tests {
     #[tokio::test]
     async fn a_panic_in_one_task_is_counted_and_leaves_its_worker_running() {
         let (workers, supervisor) = Workers::start(1, |_| ()).unwrap();
-        let (seat, _) = workers.seat(0).unwrap();
-        seat.spawn("breaks", async { panic!("on purpose") });
+        let (handle, _) = workers.get(0).unwrap();
+        handle.spawn("breaks", async { panic!("on purpose") });
         let (tell, told) = tokio::sync::oneshot::channel();
-        seat.spawn("works", async { tell.send(()).unwrap() });
+        handle.spawn("works", async { tell.send(()).unwrap() });
         told.await.unwrap();
         assert_eq!(workers.panics().count(), 1);
         supervisor.stop();
@@ -383,9 +383,9 @@ mod tests {
 
     #[test]
     fn seats_are_counted_round() {
-        let (workers, supervisor) = Workers::start(2, |seat| seat.index()).unwrap();
+        let (workers, supervisor) = Workers::start(2, |handle| handle.index()).unwrap();
         let indices: HashSet<_> =
-            (0..4).filter_map(|n| workers.seat(n)).map(|(seat, _)| seat.index()).collect();
+            (0..4).filter_map(|n| workers.get(n)).map(|(handle, _)| handle.index()).collect();
         assert_eq!(indices.len(), 2);
         supervisor.stop();
     }

@@ -135,7 +135,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     registry.counter_from("ambit_panics", "Data-path tasks that panicked", move || panics.count());
     let workers = program.workers.clone();
     let delay = move || {
-        let latest = workers.seats().map(|seat| seat.pulse().delay_millis()).max().unwrap_or_default();
+        let latest = workers.handles().map(|handle| handle.lag().millis()).max().unwrap_or_default();
         i64::try_from(latest).unwrap_or(i64::MAX)
     };
     registry.gauge_from(

@@ -92,7 +92,7 @@ impl Drainable for Running<'_> {
     fn open(&self) -> usize {
         let Program { proxy, workers, .. } = self.program;
         // What is being opened is on a worker only.
-        proxy.connections.len().max(workers.seats().map(|seat| seat.load()).sum())
+        proxy.connections.len().max(workers.handles().map(|handle| handle.load()).sum())
     }
 
     fn close_unused(&mut self) {

@@ -1,8 +1,8 @@
-//! Accepting on a pod's listeners and handing each connection to a worker.
+//! Accepts connections on a pod's listeners and places each on a worker.
 //!
-//! One task a listener, on a worker of its own choice. A task ends when its pod leaves or the proxy
-//! drains. A socket that the node agent holds too is then left with its queue for a successor; one
-//! of our own is emptied first, because closing it would reset what waits there.
+//! One task per listener. It ends when its pod is deleted or the proxy drains. A socket that the node agent holds too keeps
+//! its queue for a successor; the queue of a socket of our own is served first, because closing it would reset the
+//! connections in it.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::dns::Tracked;
 use crate::drain::Drain;
 use crate::proxy::{Proxy, Worker};
 use crate::shares::{Holder, LimitExceeded, Taken};
-use crate::workers::{Seat, Workers};
+use crate::workers::{WorkerHandle, Workers};
 use crate::{inbound, outbound, passthrough};
 
 /// Descriptors of a relayed connection: its own, and the one to where it goes.
@@ -24,33 +24,33 @@ const RELAYED: u64 = 2;
 /// Descriptors of a tunnel connection; its tunnels have their own.
 const TUNNELS: u64 = 1;
 
-/// Accepts that failed for want of descriptors or memory, of the whole process.
+/// Accepts of the process that failed because of a shortage of descriptors or memory.
 static SHORTAGES: AtomicU64 = AtomicU64::new(0);
 
 fn count_shortage(_: &std::io::Error) {
     SHORTAGES.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Accepts that failed for want of descriptors or memory since start.
+/// Accepts that failed because of a shortage of descriptors or memory since start.
 pub fn accept_shortages() -> u64 {
     SHORTAGES.load(Ordering::Relaxed)
 }
 
-/// One listener's task, seen from the pod that owns it.
+/// The task of one listener.
 #[derive(Debug)]
-pub(super) struct Listening {
+pub(super) struct ListenerTask {
     stop: watch::Sender<bool>,
 }
 
-impl Listening {
-    /// Ends accepting. What was accepted goes on.
+impl ListenerTask {
+    /// Stops accepting. Accepted connections go on.
     pub(super) fn stop(&self) {
         self.stop.send_replace(true);
     }
 }
 
 /// What a listener's task needs.
-pub(super) struct Post {
+pub(super) struct ListenerContext {
     pub(super) pod: Arc<Pod>,
     pub(super) role: Role,
     /// Whether the node agent holds the socket too.
@@ -60,30 +60,30 @@ pub(super) struct Post {
     pub(super) drain: Drain,
 }
 
-/// Starts accepting on worker `seat`.
-pub(super) fn start(post: Post, seat: &Seat, listener: TcpListener) -> Listening {
+/// Starts accepting on worker `handle`.
+pub(super) fn start(context: ListenerContext, handle: &WorkerHandle, listener: TcpListener) -> ListenerTask {
     let (stop, stopped) = watch::channel(false);
-    let home = seat.clone();
-    seat.spawn("accept", async move { run(post, home, listener, stopped).await });
-    Listening { stop }
+    let home = handle.clone();
+    handle.spawn("accept", async move { run(context, home, listener, stopped).await });
+    ListenerTask { stop }
 }
 
-/// Starts answering the datagrams of a DNS socket on worker `seat`.
-pub(super) fn start_udp(post: Post, seat: &Seat, socket: UdpSocket) -> Listening {
+/// Starts answering the datagrams of a DNS socket on worker `handle`.
+pub(super) fn start_udp(context: ListenerContext, handle: &WorkerHandle, socket: UdpSocket) -> ListenerTask {
     let (stop, stopped) = watch::channel(false);
-    seat.spawn("dns", async move { run_udp(post, socket, stopped).await });
-    Listening { stop }
+    handle.spawn("dns", async move { run_udp(context, socket, stopped).await });
+    ListenerTask { stop }
 }
 
-async fn run_udp(mut post: Post, socket: UdpSocket, mut stopped: watch::Receiver<bool>) {
-    let (dns, client) = (post.proxy.dns.clone(), post.pod.dns().clone());
-    let pod = post.pod.uid().to_owned();
-    let netns = post.pod.stock().netns().clone();
+async fn run_udp(mut context: ListenerContext, socket: UdpSocket, mut stopped: watch::Receiver<bool>) {
+    let (dns, client) = (context.proxy.dns.clone(), context.pod.dns().clone());
+    let pod = context.pod.uid().to_owned();
+    let netns = context.pod.stock().netns().clone();
     let stop = async move {
         tokio::select! {
-            // A dropped sender is a stop too: its pod is gone.
+            // A dropped sender is a stop too: the pod was deleted.
             _ = stopped.wait_for(|stop| *stop) => {}
-            () = post.drain.accepting_stopped() => {}
+            () = context.drain.accepting_stopped() => {}
         }
     };
     let serve = async {
@@ -97,40 +97,47 @@ async fn run_udp(mut post: Post, socket: UdpSocket, mut stopped: watch::Receiver
     }
 }
 
-async fn run(mut post: Post, home: Seat, listener: TcpListener, mut stopped: watch::Receiver<bool>) {
+async fn run(
+    mut context: ListenerContext,
+    home: WorkerHandle,
+    listener: TcpListener,
+    mut stopped: watch::Receiver<bool>,
+) {
     // tcp(7): what is accepted inherits no delay and keepalive, which saves five calls a connection.
     if let Err(error) = ambit_net::socket::prepare_accepted(&listener) {
-        tracing::warn!(pod = post.pod.uid(), %error, "a listener's options can't be set");
+        tracing::warn!(pod = context.pod.uid(), %error, "a listener's options can't be set");
     }
     let mut acceptor = match Acceptor::new(listener) {
         Ok(acceptor) => acceptor.on_shortage(count_shortage),
-        Err(error) => return tracing::error!(pod = post.pod.uid(), %error, "a listener can't be registered"),
+        Err(error) => {
+            return tracing::error!(pod = context.pod.uid(), %error, "a listener can't be registered");
+        }
     };
     loop {
         tokio::select! {
             biased;
             // A dropped sender is a stop too: its pod is gone.
             _ = stopped.wait_for(|stop| *stop) => break,
-            () = post.drain.accepting_stopped() => break,
+            () = context.drain.accepting_stopped() => break,
             accepted = acceptor.accept() => match accepted {
-                Ok((stream, peer)) => hand_over(&post, &home, stream, peer),
-                Err(error) => return tracing::error!(pod = post.pod.uid(), %error, "a listener is lost"),
+                Ok((stream, peer)) => dispatch(&context, &home, stream, peer),
+                Err(error) => return tracing::error!(pod = context.pod.uid(), %error, "a listener is lost"),
             },
         }
     }
-    if !post.is_shared {
-        empty(&post, &home, &acceptor.into_inner());
+    if !context.is_shared {
+        drain_queue(&context, &home, &acceptor.into_inner());
     }
 }
 
-/// Serves what waits in the queue of a socket that is about to close.
-fn empty(post: &Post, home: &Seat, listener: &TcpListener) {
+/// Serves the connections in the queue of a socket that is about to close.
+fn drain_queue(context: &ListenerContext, home: &WorkerHandle, listener: &TcpListener) {
     while let Ok((stream, peer)) = listener.accept() {
         if let Err(error) = stream.set_nonblocking(true) {
             tracing::debug!(%error, "a connection of a closing listener is lost");
             continue;
         }
-        hand_over(post, home, stream, peer);
+        dispatch(context, home, stream, peer);
     }
 }
 
@@ -141,7 +148,7 @@ struct Admission {
     handshake: Option<Taken>,
 }
 
-impl Post {
+impl ListenerContext {
     /// Takes what serving a connection of `peer` needs on the account of who opened it.
     fn admit(&self, peer: IpAddr) -> Result<Admission, (LimitExceeded, Holder)> {
         let (shares, of_pod) = (&self.proxy.shares, self.pod.shares());
@@ -164,26 +171,26 @@ impl Post {
 }
 
 /// Has a worker serve the connection, or resets it if its pod or peer holds too much.
-fn hand_over(post: &Post, home: &Seat, stream: TcpStream, peer: SocketAddr) {
-    let (pod, workers, name) = (post.pod.clone(), &post.workers, post.role.as_str());
+fn dispatch(context: &ListenerContext, home: &WorkerHandle, stream: TcpStream, peer: SocketAddr) {
+    let (pod, workers, name) = (context.pod.clone(), &context.workers, context.role.as_str());
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let Admission { descriptors: held, handshake } = match post.admit(peer.ip()) {
+    let Admission { descriptors: held, handshake } = match context.admit(peer.ip()) {
         Ok(admission) => admission,
         Err((refusal, holder)) => {
-            post.proxy.shares.report(refusal, name, &holder, pod.uid(), peer.ip());
+            context.proxy.shares.report(refusal, name, &holder, pod.uid(), peer.ip());
             ambit_net::socket::reset_on_close(&stream);
             return;
         }
     };
-    match post.role {
+    match context.role {
         Role::Outbound => workers.place(home, name, stream, held, move |_, worker, stream| {
             outbound::serve_captured(worker, pod, stream, peer)
         }),
         Role::Socks5 => workers.place(home, name, stream, held, move |_, worker, stream| {
             outbound::serve_socks5(worker, pod, stream, peer)
         }),
-        Role::Inbound => workers.place(home, name, stream, held, move |seat, worker, stream| {
-            inbound::serve(worker, seat, pod, stream, peer, handshake)
+        Role::Inbound => workers.place(home, name, stream, held, move |handle, worker, stream| {
+            inbound::serve(worker, handle, pod, stream, peer, handshake)
         }),
         Role::Passthrough => workers.place(home, name, stream, held, move |_, worker, stream| {
             passthrough::serve(worker, pod, stream, peer)

@@ -64,16 +64,16 @@ impl Role {
     }
 }
 
-/// Which optional listeners a pod gets.
+/// The optional listeners of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
+pub struct OptionalListeners {
     /// DNS over UDP and TCP.
     pub dns: bool,
     /// SOCKS5.
     pub socks5: bool,
 }
 
-impl Wanted {
+impl OptionalListeners {
     /// Whether a pod gets the listener of a role.
     pub fn wants(self, role: Role) -> bool {
         match role {
@@ -93,13 +93,13 @@ pub struct PodSockets {
     pub dns_udp: Vec<UdpSocket>,
 }
 
-/// Why a pod's sockets can't be had.
+/// Why a pod's sockets can't be created or taken over.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketsError {
     /// Binding our own failed.
     #[error("bind the pod's listeners: {0}")]
     Bind(#[from] NetnsError),
-    /// A passed descriptor isn't what it was announced as.
+    /// A passed descriptor is not what the agent announced.
     #[error("the descriptor passed for port {port} is {found}")]
     NotAsAnnounced {
         /// The port that was announced.
@@ -117,12 +117,15 @@ pub enum SocketsError {
     },
 }
 
-/// Takes what the agent passed, checking each descriptor; the given ones stay open, copies are returned.
-/// Those that aren't wanted or have a port without a role here are left out.
+/// Checks the descriptors that the agent passed and returns copies. Those that are not wanted, or whose port has no role
+/// here, are left out.
 ///
 /// # Errors
 /// [`SocketsError::NotAsAnnounced`] and [`SocketsError::Unusable`], naming the port.
-pub fn passed(listeners: &[(Listener, OwnedFd)], wanted: Wanted) -> Result<PodSockets, SocketsError> {
+pub fn passed(
+    listeners: &[(Listener, OwnedFd)],
+    wanted: OptionalListeners,
+) -> Result<PodSockets, SocketsError> {
     let mut sockets = PodSockets::default();
     for (Listener { port, udp, ipv6: _ }, fd) in listeners {
         let (port, udp) = (*port, *udp);
@@ -158,8 +161,8 @@ fn check(port: u32, udp: bool, fd: &OwnedFd) -> Result<(), SocketsError> {
 /// Binds a pod's listeners in its namespace, IPv4 and, where the namespace has it, IPv6.
 ///
 /// # Errors
-/// [`SocketsError::Bind`], naming address and namespace. Lack of IPv6 is none.
-pub async fn own(netns: &Netns, wanted: Wanted) -> Result<PodSockets, SocketsError> {
+/// [`SocketsError::Bind`], naming address and namespace. Missing IPv6 support is not an error.
+pub async fn own(netns: &Netns, wanted: OptionalListeners) -> Result<PodSockets, SocketsError> {
     let options = Options { reuse_port: true, ..Options::marked(PROXY_MARK) };
     let mut sockets = PodSockets::default();
     for role in Role::ALL.into_iter().filter(|role| wanted.wants(*role)) {
@@ -195,7 +198,7 @@ fn lacks_ipv6(ip: IpAddr, error: &NetnsError) -> bool {
     ip.is_ipv6() && matches!(code, Some(nix::errno::Errno::EAFNOSUPPORT | nix::errno::Errno::EADDRNOTAVAIL))
 }
 
-/// What makes a socket itself: two descriptors with the same are one socket.
+/// Identifies a socket: descriptors with equal ids refer to one socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SocketId(u64);
 
@@ -212,7 +215,7 @@ pub fn socket_id(socket: &impl AsFd) -> io::Result<SocketId> {
 mod tests {
     use super::*;
 
-    const ALL: Wanted = Wanted { dns: true, socks5: true };
+    const ALL: OptionalListeners = OptionalListeners { dns: true, socks5: true };
 
     fn announced(port: u16, udp: bool) -> Listener {
         Listener { port: port.into(), udp, ipv6: false }

@@ -111,6 +111,29 @@ async fn is_served_again(pod: &Pod, target: SocketAddr) {
     .await;
 }
 
+/// A gauge of a node proxy.
+async fn gauge(ztunnel: &Ztunnel, name: &str) -> u64 {
+    let metrics = ztunnel.metrics().await;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.and_then(|value| value.parse().ok()).unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pooled_connection_counts_until_it_is_closed_for_being_idle() {
+    let bed = Bed::start(json!({ "limits": { "poolIdle": "3s" } }), 0).await;
+    let used = async || {
+        let name = "ambit_descriptors_used";
+        [gauge(bed.ztunnel(0), name).await, gauge(bed.ztunnel(1), name).await]
+    };
+    let before = used().await;
+    let mut stream = bed.modest.net.dial(bed.far).await.unwrap();
+    assert_eq!(exchange(&mut stream, b"once").await.unwrap(), b"once");
+    drop(stream);
+    let pooled = before.map(|count| count + 1);
+    eventually("only the tunnel connection is left", async || used().await == pooled).await;
+    eventually("it is closed on both sides", async || used().await == before).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_dials_without_end_leaves_others_their_share() {
     let bed = Bed::start(json!({}), 0).await;
