@@ -344,7 +344,7 @@ fn services(
     let census = Arc::new(Census::default());
     let policy = IssuancePolicy { trusted_node_proxies: config.trusted_node_proxies.clone() };
     let admission = TokenAdmission::new(authenticator.clone(), policy.clone());
-    let certificates = CertificateService::new(authority, authenticator, census.clone(), policy);
+    let certificates = CertificateService::new(authority.clone(), authenticator, census.clone(), policy);
     let xds_refused = admission.refused();
     let xds = Server::with_admission(published.store(), ServerConfig::default(), Arc::new(admission));
     let observed = Observed {
@@ -356,6 +356,7 @@ fn services(
         xds: xds.metrics().clone(),
         xds_refused,
         issuance: certificates.metrics(),
+        authority,
         findings: Findings::default(),
     };
     (xds, certificates, observed)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ambit_ca::IssuanceMetrics;
+use ambit_ca::{Authority, IssuanceMetrics};
 use ambit_telemetry::{Admin, Registry};
 use ambit_xds::ServerMetrics;
 use parking_lot::Mutex;
@@ -41,6 +41,7 @@ pub(crate) struct Observed {
     pub(crate) xds: Arc<ServerMetrics>,
     pub(crate) xds_refused: Arc<AtomicU64>,
     pub(crate) issuance: Arc<IssuanceMetrics>,
+    pub(crate) authority: Authority,
     pub(crate) findings: Findings,
 }
 
@@ -167,6 +168,9 @@ impl Observed {
         counter(registry, ("ca_unauthenticated", "Callers not believed"), ca, |m| &m.unauthenticated);
         counter(registry, ("ca_denied", "Callers that may not have what they asked for"), ca, |m| &m.denied);
         counter(registry, ("ca_invalid", "Requests that are not acceptable"), ca, |m| &m.invalid);
+        let authority = self.authority.clone();
+        let help = "Changes of the authority's store that could not be used";
+        registry.counter_from("ambit_control_ca_reload_failures", help, move || authority.reload_failures());
         counter(registry, ("ca_failed", "Certificates not signed by a failure of ours"), ca, |m| &m.failed);
     }
 
