@@ -1,5 +1,4 @@
-//! The connections that are open now: for dumps, for deciding again when policy or trust changes, and
-//! for the end of a drain.
+//! The table of open connections: for dumps, for reviews when policy or trust changes, and for the end of a drain.
 //!
 //! Each worker has a shard of its own, so that opening and closing never waits for another worker. Control tasks walk over
 //! all shards, a few entries at a time, so that a worker never waits long for its own lock.
@@ -20,7 +19,7 @@ use serde::Serialize;
 
 use crate::cut::{Cut, CutReason};
 
-/// Which way a connection goes, seen from the pod that it is reported for.
+/// The direction of a connection, seen from the pod that it is reported for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
@@ -31,7 +30,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// As the access log says it.
+    /// The value in the access log.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Inbound => "inbound",
@@ -40,20 +39,20 @@ impl Direction {
     }
 }
 
-/// What policy has to be asked again about a connection to a pod of ours.
+/// What a review of a connection to a pod of this node needs.
 #[derive(Debug)]
 pub struct Subject {
-    /// The workload that the connection is to.
+    /// The destination workload.
     pub workload: WorkloadUid,
-    /// Who it is from, if that was proven.
+    /// The client's identity, if it is authenticated.
     pub peer: Option<SpiffeId>,
-    /// The certificate that proved it.
+    /// The client's certificate, if there is one.
     pub certificate: Option<PeerCertificate>,
-    /// The address that it is from.
+    /// The client's address.
     pub source: SocketAddr,
     /// The workload's address and port.
     pub destination: SocketAddr,
-    /// What the last decision depended on; an equal stamp needs no new one.
+    /// What the last decision depended on. No new decision is needed while this is equal.
     pub stamp: Mutex<Option<Stamp>>,
 }
 
@@ -61,19 +60,19 @@ pub struct Subject {
 #[derive(Debug)]
 pub struct Connection {
     id: u64,
-    /// Which way it goes.
+    /// Its direction.
     pub direction: Direction,
-    /// Since when, for durations.
+    /// When it was opened, for durations.
     pub since: Instant,
-    /// Since when, for people.
+    /// When it was opened, as wall-clock time.
     pub opened: SystemTime,
     /// The client.
     pub source: SocketAddr,
     /// What the client dialled.
     pub destination: SocketAddr,
-    /// For connections to a pod of ours: what to ask policy again.
+    /// For connections to a pod of this node: what a review needs.
     pub subject: Option<Subject>,
-    /// Bytes so far; the two ends of a hand-over on this node share them.
+    /// Bytes so far. The two entries of a hand-over on this node share them.
     pub counters: Arc<Counters>,
     metrics: OnceLock<tcp::Connection>,
     cut: Cut,
@@ -101,7 +100,7 @@ impl Activity {
 }
 
 impl Connection {
-    /// The switch that ends it.
+    /// Closes it.
     pub fn cut(&self) -> &Cut {
         &self.cut
     }
@@ -112,7 +111,7 @@ impl Connection {
         self.activity.quiet_for(bytes, now.saturating_duration_since(self.since))
     }
 
-    /// Counts the bytes that moved since this was called last.
+    /// Counts the bytes that moved since the last call.
     pub fn report_bytes(&self) {
         if let Some(metrics) = self.metrics.get() {
             // What dashboards call sent is what the server sent: contracts.md, section 6.
@@ -121,7 +120,7 @@ impl Connection {
     }
 }
 
-/// The line of a dump.
+/// An entry of a dump.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
@@ -184,7 +183,7 @@ pub struct Connections {
     next: AtomicU64,
 }
 
-/// An open connection's entry; dropping it takes the connection off the table.
+/// The entry of an open connection. Dropping it removes the connection from the table.
 #[derive(Debug)]
 pub struct Open {
     connection: Arc<Connection>,
@@ -201,12 +200,12 @@ impl Deref for Open {
 }
 
 impl Open {
-    /// The connection itself, to be kept beyond its entry.
+    /// The connection, which may outlive its entry.
     pub fn connection(&self) -> Arc<Connection> {
         self.connection.clone()
     }
 
-    /// Has its bytes counted in these metrics from now on.
+    /// Sets the metrics that count its bytes from now on.
     pub fn set_metrics(&self, metrics: tcp::Connection) {
         if self.connection.metrics.set(metrics).is_err() {
             tracing::error!("a connection's metrics were set twice");
@@ -226,7 +225,7 @@ impl Connections {
         Self { shards: (0..workers.max(1)).map(|_| Arc::default()).collect(), next: AtomicU64::new(0) }
     }
 
-    /// Puts a connection on the table of worker `worker`.
+    /// Adds a connection of worker `worker`.
     pub fn open(
         &self,
         worker: usize,
@@ -256,12 +255,12 @@ impl Connections {
         Open { connection, shard, slot }
     }
 
-    /// How many are open.
+    /// Number of open connections.
     pub fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().len()).sum()
     }
 
-    /// Whether none is open.
+    /// Whether no connection is open.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

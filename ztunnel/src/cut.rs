@@ -1,7 +1,7 @@
-//! Ending a live connection from outside: by policy, revocation or the end of a drain.
+//! Closes an open connection from another task: because of policy, trust, idleness or the end of a drain.
 //!
-//! The connection's task wraps its relay in [`Cut::race`]; anybody who holds the [`Cut`] may call
-//! [`Cut::cut`] once. Costs an idle connection no task and no allocation.
+//! The connection's task wraps its relay in [`Cut::race`]. Whoever holds the [`Cut`] may call [`Cut::cut`]. An idle
+//! connection needs no task and no allocation for this.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -36,7 +36,7 @@ pub enum CutReason {
     Drained,
 }
 
-/// The switch of one connection.
+/// Closes one connection.
 #[derive(Debug, Default)]
 pub struct Cut {
     reason: OnceLock<CutReason>,
@@ -44,29 +44,30 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Ends the connection; the first reason stands.
+    /// Closes the connection. The first reason is kept.
     pub fn cut(&self, reason: CutReason) {
-        // A connection that is being cut already keeps its first reason.
+        // A connection that is already being closed keeps its first reason.
         if self.reason.set(reason).is_ok() {
             self.waker.wake();
         }
     }
 
-    /// Why the connection was ended, if it was.
+    /// Why the connection was closed, if it was.
     pub fn reason(&self) -> Option<&CutReason> {
         self.reason.get()
     }
 
-    /// Runs `work` until it ends or the connection is cut, whichever is first. One task at a time.
+    /// Runs `work` until it ends or the connection is closed, whichever is first. One task at a time.
     ///
-    /// Yields the reason of a cut as an error; `work` is dropped with what this returns.
+    /// # Errors
+    /// The reason of the close. `work` is dropped with the returned future.
     pub fn race<F: Future>(&self, work: F) -> Race<'_, F> {
         Race { cut: self, work }
     }
 }
 
 pin_project! {
-    /// Work that a cut ends; see [`Cut::race`]. As large as the work and a pointer.
+    /// Work that ends when its connection is closed; see [`Cut::race`]. As large as the work and a pointer.
     #[derive(Debug)]
     #[must_use = "futures do nothing unless awaited"]
     pub struct Race<'a, F> {
@@ -88,7 +89,7 @@ impl<F: Future> Future for Race<'_, F> {
             return Poll::Ready(Ok(done));
         }
         this.cut.waker.register(cx.waker());
-        // A cut between the look above and the registration would wake nobody.
+        // A close between the check above and the registration would wake nobody.
         match this.cut.reason.get() {
             Some(reason) => Poll::Ready(Err(reason.clone())),
             None => Poll::Pending,
