@@ -1,0 +1,28 @@
+//! Inputs that were reported against other meshes, through real node proxies: who owns an address or a host, which port a
+//! name means, and what policies say that L4 cannot see.
+//!
+//! All tests share one cluster of two nodes; each has servers of its own. Needs root; fails without.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that can't go on says so and ends"
+)]
+
+mod addresses;
+mod bed;
+mod entries;
+mod policies;
+
+use std::process::ExitCode;
+
+use ambit_tests::beds::Trials;
+
+fn main() -> ExitCode {
+    let mut trials = Trials::new();
+    addresses::add(&mut trials);
+    entries::add(&mut trials);
+    policies::add(&mut trials);
+    trials.run()
+}
