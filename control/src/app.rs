@@ -29,7 +29,7 @@ use crate::serve::census::Census;
 use crate::serve::port::{self, PortLimits};
 use crate::serve::publish::Published;
 use crate::serve::roots;
-use crate::source::directory::{Directories, WatchError};
+use crate::source::files::{Directories, WatchError};
 use crate::source::{Event, SourceName};
 
 /// The task that serves the port.
@@ -379,6 +379,7 @@ async fn start_index(
         metrics: observed.index.clone(),
         findings: observed.findings.clone(),
         ready: Some(ready),
+        synced: false,
     };
     let settings = config.index.clone();
     let (ended, has_ended) = oneshot::channel::<()>();
@@ -406,6 +407,8 @@ struct IndexWorker {
     metrics: Arc<IndexMetrics>,
     findings: Findings,
     ready: Option<oneshot::Sender<()>>,
+    /// Whether everything that the sources had at the start was taken.
+    synced: bool,
 }
 
 impl IndexWorker {
@@ -423,6 +426,10 @@ impl IndexWorker {
                 }
             }
             self.apply(&mut index, changes);
+            if is_synced && !self.synced {
+                self.synced = true;
+                self.report(index.findings().clone());
+            }
             if let Some(ready) = self.ready.take_if(|_| is_synced) {
                 // Nobody waits any more only when the program ends.
                 ready.send(()).unwrap_or_default();
@@ -437,19 +444,23 @@ impl IndexWorker {
         // A proxy that hears of a pod may ask for its certificate at once.
         self.census.apply(seats);
         self.published.publish(policies, addresses);
-        self.report(findings);
+        // Before everything that is there was read, an object that another depends on may only be late.
+        if self.synced {
+            self.report(findings);
+        }
         self.metrics.batches.fetch_add(1, Ordering::Relaxed);
         self.metrics.computed.fetch_add(index.computed() - before, Ordering::Relaxed);
         let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.metrics.micros.fetch_add(micros, Ordering::Relaxed);
     }
 
-    fn report(&self, changed: Vec<(ObjectRef, Vec<Finding>)>) {
+    fn report(&self, changed: impl IntoIterator<Item = (ObjectRef, Vec<Finding>)>) {
         let mut all = self.findings.lock();
         for (object, findings) in changed {
             for finding in findings.iter().filter(|f| !f.met) {
-                let Finding { condition, met: _, reason, message } = finding;
-                tracing::warn!(%object, condition, reason, "{message}");
+                let Finding { condition, met: _, reason, message, parent, controller } = finding;
+                let parent = parent.as_ref().map(tracing::field::display);
+                tracing::warn!(%object, condition, reason, parent, controller, "{message}");
             }
             match findings.is_empty() {
                 true => all.remove(&object),

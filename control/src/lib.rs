@@ -1,12 +1,14 @@
 //! The control plane: Kubernetes objects in, proxy configuration out.
 //!
-//! [`source`] reads objects and reports what changed; [`index`] turns objects into resources and recomputes
-//! only what a change touches; [`serve`] offers the resources over delta xDS and signs certificates. Each
-//! knows only the one before. [`app`] wires them, [`config`] says how.
+//! [`source`] reads objects, by [`intake`] and the table of [`kind`]s, and reports what changed; [`index`] turns objects
+//! into resources and recomputes only what a change touches; [`serve`] offers the resources over delta xDS and signs
+//! certificates. Each knows only the one before. [`app`] wires them, [`config`] says how.
 
 pub mod app;
 pub mod config;
 pub mod index;
+pub mod intake;
+pub mod kind;
 pub mod object;
 mod observe;
 pub mod serve;

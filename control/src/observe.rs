@@ -187,7 +187,17 @@ impl Observed {
 }
 
 fn dump(findings: &BTreeMap<ObjectRef, Vec<Finding>>) -> Value {
-    let finding = |f: &Finding| json!({ "type": f.condition, "status": f.met, "reason": f.reason, "message": f.message });
+    let parent = |f: &Finding| f.parent.as_ref().map(ToString::to_string);
+    let finding = |f: &Finding| {
+        json!({
+            "type": f.condition,
+            "status": f.met,
+            "reason": f.reason,
+            "message": f.message,
+            "parent": parent(f),
+            "controller": f.controller,
+        })
+    };
     let of_object = |(object, findings): (&ObjectRef, &Vec<Finding>)| {
         json!({
             "kind": object.kind.as_str(),

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ambit_control::object::{Change, Object};
-use ambit_control::source::directory::Directories;
+use ambit_control::source::files::Directories;
 use ambit_control::source::{Event, SourceMetrics};
 use tokio::sync::mpsc::Receiver;
 

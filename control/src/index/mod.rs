@@ -5,29 +5,22 @@
 //! labels relate it to); each marked producer is computed once, and what came out is compared with
 //! what stood. No file, socket or task is known here. The same objects always give the same resources, however they came.
 
-mod authentication;
-mod authorization;
 mod dependencies;
-mod endpoints;
-mod entries;
+mod l4;
 mod outputs;
-mod ownership;
 mod reader;
 mod relations;
 mod seats;
-mod services;
 mod store;
 mod touch;
-mod waypoints;
-mod wire;
-mod workloads;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::object::{Change, Kind, NamespacedName, ObjectRef};
-pub(crate) use authorization::NO_EFFECT_AT_L4;
 use dependencies::Dependencies;
+pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
+use l4::{authentication, authorization, endpoints, entries, services, workloads};
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
 use reader::Reader;
@@ -92,6 +85,9 @@ impl Default for Settings {
     }
 }
 
+/// Name of the controller that findings are of, as statuses name it.
+pub const CONTROLLER: &str = "ambit.dev/mesh-controller";
+
 /// Something that an object's author should know: a condition of its status.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -103,6 +99,20 @@ pub struct Finding {
     pub reason: &'static str,
     /// The reason, one sentence.
     pub message: String,
+    /// The object that the condition is relative to: the Gateway that a Service is bound to, the owner of an address.
+    pub parent: Option<ObjectRef>,
+    /// The controller that says so.
+    pub controller: &'static str,
+}
+
+impl Finding {
+    fn new(condition: &'static str, met: bool, reason: &'static str, message: String) -> Finding {
+        Finding { condition, met, reason, message, parent: None, controller: CONTROLLER }
+    }
+
+    fn relative_to(self, kind: Kind, name: &NamespacedName) -> Finding {
+        Finding { parent: Some(ObjectRef { kind, name: name.clone() }), ..self }
+    }
 }
 
 /// What a batch of changes to objects did.

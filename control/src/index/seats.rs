@@ -21,7 +21,7 @@ impl Seat {
         (pod.is_live() && !pod.node.is_empty()).then(|| Seat {
             node: pod.node.clone(),
             service_account: pod.service_account.clone(),
-            uid: pod.uid.clone(),
+            uid: pod.meta.uid.clone(),
         })
     }
 }

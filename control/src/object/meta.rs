@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::Deserialize;
+use serde_json::Value;
 
 use super::{DEFAULT_NAMESPACE, NamespacedName};
 
@@ -73,6 +75,10 @@ pub struct Meta {
     pub labels: Labels,
     /// Seconds since the epoch; `None` where no API server set it. Older objects win conflicts.
     pub created: Option<i64>,
+    /// What tells it from others that had its name; empty where no API server gave one.
+    pub uid: Arc<str>,
+    /// Grows with every change of what its author wants; `None` where no API server counts.
+    pub generation: Option<i64>,
 }
 
 impl Meta {
@@ -82,7 +88,28 @@ impl Meta {
     /// When the object has no name.
     pub fn read(meta: &ObjectMeta) -> Result<Meta, Invalid> {
         let id = namespaced(meta)?;
-        Ok(Meta { id, labels: labels(meta), created: created(meta) })
+        Ok(Meta {
+            id,
+            labels: labels(meta),
+            created: created(meta),
+            uid: meta.uid.as_deref().unwrap_or_default().into(),
+            generation: meta.generation,
+        })
+    }
+
+    /// The metadata of an object that cannot be read otherwise, as much of it as can be.
+    ///
+    /// # Errors
+    /// When the object has no name.
+    pub(in crate::object) fn salvage(object: &Value) -> Result<Meta, Invalid> {
+        let whole = object.get("metadata").map(ObjectMeta::deserialize).and_then(Result::ok);
+        let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
+        let named = || ObjectMeta {
+            name: text("/metadata/name"),
+            namespace: text("/metadata/namespace"),
+            ..ObjectMeta::default()
+        };
+        Meta::read(&whole.unwrap_or_else(named))
     }
 
     /// What orders objects of a kind when only one can be in force: the older first, then by name.
@@ -93,13 +120,13 @@ impl Meta {
 }
 
 /// Name and namespace of a namespaced object.
-pub(super) fn namespaced(meta: &ObjectMeta) -> Result<NamespacedName, Invalid> {
+pub(in crate::object) fn namespaced(meta: &ObjectMeta) -> Result<NamespacedName, Invalid> {
     let namespace = meta.namespace.as_deref().filter(|n| !n.is_empty()).unwrap_or(DEFAULT_NAMESPACE);
     Ok(NamespacedName::new(namespace, name(meta)?))
 }
 
 /// The name of an object.
-pub(super) fn name(meta: &ObjectMeta) -> Result<Arc<str>, Invalid> {
+pub(in crate::object) fn name(meta: &ObjectMeta) -> Result<Arc<str>, Invalid> {
     match meta.name.as_deref() {
         Some(name) if !name.is_empty() => Ok(name.into()),
         _ => Err(Invalid::new("metadata.name", "is missing")),
@@ -107,17 +134,17 @@ pub(super) fn name(meta: &ObjectMeta) -> Result<Arc<str>, Invalid> {
 }
 
 /// The labels of an object.
-pub(super) fn labels(meta: &ObjectMeta) -> Labels {
+pub(in crate::object) fn labels(meta: &ObjectMeta) -> Labels {
     meta.labels.iter().flatten().map(|(k, v)| (k.as_str(), v.as_str())).collect()
 }
 
 /// The value of an annotation.
-pub(super) fn annotation<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+pub(in crate::object) fn annotation<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
     meta.annotations.as_ref()?.get(key).map(String::as_str)
 }
 
 /// When the object was created, in seconds since the epoch.
-pub(super) fn created(meta: &ObjectMeta) -> Option<i64> {
+pub(in crate::object) fn created(meta: &ObjectMeta) -> Option<i64> {
     meta.creation_timestamp.as_ref().map(|time| time.0.as_second())
 }
 
@@ -147,7 +174,7 @@ pub struct Owner {
 
 impl Owner {
     /// The owner that controls the object; a sole owner counts as controlling.
-    pub(super) fn of(meta: &ObjectMeta) -> Option<Owner> {
+    pub(in crate::object) fn of(meta: &ObjectMeta) -> Option<Owner> {
         let owners = meta.owner_references.as_deref().unwrap_or_default();
         let owner = owners.iter().find(|o| o.controller == Some(true)).or(match owners {
             [sole] => Some(sole),

@@ -1,47 +1,47 @@
 //! The Kubernetes objects that the mesh reads, reduced to what it reads of them.
 //!
-//! `TryFrom` and `Deserialize` turn foreign objects into these at the edge, so the index has nothing left
-//! to check. Made by [`crate::source`], read by [`crate::index`]; nothing here knows files or sockets.
+//! `TryFrom` and `Deserialize` turn foreign objects into these at the edge, so the index has nothing left to check. Made
+//! by [`crate::intake`], read by [`crate::index`]; nothing here knows files or sockets.
 
-mod authentication;
-mod authorization;
-mod binding;
-mod cluster;
-mod endpoints;
-mod entry;
+mod core;
 mod gateway;
+mod istio;
 mod meta;
-mod pod;
-mod service;
 
 use std::fmt;
 use std::sync::Arc;
 
-pub use authentication::{MutualTls, PeerAuthentication};
-pub(crate) use authorization::service_account;
-pub use authorization::{
-    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber,
-    Rule, Source, TrustDomainPattern,
+pub(crate) use self::core::cluster::identity;
+pub use self::core::cluster::{Namespace, Node, ReplicaSet};
+pub use self::core::endpoints::{Endpoint, EndpointSlice};
+pub use self::core::pod::Pod;
+pub use self::core::service::{
+    AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Visibility,
 };
-pub(crate) use binding::CANARY_WEIGHT;
-pub use binding::{Canary, Choice, WaypointBinding};
-pub(crate) use cluster::identity;
-pub use cluster::{Namespace, Node, ReplicaSet};
-pub use endpoints::{Endpoint, EndpointSlice};
-pub use entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
+pub(crate) use gateway::binding::CANARY_WEIGHT;
+pub use gateway::binding::{Canary, Choice, WaypointBinding};
 pub use gateway::{
     AddressValue, AllowedNamespaces, ApplicationTunnel, Gateway, LabelRequirement, Requirement, WaypointFor,
 };
+pub use istio::authentication::{MutualTls, PeerAuthentication};
+pub(crate) use istio::authorization::service_account;
+pub use istio::authorization::{
+    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber,
+    Rule, Source, TrustDomainPattern,
+};
+pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
-pub use pod::Pod;
-pub use service::{AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Visibility};
+
+pub use crate::kind::Kind;
 
 /// Manifests of the kinds that no library of ours knows.
 pub(crate) mod manifest {
-    pub(crate) use super::authentication::Manifest as PeerAuthentication;
-    pub(crate) use super::authorization::Manifest as AuthorizationPolicy;
-    pub(crate) use super::entry::{ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry};
     pub(crate) use super::gateway::Manifest as Gateway;
+    pub(crate) use super::istio::authentication::Manifest as PeerAuthentication;
+    pub(crate) use super::istio::authorization::Manifest as AuthorizationPolicy;
+    pub(crate) use super::istio::entry::{
+        ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry,
+    };
 }
 
 /// The namespace of objects that name none, as `kubectl` has it.
@@ -66,98 +66,6 @@ impl NamespacedName {
 impl fmt::Display for NamespacedName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
-
-/// The kinds that the control plane reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// `v1/Namespace`
-    Namespace,
-    /// `v1/Node`
-    Node,
-    /// `v1/Pod`
-    Pod,
-    /// `v1/Service`
-    Service,
-    /// `v1/ServiceAccount`: checked, without effect on any resource.
-    ServiceAccount,
-    /// `discovery.k8s.io/v1/EndpointSlice`
-    EndpointSlice,
-    /// `apps/v1/Deployment`: checked, without effect on any resource.
-    Deployment,
-    /// `apps/v1/ReplicaSet`
-    ReplicaSet,
-    /// `security.istio.io/AuthorizationPolicy`
-    AuthorizationPolicy,
-    /// `security.istio.io/PeerAuthentication`
-    PeerAuthentication,
-    /// `networking.istio.io/ServiceEntry`
-    ServiceEntry,
-    /// `networking.istio.io/WorkloadEntry`
-    WorkloadEntry,
-    /// `gateway.networking.k8s.io/Gateway`
-    Gateway,
-}
-
-impl Kind {
-    /// Every kind, in declaration order.
-    pub const ALL: [Kind; 13] = [
-        Kind::Namespace,
-        Kind::Node,
-        Kind::Pod,
-        Kind::Service,
-        Kind::ServiceAccount,
-        Kind::EndpointSlice,
-        Kind::Deployment,
-        Kind::ReplicaSet,
-        Kind::AuthorizationPolicy,
-        Kind::PeerAuthentication,
-        Kind::ServiceEntry,
-        Kind::WorkloadEntry,
-        Kind::Gateway,
-    ];
-
-    /// The kind as manifests spell it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Kind::Namespace => "Namespace",
-            Kind::Node => "Node",
-            Kind::Pod => "Pod",
-            Kind::Service => "Service",
-            Kind::ServiceAccount => "ServiceAccount",
-            Kind::EndpointSlice => "EndpointSlice",
-            Kind::Deployment => "Deployment",
-            Kind::ReplicaSet => "ReplicaSet",
-            Kind::AuthorizationPolicy => "AuthorizationPolicy",
-            Kind::PeerAuthentication => "PeerAuthentication",
-            Kind::ServiceEntry => "ServiceEntry",
-            Kind::WorkloadEntry => "WorkloadEntry",
-            Kind::Gateway => "Gateway",
-        }
-    }
-
-    /// The API group of the kind, empty for the core group.
-    pub fn group(self) -> &'static str {
-        match self {
-            Kind::Namespace | Kind::Node | Kind::Pod | Kind::Service | Kind::ServiceAccount => "",
-            Kind::EndpointSlice => "discovery.k8s.io",
-            Kind::Deployment | Kind::ReplicaSet => "apps",
-            Kind::AuthorizationPolicy | Kind::PeerAuthentication => "security.istio.io",
-            Kind::ServiceEntry | Kind::WorkloadEntry => "networking.istio.io",
-            Kind::Gateway => "gateway.networking.k8s.io",
-        }
-    }
-
-    /// Whether objects of the kind live in a namespace.
-    pub fn is_namespaced(self) -> bool {
-        !matches!(self, Kind::Namespace | Kind::Node)
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
     }
 }
 

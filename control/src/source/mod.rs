@@ -1,20 +1,17 @@
 //! Where objects come from: typed changes out, in batches, and problems beside them.
 //!
-//! [`directory`] watches directories of YAML. Whatever a source is, it first gives everything that there
+//! [`files`] watches directories of YAML. Whatever a source is, it first gives everything that there
 //! is, says so with [`Event::Synced`], and then gives changes as they come.
 
-pub mod directory;
-mod document;
-mod files;
-mod scan;
-mod yaml;
+pub mod files;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::object::{Change, Object, ObjectRef};
+use crate::object::{Change, ObjectRef};
+pub use files::parse;
 
 /// A source as it is named on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,11 +41,11 @@ impl FromStr for SourceName {
 pub enum Event {
     /// Objects changed.
     Changes(Vec<Change>),
-    /// All that was there at the start has been told.
+    /// Everything that was there at the start was sent.
     Synced,
 }
 
-/// Something in a source that cannot be taken. What was there before it stays in force.
+/// Something in a source that cannot be taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The file.
@@ -57,7 +54,7 @@ pub struct Problem {
     pub line: Option<u64>,
     /// The field, as `spec.ports[0].port`.
     pub field: Option<String>,
-    /// The object, if it can be told.
+    /// The object, if its identity is known.
     pub object: Option<ObjectRef>,
     /// What is wrong.
     pub message: String,
@@ -77,19 +74,6 @@ impl fmt::Display for Problem {
         }
         write!(f, ": {}", self.message)
     }
-}
-
-/// Reads the text of one file: its objects, and what of it cannot be taken. A policy that cannot be read is
-/// among the objects as one that fails closed.
-pub fn parse(file: &Path, text: &str) -> (Vec<Object>, Vec<Problem>) {
-    let mut files = files::Files::default();
-    let content = files::Content::Read(document::read_all(text));
-    let files::Effect { changes, new_problems } = files.apply(&(0, file.into()), content);
-    let objects = changes.into_iter().filter_map(|change| match change {
-        Change::Apply(object) => Some(object),
-        Change::Delete(_) => None,
-    });
-    (objects.collect(), new_problems)
 }
 
 /// Live counters of a source.

@@ -178,7 +178,7 @@ async fn an_edit_arrives_within_a_tenth_of_a_second() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_malformed_file_is_reported_counted_and_changes_nothing() {
+async fn an_unreadable_service_is_reported_with_line_and_field_and_absent() {
     let world = start();
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("first state", |held| held.port() == Some(9080)).await;
@@ -194,7 +194,7 @@ async fn a_malformed_file_is_reported_counted_and_changes_nothing() {
     // What follows in another file arrives, so the malformed one was passed over and not waited for.
     world.replace("other.yaml", &pod("reviews-2", "node-b", "10.0.1.7"));
     held.until("the other file", |held| held.workload("reviews-2").is_some()).await;
-    assert_eq!(held.port(), Some(9080));
+    held.until("the removal", |held| held.port().is_none()).await;
     world.replace("service.yaml", &service(9082));
     held.until("the repair", |held| held.port() == Some(9082)).await;
     assert_eq!(world.metric("ambit_control_source_problems"), 0.0);

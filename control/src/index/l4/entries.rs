@@ -21,7 +21,10 @@ use crate::object::{
 const REMOTE_CLASSES: [&str; 2] = ["ambit-remote", "istio-remote"];
 
 /// The services of an entry's hosts and the workloads of the endpoints that it lists.
-pub(super) fn of_service_entry(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_service_entry(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.service_entries.get(id) else { return Vec::new() };
     if !entry.foreign_namespaces.is_empty() {
         let mut losses = Losses::default();
@@ -60,7 +63,7 @@ fn hosts_in_force<'a>(reader: &Reader<'_>, entry: &'a ServiceEntry) -> Vec<&'a A
         }
         match reader.host_owner(entry, host) {
             None => hosts.push(host),
-            Some(owner) => losses.other(format!("host {host} is offered by {owner}")),
+            Some(owner) => losses.host(host, owner),
         }
     }
     losses.find(reader, "ambit.dev/HostsAccepted", "HostTaken");
@@ -207,7 +210,10 @@ fn named(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resourc
 }
 
 /// The workload of a WorkloadEntry.
-pub(super) fn of_workload_entry(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_workload_entry(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.workload_entries.get(id) else { return Vec::new() };
     let network = workloads::network(reader, &id.namespace, entry.spec.network.as_ref());
     if let Some((address, owner)) = ownership::of_endpoint(reader, &network, &ips(&entry.spec)) {
@@ -300,7 +306,7 @@ fn entry_target(spec: &WorkloadSpec, port: &EntryPort) -> u16 {
 }
 
 /// Adds the ServiceEntries whose selector selects labels in a namespace.
-pub(super) fn join_entries(
+pub(in crate::index) fn join_entries(
     reader: &Reader<'_>,
     services: &mut Memberships,
     namespace: &Arc<str>,
@@ -332,7 +338,10 @@ fn join(services: &mut Memberships, entry: &ServiceEntry, host: &str, target: im
 }
 
 /// Where a gateway into a network takes tunnels.
-pub(super) fn gateway_address(gateway: &Gateway, network: &Arc<str>) -> Option<api::GatewayAddress> {
+pub(in crate::index) fn gateway_address(
+    gateway: &Gateway,
+    network: &Arc<str>,
+) -> Option<api::GatewayAddress> {
     let address = match is_remote(gateway) {
         true => gateway.requested.first(),
         false if gateway.hbone.is_some() => gateway.addresses.first(),
@@ -349,7 +358,10 @@ fn is_remote(gateway: &Gateway) -> bool {
 }
 
 /// A gateway of another cluster as a workload, so that its identity can be verified.
-pub(super) fn of_remote_gateway(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_remote_gateway(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
     let Some(gateway) = reader.store.gateways.get(id).filter(|g| is_remote(g)) else { return Vec::new() };
     let (Some(network), Some(account)) = (&gateway.network, &gateway.service_account) else {
         return Vec::new();

@@ -7,33 +7,33 @@ use ambit_api::workload as api;
 use super::reader::Reader;
 use super::{Finding, wire};
 use crate::object::{
-    AddressValue, AllowedNamespaces, CANARY_WEIGHT, Canary, Choice, Gateway, Labels, NamespacedName, Pod,
-    WaypointBinding, WaypointFor,
+    AddressValue, AllowedNamespaces, CANARY_WEIGHT, Canary, Choice, Gateway, Kind, Labels, NamespacedName,
+    Pod, WaypointBinding, WaypointFor,
 };
 
 /// What kind of destination asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Destination {
+pub(in crate::index) enum Destination {
     Service,
     Workload,
 }
 
 /// The waypoints of a destination as they go on the wire.
 #[derive(Debug, Default)]
-pub(super) struct Waypoints {
+pub(in crate::index) struct Waypoints {
     /// Where connections must go; a name that leads nowhere when the waypoint is not ready.
-    pub(super) primary: Option<api::GatewayAddress>,
+    pub(in crate::index) primary: Option<api::GatewayAddress>,
     /// Primary and canary with their shares, when there is a canary.
-    pub(super) weighted: Vec<api::WeightedWaypoint>,
+    pub(in crate::index) weighted: Vec<api::WeightedWaypoint>,
     /// Whether ingress goes there too.
-    pub(super) ingress: bool,
+    pub(in crate::index) ingress: bool,
     /// Whether connections may go directly when the waypoint is missing.
-    pub(super) failure_open: bool,
+    pub(in crate::index) failure_open: bool,
 }
 
 impl Waypoints {
     /// What there is to say beside the addresses.
-    pub(super) fn extensions(&self) -> impl Iterator<Item = api::Extension> {
+    pub(in crate::index) fn extensions(&self) -> impl Iterator<Item = api::Extension> {
         let open = self.failure_open && self.primary.is_some();
         open.then(|| wire::marker(wire::WAYPOINT_FAILURE_OPEN)).into_iter()
     }
@@ -51,7 +51,7 @@ enum Standing {
 }
 
 /// Resolves the waypoints of an object in `namespace` that carries `labels` and says `binding`.
-pub(super) fn resolve(
+pub(in crate::index) fn resolve(
     reader: &Reader<'_>,
     namespace: &Arc<str>,
     labels: &Labels,
@@ -72,22 +72,22 @@ pub(super) fn resolve(
     let canary = binding.canary.as_ref().or(inherited);
     let primary = match standing(reader, namespace, name, destination) {
         Standing::Ready(address) => {
-            reader.find(bound(true, "WaypointAccepted", format!("bound to waypoint {name}")));
+            reader.find(bound(name, true, "WaypointAccepted", format!("bound to waypoint {name}")));
             address
         }
         Standing::NotConcerned => {
             if of_object {
                 let message = format!("waypoint {name} is not for this kind of destination");
-                reader.find(bound(false, "AttachmentNotApplicable", message));
+                reader.find(bound(name, false, "AttachmentNotApplicable", message));
             }
             return Waypoints::default();
         }
         Standing::Missing(message) => {
-            reader.find(bound(false, "WaypointMissing", message));
+            reader.find(bound(name, false, "WaypointMissing", message));
             nowhere(name)
         }
         Standing::NotReady(reason, message) => {
-            reader.find(bound(false, reason, message));
+            reader.find(bound(name, false, reason, message));
             nowhere(name)
         }
     };
@@ -113,12 +113,12 @@ fn weighted(
             "canary waypoint {} gets no connections: annotation {CANARY_WEIGHT} is no number from 0 to 100",
             canary.gateway
         );
-        reader.find(canary_finding("WeightInvalid", message));
+        reader.find(canary_finding(&canary.gateway, "WeightInvalid", message));
         return Vec::new();
     };
     let Standing::Ready(address) = standing(reader, namespace, &canary.gateway, destination) else {
         let message = format!("canary waypoint {} is not ready and gets no connections", canary.gateway);
-        reader.find(canary_finding("NotReady", message));
+        reader.find(canary_finding(&canary.gateway, "NotReady", message));
         return Vec::new();
     };
     let share = |destination, weight| api::WeightedWaypoint { destination: Some(destination), weight };
@@ -126,13 +126,13 @@ fn weighted(
 }
 
 /// Whether an object belongs to a waypoint itself: nothing stands before a waypoint.
-pub(super) fn is_waypoint(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> bool {
+pub(in crate::index) fn is_waypoint(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> bool {
     own_gateway(reader, namespace, labels)
         .is_some_and(|gateway| reader.settings.waypoint_classes.contains(&gateway.class))
 }
 
 /// The gateway whose deployment or service an object belongs to.
-pub(super) fn own_gateway<'a>(
+pub(in crate::index) fn own_gateway<'a>(
     reader: &Reader<'a>,
     namespace: &Arc<str>,
     labels: &Labels,
@@ -197,10 +197,11 @@ fn nowhere(name: &NamespacedName) -> api::GatewayAddress {
     wire::gateway_hostname(&name.namespace, &format!("{}.{}.waypoint.invalid", name.name, name.namespace))
 }
 
-fn canary_finding(reason: &'static str, message: String) -> Finding {
-    Finding { condition: "ambit.dev/WaypointCanaryAccepted", met: false, reason, message }
+fn canary_finding(gateway: &NamespacedName, reason: &'static str, message: String) -> Finding {
+    Finding::new("ambit.dev/WaypointCanaryAccepted", false, reason, message)
+        .relative_to(Kind::Gateway, gateway)
 }
 
-fn bound(met: bool, reason: &'static str, message: String) -> Finding {
-    Finding { condition: "istio.io/WaypointBound", met, reason, message }
+fn bound(gateway: &NamespacedName, met: bool, reason: &'static str, message: String) -> Finding {
+    Finding::new("istio.io/WaypointBound", met, reason, message).relative_to(Kind::Gateway, gateway)
 }

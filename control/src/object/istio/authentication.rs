@@ -95,14 +95,7 @@ impl PeerAuthentication {
     /// # Errors
     /// When it has no name, so that it cannot stand for anything.
     pub(crate) fn unreadable(object: &serde_json::Value) -> Result<PeerAuthentication, Invalid> {
-        let text =
-            |pointer: &str| object.pointer(pointer).and_then(serde_json::Value::as_str).map(str::to_owned);
-        let metadata = ObjectMeta {
-            name: text("/metadata/name"),
-            namespace: text("/metadata/namespace"),
-            ..ObjectMeta::default()
-        };
-        let meta = Meta::read(&metadata)?;
+        let meta = Meta::salvage(object)?;
         let selector = object.pointer("/spec/selector").cloned().map(serde_json::from_value::<Selector>);
         Ok(PeerAuthentication {
             id: meta.id.clone(),

@@ -12,10 +12,10 @@ use super::{authentication, wire};
 use crate::object::{Gateway, Kind, Labels, NamespacedName, Owner, OwnerKind, Pod, Service, TargetPort};
 
 /// Ports by service, keyed `<namespace>/<hostname>`.
-pub(super) type Memberships = BTreeMap<String, api::PortList>;
+pub(in crate::index) type Memberships = BTreeMap<String, api::PortList>;
 
 /// The workload of a pod that has an address and has not finished.
-pub(super) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(pod) = reader.store.pods.get(id).filter(|p| !p.finished && !p.addresses.is_empty()) else {
         return Vec::new();
     };
@@ -75,35 +75,42 @@ fn is_waypoint(reader: &Reader<'_>, gateway: Option<&Gateway>) -> bool {
 }
 
 /// Whether a tunnel can be opened to a workload.
-pub(super) fn tunnel_protocol(has_tunnel: bool) -> api::TunnelProtocol {
+pub(in crate::index) fn tunnel_protocol(has_tunnel: bool) -> api::TunnelProtocol {
     if has_tunnel { api::TunnelProtocol::Hbone } else { api::TunnelProtocol::None }
 }
 
 /// Health on the wire.
-pub(super) fn status(healthy: bool) -> api::WorkloadStatus {
+pub(in crate::index) fn status(healthy: bool) -> api::WorkloadStatus {
     if healthy { api::WorkloadStatus::Healthy } else { api::WorkloadStatus::Unhealthy }
 }
 
 /// `service.istio.io/canonical-name`, `app.kubernetes.io/name`, `app`, else the workload's name.
-pub(super) fn canonical_name<'a>(labels: &'a Labels, workload: &'a str) -> &'a str {
+pub(in crate::index) fn canonical_name<'a>(labels: &'a Labels, workload: &'a str) -> &'a str {
     let keys = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
     keys.iter().find_map(|key| labels.get(key)).unwrap_or(workload)
 }
 
 /// `service.istio.io/canonical-revision`, `app.kubernetes.io/version`, `version`, else `latest`.
-pub(super) fn canonical_revision(labels: &Labels) -> &str {
+pub(in crate::index) fn canonical_revision(labels: &Labels) -> &str {
     let keys = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
     keys.iter().find_map(|key| labels.get(key)).unwrap_or("latest")
 }
 
 /// The network of a workload: its own, its namespace's, the mesh's.
-pub(super) fn network(reader: &Reader<'_>, namespace: &Arc<str>, own: Option<&Arc<str>>) -> Arc<str> {
+pub(in crate::index) fn network(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    own: Option<&Arc<str>>,
+) -> Arc<str> {
     let inherited = || reader.namespace(namespace).and_then(|n| n.network.as_ref());
     own.or_else(inherited).unwrap_or(&reader.settings.network).clone()
 }
 
 /// The way into another network; `None` within ours.
-pub(super) fn network_gateway(reader: &Reader<'_>, network: &Arc<str>) -> Option<api::GatewayAddress> {
+pub(in crate::index) fn network_gateway(
+    reader: &Reader<'_>,
+    network: &Arc<str>,
+) -> Option<api::GatewayAddress> {
     if *network == reader.settings.network {
         return None;
     }
@@ -114,7 +121,7 @@ pub(super) fn network_gateway(reader: &Reader<'_>, network: &Arc<str>) -> Option
 }
 
 /// The policies that a workload lists: those selecting it, then what stands for its PeerAuthentication.
-pub(super) fn policies(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> Vec<String> {
+pub(in crate::index) fn policies(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> Vec<String> {
     let selecting = reader.store.policy_selectors.selecting(namespace, labels);
     let in_force = selecting.iter().filter(|id| {
         reader.store.policies.get(*id).is_some_and(|p| super::authorization::selector_at_l4(p).is_some())
@@ -125,7 +132,7 @@ pub(super) fn policies(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Label
 }
 
 /// Where a node is; `None` if nothing is known.
-pub(super) fn locality(reader: &Reader<'_>, node: &Arc<str>) -> Option<api::Locality> {
+pub(in crate::index) fn locality(reader: &Reader<'_>, node: &Arc<str>) -> Option<api::Locality> {
     if node.is_empty() {
         return None;
     }
@@ -199,7 +206,7 @@ fn memberships(reader: &Reader<'_>, pod: &Pod) -> Memberships {
 }
 
 /// Adds a service's ports as far as the workload has their targets.
-pub(super) fn join(
+pub(in crate::index) fn join(
     reader: &Reader<'_>,
     services: &mut Memberships,
     service: &Service,

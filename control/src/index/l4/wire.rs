@@ -13,16 +13,16 @@ use super::outputs::{Resource, ResourceType};
 use crate::object::{AppProtocol, IpFamilies, Kind, NamespacedName};
 
 /// Port of HBONE, at waypoints and at gateways between networks (contracts.md, section 1).
-pub(super) const HBONE_PORT: u32 = 15008;
+pub(in crate::index) const HBONE_PORT: u32 = 15008;
 
 /// Extension of a service with `sessionAffinity: ClientIP`; its value is a `UInt32Value`, the timeout in seconds.
-pub(super) const SESSION_AFFINITY: &str = "ambit.dev/session-affinity";
+pub(in crate::index) const SESSION_AFFINITY: &str = "ambit.dev/session-affinity";
 
 /// Extension of what may be reached directly when its waypoint cannot be.
-pub(super) const WAYPOINT_FAILURE_OPEN: &str = "ambit.dev/waypoint-failure-open";
+pub(in crate::index) const WAYPOINT_FAILURE_OPEN: &str = "ambit.dev/waypoint-failure-open";
 
 /// `<cluster>/<group>/<kind>/<namespace>/<name>`
-pub(super) fn uid(settings: &Settings, kind: Kind, id: &NamespacedName) -> String {
+pub(in crate::index) fn uid(settings: &Settings, kind: Kind, id: &NamespacedName) -> String {
     match kind {
         Kind::Pod => format!("{}//Pod/{}/{}", settings.cluster_id, id.namespace, id.name),
         _ => format!("{}/{}/{kind}/{}/{}", settings.cluster_id, kind.group(), id.namespace, id.name),
@@ -30,7 +30,7 @@ pub(super) fn uid(settings: &Settings, kind: Kind, id: &NamespacedName) -> Strin
 }
 
 /// The octets of an address.
-pub(super) fn octets(address: IpAddr) -> Bytes {
+pub(in crate::index) fn octets(address: IpAddr) -> Bytes {
     match address {
         IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
         IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
@@ -38,18 +38,18 @@ pub(super) fn octets(address: IpAddr) -> Bytes {
 }
 
 /// An address in a network.
-pub(super) fn network_address(network: &str, address: IpAddr) -> api::NetworkAddress {
+pub(in crate::index) fn network_address(network: &str, address: IpAddr) -> api::NetworkAddress {
     api::NetworkAddress { network: network.to_owned(), address: octets(address), length: None }
 }
 
 /// A block of addresses in a network; one of a single address is that address.
-pub(super) fn network_block(network: &str, block: IpNet) -> api::NetworkAddress {
+pub(in crate::index) fn network_block(network: &str, block: IpNet) -> api::NetworkAddress {
     let length = (block.prefix_len() != block.max_prefix_len()).then(|| u32::from(block.prefix_len()));
     api::NetworkAddress { network: network.to_owned(), address: octets(block.network()), length }
 }
 
 /// A gateway reached by name.
-pub(super) fn gateway_hostname(namespace: &str, hostname: &str) -> api::GatewayAddress {
+pub(in crate::index) fn gateway_hostname(namespace: &str, hostname: &str) -> api::GatewayAddress {
     let host = api::NamespacedHostname { namespace: namespace.to_owned(), hostname: hostname.to_owned() };
     api::GatewayAddress {
         destination: Some(gateway_address::Destination::Hostname(host)),
@@ -58,7 +58,7 @@ pub(super) fn gateway_hostname(namespace: &str, hostname: &str) -> api::GatewayA
 }
 
 /// A gateway reached at an address.
-pub(super) fn gateway_at(network: &str, address: IpAddr) -> api::GatewayAddress {
+pub(in crate::index) fn gateway_at(network: &str, address: IpAddr) -> api::GatewayAddress {
     api::GatewayAddress {
         destination: Some(gateway_address::Destination::Address(network_address(network, address))),
         hbone_mtls_port: HBONE_PORT,
@@ -66,12 +66,12 @@ pub(super) fn gateway_at(network: &str, address: IpAddr) -> api::GatewayAddress 
 }
 
 /// An extension that says something by being there.
-pub(super) fn marker(name: &str) -> api::Extension {
+pub(in crate::index) fn marker(name: &str) -> api::Extension {
     extension(name, "type.googleapis.com/google.protobuf.Empty", Vec::new())
 }
 
 /// An extension with a number.
-pub(super) fn number(name: &str, value: u32) -> api::Extension {
+pub(in crate::index) fn number(name: &str, value: u32) -> api::Extension {
     // Encoded as google.protobuf.UInt32Value, which prost maps to u32.
     extension(name, "type.googleapis.com/google.protobuf.UInt32Value", value.encode_to_vec())
 }
@@ -82,7 +82,7 @@ fn extension(name: &str, type_url: &str, value: Vec<u8>) -> api::Extension {
 }
 
 /// A declared protocol on the wire.
-pub(super) fn app_protocol(protocol: AppProtocol) -> api::AppProtocol {
+pub(in crate::index) fn app_protocol(protocol: AppProtocol) -> api::AppProtocol {
     match protocol {
         AppProtocol::Unknown => api::AppProtocol::Unknown,
         AppProtocol::Http11 => api::AppProtocol::Http11,
@@ -94,7 +94,7 @@ pub(super) fn app_protocol(protocol: AppProtocol) -> api::AppProtocol {
 }
 
 /// Address families on the wire.
-pub(super) fn families(families: IpFamilies) -> api::IpFamilies {
+pub(in crate::index) fn families(families: IpFamilies) -> api::IpFamilies {
     match families {
         IpFamilies::Automatic => api::IpFamilies::Automatic,
         IpFamilies::V4 => api::IpFamilies::Ipv4Only,
@@ -104,7 +104,10 @@ pub(super) fn families(families: IpFamilies) -> api::IpFamilies {
 }
 
 /// The resource of a workload: named by its uid, also asked for by its addresses, brought along by its services.
-pub(super) fn workload_resource(workload: api::Workload, addresses: &[IpAddr]) -> (ResourceType, Resource) {
+pub(in crate::index) fn workload_resource(
+    workload: api::Workload,
+    addresses: &[IpAddr],
+) -> (ResourceType, Resource) {
     let name: Arc<str> = workload.uid.as_str().into();
     let aliases = addresses.iter().map(|address| format!("{}/{address}", workload.network).into()).collect();
     let parents = workload.services.keys().map(|service| service.as_str().into()).collect();
@@ -114,7 +117,10 @@ pub(super) fn workload_resource(workload: api::Workload, addresses: &[IpAddr]) -
 }
 
 /// The resource of a service: named `<namespace>/<hostname>`, also asked for by its single addresses.
-pub(super) fn service_resource(service: api::Service, addresses: &[IpNet]) -> (ResourceType, Resource) {
+pub(in crate::index) fn service_resource(
+    service: api::Service,
+    addresses: &[IpNet],
+) -> (ResourceType, Resource) {
     let name = format!("{}/{}", service.namespace, service.hostname).into();
     let network = service.addresses.first().map(|a| a.network.clone()).unwrap_or_default();
     let single = addresses.iter().filter(|block| block.prefix_len() == block.max_prefix_len());

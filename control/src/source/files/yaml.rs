@@ -5,23 +5,14 @@ use std::fmt;
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::{Options, Spanned};
 
-/// Why a document, or a value in it, does not fit.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Misfit {
-    /// Line within the document, from 1.
-    pub(super) line: Option<u64>,
-    /// The field, if the document got that far.
-    pub(super) field: Option<String>,
-    /// What is wrong.
-    pub(super) message: String,
-}
+use crate::intake::Mismatch;
 
 fn options() -> Options {
     serde_saphyr::options! { with_snippet: false }
 }
 
 /// Reads one document.
-pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Misfit> {
+pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Mismatch> {
     // JSON is YAML too (YAML 1.2.2 §1.3) and takes a fraction of the time as what it is. What does not fit is read again, for its line.
     if text.trim_start().starts_with('{')
         && let Ok(value) = serde_json::from_str(text)
@@ -37,18 +28,10 @@ pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Misfit> {
         }
         result
     });
-    result.map_err(|error| misfit(&error, field))
+    result.map_err(|error| mismatch(&error, field))
 }
 
-/// Reads a value that was read from a document before.
-pub(super) fn convert<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Misfit> {
-    serde_path_to_error::deserialize(value).map_err(|error| {
-        let field = Some(error.path().to_string()).filter(|path| path != ".");
-        Misfit { line: None, field, message: error.into_inner().to_string() }
-    })
-}
-
-fn misfit(error: &serde_saphyr::Error, field: Option<String>) -> Misfit {
+fn mismatch(error: &serde_saphyr::Error, field: Option<String>) -> Mismatch {
     let text = error.without_snippet().to_string();
     // The place is told beside the message, not in it.
     let message = match text.split_once(": ") {
@@ -56,7 +39,7 @@ fn misfit(error: &serde_saphyr::Error, field: Option<String>) -> Misfit {
         _ => text.split(" at line ").next().unwrap_or(&text),
     };
     let line = error.location().map(|location| location.line()).filter(|line| *line > 0);
-    Misfit { line, field, message: message.trim().to_owned() }
+    Mismatch { line, field, message: message.trim().to_owned() }
 }
 
 /// Steps of a path that are followed: no field of ours is deeper, and each costs a reading of the text.
@@ -152,13 +135,13 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_is_not_there_is_told_by_what_encloses_it() {
+    fn a_missing_field_is_located_by_what_encloses_it() {
         assert_eq!(locate(TEXT, "spec.ports[0].targetPort"), Some(5));
         assert_eq!(locate(TEXT, "nothing"), None);
     }
 
     #[test]
-    fn a_value_of_the_wrong_type_is_told_with_its_line_and_field() {
+    fn a_value_of_the_wrong_type_is_reported_with_line_and_field() {
         #[derive(Debug, serde::Deserialize)]
         struct Outer {
             #[serde(rename = "spec")]
@@ -169,14 +152,14 @@ mod tests {
             #[serde(rename = "count")]
             _count: u16,
         }
-        let misfit = read::<Outer>("spec:\n  other: 1\n  count: many\n").unwrap_err();
-        assert_eq!((misfit.line, misfit.field.as_deref()), (Some(3), Some("spec.count")), "{misfit:?}");
-        assert!(!misfit.message.contains("line"), "{misfit:?}");
+        let mismatch = read::<Outer>("spec:\n  other: 1\n  count: many\n").unwrap_err();
+        assert_eq!((mismatch.line, mismatch.field.as_deref()), (Some(3), Some("spec.count")), "{mismatch:?}");
+        assert!(!mismatch.message.contains("line"), "{mismatch:?}");
     }
 
     #[test]
-    fn broken_syntax_is_told_with_its_line() {
-        let misfit = read::<serde_json::Value>("a: 1\nb: [1, 2\nc: 3\n").unwrap_err();
-        assert!(misfit.line.is_some(), "{misfit:?}");
+    fn broken_syntax_is_reported_with_its_line() {
+        let mismatch = read::<serde_json::Value>("a: 1\nb: [1, 2\nc: 3\n").unwrap_err();
+        assert!(mismatch.line.is_some(), "{mismatch:?}");
     }
 }

@@ -12,14 +12,25 @@ use ipnet::IpNet;
 use super::Finding;
 use super::reader::Reader;
 use super::workloads;
-use crate::object::{NamespacedName, ServiceEntry, Visibility};
+use crate::object::{Kind, NamespacedName, ObjectRef, ServiceEntry, Visibility};
 
 /// The object that an address belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
+pub(in crate::index) enum Owner {
     Pod(NamespacedName),
     Service(NamespacedName),
     ServiceEntry(NamespacedName),
+}
+
+impl Owner {
+    fn reference(&self) -> ObjectRef {
+        let (kind, name) = match self {
+            Owner::Pod(id) => (Kind::Pod, id),
+            Owner::Service(id) => (Kind::Service, id),
+            Owner::ServiceEntry(id) => (Kind::ServiceEntry, id),
+        };
+        ObjectRef { kind, name: name.clone() }
+    }
 }
 
 impl fmt::Display for Owner {
@@ -33,7 +44,7 @@ impl fmt::Display for Owner {
 }
 
 /// The owner of one of a workload's addresses, if that is a pod or a Service, with the address.
-pub(super) fn of_endpoint(
+pub(in crate::index) fn of_endpoint(
     reader: &Reader<'_>,
     network: &Arc<str>,
     addresses: &[IpAddr],
@@ -43,7 +54,7 @@ pub(super) fn of_endpoint(
 
 /// The owner of a virtual address of `entry`, if that is not the entry itself. Ranges of addresses have no owner: they
 /// rank below everything that has an address within.
-pub(super) fn of_virtual_address(
+pub(in crate::index) fn of_virtual_address(
     reader: &Reader<'_>,
     network: &Arc<str>,
     entry: &ServiceEntry,
@@ -92,28 +103,39 @@ fn older_entry(
 
 /// Collects what an object claims and does not get, for one finding.
 #[derive(Debug, Default)]
-pub(super) struct Losses(Vec<String>);
+pub(in crate::index) struct Losses {
+    texts: Vec<String>,
+    /// The first owner.
+    parent: Option<ObjectRef>,
+}
 
 impl Losses {
-    pub(super) fn address(&mut self, address: IpAddr, owner: &Owner) {
-        self.0.push(format!("{address} belongs to {owner}"));
+    pub(in crate::index) fn address(&mut self, address: IpAddr, owner: &Owner) {
+        self.texts.push(format!("{address} belongs to {owner}"));
+        self.parent.get_or_insert_with(|| owner.reference());
     }
 
-    pub(super) fn other(&mut self, text: String) {
-        self.0.push(text);
+    pub(in crate::index) fn host(&mut self, host: &str, owner: ObjectRef) {
+        self.texts.push(format!("host {host} is offered by {owner}"));
+        self.parent.get_or_insert(owner);
+    }
+
+    pub(in crate::index) fn other(&mut self, text: String) {
+        self.texts.push(text);
     }
 
     /// Tells the author, if there is something to tell.
-    pub(super) fn find(self, reader: &Reader<'_>, condition: &'static str, reason: &'static str) {
+    pub(in crate::index) fn find(self, reader: &Reader<'_>, condition: &'static str, reason: &'static str) {
         /// More than these say nothing new.
         const SHOWN: usize = 8;
-        if self.0.is_empty() {
+        let Losses { texts, parent } = self;
+        if texts.is_empty() {
             return;
         }
-        let mut message = self.0.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
-        if let Some(more) = self.0.len().checked_sub(SHOWN).filter(|more| *more > 0) {
+        let mut message = texts.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
+        if let Some(more) = texts.len().checked_sub(SHOWN).filter(|more| *more > 0) {
             message.push_str(&format!("; and {more} more"));
         }
-        reader.find(Finding { condition, met: false, reason, message });
+        reader.find(Finding { parent, ..Finding::new(condition, false, reason, message) });
     }
 }

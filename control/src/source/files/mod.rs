@@ -5,6 +5,11 @@
 //! take objects away, gets a moment in which its successor may appear, so that editors that replace a file in
 //! two steps do not make objects flicker. Only what no one edits goes at once: pods. A slow scan of everything is the net below events that were lost.
 
+mod claims;
+mod document;
+mod scan;
+mod yaml;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::Read;
@@ -19,11 +24,11 @@ use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 
-use super::document::read_all;
-use super::files::{Content, Effect, FileId, Files};
-use super::scan::{self, Fingerprint, MAX_FILE};
 use super::{Event, Problem, SourceMetrics};
-use crate::object::Change;
+use crate::object::{Change, Object};
+use claims::{Content, Effect, FileId, Files};
+use document::read_all;
+use scan::{Fingerprint, MAX_FILE};
 
 /// After a file was closed, put in place or removed: others of the same edit may follow.
 const SETTLED: Duration = Duration::from_millis(2);
@@ -93,7 +98,7 @@ impl Directories {
                 .map_err(|source| WatchError::Watch { path: root.clone(), source })?;
         }
         let (out, changes) = mpsc::channel(BATCHES);
-        let looker = Looker {
+        let watching = DirectoryWatch {
             roots,
             metrics,
             out,
@@ -102,7 +107,7 @@ impl Directories {
             seen: HashMap::new(),
             due: BTreeMap::new(),
         };
-        let run = move || looker.run(&inbox, watcher);
+        let run = move || watching.run(&inbox, watcher);
         let thread =
             std::thread::Builder::new().name("source".to_owned()).spawn(run).map_err(WatchError::Thread)?;
         Ok((Directories { events: notices, thread: Some(thread) }, changes))
@@ -123,6 +128,19 @@ impl Drop for Directories {
 
 fn absolute(root: &Path) -> Result<PathBuf, WatchError> {
     fs::canonicalize(root).map_err(|source| WatchError::Read { path: root.to_owned(), source })
+}
+
+/// Reads the text of one file: its objects, and what of it cannot be taken. A policy that cannot be read is
+/// among the objects as one that fails closed.
+pub fn parse(file: &Path, text: &str) -> (Vec<Object>, Vec<Problem>) {
+    let mut files = Files::default();
+    let content = Content::Read(read_all(text));
+    let Effect { changes, new_problems } = files.apply(&(0, file.into()), content);
+    let objects = changes.into_iter().filter_map(|change| match change {
+        Change::Apply(object) => Some(object),
+        Change::Delete(_) => None,
+    });
+    (objects.collect(), new_problems)
 }
 
 /// What the file system, or the owner, tells the thread.
@@ -161,7 +179,7 @@ struct Due {
     confirmed: bool,
 }
 
-struct Looker {
+struct DirectoryWatch {
     roots: Vec<PathBuf>,
     metrics: Arc<SourceMetrics>,
     out: mpsc::Sender<Event>,
@@ -171,7 +189,7 @@ struct Looker {
     due: BTreeMap<FileId, Due>,
 }
 
-impl Looker {
+impl DirectoryWatch {
     /// The watcher is held for as long as the thread runs.
     fn run(mut self, inbox: &Receiver<Notice>, watcher: RecommendedWatcher) {
         self.scan(Instant::now());
@@ -354,6 +372,6 @@ fn report(problem: &Problem) {
         line = problem.line,
         field = problem.field.as_deref(),
         object = problem.object.as_ref().map(tracing::field::display),
-        "{problem}; the last good state stays in force"
+        "{problem}"
     );
 }

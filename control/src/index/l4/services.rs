@@ -13,7 +13,10 @@ use super::wire;
 use crate::object::{Distribution, NamespacedName, Service, TargetPort, Visibility};
 
 /// The resource of a service, unless it is an `ExternalName`.
-pub(super) fn of_service(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_service(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
     let Some(service) = reader.store.services.get(id).filter(|s| !s.external_name) else { return Vec::new() };
     let waypoints = waypoints::resolve(
         reader,
@@ -48,7 +51,7 @@ pub(super) fn of_service(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(Resou
 }
 
 /// Who sees a service.
-pub(super) fn visibility(visibility: Visibility) -> api::service::Visibility {
+pub(in crate::index) fn visibility(visibility: Visibility) -> api::service::Visibility {
     match visibility {
         Visibility::Public => api::service::Visibility::Public,
         Visibility::Namespace | Visibility::Hidden => api::service::Visibility::Namespace,

@@ -2,7 +2,7 @@
 
 use super::super::document::read_all;
 use super::*;
-use crate::object::Action;
+use crate::object::{Action, PolicyBody};
 
 fn id(name: &str) -> FileId {
     (0, Path::new(name).into())
@@ -27,20 +27,20 @@ fn names(changes: &[Change]) -> Vec<String> {
 }
 
 #[test]
-fn an_object_that_cannot_be_read_keeps_its_last_good_state_while_others_of_its_file_change() {
+fn an_object_that_cannot_be_read_is_absent_while_others_of_its_file_change() {
     let mut files = Files::default();
     let start = format!("{}{}", service("a", "80"), service("b", "80"));
     assert_eq!(names(&files.apply(&id("f"), content(&start)).changes), ["+a", "+b"]);
     let edited = format!("{}{}", service("a", "many"), service("b", "81"));
     let effect = files.apply(&id("f"), content(&edited));
-    assert_eq!(names(&effect.changes), ["+b"]);
+    assert_eq!(names(&effect.changes), ["-a", "+b"]);
     let [problem] = &effect.new_problems[..] else { panic!("{effect:?}") };
     assert_eq!(problem.line, Some(8));
     assert_eq!(problem.field.as_deref(), Some("spec.ports[0].port"));
     assert_eq!(problem.object.as_ref().map(|o| o.name.name.to_string()).as_deref(), Some("a"));
     assert_eq!(files.problems(), 1);
     let repaired = files.apply(&id("f"), content(&start));
-    assert_eq!(names(&repaired.changes), ["+b"]);
+    assert_eq!(names(&repaired.changes), ["+a", "+b"]);
     assert_eq!(files.problems(), 0);
 }
 
@@ -75,7 +75,7 @@ fn of_two_files_with_one_object_the_first_counts_until_it_goes() {
 }
 
 #[test]
-fn the_same_object_twice_in_a_file_is_told_and_the_first_counts() {
+fn of_an_object_that_is_twice_in_a_file_the_first_counts() {
     let mut files = Files::default();
     let effect = files.apply(&id("f"), content(&format!("{}{}", service("a", "80"), service("a", "81"))));
     assert_eq!(names(&effect.changes), ["+a"]);
@@ -110,17 +110,20 @@ fn a_policy_that_was_never_readable_is_still_there_to_fail_closed() {
     }
 }
 
+/// The same objects give the same resources after a restart, which knows nothing of what was.
 #[test]
-fn a_policy_that_was_readable_keeps_its_last_good_rules() {
-    let mut files = Files::default();
-    files.apply(&id("f"), content(&policy("DENY", "'80'")));
-    let good = body(&files);
-    files.apply(&id("f"), content(&policy("DENY", "'http'")));
-    assert_eq!(body(&files), good);
+fn an_unreadable_object_is_the_same_whatever_it_was_before() {
+    let unreadable = policy("ALLOW", "'http'");
+    let (mut before, mut fresh) = (Files::default(), Files::default());
+    before.apply(&id("f"), content(&policy("ALLOW", "'80'")));
+    before.apply(&id("f"), content(&unreadable));
+    fresh.apply(&id("f"), content(&unreadable));
+    assert_eq!(body(&before), body(&fresh));
+    assert!(matches!(body(&fresh), PolicyBody::Unreadable { action: Action::Allow, .. }));
 }
 
 #[test]
-fn an_unknown_field_in_a_policy_is_told_with_its_line() {
+fn an_unknown_field_in_a_policy_is_reported_with_its_line() {
     let text = policy("ALLOW", "'80'").replace("ports:", "port:");
     let effect = Files::default().apply(&id("f"), content(&text));
     let [problem] = &effect.new_problems[..] else { panic!("{effect:?}") };
@@ -129,7 +132,7 @@ fn an_unknown_field_in_a_policy_is_told_with_its_line() {
 }
 
 #[test]
-fn kinds_of_others_are_left_alone_and_misspelt_ones_of_ours_are_told() {
+fn foreign_kinds_are_ignored_and_misspelt_ones_reported() {
     let mut files = Files::default();
     let effect = files.apply(&id("f"), content("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n"));
     assert_eq!(effect, Effect::default());

@@ -13,7 +13,7 @@ use super::workloads::{self, Memberships};
 use crate::object::{Endpoint, EndpointSlice, Kind, NamespacedName, Pod, Service};
 
 /// The workloads of a slice's endpoints that have no pod behind them.
-pub(super) fn of_slice(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_slice(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(slice) = reader.store.slices.get(id) else { return Vec::new() };
     let mut services = Memberships::new();
     join_slice(reader, &mut services, slice);
@@ -90,7 +90,7 @@ fn workload(
 }
 
 /// The slices of services without selector that have an endpoint with this pod behind it.
-pub(super) fn slices_of_pod<'a>(reader: &Reader<'a>, pod: &Pod) -> Vec<&'a Arc<EndpointSlice>> {
+pub(in crate::index) fn slices_of_pod<'a>(reader: &Reader<'a>, pod: &Pod) -> Vec<&'a Arc<EndpointSlice>> {
     let named = reader.store.slices_by_pod.of(&pod.meta.id);
     let addresses = pod.addresses.iter().filter(|_| is_addressable(pod));
     let addressed = addresses.flat_map(|address| reader.store.slices_by_address.of(address));
@@ -110,7 +110,7 @@ fn service_without_selector<'a>(reader: &Reader<'a>, slice: &EndpointSlice) -> O
 }
 
 /// Adds the slice's service, if it has no selector, with the ports that the slice gives it.
-pub(super) fn join_slice(reader: &Reader<'_>, services: &mut Memberships, slice: &EndpointSlice) {
+pub(in crate::index) fn join_slice(reader: &Reader<'_>, services: &mut Memberships, slice: &EndpointSlice) {
     let Some(service) = service_without_selector(reader, slice) else { return };
     workloads::join(reader, services, service, |port| {
         slice.ports.iter().find(|(name, _)| *name == port.name).map(|(_, number)| *number)

@@ -14,8 +14,6 @@ use super::meta::{Invalid, Meta, Owner, annotation};
 pub struct Pod {
     /// Name, labels and age.
     pub meta: Meta,
-    /// What tells it from others that bore its name; empty where no API server gave one.
-    pub uid: Arc<str>,
     /// The node that it is bound to; empty before it is scheduled.
     pub node: Arc<str>,
     /// Its service account, `default` if it names none.
@@ -70,7 +68,6 @@ impl TryFrom<v1::Pod> for Pod {
         // A sidecar's pod or one on its node's network is never captured, whatever the annotation says.
         let capturable = !host_network && annotation(&meta, "sidecar.istio.io/status").is_none();
         Ok(Pod {
-            uid: meta.uid.as_deref().unwrap_or_default().into(),
             node: spec.node_name.as_deref().unwrap_or_default().into(),
             service_account: spec
                 .service_account_name

@@ -30,7 +30,7 @@ enum Effect<'a> {
 }
 
 /// The names of the policies that a workload lists for its PeerAuthentications.
-pub(super) fn listed(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> Option<String> {
+pub(in crate::index) fn listed(reader: &Reader<'_>, namespace: &Arc<str>, labels: &Labels) -> Option<String> {
     match effect(reader, namespace, labels) {
         Effect::Permissive => None,
         Effect::Strict => Some(format!("{}/{STATIC_STRICT}", reader.settings.root_namespace)),
@@ -76,7 +76,10 @@ fn resolved(mode: MutualTls, whole: bool) -> bool {
 }
 
 /// The policy of a PeerAuthentication with ports that differ; for the empty name the one for all ports.
-pub(super) fn of_authentication(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_authentication(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
     if id.name.is_empty() {
         return vec![deny_unidentified(&id.namespace, STATIC_STRICT, api::Match::default())];
     }

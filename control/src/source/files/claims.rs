@@ -1,18 +1,19 @@
-//! What files say and who speaks for an object: pure, told of files by [`super::directory`].
+//! The objects that files hold, and which file counts for an object: pure, fed by [`super::Directories`].
 //!
-//! An object that can be read is in force as read. One that cannot keeps the state it last had; a
-//! document whose object cannot even be told keeps everything that its file had and no longer shows. Of several files with
-//! the same object the first in order speaks for it.
+//! An object is what its document says, whatever it was before; one that cannot be read is what stands for it, or absent
+//! ([`crate::intake`]). A document that cannot be read far enough to tell its object says nothing about objects, as a
+//! source that is interrupted: what its file had stays. Of several files with the same object the first in order counts.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::Problem;
-use super::document::{Document, Fault, Outcome};
-use crate::object::{Change, Kind, Object, ObjectRef, PolicyBody};
+use super::document::{Entry, Outcome};
+use crate::intake::Fault;
+use crate::object::{Change, Kind, Object, ObjectRef};
+use crate::source::Problem;
 
 /// Where a file stands: the order of its source, then its path.
 pub(super) type FileId = (usize, Arc<Path>);
@@ -21,7 +22,7 @@ pub(super) type FileId = (usize, Arc<Path>);
 #[derive(Debug)]
 pub(super) enum Content {
     /// It was read, whatever the documents came to.
-    Read(Vec<Document>),
+    Read(Vec<Entry>),
     /// It could not be read at all.
     Unreadable(String),
     /// It is not there.
@@ -202,14 +203,18 @@ fn unreadable(path: &Path, old: &File, message: String) -> File {
     File { objects: Objects(old.objects.0.clone()), problems: vec![problem] }
 }
 
-fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
+fn read(path: &Path, old: &File, documents: Vec<Entry>) -> File {
     let (mut objects, mut problems) = (BTreeMap::new(), Vec::new());
     let mut lines: HashMap<ObjectRef, u64> = HashMap::new();
     let mut faults = Vec::new();
-    for Document { line, outcome } in documents {
+    let mut unreadable = BTreeSet::new();
+    for Entry { line, outcome } in documents {
         match outcome {
             Outcome::Ignored => {}
-            Outcome::Faulty(fault) => faults.push((line, fault)),
+            Outcome::Faulty(fault) => {
+                unreadable.extend(fault.object.clone());
+                faults.push((line, fault));
+            }
             Outcome::Object(object) => {
                 let reference = object.reference();
                 if let Some(first) = lines.get(&reference) {
@@ -223,17 +228,15 @@ fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
         }
     }
     for (line, fault) in faults {
-        let Fault { object, field, message, stand_in } = fault;
+        let Fault { object, field, message, stand_in, line: _ } = fault;
         match &object {
             Some(reference) => {
-                let last_good = old.objects.get(reference).filter(|object| !is_stand_in(object));
-                let kept = last_good.cloned().or(stand_in);
-                if let Some(kept) = kept.filter(|_| !objects.contains_key(reference)) {
-                    objects.insert(reference.clone(), kept);
+                if let Some(stand_in) = stand_in.filter(|_| !objects.contains_key(reference)) {
+                    objects.insert(reference.clone(), *stand_in);
                 }
             }
             None => {
-                for (reference, object) in old.objects.iter() {
+                for (reference, object) in old.objects.iter().filter(|(r, _)| !unreadable.contains(r)) {
                     objects.entry(reference.clone()).or_insert_with(|| object.clone());
                 }
             }
@@ -241,14 +244,6 @@ fn read(path: &Path, old: &File, documents: Vec<Document>) -> File {
         problems.push(problem(path, line, field, object, message));
     }
     File { objects: objects.into(), problems }
-}
-
-fn is_stand_in(object: &Object) -> bool {
-    match object {
-        Object::AuthorizationPolicy(policy) => matches!(policy.body, PolicyBody::Unreadable { .. }),
-        Object::PeerAuthentication(authentication) => authentication.unreadable,
-        _ => false,
-    }
 }
 
 fn problem(
@@ -262,5 +257,5 @@ fn problem(
 }
 
 #[cfg(test)]
-#[path = "files_tests.rs"]
+#[path = "claims_tests.rs"]
 mod tests;

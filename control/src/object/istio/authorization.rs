@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 
 use super::NamespacedName;
-use super::meta::{Invalid, Labels, annotation, namespaced};
+use super::meta::{Invalid, Labels, Meta, annotation};
 
 /// What a policy does with connections that its rules match.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -335,6 +335,8 @@ pub enum PolicyBody {
 pub struct AuthorizationPolicy {
     /// Namespace and name.
     pub id: NamespacedName,
+    /// Labels, age and generation.
+    pub meta: Meta,
     /// The workloads that it is for; `None` is all of its namespace, or of the mesh.
     pub selector: Option<Labels>,
     /// Whether it is bound to gateways or services, and thus not for the node proxy.
@@ -428,8 +430,10 @@ impl TryFrom<Manifest> for AuthorizationPolicy {
         }
         let rules =
             rules.into_iter().enumerate().map(|(i, rule)| checked(i, rule)).collect::<Result<_, _>>()?;
+        let meta = Meta::read(&metadata)?;
         Ok(AuthorizationPolicy {
-            id: namespaced(&metadata)?,
+            id: meta.id.clone(),
+            meta,
             selector: selector.and_then(Selector::labels),
             has_targets,
             dry_run: annotation(&metadata, "istio.io/dry-run") == Some("true"),
@@ -461,10 +465,7 @@ impl AuthorizationPolicy {
         reason: String,
     ) -> Result<AuthorizationPolicy, Invalid> {
         let text = |pointer: &str| object.pointer(pointer).and_then(serde_json::Value::as_str);
-        let name = text("/metadata/name").filter(|n| !n.is_empty());
-        let name = name.ok_or_else(|| Invalid::new("metadata.name", "is missing"))?;
-        let namespace =
-            text("/metadata/namespace").filter(|n| !n.is_empty()).unwrap_or(super::DEFAULT_NAMESPACE);
+        let meta = Meta::salvage(object)?;
         let selector = object.pointer("/spec/selector").cloned().map(serde_json::from_value::<Selector>);
         let action = match (object.pointer("/spec/action"), text("/spec/action")) {
             // Left out means ALLOW, which then allows nothing; anything else that is unknown denies.
@@ -475,7 +476,8 @@ impl AuthorizationPolicy {
         };
         let bound = ["/spec/targetRef", "/spec/targetRefs"].iter().any(|p| object.pointer(p).is_some());
         Ok(AuthorizationPolicy {
-            id: NamespacedName::new(namespace, name),
+            id: meta.id.clone(),
+            meta,
             // A selector that cannot be read selects everything: that is the closed side.
             selector: selector.and_then(Result::ok).and_then(Selector::labels),
             has_targets: bound,

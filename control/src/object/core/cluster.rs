@@ -10,7 +10,7 @@ use super::meta::{Invalid, Labels, Owner, annotation, labels, name, namespaced};
 use super::service::Distribution;
 
 /// Label that names the network of a workload, namespace or gateway.
-pub(super) const NETWORK: &str = "topology.istio.io/network";
+pub(in crate::object) const NETWORK: &str = "topology.istio.io/network";
 
 /// A namespace: the defaults of what lives in it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,12 +1,14 @@
 //! Gateways, as far as a waypoint or the way into another network needs them.
 
+pub(super) mod binding;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use serde::Deserialize;
 
-use super::cluster::NETWORK;
+use super::core::cluster::NETWORK;
 use super::meta::{Invalid, Labels, Meta, annotation};
 
 /// The HBONE port of waypoints and of gateways between networks (contracts.md, section 1).

@@ -17,7 +17,7 @@ use crate::object::{
 };
 
 /// The policy's selector, if it has one and is enforced by node proxies.
-pub(super) fn selector_at_l4(policy: &AuthorizationPolicy) -> Option<&Labels> {
+pub(in crate::index) fn selector_at_l4(policy: &AuthorizationPolicy) -> Option<&Labels> {
     l4_action(policy)?;
     policy.listed_by()
 }
@@ -33,7 +33,7 @@ fn l4_action(policy: &AuthorizationPolicy) -> Option<api::Action> {
 }
 
 /// The resource of a policy, if node proxies enforce it.
-pub(super) fn of_policy(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_policy(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(policy) = reader.store.policies.get(id) else { return Vec::new() };
     let Some(action) = l4_action(policy) else {
         if !policy.has_targets {
@@ -70,7 +70,7 @@ pub(super) fn of_policy(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(Resour
 }
 
 /// The resource of a policy: named `<namespace>/<name>`.
-pub(super) fn policy_resource(message: &api::Authorization) -> (ResourceType, Resource) {
+pub(in crate::index) fn policy_resource(message: &api::Authorization) -> (ResourceType, Resource) {
     let name = format!("{}/{}", message.namespace, message.name).into();
     let body = message.encode_to_vec().into();
     let resource = Resource { name, aliases: Vec::new(), parents: Vec::new(), body, unhealthy: false };
@@ -389,5 +389,5 @@ fn service_accounts(namespace: &Arc<str>, names: &[String]) -> Vec<api::ServiceA
 }
 
 fn accepted(met: bool, reason: &'static str, message: String) -> Finding {
-    Finding { condition: "ZtunnelAccepted", met, reason, message }
+    Finding::new("ZtunnelAccepted", met, reason, message)
 }

@@ -1,0 +1,180 @@
+//! The kinds of objects that the control plane reads, in one table: every source and the index go by it.
+
+use std::fmt;
+
+/// A kind of object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// Defaults of what lives in it.
+    Namespace,
+    /// Where pods are.
+    Node,
+    /// A workload.
+    Pod,
+    /// A name and addresses for workloads.
+    Service,
+    /// Checked, without effect on any resource.
+    ServiceAccount,
+    /// A part of a service's endpoints.
+    EndpointSlice,
+    /// Checked, without effect on any resource.
+    Deployment,
+    /// The owner between a pod and its deployment.
+    ReplicaSet,
+    /// Who may talk to whom.
+    AuthorizationPolicy,
+    /// Whether plaintext is accepted.
+    PeerAuthentication,
+    /// A service outside of Kubernetes.
+    ServiceEntry,
+    /// A workload outside of Kubernetes.
+    WorkloadEntry,
+    /// A waypoint, or the way into another network.
+    Gateway,
+}
+
+/// Where objects of a kind live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Beside the namespaces.
+    Cluster,
+    /// In a namespace.
+    Namespaced,
+}
+
+/// How much of an object is needed: a watch can ask for no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needed {
+    /// Its metadata.
+    Metadata,
+    /// All of it.
+    Everything,
+}
+
+/// What a source needs to know of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KindInfo {
+    /// The kind as manifests spell it.
+    pub name: &'static str,
+    /// Its name in paths of the API.
+    pub plural: &'static str,
+    /// Its API group, empty for the core group.
+    pub group: &'static str,
+    /// Versions that are understood, the preferred one first.
+    pub versions: &'static [&'static str],
+    /// Where its objects live.
+    pub scope: Scope,
+    /// How much of them is needed.
+    pub needed: Needed,
+}
+
+/// A kind of Kubernetes itself.
+const fn core(
+    group: &'static str,
+    name: &'static str,
+    plural: &'static str,
+    scope: Scope,
+    needed: Needed,
+) -> KindInfo {
+    KindInfo { name, plural, group, versions: &["v1"], scope, needed }
+}
+
+/// A kind of an extension, all of it and in namespaces.
+const fn extension(
+    group: &'static str,
+    versions: &'static [&'static str],
+    name: &'static str,
+    plural: &'static str,
+) -> KindInfo {
+    KindInfo { name, plural, group, versions, scope: Scope::Namespaced, needed: Needed::Everything }
+}
+
+const SECURITY: (&str, &[&str]) = ("security.istio.io", &["v1", "v1beta1"]);
+const NETWORKING: (&str, &[&str]) = ("networking.istio.io", &["v1", "v1beta1", "v1alpha3"]);
+const GATEWAY: (&str, &[&str]) = ("gateway.networking.k8s.io", &["v1", "v1beta1"]);
+
+impl Kind {
+    /// Every kind, in declaration order.
+    pub const ALL: [Kind; 13] = [
+        Kind::Namespace,
+        Kind::Node,
+        Kind::Pod,
+        Kind::Service,
+        Kind::ServiceAccount,
+        Kind::EndpointSlice,
+        Kind::Deployment,
+        Kind::ReplicaSet,
+        Kind::AuthorizationPolicy,
+        Kind::PeerAuthentication,
+        Kind::ServiceEntry,
+        Kind::WorkloadEntry,
+        Kind::Gateway,
+    ];
+
+    /// The table.
+    pub const fn info(self) -> KindInfo {
+        use Needed::{Everything, Metadata};
+        use Scope::{Cluster, Namespaced};
+        match self {
+            Kind::Namespace => core("", "Namespace", "namespaces", Cluster, Metadata),
+            Kind::Node => core("", "Node", "nodes", Cluster, Metadata),
+            Kind::Pod => core("", "Pod", "pods", Namespaced, Everything),
+            Kind::Service => core("", "Service", "services", Namespaced, Everything),
+            Kind::ServiceAccount => core("", "ServiceAccount", "serviceaccounts", Namespaced, Metadata),
+            Kind::EndpointSlice => {
+                core("discovery.k8s.io", "EndpointSlice", "endpointslices", Namespaced, Everything)
+            }
+            Kind::Deployment => core("apps", "Deployment", "deployments", Namespaced, Metadata),
+            Kind::ReplicaSet => core("apps", "ReplicaSet", "replicasets", Namespaced, Metadata),
+            Kind::AuthorizationPolicy => {
+                extension(SECURITY.0, SECURITY.1, "AuthorizationPolicy", "authorizationpolicies")
+            }
+            Kind::PeerAuthentication => {
+                extension(SECURITY.0, SECURITY.1, "PeerAuthentication", "peerauthentications")
+            }
+            Kind::ServiceEntry => extension(NETWORKING.0, NETWORKING.1, "ServiceEntry", "serviceentries"),
+            Kind::WorkloadEntry => extension(NETWORKING.0, NETWORKING.1, "WorkloadEntry", "workloadentries"),
+            Kind::Gateway => extension(GATEWAY.0, GATEWAY.1, "Gateway", "gateways"),
+        }
+    }
+
+    /// The kind as manifests spell it.
+    pub const fn as_str(self) -> &'static str {
+        self.info().name
+    }
+
+    /// The API group of the kind, empty for the core group.
+    pub const fn group(self) -> &'static str {
+        self.info().group
+    }
+
+    /// Whether objects of the kind live in a namespace.
+    pub const fn is_namespaced(self) -> bool {
+        matches!(self.info().scope, Scope::Namespaced)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_table_has_every_kind_once() {
+        assert!(Kind::ALL.is_sorted());
+        let resources: BTreeSet<_> =
+            Kind::ALL.iter().map(|kind| (kind.group(), kind.info().plural)).collect();
+        assert_eq!(resources.len(), Kind::ALL.len());
+        for info in Kind::ALL.map(Kind::info) {
+            assert_eq!(info.versions.first(), Some(&"v1"), "{info:?}");
+            assert_eq!(info.plural, info.plural.to_lowercase(), "{info:?}");
+        }
+    }
+}
