@@ -1,4 +1,4 @@
-//! The `baggage` header: who a peer says it is, for metrics and logs. Never for authorization.
+//! The `baggage` header: a peer's unauthenticated description of itself, for metrics and logs. Never for authorization.
 
 use std::fmt::{self, Write as _};
 
@@ -55,7 +55,7 @@ pub struct Baggage {
 }
 
 impl Baggage {
-    /// Reads a header. Members that are unknown, malformed or given twice are passed over: a
+    /// Reads a header. Members that are unknown, malformed or repeated are ignored: a
     /// foreign peer's label must not fail its connection.
     pub fn parse(header: &str) -> Baggage {
         let mut baggage = Baggage::default();
@@ -93,7 +93,7 @@ impl Baggage {
         }
     }
 
-    /// The header's value, or nothing if there is nothing to say.
+    /// The header's value, or `None` if all members are empty.
     pub fn header(&self) -> Option<HeaderValue> {
         let text = self.to_string();
         if text.is_empty() {
@@ -137,7 +137,7 @@ fn encode(value: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     Ok(())
 }
 
-/// Undoes [`encode`]; nothing if an escape is cut short or the bytes are not UTF-8.
+/// Reverses [`encode`]; `None` if an escape is incomplete or the bytes are not UTF-8.
 fn decode(value: &str) -> Option<String> {
     if !value.contains('%') {
         return Some(value.into());

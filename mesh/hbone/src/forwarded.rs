@@ -18,7 +18,7 @@ pub struct Forwarded {
 }
 
 impl Forwarded {
-    /// Reads the first element of a header: the first proxy that saw the client. Nothing if it names
+    /// Reads the first element of a header: the first proxy that saw the client. `None` if it has
     /// no address (RFC 7239 §6 also allows `unknown` and obfuscated names).
     pub fn parse(header: &str) -> Option<Forwarded> {
         if header.len() > MAX_LENGTH {
@@ -71,7 +71,7 @@ fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
-/// RFC 7239 §4: `forwarded-pair = token "=" value`; yields name, value, and what follows.
+/// RFC 7239 §4: `forwarded-pair = token "=" value`; returns name, value, and the rest.
 fn pair(text: &str) -> Option<(&str, String, &str)> {
     let (name, value) = text.trim_start().split_once('=')?;
     if name.is_empty() || !name.bytes().all(is_token) {

@@ -2,7 +2,7 @@
 //!
 //! One task serves both directions. Towards the tunnel, one read of up to 256 KiB becomes one piece;
 //! towards the socket, everything that has arrived is written by one vectored write, and only then
-//! is window credit given back, so a slow application holds its own sender back and nobody else.
+//! is window credit given back, so a slow application delays only its own sender.
 //! Buffers belong to the worker (see [`ambit_net::relay::buffers`]); an idle relay holds none.
 
 use std::collections::VecDeque;

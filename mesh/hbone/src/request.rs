@@ -39,7 +39,7 @@ pub enum RequestError {
 }
 
 impl ConnectRequest {
-    /// A request with nothing but a destination.
+    /// A request with a destination only.
     pub fn new(authority: impl Into<Authority>) -> ConnectRequest {
         ConnectRequest {
             authority: authority.into(),
@@ -50,7 +50,7 @@ impl ConnectRequest {
         }
     }
 
-    /// The HTTP/2 request to send. Nothing if the authority cannot stand in a URI, which
+    /// The HTTP/2 request to send. `None` if the authority cannot be part of a URI, which
     /// [`Authority`] rules out.
     pub fn to_http(&self) -> Option<Request<()>> {
         let uri = http::uri::Authority::try_from(self.authority.to_string()).ok()?;

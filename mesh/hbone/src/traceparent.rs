@@ -31,7 +31,7 @@ impl TraceParent {
         TraceParent { parent_id: rng.next_u64().max(1), ..self }
     }
 
-    /// Reads a header; nothing if it is malformed.
+    /// Reads a header; `None` if it is malformed.
     pub fn parse(header: &str) -> Option<TraceParent> {
         let field = |range: std::ops::Range<usize>| {
             header.get(range).filter(|text| {

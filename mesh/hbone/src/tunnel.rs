@@ -80,7 +80,7 @@ impl Tunnel {
     }
 }
 
-/// What an HTTP/2 failure means to somebody who reads or writes bytes.
+/// An HTTP/2 failure as the error of a byte stream.
 pub(crate) fn io_error(error: h2::Error) -> io::Error {
     if error.is_io() {
         return error.into_io().unwrap_or_else(|| io::ErrorKind::ConnectionAborted.into());

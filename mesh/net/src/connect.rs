@@ -109,7 +109,7 @@ pub async fn connect_local(
     let mut socket = take_local(stock, destination).await?;
     // Bound to the port, the socket would keep it from every connection of the namespace whose port the kernel is to
     // choose, and for a minute after its end. Chosen at connect, it is taken from this four-tuple only. A kernel before
-    // 6.3 cannot be told which, and chooses.
+    // 6.3 does not take a port from us, and chooses one.
     if EPHEMERAL.contains(&source.port()) && choose_port(&socket, source.port()).is_ok() {
         bind(&socket, foreign, destination)?;
         match connect_with(socket, destination, limit).await {

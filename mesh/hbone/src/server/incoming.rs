@@ -102,7 +102,7 @@ impl Incoming {
         ended
     }
 
-    /// Answers 200 and yields the tunnel; `baggage` tells the client about our workload.
+    /// Answers 200 and returns the tunnel; `baggage` describes our workload to the client.
     ///
     /// # Errors
     ///
