@@ -9,8 +9,9 @@ use std::time::Duration;
 use ambit_ca::{AuthorityConfig, NodeProxy};
 use ambit_identity::TrustDomain;
 use ambit_telemetry::logging::LogFormat;
-use clap::Parser;
-use serde::Deserialize;
+use clap::{Args, Parser};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::index::{L7DenyAtL4, Settings};
 use crate::serve::port::PortLimits;
@@ -103,7 +104,7 @@ pub struct Config {
 #[derive(Debug, Default, Parser)]
 #[command(name = "ambit-control", version)]
 pub struct Flags {
-    /// Configuration file; flags and environment stand over its keys.
+    /// Configuration file; flags and environment override its keys.
     #[arg(long, env = "AMBIT_CONTROL_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -111,7 +112,7 @@ pub struct Flags {
 }
 
 /// Every key, as flag, environment variable and key of the file.
-#[derive(Debug, Default, Deserialize, clap::Args)]
+#[derive(Debug, Default, Serialize, Deserialize, clap::Args)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Raw {
     /// Where objects come from: dir:PATH; may be repeated.
@@ -209,19 +210,30 @@ struct Raw {
 /// # Errors
 /// [`ConfigError`], naming the key.
 pub fn from_command_line() -> Result<Config, ConfigError> {
-    resolve(Flags::parse())
+    resolve(&Flags::parse())
 }
 
 /// Brings flags and file together.
 ///
 /// # Errors
 /// [`ConfigError`], naming the key.
-pub fn resolve(flags: Flags) -> Result<Config, ConfigError> {
-    let file = match &flags.config {
-        Some(path) => read_file(path)?,
-        None => Raw::default(),
+pub fn resolve(flags: &Flags) -> Result<Config, ConfigError> {
+    let mut settings = match &flags.config {
+        Some(path) => given(&read_file(path)?),
+        None => Map::new(),
     };
-    finish(merge(flags.settings, file))
+    // Flags and environment override the file, key by key.
+    settings.extend(given(&flags.settings));
+    let raw = serde_json::from_value(Value::Object(settings));
+    finish(raw.map_err(|error| invalid("settings", error))?)
+}
+
+/// The keys that have a value.
+fn given(raw: &Raw) -> Map<String, Value> {
+    match serde_json::to_value(raw) {
+        Ok(Value::Object(keys)) => keys.into_iter().filter(|(_, value)| !value.is_null()).collect(),
+        _ => Map::new(),
+    }
 }
 
 fn read_file(path: &Path) -> Result<Raw, ConfigError> {
@@ -231,11 +243,12 @@ fn read_file(path: &Path) -> Result<Raw, ConfigError> {
         path: path.to_owned(),
         reason: error.without_snippet().to_string(),
     };
-    let keys: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&text).map_err(parse)?;
-    if let Some(key) = keys.keys().find(|key| !KEYS.contains(&key.as_str())) {
+    let keys: BTreeMap<String, Value> = serde_saphyr::from_str(&text).map_err(parse)?;
+    let known = known_keys();
+    if let Some(key) = keys.keys().find(|key| !known.contains(key)) {
         return Err(ConfigError::UnknownKey {
             path: path.to_owned(),
-            suggestion: nearest(key),
+            suggestion: nearest(&known, key),
             key: key.clone(),
         });
     }
@@ -243,65 +256,44 @@ fn read_file(path: &Path) -> Result<Raw, ConfigError> {
 }
 
 /// The keys of the file.
-const KEYS: [&str; 24] = [
-    "sources",
-    "listen",
-    "serverNames",
-    "caDir",
-    "maxCertificateLifetime",
-    "rootPropagation",
-    "maxConnectionAge",
-    "jwks",
-    "audiences",
-    "trustedNodeProxies",
-    "rootOut",
-    "trustDomain",
-    "clusterId",
-    "network",
-    "clusterDomain",
-    "systemNamespace",
-    "rootNamespace",
-    "waypointClasses",
-    "l7DenyAtL4",
-    "metrics",
-    "readiness",
-    "admin",
-    "logLevel",
-    "logFormat",
-];
+fn known_keys() -> Vec<String> {
+    match serde_json::to_value(Raw::default()) {
+        Ok(Value::Object(keys)) => keys.into_iter().map(|(key, _)| key).collect(),
+        _ => Vec::new(),
+    }
+}
 
-fn nearest(key: &str) -> String {
-    let near = KEYS.iter().map(|known| (strsim::damerau_levenshtein(known, key), known)).min();
+fn nearest(known: &[String], key: &str) -> String {
+    let near = known.iter().map(|known| (strsim::damerau_levenshtein(known, key), known)).min();
     near.map(|(_, known)| format!(", did you mean {known:?}?")).unwrap_or_default()
 }
 
-fn merge(over: Raw, under: Raw) -> Raw {
-    Raw {
-        sources: over.sources.or(under.sources),
-        listen: over.listen.or(under.listen),
-        server_names: over.server_names.or(under.server_names),
-        ca_dir: over.ca_dir.or(under.ca_dir),
-        max_certificate_lifetime: over.max_certificate_lifetime.or(under.max_certificate_lifetime),
-        root_propagation: over.root_propagation.or(under.root_propagation),
-        max_connection_age: over.max_connection_age.or(under.max_connection_age),
-        jwks: over.jwks.or(under.jwks),
-        audiences: over.audiences.or(under.audiences),
-        trusted_node_proxies: over.trusted_node_proxies.or(under.trusted_node_proxies),
-        root_out: over.root_out.or(under.root_out),
-        trust_domain: over.trust_domain.or(under.trust_domain),
-        cluster_id: over.cluster_id.or(under.cluster_id),
-        network: over.network.or(under.network),
-        cluster_domain: over.cluster_domain.or(under.cluster_domain),
-        system_namespace: over.system_namespace.or(under.system_namespace),
-        root_namespace: over.root_namespace.or(under.root_namespace),
-        waypoint_classes: over.waypoint_classes.or(under.waypoint_classes),
-        l7_deny_at_l4: over.l7_deny_at_l4.or(under.l7_deny_at_l4),
-        metrics: over.metrics.or(under.metrics),
-        readiness: over.readiness.or(under.readiness),
-        admin: over.admin.or(under.admin),
-        log_level: over.log_level.or(under.log_level),
-        log_format: over.log_format.or(under.log_format),
+/// The reference page of all settings, in Markdown.
+pub fn reference() -> String {
+    let mut page = String::from(
+        "# Settings of ambit-control\n\nWritten from the program; `AMBIT_WRITE_DOCS=1 cargo test -p ambit-control reference` writes it \
+         anew. [Configure the control plane](control.md) tells how they are set.\n\n| key | flag | variable | meaning |\n\
+         | --- | --- | --- | --- |\n",
+    );
+    let command = Raw::augment_args(clap::Command::new("ambit-control"));
+    for argument in command.get_arguments().filter(|argument| argument.get_env().is_some()) {
+        let key = camel_case(argument.get_id().as_str());
+        let flag = argument.get_long().unwrap_or_default();
+        let variable = argument.get_env().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let meaning = argument.get_help().map(ToString::to_string).unwrap_or_default();
+        page.push_str(&format!("| `{key}` | `--{flag}` | `{variable}` | {meaning} |\n"));
     }
+    page
+}
+
+/// A field's name as its key in the file.
+fn camel_case(field: &str) -> String {
+    let mut words = field.split('_');
+    let first = words.next().unwrap_or_default().to_owned();
+    words.fold(first, |key, word| {
+        let (head, tail) = word.split_at(word.len().min(1));
+        key + &head.to_uppercase() + tail
+    })
 }
 
 fn finish(raw: Raw) -> Result<Config, ConfigError> {
@@ -421,7 +413,7 @@ mod tests {
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Config, ConfigError> {
-        resolve(Flags::try_parse_from([&["ambit-control"], arguments].concat()).unwrap())
+        resolve(&Flags::try_parse_from([&["ambit-control"], arguments].concat()).unwrap())
     }
 
     const NEEDED: [&str; 6] = ["--source", "dir:/objects", "--ca-dir", "/ca", "--jwks", "/jwks.json"];
@@ -452,9 +444,13 @@ mod tests {
     }
 
     #[test]
-    fn every_key_of_the_file_is_known() {
-        let text = format!("{{{}}}", KEYS.map(|key| format!("{key}: null")).join(", "));
-        serde_saphyr::from_str::<Raw>(&text).unwrap();
+    fn the_reference_page_is_that_of_the_program() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/control-settings.md");
+        if std::env::var_os("AMBIT_WRITE_DOCS").is_some() {
+            std::fs::write(path, reference()).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), reference());
+        assert!(known_keys().iter().all(|key| reference().contains(&format!("| `{key}` |"))));
     }
 
     #[test]

@@ -11,13 +11,14 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use load::ConfigError;
 pub use span::Span;
 
 /// Everything that can be set. Every key has a default, so an empty file is a valid one.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Config {
     /// Name of the node that this proxy serves; decides who is "on the same node".
@@ -87,7 +88,7 @@ pub struct Config {
 }
 
 /// How two pods of one node are connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SameNode {
     /// Bytes go from socket to socket in the kernel; policy and reporting are those of a tunnel.
@@ -97,7 +98,7 @@ pub enum SameNode {
 }
 
 /// The DNS proxy.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Dns {
     /// Whether pods' DNS questions are answered from the directory.
@@ -110,7 +111,7 @@ pub struct Dns {
 }
 
 /// The access log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct AccessLog {
     /// Whether a line is written for each connection that ended.
@@ -122,7 +123,7 @@ pub struct AccessLog {
 }
 
 /// Shape of a line of a log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// For people; the access log as fields separated by tabs, `key=value`.
@@ -132,7 +133,7 @@ pub enum LogFormat {
 }
 
 /// The subscription to the control plane.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Xds {
     /// Ask for a destination when a pod first dials it, instead of subscribing to everything.
@@ -140,7 +141,7 @@ pub struct Xds {
 }
 
 /// The certificates of this node's pods.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Certificates {
     /// Lifetime asked for; the authority may grant less. From one minute to 90 days.
@@ -150,7 +151,7 @@ pub struct Certificates {
 }
 
 /// The preferred TLS 1.3 cipher suite.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Cipher {
     /// AES-128-GCM: a tenth less CPU a byte.
     #[serde(rename = "aes128")]
@@ -161,7 +162,7 @@ pub enum Cipher {
 }
 
 /// Bounds of everything that waits or grows.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Limits {
     /// Budget of a connection from accept to an open upstream, over all attempts.

@@ -47,7 +47,9 @@ pub struct Settings {
 }
 
 /// What a DENY rule does at L4 that names only what L4 cannot see (contracts.md, section 4).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "camelCase")]
 pub enum L7DenyAtL4 {
     /// Nothing, as in Istio: the rule is for a waypoint.

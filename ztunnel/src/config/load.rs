@@ -1,8 +1,8 @@
 //! Where configuration comes from: one YAML file, overridden by the environment of Istio's chart, by variables of our
 //! own, and by flags.
 //!
-//! The keys are read off the default configuration itself, so that a key exists in all three places
-//! or in none: `dns.clusterDomain` is `ZTUNNEL_DNS_CLUSTER_DOMAIN` and `--dns-cluster-domain`.
+//! The keys, their defaults and their meanings are read off the configuration's own type, so that a setting is declared
+//! once: `dns.clusterDomain` is `ZTUNNEL_DNS_CLUSTER_DOMAIN` and `--dns-cluster-domain`, in the help and in the reference page.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -58,7 +58,7 @@ pub enum ConfigError {
 /// [`ConfigError`], naming the key or file at fault. [`ConfigError::Arguments`] is also how `--help`
 /// and `--version` end; `clap::Error::exit` prints and exits as they should.
 pub fn from_environment(arguments: impl IntoIterator<Item = OsString>) -> Result<Config, ConfigError> {
-    let keys = leaves(&defaults());
+    let keys = keys();
     let matches = command(&keys).try_get_matches_from(arguments)?;
     let mut tree = match matches.get_one::<PathBuf>("config") {
         Some(path) => read(path)?,
@@ -112,6 +112,8 @@ pub fn from_yaml(text: &str) -> Result<Config, ConfigError> {
 struct Leaf {
     path: Vec<String>,
     default: Value,
+    /// The doc comment of the field.
+    meaning: String,
 }
 
 impl Leaf {
@@ -132,6 +134,7 @@ impl Leaf {
             Value::Null => "none".to_owned(),
             Value::String(text) if text.is_empty() => "none".to_owned(),
             Value::Array(items) if items.is_empty() => "none".to_owned(),
+            Value::Object(_) => "none".to_owned(),
             Value::String(text) => text.clone(),
             other => other.to_string(),
         }
@@ -148,6 +151,12 @@ impl Leaf {
             Value::Number(_) => Value::from(text.parse::<u64>().map_err(|_| wrong("a whole number"))?),
             Value::Array(_) => text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect(),
             Value::Null if text.is_empty() => Value::Null,
+            Value::Object(_) => {
+                let pairs = text.split(',').map(str::trim).filter(|pair| !pair.is_empty());
+                let pairs = pairs.map(|pair| pair.split_once('=').ok_or_else(|| wrong("NAME=VALUE pairs")));
+                let own = |(name, value): (&str, &str)| (name.to_owned(), Value::from(value));
+                Value::Object(pairs.map(|pair| pair.map(own)).collect::<Result<_, _>>()?)
+            }
             _ => Value::from(text),
         })
     }
@@ -172,15 +181,59 @@ fn words(name: &str, separator: char) -> String {
     out
 }
 
+/// Every setting.
+fn keys() -> Vec<Leaf> {
+    let schema = schemars::schema_for!(Config).to_value();
+    let mut keys = leaves(&defaults());
+    for key in &mut keys {
+        key.meaning = meaning(&schema, &key.path);
+    }
+    keys
+}
+
+/// The description of a field in a schema, in one line.
+fn meaning(schema: &Value, path: &[String]) -> String {
+    let mut object = schema;
+    let mut description = "";
+    for part in path {
+        let property = &object["properties"][part];
+        description = property["description"].as_str().unwrap_or_default();
+        let definition = property["$ref"].as_str().and_then(|reference| reference.strip_prefix('#'));
+        object = definition.and_then(|pointer| schema.pointer(pointer)).unwrap_or(property);
+    }
+    description.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The reference page of all settings, in Markdown.
+pub fn reference() -> String {
+    let mut page = String::from(
+        "# Settings of ztunnel\n\nWritten from the program; `AMBIT_WRITE_DOCS=1 cargo test -p ztunnel reference` writes it anew. \
+         [Configure ztunnel](ztunnel.md) tells how they are set.\n\n| key | default | meaning |\n| --- | --- | --- |\n",
+    );
+    for key in keys() {
+        page.push_str(&format!(
+            "| `{}` | {} | {} |\n",
+            key.dotted(),
+            key.shown_default(),
+            key.meaning.replace('|', "\\|")
+        ));
+    }
+    page
+}
+
 fn leaves(tree: &Map<String, Value>) -> Vec<Leaf> {
     let mut found = Vec::new();
     for (name, value) in tree {
         match value {
-            Value::Object(inner) => found.extend(leaves(inner).into_iter().map(|mut leaf| {
-                leaf.path.insert(0, name.clone());
-                leaf
-            })),
-            other => found.push(Leaf { path: vec![name.clone()], default: other.clone() }),
+            Value::Object(inner) if !inner.is_empty() => {
+                found.extend(leaves(inner).into_iter().map(|mut leaf| {
+                    leaf.path.insert(0, name.clone());
+                    leaf
+                }));
+            }
+            other => {
+                found.push(Leaf { path: vec![name.clone()], default: other.clone(), meaning: String::new() });
+            }
         }
     }
     found
@@ -207,7 +260,7 @@ fn command(keys: &[Leaf]) -> Command {
                 .env(key.variable())
                 .value_name("VALUE")
                 .hide_env_values(true)
-                .help(format!("key `{}` [default: {}]", key.dotted(), key.shown_default())),
+                .help(format!("{} [key: {}] [default: {}]", key.meaning, key.dotted(), key.shown_default())),
         )
     })
 }
@@ -381,8 +434,24 @@ mod tests {
     }
 
     #[test]
+    fn the_reference_page_is_that_of_the_program() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/ztunnel-settings.md");
+        if std::env::var_os("AMBIT_WRITE_DOCS").is_some() {
+            std::fs::write(path, reference()).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), reference());
+    }
+
+    #[test]
+    fn every_setting_has_a_meaning() {
+        let without: Vec<String> =
+            keys().iter().filter(|key| key.meaning.is_empty()).map(Leaf::dotted).collect();
+        assert!(without.is_empty(), "{without:?}");
+    }
+
+    #[test]
     fn every_key_has_one_flag_and_one_variable_of_its_own() {
-        let keys = leaves(&defaults());
+        let keys = keys();
         let mut flags: Vec<_> = keys.iter().map(Leaf::flag).collect();
         flags.sort();
         flags.dedup();

@@ -1,9 +1,11 @@
 //! A length of time as people write it in configuration: `500ms`, `30s`, `10m`, `1h30m`.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A length of time with millisecond resolution.
@@ -19,6 +21,16 @@ impl Span {
     /// As the standard library's type.
     pub const fn get(self) -> Duration {
         self.0
+    }
+}
+
+impl JsonSchema for Span {
+    fn schema_name() -> Cow<'static, str> {
+        "Span".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string" })
     }
 }
 
