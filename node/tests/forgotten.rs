@@ -1,4 +1,4 @@
-//! Connections that the kernel's tracking has forgotten, or never knew, in real namespaces. Needs root.
+//! Connections whose tracking entry was lost, or that had none, in real namespaces. Needs root.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod common;
@@ -17,14 +17,14 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-/// What the kernel forgets of a connection after a second of silence, and until then.
+/// The setting after which time of silence, in seconds, an entry is removed, and how long a test waits for that.
 const ESTABLISHED: &str = "net/netfilter/nf_conntrack_tcp_timeout_established";
 const FORGOTTEN: Duration = Duration::from_secs(2);
 
 /// As when tracking entries are flushed, or run out while nobody speaks. An answer that misses the proxy leaves the pod
 /// in the clear.
 #[tokio::test]
-async fn answers_find_the_proxy_when_the_kernel_has_forgotten_their_connection() {
+async fn answers_reach_the_proxy_without_a_tracking_entry() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     set(&pod, ESTABLISHED, 1).await;
@@ -42,7 +42,7 @@ async fn answers_find_the_proxy_when_the_kernel_has_forgotten_their_connection()
 
 /// The same on the client's side: what an application sends on would go to the server itself.
 #[tokio::test]
-async fn a_captured_connection_goes_on_when_the_kernel_has_forgotten_it() {
+async fn a_lost_outbound_connection_is_captured_again() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     set(&pod, ESTABLISHED, 1).await;
@@ -94,7 +94,7 @@ async fn a_lost_inbound_connection_is_captured_again() {
 
 /// Tracking makes nothing of a FIN without a connection, and nothing is translated then.
 #[tokio::test]
-async fn the_end_of_a_forgotten_connection_does_not_leave_the_pod() {
+async fn the_end_of_a_lost_connection_does_not_leave_the_pod() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     set(&pod, ESTABLISHED, 1).await;
@@ -135,7 +135,7 @@ fn source_port(packet: &[u8]) -> u16 {
 
 /// Older connections are not taken for forgotten ones, whichever side began them and whatever their sockets are.
 #[tokio::test]
-async fn older_connections_are_known_from_the_start() {
+async fn older_connections_are_entered_into_tracking() {
     let (outside, pod) = pair().await;
     let mut kept = Vec::new();
     let v4 = |host: &Host, port| SocketAddr::new(host.v4.into(), port);

@@ -108,7 +108,7 @@ fn every_feature() -> Table {
 }
 
 #[tokio::test]
-async fn an_applied_table_is_what_the_kernel_lists() {
+async fn an_applied_table_is_verified() {
     let inside = Netns::create().expect("needs root");
     for table in [every_feature(), plan(&Options::default(), Stage::In).table] {
         assert_eq!(nft::verify(&inside, table.clone()).await.unwrap(), Some(Difference::NoTable));
@@ -160,7 +160,7 @@ async fn every_difference_is_found() {
 }
 
 #[tokio::test]
-async fn a_table_that_the_kernel_refuses_changes_nothing_and_says_why() {
+async fn a_refused_table_changes_nothing_and_says_why() {
     let inside = Netns::create().expect("needs root");
     let table = every_feature();
     nft::apply(&inside, table.clone()).await.unwrap();
@@ -172,7 +172,7 @@ async fn a_table_that_the_kernel_refuses_changes_nothing_and_says_why() {
 }
 
 #[tokio::test]
-async fn a_table_of_thousands_of_rules_is_applied_in_one_transaction() {
+async fn thousands_of_rules_are_applied_in_one_transaction() {
     let inside = Netns::create().expect("needs root");
     let rules = (0..5000_u32)
         .map(|i| {

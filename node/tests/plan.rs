@@ -28,7 +28,7 @@ fn a_pod_with_defaults() {
 }
 
 #[test]
-fn a_pod_whose_older_connections_tracking_does_not_know_yet() {
+fn a_pod_before_its_older_connections_are_tracked() {
     insta::assert_snapshot!(plan(&Options::default(), Stage::In).opening.unwrap());
 }
 

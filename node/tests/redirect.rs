@@ -16,7 +16,7 @@ use common::traffic::{Proxy, SOON, accept, apply, dial, listen, set, talk};
 use tokio::net::{TcpStream, UdpSocket};
 
 #[tokio::test]
-async fn outbound_tcp_reaches_the_proxy_with_its_original_destination() {
+async fn outbound_tcp_arrives_with_its_original_destination() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let proxy = Proxy::in_pod(&pod).await;
@@ -33,7 +33,7 @@ async fn outbound_tcp_reaches_the_proxy_with_its_original_destination() {
 }
 
 #[tokio::test]
-async fn inbound_tcp_reaches_the_proxy_and_hbone_its_own_port() {
+async fn inbound_tcp_is_captured_and_hbone_is_not() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let proxy = Proxy::in_pod(&pod).await;
@@ -55,7 +55,7 @@ async fn inbound_tcp_reaches_the_proxy_and_hbone_its_own_port() {
 }
 
 #[tokio::test]
-async fn dns_reaches_the_proxy_and_the_table_knows_which_resolver_was_asked() {
+async fn dns_reaches_the_proxy_with_its_original_resolver() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let proxy = Proxy::in_pod(&pod).await;
@@ -90,7 +90,7 @@ async fn dns_reaches_the_proxy_and_the_table_knows_which_resolver_was_asked() {
 }
 
 #[tokio::test]
-async fn the_proxys_own_dns_and_the_applications_do_not_meet_though_they_share_a_port() {
+async fn dns_of_proxy_and_application_may_share_a_port() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let proxy = Proxy::in_pod(&pod).await;
@@ -140,7 +140,7 @@ async fn marked_connections_bypass_the_rules() {
 }
 
 #[tokio::test]
-async fn the_application_sees_the_clients_address_that_the_proxy_binds() {
+async fn the_application_sees_the_address_that_the_proxy_binds() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let stock = SocketStock::new(pod.netns.clone(), Some(PROXY_MARK));
@@ -160,7 +160,7 @@ async fn the_application_sees_the_clients_address_that_the_proxy_binds() {
 /// The kernel picks the port of a connection from a foreign address without knowing that the client
 /// itself uses it towards the same application.
 #[tokio::test]
-async fn a_proxied_connection_may_bear_the_very_port_of_its_captured_client() {
+async fn a_proxied_connection_may_have_its_captured_clients_port() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let proxy = Proxy::in_pod(&pod).await;
@@ -181,7 +181,7 @@ async fn a_proxied_connection_may_bear_the_very_port_of_its_captured_client() {
 
 /// The same with a client that was there before the rules, whose connection the application has.
 #[tokio::test]
-async fn a_proxied_connection_may_bear_the_very_port_of_an_older_one() {
+async fn a_proxied_connection_may_have_the_port_of_an_older_one() {
     let (outside, pod) = pair().await;
     for (client, own) in outside.addresses().into_iter().zip(pod.addresses()) {
         let to = SocketAddr::new(own, 9080);
@@ -211,7 +211,7 @@ async fn dial_from(from: &Netns, mark: Option<u32>, source: SocketAddr, to: Sock
 
 /// Without, a port that has ended is lost to its destination for a minute.
 #[tokio::test]
-async fn a_client_has_more_connections_a_minute_than_ports() {
+async fn ports_of_ended_connections_are_used_again() {
     const PORTS: std::ops::Range<u16> = 40_000..40_020;
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
@@ -268,7 +268,7 @@ async fn connections_within_the_pod_are_left_alone() {
 }
 
 #[tokio::test]
-async fn kept_connections_live_through_enrolment_and_leaving() {
+async fn kept_connections_survive_enrolment_and_leaving() {
     let (outside, pod) = pair().await;
     let mut kept = Vec::new();
     for (i, (there, here)) in outside.addresses().into_iter().zip(pod.addresses()).enumerate() {
@@ -318,7 +318,7 @@ async fn kept_connections_live_through_enrolment_and_leaving() {
 }
 
 #[tokio::test]
-async fn a_foreign_source_connection_lives_through_leaving() {
+async fn a_connection_with_a_foreign_source_survives_leaving() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     let stock = SocketStock::new(pod.netns.clone(), Some(PROXY_MARK));
@@ -332,7 +332,7 @@ async fn a_foreign_source_connection_lives_through_leaving() {
 }
 
 #[tokio::test]
-async fn applying_again_changes_nothing_and_tampering_is_found_and_repaired() {
+async fn tampering_is_found_and_repaired_and_nothing_else_changes() {
     let (_outside, pod) = pair().await;
     let plan = plan(&Options::default(), Stage::In);
     assert_eq!(redirect::apply(&pod.netns, &plan).await.unwrap().len(), 7);
@@ -378,7 +378,7 @@ async fn former_settings_are_restored() {
 }
 
 #[tokio::test]
-async fn settings_that_another_has_changed_since_stay() {
+async fn settings_that_others_changed_since_are_kept() {
     const CLOSE_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_close_wait";
     const TIME_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_time_wait";
     let (_outside, pod) = pair().await;
@@ -403,7 +403,7 @@ async fn tables_of_others_are_left_alone() {
 }
 
 #[tokio::test]
-async fn options_leave_out_what_they_say() {
+async fn captures_that_are_switched_off_are_left_out() {
     let (outside, pod) = pair().await;
     let options = Options { dns_capture: false, inbound_capture: false, ..Options::default() };
     redirect::apply(&pod.netns, &plan(&options, Stage::In)).await.unwrap();
@@ -424,7 +424,7 @@ async fn options_leave_out_what_they_say() {
 }
 
 #[tokio::test]
-async fn a_virtual_interface_in_the_pod_counts_as_the_pod() {
+async fn connections_of_a_virtual_interface_are_captured() {
     let (outside, pod) = pair().await;
     // The link's end in the pod stands for the interface of a virtual machine in it.
     let options = Options { virtual_interfaces: vec!["eth0".into()], ..Options::default() };

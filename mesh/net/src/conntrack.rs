@@ -96,7 +96,8 @@ impl Conntrack {
     }
 
     /// Enters an established TCP connection that `client` began to `server`, untranslated, as if its packets had been
-    /// seen. Says whether it was unknown; what the table knows stays as it is. Fails with `ENOMEM` when the table is
+    /// seen. Returns whether the table did not know it; an entry that
+    /// exists stays as it is. Fails with `ENOMEM` when the table is
     /// full.
     pub async fn enter_tcp(&mut self, client: SocketAddr, server: SocketAddr) -> io::Result<bool> {
         let entry = established_tcp(client, server);
@@ -107,7 +108,7 @@ impl Conntrack {
         }
     }
 
-    /// Removes the entry of a TCP connection that `client` began to `server`. Says whether there was one.
+    /// Removes the entry of a TCP connection that `client` began to `server`. Returns whether there was one.
     pub async fn delete_tcp(&mut self, client: SocketAddr, server: SocketAddr) -> io::Result<bool> {
         let original = tuple(CTA_TUPLE_ORIG, libc::IPPROTO_TCP, client, server);
         match self.ask(DELETE, NLM_F_ACK, client, &[original]).await {

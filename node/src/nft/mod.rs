@@ -1,9 +1,8 @@
 //! nftables over netlink: whole tables as data, applied atomically, verified against the kernel.
 //!
-//! [`redirect`](crate::redirect) programs pods with it, and `local` its substitute for a service proxy.
-//! A caller describes a [`Table`] with chains and rules and [`apply`]s it; there is no way to edit a
-//! table rule by rule, so what is in the kernel is always what somebody described. All tables are of the
-//! family `inet`. Tables of others are never touched, and no host program is used.
+//! [`redirect`](crate::redirect) uses it for the rules of pods, and `local` for its substitute of a service proxy.
+//! A caller describes a [`Table`] with chains and rules and [`apply`]s it as a whole; rules are never edited one by one.
+//! All tables are of the family `inet`. Tables of others are not touched, and no host program is used.
 
 mod expression;
 mod message;
@@ -15,18 +14,18 @@ pub use socket::{Difference, Nft, NftError};
 
 use ambit_net::Netns;
 
-/// Makes the table in `inside` exactly `table`, in one transaction; what it held before is replaced.
-/// Connections that are translated already stay so.
+/// Makes the table in `inside` exactly `table`, in one transaction. Connections
+/// that are translated already stay so.
 pub async fn apply(inside: &Netns, table: Table) -> Result<(), NftError> {
     within(inside, move |nft| nft.apply(&table)).await
 }
 
-/// What distinguishes the table in `inside` from `table`, if anything. Counters do not.
+/// The first difference between the table in `inside` and `table`. Counters are not compared.
 pub async fn verify(inside: &Netns, table: Table) -> Result<Option<Difference>, NftError> {
     within(inside, move |nft| nft.verify(&table)).await
 }
 
-/// Removes the table called `name` from `inside`. Says whether there was one.
+/// Removes the table called `name` from `inside`, and returns whether there was one.
 pub async fn remove(inside: &Netns, name: &str) -> Result<bool, NftError> {
     let name = name.to_owned();
     within(inside, move |nft| nft.remove(&name)).await
@@ -43,7 +42,7 @@ pub async fn chains(inside: &Netns, table: &str) -> Result<Vec<String>, NftError
     within(inside, move |nft| nft.chains(&table)).await
 }
 
-/// Runs a conversation on a thread that may block: a commit waits for the kernel's grace periods.
+/// Runs `talk` on a thread that may block: a commit waits for the kernel's grace periods.
 async fn within<T: Send + 'static>(
     inside: &Netns,
     talk: impl FnOnce(&mut Nft) -> Result<T, NftError> + Send + 'static,

@@ -1,4 +1,4 @@
-//! Tables, chains and rules as data, and how people read them.
+//! Tables, chains and rules as data, and their text form.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -30,7 +30,7 @@ pub struct Chain {
 pub struct Hook {
     /// What the chain may do.
     pub kind: ChainKind,
-    /// The point in a packet's way.
+    /// The point on a packet's path.
     pub point: HookPoint,
     /// The order among chains at one point, lower first: raw −300, mangle −150, dstnat −100, filter 0,
     /// srcnat 100.
@@ -48,18 +48,18 @@ pub enum ChainKind {
     Route,
 }
 
-/// A point in a packet's way.
+/// A point on a packet's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HookPoint {
-    /// Everything that comes in, before routing.
+    /// Every packet that comes in, before routing.
     Prerouting,
-    /// What is for a local socket.
+    /// Packets for local sockets.
     Input,
-    /// What passes through.
+    /// Packets that are forwarded.
     Forward,
-    /// What a local socket sent.
+    /// Packets of local sockets.
     Output,
-    /// Everything that goes out, after routing.
+    /// Every packet that goes out, after routing.
     Postrouting,
 }
 
@@ -68,7 +68,7 @@ pub enum HookPoint {
 pub struct Rule {
     /// All have to hold; none means every packet.
     pub matches: Vec<Match>,
-    /// What happens then. What ends the evaluation (accept, drop, a translation) comes last.
+    /// The actions; one that ends the evaluation (accept, drop, a translation) comes last.
     pub actions: Vec<Action>,
     /// Shown by tools beside the rule; at most 127 bytes, longer ones are cut.
     pub comment: String,
@@ -81,7 +81,7 @@ impl Rule {
     }
 }
 
-/// Whether a match holds on equality or on difference.
+/// Whether a match holds for equal or for different values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compare {
     /// Holds when equal.
@@ -189,7 +189,7 @@ pub enum Action {
     Count,
     /// Ends this base chain; the packet goes on.
     Accept,
-    /// Ends everything; the packet is gone.
+    /// Drops the packet.
     Drop,
     /// Refuses with an answer: a reset for TCP, else "port unreachable". Filter and route chains only; at
     /// [`HookPoint::Prerouting`] from Linux 5.9 on.
@@ -214,7 +214,7 @@ pub enum Action {
     },
     /// Tracks the packet's connection in a zone of its own. Before tracking (priority below −200) only.
     Zone(u16),
-    /// As `Zone`, for the way there only; replies are found in the ordinary zone. So two connections may
+    /// As `Zone`, in the original direction only; replies are tracked in the default zone. So two connections may
     /// have equal addresses and ports as long as their replies differ.
     ZoneOfOriginal(u16),
     /// Tracks nothing of this packet, which then is not translated and has no connection mark either. Before

@@ -1,4 +1,4 @@
-//! The conversation with the kernel.
+//! A netlink socket to nftables: transactions, lists, and comparing lists with tables.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -24,20 +24,20 @@ pub enum NftError {
     /// The namespace could not be entered.
     #[error("nftables: {0}")]
     Namespace(#[from] NetnsError),
-    /// The kernel could not be talked to.
-    #[error("nftables: talk to the kernel: {0}")]
+    /// No messages could be exchanged with the kernel.
+    #[error("nftables: exchange messages with the kernel: {0}")]
     Talk(io::Error),
     /// The kernel refused a change. Nothing of it took effect.
     #[error("nftables: {attempt}: {source}")]
     Refused {
-        /// What was tried.
+        /// The operation, as a verb phrase.
         attempt: String,
         /// The kernel's answer.
         source: io::Error,
     },
 }
 
-/// What a table in the kernel lacks or has too much.
+/// A difference between a table in the kernel and the wanted one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Difference {
     /// The table is missing.
@@ -46,9 +46,9 @@ pub enum Difference {
     Dormant,
     /// A chain is missing, or attached elsewhere.
     Chain(String),
-    /// There is a chain that is not wanted.
+    /// The table has a chain that is not wanted.
     ExtraChain(String),
-    /// The rule at this place, from 0, is missing or another.
+    /// The rule at this position, from 0, is missing or differs.
     Rule(String, usize),
     /// The chain has more rules than wanted.
     ExtraRules(String),
@@ -61,7 +61,7 @@ impl fmt::Display for Difference {
             Self::Dormant => f.write_str("table is dormant"),
             Self::Chain(name) => write!(f, "chain {name} is missing or attached elsewhere"),
             Self::ExtraChain(name) => write!(f, "chain {name} does not belong there"),
-            Self::Rule(chain, at) => write!(f, "rule {at} of chain {chain} is missing or another"),
+            Self::Rule(chain, at) => write!(f, "rule {at} of chain {chain} is missing or differs"),
             Self::ExtraRules(chain) => write!(f, "chain {chain} has rules that do not belong there"),
         }
     }
@@ -94,7 +94,7 @@ impl Nft {
         self.commit(batch).map_err(|e| e.refused(|| format!("apply table inet {}", table.name)))
     }
 
-    /// Removes a table. Says whether there was one.
+    /// Removes a table, and returns whether there was one.
     pub fn remove(&mut self, name: &str) -> Result<bool, NftError> {
         let mut batch = Batch::begin(self.sequence);
         batch.delete(name);
@@ -123,7 +123,7 @@ impl Nft {
         Ok(listed)
     }
 
-    /// The first thing that distinguishes the kernel's table from `table`, if anything.
+    /// The first difference between the kernel's table and `table`.
     pub fn verify(&mut self, table: &Table) -> Result<Option<Difference>, NftError> {
         let tables = self.dump(Listed::Tables, None)?;
         let named =

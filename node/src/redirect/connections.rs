@@ -23,23 +23,23 @@ pub(super) enum TrackError {
     Delete { client: SocketAddr, server: SocketAddr, source: io::Error },
 }
 
-/// Whether a connection is one of the proxy's, or to it.
+/// Whether a socket belongs to the proxy.
 pub(crate) fn is_mesh(entry: &sockdiag::Entry) -> bool {
     let ours = [ports::OUTBOUND, ports::INBOUND_PLAINTEXT, ports::INBOUND_HBONE, ports::DNS, ports::SOCKS5];
     entry.mark & MARK_MASK == PROXY_MARK || ours.contains(&entry.local.port())
 }
 
-/// The namespace's open TCP connections that `of_sort` chooses, without applications' connections to loopback.
+/// The namespace's open TCP connections that `choose` accepts, without applications' connections to loopback.
 pub(crate) async fn connections(
     inside: &Netns,
-    of_sort: impl Fn(&sockdiag::Entry) -> bool,
+    choose: impl Fn(&sockdiag::Entry) -> bool,
 ) -> Result<HashSet<(SocketAddr, SocketAddr)>, NetnsError> {
     let listed = sockdiag::list(inside, Kind::TcpConnections).await?;
     let outside = |entry: &&sockdiag::Entry| is_mesh(entry) || !entry.remote.ip().is_loopback();
     Ok(listed
         .iter()
         .filter(outside)
-        .filter(|entry| of_sort(entry))
+        .filter(|entry| choose(entry))
         .map(|entry| (entry.local, entry.remote))
         .collect())
 }

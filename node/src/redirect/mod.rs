@@ -1,4 +1,4 @@
-//! The redirection of a pod: what its namespace is to contain, and making it so.
+//! The redirection of a pod: the plan of its namespace, and bringing the namespace in line with it.
 //!
 //! [`plan`] decides and is pure; [`apply`], [`verify`] and [`remove`] bring a namespace in line with a
 //! plan over netlink. All of them may be repeated at any time. Connections that are older than the rules are entered
@@ -30,7 +30,7 @@ use crate::nft::{self, Difference, NftError};
 /// Why a namespace could not be brought in line.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
-    /// Packet rules.
+    /// The packet rules.
     #[error(transparent)]
     Nft(#[from] NftError),
     /// Routing.
@@ -41,14 +41,14 @@ pub enum RedirectError {
     Namespace(#[from] NetnsError),
 }
 
-/// Something in a namespace that is not as planned.
+/// A difference between a namespace and its plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// Of the packet rules.
+    /// The packet rules differ.
     Rules(Difference),
     /// A routing rule or its route is missing.
     Route(LocalRoute),
-    /// A setting of the kernel has another value.
+    /// A kernel setting has another value.
     Setting(Setting),
 }
 
@@ -62,9 +62,9 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Brings the namespace in line with `plan` and returns what was not. Routing comes first, since the
-/// rules make packets depend on it; settings come last, since some are there only once rules track connections. What is
-/// in line is not touched. Settings that cannot be written are left as they are.
+/// Brings the namespace in line with `plan` and returns the differences that it found. Routing comes first, since the
+/// rules make packets depend on it; settings come last, since some are there only once rules track connections. Nothing
+/// else is touched. Settings that cannot be written are left as they are.
 pub async fn apply(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectError> {
     let routing = Routing::open(inside).await?;
     routing.loopback_up().await?;
@@ -143,7 +143,7 @@ async fn open(inside: &Netns, opening: &nft::Table) -> Result<Result<(), TrackEr
     .await)
 }
 
-/// What in the namespace is not as planned; changes nothing.
+/// The differences between the namespace and `plan`. Changes nothing.
 pub async fn verify(inside: &Netns, plan: &Plan) -> Result<Vec<Fault>, RedirectError> {
     let routing = Routing::open(inside).await?;
     let mut faults = Vec::new();

@@ -1,4 +1,4 @@
-//! What a pod's namespace is to contain, decided without looking at it.
+//! The plan of a pod's namespace: rules, routes and settings, from the pod's options. Pure.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -22,7 +22,8 @@ pub const ROUTE_TABLE: u32 = 0x616d_6274;
 pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The same for IPv6.
 pub const PROBE_V6: Ipv6Addr = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
-/// What a pod asks for, by its annotations and the settings of the mesh.
+
+/// The options of an enrolled pod, from annotations and the settings of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Options {
@@ -30,7 +31,7 @@ pub struct Options {
     pub dns_capture: bool,
     /// Whether inbound connections are captured (not `ambient.istio.io/bypass-inbound-capture`).
     pub inbound_capture: bool,
-    /// Interfaces inside the pod whose incoming connections are outbound ones of the pod
+    /// Interfaces inside the pod whose incoming connections are captured as outbound ones of the pod
     /// (`istio.io/reroute-virtual-interfaces`).
     pub virtual_interfaces: Vec<String>,
     /// Whether the proxy offers SOCKS5 in the pod.
@@ -63,17 +64,17 @@ pub enum OtherProtocols {
     Deny,
 }
 
-/// How far a pod is in the mesh.
+/// Whether a pod is enrolled or leaving.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Stage {
-    /// New connections are redirected.
+    /// New connections are captured.
     In,
-    /// New connections are not redirected; those that are tunnelled still find their way.
+    /// New connections are not captured. Captured ones are still translated.
     Leaving,
 }
 
-/// The whole of a pod's redirection.
+/// The planned contents of a pod's namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// The packet rules.
@@ -83,43 +84,42 @@ pub struct Plan {
     pub opening: Option<Table>,
     /// The routing rules.
     pub routes: Vec<LocalRoute>,
-    /// The kernel's settings.
+    /// Kernel settings.
     pub settings: &'static [Setting],
 }
 
-/// A setting of the kernel in the namespace (sysctl(8)).
+/// A kernel setting of the namespace (sysctl(8)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Setting {
     /// Its name, as of sysctl(8).
     pub name: &'static str,
-    /// What it is to be.
+    /// The value that an enrolled pod needs.
     pub value: u32,
-    /// What it is in a new namespace.
+    /// The value in a new namespace.
     pub default: u32,
     /// What is no longer guaranteed without it.
     pub guarantee: &'static str,
 }
 
-/// What the kernel is to do with every connection of a pod in the mesh.
+/// The kernel settings of an enrolled pod.
 const SETTINGS: [Setting; 4] = [
-    // An accepted connection bears the mark of its first packet and so finds the way back to the proxy, whatever
-    // becomes of its tracking: without, an answer would leave the pod in the clear. And its packets need no second
-    // look-up of their route.
+    // An accepted connection takes the mark of its first packet, so that its answers are routed to the proxy even if its
+    // tracking entry is lost, and need no second look-up of their route.
     Setting {
         name: "net.ipv4.tcp_fwmark_accept",
         value: 1,
         default: 0,
         guarantee: "answers of an application stay encrypted when connection tracking loses the connection",
     },
-    // What has ended on one side may go on for long on the other. Forgotten, it would no longer be translated, and go
-    // to the wire. An hour is what kube-proxy sets on the host; the proxy's keepalive probes are 75 s apart at most.
+    // A connection that has ended on one side may go on for long on the other. Without an entry it would no longer be
+    // translated. An hour is what kube-proxy sets on the host; the proxy's keepalive probes are 75 s apart at most.
     Setting {
         name: "net.netfilter.nf_conntrack_tcp_timeout_close_wait",
         value: 3600,
         default: 60,
         guarantee: "a half-closed connection may be silent for more than a minute",
     },
-    // Neither of the two ends, both here, sends anything any more. Two minutes of them fill the tracking table (262,144
+    // Both ends are in the pod and send nothing more. Two minutes of them fill the tracking table (262,144
     // entries) at 2,200 connections a second, and it then refuses new ones.
     Setting {
         name: "net.netfilter.nf_conntrack_tcp_timeout_time_wait",
@@ -127,9 +127,9 @@ const SETTINGS: [Setting; 4] = [
         default: 120,
         guarantee: "more than 2,000 new connections a second can be tracked",
     },
-    // Redirected, each of the pod's connections has both ends here, as those over loopback have, to which the kernel
-    // itself gives the port of one that ended a second ago where timestamps tell the two apart (RFC 7323, PAWS). Else a
-    // client of one port of one server has 28,000 a minute, and each beyond takes a search of a millisecond.
+    // Both ends of a captured connection are in the pod. For connections over loopback the kernel itself uses a port
+    // again a second after its connection ended, where timestamps tell the two apart (RFC 7323, PAWS). Without, a client
+    // has 28,000 connections a minute to one port of one server, and each beyond takes a search of a millisecond.
     Setting {
         name: "net.ipv4.tcp_tw_reuse",
         value: 1,

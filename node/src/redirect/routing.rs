@@ -15,7 +15,7 @@ use super::plan::LocalRoute;
 /// Why routing could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RoutingError {
-    /// The namespace could not be entered, or no netlink socket be made in it.
+    /// The namespace could not be entered.
     #[error("routing: {0}")]
     Namespace(#[from] NetnsError),
     /// No netlink socket could be opened.
@@ -24,14 +24,14 @@ pub enum RoutingError {
     /// The kernel refused.
     #[error("routing: {attempt}: {source}")]
     Refused {
-        /// What was tried.
+        /// The operation, as a verb phrase.
         attempt: &'static str,
         /// The kernel's answer.
         source: rtnetlink::Error,
     },
 }
 
-/// A netlink conversation with one namespace; its driver ends with it.
+/// A netlink connection to one namespace. Dropping it ends its driver.
 pub(crate) struct Routing {
     handle: Handle,
     driver: tokio::task::JoinHandle<()>,
@@ -54,7 +54,7 @@ impl Routing {
         Ok(Self { handle, driver: tokio::spawn(driver) })
     }
 
-    /// Brings the loopback device up. Says whether it was down.
+    /// Brings the loopback device up, and returns whether it was down.
     pub(crate) async fn loopback_up(&self) -> Result<bool, RoutingError> {
         let link = self
             .handle
@@ -73,7 +73,7 @@ impl Routing {
         Ok(true)
     }
 
-    /// Adds what is missing of `wanted`. Says whether anything was.
+    /// Adds the rule and the route if they are missing, and returns whether one was.
     pub(crate) async fn ensure(&self, wanted: LocalRoute) -> Result<bool, RoutingError> {
         let mut changed = false;
         if self.rules(wanted).await?.is_empty() {
@@ -95,8 +95,8 @@ impl Routing {
         Ok(changed)
     }
 
-    /// Whether rule and route of `wanted` are there. A family that the namespace does not have counts
-    /// as there: it has no packets.
+    /// Whether rule and route of `wanted` are there. They count as
+    /// present for a family that the namespace does not have.
     pub(crate) async fn holds(&self, wanted: LocalRoute) -> Result<bool, RoutingError> {
         if !self.rules(wanted).await?.is_empty() && !self.routes(wanted).await?.is_empty() {
             return Ok(true);
@@ -180,7 +180,7 @@ fn refused(attempt: &'static str) -> impl Fn(rtnetlink::Error) -> RoutingError {
     move |source| RoutingError::Refused { attempt, source }
 }
 
-/// IPv6 may be missing from the kernel or switched off in the namespace; then there is nothing to route.
+/// Whether the error says that IPv6 is missing from the kernel or switched off in the namespace.
 fn is_absent_family(family: Family, error: &rtnetlink::Error) -> bool {
     let rtnetlink::Error::NetlinkError(message) = error else { return false };
     family == Family::V6
