@@ -1,7 +1,7 @@
 //! What a pod's namespace is planned to contain, as people read it. Needs no root.
 
 use ambit_node::listeners::wanted;
-use ambit_node::redirect::{Options, Plan, Stage, plan};
+use ambit_node::redirect::{Options, OtherProtocols, Plan, Stage, plan};
 
 /// The plan, the routes and the listeners as text.
 fn shown(options: &Options, stage: Stage) -> String {
@@ -46,5 +46,11 @@ fn a_pod_without_inbound_and_dns_capture() {
 #[test]
 fn a_pod_with_a_virtual_interface_and_socks5() {
     let options = Options { virtual_interfaces: vec!["k6t-eth0".into()], socks5: true, ..Options::default() };
+    insta::assert_snapshot!(shown(&options, Stage::In));
+}
+
+#[test]
+fn a_pod_with_other_protocols_denied() {
+    let options = Options { other_protocols: OtherProtocols::Deny, ..Options::default() };
     insta::assert_snapshot!(shown(&options, Stage::In));
 }

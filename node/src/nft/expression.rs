@@ -31,6 +31,8 @@ const CT_STATE: u32 = 0;
 const CT_STATE_INVALID: u32 = 1;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)` of the same.
 const CT_STATE_NEW: u32 = 8;
+/// `NF_CT_STATE_UNTRACKED_BIT` of the same.
+const CT_STATE_UNTRACKED: u32 = 64;
 const CT_STATUS: u32 = 2;
 /// `IPS_CONFIRMED` of the same.
 const CT_STATUS_CONFIRMED: u32 = 0x08;
@@ -120,6 +122,7 @@ fn render_match(out: &mut Vec<Attribute>, part: &Match) {
             out.push(compare(*how, &value.to_ne_bytes()));
         }
         Match::Invalid => any_bit(out, load_ct(CT_STATE), CT_STATE_INVALID),
+        Match::Untracked => any_bit(out, load_ct(CT_STATE), CT_STATE_UNTRACKED),
         Match::New => any_bit(out, load_ct(CT_STATE), CT_STATE_NEW),
         Match::Untranslated => {
             out.push(load_ct(CT_STATUS));

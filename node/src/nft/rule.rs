@@ -155,6 +155,8 @@ pub enum Match {
     },
     /// The packet belongs to no connection and cannot begin one, or lies beyond its connection's window.
     Invalid,
+    /// The packet is exempt from tracking.
+    Untracked,
     /// The connection has seen no reply yet.
     New,
     /// The connection was known before this packet, and its destination is not translated.
@@ -268,6 +270,7 @@ impl fmt::Display for Match {
             Self::Mark { compare, value, mask } => write!(f, "meta mark & {mask:#x} {compare}{value:#x}"),
             Self::ConnMark { compare, value, mask } => write!(f, "ct mark & {mask:#x} {compare}{value:#x}"),
             Self::Invalid => f.write_str("ct state invalid"),
+            Self::Untracked => f.write_str("ct state untracked"),
             Self::New => f.write_str("ct state new"),
             Self::Untranslated => f.write_str("ct status & (confirmed|dnat) == confirmed"),
             Self::SocketMark { value, mask } => write!(f, "socket mark & {mask:#x} {value:#x}"),

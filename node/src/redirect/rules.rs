@@ -17,6 +17,11 @@ const DNS_ZONE: u16 = 1;
 /// The zone of the proxy's connections to the application, in the direction of their first packet.
 const APPLICATION_ZONE: u16 = 2;
 
+/// The chain of TCP packets that do not come from `lo`.
+const FROM_OUTSIDE: &str = "from_outside";
+/// The chain of TCP packets of applications that do not go to `lo`.
+const FROM_APPLICATION: &str = "from_application";
+
 /// The flag RST (RFC 9293 §3.1).
 const TCP_RST: u8 = 0x04;
 
@@ -53,7 +58,12 @@ pub(super) fn table(options: &Options, capture: Capture) -> Table {
         Capture::Nothing => (Vec::new(), Vec::new()),
         Capture::First | Capture::Unknown => (inbound(options, capture), outbound(options, capture)),
     };
-    let mut chains = vec![
+    let mut chains = Vec::new();
+    if capture != Capture::Nothing {
+        chains.push(side_chain(FROM_OUTSIDE, from_outside(options, capture)));
+        chains.push(side_chain(FROM_APPLICATION, from_application(capture)));
+    }
+    chains.extend([
         chain("raw_prerouting", ChainKind::Filter, HookPoint::Prerouting, RAW, raw_prerouting(options)),
         chain("raw_output", ChainKind::Filter, HookPoint::Output, RAW, raw_output(options)),
         chain(
@@ -73,15 +83,20 @@ pub(super) fn table(options: &Options, capture: Capture) -> Table {
             FILTER,
             filter_postrouting(options, capture),
         ),
-    ];
+    ]);
     if capture == Capture::Unknown {
-        chains.push(Chain { name: COMPLETE.into(), hook: None, rules: Vec::new() });
+        chains.push(side_chain(COMPLETE, Vec::new()));
     }
     Table { name: TABLE.into(), chains }
 }
 
 fn chain(name: &str, kind: ChainKind, point: HookPoint, priority: i32, rules: Vec<Rule>) -> Chain {
     Chain { name: name.into(), hook: Some(Hook { kind, point, priority }), rules }
+}
+
+/// A chain that packets enter only by a jump.
+fn side_chain(name: &str, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.into(), hook: None, rules }
 }
 
 /// Tunnels are neither translated nor marked, so tracking them would only cost with every packet. What a virtual
@@ -163,7 +178,11 @@ fn mangle_prerouting(options: &Options, capture: Capture) -> Vec<Rule> {
         comment: "connections of the proxy".into(),
     }];
     if capture != Capture::Nothing {
-        rules.extend(only_captured_connections_come_in(options, capture));
+        rules.push(Rule::new(
+            [Match::InputInterface(Compare::IsNot, "lo".into()), Match::Protocol(Protocol::Tcp)],
+            Action::Jump(FROM_OUTSIDE.into()),
+            "TCP from outside",
+        ));
     }
     if denies_others(options, capture) {
         let from_outside = Match::InputInterface(Compare::IsNot, "lo".into());
@@ -177,39 +196,42 @@ fn mangle_prerouting(options: &Options, capture: Capture) -> Vec<Rule> {
     rules
 }
 
-/// Chains of translation see the packets that begin a tracking entry, and only those. The rest must not get to the
-/// application: packets that begin none, and first packets of TCP for which there is an entry that is not translated. The
-/// latter are left by connections older than the rules, and would let a new connection pass as the old one.
-fn only_captured_connections_come_in(options: &Options, capture: Capture) -> Vec<Rule> {
-    let from_outside = [Match::InputInterface(Compare::IsNot, "lo".into()), Match::Protocol(Protocol::Tcp)];
-    let rule = |matches: Vec<Match>, action, what| {
-        let matches: Vec<Match> = from_outside.iter().cloned().chain(matches).collect();
-        Rule::new(matches, action, what)
-    };
+/// Nat chains see the packets that begin a tracking entry, and only those. The rest must not get to the application:
+/// packets that begin none, and first packets of TCP for which there is an entry that is not translated. The latter are
+/// left by connections older than the rules, and would let a new connection pass as the old one.
+fn from_outside(options: &Options, capture: Capture) -> Vec<Rule> {
     let mut rules = vec![
-        rule(
-            vec![Match::Invalid, Match::SourcePort(Compare::Is, ports::INBOUND_HBONE)],
+        Rule::new([Match::Untracked], Action::Return, "tunnels"),
+        Rule::new(
+            [
+                Match::Invalid,
+                Match::Protocol(Protocol::Tcp),
+                Match::SourcePort(Compare::Is, ports::INBOUND_HBONE),
+            ],
             Action::Reject,
             "tunnels that the proxy no longer has",
         ),
-        rule(vec![Match::Invalid], Action::Drop, "what fits no connection"),
+        Rule::new([Match::Invalid], Action::Drop, "what fits no connection"),
     ];
     if capture == Capture::First || !options.inbound_capture {
-        rules.push(rule(
-            vec![Match::New, Match::TcpLater],
+        rules.push(Rule::new(
+            [Match::New, Match::Protocol(Protocol::Tcp), Match::TcpLater],
             Action::Drop,
             "the middle of an unknown connection",
         ));
     }
-    let reopening = |matches: Vec<Match>| {
-        let matches = [Match::TcpFirst, Match::Untranslated].into_iter().chain(matches).collect();
-        rule(matches, Action::Drop, "new connections in the place of old ones")
+    let reopening = |matches: Match| {
+        Rule::new(
+            [Match::Untranslated, Match::Protocol(Protocol::Tcp), Match::TcpFirst, matches],
+            Action::Drop,
+            "new connections in the place of old ones",
+        )
     };
     if options.inbound_capture {
-        let not_kubelet = |family: Addresses| reopening(vec![Match::Source(Compare::IsNot, family.probe)]);
+        let not_kubelet = |family: Addresses| reopening(Match::Source(Compare::IsNot, family.probe));
         rules.extend(families().map(not_kubelet));
     } else {
-        let from = |name: &String| reopening(vec![Match::InputInterface(Compare::Is, name.clone())]);
+        let from = |name: &String| reopening(Match::InputInterface(Compare::Is, name.clone()));
         rules.extend(options.virtual_interfaces.iter().map(from));
     }
     rules
@@ -230,51 +252,48 @@ fn mangle_output(options: &Options, capture: Capture) -> Vec<Rule> {
             "questions of the proxy",
         ));
     }
-    if capture == Capture::Unknown {
-        rules.extend(only_connections_go_out());
-    }
     if capture != Capture::Nothing {
-        // The same as for connections that come in. The reset ends the entry too, so that the next attempt is captured.
-        rules.extend(families().map(|family| {
-            Rule::new(
-                [
-                    Match::Protocol(Protocol::Tcp),
-                    Match::TcpFirst,
-                    Match::Untranslated,
-                    Match::OutputInterface(Compare::IsNot, "lo".into()),
-                    Match::Destination(Compare::IsNot, family.probe),
-                    marked(Compare::IsNot),
-                ],
-                Action::Reject,
-                "new connections in the place of old ones",
-            )
-        }));
+        rules.push(Rule::new(
+            [
+                Match::OutputInterface(Compare::IsNot, "lo".into()),
+                Match::Protocol(Protocol::Tcp),
+                marked(Compare::IsNot),
+            ],
+            Action::Jump(FROM_APPLICATION.into()),
+            "TCP of applications",
+        ));
     }
     rules
 }
 
-/// Chains of translation do not see packets that tracking makes nothing of, such as the end of a connection that it does
-/// not know. The kernel's resets of tunnels that are gone are among them: tunnels are not tracked.
-fn only_connections_go_out() -> Vec<Rule> {
-    let invalid = |matches: Vec<Match>, action, what| {
-        let out = [
-            Match::Invalid,
-            Match::Protocol(Protocol::Tcp),
-            Match::OutputInterface(Compare::IsNot, "lo".into()),
-        ];
-        let matches: Vec<Match> = out.into_iter().chain(matches).collect();
-        Rule::new(matches, action, what)
-    };
-    let reset = Match::TcpFlags { mask: TCP_RST, value: TCP_RST };
-    vec![
-        invalid(
-            vec![reset.clone(), Match::SourcePort(Compare::Is, ports::INBOUND_HBONE)],
-            Action::Accept,
-            "resets of tunnels",
-        ),
-        invalid(vec![reset, to_port(ports::INBOUND_HBONE)], Action::Accept, "resets of tunnels"),
-        invalid(vec![marked(Compare::IsNot)], Action::Drop, "what fits no connection"),
-    ]
+/// The same as [`from_outside`] for packets that leave the pod. Those that fit no connection include resets of the kernel
+/// for tunnels that are gone: tunnels are not tracked.
+fn from_application(capture: Capture) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    if capture == Capture::Unknown {
+        let reset = |port| {
+            let flags = Match::TcpFlags { mask: TCP_RST, value: TCP_RST };
+            let matches = [Match::Invalid, Match::Protocol(Protocol::Tcp), flags, port];
+            Rule::new(matches, Action::Return, "resets of tunnels")
+        };
+        rules.push(reset(Match::SourcePort(Compare::Is, ports::INBOUND_HBONE)));
+        rules.push(reset(to_port(ports::INBOUND_HBONE)));
+        rules.push(Rule::new([Match::Invalid], Action::Drop, "what fits no connection"));
+    }
+    // The reset ends the entry too, so that the next attempt is captured.
+    rules.extend(families().map(|family| {
+        Rule::new(
+            [
+                Match::Untranslated,
+                Match::Protocol(Protocol::Tcp),
+                Match::TcpFirst,
+                Match::Destination(Compare::IsNot, family.probe),
+            ],
+            Action::Reject,
+            "new connections in the place of old ones",
+        )
+    }));
+    rules
 }
 
 /// Here, unlike in output chains, the interface is known that a packet goes out by after all changes of its route.
