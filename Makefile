@@ -37,7 +37,8 @@ bench: ## the figures of this machine: L4 beside no mesh and a raw relay; contro
 	$(TARGET_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
 	$(TARGET_DIR)/release/ambit-bench-control --out docs/benchmarks-control.md --json $(TARGET_DIR)/benchmarks-control.json
 
-soak: build ## half an hour of mixed load with restarts and rotations; needs root
+soak: build ## the slowest tests, then half an hour of mixed load with restarts and rotations; needs root
+	$(CARGO) test --profile $(PROFILE) -p ambit-tests --test matrix --test faults -- --ignored
 	$(BIN)/ambit-soak --out docs/soak.md --json $(TARGET_DIR)/soak.json
 
 fuzz: ## every parser of outside bytes under libFuzzer, FUZZ_SECONDS (60) each

@@ -1,8 +1,8 @@
 //! Who reaches whom, and how: every pair of captured and uncaptured pods, on one node and across nodes, by every
 //! kind of target, over both address families, with every kind of protocol; what of it the wire shows.
 //!
-//! The tests are run under each of some configurations of the node proxy, all of one configuration in one cluster,
-//! which starts with the first of them. Needs root; fails without.
+//! The tests run under each of some configurations of the node proxy, all of one configuration in one cluster, which
+//! starts with the first of them. Only the default one runs without `--include-ignored`. Needs root; fails without.
 
 #![allow(
     clippy::unwrap_used,
@@ -226,12 +226,15 @@ where
 {
     let shared = Arc::clone(shared);
     let name = format!("{}::{name}", shared.setting.name());
-    Trial::test(name, move || {
+    // The other settings take as long again; `make soak` runs them.
+    let ignored = shared.setting != Setting::Default;
+    let trial = Trial::test(name, move || {
         shared.runtime.block_on(async {
             test(shared.bed().await?).await;
             Ok(())
         })
-    })
+    });
+    trial.with_ignored_flag(ignored)
 }
 
 fn trials(shared: &Arc<Shared>) -> Vec<Trial> {
