@@ -1,7 +1,7 @@
 //! The program, from configuration to exit: what there is, in the order in which it is made.
 //!
 //! The calling thread becomes the control runtime (configuration, certificates, node agent, admin);
-//! data-path threads are [`crate::workers`]. Every task here is essential: when one ends by itself, the
+//! data-path threads are [`ambit_runtime::workers`]. Every task here is essential: when one ends by itself, the
 //! program ends with its reason.
 
 mod dump;
@@ -25,21 +25,21 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::config::{Cipher, Config, LogFormat};
-use crate::connections::Connections;
 use crate::dns::{self, DnsProxy};
-use crate::drain::{self, Drain, Drained};
 use crate::feed;
-use crate::loads::Loads;
 use crate::ondemand::{Bounds, Demander};
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pods};
 use crate::proxy::{Limits, Proxy, Settings, Tallies, Worker};
 use crate::report::Reporter;
-use crate::shares::Shares;
-use crate::tasks::Tasks;
 use crate::tunnels::{pool_settings, server_settings};
-use crate::workers::{Supervisor, Workers};
 use crate::zds::client::Progress;
+use ambit_runtime::connections::Connections;
+use ambit_runtime::drain::{self, Drain, Drained};
+use ambit_runtime::loads::Loads;
+use ambit_runtime::shares::Shares;
+use ambit_runtime::tasks::Tasks;
+use ambit_runtime::workers::{Supervisor, Workers};
 
 /// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
 const WINDOW_BUDGET: u64 = 256 << 20;

@@ -17,13 +17,13 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use crate::connections::{Direction, Open, Subject};
-use crate::cut::CutReason;
 use crate::error::ConnectionError;
 use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
 use crate::proxy_protocol;
 use crate::report::{End, Story, Telling};
+use ambit_runtime::connections::{Direction, Open, Subject};
+use ambit_runtime::cut::CutReason;
 
 /// A connection to a pod whose peer is known, or known to be nobody.
 #[derive(Debug)]

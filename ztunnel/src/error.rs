@@ -17,8 +17,8 @@ use ambit_telemetry::tcp::ResponseFlags;
 use http::StatusCode;
 
 use crate::ondemand::DemandFailure;
-use crate::shares::LimitExceeded;
 use crate::socks5::{Reply, Socks5Error};
+use ambit_runtime::shares::LimitExceeded;
 
 /// Who has to change something for the failure to go away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -35,7 +35,7 @@ pub enum Blame {
     Identity,
 }
 
-pub use crate::cut::CutReason;
+pub use ambit_runtime::cut::CutReason;
 
 /// Why a connection failed. No byte of the application was sent unless it is one of the last three.
 #[derive(Debug, thiserror::Error)]

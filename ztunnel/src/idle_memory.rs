@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::proxy::Worker;
-use crate::workers::Workers;
+use ambit_runtime::workers::Workers;
 
 /// Time between two samples.
 const INTERVAL: Duration = Duration::from_secs(5);

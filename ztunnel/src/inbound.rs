@@ -15,15 +15,15 @@ use ambit_net::relay::{Counters, Side};
 use ambit_net::socket::reset_on_close;
 use tokio::net::TcpStream;
 
-use crate::connections::Direction;
 use crate::destination::{Authenticated, Connected};
 use crate::error::ConnectionError;
 use crate::pods::Pod;
 use crate::proxy::Worker;
 use crate::report::{End, Story};
-use crate::shares::{Holder, Taken};
 use crate::upstream::{baggage, directory_authority};
-use crate::workers::{ConnectionGuard, WorkerHandle};
+use ambit_runtime::connections::Direction;
+use ambit_runtime::shares::{Holder, Taken};
+use ambit_runtime::workers::{ConnectionGuard, WorkerHandle};
 
 /// Descriptors of one tunnel: the connection to the application.
 const TUNNEL_DESCRIPTORS: u64 = 1;

@@ -5,16 +5,12 @@
 
 pub mod app;
 pub mod config;
-pub mod connections;
-pub mod cut;
 pub mod destination;
 pub mod dns;
-pub mod drain;
 pub mod error;
 pub mod feed;
 pub mod idle_memory;
 pub mod inbound;
-pub mod loads;
 pub mod ondemand;
 pub mod outbound;
 pub mod passthrough;
@@ -23,10 +19,7 @@ pub mod proxy;
 pub mod proxy_protocol;
 pub mod report;
 pub mod review;
-pub mod shares;
 pub mod socks5;
-pub mod tasks;
 pub mod tunnels;
 pub mod upstream;
-pub mod workers;
 pub mod zds;

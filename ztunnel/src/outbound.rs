@@ -16,7 +16,6 @@ use ambit_net::socket::reset_on_close;
 use ambit_net::splice::splice;
 use tokio::net::TcpStream;
 
-use crate::connections::Direction;
 use crate::destination::Connected;
 use crate::error::{ConnectionError, CutReason};
 use crate::pods::{Pod, Role};
@@ -24,6 +23,7 @@ use crate::proxy::Worker;
 use crate::report::{End, Story};
 use crate::socks5::{self, Reply, Target};
 use crate::upstream::{Dial, Reached, Upstream};
+use ambit_runtime::connections::Direction;
 
 /// Time for the whole SOCKS5 handshake.
 const SOCKS_LIMIT: Duration = Duration::from_secs(10);

@@ -19,12 +19,12 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::drain::Drain;
 use crate::ondemand::Pinned;
 use crate::proxy::{Proxy, Worker};
-use crate::shares::{PodShares, Taken};
-use crate::workers::Workers;
 use crate::zds::client::{PodDescriptors, PodSet};
+use ambit_runtime::drain::Drain;
+use ambit_runtime::shares::{PodShares, Taken};
+use ambit_runtime::workers::Workers;
 pub use listening::accept_shortages;
 use listening::{ListenerContext, ListenerTask};
 pub use sockets::Role;

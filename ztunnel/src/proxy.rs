@@ -13,17 +13,17 @@ use ambit_identity::{CertificateStore, Trust, TrustDomain};
 use tokio::sync::watch;
 
 use crate::config::SameNode;
-use crate::connections::Connections;
 use crate::dns::DnsProxy;
-use crate::drain::Drain;
 use crate::error::ConnectionError;
-use crate::loads::Loads;
 use crate::ondemand::Demander;
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pod};
 use crate::report::Reporter;
-use crate::shares::Shares;
 use crate::tunnels::TunnelKey;
+use ambit_runtime::connections::Connections;
+use ambit_runtime::drain::Drain;
+use ambit_runtime::loads::Loads;
+use ambit_runtime::shares::Shares;
 
 /// Bounds of the data path; see [`crate::config::Limits`].
 #[derive(Debug, Clone, Copy)]

@@ -17,8 +17,8 @@ use ambit_telemetry::tcp::{Labels, Peer, PeerLabels, Security, Series, ServiceLa
 use ambit_telemetry::{TcpMetrics, tcp};
 use parking_lot::Mutex;
 
-use crate::connections::{Direction, Open};
 use crate::error::ConnectionError;
+use ambit_runtime::connections::{Direction, Open};
 
 /// Pairs of workloads whose counters are held ready; beyond it, all are looked up anew.
 const MAX_PAIRS: usize = 512;
@@ -184,7 +184,7 @@ impl Reporter {
 pub struct Telling {
     reporter: Arc<Reporter>,
     story: Story,
-    connection: Arc<crate::connections::Connection>,
+    connection: Arc<ambit_runtime::connections::Connection>,
     told: bool,
 }
 

@@ -11,11 +11,11 @@ use ambit_directory::{Removed, Revision};
 use ambit_hbone::InFlight;
 use ambit_identity::PeerCertificate;
 
-use crate::cut::CutReason;
 use crate::destination;
 use crate::proxy::{Proxy, Worker};
-use crate::tasks::Tasks;
-use crate::workers::Workers;
+use ambit_runtime::cut::CutReason;
+use ambit_runtime::tasks::Tasks;
+use ambit_runtime::workers::Workers;
 
 /// How often the bytes of open connections are counted in metrics.
 const COUNT_EVERY: Duration = Duration::from_secs(5);

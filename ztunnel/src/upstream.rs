@@ -24,15 +24,15 @@ use smallvec::SmallVec;
 use tokio::net::TcpStream;
 
 use crate::config::SameNode;
-use crate::connections::Direction;
 use crate::destination::{Authenticated, Connected};
 use crate::error::ConnectionError;
-use crate::loads::LoadGuard;
 use crate::pods::Pod;
 use crate::proxy::{Proxy, Worker};
 use crate::report::{End, Story};
-use crate::shares::{Counted, Taken};
 use crate::tunnels::TunnelKey;
+use ambit_runtime::connections::Direction;
+use ambit_runtime::loads::LoadGuard;
+use ambit_runtime::shares::{Counted, Taken};
 
 /// Requests that a peer did not process, beside [`connect_attempts`](crate::config::Limits::connect_attempts).
 const UNPROCESSED_ATTEMPTS: u32 = 8;

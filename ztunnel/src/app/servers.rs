@@ -14,7 +14,7 @@ use super::shutdown::Requests;
 use super::{Parts, Program, dump};
 use crate::ondemand::{self, Demander};
 use crate::proxy::{Proxy, Tallies, Tally};
-use crate::tasks::Tasks;
+use ambit_runtime::tasks::Tasks;
 
 /// Starts the three servers.
 ///

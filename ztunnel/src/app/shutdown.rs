@@ -1,4 +1,4 @@
-//! Requests to stop, and how this program takes the steps of a drain ([`crate::drain`]).
+//! Requests to stop, and how this program takes the steps of a drain ([`ambit_runtime::drain`]).
 //!
 //! SIGTERM, SIGINT and `POST /quitquitquit` take all of them; `POST /drain_listeners` the first two only. A second
 //! signal closes everything at once.
@@ -11,8 +11,8 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::Program;
-use crate::cut::CutReason;
-use crate::drain::{DrainSignal, Drainable};
+use ambit_runtime::cut::CutReason;
+use ambit_runtime::drain::{DrainSignal, Drainable};
 
 /// Who may ask for a stop.
 #[derive(Debug, Clone)]

@@ -13,11 +13,11 @@ use tokio::sync::watch;
 
 use super::{Pod, Role};
 use crate::dns::Tracked;
-use crate::drain::Drain;
 use crate::proxy::{Proxy, Worker};
-use crate::shares::{Holder, LimitExceeded, Taken};
-use crate::workers::{WorkerHandle, Workers};
 use crate::{inbound, outbound, passthrough};
+use ambit_runtime::drain::Drain;
+use ambit_runtime::shares::{Holder, LimitExceeded, Taken};
+use ambit_runtime::workers::{WorkerHandle, Workers};
 
 /// Descriptors of a relayed connection: its own, and the one to where it goes.
 const RELAYED: u64 = 2;
