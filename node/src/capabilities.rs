@@ -61,7 +61,7 @@ pub async fn probe() -> Vec<Weakness> {
     found
 }
 
-/// The host's network namespace cannot be told from a pod's.
+/// The host's network namespace is not known.
 pub(crate) fn host_unknown(error: &NetnsError) -> Weakness {
     Weakness {
         missing: error.to_string(),

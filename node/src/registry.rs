@@ -1,4 +1,4 @@
-//! The enrolled pods on disk: what a restarted agent knows before anybody tells it.
+//! The enrolled pods on disk, for an agent that is started again.
 //!
 //! One JSON file for each pod, replaced atomically. Older and newer versions of the form are read: missing fields get
 //! their defaults, and fields that this version does not know are kept when the record is written again. A file that

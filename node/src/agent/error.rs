@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_privilege_needs_a_person_and_a_busy_kernel_does_not() {
+    fn a_missing_privilege_is_permanent_and_a_busy_kernel_is_not() {
         let refused = |code| AgentError::Redirect {
             uid: "a".into(),
             source: RedirectError::Nft(NftError::Refused {

@@ -8,6 +8,7 @@
 
 mod driver;
 mod error;
+mod leaving;
 mod metrics;
 mod pod;
 mod reconcile;

@@ -1,4 +1,4 @@
-//! One pod's enrolment and departure, step by step, in a task of its own.
+//! One pod's task: its enrolment, step by step. How it leaves is in `leaving`.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -10,6 +10,7 @@ use ambit_net::{Netns, NetnsId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
+use super::leaving::Leaving;
 use super::{AgentError, PodSpec, PodState, PodStatus, Shared};
 use crate::discovery::{self, Found};
 use crate::redirect::{self, Fault, FormerSettings, Options, Stage, connections, is_mesh};
@@ -18,10 +19,8 @@ use crate::zds::ServedPod;
 
 /// Time between two checks whether a leaving pod's last tunnelled connection has ended.
 const LEAVE_CHECK: Duration = Duration::from_millis(200);
-/// How long proxies may take to let a pod go.
-const FORGET: Duration = Duration::from_secs(30);
 /// First pause before a failed enrolment, or a failed removal of rules, is tried again.
-const RETRY_FIRST: Duration = Duration::from_secs(1);
+pub(super) const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause.
 const RETRY_LAST: Duration = Duration::from_secs(60);
 
@@ -55,34 +54,20 @@ pub(super) enum Command {
 #[derive(Debug)]
 pub(super) struct Pod {
     info: WorkloadInfo,
-    record: Record,
+    pub(super) record: Record,
     /// `None` if it was not found again after a restart.
-    netns: Option<Netns>,
+    pub(super) netns: Option<Netns>,
     reason: Option<String>,
     older: HashSet<(SocketAddr, SocketAddr)>,
-    leaving: Option<Leaving>,
+    pub(super) leaving: Option<Leaving>,
     /// When it was enrolled, or confirmed; `None`: by an earlier agent.
-    since: Option<Instant>,
-}
-
-/// When a leaving pod may be forgotten, and when it must be.
-#[derive(Debug, Clone, Copy)]
-struct Leaving {
-    not_before: Instant,
-    not_after: Instant,
-}
-
-impl Leaving {
-    fn from_now(shared: &Shared) -> Self {
-        let now = Instant::now();
-        Self { not_before: now + shared.config.leave_grace, not_after: now + shared.config.leave_timeout }
-    }
+    pub(super) since: Option<Instant>,
 }
 
 /// A failed enrolment that is tried again.
 #[derive(Debug)]
-struct Retry {
-    spec: PodSpec,
+pub(super) struct Retry {
+    pub(super) spec: PodSpec,
     at: Instant,
     pause: Duration,
 }
@@ -90,11 +75,11 @@ struct Retry {
 /// The task.
 #[derive(Debug)]
 pub(super) struct PodTask {
-    shared: Arc<Shared>,
-    uid: String,
+    pub(super) shared: Arc<Shared>,
+    pub(super) uid: String,
     commands: mpsc::Receiver<Command>,
-    pod: Option<Pod>,
-    retry: Option<Retry>,
+    pub(super) pod: Option<Pod>,
+    pub(super) retry: Option<Retry>,
 }
 
 /// Takes up a pod of the registry: with its namespace if that is found again, else without.
@@ -125,7 +110,7 @@ pub(super) async fn restore(shared: Arc<Shared>, record: Record) -> Option<PodTa
 }
 
 /// Where the namespace of a record is.
-enum Search {
+pub(super) enum Search {
     Found(Netns),
     /// Neither a process nor a path has it any more.
     Gone,
@@ -143,7 +128,7 @@ impl Search {
 }
 
 /// Looks for the namespace of a record: at its path, then anywhere on the node.
-async fn find_again(shared: &Shared, record: &Record) -> Search {
+pub(super) async fn find_again(shared: &Shared, record: &Record) -> Search {
     if let Some(path) = &record.netns_path
         && let Ok(netns) = Netns::open(path)
         && netns.id() == record.netns
@@ -166,7 +151,7 @@ async fn holds_all(netns: &Netns, record: &Record) -> bool {
 }
 
 impl Pod {
-    fn status(&self) -> PodStatus {
+    pub(super) fn status(&self) -> PodStatus {
         let state = match (self.record.stage, self.record.served) {
             (Stage::Leaving, _) => PodState::Leaving,
             (Stage::In, true) => PodState::Enabled,
@@ -215,7 +200,7 @@ impl PodTask {
                 () = sleep_until(retry_at), if self.retry.is_some() => self.try_again().await,
                 _ = ticks.tick(), if leaving => self.finish_leaving().await,
             }
-            // What comes after this meets a new task; whoever waits for an answer asks again.
+            // Later commands go to a new task; a caller that waits for an answer asks again.
             if self.pod.is_none() && self.retry.is_none() {
                 self.shared.tasks.lock().remove(&self.uid);
                 return;
@@ -471,141 +456,6 @@ impl PodTask {
         })
     }
 
-    async fn leave_if_older(&mut self, time: Instant) -> Result<bool, AgentError> {
-        match &self.pod {
-            Some(pod) if pod.leaving.is_some() || pod.since.is_some_and(|since| since > time) => Ok(false),
-            Some(_) => self.leave().await.map(|()| true),
-            None => {
-                self.give_up();
-                Ok(false)
-            }
-        }
-    }
-
-    async fn leave(&mut self) -> Result<(), AgentError> {
-        let Some(pod) = &self.pod else {
-            let error = AgentError::NotEnrolled { uid: self.uid.clone() };
-            return if self.give_up() { Ok(()) } else { Err(error) };
-        };
-        self.retry = None;
-        if pod.leaving.is_some() {
-            return Ok(());
-        }
-        let (record, options) = (pod.record.clone(), pod.record.options.clone());
-        let netns = match pod.netns.clone() {
-            Some(netns) => netns,
-            None => match find_again(&self.shared, &record).await {
-                Search::Found(netns) => netns,
-                Search::Gone => return self.forget().await,
-                Search::Unknown => return Err(AgentError::NamespaceNotFound { uid: self.uid.clone() }),
-            },
-        };
-        self.program(&netns, &options, Stage::Leaving).await?;
-        let leaving = Leaving::from_now(&self.shared);
-        let Some(pod) = &mut self.pod else { return Ok(()) };
-        pod.record.stage = Stage::Leaving;
-        pod.leaving = Some(leaving);
-        pod.netns = Some(netns);
-        let (record, status) = (pod.record.clone(), pod.status());
-        self.shared.set_status(&self.uid, status);
-        self.save(&record).await
-    }
-
-    /// Ends the attempts to enrol a pod of which nothing is in. Returns whether there were any.
-    fn give_up(&mut self) -> bool {
-        let Some(Retry { spec, .. }) = self.retry.take() else { return false };
-        self.shared.served.delete(&self.uid);
-        let status = PodStatus {
-            name: spec.name,
-            namespace: spec.namespace,
-            state: PodState::Out,
-            reason: None,
-            older_connections: 0,
-        };
-        self.shared.set_status(&self.uid, status);
-        true
-    }
-
-    /// Removes what is left of a leaving pod once nothing is tunnelled any more, or its time is up.
-    async fn finish_leaving(&mut self) {
-        let Some(Pod { netns: Some(netns), leaving: Some(leaving), record, .. }) = &self.pod else { return };
-        let now = Instant::now();
-        if now < leaving.not_before || !self.may_be_cut(netns, now >= leaving.not_after).await {
-            return;
-        }
-        let (netns, former) = (netns.clone(), record.former_settings.clone());
-        self.shared.served.delete(&self.uid);
-        if !self.shared.served.forgotten(&self.uid, FORGET).await {
-            tracing::warn!(uid = self.uid, "a node proxy does not let the pod go");
-        }
-        self.shared.listeners.release(&self.uid).await;
-        if let Err(error) = redirect::remove(&netns, &former).await {
-            tracing::warn!(uid = self.uid, %error, "redirection of a pod that left is removed later");
-            if let Some(Pod { leaving: Some(leaving), .. }) = &mut self.pod {
-                leaving.not_before = Instant::now() + RETRY_FIRST;
-            }
-            return;
-        }
-        if let Err(error) = self.forget().await {
-            tracing::warn!(uid = self.uid, %error, "pod that left is still in the registry");
-        }
-    }
-
-    /// Whether nothing is tunnelled any more. When it is late, that is reported and does not matter.
-    async fn may_be_cut(&self, netns: &Netns, late: bool) -> bool {
-        let uid = &self.uid;
-        match connections(netns, is_mesh).await {
-            Ok(open) if open.is_empty() => true,
-            Ok(open) => {
-                if late {
-                    tracing::warn!(uid, connections = open.len(), "closing connections of a pod that left");
-                }
-                late
-            }
-            Err(error) => {
-                if late {
-                    tracing::warn!(uid, %error, "connections of a pod that left are not known");
-                }
-                late
-            }
-        }
-    }
-
-    async fn remove(&mut self, sandbox: Option<&str>) -> Result<(), AgentError> {
-        let own = match (&self.pod, &self.retry) {
-            (Some(pod), _) => Some(pod.record.sandbox.as_deref()),
-            (None, Some(retry)) => Some(retry.spec.sandbox.as_deref()),
-            (None, None) => None,
-        };
-        if sandbox.is_some() && self.shared.unreadable.lock().contains(&self.uid) {
-            return Ok(());
-        }
-        // A sandbox that is not known to be the pod's own may be its predecessor.
-        if let (Some(ended), Some(own)) = (sandbox, own)
-            && own != Some(ended)
-        {
-            tracing::debug!(uid = self.uid, ended, own, "another sandbox of the pod has ended");
-            return Ok(());
-        }
-        self.give_up();
-        self.shared.unreadable.lock().remove(&self.uid);
-        self.shared.served.delete(&self.uid);
-        self.shared.listeners.release(&self.uid).await;
-        self.forget().await
-    }
-
-    async fn forget(&mut self) -> Result<(), AgentError> {
-        self.retry = None;
-        self.shared.probes.set(&self.uid, Vec::new()).await;
-        self.shared.served.delete(&self.uid);
-        self.shared.release_claims(&self.uid, None);
-        if let Some(pod) = self.pod.take() {
-            let status = PodStatus { state: PodState::Out, reason: None, ..pod.status() };
-            self.shared.set_status(&self.uid, status);
-        }
-        Ok(self.shared.registry.remove(&self.uid)?)
-    }
-
     async fn repair(&mut self) -> Result<Vec<Fault>, AgentError> {
         self.look_for_namespace().await;
         let Some(Pod { netns: Some(netns), record, .. }) = &self.pod else { return Ok(Vec::new()) };
@@ -655,7 +505,7 @@ impl PodTask {
         self.shared.set_status(&self.uid, pod.status());
     }
 
-    async fn program(
+    pub(super) async fn program(
         &self,
         netns: &Netns,
         options: &Options,
@@ -670,7 +520,7 @@ impl PodTask {
     }
 
     /// Writes on a thread that may block: a record is on disk before the rules are in.
-    async fn save(&self, record: &Record) -> Result<(), AgentError> {
+    pub(super) async fn save(&self, record: &Record) -> Result<(), AgentError> {
         let (shared, record) = (Arc::clone(&self.shared), record.clone());
         let written = tokio::task::spawn_blocking(move || shared.registry.save(&record)).await;
         Ok(written.map_err(|_| AgentError::Ended)??)

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_gets_every_pod_then_the_end_of_the_snapshot_then_changes() {
+    fn a_proxy_gets_every_pod_the_snapshots_end_then_changes() {
         let now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_keep_is_sent_in_the_snapshot_only_and_does_not_count_as_served() {
+    fn a_keep_is_sent_in_snapshots_only_and_is_not_serving() {
         let now = Instant::now();
         let mut hub = Hub::default();
         let lost = Version { netns: None, revision: 0 };
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_pod_is_offered_again_with_growing_pauses_and_holds_up_nobody() {
+    fn a_refused_pod_is_sent_again_with_growing_pauses() {
         let mut now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn two_proxies_that_reconnect_together_both_get_a_whole_snapshot() {
+    fn two_proxies_that_reconnect_each_get_a_whole_snapshot() {
         let now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));

@@ -71,7 +71,7 @@ pub enum ZdsEvent {
     },
 }
 
-/// What a proxy is told of a pod.
+/// What is sent to a proxy of a pod.
 #[derive(Debug, Clone)]
 pub struct ServedPod {
     /// Name, namespace and service account.

@@ -89,7 +89,7 @@ async fn namespaces_are_found_by_address_and_those_of_no_pod_cleaned() {
     let done = running.reconcile(vec![desired.clone()]).await;
     assert_eq!((done.enrolled, done.cleaned), (1, vec![]));
     assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
-    // It holds the pod's address as well, so from here on only what is known tells the two apart.
+    // It holds the pod's address as well: only the agent's own knowledge distinguishes the two from here on.
     symlink(lasting_path(&left.netns), namespaces.join("left")).unwrap();
     let done = running.reconcile(vec![desired]).await;
     assert_eq!((done.enrolled, done.cleaned), (1, vec![left.netns.id()]));

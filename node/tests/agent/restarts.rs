@@ -69,7 +69,7 @@ async fn a_pod_with_an_unreadable_record_stays_served() {
 }
 
 #[tokio::test]
-async fn a_pod_with_an_unreadable_record_is_kept_while_nothing_else_is_known() {
+async fn a_pod_of_which_only_an_unreadable_record_is_known_is_kept() {
     let (_outside, pod) = pair().await;
     let running = Running::start(|_| {}).await;
     running.agent.enrol(spec("a", &pod)).await.unwrap();

@@ -224,7 +224,7 @@ async fn a_leaving_pod_is_kept_until_its_last_connection_ends() {
     let server = TcpListener::from_std(server).unwrap();
     dial(&pod.netns, to).await.unwrap();
     tokio::time::timeout(SOON, server.accept()).await.expect("a direct connection").unwrap();
-    // The tunnelled connection goes on, and the proxy is told nothing yet.
+    // The tunnelled connection goes on, and nothing is sent to the proxy yet.
     proxy.hears_nothing().await;
     app.write_all(b"x").await.unwrap();
     assert_eq!(taken.read_u8().await.unwrap(), b'x');
