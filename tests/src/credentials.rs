@@ -27,6 +27,13 @@ impl std::fmt::Debug for Credentials {
     }
 }
 
+/// When a certificate of a node proxy's dump ends, in seconds of the Unix epoch.
+pub fn end_of_dumped(certificate: &serde_json::Value) -> Option<u64> {
+    let text = certificate["certChain"][0]["expirationTime"].as_str()?;
+    let end = time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()?;
+    u64::try_from(end.unix_timestamp()).ok()
+}
+
 impl Credentials {
     /// Reads the authority's files of `cluster`, of trust domain `cluster.local`; revocations go to `crl_file`.
     ///

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ambit_local::Cluster;
+use ambit_tests::credentials::end_of_dumped;
 use ambit_tests::wait;
 
 use crate::bed::{Bed, ECHO, ping};
@@ -84,7 +85,7 @@ async fn end_of_certificate(bed: &Bed) -> u64 {
     let certificates = dump["certificates"].as_array().cloned().unwrap_or_default();
     let identity = bed.client.spiffe_id();
     let own = certificates.iter().find(|certificate| certificate["identity"] == identity.as_str());
-    own.and_then(|certificate| certificate["notAfter"].as_u64()).unwrap()
+    own.and_then(end_of_dumped).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]

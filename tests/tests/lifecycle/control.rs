@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ambit_local::{Cluster, ClusterBuilder};
+use ambit_tests::credentials::end_of_dumped;
 use ambit_tests::wait;
 
 use crate::bed::{Bed, ECHO, ping};
@@ -42,7 +43,7 @@ pub(crate) async fn certificates(bed: &Bed, node: usize) -> BTreeMap<String, Cer
     let all = dump["certificates"].as_array().cloned().unwrap_or_default();
     let read = |c: &serde_json::Value| {
         let certificate = Certificate {
-            end: c["notAfter"].as_u64()?,
+            end: end_of_dumped(c)?,
             available: c["state"] == "Available",
             failures: c["failures"].as_u64()?,
         };
