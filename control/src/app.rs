@@ -25,7 +25,7 @@ use crate::index::{Changes, Finding, Index, Settings};
 use crate::object::{Change, ObjectRef};
 use crate::observe::{Findings, IndexMetrics, Observed};
 use crate::serve::admission::TokenAdmission;
-use crate::serve::census::Census;
+use crate::serve::live_pods::LivePods;
 use crate::serve::port::{self, PortLimits};
 use crate::serve::publish::Published;
 use crate::serve::roots;
@@ -341,17 +341,17 @@ fn services(
 ) -> (Server, CertificateService, Observed) {
     let (published, publisher) = Published::new();
     tasks.spawn("the publisher", publisher.run());
-    let census = Arc::new(Census::default());
+    let live_pods = Arc::new(LivePods::default());
     let policy = IssuancePolicy { trusted_node_proxies: config.trusted_node_proxies.clone() };
     let admission = TokenAdmission::new(authenticator.clone(), policy.clone());
-    let certificates = CertificateService::new(authority.clone(), authenticator, census.clone(), policy);
+    let certificates = CertificateService::new(authority.clone(), authenticator, live_pods.clone(), policy);
     let xds_refused = admission.refused();
     let xds = Server::with_admission(published.store(), ServerConfig::default(), Arc::new(admission));
     let observed = Observed {
         source: Arc::default(),
         index: Arc::default(),
         published,
-        census,
+        live_pods,
         port: Arc::default(),
         xds: xds.metrics().clone(),
         xds_refused,
@@ -375,7 +375,7 @@ async fn start_index(
     let (ready, is_ready) = oneshot::channel();
     let worker = IndexWorker {
         published: observed.published.clone(),
-        census: observed.census.clone(),
+        live_pods: observed.live_pods.clone(),
         metrics: observed.index.clone(),
         findings: observed.findings.clone(),
         ready: Some(ready),
@@ -403,7 +403,7 @@ async fn start_index(
 /// The index and where its results go; runs on a thread of its own.
 struct IndexWorker {
     published: Published,
-    census: Arc<Census>,
+    live_pods: Arc<LivePods>,
     metrics: Arc<IndexMetrics>,
     findings: Findings,
     ready: Option<oneshot::Sender<()>>,
@@ -440,9 +440,9 @@ impl IndexWorker {
     fn apply(&self, index: &mut Index, changes: Vec<Change>) {
         let started = Instant::now();
         let before = index.computed();
-        let Changes { policies, addresses, seats, findings } = index.apply(changes);
+        let Changes { policies, addresses, placements, findings } = index.apply(changes);
         // A proxy that hears of a pod may ask for its certificate at once.
-        self.census.apply(seats);
+        self.live_pods.apply(placements);
         self.published.publish(policies, addresses);
         // Before everything that is there was read, an object that another depends on may only be late.
         if self.synced {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::index::{Finding, NO_EFFECT_AT_L4};
 use crate::object::ObjectRef;
-use crate::serve::census::Census;
+use crate::serve::live_pods::LivePods;
 use crate::serve::port::PortMetrics;
 use crate::serve::publish::Published;
 use crate::source::SourceMetrics;
@@ -36,7 +36,7 @@ pub(crate) struct Observed {
     pub(crate) source: Arc<SourceMetrics>,
     pub(crate) index: Arc<IndexMetrics>,
     pub(crate) published: Published,
-    pub(crate) census: Arc<Census>,
+    pub(crate) live_pods: Arc<LivePods>,
     pub(crate) port: Arc<PortMetrics>,
     pub(crate) xds: Arc<ServerMetrics>,
     pub(crate) xds_refused: Arc<AtomicU64>,
@@ -93,8 +93,8 @@ impl Observed {
         counter(registry, ("index_batches", "Batches of changes taken"), index, |m| &m.batches);
         counter(registry, ("index_computed", "Producers of resources computed"), index, |m| &m.computed);
         counter(registry, ("index_microseconds", "Time spent on changes"), index, |m| &m.micros);
-        let (policies, addresses, census) =
-            (self.published.clone(), self.published.clone(), self.census.clone());
+        let (policies, addresses, live_pods) =
+            (self.published.clone(), self.published.clone(), self.live_pods.clone());
         gauge(registry, ("policies", "Policies served"), move || policies.policies() as u64);
         gauge(registry, ("addresses", "Workloads and services served"), move || addresses.addresses() as u64);
         let findings = self.findings.clone();
@@ -111,7 +111,7 @@ impl Observed {
             ("policies_without_effect", "DENY policies with a rule that has no effect at L4"),
             move || findings.lock().values().filter(|findings| findings.iter().any(no_effect)).count() as u64,
         );
-        gauge(registry, ("live_pods", "Live pods bound to a node"), move || census.len() as u64);
+        gauge(registry, ("live_pods", "Live pods bound to a node"), move || live_pods.len() as u64);
     }
 
     fn register_port(&self, registry: &Registry) {

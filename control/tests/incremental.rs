@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use ambit_control::index::{Changes, Index, Resource, ResourceChanges, ResourceType, Seat, Settings};
+use ambit_control::index::{Changes, Index, PodPlacement, Resource, ResourceChanges, ResourceType, Settings};
 use ambit_control::object::{Change, NamespacedName, Object, ObjectRef};
 use ambit_control::source;
 use proptest::prelude::*;
@@ -115,17 +115,17 @@ type Resources = BTreeMap<(ResourceType, Arc<str>), Resource>;
 #[derive(Default)]
 struct Follower {
     resources: Resources,
-    seats: BTreeMap<NamespacedName, Seat>,
+    placements: BTreeMap<NamespacedName, PodPlacement>,
 }
 
 impl Follower {
     fn follow(&mut self, changes: Changes) {
         self.take(ResourceType::Authorization, changes.policies);
         self.take(ResourceType::Address, changes.addresses);
-        for (pod, seat) in changes.seats {
-            match seat {
-                Some(seat) => self.seats.insert(pod, seat),
-                None => self.seats.remove(&pod),
+        for (pod, placement) in changes.placements {
+            match placement {
+                Some(placement) => self.placements.insert(pod, placement),
+                None => self.placements.remove(&pod),
             };
         }
     }
@@ -174,7 +174,7 @@ proptest! {
         prop_assert_eq!(index.resources(), scratch.resources());
         prop_assert_eq!(index.findings(), scratch.findings());
         prop_assert_eq!(&follower.resources, &index.resources());
-        prop_assert_eq!(&follower.seats, &told.seats);
+        prop_assert_eq!(&follower.placements, &told.placements);
     }
 }
 

@@ -31,7 +31,7 @@ pub(crate) fn plan(services: &[ServiceView]) -> Table {
     for service in services {
         for port in &service.ports {
             for vip in &service.vips {
-                lead(&mut rules, service, port, *vip, &mut endpoints);
+                add_rules(&mut rules, service, port, *vip, &mut endpoints);
             }
         }
     }
@@ -66,14 +66,14 @@ pub(crate) fn plan(services: &[ServiceView]) -> Table {
 /// When the kernel refuses a rule.
 pub(crate) async fn apply(node: &Sandbox, table: Table) -> Result<()> {
     let refused = |reason: String| Error::Netlink {
-        attempt: format!("lead service addresses to their endpoints on {}", node.name()),
+        attempt: format!("translate service addresses to their endpoints on {}", node.name()),
         reason,
     };
     let inside = node.netns()?;
     nft::apply(&inside, table).await.map_err(|error| refused(error.to_string()))
 }
 
-fn lead(
+fn add_rules(
     rules: &mut Vec<Rule>,
     service: &ServiceView,
     port: &PortView,

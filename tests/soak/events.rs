@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 
 use crate::bed::{Bed, DRAIN, HTTP, MESH, MOVING};
-use crate::book::{Book, Kill};
+use crate::flow_log::{FlowLog, Kill};
 use crate::flows::Flows;
 use crate::roots::Rotation;
 
@@ -94,7 +94,7 @@ struct Draining {
 pub(crate) struct Stage {
     bed: Arc<Bed>,
     flows: Arc<Flows>,
-    book: Arc<Book>,
+    flow_log: Arc<FlowLog>,
     rotation: Rotation,
     /// Proxies that were handed over from and have not ended.
     draining: Arc<Mutex<Vec<Draining>>>,
@@ -103,9 +103,9 @@ pub(crate) struct Stage {
 
 impl Stage {
     /// Nothing has happened yet.
-    pub(crate) fn new(bed: &Arc<Bed>, flows: &Arc<Flows>, book: &Arc<Book>) -> Self {
-        let (bed, flows, book) = (Arc::clone(bed), Arc::clone(flows), Arc::clone(book));
-        Self { bed, flows, book, rotation: Rotation::default(), draining: Arc::default(), generation: 0 }
+    pub(crate) fn new(bed: &Arc<Bed>, flows: &Arc<Flows>, flow_log: &Arc<FlowLog>) -> Self {
+        let (bed, flows, flow_log) = (Arc::clone(bed), Arc::clone(flows), Arc::clone(flow_log));
+        Self { bed, flows, flow_log, rotation: Rotation::default(), draining: Arc::default(), generation: 0 }
     }
 
     /// Lets the `nth` event happen. Those of node proxies hit the first node in the first round and the second
@@ -201,7 +201,7 @@ impl Stage {
         let ztunnel = self.bed.ztunnel(node)?;
         let before = Instant::now();
         ztunnel.kill().await?;
-        self.book.killed(Kill { node, before, gone: Instant::now() });
+        self.flow_log.killed(Kill { node, before, gone: Instant::now() });
         ztunnel.start().await?;
         Ok(ztunnel.wait_ready().await?)
     }

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use crate::bed::{Bed, ECHO, GREETER, HTTP, MESH, MOVING, ROLLED};
-use crate::book::{Book, Title};
+use crate::flow_log::{FlowLog, Title};
 
 /// How long a request may take before it counts as failed.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -144,7 +144,7 @@ impl Flows {
         Ok(Self { flows, handed_over: Arc::default() })
     }
 
-    /// What the book is to be headed with.
+    /// The titles of the flows, in the order of the log.
     pub(crate) fn titles(&self) -> Vec<Title> {
         self.flows.iter().map(|flow| flow.title.clone()).collect()
     }
@@ -157,14 +157,14 @@ impl Flows {
     }
 
     /// Runs all flows until they are stopped.
-    pub(crate) fn run(&self, book: &Arc<Book>) -> Load {
+    pub(crate) fn run(&self, flow_log: &Arc<FlowLog>) -> Load {
         let stopping = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
         for (index, flow) in self.flows.iter().enumerate() {
             let runner = Runner {
                 index,
                 flow: flow.clone(),
-                book: Arc::clone(book),
+                flow_log: Arc::clone(flow_log),
                 stopping: Arc::clone(&stopping),
                 handed_over: Arc::clone(&self.handed_over),
             };
@@ -216,7 +216,7 @@ struct Kept {
 struct Runner {
     index: usize,
     flow: Flow,
-    book: Arc<Book>,
+    flow_log: Arc<FlowLog>,
     stopping: Arc<AtomicBool>,
     handed_over: Arc<[AtomicU64; NODES]>,
 }
@@ -227,7 +227,7 @@ impl Runner {
     }
 
     fn record(&self, asked: Instant, began: Instant, outcome: io::Result<()>) {
-        self.book.record(self.index, asked, began, outcome);
+        self.flow_log.record(self.index, asked, began, outcome);
     }
 
     /// Hand-overs so far of the proxies on this flow's way.
@@ -240,7 +240,7 @@ impl Runner {
     async fn open(&self, target: SocketAddr) -> io::Result<TcpStream> {
         let stream = self.flow.client.connect(target).await?;
         stream.set_nodelay(true)?;
-        self.book.connected(self.index);
+        self.flow_log.connected(self.index);
         Ok(stream)
     }
 
@@ -295,7 +295,7 @@ impl Runner {
                     let none = || io::Error::new(io::ErrorKind::NotFound, format!("{name} has no address"));
                     return answer?.addresses.first().copied().ok_or_else(none);
                 }
-                Err(_) if attempt < DNS_ATTEMPTS => self.book.asked_again(self.index),
+                Err(_) if attempt < DNS_ATTEMPTS => self.flow_log.asked_again(self.index),
                 Err(_) => {}
             }
         }

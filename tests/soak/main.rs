@@ -7,8 +7,8 @@
 #![allow(missing_docs, reason = "a program; its modules document themselves")]
 
 mod bed;
-mod book;
 mod events;
+mod flow_log;
 mod flows;
 mod processes;
 mod report;
@@ -26,8 +26,8 @@ use parking_lot::Mutex;
 use tokio::task::JoinSet;
 
 use crate::bed::Bed;
-use crate::book::{Book, quantile};
 use crate::events::Stage;
+use crate::flow_log::{FlowLog, quantile};
 use crate::flows::Flows;
 use crate::processes::Processes;
 use crate::report::{Happened, Report, Rest, Sample};
@@ -92,20 +92,20 @@ fn main() -> Result<ExitCode> {
 async fn soak(arguments: &Arguments) -> Result<Report> {
     let bed = Arc::new(Bed::start(arguments.logs.as_deref()).await.context("bringing the cluster up")?);
     let flows = Arc::new(Flows::new(&bed)?);
-    let book = Arc::new(Book::new(flows.titles()));
+    let flow_log = Arc::new(FlowLog::new(flows.titles()));
     let mut run = Run {
-        stage: Stage::new(&bed, &flows, &book),
-        processes: Processes::since(book.start),
+        stage: Stage::new(&bed, &flows, &flow_log),
+        processes: Processes::since(flow_log.start),
         samples: Mutex::default(),
         happened: Vec::new(),
         faults: Vec::new(),
         drained: Vec::new(),
         bed,
         flows,
-        book,
+        flow_log,
     };
     eprintln!("rehearsal, then a look at the mesh at rest");
-    let rehearsal = run.flows.run(&run.book);
+    let rehearsal = run.flows.run(&run.flow_log);
     tokio::time::sleep(REHEARSAL).await;
     rehearsal.stop().await?;
     let before = run.rest(None).await;
@@ -117,7 +117,7 @@ async fn soak(arguments: &Arguments) -> Result<Report> {
     let warm_up = WARM_UP.min(minutes / 6);
     let counters = run.counters().await;
     let report = Report::new(
-        &run.book,
+        &run.flow_log,
         &run.processes,
         warm_up,
         report::Findings {
@@ -150,7 +150,7 @@ async fn soak(arguments: &Arguments) -> Result<Report> {
 struct Run {
     bed: Arc<Bed>,
     flows: Arc<Flows>,
-    book: Arc<Book>,
+    flow_log: Arc<FlowLog>,
     stage: Stage,
     processes: Processes,
     samples: Mutex<Vec<Sample>>,
@@ -163,11 +163,11 @@ struct Run {
 impl Run {
     /// The load with its events.
     async fn under_load(&mut self, total: Duration, every: Duration) -> Result<()> {
-        let load = self.flows.run(&self.book);
+        let load = self.flows.run(&self.flow_log);
         let mut beating = JoinSet::new();
-        beating.spawn(beat(Arc::clone(&self.book)));
+        beating.spawn(beat(Arc::clone(&self.flow_log)));
         let (start, mut nth) = (Instant::now(), 0);
-        let mut mark = self.book.mark();
+        let mut mark = self.flow_log.mark();
         let mut sampled = tokio::time::interval_at((start + SAMPLE + SECOND).into(), SAMPLE);
         let mut last: Option<(usize, Vec<usize>)> = None;
         while start.elapsed() < total {
@@ -179,7 +179,7 @@ impl Run {
                 continue;
             }
             self.close_event(last.take());
-            let began = self.book.mark();
+            let began = self.flow_log.mark();
             self.event(nth, &mut sampled, &mut mark).await;
             last = Some((self.happened.len() - 1, began));
             nth += 1;
@@ -191,8 +191,8 @@ impl Run {
 
     /// Lets one event happen, sampling on.
     async fn event(&mut self, nth: usize, sampled: &mut tokio::time::Interval, mark: &mut Vec<usize>) {
-        let (at, began) = (self.book.start.elapsed().as_secs_f64(), Instant::now());
-        let Self { stage, bed, book, processes, samples, .. } = self;
+        let (at, began) = (self.flow_log.start.elapsed().as_secs_f64(), Instant::now());
+        let Self { stage, bed, flow_log, processes, samples, .. } = self;
         // Who drains is known from before the event; one that it makes drain is sampled from the next on.
         let draining = stage.draining();
         let mut playing = Box::pin(stage.play(nth));
@@ -201,7 +201,7 @@ impl Run {
                 ended = &mut playing => break ended,
                 _ = sampled.tick() => {
                     sample_processes(bed, processes, &draining);
-                    samples.lock().push(sample(book, mark));
+                    samples.lock().push(sample(flow_log, mark));
                 }
             }
         };
@@ -220,15 +220,15 @@ impl Run {
     fn close_event(&mut self, last: Option<(usize, Vec<usize>)>) {
         let Some((index, mark)) = last else { return };
         if let Some(happened) = self.happened.get_mut(index) {
-            happened.p99 = quantile(&self.book.since(&mark), 0.99);
+            happened.p99 = quantile(&self.flow_log.since(&mark), 0.99);
         }
     }
 
     fn sample(&self, mark: &mut Vec<usize>) {
         sample_processes(&self.bed, &self.processes, &self.stage.draining());
-        let sample = sample(&self.book, mark);
+        let sample = sample(&self.flow_log, mark);
         if self.samples.lock().len().is_multiple_of(12) {
-            let errors = self.book.failures().count();
+            let errors = self.flow_log.failures().count();
             eprintln!("{:>6.0} s: {sample}, {errors} errors", sample.at);
         }
         self.samples.lock().push(sample);
@@ -283,25 +283,25 @@ impl Run {
 }
 
 /// Sees how late its own timers are: what a busy machine does to this process, it does to the mesh as well.
-async fn beat(book: Arc<Book>) {
+async fn beat(flow_log: Arc<FlowLog>) {
     loop {
         let due = tokio::time::Instant::now() + BEAT;
         tokio::time::sleep_until(due).await;
-        book.note_late(due.elapsed());
+        flow_log.note_late(due.elapsed());
     }
 }
 
-fn sample(book: &Book, mark: &mut Vec<usize>) -> Sample {
-    let latencies = book.since(mark);
-    *mark = book.mark();
-    let seconds = book.seconds();
+fn sample(flow_log: &FlowLog, mark: &mut Vec<usize>) -> Sample {
+    let latencies = flow_log.since(mark);
+    *mark = flow_log.mark();
+    let seconds = flow_log.seconds();
     let recent = seconds.get(seconds.len().saturating_sub(SAMPLE.as_secs() as usize)..).unwrap_or_default();
     Sample {
-        at: book.start.elapsed().as_secs_f64(),
+        at: flow_log.start.elapsed().as_secs_f64(),
         seconds: recent.to_vec(),
         p50: quantile(&latencies, 0.5),
         p99: quantile(&latencies, 0.99),
-        late: book.take_late(),
+        late: flow_log.take_late(),
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::book::{Book, Second, quantile};
+use crate::flow_log::{FlowLog, Second, quantile};
 use crate::processes::{Processes, Series, Usage, usage};
 use crate::verdict::{Judgement, REST_SLACK, Trend, median};
 
@@ -188,10 +188,15 @@ pub(crate) struct Report {
 
 impl Report {
     /// Brings everything together and judges it.
-    pub(crate) fn new(book: &Book, processes: &Processes, warm_up: Duration, findings: Findings) -> Self {
+    pub(crate) fn new(
+        flow_log: &FlowLog,
+        processes: &Processes,
+        warm_up: Duration,
+        findings: Findings,
+    ) -> Self {
         let Findings { every, minutes, machine, date, samples, happened, drained, rest, counters, faults } =
             findings;
-        let rows = book.titles.iter().zip(book.counts()).map(|(title, mut counts)| {
+        let rows = flow_log.titles.iter().zip(flow_log.counts()).map(|(title, mut counts)| {
             counts.latencies.sort_unstable();
             Row {
                 name: title.name,
@@ -203,10 +208,11 @@ impl Report {
                 p99: quantile(&counts.latencies, 0.99),
             }
         });
-        let failures = book.failures();
-        let tell = |failure: &crate::book::Failure| {
-            let since = |time: std::time::Instant| time.saturating_duration_since(book.start).as_secs_f64();
-            let name = book.titles.get(failure.flow).map_or("", |title| title.name);
+        let failures = flow_log.failures();
+        let tell = |failure: &crate::flow_log::Failure| {
+            let since =
+                |time: std::time::Instant| time.saturating_duration_since(flow_log.start).as_secs_f64();
+            let name = flow_log.titles.get(failure.flow).map_or("", |title| title.name);
             let (asked, failed, error) = (since(failure.asked), since(failure.failed), &failure.error);
             let late = late_within(&samples, asked, failed);
             let text = format!(

@@ -8,9 +8,9 @@
 mod dependencies;
 mod l4;
 mod outputs;
+mod placements;
 mod reader;
 mod relations;
-mod seats;
 mod store;
 mod touch;
 
@@ -23,8 +23,8 @@ pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
+pub use placements::PodPlacement;
 use reader::Reader;
-pub use seats::Seat;
 use store::Store;
 
 /// What the index needs to know beside the objects.
@@ -124,8 +124,8 @@ pub struct Changes {
     pub policies: ResourceChanges,
     /// Changes of workloads and services.
     pub addresses: ResourceChanges,
-    /// Pods that took a seat on a node, changed or left it.
-    pub seats: Vec<(NamespacedName, Option<Seat>)>,
+    /// Pods that were placed on a node, changed or left it.
+    pub placements: Vec<(NamespacedName, Option<PodPlacement>)>,
     /// Objects whose findings changed, with all that there are now.
     pub findings: Vec<(ObjectRef, Vec<Finding>)>,
 }
@@ -140,8 +140,8 @@ pub struct Index {
     findings: BTreeMap<ObjectRef, Vec<Finding>>,
     /// Producers to compute before the current batch ends.
     touched: BTreeSet<ObjectRef>,
-    /// Seats that changed in the current batch.
-    seats: BTreeMap<NamespacedName, Option<Seat>>,
+    /// Placements that changed in the current batch.
+    placements: BTreeMap<NamespacedName, Option<PodPlacement>>,
     /// Producers computed since the index was made.
     computed: u64,
 }
@@ -160,7 +160,7 @@ impl Index {
             outputs: Outputs::default(),
             findings: BTreeMap::new(),
             touched: BTreeSet::from([strict]),
-            seats: BTreeMap::new(),
+            placements: BTreeMap::new(),
             computed: 0,
         }
     }
@@ -175,8 +175,8 @@ impl Index {
             self.compute(&producer, &mut findings);
         }
         let (policies, addresses) = self.outputs.take_changes();
-        let seats = std::mem::take(&mut self.seats).into_iter().collect();
-        Changes { policies, addresses, seats, findings }
+        let placements = std::mem::take(&mut self.placements).into_iter().collect();
+        Changes { policies, addresses, placements, findings }
     }
 
     /// Every resource that is in force, by type and name.

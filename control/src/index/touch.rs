@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::Index;
 use super::dependencies::Dependency;
-use super::seats::Seat;
+use super::placements::PodPlacement;
 use super::store::{cluster_ips, is_addressable, replace, service_of, virtual_addresses};
 use crate::object::{
     AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
@@ -112,9 +112,9 @@ impl Index {
             return;
         }
         self.touch(Kind::Pod, id);
-        let seat = |pod: Option<&Arc<Pod>>| pod.and_then(|pod| Seat::of(pod));
-        if seat(old.as_ref()) != seat(new) {
-            self.seats.insert(id.clone(), seat(new));
+        let placement = |pod: Option<&Arc<Pod>>| pod.and_then(|pod| PodPlacement::of(pod));
+        if placement(old.as_ref()) != placement(new) {
+            self.placements.insert(id.clone(), placement(new));
         }
         let present = |pod: Option<&Arc<Pod>>| pod.is_some_and(|pod| !pod.finished);
         if present(old.as_ref()) != present(new) {

@@ -39,14 +39,14 @@ pub(crate) struct Controller {
     shared: Arc<Shared>,
     services: ServiceRange,
     published: Published,
-    led: Option<Vec<ServiceView>>,
+    programmed: Option<Vec<ServiceView>>,
 }
 
 impl Controller {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         let services = ServiceRange::new(shared.plan);
         let published = Published::new(shared.directory.join("objects"));
-        Self { shared, services, published, led: None }
+        Self { shared, services, published, programmed: None }
     }
 
     /// Makes passes until the cluster ends.
@@ -86,7 +86,7 @@ impl Controller {
         slices.extend(of_dns.filter_map(|slice| serde_json::from_value(slice).ok()));
         let backends: Vec<_> = self.shared.pods().iter().map(publish::backend).collect();
         let views = services::views(&services, &slices, &backends);
-        if let Err(error) = self.lead(views).await {
+        if let Err(error) = self.program_services(views).await {
             problems.insert("services".to_owned(), error.to_string());
         }
         problems
@@ -259,9 +259,9 @@ impl Controller {
     }
 
     /// Puts names and VIPs in place, if they changed.
-    async fn lead(&mut self, views: Vec<ServiceView>) -> Result<()> {
+    async fn program_services(&mut self, views: Vec<ServiceView>) -> Result<()> {
         self.shared.dns.publish(Zone::new(&views, &self.shared.records.lock()));
-        if self.led.as_ref() == Some(&views) {
+        if self.programmed.as_ref() == Some(&views) {
             return Ok(());
         }
         let table = vip::plan(&views);
@@ -269,7 +269,7 @@ impl Controller {
         for applied in futures_util::future::join_all(apply).await {
             applied?;
         }
-        self.led = Some(views);
+        self.programmed = Some(views);
         Ok(())
     }
 }

@@ -166,7 +166,7 @@ async fn a_snapshot_changes_and_removals_reach_the_client() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, gone).await.expect("the seat of a client that left is free again");
+    tokio::time::timeout(PATIENCE, gone).await.expect("the place of a client that left is free again");
 }
 
 #[tokio::test]

@@ -81,7 +81,7 @@ pub(crate) struct Counts {
 
 /// Everything that is written down.
 #[derive(Debug)]
-pub(crate) struct Book {
+pub(crate) struct FlowLog {
     /// When the first load began; all times of the report are since then.
     pub(crate) start: Instant,
     /// The flows, by index.
@@ -99,7 +99,7 @@ struct Pages {
     kills: Vec<Kill>,
 }
 
-impl Book {
+impl FlowLog {
     /// An empty one.
     pub(crate) fn new(titles: Vec<Title>) -> Self {
         let pages = Pages {
@@ -259,9 +259,9 @@ pub(crate) fn quantile(sorted: &[u32], q: f64) -> u32 {
 mod tests {
     use super::*;
 
-    fn book() -> Book {
+    fn flow_log() -> FlowLog {
         let title = |name, kept| Title { name, kept, small: true, nodes: &[1] };
-        Book::new(vec![title("new", false), title("kept", true)])
+        FlowLog::new(vec![title("new", false), title("kept", true)])
     }
 
     fn reset() -> io::Result<()> {
@@ -270,25 +270,25 @@ mod tests {
 
     #[test]
     fn only_what_a_dead_proxy_had_accepted_is_explained_by_its_death() {
-        let book = book();
+        let flow_log = flow_log();
         let asked = Instant::now();
         let kill = Kill { node: 1, before: Instant::now(), gone: Instant::now() };
-        book.killed(kill);
-        book.record(1, asked, asked, reset());
-        book.record(0, asked, asked, reset());
+        flow_log.killed(kill);
+        flow_log.record(1, asked, asked, reset());
+        flow_log.record(0, asked, asked, reset());
         let later = Instant::now();
-        book.record(0, later, later, reset());
-        book.record(1, asked, asked, Err(io::ErrorKind::TimedOut.into()));
-        let failures = book.failures();
+        flow_log.record(0, later, later, reset());
+        flow_log.record(1, asked, asked, Err(io::ErrorKind::TimedOut.into()));
+        let failures = flow_log.failures();
         assert_eq!((failures.kept_by_kill, failures.new_by_kill, failures.count()), (1, 1, 2));
     }
 
     #[test]
     fn the_death_of_a_proxy_explains_nothing_on_another_node() {
-        let book = book();
+        let flow_log = flow_log();
         let asked = Instant::now();
-        book.killed(Kill { node: 0, before: asked, gone: Instant::now() });
-        book.record(1, asked, asked, reset());
-        assert_eq!(book.failures().count(), 1);
+        flow_log.killed(Kill { node: 0, before: asked, gone: Instant::now() });
+        flow_log.record(1, asked, asked, reset());
+        assert_eq!(flow_log.failures().count(), 1);
     }
 }
