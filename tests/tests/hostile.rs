@@ -84,7 +84,8 @@ impl Bed for Hostile {
         let mut builder = Cluster::builder()
             .nodes(2)
             .ztunnel_config("crlFile", crl_file.display().to_string())
-            .ztunnel_config("dns", json!({ "upstreams": resolvers }));
+            .ztunnel_config("dns", json!({ "upstreams": resolvers }))
+            .ztunnel_config("socks5", true);
         for (node, log) in logs.iter().enumerate() {
             builder = builder.ztunnel_config_of(node, "accessLog", log.config());
         }

@@ -99,8 +99,9 @@ impl Names {
         if !waits && share.is_some_and(|share| share.waiting.len() >= waiting_per_pod) {
             return Err(Full::Pod(waiting_per_pod));
         }
-        // A pod that gives up a name makes room.
-        let replaces = share.is_some_and(|share| share.used.len() >= names_per_pod);
+        // A pod that gives up a name makes room, if it alone uses that.
+        let given_up = share.filter(|share| share.used.len() >= names_per_pod).and_then(Share::oldest);
+        let replaces = given_up.is_some_and(|name| self.users.get(name) == Some(&1));
         if !self.users.contains_key(name) && self.users.len() >= names && !replaces {
             return Err(Full::Node(names));
         }
@@ -151,13 +152,20 @@ impl Names {
             return None;
         }
         let full = share.used.len() >= self.bounds.names_per_pod;
-        let oldest = share.used.iter().filter(|(name, _)| !share.waiting.contains_key(*name));
-        let oldest = oldest.min_by_key(|(_, used)| **used).map(|(name, _)| name.clone()).filter(|_| full);
+        let oldest = share.oldest().filter(|_| full).map(ToOwned::to_owned);
         share.used.insert(name.to_owned(), now);
         *self.users.entry(name.to_owned()).or_default() += 1;
         let given_up = oldest?;
         share.used.remove(&given_up);
         leave(&mut self.users, &given_up).then_some(given_up)
+    }
+}
+
+impl Share {
+    /// The name that was used least recently, of those that no connection waits for.
+    fn oldest(&self) -> Option<&str> {
+        let idle = self.used.iter().filter(|(name, _)| !self.waiting.contains_key(*name));
+        idle.min_by_key(|(_, used)| **used).map(|(name, _)| name.as_str())
     }
 }
 
@@ -267,6 +275,8 @@ mod tests {
         }
         assert_eq!(node.get("two", "g"), Err(Full::Node(6)));
         assert_eq!(node.get("two", "a"), Ok(None), "it is there already");
+        assert_eq!(node.get("one", "g"), Err(Full::Node(6)), "what it would give up is used by another");
+        node.names.handle_use(&"one".into(), "a", node.now);
         assert_eq!(node.get("one", "g"), Ok(Some("b".to_owned())));
     }
 

@@ -51,7 +51,7 @@ async fn only_a_definite_no_of_the_control_plane_lets_bytes_pass() {
 /// One pod dials more names than it may wait for, then more than it may use; another is served all the while.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pod_that_scans_addresses_does_not_hurt_another() {
-    let settings = json!({ "xds": { "onDemand": true }, "limits": { "directoryWait": "2s" } });
+    let settings = json!({ "xds": { "onDemand": true }, "limits": { "directoryWait": "15s" } });
     let mesh = Mesh::start(1, settings).await;
     let scanner = mesh.pod(0, "scanner", "scanner").await;
     let other = mesh.pod(0, "other", "other").await;
