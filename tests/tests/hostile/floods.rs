@@ -114,7 +114,7 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
         let name = format!("floods::a_peer_that_floods_with_{name}_is_hung_up_on");
         trials.add(name, async move |bed: &Hostile| {
             let reason = "frames that carry nothing";
-            is_hung_up_on(bed, &[], &piece, ENHANCE_YOUR_CALM, "CONNECT", reason).await;
+            is_hung_up_on(bed, &[], &piece, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", reason).await;
         });
     }
     trials.add(
