@@ -12,8 +12,9 @@ use hickory_proto::rr::RData;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use ztunnel::dns::message::{MAX_UDP, Question, Unreadable};
+use ztunnel::dns::resolv_conf::ResolvConf;
 use ztunnel::dns::resolver::{Outcome, Resolver};
-use ztunnel::dns::{resolv_conf as file, wire};
+use ztunnel::dns::wire;
 
 use crate::pieces::cut;
 
@@ -142,7 +143,7 @@ pub(crate) fn answer(data: &[u8]) {
 /// Resolvers are addresses of the file, each once, none of this host alone.
 pub(crate) fn resolv_conf(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    let found = file::nameservers(text);
+    let found = ResolvConf::parse(text).reachable_from_pods();
     let named = |ip: IpAddr| text.split_whitespace().any(|word| word.parse() == Ok(ip));
     for (index, server) in found.iter().enumerate() {
         assert_eq!(server.port(), 53);

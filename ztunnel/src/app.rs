@@ -25,8 +25,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::config::{Cipher, Config, LogFormat};
+use crate::dns::resolv_conf::ResolvConf;
 use crate::dns::{self, DnsProxy};
+use crate::ejections::EjectedEndpoints;
 use crate::feed;
+use crate::hostnames::Hostnames;
 use crate::ondemand::{Bounds, Demander};
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pods};
@@ -265,7 +268,7 @@ fn access_log(config: &Config) -> anyhow::Result<(AccessLog, Option<LogWriter>)>
 
 fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)> {
     let Parts { config, trust, certificates, directory, discovery, budget, open_files, .. } = parts;
-    let count = config.worker_count();
+    let (count, resolv_conf) = (config.worker_count(), resolv_conf());
     let proxy = Arc::new(Proxy {
         settings: settings(config, trust),
         directory: directory.clone(),
@@ -274,12 +277,14 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         local: LocalPods::default(),
         connections: Connections::new(count),
         loads: Loads::default(),
+        ejected: EjectedEndpoints::default(),
         shares: shares(config, count, *open_files),
         demander: config.xds.on_demand.then(|| Demander::new(discovery.clone(), Bounds::default())),
         synced: synced(discovery),
         drain: drain.clone(),
         server: Server::new(server_settings(config), trust.clone(), budget.clone()),
-        dns: dns(config, directory.clone(), &parts.registry),
+        hostnames: hostnames(config, &resolv_conf)?,
+        dns: dns(config, &resolv_conf, directory.clone(), &parts.registry),
         tallies: Tallies::default(),
     });
     let pool_counters = Arc::new(PoolCounters::default());
@@ -293,18 +298,34 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
     Ok((Program { proxy, workers, pods, pool_counters }, supervisor))
 }
 
-fn dns(config: &Config, directory: ambit_directory::Reader, registry: &Registry) -> DnsProxy {
-    let mut upstreams = config.dns.upstreams.clone();
-    if upstreams.is_empty() {
-        match std::fs::read_to_string(RESOLV_CONF) {
-            Ok(text) => upstreams = dns::resolv_conf::nameservers(&text),
-            Err(error) => {
-                tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask");
-            }
+/// The proxy's own `/etc/resolv.conf`.
+fn resolv_conf() -> ResolvConf {
+    match std::fs::read_to_string(RESOLV_CONF) {
+        Ok(text) => ResolvConf::parse(&text),
+        Err(error) => {
+            tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask");
+            ResolvConf::default()
         }
     }
+}
+
+fn dns(
+    config: &Config,
+    own: &ResolvConf,
+    directory: ambit_directory::Reader,
+    registry: &Registry,
+) -> DnsProxy {
+    let configured = config.dns.upstreams.clone();
+    let upstreams = if configured.is_empty() { own.reachable_from_pods() } else { configured };
     let settings = dns::Settings::new(&config.dns.cluster_domain, upstreams);
     DnsProxy::new(settings, directory, dns::Metrics::register(registry))
+}
+
+fn hostnames(config: &Config, own: &ResolvConf) -> anyhow::Result<Hostnames> {
+    let configured = &config.dns.upstreams;
+    let nameservers = if configured.is_empty() { &own.nameservers } else { configured };
+    Hostnames::new(nameservers, &own.search, &config.dns.cluster_domain)
+        .context("make a resolver of host names")
 }
 
 /// Whether discovery has applied its first state, as something that a connection can look at.

@@ -16,6 +16,7 @@ use ambit_policy::Decision;
 use ambit_telemetry::tcp::ResponseFlags;
 use http::StatusCode;
 
+use crate::hostnames::LookupError;
 use crate::ondemand::DemandFailure;
 use crate::socks5::{Reply, Socks5Error};
 use ambit_runtime::shares::LimitExceeded;
@@ -82,6 +83,9 @@ pub enum ConnectionError {
     /// The pod itself isn't in the directory.
     #[error("workload {0} is not in the directory")]
     UnknownPod(WorkloadUid),
+    /// DNS does not tell where a host is.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
     /// Nobody knows the name.
     #[error("{0} is unknown")]
     UnknownName(String),
@@ -114,6 +118,14 @@ pub enum ConnectionError {
         address: SocketAddr,
         /// What the socket said.
         source: io::Error,
+    },
+    /// One attempt took more than its part of the budget.
+    #[error("not connected to {address} within {limit:?}")]
+    AttemptTimedOut {
+        /// Where to.
+        address: SocketAddr,
+        /// The attempt's part of the budget.
+        limit: Duration,
     },
     /// All attempts together took too long.
     #[error("not connected to {destination} within {budget:?}")]
@@ -165,9 +177,11 @@ impl ConnectionError {
             | Self::Cut(CutReason::Idle(_) | CutReason::Drained) => Blame::Us,
             Self::Connect(ConnectError::Namespace { .. } | ConnectError::Bind { .. }) => Blame::Us,
             Self::UnknownName(_)
+            | Self::Lookup(_)
             | Self::Refused { .. }
             | Self::Connect(_)
             | Self::ApplicationTunnel { .. }
+            | Self::AttemptTimedOut { .. }
             | Self::Budget { .. }
             | Self::Relay(_) => Blame::Upstream,
         }
@@ -209,10 +223,12 @@ impl ConnectionError {
             | Self::NotSynced
             | Self::UnknownPod(_)
             | Self::UnknownName(_)
+            | Self::Lookup(_)
             | Self::Undetermined { .. }
             | Self::Refused { .. }
             | Self::Connect(_)
             | Self::ApplicationTunnel { .. }
+            | Self::AttemptTimedOut { .. }
             | Self::Budget { .. }
             | Self::Relay(_)
             | Self::Cut(CutReason::Idle(_) | CutReason::Drained) => ResponseFlags::Connect,
@@ -222,7 +238,7 @@ impl ConnectionError {
     /// What a SOCKS5 client is answered.
     pub fn socks_reply(&self) -> Reply {
         match self {
-            Self::UnknownName(_) | Self::Refused { .. } => Reply::HostUnreachable,
+            Self::UnknownName(_) | Self::Lookup(_) | Self::Refused { .. } => Reply::HostUnreachable,
             Self::Connect(ConnectError::Refused { .. }) => Reply::ConnectionRefused,
             other => match other.blame() {
                 Blame::Policy | Blame::Identity => Reply::NotAllowed,
@@ -231,11 +247,26 @@ impl ConnectionError {
         }
     }
 
+    /// Whether the endpoint itself could not be reached, so that other connections are better off elsewhere for a while. What
+    /// its application or policy answered says nothing of that, and a proxy that is being replaced is back at once.
+    pub fn is_unreachable(&self) -> bool {
+        use std::io::ErrorKind::{HostUnreachable, NetworkUnreachable};
+        match self {
+            Self::AttemptTimedOut { .. } | Self::Connect(ConnectError::TimedOut { .. }) => true,
+            Self::Connect(ConnectError::Refused { source, .. }) => {
+                matches!(source.kind(), HostUnreachable | NetworkUnreachable)
+            }
+            Self::Tunnel(error) => error.is_unreachable(),
+            _ => false,
+        }
+    }
+
     /// Whether another endpoint of the same service may do better. Only asked before the first byte.
     pub fn another_endpoint_may_help(&self) -> bool {
         match self {
             Self::Connect(ConnectError::Refused { .. } | ConnectError::TimedOut { .. })
-            | Self::ApplicationTunnel { .. } => true,
+            | Self::ApplicationTunnel { .. }
+            | Self::AttemptTimedOut { .. } => true,
             Self::Tunnel(error) => error.another_endpoint_may_help(),
             _ => false,
         }

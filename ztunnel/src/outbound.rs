@@ -77,7 +77,7 @@ pub async fn serve_socks5(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStr
     let source = own_address(&worker, &pod, peer);
     let dialled = match target {
         Target::Address(address) => Authority::Address(address),
-        Target::Name(name, port) => name_of(&worker, &pod, &name, port).await,
+        Target::Name(name, port) => name_of(&worker, &pod, source, &name, port).await,
     };
     let mut asked = Asked { worker, pod, source, dialled, since };
     let reached = Box::pin(asked.reach()).await;
@@ -97,8 +97,8 @@ fn own_address(worker: &Worker, pod: &Pod, peer: SocketAddr) -> SocketAddr {
 }
 
 /// What a name means to the pod: a name of the mesh, with Kubernetes' search path, else an address by
-/// the proxy's own resolver, else the name itself, which then is refused as unknown.
-async fn name_of(worker: &Worker, pod: &Pod, name: &str, port: u16) -> Authority {
+/// DNS, else the name itself, which then is refused as unknown.
+async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str, port: u16) -> Authority {
     let name = name.trim_end_matches('.').to_ascii_lowercase();
     let namespace = &pod.info().namespace;
     let domain = &worker.proxy.settings.cluster_domain;
@@ -118,10 +118,14 @@ async fn name_of(worker: &Worker, pod: &Pod, name: &str, port: u16) -> Authority
         return Authority::Host { hostname: hostname.into(), port };
     }
     let limit = worker.proxy.settings.limits.attempt_timeout;
-    let looked_up = tokio::time::timeout(limit, tokio::net::lookup_host((name.as_str(), port))).await;
-    match looked_up.ok().and_then(Result::ok).and_then(|mut addresses| addresses.next()) {
-        Some(address) => Authority::Address(SocketAddr::new(address.ip().to_canonical(), port)),
-        None => Authority::Host { hostname: name.into(), port },
+    let like = pod_address.ip();
+    let found = worker.proxy.hostnames.lookup(&name, namespace, like, limit).await;
+    match found.as_deref().map(<[_]>::first) {
+        Ok(Some(first)) => Authority::Address(SocketAddr::new(*first, port)),
+        outcome => {
+            tracing::debug!(pod = pod.uid(), ?outcome, "a SOCKS5 client asked for a name without addresses");
+            Authority::Host { hostname: name.into(), port }
+        }
     }
 }
 

@@ -14,7 +14,9 @@ use tokio::sync::watch;
 
 use crate::config::SameNode;
 use crate::dns::DnsProxy;
+use crate::ejections::EjectedEndpoints;
 use crate::error::ConnectionError;
+use crate::hostnames::Hostnames;
 use crate::ondemand::Demander;
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pod};
@@ -113,6 +115,8 @@ pub struct Proxy {
     pub connections: Connections,
     /// Open connections by workload.
     pub loads: Loads<WorkloadUid>,
+    /// Workloads that could not be reached a moment ago.
+    pub ejected: EjectedEndpoints<WorkloadUid>,
     /// What pods and peers may hold.
     pub shares: Shares,
     /// Where resources come on demand: whom to ask.
@@ -124,6 +128,8 @@ pub struct Proxy {
     pub drain: Drain,
     /// Accepts and serves the tunnel connections of other proxies.
     pub server: Server,
+    /// Finds the addresses of names outside the mesh.
+    pub hostnames: Hostnames,
     /// Answers pods' DNS questions.
     pub dns: DnsProxy,
     /// Counts.

@@ -6,11 +6,11 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ambit_directory::{
-    ClientRole, Demand, Dependency, DoubleTunnel, Lookup, Plain, Question, Route, Service, WaypointTunnel,
-    Workload, WorkloadUid, resolve, resolve_on_demand,
+    ClientRole, Demand, Dependency, DoubleTunnel, Load, Lookup, Plain, Question, Route, Service,
+    WaypointTunnel, Workload, WorkloadUid, resolve, resolve_on_demand,
 };
 use ambit_hbone::client::Target;
 use ambit_hbone::{
@@ -114,6 +114,7 @@ impl Dial<'_> {
 
     async fn attempts(&self, story: &mut Story) -> Result<(Upstream, Option<LoadGuard>), ConnectionError> {
         let limits = self.worker.proxy.settings.limits;
+        let deadline = Instant::now() + limits.connect_timeout;
         let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
         let mut last: Option<ConnectionError> = None;
         let (mut attempts, mut unprocessed) = (0, 0);
@@ -134,8 +135,18 @@ impl Dial<'_> {
             }
             let hop = route.next_hop().cloned();
             let load = hop.as_ref().map(|hop| self.worker.proxy.loads.open(hop));
-            match Box::pin(self.attempt(route, story)).await {
-                Ok(upstream) => return Ok((upstream, load)),
+            // Each attempt leaves to the others their part of what is left of the budget.
+            let attempts_left = u32::from(limits.connect_attempts - attempts).max(1);
+            let part = deadline.saturating_duration_since(Instant::now()) / attempts_left;
+            let limit = limits.attempt_timeout.min(part);
+            let ejected = &self.worker.proxy.ejected;
+            match Box::pin(self.attempt(route, story, limit)).await {
+                Ok(upstream) => {
+                    if let Some(hop) = &hop {
+                        ejected.reached(hop);
+                    }
+                    return Ok((upstream, load));
+                }
                 // The peer's connection was closing, as before an upgrade: the same endpoint may take it on another one.
                 Err(ConnectionError::Tunnel(error))
                     if error.never_processed() && unprocessed < UNPROCESSED_ATTEMPTS =>
@@ -147,6 +158,9 @@ impl Dial<'_> {
                 }
                 Err(error) => {
                     attempts += 1;
+                    if let Some(hop) = hop.as_ref().filter(|_| error.is_unreachable()) {
+                        ejected.failed(hop);
+                    }
                     let again = error.another_endpoint_may_help();
                     tracing::debug!(%error, dialled = %self.dialled, again, "an attempt failed");
                     last = Some(error);
@@ -216,25 +230,30 @@ impl Dial<'_> {
         }
     }
 
-    fn load(&self) -> impl Fn(&WorkloadUid) -> u32 + '_ {
-        |workload: &WorkloadUid| self.worker.proxy.loads.get(workload)
+    fn load(&self) -> SeenFromHere<'_> {
+        SeenFromHere(&self.worker.proxy)
     }
 
-    async fn attempt(&self, route: Route, story: &mut Story) -> Result<Upstream, ConnectionError> {
+    async fn attempt(
+        &self,
+        route: Route,
+        story: &mut Story,
+        limit: Duration,
+    ) -> Result<Upstream, ConnectionError> {
         match route {
             Route::SameNode(way) if self.worker.proxy.settings.same_node == SameNode::Splice => {
                 match self.worker.proxy.local.get(&way.workload.uid) {
                     Some(pod) => self.hand_over(pod, &way, story).await,
-                    None => self.tunnel(&way, story).await,
+                    None => self.tunnel(&way, story, limit).await,
                 }
             }
-            Route::SameNode(way) | Route::Tunnel(way) => self.tunnel(&way, story).await,
-            Route::Waypoint(way) => self.waypoint(&way, story).await,
-            Route::DoubleHbone(way) => self.double(&way, story).await,
-            Route::Plain(way) | Route::Own(way) => self.plain(way, story).await,
-            Route::Lookup(way) => self.lookup(way, story).await,
+            Route::SameNode(way) | Route::Tunnel(way) => self.tunnel(&way, story, limit).await,
+            Route::Waypoint(way) => self.waypoint(&way, story, limit).await,
+            Route::DoubleHbone(way) => self.double(&way, story, limit).await,
+            Route::Plain(way) | Route::Own(way) => self.plain(way, story, limit).await,
+            Route::Lookup(way) => self.lookup(way, story, limit).await,
             Route::Unknown(way) => match way.passthrough() {
-                Some(plain) => self.plain(plain, story).await,
+                Some(plain) => self.plain(plain, story, limit).await,
                 None => Err(ConnectionError::UnknownName(way.authority.to_string())),
             },
             Route::Refuse(reason) => {
@@ -277,6 +296,7 @@ impl Dial<'_> {
         &self,
         way: &ambit_directory::Tunnel,
         story: &mut Story,
+        limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         let authority = Authority::from(way.address);
         self.tell(
@@ -287,12 +307,17 @@ impl Dial<'_> {
             Some(authority.to_string().into()),
         );
         let request = self.request(authority, way.service.as_deref());
-        let tunnel = self.open(&way.workload, way.hbone, &way.expected, &request).await?;
+        let tunnel = self.open(&way.workload, way.hbone, &way.expected, &request, limit).await?;
         story.destination.identity = Some(tunnel.peer().clone());
         Ok(Upstream::Tunnel(Box::new(tunnel)))
     }
 
-    async fn waypoint(&self, way: &WaypointTunnel, story: &mut Story) -> Result<Upstream, ConnectionError> {
+    async fn waypoint(
+        &self,
+        way: &WaypointTunnel,
+        story: &mut Story,
+        limit: Duration,
+    ) -> Result<Upstream, ConnectionError> {
         let authority = hbone_authority(&way.authority);
         self.tell(
             story,
@@ -302,25 +327,30 @@ impl Dial<'_> {
             Some(authority.to_string().into()),
         );
         let request = self.request(authority, way.service.as_deref());
-        let tunnel = self.open(&way.waypoint, way.hbone, &way.expected, &request).await?;
+        let tunnel = self.open(&way.waypoint, way.hbone, &way.expected, &request, limit).await?;
         story.destination.identity = Some(tunnel.peer().clone());
         Ok(Upstream::Tunnel(Box::new(tunnel)))
     }
 
     /// Into another network: a tunnel to its gateway, and inside it a second one to the service.
-    async fn double(&self, way: &DoubleTunnel, story: &mut Story) -> Result<Upstream, ConnectionError> {
+    async fn double(
+        &self,
+        way: &DoubleTunnel,
+        story: &mut Story,
+        limit: Duration,
+    ) -> Result<Upstream, ConnectionError> {
         let authority = hbone_authority(&way.authority);
         let inner_identity = way.inner_expected.first().cloned();
         self.tell(story, &way.workload, inner_identity, way.hbone, Some(authority.to_string().into()));
         let mut request = self.request(authority, Some(&way.service));
-        let outer = self.open(&way.gateway, way.hbone, &way.expected, &request).await?;
+        let outer = self.open(&way.gateway, way.hbone, &way.expected, &request, limit).await?;
         request.forwarded_network = Some(way.network.to_string());
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
         let (address, tls) = (way.hbone, certificate.client_tls());
         let target = Target { address, source: self.source.ip(), tls: &tls, expected: &way.inner_expected };
         let settings = &self.worker.pool.settings().client;
         let inner = ambit_hbone::client::open_within(outer, target, &request, settings);
-        let inner = Box::pin(inner).await?;
+        let inner = within(limit, way.hbone, Box::pin(inner)).await?;
         story.destination.identity = Some(inner.peer().clone());
         if let Some(baggage) = inner.baggage() {
             // The directory holds the other network's gateway, not which workload behind it was chosen.
@@ -330,24 +360,44 @@ impl Dial<'_> {
         Ok(Upstream::Tunnel(Box::new(inner)))
     }
 
-    async fn plain(&self, way: Plain, story: &mut Story) -> Result<Upstream, ConnectionError> {
+    async fn plain(
+        &self,
+        way: Plain,
+        story: &mut Story,
+        limit: Duration,
+    ) -> Result<Upstream, ConnectionError> {
         story.destination = End { workload: way.workload, ..End::default() };
         story.destination_address = way.address;
         story.hbone_address = None;
-        let limit = self.worker.proxy.settings.limits.attempt_timeout;
         Ok(Upstream::Plain(connect(self.pod.stock(), way.address, limit).await?))
     }
 
-    /// To a workload that only DNS can tell the address of. The name is looked up as the proxy's own
-    /// node would; the pod's search path has no part in it.
-    async fn lookup(&self, way: Lookup, story: &mut Story) -> Result<Upstream, ConnectionError> {
-        let name = way.workload.hostname.clone();
-        let limit = self.worker.proxy.settings.limits.attempt_timeout;
-        let unknown = || ConnectionError::UnknownName(name.to_string());
-        let found = tokio::time::timeout(limit, tokio::net::lookup_host((&*name, way.port))).await;
-        let mut addresses = found.map_err(|_| unknown())?.map_err(|_| unknown())?;
-        let address = addresses.next().ok_or_else(unknown)?;
-        Box::pin(self.attempt(way.at(address.ip()), story)).await
+    /// To a workload that only DNS can tell the address of: its addresses in turn, those of the family that was dialled first.
+    async fn lookup(
+        &self,
+        way: Lookup,
+        story: &mut Story,
+        limit: Duration,
+    ) -> Result<Upstream, ConnectionError> {
+        let deadline = Instant::now() + limit;
+        let like = match &self.dialled {
+            ambit_directory::Authority::Address(address) => address.ip(),
+            ambit_directory::Authority::Host { .. } => self.source.ip(),
+        };
+        let (name, namespace) = (&way.workload.hostname, &self.pod.info().namespace);
+        let addresses = self.worker.proxy.hostnames.lookup(name, namespace, like, limit).await?;
+        let mut left = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
+        let mut last = None;
+        for address in addresses {
+            let part = deadline.saturating_duration_since(Instant::now()) / left.max(1);
+            left = left.saturating_sub(1);
+            match Box::pin(self.attempt(way.clone().at(address), story, part)).await {
+                Ok(upstream) => return Ok(upstream),
+                Err(error) if error.another_endpoint_may_help() => last = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| ConnectionError::UnknownName(name.to_string())))
     }
 
     /// A tunnel from the pool, or on a new connection out of the pod's namespace.
@@ -357,6 +407,7 @@ impl Dial<'_> {
         address: SocketAddr,
         expected: &[SpiffeId],
         request: &ConnectRequest,
+        limit: Duration,
     ) -> Result<Tunnel, ConnectionError> {
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
         let key = TunnelKey {
@@ -365,7 +416,7 @@ impl Dial<'_> {
             destination: workload.uid.shared().clone(),
             address,
         };
-        let limit = self.worker.proxy.settings.limits.attempt_timeout;
+        let dial_limit = self.worker.proxy.settings.limits.attempt_timeout;
         let stock = self.pod.stock();
         // Not what the pod's routes would choose: the other proxy's policies go by it.
         let source = self.client.address_like(Some(address.ip()));
@@ -374,13 +425,14 @@ impl Dial<'_> {
             let (proxy, pod, stock) = (proxy.clone(), pod.clone(), stock.clone());
             async move {
                 let taken = take_pooled(&proxy, &pod, address)?;
-                Ok(Counted::new(dial_proxy(stock, source, address, limit).await?, taken))
+                Ok(Counted::new(dial_proxy(stock, source, address, dial_limit).await?, taken))
             }
         };
         let tls = certificate.client_tls();
         let target = Target { address, source: self.source.ip(), tls: &tls, expected };
         let opened = self.worker.pool.open(&key, target, request, dial);
-        Ok(Box::pin(opened).await?)
+        // The connection goes on being made without us: others may wait for it too.
+        within(limit, address, Box::pin(opened)).await
     }
 
     /// What the CONNECT says of us.
@@ -439,12 +491,37 @@ fn take_pooled(proxy: &Proxy, pod: &Pod, address: SocketAddr) -> io::Result<Take
     })
 }
 
+/// What endpoint choice asks of this node.
+struct SeenFromHere<'a>(&'a Proxy);
+
+impl Load for SeenFromHere<'_> {
+    fn connections(&self, workload: &WorkloadUid) -> u32 {
+        self.0.loads.get(workload)
+    }
+
+    fn is_ejected(&self, workload: &WorkloadUid) -> bool {
+        self.0.ejected.is_ejected(workload)
+    }
+}
+
+/// Bounds an attempt on the proxy at `address`.
+async fn within<T>(
+    limit: Duration,
+    address: SocketAddr,
+    opening: impl Future<Output = Result<T, OpenError>>,
+) -> Result<T, ConnectionError> {
+    match tokio::time::timeout(limit, opening).await {
+        Ok(opened) => Ok(opened?),
+        Err(_) => Err(ConnectionError::AttemptTimedOut { address, limit }),
+    }
+}
+
 /// One TCP connection to another proxy, out of the pod's namespace and from its own address.
 async fn dial_proxy(
     stock: SocketStock,
     source: Option<IpAddr>,
     address: SocketAddr,
-    limit: std::time::Duration,
+    limit: Duration,
 ) -> io::Result<TcpStream> {
     let connected = match source {
         Some(source) => connect_from(&stock, source, address, limit).await,

@@ -17,10 +17,16 @@ const DRAWS: usize = 12;
 /// Draws at most so often for a second candidate; without one the first is taken.
 const SECOND_DRAWS: usize = 4;
 
-/// How many connections a workload has, as far as this node sees.
+/// How a workload does, as far as this node sees.
 pub trait Load {
     /// Connections open now to the workload.
     fn connections(&self, workload: &WorkloadUid) -> u32;
+
+    /// Whether the workload is ejected for a while because it could not be reached. Chosen only where all others are too.
+    fn is_ejected(&self, workload: &WorkloadUid) -> bool {
+        let _ = workload;
+        false
+    }
 }
 
 impl<F: Fn(&WorkloadUid) -> u32> Load for F {

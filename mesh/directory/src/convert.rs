@@ -52,6 +52,7 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
         identity,
         addresses: addresses.collect::<Result<_, _>>()?,
         tunnel,
+        serving_while_terminating: source.serving_while_terminating,
         native_tunnel: source.native_tunnel,
         waypoint: source.waypoint.as_ref().map(|it| gateway("workload.waypoint", it, texts)).transpose()?,
         network_gateway: source

@@ -1,7 +1,8 @@
 //! The endpoints of one service, kept in the pools that choices are made from.
 //!
 //! A pool holds the endpoints that may be chosen (healthy, or all if the service says so; with a capacity) and share the same values of the first
-//! scopes of the service's preference. So a choice by preference is a look-up, whatever the number of endpoints and nodes.
+//! scopes of the service's preference. So a choice by preference is a look-up, whatever the number of endpoints and nodes. One more pool holds
+//! those that serve until they have terminated, for when all others have nothing to offer.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -151,6 +152,7 @@ pub struct Endpoints {
     all: List<Endpoint>,
     eligible: Pool,
     near: Table<Place, Pool>,
+    terminating: Pool,
     balancing: Arc<LoadBalancing>,
 }
 
@@ -175,8 +177,20 @@ impl Endpoints {
         &self.eligible
     }
 
+    /// Those that are terminating and still serve.
+    pub(crate) fn terminating(&self) -> &Pool {
+        &self.terminating
+    }
+
     /// The pools from which a client gets an endpoint: a later one only when those before have none to offer.
     pub(crate) fn pools<'a, 'c>(
+        &'a self,
+        client: &'c Workload,
+    ) -> impl Iterator<Item = &'a Pool> + use<'a, 'c> {
+        self.preferred_pools(client).chain(std::iter::once(&self.terminating))
+    }
+
+    fn preferred_pools<'a, 'c>(
         &'a self,
         client: &'c Workload,
     ) -> impl Iterator<Item = &'a Pool> + use<'a, 'c> {
@@ -198,7 +212,11 @@ impl Endpoints {
     }
 
     pub(crate) fn remove(&mut self, workload: &Arc<Workload>) {
-        if !take(&mut self.all, workload) || !self.is_eligible(workload) {
+        if !take(&mut self.all, workload) {
+            return;
+        }
+        if !self.is_eligible(workload) {
+            self.terminating.remove(workload);
             return;
         }
         self.eligible.remove(workload);
@@ -222,6 +240,7 @@ impl Endpoints {
         self.balancing = Arc::new(balancing.clone());
         self.eligible = Pool::default();
         self.near = Table::default();
+        self.terminating = Pool::default();
         for endpoint in self.all.clone().iter() {
             self.pool(endpoint.clone());
         }
@@ -229,6 +248,9 @@ impl Endpoints {
 
     fn pool(&mut self, endpoint: Endpoint) {
         if !self.is_eligible(&endpoint.workload) {
+            if endpoint.workload.serving_while_terminating && endpoint.workload.capacity > 0 {
+                self.terminating.insert(endpoint);
+            }
             return;
         }
         let balancing = Arc::clone(&self.balancing);

@@ -190,14 +190,20 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
             };
             (reachable && !question.exclude.contains(&workload.uid)).then(|| port(endpoint)).flatten()
         };
-        for pool in endpoints.pools(question.client) {
-            let choice = if service.session_affinity {
-                choose::by_affinity(pool, usable, question.source)
-            } else {
-                choose::least_loaded(pool, usable, self.load, self.rng)
+        let load = self.load;
+        for takes_ejected in [false, true] {
+            let usable = |endpoint: &Endpoint| {
+                usable(endpoint).filter(|_| takes_ejected || !load.is_ejected(&endpoint.workload.uid))
             };
-            if let Some(choice) = choice {
-                return Ok(choice);
+            for pool in endpoints.pools(question.client).filter(|pool| !pool.is_empty()) {
+                let choice = if service.session_affinity {
+                    choose::by_affinity(pool, usable, question.source)
+                } else {
+                    choose::least_loaded(pool, usable, load, self.rng)
+                };
+                if let Some(choice) = choice {
+                    return Ok(choice);
+                }
             }
         }
         Err(self.why_none(service, endpoints))
@@ -208,6 +214,7 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
         if endpoints.is_empty() {
             NoEndpoint::NoneKnown
         } else if endpoints.eligible().is_empty()
+            && endpoints.terminating().is_empty()
             && service.load_balancing.health == HealthPolicy::OnlyHealthy
         {
             NoEndpoint::NoneHealthy

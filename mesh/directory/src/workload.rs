@@ -29,6 +29,8 @@ pub struct Workload {
     pub tunnel: TunnelProtocol,
     /// Whether it is chosen as an endpoint.
     pub status: Status,
+    /// Whether it still serves although it is not healthy, because it is terminating. Chosen where nothing else is left.
+    pub serving_while_terminating: bool,
     /// Whether it terminates HBONE itself, without a node proxy.
     pub native_tunnel: bool,
     /// Whether it shares its address with the node and others there.

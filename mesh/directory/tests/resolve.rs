@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use ambit_api::workload::load_balancing::{HealthPolicy, Mode, Scope};
 use ambit_api::workload::service::Visibility;
 use ambit_api::workload::{PortList, Service, Workload};
-use ambit_directory::{ClientRole, Route, SESSION_AFFINITY_EXTENSION, WorkloadUid};
+use ambit_directory::{ClientRole, Load, Question, Route, SESSION_AFFINITY_EXTENSION, WorkloadUid, resolve};
 use common::{
     PodExt, Resource, ServiceExt, World, balancing, names, octets, pod, port, reached, say, service,
     spread_of, table,
@@ -542,4 +542,81 @@ fn a_range_of_addresses_captures_its_own_ports_only() {
             ("10.96.0.1:80", "same node Kubernetes//Pod/app/web 10.0.0.2:8080 as web"),
         ],
     );
+}
+
+#[test]
+fn terminating_endpoints_that_serve_are_chosen_where_nothing_else_is_left() {
+    let leaving = |name: &str, address: &str| {
+        pod(name, address).of("s").unhealthy().with(|pod| pod.serving_while_terminating = true)
+    };
+    let mut world = World::new([
+        pod("c", "10.0.0.1").into(),
+        service("s", &["10.1.0.1"]).into(),
+        leaving("leaving", "10.0.0.2").into(),
+        pod("broken", "10.0.0.3").of("s").unhealthy().into(),
+    ]);
+    let chosen = |world: &mut World, exclude: &[&str]| {
+        let route = world.route_but("c", "10.1.0.1:80", exclude);
+        route.next_hop().map(ToString::to_string)
+    };
+    assert_eq!(chosen(&mut world, &[]).as_deref(), Some("leaving"));
+    world.apply([pod("ready", "10.0.0.4").of("s").into()]);
+    for _ in 0..50 {
+        assert_eq!(chosen(&mut world, &[]).as_deref(), Some("ready"), "the leaving one gets nothing new");
+    }
+    assert_eq!(
+        chosen(&mut world, &["ready"]).as_deref(),
+        Some("leaving"),
+        "for a retry it is better than none"
+    );
+    world.remove("ready");
+    assert_eq!(chosen(&mut world, &[]).as_deref(), Some("leaving"));
+    world.apply([leaving("leaving", "10.0.0.2").with(|pod| pod.serving_while_terminating = false).into()]);
+    assert_eq!(chosen(&mut world, &[]), None, "it has stopped serving");
+}
+
+/// A load of nothing, with some workloads ejected.
+struct Ejecting(&'static [&'static str]);
+
+impl Load for Ejecting {
+    fn connections(&self, _: &WorkloadUid) -> u32 {
+        0
+    }
+
+    fn is_ejected(&self, workload: &WorkloadUid) -> bool {
+        self.0.contains(&workload.as_str())
+    }
+}
+
+#[test]
+fn an_ejected_endpoint_is_chosen_only_where_all_are() {
+    let affine = |sticky: bool| {
+        let balanced = service("s", &["10.1.0.1"]);
+        if sticky { balanced.extended(SESSION_AFFINITY_EXTENSION) } else { balanced }
+    };
+    for sticky in [false, true] {
+        let mut world = World::new([
+            pod("c", "10.0.0.1").into(),
+            affine(sticky).into(),
+            pod("a", "10.0.0.2").of("s").into(),
+            pod("b", "10.0.0.3").of("s").into(),
+        ]);
+        let snapshot = world.snapshot();
+        let mut chosen = |ejected: &'static [&'static str], exclude: &[WorkloadUid]| {
+            let question = Question {
+                client: snapshot.workload("c").unwrap(),
+                role: ClientRole::Workload,
+                source: [10, 0, 0, 1].into(),
+                destination: "10.1.0.1:80".parse().unwrap(),
+                exclude,
+            };
+            let route = resolve(&snapshot, &question, &Ejecting(ejected), &mut world.rng);
+            route.next_hop().map(ToString::to_string)
+        };
+        for _ in 0..50 {
+            assert_eq!(chosen(&["a"], &[]).as_deref(), Some("b"));
+            assert!(chosen(&["a", "b"], &[]).is_some());
+        }
+        assert_eq!(chosen(&["a"], &["b".into()]).as_deref(), Some("a"));
+    }
 }

@@ -184,6 +184,30 @@ impl OpenError {
         }
     }
 
+    /// Whether no tunnel can be had from the proxy itself, whatever it is asked for. One that is being replaced ends its
+    /// connections, and is back at once.
+    pub fn is_unreachable(&self) -> bool {
+        match self {
+            OpenError::Dial { .. }
+            | OpenError::HandshakeTimeout { .. }
+            | OpenError::NoHttp2 { .. }
+            | OpenError::Identity { .. }
+            | OpenError::Silent { .. } => true,
+            OpenError::Tls { source, .. } => {
+                !matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
+            }
+            OpenError::Lost { .. }
+            | OpenError::NotProcessed { .. }
+            | OpenError::ConnectTimeout { .. }
+            | OpenError::Refused { .. }
+            | OpenError::Evicted { .. }
+            | OpenError::Draining
+            | OpenError::Exhausted { .. }
+            | OpenError::Abandoned { .. }
+            | OpenError::Unsendable { .. } => false,
+        }
+    }
+
     /// Whether the peer certainly did not process the request (RFC 9113 §8.7), so that it may be sent again, to the same
     /// peer too, whatever it asks for.
     pub fn never_processed(&self) -> bool {

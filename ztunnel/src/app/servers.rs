@@ -99,6 +99,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     logging.register(registry);
     program.proxy.shares.register(registry);
     tallies(registry, &program.proxy);
+    ejections(registry, &program.proxy);
     pools(registry, &program.pool_counters);
     windows(registry, parts);
     discovery(registry, &parts.discovery);
@@ -176,6 +177,17 @@ fn tallies(registry: &Registry, proxy: &Arc<Proxy>) {
     register("ambit_hbone_inbound_ping_timeouts", "Tunnel connections to us whose peer fell silent", |t| {
         &t.silent_clients
     });
+}
+
+fn ejections(registry: &Registry, proxy: &Arc<Proxy>) {
+    let (total, now) = (proxy.clone(), proxy.clone());
+    registry.counter_from(
+        "ambit_endpoints_ejected",
+        "Endpoints left out for a while because they could not be reached",
+        move || total.ejected.ejected.get(),
+    );
+    let now = move || i64::try_from(now.ejected.count()).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_endpoints_ejected_now", "Endpoints that are left out now", now);
 }
 
 fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {

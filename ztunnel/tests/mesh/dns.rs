@@ -55,11 +55,20 @@ async fn resolver(pod: &Pod, says: Ipv4Addr) -> mpsc::UnboundedReceiver<IpAddr> 
 }
 
 fn answered(query: &[u8], address: Ipv4Addr) -> Vec<u8> {
+    answered_with(query, &[address])
+}
+
+/// The answer to a question for IPv4 addresses; one for others gets none.
+pub(crate) fn answered_with(query: &[u8], addresses: &[Ipv4Addr]) -> Vec<u8> {
     let asked = Message::from_vec(query).unwrap();
     let mut response = Message::response(asked.metadata.id, asked.metadata.op_code);
     response.add_query(asked.queries[0].clone());
-    let name = asked.queries[0].name().clone();
-    response.add_answer(Record::from_rdata(name, 60, RData::A(A(address))));
+    if asked.queries[0].query_type() == RecordType::A {
+        for address in addresses {
+            let name = asked.queries[0].name().clone();
+            response.add_answer(Record::from_rdata(name, 60, RData::A(A(*address))));
+        }
+    }
     response.to_vec().unwrap()
 }
 

@@ -2,11 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ambit_ca::{Authority, AuthorityConfig};
 use ambit_hbone::client::{self, Target};
-use ambit_hbone::{ClientSettings, ConnectRequest, OpenError, WindowBudget};
+use ambit_hbone::{
+    ClientSettings, ConnectRequest, Endpoints, OpenError, Server, ServerSettings, WindowBudget,
+};
 use ambit_identity::{
     CertificateRequest, ClientTls, SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate,
     unnamed_server,
@@ -201,4 +204,45 @@ async fn an_address_used_again_by_another_pod_never_meets_an_old_tunnel() {
     assert_eq!(exchange(&mut stream, b"second").await.unwrap(), b"second");
     let line = mesh.nodes[0].ztunnel.logged("successor", |l| l["dst.workload"] == "successor").await;
     assert_eq!(line["dst.identity"], "spiffe://cluster.local/ns/default/sa/other", "{line}");
+}
+
+/// TLS 1.3 ends the client's handshake before the server has looked at its certificate: the rejection comes later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_rejects_our_certificate_is_not_asked_again() {
+    let mesh = Mesh::start(1, json!({})).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let mut server = mesh.uncaptured_pod(0, "server", "server").await;
+    let dir = tempfile::tempdir().unwrap();
+    let domain = TrustDomain::new(TRUST_DOMAIN).unwrap();
+    let (stranger, driver) =
+        Authority::open(AuthorityConfig::new(domain, dir.path().join("ca"))).await.unwrap();
+    tokio::spawn(driver);
+    let trusting = trust(&mesh);
+    let request = CertificateRequest::new(&id("server")).unwrap();
+    let chain = mesh.control.sign(request.csr_pem(), &id("server"), Duration::from_secs(3600));
+    let certificate = request.complete(&chain, &trusting, TlsSettings::default()).unwrap();
+    trusting.set_roots(stranger.roots_pem().as_bytes()).unwrap();
+    let listener = server.net.listen(server.net.v4.into(), 15008).await;
+    let handshakes = Arc::new(AtomicUsize::new(0));
+    let count = handshakes.clone();
+    tokio::spawn(async move {
+        let server = Server::new(ServerSettings::default(), trusting, WindowBudget::new(0));
+        while let Ok((socket, remote)) = listener.accept().await {
+            count.fetch_add(1, Ordering::Relaxed);
+            let endpoints = Endpoints { local: socket.local_addr().unwrap(), remote };
+            let accepted = server.accept(socket, endpoints, certificate.server_config()).await;
+            assert!(accepted.is_err(), "the client is nobody that this server knows");
+        }
+    });
+    server.workload.tunnel_protocol = 1;
+    server.workload.native_tunnel = true;
+    mesh.announce(&server).await;
+    let mut stream = client.net.dial((server.net.v4, 8080).into()).await.unwrap();
+    assert!(stream.read_u8().await.is_err());
+    let line = mesh.nodes[0].ztunnel.logged("the rejection", |line| line["error"].is_string()).await;
+    assert!(line["error"].to_string().contains("TLS"), "{line}");
+    assert_eq!(handshakes.load(Ordering::Relaxed), 1, "{line}");
+    let metrics = mesh.nodes[0].ztunnel.metrics().await;
+    let failed = metrics.lines().find(|line| line.starts_with("istio_tcp_connections_failed_total{"));
+    assert!(failed.is_some_and(|line| line.contains("response_flags=\"IDENTITY_ERROR\"")), "{failed:?}");
 }

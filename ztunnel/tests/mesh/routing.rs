@@ -2,6 +2,9 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use ambit_api::workload::WorkloadStatus;
 use ambit_net::SocketStock;
@@ -194,4 +197,65 @@ async fn with_resources_on_demand_a_destination_is_asked_for_when_it_is_dialled(
         mesh.nodes[0].ztunnel.dump().await["workloads"].as_array().is_some_and(|w| w.len() == 2)
     })
     .await;
+}
+
+/// Two of three endpoints are on a node that is cut off: nothing comes back, not even a refusal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_that_are_cut_off_cost_a_part_of_one_budget_and_are_ejected() {
+    let mesh = Mesh::start(2, json!({ "limits": { "connectTimeout": "1500ms" } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let mut alive = mesh.pod(1, "alive", "server").await;
+    greet(&alive, 9080).await;
+    let mut cut_off = Vec::new();
+    for (name, address) in [("gone-a", [10, 77, 9, 1]), ("gone-b", [10, 77, 9, 2])] {
+        let mut gone = alive.clone();
+        gone.workload.uid = gone.workload.uid.replace("alive", name);
+        gone.workload.name = name.into();
+        gone.workload.addresses = vec![crate::mesh::bytes(IpAddr::from(address))];
+        cut_off.push(gone);
+    }
+    let [gone_a, gone_b] = &mut cut_off[..] else { unreachable!() };
+    mesh.service("greeter", VIP, 9080, &mut [gone_a, gone_b, &mut alive]).await;
+    let started = tokio::time::Instant::now();
+    for _ in 0..30 {
+        assert_eq!(greeted(&client, SocketAddr::new(VIP, 80)).await.unwrap(), "alive");
+    }
+    // Each is tried now and then, for a third of the budget, and left out longer each time.
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+    let metrics = mesh.nodes[0].ztunnel.metrics().await;
+    let ejected = metrics.lines().find_map(|line| line.strip_prefix("ambit_endpoints_ejected_total "));
+    assert!(ejected.is_some_and(|count| count.parse::<u64>().unwrap() > 0), "{metrics}");
+}
+
+/// An endpoint that only DNS can locate: looked up by the proxy, at its second address if the first refuses.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_by_host_name_is_found_by_dns_and_tried_at_each_address() {
+    let listener = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let resolver = listener.local_addr().unwrap();
+    let mesh = Mesh::start(1, json!({ "dns": { "upstreams": [resolver.to_string()] } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let mut outside = mesh.uncaptured_pod(0, "outside", "outside").await;
+    let refusing = mesh.fabric.pod().await;
+    greet(&outside, 9080).await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (count, addresses) = (asked.clone(), [refusing.v4, outside.net.v4]);
+    let socket = UdpSocket::from_std(listener).unwrap();
+    tokio::spawn(async move {
+        let mut buffer = [0; 512];
+        while let Ok((length, peer)) = socket.recv_from(&mut buffer).await {
+            count.fetch_add(1, Ordering::Relaxed);
+            let answer = crate::dns::answered_with(&buffer[..length], &addresses);
+            socket.send_to(&answer, peer).await.unwrap();
+        }
+    });
+    outside.workload.uid = "Kubernetes/networking.istio.io/WorkloadEntry/default/db".into();
+    outside.workload.name = "db".into();
+    outside.workload.addresses.clear();
+    outside.workload.hostname = "db.example.com".into();
+    mesh.service("db", VIP, 9080, &mut [&mut outside]).await;
+    for _ in 0..20 {
+        assert_eq!(greeted(&client, SocketAddr::new(VIP, 80)).await.unwrap(), "outside");
+    }
+    assert_eq!(asked.load(Ordering::Relaxed), 2, "one question a family, then the cache");
 }
