@@ -33,7 +33,7 @@ use crate::hostnames::Hostnames;
 use crate::ondemand::{Bounds, Demander};
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pods};
-use crate::proxy::{Limits, Proxy, Settings, Tallies, Worker};
+use crate::proxy::{Limits, Proxy, ProxyMetrics, Settings, Worker};
 use crate::report::Reporter;
 use crate::tunnels::{pool_settings, server_settings};
 use crate::zds::client::Progress;
@@ -285,7 +285,7 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         server: Server::new(server_settings(config), trust.clone(), budget.clone()),
         hostnames: hostnames(config, &resolv_conf)?,
         dns: dns(config, &resolv_conf, directory.clone(), &parts.registry),
-        tallies: Tallies::default(),
+        tallies: ProxyMetrics::default(),
     });
     let pool_counters = Arc::new(PoolCounters::default());
     let (workers, supervisor) = Workers::start(count, |handle| Worker {

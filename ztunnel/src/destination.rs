@@ -21,7 +21,7 @@ use crate::error::ConnectionError;
 use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
 use crate::proxy_protocol;
-use crate::report::{End, Story, Telling};
+use crate::report::{AccessRecord, ConnectionReport, End};
 use ambit_runtime::connections::{Direction, Open, Subject};
 use ambit_runtime::cut::CutReason;
 
@@ -61,25 +61,25 @@ pub struct Authenticated {
 pub struct Authorized {
     from: Authenticated,
     target: InboundTarget,
-    story: Story,
+    record: AccessRecord,
     open: Open,
 }
 
-/// A connection that has reached the application. Relaying is the caller's; so is telling the end.
+/// A connection that has reached the application. The caller relays, and finishes the report.
 #[derive(Debug)]
 pub struct Connected {
     /// The application's socket.
     pub stream: TcpStream,
     /// Its entry on the table of open connections.
     pub open: Open,
-    /// What is told when it ends.
-    pub telling: Telling,
+    /// Its report, finished when it ends.
+    pub report: ConnectionReport,
 }
 
 impl Authenticated {
-    /// Tells of a failure before anything was decided.
-    pub fn tell_failed(&self, error: &ConnectionError) {
-        self.worker.reporter.failed(&self.story(), error);
+    /// Reports a failure before anything was decided.
+    pub fn report_failed(&self, error: &ConnectionError) {
+        self.worker.reporter.failed(&self.record(), error);
     }
 
     /// Asks policy.
@@ -88,17 +88,17 @@ impl Authenticated {
     /// [`ConnectionError`], already reported: the pod is unknown, the connection isn't meant for it, the
     /// certificate was revoked, or policy says no.
     pub async fn authorize(self) -> Result<Authorized, ConnectionError> {
-        let mut story = self.story();
-        match self.decide(&mut story).await {
-            Ok((target, open)) => Ok(Authorized { from: self, target, story, open }),
+        let mut record = self.record();
+        match self.decide(&mut record).await {
+            Ok((target, open)) => Ok(Authorized { from: self, target, record, open }),
             Err(error) => {
-                self.worker.reporter.failed(&story, &error);
+                self.worker.reporter.failed(&record, &error);
                 Err(error)
             }
         }
     }
 
-    async fn decide(&self, story: &mut Story) -> Result<(InboundTarget, Open), ConnectionError> {
+    async fn decide(&self, record: &mut AccessRecord) -> Result<(InboundTarget, Open), ConnectionError> {
         let proxy = &self.worker.proxy;
         let workload = proxy.workload_of(&self.pod).await?;
         let target = self.target(&proxy.directory.load(), &workload)?;
@@ -129,7 +129,7 @@ impl Authenticated {
         let snapshot = proxy.directory.load();
         // The newest form of the workload, with the newest list of policies.
         let workload = snapshot.workload(workload.uid.as_str()).unwrap_or(&workload);
-        self.fill(story, &snapshot, workload, target);
+        self.fill(record, &snapshot, workload, target);
         let verdict = snapshot.authorize(workload, self.peer.as_ref(), self.source.ip(), target.destination);
         if verdict.dry_run_differs() {
             proxy.tallies.dry_run_differs.add(1);
@@ -154,9 +154,9 @@ impl Authenticated {
         }
     }
 
-    fn story(&self) -> Story {
+    fn record(&self) -> AccessRecord {
         let identity = self.peer.is_some().then(|| self.pod.identity().clone());
-        Story {
+        AccessRecord {
             direction: Direction::Inbound,
             source: End {
                 workload: self.client.clone(),
@@ -173,15 +173,21 @@ impl Authenticated {
     }
 
     /// Adds what only the directory knows.
-    fn fill(&self, story: &mut Story, snapshot: &Snapshot, workload: &Arc<Workload>, target: InboundTarget) {
-        story.destination.workload = Some(workload.clone());
-        if story.source.workload.is_none() {
+    fn fill(
+        &self,
+        record: &mut AccessRecord,
+        snapshot: &Snapshot,
+        workload: &Arc<Workload>,
+        target: InboundTarget,
+    ) {
+        record.destination.workload = Some(workload.clone());
+        if record.source.workload.is_none() {
             let network = &self.worker.proxy.settings.network;
-            story.source.workload =
+            record.source.workload =
                 snapshot.inbound_source(network, self.source.ip(), self.peer.as_ref()).cloned();
         }
         let port = target.destination.port();
-        story.service = snapshot.inbound_service(workload, port, self.host.as_deref()).cloned();
+        record.service = snapshot.inbound_service(workload, port, self.host.as_deref()).cloned();
     }
 }
 
@@ -193,12 +199,12 @@ impl Authorized {
     pub async fn connect(self) -> Result<Connected, ConnectionError> {
         match self.dial().await {
             Ok(stream) => {
-                let Self { from, story, open, .. } = self;
-                let telling = from.worker.reporter.open(story, &open);
-                Ok(Connected { stream, open, telling })
+                let Self { from, record, open, .. } = self;
+                let report = from.worker.reporter.open(record, &open);
+                Ok(Connected { stream, open, report })
             }
             Err(error) => {
-                self.from.worker.reporter.failed(&self.story, &error);
+                self.from.worker.reporter.failed(&self.record, &error);
                 Err(error)
             }
         }
@@ -206,7 +212,7 @@ impl Authorized {
 
     /// The pod's own workload, which answers say something of.
     pub fn workload(&self) -> Option<&Arc<Workload>> {
-        self.story.destination.workload.as_ref()
+        self.record.destination.workload.as_ref()
     }
 
     async fn dial(&self) -> Result<TcpStream, ConnectionError> {

@@ -210,10 +210,10 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(10);
 
     /// A resolver of some names; counts what it is asked.
-    async fn server(zone: &'static [(&'static str, &'static [&'static str])]) -> (SocketAddr, Asked) {
+    async fn server(zone: &'static [(&'static str, &'static [&'static str])]) -> (SocketAddr, QueryCounts) {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
-        let asked = Asked::default();
+        let asked = QueryCounts::default();
         let counts = asked.0.clone();
         tokio::spawn(async move {
             let mut buffer = [0; 4096];
@@ -244,9 +244,9 @@ mod tests {
     }
 
     #[derive(Default)]
-    struct Asked(Arc<Mutex<HashMap<(String, RecordType), usize>>>);
+    struct QueryCounts(Arc<Mutex<HashMap<(String, RecordType), usize>>>);
 
-    impl Asked {
+    impl QueryCounts {
         fn total(&self) -> usize {
             self.0.lock().unwrap().values().sum()
         }

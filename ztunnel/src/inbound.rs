@@ -19,7 +19,7 @@ use crate::destination::{Authenticated, Connected};
 use crate::error::ConnectionError;
 use crate::pods::Pod;
 use crate::proxy::Worker;
-use crate::report::{End, Story};
+use crate::report::{AccessRecord, End};
 use crate::upstream::{baggage, directory_authority};
 use ambit_runtime::connections::Direction;
 use ambit_runtime::shares::{Holder, Taken};
@@ -62,14 +62,14 @@ pub async fn serve(
     handshake: Option<Taken>,
 ) {
     let accepted = Accepted { worker, pod, stream, peer, handshake, since: Instant::now() };
-    let (story, reporter) = (accepted.story(), accepted.worker.reporter.clone());
+    let (record, reporter) = (accepted.record(), accepted.worker.reporter.clone());
     if let Err(error) = Box::pin(accepted.run(handle)).await {
-        reporter.failed(&story, &error);
+        reporter.failed(&record, &error);
     }
 }
 
 impl Accepted {
-    /// Fails only before the first CONNECT; what fails later is told of each, and of a peer that breaks the rules.
+    /// Fails only before the first CONNECT. Later failures are reported per CONNECT, and for a peer that violates the protocol.
     async fn run(self, handle: WorkerHandle) -> Result<(), ConnectionError> {
         let Self { worker, pod, stream, peer, handshake, .. } = self;
         let reached = stream.local_addr().map_err(ConnectionError::OriginalDestination)?;
@@ -89,7 +89,7 @@ impl Accepted {
             certificate: accepted.peer().certificate.clone(),
         });
         let (malformed, asked) = (Arc::clone(&tunnelled), Arc::clone(&tunnelled));
-        let accepted = accepted.on_malformed(move |error| malformed.tell_failed(&error.into()));
+        let accepted = accepted.on_malformed(move |error| malformed.report_failed(&error.into()));
         let mut drain = worker.proxy.drain.clone();
         let ending = async {
             tokio::select! {
@@ -99,20 +99,20 @@ impl Accepted {
         };
         let ended = server.serve(accepted, ending, move |incoming| Tunnelled::clone(&asked).serve(incoming));
         match ended.await {
-            Err(error) if error.is_misconduct() => tunnelled.tell_failed(&error.into()),
+            Err(error) if error.is_misconduct() => tunnelled.report_failed(&error.into()),
             Err(error @ ServeError::PingTimeout { .. }) => {
                 worker.proxy.tallies.silent_clients.add(1);
                 tracing::info!(%peer, %error, "a tunnel connection was given up");
             }
-            // The CONNECTs have told their own stories.
+            // Each CONNECT has its own report.
             Err(error) => tracing::debug!(%peer, %error, "a tunnel connection ended"),
             Ok(()) => {}
         }
         Ok(())
     }
 
-    fn story(&self) -> Story {
-        Story {
+    fn record(&self) -> AccessRecord {
+        AccessRecord {
             direction: Direction::Inbound,
             source: End::default(),
             source_address: self.peer,
@@ -151,8 +151,8 @@ impl Tunnelled {
         }
     }
 
-    fn tell_failed(&self, error: &ConnectionError) {
-        self.clone().arrived().tell_failed(error);
+    fn report_failed(&self, error: &ConnectionError) {
+        self.clone().arrived().report_failed(error);
     }
 
     async fn serve(self, incoming: Incoming) {
@@ -163,7 +163,7 @@ impl Tunnelled {
                 shares.report(refusal, "tunnel", &self.holder, self.pod.uid(), self.source.ip());
                 let error = ConnectionError::Limit(refusal);
                 incoming.refuse(error.status());
-                return self.tell_failed(&error);
+                return self.report_failed(&error);
             }
         };
         let held = (self.handle.count_connection(), taken);
@@ -196,16 +196,16 @@ impl Tunnelled {
                 incoming.refuse(error.status());
                 return None;
             }
-            // What was under way was dropped with its story.
+            // The work was dropped with its report.
             Err(error) => {
-                arrived.tell_failed(&error.into());
+                arrived.report_failed(&error.into());
                 return None;
             }
         };
         match incoming.accept(about.as_ref()) {
             Ok(tunnel) => Some((tunnel, connected)),
             Err(error) => {
-                connected.telling.finish(&Err(error.into()));
+                connected.report.finish(&Err(error.into()));
                 None
             }
         }
@@ -218,7 +218,7 @@ fn carry(
     connected: Connected,
     held: (ConnectionGuard, Taken),
 ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-    let Connected { mut stream, open, telling } = connected;
+    let Connected { mut stream, open, report } = connected;
     Box::pin(async move {
         let relay = ambit_hbone::relay(&mut stream, Side::Upstream, tunnel, &open.counters);
         let outcome = match open.cut().race(relay).await {
@@ -228,7 +228,7 @@ fn carry(
                 Err(ConnectionError::Cut(reason))
             }
         };
-        telling.finish(&outcome);
+        report.finish(&outcome);
         drop(held);
     })
 }

@@ -20,9 +20,9 @@ use crate::destination::Connected;
 use crate::error::{ConnectionError, CutReason};
 use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
-use crate::report::{End, Story};
+use crate::report::{AccessRecord, End};
 use crate::socks5::{self, Reply, Target};
-use crate::upstream::{Dial, Reached, Upstream};
+use crate::upstream::{ConnectedUpstream, Dial, Upstream};
 use ambit_runtime::connections::Direction;
 
 /// Time for the whole SOCKS5 handshake.
@@ -32,7 +32,7 @@ const SOCKS_LIMIT: Duration = Duration::from_secs(10);
 type Relaying = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A pod's connection whose destination is known.
-struct Asked {
+struct OutboundRequest {
     worker: Arc<Worker>,
     pod: Arc<Pod>,
     source: SocketAddr,
@@ -53,14 +53,14 @@ pub async fn serve_captured(worker: Arc<Worker>, pod: Arc<Pod>, stream: TcpStrea
     // Not redirected but dialled directly: it would come back to us for ever.
     let is_own = dialled.port() == Role::Outbound.port()
         && stream.local_addr().is_ok_and(|local| local.ip().to_canonical() == dialled.ip());
-    let mut asked = Asked { worker, pod, source: peer, dialled: dialled.into(), since };
+    let mut request = OutboundRequest { worker, pod, source: peer, dialled: dialled.into(), since };
     if is_own {
-        let story = asked.story();
-        asked.worker.reporter.failed(&story, &ConnectionError::Loop(dialled));
+        let record = request.record();
+        request.worker.reporter.failed(&record, &ConnectionError::Loop(dialled));
         return reset_on_close(&stream);
     }
-    match Box::pin(asked.reach()).await {
-        Ok((reached, counters)) => asked.carry(stream, reached, counters).await,
+    match Box::pin(request.reach()).await {
+        Ok((reached, counters)) => request.carry(stream, reached, counters).await,
         Err(_) => reset_on_close(&stream),
     }
 }
@@ -79,14 +79,14 @@ pub async fn serve_socks5(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStr
         Target::Address(address) => Authority::Address(address),
         Target::Name(name, port) => name_of(&worker, &pod, source, &name, port).await,
     };
-    let mut asked = Asked { worker, pod, source, dialled, since };
-    let reached = Box::pin(asked.reach()).await;
+    let mut request = OutboundRequest { worker, pod, source, dialled, since };
+    let reached = Box::pin(request.reach()).await;
     let reply = reached.as_ref().map_or_else(|error| error.socks_reply(), |_| Reply::Succeeded);
     if let Err(error) = socks5::answer(&mut stream, reply).await {
         return tracing::debug!(%peer, %error, "the SOCKS5 client went away");
     }
     if let Ok((reached, counters)) = reached {
-        asked.carry(stream, reached, counters).await;
+        request.carry(stream, reached, counters).await;
     }
 }
 
@@ -129,20 +129,20 @@ async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str
     }
 }
 
-impl Asked {
+impl OutboundRequest {
     /// Reaches the destination. A failure has been reported when this returns.
-    async fn reach(&mut self) -> Result<(Reached, Arc<Counters>), ConnectionError> {
+    async fn reach(&mut self) -> Result<(ConnectedUpstream, Arc<Counters>), ConnectionError> {
         let counters = Arc::new(Counters::new());
         let client = match self.worker.proxy.workload_of(&self.pod).await {
             Ok(client) => client,
             Err(error) => {
-                self.worker.reporter.failed(&self.story(), &error);
+                self.worker.reporter.failed(&self.record(), &error);
                 return Err(error);
             }
         };
         if !self.correct_source(&client) {
             let error = ConnectionError::ForeignSource(self.source.ip());
-            self.worker.reporter.failed(&self.story(), &error);
+            self.worker.reporter.failed(&self.record(), &error);
             return Err(error);
         }
         let dial = Dial {
@@ -157,7 +157,7 @@ impl Asked {
         match dial.reach().await {
             Ok(reached) => Ok((reached, counters)),
             Err(missed) => {
-                self.worker.reporter.failed(&missed.story, &missed.error);
+                self.worker.reporter.failed(&missed.record, &missed.error);
                 Err(missed.error)
             }
         }
@@ -183,10 +183,10 @@ impl Asked {
 
     /// Relays until both directions have ended or the connection is cut. What is returned holds only
     /// what a connection at rest needs.
-    fn carry(self, mut stream: TcpStream, reached: Reached, counters: Arc<Counters>) -> Relaying {
-        let Reached { upstream, story, load } = reached;
+    fn carry(self, mut stream: TcpStream, reached: ConnectedUpstream, counters: Arc<Counters>) -> Relaying {
+        let ConnectedUpstream { upstream, record, load } = reached;
         let Self { worker, source, .. } = self;
-        let destination = story.destination_address;
+        let destination = record.destination_address;
         let open = worker.proxy.connections.open(
             worker.index,
             Direction::Outbound,
@@ -195,40 +195,39 @@ impl Asked {
             None,
             counters,
         );
-        let telling = worker.reporter.open(story, &open);
+        let report = worker.reporter.open(record, &open);
         match upstream {
             Upstream::Tunnel(tunnel) => Box::pin(async move {
                 let relay = ambit_hbone::relay(&mut stream, Side::Downstream, *tunnel, &open.counters);
                 let outcome = settle(open.cut().race(relay).await);
                 reset_if_cut(&outcome, &stream);
-                telling.finish(&outcome);
+                report.finish(&outcome);
                 drop(load);
             }),
             Upstream::Plain(mut plain) => Box::pin(async move {
                 let outcome = settle(open.cut().race(splice(&mut stream, &mut plain, &open.counters)).await);
                 reset_if_cut(&outcome, &stream);
                 reset_if_cut(&outcome, &plain);
-                telling.finish(&outcome);
+                report.finish(&outcome);
                 drop(load);
             }),
             Upstream::Local(connected) => Box::pin(async move {
-                let Connected { stream: mut application, open: inbound, telling: at_destination } =
-                    *connected;
+                let Connected { stream: mut application, open: inbound, report: at_destination } = *connected;
                 let relay = splice(&mut stream, &mut application, &open.counters);
-                // Either end's side may cut it, and both tell of it.
+                // Either side may cut it, and both report it.
                 let raced = open.cut().race(inbound.cut().race(relay)).await;
                 let outcome = settle(raced.and_then(|inner| inner));
                 reset_if_cut(&outcome, &stream);
                 reset_if_cut(&outcome, &application);
                 at_destination.finish(&outcome);
-                telling.finish(&outcome);
+                report.finish(&outcome);
                 drop(load);
             }),
         }
     }
 
-    fn story(&self) -> Story {
-        Story {
+    fn record(&self) -> AccessRecord {
+        AccessRecord {
             direction: Direction::Outbound,
             source: End { identity: Some(self.pod.identity().clone()), ..End::default() },
             source_address: self.source,

@@ -39,8 +39,8 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, pe
         counters: Arc::new(Counters::new()),
     };
     let connected = Box::pin(async { asked.authorize().await?.connect().await }).await;
-    // The failure has been told already; the client sees a reset.
-    let Ok(Connected { stream: mut application, open, telling }) = connected else {
+    // The failure has been reported; the client sees a reset.
+    let Ok(Connected { stream: mut application, open, report }) = connected else {
         return reset_on_close(&stream);
     };
     let outcome = match open.cut().race(splice(&mut stream, &mut application, &open.counters)).await {
@@ -51,5 +51,5 @@ pub async fn serve(worker: Arc<Worker>, pod: Arc<Pod>, mut stream: TcpStream, pe
             Err(ConnectionError::Cut(reason))
         }
     };
-    telling.finish(&outcome);
+    report.finish(&outcome);
 }

@@ -63,7 +63,7 @@ pub struct Settings {
 
 /// Decisions that are to be counted but fail nothing.
 #[derive(Debug, Default)]
-pub struct Tallies {
+pub struct ProxyMetrics {
     /// Connections that dry-run policies would have decided otherwise.
     pub dry_run_differs: Tally,
     /// Connections that went past a missing waypoint because its owner allows that.
@@ -133,7 +133,7 @@ pub struct Proxy {
     /// Answers pods' DNS questions.
     pub dns: DnsProxy,
     /// Counts.
-    pub tallies: Tallies,
+    pub tallies: ProxyMetrics,
 }
 
 /// What one worker has of its own.

@@ -1,8 +1,8 @@
-//! What is told of a connection: metrics when it opens and ends, one access-log line at its end.
+//! Reports connections: metrics when one opens and ends, one line in the access log at its end.
 //!
-//! A [`Story`] is what is known of a connection; [`Reporter::open`] begins counting it and
-//! [`Telling`] finishes. A telling that is dropped without an outcome tells of a cancelled connection.
-//! The counters of a pair of workloads are looked up by pointer, not by label.
+//! An [`AccessRecord`] is what is known of a connection. [`Reporter::open`] starts a [`ConnectionReport`]; one that is dropped
+//! without an outcome reports a cancelled connection. The counters of a pair of workloads are looked up by pointer, not by
+//! label.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -20,15 +20,15 @@ use parking_lot::Mutex;
 use crate::error::ConnectionError;
 use ambit_runtime::connections::{Direction, Open};
 
-/// Pairs of workloads whose counters are held ready; beyond it, all are looked up anew.
+/// Pairs of workloads whose counters are cached; above this number the cache is cleared.
 const MAX_PAIRS: usize = 512;
 
-/// One side of a connection, as far as it is known.
+/// What is known of one side of a connection.
 #[derive(Debug, Clone, Default)]
 pub struct End {
     /// The workload.
     pub workload: Option<Arc<Workload>>,
-    /// Who it proved, or must prove, to be.
+    /// Its identity, authenticated or expected.
     pub identity: Option<SpiffeId>,
     /// What its proxy says of it: for metrics and logs of a workload that the directory does not hold, never for a decision.
     pub baggage: Option<Arc<Baggage>>,
@@ -43,7 +43,7 @@ impl End {
 
 /// What is known of a connection.
 #[derive(Debug, Clone)]
-pub struct Story {
+pub struct AccessRecord {
     /// Which way it goes.
     pub direction: Direction,
     /// The client.
@@ -62,7 +62,7 @@ pub struct Story {
     pub since: Instant,
 }
 
-impl Story {
+impl AccessRecord {
     fn security(&self) -> Security {
         match (&self.source.identity, &self.destination.identity) {
             (Some(_), Some(_)) => Security::MutualTls,
@@ -71,22 +71,22 @@ impl Story {
     }
 }
 
-/// Counts and logs. One a worker, so that its memory of pairs is not shared.
+/// Counts and logs. Each worker has its own, so that the cache of pairs is not shared.
 #[derive(Debug)]
 pub struct Reporter {
     metrics: TcpMetrics,
     log: AccessLog,
-    /// Guards the memory of pairs for a look-up; only its own worker takes it.
+    /// Locked for a look-up, by its own worker only.
     pairs: Mutex<Pairs>,
 }
 
 #[derive(Debug, Default)]
 struct Pairs {
-    series: HashMap<PairKey, (Story, Arc<Series>)>,
+    series: HashMap<PairKey, (AccessRecord, Arc<Series>)>,
 }
 
-/// A pair by identity of its parts. The story kept with it holds them, so that no address is used
-/// twice while the key is there.
+/// A pair by the addresses of its parts. The record that is cached with it keeps them alive, so that no address is used
+/// again while the key exists.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct PairKey {
     direction: Direction,
@@ -104,20 +104,20 @@ fn address_of<T>(part: &Option<Arc<T>>) -> Option<usize> {
 }
 
 impl PairKey {
-    fn of(story: &Story) -> Self {
+    fn of(record: &AccessRecord) -> Self {
         Self {
-            direction: story.direction,
-            source: address_of(&story.source.workload),
-            destination: address_of(&story.destination.workload),
-            service: address_of(&story.service),
-            source_identity: story.source.identity.clone(),
-            destination_identity: story.destination.identity.clone(),
-            source_baggage: story.source.baggage.clone().filter(|_| story.source.workload.is_none()),
-            destination_baggage: story
+            direction: record.direction,
+            source: address_of(&record.source.workload),
+            destination: address_of(&record.destination.workload),
+            service: address_of(&record.service),
+            source_identity: record.source.identity.clone(),
+            destination_identity: record.destination.identity.clone(),
+            source_baggage: record.source.baggage.clone().filter(|_| record.source.workload.is_none()),
+            destination_baggage: record
                 .destination
                 .baggage
                 .clone()
-                .filter(|_| story.destination.workload.is_none()),
+                .filter(|_| record.destination.workload.is_none()),
         }
     }
 }
@@ -129,20 +129,25 @@ impl Reporter {
     }
 
     /// Counts a connection as opened. Its bytes are those of `connection`.
-    pub fn open(self: &Arc<Self>, story: Story, connection: &Open) -> Telling {
-        let counted = self.series(&story).open();
+    pub fn open(self: &Arc<Self>, record: AccessRecord, connection: &Open) -> ConnectionReport {
+        let counted = self.series(&record).open();
         connection.set_metrics(counted);
-        Telling { reporter: self.clone(), story, connection: connection.connection(), told: false }
+        ConnectionReport {
+            reporter: self.clone(),
+            record,
+            connection: connection.connection(),
+            reported: false,
+        }
     }
 
-    /// Tells of a connection that failed before it was open.
-    pub fn failed(&self, story: &Story, error: &ConnectionError) {
-        self.series(story).fail(error.response_flags());
-        self.write(story, (0, 0), story.since.elapsed(), Some(error.to_string()));
+    /// Reports a connection that failed before it was open.
+    pub fn failed(&self, record: &AccessRecord, error: &ConnectionError) {
+        self.series(record).fail(error.response_flags());
+        self.write(record, (0, 0), record.since.elapsed(), Some(error.to_string()));
     }
 
-    fn series(&self, story: &Story) -> Arc<Series> {
-        let key = PairKey::of(story);
+    fn series(&self, record: &AccessRecord) -> Arc<Series> {
+        let key = PairKey::of(record);
         let mut pairs = self.pairs.lock();
         if let Some((_, series)) = pairs.series.get(&key) {
             return series.clone();
@@ -150,23 +155,23 @@ impl Reporter {
         if pairs.series.len() >= MAX_PAIRS {
             pairs.series.clear();
         }
-        let series = self.metrics.series(&labels(story));
-        let kept = Story { hbone_address: None, ..story.clone() };
+        let series = self.metrics.series(&labels(record));
+        let kept = AccessRecord { hbone_address: None, ..record.clone() };
         pairs.series.insert(key, (kept, series.clone()));
         series
     }
 
-    fn write(&self, story: &Story, bytes: (u64, u64), duration: Duration, error: Option<String>) {
+    fn write(&self, record: &AccessRecord, bytes: (u64, u64), duration: Duration, error: Option<String>) {
         if !self.log.is_enabled() {
             return;
         }
         let (bytes_sent, bytes_received) = bytes;
         self.log.log(Entry {
-            source: party(&story.source, story.source_address),
-            destination: party(&story.destination, story.destination_address),
-            hbone_addr: story.hbone_address.clone(),
-            service: story.service.as_ref().map(|service| service.host.hostname.clone()),
-            direction: match story.direction {
+            source: party(&record.source, record.source_address),
+            destination: party(&record.destination, record.destination_address),
+            hbone_addr: record.hbone_address.clone(),
+            service: record.service.as_ref().map(|service| service.host.hostname.clone()),
+            direction: match record.direction {
                 Direction::Inbound => access::Direction::Inbound,
                 Direction::Outbound => access::Direction::Outbound,
             },
@@ -178,49 +183,49 @@ impl Reporter {
     }
 }
 
-/// The telling of one open connection.
+/// The report of one open connection.
 #[derive(Debug)]
-#[must_use = "a telling without an outcome tells of a cancelled connection"]
-pub struct Telling {
+#[must_use = "a report without an outcome reports a cancelled connection"]
+pub struct ConnectionReport {
     reporter: Arc<Reporter>,
-    story: Story,
+    record: AccessRecord,
     connection: Arc<ambit_runtime::connections::Connection>,
-    told: bool,
+    reported: bool,
 }
 
-impl Telling {
+impl ConnectionReport {
     /// The connection ended.
     pub fn finish(mut self, outcome: &Result<(), ConnectionError>) {
-        self.tell(outcome.as_ref().err().map(ToString::to_string));
+        self.write(outcome.as_ref().err().map(ToString::to_string));
     }
 
-    fn tell(&mut self, error: Option<String>) {
-        if std::mem::replace(&mut self.told, true) {
+    fn write(&mut self, error: Option<String>) {
+        if std::mem::replace(&mut self.reported, true) {
             return;
         }
         self.connection.report_bytes();
         let counters = &self.connection.counters;
         // What dashboards call sent is what the server sent: contracts.md, section 6.
         let bytes = (counters.received(), counters.sent());
-        self.reporter.write(&self.story, bytes, self.story.since.elapsed(), error);
+        self.reporter.write(&self.record, bytes, self.record.since.elapsed(), error);
     }
 }
 
-impl Drop for Telling {
+impl Drop for ConnectionReport {
     fn drop(&mut self) {
-        self.tell(Some("cancelled".to_owned()));
+        self.write(Some("cancelled".to_owned()));
     }
 }
 
-fn labels(story: &Story) -> Labels {
+fn labels(record: &AccessRecord) -> Labels {
     Labels {
-        reporter: match story.direction {
+        reporter: match record.direction {
             Direction::Inbound => tcp::Reporter::Destination,
             Direction::Outbound => tcp::Reporter::Source,
         },
-        source: peer_labels(&story.source),
-        destination: peer_labels(&story.destination),
-        service: story.service.as_ref().map(|service| {
+        source: peer_labels(&record.source),
+        destination: peer_labels(&record.destination),
+        service: record.service.as_ref().map(|service| {
             Arc::new(ServiceLabels {
                 host: service.host.hostname.clone(),
                 name: service.name.clone(),
@@ -228,7 +233,7 @@ fn labels(story: &Story) -> Labels {
             })
         }),
         request_protocol: "tcp",
-        security: story.security(),
+        security: record.security(),
     }
 }
 

@@ -28,7 +28,7 @@ use crate::destination::{Authenticated, Connected};
 use crate::error::ConnectionError;
 use crate::pods::Pod;
 use crate::proxy::{Proxy, Worker};
-use crate::report::{End, Story};
+use crate::report::{AccessRecord, End};
 use crate::tunnels::TunnelKey;
 use ambit_runtime::connections::Direction;
 use ambit_runtime::loads::LoadGuard;
@@ -51,24 +51,24 @@ pub enum Upstream {
     Local(Box<Connected>),
 }
 
-/// A connection that was reached, and what is to be told of it.
+/// A connection that was reached, and its record.
 #[derive(Debug)]
-pub struct Reached {
+pub struct ConnectedUpstream {
     /// The way.
     pub upstream: Upstream,
-    /// What is known of it.
-    pub story: Story,
+    /// Its record.
+    pub record: AccessRecord,
     /// Counts it at its workload.
     pub load: Option<LoadGuard>,
 }
 
-/// A connection that was not reached, and what is to be told of it.
+/// A connection that was not reached, and its record.
 #[derive(Debug)]
-pub struct Missed {
+pub struct ConnectFailure {
     /// Why.
     pub error: ConnectionError,
-    /// What is known of it.
-    pub story: Story,
+    /// Its record.
+    pub record: AccessRecord,
 }
 
 /// Who dials what.
@@ -94,25 +94,28 @@ impl Dial<'_> {
     /// Reaches the destination within the connect budget.
     ///
     /// # Errors
-    /// [`Missed`]: the last attempt's error, or why there was none.
-    pub async fn reach(&self) -> Result<Reached, Box<Missed>> {
+    /// [`ConnectFailure`]: the last attempt's error, or why there was none.
+    pub async fn reach(&self) -> Result<ConnectedUpstream, Box<ConnectFailure>> {
         let limits = self.worker.proxy.settings.limits;
-        let mut story = self.story();
-        let attempts = self.attempts(&mut story);
+        let mut record = self.record();
+        let attempts = self.attempts(&mut record);
         match tokio::time::timeout(limits.connect_timeout, Box::pin(attempts)).await {
-            Ok(Ok((upstream, load))) => Ok(Reached { upstream, story, load }),
-            Ok(Err(error)) => Err(Box::new(Missed { error, story })),
+            Ok(Ok((upstream, load))) => Ok(ConnectedUpstream { upstream, record, load }),
+            Ok(Err(error)) => Err(Box::new(ConnectFailure { error, record })),
             Err(_) => {
                 let error = ConnectionError::Budget {
                     destination: self.dialled.clone(),
                     budget: limits.connect_timeout,
                 };
-                Err(Box::new(Missed { error, story }))
+                Err(Box::new(ConnectFailure { error, record }))
             }
         }
     }
 
-    async fn attempts(&self, story: &mut Story) -> Result<(Upstream, Option<LoadGuard>), ConnectionError> {
+    async fn attempts(
+        &self,
+        record: &mut AccessRecord,
+    ) -> Result<(Upstream, Option<LoadGuard>), ConnectionError> {
         let limits = self.worker.proxy.settings.limits;
         let deadline = Instant::now() + limits.connect_timeout;
         let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
@@ -129,7 +132,7 @@ impl Dial<'_> {
                 tried.clear();
                 route = self.route(&tried).await?;
             }
-            story.service = route.service().cloned();
+            record.service = route.service().cloned();
             if bypasses_waypoint(&route) {
                 self.worker.proxy.tallies.waypoint_bypassed.add(1);
             }
@@ -140,7 +143,7 @@ impl Dial<'_> {
             let part = deadline.saturating_duration_since(Instant::now()) / attempts_left;
             let limit = limits.attempt_timeout.min(part);
             let ejected = &self.worker.proxy.ejected;
-            match Box::pin(self.attempt(route, story, limit)).await {
+            match Box::pin(self.attempt(route, record, limit)).await {
                 Ok(upstream) => {
                     if let Some(hop) = &hop {
                         ejected.reached(hop);
@@ -237,23 +240,23 @@ impl Dial<'_> {
     async fn attempt(
         &self,
         route: Route,
-        story: &mut Story,
+        record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         match route {
             Route::SameNode(way) if self.worker.proxy.settings.same_node == SameNode::Splice => {
                 match self.worker.proxy.local.get(&way.workload.uid) {
-                    Some(pod) => self.hand_over(pod, &way, story).await,
-                    None => self.tunnel(&way, story, limit).await,
+                    Some(pod) => self.hand_over(pod, &way, record).await,
+                    None => self.tunnel(&way, record, limit).await,
                 }
             }
-            Route::SameNode(way) | Route::Tunnel(way) => self.tunnel(&way, story, limit).await,
-            Route::Waypoint(way) => self.waypoint(&way, story, limit).await,
-            Route::DoubleHbone(way) => self.double(&way, story, limit).await,
-            Route::Plain(way) | Route::Own(way) => self.plain(way, story, limit).await,
-            Route::Lookup(way) => self.lookup(way, story, limit).await,
+            Route::SameNode(way) | Route::Tunnel(way) => self.tunnel(&way, record, limit).await,
+            Route::Waypoint(way) => self.waypoint(&way, record, limit).await,
+            Route::DoubleHbone(way) => self.double(&way, record, limit).await,
+            Route::Plain(way) | Route::Own(way) => self.plain(way, record, limit).await,
+            Route::Lookup(way) => self.lookup(way, record, limit).await,
             Route::Unknown(way) => match way.passthrough() {
-                Some(plain) => self.plain(plain, story, limit).await,
+                Some(plain) => self.plain(plain, record, limit).await,
                 None => Err(ConnectionError::UnknownName(way.authority.to_string())),
             },
             Route::Refuse(reason) => {
@@ -268,10 +271,16 @@ impl Dial<'_> {
         &self,
         pod: Arc<Pod>,
         way: &ambit_directory::Tunnel,
-        story: &mut Story,
+        record: &mut AccessRecord,
     ) -> Result<Upstream, ConnectionError> {
         let authority: Arc<str> = way.address.to_string().into();
-        self.tell(story, &way.workload, Some(pod.identity().clone()), way.hbone, Some(authority.clone()));
+        self.set_destination(
+            record,
+            &way.workload,
+            Some(pod.identity().clone()),
+            way.hbone,
+            Some(authority.clone()),
+        );
         let arrived = Authenticated {
             worker: self.worker.clone(),
             pod,
@@ -295,12 +304,12 @@ impl Dial<'_> {
     async fn tunnel(
         &self,
         way: &ambit_directory::Tunnel,
-        story: &mut Story,
+        record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         let authority = Authority::from(way.address);
-        self.tell(
-            story,
+        self.set_destination(
+            record,
             &way.workload,
             way.expected.first().cloned(),
             way.hbone,
@@ -308,19 +317,19 @@ impl Dial<'_> {
         );
         let request = self.request(authority, way.service.as_deref());
         let tunnel = self.open(&way.workload, way.hbone, &way.expected, &request, limit).await?;
-        story.destination.identity = Some(tunnel.peer().clone());
+        record.destination.identity = Some(tunnel.peer().clone());
         Ok(Upstream::Tunnel(Box::new(tunnel)))
     }
 
     async fn waypoint(
         &self,
         way: &WaypointTunnel,
-        story: &mut Story,
+        record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         let authority = hbone_authority(&way.authority);
-        self.tell(
-            story,
+        self.set_destination(
+            record,
             &way.waypoint,
             way.expected.first().cloned(),
             way.hbone,
@@ -328,7 +337,7 @@ impl Dial<'_> {
         );
         let request = self.request(authority, way.service.as_deref());
         let tunnel = self.open(&way.waypoint, way.hbone, &way.expected, &request, limit).await?;
-        story.destination.identity = Some(tunnel.peer().clone());
+        record.destination.identity = Some(tunnel.peer().clone());
         Ok(Upstream::Tunnel(Box::new(tunnel)))
     }
 
@@ -336,12 +345,18 @@ impl Dial<'_> {
     async fn double(
         &self,
         way: &DoubleTunnel,
-        story: &mut Story,
+        record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         let authority = hbone_authority(&way.authority);
         let inner_identity = way.inner_expected.first().cloned();
-        self.tell(story, &way.workload, inner_identity, way.hbone, Some(authority.to_string().into()));
+        self.set_destination(
+            record,
+            &way.workload,
+            inner_identity,
+            way.hbone,
+            Some(authority.to_string().into()),
+        );
         let mut request = self.request(authority, Some(&way.service));
         let outer = self.open(&way.gateway, way.hbone, &way.expected, &request, limit).await?;
         request.forwarded_network = Some(way.network.to_string());
@@ -351,11 +366,11 @@ impl Dial<'_> {
         let settings = &self.worker.pool.settings().client;
         let inner = ambit_hbone::client::open_within(outer, target, &request, settings);
         let inner = within(limit, way.hbone, Box::pin(inner)).await?;
-        story.destination.identity = Some(inner.peer().clone());
+        record.destination.identity = Some(inner.peer().clone());
         if let Some(baggage) = inner.baggage() {
             // The directory holds the other network's gateway, not which workload behind it was chosen.
-            story.destination.workload = None;
-            story.destination.baggage = Some(Arc::new(baggage.clone()));
+            record.destination.workload = None;
+            record.destination.baggage = Some(Arc::new(baggage.clone()));
         }
         Ok(Upstream::Tunnel(Box::new(inner)))
     }
@@ -363,12 +378,12 @@ impl Dial<'_> {
     async fn plain(
         &self,
         way: Plain,
-        story: &mut Story,
+        record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        story.destination = End { workload: way.workload, ..End::default() };
-        story.destination_address = way.address;
-        story.hbone_address = None;
+        record.destination = End { workload: way.workload, ..End::default() };
+        record.destination_address = way.address;
+        record.hbone_address = None;
         Ok(Upstream::Plain(connect(self.pod.stock(), way.address, limit).await?))
     }
 
@@ -376,7 +391,7 @@ impl Dial<'_> {
     async fn lookup(
         &self,
         way: Lookup,
-        story: &mut Story,
+        record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         let deadline = Instant::now() + limit;
@@ -391,7 +406,7 @@ impl Dial<'_> {
         for address in addresses {
             let part = deadline.saturating_duration_since(Instant::now()) / left.max(1);
             left = left.saturating_sub(1);
-            match Box::pin(self.attempt(way.clone().at(address), story, part)).await {
+            match Box::pin(self.attempt(way.clone().at(address), record, part)).await {
                 Ok(upstream) => return Ok(upstream),
                 Err(error) if error.another_endpoint_may_help() => last = Some(error),
                 Err(error) => return Err(error),
@@ -448,8 +463,8 @@ impl Dial<'_> {
         }
     }
 
-    fn story(&self) -> Story {
-        Story {
+    fn record(&self) -> AccessRecord {
+        AccessRecord {
             direction: Direction::Outbound,
             source: End { workload: Some(self.client.clone()), ..End::default() },
             source_address: self.source,
@@ -467,18 +482,18 @@ impl Dial<'_> {
     }
 
     /// Notes where a tunnelled attempt goes; both ends have identities then.
-    fn tell(
+    fn set_destination(
         &self,
-        story: &mut Story,
+        record: &mut AccessRecord,
         workload: &Arc<Workload>,
         identity: Option<SpiffeId>,
         address: SocketAddr,
         authority: Option<Arc<str>>,
     ) {
-        story.source.identity = Some(self.pod.identity().clone());
-        story.destination = End { workload: Some(workload.clone()), identity, baggage: None };
-        story.destination_address = address;
-        story.hbone_address = authority;
+        record.source.identity = Some(self.pod.identity().clone());
+        record.destination = End { workload: Some(workload.clone()), identity, baggage: None };
+        record.destination_address = address;
+        record.hbone_address = authority;
     }
 }
 

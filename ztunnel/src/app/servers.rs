@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use super::shutdown::Requests;
 use super::{Parts, Program, dump};
 use crate::ondemand::{self, Demander};
-use crate::proxy::{Proxy, Tallies, Tally};
+use crate::proxy::{Proxy, ProxyMetrics, Tally};
 use ambit_runtime::tasks::Tasks;
 
 /// Starts the three servers.
@@ -153,7 +153,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
 }
 
 fn tallies(registry: &Registry, proxy: &Arc<Proxy>) {
-    let register = |name: &str, help: &str, tally: fn(&Tallies) -> &Tally| {
+    let register = |name: &str, help: &str, tally: fn(&ProxyMetrics) -> &Tally| {
         let proxy = proxy.clone();
         registry.counter_from(name, help, move || tally(&proxy.tallies).get());
     };
@@ -262,7 +262,7 @@ fn discovery(registry: &Registry, client: &ambit_xds::Client) {
 }
 
 fn demands(registry: &Registry, demander: &Demander) {
-    let register = |name: &str, help: &str, tally: fn(&ondemand::Tallies) -> &Tally| {
+    let register = |name: &str, help: &str, tally: fn(&ondemand::ProxyMetrics) -> &Tally| {
         let demander = demander.clone();
         registry.counter_from(name, help, move || tally(demander.tallies()).get());
     };

@@ -38,7 +38,7 @@ enum Reaction {
 }
 
 /// A datagram as it arrived.
-struct Asked {
+struct ClientQuery {
     client: Arc<Client>,
     query: Vec<u8>,
     original: Option<SocketAddr>,
@@ -47,7 +47,7 @@ struct Asked {
 
 /// A datagram that resolvers are to answer.
 struct ForResolvers {
-    asked: Asked,
+    asked: ClientQuery,
     whose: Whose,
     leave: Leave,
 }
@@ -65,7 +65,7 @@ enum Whose {
 
 impl ForResolvers {
     async fn ask(self, shared: Arc<Shared>, socket: Arc<UdpSocket>) {
-        let Self { asked: Asked { client, query, original, peer }, whose, leave } = self;
+        let Self { asked: ClientQuery { client, query, original, peer }, whose, leave } = self;
         let (response, limit) = match whose {
             Whose::Cluster { limit } => {
                 (shared.forward(&client, &query, original, Transport::Udp).await, limit)
@@ -137,7 +137,7 @@ impl Shared {
     }
 
     /// Answers a datagram at once, or returns it to be forwarded.
-    fn handle_datagram(&self, asked: Asked, socket: &UdpSocket) -> Option<ForResolvers> {
+    fn handle_datagram(&self, asked: ClientQuery, socket: &UdpSocket) -> Option<ForResolvers> {
         if let Some(resolver) = asked.original.filter(|_| !self.is_own(asked.original)) {
             self.metrics.foreign.inc();
             let Some(leave) = Self::leave(&asked.client.foreign, &self.foreign) else {
@@ -246,7 +246,7 @@ impl DnsProxy {
             };
             let query = buffer.get(..length).unwrap_or_default();
             let original = timeout(ORIGINAL_LIMIT, originals.original(peer)).await.ok().flatten();
-            let asked = Asked { client: Arc::clone(&client), query: query.to_vec(), original, peer };
+            let asked = ClientQuery { client: Arc::clone(&client), query: query.to_vec(), original, peer };
             if let Some(question) = self.shared.handle_datagram(asked, &socket) {
                 with_resolvers.spawn(question.ask(Arc::clone(&self.shared), Arc::clone(&socket)));
             }

@@ -37,7 +37,7 @@ pub enum DemandFailure {
 
 /// What is counted.
 #[derive(Debug, Default)]
-pub struct Tallies {
+pub struct ProxyMetrics {
     /// Times that the control plane was asked, or had been.
     pub demands: Tally,
     /// Demands without an answer in time.
@@ -55,7 +55,7 @@ pub struct Demander(Arc<Shared>);
 struct Shared {
     client: Client,
     state: Mutex<State>,
-    tallies: Tallies,
+    tallies: ProxyMetrics,
 }
 
 /// Guarded by one lock, under which the client is told too: so both see demands and releases in the same order.
@@ -102,7 +102,7 @@ impl Demander {
     /// Nothing is demanded yet.
     pub fn new(client: Client, bounds: Bounds) -> Self {
         let state = State { names: Names::new(bounds), ..State::default() };
-        Self(Arc::new(Shared { client, state: Mutex::new(state), tallies: Tallies::default() }))
+        Self(Arc::new(Shared { client, state: Mutex::new(state), tallies: ProxyMetrics::default() }))
     }
 
     /// Waits for the control plane's word on a name that `pod` dials, at most `limit`. The directory has what it gave
@@ -209,7 +209,7 @@ impl Demander {
     }
 
     /// What is counted.
-    pub fn tallies(&self) -> &Tallies {
+    pub fn tallies(&self) -> &ProxyMetrics {
         &self.0.tallies
     }
 }
