@@ -290,6 +290,8 @@ fn serve_flags(error: &ServeError) -> ResponseFlags {
 fn open_flags(error: &OpenError) -> ResponseFlags {
     match error {
         OpenError::Identity { .. } => ResponseFlags::Identity,
+        // The peer's certificate or ours was refused.
+        OpenError::Tls { .. } if error.fault() == Fault::Identity => ResponseFlags::Identity,
         OpenError::Tls { .. } => ResponseFlags::Tls,
         OpenError::NoHttp2 { .. } => ResponseFlags::Http2,
         // As Istio's node proxy has it: what drops packets to the tunnel port is most often a NetworkPolicy.

@@ -188,8 +188,9 @@ impl OpenError {
     /// connections, and is back at once.
     pub fn is_unreachable(&self) -> bool {
         match self {
-            OpenError::Dial { .. }
-            | OpenError::HandshakeTimeout { .. }
+            // Any other kind is a limit or a shortage of our own.
+            OpenError::Dial { source, .. } => source.kind() != io::ErrorKind::Other,
+            OpenError::HandshakeTimeout { .. }
             | OpenError::NoHttp2 { .. }
             | OpenError::Identity { .. }
             | OpenError::Silent { .. } => true,

@@ -58,6 +58,11 @@ fn answered(query: &[u8], address: Ipv4Addr) -> Vec<u8> {
     answered_with(query, &[address])
 }
 
+/// Whether an answer has records.
+pub(crate) fn has_answers(answer: &[u8]) -> bool {
+    !Message::from_vec(answer).unwrap().answers.is_empty()
+}
+
 /// The answer to a question for IPv4 addresses; one for others gets none.
 pub(crate) fn answered_with(query: &[u8], addresses: &[Ipv4Addr]) -> Vec<u8> {
     let asked = Message::from_vec(query).unwrap();
