@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, Query, ResponseCode};
-use hickory_proto::rr::rdata::{A, AAAA, SOA, SRV};
+use hickory_proto::rr::rdata::{A, AAAA, CNAME, SOA, SRV};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use parking_lot::RwLock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -44,6 +44,8 @@ struct Entry {
     addresses: Vec<IpAddr>,
     /// Port and target name.
     services: Vec<(u16, String)>,
+    /// The name that it is another name of, with the last dot.
+    alias: Option<String>,
 }
 
 impl Zone {
@@ -57,6 +59,17 @@ impl Zone {
             zone.entry(&format!("{}.", name.trim_end_matches('.'))).addresses.extend(addresses);
         }
         zone
+    }
+
+    /// Adds services of type ExternalName: namespace, name, and the name that each stands for (Kubernetes DNS-Based Service
+    /// Discovery 1.1.0, §2.5).
+    pub(crate) fn with_external_names(mut self, external: &[(String, String, String)]) -> Self {
+        for (namespace, name, target) in external {
+            let host = format!("{name}.{namespace}.svc.{CLUSTER_DOMAIN}.");
+            let target = target.trim_end_matches('.').to_ascii_lowercase();
+            self.entry(&host).alias = Some(format!("{target}."));
+        }
+        self
     }
 
     fn entry(&mut self, name: &str) -> &mut Entry {
@@ -123,6 +136,10 @@ impl Zone {
 
     fn fill(&self, answer: &mut Message, query: &Query, entry: &Entry) {
         let wanted = query.query_type();
+        if let Some(target) = &entry.alias {
+            self.fill_alias(answer, query, target);
+            return;
+        }
         answer.answers = address_records(query.name(), entry, wanted);
         if matches!(wanted, RecordType::SRV | RecordType::ANY) {
             for (port, target) in &entry.services {
@@ -133,6 +150,18 @@ impl Zone {
                     answer.additionals.extend(address_records(&name, behind, RecordType::ANY));
                 }
             }
+        }
+    }
+}
+
+impl Zone {
+    /// A CNAME, and the addresses behind it where this zone has them (RFC 1034 §3.6.2).
+    fn fill_alias(&self, answer: &mut Message, query: &Query, target: &str) {
+        let Ok(name) = Name::from_ascii(target) else { return };
+        let alias = RData::CNAME(CNAME(name.clone()));
+        answer.answers.push(Record::from_rdata(query.name().clone(), TTL, alias));
+        if let Some(behind) = self.names.get(target) {
+            answer.answers.extend(address_records(&name, behind, query.query_type()));
         }
     }
 }
@@ -282,7 +311,9 @@ mod tests {
         let records = [("outside.example".to_owned(), vec![IpAddr::from([192, 0, 2, 1])])].into();
         let mut question = Message::query();
         question.add_query(Query::query(Name::from_ascii(name).expect("a valid name"), kind));
-        Zone::new(&services, &records).answer(&question)
+        let external = |name: &str, target: &str| ("shop".to_owned(), name.to_owned(), target.to_owned());
+        let external = [external("ext", "Outside.example"), external("far", "elsewhere.example.")];
+        Zone::new(&services, &records).with_external_names(&external).answer(&question)
     }
 
     fn data(message: &Message) -> Vec<String> {
@@ -293,6 +324,15 @@ mod tests {
     fn a_service_resolves_to_its_vips_by_family() {
         assert_eq!(data(&ask("Web.shop.svc.cluster.local.", RecordType::A)), ["10.96.1.0"]);
         assert_eq!(data(&ask("web.shop.svc.cluster.local.", RecordType::AAAA)), ["fd00:10:96::100"]);
+    }
+
+    #[test]
+    fn an_external_name_is_answered_with_its_cname() {
+        let known = ask("ext.shop.svc.cluster.local.", RecordType::A);
+        assert_eq!(data(&known), ["outside.example.", "192.0.2.1"]);
+        let unknown = ask("far.shop.svc.cluster.local.", RecordType::AAAA);
+        assert_eq!(data(&unknown), ["elsewhere.example."]);
+        assert_eq!(unknown.metadata.response_code, ResponseCode::NoError);
     }
 
     #[test]

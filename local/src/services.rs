@@ -56,6 +56,16 @@ pub(crate) struct ServiceView {
     pub(crate) endpoints: BTreeSet<(Option<String>, IpAddr)>,
 }
 
+/// The services of type ExternalName: namespace, name, and the name that each stands for.
+pub(crate) fn external_names(services: &[Service]) -> Vec<(String, String, String)> {
+    let external = services.iter().filter_map(|service| {
+        let spec = service.spec.as_ref()?;
+        let target = spec.external_name.clone().filter(|_| spec.type_.as_deref() == Some("ExternalName"))?;
+        Some((service.metadata.namespace.clone()?, service.metadata.name.clone()?, target))
+    });
+    external.collect()
+}
+
 /// Joins services with the pods they select and, where they select none, with their EndpointSlices. Services of
 /// type ExternalName are left out.
 pub(crate) fn views(services: &[Service], slices: &[EndpointSlice], pods: &[Backend]) -> Vec<ServiceView> {

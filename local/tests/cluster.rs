@@ -274,3 +274,15 @@ async fn a_program_in_a_pod_sees_the_pods_network_and_names_and_ends_with_its_gr
     assert_eq!(text, "within");
     cluster.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_external_name_resolves_to_what_it_stands_for() {
+    let cluster = plain().await;
+    let address = IpAddr::from([192, 0, 2, 7]);
+    cluster.set_dns_record("outside.example", vec![address]).await.expect("a pass of the controller");
+    let yaml = "apiVersion: v1\nkind: Service\nmetadata: {name: ext, namespace: shop}\nspec: {type: ExternalName, externalName: outside.example}\n";
+    cluster.apply(yaml).await.expect("a sound manifest");
+    let client = cluster.pod(PodOptions::new("shop", "client")).await.expect("a pod");
+    assert_eq!(client.resolve("ext").await.expect("the name resolves"), [address]);
+    cluster.shutdown().await;
+}

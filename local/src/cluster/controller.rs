@@ -86,7 +86,7 @@ impl Controller {
         slices.extend(of_dns.filter_map(|slice| serde_json::from_value(slice).ok()));
         let backends: Vec<_> = self.shared.pods().iter().map(publish::backend).collect();
         let views = services::views(&services, &slices, &backends);
-        if let Err(error) = self.program_services(views).await {
+        if let Err(error) = self.program_services(views, &services::external_names(&services)).await {
             problems.insert("services".to_owned(), error.to_string());
         }
         problems
@@ -259,8 +259,13 @@ impl Controller {
     }
 
     /// Puts names and VIPs in place, if they changed.
-    async fn program_services(&mut self, views: Vec<ServiceView>) -> Result<()> {
-        self.shared.dns.publish(Zone::new(&views, &self.shared.records.lock()));
+    async fn program_services(
+        &mut self,
+        views: Vec<ServiceView>,
+        external: &[(String, String, String)],
+    ) -> Result<()> {
+        let zone = Zone::new(&views, &self.shared.records.lock()).with_external_names(external);
+        self.shared.dns.publish(zone);
         if self.programmed.as_ref() == Some(&views) {
             return Ok(());
         }
