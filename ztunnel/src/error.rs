@@ -28,7 +28,7 @@ pub enum Blame {
     Client,
     /// This proxy, or the node that it runs on.
     Us,
-    /// The destination, or the way to it.
+    /// The destination, or the network to it.
     Upstream,
     /// A policy.
     Policy,
@@ -98,7 +98,7 @@ pub enum ConnectionError {
         reason: DemandFailure,
     },
     /// The directory refuses the destination.
-    #[error("no way to {destination}: {reason}")]
+    #[error("no route to {destination}: {reason}")]
     Refused {
         /// What was dialled.
         destination: Authority,

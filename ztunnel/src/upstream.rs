@@ -37,10 +37,10 @@ use ambit_runtime::shares::{Counted, Taken};
 /// Requests that a peer did not process, beside [`connect_attempts`](crate::config::Limits::connect_attempts).
 const UNPROCESSED_ATTEMPTS: u32 = 8;
 
-/// Names asked for on the way of one connection, at most: address, waypoint, gateway and their services.
+/// Names asked for while one connection is routed, at most: address, waypoint, gateway and their services.
 const MAX_DEMANDS: usize = 8;
 
-/// An open way to the destination.
+/// An open connection to the destination.
 #[derive(Debug)]
 pub enum Upstream {
     /// Through a tunnel.
@@ -54,7 +54,7 @@ pub enum Upstream {
 /// A connection that was reached, and its record.
 #[derive(Debug)]
 pub struct ConnectedUpstream {
-    /// The way.
+    /// The connection.
     pub upstream: Upstream,
     /// Its record.
     pub record: AccessRecord,
@@ -244,20 +244,20 @@ impl Dial<'_> {
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
         match route {
-            Route::SameNode(way) if self.worker.proxy.settings.same_node == SameNode::Splice => {
-                match self.worker.proxy.local.get(&way.workload.uid) {
-                    Some(pod) => self.hand_over(pod, &way, record).await,
-                    None => self.tunnel(&way, record, limit).await,
+            Route::SameNode(route) if self.worker.proxy.settings.same_node == SameNode::Splice => {
+                match self.worker.proxy.local.get(&route.workload.uid) {
+                    Some(pod) => self.hand_over(pod, &route, record).await,
+                    None => self.tunnel(&route, record, limit).await,
                 }
             }
-            Route::SameNode(way) | Route::Tunnel(way) => self.tunnel(&way, record, limit).await,
-            Route::Waypoint(way) => self.waypoint(&way, record, limit).await,
-            Route::DoubleHbone(way) => self.double(&way, record, limit).await,
-            Route::Plain(way) | Route::Own(way) => self.plain(way, record, limit).await,
-            Route::Lookup(way) => self.lookup(way, record, limit).await,
-            Route::Unknown(way) => match way.passthrough() {
+            Route::SameNode(route) | Route::Tunnel(route) => self.tunnel(&route, record, limit).await,
+            Route::Waypoint(route) => self.waypoint(&route, record, limit).await,
+            Route::DoubleHbone(route) => self.double(&route, record, limit).await,
+            Route::Plain(route) | Route::Own(route) => self.plain(route, record, limit).await,
+            Route::Lookup(route) => self.lookup(route, record, limit).await,
+            Route::Unknown(route) => match route.passthrough() {
                 Some(plain) => self.plain(plain, record, limit).await,
-                None => Err(ConnectionError::UnknownName(way.authority.to_string())),
+                None => Err(ConnectionError::UnknownName(route.authority.to_string())),
             },
             Route::Refuse(reason) => {
                 Err(ConnectionError::Refused { destination: self.dialled.clone(), reason })
@@ -270,15 +270,15 @@ impl Dial<'_> {
     async fn hand_over(
         &self,
         pod: Arc<Pod>,
-        way: &ambit_directory::Tunnel,
+        route: &ambit_directory::Tunnel,
         record: &mut AccessRecord,
     ) -> Result<Upstream, ConnectionError> {
-        let authority: Arc<str> = way.address.to_string().into();
+        let authority: Arc<str> = route.address.to_string().into();
         self.set_destination(
             record,
-            &way.workload,
+            &route.workload,
             Some(pod.identity().clone()),
-            way.hbone,
+            route.hbone,
             Some(authority.clone()),
         );
         let arrived = Authenticated {
@@ -289,9 +289,9 @@ impl Dial<'_> {
             peer: Some(self.pod.identity().clone()),
             certificate: None,
             client: Some(self.client.clone()),
-            reached: way.hbone,
-            authority: Some(way.address.into()),
-            host: way.service.as_ref().map(|service| service.host.hostname.clone()),
+            reached: route.hbone,
+            authority: Some(route.address.into()),
+            host: route.service.as_ref().map(|service| service.host.hostname.clone()),
             baggage: None,
             since: self.since,
             counters: self.counters.clone(),
@@ -303,40 +303,40 @@ impl Dial<'_> {
 
     async fn tunnel(
         &self,
-        way: &ambit_directory::Tunnel,
+        route: &ambit_directory::Tunnel,
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        let authority = Authority::from(way.address);
+        let authority = Authority::from(route.address);
         self.set_destination(
             record,
-            &way.workload,
-            way.expected.first().cloned(),
-            way.hbone,
+            &route.workload,
+            route.expected.first().cloned(),
+            route.hbone,
             Some(authority.to_string().into()),
         );
-        let request = self.request(authority, way.service.as_deref());
-        let tunnel = self.open(&way.workload, way.hbone, &way.expected, &request, limit).await?;
+        let request = self.request(authority, route.service.as_deref());
+        let tunnel = self.open(&route.workload, route.hbone, &route.expected, &request, limit).await?;
         record.destination.identity = Some(tunnel.peer().clone());
         Ok(Upstream::Tunnel(Box::new(tunnel)))
     }
 
     async fn waypoint(
         &self,
-        way: &WaypointTunnel,
+        route: &WaypointTunnel,
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        let authority = hbone_authority(&way.authority);
+        let authority = hbone_authority(&route.authority);
         self.set_destination(
             record,
-            &way.waypoint,
-            way.expected.first().cloned(),
-            way.hbone,
+            &route.waypoint,
+            route.expected.first().cloned(),
+            route.hbone,
             Some(authority.to_string().into()),
         );
-        let request = self.request(authority, way.service.as_deref());
-        let tunnel = self.open(&way.waypoint, way.hbone, &way.expected, &request, limit).await?;
+        let request = self.request(authority, route.service.as_deref());
+        let tunnel = self.open(&route.waypoint, route.hbone, &route.expected, &request, limit).await?;
         record.destination.identity = Some(tunnel.peer().clone());
         Ok(Upstream::Tunnel(Box::new(tunnel)))
     }
@@ -344,28 +344,28 @@ impl Dial<'_> {
     /// Into another network: a tunnel to its gateway, and inside it a second one to the service.
     async fn double(
         &self,
-        way: &DoubleTunnel,
+        route: &DoubleTunnel,
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        let authority = hbone_authority(&way.authority);
-        let inner_identity = way.inner_expected.first().cloned();
+        let authority = hbone_authority(&route.authority);
+        let inner_identity = route.inner_expected.first().cloned();
         self.set_destination(
             record,
-            &way.workload,
+            &route.workload,
             inner_identity,
-            way.hbone,
+            route.hbone,
             Some(authority.to_string().into()),
         );
-        let mut request = self.request(authority, Some(&way.service));
-        let outer = self.open(&way.gateway, way.hbone, &way.expected, &request, limit).await?;
-        request.forwarded_network = Some(way.network.to_string());
+        let mut request = self.request(authority, Some(&route.service));
+        let outer = self.open(&route.gateway, route.hbone, &route.expected, &request, limit).await?;
+        request.forwarded_network = Some(route.network.to_string());
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
-        let (address, tls) = (way.hbone, certificate.client_tls());
-        let target = Target { address, source: self.source.ip(), tls: &tls, expected: &way.inner_expected };
+        let (address, tls) = (route.hbone, certificate.client_tls());
+        let target = Target { address, source: self.source.ip(), tls: &tls, expected: &route.inner_expected };
         let settings = &self.worker.pool.settings().client;
         let inner = ambit_hbone::client::open_within(outer, target, &request, settings);
-        let inner = within(limit, way.hbone, Box::pin(inner)).await?;
+        let inner = within(limit, route.hbone, Box::pin(inner)).await?;
         record.destination.identity = Some(inner.peer().clone());
         if let Some(baggage) = inner.baggage() {
             // The directory holds the other network's gateway, not which workload behind it was chosen.
@@ -377,20 +377,20 @@ impl Dial<'_> {
 
     async fn plain(
         &self,
-        way: Plain,
+        route: Plain,
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        record.destination = End { workload: way.workload, ..End::default() };
-        record.destination_address = way.address;
+        record.destination = End { workload: route.workload, ..End::default() };
+        record.destination_address = route.address;
         record.hbone_address = None;
-        Ok(Upstream::Plain(connect(self.pod.stock(), way.address, limit).await?))
+        Ok(Upstream::Plain(connect(self.pod.stock(), route.address, limit).await?))
     }
 
     /// To a workload that only DNS can tell the address of: its addresses in turn, those of the family that was dialled first.
     async fn lookup(
         &self,
-        way: Lookup,
+        route: Lookup,
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
@@ -399,14 +399,14 @@ impl Dial<'_> {
             ambit_directory::Authority::Address(address) => address.ip(),
             ambit_directory::Authority::Host { .. } => self.source.ip(),
         };
-        let (name, namespace) = (&way.workload.hostname, &self.pod.info().namespace);
+        let (name, namespace) = (&route.workload.hostname, &self.pod.info().namespace);
         let addresses = self.worker.proxy.hostnames.lookup(name, namespace, like, limit).await?;
         let mut left = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
         let mut last = None;
         for address in addresses {
             let part = deadline.saturating_duration_since(Instant::now()) / left.max(1);
             left = left.saturating_sub(1);
-            match Box::pin(self.attempt(way.clone().at(address), record, part)).await {
+            match Box::pin(self.attempt(route.clone().at(address), record, part)).await {
                 Ok(upstream) => return Ok(upstream),
                 Err(error) if error.another_endpoint_may_help() => last = Some(error),
                 Err(error) => return Err(error),
@@ -570,10 +570,10 @@ fn is_passing(error: &ConnectionError) -> bool {
 /// Whether a missing waypoint is passed by because its owner allows that.
 fn bypasses_waypoint(route: &Route) -> bool {
     match route {
-        Route::Tunnel(way) | Route::SameNode(way) => way.waypoint_bypassed,
-        Route::DoubleHbone(way) => way.waypoint_bypassed,
-        Route::Plain(way) | Route::Own(way) => way.waypoint_bypassed,
-        Route::Lookup(way) => way.waypoint_bypassed,
+        Route::Tunnel(route) | Route::SameNode(route) => route.waypoint_bypassed,
+        Route::DoubleHbone(route) => route.waypoint_bypassed,
+        Route::Plain(route) | Route::Own(route) => route.waypoint_bypassed,
+        Route::Lookup(route) => route.waypoint_bypassed,
         Route::Waypoint(_) | Route::Unknown(_) | Route::Refuse(_) => false,
     }
 }

@@ -238,7 +238,7 @@ fn gateway(
         Some(Destination::Address(address)) => {
             GatewayDestination::Address(network_address(field, address, texts)?)
         }
-        // Dropping a gateway that can't be read would open the direct way.
+        // Dropping a gateway that can't be read would allow the direct route.
         None => return Err(InvalidResource::Missing { field }),
     };
     let hbone_mtls_port = match port(field, source.hbone_mtls_port)? {

@@ -29,7 +29,7 @@ pub enum ClientRole {
     Ingress,
 }
 
-/// A connection that looks for its way.
+/// A connection that is to be routed.
 #[derive(Debug, Clone)]
 pub struct Question<'a> {
     /// Who dials.
@@ -44,7 +44,7 @@ pub struct Question<'a> {
     pub exclude: &'a [WorkloadUid],
 }
 
-/// The way of a connection. Fails closed: where a waypoint or gateway is demanded and missing, the answer is a refusal.
+/// Routes a connection. Fails closed: where a waypoint or gateway is demanded and missing, the answer is a refusal.
 ///
 /// `load` tells how many connections each workload has, as this node sees it.
 pub fn resolve(snapshot: &Snapshot, question: &Question<'_>, load: &impl Load, rng: &mut impl Rng) -> Route {
@@ -338,7 +338,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         }
     }
 
-    /// Into the network of `workload`. contracts.md, section 2, "Double HBONE": the way in is by service, and the other network chooses who
+    /// Into the network of `workload`. contracts.md, section 2, "Double HBONE": the entry is by service, and the other network chooses who
     /// answers.
     fn through_gateway(
         &mut self,

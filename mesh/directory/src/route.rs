@@ -39,7 +39,7 @@ pub enum Route {
     Refuse(Refusal),
 }
 
-/// The way to a workload through HBONE.
+/// The route to a workload through HBONE.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     /// The workload.
@@ -56,7 +56,7 @@ pub struct Tunnel {
     pub waypoint_bypassed: bool,
 }
 
-/// The way to a waypoint.
+/// The route to a waypoint.
 #[derive(Debug, Clone)]
 pub struct WaypointTunnel {
     /// The waypoint's workload.
@@ -75,7 +75,7 @@ pub struct WaypointTunnel {
     pub expected: Expected,
 }
 
-/// The way into another network.
+/// The route into another network.
 #[derive(Debug, Clone)]
 pub struct DoubleTunnel {
     /// The network gateway's workload.
@@ -98,7 +98,7 @@ pub struct DoubleTunnel {
     pub waypoint_bypassed: bool,
 }
 
-/// The way without a tunnel.
+/// The route without a tunnel.
 #[derive(Debug, Clone)]
 pub struct Plain {
     /// Where to connect.
@@ -111,7 +111,7 @@ pub struct Plain {
     pub waypoint_bypassed: bool,
 }
 
-/// The way to a workload known by host name only.
+/// The route to a workload that is known by host name only.
 #[derive(Debug, Clone)]
 pub struct Lookup {
     /// The workload.
@@ -127,7 +127,7 @@ pub struct Lookup {
 }
 
 impl Lookup {
-    /// The way once DNS has told the address.
+    /// The route once DNS has resolved the name.
     pub fn at(self, ip: IpAddr) -> Route {
         let Self { workload, service, port, expected, waypoint_bypassed } = self;
         let address = SocketAddr::new(ip.to_canonical(), port);
@@ -153,7 +153,7 @@ pub struct Unknown {
 }
 
 impl Unknown {
-    /// The plain way to the address that was dialled; `None` for a host name.
+    /// The plain route to the address that was dialled; `None` for a host name.
     pub fn passthrough(&self) -> Option<Plain> {
         match self.authority {
             Authority::Address(address) => {
@@ -229,7 +229,7 @@ pub enum Refusal {
         /// Why.
         cause: NoEndpoint,
     },
-    /// The workload is in another network and names no way in.
+    /// The workload is in another network and names no gateway.
     #[error("workload {workload} is in network {network:?}, which has no gateway")]
     NoNetworkGateway {
         /// The workload.

@@ -36,7 +36,7 @@ pub struct Service {
     pub visibility: Visibility,
     /// Whether a client address stays with an endpoint as long as that is there.
     pub session_affinity: bool,
-    /// Whether the direct way is allowed while the waypoint is missing.
+    /// Whether the direct route is allowed while the waypoint is missing.
     pub waypoint_failure_open: bool,
     /// The waypoint that its traffic must pass.
     pub waypoint: Option<Gateway>,
@@ -218,7 +218,7 @@ pub enum Visibility {
     Namespace,
 }
 
-/// A proxy that traffic must pass: a waypoint, or the way into another network.
+/// A proxy that traffic must pass: a waypoint, or the gateway of another network.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Gateway {

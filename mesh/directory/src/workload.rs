@@ -38,7 +38,7 @@ pub struct Workload {
     /// Whether it is a pod, as its uid says: a pod owns its addresses, whatever else claims them.
     #[serde(skip)]
     pub(crate) is_pod: bool,
-    /// Whether the direct way is allowed while its waypoint is missing.
+    /// Whether the direct route is allowed while its waypoint is missing.
     pub waypoint_failure_open: bool,
     /// The kind of its owner.
     pub workload_type: WorkloadType,
@@ -59,7 +59,7 @@ pub struct Workload {
     pub cluster_id: Arc<str>,
     /// The waypoint that traffic to its addresses must pass.
     pub waypoint: Option<Gateway>,
-    /// The way in from other networks.
+    /// The gateway for connections from other networks.
     pub network_gateway: Option<Gateway>,
     /// The services whose endpoint it is.
     pub services: Box<[Membership]>,
