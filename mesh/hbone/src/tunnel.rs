@@ -251,7 +251,7 @@ fn gather(bufs: &[IoSlice<'_>], length: usize) -> Bytes {
 }
 
 /// A [`TunnelStream`] that carries another connection and is closed as a whole: shutdown also waits for the peer's end,
-/// at most [`LINGER`]. If it were dropped right after its own end, HTTP/2 would send a reset that overtakes that.
+/// at most `LINGER`. If it were dropped right after its own end, HTTP/2 would send a reset that overtakes that.
 #[derive(Debug)]
 pub struct TunnelTransport {
     stream: TunnelStream,

@@ -143,7 +143,7 @@ const SETTINGS: [Setting; 4] = [
 pub struct LocalRoute {
     /// IPv4 or IPv6.
     pub family: Family,
-    /// The mark, under [`MARK_MASK`].
+    /// The mark, under [`ambit_net::MARK_MASK`].
     pub mark: u32,
     /// Priority of the rule.
     pub priority: u32,

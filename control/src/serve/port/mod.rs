@@ -1,6 +1,6 @@
 //! The control plane's TLS port: who may connect how often, and how long a connection lives.
 //!
-//! [`serve`] accepts, shakes hands and serves HTTP/2 until it is told to stop. A connection ends when it has reached
+//! `serve` accepts, shakes hands and serves HTTP/2 until it is stopped. A connection ends when it has reached
 //! its age, or when it carried no request for a while: new replicas get their share of proxies, and a token that has
 //! expired keeps no stream open. The services behind the port decide who the caller is.
 
