@@ -180,13 +180,23 @@ impl Dial<'_> {
         Err(last.unwrap_or_else(|| ConnectionError::UnknownName(self.dialled.to_string())))
     }
 
-    /// Where to go. Where resources come on demand, the control plane is asked first for every name that the route depends on.
+    /// Where to go.
     async fn route(&self, tried: &[WorkloadUid]) -> Result<Route, ConnectionError> {
+        self.route_to(&self.dialled, tried).await
+    }
+
+    /// Where a connection to `destination` goes. Where resources come on demand, the control plane is asked first for every
+    /// name that the route depends on.
+    async fn route_to(
+        &self,
+        destination: &ambit_directory::Authority,
+        tried: &[WorkloadUid],
+    ) -> Result<Route, ConnectionError> {
         let proxy = &self.worker.proxy;
         let Some(demander) = &proxy.demander else {
             return Ok(resolve(
                 &proxy.directory.load(),
-                &self.question(tried),
+                &self.question(destination, tried),
                 &self.load(),
                 &mut rand::rng(),
             ));
@@ -194,7 +204,7 @@ impl Dial<'_> {
         let mut answers: SmallVec<[(Demand, Found); 4]> = SmallVec::new();
         loop {
             let (route, names) = {
-                let (question, load) = (self.question(tried), self.load());
+                let (question, load) = (self.question(destination, tried), self.load());
                 resolve_on_demand(&proxy.directory.load(), &question, &load, &mut rand::rng())
             };
             for name in names.iter().filter(|name| name.is_known) {
@@ -223,12 +233,16 @@ impl Dial<'_> {
         Ok(route)
     }
 
-    fn question<'a>(&'a self, tried: &'a [WorkloadUid]) -> Question<'a> {
+    fn question<'a>(
+        &'a self,
+        destination: &ambit_directory::Authority,
+        tried: &'a [WorkloadUid],
+    ) -> Question<'a> {
         Question {
             client: &self.client,
             role: ClientRole::Workload,
             source: self.source.ip(),
-            destination: self.dialled.clone(),
+            destination: destination.clone(),
             exclude: tried,
         }
     }
@@ -406,13 +420,27 @@ impl Dial<'_> {
         for address in addresses {
             let part = deadline.saturating_duration_since(Instant::now()) / left.max(1);
             left = left.saturating_sub(1);
-            match Box::pin(self.attempt(route.clone().at(address), record, part)).await {
+            let found = match route.clone().at(address) {
+                Route::Plain(plain) => self.plain_or_mesh(plain).await?,
+                tunnel => tunnel,
+            };
+            match Box::pin(self.attempt(found, record, part)).await {
                 Ok(upstream) => return Ok(upstream),
                 Err(error) if error.another_endpoint_may_help() => last = Some(error),
                 Err(error) => return Err(error),
             }
         }
         Err(last.unwrap_or_else(|| ConnectionError::UnknownName(name.to_string())))
+    }
+
+    /// The route to an address that DNS gave for an endpoint outside the mesh. An address of the mesh is reached as if it had
+    /// been dialled: in the clear, the connection would go past its tunnel and its waypoint.
+    async fn plain_or_mesh(&self, plain: Plain) -> Result<Route, ConnectionError> {
+        let address = ambit_directory::Authority::Address(plain.address);
+        Ok(match self.route_to(&address, &[]).await? {
+            Route::Unknown(_) | Route::Lookup(_) | Route::Plain(_) => Route::Plain(plain),
+            of_mesh => of_mesh,
+        })
     }
 
     /// A tunnel from the pool, or on a new connection out of the pod's namespace.

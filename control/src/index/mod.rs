@@ -65,11 +65,21 @@ impl Settings {
         format!("{}.{}.svc.{}", id.name, id.namespace, self.cluster_domain)
     }
 
-    /// The Kubernetes service that a host can only belong to.
+    /// The Kubernetes service that a host can only belong to: by its full name, or by one that the search path of pods
+    /// completes to it.
     pub fn service_of_host(&self, host: &str) -> Option<NamespacedName> {
-        let short = host.strip_suffix(&*self.cluster_domain)?.strip_suffix(".svc.")?;
+        let domain = format!(".{}", self.cluster_domain);
+        let short = host.strip_suffix(&domain).unwrap_or(host);
+        let short = short.strip_suffix(".svc").unwrap_or(short);
         let (name, namespace) = short.split_once('.')?;
-        (!namespace.contains('.')).then(|| NamespacedName::new(namespace, name))
+        (!name.is_empty() && !namespace.contains('.')).then(|| NamespacedName::new(namespace, name))
+    }
+
+    /// Whether a wildcard host covers names of the cluster's own domain.
+    pub fn covers_cluster_names(&self, host: &str) -> bool {
+        let Some(suffix) = host.strip_prefix('*') else { return false };
+        let domain = format!(".{}", self.cluster_domain);
+        suffix.ends_with(&domain) || domain.ends_with(suffix)
     }
 }
 

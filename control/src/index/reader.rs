@@ -122,10 +122,14 @@ impl<'a> Reader<'a> {
 
     /// The Kubernetes service of a host.
     fn service_of_host(&self, host: &Arc<str>) -> Option<&'a NamespacedName> {
-        self.depend(Dependency::Host(host.clone()));
         let id = self.settings.service_of_host(host)?;
-        let (id, service) = self.store.services.get_key_value(&id)?;
-        (!service.external_name).then_some(id)
+        self.depend(Dependency::Host(self.settings.host_of_service(&id).into()));
+        self.store.services.get_key_value(&id).map(|(id, _)| id)
+    }
+
+    /// Whether a host takes in names of the cluster's own domain, which no ServiceEntry may offer.
+    pub(super) fn covers_cluster_names(&self, host: &str) -> bool {
+        self.settings.covers_cluster_names(host)
     }
 
     /// Whether a ServiceEntry is the first to offer a host, and no Service does.
@@ -161,6 +165,7 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::Authentication(namespace.clone()));
         let ids = self.store.wide_authentications.of(namespace);
         let all = ids.filter_map(|id| self.store.authentications.get(id)).map(AsRef::as_ref);
-        all.min_by_key(|a: &&PeerAuthentication| a.meta.seniority())
+        // One that cannot be read refuses plaintext, however old the others are.
+        all.min_by_key(|a: &&PeerAuthentication| (!a.unreadable, a.meta.seniority()))
     }
 }

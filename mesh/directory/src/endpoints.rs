@@ -187,7 +187,9 @@ impl Endpoints {
         &'a self,
         client: &'c Workload,
     ) -> impl Iterator<Item = &'a Pool> + use<'a, 'c> {
-        self.preferred_pools(client).chain(std::iter::once(&self.terminating))
+        // STRICT refuses rather than leave the client's scopes, for terminating endpoints too.
+        let last = (self.balancing.mode != Mode::Strict).then_some(&self.terminating);
+        self.preferred_pools(client).chain(last)
     }
 
     fn preferred_pools<'a, 'c>(

@@ -188,8 +188,13 @@ impl OpenError {
     /// connections, and is back at once.
     pub fn is_unreachable(&self) -> bool {
         match self {
-            // Any other kind is a limit or a shortage of our own.
-            OpenError::Dial { source, .. } => source.kind() != io::ErrorKind::Other,
+            // Any other kind is a limit, a shortage or a route of the dialling pod's own.
+            OpenError::Dial { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::TimedOut | io::ErrorKind::ConnectionRefused | io::ErrorKind::HostUnreachable
+            ),
+            // A server that does not believe one pod may believe the others of the node.
+            OpenError::Tls { .. } if self.fault() == Fault::Identity => false,
             OpenError::HandshakeTimeout { .. }
             | OpenError::NoHttp2 { .. }
             | OpenError::Identity { .. }

@@ -344,23 +344,28 @@ impl TrustFiles {
         }
     }
 
-    /// Applies what changed. Contents that fail are remembered too, so that each is reported once.
+    /// Applies what changed. Each file is applied even when the other is unusable. Contents that fail are remembered too,
+    /// so that each is reported once.
     async fn reload(&mut self) -> Result<(), TrustError> {
-        let [seen_roots, seen_revocations] = &mut self.seen;
-        let roots = match &self.roots {
-            Some(path) => read_changed(path, seen_roots).await?,
-            None => None,
-        };
-        let revocations = match &self.revocations {
-            Some(path) => read_changed(path, seen_revocations).await?,
-            None => None,
-        };
-        // A revocation is applied even when the roots beside it are unusable.
-        if let Some(pem) = revocations {
+        let revocations = self.reload_revocations().await;
+        let roots = self.reload_roots().await;
+        revocations.and(roots)
+    }
+
+    async fn reload_revocations(&mut self) -> Result<(), TrustError> {
+        let [_, seen] = &mut self.seen;
+        let Some(path) = &self.revocations else { return Ok(()) };
+        if let Some(pem) = read_changed(path, seen).await? {
             self.trust.set_revocations(Revocations::from_pem(&pem)?);
             tracing::info!(lists = self.trust.state().revocations().len(), "revocation lists loaded");
         }
-        if let Some(pem) = roots {
+        Ok(())
+    }
+
+    async fn reload_roots(&mut self) -> Result<(), TrustError> {
+        let [seen, _] = &mut self.seen;
+        let Some(path) = &self.roots else { return Ok(()) };
+        if let Some(pem) = read_changed(path, seen).await? {
             self.trust.set_roots(&pem)?;
             tracing::info!(roots = self.trust.root_count(), "root certificates loaded");
         }

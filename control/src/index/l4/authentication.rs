@@ -42,7 +42,8 @@ fn effect<'a>(reader: &Reader<'a>, namespace: &Arc<str>, labels: &Labels) -> Eff
     let selecting = reader.store.authentication_selectors.selecting(namespace, labels);
     let own = selecting.iter().filter_map(|id| reader.store.authentications.get(id)).map(AsRef::as_ref);
     // In the root namespace a selector has no meaning beyond that namespace.
-    let own: Option<&PeerAuthentication> = own.min_by_key(|a: &&PeerAuthentication| a.meta.seniority());
+    let own: Option<&PeerAuthentication> =
+        own.min_by_key(|a: &&PeerAuthentication| (!a.unreadable, a.meta.seniority()));
     let whole = is_strict(reader, namespace, own);
     match own {
         Some(own) if has_exceptions(own, whole) => Effect::ByPort(own),

@@ -474,7 +474,11 @@ impl AuthorizationPolicy {
             (_, Some("CUSTOM")) => Action::Custom,
             _ => Action::Deny,
         };
-        let bound = ["/spec/targetRef", "/spec/targetRefs"].iter().any(|p| object.pointer(p).is_some());
+        let selects = object.pointer("/spec/selector").is_some_and(|selector| !selector.is_null());
+        let has_target = object.pointer("/spec/targetRef").is_some_and(serde_json::Value::is_object);
+        let targets = object.pointer("/spec/targetRefs").and_then(serde_json::Value::as_array);
+        // Only what certainly names a waypoint is left to one; a selector beside it is enforced here.
+        let bound = !selects && (has_target || targets.is_some_and(|targets| !targets.is_empty()));
         Ok(AuthorizationPolicy {
             id: meta.id.clone(),
             meta,

@@ -300,9 +300,8 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
         let addresses = addresses.iter().enumerate();
         let addresses = addresses.map(|(i, text)| network(&format!("spec.addresses[{i}]"), text));
         let allocated = status.addresses.iter().enumerate();
-        let allocated = allocated.map(|(i, a)| {
-            Ok((a.host.as_str().into(), network(&format!("status.addresses[{i}].value"), &a.value)?))
-        });
+        let allocated = allocated
+            .map(|(i, a)| Ok((host(&a.host), network(&format!("status.addresses[{i}].value"), &a.value)?)));
         let endpoints = endpoints.into_iter().enumerate();
         let endpoints = endpoints.map(|(i, raw)| workload(raw, &format!("spec.endpoints[{i}]")));
         Ok(ServiceEntry {
@@ -318,10 +317,15 @@ impl TryFrom<ServiceManifest> for ServiceEntry {
             visibility: Visibility::of_list(export_to.iter().map(String::as_str), &meta.id.namespace),
             foreign_namespaces: foreign_namespaces(&export_to, &meta.id.namespace),
             waypoint: WaypointBinding::read(&meta.labels, &metadata, &meta.id.namespace),
-            hosts: hosts.into_iter().map(Arc::from).collect(),
+            hosts: hosts.iter().map(|text| host(text)).collect(),
             meta,
         })
     }
+}
+
+/// Names are compared without regard to case (RFC 4343), and proxies hold them in lower case.
+fn host(text: &str) -> Arc<str> {
+    text.to_ascii_lowercase().into()
 }
 
 fn foreign_namespaces(export_to: &[String], own: &str) -> Vec<Arc<str>> {

@@ -53,9 +53,10 @@ impl Subscription {
         // xDS "how the client specifies what resources to return": an empty first request is a wildcard.
         let asks_all = subscribe.is_empty() || subscribe.iter().any(|name| name == WILDCARD);
         let wildcard = asks_all && unsubscribe.iter().all(|name| name != WILDCARD);
+        let given_up: HashSet<&str> = unsubscribe.iter().map(String::as_str).collect();
         let mut names: HashSet<String> = subscribe
             .iter()
-            .filter(|name| *name != WILDCARD && !unsubscribe.contains(name))
+            .filter(|name| *name != WILDCARD && !given_up.contains(name.as_str()))
             .cloned()
             .collect();
         // istio's ztunnel repeats what it asked for on earlier streams among its versions only.
