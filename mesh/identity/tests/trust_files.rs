@@ -71,6 +71,27 @@ async fn changed_files_take_effect_and_bad_ones_change_nothing() {
 }
 
 #[tokio::test]
+async fn a_broken_revocation_list_keeps_no_new_roots_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (TestCa::new("old"), TestCa::new("new"));
+    let roots = directory.path().join("root-cert.pem");
+    replace(roots.clone(), &old.pem);
+    let (trust, driver) = Trust::from_files(config(directory.path())).await.unwrap();
+    // Both change before the driver looks, as files of one mounted Secret do.
+    replace(directory.path().join("ca-crl.pem"), "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n");
+    replace(roots, &new.pem);
+    let driver = tokio::spawn(driver);
+    until("a counted failure", || trust.reload_failures() > 0).await;
+    let (of_old, _) = old.raw(&Wish::valid(&[CLIENT]));
+    let (of_new, _) = new.raw(&Wish::valid(&[CLIENT]));
+    let is_trusted = |leaf: &rustls::pki_types::CertificateDer<'static>| {
+        trust.verify(std::slice::from_ref(leaf), Usage::Client, SystemTime::now()).is_ok()
+    };
+    until("the new root", || is_trusted(&of_new) && !is_trusted(&of_old)).await;
+    driver.abort();
+}
+
+#[tokio::test]
 async fn without_a_root_file_nobody_is_trusted_until_it_appears() {
     let directory = tempfile::tempdir().unwrap();
     let ca = TestCa::new("root");
