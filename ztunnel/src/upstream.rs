@@ -580,7 +580,11 @@ async fn dial_proxy(
 /// Whether the same endpoint may do better a little later: its proxy was lost or kept silent, as one does
 /// that is being started again. What was answered or refused would be so again.
 fn is_passing(error: &ConnectionError) -> bool {
-    let ConnectionError::Tunnel(error) = error else { return false };
+    let error = match error {
+        ConnectionError::AttemptTimedOut { .. } => return true,
+        ConnectionError::Tunnel(error) => error,
+        _ => return false,
+    };
     match error {
         OpenError::Lost { .. }
         | OpenError::NotProcessed { .. }

@@ -216,8 +216,10 @@ impl Cluster {
         let mut problems: Vec<String> = control
             .logs()
             .iter()
-            .filter(|line| line.contains("the last good state stays"))
-            .filter_map(|line| line.split_once("::directory: ")?.1.split(" file=").next().map(str::to_owned))
+            .filter(|line| line.contains(" ERROR "))
+            .filter_map(|line| {
+                line.split_once("::source::files: ")?.1.split(" file=").next().map(str::to_owned)
+            })
             .collect();
         problems.dedup();
         // Older ones may be solved by now.

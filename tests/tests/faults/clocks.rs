@@ -46,6 +46,8 @@ int clock_gettime(clockid_t id, struct timespec *time) {
 }
 "#;
 const HOUR: i64 = 3600;
+/// Between two messages on a kept connection: longer in all than the proxies take to look at their peers again.
+const KEPT_PACE: Duration = Duration::from_millis(300);
 /// Control plane and proxies look at the clock every ten seconds.
 const RECOVERED: Duration = Duration::from_secs(30);
 
@@ -102,7 +104,8 @@ async fn a_clock_set_past_every_certificate_and_back_again_costs_no_more_than_a_
         .control_env("LD_PRELOAD", library)
         .control_env("CLOCK_OFFSET", file);
     let bed = Bed::on(builder, true, &[1]).await;
-    let mut kept = bed.echo(bed.vip(ECHO)).await;
+    // The proxy asks for a pod's certificate when the pod is first dialled from.
+    drop(bed.echo(bed.vip(ECHO)).await);
     let first = end_of_certificate(&bed).await;
     let mut before = first;
     for (offset, what) in [(48 * HOUR, "two days ahead"), (0, "back again")] {
@@ -118,7 +121,13 @@ async fn a_clock_set_past_every_certificate_and_back_again_costs_no_more_than_a_
         })
         .await;
         eprintln!("set {what}: as before after {:?}", set.elapsed());
-        assert_eq!(ping(&mut kept, "kept").await.expect("open connections do not notice"), "kept");
+        // Of the older connections, those on tunnels whose certificates are not valid by the clock may be closed (contracts.md,
+        // section 5). One that was opened since then stays.
+        let mut kept = bed.echo(bed.vip(ECHO)).await;
+        for _ in 0..20 {
+            assert_eq!(ping(&mut kept, what).await.expect("an open connection goes on"), what);
+            tokio::time::sleep(KEPT_PACE).await;
+        }
         before = end_of_certificate(&bed).await;
     }
     assert!(before.abs_diff(first) < 3600, "by the clock that was set back: {before} after {first}");
