@@ -75,7 +75,7 @@ impl Settings {
         (!name.is_empty() && !namespace.contains('.')).then(|| NamespacedName::new(namespace, name))
     }
 
-    /// Whether a wildcard host covers names of the cluster's own domain.
+    /// Whether a wildcard host covers names of the cluster's own domain, which no ServiceEntry may offer.
     pub fn covers_cluster_names(&self, host: &str) -> bool {
         let Some(suffix) = host.strip_prefix('*') else { return false };
         let domain = format!(".{}", self.cluster_domain);

@@ -127,11 +127,6 @@ impl<'a> Reader<'a> {
         self.store.services.get_key_value(&id).map(|(id, _)| id)
     }
 
-    /// Whether a host takes in names of the cluster's own domain, which no ServiceEntry may offer.
-    pub(super) fn covers_cluster_names(&self, host: &str) -> bool {
-        self.settings.covers_cluster_names(host)
-    }
-
     /// Whether a ServiceEntry is the first to offer a host, and no Service does.
     pub(super) fn is_first_for_host(&self, id: &NamespacedName, host: &Arc<str>) -> bool {
         if self.service_of_host(host).is_some() {

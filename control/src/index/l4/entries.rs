@@ -61,7 +61,7 @@ fn hosts_in_force<'a>(reader: &Reader<'_>, entry: &'a ServiceEntry) -> Vec<&'a A
         if hosts.contains(&host) {
             continue;
         }
-        if reader.covers_cluster_names(host) {
+        if reader.settings.covers_cluster_names(host) {
             losses.other(format!("host {host} covers names of the cluster's own domain"));
             continue;
         }
@@ -321,7 +321,7 @@ pub(in crate::index) fn join_entries(
         let Some(entry) = reader.store.service_entries.get(&entry) else { continue };
         let is_visible = entry.visibility != Visibility::Hidden;
         for host in entry.hosts.iter().filter(|_| is_visible) {
-            if !reader.covers_cluster_names(host) && reader.host_owner(entry, host).is_none() {
+            if !reader.settings.covers_cluster_names(host) && reader.host_owner(entry, host).is_none() {
                 join(services, entry, host, &target);
             }
         }
