@@ -1,0 +1,111 @@
+{{/* Labels of every object; takes the root and the component's name. */}}
+{{- define "ambit.labels" -}}
+{{- $root := index . 0 }}{{ $component := index . 1 -}}
+{{ include "ambit.selector" . }}
+app.kubernetes.io/part-of: ambit
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end }}
+
+{{/* Labels by which a workload finds its pods; they never change. */}}
+{{- define "ambit.selector" -}}
+app.kubernetes.io/name: {{ index . 1 }}
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+{{- end }}
+
+{{/* Labels of pods beyond those of every object: the mesh's own pods are never in the mesh. */}}
+{{- define "ambit.podLabels" -}}
+istio.io/dataplane-mode: none
+sidecar.istio.io/inject: "false"
+{{- end }}
+
+{{/* Name of an image; takes the root and the component's values. */}}
+{{- define "ambit.image" -}}
+{{- $root := index . 0 }}{{ $image := (index . 1).image -}}
+{{- $name := $image.repository }}
+{{- with $root.Values.image.registry }}{{ $name = printf "%s/%s" (trimSuffix "/" .) $name }}{{ end }}
+{{- if $image.digest -}}
+{{ $name }}@{{ $image.digest }}
+{{- else -}}
+{{ $name }}:{{ $image.tag | default $root.Values.image.tag | default $root.Chart.AppVersion }}
+{{- end }}
+{{- end }}
+
+{{/* Where pods of a component run; takes the component's values. */}}
+{{- define "ambit.placement" -}}
+nodeSelector:
+  kubernetes.io/os: linux
+  {{- with .nodeSelector }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- with .affinity }}
+affinity: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{ toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Annotations by which Prometheus finds a pod; takes a port. */}}
+{{- define "ambit.scrape" -}}
+prometheus.io/scrape: "true"
+prometheus.io/path: /metrics
+prometheus.io/port: {{ . | quote }}
+{{- end }}
+
+{{/* Variables of a component by name. */}}
+{{- define "ambit.env" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+
+{{/* Variables that say which pod and node this is. */}}
+{{- define "ambit.downward" -}}
+{{- range $name, $path := dict "NODE_NAME" "spec.nodeName" "POD_NAME" "metadata.name" "POD_NAMESPACE" "metadata.namespace" "INSTANCE_IP" "status.podIP" }}
+- name: {{ $name }}
+  valueFrom:
+    fieldRef:
+      fieldPath: {{ $path }}
+{{- end }}
+{{- end }}
+
+{{/* Names of Secrets for the registry. */}}
+{{- define "ambit.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Labels by which Kiali and other tools for Istio find the control plane. */}}
+{{- define "ambit.istioLabels" -}}
+{{- if .Values.istioLabels }}
+app: istiod
+istio.io/rev: default
+{{- end }}
+{{- end }}
+
+{{/* Control pods are kept apart from each other where there are nodes enough. */}}
+{{- define "ambit.control.affinity" -}}
+podAntiAffinity:
+  preferredDuringSchedulingIgnoredDuringExecution:
+    - weight: 100
+      podAffinityTerm:
+        topologyKey: kubernetes.io/hostname
+        labelSelector:
+          matchLabels: {{ include "ambit.selector" (list . "ambit-control") | nindent 12 }}
+{{- end }}
+
+{{/* SELinux type of containers that use the host's sockets and files. */}}
+{{- define "ambit.seLinux" -}}
+{{- if eq .Values.platform "openshift" }}
+seLinuxOptions:
+  type: spc_t
+{{- end }}
+{{- end }}
