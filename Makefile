@@ -4,14 +4,15 @@ CARGO ?= cargo
 # Fast to build; the demo and the tests use it, figures come from `release`.
 PROFILE ?= ci
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
-BIN := $(TARGET_DIR)/$(PROFILE)
+# Where .cargo/config.toml puts programs: static, so that tests, demo and images share them.
+BUILD_DIR := $(TARGET_DIR)/$(shell rustc --print host-tuple)
+BIN := $(BUILD_DIR)/$(PROFILE)
 TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
 # Linking one takes minutes, so only those that are measured or measure.
 BENCH_PROGRAMS := ztunnel ambit-control ambit-bench ambit-bench-control
-STATIC_TARGET := x86_64-unknown-linux-gnu
 
-.PHONY: help build demo test guard bench soak fuzz lint fmt deny doc static packages clean
+.PHONY: help build demo test guard bench soak fuzz lint fmt deny doc release packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -34,8 +35,8 @@ guard: packages ## instruction counts of the hot functions against their limits;
 
 bench: ## the figures of this machine: L4 beside no mesh and a raw relay; control plane, policies, directory, certificates
 	$(CARGO) build --release -p ztunnel -p ambit-control -p ambit-tests -p ambit-scale $(BENCH_PROGRAMS:%=--bin %)
-	$(TARGET_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
-	$(TARGET_DIR)/release/ambit-bench-control --out docs/benchmarks-control.md --json $(TARGET_DIR)/benchmarks-control.json
+	$(BUILD_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
+	$(BUILD_DIR)/release/ambit-bench-control --out docs/benchmarks-control.md --json $(TARGET_DIR)/benchmarks-control.json
 
 soak: build ## the slowest tests, then half an hour of mixed load with restarts and rotations; needs root
 	$(CARGO) test --profile $(PROFILE) -p ambit-tests --test matrix --test faults -- --ignored
@@ -60,8 +61,8 @@ $(TOOLS)/bin/cargo-deny:
 fmt: ## format everything
 	$(CARGO) fmt --all
 
-static: ## programs that need nothing beside themselves
-	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --workspace --bins --target $(STATIC_TARGET)
+release: ## all programs, optimised as they are shipped; takes long, and nothing in demo and tests uses it
+	$(CARGO) build --release --workspace --bins
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -49,13 +49,15 @@ fn program() -> PathBuf {
     if profile.ends_with("ci") {
         return built;
     }
+    // `target/<triple>/<profile>`
+    let triple = profile.parent().unwrap();
     let built = Command::new(env!("CARGO"))
         .args(["build", "--quiet", "--profile", "ci", "--package", "ambit-scale", "--bin", "ambit-guard"])
-        .env("CARGO_TARGET_DIR", profile.parent().unwrap())
+        .env("CARGO_TARGET_DIR", triple.parent().unwrap())
         .status()
         .expect("cargo runs");
     assert!(built.success(), "ambit-guard could not be built");
-    profile.parent().unwrap().join("ci/ambit-guard")
+    triple.join("ci/ambit-guard")
 }
 
 fn count(program: &Path, name: &str) -> u64 {
