@@ -38,21 +38,23 @@ nodeSelector:
   kubernetes.io/os: linux
   {{- with .nodeSelector }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- with .affinity }}
-affinity: {{ toYaml . | nindent 2 }}
+affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .tolerations }}
-tolerations: {{ toYaml . | nindent 2 }}
+tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* Annotations by which Prometheus finds a pod; takes a port. */}}
+{{/* Annotations by which Prometheus finds a pod; takes the root and a port. */}}
 {{- define "ambit.scrape" -}}
+{{- if (index . 0).Values.monitoring.scrapeAnnotations }}
 prometheus.io/scrape: "true"
 prometheus.io/path: /metrics
-prometheus.io/port: {{ . | quote }}
+prometheus.io/port: {{ index . 1 | quote }}
+{{- end }}
 {{- end }}
 
 {{/* Variables of a component by name. */}}
@@ -99,7 +101,7 @@ podAntiAffinity:
       podAffinityTerm:
         topologyKey: kubernetes.io/hostname
         labelSelector:
-          matchLabels: {{ include "ambit.selector" (list . "ambit-control") | nindent 12 }}
+          matchLabels: {{- include "ambit.selector" (list . "ambit-control") | nindent 12 }}
 {{- end }}
 
 {{/* SELinux type of containers that use the host's sockets and files. */}}
