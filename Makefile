@@ -12,7 +12,7 @@ DENY_VERSION := 0.20.2
 # Linking one takes minutes, so only those that are measured or measure.
 BENCH_PROGRAMS := ztunnel ambit-control ambit-bench ambit-bench-control
 
-.PHONY: help build demo test guard bench soak fuzz lint fmt deny doc release packages clean
+.PHONY: help build demo cluster cluster-programs cluster-down test guard bench soak fuzz lint fmt deny doc release packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -23,7 +23,16 @@ build: ## all programs, with the profile $(PROFILE)
 demo: build ## a mesh of two nodes on this machine; ONCE=1 checks it and ends
 	$(BIN)/ambit up examples/bookinfo/manifests $(if $(ONCE),--once)
 
-test: packages build ## every test; needs root
+cluster-programs: packages build ## Kubernetes, CoreDNS and Helm from pinned Go modules; minutes, the first time
+	$(BIN)/ambit-cluster build
+
+cluster: cluster-programs ## a real two-node Kubernetes on this machine, and how to use it; needs root and Go
+	$(BIN)/ambit-cluster up
+
+cluster-down: ## ends it and removes everything of it
+	$(BIN)/ambit-cluster down
+
+test: cluster-programs ## every test; needs root
 	@test "$$(id -u)" = 0 || { echo "make test needs root: the namespace tests make network namespaces" >&2; exit 1; }
 	$(CARGO) test --profile $(PROFILE) --workspace --no-fail-fast
 

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Installs the programs that the end-to-end tests send through the tunnel, where they are missing.
+# Installs the programs that the end-to-end tests send through the tunnel, and those that a test cluster is made of,
+# where they are missing.
 set -euo pipefail
 need=()
 for pair in postgresql-15:/usr/lib/postgresql/15/bin/postgres postgresql-client-15:/usr/lib/postgresql/15/bin/psql \
     redis-server:/usr/bin/redis-server redis-tools:/usr/bin/redis-cli nginx-light:/usr/sbin/nginx wrk:/usr/bin/wrk \
     openssh-server:/usr/sbin/sshd openssh-client:/usr/bin/ssh curl:/usr/bin/curl \
-    valgrind:/usr/bin/valgrind; do
+    valgrind:/usr/bin/valgrind etcd-server:/usr/bin/etcd containerd:/usr/bin/containerd runc:/usr/sbin/runc \
+    containernetworking-plugins:/usr/lib/cni/ptp nftables:/usr/sbin/nft conntrack:/usr/sbin/conntrack \
+    buildah:/usr/bin/buildah busybox-static:/bin/busybox; do
     [ -x "${pair#*:}" ] || need+=("${pair%%:*}")
 done
 [ ${#need[@]} -eq 0 ] && exit 0

@@ -69,7 +69,10 @@ pub struct Packet {
 
 impl Capture {
     /// Starts to listen on the given interfaces of a sandbox, on frames that come in from their far ends.
-    pub(crate) async fn start(sandbox: &Sandbox, links: &[u32], limit: usize) -> Result<Self> {
+    ///
+    /// # Errors
+    /// When the kernel refuses the sockets.
+    pub async fn start(sandbox: &Sandbox, links: &[u32], limit: usize) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut listeners = Vec::new();
         for link in links.iter().copied() {

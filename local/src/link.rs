@@ -1,6 +1,6 @@
 //! Links, addresses and routes of sandboxes, over routing netlink.
 //!
-//! The fabric, nodes and pods are wired with these. No program (`ip`, `bridge`) is called.
+//! The fabric, nodes and pods are wired with these, and so is the test cluster of real Kubernetes nodes. No program (`ip`, `bridge`) is called.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
@@ -18,22 +18,22 @@ const MTU: u32 = 1500;
 
 /// A host route or prefix within a sandbox.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Route {
+pub struct Route {
     /// First address of the destination.
-    pub(crate) to: IpAddr,
+    pub to: IpAddr,
     /// Prefix length of the destination.
-    pub(crate) prefix: u8,
+    pub prefix: u8,
     /// Next hop; absent for a destination that is on the link.
-    pub(crate) via: Option<IpAddr>,
+    pub via: Option<IpAddr>,
     /// Interface index.
-    pub(crate) link: u32,
+    pub link: u32,
 }
 
 /// Index of an interface by name.
 ///
 /// # Errors
 /// When the namespace has no such interface.
-pub(crate) async fn index(sandbox: &Sandbox, name: &str) -> Result<u32> {
+pub async fn index(sandbox: &Sandbox, name: &str) -> Result<u32> {
     let attempt = || format!("find interface {name} in {}", sandbox.name());
     let mut links = sandbox.netlink().link().get().match_name(name.to_owned()).execute();
     let link = links.try_next().await.map_err(Error::netlink(attempt()))?;
@@ -45,7 +45,7 @@ pub(crate) async fn index(sandbox: &Sandbox, name: &str) -> Result<u32> {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) async fn add_bridge(sandbox: &Sandbox, name: &str) -> Result<u32> {
+pub async fn add_bridge(sandbox: &Sandbox, name: &str) -> Result<u32> {
     let message = LinkBridge::new(name).mtu(MTU).up().build();
     sandbox
         .netlink()
@@ -59,18 +59,18 @@ pub(crate) async fn add_bridge(sandbox: &Sandbox, name: &str) -> Result<u32> {
 
 /// The two ends of a veth pair, as interface indexes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Veth {
+pub struct Veth {
     /// In the first sandbox.
-    pub(crate) near: u32,
+    pub near: u32,
     /// In the second sandbox.
-    pub(crate) far: u32,
+    pub far: u32,
 }
 
 /// Joins two sandboxes with a veth pair; both ends are left up.
 ///
 /// # Errors
 /// When the kernel refuses, or a name is taken.
-pub(crate) async fn join(near: &Sandbox, near_name: &str, far: &Sandbox, far_name: &str) -> Result<Veth> {
+pub async fn join(near: &Sandbox, near_name: &str, far: &Sandbox, far_name: &str) -> Result<Veth> {
     let attempt = || format!("join {} ({near_name}) and {} ({far_name})", near.name(), far.name());
     // Names have at most 15 bytes and must differ within `near` until the far end has moved.
     let passing = format!("{}~", near_name.chars().take(14).collect::<String>());
@@ -91,7 +91,7 @@ pub(crate) async fn join(near: &Sandbox, near_name: &str, far: &Sandbox, far_nam
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) async fn enslave(sandbox: &Sandbox, link: u32, bridge: u32) -> Result<()> {
+pub async fn enslave(sandbox: &Sandbox, link: u32, bridge: u32) -> Result<()> {
     let message = LinkUnspec::new_with_index(link).controller(bridge).build();
     set(sandbox, message, format!("make interface {link} a port of the bridge in {}", sandbox.name())).await
 }
@@ -100,7 +100,7 @@ pub(crate) async fn enslave(sandbox: &Sandbox, link: u32, bridge: u32) -> Result
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) async fn set_up(sandbox: &Sandbox, link: u32, up: bool) -> Result<()> {
+pub async fn set_up(sandbox: &Sandbox, link: u32, up: bool) -> Result<()> {
     let message = LinkUnspec::new_with_index(link);
     let message = if up { message.up() } else { message.down() }.build();
     set(sandbox, message, format!("bring interface {link} of {} up or down", sandbox.name())).await
@@ -118,7 +118,7 @@ async fn set(
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) async fn loopback_up(sandbox: &Sandbox) -> Result<u32> {
+pub async fn loopback_up(sandbox: &Sandbox) -> Result<u32> {
     let lo = index(sandbox, "lo").await?;
     set_up(sandbox, lo, true).await?;
     Ok(lo)
@@ -129,7 +129,7 @@ pub(crate) async fn loopback_up(sandbox: &Sandbox) -> Result<u32> {
 ///
 /// # Errors
 /// When the kernel refuses, for example as IPv6 is disabled on the machine.
-pub(crate) async fn add_address(sandbox: &Sandbox, link: u32, address: IpAddr, prefix: u8) -> Result<()> {
+pub async fn add_address(sandbox: &Sandbox, link: u32, address: IpAddr, prefix: u8) -> Result<()> {
     let mut request = sandbox.netlink().address().add(link, address, prefix);
     if address.is_ipv6() {
         request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
@@ -144,7 +144,7 @@ pub(crate) async fn add_address(sandbox: &Sandbox, link: u32, address: IpAddr, p
 ///
 /// # Errors
 /// When the kernel refuses.
-pub(crate) async fn add_route(sandbox: &Sandbox, route: Route) -> Result<()> {
+pub async fn add_route(sandbox: &Sandbox, route: Route) -> Result<()> {
     let attempt = format!("route {}/{} in {}", route.to, route.prefix, sandbox.name());
     let message = match (route.to, route.via) {
         (IpAddr::V4(to), via) => {

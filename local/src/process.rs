@@ -111,11 +111,7 @@ impl Process {
     ///
     /// # Errors
     /// When the program can't be executed, or its log file can't be opened.
-    pub(crate) async fn start(
-        name: impl Into<Arc<str>>,
-        sandbox: &Sandbox,
-        command: Command,
-    ) -> Result<Self> {
+    pub async fn start(name: impl Into<Arc<str>>, sandbox: &Sandbox, command: Command) -> Result<Self> {
         let name = name.into();
         let log_file = command.log_file.clone();
         let env = Arc::new(command.env.clone());
@@ -427,7 +423,7 @@ fn spawn(name: &str, command: &Command) -> Result<Child> {
 
 /// Has the kernel send SIGKILL to the program when the thread that started it ends.
 #[allow(unsafe_code, reason = "there is no safe way to ask for the parent-death signal in a child")]
-pub(crate) fn die_with_parent(command: &mut std::process::Command) {
+pub fn die_with_parent(command: &mut std::process::Command) {
     let signal = || nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(std::io::Error::from);
     // SAFETY: the closure runs between fork and exec and makes one system call, which is async-signal-safe;
     // it neither allocates nor takes a lock.

@@ -36,7 +36,7 @@ pub(crate) struct Overlays {
 
 /// Handle to a namespace and its thread. Cheap to clone; the last clone ends it.
 #[derive(Debug, Clone)]
-pub(crate) struct Sandbox {
+pub struct Sandbox {
     inner: Arc<Inner>,
 }
 
@@ -63,7 +63,35 @@ impl Sandbox {
     /// # Errors
     /// When the kernel refuses a namespace or a mount (missing privilege), or no thread can be started.
     pub(crate) async fn new(name: impl Into<String>, overlays: Option<Overlays>) -> Result<Self> {
-        let name = name.into();
+        Self::on_thread(name.into(), move |name| enter_new(name, overlays.as_ref())).await
+    }
+
+    /// Makes a network namespace with its own thread and nothing else.
+    ///
+    /// # Errors
+    /// When the kernel refuses the namespace (missing privilege), or no thread can be started.
+    pub async fn bare(name: impl Into<String>) -> Result<Self> {
+        Self::new(name, None).await
+    }
+
+    /// A sandbox of an existing network namespace, which lives as long as others hold it.
+    ///
+    /// # Errors
+    /// When `network` is no network namespace or can't be entered, or no thread can be started.
+    pub async fn adopt(name: impl Into<String>, network: OwnedFd) -> Result<Self> {
+        Self::on_thread(name.into(), move |name| {
+            setns(&network, CloneFlags::CLONE_NEWNET)
+                .map_err(Error::errno(format!("enter network namespace {name}")))?;
+            entered(name, None)
+        })
+        .await
+    }
+
+    /// Starts the sandbox's thread, which begins with `enter`.
+    async fn on_thread<F>(name: String, enter: F) -> Result<Self>
+    where
+        F: FnOnce(&str) -> Result<Entered> + Send + 'static,
+    {
         let runtime = tokio::runtime::Handle::current();
         let (jobs, queue) = mpsc::channel::<Job>();
         let (entered, waiting) = oneshot::channel();
@@ -73,7 +101,7 @@ impl Sandbox {
             .spawn(move || {
                 // Sockets and children that are made on this thread belong to the caller's runtime.
                 let _runtime = runtime.enter();
-                match enter_new(&label, overlays.as_ref()) {
+                match enter(&label) {
                     Ok(inside) => {
                         if entered.send(Ok(inside)).is_ok() {
                             // Ends when the last handle is dropped.
@@ -93,12 +121,12 @@ impl Sandbox {
     }
 
     /// The sandbox's name, for messages.
-    pub(crate) fn name(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.inner.name
     }
 
     /// The network namespace.
-    pub(crate) fn network(&self) -> BorrowedFd<'_> {
+    pub fn network(&self) -> BorrowedFd<'_> {
         self.inner.network.as_fd()
     }
 
@@ -106,7 +134,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// When this process has no descriptor left.
-    pub(crate) fn netns(&self) -> Result<Netns> {
+    pub fn netns(&self) -> Result<Netns> {
         let attempt = format!("duplicate namespace {}", self.name());
         let descriptor = self.inner.network.try_clone().map_err(Error::system(attempt.clone()))?;
         Netns::from_fd(descriptor)
@@ -123,7 +151,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Error::Ended`] when the thread has ended or the closure panicked.
-    pub(crate) async fn on<T, F>(&self, job: F) -> Result<T>
+    pub async fn on<T, F>(&self, job: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
@@ -144,7 +172,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the thread can't be started or can't enter; [`Error::Ended`] when the closure panicked.
-    pub(crate) async fn run<T, F>(&self, job: F) -> Result<T>
+    pub async fn run<T, F>(&self, job: F) -> Result<T>
     where
         T: Send + 'static,
         F: FnOnce() -> T + Send + 'static,
@@ -184,7 +212,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// When the file can't be written.
-    pub(crate) async fn sysctl(&self, key: &'static str, value: &'static str) -> Result<()> {
+    pub async fn sysctl(&self, key: &'static str, value: &'static str) -> Result<()> {
         let path = Path::new("/proc/sys/net").join(key);
         let attempt = format!("write {value} to {} in namespace {}", path.display(), self.inner.name);
         self.on(move || std::fs::write(path, value)).await?.map_err(Error::system(attempt))
@@ -213,6 +241,11 @@ fn enter_new(name: &str, overlays: Option<&Overlays>) -> Result<Entered> {
         None => None,
     };
     without_address_detection(name)?;
+    entered(name, mounts)
+}
+
+/// Opens what others need to reach the calling thread's namespaces.
+fn entered(name: &str, mounts: Option<OwnedFd>) -> Result<Entered> {
     let (connection, netlink, _) =
         rtnetlink::new_connection().map_err(Error::system(format!("open a netlink socket in {name}")))?;
     // Ends by itself when the last handle is dropped.

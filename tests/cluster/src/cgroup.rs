@@ -1,0 +1,73 @@
+//! Control groups of the nodes, in both versions of the interface. They belong to the whole machine, so they are the
+//! one thing that the kernel does not remove with a cluster's namespaces.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Makes a node's group in every hierarchy.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn create(name: &str) -> Result<()> {
+    if Path::new(ROOT).join("cgroup.controllers").exists() {
+        // cgroup v2: children get only what the parent hands on.
+        let handed_on = "+cpu +cpuset +memory +pids";
+        fs::write(Path::new(ROOT).join("cgroup.subtree_control"), handed_on)
+            .map_err(Error::system("hand controllers on to control groups"))?;
+    }
+    for hierarchy in hierarchies() {
+        let group = hierarchy.join(name);
+        let attempt = format!("make control group {}", group.display());
+        fs::create_dir_all(&group).map_err(Error::system(attempt.clone()))?;
+        // cgroup v1: a cpuset without cpus and memory takes no process.
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            let inherited = hierarchy.join(file);
+            if inherited.exists() && !hierarchy.join("cgroup.controllers").exists() {
+                let value = fs::read(&inherited).map_err(Error::system(attempt.clone()))?;
+                fs::write(group.join(file), value).map_err(Error::system(attempt.clone()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes every group whose name begins with `prefix`, with all below it. Groups with processes stay.
+/// Returns what stayed.
+#[must_use]
+pub fn remove(prefix: &str) -> Vec<PathBuf> {
+    let mut left = Vec::new();
+    for group in hierarchies().iter().flat_map(|hierarchy| children(hierarchy)) {
+        let named = group.file_name().and_then(|name| name.to_str());
+        if named.is_some_and(|name| name.starts_with(prefix)) && !remove_tree(&group) {
+            left.push(group);
+        }
+    }
+    left
+}
+
+fn remove_tree(group: &Path) -> bool {
+    let below = children(group).iter().all(|child| remove_tree(child));
+    below && fs::remove_dir(group).is_ok()
+}
+
+/// Every hierarchy: the one of version 2, or those of version 1.
+fn hierarchies() -> Vec<PathBuf> {
+    if Path::new(ROOT).join("cgroup.procs").exists() {
+        vec![PathBuf::from(ROOT)]
+    } else {
+        children(Path::new(ROOT))
+    }
+}
+
+fn children(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    // Symbolic links are second names of a hierarchy.
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}

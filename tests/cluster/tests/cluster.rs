@@ -1,0 +1,106 @@
+//! Everything that is shown on a real Kubernetes: one cluster, one build, cases in their order.
+//!
+//! The first case that runs starts the cluster, the last ends it. What failed leaves its programs' logs in
+//! `target/cluster/failed`. `AMBIT_CLUSTER=NAME` runs the cases on a cluster that `ambit-cluster up NAME` started.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that can't go on says so and ends"
+)]
+
+#[path = "cases/apps.rs"]
+mod apps;
+#[path = "cases/bed.rs"]
+mod bed;
+
+use std::error::Error;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+
+use ambit_cluster::{Cluster, Options};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::runtime::Runtime;
+use tokio::sync::OnceCell;
+
+/// What a case gives back.
+type Outcome = Result<(), Box<dyn Error>>;
+
+/// The cluster of all cases.
+struct Shared {
+    runtime: Runtime,
+    cluster: OnceCell<Result<Cluster, String>>,
+}
+
+/// Cases, in the order in which they run.
+struct Cases {
+    shared: Arc<Shared>,
+    trials: Vec<Trial>,
+}
+
+impl Cases {
+    fn add<F>(&mut self, name: &str, case: F)
+    where
+        F: AsyncFnOnce(&Cluster) -> Outcome + Send + 'static,
+    {
+        let shared = Arc::clone(&self.shared);
+        self.trials.push(Trial::test(name, move || {
+            shared.runtime.block_on(async {
+                let cluster = shared.cluster.get_or_init(start).await.as_ref();
+                let cluster = cluster.map_err(|error| Failed::from(format!("no cluster: {error}")))?;
+                case(cluster).await.map_err(|error| Failed::from(error.to_string()))
+            })
+        }));
+    }
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Cases stop nodes and programs under each other's feet otherwise.
+    arguments.test_threads = Some(1);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    let shared = Arc::new(Shared { runtime, cluster: OnceCell::new() });
+    let mut cases = Cases { shared, trials: Vec::new() };
+    bed::add(&mut cases);
+    let Cases { shared, trials } = cases;
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let Shared { runtime, cluster } = Arc::into_inner(shared).expect("every case has ended");
+    if let Some(Ok(cluster)) = cluster.into_inner() {
+        if conclusion.has_failed() {
+            keep_logs(&cluster);
+        }
+        if std::env::var_os("AMBIT_CLUSTER").is_none() {
+            runtime.block_on(cluster.down()).expect("the cluster ends without a trace");
+        }
+    }
+    conclusion.exit_code()
+}
+
+/// The program that keeps clusters.
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_ambit-cluster"))
+}
+
+async fn start() -> Result<Cluster, String> {
+    let started = match std::env::var("AMBIT_CLUSTER") {
+        Ok(name) => Cluster::attach(name),
+        Err(_) => Cluster::start(Options::new("test", program())).await,
+    };
+    started.map_err(|error| error.to_string())
+}
+
+/// Copies the logs to where the end of the cluster does not remove them, and shows the pods and events.
+fn keep_logs(cluster: &Cluster) {
+    let kept = cluster.layout().target().join("cluster/failed");
+    std::fs::remove_dir_all(&kept).ok();
+    Command::new("cp").arg("--recursive").arg(cluster.logs()).arg(&kept).status().ok();
+    eprintln!("logs of the cluster's programs: {}", kept.display());
+    let kubectl = cluster.layout().program("kubectl");
+    for what in
+        [&["get", "pods", "--all-namespaces", "--output", "wide"][..], &["get", "events", "--all-namespaces"]]
+    {
+        Command::new(&kubectl).args(what).env("KUBECONFIG", cluster.kubectl().kubeconfig()).status().ok();
+    }
+}
