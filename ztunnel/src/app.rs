@@ -27,7 +27,6 @@ use tokio::sync::watch;
 use crate::config::{Cipher, Config, LogFormat};
 use crate::dns::resolv_conf::ResolvConf;
 use crate::dns::{self, DnsProxy};
-use crate::ejections::EjectedEndpoints;
 use crate::feed;
 use crate::hostnames::Hostnames;
 use crate::ondemand::{Bounds, Demander};
@@ -277,7 +276,6 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         local: LocalPods::default(),
         connections: Connections::new(count),
         loads: Loads::default(),
-        ejected: EjectedEndpoints::default(),
         shares: shares(config, count, *open_files),
         demander: config.xds.on_demand.then(|| Demander::new(discovery.clone(), Bounds::default())),
         synced: synced(discovery),

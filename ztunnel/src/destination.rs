@@ -22,7 +22,7 @@ use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
 use crate::proxy_protocol;
 use crate::report::{AccessRecord, ConnectionReport, End};
-use ambit_runtime::connections::{Direction, Open, Subject};
+use ambit_runtime::connections::{Direction, NewConnection, Open, Subject};
 use ambit_runtime::cut::CutReason;
 
 /// A connection to a pod whose peer is known, or known to be nobody.
@@ -109,20 +109,20 @@ impl Authenticated {
         let subject = Subject {
             workload: workload.uid.clone(),
             peer: self.peer.clone(),
-            certificate: self.certificate.clone(),
             source: self.source,
             destination: target.destination,
             stamp: Mutex::new(None),
         };
         // On the table first, decided after: a policy that comes between is then asked twice, never not at all.
-        let open = proxy.connections.open(
-            self.worker.index,
-            Direction::Inbound,
-            self.source,
-            target.destination,
-            Some(subject),
-            self.counters.clone(),
-        );
+        let connection = NewConnection {
+            direction: Direction::Inbound,
+            source: self.source,
+            destination: target.destination,
+            subject: Some(subject),
+            certificate: self.certificate.clone(),
+            counters: self.counters.clone(),
+        };
+        let open = proxy.connections.open(self.worker.index, connection);
         if let Some(certificate) = &self.certificate {
             proxy.trust.recheck(certificate, SystemTime::now()).map_err(ConnectionError::Untrusted)?;
         }
@@ -220,7 +220,9 @@ impl Authorized {
         let limit = self.from.worker.proxy.settings.limits.attempt_timeout;
         let client = SocketAddr::new(self.from.source.ip(), self.from.client_port);
         let source = foreign(client, dial.ip());
-        let mut stream = connect_local(self.from.pod.stock(), source, dial, limit).await?;
+        let mut stream = connect_local(self.from.pod.stock(), source, dial, limit)
+            .await
+            .map_err(ConnectionError::Application)?;
         if proxy_header {
             let identity = self.from.peer.as_ref().map(SpiffeId::as_str);
             let header = proxy_protocol::header(self.from.source, destination, identity);

@@ -1,16 +1,19 @@
-//! Endpoints that could not be reached, and are left out for a while.
+//! Endpoints that a pod could not reach, and that its connections leave out for a while.
 //!
 //! A connection that meets a node that is cut off waits for its whole attempt; those that follow choose another
-//! endpoint. [`Ejections`] is pure, time is an argument; [`EjectedEndpoints`] shares it between workers.
+//! endpoint. One endpoint that can't be reached says nothing of its node; a second one of the same node, with none reached
+//! between them, ejects all of the node. Each pod has a table of its own: what a pod's own network policy drops
+//! ejects nothing for others. [`Ejections`] is pure, time is an argument; [`EjectedEndpoints`] shares it between workers.
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
 
-use crate::proxy::Tally;
+use ambit_directory::{Workload, WorkloadUid};
 
 /// The first ejection; each failure in a row doubles it.
 const FIRST: Duration = Duration::from_secs(1);
@@ -18,13 +21,22 @@ const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(30);
 /// How long after its ejection an endpoint counts as one that failed before.
 const MEMORY: Duration = Duration::from_secs(60);
-/// Endpoints that are remembered; beyond it, none is ejected.
-const MAX_ENDPOINTS: usize = 4096;
+/// Endpoints that a pod's table remembers, and nodes; beyond it, none is ejected.
+const MAX_ENDPOINTS: usize = 1024;
 
 /// Who is ejected until when.
 #[derive(Debug)]
 pub struct Ejections<K> {
     failed: HashMap<K, Failed>,
+}
+
+/// What a failure to reach an endpoint says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unreachable {
+    /// Something about the endpoint.
+    Endpoint,
+    /// Perhaps something about its node: nothing of the endpoint answered.
+    Node,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -70,61 +82,108 @@ impl<K: Eq + Hash + Clone> Ejections<K> {
         self.failed.get(endpoint).is_some_and(|failed| now < failed.until)
     }
 
+    /// Whether it failed lately, and was not reached since.
+    fn remembers(&self, endpoint: &K, now: Instant) -> bool {
+        self.failed.get(endpoint).is_some_and(|failed| now < failed.until + MEMORY)
+    }
+
     /// Endpoints that are ejected.
     pub fn count(&self, now: Instant) -> usize {
         self.failed.values().filter(|failed| now < failed.until).count()
     }
 }
 
-/// The same for all workers.
-#[derive(Debug)]
-pub struct EjectedEndpoints<K> {
+/// Ejections of endpoints and of nodes.
+#[derive(Debug, Default)]
+struct Table {
+    endpoints: Ejections<WorkloadUid>,
+    nodes: Ejections<Arc<str>>,
+    /// The endpoint of a node that failed last, since one of the node was reached.
+    suspects: HashMap<Arc<str>, (WorkloadUid, Instant)>,
+}
+
+impl Table {
+    /// Returns how many ejections that makes.
+    fn handle_failure(&mut self, endpoint: &WorkloadUid, node: Option<&Arc<str>>, now: Instant) -> u64 {
+        let mut ejected = u64::from(self.endpoints.handle_failure(endpoint, now));
+        if let Some(node) = node {
+            let is_another = self
+                .suspects
+                .get(node)
+                .is_some_and(|(suspect, since)| suspect != endpoint && now < *since + MEMORY);
+            if is_another || self.nodes.remembers(node, now) {
+                ejected += u64::from(self.nodes.handle_failure(node, now));
+            }
+            self.suspects.retain(|_, (_, since)| now < *since + MEMORY);
+            if self.suspects.len() < MAX_ENDPOINTS {
+                self.suspects.insert(node.clone(), (endpoint.clone(), now));
+            }
+        }
+        ejected
+    }
+
+    fn handle_success(&mut self, endpoint: &WorkloadUid, node: &Arc<str>) {
+        self.endpoints.handle_success(endpoint);
+        self.nodes.handle_success(node);
+        self.suspects.remove(node);
+    }
+
+    fn is_ejected(&self, endpoint: &WorkloadUid, node: &Arc<str>, now: Instant) -> bool {
+        self.endpoints.is_ejected(endpoint, now) || self.nodes.is_ejected(node, now)
+    }
+
+    fn holds(&self, endpoint: &WorkloadUid, node: &Arc<str>) -> bool {
+        self.endpoints.failed.contains_key(endpoint)
+            || self.nodes.failed.contains_key(node)
+            || self.suspects.contains_key(node)
+    }
+
+    fn len(&self) -> usize {
+        self.endpoints.failed.len() + self.nodes.failed.len() + self.suspects.len()
+    }
+}
+
+/// What a pod could not reach, the same for all workers.
+#[derive(Debug, Default)]
+pub struct EjectedEndpoints {
     /// Guards the table: read a few times a connection, and only while it is not empty.
-    ejections: RwLock<Ejections<K>>,
+    table: RwLock<Table>,
     /// Entries of the table.
     remembered: AtomicUsize,
-    /// Ejections so far.
-    pub ejected: Tally,
 }
 
-impl<K> Default for EjectedEndpoints<K> {
-    fn default() -> Self {
-        Self { ejections: RwLock::default(), remembered: AtomicUsize::new(0), ejected: Tally::default() }
-    }
-}
-
-impl<K: Eq + Hash + Clone> EjectedEndpoints<K> {
-    /// As [`Ejections::handle_failure`].
-    pub fn failed(&self, endpoint: &K) {
-        let mut ejections = self.ejections.write();
-        if ejections.handle_failure(endpoint, Instant::now()) {
-            self.ejected.add(1);
-        }
-        self.remembered.store(ejections.failed.len(), Ordering::Relaxed);
+impl EjectedEndpoints {
+    /// A workload could not be reached. Returns how many ejections that makes.
+    pub fn failed(&self, workload: &Workload, what: Unreachable) -> u64 {
+        let is_of_node = what == Unreachable::Node && !workload.node.is_empty();
+        let node = is_of_node.then_some(&workload.node);
+        let mut table = self.table.write();
+        let ejected = table.handle_failure(&workload.uid, node, Instant::now());
+        self.remembered.store(table.len(), Ordering::Relaxed);
+        ejected
     }
 
-    /// As [`Ejections::handle_success`].
-    pub fn reached(&self, endpoint: &K) {
-        if self.remembers(endpoint) {
-            let mut ejections = self.ejections.write();
-            ejections.handle_success(endpoint);
-            self.remembered.store(ejections.failed.len(), Ordering::Relaxed);
+    /// A workload was reached, and so its node.
+    pub fn reached(&self, workload: &Workload) {
+        if self.remembered.load(Ordering::Relaxed) > 0
+            && self.table.read().holds(&workload.uid, &workload.node)
+        {
+            let mut table = self.table.write();
+            table.handle_success(&workload.uid, &workload.node);
+            self.remembered.store(table.len(), Ordering::Relaxed);
         }
     }
 
-    /// Whether an endpoint is ejected.
-    pub fn is_ejected(&self, endpoint: &K) -> bool {
+    /// Whether a workload, or its node, is ejected.
+    pub fn is_ejected(&self, workload: &Workload) -> bool {
         self.remembered.load(Ordering::Relaxed) > 0
-            && self.ejections.read().is_ejected(endpoint, Instant::now())
+            && self.table.read().is_ejected(&workload.uid, &workload.node, Instant::now())
     }
 
-    /// Endpoints that are ejected.
+    /// Endpoints and nodes that are ejected.
     pub fn count(&self) -> usize {
-        self.ejections.read().count(Instant::now())
-    }
-
-    fn remembers(&self, endpoint: &K) -> bool {
-        self.remembered.load(Ordering::Relaxed) > 0 && self.ejections.read().failed.contains_key(endpoint)
+        let (table, now) = (self.table.read(), Instant::now());
+        table.endpoints.count(now) + table.nodes.count(now)
     }
 }
 
@@ -171,5 +230,38 @@ mod tests {
         assert_eq!(ejections.count(now), MAX_ENDPOINTS);
         assert!(ejections.handle_failure(&usize::MAX, now + FIRST + MEMORY));
         assert_eq!(ejections.failed.len(), 1);
+    }
+
+    #[test]
+    fn a_second_endpoint_of_a_node_ejects_the_node() {
+        let (mut table, now) = (Table::default(), Instant::now());
+        let (one, two, three): (WorkloadUid, WorkloadUid, WorkloadUid) = ("1".into(), "2".into(), "3".into());
+        let node: Arc<str> = "node".into();
+        for _ in 0..3 {
+            table.handle_failure(&one, Some(&node), now);
+        }
+        assert!(table.is_ejected(&one, &node, now) && !table.is_ejected(&three, &node, now));
+        assert_eq!(table.handle_failure(&two, Some(&node), now), 2, "the endpoint and its node");
+        assert!(table.is_ejected(&three, &node, now));
+        let later = now + SECOND * 2;
+        assert!(!table.is_ejected(&three, &node, later), "tried again");
+        table.handle_failure(&three, Some(&node), later);
+        assert!(table.is_ejected(&one, &node, later + SECOND), "longer, by the first failure");
+    }
+
+    #[test]
+    fn a_node_of_which_something_answers_is_not_ejected() {
+        let (mut table, now) = (Table::default(), Instant::now());
+        let (one, two, three): (WorkloadUid, WorkloadUid, WorkloadUid) = ("1".into(), "2".into(), "3".into());
+        let node: Arc<str> = "node".into();
+        table.handle_failure(&one, Some(&node), now);
+        table.handle_success(&three, &node);
+        table.handle_failure(&two, Some(&node), now);
+        assert!(!table.is_ejected(&three, &node, now));
+        table.handle_failure(&one, None, now);
+        assert!(!table.is_ejected(&three, &node, now), "not a failure of the node");
+        table.handle_success(&two, &node);
+        table.handle_success(&one, &node);
+        assert_eq!(table.len(), 0);
     }
 }

@@ -16,6 +16,7 @@ use ambit_policy::Decision;
 use ambit_telemetry::tcp::ResponseFlags;
 use http::StatusCode;
 
+use crate::ejections::Unreachable;
 use crate::hostnames::LookupError;
 use crate::ondemand::DemandFailure;
 use crate::socks5::{Reply, Socks5Error};
@@ -105,12 +106,18 @@ pub enum ConnectionError {
         /// Why.
         reason: Refusal,
     },
-    /// The connection to the application, or in plaintext, failed.
+    /// The connection to an application of this node failed.
+    #[error(transparent)]
+    Application(ConnectError),
+    /// The connection in plaintext failed.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// The tunnel to the destination failed.
+    /// The tunnel to the destination, or to a gateway or waypoint before it, failed.
     #[error(transparent)]
     Tunnel(#[from] OpenError),
+    /// The tunnel through a gateway to a service of another network failed.
+    #[error("behind the gateway: {0}")]
+    InnerTunnel(#[source] OpenError),
     /// The PROXY header could not be written.
     #[error("PROXY header to {address}: {source}")]
     ApplicationTunnel {
@@ -119,7 +126,7 @@ pub enum ConnectionError {
         /// What the socket said.
         source: io::Error,
     },
-    /// One attempt took more than its part of the budget.
+    /// The way to the other proxy took more than the attempt's part of the budget.
     #[error("not connected to {address} within {limit:?}")]
     AttemptTimedOut {
         /// Where to.
@@ -159,7 +166,7 @@ impl ConnectionError {
                 Fault::Us => Blame::Us,
                 Fault::Peer => Blame::Client,
             },
-            Self::Tunnel(error) => match error.fault() {
+            Self::Tunnel(error) | Self::InnerTunnel(error) => match error.fault() {
                 Fault::Identity => Blame::Identity,
                 Fault::Policy => Blame::Policy,
                 Fault::Us => Blame::Us,
@@ -175,11 +182,13 @@ impl ConnectionError {
             | Self::Undetermined { .. }
             | Self::UnknownPod(_)
             | Self::Cut(CutReason::Idle(_) | CutReason::Drained) => Blame::Us,
-            Self::Connect(ConnectError::Namespace { .. } | ConnectError::Bind { .. }) => Blame::Us,
+            Self::Connect(error) | Self::Application(error) => match error {
+                ConnectError::Namespace { .. } | ConnectError::Bind { .. } => Blame::Us,
+                ConnectError::Refused { .. } | ConnectError::TimedOut { .. } => Blame::Upstream,
+            },
             Self::UnknownName(_)
             | Self::Lookup(_)
             | Self::Refused { .. }
-            | Self::Connect(_)
             | Self::ApplicationTunnel { .. }
             | Self::AttemptTimedOut { .. }
             | Self::Budget { .. }
@@ -211,7 +220,7 @@ impl ConnectionError {
             | Self::Certificate(_)
             | Self::Cut(CutReason::Expired | CutReason::Untrusted) => ResponseFlags::Identity,
             Self::Serve(error) => serve_flags(error),
-            Self::Tunnel(error) => open_flags(error),
+            Self::Tunnel(error) | Self::InnerTunnel(error) => open_flags(error),
             Self::OriginalDestination(_)
             | Self::Loop(_)
             | Self::Socks5(_)
@@ -227,6 +236,7 @@ impl ConnectionError {
             | Self::Undetermined { .. }
             | Self::Refused { .. }
             | Self::Connect(_)
+            | Self::Application(_)
             | Self::ApplicationTunnel { .. }
             | Self::AttemptTimedOut { .. }
             | Self::Budget { .. }
@@ -239,7 +249,9 @@ impl ConnectionError {
     pub fn socks_reply(&self) -> Reply {
         match self {
             Self::UnknownName(_) | Self::Lookup(_) | Self::Refused { .. } => Reply::HostUnreachable,
-            Self::Connect(ConnectError::Refused { .. }) => Reply::ConnectionRefused,
+            Self::Connect(ConnectError::Refused { .. }) | Self::Application(ConnectError::Refused { .. }) => {
+                Reply::ConnectionRefused
+            }
             other => match other.blame() {
                 Blame::Policy | Blame::Identity => Reply::NotAllowed,
                 Blame::Client | Blame::Us | Blame::Upstream => Reply::GeneralFailure,
@@ -247,27 +259,37 @@ impl ConnectionError {
         }
     }
 
-    /// Whether the endpoint itself could not be reached, so that other connections are better off elsewhere for a while. What
-    /// its application or policy answered says nothing of that, and a proxy that is being replaced is back at once.
-    pub fn is_unreachable(&self) -> bool {
+    /// Whether the peer that was dialled could not be reached, so that other connections are better off elsewhere for a while.
+    /// What its application or policy answered, or that its application is slow, says nothing of that, and a proxy that is
+    /// being replaced is back at once.
+    pub fn unreachable(&self) -> Option<Unreachable> {
         use std::io::ErrorKind::{HostUnreachable, NetworkUnreachable};
         match self {
-            Self::AttemptTimedOut { .. } | Self::Connect(ConnectError::TimedOut { .. }) => true,
+            Self::AttemptTimedOut { .. } => Some(Unreachable::Node),
+            // Perhaps only this port of it.
+            Self::Connect(ConnectError::TimedOut { .. }) => Some(Unreachable::Endpoint),
             Self::Connect(ConnectError::Refused { source, .. }) => {
-                matches!(source.kind(), HostUnreachable | NetworkUnreachable)
+                matches!(source.kind(), HostUnreachable | NetworkUnreachable).then_some(Unreachable::Node)
             }
-            Self::Tunnel(error) => error.is_unreachable(),
-            _ => false,
+            Self::Tunnel(error) if error.is_unreachable() => Some(match error {
+                OpenError::Dial { .. } | OpenError::HandshakeTimeout { .. } | OpenError::Silent { .. } => {
+                    Unreachable::Node
+                }
+                _ => Unreachable::Endpoint,
+            }),
+            _ => None,
         }
     }
 
     /// Whether another endpoint of the same service may do better. Only asked before the first byte.
     pub fn another_endpoint_may_help(&self) -> bool {
         match self {
-            Self::Connect(ConnectError::Refused { .. } | ConnectError::TimedOut { .. })
-            | Self::ApplicationTunnel { .. }
-            | Self::AttemptTimedOut { .. } => true,
-            Self::Tunnel(error) => error.another_endpoint_may_help(),
+            Self::Connect(error) | Self::Application(error) => match error {
+                ConnectError::Refused { .. } | ConnectError::TimedOut { .. } => true,
+                ConnectError::Namespace { .. } | ConnectError::Bind { .. } => false,
+            },
+            Self::ApplicationTunnel { .. } | Self::AttemptTimedOut { .. } => true,
+            Self::Tunnel(error) | Self::InnerTunnel(error) => error.another_endpoint_may_help(),
             _ => false,
         }
     }
@@ -339,6 +361,26 @@ mod tests {
         ] {
             assert_eq!(error.status().as_u16(), status, "{error}");
             assert_eq!(error.response_flags().as_str(), flags, "{error}");
+        }
+    }
+
+    #[test]
+    fn only_the_way_to_a_peer_ejects_it() {
+        let here: SocketAddr = "10.0.0.1:15008".parse().unwrap();
+        let limit = Duration::from_secs(1);
+        let slow = OpenError::ConnectTimeout { address: here, authority: here.into(), limit };
+        let silent = OpenError::Silent { address: here, authority: here.into(), silent: limit };
+        let timed_out = || ConnectError::TimedOut { destination: here, limit };
+        for (error, expected) in [
+            (ConnectionError::AttemptTimedOut { address: here, limit }, Some(Unreachable::Node)),
+            (ConnectionError::Tunnel(silent.clone()), Some(Unreachable::Node)),
+            (ConnectionError::Tunnel(slow), None),
+            (ConnectionError::InnerTunnel(silent), None),
+            (ConnectionError::Connect(timed_out()), Some(Unreachable::Endpoint)),
+            (ConnectionError::Application(timed_out()), None),
+        ] {
+            assert_eq!(error.unreachable(), expected, "{error}");
+            assert!(error.another_endpoint_may_help(), "{error}");
         }
     }
 

@@ -23,7 +23,7 @@ use crate::proxy::Worker;
 use crate::report::{AccessRecord, End};
 use crate::socks5::{self, Reply, Target};
 use crate::upstream::{ConnectedUpstream, Dial, Upstream};
-use ambit_runtime::connections::Direction;
+use ambit_runtime::connections::{Direction, NewConnection};
 
 /// Time for the whole SOCKS5 handshake.
 const SOCKS_LIMIT: Duration = Duration::from_secs(10);
@@ -186,18 +186,21 @@ impl OutboundRequest {
     fn carry(self, mut stream: TcpStream, reached: ConnectedUpstream, counters: Arc<Counters>) -> Relaying {
         let ConnectedUpstream { upstream, record, load } = reached;
         let Self { worker, source, .. } = self;
-        let destination = record.destination_address;
-        let open = worker.proxy.connections.open(
-            worker.index,
-            Direction::Outbound,
+        let connection = NewConnection {
+            direction: Direction::Outbound,
             source,
-            destination,
-            None,
+            destination: record.destination_address,
+            subject: None,
+            certificate: match &upstream {
+                Upstream::InnerTunnel(tunnel) => Some(tunnel.certificate().clone()),
+                Upstream::Tunnel(_) | Upstream::Plain(_) | Upstream::Local(_) => None,
+            },
             counters,
-        );
+        };
+        let open = worker.proxy.connections.open(worker.index, connection);
         let report = worker.reporter.open(record, &open);
         match upstream {
-            Upstream::Tunnel(tunnel) => Box::pin(async move {
+            Upstream::Tunnel(tunnel) | Upstream::InnerTunnel(tunnel) => Box::pin(async move {
                 let relay = ambit_hbone::relay(&mut stream, Side::Downstream, *tunnel, &open.counters);
                 let outcome = settle(open.cut().race(relay).await);
                 reset_if_cut(&outcome, &stream);

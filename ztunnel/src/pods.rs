@@ -19,6 +19,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::ejections::EjectedEndpoints;
 use crate::ondemand::Pinned;
 use crate::proxy::{Proxy, Worker};
 use crate::zds::client::{PodDescriptors, PodSet};
@@ -52,6 +53,7 @@ pub struct Pod {
     certificates: CertificateStore,
     dns: Arc<crate::dns::Client>,
     shares: PodShares,
+    ejected: EjectedEndpoints,
     /// For the pod's listeners and what else it costs without a connection.
     _descriptors: Taken,
     left: watch::Sender<bool>,
@@ -96,6 +98,11 @@ impl Pod {
     /// What the pod and its peers hold.
     pub fn shares(&self) -> &PodShares {
         &self.shares
+    }
+
+    /// What the pod could not reach lately.
+    pub fn ejected(&self) -> &EjectedEndpoints {
+        &self.ejected
     }
 
     /// Resolves when the pod has left and peers are to be told so.
@@ -293,6 +300,7 @@ impl Pods {
             stock,
             certificates,
             shares: PodShares::default(),
+            ejected: EjectedEndpoints::default(),
             _descriptors: self.0.proxy.shares.descriptors.reserve(POD_DESCRIPTORS),
             left: watch::Sender::new(false),
         }))

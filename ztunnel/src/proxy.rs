@@ -14,7 +14,6 @@ use tokio::sync::watch;
 
 use crate::config::SameNode;
 use crate::dns::DnsProxy;
-use crate::ejections::EjectedEndpoints;
 use crate::error::ConnectionError;
 use crate::hostnames::Hostnames;
 use crate::ondemand::Demander;
@@ -74,6 +73,8 @@ pub struct ProxyMetrics {
     pub cut: Tally,
     /// Live connections closed because they moved no byte for too long.
     pub idle: Tally,
+    /// Endpoints and nodes left out for a while because they could not be reached.
+    pub ejected: Tally,
     /// Connections handed over on this node.
     pub handed_over: Tally,
     /// Connections of pods from addresses that are not their own.
@@ -115,8 +116,6 @@ pub struct Proxy {
     pub connections: Connections,
     /// Open connections by workload.
     pub loads: Loads<WorkloadUid>,
-    /// Workloads that could not be reached a moment ago.
-    pub ejected: EjectedEndpoints<WorkloadUid>,
     /// What pods and peers may hold.
     pub shares: Shares,
     /// Where resources come on demand: whom to ask.

@@ -107,9 +107,7 @@ fn review_peers(proxy: &Proxy, workers: &Workers<Worker>, may_finish: bool) {
         destination::peer_reason(&proxy.trust, peer, now)
             .filter(|reason| !may_finish || *reason != CutReason::Untrusted)
     };
-    let closed = proxy.connections.review(|connection| {
-        connection.subject.as_ref().and_then(|subject| subject.certificate.as_ref()).and_then(reason)
-    });
+    let closed = proxy.connections.review(|connection| connection.certificate.as_ref().and_then(reason));
     report(proxy, closed);
     for worker in workers.states() {
         worker.pool.retain(|peer| reason(peer).is_none());

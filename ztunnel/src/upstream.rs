@@ -43,8 +43,10 @@ const MAX_DEMANDS: usize = 8;
 /// An open connection to the destination.
 #[derive(Debug)]
 pub enum Upstream {
-    /// Through a tunnel.
+    /// Through a tunnel on a pooled connection.
     Tunnel(Box<Tunnel>),
+    /// Through a tunnel inside a tunnel, on a connection of its own.
+    InnerTunnel(Box<Tunnel>),
     /// In plaintext, out of the pod's namespace.
     Plain(TcpStream),
     /// To a pod of this node, in its namespace.
@@ -136,17 +138,17 @@ impl Dial<'_> {
             if bypasses_waypoint(&route) {
                 self.worker.proxy.tallies.waypoint_bypassed.add(1);
             }
-            let hop = route.next_hop().cloned();
-            let load = hop.as_ref().map(|hop| self.worker.proxy.loads.open(hop));
+            let peer = route.peer().cloned();
+            let load = peer.as_ref().map(|peer| self.worker.proxy.loads.open(&peer.uid));
             // Each attempt leaves to the others their part of what is left of the budget.
             let attempts_left = u32::from(limits.connect_attempts - attempts).max(1);
             let part = deadline.saturating_duration_since(Instant::now()) / attempts_left;
             let limit = limits.attempt_timeout.min(part);
-            let ejected = &self.worker.proxy.ejected;
+            let ejected = self.pod.ejected();
             match Box::pin(self.attempt(route, record, limit)).await {
                 Ok(upstream) => {
-                    if let Some(hop) = &hop {
-                        ejected.reached(hop);
+                    if let Some(peer) = &peer {
+                        ejected.reached(peer);
                     }
                     return Ok((upstream, load));
                 }
@@ -161,16 +163,16 @@ impl Dial<'_> {
                 }
                 Err(error) => {
                     attempts += 1;
-                    if let Some(hop) = hop.as_ref().filter(|_| error.is_unreachable()) {
-                        ejected.failed(hop);
+                    if let (Some(peer), Some(what)) = (&peer, error.unreachable()) {
+                        self.worker.proxy.tallies.ejected.add(ejected.failed(peer, what));
                     }
                     let again = error.another_endpoint_may_help();
                     tracing::debug!(%error, dialled = %self.dialled, again, "an attempt failed");
                     last = Some(error);
-                    match hop {
-                        Some(hop) if again => {
+                    match peer {
+                        Some(peer) if again => {
                             self.worker.proxy.tallies.retries.add(1);
-                            tried.push(hop);
+                            tried.push(peer.uid.clone());
                         }
                         _ => break,
                     }
@@ -247,8 +249,8 @@ impl Dial<'_> {
         }
     }
 
-    fn load(&self) -> SeenFromHere<'_> {
-        SeenFromHere(&self.worker.proxy)
+    fn load(&self) -> SeenByPod<'_> {
+        SeenByPod { proxy: &self.worker.proxy, pod: self.pod }
     }
 
     async fn attempt(
@@ -379,14 +381,16 @@ impl Dial<'_> {
         let target = Target { address, source: self.source.ip(), tls: &tls, expected: &route.inner_expected };
         let settings = &self.worker.pool.settings().client;
         let inner = ambit_hbone::client::open_within(outer, target, &request, settings);
-        let inner = within(limit, route.hbone, Box::pin(inner)).await?;
+        let timed_out = OpenError::HandshakeTimeout { address: route.hbone, limit };
+        let inner = tokio::time::timeout(limit, Box::pin(inner)).await.unwrap_or(Err(timed_out));
+        let inner = inner.map_err(ConnectionError::InnerTunnel)?;
         record.destination.identity = Some(inner.peer().clone());
         if let Some(baggage) = inner.baggage() {
             // The directory holds the other network's gateway, not which workload behind it was chosen.
             record.destination.workload = None;
             record.destination.baggage = Some(Arc::new(baggage.clone()));
         }
-        Ok(Upstream::Tunnel(Box::new(inner)))
+        Ok(Upstream::InnerTunnel(Box::new(inner)))
     }
 
     async fn plain(
@@ -443,7 +447,8 @@ impl Dial<'_> {
         })
     }
 
-    /// A tunnel from the pool, or on a new connection out of the pod's namespace.
+    /// A tunnel from the pool, or on a new connection out of the pod's namespace. The limit holds for the way to the other
+    /// proxy, and once more for that proxy's way to the destination.
     async fn open(
         &self,
         workload: &Workload,
@@ -473,9 +478,14 @@ impl Dial<'_> {
         };
         let tls = certificate.client_tls();
         let target = Target { address, source: self.source.ip(), tls: &tls, expected };
-        let opened = self.worker.pool.open(&key, target, request, dial);
         // The connection goes on being made without us: others may wait for it too.
-        within(limit, address, Box::pin(opened)).await
+        let reserved = tokio::time::timeout(limit, Box::pin(self.worker.pool.reserve(&key, target, dial)));
+        let reserved = reserved.await.map_err(|_| ConnectionError::AttemptTimedOut { address, limit })??;
+        // From here on it is the destination that may be slow.
+        let timed_out =
+            || OpenError::ConnectTimeout { address, authority: request.authority.clone(), limit };
+        let opened = tokio::time::timeout(limit, Box::pin(reserved.open(request))).await;
+        Ok(opened.unwrap_or_else(|_| Err(timed_out()))?)
     }
 
     /// What the CONNECT says of us.
@@ -534,28 +544,19 @@ fn take_pooled(proxy: &Proxy, pod: &Pod, address: SocketAddr) -> io::Result<Take
     })
 }
 
-/// What endpoint choice asks of this node.
-struct SeenFromHere<'a>(&'a Proxy);
-
-impl Load for SeenFromHere<'_> {
-    fn connections(&self, workload: &WorkloadUid) -> u32 {
-        self.0.loads.get(workload)
-    }
-
-    fn is_ejected(&self, workload: &WorkloadUid) -> bool {
-        self.0.ejected.is_ejected(workload)
-    }
+/// What endpoint choice asks: the connections of this node, and what the pod could not reach.
+struct SeenByPod<'a> {
+    proxy: &'a Proxy,
+    pod: &'a Pod,
 }
 
-/// Bounds an attempt on the proxy at `address`.
-async fn within<T>(
-    limit: Duration,
-    address: SocketAddr,
-    opening: impl Future<Output = Result<T, OpenError>>,
-) -> Result<T, ConnectionError> {
-    match tokio::time::timeout(limit, opening).await {
-        Ok(opened) => Ok(opened?),
-        Err(_) => Err(ConnectionError::AttemptTimedOut { address, limit }),
+impl Load for SeenByPod<'_> {
+    fn connections(&self, workload: &WorkloadUid) -> u32 {
+        self.proxy.loads.get(workload)
+    }
+
+    fn is_ejected(&self, workload: &Workload) -> bool {
+        self.pod.ejected().is_ejected(workload)
     }
 }
 
@@ -582,7 +583,7 @@ async fn dial_proxy(
 fn is_passing(error: &ConnectionError) -> bool {
     let error = match error {
         ConnectionError::AttemptTimedOut { .. } => return true,
-        ConnectionError::Tunnel(error) => error,
+        ConnectionError::Tunnel(error) | ConnectionError::InnerTunnel(error) => error,
         _ => return false,
     };
     match error {

@@ -11,6 +11,7 @@ use rand::{Rng, RngExt};
 use crate::convert::{mix, spread};
 use crate::endpoints::{Endpoint, Pool};
 use crate::name::WorkloadUid;
+use crate::workload::Workload;
 
 /// Draws at most so often before the pool is walked.
 const DRAWS: usize = 12;
@@ -23,7 +24,7 @@ pub trait Load {
     fn connections(&self, workload: &WorkloadUid) -> u32;
 
     /// Whether the workload is ejected for a while because it could not be reached. Chosen only where all others are too.
-    fn is_ejected(&self, workload: &WorkloadUid) -> bool {
+    fn is_ejected(&self, workload: &Workload) -> bool {
         let _ = workload;
         false
     }

@@ -294,14 +294,19 @@ impl Refusal {
 }
 
 impl Route {
-    /// The workload at the other end of what this proxy connects to (a gateway or waypoint, if one is first), for exclusion on a retry.
+    /// The uid of [`peer`](Route::peer), for exclusion on a retry.
     pub fn next_hop(&self) -> Option<&WorkloadUid> {
+        self.peer().map(|workload| &workload.uid)
+    }
+
+    /// The workload at the other end of what this proxy connects to: a gateway or waypoint, if one is first.
+    pub fn peer(&self) -> Option<&Arc<Workload>> {
         match self {
-            Self::Tunnel(tunnel) | Self::SameNode(tunnel) => Some(&tunnel.workload.uid),
-            Self::Waypoint(waypoint) => Some(&waypoint.waypoint.uid),
-            Self::DoubleHbone(double) => Some(&double.gateway.uid),
-            Self::Plain(plain) | Self::Own(plain) => plain.workload.as_ref().map(|workload| &workload.uid),
-            Self::Lookup(lookup) => Some(&lookup.workload.uid),
+            Self::Tunnel(tunnel) | Self::SameNode(tunnel) => Some(&tunnel.workload),
+            Self::Waypoint(waypoint) => Some(&waypoint.waypoint),
+            Self::DoubleHbone(double) => Some(&double.gateway),
+            Self::Plain(plain) | Self::Own(plain) => plain.workload.as_ref(),
+            Self::Lookup(lookup) => Some(&lookup.workload),
             Self::Unknown(_) | Self::Refuse(_) => None,
         }
     }

@@ -193,7 +193,7 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
         let load = self.load;
         for takes_ejected in [false, true] {
             let usable = |endpoint: &Endpoint| {
-                usable(endpoint).filter(|_| takes_ejected || !load.is_ejected(&endpoint.workload.uid))
+                usable(endpoint).filter(|_| takes_ejected || !load.is_ejected(&endpoint.workload))
             };
             for pool in endpoints.pools(question.client).filter(|pool| !pool.is_empty()) {
                 let choice = if service.session_affinity {

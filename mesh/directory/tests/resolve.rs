@@ -583,8 +583,8 @@ impl Load for Ejecting {
         0
     }
 
-    fn is_ejected(&self, workload: &WorkloadUid) -> bool {
-        self.0.contains(&workload.as_str())
+    fn is_ejected(&self, workload: &ambit_directory::Workload) -> bool {
+        self.0.contains(&workload.uid.as_str())
     }
 }
 

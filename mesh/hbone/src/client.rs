@@ -7,8 +7,8 @@ use std::future::{Future, poll_fn};
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::Poll;
-use std::time::Instant;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use ambit_identity::{ClientTls, PeerCertificate, PeerError, SpiffeId, unnamed_server};
 use ambit_tls::TlsStream;
@@ -18,6 +18,7 @@ use h2::{RecvStream, SendStream};
 use http::{Response, StatusCode};
 use rustls::CommonState;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use crate::driver::{Upkeep, Verdict};
@@ -28,6 +29,10 @@ use crate::paced::Paced;
 use crate::request::baggage;
 use crate::windows::Window;
 use crate::{ClientSettings, ConnectRequest, OpenError, Tunnel, WindowBudget};
+
+/// A CONNECT that was given up is left open until it is this old. Servers count those that are reset sooner as an attack
+/// (CVE-2023-44487): ours below one second, Envoy as well.
+const SHORTEST_REQUEST: Duration = Duration::from_secs(2);
 
 /// Where a connection goes, and who must answer there.
 #[derive(Debug, Clone, Copy)]
@@ -146,7 +151,7 @@ impl Connection {
     }
 
     /// Opens a tunnel: sends CONNECT and waits for its answer, at most `settings.connect_timeout`.
-    /// Dropping the future cancels the request.
+    /// Dropping the future cancels the request, at the earliest two seconds after it was sent.
     ///
     /// # Errors
     ///
@@ -167,13 +172,14 @@ impl Connection {
         settings: &ClientSettings,
         lease: Lease,
     ) -> Result<Tunnel, OpenError> {
-        let (answer, send) = self.send(request)?;
+        let mut unanswered = Unanswered::new(self.send(request)?, lease);
         let authority = || request.authority.clone();
-        let answer = pin!(self.answer(request, settings, answer));
-        let response = timeout(settings.connect_timeout, answer).await.map_err(|_| {
+        let answer = pin!(self.answer(request, settings, &mut unanswered));
+        let answered = timeout(settings.connect_timeout, answer).await.map_err(|_| {
             let (address, limit) = (self.address, settings.connect_timeout);
             OpenError::ConnectTimeout { address, authority: authority(), limit }
-        })??;
+        })?;
+        let (response, send, lease) = answered?;
         let (head, recv) = response.into_parts();
         // contracts.md §2: a client treats all but 200 as failure.
         if head.status != StatusCode::OK {
@@ -184,7 +190,7 @@ impl Connection {
             });
         }
         let about = baggage(&head.headers);
-        Ok(Tunnel::new(send, recv, lease, self.peer.identity().clone(), about))
+        Ok(Tunnel::new(send, recv, lease, self.peer.clone(), about))
     }
 
     /// The answer to CONNECT. It may take as long as the application takes, unless the peer is gone: after
@@ -193,16 +199,16 @@ impl Connection {
         &self,
         request: &ConnectRequest,
         settings: &ClientSettings,
-        mut answer: ResponseFuture,
-    ) -> Result<Response<RecvStream>, OpenError> {
+        unanswered: &mut Unanswered,
+    ) -> Result<Answered, OpenError> {
         let limit = settings.probe_timeout;
-        let answered = match timeout(limit, &mut answer).await {
+        let answered = match timeout(limit, &mut *unanswered).await {
             Ok(answered) => answered,
             Err(_) => tokio::select! {
                 biased;
-                answered = &mut answer => answered,
+                answered = &mut *unanswered => answered,
                 probed = timeout(limit, self.load.probe()) => match probed {
-                    Ok(()) => answer.await,
+                    Ok(()) => unanswered.await,
                     Err(_) => {
                         let (address, authority) = (self.address, request.authority.clone());
                         return Err(OpenError::Silent { address, authority, silent: limit * 2 });
@@ -247,6 +253,51 @@ impl Connection {
     fn rejected(&self) -> Option<OpenError> {
         let source = self.tally.failure().filter(|failure| is_rejection(failure))?;
         Some(OpenError::Tls { address: self.address, source: Arc::clone(source) })
+    }
+}
+
+/// The answer to a CONNECT, and what its tunnel is made of.
+type Answered = (Response<RecvStream>, SendStream<Bytes>, Lease);
+
+/// A CONNECT that waits for its answer. Dropped too early for a reset, it waits on in a task of its own.
+struct Unanswered {
+    since: Instant,
+    /// Taken when it is answered.
+    request: Option<(ResponseFuture, SendStream<Bytes>, Lease)>,
+}
+
+impl Unanswered {
+    fn new((answer, send): (ResponseFuture, SendStream<Bytes>), lease: Lease) -> Self {
+        Self { since: Instant::now(), request: Some((answer, send, lease)) }
+    }
+}
+
+impl Future for Unanswered {
+    type Output = Result<Answered, h2::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some((mut answer, send, lease)) = self.request.take() else { return Poll::Pending };
+        match Pin::new(&mut answer).poll(cx) {
+            Poll::Ready(answered) => Poll::Ready(answered.map(|response| (response, send, lease))),
+            Poll::Pending => {
+                self.request = Some((answer, send, lease));
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        let left = SHORTEST_REQUEST.saturating_sub(self.since.elapsed());
+        if let (Some((answer, send, lease)), Ok(runtime)) = (self.request.take(), Handle::try_current())
+            && !left.is_zero()
+        {
+            runtime.spawn(async move {
+                let _too_late = timeout(left, answer).await;
+                drop((send, lease));
+            });
+        }
     }
 }
 

@@ -33,7 +33,7 @@ pub use authority::{Authority, AuthorityError};
 pub use baggage::{Baggage, WorkloadKind};
 pub use error::{Fault, OpenError, ServeError};
 pub use forwarded::Forwarded;
-pub use pool::{Count, InFlight, Key, Pool, PoolCounters};
+pub use pool::{Count, InFlight, Key, Pool, PoolCounters, Reserved};
 pub use relay::relay;
 pub use request::{ConnectRequest, RequestError};
 pub use server::{Accepted, Endpoints, Incoming, NotAnswered, Peer, Server};

@@ -91,7 +91,7 @@ pub struct ServerSettings {
     pub connect_timeout: Duration,
     /// Tunnels that a peer may have open on one connection.
     pub max_streams: u32,
-    /// Tunnels that a peer may abandon before they were answered, within
+    /// Tunnels that a peer may abandon within a second of asking for them and before they were answered, in one
     /// [`abandoned_period`](ServerSettings::abandoned_period). A peer above this limit is disconnected (CVE-2023-44487).
     pub max_abandoned: u32,
     /// The period that [`max_abandoned`](ServerSettings::max_abandoned) is counted over.

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use ambit_identity::SpiffeId;
+use ambit_identity::{PeerCertificate, SpiffeId};
 use ambit_net::relay::{Sizing, Tier, buffers};
 use bytes::{Buf, BufMut, Bytes};
 use h2::{Reason, RecvStream, SendStream};
@@ -29,7 +29,7 @@ pub struct Tunnel {
     pub(crate) send: SendStream<Bytes>,
     pub(crate) recv: RecvStream,
     pub(crate) lease: Lease,
-    peer: SpiffeId,
+    peer: PeerCertificate,
     /// Boxed: a tunnel at rest is to be small.
     baggage: Option<Box<Baggage>>,
 }
@@ -39,7 +39,7 @@ impl Tunnel {
         send: SendStream<Bytes>,
         recv: RecvStream,
         lease: Lease,
-        peer: SpiffeId,
+        peer: PeerCertificate,
         baggage: Option<Baggage>,
     ) -> Tunnel {
         Tunnel { send, recv, lease, peer, baggage: baggage.map(Box::new) }
@@ -47,6 +47,12 @@ impl Tunnel {
 
     /// The other proxy's verified identity: at a client the destination's, at a server the client's.
     pub fn peer(&self) -> &SpiffeId {
+        self.peer.identity()
+    }
+
+    /// The certificate that proved it. Of a tunnel inside another one it is the inner peer's, which no [`Pool`](crate::Pool)
+    /// rechecks.
+    pub fn certificate(&self) -> &PeerCertificate {
         &self.peer
     }
 
@@ -122,7 +128,7 @@ pub struct TunnelStream {
 impl TunnelStream {
     /// The tunnel's peer.
     pub fn peer(&self) -> &SpiffeId {
-        &self.tunnel.peer
+        self.tunnel.peer()
     }
 
     /// The next piece that arrived; `None` at the end. The sender may replace it as soon as it is returned.

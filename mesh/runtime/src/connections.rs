@@ -46,8 +46,6 @@ pub struct Subject {
     pub workload: WorkloadUid,
     /// The client's identity, if it is authenticated.
     pub peer: Option<SpiffeId>,
-    /// The client's certificate, if there is one.
-    pub certificate: Option<PeerCertificate>,
     /// The client's address.
     pub source: SocketAddr,
     /// The workload's address and port.
@@ -70,13 +68,28 @@ pub struct Connection {
     pub source: SocketAddr,
     /// What the client dialled.
     pub destination: SocketAddr,
-    /// For connections to a pod of this node: what a review needs.
+    /// For connections to a pod of this node: what a review by policy needs.
     pub subject: Option<Subject>,
+    /// The peer's certificate, if the connection is as good as that: a client's, or that of the inner peer of a tunnel inside
+    /// a tunnel. Peers of pooled connections are reviewed in the pool.
+    pub certificate: Option<PeerCertificate>,
     /// Bytes so far. The two entries of a hand-over on this node share them.
     pub counters: Arc<Counters>,
     metrics: OnceLock<tcp::Connection>,
     cut: Cut,
     activity: Activity,
+}
+
+/// What is known of a connection when it is opened; each field is that of [`Connection`].
+#[derive(Debug)]
+#[allow(missing_docs, reason = "documented there")]
+pub struct NewConnection {
+    pub direction: Direction,
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    pub subject: Option<Subject>,
+    pub certificate: Option<PeerCertificate>,
+    pub counters: Arc<Counters>,
 }
 
 /// When a connection moved bytes last, as far as was seen. Only one control task writes it.
@@ -226,15 +239,8 @@ impl Connections {
     }
 
     /// Adds a connection of worker `worker`.
-    pub fn open(
-        &self,
-        worker: usize,
-        direction: Direction,
-        source: SocketAddr,
-        destination: SocketAddr,
-        subject: Option<Subject>,
-        counters: Arc<Counters>,
-    ) -> Open {
+    pub fn open(&self, worker: usize, connection: NewConnection) -> Open {
+        let NewConnection { direction, source, destination, subject, certificate, counters } = connection;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let connection = Arc::new(Connection {
             id,
@@ -244,6 +250,7 @@ impl Connections {
             source,
             destination,
             subject,
+            certificate,
             counters,
             metrics: OnceLock::new(),
             cut: Cut::default(),
@@ -326,11 +333,22 @@ mod tests {
         ([10, 0, 0, 1], port).into()
     }
 
+    fn connection(direction: Direction, port: u16) -> NewConnection {
+        NewConnection {
+            direction,
+            source: address(port),
+            destination: address(80),
+            subject: None,
+            certificate: None,
+            counters: Arc::default(),
+        }
+    }
+
     #[test]
     fn a_connection_is_on_the_table_for_as_long_as_its_entry_lives() {
         let table = Connections::new(2);
-        let first = table.open(0, Direction::Inbound, address(1), address(80), None, Arc::default());
-        let second = table.open(1, Direction::Outbound, address(2), address(80), None, Arc::default());
+        let first = table.open(0, connection(Direction::Inbound, 1));
+        let second = table.open(1, connection(Direction::Outbound, 2));
         second.counters.add_sent(5);
         assert_eq!(table.len(), 2);
         assert_eq!(table.summaries()[1].sent, 5);
@@ -343,8 +361,7 @@ mod tests {
     #[test]
     fn a_walk_meets_every_connection_however_slots_are_used_again() {
         let table = Connections::new(2);
-        let open =
-            |n: u16| table.open(n.into(), Direction::Inbound, address(n), address(80), None, Arc::default());
+        let open = |n: u16| table.open(n.into(), connection(Direction::Inbound, n));
         let mut kept: Vec<_> = (0..1000).map(open).collect();
         kept.retain(|connection| connection.source.port() % 3 == 0);
         kept.extend((1000..1200).map(open));
@@ -370,7 +387,7 @@ mod tests {
     async fn a_review_ends_exactly_those_that_it_gives_a_reason_for() {
         let table = Connections::new(2);
         let open: Vec<_> = (0..4)
-            .map(|n| table.open(n.into(), Direction::Inbound, address(n), address(80), None, Arc::default()))
+            .map(|n| table.open(n.into(), connection(Direction::Inbound, n)))
             .collect();
         let ended = table.review(|c| c.source.port().is_multiple_of(2).then_some(CutReason::Revoked));
         assert_eq!(ended, 2);

@@ -183,11 +183,14 @@ fn ejections(registry: &Registry, proxy: &Arc<Proxy>) {
     let (total, now) = (proxy.clone(), proxy.clone());
     registry.counter_from(
         "ambit_endpoints_ejected",
-        "Endpoints left out for a while because they could not be reached",
-        move || total.ejected.ejected.get(),
+        "Endpoints and nodes that a pod leaves out for a while because it could not reach them",
+        move || total.tallies.ejected.get(),
     );
-    let now = move || i64::try_from(now.ejected.count()).unwrap_or(i64::MAX);
-    registry.gauge_from("ambit_endpoints_ejected_now", "Endpoints that are left out now", now);
+    let now = move || {
+        let count = now.local.all().iter().map(|pod| pod.ejected().count()).sum::<usize>();
+        i64::try_from(count).unwrap_or(i64::MAX)
+    };
+    registry.gauge_from("ambit_endpoints_ejected_now", "Endpoints and nodes that pods leave out now", now);
 }
 
 fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {

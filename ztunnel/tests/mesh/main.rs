@@ -10,6 +10,7 @@
 
 mod control;
 mod dns;
+mod ejection;
 mod identity;
 mod lifecycle;
 mod mesh;

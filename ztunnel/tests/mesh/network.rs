@@ -115,6 +115,16 @@ impl PodNet {
         .await;
     }
 
+    /// Makes an address unreachable from the pod, as its network policy may.
+    pub(crate) async fn unreachable(&self, ip: Ipv4Addr) {
+        inside(&self.netns, async move |handle| {
+            let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(ip, 32);
+            let route = route.kind(rtnetlink::packet_route::route::RouteType::Unreachable).build();
+            handle.route().add(route).execute().await.unwrap();
+        })
+        .await;
+    }
+
     /// Listens as an application in the pod does.
     pub(crate) async fn listen(&self, ip: IpAddr, port: u16) -> TcpListener {
         let address = SocketAddr::new(ip, port);

@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use ambit_api::workload::WorkloadStatus;
 use ambit_net::SocketStock;
@@ -14,10 +13,10 @@ use tokio::net::{TcpStream, UdpSocket};
 
 use crate::mesh::{LIMIT, Mesh, Pod, echo, eventually, exchange, ping};
 
-const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10));
+pub(crate) const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10));
 
 /// Serves one line of text to whoever connects, before it says anything.
-async fn greet(pod: &Pod, port: u16) {
+pub(crate) async fn greet(pod: &Pod, port: u16) {
     let listener = pod.net.listen(pod.net.v4.into(), port).await;
     let name = pod.workload.name.clone();
     tokio::spawn(async move {
@@ -27,7 +26,7 @@ async fn greet(pod: &Pod, port: u16) {
     });
 }
 
-async fn greeted(from: &Pod, to: SocketAddr) -> std::io::Result<String> {
+pub(crate) async fn greeted(from: &Pod, to: SocketAddr) -> std::io::Result<String> {
     let mut stream = from.net.dial(to).await.map_err(std::io::Error::other)?;
     let mut name = String::new();
     tokio::time::timeout(LIMIT, stream.read_to_string(&mut name)).await??;
@@ -197,34 +196,6 @@ async fn with_resources_on_demand_a_destination_is_asked_for_when_it_is_dialled(
         mesh.nodes[0].ztunnel.dump().await["workloads"].as_array().is_some_and(|w| w.len() == 2)
     })
     .await;
-}
-
-/// Two of three endpoints are on a node that is cut off: nothing comes back, not even a refusal.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn endpoints_that_are_cut_off_cost_a_part_of_one_budget_and_are_ejected() {
-    let mesh = Mesh::start(2, json!({ "limits": { "connectTimeout": "1500ms" } })).await;
-    let client = mesh.pod(0, "client", "client").await;
-    let mut alive = mesh.pod(1, "alive", "server").await;
-    greet(&alive, 9080).await;
-    let mut cut_off = Vec::new();
-    for (name, address) in [("gone-a", [10, 77, 9, 1]), ("gone-b", [10, 77, 9, 2])] {
-        let mut gone = alive.clone();
-        gone.workload.uid = gone.workload.uid.replace("alive", name);
-        gone.workload.name = name.into();
-        gone.workload.addresses = vec![crate::mesh::bytes(IpAddr::from(address))];
-        cut_off.push(gone);
-    }
-    let [gone_a, gone_b] = &mut cut_off[..] else { unreachable!() };
-    mesh.service("greeter", VIP, 9080, &mut [gone_a, gone_b, &mut alive]).await;
-    let started = tokio::time::Instant::now();
-    for _ in 0..30 {
-        assert_eq!(greeted(&client, SocketAddr::new(VIP, 80)).await.unwrap(), "alive");
-    }
-    // Each is tried now and then, for a third of the budget, and left out longer each time.
-    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
-    let metrics = mesh.nodes[0].ztunnel.metrics().await;
-    let ejected = metrics.lines().find_map(|line| line.strip_prefix("ambit_endpoints_ejected_total "));
-    assert!(ejected.is_some_and(|count| count.parse::<u64>().unwrap() > 0), "{metrics}");
 }
 
 /// An endpoint that only DNS can locate: looked up by the proxy, at its second address if the first refuses.

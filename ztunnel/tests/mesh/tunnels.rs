@@ -46,12 +46,13 @@ async fn an_application_tunnel_gets_a_proxy_header_with_the_clients_identity() {
     }
 }
 
-/// A gateway of another network and, behind it, that network's server: both ends of a double tunnel.
+/// A gateway of another network and, behind it, that network's server: both ends of a double tunnel. Returns the serial
+/// number of the server's certificate.
 async fn gateway(
     mesh: &Mesh,
     listener: tokio::net::TcpListener,
     told: tokio::sync::mpsc::UnboundedSender<String>,
-) {
+) -> String {
     let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
     trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
     let certificate = |account: &str| {
@@ -61,6 +62,7 @@ async fn gateway(
         Arc::new(request.complete(&chain, &trust, TlsSettings::default()).unwrap())
     };
     let (outer, inner) = (certificate("gateway"), certificate("server"));
+    let serial = inner.info().serial.clone();
     tokio::spawn(async move {
         let server = Server::new(ServerSettings::default(), trust, WindowBudget::new(0));
         while let Ok((socket, remote)) = listener.accept().await {
@@ -89,6 +91,7 @@ async fn gateway(
             });
         }
     });
+    serial
 }
 
 async fn inside(
@@ -98,7 +101,7 @@ async fn inside(
     certificate: Arc<ambit_identity::WorkloadCertificate>,
     told: tokio::sync::mpsc::UnboundedSender<String>,
 ) {
-    let accepted = server.accept(stream, endpoints, certificate.server_config()).await.unwrap();
+    let Ok(accepted) = server.accept(stream, endpoints, certificate.server_config()).await else { return };
     let serve = server.serve(accepted, std::future::pending(), move |incoming| {
         let told = told.clone();
         async move {
@@ -110,46 +113,79 @@ async fn inside(
                 request.forwarded_network
             ))
             .unwrap();
-            let mut stream = incoming.accept(None).unwrap().into_stream();
-            let mut received = Vec::new();
-            stream.read_to_end(&mut received).await.unwrap();
-            stream.write_all(&received).await.unwrap();
-            stream.shutdown().await.unwrap();
+            let (mut read, mut write) = tokio::io::split(incoming.accept(None).unwrap().into_stream());
+            if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+                write.shutdown().await.ok();
+            }
         }
     });
     serve.await.ok();
 }
 
+/// A client, and a service of another network behind a gateway.
+struct TwoNetworks {
+    mesh: Mesh,
+    client: crate::mesh::Pod,
+    service: SocketAddr,
+    told: tokio::sync::mpsc::UnboundedReceiver<String>,
+    /// Of the service's certificate.
+    serial: String,
+}
+
+impl TwoNetworks {
+    async fn start() -> Self {
+        let mesh = Mesh::start(1, json!({ "network": "east" })).await;
+        let client = mesh.pod(0, "client", "client").await;
+        let mut gateway_pod = mesh.uncaptured_pod(0, "gateway", "gateway").await;
+        let address = gateway_pod.net.v4;
+        let (tell, told) = tokio::sync::mpsc::unbounded_channel();
+        let serial = gateway(&mesh, gateway_pod.net.listen(address.into(), 15008).await, tell).await;
+        gateway_pod.workload.tunnel_protocol = 1;
+        gateway_pod.workload.native_tunnel = true;
+        mesh.announce(&gateway_pod).await;
+        let mut server = mesh.uncaptured_pod(0, "server", "server").await;
+        server.workload.network = "west".into();
+        server.workload.tunnel_protocol = 1;
+        server.workload.network_gateway = Some(GatewayAddress {
+            destination: Some(Destination::Address(NetworkAddress {
+                network: "east".into(),
+                address: bytes(address.into()),
+                length: None,
+            })),
+            hbone_mtls_port: 15008,
+        });
+        let vip = "10.96.0.77".parse().unwrap();
+        mesh.service("remote", vip, 8080, &mut [&mut server]).await;
+        Self { mesh, client, service: SocketAddr::new(vip, 80), told, serial }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tunnel() {
-    let mesh = Mesh::start(1, json!({ "network": "east" })).await;
-    let client = mesh.pod(0, "client", "client").await;
-    let mut gateway_pod = mesh.uncaptured_pod(0, "gateway", "gateway").await;
-    let address = gateway_pod.net.v4;
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-    gateway(&mesh, gateway_pod.net.listen(address.into(), 15008).await, tell).await;
-    gateway_pod.workload.tunnel_protocol = 1;
-    gateway_pod.workload.native_tunnel = true;
-    mesh.announce(&gateway_pod).await;
-    let mut server = mesh.uncaptured_pod(0, "server", "server").await;
-    server.workload.network = "west".into();
-    server.workload.tunnel_protocol = 1;
-    server.workload.network_gateway = Some(GatewayAddress {
-        destination: Some(Destination::Address(NetworkAddress {
-            network: "east".into(),
-            address: bytes(address.into()),
-            length: None,
-        })),
-        hbone_mtls_port: 15008,
-    });
-    let vip = "10.96.0.77".parse().unwrap();
-    mesh.service("remote", vip, 8080, &mut [&mut server]).await;
-    let mut stream = client.net.dial(SocketAddr::new(vip, 80)).await.unwrap();
+    let TwoNetworks { mesh: _mesh, client, service, mut told, serial: _ } = TwoNetworks::start().await;
+    let mut stream = client.net.dial(service).await.unwrap();
     assert_eq!(exchange(&mut stream, b"far away").await.unwrap(), b"far away");
     let client_id = "spiffe://cluster.local/ns/default/sa/client";
     let authority = "remote.default.svc.cluster.local:80";
     assert_eq!(told.recv().await.unwrap(), format!("outer {client_id} {authority}"));
     assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"east\")"));
+}
+
+/// The gateway stays trusted; the service behind it is the peer of the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_service_behind_a_gateway_loses_its_tunnels() {
+    let TwoNetworks { mesh, client, service, told: _told, serial } = TwoNetworks::start().await;
+    let mut stream = client.net.dial(service).await.unwrap();
+    assert_eq!(ping(&mut stream, b"trusted").await.unwrap(), b"trusted");
+    mesh.control.revoke(&[serial]);
+    let ended = tokio::time::timeout(LIMIT, stream.read_u8()).await.expect("closed by the revocation");
+    assert!(ended.is_err());
+    let revoked = mesh.nodes[0].ztunnel.logged("the revocation", |line| {
+        line["direction"] == "outbound" && line["error"].to_string().contains("revoked")
+    });
+    assert_eq!(revoked.await["dst.identity"], "spiffe://cluster.local/ns/default/sa/server");
+    let mut again = client.net.dial(service).await.unwrap();
+    assert!(exchange(&mut again, b"again").await.is_ok_and(|answer| answer.is_empty()) || again.read_u8().await.is_err());
 }
 
 /// Without a DNS proxy and SOCKS5 their ports are the application's.

@@ -99,13 +99,8 @@ impl<K: Key> Pool<K> {
         &self.shared.settings
     }
 
-    /// Opens a tunnel on an existing connection of `key`, or on a new one over what `dial` yields.
-    ///
-    /// Callers that find a connection being dialled for their key wait for it and share its failure.
-    /// A connection takes no more tunnels once `target` has another certificate (after a renewal), does not expect its
-    /// peer any more, or its peer is no longer believed. `dial` runs in a task of the pool and is bounded, with the
-    /// handshakes, by [`handshake_timeout`](crate::ClientSettings::handshake_timeout). Must be called on the worker's
-    /// runtime.
+    /// Opens a tunnel on an existing connection of `key`, or on a new one over what `dial` yields: [`reserve`](Pool::reserve),
+    /// then [`Reserved::open`].
     ///
     /// # Errors
     ///
@@ -115,8 +110,34 @@ impl<K: Key> Pool<K> {
         key: &K,
         target: Target<'_>,
         request: &ConnectRequest,
-        mut dial: D,
+        dial: D,
     ) -> Result<Tunnel, OpenError>
+    where
+        D: FnMut() -> F,
+        F: Future<Output = io::Result<IO>> + Send + 'static,
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        self.reserve(key, target, dial).await?.open(request).await
+    }
+
+    /// Reserves a place for one tunnel on an existing connection of `key`, or on a new one over what `dial` yields. What
+    /// fails here is the way to the peer; what fails later is the request.
+    ///
+    /// Callers that find a connection being dialled for their key wait for it and share its failure.
+    /// A connection takes no more tunnels once `target` has another certificate (after a renewal), does not expect its
+    /// peer any more, or its peer is no longer believed. `dial` runs in a task of the pool and is bounded, with the
+    /// handshakes, by [`handshake_timeout`](crate::ClientSettings::handshake_timeout). Must be called on the worker's
+    /// runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing has been requested then.
+    pub async fn reserve<D, F, IO>(
+        &self,
+        key: &K,
+        target: Target<'_>,
+        mut dial: D,
+    ) -> Result<Reserved<K>, OpenError>
     where
         D: FnMut() -> F,
         F: Future<Output = io::Result<IO>> + Send + 'static,
@@ -130,7 +151,9 @@ impl<K: Key> Pool<K> {
                 shared.state.lock().step(key, target, believed, &shared.settings, may_spread)?
             };
             let waiter = match step {
-                Step::Use(selected, lease) => return shared.open_on(key, &selected, request, lease).await,
+                Step::Use(selected, lease) => {
+                    return Ok(Reserved { shared: Arc::clone(shared), key: key.clone(), selected, lease });
+                }
                 Step::Wait(waiter) => {
                     shared.counters.shared.add(1);
                     waiter
@@ -200,6 +223,40 @@ impl<K: Key> Pool<K> {
     }
 }
 
+/// A place for one tunnel on a connection of a [`Pool`]. Dropping it gives the place up.
+#[derive(Debug)]
+pub struct Reserved<K: Key> {
+    shared: Arc<Shared<K>>,
+    key: K,
+    selected: Selected,
+    lease: Lease,
+}
+
+impl<K: Key> Reserved<K> {
+    /// Requests the tunnel, and waits at most [`connect_timeout`](crate::ClientSettings::connect_timeout) for the answer.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::open`].
+    pub async fn open(self, request: &ConnectRequest) -> Result<Tunnel, OpenError> {
+        let Self { shared, key, selected, lease } = self;
+        let opened = selected.connection.open_leased(request, &shared.settings.client, lease).await;
+        match &opened {
+            Ok(_) => shared.counters.tunnels.add(1),
+            Err(error) => {
+                shared.counters.failed_tunnels.add(1);
+                if let OpenError::Silent { .. } = error {
+                    shared.counters.silent.add(1);
+                }
+                if is_of_connection(error) {
+                    shared.state.lock().retire(&key, selected.id);
+                }
+            }
+        }
+        opened
+    }
+}
+
 impl<K: Key> Shared<K> {
     fn is_believed(&self, peer: &PeerCertificate) -> bool {
         let rechecked = self.trust.recheck(peer, std::time::SystemTime::now());
@@ -207,29 +264,6 @@ impl<K: Key> Shared<K> {
             tracing::info!(%error, "a pooled connection takes no more tunnels");
         }
         rechecked.is_ok()
-    }
-
-    async fn open_on(
-        &self,
-        key: &K,
-        selected: &Selected,
-        request: &ConnectRequest,
-        lease: Lease,
-    ) -> Result<Tunnel, OpenError> {
-        let opened = selected.connection.open_leased(request, &self.settings.client, lease).await;
-        match &opened {
-            Ok(_) => self.counters.tunnels.add(1),
-            Err(error) => {
-                self.counters.failed_tunnels.add(1);
-                if let OpenError::Silent { .. } = error {
-                    self.counters.silent.add(1);
-                }
-                if is_of_connection(error) {
-                    self.state.lock().retire(key, selected.id);
-                }
-            }
-        }
-        opened
     }
 
     /// Waits for a connection that is being dialled. Returns whether the tunnel may wait for another one.

@@ -3,8 +3,8 @@
 use std::future::{Future, poll_fn};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
-use ambit_identity::SpiffeId;
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
@@ -17,12 +17,17 @@ use crate::load::Lease;
 use crate::request::set_baggage;
 use crate::{Baggage, ConnectRequest, Tunnel};
 
+/// A request that waited longer than this does not count as [abandoned](crate::ServerSettings::max_abandoned): its client
+/// lost patience with a slow application.
+const EARLY: Duration = Duration::from_secs(1);
+
 /// A CONNECT that arrived. Dropped without an answer, it is answered with 503.
 #[derive(Debug)]
 pub struct Incoming {
     /// Boxed: handlers keep this while they dial.
     request: Box<ConnectRequest>,
     peer: Arc<Peer>,
+    arrived: Instant,
     deadline: Instant,
     tally: Tally,
     /// Taken by the answer.
@@ -55,12 +60,14 @@ impl Incoming {
         recv: RecvStream,
         lease: Lease,
         tally: Tally,
-        deadline: Instant,
+        limit: Duration,
     ) -> Incoming {
+        let arrived = Instant::now();
         Incoming {
             request: Box::new(request),
             peer,
-            deadline,
+            arrived,
+            deadline: arrived + limit,
             tally,
             open: Some(Open { respond, recv, lease }),
         }
@@ -96,7 +103,7 @@ impl Incoming {
         };
         let ended = timeout_at(deadline, raced).await.unwrap_or(Err(NotAnswered::TimedOut));
         if ended.as_ref().err() == Some(&NotAnswered::Cancelled) {
-            self.tally.add();
+            self.note_cancelled();
             self.open = None;
         }
         ended
@@ -111,15 +118,20 @@ impl Incoming {
         let Some(Open { mut respond, recv, lease }) = self.open.take() else {
             return Err(NotAnswered::Cancelled);
         };
-        let identity: SpiffeId = self.peer.certificate.identity().clone();
         let mut response = Response::new(());
         set_baggage(response.headers_mut(), baggage);
         match respond.send_response(response, false) {
-            Ok(send) => Ok(Tunnel::new(send, recv, lease, identity, None)),
+            Ok(send) => Ok(Tunnel::new(send, recv, lease, self.peer.certificate.clone(), None)),
             Err(_) => {
-                self.tally.add();
+                self.note_cancelled();
                 Err(NotAnswered::Cancelled)
             }
+        }
+    }
+
+    fn note_cancelled(&self) {
+        if self.arrived.elapsed() < EARLY {
+            self.tally.add();
         }
     }
 

@@ -342,10 +342,10 @@ where
         let lease = self.load.enter();
         match ConnectRequest::from_http(&head) {
             Ok(request) => {
-                let deadline = tokio::time::Instant::now() + self.shared.settings.connect_timeout;
+                let limit = self.shared.settings.connect_timeout;
                 let peer = Arc::clone(&self.peer);
                 let incoming =
-                    Incoming::new(request, peer, respond, recv, lease, self.abandoned.tally(), deadline);
+                    Incoming::new(request, peer, respond, recv, lease, self.abandoned.tally(), limit);
                 handlers.spawn(handler(incoming));
             }
             Err(error) => {

@@ -333,7 +333,7 @@ async fn while_a_server_drains_requests_fail_as_never_processed() {
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
     };
-    soon("the load", async { tokio::join!(load, drains) }).await;
+    soon("the load", Box::pin(async { tokio::join!(load, drains) })).await;
     assert!(client.dials() > 2, "no drain took effect");
 }
 

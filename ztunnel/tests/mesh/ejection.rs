@@ -1,0 +1,114 @@
+//! Endpoints that can't be reached are left out for a while; those that are only slow are not, and nobody else suffers.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use serde_json::json;
+use socket2::{Domain, Socket, Type};
+use tokio::io::AsyncReadExt;
+
+use crate::mesh::{LIMIT, Mesh, Pod, Ztunnel, echo, ping};
+use crate::routing::{VIP, greet, greeted};
+
+/// A count of a node proxy.
+async fn count(ztunnel: &Ztunnel, name: &str) -> u64 {
+    let metrics = ztunnel.metrics().await;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+}
+
+/// Two of three endpoints are on a node that is cut off: nothing comes back, not even a refusal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_that_are_cut_off_cost_a_part_of_one_budget_and_are_ejected() {
+    let mesh = Mesh::start(2, json!({ "limits": { "connectTimeout": "1500ms" } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let mut alive = mesh.pod(1, "alive", "server").await;
+    greet(&alive, 9080).await;
+    let mut cut_off = Vec::new();
+    for (name, address) in [("gone-a", [10, 77, 9, 1]), ("gone-b", [10, 77, 9, 2])] {
+        let mut gone = alive.clone();
+        gone.workload.uid = gone.workload.uid.replace("alive", name);
+        gone.workload.name = name.into();
+        gone.workload.addresses = vec![crate::mesh::bytes(IpAddr::from(address))];
+        cut_off.push(gone);
+    }
+    let [gone_a, gone_b] = &mut cut_off[..] else { unreachable!() };
+    mesh.service("greeter", VIP, 9080, &mut [gone_a, gone_b, &mut alive]).await;
+    let started = tokio::time::Instant::now();
+    for _ in 0..30 {
+        assert_eq!(greeted(&client, SocketAddr::new(VIP, 80)).await.unwrap(), "alive");
+    }
+    // Each is tried now and then, for a third of the budget, and left out longer each time.
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+    assert!(count(&mesh.nodes[0].ztunnel, "ambit_endpoints_ejected_total").await > 0);
+}
+
+/// A listener of the pod that accepts nobody. Its queue takes one connection; first packets of others are dropped.
+async fn drop_packets(pod: &Pod, port: u16) -> Socket {
+    let address = SocketAddr::new(pod.net.v4.into(), port);
+    let listener = pod.net.netns.run(move || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.bind(&address.into())?;
+        socket.listen(0)?;
+        Ok::<_, std::io::Error>(socket)
+    });
+    listener.await.unwrap().unwrap()
+}
+
+/// The tunnel is fine, the application's port is not: neither the endpoint nor its tunnel connections are to blame.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_port_that_drops_packets_harms_no_other_connection() {
+    let mesh = Mesh::start(2, json!({ "limits": { "connectTimeout": "1s" } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let server = mesh.pod(1, "server", "server").await;
+    let good = SocketAddr::new(server.net.v4.into(), 8080);
+    let stuck = SocketAddr::new(server.net.v4.into(), 9090);
+    let _seen = echo(server.net.listen(good.ip(), good.port()).await);
+    let _queue = drop_packets(&server, stuck.port()).await;
+    let mut held = client.net.dial(good).await.unwrap();
+    assert_eq!(ping(&mut held, b"before").await.unwrap(), b"before");
+    let waiting = (0..300).map(|_| async {
+        let mut stream = client.net.dial(stuck).await.unwrap();
+        tokio::time::timeout(LIMIT, stream.read_u8()).await.map(|read| read.is_err())
+    });
+    let ended = futures_util::future::join_all(waiting);
+    let (ended, ()) = tokio::join!(ended, async {
+        for _ in 0..10 {
+            assert_eq!(ping(&mut held, b"beside").await.unwrap(), b"beside");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    // One may be in the listener's queue.
+    assert!(ended.iter().filter(|ended| matches!(ended, Ok(true))).count() >= 298, "{ended:?}");
+    assert_eq!(ping(&mut held, b"after").await.unwrap(), b"after");
+    assert_eq!(count(&mesh.nodes[0].ztunnel, "ambit_endpoints_ejected_total").await, 0);
+    let metrics = mesh.nodes[1].ztunnel.metrics().await;
+    assert!(!metrics.contains("response_flags=\"H2_HANDSHAKE_FAILURE\""), "{metrics}");
+}
+
+/// A pod decides what its own namespace lets out. What it can't reach says nothing to other pods of its node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_pod_cannot_reach_is_not_ejected_for_others() {
+    let mesh = Mesh::start(2, json!({})).await;
+    let confined = mesh.pod(0, "confined", "confined").await;
+    let free = mesh.pod(0, "free", "free").await;
+    let mut endpoints = [mesh.pod(1, "one", "server").await, mesh.pod(1, "two", "server").await];
+    for endpoint in &endpoints {
+        greet(endpoint, 9080).await;
+    }
+    let [one, two] = &mut endpoints;
+    mesh.service("greeter", VIP, 9080, &mut [one, two]).await;
+    confined.net.unreachable(endpoints[0].net.v4).await;
+    let service = SocketAddr::new(VIP, 80);
+    for _ in 0..10 {
+        assert_eq!(greeted(&confined, service).await.unwrap(), "two");
+    }
+    assert!(count(&mesh.nodes[0].ztunnel, "ambit_endpoints_ejected_total").await > 0);
+    assert!(count(&mesh.nodes[0].ztunnel, "ambit_endpoints_ejected_now").await > 0);
+    let mut seen = HashSet::new();
+    for _ in 0..20 {
+        seen.insert(greeted(&free, service).await.unwrap());
+    }
+    assert_eq!(seen.len(), 2, "{seen:?}");
+}
