@@ -141,6 +141,10 @@ impl Connection {
         self.address
     }
 
+    pub(crate) fn tally(&self) -> &Arc<Tally> {
+        &self.tally
+    }
+
     pub(crate) fn load(&self) -> &Arc<Load> {
         &self.load
     }
@@ -248,11 +252,8 @@ impl Connection {
         }
     }
 
-    /// RFC 8446 §4.4.2.4: a server verifies our certificate after our side of the handshake is complete, so its refusal
-    /// arrives as an alert in answer to the first request.
     fn rejected(&self) -> Option<OpenError> {
-        let source = self.tally.failure().filter(|failure| is_rejection(failure))?;
-        Some(OpenError::Tls { address: self.address, source: Arc::clone(source) })
+        rejection(self.address, &self.tally)
     }
 }
 
@@ -299,6 +300,15 @@ impl Drop for Unanswered {
             });
         }
     }
+}
+
+/// Whether the connection failed because the server rejected our certificate.
+///
+/// RFC 8446 §4.4.2.4: a server verifies it after our side of the handshake is complete, so its refusal arrives as an alert,
+/// usually in answer to the first request.
+pub(crate) fn rejection(address: SocketAddr, tally: &Tally) -> Option<OpenError> {
+    let source = tally.failure().filter(|failure| is_rejection(failure))?;
+    Some(OpenError::Tls { address, source: Arc::clone(source) })
 }
 
 impl<IO> Driver<IO>

@@ -13,6 +13,8 @@ use crate::overhead::Meter;
 const TURN: usize = 256 * 1024;
 /// Bytes read in search of a peer's last alert.
 const ALERT_ROOM: usize = 4096;
+/// Reads of [`ALERT_ROOM`] bytes, at most, before the alert.
+const ALERT_READS: usize = 16;
 
 /// Wraps a stream whose socket may never be unready. After each [`TURN`] it is pending once and wakes its task, so that a
 /// bulk transfer does not delay the small ones beside it.
@@ -58,14 +60,22 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Paced<IO> {
 
 impl<IO: AsyncRead + Unpin> Paced<IO> {
     /// A peer that rejects us sends its alert and closes: what then fails may be a write. The alert, which is the cause, is
-    /// still to be read.
-    fn write_failed(&mut self, cx: &mut Context<'_>, error: io::Error) -> io::Error {
+    /// still to be read; a socket whose peer is gone is readable as soon as the runtime has noticed.
+    fn poll_cause(&mut self, cx: &mut Context<'_>, error: io::Error) -> Poll<io::Error> {
         let mut discarded = [0; ALERT_ROOM];
-        let mut buf = ReadBuf::new(&mut discarded);
-        match Pin::new(&mut self.io).poll_read(cx, &mut buf) {
-            Poll::Ready(Err(cause)) => self.meter.failed(cause),
-            _ => self.meter.failed(error),
+        let is_closed = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+        for _ in 0..ALERT_READS {
+            let mut buf = ReadBuf::new(&mut discarded);
+            match Pin::new(&mut self.io).poll_read(cx, &mut buf) {
+                Poll::Ready(Err(cause)) => return Poll::Ready(self.meter.failed(cause)),
+                Poll::Ready(Ok(())) if buf.filled().is_empty() => break,
+                Poll::Ready(Ok(())) => {}
+                // The write is tried again then, and fails again.
+                Poll::Pending if is_closed => return Poll::Pending,
+                Poll::Pending => break,
+            }
         }
+        Poll::Ready(self.meter.failed(error))
     }
 }
 
@@ -75,7 +85,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
         ready!(poll_turn(&mut this.to_write, cx));
         let written = match ready!(Pin::new(&mut this.io).poll_write(cx, buf)) {
             Ok(written) => written,
-            Err(error) => return Poll::Ready(Err(this.write_failed(cx, error))),
+            Err(error) => return this.poll_cause(cx, error).map(Err),
         };
         this.to_write = this.to_write.saturating_sub(written);
         this.meter.sent(written);
@@ -91,7 +101,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
         ready!(poll_turn(&mut this.to_write, cx));
         let written = match ready!(Pin::new(&mut this.io).poll_write_vectored(cx, bufs)) {
             Ok(written) => written,
-            Err(error) => return Poll::Ready(Err(this.write_failed(cx, error))),
+            Err(error) => return this.poll_cause(cx, error).map(Err),
         };
         this.to_write = this.to_write.saturating_sub(written);
         this.meter.sent(written);
@@ -106,7 +116,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Paced<IO> {
         let this = &mut *self;
         match ready!(Pin::new(&mut this.io).poll_flush(cx)) {
             Ok(()) => Poll::Ready(Ok(())),
-            Err(error) => Poll::Ready(Err(this.write_failed(cx, error))),
+            Err(error) => this.poll_cause(cx, error).map(Err),
         }
     }
 

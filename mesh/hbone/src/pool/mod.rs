@@ -31,6 +31,7 @@ pub use state::Key;
 
 use crate::client::{self, Connection, Driver, DriverEnd, Target};
 use crate::load::Lease;
+use crate::overhead::Tally;
 use crate::{ConnectRequest, OpenError, PoolSettings, Tunnel, WindowBudget};
 use state::{DialId, DialOutcome, DialWaiter, Selected, State, Step};
 
@@ -145,7 +146,12 @@ impl<K: Key> Pool<K> {
     {
         let shared = &self.shared;
         let mut may_spread = true;
+        let mut dialled: Option<Arc<Tally>> = None;
         for _ in 0..=DIALS {
+            // The server's verdict on our certificate may come before the connection was used; the next would meet the same.
+            if let Some(rejected) = dialled.and_then(|tally| client::rejection(target.address, &tally)) {
+                return Err(rejected);
+            }
             let step = {
                 let believed = |peer: &PeerCertificate| shared.is_believed(peer);
                 shared.state.lock().step(key, target, believed, &shared.settings, may_spread)?
@@ -172,7 +178,7 @@ impl<K: Key> Pool<K> {
                     permit.waiter
                 }
             };
-            may_spread = shared.join_dial(waiter, may_spread, key, target).await?;
+            (may_spread, dialled) = shared.join_dial(waiter, may_spread, key, target).await?;
         }
         Err(OpenError::Abandoned { address: target.address })
     }
@@ -266,7 +272,8 @@ impl<K: Key> Shared<K> {
         rechecked.is_ok()
     }
 
-    /// Waits for a connection that is being dialled. Returns whether the tunnel may wait for another one.
+    /// Waits for a connection that is being dialled. Returns whether the tunnel may wait for another one, and what tells of
+    /// the dialled one's failure.
     ///
     /// If it is dialled only to spread the load, the wait is short and a failure is ignored: the existing connections
     /// carry the tunnel as well.
@@ -276,12 +283,12 @@ impl<K: Key> Shared<K> {
         may_spread: bool,
         key: &K,
         target: Target<'_>,
-    ) -> Result<bool, OpenError> {
+    ) -> Result<(bool, Option<Arc<Tally>>), OpenError> {
         let outcome = waiter.outcome(target.address);
         if may_spread && self.state.lock().has_usable(key, target) {
-            return Ok(matches!(timeout(SPREAD_WAIT, outcome).await, Ok(Ok(()))));
+            return Ok((matches!(timeout(SPREAD_WAIT, outcome).await, Ok(Ok(_))), None));
         }
-        outcome.await.map(|()| may_spread)
+        outcome.await.map(|tally| (may_spread, Some(tally)))
     }
 }
 
@@ -325,7 +332,7 @@ impl<K: Key> Dialling<K> {
             Err(error) => Err(error),
         };
         match &outcome {
-            Ok(()) => shared.counters.connections.add(1),
+            Ok(_) => shared.counters.connections.add(1),
             Err(_) => shared.counters.failed_connections.add(1),
         }
         drop(guard);
@@ -344,20 +351,16 @@ impl<K: Key> Dialling<K> {
     }
 
     /// Adds the connection to the pool and starts its driver.
-    fn add<IO>(
-        &self,
-        shared: &Arc<Shared<K>>,
-        connection: Connection,
-        driver: Driver<IO>,
-    ) -> Result<(), OpenError>
+    fn add<IO>(&self, shared: &Arc<Shared<K>>, connection: Connection, driver: Driver<IO>) -> DialOutcome
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let tally = Arc::clone(connection.tally());
         let mut state = shared.state.lock();
         let id = state.add(&self.key, self.id, connection, Arc::clone(&self.tls))?;
         let drive = drive(Arc::clone(shared), self.key.clone(), self.address, id, driver);
         state.hold_driver(&self.key, id, tokio::spawn(drive).abort_handle());
-        Ok(())
+        Ok(tally)
     }
 }
 

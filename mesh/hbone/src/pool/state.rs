@@ -15,6 +15,7 @@ use super::InFlight;
 use super::choice::{Bounds, Candidate, Choice, choose};
 use crate::client::{Connection, Target};
 use crate::load::{Lease, Load};
+use crate::overhead::Tally;
 use crate::{OpenError, PoolSettings};
 
 /// What a pool's connections are kept by.
@@ -22,8 +23,8 @@ pub trait Key: Clone + Eq + Hash + Debug + Send + Sync + 'static {}
 
 impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Key for T {}
 
-/// How a dial ended.
-pub(super) type DialOutcome = Result<(), OpenError>;
+/// How a dial ended; if well, with what tells of the connection's later failure.
+pub(super) type DialOutcome = Result<Arc<Tally>, OpenError>;
 
 /// Identifies one dial, so that a late one is not taken for its successor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
