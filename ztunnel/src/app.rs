@@ -4,6 +4,7 @@
 //! data-path threads are [`ambit_runtime::workers`]. Every task here is essential: when one ends by itself, the
 //! program ends with its reason.
 
+mod authority;
 mod dump;
 mod servers;
 mod shutdown;
@@ -14,8 +15,7 @@ use std::time::Duration;
 use ambit_directory::Directory;
 use ambit_hbone::{Pool, PoolCounters, Server, WindowBudget};
 use ambit_identity::{
-    CertificateStore, CipherPreference, ControlPlane, ControlPlaneConfig, GrpcIssuer, StoreConfig,
-    TlsSettings, Trust, TrustConfig, TrustDomain,
+    CertificateStore, CipherPreference, StoreConfig, TlsSettings, Trust, TrustConfig, TrustDomain,
 };
 use ambit_telemetry::access::{self, AccessLog};
 use ambit_telemetry::logging::{self, Logging};
@@ -51,6 +51,9 @@ const FEW_FILES: u64 = 1024;
 
 /// Descriptors that are kept from connections however few there are.
 const OWN_FILES: u64 = 64;
+
+/// Look-ups of host names at a time.
+const MAX_LOOKUPS: u64 = 256;
 
 /// Where the node's own resolvers are named.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -104,7 +107,7 @@ fn shares(config: &Config, workers: usize, open_files: u64) -> Shares {
     // Two descriptors each.
     ambit_net::pipe::set_limit(usize::try_from(open_files / 16).unwrap_or(usize::MAX));
     let descriptors = descriptors_of_connections(open_files).min(connections.saturating_mul(2));
-    Shares::new(descriptors, config.limits.handshakes as u64)
+    Shares::new(descriptors, config.limits.handshakes as u64, MAX_LOOKUPS)
 }
 
 /// What the parts are made of, before they are put together.
@@ -114,7 +117,8 @@ struct Parts {
     trust: Trust,
     certificates: CertificateStore,
     directory: ambit_directory::Reader,
-    discovery: ambit_xds::Client,
+    /// None without a control plane.
+    discovery: Option<ambit_xds::Client>,
     access_log: AccessLog,
     tcp_metrics: TcpMetrics,
     budget: WindowBudget,
@@ -189,20 +193,28 @@ async fn parts(
     tasks: &mut Tasks,
 ) -> anyhow::Result<(Parts, Option<LogWriter>)> {
     let registry = Registry::new();
-    let control_plane = ControlPlane::new(ControlPlaneConfig {
-        address: config.control_plane.clone(),
-        root_file: config.control_plane_root.clone(),
-        server_name: config.control_plane_server_name.clone(),
-        token_file: Some(config.token_file.clone()),
-        cluster_id: config.cluster_id.clone(),
-    })?;
+    let control_plane = authority::control_plane(&config)?;
     let trust = trust(&config, tasks).await?;
-    let issuer = Arc::new(GrpcIssuer::impersonating(control_plane.clone()));
+    let issuer = authority::issuer(&config, control_plane.clone())?;
     let (certificates, renewal) = CertificateStore::new(store_config(&config), issuer, trust.clone());
     tasks.spawn("certificates", renewal);
     let (directory, reader) = Directory::new();
-    let (discovery, driver) = feed::subscribe(&config, directory, control_plane);
-    tasks.spawn("discovery", driver);
+    let discovery = match control_plane {
+        Some(control_plane) => {
+            let (discovery, driver) = feed::subscribe(&config, directory, control_plane);
+            tasks.spawn("discovery", driver);
+            Some(discovery)
+        }
+        None => {
+            let directory = feed::local::apply(config.xds.local_file.as_deref(), directory)?;
+            // Readers follow it for as long as its writer lives.
+            tasks.spawn("local directory", async move {
+                let _directory = directory;
+                std::future::pending::<()>().await;
+            });
+            None
+        }
+    };
     let (access_log, access_writer) = access_log(&config)?;
     access_log.register(&registry);
     let tcp_metrics = TcpMetrics::register(&registry, ambit_telemetry::tcp::DEFAULT_MAX_SERIES);
@@ -268,6 +280,7 @@ fn access_log(config: &Config) -> anyhow::Result<(AccessLog, Option<LogWriter>)>
 fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)> {
     let Parts { config, trust, certificates, directory, discovery, budget, open_files, .. } = parts;
     let (count, resolv_conf) = (config.worker_count(), resolv_conf());
+    let shares = shares(config, count, *open_files);
     let proxy = Arc::new(Proxy {
         settings: settings(config, trust),
         directory: directory.clone(),
@@ -276,13 +289,16 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         local: LocalPods::default(),
         connections: Connections::new(count),
         loads: Loads::default(),
-        shares: shares(config, count, *open_files),
-        demander: config.xds.on_demand.then(|| Demander::new(discovery.clone(), Bounds::default())),
-        synced: synced(discovery),
+        demander: discovery
+            .as_ref()
+            .filter(|_| config.xds.on_demand)
+            .map(|discovery| Demander::new(discovery.clone(), Bounds::default())),
+        synced: synced(discovery.as_ref()),
         drain: drain.clone(),
         server: Server::new(server_settings(config), trust.clone(), budget.clone()),
         hostnames: hostnames(config, &resolv_conf)?,
-        dns: dns(config, &resolv_conf, directory.clone(), &parts.registry),
+        dns: dns(config, &resolv_conf, directory.clone(), shares.clone(), &parts.registry),
+        shares,
         tallies: ProxyMetrics::default(),
     });
     let pool_counters = Arc::new(PoolCounters::default());
@@ -311,12 +327,13 @@ fn dns(
     config: &Config,
     own: &ResolvConf,
     directory: ambit_directory::Reader,
+    shares: Shares,
     registry: &Registry,
 ) -> DnsProxy {
     let configured = config.dns.upstreams.clone();
     let upstreams = if configured.is_empty() { own.reachable_from_pods() } else { configured };
     let settings = dns::Settings::new(&config.dns.cluster_domain, upstreams);
-    DnsProxy::new(settings, directory, dns::Metrics::register(registry))
+    DnsProxy::new(settings, directory, shares, dns::Metrics::register(registry))
 }
 
 fn hostnames(config: &Config, own: &ResolvConf) -> anyhow::Result<Hostnames> {
@@ -327,7 +344,8 @@ fn hostnames(config: &Config, own: &ResolvConf) -> anyhow::Result<Hostnames> {
 }
 
 /// Whether discovery has applied its first state, as something that a connection can look at.
-fn synced(discovery: &ambit_xds::Client) -> watch::Receiver<bool> {
+fn synced(discovery: Option<&ambit_xds::Client>) -> watch::Receiver<bool> {
+    let Some(discovery) = discovery else { return watch::channel(true).1 };
     let (tell, synced) = watch::channel(discovery.is_ready());
     let discovery = discovery.clone();
     tokio::spawn(async move {
@@ -365,7 +383,11 @@ fn readiness(parts: &Parts, mut progress: watch::Receiver<Progress>, tasks: &mut
     let (discovery, agent) = (readiness.task("discovery"), readiness.task("node agent"));
     let client = parts.discovery.clone();
     tasks.spawn_once("readiness of discovery", async move {
-        if client.ready().await {
+        let is_ready = match client {
+            Some(client) => client.ready().await,
+            None => true,
+        };
+        if is_ready {
             discovery.done();
         }
     });

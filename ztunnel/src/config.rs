@@ -31,7 +31,8 @@ pub struct Config {
     pub trust_domain: String,
     /// Other trust domains whose peers are accepted as if they were of ours.
     pub trust_domain_aliases: Vec<String>,
-    /// `host:port` of the control plane, which serves xDS and certificates.
+    /// `host:port` of the control plane, which serves xDS and certificates. Empty: there is none, and the mesh is what `xds.localFile`
+    /// says.
     pub control_plane: String,
     /// PEM file with the roots that the control plane's own certificate must chain to.
     pub control_plane_root: PathBuf,
@@ -138,6 +139,8 @@ pub enum LogFormat {
 pub struct Xds {
     /// Ask for a destination when a pod first dials it, instead of subscribing to everything.
     pub on_demand: bool,
+    /// YAML file with workloads and services, read at start where there is no control plane.
+    pub local_file: Option<PathBuf>,
 }
 
 /// The certificates of this node's pods.
@@ -148,6 +151,12 @@ pub struct Certificates {
     pub lifetime: Span,
     /// Which cipher suite is offered first; both are always accepted.
     pub cipher: Cipher,
+    /// `host:port` of the certificate authority. None: the control plane; without one, no pod gets a certificate.
+    pub authority: Option<String>,
+    /// PEM file with the roots that the authority's own certificate must chain to. None: those of the control plane.
+    pub authority_root: Option<PathBuf>,
+    /// DNS name that the authority's certificate must bear. None: the host of its address.
+    pub authority_server_name: Option<String>,
 }
 
 /// The preferred TLS 1.3 cipher suite.
@@ -238,7 +247,13 @@ impl Default for AccessLog {
 
 impl Default for Certificates {
     fn default() -> Self {
-        Self { lifetime: Span::from_secs(24 * 3600), cipher: Cipher::Aes128 }
+        Self {
+            lifetime: Span::from_secs(24 * 3600),
+            cipher: Cipher::Aes128,
+            authority: None,
+            authority_root: None,
+            authority_server_name: None,
+        }
     }
 }
 
@@ -296,12 +311,19 @@ impl Config {
         if !(60..=90 * 24 * 3600).contains(&lifetime) {
             return wrong("certificates.lifetime", "is not between one minute and 90 days");
         }
-        if self
-            .control_plane
-            .rsplit_once(':')
-            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
-        {
+        let is_address = |address: &str| {
+            address
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        };
+        if !self.control_plane.is_empty() && !is_address(&self.control_plane) {
             return wrong("controlPlane", "is not host:port");
+        }
+        if self.certificates.authority.as_ref().is_some_and(|address| !is_address(address)) {
+            return wrong("certificates.authority", "is not host:port");
+        }
+        if !self.control_plane.is_empty() && self.xds.local_file.is_some() {
+            return wrong("xds.localFile", "is only read where `controlPlane` is empty");
         }
         Ok(())
     }

@@ -5,7 +5,6 @@
 //! path is tried too.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
@@ -16,7 +15,7 @@ use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use smallvec::SmallVec;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Answers that are kept.
 const CACHE_SIZE: u64 = 4096;
@@ -26,8 +25,8 @@ const LONGEST: Duration = Duration::from_secs(3600);
 const LONGEST_NEGATIVE: Duration = Duration::from_secs(30);
 /// How long one resolver may take to answer.
 const ATTEMPT: Duration = Duration::from_secs(2);
-/// Lookups at a time.
-const MAX_LOOKUPS: usize = 256;
+/// Descriptors that one lookup takes: a question for each family.
+pub const LOOKUP_DESCRIPTORS: u64 = 2;
 /// Addresses of one name that are tried, at most.
 const MAX_ADDRESSES: usize = 8;
 
@@ -57,7 +56,7 @@ pub enum LookupError {
         /// What went wrong last.
         source: NetError,
     },
-    /// The resolvers did not answer in time, or too many lookups are going on.
+    /// The resolvers did not answer in time.
     #[error("{name}: no answer within {limit:?}")]
     TimedOut {
         /// The name.
@@ -73,7 +72,6 @@ pub struct Hostnames {
     /// None if no resolver is known.
     resolver: Option<TokioResolver>,
     runtime: Handle,
-    permits: Arc<Semaphore>,
     cluster_domain: Box<str>,
     /// Domains of the node that pods search after those of the cluster.
     node_search: Box<[String]>,
@@ -95,13 +93,13 @@ impl Hostnames {
         Ok(Self {
             resolver: (!nameservers.is_empty()).then(|| resolver(nameservers)).transpose()?,
             runtime: Handle::current(),
-            permits: Arc::new(Semaphore::new(MAX_LOOKUPS)),
             cluster_domain: cluster_domain.into(),
             node_search: search.iter().filter(|domain| !in_cluster(domain)).cloned().collect(),
         })
     }
 
-    /// The addresses of `name` as a pod of `namespace` would find them, those of the family of `like` first.
+    /// The addresses of `name` as a pod of `namespace` would find them, those of the family of `like` first. The lookup ends
+    /// with the returned future; `held` is kept until then.
     ///
     /// # Errors
     /// [`LookupError`].
@@ -111,24 +109,20 @@ impl Hostnames {
         namespace: &str,
         like: IpAddr,
         limit: Duration,
+        held: impl Send + 'static,
     ) -> Result<Addresses, LookupError> {
         let resolver =
             self.resolver.clone().ok_or_else(|| LookupError::NoResolver { name: name.to_owned() })?;
         let names = candidates(name, namespace, &self.cluster_domain, &self.node_search);
-        let (permits, asked) = (Arc::clone(&self.permits), name.to_owned());
-        let looking_up = self.runtime.spawn(async move {
-            let _permit = permits.acquire_owned().await;
+        let asked = name.to_owned();
+        let looking_up = AbortOnDropHandle::new(self.runtime.spawn(async move {
+            let _held = held;
             first_known(&resolver, &names, asked).await
-        });
-        let stop = looking_up.abort_handle();
-        let timed_out = || LookupError::TimedOut { name: name.to_owned(), limit };
+        }));
         let mut addresses = match tokio::time::timeout(limit, looking_up).await {
             Ok(Ok(found)) => found?,
             // The runtime is going down, or nothing came in time.
-            Ok(Err(_)) | Err(_) => {
-                stop.abort();
-                return Err(timed_out());
-            }
+            Ok(Err(_)) | Err(_) => return Err(LookupError::TimedOut { name: name.to_owned(), limit }),
         };
         addresses.sort_by_key(|address| address.is_ipv4() != like.is_ipv4());
         addresses.truncate(MAX_ADDRESSES);
@@ -198,7 +192,7 @@ fn candidates(name: &str, namespace: &str, cluster_domain: &str, node_search: &[
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
 
     use hickory_proto::op::{Message, ResponseCode};
     use hickory_proto::rr::rdata::{A, AAAA};
@@ -262,10 +256,10 @@ mod tests {
             server(&[("db.example.com.", &["192.0.2.1", "192.0.2.2", "2001:db8::1"])]).await;
         let hostnames = Hostnames::new(&[server], &[], "cluster.local").unwrap();
         let (v4, v6) = ("0.0.0.0".parse().unwrap(), "::".parse().unwrap());
-        let found = hostnames.lookup("db.example.com", "shop", v4, LIMIT).await.unwrap();
+        let found = hostnames.lookup("db.example.com", "shop", v4, LIMIT, ()).await.unwrap();
         assert_eq!(found, addresses(&["192.0.2.1", "192.0.2.2", "2001:db8::1"]));
         for _ in 0..100 {
-            let found = hostnames.lookup("db.example.com", "shop", v6, LIMIT).await.unwrap();
+            let found = hostnames.lookup("db.example.com", "shop", v6, LIMIT, ()).await.unwrap();
             assert_eq!(found[0], addresses(&["2001:db8::1"])[0]);
         }
         assert_eq!(asked.total(), 2, "one question a family");
@@ -288,11 +282,28 @@ mod tests {
             ("db.other", "shop", "10.0.0.2"),
             ("printer", "shop", "10.0.0.3"),
         ] {
-            let found = hostnames.lookup(name, namespace, like, LIMIT).await.unwrap();
+            let found = hostnames.lookup(name, namespace, like, LIMIT, ()).await.unwrap();
             assert_eq!(found, addresses(&[address]), "{name} in {namespace}");
         }
-        let missing = hostnames.lookup("db", "ambit-system", like, LIMIT).await;
+        let missing = hostnames.lookup("db", "ambit-system", like, LIMIT, ()).await;
         assert!(matches!(missing, Err(LookupError::NotFound { .. })), "{missing:?}");
+    }
+
+    #[tokio::test]
+    async fn a_lookup_ends_with_its_waiter() {
+        let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let hostnames = Hostnames::new(&[silent.local_addr().unwrap()], &[], "cluster.local").unwrap();
+        let held = Arc::new(());
+        let like = IpAddr::from([0, 0, 0, 0]);
+        let waiting = hostnames.lookup("db.example.com", "shop", like, LIMIT, Arc::clone(&held));
+        assert!(tokio::time::timeout(Duration::from_millis(50), waiting).await.is_err());
+        let ended = async {
+            while Arc::strong_count(&held) > 1 {
+                tokio::task::yield_now().await;
+            }
+        };
+        // Long before the resolver is given up.
+        tokio::time::timeout(Duration::from_secs(1), ended).await.expect("the lookup ends");
     }
 
     #[tokio::test]
@@ -300,10 +311,10 @@ mod tests {
         let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let hostnames = Hostnames::new(&[silent.local_addr().unwrap()], &[], "cluster.local").unwrap();
         let limit = Duration::from_millis(50);
-        let outcome = hostnames.lookup("db.example.com", "shop", [0, 0, 0, 0].into(), limit).await;
+        let outcome = hostnames.lookup("db.example.com", "shop", [0, 0, 0, 0].into(), limit, ()).await;
         assert!(matches!(outcome, Err(LookupError::TimedOut { .. })), "{outcome:?}");
         let none = Hostnames::new(&[], &[], "cluster.local").unwrap();
-        let outcome = none.lookup("db.example.com", "shop", [0, 0, 0, 0].into(), limit).await;
+        let outcome = none.lookup("db.example.com", "shop", [0, 0, 0, 0].into(), limit, ()).await;
         assert!(matches!(outcome, Err(LookupError::NoResolver { .. })), "{outcome:?}");
     }
 }

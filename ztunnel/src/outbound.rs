@@ -119,7 +119,7 @@ async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str
     }
     let limit = worker.proxy.settings.limits.attempt_timeout;
     let like = pod_address.ip();
-    let found = worker.proxy.hostnames.lookup(&name, namespace, like, limit).await;
+    let found = worker.proxy.lookup(pod, &name, like, limit).await;
     match found.as_deref().map(<[_]>::first) {
         Ok(Some(first)) => Authority::Address(SocketAddr::new(*first, port)),
         outcome => {

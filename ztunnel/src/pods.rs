@@ -290,16 +290,18 @@ impl Pods {
             .map_err(|source| PodError::Certificate { uid: uid.clone(), source })?;
         let workload = WorkloadUid::of_pod(&settings.cluster_id, &info.namespace, &info.name);
         let stock = SocketStock::new(netns.clone(), Some(PROXY_MARK));
+        let (uid, shares): (Arc<str>, _) = (uid.as_str().into(), PodShares::default());
+        let whereabouts = (info.namespace.as_str(), &*settings.network);
         Ok(Arc::new(Pod {
-            uid: uid.as_str().into(),
+            dns: self.0.proxy.dns.client(&uid, shares.outbound(), whereabouts, stock.clone()),
+            uid,
             info: info.clone(),
             identity,
             pinned: self.0.proxy.demander.as_ref().map(|demander| demander.pin(workload.as_str())),
             workload,
-            dns: self.0.proxy.dns.client(&info.namespace, &settings.network, stock.clone()),
             stock,
             certificates,
-            shares: PodShares::default(),
+            shares,
             ejected: EjectedEndpoints::default(),
             _descriptors: self.0.proxy.shares.descriptors.reserve(POD_DESCRIPTORS),
             left: watch::Sender::new(false),

@@ -3,6 +3,7 @@
 //! Built once by `app`; read everywhere on the data path. Nothing here changes but through the
 //! snapshots, stores and tables that it holds.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use tokio::sync::watch;
 use crate::config::SameNode;
 use crate::dns::DnsProxy;
 use crate::error::ConnectionError;
-use crate::hostnames::Hostnames;
+use crate::hostnames::{Addresses, Hostnames, LOOKUP_DESCRIPTORS};
 use crate::ondemand::Demander;
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pod};
@@ -149,6 +150,26 @@ pub struct Worker {
 }
 
 impl Proxy {
+    /// The addresses of a name outside the mesh, as the pod would find them, on the pod's account.
+    ///
+    /// # Errors
+    /// [`ConnectionError::Limit`], [`ConnectionError::Lookup`].
+    pub async fn lookup(
+        &self,
+        pod: &Pod,
+        name: &str,
+        like: IpAddr,
+        limit: Duration,
+    ) -> Result<Addresses, ConnectionError> {
+        let (shares, holder) = (&self.shares, pod.shares().outbound());
+        let held = shares
+            .lookups
+            .take(&holder, 1)
+            .and_then(|lookup| Ok((lookup, shares.descriptors.take(&holder, LOOKUP_DESCRIPTORS)?)));
+        let held = held.inspect_err(|refusal| shares.report(*refusal, "lookup", &holder, pod.uid(), like))?;
+        Ok(self.hostnames.lookup(name, &pod.info().namespace, like, limit, held).await?)
+    }
+
     /// The pod's own workload in the newest snapshot; waits a bounded time for the first state of the
     /// control plane, and for a pod that is younger than what it has told.
     ///

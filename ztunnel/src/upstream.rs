@@ -417,8 +417,8 @@ impl Dial<'_> {
             ambit_directory::Authority::Address(address) => address.ip(),
             ambit_directory::Authority::Host { .. } => self.source.ip(),
         };
-        let (name, namespace) = (&route.workload.hostname, &self.pod.info().namespace);
-        let addresses = self.worker.proxy.hostnames.lookup(name, namespace, like, limit).await?;
+        let name = &route.workload.hostname;
+        let addresses = self.worker.proxy.lookup(self.pod, name, like, limit).await?;
         let mut left = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
         let mut last = None;
         for address in addresses {
@@ -482,8 +482,7 @@ impl Dial<'_> {
         let reserved = tokio::time::timeout(limit, Box::pin(self.worker.pool.reserve(&key, target, dial)));
         let reserved = reserved.await.map_err(|_| ConnectionError::AttemptTimedOut { address, limit })??;
         // From here on it is the destination that may be slow.
-        let timed_out =
-            || OpenError::ConnectTimeout { address, authority: request.authority.clone(), limit };
+        let timed_out = || OpenError::ConnectTimeout { address, authority: request.authority.clone(), limit };
         let opened = tokio::time::timeout(limit, Box::pin(reserved.open(request))).await;
         Ok(opened.unwrap_or_else(|_| Err(timed_out()))?)
     }

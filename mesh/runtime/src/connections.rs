@@ -386,9 +386,7 @@ mod tests {
     #[tokio::test]
     async fn a_review_ends_exactly_those_that_it_gives_a_reason_for() {
         let table = Connections::new(2);
-        let open: Vec<_> = (0..4)
-            .map(|n| table.open(n.into(), connection(Direction::Inbound, n)))
-            .collect();
+        let open: Vec<_> = (0..4).map(|n| table.open(n.into(), connection(Direction::Inbound, n))).collect();
         let ended = table.review(|c| c.source.port().is_multiple_of(2).then_some(CutReason::Revoked));
         assert_eq!(ended, 2);
         for connection in &open {

@@ -1,4 +1,4 @@
-//! Shares of what all pods use together: descriptors, and handshakes in progress.
+//! Shares of what all pods use together: descriptors, handshakes in progress, and look-ups of host names.
 //!
 //! A pod may hold as much of a [`Budget`] as it leaves free, and a peer as much of its pod's share as it leaves
 //! free there (dynamic thresholds: Choudhury and Hahne, 1998). One pod that takes all it can get ends at half of
@@ -35,16 +35,19 @@ pub enum Resource {
     Descriptors,
     /// TLS handshakes of clients that are not finished.
     Handshakes,
+    /// Look-ups of host names that are not finished.
+    Lookups,
 }
 
 impl Resource {
-    const COUNT: usize = 2;
+    const COUNT: usize = 3;
 
     /// The value of the metric's label.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Descriptors => "descriptors",
             Self::Handshakes => "handshakes",
+            Self::Lookups => "lookups",
         }
     }
 }
@@ -97,10 +100,11 @@ impl Share {
     }
 
     fn counter(&self, resource: Resource) -> &AtomicU64 {
-        let [descriptors, handshakes] = &self.held;
+        let [descriptors, handshakes, lookups] = &self.held;
         match resource {
             Resource::Descriptors => descriptors,
             Resource::Handshakes => handshakes,
+            Resource::Lookups => lookups,
         }
     }
 
@@ -353,35 +357,38 @@ impl PodShares {
 
 type RefusalLabels = [(&'static str, &'static str); 3];
 
-/// The budgets of the process, and what was refused.
-#[derive(Debug)]
+/// The budgets of the process, and what was refused. Clones share them.
+#[derive(Debug, Clone)]
 pub struct Shares {
     /// Open files that connections may take.
     pub descriptors: Arc<Budget>,
     /// Handshakes of clients that may be in progress.
     pub handshakes: Arc<Budget>,
+    /// Look-ups of host names that may be in progress.
+    pub lookups: Arc<Budget>,
     refused: Family<RefusalLabels, Counter>,
 }
 
 impl Shares {
     /// Budgets of these capacities.
-    pub fn new(descriptors: u64, handshakes: u64) -> Self {
+    pub fn new(descriptors: u64, handshakes: u64, lookups: u64) -> Self {
         Self {
             descriptors: Budget::new(Resource::Descriptors, descriptors),
             handshakes: Budget::new(Resource::Handshakes, handshakes),
+            lookups: Budget::new(Resource::Lookups, lookups),
             refused: Family::default(),
         }
     }
 
     /// Registers what is held and what was refused.
     pub fn register(&self, registry: &Registry) {
-        let help = "Connections refused because a share of descriptors or handshakes was used up";
+        let help = "Connections and questions refused because a share of descriptors, handshakes or look-ups was used up";
         registry.register("ambit_connections_refused", help, self.refused.clone());
         let gauge = |name: &str, help: &str, budget: &Arc<Budget>, read: fn(&Budget) -> u64| {
             let budget = budget.clone();
             registry.gauge_from(name, help, move || i64::try_from(read(&budget)).unwrap_or(i64::MAX));
         };
-        let (descriptors, handshakes) = (&self.descriptors, &self.handshakes);
+        let Self { descriptors, handshakes, lookups, refused: _ } = self;
         gauge(
             "ambit_descriptors_limit",
             "Descriptors that connections may take",
@@ -396,6 +403,13 @@ impl Shares {
         );
         gauge("ambit_handshakes_limit", "Handshakes that may be in progress", handshakes, Budget::capacity);
         gauge("ambit_handshakes_used", "Handshakes in progress", handshakes, Budget::used);
+        gauge(
+            "ambit_lookups_limit",
+            "Look-ups of host names that may be in progress",
+            lookups,
+            Budget::capacity,
+        );
+        gauge("ambit_lookups_used", "Look-ups of host names in progress", lookups, Budget::used);
     }
 
     /// Counts a refusal, and logs it unless the same holder was logged a moment ago.

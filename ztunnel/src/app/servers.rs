@@ -102,7 +102,9 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     ejections(registry, &program.proxy);
     pools(registry, &program.pool_counters);
     windows(registry, parts);
-    discovery(registry, &parts.discovery);
+    if let Some(client) = &parts.discovery {
+        discovery(registry, client);
+    }
     if let Some(demander) = &program.proxy.demander {
         demands(registry, demander);
     }

@@ -35,11 +35,9 @@ const PROCESSORS: &[&str] = &["ZTUNNEL_WORKER_THREADS", "ZTUNNEL_CPU_LIMIT", "ZT
 
 /// Variables without a counterpart.
 const WITHOUT_EFFECT: &[&str] = &[
-    "ALT_CA_HOSTNAME",
     "ENABLE_ORIG_SRC",
     "ENABLE_RESPONSE_BAGGAGE",
     "LOCALHOST_APP_TUNNEL",
-    "LOCAL_XDS_PATH",
     "PACKET_MARK",
     "POOL_MAX_STREAMS_PER_CONNECTION",
     "PREFERED_SERVICE_NAMESPACE",
@@ -73,7 +71,8 @@ pub(super) fn read(variables: &[(String, String)]) -> Result<Environment, Config
             read.settings.push((key, value_of(variable, value), variable));
         }
     }
-    control_plane(&get, &mut read)?;
+    control_plane(&get, &mut read);
+    authority(&get, &mut read);
     if let Some((variable, workers)) = workers(&get)? {
         read.settings.push(("workers", workers, variable));
     }
@@ -108,36 +107,54 @@ fn value_of(variable: &str, value: &str) -> String {
     }
 }
 
-/// One address serves xDS and certificates; the name on its certificate is that of the address unless another is given.
-fn control_plane<'a>(
-    get: &impl Fn(&str) -> Option<&'a str>,
-    read: &mut Environment,
-) -> Result<(), ConfigError> {
-    let Some(address) = get("XDS_ADDRESS") else { return Ok(()) };
-    let address = address.trim_start_matches("https://");
-    if address.is_empty() {
-        return Err(wrong(
-            "XDS_ADDRESS",
-            address,
-            "an address; running without a control plane is not supported",
-        ));
+/// Where discovery is; the name on its certificate is that of the address unless another is given. An empty address is
+/// that of no control plane.
+fn control_plane<'a>(get: &impl Fn(&str) -> Option<&'a str>, read: &mut Environment) {
+    let local = get("LOCAL_XDS_PATH").filter(|path| !path.is_empty());
+    let address = get("XDS_ADDRESS").map(plain);
+    if let Some(address) = address {
+        read.settings.push(("controlPlane", address.to_owned(), "XDS_ADDRESS"));
+        let is_named = read.settings.iter().any(|(key, _, _)| *key == "controlPlaneServerName");
+        if !is_named && !address.is_empty() {
+            read.settings.push(("controlPlaneServerName", host(address).to_owned(), "XDS_ADDRESS"));
+        }
     }
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    read.settings.push(("controlPlane", address.to_owned(), "XDS_ADDRESS"));
-    if !read.settings.iter().any(|(key, _, _)| *key == "controlPlaneServerName") {
-        read.settings.push(("controlPlaneServerName", host.to_owned(), "XDS_ADDRESS"));
+    match (local, address) {
+        (Some(path), Some("")) => read.settings.push(("xds.localFile", path.to_owned(), "LOCAL_XDS_PATH")),
+        (Some(_), _) => read.without_effect.push("LOCAL_XDS_PATH (there is a control plane)".to_owned()),
+        (None, _) => {}
     }
-    let differs = |name: &str, other: Option<&str>| {
-        get(name)
-            .is_some_and(|value| !value.is_empty() && Some(value.trim_start_matches("https://")) != other)
-    };
-    if differs("CA_ADDRESS", Some(address)) {
-        read.without_effect.push("CA_ADDRESS (certificates come from XDS_ADDRESS)".to_owned());
+}
+
+/// Where certificates come from, if that is not the control plane.
+fn authority<'a>(get: &impl Fn(&str) -> Option<&'a str>, read: &mut Environment) {
+    let given = |name: &str| get(name).filter(|value| !value.is_empty());
+    let Some(address) = given("CA_ADDRESS").map(plain) else { return };
+    let (root, name) = (given("CA_ROOT_CA"), given("ALT_CA_HOSTNAME"));
+    let is_that_of_xds = get("XDS_ADDRESS").map(plain) == Some(address)
+        && (root.is_none() || root == given("XDS_ROOT_CA"))
+        && (name.is_none() || name == given("ALT_XDS_HOSTNAME"));
+    if is_that_of_xds {
+        return;
     }
-    if differs("CA_ROOT_CA", get("XDS_ROOT_CA")) && get("XDS_ROOT_CA").is_some() {
-        read.without_effect.push("CA_ROOT_CA (XDS_ROOT_CA verifies both)".to_owned());
+    read.settings.push(("certificates.authority", address.to_owned(), "CA_ADDRESS"));
+    for (key, value, variable) in [
+        ("certificates.authorityRoot", root, "CA_ROOT_CA"),
+        ("certificates.authorityServerName", name, "ALT_CA_HOSTNAME"),
+    ] {
+        if let Some(value) = value {
+            read.settings.push((key, value.to_owned(), variable));
+        }
     }
-    Ok(())
+}
+
+/// An address without a scheme.
+fn plain(address: &str) -> &str {
+    address.trim_start_matches("https://")
+}
+
+fn host(address: &str) -> &str {
+    address.rsplit_once(':').map_or(address, |(host, _)| host)
 }
 
 /// The number of workers: as many as processors, or a share of them in per cent.
@@ -214,13 +231,45 @@ mod tests {
     fn variables_without_effect_are_collected() {
         let read = read_all(&[
             ("XDS_ADDRESS", "a:1"),
-            ("CA_ADDRESS", "b:1"),
+            ("LOCAL_XDS_PATH", "/local.yaml"),
             ("KEEPALIVE_TIME", "10s"),
             ("PACKET_MARK", "1"),
         ])
         .unwrap();
         let names: Vec<&str> = read.without_effect.iter().map(|it| it.split(' ').next().unwrap()).collect();
-        assert_eq!(names, ["CA_ADDRESS", "KEEPALIVE_TIME", "PACKET_MARK"]);
+        assert_eq!(names, ["KEEPALIVE_TIME", "LOCAL_XDS_PATH", "PACKET_MARK"]);
+    }
+
+    #[test]
+    fn an_empty_address_is_no_control_plane() {
+        let read = read_all(&[("XDS_ADDRESS", ""), ("LOCAL_XDS_PATH", "/local.yaml")]).unwrap();
+        assert_eq!(setting(&read, "controlPlane").as_deref(), Some(""));
+        assert_eq!(setting(&read, "controlPlaneServerName"), None);
+        assert_eq!(setting(&read, "xds.localFile").as_deref(), Some("/local.yaml"));
+        assert_eq!(setting(&read, "certificates.authority"), None);
+    }
+
+    #[test]
+    fn certificates_may_come_from_elsewhere() {
+        let same = [
+            ("XDS_ADDRESS", "https://a:1"),
+            ("CA_ADDRESS", "a:1"),
+            ("CA_ROOT_CA", "/ca.pem"),
+            ("XDS_ROOT_CA", "/ca.pem"),
+        ];
+        assert_eq!(setting(&read_all(&same).unwrap(), "certificates.authority"), None);
+        for xds in ["", "a:1"] {
+            let read = read_all(&[
+                ("XDS_ADDRESS", xds),
+                ("CA_ADDRESS", "https://b:1"),
+                ("CA_ROOT_CA", "/ca.pem"),
+                ("ALT_CA_HOSTNAME", "ca.example"),
+            ]);
+            let read = read.unwrap();
+            for (key, value) in [("", "b:1"), ("Root", "/ca.pem"), ("ServerName", "ca.example")] {
+                assert_eq!(setting(&read, &format!("certificates.authority{key}")).as_deref(), Some(value));
+            }
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use ambit_directory::Reader;
 use ambit_net::SocketStock;
+use ambit_runtime::shares::{Holder, Shares};
 use tokio::sync::Semaphore;
 
 pub use metrics::Metrics;
@@ -73,6 +74,9 @@ impl Settings {
 /// The pod that asks.
 #[derive(Debug)]
 pub struct Client {
+    uid: Arc<str>,
+    /// On whose account sockets towards resolvers are.
+    holder: Holder,
     namespace: Arc<str>,
     network: Arc<str>,
     /// Makes the sockets that questions are forwarded with: marked, in the pod's namespace.
@@ -91,24 +95,33 @@ pub struct DnsProxy {
 struct Shared {
     settings: Settings,
     directory: Reader,
+    shares: Shares,
     metrics: Metrics,
     in_flight: Arc<Semaphore>,
     foreign: Arc<Semaphore>,
 }
 
 impl DnsProxy {
-    /// Answers from `directory`.
-    pub fn new(settings: Settings, directory: Reader, metrics: Metrics) -> Self {
+    /// Answers from `directory`. What is asked of resolvers takes a descriptor each of `shares`.
+    pub fn new(settings: Settings, directory: Reader, shares: Shares, metrics: Metrics) -> Self {
         let in_flight = Arc::new(Semaphore::new(settings.max_in_flight));
         let foreign = Arc::new(Semaphore::new(settings.max_foreign));
-        Self { shared: Arc::new(Shared { settings, directory, metrics, in_flight, foreign }) }
+        Self { shared: Arc::new(Shared { settings, directory, shares, metrics, in_flight, foreign }) }
     }
 
-    /// A pod in `namespace` and `network` whose questions are forwarded with `sockets`.
-    pub fn client(&self, namespace: &str, network: &str, sockets: SocketStock) -> Arc<Client> {
+    /// The pod `uid` in `namespace` and `network`, whose questions are forwarded with `sockets` on the account of `holder`.
+    pub fn client(
+        &self,
+        uid: &Arc<str>,
+        holder: Holder,
+        (namespace, network): (&str, &str),
+        sockets: SocketStock,
+    ) -> Arc<Client> {
+        let uid = Arc::clone(uid);
         let in_flight = Arc::new(Semaphore::new(self.shared.settings.max_in_flight_per_pod));
         let foreign = Arc::new(Semaphore::new(self.shared.settings.max_foreign_per_pod));
-        Arc::new(Client { namespace: namespace.into(), network: network.into(), sockets, in_flight, foreign })
+        let (namespace, network) = (namespace.into(), network.into());
+        Arc::new(Client { uid, holder, namespace, network, sockets, in_flight, foreign })
     }
 
     /// Whether a TCP connection to `resolver` is one of DNS questions for the cluster: `None` is one to this proxy

@@ -3,10 +3,11 @@
 //! One loop a UDP socket and one task a TCP connection; a question that is with a resolver is a task of
 //! its own, and there are only so many. Dropping a serve future ends its questions; stopping it does not.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_runtime::shares::Taken;
 use hickory_proto::op::ResponseCode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
@@ -84,17 +85,41 @@ impl ForResolvers {
     }
 }
 
-/// Leave for one question to be with resolvers: of the pod and of the process.
+/// Leave for one question to be with resolvers: of the pod and of the process, and the socket that it takes.
 struct Leave {
     _of_pod: OwnedSemaphorePermit,
     _of_process: OwnedSemaphorePermit,
+    _socket: Taken,
+}
+
+/// Whether resolvers of the cluster are asked or others.
+#[derive(Clone, Copy)]
+enum Limited {
+    Cluster,
+    Foreign,
 }
 
 impl Shared {
-    fn leave(of_pod: &Arc<Semaphore>, of_process: &Arc<Semaphore>) -> Option<Leave> {
-        let of_pod = Arc::clone(of_pod).try_acquire_owned().ok()?;
-        let of_process = Arc::clone(of_process).try_acquire_owned().ok()?;
-        Some(Leave { _of_pod: of_pod, _of_process: of_process })
+    /// `None` if too much is with resolvers, which is counted.
+    fn leave(&self, client: &Client, peer: IpAddr, which: Limited) -> Option<Leave> {
+        let (of_pod, of_process) = match which {
+            Limited::Cluster => (&client.in_flight, &self.in_flight),
+            Limited::Foreign => (&client.foreign, &self.foreign),
+        };
+        let permit = |of: &Arc<Semaphore>| Arc::clone(of).try_acquire_owned().ok();
+        let leave = permit(of_pod).zip(permit(of_process)).and_then(|(of_pod, of_process)| {
+            let taken = self.shares.descriptors.take(&client.holder, 1);
+            let socket = taken
+                .inspect_err(|refusal| {
+                    self.shares.report(*refusal, "dns", &client.holder, &client.uid, peer);
+                })
+                .ok()?;
+            Some(Leave { _of_pod: of_pod, _of_process: of_process, _socket: socket })
+        });
+        if leave.is_none() {
+            self.metrics.refused.inc();
+        }
+        leave
     }
 
     /// Decides on a message for the cluster's resolvers.
@@ -140,11 +165,8 @@ impl Shared {
     fn handle_datagram(&self, asked: ClientQuery, socket: &UdpSocket) -> Option<ForResolvers> {
         if let Some(resolver) = asked.original.filter(|_| !self.is_own(asked.original)) {
             self.metrics.foreign.inc();
-            let Some(leave) = Self::leave(&asked.client.foreign, &self.foreign) else {
-                // Lost, as datagrams may be: nobody but the resolver answers for it.
-                self.metrics.refused.inc();
-                return None;
-            };
+            // Without leave it is lost, as datagrams may be: nobody but the resolver answers for it.
+            let leave = self.leave(&asked.client, asked.peer.ip(), Limited::Foreign)?;
             return Some(ForResolvers { asked, whose: Whose::Foreign(resolver), leave });
         }
         let limit = match self.react(&asked.client, &asked.query, Transport::Udp) {
@@ -155,8 +177,7 @@ impl Shared {
             Reaction::Ignore => return None,
             Reaction::Forward(question) => question.udp_limit,
         };
-        let Some(leave) = Self::leave(&asked.client.in_flight, &self.in_flight) else {
-            self.metrics.refused.inc();
+        let Some(leave) = self.leave(&asked.client, asked.peer.ip(), Limited::Cluster) else {
             if let Some(response) = failure(&asked.query) {
                 send(socket, &response, asked.peer);
             }
@@ -260,10 +281,8 @@ impl DnsProxy {
     /// Answers the questions of one TCP connection [for the cluster](Self::is_for_cluster) until it ends. `original` is
     /// the resolver that the client dialled.
     pub async fn serve_tcp(&self, client: Arc<Client>, stream: TcpStream, original: Option<SocketAddr>) {
-        let Some(leave) = Shared::leave(&client.in_flight, &self.shared.in_flight) else {
-            self.shared.metrics.refused.inc();
-            return;
-        };
+        let peer = stream.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.ip());
+        let Some(leave) = self.shared.leave(&client, peer, Limited::Cluster) else { return };
         self.converse(&client, stream, original).await;
         drop(leave);
     }

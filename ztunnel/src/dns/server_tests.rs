@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_net::{Netns, SocketStock};
+use ambit_runtime::shares::{PodShares, Shares};
 use ambit_telemetry::Registry;
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, TXT};
@@ -16,7 +17,7 @@ use tokio::time::timeout;
 
 use super::forward::framed;
 use super::resolver_tests::directory;
-use super::{DnsProxy, Metrics, Originals, Settings, wire};
+use super::{Client, DnsProxy, Metrics, Originals, Settings, wire};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -28,6 +29,15 @@ impl Originals for Always {
     fn original(&mut self, _: SocketAddr) -> impl Future<Output = Option<SocketAddr>> + Send {
         std::future::ready(self.0)
     }
+}
+
+fn shares() -> Shares {
+    Shares::new(4096, 1, 1)
+}
+
+fn client(proxy: &DnsProxy) -> Arc<Client> {
+    let sockets = SocketStock::new(Netns::current().unwrap(), None);
+    proxy.client(&"uid".into(), PodShares::default().outbound(), ("shop", ""), sockets)
 }
 
 struct Proxy {
@@ -50,8 +60,8 @@ impl Proxy {
 
     async fn with(settings: Settings, original: Option<SocketAddr>) -> Self {
         let registry = Registry::new();
-        let proxy = DnsProxy::new(settings, directory(), Metrics::register(&registry));
-        let client = proxy.client("shop", "", SocketStock::new(Netns::current().unwrap(), None));
+        let proxy = DnsProxy::new(settings, directory(), shares(), Metrics::register(&registry));
+        let client = client(&proxy);
         let socket = UdpSocket::bind(LOOPBACK).await.unwrap();
         let listener = TcpListener::bind(LOOPBACK).await.unwrap();
         let (udp, tcp) = (socket.local_addr().unwrap(), listener.local_addr().unwrap());
@@ -344,8 +354,8 @@ async fn a_stopped_proxy_still_delivers_what_is_with_resolvers() {
         upstream.send_to(&honest(&buffer[..length], 0), peer).await.unwrap();
     });
     let settings = Settings { attempt_timeout: PATIENCE, ..Settings::new("cluster.local", vec![address]) };
-    let proxy = DnsProxy::new(settings, directory(), Metrics::register(&Registry::new()));
-    let client = proxy.client("shop", "", SocketStock::new(Netns::current().unwrap(), None));
+    let proxy = DnsProxy::new(settings, directory(), shares(), Metrics::register(&Registry::new()));
+    let client = client(&proxy);
     let socket = UdpSocket::bind(LOOPBACK).await.unwrap();
     let asker = UdpSocket::bind(LOOPBACK).await.unwrap();
     asker.connect(socket.local_addr().unwrap()).await.unwrap();

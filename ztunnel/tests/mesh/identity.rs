@@ -8,7 +8,8 @@ use std::time::Duration;
 use ambit_ca::{Authority, AuthorityConfig};
 use ambit_hbone::client::{self, Target};
 use ambit_hbone::{
-    ClientSettings, ConnectRequest, Endpoints, OpenError, Server, ServerSettings, WindowBudget,
+    Baggage, ClientSettings, ConnectRequest, Endpoints, OpenError, Server, ServerSettings, WindowBudget,
+    WorkloadKind,
 };
 use ambit_identity::{
     CertificateRequest, ClientTls, SpiffeId, TlsSettings, Trust, TrustDomain, WorkloadCertificate,
@@ -46,6 +47,16 @@ async fn connect(
     tls: Arc<ClientTls>,
     authority: SocketAddr,
 ) -> Result<ambit_hbone::Tunnel, OpenError> {
+    connect_as(from, server, tls, ConnectRequest::new(authority)).await
+}
+
+/// The same with any request.
+async fn connect_as(
+    from: &Pod,
+    server: &Pod,
+    tls: Arc<ClientTls>,
+    request: ConnectRequest,
+) -> Result<ambit_hbone::Tunnel, OpenError> {
     let address = SocketAddr::new(server.net.v4.into(), 15008);
     let socket = from.net.dial(address).await.unwrap();
     let settings = ClientSettings { connect_timeout: LIMIT, ..ClientSettings::default() };
@@ -53,7 +64,7 @@ async fn connect(
     let target = Target { address, source, tls: &tls, expected: &[id("server")] };
     let (connection, driver) = client::connect(socket, target, &settings, &WindowBudget::new(0)).await?;
     tokio::spawn(driver.run(|| ()));
-    connection.open(&ConnectRequest::new(authority), &settings).await
+    connection.open(&request, &settings).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -247,4 +258,51 @@ async fn a_server_that_rejects_our_certificate_is_not_asked_again() {
     let metrics = mesh.nodes[0].ztunnel.metrics().await;
     let failed = metrics.lines().find(|line| line.starts_with("istio_tcp_connections_failed_total{"));
     assert!(failed.is_some_and(|line| line.contains("response_flags=\"IDENTITY_ERROR\"")), "{failed:?}");
+}
+
+/// It is not proven: good enough for metrics and logs of who is known by nothing else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn baggage_names_unknown_clients_and_decides_nothing() {
+    let mesh = Mesh::start(1, json!({})).await;
+    let server = mesh.pod(0, "server", "server").await;
+    let known = mesh.uncaptured_pod(0, "known", "friend").await;
+    let unknown = Pod { net: mesh.fabric.pod().await, ..known.clone() };
+    let _seen = echo(server.net.listen(server.net.v4.into(), 8080).await);
+    let here = SocketAddr::new(server.net.v4.into(), 8080);
+    let claim = Baggage {
+        namespace: "claimed".into(),
+        workload: Some((WorkloadKind::Deployment, "claimant".into())),
+        service: "claimant".into(),
+        ..Baggage::default()
+    };
+    let request = || ConnectRequest { baggage: Some(claim.clone()), ..ConnectRequest::new(here) };
+    let [friend, stranger] = ["friend", "stranger"]
+        .map(|account| certificate(&mesh, account, Duration::from_secs(3600)).client_tls());
+    let ztunnel = &mesh.nodes[0].ztunnel;
+    for (client, tls, workload, namespace) in
+        [(&known, &friend, "known", "default"), (&unknown, &stranger, "claimant", "claimed")]
+    {
+        drop(connect_as(client, &server, tls.clone(), request()).await.expect("let in"));
+        let address = client.net.v4.to_string();
+        let line = ztunnel
+            .logged(workload, |line| {
+                line["direction"] == "inbound"
+                    && line["src.addr"]
+                        .as_str()
+                        .is_some_and(|source| source.starts_with(&format!("{address}:")))
+            })
+            .await;
+        assert_eq!(
+            (line["src.workload"].as_str(), line["src.namespace"].as_str()),
+            (Some(workload), Some(namespace))
+        );
+        let metrics = ztunnel.metrics().await;
+        assert!(metrics.contains(&format!("source_workload=\"{workload}\"")), "{metrics}");
+    }
+    mesh.control.policy(&crate::policy::allow_namespace("claimed"));
+    mesh.wait("policy known", |dump| dump["policies"].as_array().is_some_and(|all| !all.is_empty())).await;
+    match connect_as(&unknown, &server, stranger, request()).await {
+        Err(OpenError::Refused { status, .. }) => assert_eq!(status.as_u16(), 401),
+        other => panic!("{other:?}"),
+    }
 }

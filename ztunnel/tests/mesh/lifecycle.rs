@@ -199,3 +199,34 @@ async fn a_pod_made_again_under_its_name_is_reached_before_the_former_one_has_le
     assert_eq!(exchange(&mut stream, b"later").await.unwrap(), b"later");
     assert!(mesh.nodes[0].ztunnel.metrics().await.contains("ambit_handed_over_total 1"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_moves_no_byte_is_closed_after_its_time() {
+    let mesh = Mesh::start(2, json!({ "limits": { "connectionIdle": "2s" } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    for server in [mesh.pod(0, "near", "server").await, mesh.pod(1, "far", "server").await] {
+        let address = SocketAddr::new(server.net.v4.into(), 8080);
+        let _seen = echo(server.net.listen(address.ip(), address.port()).await);
+        let [mut quiet, mut busy] =
+            [client.net.dial(address).await.unwrap(), client.net.dial(address).await.unwrap()];
+        assert_eq!(ping(&mut quiet, b"once").await.unwrap(), b"once");
+        let mut byte = [0; 1];
+        let closed = async {
+            loop {
+                assert_eq!(ping(&mut busy, b"again").await.unwrap(), b"again");
+                let pause = Duration::from_millis(200);
+                if let Ok(read) = tokio::time::timeout(pause, AsyncReadExt::read(&mut quiet, &mut byte)).await
+                {
+                    return read;
+                }
+            }
+        };
+        let closed = tokio::time::timeout(LIMIT, closed).await.expect("closed for being idle");
+        assert!(closed.is_err(), "closed by a reset, not as if it had ended: {closed:?}");
+        assert_eq!(ping(&mut busy, b"still").await.unwrap(), b"still");
+    }
+    let line = mesh.nodes[0]
+        .ztunnel
+        .logged("the reason", |line| line["error"].to_string().contains("no byte moved"));
+    assert_eq!(line.await["src.workload"], "client");
+}

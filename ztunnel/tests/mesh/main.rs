@@ -13,6 +13,7 @@ mod dns;
 mod ejection;
 mod identity;
 mod lifecycle;
+mod local;
 mod mesh;
 mod network;
 mod ondemand;

@@ -27,6 +27,11 @@ pub(crate) fn strict() -> Authorization {
     policy("strict", Action::Deny, Match { not_principals: vec![anybody], ..Match::default() })
 }
 
+/// Lets in one namespace.
+pub(crate) fn allow_namespace(namespace: &str) -> Authorization {
+    policy("allow", Action::Allow, Match { namespaces: vec![exact(namespace)], ..Match::default() })
+}
+
 fn exact(text: &str) -> StringMatch {
     StringMatch { match_type: Some(MatchType::Exact(text.into())) }
 }

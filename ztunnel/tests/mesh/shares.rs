@@ -7,9 +7,10 @@ use ambit_net::SocketStock;
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 
 use crate::mesh::{LIMIT, Mesh, Pod, Ztunnel, echo, eventually, exchange, ping};
+use crate::routing::{by_host_name, resolver};
 
 /// Descriptors that a node proxy may open: few, so that a test can use them up.
 const OPEN_FILES: u64 = 400;
@@ -176,6 +177,52 @@ async fn a_pod_that_holds_socks_and_dns_connections_leaves_others_their_share() 
     let held = crowd(&bed.greedy, (Ipv4Addr::new(10, 96, 0, 53), 53).into(), b"").await;
     bed.others_are_served(0, "dns", "pod").await;
     drop(held);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_asks_resolvers_without_end_leaves_others_their_share() {
+    let bed = Bed::start(json!({ "dns": { "upstreams": ["10.77.9.9:53"] } }), 0).await;
+    let socket =
+        ambit_net::listen::bind_udp(&bed.greedy.net.netns, "0.0.0.0:0".parse().unwrap(), <_>::default());
+    let socket = UdpSocket::from_std(socket.await.unwrap()).unwrap();
+    let question = crate::dns::question("www.example.org.");
+    let asking = tokio::spawn(async move {
+        loop {
+            // Nobody is there, which the kernel may say now and then.
+            socket.send_to(&question, "10.77.9.9:53").await.ok();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    bed.others_are_served(0, "dns", "pod").await;
+    asking.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_looks_up_names_without_end_leaves_others_their_share() {
+    // The address of the third pod.
+    let (resolver, _serving) = resolver("known", Ipv4Addr::new(10, 77, 0, 3)).await;
+    let mesh = Mesh::start(2, json!({ "dns": { "upstreams": [resolver.to_string()] } })).await;
+    let [greedy, modest] = [mesh.pod(0, "greedy", "greedy").await, mesh.pod(0, "modest", "modest").await];
+    let outside = mesh.uncaptured_pod(1, "outside", "outside").await;
+    assert_eq!(outside.net.v4, Ipv4Addr::new(10, 77, 0, 3));
+    let mut seen = echo(outside.net.listen(outside.net.v4.into(), PORT).await);
+    tokio::spawn(async move { while seen.recv().await.is_some() {} });
+    let silent =
+        by_host_name(&mesh, "silent", "silent.example.com", Ipv4Addr::new(10, 96, 0, 20), PORT).await;
+    let known = by_host_name(&mesh, "known", "known.example.com", Ipv4Addr::new(10, 96, 0, 21), PORT).await;
+    let held = crowd(&greedy, silent, b"").await;
+    requests(&modest, known).await;
+    let ztunnel = &mesh.nodes[0].ztunnel;
+    let metrics = ztunnel.metrics().await;
+    let refused = metrics.lines().find(|line| {
+        line.starts_with("ambit_connections_refused_total{") && line.contains("resource=\"lookups\"")
+    });
+    assert!(refused.is_some_and(|line| line.contains("listener=\"lookup\"")), "{metrics}");
+    drop(held);
+    eventually("no look-up outlives its connection", async || {
+        gauge(ztunnel, "ambit_lookups_used").await == 0
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ambit_api::workload::gateway_address::Destination;
 use ambit_api::workload::{ApplicationTunnel, GatewayAddress, NetworkAddress, application_tunnel};
-use ambit_hbone::{Endpoints, Server, ServerSettings, WindowBudget};
+use ambit_hbone::{Baggage, Endpoints, Server, ServerSettings, WindowBudget, WorkloadKind};
 use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -94,6 +94,15 @@ async fn gateway(
     serial
 }
 
+/// What the service behind the gateway says of the workload that was chosen there.
+fn behind() -> Baggage {
+    Baggage {
+        namespace: "far".into(),
+        workload: Some((WorkloadKind::Deployment, "behind".into())),
+        ..Baggage::default()
+    }
+}
+
 async fn inside(
     stream: ambit_hbone::TunnelStream,
     endpoints: Endpoints,
@@ -113,7 +122,8 @@ async fn inside(
                 request.forwarded_network
             ))
             .unwrap();
-            let (mut read, mut write) = tokio::io::split(incoming.accept(None).unwrap().into_stream());
+            let (mut read, mut write) =
+                tokio::io::split(incoming.accept(Some(&behind())).unwrap().into_stream());
             if tokio::io::copy(&mut read, &mut write).await.is_ok() {
                 write.shutdown().await.ok();
             }
@@ -162,13 +172,21 @@ impl TwoNetworks {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tunnel() {
-    let TwoNetworks { mesh: _mesh, client, service, mut told, serial: _ } = TwoNetworks::start().await;
+    let TwoNetworks { mesh, client, service, mut told, serial: _ } = TwoNetworks::start().await;
     let mut stream = client.net.dial(service).await.unwrap();
     assert_eq!(exchange(&mut stream, b"far away").await.unwrap(), b"far away");
     let client_id = "spiffe://cluster.local/ns/default/sa/client";
     let authority = "remote.default.svc.cluster.local:80";
     assert_eq!(told.recv().await.unwrap(), format!("outer {client_id} {authority}"));
     assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"east\")"));
+    // The directory holds the gateway's network, not who answered there.
+    let line = mesh.nodes[0].ztunnel.logged("the connection", |line| line["direction"] == "outbound").await;
+    assert_eq!(
+        (line["dst.workload"].as_str(), line["dst.namespace"].as_str()),
+        (Some("behind"), Some("far"))
+    );
+    let metrics = mesh.nodes[0].ztunnel.metrics().await;
+    assert!(metrics.contains("destination_workload=\"behind\""), "{metrics}");
 }
 
 /// The gateway stays trusted; the service behind it is the peer of the connection.
@@ -185,7 +203,10 @@ async fn a_revoked_service_behind_a_gateway_loses_its_tunnels() {
     });
     assert_eq!(revoked.await["dst.identity"], "spiffe://cluster.local/ns/default/sa/server");
     let mut again = client.net.dial(service).await.unwrap();
-    assert!(exchange(&mut again, b"again").await.is_ok_and(|answer| answer.is_empty()) || again.read_u8().await.is_err());
+    assert!(
+        exchange(&mut again, b"again").await.is_ok_and(|answer| answer.is_empty())
+            || again.read_u8().await.is_err()
+    );
 }
 
 /// Without a DNS proxy and SOCKS5 their ports are the application's.
