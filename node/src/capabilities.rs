@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use ambit_net::conntrack::Conntrack;
 use ambit_net::sockdiag::{self, Kind};
 use ambit_net::{Netns, NetnsError};
+use nix::mount::{MsFlags, mount};
 
 use crate::redirect::{self, Options, SettingError, Stage};
 
@@ -61,6 +62,18 @@ pub async fn probe() -> Vec<Weakness> {
     found
 }
 
+/// Makes `/proc/sys` writable in this process's mount namespace, if it is a read-only mount of its own as container
+/// runtimes make one. Kernel settings of pods are written there. Needs CAP_SYS_ADMIN; the host's mounts stay as they are.
+///
+/// # Errors
+/// `EINVAL` when it is no mount, which is as good: then it is as writable as `/proc`.
+pub fn make_settings_writable() -> io::Result<()> {
+    const PROC_SYS: &str = "/proc/sys";
+    let flags =
+        MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    Ok(mount(None::<&str>, PROC_SYS, None::<&str>, flags, None::<&str>)?)
+}
+
 /// The host's network namespace is not known.
 pub(crate) fn host_unknown(error: &NetnsError) -> Weakness {
     Weakness {
@@ -77,7 +90,7 @@ fn no_enrolment(missing: String, remedy: &'static str) -> Weakness {
 fn of_setting(error: &SettingError) -> Weakness {
     let remedy = match error.source.kind() {
         io::ErrorKind::NotFound => "the kernel module nf_conntrack, or a newer kernel",
-        _ => "the host's /proc/sys/net mounted writable into the agent's container",
+        _ => "CAP_SYS_ADMIN and no AppArmor profile, so that the agent can make its /proc/sys writable",
     };
     Weakness { missing: error.to_string(), guarantee: error.setting.guarantee, remedy }
 }

@@ -33,7 +33,7 @@ impl Driver {
             tasks.spawn(task.run());
         }
         let repairs = repair_regularly(self.agent.clone());
-        let reconciled = self.agent.0.reconciled.subscribe();
+        let serving = self.agent.0.serving.subscribe();
         let pods = async move {
             loop {
                 tokio::select! {
@@ -46,7 +46,7 @@ impl Driver {
             }
         };
         tokio::select! {
-            () = server.run(reconciled) => {}
+            () = server.run(serving) => {}
             () = holding_listeners => {}
             () = keeping_probes => {}
             () = repairs => {}
@@ -86,7 +86,7 @@ impl Agent {
     /// Verifies every pod's redirection, repairs what is not as planned and returns what that was. The agent does the
     /// same at its repair interval.
     pub async fn repair(&self) -> Vec<(String, Vec<Fault>)> {
-        let uids: Vec<String> = self.0.tasks.lock().keys().cloned().collect();
+        let uids = self.known();
         futures_util::stream::iter(uids)
             .map(|uid| async move {
                 let outcome = self.command(&uid, Command::Repair).await;

@@ -1,5 +1,6 @@
 //! How a pod leaves: unenrolled while it runs, or ended.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use ambit_net::Netns;
@@ -76,6 +77,7 @@ impl PodTask {
             namespace: spec.namespace,
             state: PodState::Out,
             reason: None,
+            sandbox: None,
             older_connections: 0,
         };
         self.shared.set_status(&self.uid, status);
@@ -148,6 +150,18 @@ impl PodTask {
         self.shared.served.delete(&self.uid);
         self.shared.listeners.release(&self.uid).await;
         self.forget().await
+    }
+
+    /// Removes the pod if its sandbox is known, not among `valid`, and its namespace is gone.
+    pub(super) async fn collect(&mut self, valid: &HashSet<String>) -> Result<(), AgentError> {
+        let Some(Pod { record, .. }) = &self.pod else { return Ok(()) };
+        let Some(sandbox) = record.sandbox.clone().filter(|sandbox| !valid.contains(sandbox)) else {
+            return Ok(());
+        };
+        match find_again(&self.shared, &record.clone()).await {
+            Search::Gone => self.remove(Some(&sandbox)).await,
+            Search::Found(_) | Search::Unknown => Ok(()),
+        }
     }
 
     async fn forget(&mut self) -> Result<(), AgentError> {

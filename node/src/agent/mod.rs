@@ -142,6 +142,8 @@ struct Shared {
     events: broadcast::Sender<StatusEvent>,
     spawn: mpsc::Sender<PodTask>,
     reconciled: watch::Sender<bool>,
+    /// Whether node proxies are served.
+    serving: watch::Sender<bool>,
     weaknesses: Vec<Weakness>,
     metrics: Metrics,
 }
@@ -188,6 +190,7 @@ impl Agent {
             events: broadcast::channel(EVENTS).0,
             spawn,
             reconciled: watch::Sender::new(false),
+            serving: watch::Sender::new(false),
             weaknesses,
             metrics: Metrics::default(),
             config,
@@ -229,6 +232,33 @@ impl Agent {
         self.command(uid, |answer| Command::Remove(sandbox.clone(), answer)).await?
     }
 
+    /// A sandbox has ended: as [`remove_pod`](Self::remove_pod) for the pod that is in it, if one is.
+    pub async fn remove_sandbox(&self, sandbox: &str) -> Result<(), AgentError> {
+        let is_in = |status: &PodStatus| status.sandbox.as_deref() == Some(sandbox);
+        let found = self.statuses().into_iter().find(|(_, status)| is_in(status));
+        match found {
+            Some((uid, _)) => self.remove_pod(&uid, Some(sandbox)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// All sandboxes but these have ended. A pod in another one is removed once its namespace is gone too: a list of
+    /// one network leaves out the pods of others.
+    pub async fn collect(&self, valid: HashSet<String>) {
+        let valid = Arc::new(valid);
+        for uid in self.known() {
+            let outcome = self.command(&uid, |answer| Command::Collect(Arc::clone(&valid), answer)).await;
+            if let Err(error) = outcome.flatten() {
+                tracing::warn!(uid, %error, "pod of an ended sandbox not removed");
+            }
+        }
+    }
+
+    /// The uids of the pods that have a task.
+    fn known(&self) -> Vec<String> {
+        self.0.tasks.lock().keys().cloned().collect()
+    }
+
     /// Waits, for at most `limit`, until a proxy serves the pod. Returns whether one does.
     pub async fn wait_enabled(&self, uid: &str, limit: Duration) -> bool {
         let mut events = self.0.events.subscribe();
@@ -257,6 +287,12 @@ impl Agent {
     /// Changes from now on. A receiver that lags reads [`statuses`](Self::statuses) again.
     pub fn events(&self) -> broadcast::Receiver<StatusEvent> {
         self.0.events.subscribe()
+    }
+
+    /// Waits until the first reconciliation is done.
+    pub async fn wait_reconciled(&self) {
+        // An agent that ended never reconciles.
+        self.0.reconciled.subscribe().wait_for(|reconciled| *reconciled).await.ok();
     }
 
     /// Number of connected node proxies.

@@ -42,6 +42,8 @@ pub(super) enum Command {
     LeaveIfOlder(Instant, Answer<bool>),
     /// The sandbox has ended; `None`: the pod has.
     Remove(Option<String>, Answer<()>),
+    /// Only these sandboxes have not ended.
+    Collect(Arc<HashSet<String>>, Answer<()>),
     /// Verify and repair the redirection.
     Repair(Answer<Vec<Fault>>),
     /// A proxy serves it.
@@ -162,6 +164,7 @@ impl Pod {
             namespace: self.record.namespace.clone(),
             state,
             reason: self.reason.clone(),
+            sandbox: self.record.sandbox.clone(),
             older_connections: self.older.len(),
         }
     }
@@ -230,6 +233,10 @@ impl PodTask {
                 let outcome = self.remove(sandbox.as_deref()).await;
                 answer.send(outcome).ok();
             }
+            Command::Collect(valid, answer) => {
+                let outcome = self.collect(&valid).await;
+                answer.send(outcome).ok();
+            }
             Command::Repair(answer) => {
                 let outcome = self.repair().await;
                 answer.send(outcome).ok();
@@ -239,7 +246,15 @@ impl PodTask {
         }
     }
 
-    async fn want(&mut self, spec: PodSpec, found: Option<Found>) -> Result<(), AgentError> {
+    async fn want(&mut self, mut spec: PodSpec, found: Option<Found>) -> Result<(), AgentError> {
+        if let Some(Pod { record, leaving: None, .. }) = &self.pod
+            && record.sandbox.is_some()
+            && spec.sandbox.is_none()
+            && spec.netns.is_none()
+        {
+            // The CNI plugin reported this sandbox. What the caller knows may be of the sandbox before.
+            spec.ips = record.ips.clone();
+        }
         let pause = self.retry.as_ref().map_or(RETRY_FIRST, |retry| retry.pause);
         let outcome = self.enrol(spec.clone(), found).await;
         if let Err(error) = &outcome {
@@ -272,6 +287,7 @@ impl PodTask {
                     namespace: spec.namespace.clone(),
                     state: PodState::Failed,
                     reason: Some(reason),
+                    sandbox: spec.sandbox.clone(),
                     older_connections: 0,
                 };
                 self.shared.set_status(&self.uid, status);
@@ -399,7 +415,7 @@ impl PodTask {
     async fn bind_listeners(&self, netns: &Netns, options: &Options) -> Option<String> {
         let proxies = self.shared.served.takers_of_listeners()?;
         let error = self.shared.listeners.acquire(&self.uid, netns, options, proxies).await.err()?;
-        if error.raw_os_error() == Some(libc::EADDRINUSE) && !*self.shared.reconciled.borrow() {
+        if error.raw_os_error() == Some(libc::EADDRINUSE) && !*self.shared.serving.borrow() {
             // The proxy holds them from an earlier agent. They are taken back when it connects.
             return None;
         }

@@ -32,14 +32,15 @@ impl Agent {
     /// Brings the node in line with `desired`, all pods of this node that are to be enrolled, as they were known at
     /// `as_of`: enrols what is missing, unenrols what is not desired and was enrolled before `as_of`, and removes our
     /// rules from namespaces that belong to no pod. A pod that cannot be enrolled is tried again by the agent until it
-    /// can, or is no longer desired; a proxy that serves it keeps it. Node proxies are served once the first call has
-    /// ended. A call waits for the one before it.
-    pub async fn reconcile(&self, desired: Vec<PodSpec>, as_of: Instant) -> Reconciled {
+    /// can, or is no longer desired; a proxy that serves it keeps it. A pod without addresses has not started: it stays
+    /// as it is. Node proxies are served once the first call has ended. A call waits for the one before it.
+    pub async fn reconcile(&self, mut desired: Vec<PodSpec>, as_of: Instant) -> Reconciled {
         // The semaphore is never closed.
         let _one_at_a_time = self.0.reconciling.acquire().await;
         let ips: HashMap<String, Vec<IpAddr>> =
             desired.iter().map(|pod| (pod.uid.clone(), pod.ips.clone())).collect();
         let uids: HashSet<String> = ips.keys().cloned().collect();
+        desired.retain(|pod| !pod.ips.is_empty());
         let mut done = Reconciled::default();
         let namespaces = self.namespaces_if_needed(&desired).await;
         self.release_namespaces(&desired, &uids).await;
@@ -65,7 +66,14 @@ impl Agent {
         done.cleaned = self.clean_namespaces_of_no_pod(walk, &waiting).await;
         self.forget_unreadable(&uids, complete, &mut done);
         self.0.reconciled.send_replace(true);
+        self.0.serving.send_replace(true);
         done
+    }
+
+    /// Serves node proxies before the first reconciliation, with the pods of the registry: the caller cannot learn which
+    /// pods are desired. Nothing is unenrolled or cleaned.
+    pub fn serve_registry(&self) {
+        self.0.serving.send_replace(true);
     }
 
     /// Removes our rules from a namespace that is no pod's. Returns whether there were any.
@@ -113,6 +121,15 @@ impl Agent {
         }
     }
 
+    /// Enrols one pod as [`reconcile`](Self::reconcile) does: its namespace is looked for if it is not known, and a
+    /// failure is tried again by the agent. A pod without addresses stays as it is.
+    pub async fn ensure(&self, pod: PodSpec) -> Result<(), AgentError> {
+        if pod.ips.is_empty() {
+            return Ok(());
+        }
+        self.want(pod, &[]).await.1
+    }
+
     async fn want(
         &self,
         pod: PodSpec,
@@ -127,8 +144,7 @@ impl Agent {
     }
 
     async fn unenrol_others(&self, desired: &HashSet<String>, as_of: Instant, done: &mut Reconciled) {
-        let tasks: Vec<String> = self.0.tasks.lock().keys().cloned().collect();
-        let others: Vec<String> = tasks.into_iter().filter(|uid| !desired.contains(uid)).collect();
+        let others: Vec<String> = self.known().into_iter().filter(|uid| !desired.contains(uid)).collect();
         let outcomes: Vec<_> = futures_util::stream::iter(others)
             .map(|uid| async move {
                 let outcome = self.command(&uid, |answer| Command::LeaveIfOlder(as_of, answer)).await;

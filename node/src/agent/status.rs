@@ -51,6 +51,8 @@ pub struct PodStatus {
     pub state: PodState,
     /// Why it is not further, if that is known.
     pub reason: Option<String>,
+    /// The id of its sandbox, if the CNI plugin reported it.
+    pub sandbox: Option<String>,
     /// Connections that are older than its redirection and still open.
     pub older_connections: usize,
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ambit_api::workload::zds::workload_request::Payload;
+pub(crate) use ambit_api::workload::zds::workload_request::Payload;
 use ambit_api::workload::zds::{
     Ack, AddWorkload, Version, WorkloadRequest, WorkloadResponse, ZdsHello, workload_response,
 };

@@ -1,0 +1,394 @@
+//! The plugin and its entry on the host: put there, kept there while the agent runs, and left there when it ends.
+//!
+//! Other tools own the directory of network configurations and may rewrite it at any time. The entry belongs into the
+//! file that the container runtime reads: the first by name. Files are replaced atomically, because the runtime reads
+//! them at any time too.
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use notify::{RecursiveMode, Watcher};
+use tokio::sync::{Notify, watch};
+
+use super::PLUGIN;
+use super::conflist::{self, Entry};
+
+/// Time between two looks at the directories where no change was noticed.
+const LOOK: Duration = Duration::from_secs(5);
+/// The configuration of its own, which sorts after others: a runtime must not take it for its main network.
+const STANDALONE: &str = "zzz-ambit-cni.conf";
+/// Added to the name of a single plugin's configuration that became a list, so that runtimes pass over it.
+const CONVERTED: &str = "ambit-converted";
+/// The files that container runtimes read.
+const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
+
+/// Where the plugin and its entry go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Installation {
+    /// The plugin's program in the agent's image.
+    pub program: PathBuf,
+    /// The host's directory of plugins.
+    pub bin_dir: PathBuf,
+    /// The host's directory of network configurations.
+    pub conf_dir: PathBuf,
+    /// Whether the entry is chained into the main network's configuration; else it gets a configuration of its own.
+    pub chained: bool,
+    /// The plugin's settings.
+    pub entry: Entry,
+}
+
+/// Why the plugin could not be installed.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// A file or directory.
+    #[error("{attempt} {}: {source}", path.display())]
+    File {
+        /// What was attempted.
+        attempt: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// There is nothing to chain into.
+    #[error("no network configuration in {} yet", .0.display())]
+    NoNetwork(PathBuf),
+}
+
+/// The file that the runtime reads.
+struct Main {
+    path: PathBuf,
+    text: String,
+    chained: String,
+}
+
+impl Installation {
+    /// Puts in place what is missing or differs. Returns the paths that were written.
+    ///
+    /// # Errors
+    /// [`InstallError::NoNetwork`] until the main plugin is installed.
+    pub fn install(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let mut written = Vec::new();
+        // The program comes before the entry that has it called.
+        let target = self.bin_dir.join(PLUGIN);
+        let program = read(&self.program)?;
+        if fs::read(&target).ok().as_ref() != Some(&program) || !is_executable(&target) {
+            replace(&target, &program, 0o755)?;
+            written.push(target);
+        }
+        written.extend(if self.chained { self.chain()? } else { self.stand_alone()? });
+        Ok(written)
+    }
+
+    /// Takes the entry, wherever it is, and the program off the host. Returns the paths that were changed.
+    pub fn remove(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let mut changed = Vec::new();
+        for path in configurations(&self.conf_dir)? {
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            if conflist::is_standalone(&text) {
+                delete(&path)?;
+            } else if let Ok(Some(without)) = conflist::unchain(&text) {
+                let mut singles =
+                    ["conf", "json"].map(|extension| path.with_extension(extension)).into_iter();
+                match singles.find(|single| with_suffix(single, CONVERTED).exists()) {
+                    Some(single) => {
+                        rename(&with_suffix(&single, CONVERTED), &single)?;
+                        delete(&path)?;
+                    }
+                    None => replace(&path, without.as_bytes(), mode_of(&path))?,
+                }
+            } else {
+                continue;
+            }
+            changed.push(path);
+        }
+        // The program goes last: an entry without its program fails every pod.
+        let program = self.bin_dir.join(PLUGIN);
+        if program.exists() {
+            delete(&program)?;
+            changed.push(program);
+        }
+        Ok(changed)
+    }
+
+    /// Keeps everything in place. Reports whether it is.
+    pub async fn keep(self, installed: watch::Sender<bool>) {
+        let changed = Arc::new(Notify::new());
+        let _watching = self.watch(&changed);
+        let mut complaint = String::new();
+        loop {
+            let this = self.clone();
+            let outcome = tokio::task::spawn_blocking(move || this.install()).await;
+            let outcome = outcome.unwrap_or_else(|error| {
+                Err(InstallError::File {
+                    attempt: "install",
+                    path: self.bin_dir.clone(),
+                    source: io::Error::other(error),
+                })
+            });
+            match &outcome {
+                Ok(written) => {
+                    for path in written {
+                        tracing::info!(path = %path.display(), "CNI plugin installed");
+                    }
+                    complaint.clear();
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    if error != complaint {
+                        tracing::warn!(error, "CNI plugin not installed; it is tried again");
+                        complaint = error;
+                    }
+                }
+            }
+            installed.send_if_modified(|was| std::mem::replace(was, outcome.is_ok()) != outcome.is_ok());
+            tokio::select! {
+                () = changed.notified() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    /// Notifies of changes in the directories. Where that is not possible, [`LOOK`] has to do.
+    fn watch(&self, changed: &Arc<Notify>) -> Option<notify::RecommendedWatcher> {
+        let changed = Arc::clone(changed);
+        let on_event = move |event: notify::Result<notify::Event>| {
+            if event.is_ok_and(|event| !event.kind.is_access()) {
+                changed.notify_one();
+            }
+        };
+        let mut watcher = notify::recommended_watcher(on_event)
+            .inspect_err(|error| tracing::warn!(%error, "changes of CNI configurations are noticed late"))
+            .ok()?;
+        for directory in [&self.conf_dir, &self.bin_dir] {
+            if let Err(error) = watcher.watch(directory, RecursiveMode::NonRecursive) {
+                tracing::warn!(directory = %directory.display(), %error, "changes are noticed late");
+            }
+        }
+        Some(watcher)
+    }
+
+    fn chain(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let Main { path, text, chained } = self.main_network()?;
+        if conflist::same(&text, &chained) {
+            return Ok(Vec::new());
+        }
+        if is_list(&path) {
+            replace(&path, chained.as_bytes(), mode_of(&path))?;
+            return Ok(vec![path]);
+        }
+        // The list is there before the single configuration goes. Its name sorts after that of the other.
+        let list = path.with_extension("conflist");
+        replace(&list, chained.as_bytes(), mode_of(&path))?;
+        rename(&path, &with_suffix(&path, CONVERTED))?;
+        Ok(vec![list])
+    }
+
+    fn stand_alone(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let path = self.conf_dir.join(STANDALONE);
+        let text = self.entry.standalone();
+        if fs::read_to_string(&path).is_ok_and(|present| conflist::same(&present, &text)) {
+            return Ok(Vec::new());
+        }
+        replace(&path, text.as_bytes(), 0o644)?;
+        Ok(vec![path])
+    }
+
+    /// The first file that is a network configuration, as runtimes choose it.
+    fn main_network(&self) -> Result<Main, InstallError> {
+        for path in configurations(&self.conf_dir)? {
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            // Runtimes read lists from files with the extension for lists only, and nothing else from these.
+            if conflist::is_list(&text) == is_list(&path)
+                && let Ok(chained) = conflist::chain(&text, &self.entry)
+            {
+                return Ok(Main { path, text, chained });
+            }
+            tracing::debug!(path = %path.display(), "no network configuration");
+        }
+        Err(InstallError::NoNetwork(self.conf_dir.clone()))
+    }
+}
+
+fn is_list(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "conflist")
+}
+
+/// The files in `directory` that runtimes read, in their order.
+fn configurations(directory: &Path) -> Result<Vec<PathBuf>, InstallError> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed("list", directory))? {
+        let path = entry.map_err(failed("list", directory))?.path();
+        if path.extension().and_then(|e| e.to_str()).is_some_and(|e| EXTENSIONS.contains(&e)) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// Writes a file beside its place and renames it.
+fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), InstallError> {
+    let next = with_suffix(path, "ambit-next");
+    let write = || {
+        let mut file = File::create(&next)?;
+        file.write_all(content)?;
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.sync_all()
+    };
+    write().map_err(failed("write", &next))?;
+    rename(&next, path)
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(suffix);
+    name.into()
+}
+
+fn mode_of(path: &Path) -> u32 {
+    fs::metadata(path).map_or(0o644, |metadata| metadata.permissions().mode() & 0o777)
+}
+
+fn is_executable(path: &Path) -> bool {
+    mode_of(path) & 0o111 == 0o111
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, InstallError> {
+    fs::read(path).map_err(failed("read", path))
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), InstallError> {
+    fs::rename(from, to).map_err(failed("replace", to))
+}
+
+fn delete(path: &Path) -> Result<(), InstallError> {
+    fs::remove_file(path).map_err(failed("delete", path))
+}
+
+fn failed(attempt: &'static str, path: &Path) -> impl Fn(io::Error) -> InstallError + use<> {
+    let path = path.to_owned();
+    move |source| InstallError::File { attempt, path: path.clone(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIST: &str = r#"{ "cniVersion": "1.0.0", "name": "net", "plugins": [{ "type": "bridge" }] }"#;
+    const SINGLE: &str = r#"{ "cniVersion": "0.4.0", "name": "net", "type": "bridge" }"#;
+
+    struct Host {
+        directory: tempfile::TempDir,
+        installation: Installation,
+    }
+
+    fn host(chained: bool) -> Host {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["image", "bin", "net.d"] {
+            fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        let program = directory.path().join("image/ambit-cni");
+        fs::write(&program, "program").unwrap();
+        let installation = Installation {
+            program,
+            bin_dir: directory.path().join("bin"),
+            conf_dir: directory.path().join("net.d"),
+            chained,
+            entry: Entry { socket: "/run/cni.sock".into(), excluded_namespaces: vec!["kube-system".into()] },
+        };
+        Host { directory, installation }
+    }
+
+    impl Host {
+        fn write(&self, name: &str, text: &str) {
+            fs::write(self.installation.conf_dir.join(name), text).unwrap();
+        }
+
+        fn read(&self, name: &str) -> String {
+            fs::read_to_string(self.installation.conf_dir.join(name)).unwrap()
+        }
+
+        fn files(&self) -> Vec<String> {
+            let entries = fs::read_dir(&self.installation.conf_dir).unwrap();
+            let mut names: Vec<_> =
+                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        }
+    }
+
+    #[test]
+    fn the_first_list_is_chained_once_and_restored() {
+        let host = host(true);
+        host.write("10-net.conflist", LIST);
+        host.write("20-other.conflist", LIST);
+        host.write("05-broken.conflist", "{");
+        assert_eq!(host.installation.install().unwrap().len(), 2);
+        assert!(host.read("10-net.conflist").contains(PLUGIN));
+        assert_eq!(host.read("20-other.conflist"), LIST);
+        assert!(is_executable(&host.directory.path().join("bin/ambit-cni")));
+        assert_eq!(host.installation.install().unwrap(), [] as [PathBuf; 0]);
+        host.installation.remove().unwrap();
+        assert!(conflist::same(&host.read("10-net.conflist"), LIST));
+        assert!(!host.directory.path().join("bin/ambit-cni").exists());
+    }
+
+    #[test]
+    fn a_single_configuration_is_converted_and_restored() {
+        let host = host(true);
+        host.write("10-net.conf", SINGLE);
+        host.installation.install().unwrap();
+        assert_eq!(host.files(), ["10-net.conf.ambit-converted", "10-net.conflist"]);
+        assert!(host.read("10-net.conflist").contains(PLUGIN));
+        // Its owner writes it again.
+        host.write("10-net.conf", &SINGLE.replace("bridge", "ptp"));
+        host.installation.install().unwrap();
+        assert!(host.read("10-net.conflist").contains("ptp"));
+        host.installation.remove().unwrap();
+        assert_eq!(host.files(), ["10-net.conf"]);
+        assert!(host.read("10-net.conf").contains("ptp"));
+    }
+
+    #[test]
+    fn without_a_network_the_plugin_waits() {
+        let host = host(true);
+        assert!(matches!(host.installation.install(), Err(InstallError::NoNetwork(_))));
+        host.write("10-net.conflist", LIST);
+        host.installation.install().unwrap();
+    }
+
+    #[test]
+    fn an_unchained_plugin_has_a_configuration_of_its_own() {
+        let host = host(false);
+        host.write("10-net.conflist", LIST);
+        host.installation.install().unwrap();
+        assert_eq!(host.read("10-net.conflist"), LIST);
+        assert!(conflist::is_standalone(&host.read(STANDALONE)));
+        host.installation.remove().unwrap();
+        assert_eq!(host.files(), ["10-net.conflist"]);
+    }
+
+    #[tokio::test]
+    async fn a_configuration_that_another_tool_rewrites_is_chained_again() {
+        let host = host(true);
+        let (installed, mut is_installed) = watch::channel(false);
+        let keeping = tokio::spawn(host.installation.clone().keep(installed));
+        host.write("10-net.conflist", LIST);
+        is_installed.wait_for(|installed| *installed).await.unwrap();
+        host.write("10-net.conflist", &LIST.replace("bridge", "ptp"));
+        let chained = async {
+            while !host.read("10-net.conflist").contains(PLUGIN) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(LOOK * 2, chained).await.expect("it is chained again");
+        assert!(host.read("10-net.conflist").contains("ptp"));
+        keeping.abort();
+    }
+}
