@@ -1,9 +1,15 @@
 //! Finding the network namespaces of a node: those of its processes, and those that container runtimes name by a path.
 //!
 //! [`Agent::reconcile`](crate::Agent::reconcile) uses it for pods whose namespace its caller does not know, and to find
-//! namespaces that carry our rules and belong to no pod. It reads only; it decides nothing.
+//! namespaces that carry our rules and belong to no pod. It reads only.
+//!
+//! Any process may make a namespace and give it any address, so an address alone proves nothing. A namespace is believed
+//! to be a pod's if it holds the pod's addresses and a process of the pod's own control group is in it, or the container
+//! runtime made it and no process is in it yet. What the container runtime made is preferred.
 
-use std::collections::HashSet;
+mod cgroup;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
@@ -32,6 +38,19 @@ pub struct Found {
     pub netns: Netns,
     /// The path; one in a directory lasts longer than one of a process.
     pub path: PathBuf,
+    /// Whether the path is in a directory of the container runtime.
+    pub by_runtime: bool,
+    /// Who has processes in it.
+    pub owners: Owners,
+}
+
+/// Who has processes in a namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Owners {
+    /// Processes were not looked at.
+    Unknown,
+    /// The pods of these uids. Processes of no pod are left out.
+    Pods(BTreeSet<String>),
 }
 
 /// What a walk over the node found.
@@ -66,17 +85,23 @@ impl Discovery {
 
     fn walk_blocking(&self) -> Walk {
         let mut walk = Walk { namespaces: Vec::new(), complete: self.proc.is_some() };
-        let mut seen = HashSet::new();
-        let in_directories = self.directories.iter().flat_map(|directory| entries(directory));
-        let of_processes = self
-            .proc
-            .iter()
-            .flat_map(|proc| entries(proc).filter(|path| is_process(path)).map(|path| path.join("ns/net")));
-        for path in in_directories.chain(of_processes) {
-            match open_new(path, &mut seen) {
-                Ok(found) => walk.namespaces.extend(found),
-                Err(error) => walk.complete &= error.kind() != io::ErrorKind::PermissionDenied,
+        let mut places = HashMap::new();
+        for path in self.directories.iter().flat_map(|directory| entries(directory)) {
+            walk.add(path, true, &mut places);
+        }
+        let processes = self.proc.iter().flat_map(|proc| entries(proc).filter(|path| is_process(path)));
+        for process in processes {
+            let Some(index) = walk.add(process.join("ns/net"), false, &mut places) else { continue };
+            let pod =
+                std::fs::read_to_string(process.join("cgroup")).ok().and_then(|text| cgroup::pod(&text));
+            if let (Some(found), Some(pod)) = (walk.namespaces.get_mut(index), pod)
+                && let Owners::Pods(pods) = &mut found.owners
+            {
+                pods.insert(pod);
             }
+        }
+        if self.proc.is_none() {
+            walk.namespaces.iter_mut().for_each(|found| found.owners = Owners::Unknown);
         }
         walk
     }
@@ -104,24 +129,92 @@ pub(crate) async fn addresses(inside: &Netns) -> Result<Vec<IpAddr>, crate::redi
     Routing::open(inside).await?.addresses().await
 }
 
-/// The one of `namespaces` that holds all of `ips`.
+/// The one of `namespaces` that belongs to the pod that the container runtime knows by `uid` and has the addresses `ips`.
 ///
 /// # Errors
 /// [`Ambiguous`] when several do.
-pub fn holding<'a>(
+pub fn of_pod<'a>(
     namespaces: &'a [(Found, Vec<IpAddr>)],
+    uid: &str,
     ips: &[IpAddr],
 ) -> Result<Option<&'a Found>, Ambiguous> {
     if ips.is_empty() {
         return Ok(None);
     }
-    let mut holders = namespaces.iter().filter(|(_, held)| ips.iter().all(|ip| held.contains(ip)));
-    let Some((first, _)) = holders.next() else { return Ok(None) };
-    let others: Vec<PathBuf> = holders.map(|(found, _)| found.path.clone()).collect();
-    if others.is_empty() {
-        return Ok(Some(first));
+    let holders = namespaces.iter().filter(|(_, held)| ips.iter().all(|ip| held.contains(ip)));
+    let mut believed: Vec<(Proof, &Found)> =
+        holders.filter_map(|(found, _)| Some((proof(found, uid)?, found))).collect();
+    believed.sort_by_key(|(proof, _)| *proof);
+    let Some((best, first)) = believed.first().copied() else { return Ok(None) };
+    let paths: Vec<PathBuf> = believed
+        .iter()
+        .take_while(|(proof, _)| *proof == best)
+        .map(|(_, found)| found.path.clone())
+        .collect();
+    if paths.len() == 1 { Ok(Some(first)) } else { Err(Ambiguous { paths }) }
+}
+
+/// Why a namespace is believed to be a pod's; the best comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Proof {
+    /// The runtime made it, and a process of the pod is in it.
+    RuntimeAndProcess,
+    /// A process of the pod is in it.
+    Process,
+    /// The runtime made it, and no process of another pod is known to be in it.
+    Runtime,
+}
+
+fn proof(found: &Found, uid: &str) -> Option<Proof> {
+    match &found.owners {
+        Owners::Pods(pods) if pods.contains(uid) && found.by_runtime => Some(Proof::RuntimeAndProcess),
+        Owners::Pods(pods) if pods.contains(uid) => Some(Proof::Process),
+        Owners::Pods(pods) => (found.by_runtime && pods.is_empty()).then_some(Proof::Runtime),
+        Owners::Unknown => found.by_runtime.then_some(Proof::Runtime),
     }
-    Err(Ambiguous { paths: std::iter::once(first.path.clone()).chain(others).collect() })
+}
+
+impl Walk {
+    /// Notes the namespace at `path`, unless it is known, and returns its place. Runtimes leave files behind that are no
+    /// namespaces.
+    fn add(
+        &mut self,
+        path: PathBuf,
+        by_runtime: bool,
+        places: &mut HashMap<NetnsId, usize>,
+    ) -> Option<usize> {
+        match self.try_add(path, by_runtime, places) {
+            Ok(place) => place,
+            Err(error) => {
+                self.complete &= error.kind() != io::ErrorKind::PermissionDenied;
+                None
+            }
+        }
+    }
+
+    fn try_add(
+        &mut self,
+        path: PathBuf,
+        by_runtime: bool,
+        places: &mut HashMap<NetnsId, usize>,
+    ) -> io::Result<Option<usize>> {
+        let metadata = std::fs::metadata(&path)?;
+        if let Some(place) = places.get(&NetnsId { dev: metadata.dev(), ino: metadata.ino() }) {
+            return Ok(Some(*place));
+        }
+        match Netns::open(&path) {
+            Ok(netns) => {
+                let place = *places.entry(netns.id()).or_insert(self.namespaces.len());
+                if place == self.namespaces.len() {
+                    let owners = Owners::Pods(BTreeSet::new());
+                    self.namespaces.push(Found { netns, path, by_runtime, owners });
+                }
+                Ok(Some(place))
+            }
+            Err(NetnsError::Open { source, .. }) => Err(source),
+            Err(_) => Ok(None),
+        }
+    }
 }
 
 fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
@@ -131,17 +224,4 @@ fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
 fn is_process(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     name.is_some_and(|name| name.bytes().all(|b| b.is_ascii_digit()))
-}
-
-/// Opens the namespace at `path` unless it has been seen. Runtimes leave files behind that are no namespaces.
-fn open_new(path: PathBuf, seen: &mut HashSet<NetnsId>) -> io::Result<Option<Found>> {
-    let metadata = std::fs::metadata(&path)?;
-    if seen.contains(&NetnsId { dev: metadata.dev(), ino: metadata.ino() }) {
-        return Ok(None);
-    }
-    match Netns::open(&path) {
-        Ok(netns) => Ok(seen.insert(netns.id()).then_some(Found { netns, path })),
-        Err(NetnsError::Open { source, .. }) => Err(source),
-        Err(_) => Ok(None),
-    }
 }

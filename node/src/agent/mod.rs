@@ -97,6 +97,8 @@ impl AgentConfig {
 pub struct PodSpec {
     /// Its uid, which no other pod ever has.
     pub uid: String,
+    /// The uid by which the container runtime knows it, if that is another: a static pod's.
+    pub runtime_uid: Option<String>,
     /// Its name.
     pub name: String,
     /// Its namespace.
@@ -113,6 +115,13 @@ pub struct PodSpec {
     pub sandbox: Option<String>,
     /// Its capture options.
     pub options: Options,
+}
+
+impl PodSpec {
+    /// The uid by which the container runtime knows the pod.
+    fn runtime_uid(&self) -> &str {
+        self.runtime_uid.as_ref().unwrap_or(&self.uid)
+    }
 }
 
 /// The handle. Cloning shares the agent.
@@ -386,11 +395,12 @@ impl Shared {
         self.claims.lock().retain(|netns, holder| holder != user || Some(*netns) == except);
     }
 
-    /// Looks for the namespace that holds the addresses.
-    async fn find_namespace(&self, uid: &str, ips: &[IpAddr]) -> Result<discovery::Found, AgentError> {
+    /// Looks for the pod's namespace.
+    async fn find_namespace(&self, pod: &PodSpec) -> Result<discovery::Found, AgentError> {
         let known = self.config.discovery.addresses(&self.host_netns).await;
-        let found = discovery::holding(&known, ips)
-            .map_err(|source| AgentError::Ambiguous { uid: uid.into(), source })?;
-        found.cloned().ok_or_else(|| AgentError::NamespaceNotFound { uid: uid.into() })
+        let uid = || pod.uid.clone();
+        let found = discovery::of_pod(&known, pod.runtime_uid(), &pod.ips)
+            .map_err(|source| AgentError::Ambiguous { uid: uid(), source })?;
+        found.cloned().ok_or_else(|| AgentError::NamespaceNotFound { uid: uid() })
     }
 }

@@ -335,7 +335,7 @@ impl PodTask {
         }
         let found = match found {
             Some(found) => found,
-            None => self.shared.find_namespace(&self.uid, &spec.ips).await?,
+            None => self.shared.find_namespace(spec).await?,
         };
         spec.netns_path = Some(found.path);
         Ok(found.netns)

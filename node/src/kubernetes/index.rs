@@ -31,8 +31,8 @@ pub struct Metadata {
 pub struct PodObject {
     /// Its uid.
     pub uid: String,
-    /// The uid under which kubelet runs it. That of a static pod is not the uid of the object that mirrors it.
-    pub kubelet_uid: String,
+    /// The uid under which kubelet runs it, if it is a static pod: the object that mirrors it has another.
+    pub runtime_uid: Option<String>,
     /// Its name.
     pub name: String,
     /// Its service account.
@@ -51,7 +51,9 @@ impl TryFrom<&Pod> for PodObject {
     type Error = &'static str;
 
     fn try_from(pod: &Pod) -> Result<Self, Self::Error> {
-        /// Annotation: the uid of the static pod that the object mirrors.
+        /// Annotation: the object mirrors a static pod. Only kubelet may set it.
+        const MIRROR: &str = "kubernetes.io/config.mirror";
+        /// Annotation: the uid of the static pod.
         const STATIC_UID: &str = "kubernetes.io/config.hash";
         let uid = pod.metadata.uid.clone().ok_or("it has no uid")?;
         let name = pod.metadata.name.clone().ok_or("it has no name")?;
@@ -62,7 +64,7 @@ impl TryFrom<&Pod> for PodObject {
         let phase = status.and_then(|status| status.phase.as_deref());
         let ips = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
         Ok(Self {
-            kubelet_uid: annotations.get(STATIC_UID).unwrap_or(&uid).clone(),
+            runtime_uid: annotations.get(MIRROR).and_then(|_| annotations.get(STATIC_UID)).cloned(),
             uid,
             name,
             service_account: spec.service_account_name.clone().unwrap_or_else(|| "default".into()),
@@ -85,6 +87,8 @@ impl TryFrom<&Pod> for PodObject {
 pub struct WantedPod {
     /// Its uid.
     pub uid: String,
+    /// The uid under which kubelet runs it, if that is another.
+    pub runtime_uid: Option<String>,
     /// Its name.
     pub name: String,
     /// Its namespace.
@@ -100,9 +104,10 @@ pub struct WantedPod {
 impl WantedPod {
     /// For the agent, which finds the namespace by itself.
     pub fn spec(&self) -> PodSpec {
-        let Self { uid, name, namespace, service_account, ips, options } = self.clone();
+        let Self { uid, runtime_uid, name, namespace, service_account, ips, options } = self.clone();
         PodSpec {
             uid,
+            runtime_uid,
             name,
             namespace,
             service_account,
@@ -141,6 +146,7 @@ pub fn verdict(
         Decision::Out(reason) => Verdict::Out(reason),
         Decision::In(options) => Verdict::In(WantedPod {
             uid: pod.uid.clone(),
+            runtime_uid: pod.runtime_uid.clone(),
             name: pod.name.clone(),
             namespace: traits.namespace,
             service_account: pod.service_account.clone(),
@@ -248,17 +254,10 @@ impl Index {
     /// The pods that are to be enrolled, by uid. A pod whose namespace is not known stays as it is.
     pub fn wanted(&mut self, now: Instant) -> BTreeMap<String, WantedPod> {
         self.unlisted.retain(|_, since| now.duration_since(*since) < UNLISTED);
-        let unlisted = self.unlisted.keys().map(|uid| WantedPod {
-            uid: uid.clone(),
-            name: String::new(),
-            namespace: String::new(),
-            service_account: String::new(),
-            ips: Vec::new(),
-            options: Options::default(),
-        });
+        let unlisted = self.unlisted.keys().map(|uid| unchanged(uid));
         let listed = self.pods.values().filter(|pod| !pod.is_finished).filter_map(|pod| {
             let Some(namespace) = self.namespaces.get(&pod.traits.namespace) else {
-                return Some(undecided(pod));
+                return Some(unchanged(&pod.uid));
             };
             match self.verdict(pod, namespace) {
                 Verdict::In(wanted) => Some(wanted),
@@ -295,12 +294,14 @@ impl Index {
     }
 }
 
-fn undecided(pod: &PodObject) -> WantedPod {
+/// A pod that stays as it is.
+fn unchanged(uid: &str) -> WantedPod {
     WantedPod {
-        uid: pod.uid.clone(),
-        name: pod.name.clone(),
-        namespace: pod.traits.namespace.clone(),
-        service_account: pod.service_account.clone(),
+        uid: uid.into(),
+        runtime_uid: None,
+        name: String::new(),
+        namespace: String::new(),
+        service_account: String::new(),
         ips: Vec::new(),
         options: Options::default(),
     }

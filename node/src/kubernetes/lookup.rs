@@ -84,7 +84,8 @@ impl Lookup {
         let no_pod = || SourceError::NoPod(asked.namespace.clone(), asked.name.clone());
         let pod = PodObject::try_from(&pod.ok_or_else(no_pod)?)
             .map_err(|reason| SourceError::NotReadable { name: asked.name.clone(), reason })?;
-        if !asked.uid.is_empty() && asked.uid != pod.uid && asked.uid != pod.kubelet_uid {
+        let known_by = [Some(&pod.uid), pod.runtime_uid.as_ref()];
+        if !asked.uid.is_empty() && !known_by.contains(&Some(&asked.uid)) {
             return Err(SourceError::OtherPod {
                 name: asked.name.clone(),
                 present: pod.uid,

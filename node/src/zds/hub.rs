@@ -72,6 +72,8 @@ enum Outcome {
 #[derive(Debug, Default)]
 struct Proxy {
     sent: HashMap<String, Sent>,
+    /// Pods of the snapshot whose add could not be sent, and the pause before the next attempt.
+    unsent: BTreeMap<String, (Version, Duration)>,
     snapshot_sent: bool,
     in_flight: Option<Order>,
 }
@@ -147,6 +149,7 @@ impl Hub {
         // A snapshot is always whole: a proxy drops what its snapshot did not name.
         let adds = newest || !proxy.snapshot_sent;
         let order = del_order(proxy, &self.pods, adds)
+            .or_else(|| keep_order(proxy, &self.pods))
             .or_else(|| if adds { add_order(proxy, &self.pods, now, &mut wake) } else { None });
         let order = order.or_else(|| (!proxy.snapshot_sent).then_some(Order::SnapshotSent));
         match order {
@@ -158,12 +161,31 @@ impl Hub {
         }
     }
 
+    /// The order in flight could not be sent. In a snapshot, the proxy is told to keep the pod instead: it may serve it, and
+    /// drops what its snapshot does not name. The add is tried again after that. Returns the pod of an add.
+    pub fn handle_unsent(&mut self, id: ProxyId, now: Instant) -> Option<String> {
+        let proxy = self.proxies.get_mut(&id)?;
+        match &proxy.in_flight {
+            Some(Order::Add(uid, version)) if !proxy.snapshot_sent => {
+                let uid = uid.clone();
+                proxy.unsent.insert(uid.clone(), (*version, RETRY_FIRST));
+                proxy.in_flight = None;
+                Some(uid)
+            }
+            _ => self.handle_ack(id, false, now),
+        }
+    }
+
     /// The answer to the order in flight: `true` if the proxy did it. Returns the pod of an add.
     pub fn handle_ack(&mut self, id: ProxyId, accepted: bool, now: Instant) -> Option<String> {
         let proxy = self.proxies.get_mut(&id)?;
         match proxy.in_flight.take()? {
             Order::Keep(uid, version) => {
-                proxy.sent.insert(uid, Sent { version, outcome: Outcome::Kept });
+                let outcome = match proxy.unsent.remove(&uid) {
+                    Some((_, pause)) => Outcome::Refused { again_at: now + pause, pause },
+                    None => Outcome::Kept,
+                };
+                proxy.sent.insert(uid, Sent { version, outcome });
                 None
             }
             Order::Add(uid, version) => {
@@ -208,6 +230,13 @@ fn del_order(proxy: &Proxy, pods: &BTreeMap<String, Version>, adds: bool) -> Opt
         .min()
         .cloned()
         .map(Order::Del)
+}
+
+fn keep_order(proxy: &mut Proxy, pods: &BTreeMap<String, Version>) -> Option<Order> {
+    // A pod that is gone, or another one by now, is nothing to keep.
+    proxy.unsent.retain(|uid, (version, _)| pods.get(uid) == Some(version));
+    let (uid, (version, _)) = proxy.unsent.first_key_value()?;
+    Some(Order::Keep(uid.clone(), *version))
 }
 
 fn add_order(
@@ -300,6 +329,39 @@ mod tests {
         let refused = run(&mut hub, id, now, |order| !matches!(order, Order::Keep(..)));
         assert_eq!(refused, [add("a", 1), Order::Keep("b".into(), lost), Order::SnapshotSent]);
         assert_eq!(hub.poll_next(id, now), Next::Wait, "a refused Keep is not sent again");
+    }
+
+    #[test]
+    fn a_pod_whose_add_cannot_be_sent_is_kept_and_added_later() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        hub.upsert("b", version(2));
+        let id = hub.connect();
+        assert_eq!(hub.poll_next(id, now), Next::Send(add("a", 1)));
+        assert_eq!(hub.handle_unsent(id, now), Some("a".into()));
+        let keep = Order::Keep("a".into(), version(1));
+        assert_eq!(run(&mut hub, id, now, |_| true), [keep, add("b", 2), Order::SnapshotSent]);
+        assert!(!hub.is_served("a"));
+        let Next::WaitUntil(at) = hub.poll_next(id, now) else { panic!("no retry planned") };
+        assert_eq!(hub.poll_next(id, at), Next::Send(add("a", 1)));
+        // Outside of a snapshot there is nothing to keep: the proxy goes on with what it has.
+        assert_eq!(hub.handle_unsent(id, at), Some("a".into()));
+        let Next::WaitUntil(at) = hub.poll_next(id, at) else { panic!("no retry planned") };
+        assert_eq!(run(&mut hub, id, at, |_| true), [add("a", 1)]);
+        assert!(hub.is_served("a"));
+    }
+
+    #[test]
+    fn a_pod_that_goes_before_it_is_kept_is_not_kept() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        let id = hub.connect();
+        hub.poll_next(id, now);
+        hub.handle_unsent(id, now);
+        hub.delete("a");
+        assert_eq!(run(&mut hub, id, now, |_| true), [Order::SnapshotSent]);
     }
 
     #[test]

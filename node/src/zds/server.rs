@@ -367,6 +367,7 @@ impl Conversation {
         takes_listeners: bool,
         buffer: &mut [u8],
     ) -> Result<(), Ended> {
+        let mut sent = true;
         let outcome = match self.prepare(order, takes_listeners).await {
             Ok((packet, netns, listeners)) => {
                 let mut descriptors: Vec<BorrowedFd<'_>> = netns.iter().map(AsFd::as_fd).collect();
@@ -379,9 +380,16 @@ impl Conversation {
                 let n = timeout(ANSWER, self.receive(buffer)).await.map_err(|_| Ended::Late("answer"))??;
                 decode_response(buffer.get(..n).unwrap_or_default())?
             }
-            Err(reason) => Err(reason),
+            Err(reason) => {
+                sent = false;
+                Err(reason)
+            }
         };
-        let acked = self.pods.state.lock().hub.handle_ack(id, outcome.is_ok(), Instant::now());
+        let now = Instant::now();
+        let acked = {
+            let hub = &mut self.pods.state.lock().hub;
+            if sent { hub.handle_ack(id, outcome.is_ok(), now) } else { hub.handle_unsent(id, now) }
+        };
         self.pods.wake();
         let event = match (acked, outcome) {
             (Some(uid), Ok(())) => Some(ZdsEvent::Served { uid }),

@@ -111,6 +111,47 @@ async fn namespaces_of_processes_are_found() {
     );
 }
 
+/// A procfs that shows one process.
+fn process(proc: &std::path::Path, pid: u32, pod: &str, netns: &Netns) {
+    let directory = proc.join(pid.to_string());
+    std::fs::create_dir_all(directory.join("ns")).unwrap();
+    symlink(lasting_path(netns), directory.join("ns/net")).unwrap();
+    std::fs::write(directory.join("cgroup"), format!("0::/kubepods/pod{pod}/c1\n")).unwrap();
+}
+
+#[tokio::test]
+async fn a_namespace_of_another_pods_process_is_not_believed() {
+    const POD: &str = "0b0bd2b6-4f4c-4e31-9d6b-0a4f4f6a7d10";
+    const SQUATTER: &str = "1c1ce3c7-4f4c-4e31-9d6b-0a4f4f6a7d10";
+    let (_outside, pod) = pair().await;
+    // It gave itself the same addresses.
+    let (_outside2, squatted) = pair().await;
+    let directory = tempfile::tempdir().unwrap();
+    let (proc, netns) = (directory.path().join("proc"), directory.path().join("netns"));
+    process(&proc, 11, SQUATTER, &squatted.netns);
+    let discovery = Discovery { proc: Some(proc.clone()), directories: vec![netns.clone()] };
+    let running = Running::start_in(directory, |config| config.discovery = discovery).await;
+    let desired = PodSpec { netns: None, ..spec(POD, &pod) };
+    let done = running.reconcile(vec![desired.clone()]).await;
+    assert!(matches!(&done.failed[..], [(_, AgentError::NamespaceNotFound { .. })]), "{done:?}");
+
+    process(&proc, 12, POD, &pod.netns);
+    let done = running.reconcile(vec![desired.clone()]).await;
+    assert_eq!((done.enrolled, done.failed.len()), (1, 0), "{done:?}");
+    let wanted = plan(&Options::default(), Stage::In);
+    assert_eq!(redirect::verify(&pod.netns, &wanted).await.unwrap(), []);
+    assert_eq!(nft::tables(&squatted.netns).await.unwrap(), [] as [&str; 0]);
+
+    // A second namespace of the pod's own does not outdo that of the runtime.
+    std::fs::create_dir(&netns).unwrap();
+    symlink(lasting_path(&pod.netns), netns.join("cni-1")).unwrap();
+    process(&proc, 13, POD, &squatted.netns);
+    running.agent.remove_pod(POD, None).await.unwrap();
+    let done = running.reconcile(vec![desired]).await;
+    assert_eq!((done.enrolled, done.failed.len()), (1, 0), "{done:?}");
+    assert_eq!(nft::tables(&squatted.netns).await.unwrap(), [] as [&str; 0]);
+}
+
 #[tokio::test]
 async fn an_ambiguous_namespace_is_given_to_no_pod() {
     let (_outside, pod) = pair().await;

@@ -47,6 +47,34 @@ async fn a_restarted_agent_takes_listeners_back() {
     again.listener("a", 15001).accept().await.unwrap();
 }
 
+/// As for an agent without CAP_SYS_PTRACE, or with a proxy in another process namespace.
+#[tokio::test]
+async fn a_pod_whose_listeners_cannot_be_taken_back_is_kept() {
+    let (_outside, pod) = pair().await;
+    let running = Running::start(|_| {}).await;
+    let lasting = PodSpec { netns_path: Some(lasting_path(&pod.netns)), ..spec("a", &pod) };
+    running.agent.enrol(lasting.clone()).await.unwrap();
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_snapshot().await;
+    assert!(running.agent.wait_enabled("a", SOON).await);
+    let directory = running.stop().await;
+    // Another process holds the listeners, as a proxy that cannot be traced does.
+    let (_, mut descriptors) = proxy.pods.remove("a").unwrap();
+    let mut holder =
+        std::process::Command::new("sleep").arg("60").stdin(descriptors.remove(1)).spawn().unwrap();
+    drop(descriptors);
+
+    let running = Running::start_in(directory, |_| {}).await;
+    running.reconcile(vec![lasting]).await;
+    let mut again = running.proxy(true).await;
+    assert!(matches!(again.obey().await, Payload::Keep(keep) if keep.uid == "a"));
+    assert!(matches!(again.obey().await, Payload::SnapshotSent(_)));
+    assert_eq!(state(&running.agent, "a").await, Some(PodState::Enabled), "it never stopped being served");
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    again.obey_add("a").await;
+}
+
 #[tokio::test]
 async fn a_pod_with_an_unreadable_record_stays_served() {
     let (_outside, pod) = pair().await;
