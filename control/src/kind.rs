@@ -7,7 +7,7 @@ use std::fmt;
 pub enum Kind {
     /// Defaults of what lives in it.
     Namespace,
-    /// Where pods are.
+    /// Where pods are, and whose addresses nobody may claim.
     Node,
     /// A workload.
     Pod,
@@ -117,7 +117,7 @@ impl Kind {
         use Scope::{Cluster, Namespaced};
         match self {
             Kind::Namespace => core("", "Namespace", "namespaces", Cluster, Metadata),
-            Kind::Node => core("", "Node", "nodes", Cluster, Metadata),
+            Kind::Node => core("", "Node", "nodes", Cluster, Everything),
             Kind::Pod => core("", "Pod", "pods", Namespaced, Everything),
             Kind::Service => core("", "Service", "services", Namespaced, Everything),
             Kind::ServiceAccount => core("", "ServiceAccount", "serviceaccounts", Namespaced, Metadata),

@@ -32,8 +32,8 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["a", "b"], &["x", "y"], &["other: v", "istio.io/use-waypoint: w", "'istio.io/use-waypoint': w, 'istio.io/use-waypoint-namespace': b", "topology.istio.io/network: n2"], &["Any", "PreferClose"]],
     ));
     texts.extend(combine(
-        "apiVersion: v1\nkind: Node\nmetadata: {name: n, labels: {topology.kubernetes.io/zone: $0}}",
-        &[&["z1", "z2"]],
+        "apiVersion: v1\nkind: Node\nmetadata: {name: n, labels: {topology.kubernetes.io/zone: $0}}\nstatus: {addresses: [{type: InternalIP, address: $1}]}",
+        &[&["z1", "z2"], &["10.0.0.9", "10.9.9.9"]],
     ));
     texts.extend(combine(
         "apiVersion: apps/v1\nkind: ReplicaSet\nmetadata: {name: rs, namespace: a, ownerReferences: [{apiVersion: apps/v1, kind: $0, name: d, uid: u}]}\nspec: {selector: {}}",
@@ -83,8 +83,14 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         ],
     ));
     texts.extend(combine(
-        "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: w1, namespace: a, labels: {app: $0}}\nspec: {address: $1, network: $2}",
-        &[&["x", "y"], &["10.0.0.8", "10.0.0.1", "10.0.0.9", "host.example"], &["''", "n2", "n3"]],
+        "apiVersion: networking.istio.io/v1\nkind: WorkloadEntry\nmetadata: {name: w1, namespace: $3, labels: {app: $0}, $4}\nspec: {address: $1, network: $2}",
+        &[
+            &["x", "y"],
+            &["10.0.0.8", "10.0.0.1", "10.0.0.9", "10.9.9.9", "240.0.0.1", "host.example"],
+            &["''", "n2", "n3"],
+            &["a", "b"],
+            &["annotations: {}", "creationTimestamp: '2026-02-01T00:00:00Z'"],
+        ],
     ));
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: w, namespace: $0, labels: {istio.io/waypoint-for: $1, $2}}\n\

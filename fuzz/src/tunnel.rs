@@ -31,9 +31,6 @@ pub(crate) fn connect(data: &[u8]) {
     assert_ne!(request.authority.port(), 0);
     let text = request.authority.to_string();
     assert_eq!(text.parse::<Authority>().as_ref(), Ok(&request.authority));
-    // The directory, which is asked next, reads the same destination.
-    let looked_up: ambit_directory::Authority = text.parse().expect("a destination for the directory");
-    assert_eq!(ztunnel::upstream::directory_authority(&request.authority), looked_up);
     let sent = request.to_http().expect("a request that can be sent");
     let again = ConnectRequest::from_http(&sent.into_parts().0).expect("a request that can be read");
     if data.len() < SURELY_READ / 3 {

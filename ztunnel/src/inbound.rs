@@ -20,7 +20,7 @@ use crate::error::ConnectionError;
 use crate::pods::Pod;
 use crate::proxy::Worker;
 use crate::report::{AccessRecord, End};
-use crate::upstream::{baggage, directory_authority};
+use crate::upstream::baggage;
 use ambit_runtime::connections::Direction;
 use ambit_runtime::shares::{Holder, Taken};
 use ambit_runtime::workers::{ConnectionGuard, WorkerHandle};
@@ -179,7 +179,7 @@ impl Tunnelled {
         let request = incoming.request();
         let forwarded = request.forwarded.as_ref();
         let asked = Authenticated {
-            authority: Some(directory_authority(&request.authority)),
+            authority: Some(request.authority.clone()),
             host: forwarded.and_then(|forwarded| forwarded.host.as_deref()).map(Into::into),
             client_port: client_port(forwarded, self.source),
             baggage: request.baggage.clone().map(Arc::new),

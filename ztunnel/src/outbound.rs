@@ -115,7 +115,7 @@ async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str
         })
     };
     if let Some(hostname) = known {
-        return Authority::Host { hostname: hostname.into(), port };
+        return Authority::Host { host: hostname.into(), port };
     }
     let limit = worker.proxy.settings.limits.attempt_timeout;
     let like = pod_address.ip();
@@ -124,7 +124,7 @@ async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str
         Ok(Some(first)) => Authority::Address(SocketAddr::new(*first, port)),
         outcome => {
             tracing::debug!(pod = pod.uid(), ?outcome, "a SOCKS5 client asked for a name without addresses");
-            Authority::Host { hostname: name.into(), port }
+            Authority::Host { host: name.into(), port }
         }
     }
 }

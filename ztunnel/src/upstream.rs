@@ -85,7 +85,7 @@ pub struct Dial<'a> {
     /// The application's address.
     pub source: SocketAddr,
     /// What it dialled.
-    pub dialled: ambit_directory::Authority,
+    pub dialled: Authority,
     /// Since when.
     pub since: Instant,
     /// Where its bytes will be counted.
@@ -191,7 +191,7 @@ impl Dial<'_> {
     /// name that the route depends on.
     async fn route_to(
         &self,
-        destination: &ambit_directory::Authority,
+        destination: &Authority,
         tried: &[WorkloadUid],
     ) -> Result<Route, ConnectionError> {
         let proxy = &self.worker.proxy;
@@ -235,11 +235,7 @@ impl Dial<'_> {
         Ok(route)
     }
 
-    fn question<'a>(
-        &'a self,
-        destination: &ambit_directory::Authority,
-        tried: &'a [WorkloadUid],
-    ) -> Question<'a> {
+    fn question<'a>(&'a self, destination: &Authority, tried: &'a [WorkloadUid]) -> Question<'a> {
         Question {
             client: &self.client,
             role: ClientRole::Workload,
@@ -343,7 +339,7 @@ impl Dial<'_> {
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        let authority = hbone_authority(&route.authority);
+        let authority = route.authority.clone();
         self.set_destination(
             record,
             &route.waypoint,
@@ -364,7 +360,7 @@ impl Dial<'_> {
         record: &mut AccessRecord,
         limit: Duration,
     ) -> Result<Upstream, ConnectionError> {
-        let authority = hbone_authority(&route.authority);
+        let authority = route.authority.clone();
         let inner_identity = route.inner_expected.first().cloned();
         self.set_destination(
             record,
@@ -414,8 +410,8 @@ impl Dial<'_> {
     ) -> Result<Upstream, ConnectionError> {
         let deadline = Instant::now() + limit;
         let like = match &self.dialled {
-            ambit_directory::Authority::Address(address) => address.ip(),
-            ambit_directory::Authority::Host { .. } => self.source.ip(),
+            Authority::Address(address) => address.ip(),
+            Authority::Host { .. } => self.source.ip(),
         };
         let name = &route.workload.hostname;
         let addresses = self.worker.proxy.lookup(self.pod, name, like, limit).await?;
@@ -440,7 +436,7 @@ impl Dial<'_> {
     /// The route to an address that DNS gave for an endpoint outside the mesh. An address of the mesh is reached as if it had
     /// been dialled: in the clear, the connection would go past its tunnel and its waypoint.
     async fn plain_or_mesh(&self, plain: Plain) -> Result<Route, ConnectionError> {
-        let address = ambit_directory::Authority::Address(plain.address);
+        let address = Authority::Address(plain.address);
         Ok(match self.route_to(&address, &[]).await? {
             Route::Unknown(_) | Route::Lookup(_) | Route::Plain(_) => Route::Plain(plain),
             of_mesh => of_mesh,
@@ -507,10 +503,8 @@ impl Dial<'_> {
             source_address: self.source,
             destination: End::default(),
             destination_address: match &self.dialled {
-                ambit_directory::Authority::Address(address) => *address,
-                ambit_directory::Authority::Host { port, .. } => {
-                    (std::net::Ipv4Addr::UNSPECIFIED, *port).into()
-                }
+                Authority::Address(address) => *address,
+                Authority::Host { port, .. } => (std::net::Ipv4Addr::UNSPECIFIED, *port).into(),
             },
             hbone_address: None,
             service: None,
@@ -607,26 +601,6 @@ fn bypasses_waypoint(route: &Route) -> bool {
         Route::Plain(route) | Route::Own(route) => route.waypoint_bypassed,
         Route::Lookup(route) => route.waypoint_bypassed,
         Route::Waypoint(_) | Route::Unknown(_) | Route::Refuse(_) => false,
-    }
-}
-
-/// The directory's form of a destination as the tunnel says it.
-fn hbone_authority(authority: &ambit_directory::Authority) -> Authority {
-    match authority {
-        ambit_directory::Authority::Address(address) => Authority::Address(*address),
-        ambit_directory::Authority::Host { hostname, port } => {
-            Authority::Host { host: hostname.clone(), port: *port }
-        }
-    }
-}
-
-/// A CONNECT's destination in the directory's form.
-pub fn directory_authority(authority: &Authority) -> ambit_directory::Authority {
-    match authority {
-        Authority::Address(address) => ambit_directory::Authority::Address(*address),
-        Authority::Host { host, port } => {
-            ambit_directory::Authority::Host { hostname: host.clone(), port: *port }
-        }
     }
 }
 

@@ -23,10 +23,10 @@ pub(super) enum Dependency {
     Network(Arc<str>),
     /// Whether a pod of this name is there.
     Pod(NamespacedName),
-    /// The pods and Services that own this address.
+    /// The pods, Services and nodes that own this address.
     Address(IpAddr),
-    /// The ServiceEntries that claim this address.
-    VirtualAddress(IpAddr),
+    /// The entries and gateways that claim this address.
+    Claims(IpAddr),
     /// Who offers a host.
     Host(Arc<str>),
     /// The selectors of policies of a namespace, for what is no member that they select.

@@ -107,11 +107,23 @@ impl<'a> Reader<'a> {
         self.store.services_by_address.of(&address)
     }
 
-    /// The ServiceEntries that claim this virtual address, in order.
-    pub(super) fn entries_at(&self, address: IpAddr) -> impl Iterator<Item = &'a ServiceEntry> {
-        self.depend(Dependency::VirtualAddress(address));
-        let ids = self.store.entries_by_address.of(&address);
-        ids.filter_map(|id| self.store.service_entries.get(id)).map(AsRef::as_ref)
+    /// The nodes that have this address, in order.
+    pub(super) fn nodes_at(&self, address: IpAddr) -> impl Iterator<Item = &'a NamespacedName> {
+        self.depend(Dependency::Address(address));
+        self.store.nodes_by_address.of(&address)
+    }
+
+    /// The pods that share this address with their node, in order.
+    pub(super) fn host_pods_at(&self, address: IpAddr) -> impl Iterator<Item = &'a Pod> {
+        self.depend(Dependency::Address(address));
+        let ids = self.store.host_pods_by_address.of(&address);
+        ids.filter_map(|id| self.store.pods.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The ServiceEntries, WorkloadEntries and gateways that name this address, in order.
+    pub(super) fn claims_at(&self, address: IpAddr) -> impl Iterator<Item = &'a ObjectRef> {
+        self.depend(Dependency::Claims(address));
+        self.store.claims_by_address.of(&address)
     }
 
     /// Notes that selectors of policies in `namespace` and in the root namespace are asked for labels of no member.

@@ -139,17 +139,17 @@ impl Selectors {
 
 /// A many-to-many relation kept from one side and read from the other, in order. To most keys one refers.
 #[derive(Debug)]
-pub(super) struct Reverse<K>(HashMap<K, SmallVec<[NamespacedName; 1]>>);
+pub(super) struct Reverse<K, V = NamespacedName>(HashMap<K, SmallVec<[V; 1]>>);
 
-impl<K> Default for Reverse<K> {
+impl<K, V> Default for Reverse<K, V> {
     fn default() -> Self {
         Reverse(HashMap::new())
     }
 }
 
-impl<K: Eq + std::hash::Hash> Reverse<K> {
+impl<K: Eq + std::hash::Hash, V: Ord> Reverse<K, V> {
     /// Notes that `id` refers to `key`.
-    pub(super) fn insert(&mut self, key: K, id: NamespacedName) {
+    pub(super) fn insert(&mut self, key: K, id: V) {
         let ids = self.0.entry(key).or_default();
         if let Err(at) = ids.binary_search(&id) {
             ids.insert(at, id);
@@ -157,7 +157,7 @@ impl<K: Eq + std::hash::Hash> Reverse<K> {
     }
 
     /// Notes that `id` refers to `key` no longer.
-    pub(super) fn remove(&mut self, key: &K, id: &NamespacedName) {
+    pub(super) fn remove(&mut self, key: &K, id: &V) {
         if let Some(set) = self.0.get_mut(key) {
             if let Ok(at) = set.binary_search(id) {
                 set.remove(at);
@@ -169,7 +169,7 @@ impl<K: Eq + std::hash::Hash> Reverse<K> {
     }
 
     /// Everything that refers to `key`, in order.
-    pub(super) fn of<'s>(&'s self, key: &K) -> impl Iterator<Item = &'s NamespacedName> + use<'s, K> {
+    pub(super) fn of<'s>(&'s self, key: &K) -> impl Iterator<Item = &'s V> + use<'s, K, V> {
         self.0.get(key).into_iter().flatten()
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
-    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, PeerAuthentication,
-    Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
+    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, ObjectRef,
+    PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -47,8 +47,12 @@ pub(super) struct Store {
     pub(super) slices_by_address: Reverse<IpAddr>,
     /// Services by cluster IP.
     pub(super) services_by_address: Reverse<IpAddr>,
-    /// ServiceEntries by virtual address; ranges are left out.
-    pub(super) entries_by_address: Reverse<IpAddr>,
+    /// Nodes by address.
+    pub(super) nodes_by_address: Reverse<IpAddr>,
+    /// Pods on their node's network by address.
+    pub(super) host_pods_by_address: Reverse<IpAddr>,
+    /// ServiceEntries by virtual address and endpoint, WorkloadEntries, and gateways of other networks; ranges are left out.
+    pub(super) claims_by_address: Reverse<IpAddr, ObjectRef>,
     /// ServiceEntries by host.
     pub(super) entries_by_host: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
@@ -59,15 +63,13 @@ impl Store {
     /// Puts a pod in place of the one of that name and returns the latter.
     pub(super) fn set_pod(&mut self, id: &NamespacedName, new: Option<&Arc<Pod>>) -> Option<Arc<Pod>> {
         let old = replace(&mut self.pods, id, new);
-        if let Some(old) = &old {
-            for address in old.addresses.iter().filter(|_| is_addressable(old)) {
-                self.pods_by_address.remove(address, id);
-            }
+        if let Some(old) = old.as_ref().filter(|old| !old.finished) {
+            let by_address = self.pods_by_address_of(old);
+            old.addresses.iter().for_each(|address| by_address.remove(address, id));
         }
-        if let Some(new) = new {
-            for address in new.addresses.iter().filter(|_| is_addressable(new)) {
-                self.pods_by_address.insert(*address, id.clone());
-            }
+        if let Some(new) = new.filter(|new| !new.finished) {
+            let by_address = self.pods_by_address_of(new);
+            new.addresses.iter().for_each(|address| by_address.insert(*address, id.clone()));
         }
         let labels = new.filter(|pod| !pod.finished).map(|pod| pod.meta.labels.clone());
         match labels {
@@ -75,6 +77,26 @@ impl Store {
             None => self.members.delete(&(id.clone(), Kind::Pod)),
         }
         old
+    }
+
+    fn pods_by_address_of(&mut self, pod: &Pod) -> &mut Reverse<IpAddr> {
+        if pod.host_network { &mut self.host_pods_by_address } else { &mut self.pods_by_address }
+    }
+
+    /// Puts a node in place and returns what was there.
+    pub(super) fn set_node(&mut self, name: &Arc<str>, new: Option<&Arc<Node>>) -> Option<Arc<Node>> {
+        let old = replace(&mut self.nodes, name, new);
+        let id = NamespacedName::new("", name.clone());
+        let addresses = |node: Option<&Arc<Node>>| node.map(|n| n.addresses.clone()).unwrap_or_default();
+        addresses(old.as_ref()).iter().for_each(|address| self.nodes_by_address.remove(address, &id));
+        addresses(new).into_iter().for_each(|a| self.nodes_by_address.insert(a, id.clone()));
+        old
+    }
+
+    /// Notes that the object claims other addresses than before.
+    fn set_claims(&mut self, object: &ObjectRef, old: Vec<IpAddr>, new: Vec<IpAddr>) {
+        old.iter().for_each(|address| self.claims_by_address.remove(address, object));
+        new.into_iter().for_each(|address| self.claims_by_address.insert(address, object.clone()));
     }
 
     /// Puts a WorkloadEntry in place and returns what was there.
@@ -88,7 +110,10 @@ impl Store {
             Some(new) => self.members.apply(member, new.meta.labels.clone()),
             None => self.members.delete(&member),
         }
-        replace(&mut self.workload_entries, id, new)
+        let old = replace(&mut self.workload_entries, id, new);
+        let object = ObjectRef { kind: Kind::WorkloadEntry, name: id.clone() };
+        self.set_claims(&object, entry_claims(old.as_ref()), entry_claims(new));
+        old
     }
 
     /// Puts a service in place and returns what was there.
@@ -174,8 +199,8 @@ impl Store {
         for host in new.iter().flat_map(|e| &e.hosts) {
             self.entries_by_host.insert(host.clone(), id.clone());
         }
-        virtual_addresses(old.as_ref()).for_each(|address| self.entries_by_address.remove(&address, id));
-        virtual_addresses(new).for_each(|address| self.entries_by_address.insert(address, id.clone()));
+        let object = ObjectRef { kind: Kind::ServiceEntry, name: id.clone() };
+        self.set_claims(&object, service_claims(old.as_ref()), service_claims(new));
         match new.and_then(|e| e.selector.as_ref()) {
             Some(selector) => self.entry_selectors.apply(id, selector, false),
             None => self.entry_selectors.delete(id),
@@ -196,6 +221,8 @@ impl Store {
         if let Some(network) = new.and_then(|g| g.network.clone()) {
             self.gateways_by_network.insert(network, id.clone());
         }
+        let object = ObjectRef { kind: Kind::Gateway, name: id.clone() };
+        self.set_claims(&object, gateway_claims(old.as_ref()), gateway_claims(new));
         old
     }
 }
@@ -216,6 +243,22 @@ pub(super) fn virtual_addresses(entry: Option<&Arc<ServiceEntry>>) -> impl Itera
         entry.addresses.iter().chain(entry.allocated.iter().map(|(_, block)| block)).copied()
     });
     blocks.filter(|block| block.prefix_len() == block.max_prefix_len()).map(|block| block.addr())
+}
+
+/// The addresses that a ServiceEntry claims: its virtual ones and those of its endpoints.
+pub(super) fn service_claims(entry: Option<&Arc<ServiceEntry>>) -> Vec<IpAddr> {
+    let endpoints = entry.into_iter().flat_map(|entry| &entry.endpoints).filter_map(WorkloadSpec::ip);
+    virtual_addresses(entry).chain(endpoints).collect()
+}
+
+/// The address that a WorkloadEntry claims.
+pub(super) fn entry_claims(entry: Option<&Arc<WorkloadEntry>>) -> Vec<IpAddr> {
+    entry.and_then(|entry| entry.spec.ip()).into_iter().collect()
+}
+
+/// The addresses that a gateway claims, if it is one of another network.
+pub(super) fn gateway_claims(gateway: Option<&Arc<Gateway>>) -> Vec<IpAddr> {
+    gateway.into_iter().flat_map(|gateway| gateway.requested_ips()).collect()
 }
 
 /// The service that a slice belongs to.

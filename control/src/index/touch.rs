@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::Index;
 use super::dependencies::Dependency;
 use super::placements::PodPlacement;
-use super::store::{cluster_ips, is_addressable, replace, service_of, virtual_addresses};
+use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
     AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
     Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
@@ -93,9 +93,15 @@ impl Index {
     }
 
     fn take_node(&mut self, name: &Arc<str>, new: Option<&Arc<Node>>) {
-        let old = replace(&mut self.store.nodes, name, new);
-        if old.as_ref() != new {
+        let old = self.store.set_node(name, new);
+        let locality = |n: &Node| (n.region.clone(), n.zone.clone(), n.subzone.clone());
+        if old.as_deref().map(locality) != new.map(|n| locality(n)) {
             self.touch_users(&Dependency::Node(name.clone()));
+        }
+        let addresses = |node: Option<&Arc<Node>>| node.map(|n| n.addresses.clone()).unwrap_or_default();
+        let (before, after) = (addresses(old.as_ref()), addresses(new));
+        if before != after {
+            before.into_iter().chain(after).for_each(|a| self.touch_users(&Dependency::Address(a)));
         }
     }
 
@@ -121,8 +127,8 @@ impl Index {
             self.touch_users(&Dependency::Pod(id.clone()));
         }
         let owned = |pod: Option<&Arc<Pod>>| match pod {
-            Some(pod) if is_addressable(pod) => (pod.addresses.clone(), pod.network.clone()),
-            _ => (Vec::new(), None),
+            Some(pod) if !pod.finished => (pod.addresses.clone(), pod.network.clone(), pod.host_network),
+            _ => (Vec::new(), None, false),
         };
         let (before, after) = (owned(old.as_ref()), owned(new));
         if before != after {
@@ -227,15 +233,19 @@ impl Index {
             for host in &entry.hosts {
                 self.touch_users(&Dependency::Host(host.clone()));
             }
-            virtual_addresses(Some(entry)).for_each(|a| self.touch_users(&Dependency::VirtualAddress(a)));
+            service_claims(Some(entry)).into_iter().for_each(|a| self.touch_users(&Dependency::Claims(a)));
             self.touch_selected(Some(&id.namespace), entry.selector.iter());
         }
     }
 
     fn take_workload_entry(&mut self, id: &NamespacedName, new: Option<&Arc<WorkloadEntry>>) {
         let old = self.store.set_workload_entry(id, new);
-        if old.as_ref() != new {
-            self.touch(Kind::WorkloadEntry, id);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::WorkloadEntry, id);
+        for address in entry_claims(old.as_ref()).into_iter().chain(entry_claims(new)) {
+            self.touch_users(&Dependency::Claims(address));
         }
     }
 
@@ -248,6 +258,9 @@ impl Index {
         self.touch_users(&Dependency::Gateway(id.clone()));
         for network in [old.as_ref(), new].into_iter().flatten().filter_map(|g| g.network.clone()) {
             self.touch_users(&Dependency::Network(network));
+        }
+        for address in gateway_claims(old.as_ref()).into_iter().chain(gateway_claims(new)) {
+            self.touch_users(&Dependency::Claims(address));
         }
     }
 }

@@ -108,6 +108,7 @@ fn render_workload(w: &workload::Workload) -> Value {
         ),
         ("status", name::<workload::WorkloadStatus>(w.status)),
         ("servingWhileTerminating", json!(w.serving_while_terminating)),
+        ("created", json!(w.created)),
         ("clusterId", json!(w.cluster_id)),
         ("locality", json!(locality)),
         ("capacity", json!(w.capacity)),

@@ -1,8 +1,12 @@
 //! The mesh's wire contracts as types, and nothing else.
 //!
-//! Every message and service is generated from `proto/`. Field names and numbers are the contract
+//! Every message and service is generated from `proto/`; [`Authority`] is written by hand, as CONNECT carries it as text. Field names and numbers are the contract
 //! that lets each part of the mesh be replaced by its counterpart; `tests/golden.rs` holds them byte
 //! by byte. Meaning lives in the crates that use a message.
+
+mod authority;
+
+pub use authority::{Authority, AuthorityError};
 
 /// Declares one generated module; generated code carries no documentation of ours.
 macro_rules! generated {

@@ -187,6 +187,7 @@ fn workload() {
         extensions: vec![extension],
         capacity: Some(7),
         serving_while_terminating: true,
+        created: 1_700_000_000,
     };
     let entry = |key: &str| len(22, [len(1, key), len(2, &list_bytes)].concat());
     let bytes = golden(
@@ -221,6 +222,7 @@ fn workload() {
             len(26, extension_bytes),
             len(27, int(1, 7)),
             int(100, 1),
+            int(101, 1_700_000_000),
         ],
     );
     let address = workload::Address { r#type: Some(workload::address::Type::Workload(workload)) };

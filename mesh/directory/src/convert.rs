@@ -49,6 +49,7 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
     Ok(Workload {
         spread: spread(source.uid.as_bytes()),
         is_pod: is_pod(&source),
+        created: source.created,
         identity,
         addresses: addresses.collect::<Result<_, _>>()?,
         tunnel,

@@ -1,8 +1,9 @@
 //! The endpoints of one service, kept in the pools that choices are made from.
 //!
 //! A pool holds the endpoints that may be chosen (healthy, or all if the service says so; with a capacity) and share the same values of the first
-//! scopes of the service's preference. So a choice by preference is a look-up, whatever the number of endpoints and nodes. One more pool holds
-//! those that serve until they have terminated, for when all others have nothing to offer.
+//! scopes of the service's preference. So a choice by preference is a look-up, whatever the number of endpoints and nodes. Terminating endpoints
+//! that still serve have pools of their own, from which a client gets one when all others have nothing to offer. As in kube-proxy, STRICT keeps
+//! to the client's scopes there too.
 
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -152,7 +153,8 @@ pub struct Endpoints {
     all: List<Endpoint>,
     eligible: Pool,
     near: Table<Place, Pool>,
-    terminating: Pool,
+    /// Terminating endpoints that still serve, by the scopes that they must share with a client: all of a STRICT preference, else none.
+    terminating: Table<Place, Pool>,
     balancing: Arc<LoadBalancing>,
 }
 
@@ -177,9 +179,9 @@ impl Endpoints {
         &self.eligible
     }
 
-    /// Those that are terminating and still serve.
-    pub(crate) fn terminating(&self) -> &Pool {
-        &self.terminating
+    /// Whether some endpoint is terminating and still serves.
+    pub(crate) fn has_terminating(&self) -> bool {
+        !self.terminating.is_empty()
     }
 
     /// The pools from which a client gets an endpoint: a later one only when those before have none to offer.
@@ -187,9 +189,8 @@ impl Endpoints {
         &'a self,
         client: &'c Workload,
     ) -> impl Iterator<Item = &'a Pool> + use<'a, 'c> {
-        // STRICT refuses rather than leave the client's scopes, for terminating endpoints too.
-        let last = (self.balancing.mode != Mode::Strict).then_some(&self.terminating);
-        self.preferred_pools(client).chain(last)
+        let last = PlaceOf { workload: client, scopes: required(&self.balancing) };
+        self.preferred_pools(client).chain(self.terminating.get(&last))
     }
 
     fn preferred_pools<'a, 'c>(
@@ -217,20 +218,14 @@ impl Endpoints {
         if !take(&mut self.all, workload) {
             return;
         }
+        let balancing = Arc::clone(&self.balancing);
         if !self.is_eligible(workload) {
-            self.terminating.remove(workload);
+            remove_at(&mut self.terminating, workload, required(&balancing));
             return;
         }
         self.eligible.remove(workload);
-        let balancing = Arc::clone(&self.balancing);
         for scopes in prefixes(&balancing) {
-            let place = PlaceOf { workload, scopes };
-            if let Some(pool) = self.near.get_mut(&place) {
-                pool.remove(workload);
-                if pool.is_empty() {
-                    self.near.remove(&place);
-                }
-            }
+            remove_at(&mut self.near, workload, scopes);
         }
     }
 
@@ -242,20 +237,21 @@ impl Endpoints {
         self.balancing = Arc::new(balancing.clone());
         self.eligible = Pool::default();
         self.near = Table::default();
-        self.terminating = Pool::default();
+        self.terminating = Table::default();
         for endpoint in self.all.clone().iter() {
             self.pool(endpoint.clone());
         }
     }
 
     fn pool(&mut self, endpoint: Endpoint) {
+        let balancing = Arc::clone(&self.balancing);
         if !self.is_eligible(&endpoint.workload) {
             if endpoint.workload.serving_while_terminating && endpoint.workload.capacity > 0 {
-                self.terminating.insert(endpoint);
+                let place = PlaceOf { workload: &endpoint.workload, scopes: required(&balancing) }.to_place();
+                self.terminating.change(&place, |pool| pool.insert(endpoint));
             }
             return;
         }
-        let balancing = Arc::clone(&self.balancing);
         for scopes in prefixes(&balancing) {
             let place = PlaceOf { workload: &endpoint.workload, scopes }.to_place();
             self.near.change(&place, |pool| pool.insert(endpoint.clone()));
@@ -275,6 +271,22 @@ impl<'a> IntoIterator for &'a Endpoints {
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
     }
+}
+
+/// Removes a workload from the pool of its place.
+fn remove_at(pools: &mut Table<Place, Pool>, workload: &Arc<Workload>, scopes: &[Scope]) {
+    let place = PlaceOf { workload, scopes };
+    if let Some(pool) = pools.get_mut(&place) {
+        pool.remove(workload);
+        if pool.is_empty() {
+            pools.remove(&place);
+        }
+    }
+}
+
+/// The scopes that an endpoint must share with its client.
+fn required(balancing: &LoadBalancing) -> &[Scope] {
+    if balancing.mode == Mode::Strict { &balancing.preference } else { &[] }
 }
 
 /// The beginnings of a preference for which there are pools besides the one of all.

@@ -3,9 +3,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ambit_api::Authority;
 use ambit_identity::SpiffeId;
 
-use crate::authority::Authority;
 use crate::endpoints::Known;
 use crate::name::AddressRef;
 use crate::service::{Gateway, GatewayDestination, Service};
@@ -72,8 +72,8 @@ impl Snapshot {
                 }
                 SocketAddr::new(ip, address.port())
             }
-            Authority::Host { hostname, port } => {
-                let target = self.served_port(workload, hostname, *port);
+            Authority::Host { host, port } => {
+                let target = self.served_port(workload, host, *port);
                 let port = target.ok_or_else(|| InboundRefusal::NotServed {
                     authority: authority.clone(),
                     workload: workload.uid.to_string(),

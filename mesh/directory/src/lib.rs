@@ -5,7 +5,6 @@
 //! reader up. [`resolve`] is a pure function of a snapshot, the client and what was dialled. Used by ztunnel (data path, DNS, admin) and by
 //! waypoints. Never does I/O and never opens a connection.
 
-mod authority;
 mod choose;
 mod convert;
 mod dump;
@@ -26,7 +25,7 @@ mod vips;
 mod workload;
 mod writer;
 
-pub use authority::Authority;
+pub use ambit_api::Authority;
 pub use choose::Load;
 pub use endpoints::{Endpoint, Endpoints};
 pub use error::{InvalidResource, Rejected};

@@ -3,11 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ambit_api::Authority;
 use rand::Rng;
 use smallvec::SmallVec;
 
 use crate::HBONE_PORT;
-use crate::authority::Authority;
 use crate::choose::Load;
 use crate::endpoints::Known;
 use crate::name::{AddressRef, Demand, NamespacedHost, NetworkAddress, WorkloadUid};
@@ -87,7 +87,7 @@ fn resolve_with(
     let mut resolver = Resolver { chooser, bypassed: false };
     let route = match &question.destination {
         Authority::Address(address) => resolver.by_address(*address),
-        Authority::Host { hostname, port } => resolver.by_host(hostname, *port),
+        Authority::Host { host, port } => resolver.by_host(host, *port),
     };
     route.unwrap_or_else(Route::Refuse)
 }
@@ -362,7 +362,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
             gateway: Arc::clone(proxy.workload),
             workload: Arc::clone(workload),
             hbone,
-            authority: Authority::Host { hostname: Arc::clone(&service.host.hostname), port },
+            authority: Authority::Host { host: Arc::clone(&service.host.hostname), port },
             inner_expected,
             network: Arc::clone(&self.chooser.question.client.network),
             service: Arc::clone(service),

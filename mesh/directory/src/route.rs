@@ -3,11 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ambit_api::Authority;
 use ambit_identity::SpiffeId;
 use smallvec::SmallVec;
 
 use crate::HBONE_PORT;
-use crate::authority::Authority;
 use crate::name::{Demand, NamespacedHost, WorkloadUid};
 use crate::service::{GatewayDestination, Service};
 use crate::workload::{TunnelProtocol, Workload};

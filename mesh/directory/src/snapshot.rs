@@ -38,14 +38,24 @@ pub enum Removed<'a> {
 /// How many removals are remembered.
 const REMEMBERED_REMOVALS: usize = 1024;
 
+/// Workloads that claim one address or host name; the first has it.
+pub(crate) type Claims = SmallVec<[Arc<Workload>; 1]>;
+
+/// Whether a pod is among those that claim an address: it would be the first.
+pub(crate) fn has_pod(claims: &Claims) -> bool {
+    claims.first().is_some_and(|workload| workload.is_pod)
+}
+
 /// The directory at one moment. Immutable behind its `Arc`; keeping one keeps the memory of what changed since, no more.
 #[derive(Clone, Default, Debug)]
 pub struct Snapshot {
     pub(crate) revision: Revision,
     pub(crate) workloads: Table<WorkloadUid, Arc<Workload>>,
-    pub(crate) by_address: Table<NetworkAddress, SmallVec<[Arc<Workload>; 1]>>,
+    /// The workloads that claim an address, in the order of [`Workload::cmp_claim`].
+    pub(crate) by_address: Table<NetworkAddress, Claims>,
     pub(crate) by_identity: Table<SpiffeId, List<Arc<Workload>>>,
-    pub(crate) by_hostname: Table<Arc<str>, SmallVec<[Arc<Workload>; 1]>>,
+    /// The workloads that claim a host name, in the same order.
+    pub(crate) by_hostname: Table<Arc<str>, Claims>,
     pub(crate) services: Table<NamespacedHost, Arc<Known>>,
     pub(crate) services_by_hostname: Table<Arc<str>, SmallVec<[Arc<Service>; 1]>>,
     pub(crate) endpoints: Table<NamespacedHost, Arc<Endpoints>>,
@@ -83,17 +93,10 @@ impl Snapshot {
         (workload.identity.service_account() == service_account).then_some(workload)
     }
 
-    /// The workload at an address. A pod owns its address: of several (an address given on before its former holder was removed) the newest
-    /// healthy pod, else the newest. Where there is no pod, the oldest of the others, so that nobody takes an address over by claiming it too.
-    /// Workloads that share their node's address are not found by it.
+    /// The workload that has an address: a pod before anything else, then the older object ([`Workload::cmp_claim`]). Workloads that share their
+    /// node's address are not found by it.
     pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
-        let claims = self.by_address.get(&AddressRef { network, address: address.to_canonical() })?;
-        if let [sole] = claims.as_slice() {
-            return Some(sole);
-        }
-        let mut pods = claims.iter().rev().filter(|workload| workload.is_pod);
-        let newest = pods.clone().next();
-        pods.find(|pod| pod.is_healthy()).or(newest).or_else(|| claims.first())
+        self.by_address.get(&AddressRef { network, address: address.to_canonical() })?.first()
     }
 
     /// Whether one of the addresses of `workload`, which is not a pod, is a pod's own.
@@ -103,7 +106,7 @@ impl Snapshot {
     }
 
     pub(crate) fn has_pod_at(&self, address: AddressRef<'_>) -> bool {
-        self.by_address.get(&address).is_some_and(|claims| claims.iter().any(|workload| workload.is_pod))
+        self.by_address.get(&address).is_some_and(|claims| has_pod(claims))
     }
 
     /// The workloads that have an identity, in no order.

@@ -214,7 +214,7 @@ impl<'a, L: Load, R: Rng> Chooser<'a, '_, L, R> {
         if endpoints.is_empty() {
             NoEndpoint::NoneKnown
         } else if endpoints.eligible().is_empty()
-            && endpoints.terminating().is_empty()
+            && !endpoints.has_terminating()
             && service.load_balancing.health == HealthPolicy::OnlyHealthy
         {
             NoEndpoint::NoneHealthy

@@ -1,5 +1,6 @@
 //! Workloads: pods, virtual machines and other endpoints.
 
+use std::cmp::Ordering;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -38,6 +39,9 @@ pub struct Workload {
     /// Whether it is a pod, as its uid says: a pod owns its addresses, whatever else claims them.
     #[serde(skip)]
     pub(crate) is_pod: bool,
+    /// When its object was created, in seconds since the epoch; 0 if that is not known.
+    #[serde(skip)]
+    pub(crate) created: i64,
     /// Whether the direct route is allowed while its waypoint is missing.
     pub waypoint_failure_open: bool,
     /// The kind of its owner.
@@ -104,6 +108,23 @@ impl Workload {
     pub fn address_like(&self, like: Option<IpAddr>) -> Option<IpAddr> {
         let same_family = |address: &&IpAddr| like.is_none_or(|like| like.is_ipv4() == address.is_ipv4());
         self.addresses.iter().find(same_family).or_else(|| self.addresses.first()).copied()
+    }
+
+    /// Orders workloads that claim one address; the first has it. Depends only on the workloads, not on the order in which they arrived.
+    ///
+    /// A pod comes before everything else. Of several pods a healthy one comes first, then the newest: the address was reused and the former
+    /// holder is not removed yet. Of other workloads the oldest comes first, so that nobody takes over an address by claiming it too.
+    pub(crate) fn cmp_claim(&self, other: &Self) -> Ordering {
+        let known = |workload: &Self| if workload.created == 0 { i64::MAX } else { workload.created };
+        let by_age = match (self.is_pod, other.is_pod) {
+            (true, false) => return Ordering::Less,
+            (false, true) => return Ordering::Greater,
+            (true, true) => {
+                other.is_healthy().cmp(&self.is_healthy()).then_with(|| other.created.cmp(&self.created))
+            }
+            (false, false) => known(self).cmp(&known(other)),
+        };
+        by_age.then_with(|| self.uid.cmp(&other.uid))
     }
 
     /// Whether both are the same workload, in the same or another state.

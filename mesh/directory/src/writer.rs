@@ -14,7 +14,7 @@ use crate::error::{InvalidResource, Rejected};
 use crate::intern::Interner;
 use crate::name::{AddressRef, HostRef, NamespacedHost, NetworkAddress};
 use crate::service::Service;
-use crate::snapshot::{Revision, Snapshot};
+use crate::snapshot::{Claims, Revision, Snapshot, has_pod};
 use crate::workload::Workload;
 
 /// One change from the control plane.
@@ -151,9 +151,7 @@ impl Directory {
             let service = Arc::clone(&known.service);
             let known = Arc::new(Known { endpoints: endpoints.unwrap_or_default(), service });
             let Snapshot { vips, by_address, .. } = &mut self.next;
-            let is_pods = |address: &NetworkAddress| {
-                by_address.get(address).is_some_and(|claims| claims.iter().any(|workload| workload.is_pod))
-            };
+            let is_pods = |address: &NetworkAddress| by_address.get(address).is_some_and(has_pod);
             for vip in &known.service.vips {
                 vips.insert(vip, &known, is_pods);
             }
@@ -222,39 +220,24 @@ impl Directory {
         let authorization = old
             .as_ref()
             .is_none_or(|old| old.policies != workload.policies || old.namespace != workload.namespace);
-        let kept = old.as_ref().map(|old| self.positions(old)).unwrap_or_default();
         if let Some(old) = &old {
             self.withdraw(old);
         }
-        self.enter(&workload, &kept);
+        self.enter(&workload);
         self.changed(authorization);
     }
 
-    /// Where `workload` stands among those that claim the same addresses.
-    fn positions(&self, workload: &Arc<Workload>) -> Vec<(NetworkAddress, usize)> {
-        let claims = addresses(workload).filter_map(|address| {
-            let claims = self.next.by_address.get(&address)?;
-            let at = claims.iter().position(|claim| Arc::ptr_eq(claim, workload))?;
-            Some((address, at))
-        });
-        claims.collect()
-    }
-
-    /// Enters `workload` into every index. A claim on an address that it had keeps its `kept` place, so that a workload that changes (as when it
-    /// terminates) does not pass for a newer one.
-    fn enter(&mut self, workload: &Arc<Workload>, kept: &[(NetworkAddress, usize)]) {
+    /// Enters `workload` into every index.
+    fn enter(&mut self, workload: &Arc<Workload>) {
         for address in addresses(workload) {
-            let at = kept.iter().find(|(known, _)| *known == address).map(|(_, at)| *at);
-            self.next.by_address.change(&address, |claims| {
-                claims.insert(at.unwrap_or(claims.len()).min(claims.len()), Arc::clone(workload));
-            });
+            self.next.by_address.change(&address, |claims| claim(claims, workload));
             if workload.is_pod {
                 self.next.vips.set_pod(&address, true);
             }
         }
         self.next.by_identity.change(&workload.identity, |holders| holders.push(Arc::clone(workload)));
         if !workload.hostname.is_empty() {
-            self.next.by_hostname.change(&workload.hostname, |named| named.push(Arc::clone(workload)));
+            self.next.by_hostname.change(&workload.hostname, |named| claim(named, workload));
         }
         for membership in &workload.services {
             let endpoint = Endpoint { workload: Arc::clone(workload), ports: membership.ports.clone() };
@@ -342,6 +325,12 @@ impl Directory {
             }
         }
     }
+}
+
+/// Enters a workload among those that claim the same address or name.
+fn claim(claims: &mut Claims, workload: &Arc<Workload>) {
+    let at = claims.partition_point(|other| other.cmp_claim(workload).is_lt());
+    claims.insert(at, Arc::clone(workload));
 }
 
 /// The addresses by which a workload is found; those of its node are not its own.

@@ -420,17 +420,15 @@ fn dual_stack_endpoints_are_reached_in_the_family_that_was_dialled() {
 }
 
 #[test]
-fn an_address_given_on_belongs_to_its_new_holder_also_when_the_old_one_changes_last() {
-    let mut world = World::new([
-        pod("client", "10.0.0.1").into(),
-        real_pod("old", "10.0.0.2").into(),
-        real_pod("new", "10.0.0.2").on("two").into(),
-    ]);
+fn a_reused_address_belongs_to_its_new_holder() {
+    let old = || real_pod("old", "10.0.0.2").with(|pod| pod.created = 1);
+    let new = || real_pod("new", "10.0.0.2").on("two").with(|pod| pod.created = 2);
+    let mut world = World::new([pod("client", "10.0.0.1").into(), new().into(), old().into()]);
     let there = "tunnel Kubernetes//Pod/app/new 10.0.0.2:80 via 10.0.0.2:15008 as new";
     table(&mut world, &[("10.0.0.2:80", there)]);
-    world.apply([real_pod("old", "10.0.0.2").unhealthy().into()]);
+    world.apply([old().unhealthy().into()]);
     table(&mut world, &[("10.0.0.2:80", there)]);
-    world.apply([real_pod("new", "10.0.0.2").on("two").unhealthy().into()]);
+    world.apply([new().unhealthy().into()]);
     table(&mut world, &[("10.0.0.2:80", there)]);
     world.remove("Kubernetes//Pod/app/new");
     table(&mut world, &[("10.0.0.2:80", "same node Kubernetes//Pod/app/old 10.0.0.2:80 as old")]);
@@ -496,9 +494,12 @@ fn an_entry_at_a_pods_address_is_no_endpoint() {
 
 #[test]
 fn of_entries_that_claim_an_address_the_oldest_has_it() {
-    let older = claim("10.0.0.2").with(|entry| entry.uid.push_str("-older"));
-    let mut world =
-        World::new([pod("client", "10.0.0.1").into(), older.unhealthy().into(), claim("10.0.0.2").into()]);
+    let older = claim("10.0.0.2").with(|entry| {
+        entry.uid.push_str("-older");
+        entry.created = 1;
+    });
+    let younger = claim("10.0.0.2").with(|entry| entry.created = 2);
+    let mut world = World::new([pod("client", "10.0.0.1").into(), younger.into(), older.unhealthy().into()]);
     let of =
         |uid: &str| format!("plain Kubernetes/networking.istio.io/WorkloadEntry/other/{uid} 10.0.0.2:80");
     table(&mut world, &[("10.0.0.2:80", of("claim-older").as_str())]);
@@ -573,6 +574,31 @@ fn terminating_endpoints_that_serve_are_chosen_where_nothing_else_is_left() {
     assert_eq!(chosen(&mut world, &[]).as_deref(), Some("leaving"));
     world.apply([leaving("leaving", "10.0.0.2").with(|pod| pod.serving_while_terminating = false).into()]);
     assert_eq!(chosen(&mut world, &[]), None, "it has stopped serving");
+}
+
+#[test]
+fn strict_uses_terminating_endpoints_in_scope() {
+    let leaving = |name: &str, address: &str, node: &str| {
+        let leaving = pod(name, address).of("s").on(node).unhealthy();
+        leaving.with(|pod| pod.serving_while_terminating = true)
+    };
+    let local = service("s", &["10.1.0.1"]).with(|service| {
+        service.load_balancing = Some(balancing(Mode::Strict, &[Scope::Node]));
+    });
+    let mut world = World::new([
+        pod("c", "10.0.0.1").on("one").into(),
+        local.into(),
+        leaving("far", "10.0.0.3", "two").into(),
+        pod("far-ready", "10.0.0.4").of("s").on("two").into(),
+    ]);
+    let chosen = |world: &mut World| world.route("c", "10.1.0.1:80").next_hop().map(ToString::to_string);
+    assert_eq!(chosen(&mut world), None, "neither is on the client's node");
+    world.apply([leaving("near", "10.0.0.2", "one").into()]);
+    assert_eq!(chosen(&mut world).as_deref(), Some("near"), "nothing else on the node serves");
+    world.apply([pod("ready", "10.0.0.5").of("s").on("one").into()]);
+    for _ in 0..50 {
+        assert_eq!(chosen(&mut world).as_deref(), Some("ready"));
+    }
 }
 
 /// A load of nothing, with some workloads ejected.

@@ -10,7 +10,6 @@
 //! are `Send` nevertheless. This crate authenticates peers through `ambit-identity`. It never decides
 //! who may talk to whom, nor which endpoint is dialled, nor whether a request is retried.
 
-mod authority;
 mod baggage;
 pub mod client;
 mod driver;
@@ -29,7 +28,7 @@ mod traceparent;
 mod tunnel;
 mod windows;
 
-pub use authority::{Authority, AuthorityError};
+pub use ambit_api::{Authority, AuthorityError};
 pub use baggage::{Baggage, WorkloadKind};
 pub use error::{Fault, OpenError, ServeError};
 pub use forwarded::Forwarded;

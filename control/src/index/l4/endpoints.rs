@@ -26,7 +26,7 @@ pub(in crate::index) fn of_slice(reader: &Reader<'_>, id: &NamespacedName) -> Ve
     let mut losses = Losses::default();
     for endpoint in strangers {
         let Some(first) = endpoint.addresses.first() else { continue };
-        if let Some((address, owner)) = ownership::of_endpoint(reader, &network, &endpoint.addresses) {
+        if let Some((address, owner)) = ownership::of_pod_or_service(reader, &network, &endpoint.addresses) {
             losses.address(address, &owner);
             continue;
         }

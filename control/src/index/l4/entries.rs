@@ -7,7 +7,7 @@ use ambit_api::workload as api;
 use ipnet::IpNet;
 
 use super::outputs::{Resource, ResourceType};
-use super::ownership::{self, Losses};
+use super::ownership::{self, Losses, Standing};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
 use super::workloads::{self, Memberships};
@@ -144,9 +144,15 @@ fn endpoints(
     let mut losses = Losses::default();
     for endpoint in &entry.endpoints {
         let network = workloads::network(reader, &id.namespace, endpoint.network.as_ref());
-        if let Some((address, owner)) = ownership::of_endpoint(reader, &network, &ips(endpoint)) {
-            losses.address(address, &owner);
-            continue;
+        let standing =
+            ownership::of_endpoint(reader, &network, Kind::ServiceEntry, &entry.meta, &ips(endpoint));
+        match &standing {
+            Standing::Found => {}
+            Standing::Unlisted(address, owner) => losses.unlisted(*address, owner),
+            Standing::LeftOut(address, owner) => {
+                losses.address(*address, owner);
+                continue;
+            }
         }
         let mut services = Memberships::new();
         for host in hosts {
@@ -158,7 +164,8 @@ fn endpoints(
             // Of those that are reached through the gateway of their network there is one in each.
             EntryAddress::Unknown => network.to_string(),
         };
-        let (kind, resource) = listed(reader, entry, endpoint, &part, services);
+        let is_found = matches!(standing, Standing::Found);
+        let (kind, resource) = listed(reader, entry, endpoint, &part, services, is_found);
         if resources.iter().any(|(_, other)| other.name == resource.name) {
             losses.other(format!("endpoint {part} is listed twice, of which the first counts"));
         } else {
@@ -169,13 +176,15 @@ fn endpoints(
     resources
 }
 
-/// An endpoint that the entry lists; `part` tells it from the others.
+/// An endpoint that the entry lists; `part` distinguishes it from the others. Whether it is found by its address is up to
+/// `is_found`.
 fn listed(
     reader: &Reader<'_>,
     entry: &ServiceEntry,
     endpoint: &WorkloadSpec,
     part: &str,
     services: Memberships,
+    is_found: bool,
 ) -> (ResourceType, Resource) {
     let id = &entry.meta.id;
     let uid = format!("{}/{part}", wire::uid(reader.settings, Kind::ServiceEntry, id));
@@ -192,9 +201,10 @@ fn listed(
         extensions: waypoints.extensions().collect(),
         waypoint: waypoints.primary,
         authorization_policies: workloads::policies(reader, &id.namespace, &endpoint.labels),
+        created: wire::created(&entry.meta),
         ..described(reader, &id.namespace, name, uid, endpoint, services)
     };
-    wire::workload_resource(message, &ips(endpoint))
+    resource(message, &ips(endpoint), is_found)
 }
 
 /// The endpoint of a host that DNS resolves.
@@ -210,7 +220,7 @@ fn named(reader: &Reader<'_>, entry: &ServiceEntry, host: &Arc<str>) -> (Resourc
     };
     let mut services = Memberships::new();
     join(&mut services, entry, host, |port| entry_target(&endpoint, port));
-    listed(reader, entry, &endpoint, host, services)
+    listed(reader, entry, &endpoint, host, services, true)
 }
 
 /// The workload of a WorkloadEntry.
@@ -220,10 +230,16 @@ pub(in crate::index) fn of_workload_entry(
 ) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.workload_entries.get(id) else { return Vec::new() };
     let network = workloads::network(reader, &id.namespace, entry.spec.network.as_ref());
-    if let Some((address, owner)) = ownership::of_endpoint(reader, &network, &ips(&entry.spec)) {
-        let mut losses = Losses::default();
-        losses.address(address, &owner);
-        losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    let mut losses = Losses::default();
+    let standing =
+        ownership::of_endpoint(reader, &network, Kind::WorkloadEntry, &entry.meta, &ips(&entry.spec));
+    match &standing {
+        Standing::Found => {}
+        Standing::Unlisted(address, owner) => losses.unlisted(*address, owner),
+        Standing::LeftOut(address, owner) => losses.address(*address, owner),
+    }
+    losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    if matches!(standing, Standing::LeftOut(..)) {
         return Vec::new();
     }
     let labels = &entry.meta.labels;
@@ -237,9 +253,20 @@ pub(in crate::index) fn of_workload_entry(
         native_tunnel: entry.native_tunnel,
         authorization_policies: workloads::policies(reader, &id.namespace, labels),
         status: workloads::status(entry.healthy) as i32,
+        created: wire::created(&entry.meta),
         ..described(reader, &id.namespace, id.name.to_string(), uid, &entry.spec, services)
     };
-    vec![wire::workload_resource(message, &ips(&entry.spec))]
+    vec![resource(message, &ips(&entry.spec), matches!(standing, Standing::Found))]
+}
+
+/// The resource of an endpoint. One that is not found by its addresses is like one on its node's network: proxies reach it
+/// by its services only.
+fn resource(message: api::Workload, addresses: &[IpAddr], is_found: bool) -> (ResourceType, Resource) {
+    if is_found {
+        return wire::workload_resource(message, addresses);
+    }
+    let network_mode = api::NetworkMode::HostNetwork as i32;
+    wire::workload_resource(api::Workload { network_mode, ..message }, &[])
 }
 
 /// What a description of a workload says by itself.
@@ -280,10 +307,7 @@ fn described(
 }
 
 fn ips(spec: &WorkloadSpec) -> Vec<IpAddr> {
-    match spec.address {
-        EntryAddress::Ip(address) => vec![address],
-        EntryAddress::Hostname(_) | EntryAddress::Unknown => Vec::new(),
-    }
+    spec.ip().into_iter().collect()
 }
 
 fn memberships(reader: &Reader<'_>, entry: &WorkloadEntry) -> Memberships {
@@ -357,7 +381,8 @@ pub(in crate::index) fn gateway_address(
     })
 }
 
-fn is_remote(gateway: &Gateway) -> bool {
+/// Whether a gateway is one of another cluster.
+pub(in crate::index) fn is_remote(gateway: &Gateway) -> bool {
     REMOTE_CLASSES.contains(&&*gateway.class)
 }
 
@@ -370,14 +395,10 @@ pub(in crate::index) fn of_remote_gateway(
     let (Some(network), Some(account)) = (&gateway.network, &gateway.service_account) else {
         return Vec::new();
     };
-    let addresses: Vec<IpAddr> = gateway
-        .requested
-        .iter()
-        .filter_map(|address| match address {
-            AddressValue::Ip(address) => Some(*address),
-            AddressValue::Hostname(_) => None,
-        })
-        .collect();
+    let addresses = gateway_addresses(reader, gateway, network);
+    if addresses.is_empty() {
+        return Vec::new();
+    }
     let trust_domain = gateway.trust_domain.as_ref().unwrap_or(&reader.settings.trust_domain);
     let message = api::Workload {
         name: id.name.to_string(),
@@ -395,7 +416,26 @@ pub(in crate::index) fn of_remote_gateway(
         status: workloads::status(true) as i32,
         cluster_id: reader.settings.cluster_id.to_string(),
         uid: wire::uid(reader.settings, Kind::Gateway, id),
+        created: wire::created(&gateway.meta),
         ..api::Workload::default()
     };
     vec![wire::workload_resource(message, &addresses)]
+}
+
+/// The addresses of a gateway of another cluster that nobody else owns.
+fn gateway_addresses(reader: &Reader<'_>, gateway: &Gateway, network: &Arc<str>) -> Vec<IpAddr> {
+    let mut losses = Losses::default();
+    let mut in_force = Vec::new();
+    for address in gateway.requested_ips() {
+        match ownership::of_gateway(reader, network, &gateway.meta, address) {
+            Some(owner) => losses.address(address, &owner),
+            // In our own network it would only capture an address: nobody needs a gateway into it.
+            None if *network == reader.settings.network => {
+                losses.other(format!("{address}: {network:?} is this cluster's own network"));
+            }
+            None => in_force.push(address),
+        }
+    }
+    losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    in_force
 }

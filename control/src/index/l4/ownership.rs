@@ -1,7 +1,9 @@
-//! Who owns an address: a pod its own, a Service its cluster IPs, and of ServiceEntries that claim one the oldest.
+//! Who owns an address: a pod its own, a Service its cluster IPs, a node its own; of everything else that claims one the
+//! oldest.
 //!
-//! Everything else that claims such an address is left out and gets a finding, so that whoever can write objects in
-//! one namespace cannot divert connections to another.
+//! Whoever can write objects in one namespace must not divert connections to another. So a claim on an address of a pod
+//! or Service has no effect, a virtual address or gateway that somebody else owns is left out, and an endpoint that
+//! shares its address with a node or with an older claim is reached by its own services only. Each gets a finding.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -10,41 +12,81 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::Finding;
+use super::entries;
 use super::reader::Reader;
+use super::store;
 use super::workloads;
-use crate::object::{Kind, NamespacedName, ObjectRef, ServiceEntry, Visibility};
+use crate::object::{
+    AddressValue, EntryAddress, Kind, Meta, NamespacedName, ObjectRef, ServiceEntry, Visibility,
+};
 
 /// The object that an address belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::index) enum Owner {
-    Pod(NamespacedName),
-    Service(NamespacedName),
-    ServiceEntry(NamespacedName),
+pub(in crate::index) struct Owner {
+    object: ObjectRef,
+    title: Title,
+}
+
+/// Why an address belongs to its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Title {
+    /// It is the pod's, Service's or node's own.
+    Own,
+    /// It is that of the pod's node.
+    OfNode,
+    /// The owner claimed it first.
+    Older,
 }
 
 impl Owner {
-    fn reference(&self) -> ObjectRef {
-        let (kind, name) = match self {
-            Owner::Pod(id) => (Kind::Pod, id),
-            Owner::Service(id) => (Kind::Service, id),
-            Owner::ServiceEntry(id) => (Kind::ServiceEntry, id),
-        };
-        ObjectRef { kind, name: name.clone() }
+    fn new(kind: Kind, name: &NamespacedName, title: Title) -> Owner {
+        Owner { object: ObjectRef { kind, name: name.clone() }, title }
     }
 }
 
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Owner::Pod(id) => write!(f, "Pod {id}"),
-            Owner::Service(id) => write!(f, "Service {id}"),
-            Owner::ServiceEntry(id) => write!(f, "ServiceEntry {id}, which is older"),
+        let Owner { object, title } = self;
+        match title {
+            Title::Own => write!(f, "{object}"),
+            Title::OfNode => write!(f, "the node of {object}"),
+            Title::Older => write!(f, "{object}, which is older"),
         }
     }
 }
 
-/// The owner of one of a workload's addresses, if that is a pod or a Service, with the address.
+/// What becomes of an endpoint, by its addresses.
+#[derive(Debug)]
+pub(in crate::index) enum Standing {
+    /// It is found by its addresses.
+    Found,
+    /// It is an endpoint of its services, but not found by its addresses: this one belongs to a node or an older object.
+    Unlisted(IpAddr, Owner),
+    /// It is left out: this address belongs to a pod or a Service.
+    LeftOut(IpAddr, Owner),
+}
+
+/// What becomes of an endpoint of `claimant`, an object of this kind.
 pub(in crate::index) fn of_endpoint(
+    reader: &Reader<'_>,
+    network: &Arc<str>,
+    kind: Kind,
+    claimant: &Meta,
+    addresses: &[IpAddr],
+) -> Standing {
+    if let Some((address, owner)) = of_pod_or_service(reader, network, addresses) {
+        return Standing::LeftOut(address, owner);
+    }
+    let shared = addresses.iter().find_map(|address| {
+        let owner = node(reader, network, *address)
+            .or_else(|| older_claim(reader, network, kind, claimant, *address))?;
+        Some((*address, owner))
+    });
+    shared.map_or(Standing::Found, |(address, owner)| Standing::Unlisted(address, owner))
+}
+
+/// The owner of one of these addresses, if that is a pod or a Service, with the address.
+pub(in crate::index) fn of_pod_or_service(
     reader: &Reader<'_>,
     network: &Arc<str>,
     addresses: &[IpAddr],
@@ -64,7 +106,22 @@ pub(in crate::index) fn of_virtual_address(
         return None;
     }
     let address = block.addr();
-    pod_or_service(reader, network, address).or_else(|| older_entry(reader, network, entry, address))
+    let own = pod_or_service(reader, network, address).or_else(|| node(reader, network, address));
+    // An entry that only its own namespace sees diverts nobody else.
+    let is_public = entry.visibility == Visibility::Public;
+    let older = || older_claim(reader, network, Kind::ServiceEntry, &entry.meta, address);
+    own.or_else(|| older().filter(|_| is_public))
+}
+
+/// The owner of an address of a gateway into another network, if that is not the gateway itself.
+pub(in crate::index) fn of_gateway(
+    reader: &Reader<'_>,
+    network: &Arc<str>,
+    gateway: &Meta,
+    address: IpAddr,
+) -> Option<Owner> {
+    let own = pod_or_service(reader, network, address).or_else(|| node(reader, network, address));
+    own.or_else(|| older_claim(reader, network, Kind::Gateway, gateway, address))
 }
 
 fn pod_or_service(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> Option<Owner> {
@@ -72,33 +129,78 @@ fn pod_or_service(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> O
     let pod =
         pods.find(|pod| workloads::network(reader, &pod.meta.id.namespace, pod.network.as_ref()) == *network);
     if let Some(pod) = pod {
-        return Some(Owner::Pod(pod.meta.id.clone()));
+        return Some(Owner::new(Kind::Pod, &pod.meta.id, Title::Own));
     }
     let mut services = reader.services_at(address);
     let service = services.find(|id| workloads::network(reader, &id.namespace, None) == *network)?;
-    Some(Owner::Service(service.clone()))
+    Some(Owner::new(Kind::Service, service, Title::Own))
 }
 
-/// An older entry of another namespace that everybody sees. Entries of one namespace may share an address, and one that
-/// only its own namespace sees diverts nobody else.
-fn older_entry(
+/// The node whose address it is, or a pod that shares the address with its node.
+fn node(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> Option<Owner> {
+    if *network == reader.settings.network
+        && let Some(node) = reader.nodes_at(address).next()
+    {
+        return Some(Owner::new(Kind::Node, node, Title::Own));
+    }
+    let mut pods = reader.host_pods_at(address);
+    let pod = pods
+        .find(|pod| workloads::network(reader, &pod.meta.id.namespace, pod.network.as_ref()) == *network)?;
+    Some(Owner::new(Kind::Pod, &pod.meta.id, Title::OfNode))
+}
+
+/// The oldest object of another namespace that claims an address, if it is older than `claimant`. Objects of one
+/// namespace may share an address.
+fn older_claim(
     reader: &Reader<'_>,
     network: &Arc<str>,
-    entry: &ServiceEntry,
+    kind: Kind,
+    claimant: &Meta,
     address: IpAddr,
 ) -> Option<Owner> {
-    if entry.visibility != Visibility::Public {
-        return None;
-    }
-    let id = &entry.meta.id;
-    let others = reader.entries_at(address).filter(|other| {
-        other.meta.id.namespace != id.namespace
-            && other.visibility == Visibility::Public
-            && other.meta.seniority() < entry.meta.seniority()
-            && workloads::network(reader, &other.meta.id.namespace, None) == *network
+    let claims = reader.claims_at(address).filter_map(|object| {
+        let meta = claim(reader, object, network, address)?;
+        (meta.id.namespace != claimant.id.namespace).then(|| (meta.seniority(), object))
     });
-    let oldest = others.min_by_key(|other| other.meta.seniority())?;
-    Some(Owner::ServiceEntry(oldest.meta.id.clone()))
+    let (seniority, oldest) = claims.min()?;
+    ((seniority, oldest.kind) < (claimant.seniority(), kind))
+        .then(|| Owner::new(oldest.kind, &oldest.name, Title::Older))
+}
+
+/// The metadata of an object that claims an address in a network for everybody.
+fn claim<'a>(
+    reader: &Reader<'a>,
+    object: &ObjectRef,
+    network: &Arc<str>,
+    address: IpAddr,
+) -> Option<&'a Meta> {
+    let (store, id) = (reader.store, &object.name);
+    let of = |own: Option<&Arc<str>>| workloads::network(reader, &id.namespace, own) == *network;
+    match object.kind {
+        Kind::ServiceEntry => {
+            let entry = store.service_entries.get(id).filter(|e| e.visibility != Visibility::Hidden)?;
+            let is_virtual = entry.visibility == Visibility::Public
+                && store::virtual_addresses(Some(entry)).any(|own| own == address)
+                && of(None);
+            let has_endpoint = || {
+                let mut endpoints = entry.endpoints.iter();
+                endpoints.any(|e| e.address == EntryAddress::Ip(address) && of(e.network.as_ref()))
+            };
+            (is_virtual || has_endpoint()).then_some(&entry.meta)
+        }
+        Kind::WorkloadEntry => {
+            let entry = store.workload_entries.get(id)?;
+            let is_here = entry.spec.address == EntryAddress::Ip(address) && of(entry.spec.network.as_ref());
+            is_here.then_some(&entry.meta)
+        }
+        Kind::Gateway => {
+            let gateway = store.gateways.get(id).filter(|gateway| entries::is_remote(gateway))?;
+            let is_here = gateway.network.as_ref() == Some(network)
+                && gateway.requested.contains(&AddressValue::Ip(address));
+            is_here.then_some(&gateway.meta)
+        }
+        _ => None,
+    }
 }
 
 /// Collects what an object claims and does not get, for one finding.
@@ -112,7 +214,14 @@ pub(in crate::index) struct Losses {
 impl Losses {
     pub(in crate::index) fn address(&mut self, address: IpAddr, owner: &Owner) {
         self.texts.push(format!("{address} belongs to {owner}"));
-        self.parent.get_or_insert_with(|| owner.reference());
+        self.parent.get_or_insert_with(|| owner.object.clone());
+    }
+
+    /// An endpoint is not found by an address of its own.
+    pub(in crate::index) fn unlisted(&mut self, address: IpAddr, owner: &Owner) {
+        self.texts
+            .push(format!("{address} belongs to {owner}; the endpoint is reached by its services only"));
+        self.parent.get_or_insert_with(|| owner.object.clone());
     }
 
     pub(in crate::index) fn host(&mut self, host: &str, owner: ObjectRef) {
@@ -124,7 +233,7 @@ impl Losses {
         self.texts.push(text);
     }
 
-    /// Tells the author, if there is something to tell.
+    /// Reports the losses, if there are any.
     pub(in crate::index) fn find(self, reader: &Reader<'_>, condition: &'static str, reason: &'static str) {
         /// More than these say nothing new.
         const SHOWN: usize = 8;

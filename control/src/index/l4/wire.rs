@@ -10,7 +10,7 @@ use prost::Message;
 
 use super::Settings;
 use super::outputs::{Resource, ResourceType};
-use crate::object::{AppProtocol, IpFamilies, Kind, NamespacedName};
+use crate::object::{AppProtocol, IpFamilies, Kind, Meta, NamespacedName};
 
 /// Port of HBONE, at waypoints and at gateways between networks (contracts.md, section 1).
 pub(in crate::index) const HBONE_PORT: u32 = 15008;
@@ -27,6 +27,11 @@ pub(in crate::index) fn uid(settings: &Settings, kind: Kind, id: &NamespacedName
         Kind::Pod => format!("{}//Pod/{}/{}", settings.cluster_id, id.namespace, id.name),
         _ => format!("{}/{}/{kind}/{}/{}", settings.cluster_id, kind.group(), id.namespace, id.name),
     }
+}
+
+/// When an object was created, in seconds since the epoch; 0 if that is not known.
+pub(in crate::index) fn created(meta: &Meta) -> i64 {
+    meta.created.unwrap_or_default()
 }
 
 /// The octets of an address.

@@ -66,6 +66,7 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
         } as i32,
         capacity: None,
         serving_while_terminating: pod.terminating && pod.ready,
+        created: wire::created(&pod.meta),
     };
     vec![wire::workload_resource(message, &pod.addresses)]
 }

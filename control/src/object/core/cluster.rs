@@ -1,5 +1,6 @@
 //! Namespaces, nodes and replica sets: what workloads inherit from where they are.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::{apps, core};
@@ -43,7 +44,7 @@ impl TryFrom<core::v1::Namespace> for Namespace {
     }
 }
 
-/// A node: where its pods are.
+/// A node: where its pods are, and its own addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
     /// Its name.
@@ -54,6 +55,8 @@ pub struct Node {
     pub zone: Arc<str>,
     /// `topology.istio.io/subzone`, else empty.
     pub subzone: Arc<str>,
+    /// Its addresses, in order; no other object may claim them.
+    pub addresses: Vec<IpAddr>,
 }
 
 impl TryFrom<core::v1::Node> for Node {
@@ -61,12 +64,19 @@ impl TryFrom<core::v1::Node> for Node {
 
     fn try_from(object: core::v1::Node) -> Result<Node, Invalid> {
         let labels = labels(&object.metadata);
+        let status = object.status.unwrap_or_default();
+        // A hostname is among a node's addresses, too.
+        let listed = status.addresses.iter().flatten();
+        let mut addresses: Vec<IpAddr> = listed.filter_map(|given| given.address.parse().ok()).collect();
+        addresses.sort();
+        addresses.dedup();
         let label = |keys: [&str; 2]| keys.iter().find_map(|key| labels.get(key)).unwrap_or_default().into();
         Ok(Node {
             name: name(&object.metadata)?,
             region: label(["topology.kubernetes.io/region", "failure-domain.beta.kubernetes.io/region"]),
             zone: label(["topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone"]),
             subzone: labels.get("topology.istio.io/subzone").unwrap_or_default().into(),
+            addresses,
         })
     }
 }

@@ -135,6 +135,16 @@ pub struct Gateway {
     pub application_tunnel: Option<ApplicationTunnel>,
 }
 
+impl Gateway {
+    /// The IP addresses among `spec.addresses`.
+    pub fn requested_ips(&self) -> impl Iterator<Item = IpAddr> {
+        self.requested.iter().filter_map(|address| match address {
+            AddressValue::Ip(address) => Some(*address),
+            AddressValue::Hostname(_) => None,
+        })
+    }
+}
+
 /// The manifest; fields that the mesh does not read are not listed.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]

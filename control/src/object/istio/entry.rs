@@ -45,6 +45,14 @@ pub struct WorkloadSpec {
 }
 
 impl WorkloadSpec {
+    /// Its IP address, if it has one.
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self.address {
+            EntryAddress::Ip(address) => Some(address),
+            EntryAddress::Hostname(_) | EntryAddress::Unknown => None,
+        }
+    }
+
     /// Whether it terminates HBONE itself (label `networking.istio.io/tunnel: http`).
     pub fn has_native_tunnel(&self) -> bool {
         self.labels.get("networking.istio.io/tunnel") == Some("http")

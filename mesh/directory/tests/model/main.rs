@@ -6,7 +6,7 @@
 mod common;
 mod naive;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ambit_api::workload::load_balancing::{HealthPolicy, Mode, Scope};
@@ -40,7 +40,7 @@ const NETWORKS: [&str; 2] = ["", "far"];
 
 fn workload() -> impl Strategy<Value = Workload> {
     let place = (select(&["one", "two", ""][..]), select(&["a", "b"][..]), select(&["r", "q"][..]), 0..8u8);
-    let health = (prop::bool::weighted(0.75), prop::option::weighted(0.2, 0..4u32));
+    let health = (prop::bool::weighted(0.75), prop::option::weighted(0.2, 0..4u32), any::<bool>(), 0..4i64);
     let shape = (prop::bool::weighted(0.8), prop::bool::weighted(0.15), prop::bool::weighted(0.15), 0..3u8);
     let ports = prop::option::weighted(0.3, select(&[0u32, 9090][..]));
     (
@@ -53,7 +53,15 @@ fn workload() -> impl Strategy<Value = Workload> {
         ports,
     )
         .prop_map(
-            |(uid, addresses, services, (node, zone, region, network), (up, capacity), shape, ports)| {
+            |(
+                uid,
+                addresses,
+                services,
+                (node, zone, region, network),
+                (up, capacity, serving, created),
+                shape,
+                ports,
+            )| {
                 let (hbone, native, host_network, waypoint) = shape;
                 let mut workload = pod(uid.rsplit('/').next().unwrap(), "10.0.0.1");
                 workload.uid = uid.into();
@@ -71,6 +79,8 @@ fn workload() -> impl Strategy<Value = Workload> {
                 workload.network = NETWORKS[usize::from(far)].into();
                 workload.network_gateway = (network < 6 && far).then(|| by_address("far", "10.0.0.2"));
                 workload.capacity = capacity;
+                workload.serving_while_terminating = serving && !up;
+                workload.created = created;
                 workload.native_tunnel = native;
                 workload.tunnel_protocol = i32::from(hbone);
                 if waypoint == 0 {
@@ -149,6 +159,40 @@ fn brief(route: &ambit_directory::Route) -> String {
     };
     let words: Vec<&str> = said.split(' ').take(words).collect();
     words.join(" ").trim_end_matches([',', ':']).to_owned()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The order of arrival decides nothing: a reconnected proxy gets everything in another order.
+    #[test]
+    fn an_address_has_one_owner_in_any_order(
+        (first, second) in prop::collection::vec(workload(), 1..12).prop_flat_map(|workloads| {
+            // The last state of each.
+            let last: BTreeMap<String, Workload> = workloads.into_iter().map(|it| (it.uid.clone(), it)).collect();
+            let last: Vec<Workload> = last.into_values().collect();
+            (Just(last.clone()).prop_shuffle(), Just(last).prop_shuffle())
+        }),
+    ) {
+        let owners = |workloads: &[Workload]| {
+            let mut world = World::new([]);
+            workloads.iter().for_each(|workload| world.apply([workload.clone().into()]));
+            let snapshot = world.snapshot();
+            let keys = NETWORKS.iter().flat_map(|network| ADDRESSES.iter().map(move |address| (*network, *address)));
+            let owner = |(network, address): (&str, &str)| {
+                let owner = snapshot.workload_at(network, address.parse().unwrap());
+                (network.to_owned(), address.to_owned(), owner.map(|workload| workload.uid.to_string()))
+            };
+            keys.map(owner).collect::<Vec<_>>()
+        };
+        let mut naive = Naive::default();
+        first.iter().for_each(|workload| naive.put(workload.clone()));
+        let found = owners(&first);
+        prop_assert_eq!(&found, &owners(&second));
+        for (network, address, owner) in found {
+            prop_assert_eq!(owner, naive.at(&network, address.parse().unwrap()).map(|it| it.uid.clone()));
+        }
+    }
 }
 
 proptest! {

@@ -15,8 +15,6 @@ use ambit_directory::{ClientRole, WAYPOINT_FAILURE_OPEN_EXTENSION};
 pub(crate) struct Naive {
     pub(crate) workloads: BTreeMap<String, Workload>,
     pub(crate) services: BTreeMap<String, Service>,
-    /// Who took which address, in that order.
-    pub(crate) claims: Vec<(String, IpAddr, String)>,
 }
 
 fn ip(bytes: &[u8]) -> IpAddr {
@@ -59,36 +57,30 @@ fn scope_of(workload: &Workload, scope: i32) -> String {
 
 impl Naive {
     pub(crate) fn put(&mut self, workload: Workload) {
-        self.workloads.insert(workload.uid.clone(), workload.clone());
-        let own = if workload.network_mode == NetworkMode::HostNetwork as i32 {
-            vec![]
-        } else {
-            workload.addresses
-        };
-        let own: BTreeSet<(String, IpAddr)> =
-            own.iter().map(|address| (workload.network.clone(), ip(address))).collect();
-        self.claims.retain(|(network, address, uid)| {
-            *uid != workload.uid || own.contains(&(network.clone(), *address))
-        });
-        for (network, address) in own {
-            let claim = (network, address, workload.uid.clone());
-            if !self.claims.contains(&claim) {
-                self.claims.push(claim);
-            }
-        }
+        self.workloads.insert(workload.uid.clone(), workload);
     }
 
     pub(crate) fn remove(&mut self, name: &str) {
         self.workloads.remove(name);
         self.services.remove(name);
-        self.claims.retain(|(_, _, uid)| uid != name);
     }
 
-    fn at(&self, network: &str, address: IpAddr) -> Option<&Workload> {
-        let there = self.claims.iter().rev().filter(|(net, ip, _)| net == network && *ip == address);
-        let there: Vec<&Workload> = there.map(|(_, _, uid)| &self.workloads[uid]).collect();
-        let pods: Vec<&Workload> = there.iter().copied().filter(|workload| is_pod(workload)).collect();
-        pods.iter().find(|workload| healthy(workload)).or(pods.first()).or(there.last()).copied()
+    /// A pod before anything else: of several a healthy one, then the newest. Else the oldest, those of unknown age last.
+    pub(crate) fn at(&self, network: &str, address: IpAddr) -> Option<&Workload> {
+        let there = self.workloads.values().filter(|it| {
+            let shares_its_nodes = it.network_mode == NetworkMode::HostNetwork as i32;
+            !shares_its_nodes
+                && it.network == network
+                && it.addresses.iter().any(|bytes| ip(bytes) == address)
+        });
+        there.min_by_key(|it| {
+            let age = match it.created {
+                created if is_pod(it) => -created,
+                0 => i64::MAX,
+                created => created,
+            };
+            (!is_pod(it), is_pod(it) && !healthy(it), age, it.uid.clone())
+        })
     }
 
     fn has_pod(&self, network: &str, address: IpAddr) -> bool {
@@ -147,8 +139,7 @@ impl Naive {
             let own = ports.ports.iter().find(|it| it.service_port == wanted).map(|it| it.target_port);
             let general = service.ports.iter().find(|it| it.service_port == wanted).map(|it| it.target_port);
             let target = own.filter(|it| *it != 0).or(general.filter(|it| *it != 0)).or(fallback)?;
-            let fit = (healthy(workload) || policy.health_policy == HealthPolicy::AllowAll as i32)
-                && workload.capacity != Some(0)
+            let fit = workload.capacity != Some(0)
                 && (is_pod(workload)
                     || !workload.addresses.iter().any(|it| self.has_pod(&workload.network, ip(it))))
                 && !exclude.contains(&workload.uid)
@@ -159,13 +150,21 @@ impl Naive {
             let shared = |scope: &&i32| scope_of(workload, **scope) == scope_of(client, **scope);
             policy.routing_preference.iter().take_while(shared).count()
         };
-        let usable: Vec<(&Workload, u32)> = usable.collect();
+        let takes_all = policy.health_policy == HealthPolicy::AllowAll as i32;
+        let (ready, rest): (Vec<_>, Vec<_>) =
+            usable.partition(|(workload, _)| takes_all || healthy(workload));
         let least = match Mode::try_from(policy.mode).unwrap() {
             Mode::Strict => policy.routing_preference.len(),
-            Mode::Failover => usable.iter().map(|(workload, _)| rank(workload)).max().unwrap_or(0),
+            Mode::Failover => ready.iter().map(|(workload, _)| rank(workload)).max().unwrap_or(0),
             Mode::UnspecifiedMode | Mode::Passthrough => 0,
         };
-        usable.into_iter().filter(|(workload, _)| rank(workload) >= least).collect()
+        let is_in_scope = |(workload, _): &(&Workload, u32)| rank(workload) >= least;
+        let ready: Vec<_> = ready.into_iter().filter(is_in_scope).collect();
+        if !ready.is_empty() {
+            return ready;
+        }
+        let rest = rest.into_iter().filter(|(workload, _)| workload.serving_while_terminating);
+        rest.filter(is_in_scope).collect()
     }
 
     /// The workloads that stand behind a gateway, and the service they do it for; `None` if the gateway is not known.
