@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::material::{Material, MaterialError, OwnRoot, SelfSigned};
 use crate::request;
-use crate::rotation::{Record, RecordError, SigningKey, decide};
+use crate::rotation::{Propagation, Record, RecordError, SigningKey, decide};
 use crate::signer::{Issued, SignError, Signer, Validity};
 use crate::store::{AuthorityStore, FileStore, StoreError, StoredMaterial};
 
@@ -72,15 +72,16 @@ pub struct AuthorityConfig {
     pub backdating: Duration,
     /// Lifetime of a self-made root.
     pub root_lifetime: Duration,
-    /// How long a new root is published before it signs.
-    pub root_propagation: Duration,
+    /// How long a new root is published before it signs. None: [`LEAST_PROPAGATION`](Self::LEAST_PROPAGATION), or until
+    /// every workload has renewed its certificate, if that takes longer.
+    pub root_propagation: Option<Duration>,
 }
 
 impl AuthorityConfig {
     /// Default of [`max_lifetime`](Self::max_lifetime), and the most that contracts.md §5 allows.
     pub const MAX_LIFETIME: Duration = Duration::from_secs(90 * 24 * 60 * 60);
-    /// Default of [`root_propagation`](Self::root_propagation).
-    pub const ROOT_PROPAGATION: Duration = Duration::from_secs(300);
+    /// The least time for which a new root is published, unless [`root_propagation`](Self::root_propagation) is set.
+    pub const LEAST_PROPAGATION: Duration = Duration::from_secs(300);
 
     /// Defaults of contracts.md §5 for the [files](FileStore) in `directory`.
     pub fn new(trust_domain: TrustDomain, directory: PathBuf) -> Self {
@@ -92,7 +93,7 @@ impl AuthorityConfig {
             max_lifetime: Self::MAX_LIFETIME,
             backdating: Duration::from_secs(120),
             root_lifetime: DAY * 3650,
-            root_propagation: Self::ROOT_PROPAGATION,
+            root_propagation: None,
         }
     }
 }
@@ -280,7 +281,7 @@ impl std::fmt::Debug for Authority {
 struct Follower {
     store: Arc<dyn AuthorityStore>,
     self_signed: SelfSigned,
-    propagation: Duration,
+    propagation: Propagation,
     /// The key that the operator wants, as last read.
     wanted: Option<Known>,
     /// Why what the operator wants cannot be used, until the driver has reported it.
@@ -307,7 +308,9 @@ impl Follower {
         Self {
             store,
             self_signed,
-            propagation: config.root_propagation,
+            propagation: config
+                .root_propagation
+                .map_or(Propagation::UntilRenewed(AuthorityConfig::LEAST_PROPAGATION), Propagation::Fixed),
             wanted: None,
             wanted_error: None,
             active: None,
@@ -340,7 +343,9 @@ impl Follower {
             let stored = self.store.material().await.map_err(|reason| self.store_error(reason))?;
             let wanted = self.read_wanted(&stored, record.as_ref(), now)?;
             let longest = self.longest_lifetime(record.as_ref());
-            let decision = decide(record, &wanted.record, longest, self.propagation, now);
+            let propagation =
+                if self.store.forgets_rotation() { Propagation::Unkept } else { self.propagation };
+            let decision = decide(record, &wanted.record, longest, propagation, now);
             let written = decision.record.to_text().map_err(|reason| self.unreadable(reason))?;
             if text.as_ref() != Some(&written) {
                 let replaced = self.store.replace_rotation(text.as_deref(), &written).await;

@@ -1,9 +1,10 @@
 //! Which key signs and which roots are published, while they change: decided from what the store keeps and the time.
 //! No I/O, no clock, no memory of its own, so every replica and every restart decides alike.
 //!
-//! A new root is published first and signs only once everybody had the time to learn it; an old root stays
-//! published until the last certificate under it has expired. So a rotation breaks no handshake, even when an
-//! operator swaps all files at once.
+//! A new root is published first and signs only once everybody had the time to learn it. A workload that learns roots only
+//! with its certificates learns it at its next renewal, so by default that time depends on the longest lifetime that was
+//! given. An old root stays published until the last certificate under it has expired. So a rotation breaks no handshake,
+//! even when an operator swaps all files at once.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -12,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 /// How long after a switch a replica may still sign with the former key, before it has noticed.
 const SWITCH_DELAY: Duration = Duration::from_secs(15);
+/// Part of a certificate's lifetime after which it has been renewed, in tenths: half, and the jitter of renewals.
+const RENEWED_AFTER_TENTHS: u64 = 6;
 /// The form of a record that this program writes.
 const VERSION: u32 = 1;
 
@@ -103,13 +106,37 @@ pub(crate) struct Decision {
     pub(crate) next: Option<SystemTime>,
 }
 
+/// How long a new root is published before it signs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Propagation {
+    /// So long.
+    Fixed(Duration),
+    /// So long, or until every workload has renewed its certificate, if that takes longer.
+    UntilRenewed(Duration),
+    /// As long as the record is not kept: after a restart nobody would know which root signed before.
+    Unkept,
+}
+
+impl Propagation {
+    fn seconds(self, longest_lifetime: u64) -> u64 {
+        match self {
+            Propagation::Fixed(duration) => seconds_up(duration),
+            Propagation::UntilRenewed(least) => {
+                let renewed = longest_lifetime.saturating_mul(RENEWED_AFTER_TENTHS).div_ceil(10);
+                renewed.max(seconds_up(least))
+            }
+            Propagation::Unkept => u64::MAX,
+        }
+    }
+}
+
 /// Decides from the record (none at the very first start), the key that the operator wants, the longest lifetime that
 /// this replica gave under the recorded key, and the time.
 pub(crate) fn decide(
     record: Option<Record>,
     wanted: &SigningKey,
     longest_lifetime: Duration,
-    propagation: Duration,
+    propagation: Propagation,
     now: SystemTime,
 ) -> Decision {
     let mut record = record.unwrap_or_else(|| first(wanted));
@@ -123,7 +150,8 @@ pub(crate) fn decide(
         record.signing = wanted.clone();
     } else {
         let since = record.published.get(&wanted.active_root).copied().unwrap_or(seconds);
-        let due = since.saturating_add(seconds_up(propagation)).min(record.signing.not_after);
+        let wait = propagation.seconds(record.longest_lifetime);
+        let due = since.saturating_add(wait).min(record.signing.not_after);
         if due <= seconds {
             switch(&mut record, wanted, seconds);
         } else {

@@ -2,7 +2,7 @@
 
 use super::*;
 
-const PROPAGATION: Duration = Duration::from_secs(300);
+const PROPAGATION: Propagation = Propagation::Fixed(Duration::from_secs(300));
 const LIFETIME: Duration = Duration::from_secs(3600);
 const LATE: u64 = 1_000_000;
 
@@ -63,6 +63,40 @@ fn a_root_swapped_at_once_is_published_before_it_signs() {
     assert_eq!(store.next(10), Some(at(310)));
     assert_eq!(store.look(309), published("old", &["old", "new"]));
     assert_eq!(store.look(310), published("new", &["new", "old"]));
+}
+
+/// Without another file of roots a workload learns the new one with its next certificate.
+#[test]
+fn a_swapped_root_signs_once_every_workload_has_renewed() {
+    let look = |store: &mut Store, lifetime: Duration, now: u64| {
+        let record = store.record.as_deref().map(|text| Record::parse(text).unwrap());
+        let propagation = Propagation::UntilRenewed(Duration::from_secs(300));
+        let decision = decide(record, &store.wanted, lifetime, propagation, at(now));
+        store.record = Some(decision.record.to_text().unwrap());
+        decision.record.signing.active_root
+    };
+    for (lifetime, due) in [(LIFETIME, 10 + 2160), (Duration::from_secs(60), 310), (Duration::ZERO, 310)] {
+        let mut store = Store::with(key("old", &[]));
+        look(&mut store, lifetime, 0);
+        store.wanted = key("new", &[]);
+        look(&mut store, lifetime, 10);
+        assert_eq!(look(&mut store, lifetime, due - 1), "old");
+        assert_eq!(look(&mut store, lifetime, due), "new");
+    }
+}
+
+#[test]
+fn a_root_does_not_sign_while_the_record_is_not_kept() {
+    let mut store = Store::with(key("old", &[]));
+    store.look(0);
+    store.wanted = key("new", &[]);
+    let mut record = store.record.as_deref().map(|text| Record::parse(text).unwrap());
+    for now in [10, 10_000, LATE - 1] {
+        let decision = decide(record, &store.wanted, LIFETIME, Propagation::Unkept, at(now));
+        assert_eq!(decision.record.signing.active_root, "old");
+        assert_eq!(decision.roots, ["old", "new"]);
+        record = Some(decision.record);
+    }
 }
 
 #[test]

@@ -4,9 +4,13 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ambit_ca::{Authority, AuthorityConfig, AuthorityError, RevokedCertificate, SignError};
+use ambit_ca::{
+    Authority, AuthorityConfig, AuthorityError, AuthorityStore, FileStore, RevokedCertificate, SignError,
+    StoreError, StoredMaterial,
+};
 use ambit_identity::{CertificateRequest, PeerError, Revocations, SpiffeId, Trust, TrustDomain, Usage};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rustls_pki_types::CertificateDer;
@@ -212,7 +216,8 @@ async fn a_root_replaced_while_running_signs_after_its_propagation() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = (plugged("old"), plugged("new"));
     plug_in(directory.path(), &old, &old.root);
-    let settings = AuthorityConfig { root_propagation: Duration::from_secs(3), ..config(directory.path()) };
+    let settings =
+        AuthorityConfig { root_propagation: Some(Duration::from_secs(3)), ..config(directory.path()) };
     let (authority, driver) = Authority::open(settings).await.unwrap();
     tokio::spawn(driver);
     // The root that signs comes first in the last element of a chain; others that are published follow.
@@ -260,7 +265,7 @@ async fn an_own_root_near_its_end_is_renewed_with_the_same_key() {
     };
     let (first, _driver) = Authority::open(settings).await.unwrap();
     let old_trust = trust(&first);
-    let at_once = AuthorityConfig { root_propagation: Duration::ZERO, ..config(directory.path()) };
+    let at_once = AuthorityConfig { root_propagation: Some(Duration::ZERO), ..config(directory.path()) };
     let (renewed, _driver) = Authority::open(at_once).await.unwrap();
     assert!(renewed.not_after() > SystemTime::now() + DAY * 1000);
     let chain = ders(&renewed.sign(&csr(), &reviews(), None).unwrap().chain);
@@ -304,7 +309,7 @@ async fn a_revocation_list_that_it_signs_revokes_what_it_signed() {
 
 /// Settings under which a new root signs only after a while that no test waits for.
 fn slow(directory: &Path) -> AuthorityConfig {
-    AuthorityConfig { root_propagation: DAY, ..config(directory) }
+    AuthorityConfig { root_propagation: Some(DAY), ..config(directory) }
 }
 
 /// The name of the authority that signs.
@@ -357,7 +362,7 @@ async fn a_retired_root_is_still_published_after_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = (plugged("old"), plugged("new"));
     plug_in(directory.path(), &old, &old.root);
-    let at_once = || AuthorityConfig { root_propagation: Duration::ZERO, ..config(directory.path()) };
+    let at_once = || AuthorityConfig { root_propagation: Some(Duration::ZERO), ..config(directory.path()) };
     {
         let (authority, driver) = Authority::open(at_once()).await.unwrap();
         let driver = tokio::spawn(driver);
@@ -375,7 +380,7 @@ async fn a_retired_root_is_still_published_after_a_restart() {
 async fn two_replicas_make_one_root_and_switch_together() {
     let directory = tempfile::tempdir().unwrap();
     let settings =
-        || AuthorityConfig { root_propagation: Duration::from_secs(2), ..config(directory.path()) };
+        || AuthorityConfig { root_propagation: Some(Duration::from_secs(2)), ..config(directory.path()) };
     let (one, other) = tokio::join!(Authority::open(settings()), Authority::open(settings()));
     let ((one, first), (other, second)) = (one.unwrap(), other.unwrap());
     tokio::spawn(first);
@@ -403,4 +408,59 @@ async fn the_record_of_rotations_is_private_and_never_overwritten() {
         assert!(matches!(outcome, Err(AuthorityError::Record { .. })), "{outcome:?}");
         assert_eq!(std::fs::read_to_string(&record).unwrap(), unknown);
     }
+}
+
+/// Files in a directory that cannot be written to, as a mounted Secret: the record lives as long as the program.
+struct ReadOnly {
+    files: FileStore,
+    record: std::sync::Mutex<Option<String>>,
+}
+
+#[async_trait::async_trait]
+impl AuthorityStore for ReadOnly {
+    async fn material(&self) -> Result<StoredMaterial, StoreError> {
+        self.files.material().await
+    }
+
+    async fn replace_material(&self, _: &StoredMaterial, _: &str, _: &str) -> Result<bool, StoreError> {
+        panic!("a plugged-in authority is not replaced")
+    }
+
+    async fn rotation(&self) -> Result<Option<String>, StoreError> {
+        Ok(self.record.lock().unwrap().clone())
+    }
+
+    async fn replace_rotation(&self, _: Option<&str>, record: &str) -> Result<bool, StoreError> {
+        *self.record.lock().unwrap() = Some(record.to_owned());
+        Ok(true)
+    }
+
+    fn forgets_rotation(&self) -> bool {
+        self.record.lock().unwrap().is_some()
+    }
+
+    fn watch(&self) -> ambit_identity::files::FileWatch {
+        self.files.watch()
+    }
+
+    fn name(&self) -> String {
+        self.files.name()
+    }
+}
+
+/// After a restart nobody would know that the other root signed before.
+#[tokio::test]
+async fn no_root_begins_to_sign_where_the_record_is_not_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let (old, new) = (plugged("old"), plugged("new"));
+    plug_in(directory.path(), &old, &old.root);
+    let files = FileStore::new(directory.path().to_owned());
+    let store = Arc::new(ReadOnly { files, record: std::sync::Mutex::default() });
+    let settings =
+        AuthorityConfig { root_propagation: Some(Duration::ZERO), store, ..config(directory.path()) };
+    let (authority, driver) = Authority::open(settings).await.unwrap();
+    tokio::spawn(driver);
+    plug_in(directory.path(), &new, &new.root);
+    until("both roots published", || roots(&authority) == 2).await;
+    assert!(signs(&authority).contains("old intermediate"), "{}", signs(&authority));
 }

@@ -36,6 +36,8 @@ use crate::source::{Event, SourceName};
 const PORT: &str = "the port";
 /// Time that open streams have to end after the program was told to end.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Descriptors for everything but the connections of the port.
+const OWN_FILES: u64 = 128;
 /// Batches of a source that are taken together when they wait.
 const TOGETHER: usize = 64;
 
@@ -92,6 +94,7 @@ pub enum AppError {
 pub fn main(config: Config) -> anyhow::Result<()> {
     let logging = logging::init(config.log_format, &config.log_level, Target::Stderr)
         .context("cannot start the log")?;
+    let open_files = ambit_net::process::raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("control")
@@ -99,7 +102,7 @@ pub fn main(config: Config) -> anyhow::Result<()> {
         .context("cannot start the runtime")?;
     let result = runtime.block_on(async {
         let (quit, quitting) = watch::channel(false);
-        let app = App::start(config, Some(&logging), quit).await?;
+        let app = App::start(within(config, open_files), Some(&logging), quit).await?;
         app.run(ended(quitting)).await
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -107,7 +110,15 @@ pub fn main(config: Config) -> anyhow::Result<()> {
     Ok(result?)
 }
 
-/// Resolves when the program is told to end.
+/// The configuration with no more connections than the limit of open files allows; a part of it is kept for files, metrics,
+/// readiness and the admin interface.
+fn within(mut config: Config, open_files: u64) -> Config {
+    let allowed = open_files.saturating_sub(OWN_FILES).max(1);
+    config.max_connections = config.max_connections.min(usize::try_from(allowed).unwrap_or(usize::MAX));
+    config
+}
+
+/// Resolves when a signal or the admin interface asks the program to end.
 async fn ended(mut quitting: watch::Receiver<bool>) {
     let told = async {
         // The sender lives as long as the admin interface; without one nobody asks by it.
@@ -207,7 +218,7 @@ impl App {
         let sources = start_index(&mut tasks, &config, &observed, synced).await?;
 
         let routes = Routes::new(xds.clone()).add_service(certificates.into_server()).prepare();
-        let limits = PortLimits::with_max_age(config.max_connection_age);
+        let limits = PortLimits::new(config.max_connection_age, config.max_connections);
         let (stop, stopping) = watch::channel(false);
         tasks.spawn(PORT, port::serve(listener, tls, routes, limits, observed.port.clone(), stopping));
         serving.done();

@@ -72,10 +72,12 @@ pub struct Config {
     pub ca_dir: PathBuf,
     /// Longest lifetime of a certificate, whatever is asked for.
     pub max_certificate_lifetime: Duration,
-    /// How long a new root is published before it signs.
-    pub root_propagation: Duration,
+    /// How long a new root is published before it signs. None: until every workload has renewed its certificate.
+    pub root_propagation: Option<Duration>,
     /// Age at which a connection of a proxy ends, so that it is made again.
     pub max_connection_age: Duration,
+    /// Connections of the port at the same time.
+    pub max_connections: usize,
     /// Key set that callers' tokens are verified with.
     pub jwks: PathBuf,
     /// Audiences of which a token must name one.
@@ -135,12 +137,15 @@ struct Raw {
     /// Longest lifetime of a certificate in seconds, 10 or more, whatever is asked for (default 90 days).
     #[arg(long, env = "AMBIT_CONTROL_MAX_CERTIFICATE_LIFETIME", value_name = "SECONDS")]
     max_certificate_lifetime: Option<u64>,
-    /// How long a new root is published before it signs, in seconds (default 300).
+    /// How long a new root is published before it signs, in seconds (default: until every workload has renewed its certificate, at least 300).
     #[arg(long, env = "AMBIT_CONTROL_ROOT_PROPAGATION", value_name = "SECONDS")]
     root_propagation: Option<u64>,
     /// Age in seconds at which a connection of a proxy ends and is made again (default 1800).
     #[arg(long, env = "AMBIT_CONTROL_MAX_CONNECTION_AGE", value_name = "SECONDS")]
     max_connection_age: Option<u64>,
+    /// Connections of proxies at the same time; the limit of open files may allow fewer (default 32768).
+    #[arg(long, env = "AMBIT_CONTROL_MAX_CONNECTIONS", value_name = "NUMBER")]
+    max_connections: Option<usize>,
     /// JSON Web Key Set that callers' tokens are verified with.
     #[arg(long, env = "AMBIT_CONTROL_JWKS", value_name = "FILE")]
     jwks: Option<PathBuf>,
@@ -305,6 +310,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         max_certificate_lifetime,
         root_propagation,
         max_connection_age,
+        max_connections,
         jwks,
         audiences,
         trusted_node_proxies,
@@ -339,9 +345,10 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         server_names: server_names.unwrap_or_else(|| service_names(&system)),
         ca_dir: ca_dir.ok_or(ConfigError::Missing("--ca-dir"))?,
         max_certificate_lifetime: max_lifetime(max_certificate_lifetime)?,
-        root_propagation: root_propagation.map_or(AuthorityConfig::ROOT_PROPAGATION, Duration::from_secs),
+        root_propagation: root_propagation.map(Duration::from_secs),
         max_connection_age: max_connection_age
             .map_or(PortLimits::MAX_AGE, |seconds| Duration::from_secs(seconds.max(1))),
+        max_connections: max_connections.unwrap_or(PortLimits::MAX_CONNECTIONS).max(1),
         jwks: jwks.ok_or(ConfigError::Missing("--jwks"))?,
         audiences: audiences.unwrap_or_else(|| vec!["istio-ca".to_owned()]),
         trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,
@@ -424,7 +431,7 @@ mod tests {
         assert_eq!(config.listen.to_string(), "0.0.0.0:15012");
         assert_eq!(config.index, Settings::default());
         assert_eq!(config.audiences, ["istio-ca"]);
-        assert_eq!(config.root_propagation, Duration::from_secs(300));
+        assert_eq!(config.root_propagation, None);
         assert_eq!(config.trusted_node_proxies, ambit_ca::IssuancePolicy::default().trusted_node_proxies);
         assert!(config.server_names.contains(&"ambit-control.ambit-system.svc".to_owned()));
     }

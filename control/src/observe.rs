@@ -123,10 +123,13 @@ impl Observed {
         });
         counter(
             registry,
-            ("connections_refused", "Connections refused: too many of one address"),
+            ("connections_refused", "Connections refused: too many of one address or in all"),
             port,
             |m| &m.refused,
         );
+        counter(registry, ("requests_unfinished", "Requests that did not arrive in time"), port, |m| {
+            &m.unfinished
+        });
         counter(registry, ("connections_aged", "Connections ended because of their age"), port, |m| &m.aged);
         counter(registry, ("connections_idle", "Connections ended because they were idle"), port, |m| {
             &m.idle

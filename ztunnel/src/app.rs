@@ -21,7 +21,6 @@ use ambit_telemetry::access::{self, AccessLog};
 use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, Target, TcpMetrics};
 use anyhow::Context;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::config::{Cipher, Config, LogFormat};
@@ -45,9 +44,6 @@ use ambit_runtime::workers::{Supervisor, Workers};
 
 /// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
 const WINDOW_BUDGET: u64 = 256 << 20;
-
-/// The limit of open files that is assumed where the system does not tell it.
-const FEW_FILES: u64 = 1024;
 
 /// Descriptors that are kept from connections however few there are.
 const OWN_FILES: u64 = 64;
@@ -77,22 +73,10 @@ pub fn run(config: Config, collect: fn()) -> anyhow::Result<()> {
         let variables = config.without_effect.join(", ");
         tracing::warn!(variables, "variables of the environment that have no effect here");
     }
-    let open_files = raise_file_limit();
+    let open_files = ambit_net::process::raise_file_limit();
     let outcome = runtime.block_on(Box::pin(serve(config, open_files, &logging, collect)));
     runtime.shutdown_background();
     outcome
-}
-
-/// Takes as many descriptors as the system allows: a proxied connection needs two. Returns how many that are.
-fn raise_file_limit() -> u64 {
-    let limits = getrlimit(Resource::RLIMIT_NOFILE);
-    let raised = limits.and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        tracing::warn!(%error, "the limit of open files stays as it is");
-    }
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((FEW_FILES, FEW_FILES));
-    tracing::debug!(soft, hard, "the limit of open files");
-    soft
 }
 
 /// What is left of the limit of open files for connections. An eighth is for the pipes of bulk transfers between pods of the

@@ -2,7 +2,7 @@
 //! `root-cert.pem`, `ca-crl.pem`; or `tls.crt`, `tls.key`, `ca.crt` of a `kubernetes.io/tls` Secret. The record of
 //! rotations is `rotation.json` beside them.
 //!
-//! Writers take a lock file, so that of two replicas over one directory one is told that it came second.
+//! Writers take a lock file, so that of two replicas over one directory one learns that it came second.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -20,7 +20,7 @@ use super::{AuthorityStore, StoreError, StoredMaterial};
 #[derive(Debug, Clone)]
 pub struct FileStore {
     directory: PathBuf,
-    /// The record, where the directory cannot be written to, as a mounted Secret: it is forgotten at a restart.
+    /// The record, where the directory cannot be written to, as a mounted Secret: it is lost at a restart.
     unwritten: Arc<Mutex<Option<String>>>,
 }
 
@@ -138,7 +138,8 @@ impl AuthorityStore for FileStore {
                     tracing::warn!(
                         path = %path.display(),
                         %reason,
-                        "the record of root rotations cannot be written; a restart forgets it"
+                        "the record of root rotations cannot be written: a new root is published beside the old one, \
+                         but signs only after a restart"
                     );
                 }
                 *unwritten = Some(record);
@@ -147,6 +148,10 @@ impl AuthorityStore for FileStore {
             outcome => outcome,
         };
         self.run(replace).await
+    }
+
+    fn forgets_rotation(&self) -> bool {
+        self.unwritten.lock().is_some()
     }
 
     fn watch(&self) -> FileWatch {

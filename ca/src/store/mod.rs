@@ -86,6 +86,11 @@ pub trait AuthorityStore: Send + Sync + 'static {
     /// [`StoreError`] if it cannot be written.
     async fn replace_rotation(&self, replaced: Option<&str>, record: &str) -> Result<bool, StoreError>;
 
+    /// Whether the record is lost at a restart, because it could not be written. Then no other root begins to sign.
+    fn forgets_rotation(&self) -> bool {
+        false
+    }
+
     /// Notices when any of it may have changed.
     fn watch(&self) -> FileWatch;
 

@@ -94,9 +94,9 @@ impl Store {
     }
 
     /// Notes that the object claims other addresses than before.
-    fn set_claims(&mut self, object: &ObjectRef, old: Vec<IpAddr>, new: Vec<IpAddr>) {
+    fn set_claims(&mut self, object: &ObjectRef, old: &[IpAddr], new: &[IpAddr]) {
         old.iter().for_each(|address| self.claims_by_address.remove(address, object));
-        new.into_iter().for_each(|address| self.claims_by_address.insert(address, object.clone()));
+        new.iter().for_each(|address| self.claims_by_address.insert(*address, object.clone()));
     }
 
     /// Puts a WorkloadEntry in place and returns what was there.
@@ -112,7 +112,7 @@ impl Store {
         }
         let old = replace(&mut self.workload_entries, id, new);
         let object = ObjectRef { kind: Kind::WorkloadEntry, name: id.clone() };
-        self.set_claims(&object, entry_claims(old.as_ref()), entry_claims(new));
+        self.set_claims(&object, &entry_claims(old.as_ref()), &entry_claims(new));
         old
     }
 
@@ -200,7 +200,7 @@ impl Store {
             self.entries_by_host.insert(host.clone(), id.clone());
         }
         let object = ObjectRef { kind: Kind::ServiceEntry, name: id.clone() };
-        self.set_claims(&object, service_claims(old.as_ref()), service_claims(new));
+        self.set_claims(&object, &service_claims(old.as_ref()), &service_claims(new));
         match new.and_then(|e| e.selector.as_ref()) {
             Some(selector) => self.entry_selectors.apply(id, selector, false),
             None => self.entry_selectors.delete(id),
@@ -222,7 +222,7 @@ impl Store {
             self.gateways_by_network.insert(network, id.clone());
         }
         let object = ObjectRef { kind: Kind::Gateway, name: id.clone() };
-        self.set_claims(&object, gateway_claims(old.as_ref()), gateway_claims(new));
+        self.set_claims(&object, &gateway_claims(old.as_ref()), &gateway_claims(new));
         old
     }
 }

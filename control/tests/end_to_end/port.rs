@@ -85,3 +85,52 @@ async fn one_pod_has_a_bounded_number_of_streams() {
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("a place that was given back", |held| held.service().is_some()).await;
 }
+
+/// A descriptor per connection: the usual soft limit of 1024 would end service at a thousand proxies.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_limit_of_open_files_is_raised() {
+    let world = World::start_limited(&[], &[], "256:4096");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", world.pid())).unwrap();
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!(words[3..5], ["4096", "4096"], "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_bounded_in_total() {
+    let world = start_with(&["--max-connections", "16"]);
+    let mut sockets = Vec::new();
+    for number in 0..40_u8 {
+        sockets.push(silent(&world, Ipv4Addr::new(127, 2, 0, number + 1)).await);
+    }
+    until_metric(&world, "ambit_control_connections_refused_total", |refused| refused >= 24.0).await;
+    assert!(world.metric("ambit_control_open_connections") <= 16.0);
+    // Silent sockets are closed after a while, and proxies are served again.
+    until_metric(&world, "ambit_control_open_connections", |open| open == 0.0).await;
+    assert_prompt(&world).await;
+}
+
+/// A request that never ends must not hold its connection for as long as that may live.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unfinished_request_fails_after_a_while() {
+    let world = start();
+    let (mut client, connection) = h2::client::handshake(world.dial().await).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let token = world.signer.token("ambit-system", "ztunnel", "node-a");
+    let mut unfinished = Vec::new();
+    for path in [
+        "/istio.v1.auth.IstioCertificateService/CreateCertificate",
+        "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources",
+    ] {
+        let request = http::Request::post(format!("https://localhost{path}"))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("authorization", format!("Bearer {token}"))
+            .header("clusterid", "Kubernetes");
+        unfinished.push(client.send_request(request.body(()).unwrap(), false).unwrap());
+    }
+    until_metric(&world, "ambit_control_requests_unfinished_total", |count| count >= 2.0).await;
+    drop(unfinished);
+    assert_prompt(&world).await;
+    connection.abort();
+}

@@ -12,6 +12,8 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use rcgen::{KeyPair, PublicKeyData};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use serde_json::{Value, json};
 
 /// By then the program must have done what a test waits for.
@@ -66,6 +68,17 @@ pub(crate) struct World {
 impl World {
     /// Starts the program on the given files of its source directory and waits until it serves.
     pub(crate) fn start_with(files: &[(&str, &str)], arguments: &[&str]) -> World {
+        World::prepare(files, |directory| spawn(Command::new(PROGRAM), directory, arguments))
+    }
+
+    /// Starts the program under a soft and hard limit of open files.
+    pub(crate) fn start_limited(files: &[(&str, &str)], arguments: &[&str], limit: &str) -> World {
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--nofile={limit}")).arg(PROGRAM);
+        World::prepare(files, |directory| spawn(command, directory, arguments))
+    }
+
+    fn prepare(files: &[(&str, &str)], start: impl FnOnce(&Path) -> Child) -> World {
         let directory = tempfile::tempdir().unwrap();
         let signer = TokenSigner::new();
         std::fs::create_dir(directory.path().join("objects")).unwrap();
@@ -74,7 +87,7 @@ impl World {
         }
         std::fs::write(directory.path().join("jwks.json"), json!({ "keys": [signer.jwk] }).to_string())
             .unwrap();
-        let mut child = spawn(directory.path(), arguments);
+        let mut child = start(directory.path());
         let log = follow(&mut child);
         let listening = |purpose: &str| {
             let line = wait_for(&log, |line| line["message"] == "listening" && line["purpose"] == purpose);
@@ -121,6 +134,24 @@ impl World {
     /// A caller who is the node proxy of a node.
     pub(crate) fn node_proxy(&self, node: &str) -> ControlPlane {
         self.caller(&self.signer.token("ambit-system", "ztunnel", node))
+    }
+
+    /// The program's process; `prlimit` becomes the program.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A TLS connection to the port, for HTTP/2.
+    pub(crate) async fn dial(&self) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+        let mut roots = rustls::RootCertStore::empty();
+        for root in CertificateDer::pem_file_iter(self.directory.path().join("root-cert.pem")).unwrap() {
+            roots.add(root.unwrap()).unwrap();
+        }
+        let mut config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let socket = tokio::net::TcpStream::connect(self.address).await.unwrap();
+        let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+        connector.connect("localhost".try_into().unwrap(), socket).await.unwrap()
     }
 
     /// The value of a metric.
@@ -174,9 +205,11 @@ fn md(text: &str) -> u64 {
     hasher.finish()
 }
 
-fn spawn(directory: &Path, arguments: &[&str]) -> Child {
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ambit-control");
+
+fn spawn(mut command: Command, directory: &Path, arguments: &[&str]) -> Child {
     let path = |name: &str| directory.join(name).display().to_string();
-    Command::new(env!("CARGO_BIN_EXE_ambit-control"))
+    command
         .args(["--source", &format!("dir:{}", path("objects"))])
         .args(["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"])
         .args(["--readiness", "127.0.0.1:0", "--admin", "127.0.0.1:0"])

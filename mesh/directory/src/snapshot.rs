@@ -106,7 +106,7 @@ impl Snapshot {
     }
 
     pub(crate) fn has_pod_at(&self, address: AddressRef<'_>) -> bool {
-        self.by_address.get(&address).is_some_and(|claims| has_pod(claims))
+        self.by_address.get(&address).is_some_and(has_pod)
     }
 
     /// The workloads that have an identity, in no order.

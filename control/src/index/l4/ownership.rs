@@ -149,8 +149,8 @@ fn node(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> Option<Owne
     Some(Owner::new(Kind::Pod, &pod.meta.id, Title::OfNode))
 }
 
-/// The oldest object of another namespace that claims an address, if it is older than `claimant`. Objects of one
-/// namespace may share an address.
+/// The oldest object that claims an address, if it is older than `claimant` and of another namespace. Objects of the
+/// oldest one's namespace may share the address with it.
 fn older_claim(
     reader: &Reader<'_>,
     network: &Arc<str>,
@@ -160,10 +160,11 @@ fn older_claim(
 ) -> Option<Owner> {
     let claims = reader.claims_at(address).filter_map(|object| {
         let meta = claim(reader, object, network, address)?;
-        (meta.id.namespace != claimant.id.namespace).then(|| (meta.seniority(), object))
+        Some((meta.seniority(), object))
     });
     let (seniority, oldest) = claims.min()?;
-    ((seniority, oldest.kind) < (claimant.seniority(), kind))
+    let is_older = (seniority, oldest.kind) < (claimant.seniority(), kind);
+    (is_older && oldest.name.namespace != claimant.id.namespace)
         .then(|| Owner::new(oldest.kind, &oldest.name, Title::Older))
 }
 

@@ -22,6 +22,27 @@ use super::{PortLimits, PortMetrics};
 /// Pause after a failed accept, as when descriptors have run out.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
+/// Connections of an address that has this many or fewer may use the last eighth of all places.
+const FEW: usize = 8;
+
+/// How many connections may be open, those in their handshake included.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ConnectionLimits {
+    /// Of one address.
+    pub(crate) per_address: usize,
+    /// Of all addresses. The last eighth is kept for addresses with few connections, so that no address uses up what
+    /// the others need.
+    pub(crate) total: usize,
+}
+
+impl ConnectionLimits {
+    /// Whether an address that has `own` connections may have one more while `open` are open in all.
+    fn allows(&self, own: usize, open: usize) -> bool {
+        let for_all = self.total - self.total / 8;
+        own < self.per_address && open < self.total && (open < for_all || own < FEW)
+    }
+}
+
 /// A connection whose handshake is complete, counted for its address until it is dropped.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -42,7 +63,7 @@ pub(super) async fn accept(
         handshakes: Mutex::new(Running { core: Handshakes::new(limits.handshakes), tasks: HashMap::new() }),
         metrics: metrics.clone(),
     });
-    let open = Arc::new(Open { by_origin: Mutex::default(), metrics: metrics.clone() });
+    let open = Arc::new(Open { counts: Mutex::default(), metrics: metrics.clone() });
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -57,9 +78,9 @@ pub(super) async fn accept(
             }
         };
         let origin = Origin::from(peer.ip());
-        let Some(place) = Place::take(&open, origin, limits.connections_per_address) else {
+        let Some(place) = Place::take(&open, origin, limits.connections) else {
             metrics.refused.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!(%peer, "connection refused: its address has too many");
+            tracing::debug!(%peer, "connection refused: too many are open");
             continue;
         };
         let (acceptor, connections) = (acceptor.clone(), connections.clone());
@@ -160,8 +181,14 @@ impl Drop for Ended {
 #[derive(Debug)]
 struct Open {
     /// Held to count, never across an await.
-    by_origin: Mutex<HashMap<Origin, usize>>,
+    counts: Mutex<Counts>,
     metrics: Arc<PortMetrics>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    by_origin: HashMap<Origin, usize>,
+    total: usize,
 }
 
 /// A connection's share of its address's limit; given back when dropped.
@@ -172,13 +199,14 @@ pub(super) struct Place {
 }
 
 impl Place {
-    fn take(open: &Arc<Open>, origin: Origin, limit: usize) -> Option<Self> {
-        let mut by_origin = open.by_origin.lock();
-        let count = by_origin.entry(origin).or_default();
-        if *count >= limit {
+    fn take(open: &Arc<Open>, origin: Origin, limits: ConnectionLimits) -> Option<Self> {
+        let mut counts = open.counts.lock();
+        let own = counts.by_origin.get(&origin).copied().unwrap_or_default();
+        if !limits.allows(own, counts.total) {
             return None;
         }
-        *count += 1;
+        counts.by_origin.insert(origin, own + 1);
+        counts.total += 1;
         open.metrics.open.fetch_add(1, Ordering::Relaxed);
         Some(Self { open: Arc::clone(open), origin })
     }
@@ -186,13 +214,30 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut by_origin = self.open.by_origin.lock();
-        if let Some(count) = by_origin.get_mut(&self.origin) {
+        let mut counts = self.open.counts.lock();
+        counts.total = counts.total.saturating_sub(1);
+        if let Some(count) = counts.by_origin.get_mut(&self.origin) {
             *count -= 1;
             if *count == 0 {
-                by_origin.remove(&self.origin);
+                counts.by_origin.remove(&self.origin);
             }
         }
         self.open.metrics.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_places_are_for_addresses_with_few_connections() {
+        let limits = ConnectionLimits { per_address: 20, total: 64 };
+        assert!(limits.allows(19, 55));
+        assert!(!limits.allows(20, 0), "too many of one address");
+        assert!(!limits.allows(8, 56), "the last eighth");
+        assert!(limits.allows(7, 56));
+        assert!(limits.allows(0, 63));
+        assert!(!limits.allows(0, 64), "too many in all");
     }
 }

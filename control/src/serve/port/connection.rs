@@ -21,6 +21,7 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 use tower::Service;
 
 use super::accept::Connection;
+use super::request::Timed;
 use super::{PortLimits, PortMetrics};
 
 /// Between probes of a peer that is silent, and how long it may take to answer.
@@ -45,7 +46,14 @@ pub(super) async fn serve(
     let started = Instant::now();
     let end = started + jittered(limits.max_age);
     let requests = Arc::new(AtomicUsize::new(0));
-    let service = Requests { routes, info, end: end + AFTER_GOAWAY, open: requests.clone() };
+    let service = Requests {
+        routes,
+        info,
+        end: end + AFTER_GOAWAY,
+        open: requests.clone(),
+        body: limits.body,
+        metrics: metrics.clone(),
+    };
     let service = hyper::service::service_fn(move |request| service.call(request));
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
@@ -105,6 +113,9 @@ struct Requests {
     /// When answers that are still going on end.
     end: Instant,
     open: Arc<AtomicUsize>,
+    /// How long a request may take to arrive.
+    body: Duration,
+    metrics: Arc<PortMetrics>,
 }
 
 impl Requests {
@@ -113,7 +124,9 @@ impl Requests {
         request: http::Request<hyper::body::Incoming>,
     ) -> impl Future<Output = Result<http::Response<Aged>, Infallible>> + Send + use<> {
         let (mut routes, end, open) = (self.routes.clone(), self.end, OpenRequest::new(&self.open));
-        let mut request = request.map(Body::new);
+        let path = request.uri().path().to_owned();
+        let mut request =
+            request.map(|body| Body::new(Timed::new(Body::new(body), &path, self.body, &self.metrics)));
         request.extensions_mut().insert(self.info.clone());
         async move {
             // Routes are always ready, and answer every error themselves.

@@ -2,11 +2,12 @@
 //!
 //! `serve` accepts, shakes hands and serves HTTP/2 until it is stopped. A connection ends when it has reached
 //! its age, or when it carried no request for a while: new replicas get their share of proxies, and a token that has
-//! expired keeps no stream open. The services behind the port decide who the caller is.
+//! expired keeps no stream open. A request has to arrive in time, so that none holds its connection for nothing. The services behind the port decide who the caller is.
 
 mod accept;
 mod connection;
 mod handshakes;
+mod request;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tonic::service::Routes;
 
+use accept::ConnectionLimits;
 use handshakes::HandshakeLimits;
 
 /// Limits of the port.
@@ -26,14 +28,16 @@ use handshakes::HandshakeLimits;
 pub struct PortLimits {
     /// Handshakes at the same time.
     pub(crate) handshakes: HandshakeLimits,
-    /// Connections of one address, those in their handshake included.
-    pub(crate) connections_per_address: usize,
+    /// Connections, those in their handshake included.
+    pub(crate) connections: ConnectionLimits,
     /// How long a new socket may be silent.
     pub(crate) first_byte: Duration,
     /// How long a handshake may take after its first byte.
     pub(crate) handshake: Duration,
     /// How long a connection may be without a request.
     pub(crate) idle: Duration,
+    /// How long a request may take to arrive; of a stream, its first message.
+    pub(crate) body: Duration,
     /// Age at which a connection ends; each one's own differs by up to a tenth.
     pub(crate) max_age: Duration,
     /// Time that requests have to end after that.
@@ -43,15 +47,18 @@ pub struct PortLimits {
 impl PortLimits {
     /// Default of the maximum age.
     pub const MAX_AGE: Duration = Duration::from_secs(30 * 60);
+    /// Default of the number of connections.
+    pub const MAX_CONNECTIONS: usize = 32 * 1024;
 
-    /// The defaults with this maximum age.
-    pub fn with_max_age(max_age: Duration) -> Self {
+    /// The defaults with this maximum age and number of connections.
+    pub fn new(max_age: Duration, connections: usize) -> Self {
         Self {
             handshakes: HandshakeLimits { per_address: 32, total: 1024 },
-            connections_per_address: 2048,
+            connections: ConnectionLimits { per_address: 2048, total: connections },
             first_byte: Duration::from_secs(2),
             handshake: Duration::from_secs(5),
             idle: Duration::from_secs(60),
+            body: Duration::from_secs(10),
             max_age,
             grace: Duration::from_secs(5),
         }
@@ -65,8 +72,10 @@ pub struct PortMetrics {
     pub(crate) accepted: AtomicU64,
     /// Connections open now, those in their handshake included.
     pub(crate) open: AtomicU64,
-    /// Connections refused because their address has too many.
+    /// Connections refused because their address, or all together, have too many.
     pub(crate) refused: AtomicU64,
+    /// Requests that did not arrive in time.
+    pub(crate) unfinished: AtomicU64,
     /// Handshakes that failed or took too long.
     pub(crate) failed_handshakes: AtomicU64,
     /// Of those: sockets that sent nothing.

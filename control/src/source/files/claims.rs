@@ -1,10 +1,11 @@
 //! The objects that files hold, and which file counts for an object: pure, fed by [`super::Directories`].
 //!
 //! An object is what its document says, whatever it was before; one that cannot be read is what stands for it, or absent
-//! ([`crate::intake`]). A document that cannot be read far enough to tell its object says nothing about objects, as a
-//! source that is interrupted: what its file had stays. Of several files with the same object the first in order counts.
+//! ([`crate::intake`], and [`super::salvage`] for documents that are no YAML). A file that cannot be read at all keeps what
+//! it had: it is there and unchanged, as far as anybody knows. Of several files with the same object the first in order
+//! counts.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -40,6 +41,8 @@ impl Content {
 struct File {
     objects: Objects,
     problems: Vec<Problem>,
+    /// Whether its content was read at least once.
+    was_read: bool,
 }
 
 /// What a file has, in the order of references. Most files have one object, and there may be many files, so that no room is kept for more.
@@ -92,7 +95,7 @@ impl Files {
         let new = match content {
             Content::Gone => None,
             Content::Unreadable(message) => Some(unreadable(&id.1, &old, message)),
-            Content::Read(documents) => Some(read(&id.1, &old, documents)),
+            Content::Read(documents) => Some(read(&id.1, documents)),
         };
         let mut changes = Vec::new();
         let objects = new.as_ref().map(|file| &file.objects);
@@ -132,7 +135,7 @@ impl Files {
         let mut seen = 0;
         for document in documents {
             match &document.outcome {
-                Outcome::Faulty(_) => return true,
+                Outcome::Faulty(_) | Outcome::StandIn(_) => return true,
                 Outcome::Object(object) => {
                     seen += usize::from(old.objects.get(&object.reference()).is_some());
                 }
@@ -147,6 +150,11 @@ impl Files {
         // Paths are ordered by their components, so what is below a directory follows it.
         let from = self.files.range((source, Arc::from(path))..).map(|(id, _)| id);
         from.take_while(move |(s, p)| *s == source && p.starts_with(path))
+    }
+
+    /// How many files could never be read.
+    pub(super) fn unread(&self) -> usize {
+        self.files.values().filter(|file| !file.was_read).count()
     }
 
     /// How many problems there are.
@@ -184,8 +192,8 @@ impl Files {
         }
     }
 
-    /// Tells of an object that an earlier file of the same source speaks for. That another source does is
-    /// what naming several is for.
+    /// The problem of an object that an earlier file of the same source has, too. Objects of another source are overridden
+    /// on purpose.
     fn shadowed(&self, reference: &ObjectRef, id: &FileId) -> Option<Problem> {
         let (first, _) = self.claims.get(reference)?.first()?;
         (first.0 == id.0 && first != id).then(|| Problem {
@@ -200,21 +208,18 @@ impl Files {
 
 fn unreadable(path: &Path, old: &File, message: String) -> File {
     let problem = Problem { file: path.to_owned(), line: None, field: None, object: None, message };
-    File { objects: Objects(old.objects.0.clone()), problems: vec![problem] }
+    File { objects: Objects(old.objects.0.clone()), problems: vec![problem], was_read: old.was_read }
 }
 
-fn read(path: &Path, old: &File, documents: Vec<Entry>) -> File {
+fn read(path: &Path, documents: Vec<Entry>) -> File {
     let (mut objects, mut problems) = (BTreeMap::new(), Vec::new());
     let mut lines: HashMap<ObjectRef, u64> = HashMap::new();
-    let mut faults = Vec::new();
-    let mut unreadable = BTreeSet::new();
+    let (mut faults, mut stand_ins) = (Vec::new(), Vec::new());
     for Entry { line, outcome } in documents {
         match outcome {
             Outcome::Ignored => {}
-            Outcome::Faulty(fault) => {
-                unreadable.extend(fault.object.clone());
-                faults.push((line, fault));
-            }
+            Outcome::Faulty(fault) => faults.push((line, fault)),
+            Outcome::StandIn(object) => stand_ins.push(object),
             Outcome::Object(object) => {
                 let reference = object.reference();
                 if let Some(first) = lines.get(&reference) {
@@ -229,21 +234,13 @@ fn read(path: &Path, old: &File, documents: Vec<Entry>) -> File {
     }
     for (line, fault) in faults {
         let Fault { object, field, message, stand_in, line: _ } = fault;
-        match &object {
-            Some(reference) => {
-                if let Some(stand_in) = stand_in.filter(|_| !objects.contains_key(reference)) {
-                    objects.insert(reference.clone(), *stand_in);
-                }
-            }
-            None => {
-                for (reference, object) in old.objects.iter().filter(|(r, _)| !unreadable.contains(r)) {
-                    objects.entry(reference.clone()).or_insert_with(|| object.clone());
-                }
-            }
-        }
+        stand_ins.extend(stand_in.map(|stand_in| *stand_in));
         problems.push(problem(path, line, field, object, message));
     }
-    File { objects: objects.into(), problems }
+    for stand_in in stand_ins {
+        objects.entry(stand_in.reference()).or_insert(stand_in);
+    }
+    File { objects: objects.into(), problems, was_read: true }
 }
 
 fn problem(

@@ -45,13 +45,50 @@ fn an_object_that_cannot_be_read_is_absent_while_others_of_its_file_change() {
 }
 
 #[test]
-fn broken_syntax_takes_no_object_away() {
+fn broken_syntax_leaves_other_documents_of_its_file() {
     let mut files = Files::default();
     files.apply(&id("f"), content(&format!("{}{}", service("a", "80"), service("b", "80"))));
     let effect = files.apply(&id("f"), content(&format!("{}---\nkind: [Service\n", service("a", "80"))));
-    assert_eq!(names(&effect.changes), Vec::<String>::new());
+    assert_eq!(names(&effect.changes), ["-b"]);
     assert_eq!(effect.new_problems.len(), 1);
     assert!(effect.new_problems[0].line >= Some(9), "{effect:?}");
+}
+
+/// A restarted control plane knows nothing of what a broken file was before.
+#[test]
+fn broken_syntax_means_the_same_after_a_restart() {
+    let texts = [
+        format!("{}---\nkind: [Service\n", service("a", "80")),
+        policy("DENY", "'80'").replace("rules:", "rules: ["),
+        format!("{}---\n- nothing\n", policy("ALLOW", "'80'").replace("metadata:", "metadata: [")),
+    ];
+    for broken in texts {
+        let (mut before, mut fresh) = (Files::default(), Files::default());
+        before.apply(&id("f"), content(&format!("{}{}", service("b", "80"), policy("ALLOW", "'80'"))));
+        before.apply(&id("f"), content(&broken));
+        fresh.apply(&id("f"), content(&broken));
+        assert_eq!(before.claims, fresh.claims, "{broken}");
+    }
+}
+
+#[test]
+fn a_policy_with_broken_syntax_fails_closed() {
+    let mut files = Files::default();
+    files.apply(&id("f"), content(&policy("DENY", "'80'")));
+    let effect = files.apply(&id("f"), content(&policy("DENY", "'80'").replace("rules:", "rules: [")));
+    assert_eq!(effect.new_problems.len(), 1);
+    assert!(matches!(body(&files), PolicyBody::Unreadable { action: Action::Deny, .. }));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_keeps_what_it_had() {
+    let mut files = Files::default();
+    let unreadable = || Content::Unreadable("cannot be read".to_owned());
+    files.apply(&id("f"), unreadable());
+    assert_eq!(files.unread(), 1, "nobody knows what is in it");
+    files.apply(&id("f"), content(&service("a", "80")));
+    assert_eq!(files.apply(&id("f"), unreadable()).changes, []);
+    assert_eq!((files.unread(), files.len()), (0, 1));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_saphyr::Spanned;
 
-use super::yaml;
+use super::{salvage, yaml};
 use crate::intake::{self, Document, Fault, Header, Mismatch, Recognised};
 use crate::kind::Kind;
 use crate::object::Object;
@@ -19,6 +19,8 @@ pub(super) enum Outcome {
     Ignored,
     /// Nothing that can be taken.
     Faulty(Fault),
+    /// A policy that refuses, in place of what the document before it may hold.
+    StandIn(Object),
 }
 
 /// An outcome and the line of the file that it belongs to.
@@ -65,7 +67,10 @@ impl Document for Text<'_> {
 fn read_document(before: u64, text: &str) -> Vec<Entry> {
     let at = |line: Option<u64>| before + line.unwrap_or(1);
     let faulty = |mismatch: Mismatch| {
-        vec![Entry { line: at(mismatch.line), outcome: Outcome::Faulty(Fault::new(mismatch)) }]
+        let stand_ins = salvage::policies(text, at(None), &mismatch.message).into_iter();
+        let stand_ins = stand_ins.map(|object| Entry { line: at(None), outcome: Outcome::StandIn(object) });
+        let fault = Entry { line: at(mismatch.line), outcome: Outcome::Faulty(Fault::new(mismatch)) };
+        std::iter::once(fault).chain(stand_ins).collect()
     };
     let header: Header = match yaml::read(text) {
         Ok(header) => header,

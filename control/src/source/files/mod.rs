@@ -7,6 +7,7 @@
 
 mod claims;
 mod document;
+mod salvage;
 mod scan;
 mod yaml;
 
@@ -77,6 +78,9 @@ pub struct Directories {
 impl Directories {
     /// Watches directories; where several have the same object, the first named counts. Everything that
     /// is there is sent first, then [`Event::Synced`], then changes. The receiver ends when the watch does.
+    ///
+    /// [`Event::Synced`] waits until every file could be read once: what an unreadable file holds, a policy perhaps, is not
+    /// known, and nothing is served without it.
     ///
     /// # Errors
     /// When a directory cannot be read or watched.
@@ -194,9 +198,16 @@ impl DirectoryWatch {
     fn run(mut self, inbox: &Receiver<Notice>, watcher: RecommendedWatcher) {
         self.scan(Instant::now());
         let first = self.read_due(None);
-        let mut is_open = self.send(first) && self.out.blocking_send(Event::Synced).is_ok();
+        let mut is_open = self.send(first);
+        let mut is_synced = false;
         let mut next_scan = Instant::now() + SCAN;
         while is_open && !self.out.is_closed() {
+            if !is_synced && self.files.unread() == 0 {
+                is_synced = true;
+                if self.out.blocking_send(Event::Synced).is_err() {
+                    break;
+                }
+            }
             let wake = self.due.values().map(|due| due.at).chain([next_scan]).min().unwrap_or(next_scan);
             match inbox.recv_timeout(wake.saturating_duration_since(Instant::now())) {
                 Ok(Notice::File(event)) => self.notice(&event, Instant::now()),
