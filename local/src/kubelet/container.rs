@@ -213,9 +213,10 @@ async fn run_once(planned: &Planned, around: &Surroundings) -> Outcome {
             Outcome { code, why: format!("liveness probe failed: {why}"), stopped: false }
         }
         grace = around.stopping() => {
-            around.update(planned.index, |container| container.ready = false);
             let deadline = Instant::now() + grace;
+            // It serves as before while the hook runs; probes are not asked any more.
             before_stop(planned, around, grace).await;
+            around.update(planned.index, |container| container.ready = false);
             let left = deadline.saturating_duration_since(Instant::now());
             let code = process.terminate(left).await.map_or(-1, exit_code);
             Outcome { code, why: String::new(), stopped: true }

@@ -92,11 +92,15 @@ pub struct PodView {
 }
 
 impl PodView {
-    /// Whether it takes traffic.
+    /// Whether it takes new traffic.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.terminating.is_none()
-            && self.failure.is_none()
+        self.terminating.is_none() && self.is_serving()
+    }
+
+    /// Whether its readiness probes succeed; a pod that terminates may serve until its containers end.
+    fn is_serving(&self) -> bool {
+        self.failure.is_none()
             && self.initialized
             && self.containers.iter().chain(self.sidecars()).all(|container| container.ready)
     }
@@ -170,7 +174,8 @@ impl PodView {
 
     /// The view as a Kubernetes status.
     pub(crate) fn to_status(&self, pod: Addresses, node: Addresses) -> PodStatus {
-        let ready = self.is_ready();
+        // As a kubelet: the condition goes by the probes, and deletion shows in the metadata.
+        let ready = self.is_serving();
         let conditions = [
             ("PodScheduled", true),
             ("Initialized", self.initialized),
@@ -315,6 +320,9 @@ mod tests {
         view.terminating = Some(SystemTime::UNIX_EPOCH);
         assert!(!view.is_ready());
         assert_eq!(view.summary(), "Terminating");
+        assert!(view.is_serving(), "until its container ends");
+        view.containers.iter_mut().for_each(|container| container.ready = false);
+        assert!(!view.is_serving());
     }
 
     #[test]

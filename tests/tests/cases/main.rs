@@ -1,5 +1,5 @@
 //! Inputs that were reported against other meshes, through real node proxies: who owns an address or a host, which port a
-//! name means, and what policies say that L4 cannot see.
+//! name means, what policies say that L4 cannot see, and who serves while pods leave.
 //!
 //! All tests share one cluster of two nodes; each has servers of its own. Needs root; fails without.
 
@@ -13,6 +13,7 @@
 mod addresses;
 mod bed;
 mod entries;
+mod leaving;
 mod policies;
 
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     let mut trials = Trials::new();
     addresses::add(&mut trials);
     entries::add(&mut trials);
+    leaving::add(&mut trials);
     policies::add(&mut trials);
     trials.run()
 }
