@@ -1,4 +1,4 @@
-//! Accepting connections, also when descriptors run out.
+//! Accepts connections, and survives a shortage of descriptors.
 //!
 //! The accepting task hands connections to workers, so they are not registered with a runtime yet:
 //! the worker that gets one registers it with [`tokio::net::TcpStream::from_std`].

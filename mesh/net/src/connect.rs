@@ -51,8 +51,8 @@ pub enum ConnectError {
     },
 }
 
-/// Source ports that are borne: those that clients are given by their systems (Linux: 32768 to 60999; RFC 6335 §6:
-/// 49152 and up). Others stay free for applications of the namespace to listen on.
+/// Source ports of clients that [`connect_local`] keeps: those that systems assign to clients (Linux: 32768 to 60999;
+/// RFC 6335 §6: 49152 and up). Others stay free for applications of the namespace to listen on.
 const EPHEMERAL: RangeInclusive<u16> = 32768..=65535;
 
 /// Connects to `destination` with a socket of `stock`, on the calling worker's runtime, from an address and a port that
@@ -90,9 +90,10 @@ pub async fn connect_from(
 
 /// As [`connect`], to a `destination` in the namespace of `stock` itself, from `source`.
 ///
-/// Its address is borne in any case; it need not be local if the stock bears a mark. Its port is borne where it is one that
-/// clients are given and is free towards `destination`; else another. So a destination tells its clients' connections
-/// apart as they do, and the kernel need not search for a port, which takes long once a client has had many.
+/// The connection has the address of `source`, which need not be local if the sockets of the stock are marked. It has the
+/// port of `source` too if that is an ephemeral port and free towards `destination`; otherwise the kernel chooses one. With
+/// the client's own port, the destination can distinguish the client's connections, and the kernel need not search for a
+/// port, which takes long once a client has had many.
 ///
 /// # Errors
 /// See [`ConnectError`]; a `source` of another family than `destination` fails as `Bind`.
@@ -107,9 +108,8 @@ pub async fn connect_local(
     };
     let foreign = SocketAddr::new(source.ip(), 0);
     let mut socket = take_local(stock, destination).await?;
-    // Bound to the port, the socket would keep it from every connection of the namespace whose port the kernel is to
-    // choose, and for a minute after its end. Chosen at connect, it is taken from this four-tuple only. A kernel before
-    // 6.3 does not take a port from us, and chooses one.
+    // A bind would reserve the port in the whole namespace, and for a minute after the connection has ended. A port chosen
+    // at connect is in use for this four-tuple only. Kernels before 6.3 ignore our choice and choose a port themselves.
     if EPHEMERAL.contains(&source.port()) && choose_port(&socket, source.port()).is_ok() {
         bind(&socket, foreign, destination)?;
         match connect_with(socket, destination, limit).await {

@@ -1,8 +1,7 @@
 //! Connection tracking over netlink: original destinations of datagrams, and TCP connections entered and removed.
 //!
-//! TCP has `SO_ORIGINAL_DST`; for UDP only the tracking table knows. The DNS proxy asks it, so that a
-//! resolver that an application named explicitly is honoured. The node agent enters connections that are older than
-//! tracking.
+//! TCP has `SO_ORIGINAL_DST`; for UDP the destination is only in the tracking table. The DNS proxy looks it up there to
+//! reach the resolver that an application named explicitly. The node agent enters connections that are older than tracking.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -36,10 +35,10 @@ const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 const ESTABLISHED_STATUS: u32 = 0x0e;
 /// `TCP_CONNTRACK_ESTABLISHED` of linux/netfilter/nf_conntrack_tcp.h.
 const TCP_ESTABLISHED: u8 = 3;
-/// `IP_CT_TCP_FLAG_SACK_PERM | IP_CT_TCP_FLAG_BE_LIBERAL`, as the kernel itself has it for what it picks up in
-/// the middle: no packet is invalid for a window that was not seen.
+/// `IP_CT_TCP_FLAG_SACK_PERM | IP_CT_TCP_FLAG_BE_LIBERAL`, which the kernel also sets for connections
+/// that it picks up midway: no packet is invalid because its window was not seen.
 const TCP_LIBERAL: u8 = 0x02 | 0x08;
-/// Until the first packet, in seconds; then the kernel's own time counts, which is as long.
+/// Lifetime of an entry until its first packet, in seconds; from then on the kernel's own timeout applies, which is as long.
 const TRACKED_FOR: u32 = 5 * 24 * 60 * 60;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
@@ -96,9 +95,7 @@ impl Conntrack {
     }
 
     /// Enters an established TCP connection that `client` began to `server`, untranslated, as if its packets had been
-    /// seen. Returns whether the table did not know it; an entry that
-    /// exists stays as it is. Fails with `ENOMEM` when the table is
-    /// full.
+    /// seen. Returns whether the entry is new; an existing one is not changed. Fails with `ENOMEM` when the table is full.
     pub async fn enter_tcp(&mut self, client: SocketAddr, server: SocketAddr) -> io::Result<bool> {
         let entry = established_tcp(client, server);
         match self.ask(NEW, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, client, &entry).await {
@@ -136,7 +133,7 @@ impl Conntrack {
         loop {
             let n = self.socket.async_io(Interest::READABLE, |socket| receive(socket, &mut answer)).await?;
             let mut messages = netlink::messages(answer.get(..n).unwrap_or_default());
-            // Answers to earlier questions that were given up are skipped.
+            // Skips answers to earlier requests that were abandoned.
             match messages.find(|message| message.sequence == sequence).map(|message| message.content) {
                 None => {}
                 Some(Content::Body(body)) => return Ok(body.get(FIXED..).unwrap_or_default().to_vec()),

@@ -16,7 +16,7 @@ pub use netlink_packet_core::{
     NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST,
 };
 
-/// What the kernel is talked to about.
+/// A netlink protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// Sockets (sock_diag(7)).
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn acknowledgements_and_errors_are_told_apart() {
+    fn acknowledgements_and_errors_are_distinguished() {
         let answer = |code: i32| {
             let mut bytes = Vec::new();
             let request = [0; 16];

@@ -136,7 +136,7 @@ impl Netns {
         Self::from_fd(file.into())
     }
 
-    /// Takes a descriptor, as received from a peer. Anything but a network namespace is refused.
+    /// Wraps a descriptor, for example one received from a peer. Fails unless it is a network namespace.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, NetnsError> {
         let file = File::from(fd);
         let metadata = file.metadata().map_err(NetnsError::NotANamespace)?;

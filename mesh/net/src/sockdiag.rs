@@ -25,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What kind of socket is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// TCP connections that carry or may still carry data: neither listening, closed nor waiting out
-    /// their time.
+    /// TCP connections that carry or may still carry data: not listening, not closed and not in
+    /// TIME_WAIT.
     TcpConnections,
     /// TCP listeners.
     TcpListeners,

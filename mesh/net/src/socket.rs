@@ -79,9 +79,9 @@ pub fn prepare_accepted(socket: &impl AsFd) -> io::Result<()> {
     set_keepalive(socket)
 }
 
-/// The congestion control of connections that don't leave the machine, where the system's own paces what it
-/// sends: pacing by timer (BBR: <https://datatracker.ietf.org/doc/draft-ietf-ccwg-bbr/>) costs CPU and delay
-/// there, and there is no path to spare.
+/// The congestion control for connections that don't leave the machine; `None` if the system's default does not pace.
+/// Pacing by timers (BBR: <https://datatracker.ietf.org/doc/draft-ietf-ccwg-bbr/>) costs CPU and delay, and protects
+/// network links that such connections do not use.
 static UNPACED: LazyLock<Option<&'static [u8]>> = LazyLock::new(|| {
     let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
     unpaced(&read("tcp_congestion_control"), &read("tcp_available_congestion_control"))
@@ -94,8 +94,7 @@ fn unpaced(default: &str, available: &str) -> Option<&'static [u8]> {
     paces.then_some(if has_cubic { b"cubic" } else { b"reno" })
 }
 
-/// Prepares a socket whose connection stays on this machine, before it connects or listens: it is not to
-/// pace what it sends.
+/// Turns pacing off for a socket whose connections stay on this machine. Call it before the socket connects or listens.
 pub fn stay_local(socket: &impl AsFd) -> io::Result<()> {
     match *UNPACED {
         Some(name) => SockRef::from(socket).set_tcp_congestion(name),

@@ -79,9 +79,9 @@ enum State {
     Reading,
     /// Bulk data; the next bytes are spliced.
     Splicing,
-    /// Read, and not completely written: the bytes, and how many are written.
+    /// Bytes that were read but not completely written, and how many of them are written.
     Leftover(Box<[u8]>, usize),
-    /// In the pipe, and not completely written; and how many there were at first.
+    /// Bytes in the pipe that are not completely written, and how many there were at first.
     Piped(Pipe, usize),
     /// The source has ended; the end is still to be passed on.
     Ending,

@@ -62,7 +62,7 @@ impl Shelf {
     /// Refills that follow one another closely get larger: waking the helper costs more than a socket.
     fn note_refill(&self) {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-        // The first one finds 0 and follows none.
+        // 0 is the initial value, so the first refill counts as following none.
         let now = u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1);
         let before = self.asked.swap(now, Ordering::Relaxed);
         if before != 0 && now.saturating_sub(before) < CLOSE_MILLIS {

@@ -59,7 +59,7 @@ async fn two_namespaces_take_turns_on_the_helper_thread() {
 }
 
 #[tokio::test]
-async fn a_panic_inside_is_an_error_to_its_caller_and_to_nobody_else() {
+async fn a_panic_inside_is_an_error_of_its_caller_only() {
     let inside = namespace().await;
     let outcome: Result<(), NetnsError> = inside.run(|| panic!("on purpose")).await;
     assert!(matches!(outcome, Err(NetnsError::Panicked(id)) if id == inside.id()));
@@ -138,13 +138,13 @@ async fn listen(inside: &Netns, port: u16) -> TcpListener {
     TcpListener::from_std(listener).unwrap()
 }
 
-/// A client's address. Every one of the kind is local to a loopback device, so an answer finds its way.
+/// A client's address. Loopback devices accept all of 127.0.0.0/8, so answers arrive.
 fn client(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::new(127, 9, 9, 9), port))
 }
 
 #[tokio::test]
-async fn a_local_connection_bears_the_clients_port_where_it_may() {
+async fn a_local_connection_has_the_clients_port_where_possible() {
     let inside = namespace().await;
     let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
     let (one, other) = (listen(&inside, 8080).await, listen(&inside, 8081).await);
@@ -160,7 +160,8 @@ async fn a_local_connection_bears_the_clients_port_where_it_may() {
     let elsewhere = dial(client(40_000), loopback(8081)).await;
     assert_eq!(seen(&other.accept().await.unwrap().0), client(40_000), "towards another port it is free");
 
-    // A second one with the same four-tuple cannot be: it has another port, and so after the first has ended, for a minute.
+    // A second connection can't have the same four-tuple, so it gets another port. The same holds for a minute after the first
+    // has ended.
     let _second = dial(client(40_000), loopback(8080)).await;
     let second = one.accept().await.unwrap().0;
     assert_eq!(seen(&second).ip(), client(0).ip());
@@ -172,7 +173,7 @@ async fn a_local_connection_bears_the_clients_port_where_it_may() {
     let third = one.accept().await.unwrap().0;
     assert_eq!(seen(&third).ip(), client(0).ip());
 
-    // Ports that applications listen on stay theirs.
+    // Ports below the ephemeral range are left to applications.
     let _low = dial(client(9090), loopback(8080)).await;
     assert_ne!(seen(&one.accept().await.unwrap().0).port(), 9090);
     let wide = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 40_000));
@@ -194,7 +195,7 @@ async fn client_ports_stay_free_for_the_namespace() {
         .unwrap();
     let stock = SocketStock::new(inside.clone(), Some(PROXY_MARK));
     let (one, other) = (listen(&inside, 8080).await, listen(&inside, 8081).await);
-    // All but one of the ports have served this client, and wait for a minute.
+    // All ports but one were used by this client and are in TIME_WAIT.
     for port in PORTS.skip(1) {
         let dialled = connect_local(&stock, Some(client(port)), loopback(8080), SOON).await.unwrap();
         let accepted = one.accept().await.unwrap().0;

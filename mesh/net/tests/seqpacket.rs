@@ -95,7 +95,7 @@ async fn only_a_dead_predecessors_socket_file_is_replaced() {
     assert_eq!(error.kind(), ErrorKind::AddrInUse);
     drop(listener);
     assert!(!path.exists());
-    // What a killed process leaves: a file that nobody listens behind.
+    // A killed process leaves a socket file without a listener.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
     let listener = SeqPacketListener::bind(&path).unwrap();

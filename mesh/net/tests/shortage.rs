@@ -1,4 +1,4 @@
-//! Accepting when descriptors run out. A test program of its own: the limit is the process's.
+//! Accepting when descriptors run out. It is a separate test program because the limit applies to the whole process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs::File;

@@ -41,7 +41,7 @@ async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(SOON, future).await.unwrap_or_else(|_| panic!("{what}: not within {SOON:?}"))
 }
 
-/// Bytes that differ at every place, so that a lost or doubled piece shows.
+/// Bytes that depend on their position, so that a lost or repeated piece is noticed.
 fn pattern(len: usize, seed: u32) -> Vec<u8> {
     let mut x = seed.wrapping_mul(2_654_435_761) | 1;
     std::iter::repeat_with(|| {
