@@ -1,5 +1,4 @@
-//! An allocator that can be watched: while a heap profile is taken it samples, otherwise it only passes
-//! on.
+//! An allocator that samples allocations while a heap profile is taken. At other times it only forwards to the inner one.
 //!
 //! A program declares it around its own allocator:
 //!
@@ -8,8 +7,8 @@
 //! static ALLOCATOR: SamplingAllocator<MiMalloc> = SamplingAllocator::new(MiMalloc);
 //! ```
 //!
-//! Without a recording an allocation costs one relaxed load more. With one, every 64 KiB that a thread
-//! allocates its stack is kept, until the memory is freed or the recording ends.
+//! Without a recording, an allocation costs one more relaxed load. During a recording, the stack is captured once for every
+//! 64 KiB that a thread allocates, and kept until the recording ends.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
@@ -21,14 +20,14 @@ use parking_lot::Mutex;
 
 /// A sample is taken each time a thread has allocated so many bytes.
 pub const SAMPLE_BYTES: usize = 64 << 10;
-/// Samples that a recording keeps, at most.
+/// Maximum number of samples of a recording.
 const MAX_SAMPLES: usize = 50_000;
-/// Places of the filter that spares most frees a look into the map.
+/// Size of the filter. Most frees are not of sampled memory, and the filter saves them the lookup in the map.
 const FILTER: usize = 1 << 14;
 
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 static RECORDING: AtomicBool = AtomicBool::new(false);
-/// How many sampled addresses fall on each place.
+/// Number of sampled addresses for each place of the filter.
 static SAMPLED: [AtomicU16; FILTER] = [const { AtomicU16::new(0) }; FILTER];
 /// Guards the samples of the running recording. Taken when a sample is made or freed, never while the
 /// thread that holds it allocates through here: [`IN_SAMPLER`] passes such allocations on.
@@ -46,7 +45,7 @@ pub struct SampledAllocation {
     pub size: usize,
     /// Whether it is still there.
     pub in_use: bool,
-    /// Who made it; not resolved.
+    /// The stack that made it; not resolved.
     pub trace: Backtrace,
 }
 
@@ -60,7 +59,7 @@ struct Samples {
 /// Why no recording was started.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum StartError {
-    /// One runs.
+    /// A recording is running already.
     #[error("a heap profile is being taken already")]
     Running,
     /// The program uses another allocator.
@@ -92,7 +91,7 @@ impl Recording {
     /// Ends the recording and returns its samples.
     pub fn finish(self) -> Vec<SampledAllocation> {
         let samples = stop().map(|samples| samples.all).unwrap_or_default();
-        // Stopped already; another may run by now.
+        // This recording is stopped. Another one may be running by now, which dropping would end.
         std::mem::forget(self);
         samples
     }
@@ -100,7 +99,7 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        // What a dropped recording saw interests nobody.
+        // The samples of a dropped recording are discarded.
         unsampled(|| drop(stop()));
     }
 }
@@ -116,11 +115,11 @@ fn stop() -> Option<Samples> {
     })
 }
 
-/// Runs with this thread's allocations passed on unseen.
+/// Runs `work` without sampling this thread's allocations.
 fn unsampled<T>(work: impl FnOnce() -> T) -> T {
     let before = IN_SAMPLER.try_with(|inside| inside.replace(true)).unwrap_or(true);
     let result = work();
-    // A thread that is ending has no more locals and is not sampled anyway.
+    // A thread that is ending has no thread locals any more and is not sampled.
     IN_SAMPLER.try_with(|inside| inside.set(before)).ok();
     result
 }
@@ -157,7 +156,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for SamplingAllocator<A> {
     }
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Noted before, because another thread may be given the address right after.
+        // Noted before the call, because another thread may get the address immediately after it.
         note_free(memory);
         // SAFETY: as above.
         let memory = unsafe { self.inner.realloc(memory, layout, size) };

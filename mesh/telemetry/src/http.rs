@@ -24,8 +24,8 @@ use tracing::{debug, warn};
 
 use crate::{Readiness, Registry};
 
-/// Connections at the same time, per server; more wait in the kernel's queue. One address may have as many as it leaves to
-/// others; more of it are closed.
+/// Connections at the same time, per server; more wait in the kernel's queue. An address may use at most as many as are left
+/// free; further connections from it are closed.
 const MAX_CONNECTIONS: usize = 64;
 /// Limit on the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -55,12 +55,12 @@ impl Query {
     }
 }
 
-/// Plain text with a status.
+/// A plain-text reply.
 pub fn text(status: StatusCode, body: impl Into<String>) -> Reply {
     reply(status, "text/plain; charset=utf-8", body.into().into())
 }
 
-/// Any body.
+/// A reply with any body.
 pub fn reply(status: StatusCode, content_type: &'static str, body: Bytes) -> Reply {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
@@ -68,7 +68,7 @@ pub fn reply(status: StatusCode, content_type: &'static str, body: Bytes) -> Rep
     response
 }
 
-/// Paths and what answers them.
+/// Handlers by path and method.
 #[derive(Clone, Default)]
 pub struct Router {
     routes: BTreeMap<String, Vec<(Method, Handler)>>,
@@ -174,12 +174,12 @@ pub async fn serve(listener: TcpListener, router: Router) {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         while let Some(ended) = connections.try_join_next() {
             if let Err(error) = ended {
-                warn!(%error, "an admin connection died");
+                warn!(%error, "an admin connection panicked");
             }
         }
         match listener.accept().await {
             Ok((stream, peer)) => {
-                // With the place that this connection would take.
+                // Including the place that this connection would take.
                 let free = places.available_permits() + 1;
                 let Some(share) = clients.enter(peer.ip().to_canonical(), free) else {
                     debug!(%peer, "an address has too many admin connections");
@@ -204,14 +204,14 @@ pub async fn serve(listener: TcpListener, router: Router) {
 struct Clients(HashMap<IpAddr, Arc<()>>);
 
 impl Clients {
-    /// Counts one more connection of `address` until the returned value is dropped; nothing if it would have more than
-    /// `free`, what is left to all.
+    /// Counts one more connection of `address` until the returned value is dropped. Returns `None` if the address would have
+    /// more than `free`, the number of unused places.
     fn enter(&mut self, address: IpAddr, free: usize) -> Option<Arc<()>> {
         if self.0.len() > 2 * MAX_CONNECTIONS {
             self.0.retain(|_, open| Arc::strong_count(open) > 1);
         }
         let open = self.0.entry(address).or_default();
-        // One is the table's own.
+        // The table holds one reference itself.
         (Arc::strong_count(open) <= free).then(|| Arc::clone(open))
     }
 }

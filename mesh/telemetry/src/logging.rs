@@ -1,4 +1,4 @@
-//! The program's own log: levels that can be changed while it runs, lines that never block.
+//! The program log: its levels can be changed at run time, and writing a line never blocks.
 
 use std::io;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ pub enum InitError {
     /// The filter is wrong.
     #[error(transparent)]
     Level(#[from] LevelError),
-    /// The writer's thread or its file could not be had.
+    /// The writer's thread could not be started or its file not be opened.
     #[error("cannot start the log's writer: {0}")]
     Writer(#[from] io::Error),
     /// Something else logs already.
@@ -64,7 +64,7 @@ pub struct LevelHandle {
 }
 
 impl LevelHandle {
-    /// Sets the filter: `info`, or per module `info,ztunnel::dns=debug`. `reset` goes back to the start's.
+    /// Sets the filter: `info`, or per module `info,ztunnel::dns=debug`. `reset` restores the filter from program start.
     pub fn set(&self, filter: &str) -> Result<(), LevelError> {
         let filter = if filter == "reset" { &*self.initial } else { filter };
         self.reload.reload(parse(filter)?).map_err(LevelError::Gone)
@@ -80,7 +80,7 @@ fn parse(filter: &str) -> Result<EnvFilter, LevelError> {
     EnvFilter::try_new(filter).map_err(|source| LevelError::Parse { filter: filter.to_owned(), source })
 }
 
-/// What [`init`] gives back.
+/// The running log, returned by [`init`].
 #[derive(Debug)]
 #[must_use = "dropping the writer ends the log"]
 pub struct Logging {

@@ -41,7 +41,7 @@ impl Readiness {
         ReadinessTask { readiness: self.clone(), name: name.to_owned() }
     }
 
-    /// From now on the program is not ready: it is going away.
+    /// Makes the program unready for good, because it is shutting down.
     pub fn start_draining(&self) {
         self.state.lock().draining = true;
     }

@@ -1,4 +1,4 @@
-//! The registry: what is counted, by name, rendered as OpenMetrics text.
+//! The registry of metrics, rendered as OpenMetrics text.
 
 use std::fmt;
 use std::sync::Arc;
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counters_gauges_and_observed_values_are_rendered_as_open_metrics() {
+    fn metrics_are_rendered_as_open_metrics() {
         let registry = Registry::new();
         registry.counter("ambit_a", "Things.").inc_by(3);
         registry.gauge("ambit_b", "Level").set(-2);

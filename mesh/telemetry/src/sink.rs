@@ -1,5 +1,5 @@
-//! Lines to a file or stdout by a thread of their own, through a bounded queue that never blocks the
-//! sender: with the disk full or the reader stuck, lines are dropped and counted.
+//! Writes lines to a file or stdout from a separate thread. The queue is bounded and never blocks the sender: when the disk is
+//! full or the reader is stuck, lines are dropped and counted.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -17,7 +17,7 @@ const WRITE_SIZE: usize = 64 << 10;
 const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long lines are gathered before the next write.
 const GATHER: Duration = Duration::from_millis(5);
-/// How often a file is looked at for having been moved away by log rotation.
+/// How often the writer checks whether log rotation has moved the file.
 const ROTATION_CHECK: Duration = Duration::from_secs(1);
 
 /// Where lines go.
@@ -75,7 +75,7 @@ impl<T: Render> Sink<T> {
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             write_lines(&lines, &mut output, &counters, &stopped);
-            // Nobody may be waiting; then there is nothing to tell.
+            // Fails if nobody waits for the end, which is fine.
             closed.send(()).ok();
         })?;
         Ok((Self { queue, metrics }, LogWriter { thread: Some(thread), closing, stop }))
@@ -96,7 +96,7 @@ impl<T: Render> Sink<T> {
     }
 }
 
-/// Keeps a writer's thread. Dropping it writes what is queued, for at most two seconds, and ends the
+/// Owns the writer's thread. Dropping it writes what is queued, for at most two seconds, and ends the
 /// thread; lines sent later are dropped and counted.
 #[derive(Debug)]
 pub struct LogWriter {
@@ -145,7 +145,7 @@ fn write_lines<T: Render>(
             metrics.dropped.fetch_add(lines, Ordering::Relaxed);
         }
         buffer.shrink_to(WRITE_SIZE);
-        // While nobody waits for lines, queueing one wakes nobody: a busy sender pays for a push only.
+        // The writer sleeps instead of waiting on the queue, so that a busy sender need not wake it for each line.
         if !stop.load(Ordering::Acquire) {
             std::thread::sleep(GATHER);
         }
@@ -179,7 +179,7 @@ impl Output {
         Ok(Self { open, torn: false })
     }
 
-    /// Writes whole lines. One that a full disk tore is ended before the next, so that it spoils no other.
+    /// Writes whole lines. A line that was cut by a full disk is terminated first, so that it does not corrupt the next one.
     fn write(&mut self, bytes: &[u8]) -> Result<(), Lost> {
         let lines = |bytes: &[u8]| bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
         if self.torn && self.open.write(b"\n") == 0 {
@@ -205,7 +205,7 @@ impl Open {
             Self::File { path, file, checked } => {
                 if checked.elapsed() >= ROTATION_CHECK {
                     *checked = Instant::now();
-                    // Where it can't be opened anew, the one that was moved away goes on being written.
+                    // If the path can't be opened again, writing to the moved file continues.
                     if let Some(fresh) = moved(path, file).then(|| append(path).ok()).flatten() {
                         *file = fresh;
                     }
@@ -216,7 +216,7 @@ impl Open {
     }
 }
 
-/// Writes until an error; says how many bytes went.
+/// Writes until an error. Returns the number of written bytes.
 fn write_most(output: &mut impl Write, bytes: &[u8]) -> usize {
     let mut written = 0;
     while let Some(left) = bytes.get(written..).filter(|left| !left.is_empty()) {
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_a_full_disk_tore_spoils_no_other_and_counts_as_dropped() {
+    fn a_line_cut_by_a_full_disk_is_dropped_and_corrupts_no_other() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         let mut output = Output::open(Target::File(path.clone())).unwrap();

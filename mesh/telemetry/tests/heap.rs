@@ -29,7 +29,7 @@ fn made_by(allocation: &mut SampledAllocation, function: &str) -> bool {
 }
 
 #[test]
-fn what_was_kept_and_what_was_freed_is_told_apart_with_the_functions_that_did_it() {
+fn kept_and_freed_allocations_are_listed_with_their_functions() {
     let recording = Recording::start().unwrap();
     assert_eq!(Recording::start().unwrap_err(), StartError::Running);
     let kept = keeps_memory();
@@ -51,7 +51,7 @@ fn what_was_kept_and_what_was_freed_is_told_apart_with_the_functions_that_did_it
         .filter_map(|sample| made_by(sample, "frees_memory").then_some(()))
         .count();
     assert_eq!(freed, 100);
-    // Nothing is watched any more, and a new recording starts clean.
+    // No recording runs now, and a new one starts empty.
     drop(kept);
     drop(Recording::start().unwrap());
     assert!(Recording::start().unwrap().finish().iter().all(|sample| sample.size != 100_000));

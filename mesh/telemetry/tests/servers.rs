@@ -87,7 +87,7 @@ async fn a_section_that_panics_harms_only_its_dump() {
 }
 
 #[tokio::test]
-async fn quit_and_drain_want_a_post_and_do_their_work_once_a_call() {
+async fn quit_and_drain_need_a_post_and_act_once_a_call() {
     let (quits, drains) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (on_quit, on_drain) = (Arc::clone(&quits), Arc::clone(&drains));
     let count = |counter: Arc<AtomicUsize>| {
@@ -155,7 +155,7 @@ async fn silent_connections_of_one_address_keep_nobody_else_out() {
         socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
         silent.push(socket.connect(addr).await.unwrap());
     }
-    // Sooner than the silent ones have used up their time for a request.
+    // Before the silent ones reach their request timeout.
     let (status, _) = timeout(Duration::from_secs(1), call(addr, "GET", "/metrics")).await.expect("at once");
     assert_eq!(status, 200);
 }

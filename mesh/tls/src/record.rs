@@ -158,7 +158,7 @@ impl Sealer {
     }
 }
 
-/// Where the parts of a record go that is to be sealed.
+/// The parts of an output buffer that receive a sealed record.
 struct Parts<'a> {
     /// A copy of the header, which is written.
     head: [u8; HEADER],

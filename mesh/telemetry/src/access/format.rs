@@ -34,7 +34,7 @@ fn timestamp(time: SystemTime) -> String {
     OffsetDateTime::from(time).format(TIME).unwrap_or_default()
 }
 
-/// The fields in the order of the contract; those that are not known are left out.
+/// The known fields, in the order of contracts.md, section 7.
 fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
     let Entry {
         source,

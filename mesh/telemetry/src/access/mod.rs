@@ -23,7 +23,7 @@ pub enum Format {
     Json,
 }
 
-/// What is written where.
+/// Settings of the access log.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// How lines look.
@@ -41,7 +41,7 @@ impl Default for Config {
     }
 }
 
-/// Which way a connection goes as the reporting proxy sees it.
+/// The direction of a connection, seen from the reporting proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// To a pod of this node.
@@ -50,7 +50,7 @@ pub enum Direction {
     Outbound,
 }
 
-/// One end of a connection; what is not known is left out of the line.
+/// One end of a connection. Unknown fields are left out of the line.
 #[derive(Debug, Clone, Default)]
 pub struct Party {
     /// Address and port.
@@ -74,7 +74,7 @@ pub struct Entry {
     pub hbone_addr: Option<Arc<str>>,
     /// Host name of the service dialled.
     pub service: Option<Arc<str>>,
-    /// Which way.
+    /// The direction.
     pub direction: Direction,
     /// Bytes from client to server for outbound, as the reporting proxy counts them.
     pub bytes_sent: u64,
@@ -122,7 +122,7 @@ impl AccessLog {
         Self { writer: None }
     }
 
-    /// Whether entries are written; a caller may save itself the trouble of filling them.
+    /// Whether entries are written. A caller need not build them otherwise.
     pub fn is_enabled(&self) -> bool {
         self.writer.is_some()
     }

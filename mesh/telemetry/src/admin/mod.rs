@@ -1,6 +1,6 @@
 //! The admin server's routes (port 15000, loopback): dumps, levels, profiles, drain and quit.
 //!
-//! The program hands in what is dumped and what draining and quitting mean; this crate knows neither.
+//! The program passes in the sections to dump and the actions for draining and quitting.
 
 mod profile;
 
@@ -43,8 +43,8 @@ impl Admin {
         self
     }
 
-    /// `GET` or `POST /logging` shows the filter in force; `POST` with `?level=FILTER` sets it, with `?reset` the one of the
-    /// start.
+    /// `GET` or `POST /logging` shows the filter in force. `POST` with `?level=FILTER` changes it, and with `?reset` restores
+    /// the one from program start.
     #[must_use]
     pub fn logging(mut self, level: LevelHandle) -> Self {
         let shown = level.clone();
@@ -103,7 +103,7 @@ impl Admin {
     }
 }
 
-/// In the words of Istio's node proxy, which `istioctl` prints.
+/// The same text as Istio's node proxy sends, because `istioctl` prints it.
 fn show_level(level: &LevelHandle) -> Reply {
     text(StatusCode::OK, format!("current log level is {}\n", level.get()))
 }
@@ -129,8 +129,8 @@ async fn config_dump(sections: Arc<Vec<(String, Dump)>>, query: Query) -> Reply 
             )
         }
         Err(error) => {
-            warn!(%error, "a section of the configuration dump died");
-            text(StatusCode::INTERNAL_SERVER_ERROR, "a section of the configuration dump died\n")
+            warn!(%error, "a section of the configuration dump panicked");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "a section of the configuration dump panicked\n")
         }
     }
 }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 
-/// Stands for every value that is not known.
+/// The label value for everything unknown.
 const UNKNOWN: &str = "unknown";
 
-/// Which side of a connection counts.
+/// The side of a connection that reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reporter {
     /// The client's proxy.
@@ -33,7 +33,7 @@ impl Reporter {
 /// How the peer was authenticated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Security {
-    /// By certificate, or by both ends being known on one node.
+    /// By certificate, or because both ends are known pods of one node.
     MutualTls,
     /// Not at all.
     Unknown,
@@ -51,7 +51,7 @@ impl Security {
 /// Why a connection failed, in the values of Istio's node proxy (contracts.md, section 7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ResponseFlags {
-    /// It did not.
+    /// The connection did not fail.
     None,
     /// Denied by policy.
     Denied,
@@ -157,7 +157,7 @@ pub struct ServiceLabels {
 /// The labels of one series, response flags apart.
 #[derive(Debug, Clone)]
 pub struct Labels {
-    /// Which side counts.
+    /// The reporting side.
     pub reporter: Reporter,
     /// The client.
     pub source: Arc<PeerLabels>,
@@ -165,7 +165,7 @@ pub struct Labels {
     pub destination: Arc<PeerLabels>,
     /// The service, if one was dialled.
     pub service: Option<Arc<ServiceLabels>>,
-    /// `tcp`; what a waypoint sees otherwise.
+    /// `tcp`, or the protocol that a waypoint sees.
     pub request_protocol: &'static str,
     /// How the peer was authenticated.
     pub security: Security,

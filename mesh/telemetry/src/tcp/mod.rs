@@ -1,8 +1,8 @@
-//! The TCP families that dashboards know (`istio_tcp_*`), with label sets resolved once to handles.
+//! The TCP metric families that dashboards for Istio use (`istio_tcp_*`).
 //!
-//! A connection looks its [`Series`] up once (or keeps it beside its route) and counts on atomics from
-//! then on. The number of series is bounded: those that nobody holds and nobody asked for since the last
-//! sweep go first; when all are in use, further label sets share one series of unknowns.
+//! A connection looks up its [`Series`] once (or keeps it with its route) and then updates atomics. The number of series is
+//! bounded: when it is reached, series that were not used since the last sweep are evicted. If all are in use, further label
+//! sets share one series whose labels are `unknown`.
 
 mod labels;
 
@@ -63,7 +63,7 @@ impl Series {
         }
     }
 
-    /// The labels that these counters bear.
+    /// The labels of these counters.
     pub fn labels(&self) -> &Labels {
         &self.labels
     }
@@ -78,8 +78,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Reports the connection's totals so far, in bytes; what was not reported yet is counted. May be
-    /// called as often as one likes and from any thread; totals only grow.
+    /// Adds the growth since the last report to the counters. Takes the connection's totals in bytes, which only grow. May be
+    /// called any number of times and from any thread.
     pub fn report(&self, sent: u64, received: u64) {
         let new_sent = sent.saturating_sub(self.sent.fetch_max(sent, Ordering::Relaxed));
         let new_received = received.saturating_sub(self.received.fetch_max(received, Ordering::Relaxed));
@@ -110,7 +110,7 @@ pub struct TcpMetrics {
 #[derive(Debug)]
 struct Inner {
     series: RwLock<HashMap<Labels, Arc<Series>>>,
-    /// Stands for all label sets beyond the limit, by reporter.
+    /// The shared series for label sets beyond the limit, by reporter.
     overflow: [Arc<Series>; 2],
     max_series: usize,
     overflowed: AtomicU64,
@@ -133,7 +133,7 @@ impl TcpMetrics {
         let counters = Arc::clone(&inner);
         registry.counter_from(
             "ambit_metrics_series_overflowed",
-            "Look-ups of label sets that had to share the series of unknowns because too many are in use",
+            "Lookups of label sets that share the series of unknown labels because too many series are in use",
             move || counters.overflowed.load(Ordering::Relaxed),
         );
         let counters = Arc::clone(&inner);
@@ -184,7 +184,7 @@ impl Inner {
         Arc::clone(series.entry(labels.clone()).or_insert_with(|| Arc::new(Series::new(labels.clone()))))
     }
 
-    /// Drops what nobody holds and nobody asked for since the last sweep.
+    /// Drops series that nobody holds and that were not looked up since the last sweep.
     fn sweep(&self, series: &mut HashMap<Labels, Arc<Series>>) {
         let before = series.len();
         series.retain(|_, series| {
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_bears_its_flags() {
+    fn a_failure_has_its_flags() {
         let registry = Registry::new();
         let metrics = TcpMetrics::register(&registry, 10);
         metrics.series(&labels("a", "b")).fail(ResponseFlags::Denied);
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn with_all_series_in_use_further_label_sets_share_the_unknown_one() {
+    fn label_sets_beyond_the_limit_share_the_unknown_series() {
         let registry = Registry::new();
         let metrics = TcpMetrics::register(&registry, 1);
         let _kept = metrics.series(&labels("kept", "x")).open();

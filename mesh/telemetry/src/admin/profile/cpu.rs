@@ -44,7 +44,7 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn a_profile_names_the_function_that_burns_time_and_a_second_one_is_refused() {
+    async fn a_profile_names_busy_functions_and_excludes_a_second() {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let burner = std::thread::spawn(move || {

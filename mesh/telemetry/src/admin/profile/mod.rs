@@ -1,4 +1,4 @@
-//! Profiles for people with `pprof`: where time goes, and where memory goes.
+//! CPU and heap profiles in the format of `pprof`.
 
 mod cpu;
 mod heap;
@@ -17,19 +17,19 @@ pub enum ProfileError {
     /// Another profile runs.
     #[error("a profile is being taken already")]
     Busy,
-    /// `seconds` is no number in range.
+    /// `seconds` is not a number in the allowed range.
     #[error("{0:?} is not a number of seconds between 1 and {MAX_SECONDS}")]
     Seconds(String),
     /// The profiler failed.
     #[error("the profiler failed: {0}")]
     Profiler(#[from] pprof::Error),
-    /// The program's allocator takes no samples.
+    /// The program does not use the sampling allocator.
     #[error(transparent)]
     Heap(#[from] StartError),
     /// The profile could not be encoded.
     #[error("the profile could not be encoded: {0}")]
     Encode(Box<dyn std::error::Error + Send + Sync>),
-    /// The task that makes the report died.
+    /// The task that builds the report panicked.
     #[error("the profile's report could not be made: {0}")]
     Report(tokio::task::JoinError),
 }
@@ -45,13 +45,13 @@ impl ProfileError {
     }
 }
 
-/// `GET /debug/pprof/profile?seconds=N`: where time goes in the next seconds.
+/// `GET /debug/pprof/profile?seconds=N`: CPU use of the next seconds.
 pub(super) async fn cpu(query: &Query) -> Reply {
     let taken = async { cpu::take(seconds(query)?).await };
     answer(taken.await)
 }
 
-/// `GET /debug/pprof/heap?seconds=N`: what is allocated in the next seconds, and what of it stays.
+/// `GET /debug/pprof/heap?seconds=N`: allocations of the next seconds, and how much of them is not freed.
 pub(super) async fn heap(query: &Query) -> Reply {
     let taken = async { heap::take(seconds(query)?).await };
     answer(taken.await)
