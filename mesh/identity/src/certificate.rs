@@ -48,7 +48,7 @@ pub enum CertificateMaterialError {
         /// What the parser found.
         reason: String,
     },
-    /// The leaf names nobody or somebody else.
+    /// The leaf has no identity, or not the requested one.
     #[error("issued certificate is for {issued}, asked for {asked}")]
     Identity {
         /// Who was asked for.
@@ -108,7 +108,7 @@ impl CertificateRequest {
     }
 }
 
-/// What is shown of a certificate in dumps and logs.
+/// Summary of a certificate for dumps and logs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateInfo {
     /// Whose it is.
@@ -177,7 +177,7 @@ impl WorkloadCertificate {
         self.info.not_after.duration_since(now).unwrap_or_default()
     }
 
-    /// What is shown of it.
+    /// Its summary for dumps and logs.
     pub fn info(&self) -> &CertificateInfo {
         &self.info
     }

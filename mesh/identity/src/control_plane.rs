@@ -20,9 +20,9 @@ use crate::tls::TlsSettings;
 
 /// One connection attempt: resolution, TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Idle time after which the peer is asked whether it is still there.
+/// Idle time after which a PING checks whether the peer still responds.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// How long it may take to say so.
+/// How long the peer may take to answer the PING.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Flow-control windows: large enough that a full snapshot is not held up by round trips.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -68,7 +68,7 @@ pub enum ControlPlaneError {
     },
 }
 
-/// Where the control plane is and how we prove each other.
+/// Address of the control plane, and how both sides authenticate.
 #[derive(Debug, Clone)]
 pub struct ControlPlaneConfig {
     /// `host:port`; the host may be a name.
@@ -166,7 +166,7 @@ impl tonic::service::Interceptor for Credentials {
             }
             let mut value: MetadataValue<Ascii> = format!("Bearer {token}")
                 .parse()
-                .map_err(|_| failed("has characters that no token has".to_owned()))?;
+                .map_err(|_| failed("has characters that are not allowed in a header".to_owned()))?;
             value.set_sensitive(true);
             request.metadata_mut().insert("authorization", value);
         }
@@ -212,7 +212,7 @@ impl Dial {
             roots.add(root).map_err(|error| failed(error.to_string()))?;
         }
         if roots.is_empty() {
-            return Err(failed("no certificate in it".to_owned()));
+            return Err(failed("it contains no certificate".to_owned()));
         }
         let mut config = rustls::ClientConfig::builder_with_provider(TlsSettings::default().provider())
             .with_protocol_versions(&[&rustls::version::TLS13])

@@ -21,20 +21,20 @@ const SETTLE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct FileWatch {
     events: mpsc::Receiver<()>,
-    /// Keeps the kernel's watch alive; without one only the interval wakes.
+    /// Keeps the kernel's watch alive. Without one, only the poll interval applies.
     _watcher: Option<RecommendedWatcher>,
 }
 
 impl FileWatch {
     /// Watches the directories of `paths`; a path that is a directory is watched itself.
     pub fn new(paths: &[PathBuf]) -> Self {
-        let (tell, events) = mpsc::channel(1);
+        let (notify, events) = mpsc::channel(1);
         let directories: BTreeSet<&Path> = paths.iter().filter_map(|path| directory_of(path)).collect();
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             let is_read = matches!(&event, Ok(event) if event.kind.is_access());
             if !is_read {
                 // A full channel already holds a wake-up.
-                tell.try_send(()).ok();
+                notify.try_send(()).ok();
             }
         });
         let watcher = watcher.and_then(|mut watcher| {
@@ -46,13 +46,13 @@ impl FileWatch {
         match watcher {
             Ok(watcher) => Self { events, _watcher: Some(watcher) },
             Err(error) => {
-                tracing::warn!(%error, ?paths, "no file watch to be had; looking every {UNWATCHED_POLL:?}");
+                tracing::warn!(%error, ?paths, "files cannot be watched; checking them every {UNWATCHED_POLL:?}");
                 Self { events, _watcher: None }
             }
         }
     }
 
-    /// Returns when something may have changed; at the latest after ten seconds. Cancel-safe.
+    /// Returns when a file may have changed, and after ten seconds at the latest. Cancel-safe.
     pub async fn changed(&mut self) {
         match tokio::time::timeout(POLL, self.events.recv()).await {
             Ok(Some(())) => {

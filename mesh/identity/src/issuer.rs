@@ -30,7 +30,7 @@ pub enum IssueError {
         /// What went wrong.
         reason: String,
     },
-    /// The CA refused: we are not who may ask for this identity (now).
+    /// The CA refused: we may not request this identity, or not now.
     #[error("certificate authority {address} denies {identity}: {reason}")]
     Denied {
         /// Who was asked.

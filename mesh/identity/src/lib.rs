@@ -7,7 +7,8 @@
 //! * [`WorkloadCertificate`]: one issued certificate with the two TLS configurations built from it, once.
 //! * [`ClientTls`]: how a certificate is used to dial; the expected identity is checked inside the handshake.
 //! * [`PeerCertificate`]: who is at the other end of a connection; [`Trust::recheck`] says whether it is still trusted.
-//! * [`CertificateStore`]: the certificate of each identity, fetched ahead, renewed at half life, never given up early.
+//! * [`CertificateStore`]: the certificate of each identity, fetched in advance and renewed at half of its lifetime. A valid
+//!   certificate is never discarded.
 //! * [`Issuer`], [`GrpcIssuer`]: where certificates come from.
 //! * [`ControlPlane`]: the authenticated channel to the control plane that discovery and signing share.
 //!

@@ -1,14 +1,14 @@
 //! When to fetch which certificate: a state machine without I/O, clock or tasks of its own.
 //!
 //! The store feeds it (`hold`, `want`, `handle_*`) and asks it (`poll_*`), with the time as an argument. It
-//! orders work by who suffers: an identity that a connection waits for, then one without a valid certificate,
-//! then the renewals. It never discards a certificate that is valid; that a failed renewal leaves the old one in
+//! orders work by urgency: first identities that a connection waits for, then those without a valid certificate,
+//! then renewals. It never discards a certificate that is valid; that a failed renewal leaves the old one in
 //! use is a property of its states, not of its callers.
 //!
-//! Time is the wall clock's, which certificates are valid by. When that is set back, what is planned moves with it:
-//! a renewal comes after the time that was to pass, not after that and the jump; and a certificate that was issued in
-//! what is the future now is replaced at once, for peers may hold it not valid yet. When the clock is set forward,
-//! what has become due is due.
+//! Times are of the wall clock, because certificates are valid by it. When the clock is set back, planned times are moved
+//! back with it, so that a renewal is not delayed by the jump. A certificate whose validity now begins in the future is
+//! replaced at once, because peers may reject it as not yet valid. When the clock is set forward, whatever is due by the new
+//! time is started.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
@@ -18,7 +18,8 @@ use rand::{RngExt, SeedableRng};
 
 use crate::spiffe::SpiffeId;
 
-/// How far the clock may go back without being taken for set: callers read it before they take their turns.
+/// Steps back that are not treated as a changed clock: callers read the clock before they get the lock, so that their times
+/// may arrive out of order.
 const OUT_OF_TURN: Duration = Duration::from_secs(1);
 
 /// Minimum age at which a certificate that peers no longer trust is replaced.
@@ -60,7 +61,7 @@ impl Default for RenewalPolicy {
     }
 }
 
-/// Why a request is started; in order of preference.
+/// Why a request is started, the most urgent first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Urgency {
     /// A connection waits for it.
@@ -71,7 +72,7 @@ pub enum Urgency {
     Renewal,
 }
 
-/// No more identities are taken.
+/// The limit of identities is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("certificates of {0} identities are kept already, which is the limit")]
 pub struct TooManyIdentities(pub usize);
@@ -80,7 +81,7 @@ pub struct TooManyIdentities(pub usize);
 enum Phase {
     /// In `timers` at this time.
     Resting(SystemTime),
-    /// In `ready` under these.
+    /// In `ready`, under this key.
     Ready(Urgency, SystemTime),
     /// A request is in flight and counts against this limit.
     Running(Urgency),
@@ -91,7 +92,7 @@ struct Slot {
     holds: usize,
     /// A connection asked since the last request started.
     is_wanted: bool,
-    /// Released while a request was in flight: its outcome is not for anybody.
+    /// Released while a request was in flight: the outcome is discarded.
     is_abandoned: bool,
     not_after: Option<SystemTime>,
     /// When the certificate arrived.
@@ -108,7 +109,7 @@ impl Slot {
     }
 }
 
-/// What is due, in order: by how long it waits, renewals by the end of the certificate to be replaced.
+/// Identities that are due, in order: by waiting time, and renewals by the end of the certificate to be replaced.
 #[derive(Debug, Default)]
 struct Ready {
     waited: BTreeSet<(SystemTime, SpiffeId)>,
@@ -137,7 +138,7 @@ pub struct Renewals {
     running_waited: usize,
     dropped: Vec<SpiffeId>,
     rng: StdRng,
-    /// The latest time that was seen on the present setting of the clock.
+    /// The latest time seen since the clock was last set back.
     latest: SystemTime,
 }
 
@@ -166,7 +167,7 @@ impl Renewals {
         let slot = self.slot(identity, Urgency::Missing, now)?;
         slot.holds += 1;
         slot.is_abandoned = false;
-        // What was fetched for a passing connection had no renewal planned.
+        // A certificate fetched for a single connection had no renewal planned.
         if let (1, Phase::Resting(_), Some(not_after)) = (slot.holds, slot.phase, slot.not_after) {
             let renewal = self.renewal_time(now, not_after);
             self.rest(identity, renewal);
@@ -234,7 +235,7 @@ impl Renewals {
         }
         slot.failures = 0;
         slot.waited_not_before = now;
-        // Nobody holds what was fetched for a passing connection: it is kept while valid, not renewed.
+        // Without a hold, the certificate was fetched for a single connection: it is kept while valid, but not renewed.
         let next = if slot.holds == 0 { not_after } else { renewal };
         self.rest(identity, next);
         true
@@ -342,7 +343,7 @@ impl Renewals {
         }))
     }
 
-    /// Notices that the clock was set back, and moves what is planned with it.
+    /// Detects that the clock was set back, and moves planned times with it.
     fn observe(&mut self, now: SystemTime) {
         match self.latest.duration_since(now) {
             Ok(back) if back > OUT_OF_TURN => {
@@ -361,7 +362,7 @@ impl Renewals {
             let Phase::Resting(until) = &mut slot.phase else { continue };
             let is_of_the_future = slot.issued.is_some_and(|issued| issued > now);
             if slot.holds == 0 && !slot.is_wanted && slot.not_after == Some(*until) {
-                // What is only kept until its end ends by the clock, wherever that stands.
+                // Without a hold, the planned time is the end of validity, which does not move.
                 if is_of_the_future {
                     unusable.push(identity.clone());
                 }
@@ -377,7 +378,7 @@ impl Renewals {
         }
     }
 
-    /// Moves what is due from `timers` to `ready`, and renewals that came too late to the missing ones.
+    /// Moves due identities from `timers` to `ready`, and renewals whose certificate has expired to [`Urgency::Missing`].
     fn wake_due(&mut self, now: SystemTime) {
         while let Some((not_after, identity)) = self.ready.renewal.first().cloned() {
             if not_after > now {
@@ -393,7 +394,7 @@ impl Renewals {
                 self.timers.remove(&(time, identity));
                 continue;
             };
-            // What nobody holds is not pursued: those who still wait have asked again by now.
+            // An identity without a hold or a waiter is not requested. Connections that still wait have called `want` again.
             let is_unused = slot.holds == 0 && !slot.is_wanted;
             if is_unused && !slot.is_valid(now) {
                 self.forget(&identity);
@@ -406,7 +407,7 @@ impl Renewals {
         }
     }
 
-    /// Ends a request's accounting. False if the identity is not wanted any more.
+    /// Removes a request from the counts. Returns false if the identity was released meanwhile.
     fn finish(&mut self, identity: &SpiffeId) -> bool {
         let Some(slot) = self.slots.get(identity) else { return false };
         let Phase::Running(urgency) = slot.phase else { return false };
@@ -431,7 +432,7 @@ impl Renewals {
         slot.failures = slot.failures.saturating_add(1);
         let mut delay = policy.first_backoff.saturating_mul(1 << doublings).min(policy.max_backoff);
         if let Some(remaining) = slot.not_after.and_then(|end| end.duration_since(now).ok()) {
-            // Several attempts are to fit into what is left of a valid certificate.
+            // Leaves time for several attempts before a valid certificate expires.
             delay = delay.min(remaining / 4).max(policy.first_backoff);
         }
         slot.waited_not_before = now + delay.min(policy.max_backoff_waited).mul_f64(spread);

@@ -1,7 +1,7 @@
 //! Identities of workloads: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 //!
 //! Parsed once at the edge; inside the mesh an identity is a [`SpiffeId`], cheap to clone, compare and hash.
-//! Never tolerates a form that another part of the mesh would read differently.
+//! Only the one canonical form is accepted, so that no two parts of the mesh can read an identity differently.
 
 use std::borrow::Borrow;
 use std::fmt;

@@ -29,7 +29,7 @@ pub enum CipherPreference {
     Aes256First,
 }
 
-/// What may be set about the mesh's TLS.
+/// Settings of the mesh's TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TlsSettings {
     /// Order of the two cipher suites.
@@ -87,7 +87,7 @@ pub(crate) fn server_config(
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     // Without tickets no session outlives the certificate it was authenticated with.
     config.send_tls13_tickets = 0;
-    // The tunnel moves its records itself.
+    // `ambit-tls` processes the records itself and needs the secrets.
     config.enable_secret_extraction = true;
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(config)
@@ -95,8 +95,8 @@ pub(crate) fn server_config(
 
 /// The dialling side's TLS of one certificate: TLS 1.3, presents that certificate, ALPN `h2`, no SNI.
 ///
-/// There is no configuration without a statement about who may answer: [`ClientTls::expecting`] gives the one for
-/// a destination, whose identity is checked inside the handshake, before our own certificate is sent.
+/// A configuration always says which identities may answer: [`ClientTls::expecting`] returns the one for a destination. The
+/// server's identity is checked inside the handshake, before our certificate is sent.
 #[derive(Debug)]
 pub struct ClientTls {
     base: ClientConfig,
@@ -125,14 +125,15 @@ impl ClientTls {
         Ok(Self { base, trust: trust.clone() })
     }
 
-    /// For a connection to one of these identities; anybody else is refused, and with none everybody.
+    /// For a connection to one of these identities. All others are refused; with an empty list, every server is.
     ///
     /// Cheap enough for every connection: key, chain and settings are shared, only the verifier is new.
     pub fn expecting(&self, identities: &[SpiffeId]) -> Arc<ClientConfig> {
         self.with_expected(ExpectedServer::OneOf(identities.into()))
     }
 
-    /// For a connection whose peer may be any identity that trust accepts. It learns who we are: for tools and tests.
+    /// For a connection whose peer may have any trusted identity. Our certificate is shown to any of them, so this is for tools
+    /// and tests.
     pub fn dangerous_expecting_anyone(&self) -> Arc<ClientConfig> {
         self.with_expected(ExpectedServer::Anyone)
     }

@@ -57,7 +57,7 @@ pub enum TrustError {
     Revocation(#[from] RevocationError),
 }
 
-/// Where trust comes from.
+/// Sources of roots and revocations.
 #[derive(Debug, Clone)]
 pub struct TrustConfig {
     /// Our trust domain.
@@ -193,7 +193,7 @@ impl Trust {
         self.update(|sources| sources.learned = roots)
     }
 
-    /// Replaces the revocation lists; those who [subscribed](Trust::subscribe) recheck their peers.
+    /// Replaces the revocation lists; [subscribers](Trust::subscribe) recheck their peers.
     pub fn set_revocations(&self, revocations: Revocations) {
         let _sources = self.0.sources.lock();
         let state = self.0.state.load();
@@ -226,7 +226,7 @@ impl Trust {
         Ok(())
     }
 
-    /// Notified of every change of roots or revocations; the number counts changes. Expiry is no change of trust:
+    /// Notified of every change of roots or revocations; the number counts changes. Expiry does not count as a change of trust:
     /// see [`PeerCertificate::not_after`].
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.version.subscribe()

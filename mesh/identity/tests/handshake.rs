@@ -1,4 +1,4 @@
-//! Real TLS handshakes over loopback: who is let in, who is not, and what is negotiated.
+//! Real TLS handshakes over loopback: which peers are accepted, and what is negotiated.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -22,7 +22,7 @@ fn id(text: &str) -> SpiffeId {
     text.parse().unwrap()
 }
 
-/// The client is let in by the server, and both know each other.
+/// The server accepts the client, and each knows the identity of the other.
 async fn assert_meet(client: &WorkloadCertificate, server: &WorkloadCertificate) {
     let expected = [server.identity().clone()];
     let (dialled, accepted) = meet(client.client_tls().expecting(&expected), server.server_config()).await;
@@ -301,7 +301,7 @@ async fn a_live_peer_is_believed_until_it_expires() {
 
 #[tokio::test]
 async fn a_live_peer_is_not_believed_when_its_root_is_removed() {
-    // Of one name, as the roots of our own authority are: names and key identifiers prove nothing.
+    // Both roots have the same name, as those of our own authority do: names and key identifiers prove nothing.
     let (old, new) = (TestCa::new("root"), TestCa::new("root"));
     let trust = trust_in(&[&old, &new]);
     let client = old.workload(&trust, &Wish::valid(&[CLIENT]));

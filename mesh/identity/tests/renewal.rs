@@ -124,7 +124,7 @@ fn a_waiting_connection_shortens_the_back_off() {
 }
 
 #[test]
-fn several_attempts_fit_into_what_is_left_of_a_valid_certificate() {
+fn several_attempts_fit_into_the_remaining_validity() {
     let mut renewals = Renewals::new(exact(), 1);
     renewals.hold(&id(1), at(0.0)).unwrap();
     renewals.poll_start(at(0.0)).unwrap();

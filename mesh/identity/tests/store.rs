@@ -290,7 +290,7 @@ async fn an_issuer_that_hangs_or_panics_costs_one_attempt() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn waiters_are_bounded_and_told_why() {
+async fn waiters_are_bounded_and_get_the_reason() {
     let clock = virtual_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
     issuer.set(Mood::Hangs);
@@ -339,7 +339,7 @@ async fn releasing_an_identity_fails_its_waiters() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn when_the_driver_goes_those_who_wait_are_told_at_once() {
+async fn waiters_fail_at_once_when_the_driver_ends() {
     let clock = virtual_clock();
     let issuer = Arc::new(TestIssuer::new(Arc::clone(&clock)));
     issuer.set(Mood::Hangs);
@@ -372,7 +372,7 @@ async fn no_connection_fails_while_the_authority_changes_its_root() {
     store.prefetch(&server).unwrap();
     let first = store.certificate(&client).await.unwrap();
     store.certificate(&server).await.unwrap();
-    // Another root signs from now on; the old one is still published beside it.
+    // Another root signs from now on. The old one is still published with it.
     *issuer.further_roots.lock().unwrap() = old_root.pem.clone();
     *issuer.ca.lock().unwrap() = Arc::new(TestCa::new("new"));
 

@@ -1,4 +1,4 @@
-//! The store's driver: asks the issuer in the order that the core decides and reports what came of it.
+//! The store's driver: sends requests to the issuer in the order that the core decides, and reports the outcomes to it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::verify::Usage;
 /// The longest sleep of the driver: a wall clock that was set, or a machine that slept, is noticed within it.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 
-/// Held by the driver; dropping it fails all waiters.
+/// Fails all waiters when the driver drops it.
 pub(super) struct StopGuard(pub(super) Arc<Shared>);
 
 impl Drop for StopGuard {
@@ -34,7 +34,7 @@ struct Attempt {
     outcome: Result<WorkloadCertificate, IssueError>,
 }
 
-/// Starts what the core says is due and reports what came of it. Ends only by being dropped.
+/// Starts requests that are due and reports their outcomes to the core. Runs until it is dropped.
 pub(super) async fn drive(guard: StopGuard) {
     let shared = &guard.0;
     let mut attempts: JoinSet<Attempt> = JoinSet::new();
@@ -154,7 +154,7 @@ impl Shared {
                 continue;
             }
             if let Err(error) = self.trust.verify(certificate.chain(), Usage::Server, now) {
-                tracing::warn!(%identity, %error, "our certificate is not believed any more and is replaced");
+                tracing::warn!(%identity, %error, "our certificate is no longer trusted and is replaced");
                 renewals.handle_distrusted(identity, now);
             }
         }

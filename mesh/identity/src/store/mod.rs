@@ -106,7 +106,7 @@ pub enum CertificateError {
         /// The limit.
         reason: TooManyIdentities,
     },
-    /// The driver is gone: the process is ending.
+    /// The driver has ended: the process is shutting down.
     #[error("certificates are no longer fetched; none for {0}")]
     Stopped(SpiffeId),
 }
@@ -120,13 +120,13 @@ fn cause(last: &Option<Arc<IssueError>>) -> String {
 pub struct StoreMetrics {
     /// Requests started.
     pub requests: AtomicU64,
-    /// Requests that brought a certificate.
+    /// Requests that returned a certificate.
     pub issued: AtomicU64,
     /// Requests that failed.
     pub failed: AtomicU64,
     /// Connections that had to wait.
     pub waits: AtomicU64,
-    /// Connections that waited in vain.
+    /// Connections that waited without getting a certificate.
     pub wait_failures: AtomicU64,
     /// Connections that wait now.
     pub waiting: AtomicUsize,
@@ -134,10 +134,10 @@ pub struct StoreMetrics {
     pub identities: AtomicUsize,
 }
 
-/// What is known of one identity.
+/// The state of one identity, for dumps.
 #[derive(Debug, Clone)]
 pub struct CertificateState {
-    /// Whose.
+    /// The identity.
     pub identity: SpiffeId,
     /// The certificate in use; it may have expired.
     pub certificate: Option<Arc<WorkloadCertificate>>,
@@ -152,7 +152,7 @@ pub struct CertificateState {
 }
 
 impl CertificateState {
-    /// What is shown of the certificate in use.
+    /// Summary of the certificate in use.
     pub fn info(&self) -> Option<&CertificateInfo> {
         self.certificate.as_ref().map(|certificate| certificate.info())
     }
@@ -192,8 +192,8 @@ struct Shared {
 pub struct CertificateStore(Arc<Shared>);
 
 impl CertificateStore {
-    /// The store and its driver, which the caller runs for the process's life; dropping the driver ends all
-    /// renewal and fails those who wait.
+    /// Returns the store and its driver, which the caller must run until the process ends. Dropping the driver stops all
+    /// renewal and fails the waiting connections.
     pub fn new(
         config: StoreConfig,
         issuer: Arc<dyn Issuer>,
@@ -215,16 +215,17 @@ impl CertificateStore {
         (Self(Arc::clone(&shared)), driver::drive(driver::StopGuard(shared)))
     }
 
-    /// The valid certificate of `identity`, if there is one now. For every connection: no lock, no wait.
+    /// The valid certificate of `identity`, if there is one now. Takes no lock and never waits, so that every connection can
+    /// call it.
     pub fn current(&self, identity: &SpiffeId) -> Option<Arc<WorkloadCertificate>> {
         let entries = self.0.entries.load();
         let certificate = entries.get(identity)?.current.load_full()?;
         certificate.is_valid_at((self.0.config.clock)()).then_some(certificate)
     }
 
-    /// The valid certificate of `identity`, waiting for it if need be, before all others.
+    /// The valid certificate of `identity`. Waits for one if necessary; its request goes before all others.
     ///
-    /// An identity that nobody [prefetched](Self::prefetch) is fetched too, kept while valid, and not renewed.
+    /// The certificate of an identity that was not [prefetched](Self::prefetch) is kept while valid, and not renewed.
     ///
     /// # Errors
     /// [`CertificateError`] if none comes within the configured time, or too many wait already.
@@ -243,7 +244,7 @@ impl CertificateStore {
         outcome
     }
 
-    /// Fetches the certificate of `identity` ahead and keeps it renewed. Pair with [`release`](Self::release).
+    /// Fetches the certificate of `identity` in advance and keeps it renewed. Pair with [`release`](Self::release).
     ///
     /// # Errors
     /// [`CertificateError::TooManyIdentities`] at the limit.
@@ -334,7 +335,7 @@ impl CertificateStore {
                     if changed.is_err() {
                         return Err(CertificateError::Released(identity.clone()));
                     }
-                    // A failure puts the identity on its ordinary back-off; those who wait shorten it.
+                    // After a failure the ordinary back-off applies, which waiting connections shorten.
                     let _entry = self.with_renewals(identity, |renewals, now| renewals.want(identity, now))?;
                 }
                 _ = stopped.wait_for(|stopped| *stopped) => {
@@ -400,7 +401,7 @@ impl Shared {
         entry
     }
 
-    /// Removes the entries of what the core forgot. The caller holds `renewals`.
+    /// Removes the entries of identities that the core has dropped. The caller holds `renewals`.
     fn remove_dropped(&self, renewals: &mut Renewals) {
         let mut next: Option<Entries> = None;
         while let Some(identity) = renewals.poll_dropped() {

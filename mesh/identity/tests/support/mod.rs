@@ -1,4 +1,4 @@
-//! A certificate authority for tests, in a page: real keys, real certificates, any defect on demand.
+//! A small certificate authority for tests: real keys and certificates, with any defect that a test asks for.
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
@@ -23,7 +23,7 @@ pub(crate) struct TestCa {
     issuer: Issuer<'static, KeyPair>,
 }
 
-/// What a certificate of the test CA shall be like.
+/// Properties of a certificate to be issued by the test CA.
 pub(crate) struct Wish<'a> {
     pub(crate) uris: &'a [&'a str],
     pub(crate) serial: u64,
