@@ -167,7 +167,7 @@ impl Bed {
     /// # Errors
     /// When the client fails, or any of its operations does.
     pub(crate) async fn sample(&self, row: &Row, path: Path, seconds: f64) -> Result<Sample> {
-        let (pods, target, between) = self.way(row, path)?;
+        let (pods, target, between) = self.route(row, path)?;
         // A connection before the measured ones: certificates, pools and caches are as in service.
         let drive = |seconds| Drive::new(row.work.0, target, row.connections, seconds);
         self.drive(&pods.client, drive(0.2)).await?;
@@ -190,7 +190,7 @@ impl Bed {
     ) -> Result<Beside> {
         let row = Row::new(Work::RoundTrip, false, small);
         let alone = self.sample(&row, path, seconds).await?.outcome;
-        let (pods, target, _) = self.way(&row, path)?;
+        let (pods, target, _) = self.route(&row, path)?;
         // Buffers of the bulk stream have grown, or all small connections are open, when the other begins.
         let start = Duration::from_millis(300);
         let (bulk_after, small_after) = match order {
@@ -218,7 +218,7 @@ impl Bed {
     /// When a client fails, or any of its operations does.
     pub(crate) async fn steady(&self, path: Path, seconds: f64) -> Result<Steady> {
         let row = Row::new(Work::Http, false, STEADY_CONNECTIONS);
-        let (pods, target, _) = self.way(&row, path)?;
+        let (pods, target, _) = self.route(&row, path)?;
         let paced =
             |work| Drive { every_ms: STEADY_MS, ..Drive::new(work, target, STEADY_CONNECTIONS, seconds) };
         let (kept, new) = tokio::try_join!(
@@ -235,7 +235,7 @@ impl Bed {
     pub(crate) async fn storm(&self, seconds: f64) -> Result<Storm> {
         let row = Row::new(Work::Connect, false, STORM_CONNECTIONS);
         let before = self.resident()?;
-        let (pods, target, _) = self.way(&row, Path::Ambit)?;
+        let (pods, target, _) = self.route(&row, Path::Ambit)?;
         let drive = Drive::new(row.work.0, target, row.connections, seconds);
         let outcome = self.drive(&pods.client, Drive { ports: SERVER_PORTS, ..drive }).await?;
         let resident = before.into_iter().zip(self.resident()?).collect();

@@ -245,7 +245,7 @@ pub(crate) struct Failures {
 impl Failures {
     /// How many errors there are.
     pub(crate) fn count(&self) -> u64 {
-        self.errors.len() as u64 + self.untold
+        self.errors.len() as u64 + self.unrecorded
     }
 }
 

@@ -158,7 +158,7 @@ struct Row {
 
 /// A failed request in words.
 #[derive(Debug, Serialize)]
-struct Told {
+struct FailureText {
     text: String,
     /// How late the soak's own timers were while it ran, at worst, milliseconds.
     late: u64,
@@ -174,7 +174,7 @@ pub(crate) struct Report {
     rows: Vec<Row>,
     kept_by_kill: u64,
     new_by_kill: u64,
-    errors: Vec<Told>,
+    errors: Vec<FailureText>,
     error_count: u64,
     faults: Vec<String>,
     judgements: Vec<Judgement>,
@@ -218,7 +218,7 @@ impl Report {
             let text = format!(
                 "{failed:.2} s: {name}: {error} (connection asked for at {asked:.2} s; timers late by {late} ms)"
             );
-            Told { text, late }
+            FailureText { text, late }
         };
         let series = processes.all();
         let judge = |series: &Series| Judgement::of(series, warm_up.as_secs_f64(), series.name != OWN);

@@ -121,7 +121,7 @@ impl Bed for Hostile {
             _directory: directory,
             _running: running,
         };
-        bed.is_told().await;
+        bed.wait_known().await;
         Ok(bed)
     }
 
@@ -183,7 +183,7 @@ impl Hostile {
     /// TLS with the server's tunnel port, from outside of the mesh. An authentic server answers in the handshake;
     /// what it thinks of our certificate, it says afterwards.
     async fn approach(&self, tls: Arc<rustls::ClientConfig>) -> (SocketAddr, TlsStream<TcpStream>) {
-        let stream = self.stranger.connect_within(self.door(), wait::SOON).await.unwrap();
+        let stream = self.stranger.connect_within(self.tunnel_port(), wait::SOON).await.unwrap();
         let from = stream.local_addr().unwrap();
         let tls = TlsConnector::from(tls).connect(unnamed_server(), stream);
         (from, tokio::time::timeout(wait::SOON, tls).await.expect("a handshake in time").unwrap())

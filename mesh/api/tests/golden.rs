@@ -493,7 +493,7 @@ fn names_on_the_wire() {
 }
 
 #[test]
-fn equal_messages_encode_equally_whatever_the_order_of_making() {
+fn equal_messages_encode_equally_in_any_order_of_insertion() {
     let entries: Vec<_> = (0..50).map(|n| (format!("ns/s{n}"), workload::PortList::default())).collect();
     let forward = workload::Workload { services: entries.iter().cloned().collect(), ..Default::default() };
     let backward = workload::Workload { services: entries.into_iter().rev().collect(), ..Default::default() };

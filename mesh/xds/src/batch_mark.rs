@@ -1,4 +1,4 @@
-//! What `system_version_info` says about batches: which one an answer belongs to, and whether more of it follows.
+//! The use of `system_version_info` for batches: the batch that an answer belongs to, and whether more of it follows.
 //!
 //! The protocol keeps the field for debugging. Our server writes the number of the batch, then `+` when further answers
 //! of the batch follow on the stream, of any type. A version in another form comes from a server without batches.

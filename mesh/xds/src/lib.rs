@@ -2,7 +2,7 @@
 //!
 //! Both ends are cores without I/O ([`client`]'s session, [`server`]'s subscription) driven by a page
 //! of async code each. Proxies use [`Client`]; the control plane uses [`Store`] and [`Server`].
-//! What a resource means is the business of the crates that hand in handlers and resources.
+//! The meaning of resources is left to the crates that provide handlers and resources.
 //!
 //! One convention goes beyond the protocol, in a field that it keeps for debugging: `system_version_info` carries the
 //! number of the batch that an answer belongs to, and ends with `+` when more answers of that batch follow, of any type. A

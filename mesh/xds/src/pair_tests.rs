@@ -30,7 +30,7 @@ struct Applied {
 
 struct Pair {
     store: Store,
-    /// Gone while disconnected and until the first request of a stream arrives.
+    /// `None` while disconnected and until the first request of a stream arrives.
     server: Option<Subscription>,
     client: Session,
     applied: Arc<Mutex<Applied>>,
@@ -122,7 +122,7 @@ impl Pair {
         self.client.handle_disconnected();
     }
 
-    /// The same content in a control plane that knows nothing of positions and removals before.
+    /// Replaces the server by one with the same content but without its earlier positions and removals.
     fn restart_server(&mut self, content: &BTreeMap<u8, u8>) {
         self.disconnect();
         self.store = new_store(100);
@@ -381,7 +381,7 @@ fn a_reconnecting_client_is_sent_only_what_differs() {
 }
 
 #[test]
-fn a_client_of_a_restarted_server_with_the_same_content_is_sent_nothing() {
+fn a_restarted_server_with_equal_content_sends_nothing() {
     let content: BTreeMap<u8, u8> = (0..NAMES).map(|name| (name, 1)).collect();
     let mut pair = Pair::new(true, 100);
     pair.restart_server(&content);
@@ -413,7 +413,7 @@ fn removals_overtake_a_snapshot_that_is_still_being_sent() {
 }
 
 #[test]
-fn held_removals_come_when_they_may() {
+fn held_removals_are_sent_when_allowed() {
     let mut pair = Pair::new(true, 100);
     pair.store.apply(TYPE, (0..2).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();
@@ -450,7 +450,7 @@ fn a_client_is_ready_only_when_the_whole_snapshot_has_arrived() {
 }
 
 #[test]
-fn a_subscriber_that_fell_behind_is_told_to_reconnect_and_loses_nothing() {
+fn a_lagging_subscriber_must_reconnect_and_loses_nothing() {
     let mut pair = Pair::new(true, 2);
     pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();
@@ -463,7 +463,7 @@ fn a_subscriber_that_fell_behind_is_told_to_reconnect_and_loses_nothing() {
 }
 
 #[test]
-fn a_demanded_address_brings_the_service_and_the_workloads_behind_it() {
+fn a_demanded_address_brings_its_service_and_workloads() {
     let mut pair = Pair::new(false, 100);
     pair.store.apply(TYPE, (0..NAMES).map(|name| Change::Upsert(resource(name, 1))).collect());
     pair.settle();

@@ -170,7 +170,7 @@ async fn a_snapshot_changes_and_removals_reach_the_client() {
 }
 
 #[tokio::test]
-async fn a_client_survives_a_restart_of_the_server_and_is_sent_only_what_differs() {
+async fn after_a_server_restart_only_differences_are_sent() {
     let first = new_store(StoreConfig::default());
     first.apply(ADDRESS_TYPE_URL, (0..1_000).map(|number| upsert(&format!("w{number}"), "a")).collect());
     let running = Running::start(loopback(), Server::new(first, ServerConfig::default())).await;
@@ -248,7 +248,7 @@ async fn a_resource_that_the_handler_rejects_does_not_stop_the_others() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, nacked).await.expect("the server hears of the rejected one");
+    tokio::time::timeout(PATIENCE, nacked).await.expect("the server gets the nack");
     assert_eq!(subscriber.client.metrics().rejected.load(Ordering::Relaxed), 1);
 }
 
@@ -270,7 +270,7 @@ async fn changes_that_follow_at_once_come_in_one_answer() {
     assert_eq!(metrics.answers.load(Ordering::Relaxed) - before, 2);
 }
 
-/// A bare gRPC stream, for what our client would never do.
+/// A bare gRPC stream, for requests that our client never sends.
 async fn raw(
     addr: SocketAddr,
 ) -> (
@@ -343,7 +343,7 @@ async fn a_caller_without_credentials_is_refused() {
 }
 
 #[tokio::test]
-async fn a_subscriber_that_does_not_read_is_made_no_more_answers_than_its_window_takes() {
+async fn a_slow_subscriber_gets_no_more_answers_than_its_window_takes() {
     let store = new_store(StoreConfig::default());
     store.apply(
         ADDRESS_TYPE_URL,
@@ -371,7 +371,7 @@ async fn a_subscriber_that_does_not_read_is_made_no_more_answers_than_its_window
     let unread = metrics.resources.load(Ordering::Relaxed) - others;
     assert!(
         unread < 25_000,
-        "{unread} resources of {total} bytes in all were made for one who does not read"
+        "{unread} resources of {total} bytes in all were encoded for a subscriber that does not read"
     );
 }
 
@@ -472,6 +472,6 @@ async fn a_batch_over_two_types_is_applied_at_once() {
     ]);
     let complete = log.wait_for(|log| log.iter().flatten().any(|entry| entry == "-ns/old"));
     let log = tokio::time::timeout(PATIENCE, complete).await.unwrap().unwrap().clone();
-    // Policies first, what is gone last, all in one call.
+    // Policies first and removals last, all in one call.
     assert_eq!(log.last().unwrap(), &["+ns/new", "+pod", "-ns/old"]);
 }

@@ -51,7 +51,7 @@ impl Proxy {
     }
 
     pub(crate) async fn snapshot_sent(&self) {
-        assert_eq!(self.tell(&json!({ "snapshot_sent": {} }), None).await, "");
+        assert_eq!(self.request(&json!({ "snapshot_sent": {} }), None).await, "");
     }
 }
 
@@ -75,22 +75,25 @@ async fn an_agent_of_istio_adds_keeps_and_deletes_pods() {
     send(&mut stream, ADDRESS, VERSION, &[workload("web", [10, 0, 0, 7], &[])], &[]);
     let (first, second) = (Netns::create().unwrap(), Netns::create().unwrap());
     let proxy = agent.accept().await;
-    assert_eq!(proxy.tell(&add("u1", "web"), Some(&first)).await, "");
-    assert_eq!(proxy.tell(&add("u2", "other"), Some(&second)).await, "");
-    assert!(!proxy.tell(&add("u3", "none"), None).await.is_empty(), "an add needs the namespace");
-    assert!(!proxy.tell(&json!({ "keep": { "uid": "unknown" } }), None).await.is_empty(), "nothing to keep");
+    assert_eq!(proxy.request(&add("u1", "web"), Some(&first)).await, "");
+    assert_eq!(proxy.request(&add("u2", "other"), Some(&second)).await, "");
+    assert!(!proxy.request(&add("u3", "none"), None).await.is_empty(), "an add needs the namespace");
+    assert!(
+        !proxy.request(&json!({ "keep": { "uid": "unknown" } }), None).await.is_empty(),
+        "nothing to keep"
+    );
     proxy.snapshot_sent().await;
     let dump = ztunnel.until("both pods", |dump| pods(dump).len() == 2).await;
     // A node proxy finds its own pods by the uid of the control plane.
     assert!(dump["pods"].to_string().contains("Kubernetes//Pod/shop/web"), "{:#}", dump["pods"]);
-    assert_eq!(proxy.tell(&json!({ "del": { "uid": "u2" } }), None).await, "");
+    assert_eq!(proxy.request(&json!({ "del": { "uid": "u2" } }), None).await, "");
     ztunnel.until("one pod", |dump| pods(dump) == ["u1"]).await;
 
     // The agent starts anew and has lost its descriptors; pods are served in the meantime.
     drop(proxy);
     assert_eq!(pods(&ztunnel.dump().await), ["u1"]);
     let proxy = agent.accept().await;
-    assert_eq!(proxy.tell(&json!({ "keep": { "uid": "u1" } }), None).await, "");
+    assert_eq!(proxy.request(&json!({ "keep": { "uid": "u1" } }), None).await, "");
     proxy.snapshot_sent().await;
     assert_eq!(pods(&ztunnel.dump().await), ["u1"]);
     // What a snapshot does not list is dropped.
@@ -111,7 +114,7 @@ async fn a_pods_certificate_is_requested_by_impersonation() {
     send(&mut stream, ADDRESS, VERSION, &[workload("web", [10, 0, 0, 7], &[])], &[]);
     let netns = Netns::create().unwrap();
     let proxy = agent.accept().await;
-    assert_eq!(proxy.tell(&add("u1", "web"), Some(&netns)).await, "");
+    assert_eq!(proxy.request(&add("u1", "web"), Some(&netns)).await, "");
     let request = istiod.sign().await;
     assert_eq!(request["validity_duration"], Duration::from_secs(24 * 3600).as_secs());
     let identity = &request["metadata"]["fields"]["ImpersonatedIdentity"]["string_value"];

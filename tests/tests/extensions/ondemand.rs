@@ -16,7 +16,7 @@ async fn serves(bed: &Extensions, name: &str, app: &str, node: usize) -> (Pod, R
 }
 
 /// Whether the proxy has been told of a workload or service whose name begins so.
-async fn told(bed: &Extensions, name: &str) -> bool {
+async fn is_known(bed: &Extensions, name: &str) -> bool {
     let dump = bed.cluster.ztunnel(1).unwrap().config_dump().await.unwrap();
     let named = |section: &str, key: &str| {
         let all = dump[section].as_array().cloned().unwrap_or_default();
@@ -36,11 +36,11 @@ async fn what_is_dialled_is_asked_for_and_followed_from_then_on(bed: &Extensions
     let (first, _running) = serves(bed, "rare-1", "rare", 0).await;
     bed.cluster.apply(&service("rare")).await.unwrap();
     bed.knows(0, "services", "rare-pods").await;
-    assert!(!told(bed, "rare").await, "it was told without being asked for");
+    assert!(!is_known(bed, "rare").await, "it is known without a request");
     let vip = bed.vip("rare", false);
     assert_eq!(page(bed, vip).await.unwrap(), "rare-1");
-    assert!(told(bed, "rare.shop.svc").await, "the service is not known after it was dialled");
-    assert!(!told(bed, "rare-pods").await, "what nobody dialled was told");
+    assert!(is_known(bed, "rare.shop.svc").await, "the service is not known after it was dialled");
+    assert!(!is_known(bed, "rare-pods").await, "what nobody dialled was told");
     let line = bed.logs[1]
         .wait_for("the first connection", |l| l["direction"] == "outbound" && l["dst.workload"] == "rare-1");
     assert_eq!(line.await["dst.identity"], first.spiffe_id().as_str());
@@ -48,7 +48,7 @@ async fn what_is_dialled_is_asked_for_and_followed_from_then_on(bed: &Extensions
     let second_answers = || async { page(bed, vip).await.is_ok_and(|page| page == "rare-2") };
     wait::until("an endpoint that came later is chosen", wait::SOON, second_answers).await;
     bed.cluster.delete_pod(&first).await.unwrap();
-    wait::until("the first is forgotten", wait::SOON, || async { !told(bed, "rare-1").await }).await;
+    wait::until("the first is forgotten", wait::SOON, || async { !is_known(bed, "rare-1").await }).await;
     for _ in 0..10 {
         assert_eq!(page(bed, vip).await.unwrap(), "rare-2", "only the second is left");
     }
@@ -56,7 +56,7 @@ async fn what_is_dialled_is_asked_for_and_followed_from_then_on(bed: &Extensions
 
 async fn a_pod_that_is_dialled_by_its_address_is_asked_for(bed: &Extensions) {
     let (pod, _running) = serves(bed, "lonely", "lonely", 0).await;
-    assert!(!told(bed, "lonely").await, "it was told without being asked for");
+    assert!(!is_known(bed, "lonely").await, "it is known without a request");
     assert_eq!(page(bed, (pod.ip(), PORT).into()).await.unwrap(), "lonely");
     let line = bed.logs[1]
         .wait_for("the connection", |l| l["direction"] == "outbound" && l["dst.workload"] == "lonely");

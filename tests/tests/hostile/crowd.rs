@@ -26,7 +26,7 @@ const OTHERS: Duration = Duration::from_secs(5);
 ///
 /// Beyond the share of its address it is reset, perhaps before it is looked at.
 async fn begin(bed: &Hostile) -> io::Result<TcpStream> {
-    let mut stream = bed.stranger.connect_within(bed.door(), wait::SOON).await?;
+    let mut stream = bed.stranger.connect_within(bed.tunnel_port(), wait::SOON).await?;
     stream.write_all(b"\x16\x03\x01\x02\x00\x01").await?;
     Ok(stream)
 }

@@ -75,7 +75,7 @@ async fn flood(bed: &Hostile, first: &[u8], piece: &[u8]) -> (SocketAddr, Option
 }
 
 /// Several such peers at once: each is told with `reason`, all are counted, memory stays, others are served meanwhile.
-async fn is_hung_up_on(bed: &Hostile, first: &[u8], piece: &[u8], goaway: u32, flags: &str, reason: &str) {
+async fn is_disconnected(bed: &Hostile, first: &[u8], piece: &[u8], goaway: u32, flags: &str, reason: &str) {
     let ztunnel = bed.cluster.ztunnel(1).unwrap();
     let before = bed.failures(flags).await;
     let memory = resident(&ztunnel);
@@ -111,28 +111,28 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
         ("frames_of_unknown_kinds", frame(200, 0, 0, &[])),
     ];
     for (name, piece) in floods {
-        let name = format!("floods::a_peer_that_floods_with_{name}_is_hung_up_on");
+        let name = format!("floods::a_peer_that_floods_with_{name}_is_disconnected");
         trials.add(name, async move |bed: &Hostile| {
             let reason = "frames that carry nothing";
-            is_hung_up_on(bed, &[], &piece, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", reason).await;
+            is_disconnected(bed, &[], &piece, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", reason).await;
         });
     }
     trials.add(
-        "floods::a_peer_that_answers_settings_that_it_was_not_sent_is_hung_up_on",
+        "floods::a_peer_that_answers_settings_that_it_was_not_sent_is_disconnected",
         async |bed: &Hostile| {
             let answer = frame(4, 1, 0, &[]);
-            is_hung_up_on(bed, &[], &answer, PROTOCOL_ERROR, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
+            is_disconnected(bed, &[], &answer, PROTOCOL_ERROR, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
         },
     );
-    trials.add("floods::a_peer_that_floods_with_empty_data_is_hung_up_on", async |bed: &Hostile| {
+    trials.add("floods::a_peer_that_floods_with_empty_data_is_disconnected", async |bed: &Hostile| {
         let open = head(&bed.application().to_string(), true);
         let empty = frame(0, 0, 1, &[]);
-        is_hung_up_on(bed, &open, &empty, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
+        is_disconnected(bed, &open, &empty, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
     });
-    trials.add("floods::a_peer_whose_head_never_ends_is_hung_up_on", async |bed: &Hostile| {
+    trials.add("floods::a_peer_whose_head_never_ends_is_disconnected", async |bed: &Hostile| {
         let begun = head(&bed.application().to_string(), false);
         // RFC 7541 §6.2.2: a literal header `a: b`, again and again.
         let goes_on = frame(9, 0, 1, b"\x00\x01a\x01b");
-        is_hung_up_on(bed, &begun, &goes_on, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
+        is_disconnected(bed, &begun, &goes_on, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
     });
 }

@@ -142,7 +142,7 @@ async fn is_refused(bed: &Hostile, tls: Arc<ClientConfig>, alert: &str, reason: 
     let (from, mut stream) = bed.approach(tls).await;
     let said = verdict(&mut stream).await.expect_err("it was let in");
     assert!(said.contains(alert), "{said:?} is not {alert}");
-    let line = bed.told(from).await;
+    let line = bed.logged(from).await;
     let error = line["error"].as_str().unwrap_or_default();
     assert!(error.contains(reason), "{reason:?} is not why: {line}");
     bed.counted("TLS_FAILURE", before).await;
@@ -198,7 +198,7 @@ async fn a_revoked_peer_loses_its_open_connection_and_gets_no_new_one(bed: &Host
     open.echoes(b"while it is good").await;
     bed.credentials.revoke(&lost);
     open.is_cut().await;
-    let line = bed.told(open.from).await;
+    let line = bed.logged(open.from).await;
     assert!(line["error"].as_str().unwrap_or_default().contains("revoked"), "{line}");
     kept.echoes(b"of another certificate").await;
     is_refused(bed, lost.client_tls().dangerous_expecting_anyone(), "CertificateRevoked", "evoked").await;
@@ -224,7 +224,7 @@ async fn a_peer_that_expires_keeps_nothing(bed: &Hostile) {
     open.echoes(b"it has time to renew").await;
     assert!(!other.is_let_in(bed.application()).await, "a new CONNECT of an expired peer");
     open.is_cut().await;
-    let line = bed.told(open.from).await;
+    let line = bed.logged(open.from).await;
     assert!(line["error"].as_str().unwrap_or_default().contains("expired"), "{line}");
     bed.goes_on().await;
 }
@@ -232,7 +232,7 @@ async fn a_peer_that_expires_keeps_nothing(bed: &Hostile) {
 /// Says `words` at the tunnel port; it is refused and told.
 async fn speaks_in_the_clear(bed: &Hostile, words: &[u8]) {
     let before = bed.failures("TLS_FAILURE").await;
-    let mut stream = bed.stranger.connect_within(bed.door(), wait::SOON).await.unwrap();
+    let mut stream = bed.stranger.connect_within(bed.tunnel_port(), wait::SOON).await.unwrap();
     let from = stream.local_addr().unwrap();
     stream.write_all(words).await.unwrap();
     let mut answer = Vec::new();
@@ -240,7 +240,7 @@ async fn speaks_in_the_clear(bed: &Hostile, words: &[u8]) {
     // A TLS alert at most, and then the end, orderly or not.
     let _how = ended.expect("an end in time");
     assert!(answer.len() <= 7 && !answer.starts_with(b"HTTP"), "answered with {answer:?}");
-    let line = bed.told(from).await;
+    let line = bed.logged(from).await;
     assert!(!line["error"].as_str().unwrap_or_default().is_empty(), "{line}");
     bed.counted("TLS_FAILURE", before).await;
     bed.goes_on().await;

@@ -119,7 +119,7 @@ async fn is_answered(bed: &Hostile, target: &str, status: u16, flags: &str, reas
     let before = bed.failures(flags).await;
     let mut session = session(bed, FRIEND).await;
     assert_eq!(session.ask(Method::CONNECT, target).await.as_u16(), status);
-    let line = bed.told(session.from).await;
+    let line = bed.logged(session.from).await;
     assert_eq!(line["dst.hbone_addr"], target.to_ascii_lowercase().as_str(), "{line}");
     assert_eq!(line["src.identity"], FRIEND, "{line}");
     assert!(line["error"].as_str().unwrap_or_default().contains(reason), "{reason:?} is not why: {line}");
@@ -142,7 +142,7 @@ async fn what_is_no_request_for_a_tunnel_is_answered_with_400(
     let before = bed.failures("CONNECT").await;
     let mut session = session(bed, FRIEND).await;
     assert_eq!(session.send(request).await, StatusCode::BAD_REQUEST);
-    let line = bed.told(session.from).await;
+    let line = bed.logged(session.from).await;
     assert_eq!(line["src.identity"], FRIEND, "{line}");
     assert!(line["error"].as_str().unwrap_or_default().contains(reason), "{reason:?} is not why: {line}");
     bed.counted("CONNECT", before).await;
@@ -162,7 +162,7 @@ async fn a_friend_is_let_in_and_an_enemy_is_answered_with_401(bed: &Hostile) {
     let before = bed.failures("DENY").await;
     let mut enemy = session(bed, ENEMY).await;
     assert_eq!(enemy.ask(Method::CONNECT, &application).await, StatusCode::UNAUTHORIZED);
-    let line = bed.told(enemy.from).await;
+    let line = bed.logged(enemy.from).await;
     assert_eq!(line["src.identity"], ENEMY, "{line}");
     assert!(line["error"].as_str().unwrap_or_default().contains("no-enemies"), "{line}");
     bed.counted("DENY", before).await;
@@ -184,7 +184,7 @@ fn opened_and_reset(stream: u32, authority: &str) -> Vec<u8> {
 }
 
 /// Requests opened and taken back at once, without end: the connection is ended (CVE-2023-44487).
-async fn a_peer_that_opens_and_resets_without_end_is_hung_up_on(bed: &Hostile) {
+async fn a_peer_that_opens_and_resets_without_end_is_disconnected(bed: &Hostile) {
     let authority = bed.application().to_string();
     let (from, stream) =
         bed.approach(bed.credentials.certificate(FRIEND).client_tls().dangerous_expecting_anyone()).await;
@@ -209,7 +209,7 @@ async fn a_peer_that_opens_and_resets_without_end_is_hung_up_on(bed: &Hostile) {
         }
     };
     tokio::time::timeout(wait::SOON * 2, ended).await.expect("an end in time");
-    let _told = bed.told(from).await;
+    let _line = bed.logged(from).await;
     bed.goes_on().await;
 }
 
@@ -256,7 +256,7 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
     }
     add!(
         a_friend_is_let_in_and_an_enemy_is_answered_with_401,
-        a_peer_that_opens_and_resets_without_end_is_hung_up_on,
+        a_peer_that_opens_and_resets_without_end_is_disconnected,
         a_flood_of_headers_is_refused,
         a_peer_that_never_asks_is_no_burden,
     );

@@ -197,8 +197,8 @@ impl Bed {
                     });
                     served.filter(|s| s["endpoints"].as_object().is_some_and(|e| !e.is_empty())).count() == 2
                 };
-                self.clients.iter().all(|(captured, pod)| told(pod, *captured))
-                    && self.servers.iter().all(|((captured, _), pod)| told(pod, *captured) && led(pod))
+                self.clients.iter().all(|(captured, pod)| is_known(pod, *captured))
+                    && self.servers.iter().all(|((captured, _), pod)| is_known(pod, *captured) && led(pod))
             })
             .await;
         }

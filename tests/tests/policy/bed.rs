@@ -14,12 +14,12 @@ pub(crate) const PORTS: [u16; 2] = [8080, 8081];
 
 /// A client and where it goes.
 #[derive(Clone, Debug)]
-pub(crate) struct Way {
+pub(crate) struct Route {
     client: Pod,
     server: SocketAddr,
 }
 
-impl std::fmt::Display for Way {
+impl std::fmt::Display for Route {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} to {}", self.client, self.server)
     }
@@ -27,15 +27,15 @@ impl std::fmt::Display for Way {
 
 /// An open connection to an echo.
 pub(crate) struct Line {
-    way: Way,
+    route: Route,
     stream: TcpStream,
 }
 
 impl Line {
-    pub(crate) async fn open(way: &Way) -> io::Result<Self> {
-        let stream = way.client.connect_within(way.server, SOON).await?;
+    pub(crate) async fn open(route: &Route) -> io::Result<Self> {
+        let stream = route.client.connect_within(route.server, SOON).await?;
         stream.set_nodelay(true)?;
-        let mut line = Self { way: way.clone(), stream };
+        let mut line = Self { route: route.clone(), stream };
         line.say().await?;
         Ok(line)
     }
@@ -54,7 +54,7 @@ impl Line {
 
     async fn must_work(&mut self) {
         let said = self.say().await;
-        said.unwrap_or_else(|error| panic!("the open connection of {} was to stay: {error}", self.way));
+        said.unwrap_or_else(|error| panic!("the open connection of {} was to stay: {error}", self.route));
     }
 
     /// The client says nothing: the end has to come to it.
@@ -64,34 +64,34 @@ impl Line {
         match read {
             Ok(Ok(0)) => {}
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => {}
-            other => panic!("the open connection of {} was to be closed: {other:?}", self.way),
+            other => panic!("the open connection of {} was to be closed: {other:?}", self.route),
         }
     }
 }
 
-pub(crate) async fn open(ways: &[Way]) -> Vec<Line> {
+pub(crate) async fn open(routes: &[Route]) -> Vec<Line> {
     let mut lines = Vec::new();
-    for way in ways {
-        let line = wait::for_ok(&format!("{way} opens"), SOON, || Line::open(way)).await;
+    for route in routes {
+        let line = wait::for_ok(&format!("{route} opens"), SOON, || Line::open(route)).await;
         lines.push(line);
     }
     lines
 }
 
 /// All can be opened now.
-pub(crate) async fn must_open(ways: &[Way]) {
-    for way in ways {
-        let opened = Line::open(way).await;
-        drop(opened.unwrap_or_else(|error| panic!("{way} was to open: {error}")));
+pub(crate) async fn must_open(routes: &[Route]) {
+    for route in routes {
+        let opened = Line::open(route).await;
+        drop(opened.unwrap_or_else(|error| panic!("{route} was to open: {error}")));
     }
 }
 
 /// None can be opened now, and each client is told so at once.
-pub(crate) async fn must_be_refused(ways: &[Way]) {
-    for way in ways {
-        match Line::open(way).await {
-            Ok(_) => panic!("{way} was to be refused"),
-            Err(error) => assert_ne!(error.kind(), io::ErrorKind::TimedOut, "{way}: {error}"),
+pub(crate) async fn must_be_refused(routes: &[Route]) {
+    for route in routes {
+        match Line::open(route).await {
+            Ok(_) => panic!("{route} was to be refused"),
+            Err(error) => assert_ne!(error.kind(), io::ErrorKind::TimedOut, "{route}: {error}"),
         }
     }
 }
@@ -165,15 +165,15 @@ impl Bed {
     }
 
     /// From a client to both servers, over both families, on these ports.
-    pub(crate) fn ways(&self, client: &Pod, ports: &[u16]) -> Vec<Way> {
-        self.servers.iter().flat_map(|server| self.ways_to(client, server, ports)).collect()
+    pub(crate) fn routes(&self, client: &Pod, ports: &[u16]) -> Vec<Route> {
+        self.servers.iter().flat_map(|server| self.routes_to(client, server, ports)).collect()
     }
 
-    pub(crate) fn ways_to(&self, client: &Pod, server: &Pod, ports: &[u16]) -> Vec<Way> {
+    pub(crate) fn routes_to(&self, client: &Pod, server: &Pod, ports: &[u16]) -> Vec<Route> {
         let addresses = server.ips().into_iter();
         addresses
             .flat_map(|ip| ports.iter().map(move |port| SocketAddr::new(ip, *port)))
-            .map(|server| Way { client: client.clone(), server })
+            .map(|server| Route { client: client.clone(), server })
             .collect()
     }
 

@@ -20,14 +20,14 @@ use ambit_local::{Pod, SYSTEM_NAMESPACE};
 use ambit_tests::wait::{self, SOON};
 
 use bed::{
-    Bed, PORTS, Way, authentication, must_be_refused, must_close, must_open, must_work, open, policy,
+    Bed, PORTS, Route, authentication, must_be_refused, must_close, must_open, must_work, open, policy,
     policy_in,
 };
 
 /// Connections that a rule tells from others.
 struct Side {
     rule: String,
-    ways: Vec<Way>,
+    routes: Vec<Route>,
 }
 
 /// Two sides, of which a policy lets in one, then the other, then, deleted, both.
@@ -36,22 +36,22 @@ async fn by_turns(bed: Bed, action: &str, one: Side, other: Side) {
         let rule = if action == "ALLOW" { &inside.rule } else { &outside.rule };
         policy("turns", &format!("action: {action}, rules: [{{{rule}}}]"))
     };
-    let (mut ones, others) = (open(&one.ways).await, open(&other.ways).await);
+    let (mut ones, others) = (open(&one.routes).await, open(&other.routes).await);
 
     bed.apply(&letting_in(&one, &other)).await;
     must_close(others).await;
-    must_be_refused(&other.ways).await;
-    must_open(&one.ways).await;
+    must_be_refused(&other.routes).await;
+    must_open(&one.routes).await;
     must_work(&mut ones).await;
 
     bed.apply(&letting_in(&other, &one)).await;
     must_close(ones).await;
-    must_be_refused(&one.ways).await;
-    must_open(&other.ways).await;
-    let mut others = open(&other.ways).await;
+    must_be_refused(&one.routes).await;
+    must_open(&other.routes).await;
+    let mut others = open(&other.routes).await;
 
     bed.delete("AuthorizationPolicy", "shop", "turns").await;
-    must_work(&mut open(&one.ways).await).await;
+    must_work(&mut open(&one.routes).await).await;
     must_work(&mut others).await;
     bed.end().await;
 }
@@ -60,7 +60,7 @@ async fn alice_and_bob(action: &str, of_alice: &str, of_bob: &str) {
     let bed = Bed::start().await;
     let side = |pod: &Pod, source: &str| Side {
         rule: format!("from: [{{source: {{{source}}}}}]"),
-        ways: bed.ways(pod, &PORTS[..1]),
+        routes: bed.routes(pod, &PORTS[..1]),
     };
     let (one, other) = (side(&bed.alice, of_alice), side(&bed.bob, of_bob));
     by_turns(bed, action, one, other).await;
@@ -112,10 +112,10 @@ async fn by_ip_block(action: &str) {
         let blocks: Vec<String> = pods.iter().flat_map(|pod| pod.ips()).map(|ip| format!("'{ip}'")).collect();
         format!("from: [{{source: {{ipBlocks: [{}]}}}}]", blocks.join(", "))
     };
-    let mut ways = bed.ways(&bed.alice, &PORTS[..1]);
-    ways.extend(bed.ways(&bed.stranger, &PORTS[..1]));
-    let one = Side { rule: rule(&[&bed.alice, &bed.stranger]), ways };
-    let other = Side { rule: rule(&[&bed.bob]), ways: bed.ways(&bed.bob, &PORTS[..1]) };
+    let mut routes = bed.routes(&bed.alice, &PORTS[..1]);
+    routes.extend(bed.routes(&bed.stranger, &PORTS[..1]));
+    let one = Side { rule: rule(&[&bed.alice, &bed.stranger]), routes };
+    let other = Side { rule: rule(&[&bed.bob]), routes: bed.routes(&bed.bob, &PORTS[..1]) };
     by_turns(bed, action, one, other).await;
 }
 
@@ -132,9 +132,9 @@ async fn a_deny_by_ip_block_closes_and_opens_as_it_changes() {
 async fn by_port(action: &str) {
     let bed = Bed::start().await;
     let side = |port: u16| {
-        let mut ways = bed.ways(&bed.alice, &[port]);
-        ways.extend(bed.ways(&bed.stranger, &[port]));
-        Side { rule: format!("to: [{{operation: {{ports: ['{port}']}}}}]"), ways }
+        let mut routes = bed.routes(&bed.alice, &[port]);
+        routes.extend(bed.routes(&bed.stranger, &[port]));
+        Side { rule: format!("to: [{{operation: {{ports: ['{port}']}}}}]"), routes }
     };
     let (one, other) = (side(PORTS[0]), side(PORTS[1]));
     by_turns(bed, action, one, other).await;
@@ -153,7 +153,7 @@ async fn a_deny_by_port_closes_and_opens_as_it_changes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_without_identity_is_none_of_all_principals() {
     let bed = Bed::start().await;
-    let (known, unknown) = (bed.ways(&bed.alice, &PORTS[..1]), bed.ways(&bed.stranger, &PORTS[..1]));
+    let (known, unknown) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.stranger, &PORTS[..1]));
     let (mut alices, strangers) = (open(&known).await, open(&unknown).await);
     bed.apply(&policy("all", "action: ALLOW, rules: [{from: [{source: {principals: ['*']}}]}]")).await;
     must_close(strangers).await;
@@ -170,7 +170,7 @@ async fn a_client_without_identity_is_none_of_all_principals() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_allow_without_rules_lets_nobody_in_and_a_deny_stands_over_an_allow() {
     let bed = Bed::start().await;
-    let (alice, bob) = (bed.ways(&bed.alice, &PORTS[..1]), bed.ways(&bed.bob, &PORTS[..1]));
+    let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let lines = open(&alice).await;
     bed.apply(&policy("nobody", "")).await;
     must_close(lines).await;
@@ -189,7 +189,7 @@ async fn an_allow_without_rules_lets_nobody_in_and_a_deny_stands_over_an_allow()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_policy_binds_the_mesh_from_the_root_namespace_and_its_own_namespace_from_any_other() {
     let bed = Bed::start().await;
-    let (alice, bob) = (bed.ways(&bed.alice, &PORTS[..1]), bed.ways(&bed.bob, &PORTS[..1]));
+    let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let (mut alices, bobs) = (open(&alice).await, open(&bob).await);
     let no_alice = "action: DENY, rules: [{from: [{source: {namespaces: [east]}}]}]";
     let no_bob = "action: DENY, rules: [{from: [{source: {namespaces: [west]}}]}]";
@@ -209,7 +209,7 @@ async fn a_policy_binds_the_mesh_from_the_root_namespace_and_its_own_namespace_f
 #[tokio::test(flavor = "multi_thread")]
 async fn strict_refuses_plaintext_and_closes_what_was_open_until_it_is_permissive_again() {
     let bed = Bed::start().await;
-    let (known, unknown) = (bed.ways(&bed.alice, &PORTS), bed.ways(&bed.stranger, &PORTS));
+    let (known, unknown) = (bed.routes(&bed.alice, &PORTS), bed.routes(&bed.stranger, &PORTS));
     let (mut alices, strangers) = (open(&known).await, open(&unknown).await);
     bed.apply(&authentication("shop", "default", "mtls: {mode: STRICT}")).await;
     must_close(strangers).await;
@@ -232,9 +232,9 @@ async fn strict_refuses_plaintext_and_closes_what_was_open_until_it_is_permissiv
 async fn strict_on_one_port_refuses_plaintext_on_that_port_alone() {
     let bed = Bed::start().await;
     let server = &bed.servers[1];
-    let [free, strict] = PORTS.map(|port| bed.ways_to(&bed.stranger, server, &[port]));
-    let beside = bed.ways_to(&bed.stranger, &bed.servers[0], &PORTS);
-    let known = bed.ways(&bed.alice, &PORTS);
+    let [free, strict] = PORTS.map(|port| bed.routes_to(&bed.stranger, server, &[port]));
+    let beside = bed.routes_to(&bed.stranger, &bed.servers[0], &PORTS);
+    let known = bed.routes(&bed.alice, &PORTS);
     let (mut alices, mut frees, stricts) = (open(&known).await, open(&free).await, open(&strict).await);
     let mut besides = open(&beside).await;
     let spec = "selector: {matchLabels: {app: far}}, portLevelMtls: {8081: {mode: STRICT}}";
@@ -255,7 +255,7 @@ async fn strict_on_one_port_refuses_plaintext_on_that_port_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_permissive_port_of_a_strict_workload_takes_plaintext() {
     let bed = Bed::start().await;
-    let [strict, free] = PORTS.map(|port| bed.ways(&bed.stranger, &[port]));
+    let [strict, free] = PORTS.map(|port| bed.routes(&bed.stranger, &[port]));
     let (stricts, mut frees) = (open(&strict).await, open(&free).await);
     let of = |app: &str| {
         format!(
@@ -272,17 +272,17 @@ async fn a_permissive_port_of_a_strict_workload_takes_plaintext() {
     bed.apply(&authentication("shop", "default", "mtls: {mode: STRICT}")).await;
     let whole = "selector: {matchLabels: {app: far}}, mtls: {mode: PERMISSIVE}";
     bed.apply(&authentication("shop", "far", whole)).await;
-    drop(open(&bed.ways_to(&bed.stranger, &bed.servers[1], &PORTS)).await);
-    must_be_refused(&bed.ways_to(&bed.stranger, &bed.servers[0], &PORTS[..1])).await;
+    drop(open(&bed.routes_to(&bed.stranger, &bed.servers[1], &PORTS)).await);
+    must_be_refused(&bed.routes_to(&bed.stranger, &bed.servers[0], &PORTS[..1])).await;
     bed.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dry_run_policy_is_counted_and_lets_everything_be_until_it_is_enforced() {
     let bed = Bed::start().await;
-    let mut ways = bed.ways(&bed.bob, &PORTS[..1]);
-    ways.extend(bed.ways(&bed.stranger, &PORTS[..1]));
-    let mut lines = open(&ways).await;
+    let mut routes = bed.routes(&bed.bob, &PORTS[..1]);
+    routes.extend(bed.routes(&bed.stranger, &PORTS[..1]));
+    let mut lines = open(&routes).await;
     let enforced = policy("trial", "action: DENY, rules: [{to: [{operation: {ports: ['8080']}}]}]");
     let dry =
         enforced.replace("namespace: shop}", "namespace: shop, annotations: {istio.io/dry-run: 'true'}}");
@@ -293,7 +293,7 @@ async fn a_dry_run_policy_is_counted_and_lets_everything_be_until_it_is_enforced
     };
     bed.apply(&dry).await;
     bed.wait_policy("trial", |policy| policy["dryRun"] == true).await;
-    must_open(&ways).await;
+    must_open(&routes).await;
     must_work(&mut lines).await;
     for node in 0..2 {
         // Two clients, two families.
@@ -301,14 +301,14 @@ async fn a_dry_run_policy_is_counted_and_lets_everything_be_until_it_is_enforced
     }
     bed.apply(&enforced).await;
     must_close(lines).await;
-    must_be_refused(&ways).await;
+    must_be_refused(&routes).await;
     bed.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_l4_cannot_see_never_matches_in_an_allow() {
     let bed = Bed::start().await;
-    let (alice, bob) = (bed.ways(&bed.alice, &PORTS[..1]), bed.ways(&bed.bob, &PORTS[..1]));
+    let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let (mut alices, bobs) = (open(&alice).await, open(&bob).await);
     let rules = [
         "{from: [{source: {namespaces: [east]}}]}",
@@ -332,7 +332,7 @@ async fn what_l4_cannot_see_never_matches_in_an_allow() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_l4_cannot_see_is_dropped_from_a_deny() {
     let bed = Bed::start().await;
-    let (alice, bob) = (bed.ways(&bed.alice, &PORTS[..1]), bed.ways(&bed.bob, &PORTS[..1]));
+    let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let (mut alices, bobs) = (open(&alice).await, open(&bob).await);
     let rule = "{from: [{source: {namespaces: [west]}}], to: [{operation: {methods: [POST]}}]}";
     bed.apply(&policy("unseen", &format!("action: DENY, rules: [{rule}]"))).await;
@@ -343,12 +343,12 @@ async fn what_l4_cannot_see_is_dropped_from_a_deny() {
     let rule = "{to: [{operation: {methods: [POST], ports: ['8081']}}]}";
     bed.apply(&policy("unseen", &format!("action: DENY, rules: [{rule}]"))).await;
     let mut bobs = open(&bob).await;
-    must_be_refused(&bed.ways(&bed.alice, &PORTS[1..])).await;
+    must_be_refused(&bed.routes(&bed.alice, &PORTS[1..])).await;
     must_work(&mut alices).await;
     must_work(&mut bobs).await;
     // Nothing is left of it, so it has no effect.
     bed.apply(&policy("unseen", "action: DENY, rules: [{to: [{operation: {methods: [POST]}}]}]")).await;
-    drop(open(&bed.ways(&bed.alice, &PORTS[1..])).await);
+    drop(open(&bed.routes(&bed.alice, &PORTS[1..])).await);
     must_work(&mut alices).await;
     must_work(&mut bobs).await;
     bed.end().await;
@@ -363,37 +363,37 @@ async fn malformed(bed: &Bed) -> f64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_policy_fails_closed_and_opens_when_it_is_corrected() {
     let bed = Bed::start().await;
-    let ways = bed.ways(&bed.alice, &PORTS[..1]);
+    let routes = bed.routes(&bed.alice, &PORTS[..1]);
     for action in ["ALLOW", "DENY"] {
-        let lines = open(&ways).await;
+        let lines = open(&routes).await;
         let before = malformed(&bed).await;
         let spec = format!(
             "action: {action}, rules: [{{from: [{{source: {{principles: [cluster.local/ns/west/sa/bob]}}}}]}}]"
         );
         bed.apply(&policy("misspelt", &spec)).await;
         must_close(lines).await;
-        must_be_refused(&ways).await;
+        must_be_refused(&routes).await;
         assert!(malformed(&bed).await > before, "it is counted");
         let corrected =
             spec.replace("principles", if action == "ALLOW" { "notPrincipals" } else { "principals" });
         bed.apply(&policy("misspelt", &corrected)).await;
-        drop(open(&ways).await);
+        drop(open(&routes).await);
         bed.delete("AuthorizationPolicy", "shop", "misspelt").await;
-        drop(open(&bed.ways(&bed.bob, &PORTS[..1])).await);
+        drop(open(&bed.routes(&bed.bob, &PORTS[..1])).await);
     }
-    let unknown = bed.ways(&bed.stranger, &PORTS[..1]);
+    let unknown = bed.routes(&bed.stranger, &PORTS[..1]);
     let lines = open(&unknown).await;
     bed.apply(&authentication("shop", "default", "mtls: {mode: STRIKT}")).await;
     must_close(lines).await;
     must_be_refused(&unknown).await;
-    must_open(&ways).await;
+    must_open(&routes).await;
     bed.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_policy_that_becomes_unreadable_fails_closed() {
     let bed = Bed::start().await;
-    let (alice, bob) = (bed.ways(&bed.alice, &PORTS[..1]), bed.ways(&bed.bob, &PORTS[..1]));
+    let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let (alices, bobs) = (open(&alice).await, open(&bob).await);
     let sound = policy("guard", "action: ALLOW, rules: [{from: [{source: {namespaces: [east]}}]}]");
     bed.apply(&sound).await;
@@ -414,7 +414,7 @@ async fn a_label_that_makes_a_policy_bind_a_running_pod_closes_its_connections_a
     let bed = Bed::start().await;
     let [near, far] = [0, 1].map(|at| {
         let server = &bed.servers[at];
-        let of = |client: &Pod| bed.ways_to(client, server, &PORTS[..1]);
+        let of = |client: &Pod| bed.routes_to(client, server, &PORTS[..1]);
         (of(&bed.alice), of(&bed.bob))
     });
     let selector = "selector: {matchLabels: {guarded: 'yes'}}";
@@ -447,11 +447,11 @@ async fn a_label_that_makes_a_policy_bind_a_running_pod_closes_its_connections_a
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_and_a_cut_are_told_with_the_policy_that_caused_them() {
     let bed = Bed::start().await;
-    let ways = bed.ways(&bed.bob, &PORTS[..1]);
-    let lines = open(&ways).await;
+    let routes = bed.routes(&bed.bob, &PORTS[..1]);
+    let lines = open(&routes).await;
     bed.apply(&policy("named", "action: DENY, rules: [{from: [{source: {namespaces: [west]}}]}]")).await;
     must_close(lines).await;
-    must_be_refused(&ways).await;
+    must_be_refused(&routes).await;
     for node in 0..2 {
         let ztunnel = bed.cluster.ztunnel(node).unwrap();
         let told = |what: &str| {

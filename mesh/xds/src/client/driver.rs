@@ -191,7 +191,7 @@ where
 }
 
 impl Core {
-    /// Awaits something while demands are taken in; `None` when the last handle was dropped.
+    /// Awaits `future` while demands are accepted. Returns `None` when the last handle was dropped.
     async fn serve_commands_until<F: Future>(&mut self, future: F) -> Option<F::Output> {
         let mut future = std::pin::pin!(future);
         loop {
@@ -271,7 +271,7 @@ impl Core {
         }
         for answered in answered {
             for reply in self.waiting.remove(&(answered.type_url, answered.name)).unwrap_or_default() {
-                // A caller that stopped waiting is no error.
+                // Fails if the caller has stopped waiting, which is fine.
                 reply.send(Ok(answered.found)).ok();
             }
         }
@@ -285,7 +285,7 @@ impl Core {
             None => return Next::Stop,
             Some(Command::Release { type_url, name }) => {
                 self.session.handle_release(&type_url, &name);
-                // Those who still wait for an answer learn that none is coming.
+                // Dropping the waiters fails their demands.
                 self.waiting.remove(&(type_url, name));
                 return Next::Continue;
             }

@@ -1,4 +1,4 @@
-//! Between the session, which knows names and bytes, and the handler, which knows the types of messages.
+//! Connects the session, which handles names and bytes, to the handler, which handles typed messages.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,14 +22,14 @@ pub enum Update<M> {
     },
 }
 
-/// A resource that the handler could not take. The rest of the batch applies.
+/// A resource that the handler rejected. The rest of the batch applies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejected {
     /// The resource's type.
     pub type_url: String,
     /// The resource's name.
     pub name: String,
-    /// Why, in words for the server's log.
+    /// The reason, for the server's log.
     pub reason: String,
 }
 
@@ -75,7 +75,7 @@ enum Input<'a> {
     Remove(&'a str),
 }
 
-/// The decoders by type URL, and the handler of what they give.
+/// The decoders by type URL, and the handler of their results.
 pub(crate) struct Decoders<C> {
     types: HashMap<Arc<str>, Decoder<C>>,
     handler: Box<dyn Handler<C>>,

@@ -1,4 +1,4 @@
-//! The delta client: proxies hand in one handler for the types that they subscribe to and get a handle and a driver.
+//! The delta client: proxies provide one handler for the types that they subscribe to, and get a handle and a driver.
 //!
 //! [`Client`] is a cheap handle (readiness, demands, metrics); [`Driver`] owns the stream and must be
 //! run. Dropping every `Client` ends the driver; dropping the driver leaves what was applied in place
@@ -28,10 +28,10 @@ use session::{Mode, Session};
 /// An error of any kind from the connector.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// How many demands may wait for the driver to look at them.
+/// How many demands may wait for the driver.
 const COMMAND_QUEUE: usize = 1024;
 
-/// Who we are and how we behave towards the server.
+/// Settings of a client.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
     /// Sent with the first request of every stream.
@@ -148,7 +148,7 @@ impl ClientMetrics {
     }
 }
 
-/// Why a stream ended or an attempt failed, as Istio's node proxy tells them apart.
+/// Why a stream ended or an attempt failed, in the categories of Istio's node proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Termination {
     /// No connection to the server.
@@ -220,7 +220,7 @@ enum Command {
 pub struct Demanded(oneshot::Receiver<Result<Found, DemandError>>);
 
 impl Demanded {
-    /// Waits for the server's word. The caller sets the time limit; a dropped future leaves the subscription in place.
+    /// Waits for the server's answer. The caller sets the time limit; a dropped future leaves the subscription in place.
     ///
     /// # Errors
     /// [`DemandError`], when there will be no answer.
@@ -254,8 +254,8 @@ impl Client {
         self.ready.clone().wait_for(|ready| *ready).await.is_ok()
     }
 
-    /// Subscribes to one name of a type taken on demand and waits for the server's word on it.
-    /// Asking again for a name that was answered returns at once. The caller sets the time limit;
+    /// Subscribes to one name of an on-demand type and waits for the server's answer.
+    /// Returns at once for a name that was answered before. The caller sets the time limit;
     /// a dropped future leaves the subscription in place.
     ///
     /// # Errors
@@ -275,7 +275,7 @@ impl Client {
         Ok(Demanded(answer))
     }
 
-    /// Unsubscribes from a name that was demanded, and drops the resources that only it stood for.
+    /// Unsubscribes from a demanded name, and drops the resources that were there only because of it.
     ///
     /// # Errors
     /// [`DemandError`], when too many calls wait for the driver, or it has ended; the name is still subscribed then.

@@ -22,16 +22,16 @@ const MAX_NACK_MESSAGE: usize = 4096;
 /// With more requests than this waiting, a plain ack replaces an older one of its type: servers look
 /// at the latest nonce only.
 const COALESCE_ABOVE: usize = 32;
-/// Most requests that wait; beyond it the oldest nack gives way to the newest.
+/// Maximum number of requests that wait. Beyond it, the newest nack replaces the oldest.
 const MAX_OUTBOX: usize = 256;
 
-/// Most dropped resources that are remembered; see [`Subscription::dropped`].
+/// Maximum number of dropped resources that are remembered; see [`Subscription::dropped`].
 const MAX_DROPPED: usize = 8192;
 
 /// How a type is subscribed.
 pub(crate) enum Mode {
     Wildcard,
-    /// The names demanded, with the server's word on each once it spoke.
+    /// The demanded names, each with the server's answer once it has arrived.
     OnDemand(HashMap<String, Option<Found>>),
 }
 
@@ -71,7 +71,7 @@ pub(crate) struct Subscription {
     complete: bool,
     /// An answer of this type has arrived on this stream.
     is_answered: bool,
-    /// Names that the server spoke of since the last complete state, on this stream or an earlier one.
+    /// Names that the server has answered since the last complete state, on this stream or an earlier one.
     answered: HashSet<String>,
     /// Changes of what is subscribed that were not sent yet.
     changes: Changes,
@@ -80,8 +80,8 @@ pub(crate) struct Subscription {
     dropped: HashSet<String>,
     /// Dropped resources that came again in a batch that is not complete yet.
     returned: Vec<String>,
-    /// Names without an answer that this stream's first request asked for. Those that its first
-    /// complete state does not speak of are there, unchanged, under versions that the request named.
+    /// Names without an answer that this stream's first request asked for. Those that the first complete state does not
+    /// mention exist and are unchanged: the request named their versions.
     opening: Vec<String>,
 }
 
@@ -118,7 +118,7 @@ impl Subscription {
         let initial = self.held.iter().map(|(name, version)| (name.clone(), version.clone())).collect();
         let all = || std::iter::once(WILDCARD.to_owned());
         let (subscribe, unsubscribe) = match &self.mode {
-            // An empty first request means all; every server of the field understands that form.
+            // An empty first request means all resources; every known server understands that form.
             Mode::Wildcard => (Vec::new(), Vec::new()),
             // contracts.md, section 4: the form of istio's ztunnel. istiod sends everything to one that only unsubscribes.
             Mode::OnDemand(names) => (all().chain(names.keys().cloned()).collect(), all().collect()),
@@ -132,7 +132,7 @@ impl Subscription {
         }
     }
 
-    /// Notes what an applied answer leaves held, and which demanded names it speaks of.
+    /// Records the resources that are held after an answer was applied, and the demanded names that it answers.
     fn note(&mut self, response: &DeltaDiscoveryResponse, refused: &HashSet<&str>) {
         for name in &response.removed_resources {
             self.held.remove(name);
@@ -164,7 +164,7 @@ impl Subscription {
         }
     }
 
-    /// Drops what was held only because of `name`, which is no longer subscribed.
+    /// Drops resources that were held only because of `name`, which is no longer subscribed.
     fn drop_unsubscribed(&mut self, sink: &mut dyn Sink, name: &str) {
         let Mode::OnDemand(names) = &self.mode else { return };
         for dropped in sink.release(&self.type_url, name, &|name| names.contains_key(name)) {
@@ -175,14 +175,14 @@ impl Subscription {
         }
     }
 
-    /// Drops resources again that came after their name was given up, unless another name covers them by now.
+    /// Drops resources again that arrived after their name was unsubscribed, unless another name covers them by now.
     fn drop_returned(&mut self, sink: &mut dyn Sink) {
         for name in std::mem::take(&mut self.returned) {
             self.drop_unsubscribed(sink, &name);
         }
     }
 
-    /// The state is complete: returns the demanded names that the server spoke of since it last was.
+    /// Called when the state is complete. Returns the demanded names that the server has answered since the last call.
     fn complete(&mut self) -> Vec<Answered> {
         self.complete |= self.is_answered;
         let Mode::OnDemand(names) = &mut self.mode else { return Vec::new() };
@@ -203,7 +203,7 @@ impl Subscription {
     }
 }
 
-/// A demanded name that the server has spoken of.
+/// A demanded name that the server has answered.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Answered {
     pub(crate) type_url: Arc<str>,
@@ -253,7 +253,7 @@ impl Session {
         Self { node, types, sink, outbox, pending, connected: false, limits }
     }
 
-    /// A stream is open: asks for every type, naming what is held.
+    /// A stream is open: requests every type, with the versions of the held resources.
     pub(crate) fn handle_connected(&mut self) {
         self.connected = true;
         self.outbox.clear();
@@ -266,7 +266,7 @@ impl Session {
         }
     }
 
-    /// The stream is gone: what waited to be sent or applied is void, what is held stays.
+    /// The stream has ended: discards requests and answers that wait, and keeps the held resources.
     pub(crate) fn handle_disconnected(&mut self) {
         self.connected = false;
         self.outbox.clear();
@@ -298,7 +298,7 @@ impl Session {
         self.pending.bytes = self.pending.bytes.saturating_add(weight(&response));
         self.pending.answers.push(response);
         let is_full = self.pending.bytes > self.limits.batch;
-        // Until the first state is complete nothing relies on it, and what is large then is applied as it comes.
+        // Nothing relies on the state before it is complete, so a large first state is applied as it arrives.
         if is_incomplete && self.is_ready() && !is_full {
             return Outcome::default();
         }
@@ -378,7 +378,7 @@ impl Session {
         Ok(None)
     }
 
-    /// Gives a demanded name up: unsubscribes, and drops what was held because of it alone.
+    /// Unsubscribes from a demanded name, and drops resources that were held only because of it.
     pub(crate) fn handle_release(&mut self, type_url: &str, name: &str) {
         let Some(subscription) = self.types.iter_mut().find(|known| *known.type_url == *type_url) else {
             return;
@@ -419,7 +419,7 @@ impl Session {
     }
 }
 
-/// About what an answer takes while it waits, in bytes.
+/// Approximate memory of an answer that waits, in bytes.
 fn weight(response: &DeltaDiscoveryResponse) -> usize {
     let body = |resource: &ambit_api::discovery::Resource| {
         let any = resource.resource.as_ref().map_or(0, |any| any.value.len() + any.type_url.len());

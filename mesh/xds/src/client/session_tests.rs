@@ -69,7 +69,7 @@ fn on_demand_opens_as_istios_ztunnel_does() {
 }
 
 #[test]
-fn an_answer_is_acknowledged_by_its_nonce_and_versions_are_kept_for_the_next_stream() {
+fn answers_are_acknowledged_and_their_versions_are_kept() {
     let mut session = session(Mode::Wildcard);
     sent(&mut session);
     session.handle_response(answer("n1", vec![resource("a", "v1", 0), resource("b", "v1", 0)]));
@@ -102,7 +102,7 @@ fn a_nack_names_the_bad_resource_and_the_good_ones_stay() {
 }
 
 #[test]
-fn what_cannot_be_decoded_is_rejected_and_what_has_a_ttl_and_no_body_is_not() {
+fn undecodable_resources_are_rejected_and_heartbeats_are_not() {
     let mut session = session(Mode::Wildcard);
     let mut garbage = resource("garbage", "v1", 0);
     garbage.resource.as_mut().unwrap().value = vec![0xff; 5];
@@ -127,7 +127,7 @@ fn an_answer_of_a_type_that_was_never_asked_for_is_refused() {
 }
 
 #[test]
-fn acks_do_not_pile_up_but_every_nack_is_said() {
+fn acks_coalesce_but_every_nack_is_sent() {
     let mut session = session(Mode::Wildcard);
     for number in 0..10_000 {
         let code = i32::from(number == 5);
@@ -325,7 +325,7 @@ fn a_name_given_up_is_unsubscribed_and_its_resource_dropped() {
 }
 
 #[test]
-fn an_answer_that_crossed_the_unsubscription_is_dropped_again() {
+fn an_answer_that_crossed_an_unsubscribe_is_dropped_again() {
     let (mut session, dropped) = dropping();
     session.handle_demand(TYPE, "a").unwrap();
     session.handle_response(answer("n1", vec![resource("a", "v1", 0)]));
@@ -338,7 +338,7 @@ fn an_answer_that_crossed_the_unsubscription_is_dropped_again() {
 }
 
 #[test]
-fn names_demanded_and_given_up_while_nothing_is_sent_leave_one_small_request() {
+fn names_demanded_and_released_offline_leave_one_small_request() {
     let (mut session, _) = dropping();
     session.handle_demand(TYPE, "a").unwrap();
     sent(&mut session);

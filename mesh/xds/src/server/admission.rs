@@ -1,4 +1,4 @@
-//! Who subscribes, and what that subscriber may see.
+//! Authentication of subscribers, and the resources that each may see.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -20,11 +20,11 @@ pub struct Subscriber {
     pub identity: Arc<str>,
     /// What it may see: decided from the identity, never from what the caller asks for.
     pub view: View,
-    /// What the admission counts the stream by; dropped when the stream ends.
+    /// By which the admission counts streams; dropped when the stream ends.
     pub permit: Option<Permit>,
 }
 
-/// Whatever is to be given back when a stream has ended.
+/// A guard that is dropped when the stream ends.
 #[derive(Clone)]
 pub struct Permit(#[expect(dead_code, reason = "held to be dropped")] Arc<dyn Any + Send + Sync>);
 
@@ -42,7 +42,7 @@ impl std::fmt::Debug for Permit {
 }
 
 impl Subscriber {
-    /// Stands for every caller of a server without admission.
+    /// The subscriber that represents every caller of a server without admission.
     pub(crate) fn anonymous() -> Self {
         Self { identity: "anonymous".into(), view: View::everything(), permit: None }
     }

@@ -1,4 +1,4 @@
-//! When changes are announced: the first after quiet and urgent ones at once, others together.
+//! When changes are announced: urgent ones, and the first after a quiet time, at once; others together.
 
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ mod tests {
     const WINDOW: Duration = Duration::from_millis(50);
 
     #[test]
-    fn the_first_change_after_quiet_is_announced_at_once_and_followers_together() {
+    fn the_first_change_is_announced_at_once_and_others_together() {
         let mut batcher = Batcher::new(WINDOW);
         let start = Instant::now();
         assert_eq!(batcher.handle_change(start, false), Announce::Now);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn an_urgent_change_is_announced_at_once_and_takes_the_waiting_ones_along() {
+    fn an_urgent_change_announces_waiting_ones_too() {
         let mut batcher = Batcher::new(WINDOW);
         let start = Instant::now();
         batcher.handle_change(start, false);

@@ -105,7 +105,7 @@ fn check(mut message: Bytes, limits: Limits) -> Result<(), Refused> {
         if length > limit {
             return Err(Refused::TooLong { field: tag, bytes: length, limit });
         }
-        // What is cut short is the decoder's business.
+        // A truncated field is reported by the decoder.
         message.advance(length.min(message.remaining()));
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! The gRPC service: one stream per subscriber, answers made only when the transport takes them.
 //!
 //! The response body is a stream that is polled when HTTP/2 has room, so a slow subscriber holds one
-//! answer and costs nobody else anything. There is no task and no queue per subscriber.
+//! answer and does not affect the others. There is no task and no queue per subscriber.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -72,7 +72,7 @@ impl Shared {
     /// Refuses to go on once the server drains.
     pub(super) fn check_draining(&self) -> Result<(), Status> {
         match self.draining.load(Ordering::Acquire) {
-            true => Err(Status::unavailable("this control plane is going away")),
+            true => Err(Status::unavailable("this control plane is shutting down")),
             false => Ok(()),
         }
     }
@@ -84,7 +84,7 @@ impl Server {
         Self::build(store, config, None)
     }
 
-    /// Serves a store to the callers that `admission` lets in, as far as they may see it.
+    /// Serves to each caller that `admission` accepts the part of the store that it may see.
     pub fn with_admission(store: Store, config: ServerConfig, admission: Arc<dyn Admission>) -> Self {
         Self::build(store, config, Some(admission))
     }
@@ -94,8 +94,8 @@ impl Server {
         Self { shared: Arc::new(Shared { store, config, metrics, admission, draining }) }
     }
 
-    /// Ends every stream and refuses new ones, so that subscribers go to another control plane while
-    /// this one still finishes what it does.
+    /// Ends every stream and refuses new ones, so that subscribers reconnect to another control plane while
+    /// this one finishes its other requests.
     pub fn drain(&self) {
         self.shared.draining.store(true, Ordering::Release);
         self.shared.store.inner().wakeup.wake_all();
@@ -159,7 +159,7 @@ where
     Ok(response)
 }
 
-/// One of the places for subscribers; given back when dropped.
+/// One of the places for subscribers, which is freed when dropped.
 pub(super) struct Place(Arc<ServerMetrics>);
 
 impl Place {

@@ -1,4 +1,4 @@
-//! Answers for wildcard subscribers, made once for all that stand at the same place of the change log.
+//! Answers for wildcard subscribers, encoded once for all that are at the same position of the change log.
 
 use std::collections::VecDeque;
 
@@ -8,11 +8,11 @@ use super::answer::{Answer, Builder};
 use super::state::{Position, State};
 use crate::batch_mark::BatchMark;
 
-/// Most bytes of answers that are kept, beside the newest.
+/// Maximum number of bytes of kept answers, in addition to the newest.
 const MAX_BYTES: usize = 8 << 20;
 
-/// Where a wildcard subscriber stands: removals and live resources are sent up to different places,
-/// because removals overtake.
+/// The positions of a wildcard subscriber: one for removals and one for live resources, because removals are sent
+/// first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Cursor {
     pub(crate) removed: Position,
@@ -24,7 +24,7 @@ pub(crate) struct Cursor {
 pub(crate) struct Turn {
     /// Number of the store's last batch.
     pub(crate) batch: u64,
-    /// What is gone is kept back, for as long as another type may still refer to it.
+    /// Removals are held back as long as another type may still refer to the removed resources.
     pub(crate) hold_removals: bool,
     /// Resources of another type are due on the same stream.
     pub(crate) more_elsewhere: bool,
@@ -32,7 +32,7 @@ pub(crate) struct Turn {
     pub(crate) limit: usize,
 }
 
-/// An answer for everyone who stands at the same place, and where it leads.
+/// An answer for all subscribers at the same position, and the position after it.
 #[derive(Debug, Clone)]
 pub(crate) struct Step {
     pub(crate) answer: Answer,
@@ -47,7 +47,7 @@ struct Start {
     turn: Turn,
 }
 
-/// The answers made last, by what they were made for.
+/// The most recent answers, by position.
 #[derive(Debug)]
 pub(crate) struct SharedAnswers {
     kept: Mutex<VecDeque<(Start, Step)>>,

@@ -1,7 +1,7 @@
 //! One type's resources and the log of their changes, compacted by name. No I/O, no clock.
 //!
 //! Every change takes the next position. A name has one place in the log: a live resource or a
-//! removal. Whoever has seen everything up to a position needs exactly the entries above it.
+//! removal. A subscriber that has seen everything up to a position needs exactly the entries above it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -36,15 +36,15 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// The entry's name and aliases: everything that a subscription may call it.
+    /// The entry's name and aliases: all names by which it can be subscribed.
     pub(crate) fn names(&self) -> impl Iterator<Item = &Arc<str>> {
         std::iter::once(&self.name).chain(self.aliases.iter())
     }
 }
 
-/// Names by what else they are found by.
+/// Resource names by alias or by parent.
 type Index<Names> = HashMap<Arc<str>, Names>;
-/// In order. An alias is an address, which few share.
+/// Sorted names. An alias is an address, which few resources share.
 type Few = SmallVec<[Arc<str>; 1]>;
 
 /// The resources of one type.
@@ -56,7 +56,7 @@ pub(crate) struct State {
     live: BTreeMap<Position, Arc<Entry>>,
     removals: BTreeMap<Position, Arc<str>>,
     removed: HashMap<Arc<str>, Position>,
-    /// Removals up to here may have been forgotten.
+    /// Removals up to this position may have been discarded.
     horizon: Position,
     max_removals: usize,
     by_alias: Index<Few>,
@@ -165,7 +165,7 @@ impl State {
         entry.names().any(|name| asked(name)) || (levels > 0 && entry.parents.iter().any(above))
     }
 
-    /// Applies changes in order. Content that is there already takes no position.
+    /// Applies changes in order. A change to equal content takes no position.
     pub(crate) fn apply(&mut self, changes: Vec<Change>, applied: &mut Applied) {
         for change in changes {
             match change {
@@ -182,7 +182,7 @@ impl State {
             applied.unchanged += 1;
             return;
         }
-        // Other parents only: subscribers to everything hold it already.
+        // Only the parents differ: subscribers to everything hold the content already.
         let unchanged = same.map(|old| (old.field.clone(), old.changed));
         applied.urgent |= resource.urgent;
         applied.changed += 1;
@@ -256,8 +256,8 @@ impl State {
     }
 }
 
-/// A version by what the subscriber is sent, so that it means the same in another control plane and after a restart.
-/// Parents are not sent and not part of it.
+/// A version derived from the bytes that subscribers get, so that it is the same in every control plane and after a restart.
+/// Parents are not sent, so they are not part of it.
 fn version(resource: &Resource) -> String {
     let mut hasher = DefaultHasher::new();
     resource.aliases.hash(&mut hasher);

@@ -15,7 +15,7 @@ use super::shared::SharedAnswers;
 use super::state::State;
 use super::wakeup::Wakeup;
 
-/// How a store batches and what it remembers.
+/// Settings of a store.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
     /// Changes that follow one another within this time are announced together.
@@ -24,7 +24,7 @@ pub struct StoreConfig {
     pub answer_limit: usize,
     /// Removals remembered per type; a subscriber that is further behind must reconnect.
     pub max_removals: usize,
-    /// Answers kept for subscribers that stand at the same place.
+    /// Answers kept for subscribers at the same position.
     pub shared_answers: usize,
 }
 
@@ -93,14 +93,14 @@ pub enum Change {
     Remove(Arc<str>),
 }
 
-/// What applying changes did.
+/// The effect of applied changes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Applied {
     /// Resources that are new or differ.
     pub changed: usize,
-    /// Resources that went.
+    /// Resources that were removed.
     pub removed: usize,
-    /// Changes that changed nothing.
+    /// Changes without effect.
     pub unchanged: usize,
     pub(crate) urgent: bool,
 }
@@ -114,7 +114,7 @@ pub struct Store {
 /// What a store holds.
 #[derive(Debug)]
 pub(crate) struct Content {
-    /// In the order in which subscribers are sent their news.
+    /// In the order in which subscribers get updates.
     types: Vec<State>,
     /// Number of the last batch that changed something.
     batch: u64,
@@ -213,8 +213,8 @@ impl Inner {
 }
 
 impl Store {
-    /// An empty store, and what announces its batched changes. Subscribers are sent news of the types in the order
-    /// given, and what is gone in the reverse one: a type comes before those whose resources refer to it.
+    /// An empty store, and the publisher that announces its batched changes. Subscribers get updates of the types in the
+    /// given order and removals in the reverse order, so a type must come before those whose resources refer to it.
     pub fn new(type_urls: &[&str], config: StoreConfig) -> (Self, Publisher) {
         let plan = Arc::new(Plan::default());
         let types = type_urls.iter().map(|type_url| State::new(type_url, config.max_removals)).collect();
@@ -236,7 +236,7 @@ impl Store {
     }
 
     /// Applies changes of several types at once: no subscriber sees a part of them as complete. They are announced at
-    /// once if they are the first after quiet, remove something or are urgent; else together with what follows within
+    /// once if they are the first after a quiet time, remove something or are urgent; else together with what follows within
     /// the batch time. A type that the store does not have yet is added after the others.
     pub fn apply_batch<'a>(&self, batch: impl IntoIterator<Item = (&'a str, Vec<Change>)>) -> Applied {
         let mut applied = Applied::default();

@@ -23,10 +23,10 @@ use super::wakeup::Listener;
 use crate::batch_mark::BatchMark;
 use crate::client::PARTIAL_STATE;
 
-/// Types that are not served but asked for, per stream.
+/// Unknown types that a stream may request.
 const MAX_UNKNOWN_TYPES: usize = 16;
-/// Requests that are taken before answers are looked for, so that a subscriber that never stops asking is answered and
-/// does not hold up others on its thread.
+/// Requests that are read before answers are sent, so that a subscriber that keeps sending requests still gets answers and
+/// does not delay others on its thread.
 const REQUESTS_PER_POLL: usize = 32;
 
 pub(super) struct Stream {
@@ -76,7 +76,7 @@ impl Stream {
 
     /// The next answer, once there is one; `None` when the subscriber is done.
     pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Answer>, Status>> {
-        // Requests that wait are taken first, so that a withdrawn subscription is not answered.
+        // Waiting requests are read first, so that a withdrawn subscription is not answered.
         let mut taken = 0;
         while taken < REQUESTS_PER_POLL
             && let Poll::Ready(request) = self.requests.poll_next_unpin(context)?
@@ -113,7 +113,7 @@ impl Stream {
         }
         self.note_nack(request);
         if !self.subscriber.view.has_type(&request.type_url) {
-            debug!(identity = %self.subscriber.identity, type_url = request.type_url, "a type outside of the view");
+            debug!(identity = %self.subscriber.identity, type_url = request.type_url, "a type that the subscriber may not see");
             return self.handle_unserved(request);
         }
         let shared = Arc::clone(&self.shared);
@@ -172,8 +172,8 @@ impl Stream {
         Ok(due)
     }
 
-    /// The types are answered in order, but what is gone from one stays until those that may refer to it are up to date:
-    /// a workload must never list a policy that was taken away from under it.
+    /// Answers the types in order. Removals of a type are held back until the types that may refer to it are up to date, so
+    /// that no workload lists a policy that was removed before it.
     fn poll_store(&mut self) -> Result<Option<Answer>, Status> {
         let shared = Arc::clone(&self.shared);
         let store = shared.store.inner();
@@ -194,7 +194,7 @@ impl Stream {
                 break;
             }
         }
-        // What was due has gone in the meantime: the batch ends here.
+        // Nothing is due any more: the batch ends here.
         let Some(index) = self.unfinished.take() else { return Ok(None) };
         let turn = self.turn(index, &content);
         let subscription = self.subscriptions.get_mut(index).and_then(Option::as_mut);
@@ -220,7 +220,7 @@ impl Stream {
         };
         let hold_removals = (index + 1..self.subscriptions.len()).any(|other| behind(&other));
         let more_elsewhere = hold_removals || (0..index).any(|other| behind(&other));
-        // contracts.md, section 4: others are ready after the first answer of each type.
+        // contracts.md, section 4: other clients are ready after the first answer of each type.
         let is_opening =
             self.subscriptions.get(index).and_then(Option::as_ref).is_some_and(Subscription::is_opening);
         let in_one = is_opening && !self.takes_partial_state;

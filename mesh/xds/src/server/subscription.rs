@@ -1,6 +1,6 @@
 //! The server's half of the delta protocol for one type of one stream, without I/O.
 //!
-//! A wildcard subscriber is a pair of positions in the change log; only what a reconnect owes it is
+//! A wildcard subscriber is a pair of positions in the change log; only resources that differ after a reconnect are
 //! listed, by position. An on-demand subscriber also holds the names it asked for and was sent.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -59,7 +59,7 @@ impl Subscription {
             .filter(|name| *name != WILDCARD && !given_up.contains(name.as_str()))
             .cloned()
             .collect();
-        // istio's ztunnel repeats what it asked for on earlier streams among its versions only.
+        // istio's ztunnel repeats names of earlier streams only in the list of its versions.
         if !wildcard && names.is_empty() {
             names.extend(known.keys().cloned());
         }
@@ -95,7 +95,7 @@ impl Subscription {
         Ok(opened)
     }
 
-    /// Owes every entry whose version the subscriber does not hold.
+    /// Adds every entry whose version the subscriber does not hold to `owed`.
     fn owe_difference<'a>(
         &mut self,
         entries: impl Iterator<Item = &'a Arc<Entry>>,
@@ -150,7 +150,7 @@ impl Subscription {
             }
             return;
         }
-        // A name that is asked for again is answered again.
+        // A name that is requested again is answered again.
         self.names.insert(name.to_owned());
         let found = state.with_members(state.named(name));
         if found.is_empty() {
@@ -212,7 +212,7 @@ impl Subscription {
         self.wildcard && state.changed_after(self.cursor.live).next().is_some()
     }
 
-    /// Takes in what the log gained; `Err` if the subscriber cannot be brought up to date.
+    /// Processes new log entries; `Err` if the subscriber cannot be brought up to date.
     pub(crate) fn catch_up(&mut self, state: &State) -> Result<(), Lagged> {
         if self.cursor.removed < state.horizon() {
             return Err(Lagged);
@@ -256,7 +256,7 @@ impl Subscription {
         Builder::new(turn.limit, &state.type_url).finish(&self.nonce(), mark)
     }
 
-    /// On demand: turns what the log gained into what is owed.
+    /// On demand: adds new log entries that are subscribed to `owed`.
     fn look_through(&mut self, state: &State) {
         for (_, name) in state.removed_after(self.cursor.removed) {
             if self.sent.remove(name) {
@@ -278,7 +278,7 @@ impl Subscription {
         self.cursor = Cursor { removed: state.head(), live: state.head() };
     }
 
-    /// An answer from what is owed; removals first.
+    /// An answer with the owed resources; removals first.
     fn pay(&mut self, state: &State, turn: Turn) -> Option<Answer> {
         let mut builder = Builder::new(turn.limit, &state.type_url);
         if turn.hold_removals || self.pay_removals(&mut builder, state) {
@@ -304,7 +304,7 @@ impl Subscription {
     /// Adds the removals that are due; false if the answer is full before all are in.
     fn pay_removals(&mut self, builder: &mut Builder, state: &State) -> bool {
         while let Some(name) = self.owed_removals.first() {
-            // What came (back) in the meantime is sent, and must not be taken away after that.
+            // A resource that exists (again) by now is sent, and must not be removed after that.
             let there = state.named(name).any(|entry| self.wildcard || self.covers(entry, state));
             if !there && !builder.remove(name) {
                 return false;

@@ -1,4 +1,4 @@
-//! Wakes every stream of a store, so that a stream waits in one place only.
+//! Wakes every stream of a store. A stream waits in this one place only.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Ready if there was a wake-up since this was ready last. Look at the state after that, never before.
+    /// Ready if there was a wake-up since this was ready last. Read the state after this call, never before.
     pub(crate) fn poll_woken(&mut self, context: &mut Context<'_>) -> Poll<()> {
         std::task::ready!(self.next.poll_unpin(context));
         self.next.set(Arc::clone(&self.wakeup.0).notified_owned());
