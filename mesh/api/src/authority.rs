@@ -72,7 +72,7 @@ impl FromStr for Authority {
 
     fn from_str(text: &str) -> Result<Authority, AuthorityError> {
         if let Ok(address) = text.parse::<SocketAddr>() {
-            // A zone would be an interface of the sender's host.
+            // A zone would name an interface of the sender's host.
             let zoned = matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0);
             return match address {
                 _ if zoned => Err(AuthorityError::Host(text.into())),

@@ -73,7 +73,7 @@ const ROWS: [(&str, Row); 5] = [
         Ok(format!("{:.1} µs, {:.1} µs CPU each", seconds / millions, cpu / millions))
     }),
     ("idle", |bed| {
-        // What a first few connections allocate once is not theirs.
+        // The first connections make allocations that are not repeated, so they are not counted.
         let first = idle(bed.entry, &bed.exit, IDLE / 10)?;
         let before = resident()?;
         let held = idle(bed.entry, &bed.exit, IDLE)?;
@@ -135,22 +135,21 @@ impl Bed {
 fn proxy(
     run: impl FnOnce(TcpListener) -> tokio::task::JoinHandle<Result<()>> + Send + 'static,
 ) -> Result<(SocketAddr, u32)> {
-    let (tell, told) = mpsc::channel();
+    let (started, starts) = mpsc::channel();
     std::thread::spawn(move || {
-        let started = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let Ok(runtime) = started else { return };
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
         runtime.block_on(async move {
             let Ok(listener) = TcpListener::bind("127.0.0.1:0").await else { return };
             let link = std::fs::read_link("/proc/thread-self").unwrap_or_default();
             let thread = link.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
             let (Ok(address), Some(thread)) = (listener.local_addr(), thread) else { return };
             let task = run(listener);
-            if tell.send((address, thread)).is_ok() {
+            if started.send((address, thread)).is_ok() {
                 println!("{:?}", task.await);
             }
         });
     });
-    told.recv().context("a proxy did not start")
+    starts.recv().context("a proxy did not start")
 }
 
 async fn tunnel_client(

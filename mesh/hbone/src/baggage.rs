@@ -35,7 +35,7 @@ impl WorkloadKind {
 }
 
 /// What the `baggage` header of a CONNECT, or of its answer, says about the sender (contracts.md,
-/// section 2). What is absent is empty.
+/// section 2). Absent members are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Baggage {
     /// `k8s.cluster.name`
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_members_stand_in_the_order_of_the_contract() {
+    fn members_are_in_the_order_of_the_contract() {
         let baggage = Baggage {
             cluster: "Kubernetes".into(),
             namespace: "default".into(),
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unknown_or_malformed_is_passed_over() {
+    fn unknown_and_malformed_members_are_ignored() {
         let baggage =
             Baggage::parse("x=y, service.name = a;p=1 ,service.version=%4,=,,service.name=b,k8s.job.name=j");
         assert_eq!(baggage.service, "a");
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_say_is_no_header() {
+    fn empty_baggage_has_no_header() {
         assert_eq!(Baggage::default().header(), None);
     }
 

@@ -1,7 +1,6 @@
 //! The client's end of one tunnel connection.
 //!
-//! [`Pool`](crate::Pool) is the usual entry; [`connect`] and [`open_within`] serve callers that need a connection of their
-//! own.
+//! [`Pool`](crate::Pool) is the usual entry; [`connect`] and [`open_within`] serve callers that need a separate connection.
 
 use std::future::{Future, poll_fn};
 use std::net::{IpAddr, SocketAddr};
@@ -34,16 +33,16 @@ use crate::{ClientSettings, ConnectRequest, OpenError, Tunnel, WindowBudget};
 /// (CVE-2023-44487): ours below one second, Envoy as well.
 const SHORTEST_REQUEST: Duration = Duration::from_secs(2);
 
-/// Where a connection goes, and who must answer there.
+/// The peer of a connection, and the identities that it may have.
 #[derive(Debug, Clone, Copy)]
 pub struct Target<'a> {
-    /// The peer's address. It names the peer in errors; the dial is the caller's.
+    /// The peer's address, for errors only: the caller dials it.
     pub address: SocketAddr,
     /// The address that the connection is made from, whose part of the [`WindowBudget`] it uses.
     pub source: IpAddr,
     /// How our certificate is presented.
     pub tls: &'a Arc<ClientTls>,
-    /// The identities that the peer may have. Nobody else is shown our certificate.
+    /// The identities that the peer may have. Our certificate is sent to no other peer.
     pub expected: &'a [SpiffeId],
 }
 
@@ -75,7 +74,7 @@ impl<IO> std::fmt::Debug for Driver<IO> {
 /// How a connection ended.
 #[derive(Debug)]
 pub enum DriverEnd {
-    /// All users were gone, or the peer closed in order.
+    /// All handles were dropped, or the peer closed the connection cleanly.
     Closed,
     /// A PING went unanswered.
     PingTimeout,
@@ -228,7 +227,7 @@ impl Connection {
             .to_http()
             .ok_or_else(|| OpenError::Unsendable { authority: request.authority.clone() })?;
         self.sender.clone().send_request(message, false).map_err(|error| {
-            // What cannot be sent was certainly not processed.
+            // A request that could not be sent was not processed.
             self.rejected().unwrap_or_else(|| OpenError::NotProcessed {
                 address: self.address,
                 authority: request.authority.clone(),
@@ -316,7 +315,7 @@ where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     /// Moves frames until the connection has ended. When no tunnel was open for the idle time,
-    /// `on_idle` is called once; it is to drop the [`Connection`]s, upon which this closes.
+    /// `on_idle` is called once. It must drop the [`Connection`]s, which closes the connection.
     pub async fn run(mut self, on_idle: impl FnOnce()) -> DriverEnd {
         let mut on_idle = Some(on_idle);
         poll_fn(|cx| {

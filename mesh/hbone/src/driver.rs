@@ -13,10 +13,10 @@ use crate::load::Load;
 use crate::overhead::{Overhead, Tally};
 use crate::windows::Window;
 
-/// What a connection's task is to do.
+/// What a connection's task must do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The timer has fired: time for what is to be checked now and then.
+    /// The timer has fired: periodic checks are due.
     Tick,
     /// No tunnel for the idle time.
     Idle,
@@ -26,7 +26,7 @@ pub(crate) enum Verdict {
     Overhead(u64),
 }
 
-/// The shell around [`Keepalive`] and [`Window`], polled by the task that owns the connection.
+/// The I/O around [`Keepalive`] and [`Window`], polled by the task that owns the connection.
 #[derive(Debug)]
 pub(crate) struct Upkeep {
     keepalive: Keepalive,
@@ -61,7 +61,7 @@ impl Upkeep {
         }
     }
 
-    /// The connection window to set now, if it is to change.
+    /// The connection window to set, if it has changed.
     pub(crate) fn changed_window(&mut self, cx: &Context<'_>) -> Option<u32> {
         self.load.watch(cx);
         self.window.change(self.load.received(), self.load.held())
@@ -111,7 +111,7 @@ impl Upkeep {
         if sent {
             self.poll_pong(cx);
         } else {
-            // The connection is closing and its own future will say so.
+            // The connection is closing, which its own future reports.
             self.keepalive.handle_pong();
         }
     }
@@ -122,7 +122,7 @@ impl Upkeep {
             Some(Poll::Ready(Ok(_))) => {
                 self.keepalive.handle_pong();
                 self.load.note_alive();
-                // Until now it waited for the answer; what is due next may be due sooner.
+                // The timer was set for the answer. The next deadline may be earlier.
                 self.timer.as_mut().reset(Instant::now());
             }
             Some(Poll::Ready(Err(_))) | None => {

@@ -10,7 +10,7 @@ use http::StatusCode;
 
 use crate::Authority;
 
-/// Who has to change something for the failure to go away.
+/// The party that has to change something to end the failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The peer, or the network to it.
@@ -23,7 +23,7 @@ pub enum Fault {
     Us,
 }
 
-/// Why no tunnel could be opened. No byte of the application has left when it is returned.
+/// Why no tunnel could be opened. No byte of the application has been sent then.
 ///
 /// Cloned for every waiter of a shared connection attempt.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -33,7 +33,7 @@ pub enum OpenError {
     Dial {
         /// Where to.
         address: SocketAddr,
-        /// What the dialler said.
+        /// The error of the dial.
         source: Arc<io::Error>,
     },
     /// TCP, TLS and HTTP/2 were not ready in time.
@@ -50,7 +50,7 @@ pub enum OpenError {
     Tls {
         /// Where to.
         address: SocketAddr,
-        /// What rustls or the socket said.
+        /// The error of rustls or of the socket.
         source: Arc<io::Error>,
     },
     /// The peer does not speak HTTP/2 over TLS.
@@ -64,7 +64,7 @@ pub enum OpenError {
     Identity {
         /// Where to.
         address: SocketAddr,
-        /// Who answered, who was expected.
+        /// The presented and the expected identities.
         source: PeerError,
     },
     /// The connection to the other proxy ended before CONNECT was answered.
@@ -74,7 +74,7 @@ pub enum OpenError {
         address: SocketAddr,
         /// The destination asked for.
         authority: Authority,
-        /// What HTTP/2 said.
+        /// The error of HTTP/2.
         source: Arc<h2::Error>,
     },
     /// The other proxy did not process the request: its connection is closing, or has too many requests.
@@ -84,7 +84,7 @@ pub enum OpenError {
         address: SocketAddr,
         /// The destination asked for.
         authority: Authority,
-        /// What HTTP/2 said.
+        /// The error of HTTP/2.
         source: Arc<h2::Error>,
     },
     /// CONNECT was not answered in time.
@@ -118,7 +118,7 @@ pub enum OpenError {
         status: StatusCode,
     },
     /// The key was evicted from the pool while its connection was being dialled.
-    #[error("the workload behind {address} is gone")]
+    #[error("the workload behind {address} was removed")]
     Evicted {
         /// Where to.
         address: SocketAddr,
@@ -172,8 +172,8 @@ impl OpenError {
         }
     }
 
-    /// Whether another endpoint of the same service may do better. What the destination's policy
-    /// or our own state decided would be decided again.
+    /// Whether another endpoint of the same service may succeed. A decision of the destination's policy or of our own state
+    /// would be repeated.
     pub fn another_endpoint_may_help(&self) -> bool {
         match self.fault() {
             Fault::Peer | Fault::Identity => {
@@ -184,16 +184,16 @@ impl OpenError {
         }
     }
 
-    /// Whether no tunnel can be had from the proxy itself, whatever it is asked for. One that is being replaced ends its
-    /// connections, and is back at once.
+    /// Whether the proxy itself cannot be reached, so that every request to it would fail. False for a proxy that ends its
+    /// connections because it is being replaced: it is reachable again at once.
     pub fn is_unreachable(&self) -> bool {
         match self {
-            // Any other kind is a limit, a shortage or a route of the dialling pod's own.
+            // All other kinds concern only the dialling pod: a limit, a shortage or its routes.
             OpenError::Dial { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::TimedOut | io::ErrorKind::ConnectionRefused | io::ErrorKind::HostUnreachable
             ),
-            // A server that does not believe one pod may believe the others of the node.
+            // A server that rejects the certificate of one pod may accept those of others.
             OpenError::Tls { .. } if self.fault() == Fault::Identity => false,
             OpenError::HandshakeTimeout { .. }
             | OpenError::NoHttp2 { .. }
@@ -214,14 +214,15 @@ impl OpenError {
         }
     }
 
-    /// Whether the peer certainly did not process the request (RFC 9113 §8.7), so that it may be sent again, to the same
-    /// peer too, whatever it asks for.
+    /// Whether the peer certainly did not process the request (RFC 9113 §8.7), so that it may be sent again, even
+    /// to the same peer.
     pub fn never_processed(&self) -> bool {
         matches!(self, OpenError::NotProcessed { .. })
     }
 }
 
-/// The text of a TLS failure. For a certificate that we rejected it is our verifier's, which rustls shows as debug text only.
+/// The text of a TLS failure. For a certificate that we rejected, it is the message of our verifier, which rustls shows only
+/// as debug output.
 fn describe(error: &io::Error) -> String {
     use rustls::{CertificateError, Error};
     match tls_error(error) {
@@ -281,7 +282,7 @@ pub enum ServeError {
     Http2 {
         /// The peer.
         peer: SpiffeId,
-        /// What h2 said.
+        /// The error of h2.
         source: h2::Error,
     },
     /// No answer to a PING.
@@ -297,9 +298,9 @@ pub enum ServeError {
     Abandoned {
         /// The peer.
         peer: SpiffeId,
-        /// How many.
+        /// The number of them.
         count: u32,
-        /// In which time.
+        /// The period in which it was counted.
         within: Duration,
     },
     /// The peer sent too many frames that carry nothing (CVE-2019-9512, 9515, 9518).
@@ -307,9 +308,9 @@ pub enum ServeError {
     Overhead {
         /// The peer.
         peer: SpiffeId,
-        /// How many.
+        /// The number of them.
         count: u64,
-        /// In which time.
+        /// The period in which it was counted.
         within: Duration,
     },
 }

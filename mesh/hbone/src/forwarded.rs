@@ -1,4 +1,4 @@
-//! The `forwarded` header: for whom a tunnel was opened (RFC 7239).
+//! The `forwarded` header: the client for which a tunnel was opened (RFC 7239).
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};

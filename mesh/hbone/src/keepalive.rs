@@ -1,8 +1,8 @@
-//! When to send PING, and when to give a connection up. No clock and no I/O of its own.
+//! When to send PING, and when to close a connection that does not answer. Has neither a clock nor I/O.
 
 use std::time::{Duration, Instant};
 
-/// What is to be done now.
+/// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
     /// Nothing is due before then.
@@ -123,7 +123,7 @@ mod tests {
         let start = Instant::now();
         let mut state = Keepalive::new(1000 * SECOND, SECOND, 300 * SECOND, start);
         assert_eq!(state.poll(start + 299 * SECOND, 0, 0), Action::Wait(start + 300 * SECOND));
-        // One was opened and closed between two looks.
+        // A tunnel was opened and closed between two calls.
         assert_eq!(state.poll(start + 300 * SECOND, 0, 1), Action::Wait(start + 600 * SECOND));
         assert_eq!(state.poll(start + 500 * SECOND, 1, 2), Action::Wait(start + 800 * SECOND));
         assert_eq!(state.poll(start + 800 * SECOND, 0, 2), Action::Wait(start + 1000 * SECOND));

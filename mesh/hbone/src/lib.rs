@@ -7,8 +7,8 @@
 //! - [`Authority`], [`Baggage`], [`Forwarded`], [`TraceParent`], [`ConnectRequest`]: the content of a CONNECT.
 //!
 //! Pool, connection tasks and stream tasks are meant to share one single-threaded runtime; the types
-//! are `Send` nevertheless. This crate authenticates peers through `ambit-identity`. It never decides
-//! who may talk to whom, nor which endpoint is dialled, nor whether a request is retried.
+//! are `Send` nevertheless. This crate authenticates peers through `ambit-identity`. Policy, the choice of endpoints and
+//! retries are left to its callers.
 
 mod baggage;
 pub mod client;

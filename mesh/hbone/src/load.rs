@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_is_the_sum_of_the_leases_and_goes_with_them() {
+    fn held_bytes_are_the_sum_over_the_leases() {
         let load = Load::new(Instant::now());
         let (mut one, mut two) = (load.enter(), load.enter());
         one.set_held(10);

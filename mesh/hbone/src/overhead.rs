@@ -1,7 +1,7 @@
 //! Detection of peers that flood a connection with frames that carry nothing (RFC 9113 §10.5).
 //!
 //! SETTINGS, PING, WINDOW_UPDATE, PRIORITY, CONTINUATION, unknown and empty DATA frames cost both sides about the
-//! same, and nothing in HTTP/2 limits them (CVE-2019-9511 to 9518). What opens or resets a stream has limits of its own.
+//! same, and nothing in HTTP/2 limits them (CVE-2019-9511 to 9518). Frames that open or reset a stream have separate limits.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +19,7 @@ const END_STREAM: u8 = 1;
 /// Bytes sent that allow the peer one more frame: it has to send WINDOW_UPDATE for them.
 const EARNED_BY: u64 = 64;
 
-/// What was observed of a connection: written by its stream, read by its task.
+/// Counts of a connection: written by its stream, read by its task.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     frames: AtomicU64,
@@ -65,7 +65,7 @@ impl Meter {
         Arc::clone(&self.tally)
     }
 
-    /// Keeps the first error of the stream, and returns what stands for it.
+    /// Keeps the first error of the stream, and returns a copy of it for HTTP/2.
     pub(crate) fn failed(&self, error: io::Error) -> io::Error {
         let again = io::Error::new(error.kind(), error.to_string());
         // The first failure is the cause of those that follow.

@@ -1,4 +1,4 @@
-//! A stream that yields to the other tasks of its worker, meters what passes, and keeps the cause of its failure.
+//! A stream that yields to the other tasks of its worker, meters its bytes, and keeps the cause of its failure.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

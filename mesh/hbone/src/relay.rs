@@ -50,8 +50,8 @@ pub fn relay<'a>(
     tunnel: Tunnel,
     counters: &'a Counters,
 ) -> impl Future<Output = Result<(), RelayError>> + Send + use<'a> {
-    // Built here and not in the future, which would keep room for the tunnel as well: most relays
-    // are idle, so their size matters.
+    // Built outside of the future, which would otherwise also reserve room for the tunnel: most relays are idle, so their
+    // size matters.
     let mut state = Relay::new(socket_side, tunnel);
     poll_fn(move |cx| {
         let ended = state.poll(cx, socket, counters);
@@ -110,7 +110,7 @@ impl Relay {
         socket: &mut TcpStream,
         counters: &Counters,
     ) -> Poll<Result<(), RelayError>> {
-        // Down first: the reason of a reset tunnel is reported there.
+        // The direction to the socket comes first, because it reports why a tunnel was reset.
         let down = self.poll_down(cx, socket, counters)?;
         let up = self.poll_up(cx, socket, counters)?;
         if down.is_ready() && up.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
@@ -153,7 +153,7 @@ impl Relay {
         Ok(Poll::Ready(()))
     }
 
-    /// While the socket is not readable: whether the peer, after it ended its own direction, has reset ours.
+    /// Called while the socket is not readable: whether the peer has reset our direction after it ended its own.
     fn poll_stopped(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.down == Phase::Done && self.send.poll_reset(cx).is_ready() {
             return self.stop_sending();
@@ -161,7 +161,7 @@ impl Relay {
         Poll::Pending
     }
 
-    /// The peer accepts no more bytes. The other direction tells whether that was an end or a failure.
+    /// The peer accepts no more bytes. The other direction reports whether that was an end or a failure.
     fn stop_sending(&mut self) -> Poll<()> {
         self.up = Phase::Done;
         Poll::Ready(())
@@ -213,7 +213,7 @@ impl Relay {
                 .poll_write(cx, socket)
                 .map_err(|source| RelayError::Write { side: self.socket_side, source })?
             else {
-                // The application does not read: that must not shrink the window of other tunnels.
+                // Held bytes are added to the connection window, so that a slow application does not shrink the window of other tunnels.
                 self.lease.set_held(self.waiting.bytes);
                 return Ok(Poll::Pending);
             };
@@ -268,7 +268,7 @@ impl Relay {
             .map_err(|error| RelayError::Read { side: self.tunnel_side, source: io_error(error) })
     }
 
-    /// Passes a failure on to the other side.
+    /// Signals a failure to the other side.
     fn pass_on(&mut self, socket: &TcpStream) {
         // RFC 9113 §8.5: a TCP error becomes CONNECT_ERROR, a stream error becomes RST.
         self.send.send_reset(Reason::CONNECT_ERROR);

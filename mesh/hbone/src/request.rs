@@ -1,4 +1,4 @@
-//! A CONNECT and its headers as types, both ways.
+//! A CONNECT and its headers as types, for sending and receiving.
 
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request};
@@ -9,7 +9,7 @@ const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 
-/// What a client asks of a server: where to, and on whose behalf (contracts.md, section 2).
+/// A request for a tunnel: its destination, and the client for which it is opened (contracts.md, section 2).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectRequest {
     /// The original destination.

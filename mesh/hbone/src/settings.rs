@@ -4,21 +4,21 @@
 
 use std::time::Duration;
 
-/// What holds for both ends of a connection.
+/// Settings of both ends of a connection.
 #[derive(Debug, Clone)]
 pub struct ConnectionSettings {
     /// How long a connection without tunnels is kept.
     pub idle_timeout: Duration,
     /// How often a PING is sent.
     pub ping_interval: Duration,
-    /// How long a PING may go unanswered before the connection is given up.
+    /// How long a PING may go unanswered before the connection is closed.
     pub ping_timeout: Duration,
     /// Bytes that one tunnel may have in flight towards us.
     pub stream_window: u32,
     /// Bytes in flight towards us on a new connection, all tunnels together, if the [budget](crate::WindowBudget) has
     /// room for it; 64 KiB otherwise.
     pub initial_window: u32,
-    /// What that grows to with proven traffic, while the budget has room for it.
+    /// The size to which the window grows with proven traffic, while the budget has room for it.
     pub max_window: u32,
     /// Largest frame accepted, 16 KiB to 16 MiB.
     pub max_frame: u32,
@@ -52,10 +52,10 @@ impl Default for ConnectionSettings {
     }
 }
 
-/// What holds for a connection that we dialled.
+/// Settings of connections that we dial.
 #[derive(Debug, Clone)]
 pub struct ClientSettings {
-    /// What holds for both ends.
+    /// Settings of both ends.
     pub connection: ConnectionSettings,
     /// Budget of the dial, the TLS handshake and the HTTP/2 preface together.
     pub handshake_timeout: Duration,
@@ -78,10 +78,10 @@ impl Default for ClientSettings {
     }
 }
 
-/// What holds for connections that we accept.
+/// Settings of connections that we accept.
 #[derive(Debug, Clone)]
 pub struct ServerSettings {
-    /// What holds for both ends.
+    /// Settings of both ends.
     pub connection: ConnectionSettings,
     /// How long a client may take to send its first byte.
     pub first_byte_timeout: Duration,
@@ -112,10 +112,10 @@ impl Default for ServerSettings {
     }
 }
 
-/// What holds for a pool.
+/// Settings of a pool.
 #[derive(Debug, Clone)]
 pub struct PoolSettings {
-    /// What holds for each of its connections.
+    /// Settings of its connections.
     pub client: ClientSettings,
     /// Tunnels on one connection; fewer if the peer allows fewer.
     pub max_streams: u32,

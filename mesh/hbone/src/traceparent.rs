@@ -26,7 +26,7 @@ impl TraceParent {
         }
     }
 
-    /// The same trace with a span of our own.
+    /// The same trace with a new span.
     pub fn child(self, rng: &mut impl Rng) -> TraceParent {
         TraceParent { parent_id: rng.next_u64().max(1), ..self }
     }

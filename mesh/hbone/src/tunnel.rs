@@ -30,7 +30,7 @@ pub struct Tunnel {
     pub(crate) recv: RecvStream,
     pub(crate) lease: Lease,
     peer: PeerCertificate,
-    /// Boxed: a tunnel at rest is to be small.
+    /// Boxed to keep an idle tunnel small.
     baggage: Option<Box<Baggage>>,
 }
 
@@ -56,8 +56,8 @@ impl Tunnel {
         &self.peer
     }
 
-    /// At a client, what the answer said about the destination's workload; not authenticated. At a
-    /// server, nothing: the client's is in its request.
+    /// At a client, the description of the destination's workload from the answer, which is not authenticated. `None` at a
+    /// server: the client's description is in its request.
     pub fn baggage(&self) -> Option<&Baggage> {
         self.baggage.as_deref()
     }
@@ -78,7 +78,7 @@ impl Tunnel {
         TunnelTransport { stream: self.into_stream(), limit: None }
     }
 
-    /// Tells the other side that the application's connection failed.
+    /// Signals to the other side that the application's connection failed.
     ///
     /// RFC 9113 §8.5: a TCP connection error is signalled with `CONNECT_ERROR`.
     pub fn reset(mut self) {
@@ -145,7 +145,7 @@ impl TunnelStream {
         poll_room(&mut self.tunnel.send, cx)
     }
 
-    /// Sends one piece, of at most 256 KiB if others are to have their turn.
+    /// Sends one piece. Pieces above 256 KiB delay other tunnels.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Connection windows that grow with proven traffic, under one budget for the process that is shared out by address.
+//! Connection windows that grow with proven traffic, within one budget for the process that is divided by address.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use crate::ConnectionSettings;
 use crate::settings::LARGEST_WINDOW;
 
-/// RFC 9113 §6.9.2: what every connection begins with, and what can't be taken away from a peer.
+/// RFC 9113 §6.9.2: the initial window of every connection, which can't be reduced.
 const MINIMUM: u32 = 65_535;
 /// Received bytes, in current windows, after which a window doubles.
 const PROVEN_WINDOWS: u64 = 4;
@@ -18,10 +18,10 @@ pub(crate) const HELD_STEP: u64 = 1024 * 1024;
 
 /// The bytes that all connections of a process together may add to the 64 KiB that HTTP/2 gives to each.
 ///
-/// A window is a promise of memory: a peer may fill it while the application does not read. What a connection takes is
-/// counted for both of its addresses. A local address (a pod) never gets more than it leaves for all others, a remote one
-/// (a peer) half of that. So one pod gets at most half of the budget and one peer a third, two of them less each, and
-/// something is always left for the next. Clones share the budget.
+/// A peer may fill a window while the application does not read, so a window is reserved memory. The bytes of a connection
+/// are counted for both of its addresses. A local address (a pod) gets at most as much as remains for all others, a remote
+/// one (a peer) half of that. So one pod gets at most half of the budget and one peer a third, and something always remains
+/// for the next. Clones share the budget.
 #[derive(Debug, Clone)]
 pub struct WindowBudget(Arc<Mutex<Budget>>);
 
@@ -112,8 +112,8 @@ impl WindowShare {
 
 /// One connection's window; returns what it took to the budget when dropped.
 ///
-/// It is what traffic has proven, plus what tunnels hold for applications that do not read: those few
-/// must not use up the window that all others need.
+/// Its size follows the proven traffic, plus the bytes that tunnels hold for applications that do not read, so that these
+/// do not use up the window of the others.
 #[derive(Debug)]
 pub(crate) struct Window {
     share: WindowShare,
@@ -144,7 +144,7 @@ impl Window {
         self.refused = None;
     }
 
-    /// The window to set, if it is to change, given the bytes received and those held.
+    /// The new size of the window, if it changes, given the bytes received and those held.
     pub(crate) fn change(&mut self, received: u64, held: u64) -> Option<u32> {
         if received >= self.next && self.proven < self.max {
             self.next = received + u64::from(self.proven) * PROVEN_WINDOWS;

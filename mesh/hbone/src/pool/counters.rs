@@ -30,10 +30,10 @@ pub struct PoolCounters {
     pub failed_tunnels: Count,
     /// Tunnels that waited for a connection that was being dialled for another one.
     pub shared: Count,
-    /// Connections evicted because their workload or their peer's certificate is gone.
+    /// Connections evicted because their workload was removed or their peer's certificate is no longer trusted.
     pub evicted: Count,
     /// Connections that take no more tunnels because a CONNECT and the PING after it were not answered.
     pub silent: Count,
-    /// Connections given up because a PING was not answered.
+    /// Connections closed because a PING was not answered.
     pub ping_timeouts: Count,
 }

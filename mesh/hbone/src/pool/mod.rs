@@ -1,13 +1,13 @@
 //! A worker's connections to other proxies, shared by its tunnels.
 //!
-//! The pool hands out tunnels. One task drives each connection, and another one dials it, so that a caller that goes
-//! away breaks nothing for those that wait beside it. Dropping the last [`Pool`] leaves open tunnels alone; their
+//! The pool returns tunnels. Each connection is dialled in one task and driven by another, so that a caller that is dropped
+//! does not affect others that wait for the same connection. Dropping the last [`Pool`] leaves open tunnels alone; their
 //! connections close when they have ended.
 //!
-//! The pool never sends a CONNECT twice: its caller owns retries, and [`OpenError::never_processed`] tells it which
-//! requests certainly had no effect.
+//! The pool never sends a CONNECT twice: its caller owns retries. [`OpenError::never_processed`] says whether a request
+//! certainly had no effect.
 //!
-//! One lock guards the index. It is held for look-ups only, never across an await. Each worker has a pool of its own, so
+//! One lock guards the index. It is held for lookups only, never across an await. Each worker has a separate pool, so
 //! only evictions contend for it.
 
 mod choice;
@@ -35,7 +35,7 @@ use crate::overhead::Tally;
 use crate::{ConnectRequest, OpenError, PoolSettings, Tunnel, WindowBudget};
 use state::{DialId, DialOutcome, DialWaiter, Selected, State, Step};
 
-/// How often one `open` may find that the connection it waited for is of no use to it.
+/// How many connections one `open` waits for if it cannot use them.
 const DIALS: usize = 4;
 /// How long a tunnel waits for a less busy connection before it uses a busy one.
 const SPREAD_WAIT: Duration = Duration::from_millis(100);
@@ -126,7 +126,7 @@ impl<K: Key> Pool<K> {
     ///
     /// Callers that find a connection being dialled for their key wait for it and share its failure.
     /// A connection takes no more tunnels once `target` has another certificate (after a renewal), does not expect its
-    /// peer any more, or its peer is no longer believed. `dial` runs in a task of the pool and is bounded, with the
+    /// peer any more, or its peer is no longer trusted. `dial` runs in a task of the pool and is bounded, with the
     /// handshakes, by [`handshake_timeout`](crate::ClientSettings::handshake_timeout). Must be called on the worker's
     /// runtime.
     ///
@@ -191,7 +191,7 @@ impl<K: Key> Pool<K> {
 
     /// Cuts connections whose peer `keep` does not accept any more (revocation, changed trust).
     pub fn retain(&self, keep: impl Fn(&PeerCertificate) -> bool) {
-        // Verifying a certificate takes too long for a lock that tunnels wait for.
+        // Verified without the lock, because verification takes long and tunnels wait for the lock.
         let peers = self.shared.state.lock().peers();
         let ids: Vec<_> = peers.into_iter().filter(|(_, peer)| !keep(peer)).map(|(id, _)| id).collect();
         if ids.is_empty() {
@@ -315,7 +315,7 @@ struct Dialling<K> {
 
 impl<K: Key> Dialling<K> {
     /// Makes the connection, adds it to the pool and reports to the waiters. If this is aborted or
-    /// panics, `report` is dropped and they see that nobody is dialling any more.
+    /// panics, `report` is dropped, and the waiters see that the dial has ended.
     async fn run<F, IO>(self, shared: Arc<Shared<K>>, dial: F, report: watch::Sender<Option<DialOutcome>>)
     where
         F: Future<Output = io::Result<IO>> + Send + 'static,
@@ -364,7 +364,7 @@ impl<K: Key> Dialling<K> {
     }
 }
 
-/// Ends a dial however its task ends.
+/// Ends a dial in whatever way its task ends.
 struct DialGuard<K: Key> {
     shared: Arc<Shared<K>>,
     key: K,
@@ -377,7 +377,7 @@ impl<K: Key> Drop for DialGuard<K> {
     }
 }
 
-/// Takes a connection out of the pool however its task ends.
+/// Removes a connection from the pool in whatever way its task ends.
 struct ConnectionGuard<K: Key> {
     shared: Arc<Shared<K>>,
     key: K,

@@ -18,7 +18,7 @@ use crate::load::{Lease, Load};
 use crate::overhead::Tally;
 use crate::{OpenError, PoolSettings};
 
-/// What a pool's connections are kept by.
+/// The key of a pool's connections.
 pub trait Key: Clone + Eq + Hash + Debug + Send + Sync + 'static {}
 
 impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Key for T {}
@@ -26,7 +26,7 @@ impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Key for T {}
 /// How a dial ended; if well, with what tells of the connection's later failure.
 pub(super) type DialOutcome = Result<Arc<Tally>, OpenError>;
 
-/// Identifies one dial, so that a late one is not taken for its successor.
+/// Identifies one dial, so that the end of a late one is not attributed to its successor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DialId(u64);
 
@@ -34,7 +34,7 @@ pub(super) struct DialId(u64);
 #[derive(Debug)]
 pub(super) struct DialWaiter {
     outcome: watch::Receiver<Option<DialOutcome>>,
-    /// Its strong count is the number of waiters, and one.
+    /// Its strong count is the number of waiters plus one.
     _waiting: Arc<()>,
 }
 
@@ -62,7 +62,7 @@ pub(super) struct Selected {
     pub(super) connection: Connection,
 }
 
-/// What the caller is to do next.
+/// What the caller must do next.
 #[derive(Debug)]
 pub(super) enum Step {
     Use(Selected, Lease),
@@ -240,7 +240,7 @@ impl<K: Key> State<K> {
         self.remove_empty(key);
     }
 
-    /// Takes the connections of matching keys out; returns how many.
+    /// Removes the connections of matching keys. Returns how many there were.
     pub(super) fn evict(&mut self, matches: impl Fn(&K) -> bool, in_flight: InFlight) -> usize {
         let mut evicted = 0;
         for (_, group) in self.groups.iter_mut().filter(|(key, _)| matches(key)) {
@@ -309,7 +309,7 @@ impl<K: Key> State<K> {
         self.groups.get_mut(key)?.members.iter_mut().find(|member| member.id == id)
     }
 
-    /// Removes a key that holds nothing, so that the index does not outgrow what exists.
+    /// Removes a key without connections and dials, so that the index does not grow without bound.
     fn remove_empty(&mut self, key: &K) {
         if self.groups.get(key).is_some_and(Group::is_empty) {
             self.groups.remove(key);

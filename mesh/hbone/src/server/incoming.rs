@@ -45,7 +45,7 @@ struct Open {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotAnswered {
     /// The peer reset the request, or its connection ended.
-    #[error("the client gave the request up")]
+    #[error("the client cancelled the request")]
     Cancelled,
     /// [`ServerSettings::connect_timeout`](crate::ServerSettings::connect_timeout) has passed.
     #[error("the request was not answered in time")]
@@ -113,7 +113,7 @@ impl Incoming {
     ///
     /// # Errors
     ///
-    /// [`NotAnswered::Cancelled`] if the client gave the request up.
+    /// [`NotAnswered::Cancelled`] if the client cancelled the request.
     pub fn accept(mut self, baggage: Option<&Baggage>) -> Result<Tunnel, NotAnswered> {
         let Some(Open { mut respond, recv, lease }) = self.open.take() else {
             return Err(NotAnswered::Cancelled);

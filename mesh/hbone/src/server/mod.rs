@@ -3,9 +3,9 @@
 //! [`Server::accept`] authenticates a connection, [`Server::serve`] reads its CONNECTs and hands each to a handler as
 //! [`Incoming`]. The handler decides and dials; the server never opens a socket.
 //!
-//! A connection is as good as its peer's certificate: once that has expired, is revoked, or its root is no longer
-//! believed, the connection gets GOAWAY and a CONNECT on it is refused as unprocessed, so that the client opens it on
-//! another connection. Tunnels that are open then are the caller's to close.
+//! A connection takes new tunnels only while its peer's certificate is valid: once that has expired, is revoked, or its root
+//! is no longer trusted, the connection gets GOAWAY and a CONNECT on it is refused as unprocessed, so that the client opens
+//! it on another connection. The caller must close tunnels that are open then.
 
 mod abandoned;
 mod incoming;
@@ -40,10 +40,10 @@ use abandoned::Abandoned;
 
 type H2<IO> = h2::server::Connection<Paced<TlsStream<IO>>, Bytes>;
 
-/// What is known of an accepted connection. Its CONNECTs share it.
+/// The peer of an accepted connection, shared by its CONNECTs.
 #[derive(Debug)]
 pub struct Peer {
-    /// The client's certificate. [`Trust::recheck`] says whether it is still believed.
+    /// The client's certificate. [`Trust::recheck`] says whether it is still trusted.
     pub certificate: PeerCertificate,
     /// The addresses of the connection.
     pub endpoints: Endpoints,
@@ -104,7 +104,7 @@ struct Shared {
 }
 
 impl Server {
-    /// A server of connections whose peers `trust` believes, with windows of `budget`.
+    /// A server that accepts peers that `trust` accepts, with windows of `budget`.
     pub fn new(settings: ServerSettings, trust: Trust, budget: WindowBudget) -> Server {
         Server { shared: Arc::new(Shared { settings, trust, budget }) }
     }
@@ -204,7 +204,7 @@ impl Server {
                 Some(ended) = handlers.join_next() => log_panic(ended),
             }
         };
-        // The transport is gone; what has arrived is still delivered to applications.
+        // The transport has ended; received bytes are still delivered to applications.
         drop(serving);
         while let Some(ended) = handlers.join_next().await {
             log_panic(ended);
@@ -255,7 +255,7 @@ where
         }
     }
 
-    /// Whether the peer's certificate is still good. Once it is not, the connection closes.
+    /// Whether the peer's certificate is still trusted. Once it is not, the connection closes.
     fn check_peer(&mut self) -> bool {
         let rechecked = self.shared.trust.recheck(&self.peer.certificate, SystemTime::now());
         if let (Err(error), false) = (&rechecked, self.closing) {
@@ -313,11 +313,11 @@ where
     /// RFC 9113 §10.5: GOAWAY with ENHANCE_YOUR_CALM, if there is room for it.
     fn hang_up(&mut self, cx: &mut Context<'_>) {
         self.connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
-        // The connection is dropped next, whatever became of this.
+        // The connection is dropped next, whether this succeeded or not.
         let _ = self.connection.poll_closed(cx);
     }
 
-    /// GOAWAY; what is in flight finishes.
+    /// Sends GOAWAY; requests in flight finish.
     fn close(&mut self) {
         self.closing = true;
         self.upkeep.closing();

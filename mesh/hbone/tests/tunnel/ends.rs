@@ -76,14 +76,14 @@ async fn a_clients_reset_reaches_the_server_as_a_reset() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", PoolSettings::default());
-    let (tell, mut told) = mpsc::unbounded_channel();
+    let (report, mut reports) = mpsc::unbounded_channel();
     let server = application(move |mut socket| {
-        let tell = tell.clone();
+        let report = report.clone();
         async move {
             let mut byte = [0];
             socket.read_exact(&mut byte).await.unwrap();
             socket.write_all(&byte).await.unwrap();
-            tell.send(socket.read(&mut byte).await.map_err(|error| error.kind())).unwrap();
+            report.send(socket.read(&mut byte).await.map_err(|error| error.kind())).unwrap();
         }
     })
     .await;
@@ -92,7 +92,7 @@ async fn a_clients_reset_reaches_the_server_as_a_reset() {
     soon("the echo", socket.read_u8()).await.unwrap();
     socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO)).unwrap();
     drop(socket);
-    assert_eq!(soon("the server's notice", told.recv()).await.unwrap(), Err(ErrorKind::ConnectionReset));
+    assert_eq!(soon("the server's notice", reports.recv()).await.unwrap(), Err(ErrorKind::ConnectionReset));
     assert!(soon("the relay's end", task).await.unwrap().0.is_err());
 }
 
@@ -157,21 +157,21 @@ async fn readers_that_stall_hold_only_themselves_back() {
     let node = Node::start(&world, "server", ServerSettings::default()).await;
     let client = Client::new(&world, "client", settings);
     let (proceed, stalled) = watch::channel(false);
-    let (tell, mut told) = mpsc::unbounded_channel();
+    let (report, mut reports) = mpsc::unbounded_channel();
     let server = application(move |mut socket| {
-        let (mut stalled, tell) = (stalled.clone(), tell.clone());
+        let (mut stalled, report) = (stalled.clone(), report.clone());
         async move {
             stalled.wait_for(|proceed| *proceed).await.unwrap();
             let mut all = Vec::new();
             socket.read_to_end(&mut all).await.unwrap();
-            tell.send(all).unwrap();
+            report.send(all).unwrap();
         }
     })
     .await;
     let data = Arc::new(pattern(24 * 1024 * 1024));
     let progress = Arc::new(AtomicUsize::new(0));
     let mut senders = Vec::new();
-    // Together their windows are more than the connection's.
+    // Their windows together exceed the window of the connection.
     for _ in 0..5 {
         let (mut bulk, _task) = client.application(node.address, server).await;
         let (data, progress) = (Arc::clone(&data), Arc::clone(&progress));
@@ -184,7 +184,7 @@ async fn readers_that_stall_hold_only_themselves_back() {
             bulk
         }));
     }
-    // As long as there is window, bulk goes on between two turns of a small stream beside it.
+    // Bulk continues between the exchanges of a small stream until the windows are full.
     let (mut beside, _beside_task) = client.application(node.address, echo().await).await;
     let mut before = 0;
     while before == 0 || progress.load(Ordering::SeqCst) != before {
@@ -194,7 +194,7 @@ async fn readers_that_stall_hold_only_themselves_back() {
             assert_eq!(soon("the stream beside", beside.read_u32()).await.unwrap(), round);
         }
     }
-    assert!(senders.iter().all(|sender| !sender.is_finished()), "a stalled reader held nobody back");
+    assert!(senders.iter().all(|sender| !sender.is_finished()), "a stalled reader did not stop its sender");
     let (mut small, _small_task) = client.application(node.address, echo().await).await;
     for round in 0..200_u32 {
         small.write_all(&round.to_be_bytes()).await.unwrap();
@@ -202,7 +202,7 @@ async fn readers_that_stall_hold_only_themselves_back() {
     }
     proceed.send(true).unwrap();
     for _ in 0..5 {
-        let all = soon("the stalled bytes", told.recv()).await.unwrap();
+        let all = soon("the stalled bytes", reports.recv()).await.unwrap();
         assert!(all == *data, "the stalled bytes differ");
     }
     assert_eq!(client.dials(), 1);

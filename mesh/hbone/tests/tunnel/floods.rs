@@ -1,4 +1,4 @@
-//! Peers that send frames for their own sake. Each is hung up on; those beside them do not notice.
+//! Peers that flood connections with frames that carry nothing. Each is disconnected; other peers are not affected.
 
 use ambit_hbone::{ConnectionSettings, ServerSettings};
 use ambit_identity::unnamed_server;
@@ -23,7 +23,7 @@ fn head(authority: &str, complete: bool) -> Vec<u8> {
     frame(1, if complete { 4 } else { 0 }, 1, &block)
 }
 
-/// What the server says in a GOAWAY before it hangs up.
+/// The error code of the GOAWAY that the server sends before it disconnects.
 async fn goodbye(mut reader: impl tokio::io::AsyncRead + Unpin) -> Option<u32> {
     let mut said = None;
     let mut header = [0; 9];
@@ -40,7 +40,7 @@ async fn goodbye(mut reader: impl tokio::io::AsyncRead + Unpin) -> Option<u32> {
     said
 }
 
-/// Repeats `piece` after `first` until the server has hung up, which it must; yields its GOAWAY.
+/// Repeats `piece` after `first` until the server disconnects, which it must. Returns its GOAWAY.
 async fn flood(world: &World, node: &Node, first: &[u8], piece: &[u8]) -> Option<u32> {
     let tls = world.certificate("client").client_tls().dangerous_expecting_anyone();
     let socket = TcpStream::connect(node.address).await.unwrap();
@@ -94,7 +94,7 @@ async fn floods_of_empty_frames_end_only_their_connection() {
             verdict.contains("Overhead") || verdict.contains("Http2"),
             "{name}: {verdict}, GOAWAY {said:?}"
         );
-        // A socket that is closed with bytes unread may lose what was said last.
+        // A socket that is closed with unread bytes may lose the GOAWAY.
         assert!(matches!(said, None | Some(ENHANCE_YOUR_CALM | PROTOCOL_ERROR)), "{name}: GOAWAY {said:?}");
         bystander(&world, &node).await;
         until("the bystander's end", || node.seen.connections_ended() == 2 * number + 2).await;
@@ -116,7 +116,7 @@ async fn a_head_that_goes_on_without_end_ends_the_connection() {
 }
 
 #[tokio::test]
-async fn a_peer_that_takes_much_may_give_much_window_back() {
+async fn a_peer_that_gets_much_may_send_many_window_updates() {
     let world = World::new();
     let settings = ConnectionSettings { max_overhead: 20, ..ConnectionSettings::default() };
     let node = Node::start(&world, "server", server_with(settings.clone())).await;

@@ -205,7 +205,7 @@ async fn handle(mut incoming: Incoming, seen: Arc<Seen>) {
     }
 }
 
-/// What the client's connections are kept by.
+/// The key of the client's connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Key {
     pub origin: &'static str,
@@ -325,7 +325,7 @@ pub async fn echo() -> SocketAddr {
     .await
 }
 
-/// Bytes that reveal loss, doubling and exchange.
+/// Bytes that depend on their position, so that lost, repeated or reordered pieces are noticed.
 pub fn pattern(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let words = std::iter::repeat_with(|| {

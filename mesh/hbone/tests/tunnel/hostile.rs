@@ -1,4 +1,4 @@
-//! Peers that do what no proxy does. They end; those beside them do not notice.
+//! Peers that behave as no proxy does. Their connections end; other peers are not affected.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::*;
 
-/// HTTP/2 without any of our manners.
+/// An HTTP/2 connection without the checks of our client.
 async fn raw(world: &World, node: &Node) -> (SendRequest<Bytes>, JoinHandle<Result<(), h2::Error>>) {
     let tls = world.certificate("client").client_tls().dangerous_expecting_anyone();
     let socket = TcpStream::connect(node.address).await.unwrap();

@@ -1,4 +1,4 @@
-//! What tunnels of one pool share, and when they stop sharing it.
+//! When tunnels of one pool share a connection, and when they do not.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ async fn many_first_tunnels_share_one_connection() {
 }
 
 #[tokio::test]
-async fn those_who_waited_see_the_failure_of_the_one_who_dialled() {
+async fn waiters_see_the_failure_of_the_shared_dial() {
     let world = World::new();
     let client = Client::new(&world, "client", PoolSettings::default());
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
@@ -100,7 +100,7 @@ async fn the_peers_limit_of_streams_is_kept() {
         Node::start(&world, "server", ServerSettings { max_streams: 3, ..ServerSettings::default() }).await;
     let client = Client::new(&world, "client", PoolSettings::default());
     let target = echo().await;
-    // The first tells the peer's limit.
+    // The first connection reports the peer's limit.
     let mut tunnels = vec![client.open(node.address, target).await.unwrap()];
     for _ in 0..8 {
         tunnels.push(client.open(node.address, target).await.unwrap());
@@ -124,7 +124,7 @@ async fn a_tunnel_beside_bulk_gets_another_connection() {
     });
     let target = echo().await;
     let spread = async {
-        // Once 10 MiB have gone through.
+        // After 10 MiB of traffic.
         while client.dials() < 2 {
             client.open(node.address, target).await.unwrap();
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -337,7 +337,7 @@ async fn while_a_server_drains_requests_fail_as_never_processed() {
     assert!(client.dials() > 2, "no drain took effect");
 }
 
-/// A way to `node` that is cut at the next byte from the client once the switch is set, which resets it.
+/// A relay to `node` that is reset at the next byte from the client once the switch is set.
 async fn cutting(node: SocketAddr) -> (SocketAddr, Arc<AtomicBool>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (address, switch) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
@@ -426,7 +426,7 @@ async fn a_path_that_goes_silent_is_noticed_by_ping() {
         ..ConnectionSettings::default()
     });
     let client = Client::new(&world, "client", settings);
-    // A wire that can be cut without either end being told.
+    // A wire that can be cut without an end noticing.
     let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (middle, far) = (wire.local_addr().unwrap(), node.address);
     let cut = Arc::new(Notify::new());
@@ -455,22 +455,21 @@ async fn a_path_that_goes_silent_is_noticed_by_ping() {
     forwarding.abort();
 }
 
-/// A way to `node` on which the first connection goes silent when it is told to, without either end being told;
-/// later ones are carried.
+/// A relay to `node` whose first connection goes silent on demand, without an end noticing. Later connections are relayed.
 async fn silencing(node: SocketAddr) -> (SocketAddr, Arc<Notify>) {
     let wire = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (address, silence) = (wire.local_addr().unwrap(), Arc::new(Notify::new()));
-    let mut told = Some(Arc::clone(&silence));
+    let mut first = Some(Arc::clone(&silence));
     tokio::spawn(async move {
         while let Ok((mut near, _)) = wire.accept().await {
-            let told = told.take();
+            let silence = first.take();
             tokio::spawn(async move {
                 let mut far = TcpStream::connect(node).await.unwrap();
                 let carry = copy_bidirectional(&mut near, &mut far);
-                let Some(told) = told else { return drop(carry.await) };
+                let Some(silence) = silence else { return drop(carry.await) };
                 tokio::select! {
                     _ = carry => {}
-                    () = told.notified() => {}
+                    () = silence.notified() => {}
                 }
                 std::future::pending::<()>().await;
             });

@@ -1,4 +1,4 @@
-//! One peer that takes what it can get, and another one that needs little.
+//! One peer that takes all the window that it can get, and another that needs little.
 
 use std::net::IpAddr;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Peers that are no longer believed: expired, or under a root that was taken out. And peers that do not believe us.
+//! Peers that are no longer trusted, because they expired or their root was removed, and peers that do not trust us.
 
 use std::time::{Duration, SystemTime};
 
@@ -50,7 +50,7 @@ async fn a_client_whose_root_was_removed_opens_no_more_tunnels() {
     let error = client.open(node.address, target).await.unwrap_err();
     assert!(error.never_processed(), "{error}");
     assert_eq!(node.seen.requests.lock().len(), 1, "the handler saw it");
-    // The tunnel that is open is the caller's to close.
+    // The caller decides when to close open tunnels.
     echoes(&mut kept).await;
     let error = client.open(node.address, target).await.unwrap_err();
     assert_eq!((error.fault(), client.dials()), (Fault::Identity, 2), "{error}");
