@@ -50,7 +50,7 @@ fn is_alive(pid: u32) -> bool {
     state.is_some_and(|state| state != "Z" && state != "X")
 }
 
-/// Starts the demo and waits until all that it is to show is shown.
+/// Starts the demo and waits until all checks are shown.
 fn shown() -> (Child, Vec<String>) {
     let mut child = ambit(&["--open", "0"]).spawn().expect("ambit is built");
     let output = child.stdout.take().expect("a pipe");
@@ -81,7 +81,7 @@ fn send(signal: &str, pid: u32) {
 }
 
 #[test]
-fn once_shows_all_that_the_mesh_promises_and_says_so_by_its_exit_code() {
+fn once_checks_all_promises_and_reports_them_by_its_exit_code() {
     let began = Instant::now();
     let output = ambit(&["--once", "--open", "0"]).output().expect("ambit is built");
     let text = String::from_utf8_lossy(&output.stdout);
@@ -106,7 +106,7 @@ fn once_shows_all_that_the_mesh_promises_and_says_so_by_its_exit_code() {
 fn once_fails_when_something_does_not_hold() {
     let directory = own_directory("unpoliced");
     copy_manifests(&directory);
-    // Without the policies nobody refuses the intruders.
+    // Without the policies the intruders are not refused.
     std::fs::remove_file(directory.join("policies.yaml")).expect("the policies' file");
     let output = Command::new(env!("CARGO_BIN_EXE_ambit"))
         .arg("up")
@@ -142,7 +142,7 @@ fn a_user_without_privileges_sees_the_same() {
         std::fs::create_dir_all(part).expect("a directory");
     }
     copy_manifests(&copied);
-    // The build's own directory may be one that others can't enter.
+    // Other users may not be able to enter the build directory.
     let built = Path::new(env!("CARGO_BIN_EXE_ambit")).parent().expect("a directory");
     for name in ["ambit", "ambit-control", "ztunnel", "bookinfo"] {
         let (from, to) = (built.join(name), programs.join(name));

@@ -1,4 +1,4 @@
-//! The side of the command: finds the mesh, sends the request, prints what comes.
+//! The command's side: finds the mesh, sends the request and prints the replies.
 
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -47,12 +47,12 @@ async fn follow(socket: &SeqPacket, request: &Request) -> anyhow::Result<ExitCod
     loop {
         tokio::select! {
             received = socket.recv(&mut buffer) => {
-                let length = received.context("read what the mesh answers")?.len;
+                let length = received.context("read the answer of the mesh")?.len;
                 let packet = buffer.get(..length).unwrap_or_default();
                 if packet.is_empty() {
                     bail!("the mesh has ended");
                 }
-                match serde_json::from_slice(packet).context("read what the mesh answers")? {
+                match serde_json::from_slice(packet).context("read the answer of the mesh")? {
                     Reply::Text(text) => {
                         if !print(&text) {
                             return Ok(ExitCode::SUCCESS);
@@ -87,7 +87,7 @@ async fn send(socket: &SeqPacket, request: &Request, descriptors: &[BorrowedFd<'
     socket.send(&packet, descriptors).await.context("send the request to the mesh")
 }
 
-/// False when nobody reads the output any more, which is no error.
+/// Returns false when the reader of the output is gone, which is not an error.
 fn print(text: &str) -> bool {
     let mut output = std::io::stdout().lock();
     output.write_all(text.as_bytes()).and_then(|()| output.flush()).is_ok()
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_only_mesh_is_taken_and_several_must_be_told_apart() {
+    fn the_only_mesh_is_used_and_several_need_a_choice() {
         let mesh = |pid: u32| (pid, PathBuf::from(format!("/{pid}.sock")));
         assert_eq!(choose(None, vec![mesh(1)]).expect("the only one"), PathBuf::from("/1.sock"));
         assert_eq!(choose(Some(2), vec![mesh(1), mesh(2)]).expect("named"), PathBuf::from("/2.sock"));

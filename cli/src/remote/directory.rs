@@ -1,4 +1,4 @@
-//! Where running meshes can be reached: one socket for each `ambit up`, in a directory that only its user can enter.
+//! The sockets of running meshes: one for each `ambit up`, in a directory that only its user can enter.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,7 +16,7 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// Listens under this process's id. The socket is for the process that will accept.
+    /// Listens on a socket named by this process's id. Returns the socket for the process that will accept.
     ///
     /// # Errors
     /// When the directory is not this user's own, or the socket cannot be made.
@@ -32,12 +32,12 @@ impl Drop for Endpoint {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!(path = %self.path.display(), %error, "socket file not removed");
         }
-        // Fails while another mesh has its socket there, which is as it should be.
+        // Fails as intended while another mesh has a socket there.
         self.path.parent().map(fs::remove_dir).transpose().ok();
     }
 }
 
-/// The sockets of this user's meshes by process id. One whose process is gone is removed.
+/// The sockets of this user's meshes by process id. Removes sockets of processes that have ended.
 pub(super) fn meshes() -> anyhow::Result<Vec<(u32, PathBuf)>> {
     let directory = directory()?;
     let entries = fs::read_dir(&directory).with_context(|| format!("read {}", directory.display()))?;
@@ -55,7 +55,7 @@ pub(super) fn meshes() -> anyhow::Result<Vec<(u32, PathBuf)>> {
     Ok(meshes)
 }
 
-/// The directory of the sockets, made if it is not there.
+/// The directory of the sockets, which is created if it is missing.
 fn directory() -> anyhow::Result<PathBuf> {
     let uid = fs::metadata("/proc/self").context("read the user's id")?.uid();
     let path = match std::env::var_os("XDG_RUNTIME_DIR") {
@@ -68,7 +68,7 @@ fn directory() -> anyhow::Result<PathBuf> {
     {
         return Err(error).with_context(|| format!("make directory {}", path.display()));
     }
-    // Whoever else could write here could pose as a mesh.
+    // Another user who can write here could impersonate a mesh.
     let attributes = fs::symlink_metadata(&path).with_context(|| format!("read {}", path.display()))?;
     let own = attributes.is_dir() && attributes.uid() == uid && attributes.mode() & 0o077 == 0;
     ensure!(own, "{} is not a directory that only this user can enter", path.display());

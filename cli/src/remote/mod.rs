@@ -16,15 +16,15 @@ pub(crate) use server::serve;
 
 use protocol::{Request, Target};
 
-/// Which of several meshes.
+/// The choice among several meshes.
 #[derive(Debug, Args)]
 struct Mesh {
-    /// Process id of the `ambit up` that is meant, where several run.
+    /// Process id of the `ambit up` to use when several run.
     #[arg(long, value_name = "PID")]
     mesh: Option<u32>,
 }
 
-/// Which container.
+/// The choice of a container.
 #[derive(Debug, Args)]
 struct Container {
     /// The pod: its name, NAMESPACE/NAME, or the name of its Deployment.
@@ -61,7 +61,7 @@ pub(crate) struct Exec {
 pub(crate) struct Logs {
     #[command(flatten)]
     container: Container,
-    /// Go on with what is written from now on.
+    /// Continue with output that is written from now on.
     #[arg(short, long)]
     follow: bool,
     #[command(flatten)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// No packet is longer, bytes.
+/// Maximum length of a packet, bytes.
 pub(super) const LONGEST_PACKET: usize = 64 * 1024;
 /// Text is sent in pieces of at most this many bytes; JSON may escape each byte to six.
 pub(super) const PIECE: usize = 8 * 1024;
@@ -16,7 +16,7 @@ pub(super) struct Target {
     pub(super) container: Option<String>,
 }
 
-/// What a command asks for.
+/// A request of a command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) enum Request {
@@ -30,7 +30,7 @@ pub(super) enum Request {
     Signal { number: i32 },
 }
 
-/// What the mesh answers.
+/// A reply of the mesh.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) enum Reply {

@@ -1,4 +1,4 @@
-//! The side of the mesh: accepts connections and does for each what it asks for.
+//! The mesh's side: accepts connections and serves the request of each.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -13,14 +13,14 @@ use super::protocol::{LONGEST_PACKET, Reply, Request, Target, pieces};
 
 /// Connections at once; others wait.
 const CONNECTIONS: usize = 64;
-/// How often the output of a followed container is looked at.
+/// Interval between two reads of the output of a followed container.
 const LOOK: Duration = Duration::from_millis(100);
 /// Pause after an accept that failed, such as for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How long a command has between SIGTERM and SIGKILL once its caller is gone.
+/// Time between SIGTERM and SIGKILL for a command whose caller has disconnected.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Serves commands until the cluster is gone.
+/// Serves commands until the cluster is dropped.
 pub(crate) async fn serve(listener: SeqPacketListener, cluster: Weak<Cluster>) {
     let permits = Arc::new(Semaphore::new(CONNECTIONS));
     while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
@@ -37,7 +37,7 @@ pub(crate) async fn serve(listener: SeqPacketListener, cluster: Weak<Cluster>) {
             if let Err(error) = answer(&socket, &cluster).await {
                 let reply = Reply::Failed(format!("{error:#}"));
                 if let Err(error) = send(&socket, &reply).await {
-                    tracing::debug!(%error, "the command is gone");
+                    tracing::debug!(%error, "the command has disconnected");
                 }
             }
             drop(permit);
@@ -57,7 +57,7 @@ async fn answer(socket: &SeqPacket, cluster: &Weak<Cluster>) -> anyhow::Result<(
         Request::Logs { target, follow } => {
             let pod = find(cluster, &target)?;
             tokio::select! {
-                // The caller sends nothing more; what comes is its end.
+                // The caller sends nothing more, so this is the end of its connection.
                 _ = socket.recv(&mut buffer) => Ok(()),
                 printed = print_logs(socket, &pod, &target, follow) => printed,
             }
@@ -76,7 +76,7 @@ fn find(cluster: &Weak<Cluster>, target: &Target) -> anyhow::Result<Pod> {
     found.with_context(|| format!("there is no pod or Deployment {namespace}/{name}"))
 }
 
-/// The position of the container that is meant.
+/// The position of the requested container.
 fn position(pod: &Pod, target: &Target) -> anyhow::Result<usize> {
     let Some(wanted) = &target.container else { return Ok(0) };
     let names = pod.container_names();
@@ -92,8 +92,9 @@ async fn start(
     words: &[String],
     descriptors: Vec<OwnedFd>,
 ) -> anyhow::Result<Process> {
-    let stdio: [OwnedFd; 3] =
-        descriptors.try_into().map_err(|_| anyhow!("standard input, output and error must come along"))?;
+    let stdio: [OwnedFd; 3] = descriptors
+        .try_into()
+        .map_err(|_| anyhow!("the request must carry standard input, output and error"))?;
     let (program, args) = words.split_first().context("no command was given")?;
     let mut command = Command::new(program).args(args).stdio(stdio);
     if let Some(process) = pod.process(position(pod, target)?) {
@@ -104,7 +105,7 @@ async fn start(
     Ok(pod.spawn(command).await?)
 }
 
-/// Waits for the end of a command, passes signals on to it, and ends it when its caller is gone.
+/// Waits for the end of a command, forwards signals to it, and ends it when its caller disconnects.
 async fn attend(socket: &SeqPacket, process: &Process) -> anyhow::Result<()> {
     let mut buffer = vec![0; LONGEST_PACKET];
     loop {

@@ -1,12 +1,12 @@
-//! What a directory of manifests says is to be shown: annotations on its services and pods.
+//! What a directory of manifests expects `ambit up` to show, by annotations on its services and pods.
 //!
 //! - `ambit.dev/open: "9080/productpage"` on a service: at which port of this machine, and under which path, a
 //!   person opens it;
 //! - `ambit.dev/expect-spread: "true"` on a service: connections reach every workload behind it;
-//! - `ambit.dev/expect-unreadable: "Shakespeare,Reviewer1"` on a service: words of its answers that nobody may
-//!   read on the wire;
-//! - `ambit.dev/expect-denied: "http://ratings:9080/ratings/0"` on a pod: addresses that it asks and must get no
-//!   answer from.
+//! - `ambit.dev/expect-unreadable: "Shakespeare,Reviewer1"` on a service: words of its answers that must not
+//!   be readable on the wire;
+//! - `ambit.dev/expect-denied: "http://ratings:9080/ratings/0"` on a pod: addresses that must not
+//!   answer its requests.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ const OPEN: &str = "ambit.dev/open";
 const SPREAD: &str = "ambit.dev/expect-spread";
 const UNREADABLE: &str = "ambit.dev/expect-unreadable";
 const DENIED: &str = "ambit.dev/expect-denied";
-/// What every HTTP message begins with, so that no application needs to say it.
+/// The beginning of every HTTP message, which is searched for without an annotation.
 const HTTP: &str = "HTTP/1.1";
 
 /// A service by name.
@@ -29,7 +29,7 @@ pub(crate) struct ServiceName {
     pub(crate) name: String,
 }
 
-/// Everything that is to be shown.
+/// All expectations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Expectations {
     /// The service that can be opened, with port and path.
@@ -69,7 +69,7 @@ impl Expectations {
     }
 }
 
-/// What a pod must get no answer from.
+/// The addresses that must not answer a pod.
 pub(crate) fn denied(pod: &Pod) -> Vec<String> {
     words(pod.annotations().get(DENIED).map(String::as_str)).collect()
 }
@@ -85,8 +85,8 @@ fn port_and_path(text: &str) -> Option<(u16, String)> {
     Some((port.trim().parse().ok()?, format!("/{path}")))
 }
 
-/// The port that the manifests of a directory want opened, found by their text: the port is taken before the
-/// cluster that reads them properly exists.
+/// The port that the manifests of a directory want to open. It is found by a search of the text, because the port is needed
+/// before the cluster parses the manifests.
 pub(crate) fn port_to_open(directory: &Path) -> Option<u16> {
     let entries = std::fs::read_dir(directory).ok()?;
     let mut files: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();

@@ -1,4 +1,4 @@
-//! Who talks to whom: the node proxies' metrics, joined to one row a pair of workloads.
+//! The flows between workloads: the node proxies' metrics, joined to one row for each pair of workloads.
 
 use std::collections::BTreeMap;
 
@@ -18,11 +18,11 @@ pub(crate) struct Party {
 /// Key of a row.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Pair {
-    /// Who connected.
+    /// The client.
     pub(crate) source: Party,
-    /// To whom.
+    /// The server.
     pub(crate) destination: Party,
-    /// Through which service; empty for a pod that was dialled itself.
+    /// The service; empty if the pod was dialled directly.
     pub(crate) service: String,
 }
 
@@ -46,7 +46,7 @@ pub(crate) struct Flow {
 /// All rows.
 pub(crate) type Flows = BTreeMap<Pair, Flow>;
 
-/// Asks every node proxy.
+/// Reads the metrics of every node proxy.
 pub(crate) async fn read(cluster: &Cluster) -> Flows {
     let mut all = Vec::new();
     for node in 0..cluster.nodes() {
@@ -70,7 +70,7 @@ fn join(all: &[Metrics]) -> Flows {
         match (sample.name.as_str(), at_source) {
             ("istio_tcp_connections_opened_total", true) => {
                 let flow = flows.entry(pair).or_default();
-                // One connection in the clear makes the pair one in the clear.
+                // A single plaintext connection makes the whole pair plaintext.
                 flow.mutual_tls = secure && (flow.mutual_tls || flow.opened == 0.0);
                 flow.opened += sample.value;
             }
@@ -80,7 +80,7 @@ fn join(all: &[Metrics]) -> Flows {
                     flow.confirmed += sample.value;
                 }
             }
-            // The metrics speak from the destination's side: what it received are the requests.
+            // The metrics are from the destination's point of view: received bytes are requests.
             ("istio_tcp_received_bytes_total", true) => {
                 flows.entry(pair).or_default().requests += sample.value;
             }

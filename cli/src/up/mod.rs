@@ -1,7 +1,7 @@
 //! `ambit up DIR`: the mesh on this machine.
 //!
-//! Three stages of one process ([`ambit_local::isolate`]): the last one builds the cluster, shows who talks to
-//! whom, opens a port of the host, and proves what the mesh promises.
+//! Three stages of one process ([`ambit_local::isolate`]): the last one builds the cluster, shows the flows between
+//! workloads, opens a port of the host, and checks what the mesh promises.
 
 mod expectations;
 mod flows;
@@ -32,7 +32,7 @@ use screen::{News, Screen};
 
 /// How often the table is drawn.
 const REFRESH: Duration = Duration::from_secs(1);
-/// How long a pod may be unready before that is worth a line.
+/// How long a pod may be unready before it is reported.
 const STARTING: Duration = Duration::from_secs(10);
 /// How long workloads may take to become ready before that counts as a failure.
 const READY_WITHIN: Duration = Duration::from_secs(60);
@@ -94,7 +94,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         Stage::Program => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             let code = runtime.block_on(up(options));
-            // What is left ends with the process.
+            // Remaining tasks end with the process.
             runtime.shutdown_background();
             code
         }
@@ -127,12 +127,12 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     screen.wait_for("bringing the mesh up");
     let cluster = tokio::select! {
         started = start(options) => started?,
-        // What has been made so far goes with the namespaces.
+        // Everything that was made so far is removed with the namespaces.
         () = &mut ended => return Ok(ExitCode::SUCCESS),
     };
     let expectations = Expectations::read(&cluster);
     let mut descriptors = isolate::inherited().await?.into_iter();
-    let commands = descriptors.next().context("the supervisor handed no socket down")?;
+    let commands = descriptors.next().context("the supervisor passed no socket")?;
     let commands =
         tokio::spawn(remote::serve(SeqPacketListener::from_fd(commands)?, Arc::downgrade(&cluster)));
     let forward = match descriptors.next() {
@@ -183,7 +183,7 @@ async fn start(options: &Options) -> anyhow::Result<Arc<Cluster>> {
     Ok(Arc::new(builder.start().await?))
 }
 
-/// Proves everything once.
+/// Runs all checks once.
 async fn once(
     cluster: &Arc<Cluster>,
     expectations: &Expectations,
@@ -192,7 +192,7 @@ async fn once(
 ) -> ExitCode {
     screen.wait_for("waiting for the workloads");
     let ready = proof::wait_ready(cluster, READY_WITHIN).await;
-    screen.wait_for("watching what they say");
+    screen.wait_for("watching their traffic");
     let mut proof = Proof::new();
     proof.note("every workload is ready and captured", ready);
     proof.run(cluster, expectations, forward).await;
@@ -200,7 +200,7 @@ async fn once(
     if proof.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Shows the table until the user ends it; the proof is made as soon as the workloads are ready.
+/// Shows the table until the user ends it. The checks run as soon as the workloads are ready.
 async fn stay(
     cluster: &Arc<Cluster>,
     expectations: &Expectations,
@@ -233,7 +233,7 @@ async fn news(cluster: &Cluster) -> News {
     News { troubles: troubles(cluster).await, notes: cluster.ignored() }
 }
 
-/// What is not well, a line each.
+/// Problems, one line each.
 async fn troubles(cluster: &Cluster) -> Vec<String> {
     let mut lines = cluster.problems();
     lines.extend(cluster.control_problems().await);
@@ -241,7 +241,7 @@ async fn troubles(cluster: &Cluster) -> Vec<String> {
     lines.extend(cluster.program_troubles());
     for pod in cluster.pods() {
         let view = pod.view();
-        // A pod that has just been made, or is on its way out, is as it should be.
+        // A pod that is starting or terminating is not a problem.
         let settled = view.terminating.is_none() && view.started.elapsed().is_ok_and(|age| age > STARTING)
             || view.failure.is_some();
         if (!view.is_ready() && settled) || view.restarts() > 0 || view.is_stuck() {

@@ -1,4 +1,4 @@
-//! What the mesh promises, shown: each check is a sentence that held, or did not and why.
+//! Checks of what the mesh promises. Each is a claim with its outcome and the reason.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -14,40 +14,40 @@ use crate::up::expectations::{self, Expectations, ServiceName};
 use crate::up::flows::{self, Flows};
 use crate::up::forward::Forward;
 
-/// How long the wire is listened to.
+/// Duration of the packet capture.
 const LISTEN_FOR: Duration = Duration::from_secs(4);
-/// How long a check may wait for what it is to see.
+/// How long a check waits for its condition.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often it looks.
+/// Interval between two tests of the condition.
 const POLL: Duration = Duration::from_millis(200);
 /// Port of HBONE (contracts.md, section 1).
 const HBONE: u16 = 15008;
-/// Port on which the sample in the clear is sent.
+/// Port of the plaintext sample.
 const SAMPLE_PORT: u16 = 8099;
-/// Namespace of the pods that send it, which is in no mesh.
+/// Namespace of the pods that send the sample, which are not in the mesh.
 const SAMPLE_NAMESPACE: &str = "ambit-sample";
 
-/// One sentence.
+/// One check.
 #[derive(Debug, Clone)]
 pub(crate) struct Check {
-    /// What was to be shown.
+    /// What is checked.
     pub(crate) claim: String,
-    /// What came of it.
+    /// Its outcome.
     pub(crate) outcome: Outcome,
 }
 
-/// What came of a check, with what was seen.
+/// The outcome of a check, with a description of what was observed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// It holds.
     Shown(String),
-    /// Nothing happened that could show it, which is no fault of the mesh.
+    /// There was no traffic that could show it, which is not a fault of the mesh.
     NotShown(String),
     /// It does not hold.
     Failed(String),
 }
 
-/// The error of a check that saw nothing to judge.
+/// The error of a check that saw no traffic.
 #[derive(Debug)]
 struct NoTraffic(String);
 
@@ -69,30 +69,30 @@ impl From<anyhow::Result<String>> for Outcome {
     }
 }
 
-/// All sentences so far.
+/// All checks so far.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Proof {
     pub(crate) checks: Vec<Check>,
 }
 
 impl Proof {
-    /// Nothing shown yet.
+    /// No checks yet.
     pub(crate) fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a sentence.
+    /// Adds a check.
     pub(crate) fn note(&mut self, claim: &str, outcome: anyhow::Result<String>) {
         self.checks.push(Check { claim: claim.to_owned(), outcome: outcome.into() });
     }
 
-    /// Whether nothing failed.
+    /// Whether no check failed.
     pub(crate) fn holds(&self) -> bool {
         let failed = |check: &Check| matches!(check.outcome, Outcome::Failed(_));
         !self.checks.is_empty() && !self.checks.iter().any(failed)
     }
 
-    /// Makes all checks but the first, which is [`wait_ready`].
+    /// Runs all checks but the first, which is [`wait_ready`].
     pub(crate) async fn run(
         &mut self,
         cluster: &Cluster,
@@ -128,7 +128,7 @@ impl Proof {
 /// Waits until every pod is ready and those that are to be in the mesh are captured and served.
 ///
 /// # Errors
-/// What is not ready, after `limit`; what is wrong with the manifests; what crashes.
+/// After `limit`, with the pods that are not ready, the faults of the manifests and the crashes.
 pub(crate) async fn wait_ready(cluster: &Cluster, limit: Duration) -> anyhow::Result<String> {
     let deadline = Instant::now() + limit;
     loop {
@@ -162,7 +162,7 @@ fn unready(pod: &Pod) -> Option<String> {
     None
 }
 
-/// Flows between two workloads of which the source is in the mesh, and that connected at all.
+/// Flows with at least one connection whose source is in the mesh.
 fn meshed(flows: &Flows) -> impl Iterator<Item = (&flows::Pair, &flows::Flow)> {
     flows.iter().filter(|(pair, flow)| !pair.source.principal.is_empty() && flow.opened > 0.0)
 }
@@ -196,8 +196,8 @@ fn judge_authentication(flows: &Flows) -> anyhow::Result<String> {
     Ok(format!("{pairs} pairs of workloads, mutual TLS, identities reported alike by both proxies"))
 }
 
-/// Listens between the nodes while the workloads talk, and while a sample in the clear is sent that must be
-/// found: otherwise finding nothing would prove nothing.
+/// Captures packets between the nodes while the workloads exchange traffic and a plaintext sample is sent. The capture must
+/// contain the sample, which proves that it would also contain other plaintext.
 async fn encrypted(cluster: &Cluster, words: &[String]) -> anyhow::Result<String> {
     ensure!(cluster.nodes() > 1, "there is only one node, so nothing crosses a wire");
     let sample = Sample::new(cluster).await.context("make the pods of the sample in the clear")?;
@@ -331,13 +331,13 @@ fn workload_of(pod: &Pod) -> String {
     }
 }
 
-/// Asks from inside a pod; the first byte of an answer is one too many.
+/// Sends a request from inside a pod. Fails if a single byte of an answer arrives.
 async fn denied(pod: &Pod, url: &str) -> anyhow::Result<String> {
     let rest = url.strip_prefix("http://").with_context(|| format!("{url} does not begin with http://"))?;
     let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
     let (name, port) = host.rsplit_once(':').unwrap_or((host, "80"));
     let port: u16 = port.parse().with_context(|| format!("{url} has no sound port"))?;
-    // A name that does not resolve says nothing about a policy.
+    // Resolved first, because a name that does not resolve proves nothing about a policy.
     let addresses = pod.resolve(name).await.with_context(|| format!("resolve {name} in {pod}"))?;
     let address = addresses.first().with_context(|| format!("{name} has no address"))?;
     let address = SocketAddr::new(*address, port);
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_between_two_meshed_pods_is_a_leak_and_elsewhere_it_is_not() {
+    fn a_word_is_a_leak_only_between_two_meshed_pods() {
         assert!(judge(vec![sample(), tunnel()], 0).is_ok());
         let outside = packet("10.7.7.7:1", "10.0.0.2:9080", b"word");
         assert!(judge(vec![sample(), tunnel(), outside], 0).is_ok());
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pair_without_confirmation_by_the_destination_is_not_authenticated() {
+    fn a_pair_not_confirmed_by_the_destination_is_unauthenticated() {
         let party = |name: &str| flows::Party {
             workload: name.to_owned(),
             namespace: "n".to_owned(),

@@ -1,4 +1,4 @@
-//! The table on the terminal: drawn over itself where there is one, printed when something changed where not.
+//! The table on the terminal, which is redrawn in place. Without a terminal, changes are printed.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
@@ -14,12 +14,12 @@ const RED: &str = "31";
 const BOLD: &str = "1";
 const DIM: &str = "2";
 
-/// What a person should know beside the flows, a line each.
+/// Messages in addition to the flows, one line each.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct News {
-    /// What is not well.
+    /// Problems.
     pub(crate) troubles: Vec<String>,
-    /// What the manifests ask for and is not done here.
+    /// Parts of the manifests that have no effect here.
     pub(crate) notes: Vec<String>,
 }
 
@@ -27,7 +27,7 @@ pub(crate) struct News {
 pub(crate) struct Screen {
     /// Standard output is a terminal.
     terminal: bool,
-    /// The table is to be drawn over itself.
+    /// The table is redrawn in place.
     live: bool,
     spinner: Option<ProgressBar>,
     /// Lines that stay above the table.
@@ -41,7 +41,7 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    /// A screen on standard output; `once` never draws over what it drew.
+    /// A screen on standard output. With `once`, the table is never redrawn in place.
     pub(crate) fn new(once: bool) -> Self {
         let terminal = std::io::stdout().is_terminal();
         Self {
@@ -55,7 +55,7 @@ impl Screen {
         }
     }
 
-    /// Shows that something is waited for.
+    /// Shows what is being waited for.
     pub(crate) fn wait_for(&mut self, what: &str) {
         self.end();
         if !self.terminal {
@@ -74,7 +74,7 @@ impl Screen {
         }
     }
 
-    /// Says one line, which stays.
+    /// Prints one line that stays.
     pub(crate) fn say(&mut self, line: &str) {
         self.end();
         print(&format!("{line}\n"));
@@ -82,7 +82,7 @@ impl Screen {
         self.header.push('\n');
     }
 
-    /// Shows what is not well, what is ignored, flows and proof.
+    /// Shows problems, ignored parts of the manifests, flows and checks.
     pub(crate) fn draw(&mut self, news: &News, flows: &Flows, proof: Option<&Proof>) {
         self.end();
         let News { troubles, notes } = news;
@@ -114,7 +114,7 @@ impl Screen {
             print(&text);
             self.table_printed = true;
         } else {
-            // Where there is nothing to draw over, news are enough.
+            // Without a terminal, only new lines are printed.
             let unread = troubles.iter().filter(|line| !self.troubles.contains(line));
             print(&unread.map(|line| format!("! {line}\n")).collect::<String>());
             let mended = self.troubles.iter().filter(|line| !troubles.contains(line));
@@ -125,7 +125,7 @@ impl Screen {
     }
 }
 
-/// Standard output may be closed by its reader, which ends nothing.
+/// Prints to standard output. A reader that closes it does not end the program.
 fn print(text: &str) {
     let mut output = std::io::stdout().lock();
     if output.write_all(text.as_bytes()).and_then(|()| output.flush()).is_err() {
