@@ -122,8 +122,8 @@ impl Plan {
     }
 }
 
-/// Hands out pod addresses of one node: the next free one after the last given, so that an address is used
-/// again as late as possible.
+/// Allocates pod addresses of one node: the next free one after the last allocated, so that an address is reused as late as
+/// possible.
 #[derive(Debug)]
 pub(crate) struct PodRange {
     plan: Plan,

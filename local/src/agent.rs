@@ -1,5 +1,4 @@
-//! A node's agent, in this process: the library that a cluster's node runs as a program. What it reports is copied into
-//! the pods' views.
+//! A node's agent, run as a library in this process. Its status events are copied into the pods' views.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
@@ -57,7 +56,7 @@ impl NodeAgent {
         })
     }
 
-    /// Starts it, with the pods of the node that are to be enrolled. It takes up those of its registry again.
+    /// Starts it with the pods of the node that must be enrolled. It restores those of its registry.
     ///
     /// # Errors
     /// When its socket or registry can't be opened.
@@ -84,7 +83,7 @@ impl NodeAgent {
         Ok(())
     }
 
-    /// Ends it as a crash would: nothing is cleared up.
+    /// Ends it as a crash would, without cleaning up.
     pub(crate) async fn stop(&self) {
         let running = self.running.lock().take();
         if let Some(mut running) = running {

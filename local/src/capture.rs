@@ -1,7 +1,7 @@
 //! Packet captures on the links between the nodes, over AF_PACKET sockets.
 //!
-//! A capture answers one question: what could somebody read who listens on the wire? It keeps the frames that
-//! entered the fabric, each once, up to a limit, and says if it lost any.
+//! A capture shows what an eavesdropper on the wire could read. It keeps each frame that entered the fabric once, up to a
+//! limit, and counts lost frames.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,7 +25,7 @@ const LARGEST_FRAME: usize = 72 * 1024;
 /// How much a capture keeps by default, bytes.
 pub const DEFAULT_LIMIT: usize = 256 * 1024 * 1024;
 
-/// A running capture. Dropping it ends it and loses what it kept.
+/// A running capture. Dropping it ends it and discards the frames.
 #[derive(Debug)]
 pub struct Capture {
     stop: Arc<AtomicBool>,
@@ -40,13 +40,13 @@ struct Taken {
     failure: Option<String>,
 }
 
-/// What a capture saw.
+/// The result of a capture.
 #[derive(Debug, Default)]
 pub struct Captured {
     /// Packets with a transport payload or without, in the order of each link.
     pub packets: Vec<Packet>,
-    /// Frames that were lost since they came too fast or went over the limit. Only with 0 does the absence of
-    /// something in [`Captured::packets`] prove anything.
+    /// Frames that were lost because they came too fast or exceeded the limit. The absence of a packet from
+    /// [`Captured::packets`] proves something only if this is 0.
     pub dropped: u64,
     /// Frames that are neither TCP nor UDP (ARP, ICMP).
     pub others: u64,
@@ -246,7 +246,7 @@ fn take(socket: &OwnedFd, stop: &AtomicBool, limit: usize) -> Taken {
             Err(Errno::EAGAIN) if stopping => break,
             Err(Errno::EAGAIN) => {
                 let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-                // EINTR is answered by the next turn.
+                // After EINTR, the loop continues.
                 poll(&mut ready, PollTimeout::from(20_u8)).ok();
             }
             Err(Errno::EINTR) => {}
@@ -348,14 +348,14 @@ mod tests {
     }
 
     #[test]
-    fn a_needle_is_found_across_segments_that_came_out_of_order_and_twice() {
+    fn text_is_found_across_reordered_and_repeated_segments() {
         let packets =
             vec![segment(u32::MAX - 1, b"se"), segment(2, b"et"), segment(0, b"cr"), segment(0, b"cr")];
         assert_eq!(captured(packets).find(b"secret").len(), 1);
     }
 
     #[test]
-    fn a_needle_that_lies_in_two_flows_is_not_found() {
+    fn text_split_over_two_flows_is_not_found() {
         let mut other = segment(4, b"ret");
         other.source.set_port(1001);
         assert!(captured(vec![segment(1, b"sec"), other]).find(b"secret").is_empty());

@@ -1,8 +1,7 @@
-//! The cluster DNS: what CoreDNS answers in a cluster, for pods outside the mesh and as the resolver to which the
-//! mesh's own DNS forwards.
+//! The cluster DNS, which answers as CoreDNS does. Pods outside the mesh use it, and the mesh's own DNS forwards to it.
 //!
-//! It knows services, headless services' pods and names given to it. The cluster has no way out, so every other
-//! name does not exist.
+//! It answers for services, pods of headless services and names added by calls. The cluster has no route to the outside, so
+//! every other name does not exist.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
@@ -81,7 +80,7 @@ impl Zone {
         let ServiceView { namespace, name, vips, ports, endpoints } = service;
         let host = format!("{name}.{namespace}.svc.{CLUSTER_DOMAIN}.");
         let headless = vips.is_empty();
-        // The name exists even while nobody stands behind it.
+        // The name exists even without endpoints.
         let entry = self.entry(&host);
         if headless {
             entry.addresses.extend(endpoints.iter().map(|(_, address)| *address));
@@ -224,7 +223,7 @@ impl Dns {
 async fn serve_udp(socket: UdpSocket, zone: Arc<RwLock<Arc<Zone>>>) {
     let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
-        // An ICMP error of an earlier answer arrives as an error of this call; the socket stays sound.
+        // An ICMP error of an earlier answer is returned by this call; the socket can still be used.
         let Ok((length, client)) = socket.recv_from(&mut buffer).await else { continue };
         let datagram = buffer.get(..length).unwrap_or_default();
         if let Some(answer) = respond(datagram, &zone, true) {
@@ -242,7 +241,7 @@ async fn serve_tcp(listener: TcpListener, zone: Arc<RwLock<Arc<Zone>>>) {
             Ok((stream, _)) => {
                 let zone = Arc::clone(&zone);
                 connections.spawn(async move {
-                    // What ends a client's connection concerns that client alone.
+                    // An error concerns only this client.
                     tokio::time::timeout(TCP_IDLE, serve_stream(stream, &zone)).await.ok();
                     drop(permit);
                 });
@@ -345,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_without_the_asked_type_is_no_error_and_an_unknown_name_is() {
+    fn a_known_name_without_the_type_is_not_nxdomain() {
         let empty = ask("db.shop.svc.cluster.local.", RecordType::AAAA);
         assert_eq!(empty.metadata.response_code, ResponseCode::NoError);
         assert_eq!((empty.answers.len(), empty.authorities.len()), (0, 1));

@@ -1,4 +1,4 @@
-//! What can go wrong while a local cluster is built or driven: one enum, split by whose doing it was.
+//! What can go wrong while a local cluster is built or driven: one enum, split by cause.
 //!
 //! Every variant says what was attempted with which object, since the reader of the message has only that.
 

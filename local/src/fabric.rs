@@ -2,8 +2,8 @@
 //!
 //! The fabric is one Ethernet segment (a bridge in a namespace of its own) to which every node and the control
 //! plane have one uplink. A node routes between its uplink and its pods' links, as nodes of a cluster do whose
-//! network plugin is "routed". All of it is plain links: what a pod sends to another node crosses the fabric
-//! exactly as it left the pod's namespace, which is where captures listen.
+//! network plugin is "routed". Packets from a pod to another node cross the fabric
+//! exactly as they left the pod's namespace. Captures read them there.
 
 use std::net::IpAddr;
 

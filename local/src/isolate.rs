@@ -1,4 +1,4 @@
-//! Namespaces around a whole cluster, so that the kernel itself clears up behind it, whatever ends it.
+//! Namespaces around a whole cluster, so that the kernel cleans up after it in every case.
 //!
 //! `ambit up` runs in three stages of one program. [`supervise`] is the process that the user sees: it makes a
 //! process-id and a mount namespace (and, without root, a user and a network namespace) and starts the next one.
@@ -80,7 +80,7 @@ pub fn supervise(descriptors: &[OwnedFd]) -> Result<ExitCode> {
     runtime.block_on(follow(child.id()))
 }
 
-/// What the supervisor handed down, in its order. Call it once, in the program proper.
+/// The descriptors that the supervisor passed, in its order. Call it once, in the program proper.
 ///
 /// # Errors
 /// When this process was not started by a supervisor.
@@ -175,7 +175,7 @@ async fn follow(child: u32) -> Result<ExitCode> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(fault())?;
     let mut hangup = signal(SignalKind::hangup()).map_err(fault())?;
     loop {
-        // A child may have ended before the handler was in place.
+        // A child may have ended before the handler was installed.
         if let Some(code) = reap(child) {
             return Ok(code);
         }

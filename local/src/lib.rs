@@ -1,9 +1,9 @@
 //! A cluster on one machine: nodes and pods as network namespaces.
 //!
-//! `ambit up` and the end-to-end tests stand on this crate. It builds nodes, links and pods over netlink, runs
-//! the workloads of a directory of manifests as processes, plays the parts of the API server, the controllers,
-//! the kubelets and kube-proxy as far as a mesh sees them, and starts `ambit-control` and one `ztunnel` a node.
-//! It is no Kubernetes: it pulls no images, isolates no file systems, and stores nothing that outlives it.
+//! `ambit up` and the end-to-end tests use this crate. It builds nodes, links and pods over netlink, runs the workloads of a
+//! directory of manifests as processes, replaces the API server, the controllers, the kubelets and kube-proxy as far as a mesh
+//! depends on them, and starts `ambit-control` and one `ztunnel` for each node. It is not Kubernetes: it pulls no images, does
+//! not isolate file systems, and stores nothing permanently.
 
 pub mod addresses;
 mod agent;

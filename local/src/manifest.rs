@@ -1,6 +1,6 @@
 //! YAML text in, Kubernetes objects out: the edge where a directory of manifests becomes typed.
 //!
-//! It reads any kind; whoever needs a certain one asks for it as its Kubernetes type. It never touches the
+//! It reads objects of any kind; callers convert them to Kubernetes types. It never accesses the
 //! cluster.
 
 use std::fmt;
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_without_a_namespace_is_in_the_default_one_unless_its_kind_has_none() {
+    fn an_object_without_namespace_is_in_the_default_one() {
         let text = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\n---\n---\napiVersion: v1\nkind: Namespace\nmetadata: {name: b}\n";
         let objects = parsed(text).expect("the manifest is sound");
         let keys: Vec<_> = objects.iter().map(|object| object.key.to_string()).collect();
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_yaml_takes_for_a_truth_value_is_told() {
+    fn a_name_that_yaml_reads_as_a_truth_value_is_reported() {
         let error = parsed("apiVersion: v1\nkind: Service\nmetadata: {name: n}\n").expect_err("no name");
         assert!(error.to_string().contains("put it in quotes"), "{error}");
     }

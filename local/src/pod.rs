@@ -25,7 +25,7 @@ pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 /// The annotation by which the node agent's state is published.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 
-/// What a pod was made for, which decides when it goes.
+/// The reason for which a pod was made, which decides when it is deleted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Origin {
     /// A replica of a Deployment, with its template's hash.
@@ -68,7 +68,7 @@ pub(crate) struct Inner {
     pub(crate) view: Arc<watch::Sender<PodView>>,
     pub(crate) processes: Arc<Mutex<Vec<Option<Process>>>>,
     pub(crate) stop: watch::Sender<Option<Duration>>,
-    /// With which options labels and annotations say that it is to be in the mesh, if they do.
+    /// The options with which labels and annotations put it into the mesh, if they do.
     pub(crate) wanted_in_mesh: watch::Sender<Option<Options>>,
 }
 

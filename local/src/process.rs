@@ -327,7 +327,7 @@ async fn keep(stream: impl AsyncRead + Unpin, output: Arc<Output>) {
     }
 }
 
-/// Kills what is left of a process group when its watcher goes, however it goes.
+/// Kills the rest of a process group when its watcher ends in any way.
 struct Group {
     pid: u32,
     reaped: bool,
@@ -377,7 +377,8 @@ async fn supervise(
     // As in a container, nothing outlives the leader.
     group.send(Signal::SIGKILL);
     group.reaped = true;
-    // Who is told of the end wants to read the last words too. A process that left the group may hold the pipes.
+    // Reads the last lines before the end is reported. The wait is bounded, because a process that left the group may hold the
+    // pipes open.
     let last_words = async { while readers.join_next().await.is_some() {} };
     if tokio::time::timeout(LAST_WORDS, last_words).await.is_err() {
         readers.detach_all();

@@ -1,4 +1,4 @@
-//! Services and what stands behind them: a pure function from objects and pods to ports and targets.
+//! Services and their endpoints: a pure function from objects and pods to ports and targets.
 //!
 //! The cluster DNS and the translation of VIPs for pods outside the mesh both work from its result.
 

@@ -15,7 +15,7 @@ pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
 /// The audience of tokens for the CA (contracts.md, section 5).
 pub const AUDIENCE: &str = "istio-ca";
 
-/// Whom a token stands for.
+/// The subject of a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subject {
     /// Namespace of the service account and the pod.
@@ -28,7 +28,7 @@ pub struct Subject {
     pub node: Option<String>,
 }
 
-/// Signs tokens with a key of its own, which never leaves the process.
+/// Signs tokens with a private key that never leaves the process.
 pub struct TokenSigner {
     key: EncodingKey,
     key_id: String,
@@ -127,7 +127,7 @@ mod tests {
     use jsonwebtoken::{DecodingKey, Validation, decode};
 
     #[test]
-    fn a_token_verifies_against_the_key_set_and_bears_the_bound_claims() {
+    fn a_token_verifies_and_has_the_bound_claims() {
         let signer = TokenSigner::new().expect("a key can be made");
         let subject = Subject {
             namespace: "ambit-system".to_owned(),

@@ -23,8 +23,8 @@ const DSTNAT: i32 = -100;
 /// Priority of source translation, `srcnat`.
 const SRCNAT: i32 = 100;
 
-/// The table that leads every VIP to its endpoints, evenly at random a connection. A VIP without endpoint
-/// refuses.
+/// The table that translates every VIP to one of its endpoints, chosen at random for each connection. A VIP without endpoints
+/// refuses connections.
 pub(crate) fn plan(services: &[ServiceView]) -> Table {
     let mut rules = Vec::new();
     let mut endpoints = BTreeSet::new();
@@ -106,7 +106,7 @@ fn add_rules(
     }
 }
 
-/// What is still addressed to a VIP after translation has nobody behind it.
+/// Rules that refuse packets that are still addressed to a VIP after translation: it has no endpoints.
 fn refusals() -> Vec<Rule> {
     let ranges = [
         IpNet::new(IpAddr::V4(SERVICES_V4), SERVICES_PREFIX_V4),

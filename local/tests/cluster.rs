@@ -44,7 +44,7 @@ async fn ask(client: &Pod, target: SocketAddr) -> std::io::Result<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pods_of_two_nodes_reach_each_other_over_both_address_families() {
+async fn pods_of_two_nodes_reach_each_other_over_both_families() {
     let cluster = plain().await;
     let client = cluster.pod(PodOptions::new("shop", "client").node(0)).await.expect("a pod");
     let server = cluster.pod(PodOptions::new("shop", "server").node(1)).await.expect("a pod");
@@ -185,7 +185,7 @@ async fn editing_a_manifest_changes_the_running_cluster() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_capture_sees_what_crosses_the_fabric_and_nothing_of_one_node() {
+async fn a_capture_sees_the_fabric_and_no_traffic_within_a_node() {
     let cluster = plain().await;
     let client = cluster.pod(PodOptions::new("shop", "client").node(0)).await.expect("a pod");
     let near = cluster.pod(PodOptions::new("shop", "near").node(0)).await.expect("a pod");
@@ -240,7 +240,7 @@ async fn probes_decide_who_is_ready_and_who_is_restarted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_program_in_a_pod_sees_the_pods_network_and_names_and_ends_with_its_group() {
+async fn a_program_sees_its_pods_network_and_ends_with_its_group() {
     let cluster = plain().await;
     let pod = cluster.pod(PodOptions::new("shop", "client").node(0)).await.expect("a pod");
     let command = Command::new("sh").args(["-c", "cat /etc/resolv.conf; sleep 1000 & echo child $!; wait"]);

@@ -51,7 +51,7 @@ async fn connect_and_ask(client: &Pod, target: SocketAddr) -> std::io::Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_restarts_is_not_noticed_and_takes_new_pods_in_again() {
+async fn an_agent_restart_is_not_noticed_and_new_pods_are_enrolled() {
     let cluster = Cluster::builder().start().await.expect("root, ambit-control and ztunnel");
     cluster.namespace("shop", true).await.expect("a namespace");
     cluster.apply(SERVICE).await.expect("a service");
@@ -105,7 +105,7 @@ async fn tokens_are_renewed_before_they_expire() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edited_label_in_the_manifests_moves_running_programs_in_and_out() {
+async fn an_edited_label_enrols_and_unenrols_running_pods() {
     let manifests = tempfile::tempdir().expect("a directory");
     let namespace = |labels: &str| {
         format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: shop, labels: {{{labels}}}}}\n")

@@ -1,4 +1,4 @@
-//! How a cluster is described and brought up.
+//! The description of a cluster, and its start.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -364,7 +364,7 @@ impl ClusterBuilder {
         })
     }
 
-    /// Every namespace on the fabric learns where the pods of every node are.
+    /// Adds routes to the pods of every node to every namespace on the fabric.
     async fn connect(&self, plan: Plan, control: &Attached, nodes: &[Attached]) -> Result<()> {
         for (at, attached) in nodes.iter().enumerate() {
             let index = u8::try_from(at).unwrap_or(u8::MAX);

@@ -1,7 +1,7 @@
 //! The cluster's controller: one task that brings pods, published objects, DNS and VIPs in line with the objects.
 //!
-//! It works level-triggered: every wake is a whole pass over small data, so an event that is missed or comes
-//! twice makes no difference. What a controller manager, a scheduler and kube-proxy do in a cluster is done here.
+//! It is level-triggered: every wake-up is a complete pass over small data, so missed and repeated events make no
+//! difference. It does the work of a cluster's controller manager, scheduler and kube-proxy.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -31,10 +31,10 @@ use crate::vip;
 /// Kinds that run pods in a cluster and are not run here.
 const NOT_RUN: &[&str] =
     &["StatefulSet", "DaemonSet", "ReplicaSet", "Job", "CronJob", "ReplicationController"];
-/// The longest pause between two passes, so that a fault that went away by itself is noticed.
+/// The longest pause between two passes, so that a fault that has ended without an event is noticed.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// The controller's own memory.
+/// The state of the controller.
 pub(crate) struct Controller {
     shared: Arc<Shared>,
     services: ServiceRange,
@@ -63,7 +63,7 @@ impl Controller {
         }
     }
 
-    /// One pass. Faults of single objects are returned and hold up nothing else.
+    /// One pass. Returns the faults of single objects, which do not affect others.
     async fn pass(&mut self) -> BTreeMap<String, String> {
         let objects = self.shared.objects.lock().all();
         let mut problems = BTreeMap::new();
@@ -92,7 +92,7 @@ impl Controller {
         problems
     }
 
-    /// Tells every pod whether it is to be in the mesh.
+    /// Sets for every pod whether it should be in the mesh.
     fn enrol(&self, namespaces: &BTreeMap<String, publish::Namespace>) {
         for pod in self.shared.pods() {
             let object = pod.inner.object.read().clone();

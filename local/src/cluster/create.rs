@@ -1,4 +1,4 @@
-//! How a pod comes into being and goes: namespaces, link, files, its task.
+//! Creation and removal of a pod: its namespaces, link, files and task.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -33,15 +33,15 @@ const AGENT_RETRY: Duration = Duration::from_millis(250);
 pub(crate) struct NewPod {
     /// The object as it was asked for: metadata with name and namespace, and a specification.
     pub(crate) object: Object,
-    /// What it is made for.
+    /// The reason for which it is made.
     pub(crate) origin: Origin,
-    /// On which node.
+    /// The node.
     pub(crate) node: usize,
-    /// Which IPv4 address it must get, if a certain one.
+    /// The IPv4 address, if a certain one is required.
     pub(crate) address: Option<Ipv4Addr>,
     /// Whether its containers run; otherwise it is ready at once.
     pub(crate) run: bool,
-    /// With which options it is in the mesh from the first.
+    /// The options with which it is in the mesh from the start, if it is.
     pub(crate) mesh: Option<Options>,
 }
 
@@ -215,11 +215,11 @@ pub(crate) fn fresh_uid() -> String {
     [part(0..8), part(8..12), part(12..16), part(16..20), part(20..32)].join("-")
 }
 
-/// The pod's task: keeps its place in the mesh as wanted, runs its containers, and clears up behind it.
+/// The pod's task: enrols it as its labels say, runs its containers, and cleans up after it.
 async fn live(shared: Arc<Shared>, pod: Pod, run: Option<Arc<Object>>) {
     let mut view = pod.inner.view.subscribe();
     let containers = async {
-        // In the mesh before the first program runs: there is no moment in which it talks past the mesh.
+        // The pod is in the mesh before its first program runs, so that no traffic bypasses the mesh.
         if !until_first_enrolled(&shared, &pod).await {
             return;
         }
@@ -264,7 +264,7 @@ fn surroundings(shared: &Arc<Shared>, pod: &Pod) -> Surroundings {
 }
 
 async fn stopped(pod: &Pod) {
-    // An error means that the pod itself is gone, which is a stop too.
+    // An error means that the pod is gone, which also counts as a stop.
     pod.inner.stop.subscribe().wait_for(Option::is_some).await.ok();
 }
 
@@ -284,7 +284,7 @@ async fn until_first_enrolled(shared: &Shared, pod: &Pod) -> bool {
                 let served = view.wait_for(|view| view.redirection == Some(Redirection::Enabled));
                 let mut wanted = pod.inner.wanted_in_mesh.subscribe();
                 tokio::select! {
-                    // An error means that the pod itself is gone, as a stop does.
+                    // An error means that the pod is gone, which also counts as a stop.
                     served = served => return served.is_ok(),
                     _ = wanted.wait_for(Option::is_none) => continue,
                     () = stopped(pod) => return false,
@@ -299,7 +299,7 @@ async fn until_first_enrolled(shared: &Shared, pod: &Pod) -> bool {
     }
 }
 
-/// Moves a running pod in and out of the mesh as its labels say. Never returns.
+/// Enrols and unenrols a running pod as its labels say. Never returns.
 async fn follow_membership(shared: &Shared, pod: &Pod) {
     // A change during the first enrolment is seen at the first turn.
     let mut wanted = pod.inner.wanted_in_mesh.subscribe();
@@ -331,7 +331,7 @@ async fn reconcile_membership(shared: &Shared, pod: &Pod, wanted: Option<Options
     }
 }
 
-/// What happens after the containers have ended: the agent lets go, the address is free, the name too.
+/// Releases the pod at the agent, and frees its address and name, after its containers have ended.
 async fn leave(shared: &Shared, pod: &Pod) {
     let node = shared.nodes.get(pod.node());
     if let Some(agent) = node.and_then(|node| node.agent.as_ref())

@@ -15,7 +15,7 @@ pub(super) fn unmet(findings: &Value, objects: &BTreeMap<Key, Object>) -> Vec<St
         let place = objects.get(&key).map(|object| format!("{}: ", object.file.display()));
         let place = place.unwrap_or_default();
         for condition in object["conditions"].as_array().into_iter().flatten() {
-            // What cannot be read is among the problems, with its line.
+            // Unreadable objects are already among the problems, with their line.
             let is_problem = condition["reason"] == "Unreadable";
             if condition["status"].as_bool() == Some(false) && !is_problem {
                 lines.push(format!("{place}{key}: {}", text(condition, "message")));

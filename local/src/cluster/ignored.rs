@@ -1,4 +1,4 @@
-//! What manifests ask for that a local cluster does not do: named once, so that nobody waits for its effect.
+//! Parts of manifests that have no effect in a local cluster. Each is reported once.
 
 use std::collections::BTreeMap;
 

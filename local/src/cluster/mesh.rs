@@ -28,14 +28,14 @@ const METRICS_PORT: u16 = 15020;
 const READINESS_PORT: u16 = 15021;
 const ADMIN_PORT: u16 = 15000;
 
-/// Where the programs are and what tests and users change about them.
+/// Locations of the programs, and settings that tests and users change.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct MeshOptions {
     pub(crate) control: PathBuf,
     pub(crate) ztunnel: PathBuf,
     pub(crate) control_args: Vec<String>,
     pub(crate) control_env: BTreeMap<String, String>,
-    /// Keys of every ztunnel's configuration file, over the defaults.
+    /// Keys of every ztunnel's configuration file, which override the defaults.
     pub(crate) ztunnel_config: Map<String, Value>,
     /// The same for single nodes.
     pub(crate) ztunnel_config_of: BTreeMap<usize, Map<String, Value>>,
@@ -87,7 +87,7 @@ impl MeshOptions {
         let readiness = SocketAddr::from((Ipv4Addr::LOCALHOST, READINESS_PORT));
         let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT));
         let mut command = Command::new(&self.control);
-        // Of an object in both, the published one counts: it has what the cluster filled in.
+        // The published copy of an object overrides the one in the manifests, because the cluster has completed it.
         for source in [&directory.join("objects")].into_iter().chain(&self.manifests) {
             command = command.arg("--source").arg(format!("dir:{}", source.display()));
         }
@@ -129,7 +129,7 @@ impl MeshOptions {
             .label("app", "ztunnel")
             .label("istio.io/dataplane-mode", "none");
         let pod = create::create(shared, NewPod::of(&options, index)).await?;
-        // The CA grants only what a pod that it knows asks for, so the object must be out first.
+        // The CA issues certificates only to pods that it knows, so the object must be published first.
         shared.settle().await?;
         let directory = shared.directory.join(&name);
         std::fs::create_dir_all(&directory)

@@ -1,4 +1,4 @@
-//! The cluster's handle: what tests and `ambit up` do with a running cluster.
+//! The handle by which tests and `ambit up` use a running cluster.
 
 mod builder;
 mod controller;
@@ -36,7 +36,7 @@ use crate::pod::{DATAPLANE_MODE, Pod, PodOptions};
 
 /// How long [`Cluster::pod`] and the waits without a limit of their own wait.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-/// How often a condition is looked at that nothing announces.
+/// Interval between two tests of a condition that has no event.
 const POLL: Duration = Duration::from_millis(10);
 
 /// A running cluster. Dropping it ends everything in it; [`Cluster::shutdown`] also waits for that.
@@ -293,7 +293,7 @@ impl Cluster {
         v4.filter_map(|target| Some((pod_at(target.ip())?, target.port()))).collect()
     }
 
-    /// What is wrong with manifests and objects, a sentence each.
+    /// Faults of manifests and objects, one sentence each.
     #[must_use]
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.shared.objects.lock().problems();
@@ -304,7 +304,7 @@ impl Cluster {
         problems
     }
 
-    /// What the manifests ask for that a local cluster does not do, a sentence each.
+    /// Parts of the manifests that have no effect in a local cluster, one sentence each.
     #[must_use]
     pub fn ignored(&self) -> Vec<String> {
         let nodes: Vec<String> = self.shared.nodes.iter().map(|node| node.name.clone()).collect();
@@ -313,7 +313,7 @@ impl Cluster {
 
     /// Ends everything: pods' programs with SIGTERM and their grace period (at most 5 s here), then the mesh.
     pub async fn shutdown(mut self) {
-        // First of all, or the controller replaces the pods that end.
+        // Must be first; otherwise the controller replaces the ended pods.
         self.tasks.shutdown().await;
         let pods = self.shared.pods();
         for pod in &pods {
@@ -332,7 +332,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.tasks.abort_all();
-        // Pods' tasks hold the shared state, so they must end for it to go.
+        // The tasks of pods hold the shared state, so it is dropped only after they have ended.
         for pod in self.shared.pods() {
             pod.inner.stop.send_replace(Some(Duration::ZERO));
         }

@@ -1,4 +1,4 @@
-//! The cluster's objects: those of the manifest directory, those applied by call, and what is published of them.
+//! The cluster's objects: those of the manifest directory, those applied by call, and their published form.
 //!
 //! The controller reads desired state from [`Objects`] and writes what an API server would show through
 //! [`Published`], into the directory that the control plane watches.
@@ -17,7 +17,7 @@ const DEPTH: usize = 8;
 /// More manifest files than this are refused.
 const MOST_FILES: usize = 4096;
 
-/// Desired state. An applied object stands over one of the same key in a file.
+/// Desired state. An applied object overrides one of the same key in a file.
 #[derive(Debug, Default)]
 pub(crate) struct Objects {
     files: BTreeMap<PathBuf, Vec<Object>>,
@@ -36,7 +36,7 @@ impl Objects {
         self.applied.remove(key).is_some()
     }
 
-    /// Reads a directory again. A file that is not understood keeps the objects it had before, and is listed
+    /// Reads a directory again. For a file that cannot be read, the previous objects stay, and the fault is listed
     /// among the problems.
     ///
     /// # Errors
@@ -61,7 +61,7 @@ impl Objects {
         Ok(())
     }
 
-    /// What is wrong with the manifests, a sentence each.
+    /// Faults of the manifests, one sentence each.
     pub(crate) fn problems(&self) -> Vec<String> {
         self.problems.values().cloned().collect()
     }
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_breaks_keeps_its_last_good_objects_and_is_reported() {
+    fn a_broken_file_keeps_its_last_objects_and_is_reported() {
         let directory = tempfile::tempdir().expect("a directory can be made");
         let file = directory.path().join("a.yaml");
         let mut objects = Objects::default();
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn an_applied_object_stands_over_a_file_until_it_is_taken_back() {
+    fn an_applied_object_overrides_a_file_until_it_is_removed() {
         let directory = tempfile::tempdir().expect("a directory can be made");
         std::fs::write(directory.path().join("a.yaml"), service(1)).expect("the file can be written");
         let mut objects = Objects::default();

@@ -13,7 +13,7 @@ use crate::cluster::{Cluster, Program, Ztunnel};
 use crate::error::{Error, Result};
 use crate::token::{AUDIENCE, Subject};
 
-/// How many of the control plane's problems are worth showing.
+/// Maximum number of the control plane's problems that are shown.
 const MOST_PROBLEMS: usize = 5;
 
 impl Cluster {
@@ -156,7 +156,7 @@ impl Cluster {
         Capture::start(self.shared.fabric.sandbox(), &links, limit).await
     }
 
-    /// Cuts a node off the fabric (`up` false) or joins it again.
+    /// Disconnects a node from the fabric (`up` false) or connects it again.
     ///
     /// # Errors
     /// When there is no such node.
@@ -196,7 +196,7 @@ impl Cluster {
         mesh::zds_socket(&self.shared, index)
     }
 
-    /// Programs of the mesh that have ended although nobody ended them, or were restarted, with what they said last.
+    /// Programs of the mesh that ended by themselves or were restarted, with their last line of output.
     #[must_use]
     pub fn program_troubles(&self) -> Vec<String> {
         let ztunnels: Vec<Ztunnel> =
@@ -205,7 +205,7 @@ impl Cluster {
         control.chain(ztunnels.iter().filter_map(|ztunnel| ztunnel.trouble())).collect()
     }
 
-    /// What the control plane finds wrong with objects now, in its own words; nothing in a cluster without a mesh.
+    /// The current errors in the log of the control plane. Empty in a cluster without a mesh.
     pub async fn control_problems(&self) -> Vec<String> {
         let Ok(control) = self.control() else { return Vec::new() };
         let Ok(metrics) = control.metrics().await else { return Vec::new() };
@@ -227,8 +227,8 @@ impl Cluster {
         problems
     }
 
-    /// What the control plane has to tell the authors of objects: each condition that does not hold, with the file of
-    /// its object. Nothing in a cluster without a mesh.
+    /// Findings of the control plane about objects: each condition that does not hold, with the file of its object. Empty in a
+    /// cluster without a mesh.
     pub async fn findings(&self) -> Vec<String> {
         let Ok(control) = self.control() else { return Vec::new() };
         let Ok(dump) = control.config_dump().await else { return Vec::new() };

@@ -1,4 +1,4 @@
-//! What an API server would show of the cluster: pure functions from objects and pods to published objects.
+//! The objects that an API server would serve: pure functions from objects and pods to published objects.
 //!
 //! Only what the manifests don't hold is published: pods with their status, the ReplicaSets between them and
 //! their Deployments, services with their VIPs, namespaces, nodes, and objects that were applied by call.
@@ -25,7 +25,7 @@ pub(crate) struct Namespace {
     pub(crate) annotations: BTreeMap<String, String>,
 }
 
-/// Every namespace that is written down or that something lies in.
+/// Every namespace that is declared or that contains an object.
 pub(crate) fn namespaces(objects: &BTreeMap<Key, Object>, pods: &[Pod]) -> BTreeMap<String, Namespace> {
     let mut namespaces: BTreeMap<String, Namespace> = BTreeMap::new();
     let mentioned = objects.keys().map(|key| key.namespace.as_str()).filter(|name| !name.is_empty());
@@ -64,8 +64,8 @@ pub(crate) fn typed<T: DeserializeOwned>(
     typed
 }
 
-/// Reports workloads that run under a service account which nobody defined: in a cluster their pods are refused,
-/// and here a slip of the pen would give them an identity that no policy knows.
+/// Reports workloads that run under a service account that is not defined. A cluster refuses such pods; here, a
+/// typing error would give them an identity that no policy names.
 pub(crate) fn check_service_accounts(
     objects: &BTreeMap<Key, Object>,
     problems: &mut BTreeMap<String, String>,
@@ -134,7 +134,7 @@ fn give_vips(service: &mut Service, range: &mut ServiceRange) -> Result<()> {
     Ok(())
 }
 
-/// The service behind which the cluster DNS stands; its endpoint is published beside it.
+/// The service of the cluster DNS. Its endpoint is published separately.
 fn dns_service(plan: Plan) -> Option<Service> {
     let vips: Vec<String> = plan.dns().all().iter().map(ToString::to_string).collect();
     let service = json!({

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::cluster::Program;
 use crate::cluster::shared::Shared;
 
-/// How often the programs are looked at.
+/// Interval between two checks of the programs.
 const LOOK: Duration = Duration::from_millis(100);
 /// Delay before the first restart.
 const FIRST_DELAY: Duration = Duration::from_millis(500);

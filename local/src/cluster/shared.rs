@@ -1,4 +1,4 @@
-//! What all parts of a running cluster hold on to.
+//! State that all parts of a running cluster share.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -85,7 +85,7 @@ impl Shared {
         self.pods.read().values().cloned().collect()
     }
 
-    /// Writes down what the agent says of a pod's redirection.
+    /// Records the redirection that the agent reports for a pod.
     pub(crate) fn set_redirection(&self, uid: &str, redirection: Option<Redirection>) {
         let pods = self.pods.read();
         if let Some(pod) = pods.values().find(|pod| pod.uid() == uid) {

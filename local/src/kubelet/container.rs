@@ -21,7 +21,7 @@ use crate::process::{Command, Process};
 const FIRST_DELAY: Duration = Duration::from_millis(500);
 /// Longest delay between two starts.
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
-/// A run of this length wipes out the delays before it.
+/// A run of this length resets the delay.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
 /// When an ended container is started again.

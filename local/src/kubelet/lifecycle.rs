@@ -130,7 +130,7 @@ async fn started(around: &Surroundings, position: usize) -> bool {
     }
 }
 
-/// What a person is to read of an init container that failed for good.
+/// The message for an init container that failed for good.
 fn failure_of(around: &Surroundings, position: usize, name: &str) -> String {
     let view = around.view.borrow();
     let state = view.init_containers.get(position).map(|container| &container.state);

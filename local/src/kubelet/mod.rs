@@ -1,4 +1,4 @@
-//! What a kubelet does for a pod: its containers as processes, their probes, restarts and status.
+//! The work of a kubelet for a pod: its containers as processes, their probes, restarts and status.
 //!
 //! The cluster makes a pod's namespaces and decides when it starts and stops; from then on one task a pod, here,
 //! runs it and publishes what it sees.

@@ -1,4 +1,4 @@
-//! From a container's specification to the program that stands for it: a pure translation.
+//! Translates a container's specification to the command that is run for it. Pure.
 //!
 //! There are no images here. An image's name stands for a program of this machine, and the container's command,
 //! arguments and environment apply to it as they would inside the image.
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_image_is_said_to_be_unknown() {
+    fn an_unknown_image_is_reported() {
         let error =
             programs().command(&pod(), &container("{name: c, image: 'nginx:1'}"), &Configuration::default());
         let error = error.expect_err("not mapped");

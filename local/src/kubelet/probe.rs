@@ -81,8 +81,8 @@ impl Probe {
         })
     }
 
-    /// Asks again and again and reports each change of mind; `holds` starts as `initially`. Never returns while
-    /// `report` says to go on.
+    /// Probes repeatedly and reports each change of the result, which starts as `initially`. Runs until `report` returns
+    /// false.
     pub(crate) async fn watch(
         &self,
         prober: &Prober,
@@ -105,7 +105,7 @@ impl Probe {
 }
 
 impl Probe {
-    /// Asks until it is decided once, as for a container that starts.
+    /// Probes until the first result, as for a container that starts.
     ///
     /// # Errors
     /// The last answer, when enough failures came in a row.
@@ -126,11 +126,11 @@ impl Probe {
     }
 }
 
-/// How answers add up to a verdict.
+/// Combines answers to a result.
 #[derive(Debug)]
 struct Tally {
     holds: bool,
-    /// Answers in a row that speak against the verdict.
+    /// Consecutive answers that contradict the result.
     run: u32,
     /// Whether it ever held because of an answer.
     ever: bool,
@@ -194,7 +194,7 @@ fn port(container: &Container, port: &IntOrString) -> Result<u16, String> {
         .ok_or_else(|| format!("a probe of container {} names port {port:?}", container.name))
 }
 
-/// Asks for a pod's kubelet.
+/// Sends probes as the kubelet of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct Prober {
     /// Where HTTP and TCP probes come from.

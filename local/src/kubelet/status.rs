@@ -1,4 +1,4 @@
-//! What is known of a running pod, and how it reads as a Kubernetes status.
+//! The state of a running pod, and its translation to a Kubernetes status.
 
 use std::time::SystemTime;
 
@@ -64,7 +64,7 @@ pub struct ContainerView {
 /// Whether the node agent has a pod's traffic redirected, in the words of the pod's annotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Redirection {
-    /// Rules are in, the proxy does not serve it yet.
+    /// Rules are in place; the proxy does not serve it yet.
     Pending,
     /// Captured and served.
     Enabled,
@@ -156,7 +156,7 @@ impl PodView {
         waiting.unwrap_or_else(|| self.phase().to_owned())
     }
 
-    /// Whether a container waits for something that time alone does not bring, such as a program for its image.
+    /// Whether a container waits for something that will not happen by itself, such as a program for its image.
     #[must_use]
     pub fn is_stuck(&self) -> bool {
         self.all_containers().any(|container| match &container.state {
