@@ -34,7 +34,7 @@ const STEADY_CONNECTIONS: usize = 10;
 const STEADY_MS: u32 = 100;
 /// How long a proxy's memory may take to settle after its start.
 const RESTING: Duration = Duration::from_secs(60);
-/// Between two looks at it: longer than a proxy takes to notice that it is at rest.
+/// Time between two readings: longer than a proxy takes to detect that it is idle.
 const LOOK: Duration = Duration::from_secs(11);
 /// How long a server or relay may take to listen.
 const READY: Duration = Duration::from_secs(10);
@@ -148,8 +148,8 @@ impl Bed {
             .collect()
     }
 
-    /// Whose pods, what their client dials, and the processes between them and the server.
-    fn way(&self, row: &Row, path: Path) -> Result<(&Pods, SocketAddr, Vec<u32>)> {
+    /// The pods of a path, the address that their client dials, and the processes in between.
+    fn route(&self, row: &Row, path: Path) -> Result<(&Pods, SocketAddr, Vec<u32>)> {
         let pods = if path == Path::Ambit { &self.inside } else { &self.outside };
         let server = if row.same_node { &pods.near_server } else { &pods.far_server };
         let direct = address(server);

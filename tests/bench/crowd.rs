@@ -1,4 +1,4 @@
-//! What a crowd of idle connections costs the node proxies, and what it leaves behind.
+//! Memory of the node proxies with many idle connections, and after they have closed.
 //!
 //! Clients open many connections, exchange one message on each and hold them; the resident memory of the node
 //! proxies is read before, while and after. A process may have only so many descriptors, so the crowd is spread
@@ -26,21 +26,21 @@ const OPENING: Duration = Duration::from_secs(120);
 const RETURNING: Duration = Duration::from_secs(200);
 /// What counts as back: this much above the memory before, and this share of what the crowd took.
 const BACK: f64 = 0.2;
-/// Connections opened and closed before the first reading, so that what is allocated once is not theirs.
+/// Connections opened and closed before the first reading, so that one-time allocations are not counted.
 const FIRST: usize = 1_000;
 /// How long a client may take to close its connections.
 const CLOSING: Duration = Duration::from_secs(30);
 /// Descriptors that suffice for any crowd on one pair of nodes.
 const WANTED: u64 = 1 << 20;
-/// Between two looks at memory: longer than a proxy takes to notice that it is at rest.
+/// Time between two readings of memory: longer than a proxy takes to detect that it is idle.
 const LOOK: Duration = Duration::from_secs(6);
-/// The client's word that all are open.
+/// The line by which the client reports that all connections are open.
 pub(crate) const HELD: &str = "held";
 
 /// Descriptors of a node proxy that are not a crowd's.
 const RESERVED: usize = 2_000;
 
-/// What was seen of one crowd.
+/// The measurements of one crowd of connections.
 #[derive(Debug, Serialize)]
 pub(crate) struct Crowd {
     /// Connections held at once.

@@ -103,7 +103,7 @@ async fn serve_port(listener: TcpListener) -> Result<()> {
         let (stream, _) = listener.accept().await.context("accepting")?;
         stream.set_nodelay(true)?;
         tokio::spawn(async move {
-            // A client that goes away ends its connection; there is nobody to tell.
+            // A client that disconnects ends its connection, which is not an error.
             if let Err(error) = serve_one(stream).await {
                 tracing::debug!(%error, "connection ended");
             }
@@ -246,7 +246,7 @@ impl Pace {
     }
 }
 
-/// Does what is asked for and says what came of it.
+/// Runs a client and returns what it measured.
 ///
 /// # Errors
 /// When a connection that is kept fails; new ones that fail are counted.

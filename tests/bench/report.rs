@@ -132,7 +132,7 @@ impl Sample {
 /// All samples, by row and path.
 pub(crate) type Samples = BTreeMap<Row, BTreeMap<Path, Vec<Sample>>>;
 
-/// What is there first when small messages and a bulk stream share the way.
+/// Which starts first when small messages and a bulk stream share the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Order {
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn a_steady_load_is_held_against_no_mesh_by_the_median_of_the_rounds() {
+    fn a_steady_load_is_compared_by_the_median_of_the_rounds() {
         let mut report = Report::new("2026-01-01".into(), "a machine".into(), vec![], Samples::new());
         let outcome = |p50_us| Outcome { p50_us, ..Outcome::default() };
         for (path, kept) in [(Path::NoMesh, [200.0, 900.0, 210.0]), (Path::Ambit, [500.0, 510.0, 2000.0])] {

@@ -108,7 +108,7 @@ impl Stage {
         Self { bed, flows, flow_log, rotation: Rotation::default(), draining: Arc::default(), generation: 0 }
     }
 
-    /// Lets the `nth` event happen. Those of node proxies hit the first node in the first round and the second
+    /// Runs the `nth` event. Those of node proxies hit the first node in the first round and the second
     /// node later, so that a proxy lives long enough to show what it loses.
     ///
     /// # Errors

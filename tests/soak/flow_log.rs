@@ -1,4 +1,4 @@
-//! What became of every request: counts a second, latencies, and each failure.
+//! The outcome of every request: counts for each second, latencies, and each failure.
 //!
 //! The flows write, the sampler and the report read. A failure is judged only at the end, when it is known which
 //! node proxy was killed when.
@@ -204,14 +204,14 @@ impl FlowLog {
         let pages = self.pages.lock();
         let explained = |failure: &&Failure| pages.kills.iter().any(|kill| self.is_explained(failure, kill));
         let (by_kill, other): (Vec<&Failure>, Vec<&Failure>) = pages.failures.iter().partition(explained);
-        let told = pages.failures.len() as u64;
+        let recorded = pages.failures.len() as u64;
         let kept = |failure: &&&Failure| self.titles.get(failure.flow).is_some_and(|title| title.kept);
         let failed: u64 = pages.counts.iter().map(|counts| counts.failed).sum();
         Failures {
             kept_by_kill: by_kill.iter().filter(kept).count() as u64,
             new_by_kill: by_kill.iter().filter(|failure| !kept(failure)).count() as u64,
             errors: other.into_iter().cloned().collect(),
-            untold: failed.saturating_sub(told),
+            unrecorded: failed.saturating_sub(recorded),
         }
     }
 
@@ -238,8 +238,8 @@ pub(crate) struct Failures {
     pub(crate) new_by_kill: u64,
     /// All others: errors.
     pub(crate) errors: Vec<Failure>,
-    /// Errors of which nothing but their number is known.
-    pub(crate) untold: u64,
+    /// Errors that were counted but not recorded.
+    pub(crate) unrecorded: u64,
 }
 
 impl Failures {
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_dead_proxy_had_accepted_is_explained_by_its_death() {
+    fn only_accepted_connections_are_explained_by_a_proxys_death() {
         let flow_log = flow_log();
         let asked = Instant::now();
         let kill = Kill { node: 1, before: Instant::now(), gone: Instant::now() };

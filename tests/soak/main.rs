@@ -1,6 +1,6 @@
 //! `ambit-soak`: a mixed load for half an hour while parts of the mesh are restarted, replaced and rotated.
 //!
-//! Called by `make soak`. It brings up a local cluster of two nodes, lets something happen every 30 s, samples
+//! Called by `make soak`. It brings up a local cluster of two nodes, runs an event every 30 s, samples
 //! memory and descriptors of every process, and ends with an exit code that says whether no request failed and
 //! nothing grew. Requests on connections through a proxy that was killed are the one exception, counted apart.
 

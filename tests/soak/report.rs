@@ -13,8 +13,8 @@ use crate::verdict::{Judgement, REST_SLACK, Trend, median};
 
 /// The soak's own process: its memory holds the samples, so only its descriptors count.
 pub(crate) const OWN: &str = "the soak itself, node agents and applications included";
-/// Timers that are later than this, milliseconds, say that the machine had no time for the soak. The page tells it of
-/// each error; an error it remains.
+/// Timers that are later than this, milliseconds, show that the machine was overloaded. The page reports the lateness for each
+/// error, which counts nevertheless.
 const STARVED: u64 = 250;
 /// Errors that the page shows.
 const SHOWN: usize = 30;
@@ -156,7 +156,7 @@ struct Row {
     p99: u32,
 }
 
-/// A failed request in words.
+/// The description of a failed request.
 #[derive(Debug, Serialize)]
 struct FailureText {
     text: String,
@@ -209,7 +209,7 @@ impl Report {
             }
         });
         let failures = flow_log.failures();
-        let tell = |failure: &crate::flow_log::Failure| {
+        let describe = |failure: &crate::flow_log::Failure| {
             let since =
                 |time: std::time::Instant| time.saturating_duration_since(flow_log.start).as_secs_f64();
             let name = flow_log.titles.get(failure.flow).map_or("", |title| title.name);
@@ -230,7 +230,7 @@ impl Report {
             rows: rows.collect(),
             kept_by_kill: failures.kept_by_kill,
             new_by_kill: failures.new_by_kill,
-            errors: failures.errors.iter().map(tell).collect(),
+            errors: failures.errors.iter().map(describe).collect(),
             error_count: failures.count(),
             faults,
             judgements: series.iter().map(judge).collect(),
@@ -413,7 +413,7 @@ impl Report {
 
 /// How late the soak's own timers were while a request ran, at worst.
 fn late_within(samples: &[Sample], from: f64, to: f64) -> u64 {
-    // A sample tells of the time before it.
+    // A sample covers the time before it.
     let first = samples.iter().position(|sample| sample.at >= from).unwrap_or(samples.len());
     let last = samples.iter().position(|sample| sample.at >= to).unwrap_or(samples.len());
     let within = samples.get(first..samples.len().min(last + 1)).unwrap_or_default();

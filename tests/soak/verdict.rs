@@ -134,27 +134,27 @@ mod tests {
     }
 
     #[test]
-    fn a_kilobyte_lost_with_each_of_fifty_connections_a_second_is_found() {
+    fn a_leak_of_a_kilobyte_a_connection_is_found() {
         let leak = |at: f64| Usage { anonymous: (at * 50.0 * 1024.0) as u64, ..Usage::default() };
         let judgement = Judgement::of(&life(leak), 120.0, true);
         assert!(!judgement.flat(), "{judgement:?}");
     }
 
     #[test]
-    fn a_hundred_bytes_lost_with_each_of_fifty_connections_a_second_are_found_by_growing_in_every_window() {
+    fn a_small_leak_is_found_by_growth_in_every_window() {
         let leak = |at: f64| Usage { anonymous: (at * 50.0 * 100.0) as u64, ..Usage::default() };
         let judgement = Judgement::of(&life(leak), 120.0, true);
         assert!(judgement.memory.is_some_and(|trend| trend.monotone && !trend.flat), "{judgement:?}");
     }
 
     #[test]
-    fn descriptors_lost_with_one_connection_in_a_thousand_are_found() {
+    fn a_descriptor_lost_in_a_thousand_connections_is_found() {
         let leak = |at: f64| Usage { descriptors: (at * 50.0 / 1000.0) as u64, ..Usage::default() };
         assert!(!Judgement::of(&life(leak), 120.0, true).flat());
     }
 
     #[test]
-    fn of_a_short_life_nothing_is_said() {
+    fn a_short_life_is_not_judged() {
         let mut short = life(|_| Usage::default());
         short.samples.truncate(30);
         assert_eq!(Judgement::of(&short, 120.0, true).memory, None);

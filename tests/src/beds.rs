@@ -1,4 +1,4 @@
-//! Many tests on one cluster: each shows as its own, the first that runs starts it, the last ends it.
+//! Many tests on one cluster. Each is reported separately; the first one starts the cluster, the last one ends it.
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Certificates of a cluster's own authority for whomever a test wants to be, and the list of revoked ones.
+//! Certificates of a cluster's own authority for any identity, and the list of revoked ones.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use ambit_local::Cluster;
 /// An hour.
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// A cluster's authority in the hands of a test, by the key in its directory.
+/// A cluster's authority, used by a test with the key from its directory.
 pub struct Credentials {
     authority: Authority,
     trust: Trust,

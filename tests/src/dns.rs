@@ -1,7 +1,6 @@
 //! DNS over UDP as tests speak it: a resolver inside a pod that gives one answer, and a client.
 //!
-//! The client's socket is connected, so an answer that does not come from the resolver that was asked is not
-//! heard.
+//! The client's socket is connected, so it receives answers only from the resolver that was asked.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -39,7 +38,7 @@ pub async fn serve(pod: &Pod, address: SocketAddr, given: IpAddr) -> io::Result<
     let task = tokio::spawn(async move {
         let mut buffer = vec![0; 4096];
         loop {
-            // An ICMP error of an earlier answer arrives as an error of this call; the socket stays sound.
+            // An ICMP error of an earlier answer is returned by this call; the socket can still be used.
             let Ok((length, client)) = socket.recv_from(&mut buffer).await else { continue };
             let Ok(question) = Message::from_vec(&buffer[..length]) else { continue };
             if let Ok(answer) = answer(&question, given).to_vec() {

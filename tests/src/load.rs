@@ -96,7 +96,7 @@ pub struct Medians {
 
 impl Tally {
     /// # Panics
-    /// When a request failed, or too few were sent to tell.
+    /// When a request failed, or too few were sent.
     pub fn assert_all_answered(&self) {
         assert!(self.new_answered > 0 && self.kept_answered > 0, "the load did not run: {self:?}");
         assert_eq!((self.new_failed, self.kept_failed), (0, 0), "requests failed: {self:#?}");
@@ -105,10 +105,10 @@ impl Tally {
     /// The failures that `allowed` does not allow; those past the first 256 are never allowed.
     pub fn not_allowed(&self, allowed: impl Fn(&Failure) -> bool) -> Vec<String> {
         let kept = self.failures.len() as u64;
-        let untold = (self.new_failed + self.kept_failed).saturating_sub(kept);
-        let told =
+        let dropped = (self.new_failed + self.kept_failed).saturating_sub(kept);
+        let errors =
             self.failures.iter().filter(|failure| !allowed(failure)).map(|failure| failure.error.clone());
-        told.chain((untold > 0).then(|| format!("{untold} more failures"))).collect()
+        errors.chain((dropped > 0).then(|| format!("{dropped} more failures"))).collect()
     }
 }
 
@@ -231,7 +231,7 @@ impl Load {
     }
 }
 
-/// Turns of a load. What a busy machine made this process miss is not sent in one burst: that would be another load.
+/// Ticks of a load. Ticks that were missed on a busy machine are dropped, because a burst would be another load.
 fn every(pause: Duration) -> tokio::time::Interval {
     let mut turns = tokio::time::interval(pause);
     turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

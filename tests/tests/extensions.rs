@@ -115,7 +115,7 @@ impl Bed for Extensions {
         };
         bed.knows(0, "services", "east-pods.shop").await;
         for pod in [&bed.client, &bed.near, &bed.far, &bed.gazer, &bed.east] {
-            bed.is_told(pod).await;
+            bed.wait_captured(pod).await;
         }
         Ok(bed)
     }
@@ -145,8 +145,8 @@ impl Extensions {
         .await;
     }
 
-    /// Waits until the first node's proxy knows that a pod is captured: what it dials before goes as it is.
-    async fn is_told(&self, pod: &Pod) {
+    /// Waits until the first node's proxy knows that a pod is captured. Before, connections to it are plaintext.
+    async fn wait_captured(&self, pod: &Pod) {
         let ztunnel = self.cluster.ztunnel(0).unwrap();
         wait::until(&format!("{pod} is known to be captured"), wait::SOON, || async {
             let Ok(dump) = ztunnel.config_dump().await else { return false };

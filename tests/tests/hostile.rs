@@ -1,7 +1,7 @@
-//! Peers that mean harm: at the tunnel port of a captured pod, at the control plane, at the agent's socket and in
-//! the manifests. Each gets a clear refusal that is counted and told; everybody else is served as before.
+//! Malicious input at the tunnel port of a captured pod, at the control plane, at the agent's socket and in manifests. Each is
+//! refused, counted and logged; all other clients are served as before.
 //!
-//! All tests share one cluster and run beside each other. Needs root; fails without.
+//! All tests share one cluster and run in parallel. Needs root; fails without.
 
 #![allow(
     clippy::unwrap_used,
@@ -49,13 +49,13 @@ const PORT: u16 = 8080;
 const HBONE: u16 = 15008;
 /// The cluster's own resolver.
 const CLUSTER_DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)), 53);
-/// One of the resolvers that node proxies ask, which is as bad as a test makes it.
+/// One of the resolvers that node proxies ask. Tests make it misbehave.
 const RESOLVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 244, 1, 200)), 53);
-/// Whom no policy is against.
+/// An identity that no policy denies.
 const FRIEND: &str = "spiffe://cluster.local/ns/shop/sa/friend";
-/// Whom the policy of the bed keeps from the server.
+/// An identity that the policy of the bed denies.
 const ENEMY: &str = "spiffe://cluster.local/ns/shop/sa/enemy";
-/// Counts of connections that came to nothing.
+/// Counts failed connections.
 const FAILED: &str = "istio_tcp_connections_failed_total";
 
 /// Two nodes; the server and its neighbour on the second, a client on the first, a stranger outside the mesh.
@@ -152,9 +152,9 @@ spec:
 
 impl Hostile {
     /// Waits until the server's node knows what the tests are about.
-    async fn is_told(&self) {
+    async fn wait_known(&self) {
         let ztunnel = self.cluster.ztunnel(1).unwrap();
-        wait::until("the server's node is told everything", wait::SOON, || async {
+        wait::until("the server's node has all objects", wait::SOON, || async {
             let Ok(dump) = ztunnel.config_dump().await else { return false };
             let has = |key: &str, text: &str| dump[key].to_string().contains(text);
             has("policies", "no-enemies")
@@ -165,8 +165,8 @@ impl Hostile {
         .await;
     }
 
-    /// Where the server's tunnels arrive.
-    fn door(&self) -> SocketAddr {
+    /// The server's tunnel port.
+    fn tunnel_port(&self) -> SocketAddr {
         SocketAddr::new(self.server.ip().into(), HBONE)
     }
 
@@ -180,8 +180,8 @@ impl Hostile {
         self.cluster.service_ips("shop", "server")[0]
     }
 
-    /// TLS with the server's tunnel port, from outside of the mesh. An authentic server answers in the handshake;
-    /// what it thinks of our certificate, it says afterwards.
+    /// A TLS handshake with the server's tunnel port, from outside of the mesh. The server is authenticated in the handshake;
+    /// its verdict on our certificate comes afterwards.
     async fn approach(&self, tls: Arc<rustls::ClientConfig>) -> (SocketAddr, TlsStream<TcpStream>) {
         let stream = self.stranger.connect_within(self.tunnel_port(), wait::SOON).await.unwrap();
         let from = stream.local_addr().unwrap();
@@ -190,7 +190,7 @@ impl Hostile {
     }
 
     /// The access log's line of the connection from `source`.
-    async fn told(&self, source: SocketAddr) -> Value {
+    async fn logged(&self, source: SocketAddr) -> Value {
         let source = source.to_string();
         self.log.wait_for(&source, |line| line["src.addr"] == source.as_str()).await
     }
@@ -201,13 +201,13 @@ impl Hostile {
         metrics.sum(FAILED, &[("response_flags", flags), ("reporter", "destination")])
     }
 
-    /// Waits until another connection failed in this way than those before.
+    /// Waits until the count of such failures exceeds `before`.
     async fn counted(&self, flags: &str, before: f64) {
         let what = format!("a failure with {flags} is counted");
         wait::until(&what, wait::SOON, || async { self.failures(flags).await > before }).await;
     }
 
-    /// Everybody else is served as before, and no program of the mesh has ended.
+    /// Asserts that other clients are served as before and that no program of the mesh has ended.
     async fn goes_on(&self) {
         for target in [self.application(), SocketAddr::new(self.vip(), 80)] {
             let mut stream = self.client.connect_within(target, wait::SOON).await.unwrap();

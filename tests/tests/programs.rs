@@ -1,5 +1,4 @@
-//! Programs that the world uses, as Debian packages them, talking through the mesh: PostgreSQL, Redis, nginx and
-//! OpenSSH. What they carry arrives byte for byte, over mutual TLS where both ends are captured.
+//! Common programs through the mesh, as Debian packages them: PostgreSQL, Redis, nginx and OpenSSH. Their data arrives byte for byte, over mutual TLS where both ends are captured.
 //!
 //! All tests share one cluster; each has pods of its own. `tests/packages.sh` installs the programs. Needs root.
 
@@ -141,11 +140,11 @@ impl<'a> Talk<'a> {
     async fn be_known(&self) {
         for node in 0..2 {
             let ztunnel = self.bed.cluster.ztunnel(node).unwrap();
-            wait::until("both pods and the service are told", wait::SOON, || async {
+            wait::until("both pods and the service are known", wait::SOON, || async {
                 let Ok(dump) = ztunnel.config_dump().await else { return false };
                 let of = |key: &str| dump[key].as_array().cloned().unwrap_or_default();
                 let workloads = of("workloads");
-                let told = |pod: &Pod, captured: bool| {
+                let is_known = |pod: &Pod, captured: bool| {
                     let protocol = if captured { "HBONE" } else { "TCP" };
                     workloads.iter().any(|w| w["name"] == pod.name() && w["protocol"] == protocol)
                 };
@@ -154,7 +153,7 @@ impl<'a> Talk<'a> {
                     let endpoints = service["endpoints"].as_object();
                     name.starts_with(&self.host) && endpoints.is_some_and(|all| !all.is_empty())
                 });
-                told(&self.client, true) && told(&self.server, self.place.is_captured()) && led
+                is_known(&self.client, true) && is_known(&self.server, self.place.is_captured()) && led
             })
             .await;
         }

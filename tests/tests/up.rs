@@ -264,17 +264,17 @@ async fn is_named(file: &str, from: &str, to: &str, field: &str, by_line: bool) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_field_of_the_wrong_type_is_named_with_file_and_field() {
+async fn a_field_of_the_wrong_type_is_reported() {
     is_named("reviews.yaml", "1\n  selector", "many\n  selector", "spec.replicas", false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_that_says_nothing_sound_is_named_with_file_line_and_field_and_fails_the_demo() {
+async fn a_faulty_policy_is_reported_with_its_field_and_fails() {
     is_named("policies.yaml", "ALLOW", "PERHAPS", "spec.action", true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn text_that_is_no_yaml_is_named_with_file_and_line_and_named_again_when_it_comes_later() {
+async fn broken_yaml_is_reported_with_its_line_also_while_running() {
     let (directory, line) =
         changed("reviews.yaml", "labels: {app: reviews, service", "labels: {app: reviews, [service");
     let file = directory.path().join("reviews.yaml");

@@ -1,4 +1,4 @@
-//! Who owns an address: pods their own, Services their cluster IPs, whatever objects of other namespaces say.
+//! Ownership of addresses: a pod owns its addresses and a Service its cluster IPs, whatever other objects claim.
 
 use std::net::SocketAddr;
 

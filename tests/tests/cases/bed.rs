@@ -108,7 +108,7 @@ impl Cases {
         self.cluster.delete(kind, namespace, name).await.expect("it was applied");
     }
 
-    /// Peers without identity are refused by a server: what gets an answer came through mutual TLS.
+    /// Sets a server to STRICT, so that only connections with mutual TLS are answered.
     pub(crate) async fn strict(&self, name: &str) {
         self.apply(&format!(
             "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: shop}}\n\
@@ -124,19 +124,19 @@ impl Cases {
     /// Waits until a node proxy holds something that `is_it` is true of.
     pub(crate) async fn knows(&self, node: usize, section: &str, is_it: impl Fn(&serde_json::Value) -> bool) {
         let ztunnel = self.cluster.ztunnel(node).unwrap();
-        wait::until(&format!("node {node} is told, in {section}"), SOON, || async {
+        wait::until(&format!("node {node} has the object in {section}"), SOON, || async {
             let Ok(dump) = ztunnel.config_dump().await else { return false };
             dump[section].as_array().is_some_and(|all| all.iter().any(&is_it))
         })
         .await;
     }
 
-    /// Waits until the control plane has told of an object with these words.
+    /// Waits until the log of the control plane has a line with the object and these words.
     pub(crate) async fn finding(&self, object: &str, words: &str) {
         let control = self.cluster.control().unwrap();
-        let told =
+        let is_logged =
             || async { control.logs().iter().any(|line| line.contains(object) && line.contains(words)) };
-        wait::until(&format!("a finding on {object}: {words}"), SOON, told).await;
+        wait::until(&format!("a finding on {object}: {words}"), SOON, is_logged).await;
     }
 
     /// Every one of several connections gets an answer from `name`.
@@ -149,7 +149,7 @@ impl Cases {
         }
     }
 
-    /// Sooner or later a connection gets an answer from `name`, and then every one does.
+    /// Waits until a connection gets an answer from `name`. From then on every one must.
     pub(crate) async fn will_reach(&self, client: &Pod, target: SocketAddr, name: &str) {
         wait::until(&format!("{client} reaches {name} at {target}"), SOON, || async {
             answer(client, target).await.is_ok_and(|answer| answer == name)
@@ -158,7 +158,7 @@ impl Cases {
         self.must_reach(client, target, name).await;
     }
 
-    /// Sooner or later connections are refused.
+    /// Waits until connections are refused.
     pub(crate) async fn will_be_refused(&self, client: &Pod, target: SocketAddr) {
         wait::until(&format!("{client} is refused at {target}"), SOON, || async {
             answer(client, target).await.is_err()

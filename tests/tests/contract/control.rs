@@ -277,7 +277,7 @@ async fn a_reconnect_is_sent_only_what_differs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_comes_before_the_workload_that_lists_it_in_one_batch() {
+async fn a_policy_precedes_its_workload_within_a_batch() {
     let control = Control::start(&[("a.yaml", OBJECTS), ("p.yaml", &policy(""))]);
     let mut stream = control.discover().await;
     ask(&mut stream, AUTHORIZATION, &json!({}));

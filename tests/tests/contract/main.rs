@@ -1,6 +1,5 @@
-//! The contracts with other implementations, from the outside: an encoder and decoder of its own plays istiod to our
-//! node proxy, and Istio's node proxy to our control plane. Field numbers are those of the contract, not those of the
-//! types that the programs are built with.
+//! The contracts with other implementations. The tests act as istiod to our node proxy, and as Istio's node proxy to our control
+//! plane. They encode and decode with the field numbers of the contract, independently of the types of the programs.
 //!
 //! Needs root for the namespaces of pods; fails without.
 

@@ -41,7 +41,7 @@ impl Proxy {
     }
 
     /// Sends one request with at most one descriptor; returns the error of the answer, empty for success.
-    async fn tell(&self, request: &Value, netns: Option<&Netns>) -> String {
+    async fn request(&self, request: &Value, netns: Option<&Netns>) -> String {
         let packet = encode("WorkloadRequest", request);
         assert!(packet.len() <= 1024);
         let descriptors: Vec<_> = netns.iter().map(|netns| netns.as_fd()).collect();

@@ -164,7 +164,7 @@ async fn a_foreign_resolver_that_is_asked_answers_itself(bed: &Extensions) {
     }
 }
 
-/// Where the proxy is told nothing that is not asked for, names still lead where they should.
+/// With resources on demand, names resolve as usual.
 async fn names_are_found_where_resources_come_on_demand(bed: &Extensions) {
     let mut found = bed.gazer.resolve("near.shop").await.unwrap();
     found.sort();

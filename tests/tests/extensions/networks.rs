@@ -136,7 +136,7 @@ async fn a_gateway_that_is_somebody_else_gets_nothing(bed: &Extensions) {
     let object = gateway_object(bed, "west", "to-west", 15008, "gateway");
     let object = object.replace(&bed.gateway.ip().to_string(), &place.ip().to_string());
     bed.cluster.apply(&object).await.unwrap();
-    bed.is_told(&west).await;
+    bed.wait_captured(&west).await;
     bed.knows(0, "workloads", "to-west").await;
     bed.knows(0, "services", "west-pods").await;
     let vip = bed.vip("west", false);
@@ -208,7 +208,7 @@ async fn an_application_that_asks_for_it_gets_a_proxy_header_with_the_clients_id
     let options = PodOptions::new("shop", "proxied").service_account("proxied").node(1);
     let server =
         bed.cluster.pod(options.label("gateway.networking.k8s.io/gateway-name", "proxied")).await.unwrap();
-    bed.is_told(&server).await;
+    bed.wait_captured(&server).await;
     bed.knows(0, "workloads", "15088").await;
     for (client, ipv6) in [(&bed.client, false), (&bed.gazer, false), (&bed.client, true), (&bed.gazer, true)]
     {

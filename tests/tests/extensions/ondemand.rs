@@ -1,4 +1,4 @@
-//! A node proxy that is told only what its pods dial.
+//! A node proxy that requests only resources that its pods dial.
 
 use ambit_local::{Pod, PodOptions};
 use ambit_tests::apps::{self, App, Running};
@@ -11,7 +11,7 @@ async fn serves(bed: &Extensions, name: &str, app: &str, node: usize) -> (Pod, R
     let options = PodOptions::new("shop", name).service_account(name).label("app", app).node(node);
     let pod = bed.cluster.pod(options).await.unwrap();
     let running = apps::run(&pod, (pod.ip(), PORT).into(), App::Http(name.to_owned())).await.unwrap();
-    bed.is_told(&pod).await;
+    bed.wait_captured(&pod).await;
     (pod, running)
 }
 
@@ -30,8 +30,8 @@ async fn page(bed: &Extensions, target: std::net::SocketAddr) -> std::io::Result
     apps::get(&mut stream).await
 }
 
-/// Nothing is known before; the first connection is already the mesh's, with the identity that must be there; and
-/// what was asked for once is followed from then on.
+/// Nothing is known before. The first connection already uses a tunnel to the expected identity, and the service is followed
+/// from then on.
 async fn what_is_dialled_is_asked_for_and_followed_from_then_on(bed: &Extensions) {
     let (first, _running) = serves(bed, "rare-1", "rare", 0).await;
     bed.cluster.apply(&service("rare")).await.unwrap();
@@ -40,7 +40,7 @@ async fn what_is_dialled_is_asked_for_and_followed_from_then_on(bed: &Extensions
     let vip = bed.vip("rare", false);
     assert_eq!(page(bed, vip).await.unwrap(), "rare-1");
     assert!(is_known(bed, "rare.shop.svc").await, "the service is not known after it was dialled");
-    assert!(!is_known(bed, "rare-pods").await, "what nobody dialled was told");
+    assert!(!is_known(bed, "rare-pods").await, "a name that was not dialled is known");
     let line = bed.logs[1]
         .wait_for("the first connection", |l| l["direction"] == "outbound" && l["dst.workload"] == "rare-1");
     assert_eq!(line.await["dst.identity"], first.spiffe_id().as_str());

@@ -129,7 +129,7 @@ async fn a_clock_set_past_every_certificate_and_back_is_survived() {
     };
     let builder = Cluster::builder()
         .nodes(NODES)
-        // The tokens are of the clock that is not set.
+        // Tokens are issued by the real clock.
         .token_lifetime(Duration::from_secs(30 * 24 * 3600))
         .ztunnel_program(&clock.ztunnel.program)
         .control_program(&clock.control.program);

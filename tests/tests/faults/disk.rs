@@ -60,8 +60,7 @@ fn lines(path: &Path) -> (usize, usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_below_the_access_log_harms_no_traffic_is_counted_and_logging_goes_on_when_there_is_space()
- {
+async fn a_full_disk_drops_log_lines_but_no_traffic() {
     let disk = Disk::mount();
     let path = disk.path().join("access.json");
     let config = json!({ "format": "json", "path": path });

@@ -75,7 +75,7 @@ async fn ask_later(client: &Pod, server: &Pod) -> io::Result<Vec<u8>> {
 
 #[ignore = "takes 75 s, which is the kernel's own timer; `make soak` runs it"]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_half_goes_on_in_the_tunnel_more_than_a_minute_after_the_other_has_ended() {
+async fn a_half_closed_tunnel_lasts_longer_than_a_minute() {
     let bed = Bed::start(true, &[0, 1]).await;
     let capture = bed.cluster.capture().await.unwrap();
     let mut heard = Vec::new();

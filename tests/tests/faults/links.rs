@@ -1,4 +1,4 @@
-//! Links that go down, and single connections that a network drops without a word.
+//! Links that go down, and single connections that a network drops silently.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -15,15 +15,15 @@ use ambit_tests::wait;
 
 use crate::bed::{Bed, ECHO, HTTP, ping, until_ended};
 
-/// How long a short cut lasts: longer than the first retransmissions, shorter than any limit of a connection.
+/// Duration of a short cut: longer than the first retransmissions, shorter than any timeout of a connection.
 const SHORT: Duration = Duration::from_secs(3);
-/// Within what time a connection is to be there again once the link is.
+/// How long it may take to connect again once the link is back.
 const BACK: Duration = Duration::from_secs(5);
-/// PING every 10 s, 20 s to answer it, and the driver's turn.
+/// A PING every 10 s, 20 s to answer it, and some time for the driver.
 const REAPED: Duration = Duration::from_secs(35);
 /// The tunnel port.
 const HBONE: u16 = 15008;
-/// Counts of connections that came to nothing.
+/// Counts failed connections.
 const FAILED: &str = "istio_tcp_connections_failed_total";
 
 /// Both proxies of a bed have as few descriptors as before, within what comes and goes by itself.
@@ -36,7 +36,7 @@ async fn descriptors_are_back(bed: &Bed, before: [usize; 2]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_cut_off_for_a_while_under_load_fails_no_request_and_touches_nothing_on_the_other() {
+async fn a_short_cut_of_a_node_fails_no_request() {
     let bed = Bed::start(true, &[0, 1]).await;
     let [near, far] = [0, 1].map(|server| SocketAddr::new(bed.servers[server].ip().into(), HTTP));
     let beside = Load::start(&bed.client, near, &Shape::default()).await.unwrap();
@@ -65,7 +65,7 @@ async fn a_node_cut_off_for_a_while_under_load_fails_no_request_and_touches_noth
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_that_vanish_are_found_out_by_ping_and_what_was_held_for_them_is_given_back() {
+async fn vanished_peers_are_detected_by_ping_and_freed() {
     let bed = Bed::start(true, &[1]).await;
     drop(bed.echo(bed.vip(ECHO)).await);
     let before = [0, 1].map(|node| descriptors(&bed.cluster.ztunnel(node).unwrap()));
@@ -95,7 +95,7 @@ async fn peers_that_vanish_are_found_out_by_ping_and_what_was_held_for_them_is_g
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_destination_proxy_away_for_longer_than_the_budget_is_told_of_in_time_and_found_again() {
+async fn a_destination_proxy_away_beyond_the_budget_fails_in_time() {
     let budget = Duration::from_secs(3);
     let limits = serde_json::json!({
         "connectTimeout": "3s", "attemptTimeout": "1s", "handshakeTimeout": "1s",
@@ -108,8 +108,8 @@ async fn a_destination_proxy_away_for_longer_than_the_budget_is_told_of_in_time_
     let asked = Instant::now();
     let mut stream = bed.client.connect_within(bed.vip(ECHO), wait::SOON).await.unwrap();
     ping(&mut stream, "anybody").await.expect_err("nobody is there");
-    let told = asked.elapsed();
-    assert!(told < budget + Duration::from_secs(2), "told after {told:?} only");
+    let failed_after = asked.elapsed();
+    assert!(failed_after < budget + Duration::from_secs(2), "failed after {failed_after:?} only");
     assert!(bed.count(0, FAILED, &[("reporter", "source")]).await > failed, "it is counted");
     ztunnel.start().await.unwrap();
     ztunnel.wait_ready().await.unwrap();
@@ -138,7 +138,7 @@ async fn black_hole(pod: &Pod) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_tunnels_that_the_network_lost_a_lone_endpoint_is_reached_within_seconds() {
+async fn a_lone_endpoint_behind_lost_tunnels_is_reached_soon() {
     let bed = Bed::start(true, &[1]).await;
     // As many as it takes for both workers to have a tunnel.
     for _ in 0..10 {

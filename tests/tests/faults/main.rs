@@ -1,8 +1,7 @@
-//! Faults of what lies below the mesh: links, peers, disks, readers. What is not concerned goes on unharmed, what
-//! is concerned fails in bounded time or waits, everything recovers by itself. Needs root; fails without.
+//! Faults below the mesh: links, peers, disks, readers. Unaffected connections continue, affected ones fail in bounded time or
+//! wait, and everything recovers by itself. Needs root; fails without.
 //!
-//! Beside these: descriptors run out and addresses change hands in the lifecycle tests, thousands of slow handshakes
-//! in those of hostile peers.
+//! The lifecycle tests cover shortage of descriptors and reused addresses, those of hostile peers slow handshakes.
 
 #![allow(
     clippy::unwrap_used,

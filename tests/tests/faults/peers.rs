@@ -39,7 +39,7 @@ async fn stop_after_hello(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_that_stop_reading_in_mid_handshake_are_ended_in_time_counted_and_harm_nobody() {
+async fn peers_that_stall_in_the_handshake_are_closed_and_counted() {
     let directory = tempfile::tempdir().unwrap();
     let bed = Bed::on(Cluster::builder().nodes(2), true, &[1]).await;
     bed.cluster.namespace("street", false).await.unwrap();

@@ -1,4 +1,4 @@
-//! An application that does not read, beside one that reads all that it can get.
+//! An application that does not read, together with one that reads all that it gets.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -58,7 +58,7 @@ async fn open(bed: &Bed) -> TcpStream {
     bed.client.connect_within(target, wait::SOON).await.unwrap()
 }
 
-/// How long a bulk transfer takes, from the first byte to the reader's word that all has come.
+/// Duration of a bulk transfer, from the first byte to the reader's confirmation.
 async fn bulk(bed: &Bed) -> Duration {
     let mut stream = open(bed).await;
     let began = Instant::now();
@@ -85,7 +85,7 @@ async fn stuff(stream: &mut TcpStream) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn readers_that_stand_still_hold_no_bulk_stream_beside_them_up_and_what_waits_for_them_is_bounded() {
+async fn stalled_readers_neither_slow_bulk_nor_grow_memory() {
     let bed = Bed::start(true, &[1]).await;
     let (release, released) = watch::channel(false);
     let reading = reader(&bed.servers[0], released).await;

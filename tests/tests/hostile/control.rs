@@ -1,4 +1,4 @@
-//! Who asks the authority for what is another's, and what is in manifests that no one should have written.
+//! Requests to the authority for certificates of others, and malformed manifests.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -137,8 +137,8 @@ async fn status_of(bed: &Hostile, identity: &str) -> u16 {
     session.connect(&bed.application().to_string()).await.as_u16()
 }
 
-/// A file that was right becomes wrong: a policy that can be told from it fails closed, what cannot be told stays as it
-/// was, the log says where it is wrong, and other files are followed as before.
+/// A file becomes malformed: a policy that can still be identified fails closed, other objects stay as they were, the log names
+/// the place, and other files are followed as before.
 async fn a_malformed_manifest_opens_nothing_and_is_reported_with_its_place(bed: &Hostile) {
     const SUSPECT: &str = "spiffe://cluster.local/ns/shop/sa/suspect";
     let control = bed.cluster.control().unwrap();
@@ -161,16 +161,16 @@ async fn a_malformed_manifest_opens_nothing_and_is_reported_with_its_place(bed: 
         (policy("[a]").replace("metadata: {namespace: shop, name: from-file}", "metadata: 3"), "metadata"),
         ("[".repeat(100_000), "policy.yaml"),
     ];
-    for (text, told) in broken {
+    for (text, reported) in broken {
         write("policy.yaml", &text);
         wait::until("the problem is counted", wait::SOON, || async { problems().await > before }).await;
-        let is_told =
-            || async { control.logs().iter().any(|l| l.contains("policy.yaml") && l.contains(told)) };
-        wait::until(&format!("{told:?} is told"), wait::SOON, is_told).await;
-        // Another file is followed meanwhile, and what it says arrives: so would have a loss of the first.
+        let is_logged =
+            || async { control.logs().iter().any(|l| l.contains("policy.yaml") && l.contains(reported)) };
+        wait::until(&format!("{reported:?} is logged"), wait::SOON, is_logged).await;
+        // A change of another file arrives, so a loss of the first policy would have arrived too.
         write("other.yaml", &policy("[cluster.local/ns/shop/sa/bystander]").replace("from-file", "also"));
         comes_to("spiffe://cluster.local/ns/shop/sa/bystander", 401).await;
-        assert_eq!(status_of(bed, SUSPECT).await, 401, "a door was opened by {told:?}");
+        assert_eq!(status_of(bed, SUSPECT).await, 401, "the policy was lost by {reported:?}");
         std::fs::remove_file(bed.manifests.join("other.yaml")).unwrap();
         write("policy.yaml", &policy("[cluster.local/ns/shop/sa/suspect]"));
         comes_to("spiffe://cluster.local/ns/shop/sa/bystander", 200).await;

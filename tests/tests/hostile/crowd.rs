@@ -1,4 +1,4 @@
-//! Many at once who never come to the point.
+//! Many handshakes that are never completed.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 
 use crate::Hostile;
 
-/// Handshakes begun and not gone on with.
+/// Handshakes that are begun and not continued.
 const SLOW: usize = 2_000;
 /// Opened at a time.
 const TOGETHER: usize = 100;
@@ -22,16 +22,16 @@ const EACH: u64 = 64 * 1024;
 /// How long any other client may take meanwhile.
 const OTHERS: Duration = Duration::from_secs(5);
 
-/// Begins a handshake and leaves it at that: the header of a record whose body never comes.
+/// Begins a handshake with the header of a record whose body never comes.
 ///
-/// Beyond the share of its address it is reset, perhaps before it is looked at.
+/// Beyond the share of its address the connection is reset, perhaps immediately.
 async fn begin(bed: &Hostile) -> io::Result<TcpStream> {
     let mut stream = bed.stranger.connect_within(bed.tunnel_port(), wait::SOON).await?;
     stream.write_all(b"\x16\x03\x01\x02\x00\x01").await?;
     Ok(stream)
 }
 
-async fn thousands_of_slow_handshakes_hinder_nobody_and_end_by_themselves(bed: &Hostile) {
+async fn thousands_of_slow_handshakes_hinder_nobody(bed: &Hostile) {
     let ztunnel = bed.cluster.ztunnel(1).unwrap();
     let (memory, before) = (resident(&ztunnel), descriptors(&ztunnel));
     let counted = async || {
@@ -67,7 +67,7 @@ async fn thousands_of_slow_handshakes_hinder_nobody_and_end_by_themselves(bed: &
 }
 
 pub(crate) fn add(trials: &mut Trials<Hostile>) {
-    trials.add("crowd::thousands_of_slow_handshakes_hinder_nobody_and_end_by_themselves", async |bed| {
-        thousands_of_slow_handshakes_hinder_nobody_and_end_by_themselves(bed).await;
+    trials.add("crowd::thousands_of_slow_handshakes_hinder_nobody", async |bed| {
+        thousands_of_slow_handshakes_hinder_nobody(bed).await;
     });
 }

@@ -1,5 +1,5 @@
-//! Peers that are authentic and send HTTP/2 frames for their own sake: each is hung up on, told of and counted, at no
-//! cost that grows.
+//! Authenticated peers that flood HTTP/2 connections with frames. Each is disconnected, logged and counted, and memory stays
+//! bounded.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -18,7 +18,7 @@ const TOGETHER: usize = 8;
 const EACH: u64 = 4 << 20;
 /// Frames in one write.
 const PIECES: usize = 1_000;
-/// Writes until the server must have hung up.
+/// Writes until the server must have disconnected.
 const WRITES: usize = 2_000;
 
 /// RFC 9113 §7.
@@ -40,8 +40,8 @@ fn head(authority: &str, complete: bool) -> Vec<u8> {
     frame(1, if complete { 4 } else { 0 }, 1, &block)
 }
 
-/// One peer that sends `first` and then `piece` without end, until the server has hung up; says from where, and with
-/// what reason the server said goodbye if that could be read.
+/// One peer that sends `first` and then `piece` repeatedly until the server disconnects. Returns its address and the error code
+/// of the GOAWAY, if that could be read.
 async fn flood(bed: &Hostile, first: &[u8], piece: &[u8]) -> (SocketAddr, Option<u32>) {
     let (from, stream) =
         bed.approach(bed.credentials.certificate(FRIEND).client_tls().dangerous_expecting_anyone()).await;
@@ -74,7 +74,7 @@ async fn flood(bed: &Hostile, first: &[u8], piece: &[u8]) -> (SocketAddr, Option
     (from, said)
 }
 
-/// Several such peers at once: each is told with `reason`, all are counted, memory stays, others are served meanwhile.
+/// Runs several such peers at once: each is logged with `reason` and counted, memory stays bounded, and others are served.
 async fn is_disconnected(bed: &Hostile, first: &[u8], piece: &[u8], goaway: u32, flags: &str, reason: &str) {
     let ztunnel = bed.cluster.ztunnel(1).unwrap();
     let before = bed.failures(flags).await;
@@ -86,7 +86,7 @@ async fn is_disconnected(bed: &Hostile, first: &[u8], piece: &[u8], goaway: u32,
     let grown = resident(&ztunnel).saturating_sub(memory);
     assert!(grown < TOGETHER as u64 * EACH, "{grown} bytes for {TOGETHER} peers");
     for (from, said) in ends {
-        // A socket that is closed with bytes unread may lose what was said last.
+        // A socket that is closed with unread bytes may lose the GOAWAY.
         assert!(said.is_none_or(|said| said == goaway), "GOAWAY {said:?}");
         let source = from.to_string();
         let is_it = |line: &serde_json::Value| {

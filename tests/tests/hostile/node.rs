@@ -1,4 +1,4 @@
-//! Nonsense between the node agent and the node proxy, from either side.
+//! Invalid messages between the node agent and the node proxy, from either side.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn nonsense() -> [Vec<u8>; 4] {
     [b"\xff\xff\xff".to_vec(), vec![0x0a; 100], vec![0; TOO_LONG], b"\x0a\x05ab".to_vec()]
 }
 
-/// A pod that comes now is captured, served, and can be talked to.
+/// A new pod is captured and served, and answers.
 async fn a_new_pod_is_served(bed: &Hostile, name: &str, node: usize) {
     let pod = bed.cluster.pod(PodOptions::new("shop", name).service_account(name).node(node)).await.unwrap();
     let address = (pod.ip(), PORT).into();
@@ -37,9 +37,9 @@ async fn an_agent_that_hears_nonsense_hangs_up_and_serves_its_proxy_as_before(be
         let rogue = SeqPacket::connect(bed.cluster.zds_socket(0)).unwrap();
         rogue.send(&packet, &[]).await.unwrap();
         let mut buffer = [0; 2048];
-        // Whatever it says, it then hangs up.
+        // It disconnects, whatever it sends before.
         let end = async { while rogue.recv(&mut buffer).await.is_ok_and(|received| received.len > 0) {} };
-        tokio::time::timeout(wait::SOON, end).await.expect("the agent hangs up");
+        tokio::time::timeout(wait::SOON, end).await.expect("the agent disconnects");
     }
     a_new_pod_is_served(bed, "after-a-rogue-proxy", 0).await;
     bed.goes_on().await;

@@ -1,4 +1,4 @@
-//! Who comes without being somebody: no certificate, a wrong one, an old one, one taken back.
+//! Peers that cannot be authenticated: without a certificate, or with a wrong, expired or revoked one.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -23,7 +23,7 @@ use crate::{FRIEND, Hostile, requests};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Takes any server for authentic, as somebody does who only wants in.
+/// Accepts any server.
 #[derive(Debug)]
 struct Anybody;
 
@@ -62,7 +62,7 @@ impl ServerCertVerifier for Anybody {
     }
 }
 
-/// A certificate as nobody honest would have it.
+/// A forged certificate.
 struct Forged {
     names: Vec<String>,
     not_before: SystemTime,
@@ -126,7 +126,7 @@ fn other_root(bed: &Hostile) -> Issuer<'static, KeyPair> {
     Issuer::from_ca_cert_pem(&real, key).unwrap()
 }
 
-/// What the server says of our certificate: nothing bad, or the alert.
+/// The server's verdict on our certificate: accepted, or the alert.
 async fn verdict(stream: &mut TlsStream<TcpStream>) -> Result<(), String> {
     let mut first = [0; 1];
     match tokio::time::timeout(wait::SOON, stream.read(&mut first)).await.expect("a verdict in time") {
@@ -136,7 +136,8 @@ async fn verdict(stream: &mut TlsStream<TcpStream>) -> Result<(), String> {
     }
 }
 
-/// Whoever shows this is refused with `alert`; that is counted, told with `reason`, and hurts nobody.
+/// A client with this configuration is refused with `alert`. The failure is counted and logged with `reason`, and others are
+/// not affected.
 async fn is_refused(bed: &Hostile, tls: Arc<ClientConfig>, alert: &str, reason: &str) {
     let before = bed.failures("TLS_FAILURE").await;
     let (from, mut stream) = bed.approach(tls).await;
@@ -229,7 +230,7 @@ async fn a_peer_that_expires_keeps_nothing(bed: &Hostile) {
     bed.goes_on().await;
 }
 
-/// Says `words` at the tunnel port; it is refused and told.
+/// Sends `words` to the tunnel port. The connection is refused and logged.
 async fn speaks_in_the_clear(bed: &Hostile, words: &[u8]) {
     let before = bed.failures("TLS_FAILURE").await;
     let mut stream = bed.stranger.connect_within(bed.tunnel_port(), wait::SOON).await.unwrap();

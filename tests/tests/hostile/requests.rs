@@ -1,4 +1,4 @@
-//! Peers that are authentic, and ask for what they may not have.
+//! Authenticated peers that request what they may not have.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -114,7 +114,7 @@ async fn session(bed: &Hostile, identity: &str) -> Session {
     Session::open(bed, bed.credentials.certificate(identity).client_tls().dangerous_expecting_anyone()).await
 }
 
-/// CONNECT to `target` is answered with `status`, counted as `flags`, told with `reason`, and hurts nobody.
+/// CONNECT to `target` is answered with `status`, counted as `flags` and logged with `reason`, and others are not affected.
 async fn is_answered(bed: &Hostile, target: &str, status: u16, flags: &str, reason: &str) {
     let before = bed.failures(flags).await;
     let mut session = session(bed, FRIEND).await;
@@ -124,7 +124,7 @@ async fn is_answered(bed: &Hostile, target: &str, status: u16, flags: &str, reas
     assert_eq!(line["src.identity"], FRIEND, "{line}");
     assert!(line["error"].as_str().unwrap_or_default().contains(reason), "{reason:?} is not why: {line}");
     bed.counted(flags, before).await;
-    // The connection is as good as before: one wrong question is no reason to hang up.
+    // A refused request does not end the connection.
     let application = bed.application().to_string();
     assert_eq!(session.ask(Method::CONNECT, &application).await, StatusCode::OK);
     bed.goes_on().await;
@@ -183,7 +183,7 @@ fn opened_and_reset(stream: u32, authority: &str) -> Vec<u8> {
     [frame(1, 4, &head), frame(3, 0, &8u32.to_be_bytes())].concat()
 }
 
-/// Requests opened and taken back at once, without end: the connection is ended (CVE-2023-44487).
+/// Requests that are opened and reset without end: the connection is closed (CVE-2023-44487).
 async fn a_peer_that_opens_and_resets_without_end_is_disconnected(bed: &Hostile) {
     let authority = bed.application().to_string();
     let (from, stream) =
@@ -204,7 +204,7 @@ async fn a_peer_that_opens_and_resets_without_end_is_disconnected(bed: &Hostile)
     let ended = async {
         tokio::select! {
             () = hung_up => {}
-            // Nobody takes what it sends any more.
+            // The server reads no more.
             flooded = flood => assert!(flooded.is_err(), "a million resets were taken"),
         }
     };
@@ -260,16 +260,16 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
         a_flood_of_headers_is_refused,
         a_peer_that_never_asks_is_no_burden,
     );
-    trials.add("requests::connect_to_another_pods_address_is_answered_with_400", async |bed: &Hostile| {
+    trials.add("requests::connect_to_another_pod_is_answered_with_400", async |bed: &Hostile| {
         is_not_here(bed, &format!("{}:{PORT}", bed.other.ip())).await;
     });
-    trials.add("requests::connect_to_the_clients_own_address_is_answered_with_400", async |bed: &Hostile| {
+    trials.add("requests::connect_to_the_client_is_answered_with_400", async |bed: &Hostile| {
         is_not_here(bed, &format!("{}:{PORT}", bed.client.ip())).await;
     });
     trials.add("requests::connect_to_a_virtual_address_is_answered_with_400", async |bed: &Hostile| {
         is_not_here(bed, &format!("{}:80", bed.vip())).await;
     });
-    trials.add("requests::connect_to_the_pods_other_family_is_answered_with_400", async |bed: &Hostile| {
+    trials.add("requests::connect_to_the_other_family_is_answered_with_400", async |bed: &Hostile| {
         is_not_here(bed, &format!("[{}]:{PORT}", bed.server.ipv6().unwrap())).await;
     });
     for target in ["127.0.0.1:8080", "[::1]:8080", "0.0.0.0:8080", "[::]:8080", "169.254.169.254:80"] {
@@ -287,12 +287,9 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
             is_not_here(bed, &format!("{}:{port}", bed.server.ip())).await;
         });
     }
-    trials.add(
-        "requests::connect_to_a_port_that_nobody_listens_on_is_answered_with_503",
-        async |bed: &Hostile| {
-            is_answered(bed, &format!("{}:9", bed.server.ip()), 503, "CONNECT", "refused").await;
-        },
-    );
+    trials.add("requests::connect_to_a_closed_port_is_answered_with_503", async |bed: &Hostile| {
+        is_answered(bed, &format!("{}:9", bed.server.ip()), 503, "CONNECT", "refused").await;
+    });
     for method in [Method::GET, Method::POST, Method::OPTIONS] {
         let name = format!("requests::{method}_is_answered_with_400");
         trials.add(name, async move |bed: &Hostile| {

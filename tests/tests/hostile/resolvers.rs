@@ -1,5 +1,5 @@
-//! Resolvers that answer with more than anybody asked for, and with what cannot be read. The pod gets what fits, or
-//! word that there is none; the node proxy stays as small as it was.
+//! Resolvers with oversized and malformed answers. The pod gets what fits, or an error, and the memory of the node proxy stays
+//! bounded.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -134,7 +134,7 @@ async fn ask_tcp(pod: &Pod, label: &str) -> Vec<u8> {
     tokio::time::timeout(wait::SOON, asking).await.expect("an answer in time")
 }
 
-/// Nobody knows: neither this resolver nor the other one, which is asked next.
+/// Whether an answer is SERVFAIL: neither this resolver nor the next one has answered.
 fn is_failure(answer: &[u8]) -> bool {
     let code = Message::from_vec(answer).unwrap().metadata.response_code;
     matches!(code, ResponseCode::ServFail | ResponseCode::NXDomain | ResponseCode::Refused)
@@ -145,7 +145,7 @@ async fn count(bed: &Hostile, counter: &str) -> f64 {
     metrics.sum(&format!("ambit_dns_{counter}_total"), &[])
 }
 
-async fn giant_and_malformed_answers_of_a_resolver_hurt_nobody(bed: &Hostile) {
+async fn giant_and_malformed_dns_answers_hurt_nobody(bed: &Hostile) {
     let address = match RESOLVER {
         SocketAddr::V4(address) => *address.ip(),
         SocketAddr::V6(_) => unreachable!(),
@@ -196,7 +196,7 @@ async fn giant_and_malformed_answers_of_a_resolver_hurt_nobody(bed: &Hostile) {
 }
 
 pub(crate) fn add(trials: &mut Trials<Hostile>) {
-    trials.add("resolvers::giant_and_malformed_answers_of_a_resolver_hurt_nobody", async |bed| {
-        giant_and_malformed_answers_of_a_resolver_hurt_nobody(bed).await;
+    trials.add("resolvers::giant_and_malformed_dns_answers_hurt_nobody", async |bed| {
+        giant_and_malformed_dns_answers_hurt_nobody(bed).await;
     });
 }

@@ -1,4 +1,4 @@
-//! An address that is used again: nothing of what was for the old pod may reach the new one.
+//! Reused addresses: bytes for the old pod never reach the new one.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -47,7 +47,7 @@ async fn no_old_stream_reaches_the_new_pod(case: Case) {
         // Whether it can be written depends on what its end has reached by now.
         stream.write_all(b"for the old pod").await.ok();
     }
-    // A connection made now is for the new pod, as soon as its proxy is told whose address it is.
+    // A connection made now is for the new pod, as soon as its proxy knows the owner of the address.
     wait::for_ok("the new pod answers", wait::SOON, || async {
         let mut stream = bed.client.connect_within(address, wait::SOON).await?;
         ping(&mut stream, "for the new pod").await
@@ -92,25 +92,25 @@ async fn record(pod: &Pod, address: SocketAddr) -> Arc<Mutex<Vec<String>>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_old_stream_reaches_another_pod_that_got_the_address_of_a_deleted_one() {
+async fn no_old_stream_reaches_a_new_pod_with_the_address() {
     let case = Case { node: 1, name: "new", service_account: "other", lingers: false };
     no_old_stream_reaches_the_new_pod(case).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_old_stream_reaches_another_pod_of_the_clients_own_node_that_got_the_address_of_a_deleted_one() {
+async fn no_old_stream_reaches_a_new_pod_of_the_clients_node() {
     let case = Case { node: 0, name: "new", service_account: "other", lingers: false };
     no_old_stream_reaches_the_new_pod(case).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_old_stream_reaches_a_pod_of_the_same_name_and_identity_that_got_the_address_of_a_deleted_one() {
+async fn no_old_stream_reaches_a_new_pod_of_the_same_identity() {
     let case = Case { node: 1, name: "old", service_account: "web", lingers: false };
     no_old_stream_reaches_the_new_pod(case).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_old_stream_reaches_the_new_pod_while_sockets_of_the_deleted_one_linger() {
+async fn no_old_stream_reaches_the_new_pod_while_sockets_linger() {
     let case = Case { node: 1, name: "old", service_account: "web", lingers: true };
     no_old_stream_reaches_the_new_pod(case).await;
 }

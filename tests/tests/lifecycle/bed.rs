@@ -82,20 +82,20 @@ impl Bed {
         self.servers.iter().chain([&self.client])
     }
 
-    /// Waits until every node proxy that runs knows all pods as what they are.
+    /// Waits until every running node proxy knows all pods with their protocol.
     pub(crate) async fn all_known(&self) {
         for node in 0..self.cluster.nodes() {
             let ztunnel = self.cluster.ztunnel(node).unwrap();
-            wait::until("every pod is told", wait::SOON, || async {
+            wait::until("every pod is known", wait::SOON, || async {
                 let Ok(dump) = ztunnel.config_dump().await else { return false };
                 let workloads = dump["workloads"].as_array().cloned().unwrap_or_default();
-                let told = |pod: &Pod| {
+                let is_known = |pod: &Pod| {
                     let protocol = if pod.is_enrolled() { "HBONE" } else { "TCP" };
                     workloads.iter().any(|w| w["name"] == pod.name() && w["protocol"] == protocol)
                 };
                 let service = dump["services"].as_array().into_iter().flatten().find(|s| s["name"] == "web");
                 let led = service.and_then(|s| s["endpoints"].as_object()).map_or(0, serde_json::Map::len);
-                self.pods().all(told) && led == self.servers.len()
+                self.pods().all(is_known) && led == self.servers.len()
             })
             .await;
         }
@@ -126,7 +126,7 @@ impl Bed {
         self.cluster.ztunnel(node).unwrap().metrics().await.unwrap().sum(name, labels)
     }
 
-    /// Connections with mutual TLS that the node proxy of a node has told of as their source.
+    /// Connections with mutual TLS that the node proxy of a node has reported as their source.
     pub(crate) async fn tunnelled(&self, node: usize) -> f64 {
         let labels = [("reporter", "source"), ("connection_security_policy", "mutual_tls")];
         self.count(node, "istio_tcp_connections_opened_total", &labels).await

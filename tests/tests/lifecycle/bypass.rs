@@ -1,5 +1,5 @@
-//! No bypass: whatever is missing, nothing of an enrolled pod is on the wire but tunnels, while its client keeps
-//! trying; and when what was missing is back, it is heard again.
+//! No bypass: whatever part is missing, the wire carries only tunnels of an enrolled pod while its client keeps trying. When the
+//! part is back, the client is answered again.
 
 use ambit_local::{Cluster, DATAPLANE_MODE};
 use ambit_tests::wait;
@@ -148,7 +148,7 @@ async fn nothing_is_in_the_clear_without_agents_and_without_proxies() {
     }
     let answered = client.answered();
     client.tries(TRIES).await;
-    // A proxy that nobody tells of pods serves none.
+    // A proxy without an agent serves no pods.
     for node in 0..2 {
         bed.cluster.ztunnel(node).unwrap().start().await.unwrap();
     }

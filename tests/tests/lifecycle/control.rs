@@ -10,7 +10,7 @@ use ambit_tests::wait;
 use crate::bed::{Bed, ECHO, ping};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_control_plane_killed_and_started_again_under_load_fails_no_request() {
+async fn no_request_fails_when_the_control_plane_is_killed() {
     let bed = Bed::start(true, &[0, 1]).await;
     let load = bed.load().await;
     load.more(50).await;
@@ -71,7 +71,7 @@ fn now() -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificates_are_renewed_and_expire_under_load_and_no_request_fails() {
+async fn certificates_expire_under_load_and_no_request_fails() {
     let lifetime = 20;
     let bed = Bed::on(with_lifetime(lifetime), true, &[1]).await;
     let load = bed.load().await;
@@ -94,7 +94,7 @@ async fn certificates_are_renewed_and_expire_under_load_and_no_request_fails() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn control_plane_and_authority_gone_past_half_of_a_lifetime_under_load_fail_no_request() {
+async fn no_request_fails_without_control_plane_past_half_a_lifetime() {
     let lifetime = 40;
     let bed = Bed::on(with_lifetime(lifetime), true, &[1]).await;
     let load = bed.load().await;

@@ -39,7 +39,7 @@ async fn all_answered(bed: &Bed) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_an_endpoints_application_refuses_another_endpoint_answers() {
+async fn an_endpoint_whose_application_refuses_is_replaced() {
     let mut bed = Bed::start(true, &[1]).await;
     let deaf = bed.server("deaf", 1).await;
     bed.servers.push(deaf);
@@ -49,7 +49,7 @@ async fn where_an_endpoints_application_refuses_another_endpoint_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_an_endpoint_on_the_clients_own_node_refuses_another_endpoint_answers() {
+async fn an_endpoint_that_refuses_on_the_clients_node_is_replaced() {
     let mut bed = Bed::start(true, &[1]).await;
     let deaf = bed.server("deaf", 0).await;
     bed.servers.push(deaf);
@@ -59,7 +59,7 @@ async fn where_an_endpoint_on_the_clients_own_node_refuses_another_endpoint_answ
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_an_endpoints_node_is_cut_off_another_endpoint_answers() {
+async fn an_endpoint_whose_node_is_cut_off_is_replaced() {
     let builder = Cluster::builder().nodes(3).ztunnel_config("limits", quick());
     let bed = Bed::on(builder, true, &[1, 2]).await;
     bed.cluster.set_link(2, false).await.unwrap();
@@ -68,7 +68,7 @@ async fn where_an_endpoints_node_is_cut_off_another_endpoint_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_an_endpoints_node_is_cut_off_behind_open_tunnels_another_endpoint_answers() {
+async fn an_endpoint_cut_off_behind_open_tunnels_is_replaced() {
     let builder = Cluster::builder().nodes(3).ztunnel_config("limits", quick());
     let bed = Bed::on(builder, true, &[1, 2]).await;
     // Tunnels to both, which stay in the pool.
@@ -81,7 +81,7 @@ async fn where_an_endpoints_node_is_cut_off_behind_open_tunnels_another_endpoint
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_an_endpoints_node_proxy_stands_still_another_endpoint_answers() {
+async fn an_endpoint_whose_proxy_is_paused_is_replaced() {
     let builder = Cluster::builder().nodes(3).ztunnel_config("limits", quick());
     let bed = Bed::on(builder, true, &[1, 2]).await;
     let ztunnel = bed.cluster.ztunnel(2).unwrap();
@@ -121,7 +121,7 @@ spec:
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_application_is_rolled_out_under_load_and_every_request_is_answered() {
+async fn every_request_is_answered_during_a_rollout() {
     let bed = Bed::start(true, &[]).await;
     bed.cluster.apply(&deployment(1)).await.unwrap();
     let limit = Duration::from_secs(30);

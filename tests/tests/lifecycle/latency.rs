@@ -18,7 +18,7 @@ const REQUESTS: u64 = 200;
 const ROUNDS: usize = 3;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_median_request_at_200_a_second_takes_hardly_longer_than_without_a_mesh() {
+async fn the_mesh_adds_little_to_the_median_request() {
     let bed = Bed::start(true, &[1]).await;
     let pod = async |name, node| bed.cluster.pod(PodOptions::new("outside", name).node(node)).await.unwrap();
     let (client, server) = (pod("client", 0).await, pod("server", 1).await);

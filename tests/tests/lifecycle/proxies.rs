@@ -14,9 +14,8 @@ use crate::bed::{Bed, ECHO, HTTP, NAMESPACE, ping, until_ended};
 /// Drain time of the tests that wait for its end.
 const DRAIN: Duration = Duration::from_secs(4);
 
-/// What may fail when a proxy is killed: a request on a connection that was asked for before its death, so that
-/// the dead process had accepted it (a kept tunnel, or one being set up); and it fails by being closed, at
-/// once. A connection that is asked for later, or is refused, or hangs, has no excuse.
+/// Whether a failure is allowed when a proxy is killed. Only connections that were requested before its death may fail, because
+/// the process may have accepted them, and only by being closed at once. Later connections must neither fail nor hang.
 fn may_fail(failure: &Failure, died: Instant) -> bool {
     let closed = [ErrorKind::ConnectionReset, ErrorKind::UnexpectedEof, ErrorKind::BrokenPipe];
     failure.asked <= died && closed.contains(&failure.kind)
@@ -38,12 +37,12 @@ async fn kill_and_start_under_load(node: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_clients_node_proxy_killed_and_started_again_under_load_refuses_no_new_connection() {
+async fn a_killed_client_proxy_refuses_no_new_connection() {
     kill_and_start_under_load(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_servers_node_proxy_killed_and_started_again_under_load_refuses_no_new_connection() {
+async fn a_killed_server_proxy_refuses_no_new_connection() {
     kill_and_start_under_load(1).await;
 }
 
@@ -55,7 +54,7 @@ async fn opened(ztunnel: &Ztunnel, node: usize) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_succeeds() {
+async fn a_second_proxy_takes_over_and_every_request_succeeds() {
     let builder = Cluster::builder().nodes(2).ztunnel_config("drainTimeout", "60s");
     let bed = Bed::on(builder, true, &[0, 1]).await;
     let load = bed.load().await;
@@ -85,7 +84,7 @@ async fn a_second_node_proxy_takes_over_from_a_draining_one_and_every_request_su
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_connection_waits_for_the_servers_node_proxy_for_longer_than_one_attempt() {
+async fn a_connection_waits_for_the_servers_proxy_beyond_one_attempt() {
     let limits = serde_json::json!({ "attemptTimeout": "2s", "handshakeTimeout": "2s" });
     let bed = Bed::on(Cluster::builder().nodes(2).ztunnel_config("limits", limits), true, &[1]).await;
     drop(bed.echo(bed.vip(ECHO)).await);
@@ -153,17 +152,17 @@ async fn drain_to_the_end(node: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_drain_time_of_the_clients_node_proxy_cuts_what_is_left_and_nothing_before() {
+async fn the_client_proxys_drain_cuts_connections_only_at_its_end() {
     drain_to_the_end(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_drain_time_of_the_servers_node_proxy_cuts_what_is_left_and_nothing_before() {
+async fn the_server_proxys_drain_cuts_connections_only_at_its_end() {
     drain_to_the_end(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_proxy_without_descriptors_serves_what_it_has_and_recovers() {
+async fn a_proxy_without_descriptors_keeps_serving_and_recovers() {
     let bed = Bed::start(true, &[1]).await;
     let other = PodOptions::new(NAMESPACE, "other").node(1).service_account("client");
     let other = bed.cluster.pod(other).await.unwrap();

@@ -1,4 +1,4 @@
-//! A new root in three steps under load, as docs/certificates.md tells operators to take them: both roots known,
+//! A new root in three steps under load, as docs/certificates.md describes them: both roots known,
 //! the new one signing, the old one gone.
 
 use std::fs;
@@ -92,7 +92,7 @@ async fn all_renewed(bed: &Bed) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_root_is_replaced_in_three_steps_under_load_and_no_request_fails() {
+async fn no_request_fails_while_a_root_is_replaced_in_three_steps() {
     // Connections whose certificates are of the old root end with it; clients open kept ones again.
     let builder = Cluster::builder()
         .nodes(2)

@@ -121,8 +121,8 @@ impl Setting {
         }
     }
 
-    /// The nodes whose proxies are told everything unasked.
-    fn told(self) -> std::ops::Range<usize> {
+    /// The nodes whose proxies get all resources without a request.
+    fn fully_informed(self) -> std::ops::Range<usize> {
         if self == Self::AddressesOnDemand { 1..2 } else { 0..2 }
     }
 }
@@ -136,7 +136,7 @@ pub(crate) struct Bed {
     _running: Vec<Running>,
 }
 
-/// What a resolver inside a server pod answers, by which it is told from any other.
+/// The answer of a resolver inside a server pod, which differs from that of any other.
 pub(crate) fn sign(server: &Pod, ipv6: bool) -> IpAddr {
     match server.ip().octets() {
         [_, _, node, pod] if ipv6 => {
@@ -174,15 +174,15 @@ impl Bed {
         Ok(bed)
     }
 
-    /// Waits until the node proxies know every server and service, so that no test meets a half-told mesh.
+    /// Waits until the node proxies know every server and service, so that no test runs before the mesh is complete.
     async fn know_each_other(&self) {
-        for node in self.setting.told() {
+        for node in self.setting.fully_informed() {
             let ztunnel = self.cluster.ztunnel(node).unwrap();
-            wait::until("every workload and service is told", wait::SOON, || async {
+            wait::until("every workload and service is known", wait::SOON, || async {
                 let Ok(dump) = ztunnel.config_dump().await else { return false };
                 let of = |key: &str| dump[key].as_array().cloned().unwrap_or_default();
                 let (workloads, services) = (of("workloads"), of("services"));
-                let told = |pod: &Pod, captured: bool| {
+                let is_known = |pod: &Pod, captured: bool| {
                     let protocol = if captured { "HBONE" } else { "TCP" };
                     workloads.iter().any(|w| {
                         w["name"] == pod.name()

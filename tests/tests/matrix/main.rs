@@ -1,5 +1,5 @@
-//! Who reaches whom, and how: every pair of captured and uncaptured pods, on one node and across nodes, by every
-//! kind of target, over both address families, with every kind of protocol; what of it the wire shows.
+//! Connectivity of every pair of captured and uncaptured pods, on one node and across nodes, by every kind of target, over both
+//! address families, with every kind of protocol, and what is readable on the wire.
 //!
 //! The tests run under each of some configurations of the node proxy, all of one configuration in one cluster, which
 //! starts with the first of them. Only the default one runs without `--include-ignored`. Needs root; fails without.
@@ -148,7 +148,7 @@ async fn is_reported_as_it_was(bed: &Bed, pair: Pair) {
     }
 }
 
-/// Captured pairs of one node meet inside the proxy, unless it is told to have them meet in a tunnel.
+/// Connections between captured pods of one node are handed over inside the proxy, unless it is configured to use tunnels.
 async fn meets_on_one_node_as_configured(bed: &Bed) {
     let pair = Pair { client_captured: true, server_captured: true, near: true };
     for ipv6 in [false, true] {
@@ -167,7 +167,7 @@ async fn meets_on_one_node_as_configured(bed: &Bed) {
 const SECRET: &str = "between captured pods";
 const OPEN: &str = "an open letter";
 
-/// Says `words` in every protocol, to every kind of target, over both families.
+/// Sends `words` in every protocol, to every kind of target, over both families.
 async fn say(bed: &Bed, pair: Pair, words: &str) {
     for target in Target::ALL {
         for ipv6 in [false, true] {
@@ -269,7 +269,7 @@ fn trials(shared: &Arc<Shared>) -> Vec<Trial> {
                 asks_for_the_servers_names(bed, pair, ipv6).await;
             }));
         }
-        // Nobody has told the node of a plain client, and it takes nothing from there that it would have to ask of.
+        // With resources on demand, the node has not requested the plain client, and does not do so for its connections.
         let is_unknown = shared.setting == Setting::AddressesOnDemand && !pair.client_captured && pair.near;
         if !is_unknown {
             trials.push(trial(shared, &format!("{pair}::is_reported_as_it_was"), async move |bed| {

@@ -86,7 +86,7 @@ pub(crate) async fn must_open(routes: &[Route]) {
     }
 }
 
-/// None can be opened now, and each client is told so at once.
+/// None can be opened now, and each attempt fails at once.
 pub(crate) async fn must_be_refused(routes: &[Route]) {
     for route in routes {
         match Line::open(route).await {
@@ -148,18 +148,18 @@ impl Bed {
         bed
     }
 
-    /// Until the clients' proxy knows that the servers take tunnels, it would go to them in plaintext.
+    /// Waits until the clients' proxy knows that the servers are captured. Before, connections to them are plaintext.
     async fn know_each_other(&self) {
         let ztunnel = self.cluster.ztunnel(0).unwrap();
         wait::until("the servers are known", SOON, || async {
             let Ok(dump) = ztunnel.config_dump().await else { return false };
-            let told = |pod: &Pod| {
+            let is_known = |pod: &Pod| {
                 let workloads = dump["workloads"].as_array();
                 workloads.is_some_and(|all| {
                     all.iter().any(|w| w["name"] == pod.name() && w["protocol"] == "HBONE")
                 })
             };
-            self.servers.iter().all(told)
+            self.servers.iter().all(is_known)
         })
         .await;
     }
@@ -194,7 +194,7 @@ impl Bed {
     pub(crate) async fn wait_policy(&self, name: &str, holds: impl Fn(&serde_json::Value) -> bool) {
         for node in 0..2 {
             let ztunnel = self.cluster.ztunnel(node).unwrap();
-            wait::until(&format!("the policy {name} is told"), SOON, || async {
+            wait::until(&format!("the proxy has the policy {name}"), SOON, || async {
                 let Ok(dump) = ztunnel.config_dump().await else { return false };
                 let policies = dump["policies"].as_array().cloned().unwrap_or_default();
                 policies

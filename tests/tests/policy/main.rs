@@ -1,4 +1,4 @@
-//! What policies do to connections that are open and to those that come after, while they change.
+//! The effect of changing policies on open and new connections.
 //!
 //! Every test has a cluster of its own with two clients in the mesh, one outside, and a server on each node, so
 //! that a connection is handed over on one node, tunnelled to the other, or plain; over both address families.
@@ -24,7 +24,7 @@ use bed::{
     policy_in,
 };
 
-/// Connections that a rule tells from others.
+/// Connections that a rule matches.
 struct Side {
     rule: String,
     routes: Vec<Route>,
@@ -168,7 +168,7 @@ async fn a_client_without_identity_is_none_of_all_principals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_allow_without_rules_lets_nobody_in_and_a_deny_stands_over_an_allow() {
+async fn an_empty_allow_admits_nobody_and_deny_overrides_allow() {
     let bed = Bed::start().await;
     let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let lines = open(&alice).await;
@@ -187,7 +187,7 @@ async fn an_allow_without_rules_lets_nobody_in_and_a_deny_stands_over_an_allow()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_policy_binds_the_mesh_from_the_root_namespace_and_its_own_namespace_from_any_other() {
+async fn a_policy_applies_to_its_namespace_or_from_the_root_to_all() {
     let bed = Bed::start().await;
     let (alice, bob) = (bed.routes(&bed.alice, &PORTS[..1]), bed.routes(&bed.bob, &PORTS[..1]));
     let (mut alices, bobs) = (open(&alice).await, open(&bob).await);
@@ -207,7 +207,7 @@ async fn a_policy_binds_the_mesh_from_the_root_namespace_and_its_own_namespace_f
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strict_refuses_plaintext_and_closes_what_was_open_until_it_is_permissive_again() {
+async fn strict_refuses_and_closes_plaintext_until_permissive() {
     let bed = Bed::start().await;
     let (known, unknown) = (bed.routes(&bed.alice, &PORTS), bed.routes(&bed.stranger, &PORTS));
     let (mut alices, strangers) = (open(&known).await, open(&unknown).await);
@@ -268,7 +268,7 @@ async fn a_permissive_port_of_a_strict_workload_takes_plaintext() {
     must_be_refused(&strict).await;
     must_open(&free).await;
     must_work(&mut frees).await;
-    // The workload's word stands over its namespace's.
+    // The policy of the workload overrides the one of its namespace.
     bed.apply(&authentication("shop", "default", "mtls: {mode: STRICT}")).await;
     let whole = "selector: {matchLabels: {app: far}}, mtls: {mode: PERMISSIVE}";
     bed.apply(&authentication("shop", "far", whole)).await;
@@ -278,7 +278,7 @@ async fn a_permissive_port_of_a_strict_workload_takes_plaintext() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dry_run_policy_is_counted_and_lets_everything_be_until_it_is_enforced() {
+async fn a_dry_run_policy_is_counted_and_not_enforced() {
     let bed = Bed::start().await;
     let mut routes = bed.routes(&bed.bob, &PORTS[..1]);
     routes.extend(bed.routes(&bed.stranger, &PORTS[..1]));
@@ -361,7 +361,7 @@ async fn malformed(bed: &Bed) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreadable_policy_fails_closed_and_opens_when_it_is_corrected() {
+async fn an_unreadable_policy_fails_closed_until_it_is_corrected() {
     let bed = Bed::start().await;
     let routes = bed.routes(&bed.alice, &PORTS[..1]);
     for action in ["ALLOW", "DENY"] {
@@ -410,7 +410,7 @@ async fn a_policy_that_becomes_unreadable_fails_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_label_that_makes_a_policy_bind_a_running_pod_closes_its_connections_and_no_others() {
+async fn a_label_that_selects_a_running_pod_closes_its_connections() {
     let bed = Bed::start().await;
     let [near, far] = [0, 1].map(|at| {
         let server = &bed.servers[at];
@@ -445,7 +445,7 @@ async fn a_label_that_makes_a_policy_bind_a_running_pod_closes_its_connections_a
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refusal_and_a_cut_are_told_with_the_policy_that_caused_them() {
+async fn refusals_and_cuts_are_logged_with_their_policy() {
     let bed = Bed::start().await;
     let routes = bed.routes(&bed.bob, &PORTS[..1]);
     let lines = open(&routes).await;
@@ -454,11 +454,12 @@ async fn a_refusal_and_a_cut_are_told_with_the_policy_that_caused_them() {
     must_be_refused(&routes).await;
     for node in 0..2 {
         let ztunnel = bed.cluster.ztunnel(node).unwrap();
-        let told = |what: &str| {
+        let is_logged = |what: &str| {
             ztunnel.logs().iter().any(|line| line.contains(what) && line.contains("ns/west/sa/bob"))
         };
-        wait::until("the access log tells", Duration::from_secs(10), || async {
-            told("closed by policy: denied by policy shop/named") && told("denied by policy shop/named")
+        wait::until("the access log has both", Duration::from_secs(10), || async {
+            is_logged("closed by policy: denied by policy shop/named")
+                && is_logged("denied by policy shop/named")
         })
         .await;
         let metrics = ztunnel.metrics().await.unwrap();

@@ -24,7 +24,7 @@ struct Seen {
     refused: usize,
 }
 
-/// Opens connections until told to stop, and holds them.
+/// Opens connections until `stop` is set, and holds them.
 async fn keep_opening(route: Route, stop: Arc<AtomicBool>) -> Seen {
     let mut seen = Seen::default();
     while !stop.load(Ordering::Relaxed) {
