@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::server::{self, Answer};
 
-/// Serves until told to end.
+/// Serves until the program is asked to end.
 pub(crate) async fn run(listen: SocketAddr) -> Result<()> {
     server::serve(listen, |request| async move { answer(&request) }).await
 }

@@ -30,7 +30,7 @@ struct Page {
     client: Upstream,
 }
 
-/// Serves until told to end.
+/// Serves until the program is asked to end.
 pub(crate) async fn run(listen: SocketAddr, upstreams: Upstreams) -> Result<()> {
     let page = Page { upstreams, client: Upstream::new() };
     server::serve(listen, move |request| {

@@ -19,7 +19,7 @@ type Stars = BTreeMap<String, u8>;
 /// Ratings by book. The lock is held for a look-up or an insertion, never across an await.
 type Ratings = Arc<Mutex<BTreeMap<u32, Stars>>>;
 
-/// Serves until told to end.
+/// Serves until the program is asked to end.
 pub(crate) async fn run(listen: SocketAddr) -> Result<()> {
     let ratings = Ratings::default();
     server::serve(listen, move |request| answer(request, ratings.clone())).await

@@ -39,7 +39,7 @@ struct Reviews {
     pod: String,
 }
 
-/// Serves until told to end.
+/// Serves until the program is asked to end.
 pub(crate) async fn run(listen: SocketAddr, version: Version, ratings: String) -> Result<()> {
     let pod = std::env::var("POD_NAME").or_else(|_| std::env::var("HOSTNAME")).unwrap_or_default();
     let reviews = Reviews { version, ratings, upstream: Upstream::new(), pod };

@@ -25,7 +25,7 @@ pub(crate) type Answer = Response<Full<Bytes>>;
 
 /// Larger request bodies are refused, bytes.
 const MAX_BODY: usize = 64 * 1024;
-/// How long requests that run may still take when the program is told to end.
+/// How long requests that run may still take when the program is asked to end.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Binds; the wildcard of both families becomes that of IPv4 on a machine without IPv6.
@@ -38,7 +38,7 @@ async fn bind(listen: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-/// Serves `answer` on `listen` until the program is told to end.
+/// Serves `answer` on `listen` until the program is asked to end.
 pub(crate) async fn serve<F, A>(listen: SocketAddr, answer: F) -> Result<()>
 where
     F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,

@@ -12,7 +12,7 @@ use crate::upstream::Upstream;
 /// How often the visitor reports.
 const REPORT: Duration = Duration::from_secs(5);
 
-/// Visits `url` `rate` times a second until told to end.
+/// Visits `url` `rate` times a second until the program is asked to end.
 pub(crate) async fn run(url: &str, rate: u32) -> Result<()> {
     let upstream = Upstream::new();
     let headers = HeaderMap::new();
