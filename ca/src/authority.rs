@@ -85,10 +85,15 @@ impl AuthorityConfig {
 
     /// Defaults of contracts.md §5 for the [files](FileStore) in `directory`.
     pub fn new(trust_domain: TrustDomain, directory: PathBuf) -> Self {
+        Self::with_store(trust_domain, Arc::new(FileStore::new(directory)))
+    }
+
+    /// Defaults of contracts.md §5 for what `store` keeps.
+    pub fn with_store(trust_domain: TrustDomain, store: Arc<dyn AuthorityStore>) -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         Self {
             trust_domain,
-            store: Arc::new(FileStore::new(directory)),
+            store,
             default_lifetime: DAY,
             max_lifetime: Self::MAX_LIFETIME,
             backdating: Duration::from_secs(120),

@@ -28,4 +28,4 @@ pub use jwt::{JwtAuthenticator, JwtConfig, JwtError};
 pub use request::RequestError;
 pub use service::{CertificateService, IssuanceMetrics, IssuancePolicy, NodePods, NodeProxy};
 pub use signer::{Issued, SignError};
-pub use store::{AuthorityStore, FileStore, StoreError, StoredMaterial};
+pub use store::{AuthorityStore, FileStore, StoreError, StoreWatch, StoredMaterial};

@@ -14,7 +14,7 @@ use ambit_identity::files::FileWatch;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
-use super::{AuthorityStore, StoreError, StoredMaterial};
+use super::{AuthorityStore, StoreError, StoreWatch, StoredMaterial};
 
 /// A directory with the authority's files. Clones share it.
 #[derive(Debug, Clone)]
@@ -154,8 +154,8 @@ impl AuthorityStore for FileStore {
         self.unwritten.lock().is_some()
     }
 
-    fn watch(&self) -> FileWatch {
-        FileWatch::new(std::slice::from_ref(&self.directory))
+    fn watch(&self) -> StoreWatch {
+        StoreWatch::Files(FileWatch::new(std::slice::from_ref(&self.directory)))
     }
 
     fn name(&self) -> String {

@@ -1,7 +1,8 @@
 //! Where the authority keeps its key, and what it must remember about a change of roots.
 //!
-//! A seam: files today ([`FileStore`]), a Secret of Kubernetes later. Several replicas may share one store, and any of
-//! them may restart at any time, so nothing that decides who signs or which roots are published is kept elsewhere.
+//! A seam: files ([`FileStore`]), or Secrets of Kubernetes, which the control plane implements. Several replicas may share
+//! one store, and any of them may restart at any time, so nothing that decides who signs or which roots are published is
+//! kept elsewhere.
 
 mod files;
 
@@ -23,6 +24,17 @@ pub enum StoreError {
         /// What the system said.
         reason: std::io::Error,
     },
+    /// A server that keeps it cannot be reached, or refuses.
+    #[error("{object}: {reason}")]
+    Server {
+        /// What was read or written.
+        object: String,
+        /// What the server, or the connection to it, said.
+        reason: String,
+    },
+    /// What is there was put in place by others and is not ours to replace.
+    #[error("{0} was plugged in and is replaced by whoever did that")]
+    PluggedIn(String),
     /// The task that used the store ended abnormally.
     #[error("using the store ended abnormally: {0}")]
     Task(String),
@@ -50,6 +62,25 @@ impl std::fmt::Debug for StoredMaterial {
             .field("certificate", &self.certificate)
             .field("roots", &self.roots)
             .finish_non_exhaustive()
+    }
+}
+
+/// Notices that a store may have changed.
+#[derive(Debug)]
+pub enum StoreWatch {
+    /// By its files.
+    Files(FileWatch),
+    /// Not at all: the store is read at intervals, every ten seconds at the latest.
+    Intervals,
+}
+
+impl StoreWatch {
+    /// Returns when something may have changed. Cancel-safe.
+    pub async fn changed(&mut self) {
+        match self {
+            Self::Files(files) => files.changed().await,
+            Self::Intervals => std::future::pending().await,
+        }
     }
 }
 
@@ -92,7 +123,7 @@ pub trait AuthorityStore: Send + Sync + 'static {
     }
 
     /// Notices when any of it may have changed.
-    fn watch(&self) -> FileWatch;
+    fn watch(&self) -> StoreWatch;
 
     /// Names the store in messages.
     fn name(&self) -> String;
