@@ -439,7 +439,7 @@ impl AuthorityStore for ReadOnly {
         self.record.lock().unwrap().is_some()
     }
 
-    fn watch(&self) -> ambit_identity::files::FileWatch {
+    fn watch(&self) -> ambit_ca::StoreWatch {
         self.files.watch()
     }
 

@@ -68,8 +68,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Names on the certificate of that port.
     pub server_names: Vec<String>,
-    /// The CA's files; a self-signed root is made there if there is none.
-    pub ca_dir: PathBuf,
+    /// The CA's files; a self-signed root is made there if there is none. `None`: Secrets of the system namespace.
+    pub ca_dir: Option<PathBuf>,
     /// Longest lifetime of a certificate, whatever is asked for.
     pub max_certificate_lifetime: Duration,
     /// How long a new root is published before it signs. None: until every workload has renewed its certificate.
@@ -78,14 +78,16 @@ pub struct Config {
     pub max_connection_age: Duration,
     /// Connections of the port at the same time.
     pub max_connections: usize,
-    /// Key set that callers' tokens are verified with.
-    pub jwks: PathBuf,
+    /// Key set that callers' tokens are verified with. `None`: the API server reviews them.
+    pub jwks: Option<PathBuf>,
     /// Audiences of which a token must name one.
     pub audiences: Vec<String>,
     /// Service accounts that may ask for the identities of pods on their node.
     pub trusted_node_proxies: Vec<NodeProxy>,
     /// Where the CA's roots are written.
     pub root_out: Option<PathBuf>,
+    /// Ambit's own namespace.
+    pub system_namespace: String,
     /// Trust domain of the mesh.
     pub trust_domain: TrustDomain,
     /// What the index needs to know.
@@ -117,7 +119,7 @@ pub struct Flags {
 #[derive(Debug, Default, Serialize, Deserialize, clap::Args)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Raw {
-    /// Where objects come from: dir:PATH; may be repeated.
+    /// Where objects come from: kubernetes (the cluster that the program runs in), kubernetes:KUBECONFIG, or dir:PATH, which may be repeated.
     #[arg(long = "source", env = "AMBIT_CONTROL_SOURCE", value_name = "SOURCE", value_delimiter = ',')]
     sources: Option<Vec<String>>,
     /// Where xDS and CA are served (default 0.0.0.0:15012).
@@ -131,7 +133,7 @@ struct Raw {
         value_delimiter = ','
     )]
     server_names: Option<Vec<String>>,
-    /// Directory of the CA's files.
+    /// Directory of the CA's files (default with Kubernetes: Secrets cacerts or istio-ca-secret of the system namespace).
     #[arg(long, env = "AMBIT_CONTROL_CA_DIR", value_name = "DIR")]
     ca_dir: Option<PathBuf>,
     /// Longest lifetime of a certificate in seconds, 10 or more, whatever is asked for (default 90 days).
@@ -146,7 +148,7 @@ struct Raw {
     /// Connections of proxies at the same time; the limit of open files may allow fewer (default 32768).
     #[arg(long, env = "AMBIT_CONTROL_MAX_CONNECTIONS", value_name = "NUMBER")]
     max_connections: Option<usize>,
-    /// JSON Web Key Set that callers' tokens are verified with.
+    /// JSON Web Key Set that callers' tokens are verified with (default with Kubernetes: the API server reviews them).
     #[arg(long, env = "AMBIT_CONTROL_JWKS", value_name = "FILE")]
     jwks: Option<PathBuf>,
     /// Audience of tokens; may be repeated (default istio-ca).
@@ -334,22 +336,28 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
     let trust_domain = trust_domain.as_deref().unwrap_or(&defaults.trust_domain);
     let trust_domain = TrustDomain::new(trust_domain).map_err(|error| invalid("trustDomain", error))?;
     let sources = sources.filter(|s| !s.is_empty()).ok_or(ConfigError::Missing("--source"))?;
+    let sources = sources
+        .iter()
+        .map(|source| source.parse().map_err(|error| invalid("sources", error)))
+        .collect::<Result<Vec<SourceName>, _>>()?;
+    let has_api_server = has_api_server(&sources)?;
+    let needed = |given: Option<PathBuf>, flag| match given {
+        None if !has_api_server => Err(ConfigError::Missing(flag)),
+        given => Ok(given),
+    };
     let proxies = trusted_node_proxies.unwrap_or_else(|| vec![format!("{system}/ztunnel")]);
     let classes = waypoint_classes.map(|classes| classes.into_iter().map(Arc::from).collect());
     Ok(Config {
-        sources: sources
-            .iter()
-            .map(|source| source.parse().map_err(|error| invalid("sources", error)))
-            .collect::<Result<_, _>>()?,
+        sources,
         listen: listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 15012))),
         server_names: server_names.unwrap_or_else(|| service_names(&system)),
-        ca_dir: ca_dir.ok_or(ConfigError::Missing("--ca-dir"))?,
+        ca_dir: needed(ca_dir, "--ca-dir")?,
         max_certificate_lifetime: max_lifetime(max_certificate_lifetime)?,
         root_propagation: root_propagation.map(Duration::from_secs),
         max_connection_age: max_connection_age
             .map_or(PortLimits::MAX_AGE, |seconds| Duration::from_secs(seconds.max(1))),
         max_connections: max_connections.unwrap_or(PortLimits::MAX_CONNECTIONS).max(1),
-        jwks: jwks.ok_or(ConfigError::Missing("--jwks"))?,
+        jwks: needed(jwks, "--jwks")?,
         audiences: audiences.unwrap_or_else(|| vec!["istio-ca".to_owned()]),
         trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,
         root_out,
@@ -362,6 +370,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
             waypoint_classes: classes.unwrap_or(defaults.waypoint_classes),
             l7_deny_at_l4: l7_deny_at_l4.unwrap_or_default(),
         },
+        system_namespace: system,
         trust_domain,
         metrics,
         readiness,
@@ -369,6 +378,15 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
         log_level: log_level.unwrap_or_else(|| "info".to_owned()),
         log_format: form_of_log(log_format.as_deref())?,
     })
+}
+
+/// Whether the one source is an API server: beside it, who owns an object could not be told.
+fn has_api_server(sources: &[SourceName]) -> Result<bool, ConfigError> {
+    let is_api_server = |source: &SourceName| matches!(source, SourceName::Kubernetes { .. });
+    match sources.iter().any(is_api_server) {
+        true if sources.len() > 1 => Err(invalid("sources", "kubernetes can be the only source alone")),
+        any => Ok(any),
+    }
 }
 
 /// contracts.md, section 5: maximum 90 days; below ten seconds renewal can't keep up.
@@ -416,65 +434,5 @@ fn invalid(key: &'static str, reason: impl std::fmt::Display) -> ConfigError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(arguments: &[&str]) -> Result<Config, ConfigError> {
-        resolve(&Flags::try_parse_from([&["ambit-control"], arguments].concat()).unwrap())
-    }
-
-    const NEEDED: [&str; 6] = ["--source", "dir:/objects", "--ca-dir", "/ca", "--jwks", "/jwks.json"];
-
-    #[test]
-    fn what_is_not_said_has_the_documented_default() {
-        let config = parse(&NEEDED).unwrap();
-        assert_eq!(config.listen.to_string(), "0.0.0.0:15012");
-        assert_eq!(config.index, Settings::default());
-        assert_eq!(config.audiences, ["istio-ca"]);
-        assert_eq!(config.root_propagation, None);
-        assert_eq!(config.trusted_node_proxies, ambit_ca::IssuancePolicy::default().trusted_node_proxies);
-        assert!(config.server_names.contains(&"ambit-control.ambit-system.svc".to_owned()));
-    }
-
-    #[test]
-    fn a_flag_stands_over_the_file_and_an_unknown_key_names_the_nearest() {
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("control.yaml");
-        std::fs::write(&file, "sources: [\"dir:/a\"]\ncaDir: /ca\njwks: /keys\nclusterId: one\nnetwork: n\n")
-            .unwrap();
-        let path = file.to_str().unwrap();
-        let config = parse(&["--config", path, "--cluster-id", "two"]).unwrap();
-        assert_eq!((&*config.index.cluster_id, &*config.index.network), ("two", "n"));
-        std::fs::write(&file, "clusterID: one\n").unwrap();
-        let error = parse(&["--config", path]).unwrap_err().to_string();
-        assert!(error.contains("did you mean \"clusterId\"?"), "{error}");
-    }
-
-    #[test]
-    fn the_reference_page_is_that_of_the_program() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/control-settings.md");
-        if std::env::var_os("AMBIT_WRITE_DOCS").is_some() {
-            std::fs::write(path, reference()).unwrap();
-        }
-        assert_eq!(std::fs::read_to_string(path).unwrap(), reference());
-        assert!(known_keys().iter().all(|key| reference().contains(&format!("| `{key}` |"))));
-    }
-
-    #[test]
-    fn a_limit_of_lifetimes_is_taken_and_one_that_cannot_work_refused() {
-        assert_eq!(parse(&NEEDED).unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
-        let with = |seconds| parse(&[&NEEDED[..], &["--max-certificate-lifetime", seconds]].concat());
-        assert_eq!(with("20").unwrap().max_certificate_lifetime, Duration::from_secs(20));
-        for seconds in ["9", "7776001"] {
-            let error = with(seconds).unwrap_err().to_string();
-            assert!(error.starts_with("maxCertificateLifetime: "), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_source_of_an_unknown_kind_is_refused() {
-        let error =
-            parse(&["--source", "etcd:x", "--ca-dir", "/ca", "--jwks", "/j"]).unwrap_err().to_string();
-        assert!(error.contains("expected dir:PATH"), "{error}");
-    }
-}
+#[path = "config_tests.rs"]
+mod tests;

@@ -2,8 +2,10 @@
 //!
 //! [`source`] reads objects, by [`intake`] and the table of [`kind`]s, and reports what changed; [`index`] turns objects
 //! into resources and recomputes only what a change touches; [`serve`] offers the resources over delta xDS and signs
-//! certificates. Each knows only the one before. [`app`] wires them, [`config`] says how.
+//! certificates. Each knows only the one before. [`write`] tells the API server
+//! what came of its objects. [`app`] wires them, [`config`] says how.
 
+pub mod api_server;
 pub mod app;
 pub mod config;
 pub mod index;
@@ -13,3 +15,4 @@ pub mod object;
 mod observe;
 pub mod serve;
 pub mod source;
+pub mod write;

@@ -15,7 +15,9 @@ use crate::object::ObjectRef;
 use crate::serve::live_pods::LivePods;
 use crate::serve::port::PortMetrics;
 use crate::serve::publish::Published;
+use crate::serve::token_review::ReviewMetrics;
 use crate::source::SourceMetrics;
+use crate::write::WriteMetrics;
 
 /// Live counters of the index.
 #[derive(Debug, Default)]
@@ -31,6 +33,13 @@ pub(crate) struct IndexMetrics {
 /// What there is to tell the authors of objects, kept for the admin interface.
 pub(crate) type Findings = Arc<Mutex<BTreeMap<ObjectRef, Vec<Finding>>>>;
 
+/// What is counted with an API server as the source.
+pub(crate) struct OnKubernetes {
+    /// `None` where callers are believed by a key set.
+    pub(crate) reviews: Option<Arc<ReviewMetrics>>,
+    pub(crate) written: Arc<WriteMetrics>,
+}
+
 /// Everything that is counted.
 pub(crate) struct Observed {
     pub(crate) source: Arc<SourceMetrics>,
@@ -43,6 +52,7 @@ pub(crate) struct Observed {
     pub(crate) issuance: Arc<IssuanceMetrics>,
     pub(crate) authority: Authority,
     pub(crate) findings: Findings,
+    pub(crate) kubernetes: Option<OnKubernetes>,
 }
 
 /// A counter that lives in a struct behind an `Arc`.
@@ -69,19 +79,45 @@ impl Observed {
         self.register_port(registry);
         self.register_xds(registry);
         self.register_issuance(registry);
+        if let Some(kubernetes) = &self.kubernetes {
+            self.register_kubernetes(registry, kubernetes);
+        }
+    }
+
+    fn register_kubernetes(&self, registry: &Registry, kubernetes: &OnKubernetes) {
+        let OnKubernetes { reviews, written } = kubernetes;
+        counter(registry, ("watch_failures", "Watches that broke or could not begin"), &self.source, |m| {
+            &m.watch_failures
+        });
+        counter(registry, ("objects_written", "Objects written to the API server"), written, |m| &m.written);
+        counter(registry, ("writes_failed", "Writes to the API server that failed"), written, |m| &m.failed);
+        let election = written.clone();
+        let leads = move || election.leads.load(Ordering::Relaxed);
+        gauge(registry, ("leader", "1 while this replica holds the lease and writes"), leads);
+        let Some(reviews) = reviews else { return };
+        counter(registry, ("token_reviews", "Tokens that the API server was asked about"), reviews, |m| {
+            &m.asked
+        });
+        let help = "Token reviews without an answer";
+        counter(registry, ("token_reviews_failed", help), reviews, |m| &m.failed);
+        let help = "Callers admitted by an older answer while the API server was away";
+        counter(registry, ("token_reviews_stale", help), reviews, |m| &m.stale);
     }
 
     fn register_source(&self, registry: &Registry) {
         let source = &self.source;
-        counter(registry, ("source_malformed", "Documents and files that could not be taken"), source, |m| {
-            &m.malformed
-        });
-        counter(registry, ("source_reads", "Files read"), source, |m| &m.reads);
-        counter(registry, ("source_scans", "Comparisons of every file with what was read"), source, |m| {
+        counter(
+            registry,
+            ("source_malformed", "Documents, files and objects that could not be taken"),
+            source,
+            |m| &m.malformed,
+        );
+        counter(registry, ("source_reads", "Files or objects read"), source, |m| &m.reads);
+        counter(registry, ("source_scans", "Comparisons of everything with what was read"), source, |m| {
             &m.scans
         });
         let problems = source.clone();
-        gauge(registry, ("source_problems", "Problems in source files now"), move || {
+        gauge(registry, ("source_problems", "Problems in sources now"), move || {
             problems.problems.load(Ordering::Relaxed)
         });
         let objects = source.clone();

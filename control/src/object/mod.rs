@@ -169,6 +169,14 @@ pub enum Change {
 }
 
 impl Change {
+    /// The kind of the object.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Change::Apply(object) => object.kind(),
+            Change::Delete(reference) => reference.kind,
+        }
+    }
+
     /// The object that it happened to.
     pub fn reference(&self) -> ObjectRef {
         match self {

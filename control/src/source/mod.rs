@@ -1,9 +1,10 @@
 //! Where objects come from: typed changes out, in batches, and problems beside them.
 //!
-//! [`files`] watches directories of YAML. Whatever a source is, it first gives everything that there
+//! [`files`] watches directories of YAML, [`kubernetes`] an API server. Whatever a source is, it first gives everything that there
 //! is, says so with [`Event::Synced`], and then gives changes as they come.
 
 pub mod files;
+pub mod kubernetes;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,11 +19,16 @@ pub use files::parse;
 pub enum SourceName {
     /// `dir:PATH`: every `*.yaml`, `*.yml` and `*.json` below a directory.
     Directory(PathBuf),
+    /// `kubernetes`, or `kubernetes:KUBECONFIG`: an API server.
+    Kubernetes {
+        /// The file that says how to reach it; `None` in a pod of its cluster.
+        kubeconfig: Option<PathBuf>,
+    },
 }
 
 /// A source that cannot be understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no source: expected dir:PATH")]
+#[error("{0:?} is no source: expected dir:PATH, kubernetes or kubernetes:KUBECONFIG")]
 pub struct UnknownSource(String);
 
 impl FromStr for SourceName {
@@ -31,6 +37,10 @@ impl FromStr for SourceName {
     fn from_str(text: &str) -> Result<SourceName, UnknownSource> {
         match text.split_once(':') {
             Some(("dir", path)) if !path.is_empty() => Ok(SourceName::Directory(path.into())),
+            Some(("kubernetes", path)) if !path.is_empty() => {
+                Ok(SourceName::Kubernetes { kubeconfig: Some(path.into()) })
+            }
+            None if text == "kubernetes" => Ok(SourceName::Kubernetes { kubeconfig: None }),
             _ => Err(UnknownSource(text.to_owned())),
         }
     }
@@ -83,10 +93,12 @@ pub struct SourceMetrics {
     pub malformed: AtomicU64,
     /// Problems that there are.
     pub problems: AtomicU64,
-    /// Files that were read.
+    /// Files, or objects of an API server, that were read.
     pub reads: AtomicU64,
-    /// Comparisons of every file, as after events were lost.
+    /// Comparisons of everything: of every file, as after events were lost, or of all objects of a kind.
     pub scans: AtomicU64,
+    /// Watches of an API server that broke or could not begin.
+    pub watch_failures: AtomicU64,
     /// Objects that there are.
     pub objects: AtomicU64,
 }

@@ -1,45 +1,47 @@
 //! The control plane, put together: sources → index → tables → the TLS port, beside the CA.
 
+mod credentials;
+mod worker;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ambit_ca::{
-    Authority, AuthorityConfig, AuthorityError, CertificateService, IssuancePolicy, JwtAuthenticator,
-    JwtConfig, JwtError,
-};
+use ambit_ca::{Authenticator, Authority, AuthorityError, CertificateService, IssuancePolicy, JwtError};
 use ambit_telemetry::http::{metrics_router, readiness_router, serve};
 use ambit_telemetry::{Readiness, ReadinessTask, Registry, Target, logging};
 use ambit_xds::{Server, ServerConfig};
 use anyhow::Context;
+use kube::Client;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tonic::service::Routes;
 
+use crate::api_server::{ConnectError, connect};
 use crate::config::Config;
-use crate::index::{Changes, Finding, Index, Settings};
-use crate::object::{Change, ObjectRef};
-use crate::observe::{Findings, IndexMetrics, Observed};
+use crate::observe::{Findings, Observed, OnKubernetes};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::live_pods::LivePods;
 use crate::serve::port::{self, PortLimits};
 use crate::serve::publish::Published;
-use crate::serve::roots;
+use crate::source::SourceName;
 use crate::source::files::{Directories, WatchError};
-use crate::source::{Event, SourceName};
+use crate::source::kubernetes::ApiServer;
+use crate::write::lease::Elector;
+use crate::write::roots::{Namespaces, RootsWriter};
+use worker::IndexWorker;
 
 /// The task that serves the port.
 const PORT: &str = "the port";
+/// The task that holds the lease.
+const ELECTION: &str = "the election";
 /// Time that open streams have to end after the program was told to end.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Descriptors for everything but the connections of the port.
 const OWN_FILES: u64 = 128;
-/// Batches of a source that are taken together when they wait.
-const TOGETHER: usize = 64;
 
 /// Why the control plane does not run.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +68,12 @@ pub enum AppError {
     /// A source cannot be watched.
     #[error(transparent)]
     Source(#[from] WatchError),
+    /// The API server's client cannot be made.
+    #[error(transparent)]
+    ApiServer(#[from] ConnectError),
+    /// A setting is missing that the sources need.
+    #[error("{0} must be given")]
+    Unset(&'static str),
     /// The roots cannot be written out.
     #[error("cannot write the roots to {path}")]
     Roots {
@@ -100,10 +108,16 @@ pub fn main(config: Config) -> anyhow::Result<()> {
         .thread_name("control")
         .build()
         .context("cannot start the runtime")?;
-    let result = runtime.block_on(async {
+    let result: Result<(), AppError> = runtime.block_on(async {
         let (quit, quitting) = watch::channel(false);
-        let app = App::start(within(config, open_files), Some(&logging), quit).await?;
-        app.run(ended(quitting)).await
+        let end = ended(quitting);
+        tokio::pin!(end);
+        // Starting takes as long as the API server is away.
+        let app = tokio::select! {
+            app = App::start(within(config, open_files), Some(&logging), quit) => app?,
+            () = &mut end => return Ok(()),
+        };
+        app.run(end).await
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
     drop(logging);
@@ -154,8 +168,17 @@ pub struct App {
     tasks: Tasks,
     xds: Option<Server>,
     stop: watch::Sender<bool>,
+    /// Tasks that end when told to: the port's, and the election's on Kubernetes.
+    ending: usize,
     /// Watches for as long as the program runs.
-    sources: Option<Directories>,
+    sources: Option<Sources>,
+}
+
+/// What is watched. Dropping this ends the watch.
+#[derive(Debug)]
+enum Sources {
+    Directories { _watch: Directories },
+    Kubernetes { _watch: ApiServer },
 }
 
 impl std::fmt::Debug for App {
@@ -204,26 +227,36 @@ impl App {
         let listener = listen(config.listen, "xDS and certificates").await?;
         let address = listener.local_addr().unwrap_or(config.listen);
 
-        let authority = start_authority(&mut tasks, &config).await?;
-        let authenticator = start_authentication(&mut tasks, &config).await?;
+        let client = api_server(&config).await?;
+        let authority = credentials::start_authority(&mut tasks, &config, client.as_ref()).await?;
+        let (authenticator, reviews) =
+            credentials::start_authentication(&mut tasks, &config, client.as_ref()).await?;
         let (tls, keep_fresh) = authority.serving(config.server_names.clone())?;
         tasks.spawn("the port's certificate", keep_fresh);
 
-        let (xds, certificates, observed) = services(&mut tasks, &config, authority, authenticator);
+        let kubernetes = client.as_ref().map(|_| OnKubernetes { reviews, written: Arc::default() });
+        let (xds, certificates, observed) =
+            services(&mut tasks, &config, authority, authenticator, kubernetes);
         observed.register(&registry);
         if let Some(logging) = logging {
             logging.register(&registry);
         }
         serve_admin(&mut tasks, &config, &observed, logging, quit).await?;
-        let sources = start_index(&mut tasks, &config, &observed, synced).await?;
+        let (stop, stopping) = watch::channel(false);
+        let (namespaces, seen_namespaces) = watch::channel(Namespaces::default());
+        if let Some(client) = &client {
+            start_writers(&mut tasks, &config, client, &observed, seen_namespaces, stopping.clone());
+        }
+        let sources =
+            start_index(&mut tasks, &config, client.as_ref(), &observed, namespaces, synced).await?;
 
         let routes = Routes::new(xds.clone()).add_service(certificates.into_server()).prepare();
         let limits = PortLimits::new(config.max_connection_age, config.max_connections);
-        let (stop, stopping) = watch::channel(false);
         tasks.spawn(PORT, port::serve(listener, tls, routes, limits, observed.port.clone(), stopping));
         serving.done();
         tracing::info!(%address, "serving");
-        Ok(App { address, metrics, readiness, tasks, xds: Some(xds), stop, sources: Some(sources) })
+        let ending = 1 + usize::from(client.is_some());
+        Ok(App { address, metrics, readiness, tasks, xds: Some(xds), stop, ending, sources: Some(sources) })
     }
 
     /// Where xDS and certificates are served.
@@ -255,14 +288,14 @@ impl App {
         }
         self.stop.send_replace(true);
         drop(self.sources.take());
-        let server_ended = async {
-            while let Some(ended) = self.tasks.0.join_next().await {
-                if matches!(ended, Ok((name, _)) if name == PORT) {
-                    return;
-                }
+        let all_ended = async {
+            while self.ending > 0
+                && let Some(ended) = self.tasks.0.join_next().await
+            {
+                self.ending -= usize::from(matches!(ended, Ok((PORT | ELECTION, _))));
             }
         };
-        if tokio::time::timeout(DRAIN, server_ended).await.is_err() {
+        if tokio::time::timeout(DRAIN, all_ended).await.is_err() {
             tracing::warn!("streams were still open after {DRAIN:?} and are cut");
         }
         Ok(())
@@ -314,41 +347,13 @@ async fn serve_admin(
     Ok(())
 }
 
-async fn start_authority(tasks: &mut Tasks, config: &Config) -> Result<Authority, AppError> {
-    let settings = AuthorityConfig {
-        max_lifetime: config.max_certificate_lifetime,
-        root_propagation: config.root_propagation,
-        ..AuthorityConfig::new(config.trust_domain.clone(), config.ca_dir.clone())
-    };
-    let (authority, follow) = Authority::open(settings).await?;
-    tasks.spawn("the certificate authority", follow);
-    if let Some(path) = &config.root_out {
-        let written = roots::write_out(authority.clone(), path.clone()).await;
-        let keep = written.map_err(|source| AppError::Roots { path: path.clone(), source })?;
-        tasks.spawn("the writer of roots", keep);
-    }
-    Ok(authority)
-}
-
-async fn start_authentication(tasks: &mut Tasks, config: &Config) -> Result<Arc<JwtAuthenticator>, AppError> {
-    let settings = JwtConfig {
-        jwks: config.jwks.clone(),
-        audiences: config.audiences.clone(),
-        issuers: Vec::new(),
-        trust_domain: config.trust_domain.clone(),
-        cluster_id: Some(config.index.cluster_id.to_string()),
-    };
-    let (authenticator, follow) = JwtAuthenticator::open(settings).await?;
-    tasks.spawn("the key set", follow);
-    Ok(Arc::new(authenticator))
-}
-
 /// The two services, and everything that they count.
 fn services(
     tasks: &mut Tasks,
     config: &Config,
     authority: Authority,
-    authenticator: Arc<JwtAuthenticator>,
+    authenticator: Arc<dyn Authenticator>,
+    kubernetes: Option<OnKubernetes>,
 ) -> (Server, CertificateService, Observed) {
     let (published, publisher) = Published::new();
     tasks.spawn("the publisher", publisher.run());
@@ -369,8 +374,44 @@ fn services(
         issuance: certificates.metrics(),
         authority,
         findings: Findings::default(),
+        kubernetes,
     };
     (xds, certificates, observed)
+}
+
+/// The client of the API server, if that is the source.
+async fn api_server(config: &Config) -> Result<Option<Client>, AppError> {
+    for source in &config.sources {
+        if let SourceName::Kubernetes { kubeconfig } = source {
+            return Ok(Some(connect(kubeconfig.as_deref()).await?));
+        }
+    }
+    Ok(None)
+}
+
+/// Starts the election, and what its winner writes.
+fn start_writers(
+    tasks: &mut Tasks,
+    config: &Config,
+    client: &Client,
+    observed: &Observed,
+    namespaces: watch::Receiver<Namespaces>,
+    stopping: watch::Receiver<bool>,
+) {
+    let metrics = observed.kubernetes.as_ref().map(|kubernetes| kubernetes.written.clone());
+    let metrics = metrics.unwrap_or_default();
+    let (elector, leads) =
+        Elector::new(client.clone(), &config.system_namespace, replica_name(), metrics.clone());
+    tasks.spawn(ELECTION, elector.run(stopping));
+    let roots =
+        RootsWriter { client: client.clone(), authority: observed.authority.clone(), namespaces, metrics };
+    tasks.spawn("the writer of root ConfigMaps", roots.run(leads));
+}
+
+/// A name that no other replica has, nor this one after a restart.
+fn replica_name() -> String {
+    let host = std::env::var("POD_NAME").or_else(|_| std::env::var("HOSTNAME"));
+    format!("{}_{:08x}", host.unwrap_or_else(|_| "ambit-control".to_owned()), rand::random::<u32>())
 }
 
 /// Starts sources and index, and waits until everything that is there was taken: to a proxy that
@@ -378,17 +419,28 @@ fn services(
 async fn start_index(
     tasks: &mut Tasks,
     config: &Config,
+    client: Option<&Client>,
     observed: &Observed,
+    namespaces: watch::Sender<Namespaces>,
     synced: ReadinessTask,
-) -> Result<Directories, AppError> {
-    let roots = config.sources.iter().map(|SourceName::Directory(path)| path.clone()).collect();
-    let (directories, events) = Directories::watch(roots, observed.source.clone())?;
+) -> Result<Sources, AppError> {
+    let (sources, events) = match client {
+        Some(client) => {
+            let (watch, events) = ApiServer::watch(client, &observed.source);
+            (Sources::Kubernetes { _watch: watch }, events)
+        }
+        None => {
+            let (watch, events) = Directories::watch(directories(config), observed.source.clone())?;
+            (Sources::Directories { _watch: watch }, events)
+        }
+    };
     let (ready, is_ready) = oneshot::channel();
     let worker = IndexWorker {
         published: observed.published.clone(),
         live_pods: observed.live_pods.clone(),
         metrics: observed.index.clone(),
         findings: observed.findings.clone(),
+        namespaces,
         ready: Some(ready),
         synced: false,
     };
@@ -408,75 +460,13 @@ async fn start_index(
         });
     }
     synced.done();
-    Ok(directories)
+    Ok(sources)
 }
 
-/// The index and where its results go; runs on a thread of its own.
-struct IndexWorker {
-    published: Published,
-    live_pods: Arc<LivePods>,
-    metrics: Arc<IndexMetrics>,
-    findings: Findings,
-    ready: Option<oneshot::Sender<()>>,
-    /// Whether everything that the sources had at the start was taken.
-    synced: bool,
-}
-
-impl IndexWorker {
-    fn run(mut self, settings: Settings, mut events: mpsc::Receiver<Event>) {
-        let mut index = Index::new(settings);
-        self.apply(&mut index, Vec::new());
-        let mut waiting = Vec::with_capacity(TOGETHER);
-        while events.blocking_recv_many(&mut waiting, TOGETHER) > 0 {
-            let mut changes: Vec<Change> = Vec::new();
-            let mut is_synced = false;
-            for event in waiting.drain(..) {
-                match event {
-                    Event::Changes(more) => changes.extend(more),
-                    Event::Synced => is_synced = true,
-                }
-            }
-            self.apply(&mut index, changes);
-            if is_synced && !self.synced {
-                self.synced = true;
-                self.report(index.findings().clone());
-            }
-            if let Some(ready) = self.ready.take_if(|_| is_synced) {
-                // Nobody waits any more only when the program ends.
-                ready.send(()).unwrap_or_default();
-            }
-        }
-    }
-
-    fn apply(&self, index: &mut Index, changes: Vec<Change>) {
-        let started = Instant::now();
-        let before = index.computed();
-        let Changes { policies, addresses, placements, findings } = index.apply(changes);
-        // A proxy that hears of a pod may ask for its certificate at once.
-        self.live_pods.apply(placements);
-        self.published.publish(policies, addresses);
-        // Before everything that is there was read, an object that another depends on may only be late.
-        if self.synced {
-            self.report(findings);
-        }
-        self.metrics.batches.fetch_add(1, Ordering::Relaxed);
-        self.metrics.computed.fetch_add(index.computed() - before, Ordering::Relaxed);
-        let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.metrics.micros.fetch_add(micros, Ordering::Relaxed);
-    }
-
-    fn report(&self, changed: impl IntoIterator<Item = (ObjectRef, Vec<Finding>)>) {
-        let mut all = self.findings.lock();
-        for (object, findings) in changed {
-            for finding in findings.iter().filter(|f| !f.met) {
-                let Finding { condition, met: _, reason, message, parent, controller } = finding;
-                let parent = parent.as_ref().map(tracing::field::display);
-                tracing::warn!(%object, condition, reason, parent, controller, "{message}");
-            }
-            match findings.is_empty() {
-                true => all.remove(&object),
-                false => all.insert(object, findings),
-            };
-        }
-    }
+fn directories(config: &Config) -> Vec<PathBuf> {
+    let path = |source: &SourceName| match source {
+        SourceName::Directory(path) => Some(path.clone()),
+        SourceName::Kubernetes { .. } => None,
+    };
+    config.sources.iter().filter_map(path).collect()
 }

@@ -1,0 +1,104 @@
+//! Who signs and who is believed: the certificate authority and the authentication of callers, from files or by a cluster.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ambit_ca::{
+    Authenticator, Authority, AuthorityConfig, AuthorityError, JwtAuthenticator, JwtConfig, StoreError,
+};
+use kube::Client;
+
+use super::{AppError, Tasks};
+use crate::api_server::Backoff;
+use crate::config::Config;
+use crate::serve::ca_secrets::SecretStore;
+use crate::serve::roots;
+use crate::serve::token_review::{ReviewConfig, ReviewMetrics, TokenReviewer};
+
+/// Opens the authority and follows its store.
+pub(super) async fn start_authority(
+    tasks: &mut Tasks,
+    config: &Config,
+    client: Option<&Client>,
+) -> Result<Authority, AppError> {
+    let trust_domain = config.trust_domain.clone();
+    let settings = match (&config.ca_dir, client) {
+        (Some(directory), _) => AuthorityConfig::new(trust_domain, directory.clone()),
+        (None, Some(client)) => {
+            let store = SecretStore::new(client.clone(), &config.system_namespace);
+            AuthorityConfig::with_store(trust_domain, Arc::new(store))
+        }
+        (None, None) => return Err(AppError::Unset("caDir")),
+    };
+    let settings = AuthorityConfig {
+        max_lifetime: config.max_certificate_lifetime,
+        root_propagation: config.root_propagation,
+        ..settings
+    };
+    let (authority, follow) = open(settings).await?;
+    tasks.spawn("the certificate authority", follow);
+    if let Some(path) = &config.root_out {
+        let written = roots::write_out(authority.clone(), path.clone()).await;
+        let keep = written.map_err(|source| AppError::Roots { path: path.clone(), source })?;
+        tasks.spawn("the writer of roots", keep);
+    }
+    Ok(authority)
+}
+
+/// Opens the authority, waiting for an API server that is away and for replicas that start at the same time.
+async fn open(
+    settings: AuthorityConfig,
+) -> Result<(Authority, impl Future<Output = ()> + Send + 'static), AuthorityError> {
+    let mut backoff = Backoff::default();
+    loop {
+        match Authority::open(settings.clone()).await {
+            Err(
+                error @ (AuthorityError::Store { reason: StoreError::Server { .. }, .. }
+                | AuthorityError::Contended(_)),
+            ) => {
+                tracing::warn!(%error, "certificate authority not opened; trying again");
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Who callers are, by a key set in a file or by the API server.
+pub(super) async fn start_authentication(
+    tasks: &mut Tasks,
+    config: &Config,
+    client: Option<&Client>,
+) -> Result<(Arc<dyn Authenticator>, Option<Arc<ReviewMetrics>>), AppError> {
+    match (&config.jwks, client) {
+        (Some(jwks), _) => Ok((key_set(tasks, config, jwks.clone()).await?, None)),
+        (None, Some(client)) => {
+            let settings = ReviewConfig {
+                audiences: config.audiences.clone(),
+                trust_domain: config.trust_domain.clone(),
+                cluster_id: config.index.cluster_id.to_string(),
+            };
+            let reviewer = TokenReviewer::new(client.clone(), settings);
+            let metrics = reviewer.metrics();
+            Ok((Arc::new(reviewer), Some(metrics)))
+        }
+        (None, None) => Err(AppError::Unset("jwks")),
+    }
+}
+
+async fn key_set(
+    tasks: &mut Tasks,
+    config: &Config,
+    jwks: PathBuf,
+) -> Result<Arc<dyn Authenticator>, AppError> {
+    let settings = JwtConfig {
+        jwks,
+        audiences: config.audiences.clone(),
+        issuers: Vec::new(),
+        trust_domain: config.trust_domain.clone(),
+        cluster_id: Some(config.index.cluster_id.to_string()),
+    };
+    let (authenticator, follow) = JwtAuthenticator::open(settings).await?;
+    tasks.spawn("the key set", follow);
+    Ok(Arc::new(authenticator))
+}

@@ -1,0 +1,110 @@
+//! The thread of the index: changes of a source in, what they come to out.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::index::{Changes, Finding, Index, Settings};
+use crate::kind::Kind;
+use crate::object::{Change, ObjectRef};
+use crate::observe::{Findings, IndexMetrics};
+use crate::serve::live_pods::LivePods;
+use crate::serve::publish::Published;
+use crate::source::Event;
+use crate::write::roots::Namespaces;
+
+/// Batches of a source that are taken together when they wait.
+const TOGETHER: usize = 64;
+
+/// The index and where its results go; runs on a thread of its own.
+pub(super) struct IndexWorker {
+    pub(super) published: Published,
+    pub(super) live_pods: Arc<LivePods>,
+    pub(super) metrics: Arc<IndexMetrics>,
+    pub(super) findings: Findings,
+    /// The namespaces that there are, for what is written to each.
+    pub(super) namespaces: watch::Sender<Namespaces>,
+    pub(super) ready: Option<oneshot::Sender<()>>,
+    /// Whether everything that the sources had at the start was taken.
+    pub(super) synced: bool,
+}
+
+impl IndexWorker {
+    pub(super) fn run(mut self, settings: Settings, mut events: mpsc::Receiver<Event>) {
+        let mut index = Index::new(settings);
+        self.apply(&mut index, Vec::new());
+        let mut waiting = Vec::with_capacity(TOGETHER);
+        while events.blocking_recv_many(&mut waiting, TOGETHER) > 0 {
+            let mut changes: Vec<Change> = Vec::new();
+            let mut is_synced = false;
+            for event in waiting.drain(..) {
+                match event {
+                    Event::Changes(more) => changes.extend(more),
+                    Event::Synced => is_synced = true,
+                }
+            }
+            self.note_namespaces(&changes);
+            self.apply(&mut index, changes);
+            if is_synced && !self.synced {
+                self.synced = true;
+                self.report(index.findings().clone());
+            }
+            if let Some(ready) = self.ready.take_if(|_| is_synced) {
+                // Nobody waits any more only when the program ends.
+                ready.send(()).unwrap_or_default();
+            }
+        }
+    }
+
+    fn note_namespaces(&self, changes: &[Change]) {
+        let of_namespaces = changes.iter().filter(|change| change.kind() == Kind::Namespace);
+        let of_namespaces: Vec<&Change> = of_namespaces.collect();
+        if of_namespaces.is_empty() {
+            return;
+        }
+        self.namespaces.send_modify(|namespaces| {
+            let namespaces = Arc::make_mut(namespaces);
+            for change in of_namespaces {
+                let name = change.reference().name.name;
+                match change {
+                    Change::Apply(_) => namespaces.insert(name),
+                    Change::Delete(_) => namespaces.remove(&name),
+                };
+            }
+        });
+    }
+
+    fn apply(&self, index: &mut Index, changes: Vec<Change>) {
+        let started = Instant::now();
+        let before = index.computed();
+        let Changes { policies, addresses, placements, findings } = index.apply(changes);
+        // A proxy that hears of a pod may ask for its certificate at once.
+        self.live_pods.apply(placements);
+        self.published.publish(policies, addresses);
+        // Before everything that is there was read, an object that another depends on may only be late.
+        if self.synced {
+            self.report(findings);
+        }
+        self.metrics.batches.fetch_add(1, Ordering::Relaxed);
+        self.metrics.computed.fetch_add(index.computed() - before, Ordering::Relaxed);
+        let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.metrics.micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    fn report(&self, changed: impl IntoIterator<Item = (ObjectRef, Vec<Finding>)>) {
+        let mut all = self.findings.lock();
+        for (object, findings) in changed {
+            for finding in findings.iter().filter(|f| !f.met) {
+                let Finding { condition, met: _, reason, message, parent, controller } = finding;
+                let parent = parent.as_ref().map(tracing::field::display);
+                tracing::warn!(%object, condition, reason, parent, controller, "{message}");
+            }
+            match findings.is_empty() {
+                true => all.remove(&object),
+                false => all.insert(object, findings),
+            };
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! In which version the API server serves a kind, if at all.
+
+use std::time::Duration;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResourceList;
+use kube::Client;
+
+use crate::api_server::{Backoff, CallError, call};
+use crate::kind::{Kind, KindInfo};
+
+/// How often a kind that is not served is looked for.
+pub(super) const LOOK: Duration = Duration::from_secs(2);
+/// How often in a row a kind must be missing before its objects count as gone.
+const CONFIRMATIONS: u32 = 3;
+
+/// What looking for a kind came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Served {
+    /// In this version.
+    In(&'static str),
+    /// Not at all: its definition is not installed.
+    Absent,
+}
+
+/// Looks until the answer is certain. A server that is starting serves kinds of extensions late, so a missing kind counts
+/// only when a server that says that it is ready has not had it several times.
+pub(super) async fn find(client: &Client, kind: Kind) -> Served {
+    let (mut backoff, mut missing, mut last_error) = (Backoff::default(), 0, None);
+    loop {
+        match look(client, &kind.info()).await {
+            Ok(Served::In(version)) => return Served::In(version),
+            Ok(Served::Absent) => {
+                missing += 1;
+                if missing >= CONFIRMATIONS {
+                    return Served::Absent;
+                }
+                tokio::time::sleep(LOOK / CONFIRMATIONS).await;
+            }
+            Err(error) => {
+                missing = 0;
+                let error = error.to_string();
+                if last_error.as_ref() != Some(&error) {
+                    tracing::warn!(%kind, error, "the API server does not say whether it serves the kind");
+                    last_error = Some(error);
+                }
+                tokio::time::sleep(backoff.pause()).await;
+            }
+        }
+    }
+}
+
+/// Asks once.
+pub(super) async fn look(client: &Client, info: &KindInfo) -> Result<Served, CallError> {
+    for version in info.versions {
+        match call(resources(client, info.group, version)).await {
+            Ok(list) if list.resources.iter().any(|resource| resource.name == info.plural) => {
+                return Ok(Served::In(version));
+            }
+            Ok(_) => {}
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    is_ready(client).await.map(|()| Served::Absent)
+}
+
+async fn resources(client: &Client, group: &str, version: &str) -> kube::Result<APIResourceList> {
+    match group {
+        "" => client.list_core_api_resources(version).await,
+        group => client.list_api_group_resources(&format!("{group}/{version}")).await,
+    }
+}
+
+/// Whether the server has everything that it is going to serve. One that does not let us ask counts as ready.
+async fn is_ready(client: &Client) -> Result<(), CallError> {
+    let request = http::Request::get("/readyz").body(Vec::new()).map_err(kube::Error::HttpError)?;
+    match call(client.request_text(request)).await {
+        Ok(_) => Ok(()),
+        Err(error) if matches!(error.code(), Some(401 | 403 | 404)) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

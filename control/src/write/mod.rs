@@ -1,0 +1,20 @@
+//! What the control plane writes to the API server, by one replica: the holder of the [`lease`].
+//!
+//! Everything is planned by pure functions from what should be and what is, so that nothing is written that is right
+//! already, and a replica that takes the lease over puts everything right.
+
+pub mod lease;
+pub mod roots;
+
+use std::sync::atomic::AtomicU64;
+
+/// Counters of writes.
+#[derive(Debug, Default)]
+pub struct WriteMetrics {
+    /// 1 while this replica holds the lease.
+    pub(crate) leads: AtomicU64,
+    /// Objects written.
+    pub(crate) written: AtomicU64,
+    /// Writes that failed.
+    pub(crate) failed: AtomicU64,
+}

@@ -1,0 +1,193 @@
+//! The CA's roots in every namespace: ConfigMap `istio-ca-root-cert` (contracts.md, section 5).
+//!
+//! Only the holder of the lease writes. It watches the ConfigMaps of that name, so what others change or delete is put
+//! right, and what is right is not written again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ambit_ca::Authority;
+use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::watcher::{self, Config, watcher};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::WriteMetrics;
+use crate::api_server::{Backoff, FIELD_MANAGER, call};
+
+/// Name of the ConfigMap.
+pub const CONFIG_MAP: &str = "istio-ca-root-cert";
+/// Its key.
+pub const KEY: &str = "root-cert.pem";
+/// Writes at the same time.
+const CONCURRENT: usize = 8;
+/// Writes before the world is looked at again.
+const ROUND: usize = 256;
+
+/// The namespaces that there are.
+pub type Namespaces = Arc<BTreeSet<Arc<str>>>;
+
+/// Writes the roots.
+pub(crate) struct RootsWriter {
+    pub(crate) client: Client,
+    pub(crate) authority: Authority,
+    pub(crate) namespaces: watch::Receiver<Namespaces>,
+    pub(crate) metrics: Arc<WriteMetrics>,
+}
+
+/// What each namespace has: the text of the ConfigMap's key, empty where it lacks the key.
+type Present = BTreeMap<Arc<str>, String>;
+
+/// Namespaces whose ConfigMap must be written.
+fn plan(roots: &str, namespaces: &BTreeSet<Arc<str>>, present: &Present) -> Vec<Arc<str>> {
+    let is_right = |namespace: &Arc<str>| present.get(namespace).is_some_and(|text| text == roots);
+    namespaces.iter().filter(|namespace| !is_right(namespace)).cloned().collect()
+}
+
+impl RootsWriter {
+    /// Writes while `leads` is true; ends with its sender.
+    pub(crate) async fn run(mut self, mut leads: watch::Receiver<bool>) {
+        while leads.wait_for(|leads| *leads).await.is_ok() {
+            let mut lost = leads.clone();
+            tokio::select! {
+                () = self.lead() => {}
+                _ = lost.wait_for(|leads| !*leads) => {}
+            }
+        }
+    }
+
+    async fn lead(&mut self) {
+        let mut events = config_maps(&self.client);
+        let mut roots_changed = self.authority.subscribe();
+        let (mut present, mut is_listed, mut backoff) = (Present::new(), false, Backoff::default());
+        let mut retry: Option<Instant> = None;
+        loop {
+            let due = async {
+                match retry {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                event = events.next() => match event {
+                    Some(Ok(event)) => is_listed = handle_event(&mut present, event, is_listed),
+                    Some(Err(error)) => {
+                        tracing::warn!(%error, "ConfigMaps of the roots cannot be watched");
+                        tokio::time::sleep(backoff.pause()).await;
+                    }
+                    None => return,
+                },
+                changed = roots_changed.changed() => if changed.is_err() { return },
+                changed = self.namespaces.changed() => if changed.is_err() { return },
+                () = due => retry = None,
+            }
+            if !is_listed || retry.is_some() {
+                continue;
+            }
+            let roots = self.authority.roots_pem();
+            let namespaces = self.namespaces.borrow_and_update().clone();
+            let wrong = plan(&roots, &namespaces, &present);
+            if wrong.is_empty() {
+                backoff.reset();
+                continue;
+            }
+            let is_more = wrong.len() > ROUND;
+            let is_done = self.write(wrong, &roots, &mut present).await;
+            let pause = if is_done { std::time::Duration::ZERO } else { backoff.pause() };
+            retry = (is_more || !is_done).then(|| Instant::now() + pause);
+        }
+    }
+
+    /// Writes the ConfigMaps of some namespaces; `false` if one must be tried again.
+    async fn write(&self, namespaces: Vec<Arc<str>>, roots: &Arc<str>, present: &mut Present) -> bool {
+        let writes = namespaces.into_iter().take(ROUND).map(|namespace| async {
+            let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &namespace);
+            let parameters = PatchParams::apply(FIELD_MANAGER).force();
+            let outcome = call(api.patch(CONFIG_MAP, &parameters, &Patch::Apply(manifest(roots)))).await;
+            (namespace, outcome)
+        });
+        let outcomes: Vec<_> = stream::iter(writes).buffer_unordered(CONCURRENT).collect().await;
+        let mut is_done = true;
+        for (namespace, outcome) in outcomes {
+            match outcome {
+                Ok(_) => {
+                    self.metrics.written.fetch_add(1, Ordering::Relaxed);
+                    present.insert(namespace, roots.to_string());
+                }
+                // It is being deleted, or is gone: the watch of namespaces says so soon.
+                Err(error) if error.is_not_found() || is_terminating(&error.to_string()) => is_done = false,
+                Err(error) => {
+                    self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%namespace, %error, "roots not written to the namespace");
+                    is_done = false;
+                }
+            }
+        }
+        is_done
+    }
+}
+
+/// The API server's word for a namespace that takes nothing new.
+fn is_terminating(message: &str) -> bool {
+    message.contains("being terminated")
+}
+
+fn config_maps(client: &Client) -> BoxStream<'static, watcher::Result<watcher::Event<ConfigMap>>> {
+    let named = Config::default().fields(&format!("metadata.name={CONFIG_MAP}"));
+    watcher(Api::<ConfigMap>::all(client.clone()), named).boxed()
+}
+
+/// Takes an event; says whether a list was completed by now.
+fn handle_event(present: &mut Present, event: watcher::Event<ConfigMap>, is_listed: bool) -> bool {
+    let name = |map: &ConfigMap| map.metadata.namespace.as_deref().map(Arc::from);
+    match event {
+        watcher::Event::Init => {
+            present.clear();
+            return false;
+        }
+        watcher::Event::InitDone => return true,
+        watcher::Event::InitApply(map) | watcher::Event::Apply(map) => {
+            if let Some(namespace) = name(&map) {
+                let text = map.data.and_then(|mut data| data.remove(KEY)).unwrap_or_default();
+                present.insert(namespace, text);
+            }
+        }
+        watcher::Event::Delete(map) => {
+            if let Some(namespace) = name(&map) {
+                present.remove::<Arc<str>>(&namespace);
+            }
+        }
+    }
+    is_listed
+}
+
+fn manifest(roots: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": CONFIG_MAP,
+            "labels": { "istio.io/config": "true", "app.kubernetes.io/managed-by": FIELD_MANAGER },
+        },
+        "data": { KEY: roots },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_without_the_roots_of_now_are_written() {
+        let namespaces = ["a", "b", "c"].map(Arc::from).into();
+        let present = [("a", "old"), ("b", "new"), ("gone", "old")];
+        let present = present.map(|(namespace, text)| (Arc::from(namespace), text.to_owned())).into();
+        assert_eq!(plan("new", &namespaces, &present), [Arc::from("a"), Arc::from("c")]);
+    }
+}
