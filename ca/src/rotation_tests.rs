@@ -114,7 +114,7 @@ fn an_old_root_is_published_until_its_last_certificate_ends() {
 }
 
 #[test]
-fn a_replica_that_was_down_during_the_propagation_signs_when_it_is_over() {
+fn a_replica_that_was_down_signs_once_the_propagation_is_over() {
     let mut store = Store::with(key("old", &[]));
     store.look(0);
     store.wanted = key("new", &[]);

@@ -144,7 +144,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     #[test]
-    fn a_certificate_is_replaced_by_the_wall_clock_however_that_is_set() {
+    fn a_certificate_is_replaced_by_the_wall_clock() {
         let made = SystemTime::UNIX_EPOCH + HOUR * 1000;
         let age = Age { made, replaced: made + HOUR * 12 };
         assert!(!age.is_over(made) && !age.is_over(made + HOUR * 11));

@@ -103,7 +103,7 @@ async fn a_self_signed_root_is_made_once_with_a_private_key_file() {
 }
 
 #[tokio::test]
-async fn a_crash_between_key_and_certificate_leaves_a_state_that_starts() {
+async fn a_crash_between_key_and_certificate_does_no_harm() {
     let directory = tempfile::tempdir().unwrap();
     open(directory.path()).await;
     std::fs::remove_file(directory.path().join("ca-cert.pem")).unwrap();
@@ -161,7 +161,7 @@ async fn serial_numbers_are_positive_and_never_the_same() {
 }
 
 #[tokio::test]
-async fn a_plugged_in_intermediate_signs_and_the_chain_ends_in_its_root() {
+async fn a_plugged_in_intermediate_signs_up_to_its_root() {
     let directory = tempfile::tempdir().unwrap();
     let plugged = plugged("corp");
     plug_in(directory.path(), &plugged, &plugged.root);
@@ -324,7 +324,7 @@ fn roots(authority: &Authority) -> usize {
 }
 
 #[tokio::test]
-async fn a_restart_during_propagation_changes_neither_signer_nor_roots() {
+async fn a_restart_during_propagation_changes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let (old, new) = (plugged("old"), plugged("new"));
     plug_in(directory.path(), &old, &old.root);

@@ -304,7 +304,7 @@ async fn without_token_or_from_another_cluster_nobody_gets_anything() {
 }
 
 #[tokio::test]
-async fn a_control_plane_under_another_root_or_name_is_not_told_our_token() {
+async fn a_control_plane_that_is_not_verified_gets_no_token() {
     let world = World::start().await;
     world.write_token(&claims("ambit-system", "ztunnel", NODE));
     let ask = async |config: ControlPlaneConfig| {

@@ -18,10 +18,10 @@ use crate::object::{
     Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry, manifest,
 };
 
-/// An object that cannot be taken. Where it comes from is told by its source.
+/// An object that cannot be read. Its source knows where it comes from.
 #[derive(Debug, PartialEq)]
 pub struct Fault {
-    /// The object, if its identity can be told.
+    /// The object, if its identity is known.
     pub object: Option<ObjectRef>,
     /// The field that is wrong, as `spec.ports[0].port`.
     pub field: Option<String>,
@@ -34,7 +34,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// A fault of something whose identity cannot be told.
+    /// A fault of something without a known identity.
     pub(crate) fn new(mismatch: Mismatch) -> Fault {
         let Mismatch { line, field, message } = mismatch;
         Fault { object: None, field, line, message, stand_in: None }

@@ -30,7 +30,7 @@ pub(crate) struct IndexMetrics {
     pub(crate) micros: AtomicU64,
 }
 
-/// What there is to tell the authors of objects, kept for the admin interface.
+/// The findings about objects, kept for the admin interface.
 pub(crate) type Findings = Arc<Mutex<BTreeMap<ObjectRef, Vec<Finding>>>>;
 
 /// What is counted with an API server as the source.

@@ -79,7 +79,7 @@ fn service(name: &str, port: u16) -> String {
 }
 
 #[tokio::test]
-async fn files_that_come_change_and_go_are_followed_into_new_directories() {
+async fn files_are_followed_into_new_directories() {
     let mut watched = Watched::start(|root| fs::write(root.join("a.yaml"), service("a", 1)).unwrap()).await;
     assert_eq!(watched.services, BTreeMap::from([("a".to_owned(), 1)]));
     fs::create_dir_all(watched.path("deep/er")).unwrap();
@@ -117,7 +117,7 @@ async fn hidden_files_and_files_of_other_kinds_are_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_is_rewritten_again_and_again_never_loses_an_object_and_ends_as_last_written() {
+async fn a_file_rewritten_in_place_never_loses_an_object() {
     let start = format!("{}{}", service("a", 1), service("b", 1));
     let mut watched = Watched::start(|root| fs::write(root.join("f.yaml"), &start).unwrap()).await;
     let (path, done) = (watched.path("f.yaml"), Arc::new(AtomicBool::new(false)));
@@ -150,7 +150,7 @@ async fn a_file_that_an_editor_replaces_in_two_steps_does_not_flicker() {
 }
 
 #[tokio::test]
-async fn a_mounted_configmap_is_followed_when_its_data_link_is_exchanged() {
+async fn a_mounted_configmap_is_followed_through_its_data_link() {
     let mut watched = Watched::start(|root| {
         fs::create_dir(root.join("..one")).unwrap();
         fs::write(root.join("..one/a.yaml"), service("a", 1)).unwrap();
@@ -182,7 +182,7 @@ async fn a_file_that_is_not_text_keeps_what_it_had_and_is_counted() {
 }
 
 #[tokio::test]
-async fn of_several_directories_the_first_named_speaks_for_an_object_and_that_is_no_problem() {
+async fn of_several_directories_the_first_named_has_an_object() {
     let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     fs::write(second.path().join("s.yaml"), service("s", 2)).unwrap();
     let metrics = Arc::new(SourceMetrics::default());
@@ -201,7 +201,7 @@ async fn of_several_directories_the_first_named_speaks_for_an_object_and_that_is
 }
 
 #[tokio::test]
-async fn the_watch_ends_when_it_is_dropped_and_a_missing_directory_is_refused() {
+async fn a_dropped_watch_ends_and_a_missing_directory_is_refused() {
     let watched = Watched::start(|_| ()).await;
     let Watched { directories, mut events, root, metrics, .. } = watched;
     drop(directories);

@@ -176,11 +176,11 @@ proptest! {
             }
             follower.follow(index.apply(batch));
         }
-        let (scratch, told) = from_scratch(&objects);
+        let (scratch, fresh) = from_scratch(&objects);
         prop_assert_eq!(index.resources(), scratch.resources());
         prop_assert_eq!(index.findings(), scratch.findings());
         prop_assert_eq!(&follower.resources, &index.resources());
-        prop_assert_eq!(&follower.placements, &told.placements);
+        prop_assert_eq!(&follower.placements, &fresh.placements);
     }
 }
 

@@ -97,7 +97,7 @@ fn costs(index: &mut Index) -> Vec<(&'static str, u64, usize)> {
 }
 
 #[test]
-fn a_change_computes_what_it_touches_in_a_large_cluster_as_in_a_small_one() {
+fn a_change_costs_the_same_in_a_large_and_a_small_cluster() {
     let small = costs(&mut cluster(1_000));
     let large = costs(&mut cluster(10_000));
     assert_eq!(small, large);

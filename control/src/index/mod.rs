@@ -194,7 +194,7 @@ impl Index {
         self.outputs.all()
     }
 
-    /// What there is to tell the authors of objects.
+    /// The findings about objects.
     pub fn findings(&self) -> &BTreeMap<ObjectRef, Vec<Finding>> {
         &self.findings
     }

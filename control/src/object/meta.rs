@@ -75,7 +75,7 @@ pub struct Meta {
     pub labels: Labels,
     /// Seconds since the epoch; `None` where no API server set it. Older objects win conflicts.
     pub created: Option<i64>,
-    /// What tells it from others that had its name; empty where no API server gave one.
+    /// What distinguishes it from others that had its name; empty where no API server gave one.
     pub uid: Arc<str>,
     /// Grows with every change of what its author wants; `None` where no API server counts.
     pub generation: Option<i64>,

@@ -46,7 +46,7 @@ impl FromStr for SourceName {
     }
 }
 
-/// What a source tells.
+/// What a source reports.
 #[derive(Debug)]
 pub enum Event {
     /// Objects changed.

@@ -73,7 +73,7 @@ impl Held {
         }
     }
 
-    /// Waits until something holds and tells how long that took.
+    /// Waits until something holds and returns how long that took.
     async fn until(&self, what: &str, holds: impl Fn(&Held) -> bool) -> Duration {
         let started = Instant::now();
         let mut changes = self.changed.subscribe();
@@ -141,7 +141,7 @@ fn start_with(arguments: &[&str]) -> World {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_proxy_is_told_of_workloads_services_and_policies() {
+async fn a_node_proxy_gets_workloads_services_and_policies() {
     let world = start();
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("first state", |held| held.workload("reviews-1").is_some() && held.service().is_some()).await;
@@ -178,7 +178,7 @@ async fn an_edit_arrives_within_a_tenth_of_a_second() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unreadable_service_is_reported_with_line_and_field_and_absent() {
+async fn an_unreadable_service_is_absent_and_reported_with_its_line() {
     let world = start();
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("first state", |held| held.port() == Some(9080)).await;
@@ -201,7 +201,7 @@ async fn an_unreadable_service_is_reported_with_line_and_field_and_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_demand_for_a_service_address_brings_the_workloads_behind_it() {
+async fn a_demand_for_a_service_brings_the_workloads_behind_it() {
     let world = start();
     let held = Held::default();
     let (client, driver) = Client::builder(node(), held.handler())
@@ -216,7 +216,7 @@ async fn a_demand_for_a_service_address_brings_the_workloads_behind_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscriber_without_a_valid_token_is_told_nothing() {
+async fn a_subscriber_without_a_valid_token_gets_nothing() {
     let world = start();
     let (_client, held) = subscribe(world.caller("not.a.token"));
     let deadline = Instant::now() + DEADLINE;
@@ -273,7 +273,7 @@ async fn readiness_and_findings_are_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_program_ends_when_told_though_streams_are_open() {
+async fn the_program_ends_on_a_signal_while_streams_are_open() {
     let world = start();
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("first state", |held| held.port() == Some(9080)).await;

@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_holds_what_was_put_in_and_not_taken_out_short_and_long() {
+    fn a_list_holds_what_was_put_in_and_not_taken_out() {
         let mut list = List::default();
         let mut model: Vec<usize> = Vec::new();
         for number in 0..5 * SHORT {

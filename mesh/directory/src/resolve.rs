@@ -46,12 +46,12 @@ pub struct Question<'a> {
 
 /// Routes a connection. Fails closed: where a waypoint or gateway is demanded and missing, the answer is a refusal.
 ///
-/// `load` tells how many connections each workload has, as this node sees it.
+/// `load` gives the number of connections to each workload, as this node sees it.
 pub fn resolve(snapshot: &Snapshot, question: &Question<'_>, load: &impl Load, rng: &mut impl Rng) -> Route {
     resolve_with(snapshot, question, load, rng, None)
 }
 
-/// As [`resolve`], for a directory that holds only what was demanded: tells in addition which names the route depends on. While one of them
+/// As [`resolve`], for a directory that holds only what was demanded: returns in addition the names that the route depends on. While one of them
 /// is not known, the control plane has to be asked for it before the route is taken.
 pub fn resolve_on_demand(
     snapshot: &Snapshot,

@@ -31,7 +31,7 @@ pub enum Route {
     Plain(Plain),
     /// From the pod to itself: plain TCP inside its namespace, subject to no policy.
     Own(Plain),
-    /// To a workload that only DNS can tell the address of; see [`Lookup::at`].
+    /// To a workload whose address comes from DNS; see [`Lookup::at`].
     Lookup(Lookup),
     /// To nothing that the directory knows: plain TCP, once asking the control plane (where that is done on demand) has changed nothing.
     Unknown(Unknown),

@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_one_hash_are_told_apart_and_taken_out_again() {
+    fn keys_of_one_hash_are_distinguished_and_removed() {
         let mut table = Table::default();
         for number in 0..200 {
             table.insert(Colliding(number), number);

@@ -49,7 +49,7 @@ pub struct Workload {
     /// Spreads workloads evenly for session affinity: the same on every node, of the uid alone.
     #[serde(skip)]
     pub(crate) spread: u64,
-    /// Its addresses, in canonical form; empty if only [`Workload::hostname`] tells where it is.
+    /// Its addresses, in canonical form; empty if only [`Workload::hostname`] leads to it.
     #[serde(rename = "workloadIps")]
     pub addresses: SmallVec<[IpAddr; 2]>,
     /// The name that is never used again for another.
@@ -129,7 +129,7 @@ impl Workload {
 
     /// Whether both are the same workload, in the same or another state.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
-        // Tells nearly all apart without a look at their texts.
+        // The hash distinguishes nearly all without comparing texts.
         self.spread == other.spread && self.uid == other.uid
     }
 

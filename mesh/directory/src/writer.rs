@@ -85,7 +85,7 @@ impl Reader {
         self.shared.snapshot.load_full()
     }
 
-    /// Wakes when a new snapshot is published. Several publications may be seen as one; the revisions tell what to look at.
+    /// Wakes when a new snapshot is published. Several publications may be seen as one; the revisions say what changed.
     pub fn changes(&self) -> watch::Receiver<Revision> {
         self.shared.revision.subscribe()
     }

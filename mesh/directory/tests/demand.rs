@@ -40,7 +40,7 @@ fn an_address_inside_a_known_block_is_still_to_be_asked_for() {
 }
 
 #[test]
-fn a_missing_waypoint_is_to_be_asked_for_even_where_it_may_be_bypassed() {
+fn a_missing_waypoint_is_asked_for_even_if_it_may_be_bypassed() {
     let open = service("app", &["10.1.0.1"])
         .extended(WAYPOINT_FAILURE_OPEN_EXTENSION)
         .with(|service| service.waypoint = Some(by_host("app", "wp.app.svc")));

@@ -61,7 +61,7 @@ fn a_waypoint_that_is_missing_or_not_ready_means_refusal() {
 }
 
 #[test]
-fn the_direct_way_past_a_missing_waypoint_is_open_only_where_the_owner_says_so() {
+fn a_missing_waypoint_is_bypassed_only_if_its_owner_allows_it() {
     let mut world = World::new(behind_waypoint(|service| {
         *service = service.clone().extended(WAYPOINT_FAILURE_OPEN_EXTENSION);
     }));
@@ -71,7 +71,7 @@ fn the_direct_way_past_a_missing_waypoint_is_open_only_where_the_owner_says_so()
 }
 
 #[test]
-fn a_workload_with_a_waypoint_is_reached_through_it_when_dialled_itself() {
+fn a_workload_dialled_itself_is_reached_through_its_waypoint() {
     let guarded = |name: &str, address: &str| {
         pod(name, address).of("web").with(|pod| pod.waypoint = Some(by_host("app", "wp.app.svc")))
     };
@@ -95,7 +95,7 @@ fn a_workload_with_a_waypoint_is_reached_through_it_when_dialled_itself() {
 }
 
 #[test]
-fn weighted_waypoints_share_connections_and_stand_in_for_each_other() {
+fn weighted_waypoints_share_and_replace_each_other() {
     let weighted = |primary, canary| {
         let share = |host: &str, weight| WeightedWaypoint { destination: Some(by_host("app", host)), weight };
         move |service: &mut ambit_api::workload::Service| {
@@ -121,7 +121,7 @@ fn weighted_waypoints_share_connections_and_stand_in_for_each_other() {
 }
 
 #[test]
-fn another_network_is_reached_through_its_gateway_by_service_only() {
+fn another_network_is_reached_by_service_through_its_gateway() {
     let remote = |name: &str, address: &str| {
         pod(name, address)
             .network("far")
@@ -160,7 +160,7 @@ fn another_network_is_reached_through_its_gateway_by_service_only() {
 }
 
 #[test]
-fn a_gateway_behind_a_service_is_balanced_and_replaced_like_any_endpoint() {
+fn a_gateway_behind_a_service_is_chosen_like_any_endpoint() {
     let gateway = |name: &str, address: &str| pod(name, address).of("gw");
     let remote = pod("remote", "10.0.0.5").network("far").of("web");
     let mut world = World::new([

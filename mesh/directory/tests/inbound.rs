@@ -8,7 +8,7 @@ use ambit_api::workload::ApplicationTunnel;
 use common::{PodExt, World, behind_waypoint, pod};
 
 #[test]
-fn connects_are_admitted_for_the_local_address_and_where_the_workload_stands_for_others() {
+fn connects_are_admitted_for_the_local_address_or_as_waypoint() {
     let mut resources = behind_waypoint(|_| {});
     resources.push(
         pod("sandwich", "10.0.0.6")

@@ -91,7 +91,7 @@ fn a_workload_known_by_name_is_reached_where_dns_finds_it() {
 }
 
 #[test]
-fn an_unknown_address_passes_plainly_and_an_unknown_name_nowhere() {
+fn an_unknown_address_passes_and_an_unknown_name_does_not() {
     let mut world = World::new([pod("client", "10.0.0.1").into()]);
     let Route::Unknown(unknown) = world.route("client", "1.1.1.1:53") else { panic!("known") };
     assert_eq!(unknown.passthrough().map(|plain| plain.address), Some("1.1.1.1:53".parse().unwrap()));
@@ -124,7 +124,7 @@ fn ports_are_those_of_the_workload_before_those_of_the_service() {
 }
 
 #[test]
-fn unhealthy_endpoints_are_out_at_once_unless_the_service_takes_all() {
+fn unhealthy_endpoints_are_out_unless_the_service_takes_all() {
     let allow_all = |service: Service| {
         service.with(|service| {
             service.load_balancing = Some(balancing(Mode::UnspecifiedMode, &[]));
@@ -297,7 +297,7 @@ fn a_retry_goes_elsewhere_until_all_were_tried() {
 }
 
 #[test]
-fn a_client_address_stays_with_its_endpoint_and_few_move_when_one_leaves() {
+fn affinity_keeps_clients_and_few_move_when_an_endpoint_leaves() {
     let pods = |count| (1..=count).map(|n| pod(&format!("p{n}"), &format!("10.0.0.{n}")).of("web").into());
     let client = |n: usize| pod(&format!("c{n}"), &format!("10.1.{}.{}", n / 250, n % 250 + 1)).into();
     let sticky = service("web", &["10.96.0.1"]).extended(SESSION_AFFINITY_EXTENSION);
@@ -348,7 +348,7 @@ fn passthrough_services_keep_the_address_that_was_dialled() {
 }
 
 #[test]
-fn services_of_a_namespace_are_seen_only_there_and_the_own_one_is_preferred() {
+fn private_services_are_seen_in_their_namespace_and_preferred() {
     let elsewhere = |pod: Workload| pod.with(|pod| pod.namespace = "other".into());
     let other = |name: &str| {
         service(name, &["10.96.0.1"]).with(|service| {
@@ -403,7 +403,7 @@ fn wildcard_hosts_serve_their_subdomains() {
 }
 
 #[test]
-fn dual_stack_endpoints_are_reached_in_the_family_that_was_dialled() {
+fn dual_stack_endpoints_are_reached_in_the_dialled_family() {
     let mut world = World::new([
         pod("client", "10.0.0.1").into(),
         pod("dual", "10.0.0.2").on("two").of("web").with(|pod| pod.addresses.push(octets("fd00::2"))).into(),
@@ -546,7 +546,7 @@ fn a_range_of_addresses_captures_its_own_ports_only() {
 }
 
 #[test]
-fn terminating_endpoints_that_serve_are_chosen_where_nothing_else_is_left() {
+fn terminating_endpoints_that_serve_are_the_last_choice() {
     let leaving = |name: &str, address: &str| {
         pod(name, address).of("s").unhealthy().with(|pod| pod.serving_while_terminating = true)
     };

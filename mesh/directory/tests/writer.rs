@@ -1,4 +1,4 @@
-//! What the writer takes, refuses and tells.
+//! What the writer accepts, rejects and reports.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -34,7 +34,7 @@ fn a_service_goes_by_the_name_that_it_came_by() {
 }
 
 #[test]
-fn a_resource_that_cannot_be_read_is_rejected_alone_and_its_last_good_form_stays() {
+fn an_unreadable_resource_is_rejected_and_its_last_form_stays() {
     let bad_workload =
         |change: fn(&mut Workload)| Resource::from(pod("web", "10.0.0.2").with(change)).update();
     let bad_service =
@@ -101,7 +101,7 @@ fn a_resource_that_cannot_be_read_is_rejected_alone_and_its_last_good_form_stays
 }
 
 #[test]
-fn in_place_of_a_policy_that_cannot_be_read_stands_one_that_refuses() {
+fn a_policy_that_cannot_be_read_refuses() {
     let mut world = World::new([pod("web", "10.0.0.2").into()]);
     let source = Authorization {
         rules: vec![Rule {
@@ -148,7 +148,7 @@ fn a_snapshot_that_is_kept_does_not_change() {
 }
 
 #[test]
-fn readers_see_the_whole_of_an_update_or_nothing_and_wait_for_neither() {
+fn readers_see_whole_updates_and_never_wait() {
     let mut world = World::new([pod("client", "10.0.0.1").into()]);
     let reader = world.reader.clone();
     let pods = (0..5000).map(|n| pod(&format!("p{n}"), &format!("10.1.{}.{}", n / 250, n % 250)));
@@ -163,7 +163,7 @@ fn readers_see_the_whole_of_an_update_or_nothing_and_wait_for_neither() {
 }
 
 #[test]
-fn the_signal_tells_whether_verdicts_may_have_changed_and_the_stamps_for_whom() {
+fn the_revision_and_stamps_say_whose_verdicts_may_have_changed() {
     let listing = |names: &[&str]| {
         pod("web", "10.0.0.2")
             .with(|pod| pod.authorization_policies = names.iter().map(ToString::to_string).collect())
@@ -201,7 +201,7 @@ fn the_signal_tells_whether_verdicts_may_have_changed_and_the_stamps_for_whom() 
 }
 
 #[test]
-fn who_went_is_told_for_as_long_as_it_is_remembered() {
+fn removals_are_reported_as_long_as_they_are_remembered() {
     let mut world =
         World::new((0..1500).map(|n| pod(&format!("p{n}"), &format!("10.0.{}.{}", n / 250, n % 250)).into()));
     let start = world.snapshot().revision().snapshot;
@@ -257,7 +257,7 @@ fn names_compare_without_regard_to_case() {
 }
 
 #[test]
-fn the_dump_shows_services_with_endpoints_workloads_and_policies() {
+fn the_dump_shows_services_workloads_and_policies() {
     let world = World::new([
         pod("web", "10.0.0.2").of("web").with(|pod| pod.extensions.push(Extension::default())).into(),
         service("web", &["10.96.0.1", "10.97.0.0/16"]).extended(SESSION_AFFINITY_EXTENSION).into(),

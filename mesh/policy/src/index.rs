@@ -344,7 +344,7 @@ impl RuleIndex {
     }
 }
 
-/// What tells a rule apart from others.
+/// What distinguishes a rule from others.
 enum Discriminator {
     /// The rule can't match.
     Never,

@@ -68,7 +68,7 @@ fn an_allow_policy_without_rules_lets_nobody_in() {
 }
 
 #[test]
-fn an_empty_rule_and_an_empty_clause_match_and_an_empty_match_does_not() {
+fn empty_rules_and_clauses_match_and_an_empty_match_does_not() {
     let all = PolicyName::from("app/p");
     let decide = |rule| decide(&[policy("p", Action::Allow, vec![rule])], &from(None));
     assert_eq!(decide(Rule::default()), Decision::AllowedBy(all.clone()));
@@ -87,7 +87,7 @@ fn a_deny_wins_over_an_allow() {
 }
 
 #[test]
-fn principals_compare_without_the_scheme_however_the_policy_writes_them() {
+fn principals_compare_without_the_scheme() {
     for written in [ALICE.to_owned(), format!("spiffe://{ALICE}")] {
         let policies = [policy("p", Action::Allow, vec![rule(vec![exact(&written)])])];
         assert!(decide(&policies, &from(Some(ALICE))).allowed(), "{written}");
@@ -166,7 +166,7 @@ fn what_cannot_be_read_is_an_error_that_names_the_place() {
 }
 
 #[test]
-fn an_unreadable_deny_denies_and_an_unreadable_allow_allows_nothing() {
+fn an_unreadable_deny_denies_and_an_allow_allows_nothing() {
     let bad = rule(vec![Match { destination_ports: vec![70000], ..Match::default() }]);
     for (action, deny_by) in [(Action::Deny, true), (Action::Allow, false)] {
         let source = policy("p", action, vec![bad.clone()]);

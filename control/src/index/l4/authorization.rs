@@ -117,7 +117,7 @@ fn translated(
     translated
 }
 
-/// Reason of the finding that tells of a DENY rule without effect.
+/// Reason of the finding about a DENY rule without effect.
 pub(crate) const NO_EFFECT_AT_L4: &str = "NoEffectAtL4";
 
 /// What a policy names that L4 cannot see.

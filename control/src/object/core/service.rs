@@ -104,8 +104,8 @@ pub enum Visibility {
 }
 
 impl Visibility {
-    /// The visibility that a list of `*`, `.`, `~` and namespaces comes to in `namespace`. Proxies can be told of all
-    /// namespaces or of the service's own; a list that names others shows the service to those of them that can be told.
+    /// The visibility that a list of `*`, `.`, `~` and namespaces comes to in `namespace`. The wire can express all
+    /// namespaces or the service's own; a list that names others shows the service to as many as can be expressed.
     pub fn of_list<'a>(list: impl IntoIterator<Item = &'a str>, namespace: &str) -> Visibility {
         let mut visibility = None;
         for item in list.into_iter().map(str::trim).filter(|item| !item.is_empty()) {

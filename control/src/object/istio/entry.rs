@@ -129,7 +129,7 @@ pub struct ServiceEntry {
     pub subject_alt_names: Vec<String>,
     /// Who sees it (`exportTo`).
     pub visibility: Visibility,
-    /// Namespaces of `exportTo` that proxies cannot be told of.
+    /// Namespaces of `exportTo`, which the wire cannot express.
     pub foreign_namespaces: Vec<Arc<str>>,
     /// What it says about its waypoint.
     pub waypoint: WaypointBinding,

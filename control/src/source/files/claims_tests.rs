@@ -27,7 +27,7 @@ fn names(changes: &[Change]) -> Vec<String> {
 }
 
 #[test]
-fn an_object_that_cannot_be_read_is_absent_while_others_of_its_file_change() {
+fn an_unreadable_object_is_absent_and_others_of_its_file_change() {
     let mut files = Files::default();
     let start = format!("{}{}", service("a", "80"), service("b", "80"));
     assert_eq!(names(&files.apply(&id("f"), content(&start)).changes), ["+a", "+b"]);
@@ -135,7 +135,7 @@ fn body(files: &Files) -> PolicyBody {
 }
 
 #[test]
-fn a_policy_that_was_never_readable_is_still_there_to_fail_closed() {
+fn a_policy_that_was_never_readable_fails_closed() {
     for (text, expected) in [("DENY", Action::Deny), ("ALLOW", Action::Allow), ("DENNY", Action::Deny)] {
         let mut files = Files::default();
         let effect = files.apply(&id("f"), content(&policy(text, "'http'")));
@@ -181,7 +181,7 @@ fn foreign_kinds_are_ignored_and_misspelt_ones_reported() {
 }
 
 #[test]
-fn items_of_a_list_are_objects_and_their_faults_have_line_and_field() {
+fn faults_of_a_lists_items_have_line_and_field() {
     let text = "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Service\n  metadata: {name: a}\n\
                 - apiVersion: v1\n  kind: Service\n  metadata: {name: b}\n  spec:\n    ports:\n    - port: x\n";
     let mut files = Files::default();

@@ -121,8 +121,8 @@ impl Directories {
 impl Drop for Directories {
     fn drop(&mut self) {
         // A full channel wakes the thread as well; it then finds that nobody receives.
-        let told = self.events.try_send(Notice::Stop);
-        if let (Some(thread), Ok(()) | Err(TrySendError::Disconnected(_))) = (self.thread.take(), told)
+        let sent = self.events.try_send(Notice::Stop);
+        if let (Some(thread), Ok(()) | Err(TrySendError::Disconnected(_))) = (self.thread.take(), sent)
             && thread.join().is_err()
         {
             tracing::error!("the thread that watches source directories panicked");
@@ -147,7 +147,7 @@ pub fn parse(file: &Path, text: &str) -> (Vec<Object>, Vec<Problem>) {
     (objects.collect(), new_problems)
 }
 
-/// What the file system, or the owner, tells the thread.
+/// A message of the file system, or of the owner, to the thread.
 enum Notice {
     File(notify::Event),
     Stop,

@@ -12,7 +12,7 @@ const MAX_DEPTH: usize = 32;
 /// Largest file that is read.
 pub(super) const MAX_FILE: u64 = 64 << 20;
 
-/// What tells that a file's content may have changed.
+/// Properties of a file that differ if its content may have changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Fingerprint {
     device: u64,

@@ -33,7 +33,7 @@ pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Mismatch> {
 
 fn mismatch(error: &serde_saphyr::Error, field: Option<String>) -> Mismatch {
     let text = error.without_snippet().to_string();
-    // The place is told beside the message, not in it.
+    // The line is reported beside the message, not in it.
     let message = match text.split_once(": ") {
         Some((place, message)) if place.starts_with("error: line ") => message,
         _ => text.split(" at line ").next().unwrap_or(&text),
