@@ -12,7 +12,14 @@ DENY_VERSION := 0.20.2
 # Linking one takes minutes, so only those that are measured or measure.
 BENCH_PROGRAMS := ztunnel ambit-control ambit-bench ambit-bench-control
 
-.PHONY: help build demo cluster cluster-programs cluster-down test guard bench soak fuzz lint fmt deny doc release packages clean
+# What images are made of, and the programs in them. Their SBOM is in the programs themselves, put there by `cargo auditable`.
+IMAGE_PROFILE ?= release
+IMAGE_PACKAGES := ambit-control ztunnel ambit-node ambit-cli
+IMAGE_PROGRAMS := ambit-control ztunnel ambit-node ambit-cni ambit
+AUDITABLE_VERSION := 0.7.7
+AUDITABLE2CDX_VERSION := 0.1.0
+
+.PHONY: help build demo cluster cluster-programs cluster-down test guard bench soak fuzz lint fmt deny doc release images crds packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -72,6 +79,18 @@ fmt: ## format everything
 
 release: ## all programs, optimised as they are shipped; takes long, and nothing in demo and tests uses it
 	$(CARGO) build --release --workspace --bins
+
+images: $(TOOLS)/bin/auditable2cdx ## an archive of each image, and the SBOM of its programs, in target/images; needs buildah
+	PATH="$(TOOLS)/bin:$$PATH" $(CARGO) auditable build --profile $(IMAGE_PROFILE) $(IMAGE_PACKAGES:%=-p %) $(IMAGE_PROGRAMS:%=--bin %)
+	PATH="$(TOOLS)/bin:$$PATH" bash images/build.sh $(BUILD_DIR)/$(IMAGE_PROFILE) $(TARGET_DIR)/images
+
+$(TOOLS)/bin/auditable2cdx:
+	$(CARGO) install cargo-auditable --version $(AUDITABLE_VERSION) --locked --debug --root $(TOOLS) --target-dir $(TOOLS)/build
+	$(CARGO) install auditable2cdx --version $(AUDITABLE2CDX_VERSION) --locked --debug --root $(TOOLS) --target-dir $(TOOLS)/build
+	rm -rf $(TOOLS)/build
+
+crds: ## write the CRDs that the chart installs from the modules in which they are published; needs go
+	bash charts/crds.sh
 
 clean: ## remove what was built
 	$(CARGO) clean

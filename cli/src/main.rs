@@ -1,6 +1,7 @@
 //! The command `ambit`.
 
 mod remote;
+mod selftest;
 mod up;
 
 use std::process::ExitCode;
@@ -19,6 +20,9 @@ enum Command {
     Logs(remote::Logs),
     /// Prints the configuration of a node's proxy of such a mesh, as JSON.
     Dump(remote::Dump),
+    /// Runs a part of the chart's test (`helm test`).
+    #[command(subcommand, hide = true)]
+    Selftest(selftest::Part),
 }
 
 fn main() -> ExitCode {
@@ -30,6 +34,7 @@ fn main() -> ExitCode {
         Command::Exec(options) => remote::exec(&options),
         Command::Logs(options) => remote::logs(&options),
         Command::Dump(options) => remote::dump(&options),
+        Command::Selftest(part) => selftest::run(&part),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("ambit: {error:#}");

@@ -111,3 +111,23 @@ seLinuxOptions:
   type: spc_t
 {{- end }}
 {{- end }}
+
+{{/* What makes an object a part of the test; takes its turn. Nothing of it stays after a test that went well. */}}
+{{- define "ambit.testHook" -}}
+helm.sh/hook: test
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
+
+{{/* Pods of the test fit the Pod Security Standard "restricted". */}}
+{{- define "ambit.testPod" -}}
+runAsNonRoot: true
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+{{- define "ambit.testContainer" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}

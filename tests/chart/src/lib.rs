@@ -86,7 +86,7 @@ pub fn helm(arguments: &[&str]) -> anyhow::Result<String> {
     let program = std::env::var_os("AMBIT_HELM").map_or(built, PathBuf::from);
     ensure!(
         program.exists(),
-        "there is no {}: `cargo run -p ambit-cluster -- build` builds it",
+        "there is no {}: `make cluster-programs` builds it",
         program.display()
     );
     let output = Command::new(&program).args(arguments).output().context("can't run helm")?;
