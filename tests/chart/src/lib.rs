@@ -84,11 +84,7 @@ pub fn helm(arguments: &[&str]) -> anyhow::Result<String> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     let built = target.join("cluster/bin/helm");
     let program = std::env::var_os("AMBIT_HELM").map_or(built, PathBuf::from);
-    ensure!(
-        program.exists(),
-        "there is no {}: `make cluster-programs` builds it",
-        program.display()
-    );
+    ensure!(program.exists(), "there is no {}: `make cluster-programs` builds it", program.display());
     let output = Command::new(&program).args(arguments).output().context("can't run helm")?;
     if !output.status.success() {
         bail!("helm {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
