@@ -54,7 +54,7 @@ const MAX_LOOKUPS: u64 = 256;
 /// Where the node's own resolvers are named.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
-/// Runs the proxy until it is told to stop or can't go on.
+/// Runs the proxy until it is asked to stop or can't continue.
 ///
 /// `collect` has the allocator give back to the system what the calling thread has freed; it is called when the
 /// proxy comes to rest.
@@ -330,14 +330,14 @@ fn hostnames(config: &Config, own: &ResolvConf) -> anyhow::Result<Hostnames> {
 /// Whether discovery has applied its first state, as something that a connection can look at.
 fn synced(discovery: Option<&ambit_xds::Client>) -> watch::Receiver<bool> {
     let Some(discovery) = discovery else { return watch::channel(true).1 };
-    let (tell, synced) = watch::channel(discovery.is_ready());
+    let (sender, synced) = watch::channel(discovery.is_ready());
     let discovery = discovery.clone();
     tokio::spawn(async move {
         if discovery.ready().await {
-            tell.send_replace(true);
+            sender.send_replace(true);
         }
         // Connections look for as long as the process lives.
-        tell.closed().await;
+        sender.closed().await;
     });
     synced
 }

@@ -55,7 +55,7 @@ pub struct Config {
     pub workers: u16,
     /// How a connection between two pods of this node is carried.
     pub same_node: SameNode,
-    /// How long open connections may go on after the proxy was told to stop.
+    /// How long open connections may continue after the proxy was asked to stop.
     pub drain_timeout: Span,
     /// The DNS proxy of each pod.
     pub dns: Dns,

@@ -78,13 +78,13 @@ pub enum ConnectionError {
     /// The client bears an address that is not its workload's, and no address of that is known.
     #[error("{0} is not an address of the client, and none is known")]
     ForeignSource(std::net::IpAddr),
-    /// The control plane hasn't told its first state yet.
+    /// The control plane hasn't sent its first state yet.
     #[error("the control plane's first state is not there yet")]
     NotSynced,
     /// The pod itself isn't in the directory.
     #[error("workload {0} is not in the directory")]
     UnknownPod(WorkloadUid),
-    /// DNS does not tell where a host is.
+    /// DNS has no address for a host.
     #[error(transparent)]
     Lookup(#[from] LookupError),
     /// Nobody knows the name.
@@ -341,7 +341,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn policy_is_401_a_wrong_address_400_and_an_unreachable_application_503() {
+    fn errors_map_to_the_status_codes_of_the_contract() {
         let here = "10.0.0.1:80".parse().unwrap();
         let refused = io::ErrorKind::ConnectionRefused.into();
         for (error, status, flags) in [

@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_released_when_the_proxy_becomes_idle_and_now_and_then_later() {
+    fn memory_is_released_when_idle_and_periodically_after() {
         let mut detector = IdleDetector::default();
         let (busy, quiet) = (Duration::from_secs(1), Duration::from_millis(2));
         assert!(!detector.handle_sample(busy));

@@ -105,7 +105,7 @@ impl Pod {
         &self.ejected
     }
 
-    /// Resolves when the pod has left and peers are to be told so.
+    /// Resolves when the pod has left and peers must be notified.
     pub async fn leaving(&self) {
         // The sender lives as long as `self`.
         self.left.subscribe().wait_for(|left| *left).await.ok();

@@ -171,7 +171,7 @@ impl Proxy {
     }
 
     /// The pod's own workload in the newest snapshot; waits a bounded time for the first state of the
-    /// control plane, and for a pod that is younger than what it has told.
+    /// control plane, and for a pod that is newer than its last update.
     ///
     /// # Errors
     /// [`ConnectionError::NotSynced`], [`ConnectionError::UnknownPod`].

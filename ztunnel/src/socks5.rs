@@ -66,7 +66,7 @@ pub enum Socks5Error {
 }
 
 impl Socks5Error {
-    /// The reply that tells the client, if the protocol got far enough to have one.
+    /// The reply to the client, if the protocol got far enough to have one.
     fn reply(&self) -> Option<Reply> {
         match self {
             Self::Io(_) | Self::Version(_) | Self::Methods => None,
@@ -82,7 +82,7 @@ impl Socks5Error {
 /// Never reads past the request: what follows belongs to the connection.
 ///
 /// # Errors
-/// [`Socks5Error`]; the client has been told already where the protocol has words for it.
+/// [`Socks5Error`]; the reply was already sent if the protocol has one for it.
 pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result<Target, Socks5Error> {
     greet(stream).await?;
     match request(stream).await {
@@ -96,7 +96,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> Result
     }
 }
 
-/// Sends the reply to the request. The bound address is not told: clients have no use for it.
+/// Sends the reply to the request, without the bound address, which clients do not use.
 ///
 /// # Errors
 /// The write's.

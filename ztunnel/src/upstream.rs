@@ -401,7 +401,7 @@ impl Dial<'_> {
         Ok(Upstream::Plain(connect(self.pod.stock(), route.address, limit).await?))
     }
 
-    /// To a workload that only DNS can tell the address of: its addresses in turn, those of the family that was dialled first.
+    /// To a workload whose address must be resolved by DNS: its addresses in turn, those of the family that was dialled first.
     async fn lookup(
         &self,
         route: Lookup,

@@ -208,7 +208,7 @@ fn meaning(schema: &Value, path: &[String]) -> String {
 pub fn reference() -> String {
     let mut page = String::from(
         "# Settings of ztunnel\n\nWritten from the program; `AMBIT_WRITE_DOCS=1 cargo test -p ztunnel reference` writes it anew. \
-         [Configure ztunnel](ztunnel.md) tells how they are set.\n\n| key | default | meaning |\n| --- | --- | --- |\n",
+         [Configure ztunnel](ztunnel.md) explains how to set them.\n\n| key | default | meaning |\n| --- | --- | --- |\n",
     );
     for key in keys() {
         page.push_str(&format!(

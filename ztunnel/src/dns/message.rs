@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_client_takes_by_udp_is_between_what_all_take_and_what_we_send() {
+    fn the_udp_size_of_a_client_is_clamped() {
         for (payload, limit) in [(None, 512), (Some(100), 512), (Some(1232), 1232), (Some(u16::MAX), MAX_UDP)]
         {
             assert_eq!(question(payload).udp_limit, limit, "{payload:?}");

@@ -8,7 +8,7 @@ use ambit_net::{Netns, NetnsError};
 
 /// Says where a datagram was going before it was redirected.
 pub trait Originals: Send {
-    /// The resolver that `client` asked; `None` if that cannot be told.
+    /// The resolver that `client` asked; `None` if it is unknown.
     fn original(&mut self, client: SocketAddr) -> impl Future<Output = Option<SocketAddr>> + Send;
 }
 

@@ -176,7 +176,7 @@ impl<'a> Resolver<'a> {
             .filter(|mapping| port.is_none_or(|port| means(port, mapping.service_port, mapping.app_protocol)))
             .map(|mapping| mapping.service_port)
             .collect();
-        // Port names are not part of the contract; where protocol and number do not tell, resolvers may know.
+        // Port names are not part of the contract; if protocol and number are not sufficient, the question goes to the resolvers.
         if ports.is_empty() {
             return Outcome::Forward;
         }

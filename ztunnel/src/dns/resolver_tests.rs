@@ -146,7 +146,7 @@ fn a_service_is_found_by_every_name_that_a_client_may_use() {
 }
 
 #[test]
-fn an_answer_bears_the_name_that_was_asked_and_lives_half_a_minute() {
+fn an_answer_has_the_asked_name_and_a_ttl_of_30_seconds() {
     let answer = answer("ReViews.", RecordType::A);
     assert_eq!(answer.answers[0].name.to_ascii(), "ReViews.");
     assert_eq!(answer.answers[0].ttl, TTL);
@@ -163,7 +163,7 @@ fn a_service_that_the_client_may_not_see_is_left_to_resolvers() {
 }
 
 #[test]
-fn a_family_that_the_service_lacks_is_an_empty_answer_with_its_time_and_not_a_question_to_others() {
+fn a_missing_family_is_an_empty_answer_and_not_forwarded() {
     let answer = answer("v4.shop.svc.cluster.local.", RecordType::AAAA);
     assert!(answer.answers.is_empty());
     let RData::SOA(soa) = &answer.authorities[0].data else { panic!("no SOA") };
@@ -271,7 +271,7 @@ fn srv_names_the_port_of_a_service_by_protocol_or_number() {
 }
 
 #[test]
-fn srv_of_a_headless_service_names_its_endpoints_and_their_ports() {
+fn srv_of_a_headless_service_lists_endpoints_and_ports() {
     let answer = answer("_http._tcp.db.shop.svc.cluster.local.", RecordType::SRV);
     let expected = [
         ("10-0-0-1.db.shop.svc.cluster.local.".to_owned(), 8080),

@@ -219,7 +219,7 @@ async fn tcp_serves_several_questions_on_one_connection() {
 }
 
 #[tokio::test]
-async fn a_resolver_outside_the_cluster_gets_its_questions_even_for_names_that_are_known_here() {
+async fn a_foreign_resolver_gets_questions_for_known_names_too() {
     let (own, foreign) = (honest_resolver(0).await, honest_resolver(0).await);
     // Another address of loopback, so that it is not taken for the cluster's.
     let own = SocketAddr::new("127.0.0.2".parse().unwrap(), own.port());
@@ -239,7 +239,7 @@ async fn the_resolver_that_was_asked_comes_before_the_configured_ones() {
 }
 
 #[tokio::test]
-async fn a_silent_resolver_is_passed_over_and_with_none_left_the_client_is_told() {
+async fn a_silent_resolver_is_skipped_and_without_others_fails() {
     let silent = resolver(|_| Vec::new()).await;
     let honest = honest_resolver(0).await;
     let proxy = Proxy::start(vec![silent, honest], None).await;
@@ -324,7 +324,7 @@ async fn what_is_no_question_is_refused_or_ignored_and_harms_nobody() {
 }
 
 #[tokio::test]
-async fn questions_beyond_the_limit_are_refused_and_known_names_still_answered() {
+async fn questions_beyond_the_limit_are_refused_except_known_names() {
     let silent = resolver(|_| Vec::new()).await;
     let settings = Settings { max_in_flight_per_pod: 2, ..Settings::new("cluster.local", vec![silent]) };
     let proxy = Proxy::with(settings, None).await;

@@ -58,13 +58,13 @@ struct Shared {
     tallies: ProxyMetrics,
 }
 
-/// Guarded by one lock, under which the client is told too: so both see demands and releases in the same order.
+/// Guarded by one lock, which is held while the client is called, so that both see demands and releases in the same order.
 #[derive(Default)]
 struct State {
     names: Names,
     /// Names that pods of this node have themselves, with the number of those; never given up while a pod has it.
     own: HashMap<String, OwnName>,
-    /// Names that the client could not be told to give up yet.
+    /// Names that the client could not release yet.
     to_release: Vec<String>,
 }
 

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_waits_for_a_few_names_at_a_time_and_any_number_of_connections_for_one() {
+    fn waiting_names_of_a_pod_are_limited_and_connections_are_not() {
         let mut node = Node::new();
         for _ in 0..100 {
             node.ask("pod", "a").unwrap();
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_node_refuses_new_names_but_not_a_pod_that_gives_one_up() {
+    fn a_full_node_refuses_names_except_from_pods_that_release_one() {
         let mut node = Node::new();
         for (pod, name) in
             [("one", "a"), ("one", "b"), ("one", "c"), ("one", "d"), ("two", "e"), ("two", "f")]

@@ -1,6 +1,6 @@
 //! Dials the node agent, follows what it says, answers each packet; dials again when it is gone.
 //!
-//! Pods go on being served while nobody answers: losing the agent changes nothing but who is told of
+//! Pods continue to be served while the agent is away: losing it only delays the news of
 //! the next pod. Runs on the control runtime; ends when the proxy drains, so that the agent turns to
 //! a successor at once.
 
@@ -108,7 +108,7 @@ async fn follow(agent: &SeqPacket, pods: &impl PodSet, progress: &watch::Sender<
         return SessionError::Send(error);
     }
     let mut session = Session::new();
-    // Twice the contract's size, so that an agent that exceeds it is told rather than cut.
+    // Twice the contract's size, so that an agent that exceeds it gets an error instead of a closed connection.
     let mut buffer = [0; 2 * MAX_MESSAGE];
     loop {
         let received = match agent.recv(&mut buffer).await {
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_packet_is_followed_and_answered_and_a_lost_agent_is_dialled_again() {
+    async fn packets_are_answered_and_a_lost_agent_is_dialled_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("zds.sock");
         let pods = Arc::new(Recorder::default());

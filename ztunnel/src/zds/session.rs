@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn an_add_whose_descriptors_do_not_fit_is_refused_but_still_listed() {
+    fn an_add_with_wrong_descriptors_is_refused_but_listed() {
         let mut session = Session::new();
         let error = session.handle_packet(&add("a", 2), 1).unwrap_err();
         assert_eq!(error, PacketError::Descriptors { uid: "a".into(), expected: 3, got: 1 });

@@ -23,7 +23,7 @@ const BY_FOREIGN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const KNOWN: &str = "greeter.default.svc.cluster.local.";
 const UNKNOWN: &str = "www.example.org.";
 
-/// Answers every question in `pod` with one address, by UDP and TCP, and tells who asked.
+/// Answers every question in `pod` with one address, by UDP and TCP, and reports who asked.
 async fn resolver(pod: &Pod, says: Ipv4Addr) -> mpsc::UnboundedReceiver<IpAddr> {
     let (asked, asking) = mpsc::unbounded_channel();
     for ip in pod.net.ips() {
@@ -120,7 +120,7 @@ async fn ask_tcp(pod: &Pod, resolver: IpAddr, name: &str) -> Option<IpAddr> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn questions_are_answered_from_the_directory_forwarded_or_passed_on_by_udp_and_tcp_in_both_families() {
+async fn questions_are_answered_or_forwarded_by_udp_and_tcp() {
     let upstreams = OWN.map(|ip| SocketAddr::new(ip, 53).to_string());
     let mesh = Mesh::start(2, json!({ "dns": { "upstreams": upstreams } })).await;
     let own = mesh.uncaptured_pod(1, "resolver", "resolver").await;

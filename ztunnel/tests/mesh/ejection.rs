@@ -20,7 +20,7 @@ async fn count(ztunnel: &Ztunnel, name: &str) -> u64 {
 
 /// Two of three endpoints are on a node that is cut off: nothing comes back, not even a refusal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn endpoints_that_are_cut_off_cost_a_part_of_one_budget_and_are_ejected() {
+async fn unreachable_endpoints_cost_part_of_a_budget_and_are_ejected() {
     let mesh = Mesh::start(2, json!({ "limits": { "connectTimeout": "1500ms" } })).await;
     let client = mesh.pod(0, "client", "client").await;
     let mut alive = mesh.pod(1, "alive", "server").await;

@@ -171,7 +171,7 @@ async fn assert_refused_without_certificate(mesh: &Mesh, from: &Pod, server: &Po
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_revoked_peer_loses_its_open_connections_and_gets_no_new_ones() {
+async fn a_revoked_peer_loses_its_connections_and_gets_no_new_ones() {
     let mesh = Mesh::start(1, json!({})).await;
     let server = mesh.pod(0, "server", "server").await;
     let outside = mesh.uncaptured_pod(0, "outside", "outside").await;
@@ -192,7 +192,7 @@ async fn a_revoked_peer_loses_its_open_connections_and_gets_no_new_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_used_again_by_another_pod_never_meets_an_old_tunnel() {
+async fn a_reused_address_never_gets_an_old_tunnel() {
     let mesh = Mesh::start(2, json!({})).await;
     let client = mesh.pod(0, "client", "client").await;
     let server = mesh.pod(1, "server", "server").await;

@@ -60,7 +60,7 @@ async fn pair(mesh: &Mesh) -> (Pod, SocketAddr, tokio::sync::mpsc::UnboundedRece
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_upgrade_with_two_proxies_side_by_side_fails_no_connection_and_keeps_the_open_ones() {
+async fn an_upgrade_with_two_proxies_loses_no_connection() {
     let mut mesh = Mesh::start(2, json!({ "drainTimeout": "60s" })).await;
     let (client, address, _seen) = pair(&mesh).await;
     let mut kept = client.net.dial(address).await.unwrap();
@@ -87,7 +87,7 @@ async fn an_upgrade_with_two_proxies_side_by_side_fails_no_connection_and_keeps_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_proxy_that_is_killed_and_started_again_refuses_no_new_connection() {
+async fn a_killed_and_restarted_proxy_refuses_no_connection() {
     let mut mesh = Mesh::start(2, json!({})).await;
     let (client, address, _seen) = pair(&mesh).await;
     for node in 0..2 {
@@ -107,7 +107,7 @@ async fn a_proxy_that_is_killed_and_started_again_refuses_no_new_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_the_drain_time_open_connections_are_cut_and_the_proxy_ends() {
+async fn after_the_drain_time_connections_are_cut() {
     let mut mesh = Mesh::start(2, json!({ "drainTimeout": "300ms" })).await;
     let (client, address, _seen) = pair(&mesh).await;
     let mut open = client.net.dial(address).await.unwrap();
@@ -121,7 +121,7 @@ async fn after_the_drain_time_open_connections_are_cut_and_the_proxy_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn draining_listeners_leaves_open_connections_and_is_not_ready_any_more() {
+async fn draining_keeps_open_connections_and_ends_readiness() {
     let mesh = Mesh::start(2, json!({})).await;
     let (client, address, _seen) = pair(&mesh).await;
     let mut open = client.net.dial(address).await.unwrap();
@@ -152,7 +152,7 @@ async fn a_pod_that_leaves_is_served_no_more_and_the_others_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_descriptors_accepting_pauses_and_goes_on_when_there_are_some_again() {
+async fn accepting_pauses_without_descriptors_and_resumes() {
     let mesh = Mesh::start(2, json!({})).await;
     let (client, address, _seen) = pair(&mesh).await;
     let pid = mesh.nodes[0].ztunnel.child.id().unwrap();
@@ -187,7 +187,7 @@ fn limit_files(pid: u32, soft: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pod_made_again_under_its_name_is_reached_before_the_former_one_has_left() {
+async fn a_recreated_pod_is_reached_before_the_old_one_has_left() {
     let mesh = Mesh::start(1, json!({})).await;
     let client = mesh.pod(0, "client", "client").await;
     let _former = mesh.pod(0, "server", "server").await;

@@ -28,7 +28,7 @@ use mesh::{Mesh, echo, eventually, exchange, ping};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bytes_between_nodes_go_through_a_tunnel_and_the_server_sees_the_clients_address() {
+async fn tunnelled_connections_keep_the_clients_address() {
     let mesh = Mesh::start(2, json!({})).await;
     let client = mesh.pod(0, "client", "client-account").await;
     let server = mesh.pod(1, "server", "server-account").await;
@@ -73,7 +73,7 @@ async fn bytes_between_nodes_go_through_a_tunnel_and_the_server_sees_the_clients
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_on_one_node_is_handed_over_and_reported_as_a_tunnel_would_be() {
+async fn a_connection_on_one_node_is_handed_over_and_reported() {
     let mesh = Mesh::start(1, json!({})).await;
     let client = mesh.pod(0, "client", "client-account").await;
     let server = mesh.pod(0, "server", "server-account").await;

@@ -398,10 +398,10 @@ pub(crate) fn bytes(ip: IpAddr) -> bytes::Bytes {
 
 /// Serves echo on a listener; remembers where clients came from.
 pub(crate) fn echo(listener: TcpListener) -> tokio::sync::mpsc::UnboundedReceiver<SocketAddr> {
-    let (tell, told) = tokio::sync::mpsc::unbounded_channel();
+    let (report, reports) = tokio::sync::mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Ok((mut stream, peer)) = listener.accept().await {
-            if tell.send(peer).is_err() {
+            if report.send(peer).is_err() {
                 return;
             }
             tokio::spawn(async move {
@@ -411,7 +411,7 @@ pub(crate) fn echo(listener: TcpListener) -> tokio::sync::mpsc::UnboundedReceive
             });
         }
     });
-    told
+    reports
 }
 
 /// Sends `message`, ends the sending half, and reads everything that comes back.

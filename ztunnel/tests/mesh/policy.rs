@@ -46,7 +46,7 @@ async fn works(from: &Pod, to: SocketAddr) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_changed_policy_closes_open_connections_and_opens_the_way_again_on_both_ways() {
+async fn a_changed_policy_closes_and_admits_connections() {
     let mesh = Mesh::start(2, json!({})).await;
     let far = mesh.pod(0, "far", "far-account").await;
     let near = mesh.pod(1, "near", "near-account").await;
@@ -84,7 +84,7 @@ async fn a_changed_policy_closes_open_connections_and_opens_the_way_again_on_bot
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_allow_by_principal_lets_in_that_principal_only_and_refuses_plaintext() {
+async fn an_allow_by_principal_admits_only_that_principal() {
     let mesh = Mesh::start(2, json!({})).await;
     let friend = mesh.pod(0, "friend", "friend").await;
     let stranger = mesh.pod(0, "stranger", "stranger").await;
@@ -105,7 +105,7 @@ async fn an_allow_by_principal_lets_in_that_principal_only_and_refuses_plaintext
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_stays_when_a_policy_changes_that_does_not_concern_it() {
+async fn a_connection_survives_a_change_of_unrelated_policies() {
     let mesh = Mesh::start(2, json!({})).await;
     let client = mesh.pod(0, "client", "client").await;
     let server = mesh.pod(1, "server", "server").await;

@@ -69,7 +69,7 @@ pub(crate) async fn by_host_name(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_virtual_address_leads_to_all_endpoints_and_a_server_may_speak_first() {
+async fn a_virtual_address_reaches_all_endpoints() {
     let mesh = Mesh::start(2, json!({})).await;
     let client = mesh.pod(0, "client", "client").await;
     let mut near = mesh.pod(0, "near", "server").await;
@@ -95,7 +95,7 @@ async fn a_virtual_address_leads_to_all_endpoints_and_a_server_may_speak_first()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_endpoint_that_refuses_is_replaced_by_another_before_the_first_byte() {
+async fn a_refusing_endpoint_is_replaced_before_the_first_byte() {
     let mesh = Mesh::start(2, json!({})).await;
     let client = mesh.pod(0, "client", "client").await;
     let mut dead = mesh.pod(1, "dead", "server").await;
@@ -111,7 +111,7 @@ async fn an_endpoint_that_refuses_is_replaced_by_another_before_the_first_byte()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn captured_and_uncaptured_pods_reach_each_other_on_one_node_and_across() {
+async fn captured_and_uncaptured_pods_reach_each_other() {
     let mesh = Mesh::start(2, json!({})).await;
     let inside =
         [mesh.pod(0, "in-a", "a").await, mesh.pod(0, "in-b", "b").await, mesh.pod(1, "in-c", "c").await];
@@ -207,7 +207,7 @@ fn question(name: &str) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_resources_on_demand_a_destination_is_asked_for_when_it_is_dialled() {
+async fn on_demand_a_destination_is_requested_when_dialled() {
     let mesh = Mesh::start(2, json!({})).await;
     let mut server = mesh.pod(1, "server", "server").await;
     greet(&server, 9080).await;
@@ -236,7 +236,7 @@ async fn with_resources_on_demand_a_destination_is_asked_for_when_it_is_dialled(
 
 /// An endpoint that only DNS can locate: looked up by the proxy, at its second address if the first refuses.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_endpoint_by_host_name_is_found_by_dns_and_tried_at_each_address() {
+async fn an_endpoint_by_host_name_is_tried_at_each_address() {
     let listener = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let resolver = listener.local_addr().unwrap();

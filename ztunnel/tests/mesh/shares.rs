@@ -169,7 +169,7 @@ async fn connections_that_wait_for_an_upstream_count_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pod_that_holds_socks_and_dns_connections_leaves_others_their_share() {
+async fn a_pod_with_socks_and_dns_connections_leaves_a_share() {
     let bed = Bed::start(json!({ "socks5": true, "dns": { "upstreams": ["10.96.0.53:53"] } }), 0).await;
     let held = crowd(&bed.greedy, (Ipv4Addr::LOCALHOST, 15080).into(), b"").await;
     bed.others_are_served(0, "socks5", "pod").await;
@@ -180,7 +180,7 @@ async fn a_pod_that_holds_socks_and_dns_connections_leaves_others_their_share() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pod_that_asks_resolvers_without_end_leaves_others_their_share() {
+async fn a_pod_that_floods_resolvers_leaves_others_their_share() {
     let bed = Bed::start(json!({ "dns": { "upstreams": ["10.77.9.9:53"] } }), 0).await;
     let socket =
         ambit_net::listen::bind_udp(&bed.greedy.net.netns, "0.0.0.0:0".parse().unwrap(), <_>::default());
@@ -198,7 +198,7 @@ async fn a_pod_that_asks_resolvers_without_end_leaves_others_their_share() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pod_that_looks_up_names_without_end_leaves_others_their_share() {
+async fn a_pod_that_floods_lookups_leaves_others_their_share() {
     // The address of the third pod.
     let (resolver, _serving) = resolver("known", Ipv4Addr::new(10, 77, 0, 3)).await;
     let mesh = Mesh::start(2, json!({ "dns": { "upstreams": [resolver.to_string()] } })).await;
@@ -226,7 +226,7 @@ async fn a_pod_that_looks_up_names_without_end_leaves_others_their_share() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_peer_that_holds_plaintext_connections_leaves_others_their_share() {
+async fn a_peer_with_plaintext_connections_leaves_others_their_share() {
     let bed = Bed::start(json!({}), 1).await;
     let stranger = bed.mesh.uncaptured_pod(0, "stranger", "stranger").await;
     let held = crowd(&stranger, bed.far, b"held").await;
@@ -236,7 +236,7 @@ async fn a_peer_that_holds_plaintext_connections_leaves_others_their_share() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_peer_that_begins_handshakes_without_end_leaves_others_their_share() {
+async fn a_peer_that_floods_handshakes_leaves_others_their_share() {
     let bed = Bed::start(json!({ "limits": { "handshakeTimeout": "15s", "handshakes": 60 } }), 1).await;
     let stranger = bed.mesh.uncaptured_pod(0, "stranger", "stranger").await;
     let hbone = SocketAddr::new(bed.far.ip(), 15008);
@@ -246,7 +246,7 @@ async fn a_peer_that_begins_handshakes_without_end_leaves_others_their_share() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_peer_that_opens_tunnels_without_end_leaves_others_their_share() {
+async fn a_peer_that_floods_tunnels_leaves_others_their_share() {
     let bed = Bed::start(json!({}), 1).await;
     let held = crowd(&bed.greedy, bed.far, b"held").await;
     bed.others_are_served(1, "tunnel", "peer").await;

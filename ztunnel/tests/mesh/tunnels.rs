@@ -14,7 +14,7 @@ use crate::control::TRUST_DOMAIN;
 use crate::mesh::{LIMIT, Mesh, bytes, echo, exchange, ping};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_application_tunnel_gets_a_proxy_header_with_the_clients_identity() {
+async fn an_application_tunnel_gets_the_clients_identity() {
     let mesh = Mesh::start(2, json!({})).await;
     let far = mesh.pod(0, "far", "far").await;
     let near = mesh.pod(1, "near", "near").await;
@@ -51,7 +51,7 @@ async fn an_application_tunnel_gets_a_proxy_header_with_the_clients_identity() {
 async fn gateway(
     mesh: &Mesh,
     listener: tokio::net::TcpListener,
-    told: tokio::sync::mpsc::UnboundedSender<String>,
+    report: tokio::sync::mpsc::UnboundedSender<String>,
 ) -> String {
     let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
     trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
@@ -68,22 +68,23 @@ async fn gateway(
         while let Ok((socket, remote)) = listener.accept().await {
             let endpoints = Endpoints { local: socket.local_addr().unwrap(), remote };
             let accepted = server.accept(socket, endpoints, outer.server_config()).await.unwrap();
-            let (server, inner, told) = (server.clone(), inner.clone(), told.clone());
+            let (server, inner, report) = (server.clone(), inner.clone(), report.clone());
             tokio::spawn(async move {
                 let inside_server = server.clone();
                 let serve = server.serve(accepted, std::future::pending(), {
                     move |incoming| {
-                        let (inner, told) = (inner.clone(), told.clone());
+                        let (inner, report) = (inner.clone(), report.clone());
                         let server = inside_server.clone();
                         async move {
-                            told.send(format!(
-                                "outer {} {}",
-                                incoming.peer().certificate.identity(),
-                                incoming.request().authority
-                            ))
-                            .unwrap();
+                            report
+                                .send(format!(
+                                    "outer {} {}",
+                                    incoming.peer().certificate.identity(),
+                                    incoming.request().authority
+                                ))
+                                .unwrap();
                             let within = incoming.accept(None).unwrap().into_stream();
-                            inside(within, endpoints, server, inner, told).await;
+                            inside(within, endpoints, server, inner, report).await;
                         }
                     }
                 });
@@ -108,20 +109,21 @@ async fn inside(
     endpoints: Endpoints,
     server: Server,
     certificate: Arc<ambit_identity::WorkloadCertificate>,
-    told: tokio::sync::mpsc::UnboundedSender<String>,
+    report: tokio::sync::mpsc::UnboundedSender<String>,
 ) {
     let Ok(accepted) = server.accept(stream, endpoints, certificate.server_config()).await else { return };
     let serve = server.serve(accepted, std::future::pending(), move |incoming| {
-        let told = told.clone();
+        let report = report.clone();
         async move {
             let request = incoming.request();
-            told.send(format!(
-                "inner {} {} {:?}",
-                incoming.peer().certificate.identity(),
-                request.authority,
-                request.forwarded_network
-            ))
-            .unwrap();
+            report
+                .send(format!(
+                    "inner {} {} {:?}",
+                    incoming.peer().certificate.identity(),
+                    request.authority,
+                    request.forwarded_network
+                ))
+                .unwrap();
             let (mut read, mut write) =
                 tokio::io::split(incoming.accept(Some(&behind())).unwrap().into_stream());
             if tokio::io::copy(&mut read, &mut write).await.is_ok() {
@@ -137,7 +139,7 @@ struct TwoNetworks {
     mesh: Mesh,
     client: crate::mesh::Pod,
     service: SocketAddr,
-    told: tokio::sync::mpsc::UnboundedReceiver<String>,
+    reports: tokio::sync::mpsc::UnboundedReceiver<String>,
     /// Of the service's certificate.
     serial: String,
 }
@@ -148,8 +150,8 @@ impl TwoNetworks {
         let client = mesh.pod(0, "client", "client").await;
         let mut gateway_pod = mesh.uncaptured_pod(0, "gateway", "gateway").await;
         let address = gateway_pod.net.v4;
-        let (tell, told) = tokio::sync::mpsc::unbounded_channel();
-        let serial = gateway(&mesh, gateway_pod.net.listen(address.into(), 15008).await, tell).await;
+        let (report, reports) = tokio::sync::mpsc::unbounded_channel();
+        let serial = gateway(&mesh, gateway_pod.net.listen(address.into(), 15008).await, report).await;
         gateway_pod.workload.tunnel_protocol = 1;
         gateway_pod.workload.native_tunnel = true;
         mesh.announce(&gateway_pod).await;
@@ -166,19 +168,19 @@ impl TwoNetworks {
         });
         let vip = "10.96.0.77".parse().unwrap();
         mesh.service("remote", vip, 8080, &mut [&mut server]).await;
-        Self { mesh, client, service: SocketAddr::new(vip, 80), told, serial }
+        Self { mesh, client, service: SocketAddr::new(vip, 80), reports, serial }
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tunnel() {
-    let TwoNetworks { mesh, client, service, mut told, serial: _ } = TwoNetworks::start().await;
+async fn another_network_is_reached_by_double_tunnels() {
+    let TwoNetworks { mesh, client, service, mut reports, serial: _ } = TwoNetworks::start().await;
     let mut stream = client.net.dial(service).await.unwrap();
     assert_eq!(exchange(&mut stream, b"far away").await.unwrap(), b"far away");
     let client_id = "spiffe://cluster.local/ns/default/sa/client";
     let authority = "remote.default.svc.cluster.local:80";
-    assert_eq!(told.recv().await.unwrap(), format!("outer {client_id} {authority}"));
-    assert_eq!(told.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"east\")"));
+    assert_eq!(reports.recv().await.unwrap(), format!("outer {client_id} {authority}"));
+    assert_eq!(reports.recv().await.unwrap(), format!("inner {client_id} {authority} Some(\"east\")"));
     // The directory holds the gateway's network, not who answered there.
     let line = mesh.nodes[0].ztunnel.logged("the connection", |line| line["direction"] == "outbound").await;
     assert_eq!(
@@ -192,7 +194,7 @@ async fn another_network_is_reached_through_its_gateway_by_a_tunnel_inside_a_tun
 /// The gateway stays trusted; the service behind it is the peer of the connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_revoked_service_behind_a_gateway_loses_its_tunnels() {
-    let TwoNetworks { mesh, client, service, told: _told, serial } = TwoNetworks::start().await;
+    let TwoNetworks { mesh, client, service, reports: _reports, serial } = TwoNetworks::start().await;
     let mut stream = client.net.dial(service).await.unwrap();
     assert_eq!(ping(&mut stream, b"trusted").await.unwrap(), b"trusted");
     mesh.control.revoke(&[serial]);
