@@ -114,7 +114,7 @@ async fn agent(config: Config, registry: Registry) -> anyhow::Result<()> {
     tasks.spawn("readiness", serve(listen(readiness_address, "readiness").await?, router));
     tracing::info!(node, version = env!("CARGO_PKG_VERSION"), "started");
     tokio::select! {
-        told = told_to_end() => told,
+        outcome = asked_to_stop() => outcome,
         ended = tasks.ended() => Err(ended.into()),
     }
 }
@@ -153,7 +153,7 @@ async fn listen(address: SocketAddr, purpose: &'static str) -> anyhow::Result<Tc
     TcpListener::bind(address).await.with_context(|| format!("listen on {address} for {purpose}"))
 }
 
-async fn told_to_end() -> anyhow::Result<()> {
+async fn asked_to_stop() -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         _ = terminate.recv() => {}

@@ -354,7 +354,7 @@ enum Discriminator {
     Keys(Vec<Key>),
 }
 
-/// For every field of a match that demands something, its keys; the most telling fields first. `None` for a field that can't be keyed.
+/// For every field of a match that demands something, its keys; the most selective fields first. `None` for a field that can't be keyed.
 fn field_keys(candidate: &Match) -> [Option<Vec<Key>>; 6] {
     let accounts = candidate.service_accounts.0.iter();
     let ports = candidate.destination_ports.0.iter();

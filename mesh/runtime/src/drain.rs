@@ -1,6 +1,6 @@
 //! Stopping a proxy: stop accepting → notify peers → wait → deadline → close.
 //!
-//! A [`DrainSignal`] tells listeners and connections of the first two steps. [`finish`] takes the others. Nothing here
+//! A [`DrainSignal`] notifies listeners and connections of the first two steps. [`finish`] takes the others. Nothing here
 //! knows what is stopped.
 
 use std::time::Duration;
@@ -40,7 +40,7 @@ impl DrainSignal {
         self.advance(Phase::NotAccepting);
     }
 
-    /// Second step: peers are told to open nothing new. May be repeated.
+    /// Second step: peers are asked to open nothing new. May be repeated.
     pub fn notify_peers(&self) {
         self.advance(Phase::Draining);
     }
@@ -62,7 +62,7 @@ impl Drain {
         self.reached(Phase::NotAccepting).await;
     }
 
-    /// Resolves when peers are to be told that nothing new is accepted. Cancel safe.
+    /// Resolves when peers must be notified that nothing new is accepted. Cancel safe.
     pub async fn draining(&mut self) {
         self.reached(Phase::Draining).await;
     }
@@ -213,8 +213,8 @@ mod tests {
         let (signal, mut drain) = channel();
         signal.stop_accepting();
         drain.accepting_stopped().await;
-        let told = timeout(Duration::from_millis(1), drain.draining()).await;
-        assert!(told.is_err(), "not yet");
+        let notified = timeout(Duration::from_millis(1), drain.draining()).await;
+        assert!(notified.is_err(), "not yet");
         signal.notify_peers();
         signal.stop_accepting();
         drain.draining().await;

@@ -453,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_leaves_room_for_other_peers_of_its_pod_and_the_pod_for_itself() {
+    fn a_peer_leaves_room_for_other_peers_and_for_the_pod() {
         let budget = Budget::new(Resource::Handshakes, 900);
         let pod = PodShares::default();
         let [one, two] = ["10.0.0.1", "10.0.0.2"].map(|ip| ip.parse().unwrap());

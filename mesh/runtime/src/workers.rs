@@ -123,7 +123,7 @@ pub enum WorkerError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A worker's thread ended without being told to.
+    /// A worker's thread ended by itself.
     #[error("worker {index} died")]
     Died {
         /// Which worker.
@@ -331,13 +331,13 @@ mod tests {
         let (workers, supervisor) = Workers::start(3, |handle| handle.index()).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (tell, mut told) = mpsc::channel(16);
+        let (report, mut reports) = mpsc::channel(16);
         let mut clients = Vec::new();
         let (home, _) = workers.get(0).unwrap();
         for _ in 0..6 {
             clients.push(TcpStream::connect(address).await.unwrap());
             let (stream, _) = listener.accept().await.unwrap();
-            let tell = tell.clone();
+            let report = report.clone();
             workers.place(
                 home,
                 "test",
@@ -345,14 +345,14 @@ mod tests {
                 (),
                 move |handle, state, stream| async move {
                     let thread = thread::current().name().map(str::to_owned);
-                    tell.send((handle.index(), *state, thread)).await.unwrap();
+                    report.send((handle.index(), *state, thread)).await.unwrap();
                     stream.readable().await.unwrap();
                 },
             );
         }
         let mut seen = Vec::new();
         for _ in 0..6 {
-            let (index, state, thread) = told.recv().await.unwrap();
+            let (index, state, thread) = reports.recv().await.unwrap();
             assert_eq!(index, state);
             assert_eq!(thread.as_deref(), Some(format!("worker-{index}").as_str()));
             seen.push(index);
@@ -374,9 +374,9 @@ mod tests {
         let (workers, supervisor) = Workers::start(1, |_| ()).unwrap();
         let (handle, _) = workers.get(0).unwrap();
         handle.spawn("breaks", async { panic!("on purpose") });
-        let (tell, told) = tokio::sync::oneshot::channel();
-        handle.spawn("works", async { tell.send(()).unwrap() });
-        told.await.unwrap();
+        let (sender, done) = tokio::sync::oneshot::channel();
+        handle.spawn("works", async { sender.send(()).unwrap() });
+        done.await.unwrap();
         assert_eq!(workers.panics().count(), 1);
         supervisor.stop();
     }

@@ -272,7 +272,7 @@ impl<K: Key> Shared<K> {
         rechecked.is_ok()
     }
 
-    /// Waits for a connection that is being dialled. Returns whether the tunnel may wait for another one, and what tells of
+    /// Waits for a connection that is being dialled. Returns whether the tunnel may wait for another one, and a handle to
     /// the dialled one's failure.
     ///
     /// If it is dialled only to spread the load, the wait is short and a failure is ignored: the existing connections

@@ -23,7 +23,7 @@ pub trait Key: Clone + Eq + Hash + Debug + Send + Sync + 'static {}
 
 impl<T: Clone + Eq + Hash + Debug + Send + Sync + 'static> Key for T {}
 
-/// How a dial ended; if well, with what tells of the connection's later failure.
+/// How a dial ended. On success, with a handle to the connection's later failure.
 pub(super) type DialOutcome = Result<Arc<Tally>, OpenError>;
 
 /// Identifies one dial, so that the end of a late one is not attributed to its successor.
