@@ -59,7 +59,7 @@ pub enum ConfigError {
     },
 }
 
-/// What the control plane is told to do.
+/// Settings of the control plane.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where objects come from; for the same object the first named counts.
@@ -279,7 +279,7 @@ fn nearest(known: &[String], key: &str) -> String {
 pub fn reference() -> String {
     let mut page = String::from(
         "# Settings of ambit-control\n\nWritten from the program; `AMBIT_WRITE_DOCS=1 cargo test -p ambit-control reference` writes it \
-         anew. [Configure the control plane](control.md) tells how they are set.\n\n| key | flag | variable | meaning |\n\
+         anew. [Configure the control plane](control.md) explains how to set them.\n\n| key | flag | variable | meaning |\n\
          | --- | --- | --- | --- |\n",
     );
     let command = Raw::augment_args(clap::Command::new("ambit-control"));
@@ -380,7 +380,7 @@ fn finish(raw: Raw) -> Result<Config, ConfigError> {
     })
 }
 
-/// Whether the one source is an API server: beside it, who owns an object could not be told.
+/// Whether the only source is an API server. With others, the owner of an object would be ambiguous.
 fn has_api_server(sources: &[SourceName]) -> Result<bool, ConfigError> {
     let is_api_server = |source: &SourceName| matches!(source, SourceName::Kubernetes { .. });
     match sources.iter().any(is_api_server) {

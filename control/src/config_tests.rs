@@ -20,7 +20,7 @@ fn what_is_not_said_has_the_documented_default() {
 }
 
 #[test]
-fn a_flag_stands_over_the_file_and_an_unknown_key_names_the_nearest() {
+fn a_flag_overrides_the_file_and_unknown_keys_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("control.yaml");
     std::fs::write(&file, "sources: [\"dir:/a\"]\ncaDir: /ca\njwks: /keys\nclusterId: one\nnetwork: n\n")
@@ -44,7 +44,7 @@ fn the_reference_page_is_that_of_the_program() {
 }
 
 #[test]
-fn a_limit_of_lifetimes_is_taken_and_one_that_cannot_work_refused() {
+fn a_lifetime_limit_that_cannot_work_is_refused() {
     assert_eq!(parse(&NEEDED).unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
     let with = |seconds| parse(&[&NEEDED[..], &["--max-certificate-lifetime", seconds]].concat());
     assert_eq!(with("20").unwrap().max_certificate_lifetime, Duration::from_secs(20));

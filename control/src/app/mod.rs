@@ -38,7 +38,7 @@ use worker::IndexWorker;
 const PORT: &str = "the port";
 /// The task that holds the lease.
 const ELECTION: &str = "the election";
-/// Time that open streams have to end after the program was told to end.
+/// Time that open streams have to end after a request to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Descriptors for everything but the connections of the port.
 const OWN_FILES: u64 = 128;
@@ -134,7 +134,7 @@ fn within(mut config: Config, open_files: u64) -> Config {
 
 /// Resolves when a signal or the admin interface asks the program to end.
 async fn ended(mut quitting: watch::Receiver<bool>) {
-    let told = async {
+    let by_admin = async {
         // The sender lives as long as the admin interface; without one nobody asks by it.
         if quitting.wait_for(|quit| *quit).await.is_err() {
             std::future::pending::<()>().await;
@@ -155,8 +155,8 @@ async fn ended(mut quitting: watch::Receiver<bool>) {
         }
     };
     tokio::select! {
-        () = told => tracing::info!("told to end by the admin interface"),
-        () = by_signal => tracing::info!("told to end by a signal"),
+        () = by_admin => tracing::info!("stopping, as requested by the admin interface"),
+        () = by_signal => tracing::info!("stopping after a signal"),
     }
 }
 
@@ -168,7 +168,7 @@ pub struct App {
     tasks: Tasks,
     xds: Option<Server>,
     stop: watch::Sender<bool>,
-    /// Tasks that end when told to: the port's, and the election's on Kubernetes.
+    /// Tasks that end on request: the port's, and the election's on Kubernetes.
     ending: usize,
     /// Watches for as long as the program runs.
     sources: Option<Sources>,
@@ -269,7 +269,7 @@ impl App {
         self.metrics
     }
 
-    /// Runs until told to end, then lets open streams end.
+    /// Runs until it is asked to stop, then lets open streams end.
     ///
     /// # Errors
     /// [`AppError::Died`] when something essential ends by itself.
@@ -282,7 +282,7 @@ impl App {
             }
         }
         self.readiness.start_draining();
-        // Streams are told to go elsewhere, then the port stops taking connections and waits for the rest.
+        // Streams are ended so that proxies reconnect elsewhere; then the port stops accepting and waits for the rest.
         if let Some(xds) = self.xds.take() {
             xds.drain();
         }

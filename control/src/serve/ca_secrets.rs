@@ -2,7 +2,7 @@
 //!
 //! `cacerts` is a plugged-in CA and is only read; without it, `istio-ca-secret` holds the self-signed one. Either may have
 //! the keys of a `kubernetes.io/tls` Secret, as cert-manager writes them. The record of rotations is always in
-//! `istio-ca-secret`. Writes name the version that they replace, so of two replicas one is told that it came second.
+//! `istio-ca-secret`. Writes name the version that they replace, so that of two replicas the second one gets an error.
 
 use std::collections::BTreeMap;
 

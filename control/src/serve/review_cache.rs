@@ -30,7 +30,7 @@ impl TokenId {
     }
 }
 
-/// What a token says of itself. Nothing is granted for it: it only tells what is not worth a review.
+/// The unverified claims of a token. Nothing is granted for them: they only show that a token need not be reviewed.
 #[derive(Debug, Deserialize)]
 pub(super) struct UnverifiedClaims {
     #[serde(default)]

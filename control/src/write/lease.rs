@@ -70,7 +70,7 @@ impl Election {
     }
 }
 
-/// Takes part in the election until told to stop.
+/// Takes part in the election until it is asked to stop.
 pub struct Elector {
     leases: Api<Lease>,
     election: Election,
