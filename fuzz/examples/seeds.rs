@@ -1,4 +1,4 @@
-//! Writes the inputs that the fuzzer starts from: one of each form that a target tells apart.
+//! Writes the inputs that the fuzzer starts from: one of each form that a target distinguishes.
 //!
 //! `cargo run -p ambit-fuzz --example seeds` writes to `fuzz/corpus/`; what is there already under another name stays.
 

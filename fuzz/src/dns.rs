@@ -21,7 +21,7 @@ use crate::pieces::cut;
 /// Endpoints of the service without an address: more than fit into the smallest answer.
 const ENDPOINTS: u8 = 60;
 
-/// A service of each kind that DNS tells apart.
+/// A service of each kind that DNS distinguishes.
 static WORLD: LazyLock<Arc<Snapshot>> = LazyLock::new(|| {
     let (mut directory, reader) = Directory::new();
     let endpoints = (0..ENDPOINTS).map(|number| {
@@ -75,7 +75,7 @@ pub(crate) fn question(data: &[u8]) {
         }
     };
     assert!((512..=MAX_UDP).contains(&question.udp_limit));
-    let failure = question.fail(ResponseCode::ServFail).expect("a failure can be told");
+    let failure = question.fail(ResponseCode::ServFail).expect("a failure can be encoded");
     assert_eq!(response_to(query, &failure).metadata.response_code, ResponseCode::ServFail);
     let namespace = if flags & 2 == 0 { "shop" } else { "street" };
     let resolver = Resolver { snapshot: &WORLD, namespace, network: "", cluster_domain: "cluster.local" };

@@ -30,7 +30,7 @@ const SERVED_WITHIN: Duration = Duration::from_secs(20);
 /// Threads of the runtime. Namespaces are entered on threads of their own.
 const THREADS: usize = 2;
 
-/// Runs the program until it is told to stop or cannot go on.
+/// Runs the program until it is asked to stop or cannot continue.
 ///
 /// # Errors
 /// What kept it from starting, or which essential part ended.
@@ -159,6 +159,6 @@ async fn asked_to_stop() -> anyhow::Result<()> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tracing::info!("told to end; rules and CNI plugin stay on the node");
+    tracing::info!("stopping; rules and CNI plugin stay on the node");
     Ok(())
 }

@@ -39,7 +39,7 @@ async fn a_server_answers_clients_that_ask_from_port_53() {
 }
 
 #[tokio::test]
-async fn what_a_server_sends_from_port_53_to_another_port_is_left_alone() {
+async fn packets_of_a_server_from_port_53_are_not_changed() {
     let (outside, pod) = pair().await;
     apply(&pod, Stage::In).await;
     for (theirs, own) in outside.addresses().into_iter().zip(pod.addresses()) {
@@ -117,7 +117,7 @@ async fn denied_protocols_pass_in_neither_direction() {
 }
 
 #[tokio::test]
-async fn dns_by_the_proxy_and_loopback_pass_where_other_protocols_are_denied() {
+async fn dns_and_loopback_pass_if_other_protocols_are_denied() {
     let (outside, pod) = denied().await;
     let proxy = Proxy::in_pod(&pod).await;
     for (theirs, own) in outside.addresses().into_iter().zip(pod.addresses()) {

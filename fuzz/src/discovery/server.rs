@@ -113,7 +113,7 @@ impl World {
     }
 }
 
-/// A subscriber by the book: holds what it was sent and not told to drop.
+/// A correct subscriber: holds the resources that it was sent and that were not removed.
 #[derive(Default)]
 struct Subscriber {
     /// Nothing was asked of the type so far, or: everything, and single names.

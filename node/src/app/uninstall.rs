@@ -14,7 +14,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 
-use super::{client, listen, told_to_end};
+use super::{asked_to_stop, client, listen};
 use crate::config::Config;
 use crate::enrol::REDIRECTION;
 use crate::kubernetes::annotate;
@@ -41,7 +41,7 @@ pub(super) async fn run(config: Config, wait: bool) -> anyhow::Result<()> {
     let listener = listen(address, "readiness").await?;
     let stay = async {
         remove.await?;
-        told_to_end().await
+        asked_to_stop().await
     };
     tokio::select! {
         outcome = stay => outcome,

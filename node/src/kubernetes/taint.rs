@@ -36,7 +36,7 @@ pub async fn run(client: Client, node: String, agent: Agent, installed: watch::R
         if !is_ready || Instant::now() < check_at {
             continue;
         }
-        let outcome = timeout(LIMIT, take_off(&nodes, &node)).await;
+        let outcome = timeout(LIMIT, remove_taint(&nodes, &node)).await;
         check_at = Instant::now() + if matches!(outcome, Ok(Ok(_))) { RECHECK } else { AGAIN };
         match outcome {
             Ok(Ok(true)) => tracing::info!(node, "taint {NOT_READY} taken off"),
@@ -52,7 +52,7 @@ pub async fn run(client: Client, node: String, agent: Agent, installed: watch::R
 }
 
 /// Returns whether the taint was on.
-async fn take_off(nodes: &Api<Node>, name: &str) -> kube::Result<bool> {
+async fn remove_taint(nodes: &Api<Node>, name: &str) -> kube::Result<bool> {
     let node = nodes.get(name).await?;
     let Some(patch) = plan(&node) else { return Ok(false) };
     nodes.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await?;

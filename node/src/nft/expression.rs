@@ -65,7 +65,7 @@ const TCP_FIN: u8 = 0x01;
 const TCP_SYN: u8 = 0x02;
 const TCP_RST: u8 = 0x04;
 const TCP_ACK: u8 = 0x10;
-/// The flags that tell the first packet of a connection from the others.
+/// The flags that distinguish the first packet of a connection from the others.
 const TCP_KIND: u8 = TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK;
 /// Length of an interface's name with padding (`IFNAMSIZ`).
 const NAME_SIZE: usize = 16;

@@ -128,7 +128,7 @@ const SETTINGS: [Setting; 4] = [
         guarantee: "more than 2,000 new connections a second can be tracked",
     },
     // Both ends of a captured connection are in the pod. For connections over loopback the kernel itself uses a port
-    // again a second after its connection ended, where timestamps tell the two apart (RFC 7323, PAWS). Without, a client
+    // again a second after its connection ended, where timestamps distinguish the two (RFC 7323, PAWS). Without, a client
     // has 28,000 connections a minute to one port of one server, and each beyond takes a search of a millisecond.
     Setting {
         name: "net.ipv4.tcp_tw_reuse",

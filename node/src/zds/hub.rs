@@ -161,7 +161,7 @@ impl Hub {
         }
     }
 
-    /// The order in flight could not be sent. In a snapshot, the proxy is told to keep the pod instead: it may serve it, and
+    /// The order in flight could not be sent. In a snapshot, the proxy is asked to keep the pod instead: it may serve it, and
     /// drops what its snapshot does not name. The add is tried again after that. Returns the pod of an add.
     pub fn handle_unsent(&mut self, id: ProxyId, now: Instant) -> Option<String> {
         let proxy = self.proxies.get_mut(&id)?;

@@ -23,7 +23,7 @@ enum Command {
     },
     /// Sends requests at a steady rate, half of them on new connections, and prints the counts each second as JSON.
     Load(load::Options),
-    /// Does nothing until it is told to end.
+    /// Does nothing until it is asked to stop.
     Wait,
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ambit_local::isolate;
 
-use super::Keeper;
+use super::RunningCluster;
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::wait;
@@ -16,7 +16,7 @@ const COREDNS: &str = include_str!("../../manifests/coredns.yaml");
 const START: Duration = Duration::from_secs(240);
 
 /// Applies the manifest.
-pub(crate) async fn apply(keeper: &Keeper, plan: Plan) -> Result<()> {
+pub(crate) async fn apply(keeper: &RunningCluster, plan: Plan) -> Result<()> {
     let file = PathBuf::from(isolate::DIRECTORY).join("coredns.yaml");
     let manifest = COREDNS.replace("CLUSTER_DNS", &plan.dns().to_string());
     fs::write(&file, manifest).map_err(Error::system(format!("write {}", file.display())))?;
@@ -25,7 +25,7 @@ pub(crate) async fn apply(keeper: &Keeper, plan: Plan) -> Result<()> {
 }
 
 /// Waits until every node is ready and names are resolved.
-pub(crate) async fn wait_until_ready(keeper: &Keeper, plan: Plan) -> Result<()> {
+pub(crate) async fn wait_until_ready(keeper: &RunningCluster, plan: Plan) -> Result<()> {
     let wanted = usize::from(plan.nodes);
     wait::until("all nodes are ready", START, async || {
         let args = ["get", "nodes", "--no-headers"];
@@ -43,6 +43,6 @@ pub(crate) async fn wait_until_ready(keeper: &Keeper, plan: Plan) -> Result<()> 
     .await
 }
 
-async fn kubectl(keeper: &Keeper, args: &[&str]) -> Result<String> {
+async fn kubectl(keeper: &RunningCluster, args: &[&str]) -> Result<String> {
     keeper.control_plane.kubectl(keeper.network.control(), args).await
 }

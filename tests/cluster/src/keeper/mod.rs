@@ -68,7 +68,7 @@ pub(crate) enum Progress {
 
 /// A cluster that is coming up or is up.
 #[derive(Debug)]
-pub(crate) struct Keeper {
+pub(crate) struct RunningCluster {
     pub(crate) name: String,
     pub(crate) network: Network,
     pub(crate) control_plane: ControlPlane,
@@ -155,7 +155,8 @@ async fn run(options: &Options) -> Result<()> {
     let kubeconfig = authority.portable_kubeconfig("admin", &format!("https://127.0.0.1:{port}"))?;
     pki::write_private(&layout.run(&options.name).join("kubeconfig"), &kubeconfig)?;
     let (progress, _) = watch::channel(Progress::Starting("starting programs".to_owned()));
-    let keeper = Arc::new(Keeper { name: options.name.clone(), network, control_plane, nodes, progress });
+    let keeper =
+        Arc::new(RunningCluster { name: options.name.clone(), network, control_plane, nodes, progress });
     let starting = async {
         bring_up(&keeper, plan, start).await;
         std::future::pending::<()>().await;
@@ -175,7 +176,7 @@ async fn run(options: &Options) -> Result<()> {
 }
 
 /// Starts everything in its order and reports each step.
-async fn bring_up(keeper: &Keeper, plan: Plan, start: Instant) {
+async fn bring_up(keeper: &RunningCluster, plan: Plan, start: Instant) {
     let step = |text: &str| {
         tracing::info!(after = ?start.elapsed(), "{text}");
         keeper.progress.send_replace(Progress::Starting(text.to_owned()));

@@ -20,7 +20,7 @@ use crate::request::{Answer, OUTPUT};
 
 /// How long a command on a node may take.
 const COMMAND: Duration = Duration::from_secs(300);
-/// Labels that tell the zones of the nodes apart.
+/// Labels that put the nodes into different zones.
 const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// What each node is started with, and the nodes that run.

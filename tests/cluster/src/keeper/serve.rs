@@ -6,13 +6,13 @@ use std::sync::Arc;
 use ambit_net::seqpacket::{SeqPacket, SeqPacketListener};
 use tokio::sync::Notify;
 
-use super::{Keeper, Progress};
+use super::{Progress, RunningCluster};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::request::{Answer, LONGEST, Request};
 
 /// Serves until somebody asks for the end.
-pub(crate) async fn serve(keeper: Arc<Keeper>, layout: &Layout) -> Result<()> {
+pub(crate) async fn serve(keeper: Arc<RunningCluster>, layout: &Layout) -> Result<()> {
     let path = layout.run(&keeper.name).join("keeper.sock");
     let attempt = format!("listen at {}", path.display());
     let listener = SeqPacketListener::bind(&path).map_err(Error::system(attempt.clone()))?;
@@ -29,7 +29,7 @@ pub(crate) async fn serve(keeper: Arc<Keeper>, layout: &Layout) -> Result<()> {
 }
 
 /// Answers one client until it hangs up.
-async fn converse(client: SeqPacket, keeper: Arc<Keeper>, end: Arc<Notify>) {
+async fn converse(client: SeqPacket, keeper: Arc<RunningCluster>, end: Arc<Notify>) {
     let mut buffer = vec![0; LONGEST];
     while let Ok(received) = client.recv(&mut buffer).await
         && received.len > 0
@@ -53,7 +53,7 @@ async fn converse(client: SeqPacket, keeper: Arc<Keeper>, end: Arc<Notify>) {
     }
 }
 
-async fn handle(keeper: &Keeper, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
+async fn handle(keeper: &RunningCluster, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
     let network = &keeper.network;
     match request {
         Request::Ready => return Ok((progress(keeper), None)),
@@ -76,7 +76,7 @@ async fn handle(keeper: &Keeper, request: Request) -> Result<(Answer, Option<Own
     Ok((Answer::Done, None))
 }
 
-async fn load(keeper: &Keeper, archives: &[std::path::PathBuf]) -> Result<()> {
+async fn load(keeper: &RunningCluster, archives: &[std::path::PathBuf]) -> Result<()> {
     for node in keeper.nodes.names().await {
         for archive in archives {
             let archive = archive.display().to_string();
@@ -92,7 +92,7 @@ async fn load(keeper: &Keeper, archives: &[std::path::PathBuf]) -> Result<()> {
     Ok(())
 }
 
-fn progress(keeper: &Keeper) -> Answer {
+fn progress(keeper: &RunningCluster) -> Answer {
     match &*keeper.progress.borrow() {
         Progress::Starting(step) => Answer::Starting { step: step.clone() },
         Progress::Ready => Answer::Done,

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// What a node is told.
+/// The configuration of a node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Config {
     /// Its name, which is its host name too.
