@@ -15,7 +15,7 @@ async fn serves(bed: &Extensions, name: &str, app: &str, node: usize) -> (Pod, R
     (pod, running)
 }
 
-/// Whether the proxy has been told of a workload or service whose name begins so.
+/// Whether the proxy has a workload or service whose name begins with `name`.
 async fn is_known(bed: &Extensions, name: &str) -> bool {
     let dump = bed.cluster.ztunnel(1).unwrap().config_dump().await.unwrap();
     let named = |section: &str, key: &str| {

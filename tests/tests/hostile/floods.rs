@@ -117,13 +117,10 @@ pub(crate) fn add(trials: &mut Trials<Hostile>) {
             is_disconnected(bed, &[], &piece, ENHANCE_YOUR_CALM, "H2_HANDSHAKE_FAILURE", reason).await;
         });
     }
-    trials.add(
-        "floods::a_peer_that_answers_settings_that_it_was_not_sent_is_disconnected",
-        async |bed: &Hostile| {
-            let answer = frame(4, 1, 0, &[]);
-            is_disconnected(bed, &[], &answer, PROTOCOL_ERROR, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
-        },
-    );
+    trials.add("floods::unsolicited_settings_acknowledgements_are_refused", async |bed: &Hostile| {
+        let answer = frame(4, 1, 0, &[]);
+        is_disconnected(bed, &[], &answer, PROTOCOL_ERROR, "H2_HANDSHAKE_FAILURE", "HTTP/2").await;
+    });
     trials.add("floods::a_peer_that_floods_with_empty_data_is_disconnected", async |bed: &Hostile| {
         let open = head(&bed.application().to_string(), true);
         let empty = frame(0, 0, 1, &[]);
