@@ -19,7 +19,7 @@ pub(crate) fn header(data: &[u8]) {
         let times = if flags & 8 == 0 { 1 } else { 70_000 / text.len().max(1) };
         text.repeat(times)
     });
-    let header = ztunnel::proxy_protocol::header(source, destination, identity.as_deref());
+    let header = ztunnel::inbound::proxy_protocol::header(source, destination, identity.as_deref());
     let read = read(&header).expect("a header by the specification");
     let canonical = |it: SocketAddr| SocketAddr::new(it.ip().to_canonical(), it.port());
     assert_eq!(canonical(read.0), canonical(source));

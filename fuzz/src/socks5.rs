@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use futures_util::FutureExt;
 use tokio::io::{AsyncReadExt, join};
-use ztunnel::socks5::{Target, accept};
+use ztunnel::outbound::socks5::{Target, accept};
 
 /// The target is the one that was asked for; nothing behind the request is taken.
 pub(crate) fn handshake(data: &[u8]) {

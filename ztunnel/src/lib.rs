@@ -5,23 +5,11 @@
 
 pub mod app;
 pub mod config;
-pub mod destination;
+pub mod connection;
+pub mod directory;
 pub mod dns;
-pub mod ejections;
-pub mod error;
-pub mod feed;
-pub mod hostnames;
-pub mod idle_memory;
 pub mod inbound;
-pub mod ondemand;
 pub mod outbound;
-pub mod passthrough;
 pub mod pods;
 pub mod proxy;
-pub mod proxy_protocol;
-pub mod report;
-pub mod review;
-pub mod socks5;
-pub mod tunnels;
-pub mod upstream;
 pub mod zds;

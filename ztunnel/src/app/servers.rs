@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use super::shutdown::Requests;
 use super::{Parts, Program, dump};
-use crate::ondemand::{self, Demander};
+use crate::directory::ondemand::{self, Demander};
 use crate::proxy::{Proxy, ProxyMetrics, Tally};
 use ambit_runtime::tasks::Tasks;
 

@@ -13,8 +13,9 @@ use tokio::sync::watch;
 
 use super::{Pod, Role};
 use crate::dns::Tracked;
+use crate::inbound::passthrough;
 use crate::proxy::{Proxy, Worker};
-use crate::{inbound, outbound, passthrough};
+use crate::{inbound, outbound};
 use ambit_runtime::drain::Drain;
 use ambit_runtime::shares::{Holder, LimitExceeded, Taken};
 use ambit_runtime::workers::{WorkerHandle, Workers};

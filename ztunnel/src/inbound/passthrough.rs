@@ -9,8 +9,8 @@ use ambit_net::socket::reset_on_close;
 use ambit_net::{original_dst, splice::splice};
 use tokio::net::TcpStream;
 
-use crate::destination::{Authenticated, Connected};
-use crate::error::ConnectionError;
+use crate::connection::error::ConnectionError;
+use crate::inbound::destination::{Authenticated, Connected};
 use crate::pods::Pod;
 use crate::proxy::Worker;
 

@@ -19,8 +19,8 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::ejections::EjectedEndpoints;
-use crate::ondemand::Pinned;
+use crate::directory::ondemand::Pinned;
+use crate::outbound::ejections::EjectedEndpoints;
 use crate::proxy::{Proxy, Worker};
 use crate::zds::client::{PodDescriptors, PodSet};
 use ambit_runtime::drain::Drain;

@@ -16,10 +16,10 @@ use ambit_policy::Decision;
 use ambit_telemetry::tcp::ResponseFlags;
 use http::StatusCode;
 
-use crate::ejections::Unreachable;
-use crate::hostnames::LookupError;
-use crate::ondemand::DemandFailure;
-use crate::socks5::{Reply, Socks5Error};
+use crate::directory::ondemand::DemandFailure;
+use crate::outbound::ejections::Unreachable;
+use crate::outbound::hostnames::LookupError;
+use crate::outbound::socks5::{Reply, Socks5Error};
 use ambit_runtime::shares::LimitExceeded;
 
 /// Who has to change something for the failure to go away.

@@ -39,7 +39,7 @@ impl IdleDetector {
 }
 
 /// Runs for as long as the program. `collect` has the allocator return what the calling thread has freed.
-pub async fn watch(workers: Arc<Workers<Worker>>, collect: fn()) {
+pub(super) async fn watch(workers: Arc<Workers<Worker>>, collect: fn()) {
     let mut detector = IdleDetector::default();
     let mut before = cpu_time();
     let mut samples = tokio::time::interval(INTERVAL);

@@ -1,7 +1,11 @@
 //! Inbound HBONE, port 15008: mutual TLS, then each CONNECT checked, authorised and relayed.
 //!
 //! One task a connection and one a CONNECT, all on the worker that accepted. Phases as in
-//! [`crate::destination`]; before them, a connection is `Accepted` and nobody is known.
+//! [`destination`]; before them, a connection is `Accepted` and nobody is known.
+
+pub mod destination;
+pub mod passthrough;
+pub mod proxy_protocol;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -15,12 +19,12 @@ use ambit_net::relay::{Counters, Side};
 use ambit_net::socket::reset_on_close;
 use tokio::net::TcpStream;
 
-use crate::destination::{Authenticated, Connected};
-use crate::error::ConnectionError;
+use crate::connection::error::ConnectionError;
+use crate::connection::report::{AccessRecord, End};
+use crate::inbound::destination::{Authenticated, Connected};
+use crate::outbound::connect_request::baggage;
 use crate::pods::Pod;
 use crate::proxy::Worker;
-use crate::report::{AccessRecord, End};
-use crate::upstream::baggage;
 use ambit_runtime::connections::Direction;
 use ambit_runtime::shares::{Holder, Taken};
 use ambit_runtime::workers::{ConnectionGuard, WorkerHandle};

@@ -2,8 +2,6 @@
 //!
 //! Runs on the control runtime; readers see whole snapshots and are never held up.
 
-pub mod local;
-
 use ambit_api::security::Authorization;
 use ambit_api::workload::Address;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};

@@ -11,7 +11,7 @@ use ambit_directory::{Removed, Revision};
 use ambit_hbone::InFlight;
 use ambit_identity::PeerCertificate;
 
-use crate::destination;
+use crate::inbound::destination;
 use crate::proxy::{Proxy, Worker};
 use ambit_runtime::cut::CutReason;
 use ambit_runtime::tasks::Tasks;

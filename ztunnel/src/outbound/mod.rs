@@ -1,7 +1,15 @@
 //! What a pod dials: captured connections on port 15001 and requested ones on the SOCKS5 port.
 //!
-//! Reaches the destination through [`crate::upstream`], then relays. The pod's identity needs no
+//! Reaches the destination through [`crate::outbound::dial`], then relays. The pod's identity needs no
 //! proof here: the connection came out of its own network namespace.
+
+mod attempt;
+pub mod connect_request;
+pub mod dial;
+pub mod ejections;
+pub mod hostnames;
+pub mod socks5;
+pub mod tunnels;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -16,13 +24,13 @@ use ambit_net::socket::reset_on_close;
 use ambit_net::splice::splice;
 use tokio::net::TcpStream;
 
-use crate::destination::Connected;
-use crate::error::{ConnectionError, CutReason};
+use crate::connection::error::{ConnectionError, CutReason};
+use crate::connection::report::{AccessRecord, End};
+use crate::inbound::destination::Connected;
+use crate::outbound::dial::{ConnectedUpstream, Dial, Upstream};
+use crate::outbound::socks5::{Reply, Target};
 use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
-use crate::report::{AccessRecord, End};
-use crate::socks5::{self, Reply, Target};
-use crate::upstream::{ConnectedUpstream, Dial, Upstream};
 use ambit_runtime::connections::{Direction, NewConnection};
 
 /// Time for the whole SOCKS5 handshake.

@@ -6,6 +6,7 @@
 
 mod authority;
 mod dump;
+mod idle_memory;
 mod servers;
 mod shutdown;
 
@@ -24,16 +25,16 @@ use anyhow::Context;
 use tokio::sync::watch;
 
 use crate::config::{Cipher, Config, LogFormat};
+use crate::connection::report::Reporter;
+use crate::directory::ondemand::{Bounds, Demander};
+use crate::directory::{feed, local};
 use crate::dns::resolv_conf::ResolvConf;
 use crate::dns::{self, DnsProxy};
-use crate::feed;
-use crate::hostnames::Hostnames;
-use crate::ondemand::{Bounds, Demander};
+use crate::outbound::hostnames::Hostnames;
+use crate::outbound::tunnels::{pool_settings, server_settings};
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pods};
 use crate::proxy::{Limits, Proxy, ProxyMetrics, Settings, Worker};
-use crate::report::Reporter;
-use crate::tunnels::{pool_settings, server_settings};
 use crate::zds::client::Progress;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::{self, Drain, Drained};
@@ -127,11 +128,11 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
     let readiness = readiness(&parts, seen.clone(), &mut tasks);
     let stop = shutdown::Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
-    tasks.spawn("idle memory", crate::idle_memory::watch(program.workers.clone(), collect));
+    tasks.spawn("idle memory", idle_memory::watch(program.workers.clone(), collect));
     if let Some(demander) = program.proxy.demander.clone() {
         tasks.spawn("names demanded", demander.expire());
     }
-    crate::review::start(&program.proxy, &program.workers, &mut tasks);
+    crate::connection::review::start(&program.proxy, &program.workers, &mut tasks);
     let agent = tokio::spawn({
         let (path, pods) = (parts.config.zds_socket.clone(), program.pods.clone());
         async move { crate::zds::client::run(&path, &pods, &progress).await }
@@ -190,7 +191,7 @@ async fn parts(
             Some(discovery)
         }
         None => {
-            let directory = feed::local::apply(config.xds.local_file.as_deref(), directory)?;
+            let directory = local::apply(config.xds.local_file.as_deref(), directory)?;
             // Readers follow it for as long as its writer lives.
             tasks.spawn("local directory", async move {
                 let _directory = directory;

@@ -17,7 +17,7 @@ use ambit_telemetry::tcp::{Labels, Peer, PeerLabels, Security, Series, ServiceLa
 use ambit_telemetry::{TcpMetrics, tcp};
 use parking_lot::Mutex;
 
-use crate::error::ConnectionError;
+use crate::connection::error::ConnectionError;
 use ambit_runtime::connections::{Direction, Open};
 
 /// Pairs of workloads whose counters are cached; above this number the cache is cleared.

@@ -17,11 +17,11 @@ use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use crate::error::ConnectionError;
+use crate::connection::error::ConnectionError;
+use crate::connection::report::{AccessRecord, ConnectionReport, End};
+use crate::inbound::proxy_protocol;
 use crate::pods::{Pod, Role};
 use crate::proxy::Worker;
-use crate::proxy_protocol;
-use crate::report::{AccessRecord, ConnectionReport, End};
 use ambit_runtime::connections::{Direction, NewConnection, Open, Subject};
 use ambit_runtime::cut::CutReason;
 
