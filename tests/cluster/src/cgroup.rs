@@ -49,6 +49,16 @@ pub fn remove(prefix: &str) -> Vec<PathBuf> {
     left
 }
 
+/// Removes what is below a node's group: a machine boots without the groups of its last run.
+pub fn clear(name: &str) {
+    for hierarchy in hierarchies() {
+        for group in children(&hierarchy.join(name)) {
+            // Groups with processes stay, of which a node that boots has none.
+            remove_tree(&group);
+        }
+    }
+}
+
 fn remove_tree(group: &Path) -> bool {
     let below = children(group).iter().all(|child| remove_tree(child));
     below && fs::remove_dir(group).is_ok()

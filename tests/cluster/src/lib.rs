@@ -13,6 +13,7 @@ pub mod image;
 pub mod keeper;
 pub mod kubectl;
 pub mod layout;
+pub mod mesh;
 pub mod node;
 pub mod pki;
 pub mod plan;

@@ -14,6 +14,8 @@
 mod apps;
 #[path = "cases/bed.rs"]
 mod bed;
+#[path = "cases/mesh.rs"]
+mod mesh;
 
 use std::error::Error;
 use std::path::Path;
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
     let shared = Arc::new(Shared { runtime, cluster: OnceCell::new() });
     let mut cases = Cases { shared, trials: Vec::new() };
     bed::add(&mut cases);
+    mesh::add(&mut cases);
     let Cases { shared, trials } = cases;
     let conclusion = libtest_mimic::run(&arguments, trials);
     let Shared { runtime, cluster } = Arc::into_inner(shared).expect("every case has ended");

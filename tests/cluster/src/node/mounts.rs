@@ -24,6 +24,7 @@ pub(super) fn prepare(config: &Config) -> Result<()> {
     set(Some(Path::new(CGROUPS)), &groups, None, MsFlags::MS_BIND | MsFlags::MS_REC, None)?;
     set(Some(Path::new("sysfs")), Path::new("/sys"), Some("sysfs"), MsFlags::empty(), None)?;
     set(Some(&groups), Path::new(CGROUPS), None, MsFlags::MS_BIND | MsFlags::MS_REC, None)?;
+    cgroup::clear(&config.cgroup);
     cgroup::create(&config.cgroup)?;
     for path in LAYERED {
         let name = path.trim_start_matches('/');
