@@ -13,7 +13,7 @@ use crate::grpc::{CERTIFICATES, Call, DISCOVERY, call};
 use crate::wire::{body, hex};
 use crate::{ADDRESS, AUTHORIZATION, program};
 
-const OBJECTS: &str = r#"
+pub(crate) const OBJECTS: &str = r#"
 apiVersion: v1
 kind: Namespace
 metadata: {name: shop, labels: {istio.io/dataplane-mode: ambient}}
@@ -34,7 +34,7 @@ metadata: {name: web, namespace: shop}
 spec: {clusterIP: 10.96.0.7, clusterIPs: [10.96.0.7], selector: {app: web}, ports: [{name: http, port: 80, targetPort: 8080}]}
 "#;
 /// Who runs where, for the certificate of a node proxy.
-const PROXY: &str = r#"
+pub(crate) const PROXY: &str = r#"
 apiVersion: v1
 kind: Pod
 metadata: {name: ztunnel-1, namespace: ambit-system, uid: u-zt}
@@ -51,7 +51,7 @@ fn policy(scope: &str) -> String {
 }
 
 /// A running control plane, and what its callers need.
-struct Control {
+pub(crate) struct Control {
     directory: TempDir,
     signer: TokenSigner,
     address: SocketAddr,
@@ -66,7 +66,7 @@ impl Drop for Control {
 }
 
 impl Control {
-    fn start(objects: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(objects: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).display().to_string();
         std::fs::create_dir(path("objects")).unwrap();
@@ -101,23 +101,35 @@ impl Control {
     }
 
     /// A call of a service account with a pod on node-1; a call with a message sends that one only.
-    async fn call(
+    pub(crate) async fn call(
         &self,
         method: &str,
-        (namespace, account): (&str, &str),
+        caller: (&str, &str),
         message: Option<(&str, &Value)>,
     ) -> Call {
+        let authorization = format!("Bearer {}", self.token(caller, AUDIENCE));
+        let headers = [("authorization", authorization.as_str()), ("clusterid", "Kubernetes")];
+        call(self.address, (&self.roots(), "istiod.istio-system.svc"), method, &headers, message).await
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The roots that the control plane's own certificate leads to.
+    pub(crate) fn roots(&self) -> std::path::PathBuf {
+        self.directory.path().join("root.pem")
+    }
+
+    /// A token of a service account with a pod on node-1.
+    pub(crate) fn token(&self, (namespace, account): (&str, &str), audience: &str) -> String {
         let subject = Subject {
             namespace: namespace.to_owned(),
             service_account: account.to_owned(),
             pod: Some(("ztunnel-1".to_owned(), "u-zt".to_owned())),
             node: Some("node-1".to_owned()),
         };
-        let token = self.signer.sign(&subject, AUDIENCE, Duration::from_secs(600)).unwrap();
-        let authorization = format!("Bearer {token}");
-        let headers = [("authorization", authorization.as_str()), ("clusterid", "Kubernetes")];
-        let roots = self.directory.path().join("root.pem");
-        call(self.address, (&roots, "istiod.istio-system.svc"), method, &headers, message).await
+        self.signer.sign(&subject, audience, Duration::from_secs(600)).unwrap()
     }
 
     async fn discover(&self) -> Call {
@@ -165,9 +177,8 @@ fn has(answer: &Value, name: &str) -> bool {
 const POD: &str = "Kubernetes//Pod/shop/web-1";
 const SERVICE: &str = "shop/web.shop.svc.cluster.local";
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_first_answer_of_each_type_is_its_whole_state() {
-    // Far more than fits into one answer of our own proxies.
+/// Far more than fits into one answer of our own proxies.
+fn many_pods() -> String {
     let pod = |number: usize| {
         let (name, ip) = (format!("many-{number}"), format!("10.1.{}.{}", number / 250, number % 250 + 1));
         format!(
@@ -176,7 +187,12 @@ async fn the_first_answer_of_each_type_is_its_whole_state() {
              status: {{phase: Running, podIP: {ip}, podIPs: [{{ip: {ip}}}], conditions: [{{type: Ready, status: \"True\"}}]}}\n"
         )
     };
-    let many: String = (0..1_500).map(pod).collect();
+    (0..1_500).map(pod).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_answer_of_each_type_is_its_whole_state() {
+    let many = many_pods();
     let control = Control::start(&[("a.yaml", OBJECTS), ("many.yaml", &many), ("p.yaml", &policy(""))]);
     let mut stream = control.discover().await;
     ask(&mut stream, ADDRESS, &json!({}));
@@ -323,13 +339,7 @@ async fn only_node_proxies_see_the_mesh() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_chain_is_leaf_first_and_root_last() {
     let control = Control::start(&[("a.yaml", OBJECTS), ("z.yaml", PROXY)]);
-    let key = rcgen::KeyPair::generate().unwrap();
-    let mut parameters = rcgen::CertificateParams::default();
-    parameters.distinguished_name = rcgen::DistinguishedName::new();
-    // The URI SAN that is signed comes from who asks, never from the request.
-    let lie = rcgen::SanType::URI("spiffe://cluster.local/ns/shop/sa/lie".try_into().unwrap());
-    parameters.subject_alt_names.push(lie);
-    let csr = parameters.serialize_request(&key).unwrap().pem().unwrap();
+    let csr = csr();
     let identity = json!({ "string_value": "spiffe://cluster.local/ns/shop/sa/web" });
     let request = json!({
         "csr": csr, "validity_duration": 3600, "metadata": { "fields": { "ImpersonatedIdentity": identity } },
@@ -347,7 +357,100 @@ async fn a_chain_is_leaf_first_and_root_last() {
     assert!(text.contains("spiffe://cluster.local/ns/shop/sa/web") && !text.contains("/sa/lie"));
 }
 
-fn pem_body(pem: &str) -> Vec<u8> {
+/// A request with a P-256 key and an empty subject. Its URI SAN is a lie: the one that is signed comes from who asks.
+pub(crate) fn csr() -> String {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::default();
+    parameters.distinguished_name = rcgen::DistinguishedName::new();
+    let lie = rcgen::SanType::URI("spiffe://cluster.local/ns/shop/sa/lie".try_into().unwrap());
+    parameters.subject_alt_names.push(lie);
+    parameters.serialize_request(&key).unwrap().pem().unwrap()
+}
+
+/// Workloads that are no pods.
+const OTHER_WORKLOADS: &str = r#"
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: vm, namespace: shop, creationTimestamp: "2026-01-01T00:00:00Z"}
+spec: {address: 10.0.1.1, labels: {app: vm}}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: outside, namespace: shop}
+spec:
+  hosts: [outside.example.com]
+  resolution: STATIC
+  ports: [{number: 80, name: http, protocol: HTTP}]
+  endpoints: [{address: 10.0.1.2}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: bare, namespace: shop}
+spec: {clusterIP: 10.96.0.8, ports: [{name: http, port: 80}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: bare-1, namespace: shop, labels: {kubernetes.io/service-name: bare}}
+addressType: IPv4
+ports: [{name: http, port: 9000}]
+endpoints: [{addresses: [10.0.1.3]}]
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uids_are_those_that_peers_compare() {
+    let control = Control::start(&[("a.yaml", OBJECTS), ("o.yaml", OTHER_WORKLOADS)]);
+    let mut stream = control.discover().await;
+    ask(&mut stream, ADDRESS, &json!({}));
+    let addresses = answer(&mut stream, ADDRESS).await;
+    for uid in [
+        POD,
+        "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm",
+        "Kubernetes/networking.istio.io/ServiceEntry/shop/outside/10.0.1.2",
+        "Kubernetes/discovery.k8s.io/EndpointSlice/shop/bare-1/10.0.1.3",
+    ] {
+        let all = addresses["resources"].as_array().unwrap();
+        let found = all.iter().find(|it| it["name"] == uid).unwrap_or_else(|| panic!("no {uid}"));
+        let workload = body("Address", found)["workload"].take();
+        assert_eq!(workload["uid"], uid);
+        let is_slice = uid.contains("EndpointSlice");
+        assert_eq!(workload["network_mode"] == "HOST_NETWORK", is_slice, "{workload}");
+        if is_slice {
+            assert!(
+                workload["service_account"].is_null() && workload["tunnel_protocol"].is_null(),
+                "{workload}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opening_state_is_cut_only_for_who_announces_it() {
+    let many = many_pods();
+    let control = Control::start(&[("a.yaml", OBJECTS), ("many.yaml", &many)]);
+    let mut stream = control.discover().await;
+    let mut announcing = node();
+    announcing["metadata"]["fields"]["AMBIT_PARTIAL_STATE"] = json!({ "string_value": "true" });
+    ask(&mut stream, ADDRESS, &json!({ "node": announcing }));
+    let (mut parts, mut total) = (0, 0);
+    loop {
+        let part = answer(&mut stream, ADDRESS).await;
+        (parts, total) = (parts + 1, total + names(&part).len());
+        if !part["system_version_info"].as_str().unwrap().ends_with('+') {
+            break;
+        }
+    }
+    assert!(parts > 1 && total >= 1_502, "{total} resources in {parts} parts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_discovery_stream_needs_credentials() {
+    let control = Control::start(&[("a.yaml", OBJECTS)]);
+    let target = (&*control.roots(), "istiod.istio-system.svc");
+    let mut stream = call(control.address(), target, DISCOVERY, &[], None).await;
+    assert_eq!(stream.status().await, "16", "UNAUTHENTICATED");
+}
+
+pub(crate) fn pem_body(pem: &str) -> Vec<u8> {
     use rustls::pki_types::pem::PemObject;
     rustls::pki_types::CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec()
 }

@@ -102,3 +102,71 @@ async fn the_dashboards_metrics_have_their_names() {
         assert!(metrics.lines().any(|known| known.starts_with(line)), "{line} is not in\n{metrics}");
     }
 }
+
+/// Every further variable that the chart may set either changes a setting or is named as one without effect.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_variable_is_honoured_or_named() {
+    let mut istiod = Istiod::start().await;
+    let honoured = [
+        ("CLUSTER_DOMAIN", "corp.example", "/dns/clusterDomain", "corp.example"),
+        ("SECRET_TTL", "2h", "/certificates/lifetime", "2h"),
+        ("XDS_ON_DEMAND", "true", "/xds/onDemand", "true"),
+        ("DNS_CAPTURE", "false", "/dns/enabled", "false"),
+        ("CRL_PATH", "/tmp/none.crl", "/crlFile", "/tmp/none.crl"),
+        ("CONNECTION_TERMINATION_DEADLINE", "7s", "/drainTimeout", "7s"),
+        ("POOL_UNUSED_RELEASE_TIMEOUT", "30s", "/limits/poolIdle", "30s"),
+        ("ZTUNNEL_WORKER_THREADS", "1", "/workers", "1"),
+    ];
+    let named = [
+        "POOL_MAX_STREAMS_PER_CONNECTION",
+        "KEEPALIVE_TIME",
+        "KEEPALIVE_INTERVAL",
+        "KEEPALIVE_RETRIES",
+        "KEEPALIVE_ENABLED",
+        "PACKET_MARK",
+        "ENABLE_ORIG_SRC",
+        "PREFERED_SERVICE_NAMESPACE",
+        "LOCALHOST_APP_TUNNEL",
+        "ENABLE_RESPONSE_BAGGAGE",
+        "LOCAL_XDS_PATH",
+        "ZTUNNEL_RESOURCE_CPU_REQUEST",
+    ];
+    let chart = chart(&istiod);
+    let mut variables: Vec<(&str, &str)> = chart
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .filter(|(name, _)| !named.contains(name))
+        .collect();
+    variables.extend(honoured.iter().map(|(name, value, _, _)| (*name, *value)));
+    variables.extend(named.iter().map(|name| (*name, "1")));
+    let ztunnel = Ztunnel::start(&istiod, &["proxy", "ztunnel"], &variables);
+    let mut stream = istiod.server.accept(DISCOVERY).await;
+    opening(&mut stream).await;
+    let config = ztunnel.until("the dump", |dump| dump["config"].is_object()).await["config"].take();
+    for (name, _, pointer, expected) in honoured {
+        let value = config.pointer(pointer).unwrap_or_else(|| panic!("{name}: no {pointer} in {config:#}"));
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        assert_eq!(text, expected, "{name}");
+    }
+    let log = ztunnel.log();
+    let warnings: Vec<&str> = log.lines().filter(|line| line.contains("no effect here")).collect();
+    assert_eq!(warnings.len(), 1, "{log}");
+    for name in named {
+        assert!(warnings[0].contains(name), "{name} is not in {}", warnings[0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cluster_may_be_named_by_the_nodes_metadata() {
+    let mut istiod = Istiod::start().await;
+    let chart = chart(&istiod);
+    let mut variables: Vec<(&str, &str)> = chart
+        .iter()
+        .map(|(name, value)| (*name, value.as_str()))
+        .filter(|(name, _)| *name != "CLUSTER_ID")
+        .collect();
+    variables.push(("ISTIO_META_CLUSTER_ID", "c2"));
+    let _ztunnel = Ztunnel::start(&istiod, &["proxy", "ztunnel"], &variables);
+    let stream = istiod.server.accept(DISCOVERY).await;
+    assert_eq!(stream.headers["clusterid"], "c2");
+}

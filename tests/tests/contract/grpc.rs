@@ -51,6 +51,13 @@ impl Call {
         self.send.send_trailers(trailers).unwrap();
     }
 
+    /// Ends the call with a status, as a server.
+    pub(crate) fn fail(mut self, status: &str) {
+        let mut trailers = HeaderMap::new();
+        trailers.insert("grpc-status", status.parse().unwrap());
+        self.send.send_trailers(trailers).unwrap();
+    }
+
     /// The next message; `None` at the end of the stream.
     pub(crate) async fn receive(&mut self, message: &str) -> Option<Value> {
         if let Some(waiting) = self.waiting.pop_front() {

@@ -9,6 +9,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, IsCa, KeyPair,
     SanType,
 };
+use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -42,12 +43,39 @@ impl Istiod {
         Self { directory, server, root }
     }
 
+    /// The root's certificate.
+    pub(crate) fn root_der(&self) -> Vec<u8> {
+        self.root.der().to_vec()
+    }
+
+    /// A certificate of a service account of namespace `shop`, with its key.
+    pub(crate) fn workload_certificate(&self, account: &str) -> (Vec<CertificateDer<'static>>, Vec<u8>) {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::default();
+        let identity = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+        parameters.subject_alt_names = vec![SanType::URI(identity.as_str().try_into().unwrap())];
+        parameters.extended_key_usages =
+            vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = parameters.signed_by(&key, &self.root).unwrap();
+        (vec![certificate.der().clone()], key.serialize_der())
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// Answers one request for a certificate, and returns it.
     pub(crate) async fn sign(&mut self) -> Value {
+        self.sign_for(Duration::from_secs(120), Duration::from_secs(3600)).await
+    }
+
+    /// Refuses one request for a certificate, as a control plane in trouble.
+    pub(crate) async fn refuse(&mut self) {
+        self.server.accept(CERTIFICATES).await.fail("14");
+    }
+
+    /// As [`Istiod::sign`], with a certificate that began this long ago and lasts so long.
+    pub(crate) async fn sign_for(&mut self, began: Duration, lifetime: Duration) -> Value {
         let mut call = self.server.accept(CERTIFICATES).await;
         assert_eq!(call.headers["authorization"], "Bearer a token");
         let request = call.receive("IstioCertificateRequest").await.unwrap();
@@ -55,12 +83,14 @@ impl Istiod {
         let identity = &request["metadata"]["fields"]["ImpersonatedIdentity"]["string_value"];
         let name = SanType::URI(identity.as_str().unwrap().try_into().unwrap());
         assert_eq!(csr.params.subject_alt_names, [name], "one URI SAN: the identity that is asked for");
+        assert_eq!(csr.params.distinguished_name.iter().count(), 0, "an empty subject");
+        assert_eq!(csr.public_key.algorithm(), &rcgen::PKCS_ECDSA_P256_SHA256);
         csr.params.is_ca = IsCa::NoCa;
         csr.params.extended_key_usages =
             vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
         let now = time::OffsetDateTime::now_utc();
-        csr.params.not_before = now - Duration::from_secs(120);
-        csr.params.not_after = now + Duration::from_secs(3600);
+        csr.params.not_before = now - began;
+        csr.params.not_after = now + lifetime;
         let chain = [csr.signed_by(&self.root).unwrap().pem(), self.root.pem()];
         call.send("IstioCertificateResponse", &json!({ "cert_chain": chain }));
         call.finish();

@@ -5,9 +5,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that can't go on says so by panicking")]
 
+mod agent;
+mod authority;
 mod control;
 mod drop_in;
 mod grpc;
+mod hbone;
 mod istiod;
 mod wire;
 mod zds;

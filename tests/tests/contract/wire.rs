@@ -20,7 +20,7 @@ message LoadBalancing: routing_preference 1 rep LoadBalancingScope, mode 2 Mode,
 enum LoadBalancingScope: UNSPECIFIED_SCOPE 0, REGION 1, ZONE 2, SUBZONE 3, NODE 4, CLUSTER 5, NETWORK 6
 enum Mode: UNSPECIFIED_MODE 0, STRICT 1, FAILOVER 2, PASSTHROUGH 3
 enum HealthPolicy: ONLY_HEALTHY 0, ALLOW_ALL 1
-message Workload: name 1 string, namespace 2 string, addresses 3 rep bytes, network 4 string, tunnel_protocol 5 TunnelProtocol, trust_domain 6 string, service_account 7 string, waypoint 8 GatewayAddress, node 9 string, canonical_name 10 string, canonical_revision 11 string, workload_type 12 WorkloadType, workload_name 13 string, native_tunnel 14 bool, authorization_policies 16 rep string, status 17 WorkloadStatus, cluster_id 18 string, network_gateway 19 GatewayAddress, uid 20 string, hostname 21 string, services 22 map PortList, application_tunnel 23 ApplicationTunnel, locality 24 Locality, network_mode 25 NetworkMode, extensions 26 rep Extension, capacity 27 UInt32Value
+message Workload: name 1 string, namespace 2 string, addresses 3 rep bytes, network 4 string, tunnel_protocol 5 TunnelProtocol, trust_domain 6 string, service_account 7 string, waypoint 8 GatewayAddress, node 9 string, canonical_name 10 string, canonical_revision 11 string, workload_type 12 WorkloadType, workload_name 13 string, native_tunnel 14 bool, authorization_policies 16 rep string, status 17 WorkloadStatus, cluster_id 18 string, network_gateway 19 GatewayAddress, uid 20 string, hostname 21 string, services 22 map PortList, application_tunnel 23 ApplicationTunnel, locality 24 Locality, network_mode 25 NetworkMode, extensions 26 rep Extension, capacity 27 UInt32Value, serving_while_terminating 100 bool, created 101 uint32
 message Locality: region 1 string, zone 2 string, subzone 3 string
 enum WorkloadStatus: HEALTHY 0, UNHEALTHY 1
 enum WorkloadType: DEPLOYMENT 0, CRONJOB 1, POD 2, JOB 3
@@ -59,7 +59,8 @@ message IstioCertificateResponse: cert_chain 1 rep string
 message ZdsHello: version 1 Version, takes_listeners 100 bool
 enum Version: NOT_USED 0, V1 1
 message WorkloadInfo: name 1 string, namespace 2 string, service_account 3 string
-message AddWorkload: uid 1 string, workload_info 2 WorkloadInfo
+message AddWorkload: uid 1 string, workload_info 2 WorkloadInfo, listeners 100 rep Listener
+message Listener: port 1 uint32, udp 2 bool, ipv6 3 bool
 message KeepWorkload: uid 1 string
 message DelWorkload: uid 2 string
 message SnapshotSent:

@@ -106,7 +106,7 @@ pub(in crate::index) fn of_virtual_address(
         return None;
     }
     let address = block.addr();
-    let own = pod_or_service(reader, network, address).or_else(|| node(reader, network, address));
+    let own = certain_owner(reader, network, address);
     // An entry that only its own namespace sees diverts nobody else.
     let is_public = entry.visibility == Visibility::Public;
     let older = || older_claim(reader, network, Kind::ServiceEntry, &entry.meta, address);
@@ -120,8 +120,13 @@ pub(in crate::index) fn of_gateway(
     gateway: &Meta,
     address: IpAddr,
 ) -> Option<Owner> {
-    let own = pod_or_service(reader, network, address).or_else(|| node(reader, network, address));
+    let own = certain_owner(reader, network, address);
     own.or_else(|| older_claim(reader, network, Kind::Gateway, gateway, address))
+}
+
+/// The pod, Service or node that an address belongs to.
+fn certain_owner(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> Option<Owner> {
+    pod_or_service(reader, network, address).or_else(|| node(reader, network, address))
 }
 
 fn pod_or_service(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> Option<Owner> {
