@@ -1,7 +1,7 @@
 //! From a dialled address to an open connection: resolve, connect, and try another endpoint if one
 //! fails before the first byte.
 //!
-//! `outbound` calls it for every connection of a pod; [`attempt`](super::attempt) connects. Nothing of the application is read here.
+//! `outbound` calls it for every connection of a pod; `attempt` connects. Nothing of the application is read here.
 
 use std::io;
 use std::net::SocketAddr;
