@@ -14,8 +14,12 @@
 mod apps;
 #[path = "cases/bed.rs"]
 mod bed;
+#[path = "cases/disruption.rs"]
+mod disruption;
 #[path = "cases/mesh.rs"]
 mod mesh;
+#[path = "cases/uninstall.rs"]
+mod uninstall;
 
 use std::error::Error;
 use std::path::Path;
@@ -67,6 +71,8 @@ fn main() -> ExitCode {
     let mut cases = Cases { shared, trials: Vec::new() };
     bed::add(&mut cases);
     mesh::add(&mut cases);
+    disruption::add(&mut cases);
+    uninstall::add(&mut cases);
     let Cases { shared, trials } = cases;
     let conclusion = libtest_mimic::run(&arguments, trials);
     let Shared { runtime, cluster } = Arc::into_inner(shared).expect("every case has ended");

@@ -1,0 +1,172 @@
+//! What traffic of the mesh survives: restarts of its parts and of Kubernetes', under steady load.
+
+use std::time::Duration;
+
+use ambit_cluster::{Cluster, mesh, wait};
+use serde_json::Value;
+
+use super::apps::{Apps, ROLLOUT};
+use super::mesh::{expect_tunnelled_request, set_mode, wait_until_enrolled};
+use super::{Cases, Outcome};
+
+/// How soon a change has its effect on a busy machine.
+const SOON: Duration = Duration::from_secs(120);
+/// The namespace of these cases.
+const NAMESPACE: &str = "load";
+
+pub(crate) fn add(cases: &mut Cases) {
+    cases.add("restarts_of_the_mesh_fail_no_request", restarts);
+    cases.add("restarts_of_kubernetes_fail_no_request", kubernetes_restarts);
+    cases.add("a_crashed_node_comes_back_into_the_mesh", crash);
+    cases.add("a_hundred_pods_at_once_are_enrolled", hundred);
+}
+
+/// Counts of a client that sends 200 requests a second, half of them on new connections.
+#[derive(Debug)]
+struct Load {
+    ok: u64,
+    failed: u64,
+    reasons: Value,
+}
+
+/// What the client has counted so far.
+async fn load(cluster: &Cluster) -> Result<Load, String> {
+    let args = ["logs", "--namespace", NAMESPACE, "load", "--tail=1"];
+    let line = cluster.kubectl().run(&args).await.map_err(|error| error.to_string())?;
+    let counts: Value = serde_json::from_str(line.trim()).map_err(|error| format!("{error}: {line}"))?;
+    let count = |key: &str| counts[key].as_u64().ok_or_else(|| line.clone());
+    Ok(Load { ok: count("ok")?, failed: count("failed")?, reasons: counts["reasons"].clone() })
+}
+
+/// Starts the load in the mesh and waits until it runs without failures.
+async fn start(cluster: &Cluster) -> Result<Apps, Box<dyn std::error::Error>> {
+    let apps = Apps::start(cluster, NAMESPACE, ("n1", "n2")).await?;
+    set_mode(cluster, NAMESPACE, true).await?;
+    cluster.kubectl().apply(LOAD).await?;
+    wait_until_enrolled(cluster, NAMESPACE, true).await?;
+    expect_progress(cluster).await?;
+    Ok(apps)
+}
+
+/// Waits for another thousand requests, of which none may have failed.
+async fn expect_progress(cluster: &Cluster) -> Outcome {
+    let before = wait::until("the load runs", SOON, async || load(cluster).await).await?;
+    let after = wait::until("the load goes on", SOON, async || match load(cluster).await {
+        Ok(now) if now.ok >= before.ok + 1_000 => Ok(now),
+        other => Err(format!("{other:?}")),
+    })
+    .await?;
+    assert_eq!(after.failed, 0, "{:?}", after.reasons);
+    Ok(())
+}
+
+async fn restarts(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
+    let apps = start(cluster).await?;
+    for (kind, name) in
+        [("daemonset", "ztunnel"), ("daemonset", "ambit-node"), ("deployment", "ambit-control")]
+    {
+        let before = ready_pods(cluster, name).await?;
+        let what = format!("{kind}/{name}");
+        kubectl.run(&["rollout", "restart", "--namespace", mesh::NAMESPACE, &what]).await?;
+        // Not `rollout status`: old node proxies stay as long as the connections that the load keeps.
+        wait::until(&format!("{what} has new pods"), SOON, async || {
+            let now = ready_pods(cluster, name).await.map_err(|error| error.to_string())?;
+            let new = now.iter().filter(|pod| !before.contains(pod)).count();
+            if new == before.len() { Ok(()) } else { Err(format!("{before:?}, then {now:?}")) }
+        })
+        .await?;
+        expect_progress(cluster).await.map_err(|error| format!("after a restart of {what}: {error}"))?;
+    }
+    expect_tunnelled_request(cluster, &apps).await?;
+    Ok(apps.stop(cluster).await?)
+}
+
+/// Names of the ready pods of one of the mesh's programs.
+async fn ready_pods(cluster: &Cluster, program: &str) -> ambit_cluster::Result<Vec<String>> {
+    let selector = format!("app.kubernetes.io/name={program}");
+    let pods = ["pods", "--namespace", mesh::NAMESPACE, "--selector", &selector];
+    let pods = cluster.kubectl().list(&pods).await?;
+    let ready = pods.iter().filter(|pod| {
+        let status = &pod["status"]["containerStatuses"][0];
+        status["ready"] == true && pod["metadata"]["deletionTimestamp"].is_null()
+    });
+    Ok(ready.filter_map(|pod| pod["metadata"]["name"].as_str()).map(str::to_owned).collect())
+}
+
+async fn kubernetes_restarts(cluster: &Cluster) -> Outcome {
+    let apps = start(cluster).await?;
+    for program in ["kube-apiserver", "etcd"] {
+        cluster.stop_program(program).await?;
+        cluster.start_program(program).await?;
+        expect_progress(cluster).await.map_err(|error| format!("after a restart of {program}: {error}"))?;
+    }
+    let kill = "kill -9 $(busybox pidof kubelet)";
+    assert_eq!(cluster.run_on("n2", &["sh", "-c", kill]).await?.code, 0);
+    expect_progress(cluster).await.map_err(|error| format!("after a restart of kubelet: {error}"))?;
+    Ok(apps.stop(cluster).await?)
+}
+
+async fn crash(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
+    let apps = Apps::start(cluster, NAMESPACE, ("n1", "n2")).await?;
+    set_mode(cluster, NAMESPACE, true).await?;
+    cluster.crash("n2").await?;
+    cluster.boot("n2").await?;
+    let pod = ["pods", "--namespace", NAMESPACE, "--selector", "app=server"];
+    let restarted = |list: &Value| {
+        let status = &list["items"][0]["status"]["containerStatuses"][0];
+        status["restartCount"].as_u64() >= Some(1) && status["ready"] == true
+    };
+    kubectl.wait_for(ROLLOUT, &pod, restarted).await?;
+    for what in ["daemonset/ztunnel", "daemonset/ambit-node", "deployment/ambit-control"] {
+        kubectl.rolled_out(mesh::NAMESPACE, what, SOON).await?;
+    }
+    wait::until("the server answers", SOON, async || {
+        apps.request(cluster).await.map_err(|error| error.to_string())
+    })
+    .await?;
+    expect_tunnelled_request(cluster, &apps).await?;
+    Ok(apps.stop(cluster).await?)
+}
+
+async fn hundred(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
+    kubectl.apply(HUNDRED).await?;
+    kubectl.rolled_out("hundred", "deployment/many", Duration::from_secs(300)).await?;
+    wait_until_enrolled(cluster, "hundred", true).await?;
+    kubectl.run(&["delete", "namespace", "hundred", "--wait"]).await?;
+    Ok(())
+}
+
+const LOAD: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: load, namespace: load}
+spec:
+  serviceAccountName: client
+  nodeName: n1
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: load, image: "local/app:1", imagePullPolicy: IfNotPresent, args: [load, "http://server/seen-in-the-clear"]}
+"#;
+
+const HUNDRED: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: {name: hundred, labels: {istio.io/dataplane-mode: ambient}}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: many, namespace: hundred}
+spec:
+  replicas: 100
+  progressDeadlineSeconds: 300
+  selector: {matchLabels: {app: many}}
+  template:
+    metadata: {labels: {app: many}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers:
+      - {name: wait, image: "local/app:1", imagePullPolicy: IfNotPresent, args: [serve]}
+"#;

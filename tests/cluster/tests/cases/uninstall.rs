@@ -1,0 +1,58 @@
+//! The end of the mesh: nothing of it stays on nodes, in pods or in the API server, and pods go on.
+
+use std::time::Duration;
+
+use ambit_cluster::{Cluster, mesh, wait};
+
+use super::apps::{Apps, MARKER};
+use super::mesh::{SETTINGS, set_mode, wait_until_enrolled};
+use super::{Cases, Outcome};
+
+/// How soon nodes are clean on a busy machine.
+const SOON: Duration = Duration::from_secs(120);
+/// Kinds whose objects of ours go with the release.
+const KINDS: &str =
+    "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings";
+/// What the agent puts on a node.
+const HOST_FILES: &str = "ls /opt/cni/bin/ambit-cni /etc/cni/net.d/*ambit* 2>/dev/null; \
+                          grep -l ambit /etc/cni/net.d/* 2>/dev/null; nft list tables | grep ambit";
+/// Rules in the network namespaces of pods.
+const POD_RULES: &str = "for ns in /run/netns/*; do nsenter --net=$ns nft list tables | grep ambit; done";
+
+pub(crate) fn add(cases: &mut Cases) {
+    cases.add("uninstalling_leaves_nothing", uninstall);
+}
+
+async fn uninstall(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
+    let apps = Apps::start(cluster, "leave", ("n1", "n2")).await?;
+    set_mode(cluster, "leave", true).await?;
+    assert!(on_nodes(cluster, HOST_FILES).await?.contains("ambit"), "nothing to remove");
+    assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "nothing to remove");
+    mesh::install(cluster, &[&SETTINGS[..], &["node.uninstall=true"]].concat()).await?;
+    wait_until_enrolled(cluster, "leave", false).await?;
+    kubectl.helm(&["uninstall", mesh::RELEASE, "--namespace", mesh::NAMESPACE, "--wait"]).await?;
+    kubectl.run(&["delete", "namespace", mesh::NAMESPACE, "--wait"]).await?;
+    for what in [HOST_FILES, POD_RULES] {
+        let left = on_nodes(cluster, what).await?;
+        assert!(left.trim().is_empty(), "{left}");
+    }
+    let objects = kubectl.run(&["get", KINDS, "--output", "name"]).await?;
+    let ours: Vec<_> = objects.lines().filter(|name| name.contains("ambit")).collect();
+    assert!(ours.is_empty(), "{ours:?}");
+    let answer = wait::until("the pods go on", SOON, async || {
+        apps.request(cluster).await.map_err(|error| error.to_string())
+    })
+    .await?;
+    assert!(answer.contains(MARKER), "{answer}");
+    Ok(apps.stop(cluster).await?)
+}
+
+/// What a command prints on both nodes.
+async fn on_nodes(cluster: &Cluster, command: &str) -> ambit_cluster::Result<String> {
+    let mut output = String::new();
+    for node in ["n1", "n2"] {
+        output += &cluster.run_on(node, &["sh", "-c", command]).await?.output;
+    }
+    Ok(output)
+}
