@@ -18,6 +18,7 @@ use crate::serve::publish::Published;
 use crate::serve::token_review::ReviewMetrics;
 use crate::source::SourceMetrics;
 use crate::write::WriteMetrics;
+use crate::write::queue::StatusQueue;
 
 /// Live counters of the index.
 #[derive(Debug, Default)]
@@ -52,6 +53,7 @@ pub(crate) struct Observed {
     pub(crate) issuance: Arc<IssuanceMetrics>,
     pub(crate) authority: Authority,
     pub(crate) findings: Findings,
+    pub(crate) statuses: Arc<StatusQueue>,
     pub(crate) kubernetes: Option<OnKubernetes>,
 }
 
@@ -91,6 +93,10 @@ impl Observed {
         });
         counter(registry, ("objects_written", "Objects written to the API server"), written, |m| &m.written);
         counter(registry, ("writes_failed", "Writes to the API server that failed"), written, |m| &m.failed);
+        let statuses = self.statuses.clone();
+        gauge(registry, ("statuses_pending", "Objects whose status is to be looked at"), move || {
+            statuses.len() as u64
+        });
         let election = written.clone();
         let leads = move || election.leads.load(Ordering::Relaxed);
         gauge(registry, ("leader", "1 while this replica holds the lease and writes"), leads);

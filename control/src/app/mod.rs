@@ -32,6 +32,7 @@ use crate::source::files::{Directories, WatchError};
 use crate::source::kubernetes::ApiServer;
 use crate::write::lease::Elector;
 use crate::write::roots::{Namespaces, RootsWriter};
+use crate::write::status::StatusWriter;
 use worker::IndexWorker;
 
 /// The task that serves the port.
@@ -244,11 +245,11 @@ impl App {
         serve_admin(&mut tasks, &config, &observed, logging, quit).await?;
         let (stop, stopping) = watch::channel(false);
         let (namespaces, seen_namespaces) = watch::channel(Namespaces::default());
+        let sources =
+            start_index(&mut tasks, &config, client.as_ref(), &observed, namespaces, synced).await?;
         if let Some(client) = &client {
             start_writers(&mut tasks, &config, client, &observed, seen_namespaces, stopping.clone());
         }
-        let sources =
-            start_index(&mut tasks, &config, client.as_ref(), &observed, namespaces, synced).await?;
 
         let routes = Routes::new(xds.clone()).add_service(certificates.into_server()).prepare();
         let limits = PortLimits::new(config.max_connection_age, config.max_connections);
@@ -374,6 +375,7 @@ fn services(
         issuance: certificates.metrics(),
         authority,
         findings: Findings::default(),
+        statuses: Arc::default(),
         kubernetes,
     };
     (xds, certificates, observed)
@@ -403,9 +405,16 @@ fn start_writers(
     let (elector, leads) =
         Elector::new(client.clone(), &config.system_namespace, replica_name(), metrics.clone());
     tasks.spawn(ELECTION, elector.run(stopping));
-    let roots =
-        RootsWriter { client: client.clone(), authority: observed.authority.clone(), namespaces, metrics };
-    tasks.spawn("the writer of root ConfigMaps", roots.run(leads));
+    let roots = RootsWriter {
+        client: client.clone(),
+        authority: observed.authority.clone(),
+        namespaces,
+        metrics: metrics.clone(),
+    };
+    tasks.spawn("the writer of root ConfigMaps", roots.run(leads.clone()));
+    let (findings, queue) = (observed.findings.clone(), observed.statuses.clone());
+    let statuses = StatusWriter::new(client.clone(), findings, queue, metrics);
+    tasks.spawn("the writer of statuses", statuses.run(leads));
 }
 
 /// A name that no other replica has, nor this one after a restart.
@@ -441,6 +450,7 @@ async fn start_index(
         metrics: observed.index.clone(),
         findings: observed.findings.clone(),
         namespaces,
+        statuses: observed.statuses.clone(),
         ready: Some(ready),
         synced: false,
     };

@@ -13,7 +13,9 @@ use crate::observe::{Findings, IndexMetrics};
 use crate::serve::live_pods::LivePods;
 use crate::serve::publish::Published;
 use crate::source::Event;
+use crate::write::queue::StatusQueue;
 use crate::write::roots::Namespaces;
+use crate::write::status;
 
 /// Batches of a source that are taken together when they wait.
 const TOGETHER: usize = 64;
@@ -26,6 +28,8 @@ pub(super) struct IndexWorker {
     pub(super) findings: Findings,
     /// The namespaces that there are, for what is written to each.
     pub(super) namespaces: watch::Sender<Namespaces>,
+    /// Objects whose status may have to be written.
+    pub(super) statuses: Arc<StatusQueue>,
     pub(super) ready: Option<oneshot::Sender<()>>,
     /// Whether everything that the sources had at the start was taken.
     pub(super) synced: bool,
@@ -46,7 +50,10 @@ impl IndexWorker {
                 }
             }
             self.note_namespaces(&changes);
+            let touched = statuses_of(&changes);
             self.apply(&mut index, changes);
+            // After the findings, so that whoever looks at the object finds those of now.
+            self.statuses.push(touched);
             if is_synced && !self.synced {
                 self.synced = true;
                 self.report(index.findings().clone());
@@ -94,6 +101,8 @@ impl IndexWorker {
     }
 
     fn report(&self, changed: impl IntoIterator<Item = (ObjectRef, Vec<Finding>)>) {
+        let changed: Vec<_> = changed.into_iter().collect();
+        let objects: Vec<ObjectRef> = changed.iter().map(|(object, _)| object.clone()).collect();
         let mut all = self.findings.lock();
         for (object, findings) in changed {
             for finding in findings.iter().filter(|f| !f.met) {
@@ -106,5 +115,13 @@ impl IndexWorker {
                 false => all.insert(object, findings),
             };
         }
+        drop(all);
+        self.statuses.push(objects.into_iter().filter(|object| status::KINDS.contains(&object.kind)));
     }
+}
+
+/// The objects among those that changed whose status may have to be written: their generation may have changed.
+fn statuses_of(changes: &[Change]) -> Vec<ObjectRef> {
+    let has_status = |change: &&Change| status::KINDS.contains(&change.kind());
+    changes.iter().filter(has_status).map(Change::reference).collect()
 }

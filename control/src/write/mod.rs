@@ -1,10 +1,15 @@
-//! What the control plane writes to the API server, by one replica: the holder of the [`lease`].
+//! What the control plane writes to the API server, by one replica: the holder of the [`lease`]. [`roots`] are written to
+//! every namespace, `status` to objects.
 //!
 //! Everything is planned by pure functions from what should be and what is, so that nothing is written that is right
 //! already, and a replica that takes the lease over puts everything right.
 
+mod allocation;
+mod conditions;
 pub mod lease;
+pub(crate) mod queue;
 pub mod roots;
+pub(crate) mod status;
 
 use std::sync::atomic::AtomicU64;
 

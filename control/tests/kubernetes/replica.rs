@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_api::security::Authorization;
-use ambit_api::workload::{Address, Workload, address};
+use ambit_api::workload::{Address, Service, Workload, address};
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_identity::{CertificateRequest, ControlPlane, ControlPlaneConfig, GrpcIssuer, Issuer, SpiffeId};
 use ambit_xds::{Client, ClientConfig, Update, ztunnel_node};
@@ -110,6 +110,13 @@ impl Replica {
         (client, held)
     }
 
+    /// Asks the program to end, and waits until it did.
+    pub(crate) fn terminate(mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
+    }
+
     /// Ends the program as a crash does.
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
@@ -155,6 +162,14 @@ impl Held {
         match addresses.get(&format!("Kubernetes//Pod/{namespace}/{name}"))?.0.r#type.clone()? {
             address::Type::Workload(workload) => Some(workload),
             address::Type::Service(_) => None,
+        }
+    }
+
+    /// A service.
+    pub(crate) fn service(&self, name: &str) -> Option<Service> {
+        match self.addresses.lock().get(name)?.0.r#type.clone()? {
+            address::Type::Service(service) => Some(service),
+            address::Type::Workload(_) => None,
         }
     }
 

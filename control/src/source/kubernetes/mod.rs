@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::{Event, SourceMetrics};
+use crate::api_server::CallError;
 use crate::kind::Kind;
 use watch::KindWatch;
 
@@ -42,6 +43,17 @@ impl ApiServer {
         }
         (ApiServer { _watches: watches }, changes)
     }
+}
+
+/// The version in which the API server serves a kind; `None` where it does not.
+///
+/// # Errors
+/// When the server does not say.
+pub async fn served_version(client: &Client, kind: Kind) -> Result<Option<&'static str>, CallError> {
+    Ok(match discovery::look(client, &kind.info()).await? {
+        discovery::Served::In(version) => Some(version),
+        discovery::Served::Absent => None,
+    })
 }
 
 /// The kinds whose objects have not all been sent yet.

@@ -1,0 +1,221 @@
+//! Writes statuses: conditions of what was found out about objects, and addresses of ServiceEntries.
+//!
+//! The holder of the lease looks at every object once when it takes it, then at those that change. It reads an object
+//! before it writes, writes only what differs, and names the version that it read, so foreign entries are never lost.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use futures_util::future::BoxFuture;
+use futures_util::{FutureExt, StreamExt, stream};
+use k8s_openapi::jiff::{Timestamp, Unit};
+use kube::api::{DynamicObject, ListParams, Patch, PatchParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::{Api, Client};
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+use tokio::sync::watch;
+
+use super::WriteMetrics;
+use super::allocation::Allocator;
+use super::conditions;
+use super::queue::{StatusQueue, Work};
+use crate::api_server::{Backoff, CallError, FIELD_MANAGER, call};
+use crate::kind::Kind;
+use crate::object::{NamespacedName, ObjectRef};
+use crate::observe::Findings;
+use crate::source::kubernetes::served_version;
+
+/// The kinds whose status is written here.
+pub(crate) const KINDS: [Kind; 4] =
+    [Kind::Service, Kind::AuthorizationPolicy, Kind::ServiceEntry, Kind::WorkloadEntry];
+/// Objects looked at at the same time.
+const CONCURRENT: usize = 8;
+/// Objects taken from the queue together.
+const TOGETHER: usize = 64;
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+
+/// Writes statuses.
+pub(crate) struct StatusWriter {
+    client: Client,
+    findings: Findings,
+    queue: Arc<StatusQueue>,
+    metrics: Arc<WriteMetrics>,
+    /// Guards the allocations for one plan; never held across an await.
+    allocator: Mutex<Allocator>,
+    versions: Mutex<HashMap<Kind, &'static str>>,
+}
+
+impl StatusWriter {
+    pub(crate) fn new(
+        client: Client,
+        findings: Findings,
+        queue: Arc<StatusQueue>,
+        metrics: Arc<WriteMetrics>,
+    ) -> Self {
+        Self { client, findings, queue, metrics, allocator: Mutex::default(), versions: Mutex::default() }
+    }
+
+    /// Writes while `leads` is true; ends with its sender. Starts after everything that is there was taken.
+    pub(crate) async fn run(self, mut leads: watch::Receiver<bool>) {
+        while leads.wait_for(|leads| *leads).await.is_ok() {
+            let mut lost = leads.clone();
+            self.queue.open();
+            tokio::select! {
+                () = self.lead() => {}
+                _ = lost.wait_for(|leads| !*leads) => {}
+            }
+            self.queue.close();
+        }
+    }
+
+    async fn lead(&self) {
+        *self.allocator.lock() = Allocator::default();
+        let mut backoff = Backoff::default();
+        let mut work = Work::Everything;
+        loop {
+            match self.handle(&work).await {
+                Ok(()) => backoff.reset(),
+                Err(error) => {
+                    self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%error, "statuses not written; trying again");
+                    tokio::time::sleep(backoff.pause()).await;
+                    continue;
+                }
+            }
+            work = self.queue.take(TOGETHER).await;
+        }
+    }
+
+    async fn handle(&self, work: &Work) -> Result<(), CallError> {
+        match work {
+            Work::Everything => {
+                for kind in KINDS {
+                    self.reconcile_kind(kind).await?;
+                }
+                Ok(())
+            }
+            Work::Objects(objects) => {
+                let looks = objects.iter().map(|object| self.reconcile(object).boxed()).collect();
+                at_once(looks).await
+            }
+        }
+    }
+
+    /// Looks at every object of a kind; the oldest first, so that of two that claim an address it keeps it.
+    async fn reconcile_kind(&self, kind: Kind) -> Result<(), CallError> {
+        let Some(resource) = self.resource(kind).await? else { return Ok(()) };
+        let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
+        let mut objects = Vec::new();
+        let mut parameters = ListParams::default().limit(PAGE);
+        loop {
+            let page = match call(api.list(&parameters)).await {
+                Ok(page) => page,
+                Err(error) if error.is_not_found() => {
+                    // Its definition was removed, or another version is served now.
+                    self.versions.lock().remove(&kind);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            };
+            objects.extend(page.items);
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => parameters = parameters.continue_token(&token),
+                None => break,
+            }
+        }
+        objects.sort_by_key(|object| object.metadata.creation_timestamp.clone());
+        let planned: Vec<_> = objects.into_iter().filter_map(|object| self.plan(kind, object)).collect();
+        let write = |(object, patch)| self.write(object, patch, &resource).boxed();
+        at_once(planned.into_iter().map(write).collect()).await
+    }
+
+    /// Looks at one object.
+    async fn reconcile(&self, object: &ObjectRef) -> Result<(), CallError> {
+        let Some(resource) = self.resource(object.kind).await? else { return Ok(()) };
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), &object.name.namespace, &resource);
+        let Some(present) = call(api.get_opt(&object.name.name)).await? else {
+            self.allocator.lock().release(&object.name);
+            return Ok(());
+        };
+        match self.plan(object.kind, present) {
+            Some((object, patch)) => self.write(object, patch, &resource).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The patch that an object's status needs, if any.
+    fn plan(&self, kind: Kind, object: DynamicObject) -> Option<(ObjectRef, Value)> {
+        let (namespace, name) = (object.metadata.namespace.as_deref()?, object.metadata.name.as_deref()?);
+        let reference = ObjectRef { kind, name: NamespacedName::new(namespace, name) };
+        let version = object.metadata.resource_version.clone();
+        let value = serde_json::to_value(object).ok()?;
+        let findings = self.findings.lock().get(&reference).cloned().unwrap_or_default();
+        let mut status = Map::new();
+        if let Some(conditions) = conditions::plan(&value, &findings, &now()) {
+            status.insert("conditions".to_owned(), conditions.into());
+        }
+        if kind == Kind::ServiceEntry
+            && let Some(addresses) = self.allocator.lock().plan(&reference.name, &value)
+        {
+            status.insert("addresses".to_owned(), addresses.into());
+        }
+        let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
+        (!status.is_empty()).then_some((reference, patch))
+    }
+
+    async fn write(&self, object: ObjectRef, patch: Value, resource: &ApiResource) -> Result<(), CallError> {
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), &object.name.namespace, resource);
+        let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        match call(api.patch_status(&object.name.name, &parameters, &Patch::Merge(patch))).await {
+            Ok(_) => {
+                self.metrics.written.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            // Somebody else wrote meanwhile: it is looked at again.
+            Err(error) if error.is_conflict() => {
+                self.queue.push([object]);
+                Ok(())
+            }
+            Err(error) if error.is_not_found() => Ok(()),
+            Err(error) if error.is_unavailable() => Err(error),
+            Err(error) => {
+                // Trying again would come to the same.
+                self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%object, %error, "status refused");
+                Ok(())
+            }
+        }
+    }
+
+    /// The kind as the server has it; `None` where it is not installed.
+    async fn resource(&self, kind: Kind) -> Result<Option<ApiResource>, CallError> {
+        let info = kind.info();
+        let known = self.versions.lock().get(&kind).copied();
+        let version = match known {
+            Some(version) => version,
+            None => {
+                let Some(version) = served_version(&self.client, kind).await? else { return Ok(None) };
+                self.versions.lock().insert(kind, version);
+                version
+            }
+        };
+        let gvk = GroupVersionKind::gvk(info.group, version, info.name);
+        Ok(Some(ApiResource::from_gvk_with_plural(&gvk, info.plural)))
+    }
+}
+
+/// Runs calls side by side, to the end of all; the first error counts.
+async fn at_once(calls: Vec<BoxFuture<'_, Result<(), CallError>>>) -> Result<(), CallError> {
+    let outcomes: Vec<_> = stream::iter(calls).buffer_unordered(CONCURRENT).collect().await;
+    outcomes.into_iter().collect()
+}
+
+/// The time as conditions have it.
+fn now() -> String {
+    Timestamp::now().round(Unit::Second).unwrap_or_default().to_string()
+}
