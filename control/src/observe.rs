@@ -191,6 +191,11 @@ impl Observed {
         gauge(registry, ("xds_subscribers", "Streams open now"), move || {
             u64::try_from(subscribers.subscribers.load(Ordering::Relaxed)).unwrap_or(0)
         });
+        let subscribers = xds.clone();
+        // By the name that dashboards of Istio read.
+        registry.gauge_from("pilot_xds", "Streams open now", move || {
+            subscribers.subscribers.load(Ordering::Relaxed)
+        });
         counter(registry, ("xds_refused", "Streams refused because too many were open"), xds, |m| &m.refused);
         counter(
             registry,

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_ca::{Authenticator, Authority, AuthorityError, CertificateService, IssuancePolicy, JwtError};
-use ambit_telemetry::http::{metrics_router, readiness_router, serve};
+use ambit_telemetry::http::{metrics_router, readiness_router, serve, text};
 use ambit_telemetry::{Readiness, ReadinessTask, Registry, Target, logging};
 use ambit_xds::{Server, ServerConfig};
 use anyhow::Context;
+use http::StatusCode;
 use kube::Client;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -39,6 +40,8 @@ use worker::IndexWorker;
 const PORT: &str = "the port";
 /// The task that holds the lease.
 const ELECTION: &str = "the election";
+/// What `/version` answers: the version of Istio whose behaviour dashboards may expect, and ours.
+const VERSION: &str = concat!("1.31.0-ambit-", env!("CARGO_PKG_VERSION"));
 /// Time that open streams have to end after a request to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Descriptors for everything but the connections of the port.
@@ -325,7 +328,8 @@ async fn serve_metrics(
     let Some(address) = config.metrics else { return Ok(None) };
     let listener = listen(address, "metrics").await?;
     let address = listener.local_addr().unwrap_or(address);
-    tasks.spawn("the metrics server", serve(listener, metrics_router(registry)));
+    let router = metrics_router(registry).get("/version", async |_| text(StatusCode::OK, VERSION));
+    tasks.spawn("the metrics server", serve(listener, router));
     Ok(Some(address))
 }
 
@@ -337,11 +341,16 @@ async fn serve_admin(
     quit: watch::Sender<bool>,
 ) -> Result<(), AppError> {
     let Some(address) = config.admin else { return Ok(()) };
-    let mut admin = observed.admin().on_quit(move || {
-        quit.send_replace(true);
-    });
-    if let Some(logging) = logging {
-        admin = admin.logging(logging.level.clone());
+    let mut admin = observed.admin();
+    if address.ip().is_loopback() {
+        admin = admin.on_quit(move || {
+            quit.send_replace(true);
+        });
+        if let Some(logging) = logging {
+            admin = admin.logging(logging.level.clone());
+        }
+    } else {
+        tracing::info!(%address, "the admin interface takes no commands: others than this host reach it");
     }
     let listener = listen(address, "the admin interface").await?;
     tasks.spawn("the admin server", serve(listener, admin.into_router()));

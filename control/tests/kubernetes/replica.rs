@@ -53,9 +53,23 @@ impl Replica {
         line(&self.log, wanted).await
     }
 
+    /// The answer of the metrics server, head included.
+    pub(crate) fn metrics_answer(&self, path: &str) -> String {
+        request(self.metrics, "GET", path)
+    }
+
+    /// The answer of an admin interface that was started on every address.
+    pub(crate) async fn admin_answer(&self, method: &str, path: &str) -> String {
+        let line = self
+            .log_line(|line| line["message"] == "listening" && line["purpose"] == "the admin interface")
+            .await;
+        let address: SocketAddr = line["address"].as_str().unwrap().parse().unwrap();
+        request(SocketAddr::from(([127, 0, 0, 1], address.port())), method, path)
+    }
+
     /// The value of a metric.
     pub(crate) fn metric(&self, name: &str) -> f64 {
-        let body = get(self.metrics, "/metrics");
+        let body = request(self.metrics, "GET", "/metrics");
         let line = body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.unwrap_or_else(|| panic!("{name} is not in\n{body}")).parse().unwrap()
     }
@@ -233,9 +247,9 @@ async fn line(log: &Mutex<Vec<Value>>, wanted: impl Fn(&Value) -> bool) -> Value
     found.await.unwrap_or_else(|_| panic!("the log never said so; it said {:#?}", log.lock()))
 }
 
-fn get(address: SocketAddr, path: &str) -> String {
+fn request(address: SocketAddr, method: &str, path: &str) -> String {
     let mut stream = std::net::TcpStream::connect(address).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
