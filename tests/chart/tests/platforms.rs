@@ -54,7 +54,7 @@ fn what_is_switched_off_is_not_there() {
         ("control.autoscaling.enabled=false", "HorizontalPodAutoscaler ambit-control"),
         ("control.podDisruptionBudget.enabled=false", "PodDisruptionBudget ambit-control"),
         ("networkPolicy.enabled=false", "NetworkPolicy ztunnel"),
-        ("node.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-node"),
+        ("node.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-node-pods"),
         ("istioLabels=false", "ConfigMap istio"),
         ("crds.istio=false", "CustomResourceDefinition serviceentries.networking.istio.io"),
         ("crds.gatewayApi=false", "CustomResourceDefinition gateways.gateway.networking.k8s.io"),
