@@ -34,6 +34,7 @@ use crate::source::kubernetes::ApiServer;
 use crate::write::lease::Elector;
 use crate::write::roots::{Namespaces, RootsWriter};
 use crate::write::status::StatusWriter;
+use crate::write::trust_bundle::TrustBundleWriter;
 use worker::IndexWorker;
 
 /// The task that serves the port.
@@ -421,6 +422,12 @@ fn start_writers(
         metrics: metrics.clone(),
     };
     tasks.spawn("the writer of root ConfigMaps", roots.run(leads.clone()));
+    let bundle = TrustBundleWriter {
+        client: client.clone(),
+        authority: observed.authority.clone(),
+        metrics: metrics.clone(),
+    };
+    tasks.spawn("the writer of the trust bundle", bundle.run(leads.clone()));
     let (findings, queue) = (observed.findings.clone(), observed.statuses.clone());
     let statuses = StatusWriter::new(client.clone(), findings, queue, metrics);
     tasks.spawn("the writer of statuses", statuses.run(leads));

@@ -1,5 +1,5 @@
 //! What the control plane writes to the API server, by one replica: the holder of the [`lease`]. [`roots`] are written to
-//! every namespace, `status` to objects.
+//! every namespace and, by `trust_bundle`, to the cluster, `status` to objects.
 //!
 //! Everything is planned by pure functions from what should be and what is, so that nothing is written that is right
 //! already, and a replica that takes the lease over puts everything right.
@@ -10,6 +10,7 @@ pub mod lease;
 pub(crate) mod queue;
 pub mod roots;
 pub(crate) mod status;
+pub(crate) mod trust_bundle;
 
 use std::sync::atomic::AtomicU64;
 

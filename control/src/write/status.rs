@@ -199,7 +199,7 @@ impl StatusWriter {
         let version = match known {
             Some(version) => version,
             None => {
-                let Some(version) = served_version(&self.client, kind).await? else { return Ok(None) };
+                let Some(version) = served_version(&self.client, &info).await? else { return Ok(None) };
                 self.versions.lock().insert(kind, version);
                 version
             }

@@ -5,6 +5,7 @@
 
 mod api_server;
 mod replica;
+mod rotation;
 mod statuses;
 
 use serde_json::{Value, json};

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 use super::{Event, SourceMetrics};
 use crate::api_server::CallError;
-use crate::kind::Kind;
+use crate::kind::{Kind, KindInfo};
 use watch::KindWatch;
 
 /// Batches that wait for the index; when there are more, watches wait.
@@ -45,12 +45,12 @@ impl ApiServer {
     }
 }
 
-/// The version in which the API server serves a kind; `None` where it does not.
+/// The version in which the API server serves a kind, of those in the table; `None` where it serves none.
 ///
 /// # Errors
 /// When the server does not say.
-pub async fn served_version(client: &Client, kind: Kind) -> Result<Option<&'static str>, CallError> {
-    Ok(match discovery::look(client, &kind.info()).await? {
+pub async fn served_version(client: &Client, info: &KindInfo) -> Result<Option<&'static str>, CallError> {
+    Ok(match discovery::look(client, info).await? {
         discovery::Served::In(version) => Some(version),
         discovery::Served::Absent => None,
     })
