@@ -33,8 +33,8 @@ demo: build ## a mesh of two nodes on this machine; ONCE=1 checks it and ends
 cluster-programs: packages build ## Kubernetes, CoreDNS and Helm from pinned Go modules; minutes, the first time
 	$(BIN)/ambit-cluster build
 
-cluster: cluster-programs ## a real two-node Kubernetes on this machine, and how to use it; needs root and Go
-	$(BIN)/ambit-cluster up
+cluster: cluster-programs ## a real two-node Kubernetes with Ambit and Bookinfo, and how to use it; needs root and Go
+	$(BIN)/ambit-cluster up --mesh
 
 cluster-down: ## ends it and removes everything of it
 	$(BIN)/ambit-cluster down

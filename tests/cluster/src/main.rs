@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use ambit_cluster::layout::Layout;
-use ambit_cluster::{Cluster, Options, cluster, keeper, node};
+use ambit_cluster::{Cluster, Options, cluster, keeper, mesh, node};
 use clap::Parser;
 
 /// The name of the cluster that people use.
@@ -24,6 +24,9 @@ enum Command {
         /// Its number: clusters of different numbers share no address range.
         #[arg(long, default_value_t = 0)]
         number: u8,
+        /// Installs Ambit and the Bookinfo application too.
+        #[arg(long)]
+        mesh: bool,
     },
     /// Ends a cluster and removes everything of it.
     Down {
@@ -98,10 +101,20 @@ fn main() -> ExitCode {
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Build => drop(cluster::prepare(&Layout::find())?),
-        Command::Up { name, number } => {
+        Command::Up { name, number, mesh: with_mesh } => {
             let own = std::env::current_exe()?;
-            let options = Options { number, owned: false, ..Options::new(name, own) };
+            let mut options = Options { number, owned: false, ..Options::new(name, own) };
+            if with_mesh {
+                let layout = Layout::find();
+                options.images = mesh::images(&layout)?;
+                options.images.push(mesh::bookinfo_image(&layout)?);
+            }
             let cluster = Cluster::start(options).await?;
+            if with_mesh {
+                eprintln!("installing Ambit and Bookinfo");
+                mesh::install(&cluster, &mesh::SETTINGS).await?;
+                mesh::install_bookinfo(&cluster).await?;
+            }
             let bin = cluster.layout().bin();
             println!("export KUBECONFIG={}", cluster.kubectl().kubeconfig().display());
             println!("export PATH={}:$PATH", bin.display());

@@ -1,5 +1,6 @@
 //! Ambit on a cluster: its images from the Dockerfiles that users build from too, its chart by Helm.
 
+use std::fs;
 use std::time::Duration;
 
 use crate::cluster::Cluster;
@@ -11,6 +12,11 @@ use crate::layout::{self, Layout};
 pub const NAMESPACE: &str = "ambit-system";
 /// Name of the Helm release.
 pub const RELEASE: &str = "ambit";
+/// Settings for a cluster without a metrics server that an autoscaler could ask.
+pub const SETTINGS: [&str; 1] = ["control.autoscaling.enabled=false"];
+/// Namespace of the Bookinfo application.
+pub const BOOKINFO: &str = "bookinfo";
+const BOOKINFO_IMAGE: &str = "local/bookinfo:1";
 /// How long all of it may take to come up on a busy machine.
 const ROLLOUT: Duration = Duration::from_secs(240);
 
@@ -35,6 +41,48 @@ pub fn images(layout: &Layout) -> Result<Vec<Image>> {
         Some(file) => Err(Error::Missing(format!("{} is not built: run `make build`", file.display()))),
         None => Ok(images),
     }
+}
+
+/// The image of the Bookinfo application.
+///
+/// # Errors
+/// [`Error::Missing`] when its program was not built.
+pub fn bookinfo_image(layout: &Layout) -> Result<Image> {
+    let context = layout::built()?;
+    let program = context.join("bookinfo");
+    if !program.exists() {
+        return Err(Error::Missing(format!("{} is not built: run `make build`", program.display())));
+    }
+    let dockerfile = layout.source("images/bookinfo/Dockerfile");
+    Ok(Image { name: BOOKINFO_IMAGE.to_owned(), dockerfile, context, files: vec![program] })
+}
+
+/// Applies the manifests of the Bookinfo application and waits until its pods are up.
+///
+/// # Errors
+/// When a manifest can't be read or something does not come up in time.
+pub async fn install_bookinfo(cluster: &Cluster) -> Result<()> {
+    let directory = cluster.layout().repository().join("examples/bookinfo/manifests");
+    let attempt = format!("read {}", directory.display());
+    let mut manifests = String::new();
+    for entry in fs::read_dir(&directory).map_err(Error::system(attempt.clone()))? {
+        let path = entry.map_err(Error::system(attempt.clone()))?.path();
+        manifests += &fs::read_to_string(path).map_err(Error::system(attempt.clone()))?;
+        manifests += "\n---\n";
+    }
+    // The manifests name the nodes of `ambit up`, and a program instead of an image.
+    let manifests = manifests.replace("nodeName: node-", "nodeName: n");
+    let manifests = manifests.replace("image: bookinfo\n", &format!("image: {BOOKINFO_IMAGE}\n"));
+    let kubectl = cluster.kubectl();
+    // Namespaces first, whatever the order of the files.
+    let namespaces = directory.join("namespace.yaml").display().to_string();
+    kubectl.run(&["apply", "--server-side", "--filename", &namespaces]).await?;
+    kubectl.apply(&manifests).await?;
+    for deployment in kubectl.list(&["deployments", "--namespace", BOOKINFO]).await? {
+        let name = deployment["metadata"]["name"].as_str().unwrap_or_default();
+        kubectl.rolled_out(BOOKINFO, &format!("deployment/{name}"), ROLLOUT).await?;
+    }
+    Ok(())
 }
 
 /// Installs the chart, or upgrades it, with `settings` in the form of Helm's `--set`, and waits until all of it serves.

@@ -14,11 +14,10 @@ const SOON: Duration = Duration::from_secs(60);
 const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// The tunnel's port.
 const HBONE: u16 = 15008;
-/// Settings of every installation: the cluster has no metrics server that an autoscaler could ask.
-pub(crate) const SETTINGS: [&str; 1] = ["control.autoscaling.enabled=false"];
 
 pub(crate) fn add(cases: &mut Cases) {
     cases.add("helm_installs_the_mesh", install);
+    cases.add("bookinfo_comes_up_in_the_mesh", bookinfo);
     cases.add("a_label_puts_running_pods_under_mutual_tls", label);
     cases.add("probes_pass_under_strict_and_default_deny", probes);
     cases.add("an_init_container_is_captured_from_its_first_packet", init_container);
@@ -26,7 +25,15 @@ pub(crate) fn add(cases: &mut Cases) {
 
 async fn install(cluster: &Cluster) -> Outcome {
     cluster.load(&mesh::images(cluster.layout())?).await?;
-    Ok(mesh::install(cluster, &SETTINGS).await?)
+    Ok(mesh::install(cluster, &mesh::SETTINGS).await?)
+}
+
+async fn bookinfo(cluster: &Cluster) -> Outcome {
+    cluster.load(&[mesh::bookinfo_image(cluster.layout())?]).await?;
+    mesh::install_bookinfo(cluster).await?;
+    wait_until_enrolled(cluster, mesh::BOOKINFO, true).await?;
+    cluster.kubectl().run(&["delete", "namespace", mesh::BOOKINFO, "outside", "--wait"]).await?;
+    Ok(())
 }
 
 /// Puts a namespace into the mesh, or takes it out, and waits until its pods say so.

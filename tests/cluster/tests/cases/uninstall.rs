@@ -5,7 +5,7 @@ use std::time::Duration;
 use ambit_cluster::{Cluster, mesh, wait};
 
 use super::apps::{Apps, MARKER};
-use super::mesh::{SETTINGS, set_mode, wait_until_enrolled};
+use super::mesh::{set_mode, wait_until_enrolled};
 use super::{Cases, Outcome};
 
 /// How soon nodes are clean on a busy machine.
@@ -29,7 +29,7 @@ async fn uninstall(cluster: &Cluster) -> Outcome {
     set_mode(cluster, "leave", true).await?;
     assert!(on_nodes(cluster, HOST_FILES).await?.contains("ambit"), "nothing to remove");
     assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "nothing to remove");
-    mesh::install(cluster, &[&SETTINGS[..], &["node.uninstall=true"]].concat()).await?;
+    mesh::install(cluster, &[&mesh::SETTINGS[..], &["node.uninstall=true"]].concat()).await?;
     wait_until_enrolled(cluster, "leave", false).await?;
     kubectl.helm(&["uninstall", mesh::RELEASE, "--namespace", mesh::NAMESPACE, "--wait"]).await?;
     kubectl.run(&["delete", "namespace", mesh::NAMESPACE, "--wait"]).await?;
