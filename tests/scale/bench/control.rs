@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_identity::TlsSettings;
-use ambit_scale::objects::{NODES, PODS, SERVICES, pod, pod_name};
+use ambit_scale::objects::{PODS, SERVICES, pod, pod_name};
 use anyhow::{Context, Result, bail, ensure};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -72,12 +72,10 @@ impl Bed {
         let resources = (PODS + SERVICES) as usize;
         let target =
             Target { address: self.control.address, tls: connector(&self.world.roots())?, resources };
-        let names = (0..count).map(|number| format!("node-{}", number % NODES));
-        let tokens: Vec<(String, String)> =
-            names.map(|node| Ok((self.world.token(&node)?, node))).collect::<Result<_>>()?;
+        let callers = (0..count).map(|number| self.world.caller(number)).collect::<Result<Vec<_>>>()?;
         let (start, before) = (std::time::Instant::now(), self.control.cpu()?);
-        for (token, node) in tokens {
-            self.subscribers.spawn(subscribe(target.clone(), node, token, Arc::clone(&self.crowd)));
+        for caller in callers {
+            self.subscribers.spawn(subscribe(target.clone(), caller, Arc::clone(&self.crowd)));
         }
         let crowd = Arc::clone(&self.crowd);
         self.unless_one_ends(crowd.complete(count as usize)).await?;

@@ -1,16 +1,21 @@
 //! `ambit-control` as a process over a directory of objects.
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ambit_scale::objects::NODES;
 use ambit_scale::{machine, objects};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::subscriber::Caller;
 use crate::tokens::Signer;
+
+/// Address of the first subscriber.
+const FIRST_CALLER: Ipv4Addr = Ipv4Addr::new(127, 1, 0, 1);
 
 /// By then it must be ready.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -58,9 +63,11 @@ impl World {
         Ok(now)
     }
 
-    /// The token of a node's proxy.
-    pub(crate) fn token(&self, node: &str) -> Result<String> {
-        self.signer.node_proxy(node)
+    /// The proxy of a node, counted from 0, at an address of its own (127.1.0.1 and up).
+    pub(crate) fn caller(&self, number: u32) -> Result<Caller> {
+        let node = format!("node-{}", number % NODES);
+        let address = Ipv4Addr::from_bits(FIRST_CALLER.to_bits() + number);
+        Ok(Caller { address, token: self.signer.node_proxy(&node)?, node })
     }
 
     /// The roots of the control plane's certificate, once it runs.

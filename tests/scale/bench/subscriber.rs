@@ -1,6 +1,6 @@
 //! Subscribers that count what they get without keeping it: one TLS connection and one delta stream each, every answer acknowledged.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use parking_lot::Mutex;
 use prost::Message;
 use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
-use tokio::net::TcpStream;
+use tokio::net::TcpSocket;
 use tokio::sync::Notify;
 use tokio_rustls::TlsConnector;
 
@@ -83,9 +83,19 @@ pub(crate) struct Target {
     pub(crate) resources: usize,
 }
 
+/// Who subscribes: a node proxy with an address of its own, since the port's limits count by address.
+pub(crate) struct Caller {
+    pub(crate) address: Ipv4Addr,
+    pub(crate) node: String,
+    pub(crate) token: String,
+}
+
 /// Subscribes and reads until the stream ends, which is an error.
-pub(crate) async fn subscribe(target: Target, node: String, token: String, crowd: Arc<Crowd>) -> Result<()> {
-    let socket = TcpStream::connect(target.address).await.context("connecting")?;
+pub(crate) async fn subscribe(target: Target, caller: Caller, crowd: Arc<Crowd>) -> Result<()> {
+    let Caller { address, node, token } = caller;
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((address, 0).into()).with_context(|| format!("binding {address}"))?;
+    let socket = socket.connect(target.address).await.context("connecting")?;
     socket.set_nodelay(true)?;
     let name = rustls_pki_types::ServerName::try_from(ControlPlaneConfig::DEFAULT_SERVER_NAME)?;
     let stream = target.tls.connect(name, socket).await.context("shaking hands")?;
