@@ -73,6 +73,7 @@ async fn remove(config: Config) -> anyhow::Result<()> {
         // Former settings of pods are known from it until all are restored.
         let registry = &config.agent.registry;
         outcomes.push(absent(std::fs::remove_dir_all(registry), registry));
+        outcomes.push(absent(std::fs::remove_file(&config.lock), &config.lock));
     }
     for error in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
         tracing::error!(error = format!("{error:#}"), "not removed");

@@ -37,7 +37,7 @@ pub struct PodObject {
     pub name: String,
     /// Its service account.
     pub service_account: String,
-    /// Its addresses; none until its sandbox has them.
+    /// Its addresses; none until its sandbox has them, and none of a pod that is ending: its sandbox may be gone.
     pub ips: Vec<IpAddr>,
     /// The name of its RuntimeClass.
     pub runtime_class: Option<String>,
@@ -62,7 +62,9 @@ impl TryFrom<&Pod> for PodObject {
         let annotations = pod.metadata.annotations.clone().unwrap_or_default();
         let status = pod.status.as_ref();
         let phase = status.and_then(|status| status.phase.as_deref());
-        let ips = status.and_then(|status| status.pod_ips.as_deref()).unwrap_or_default();
+        let is_ending = pod.metadata.deletion_timestamp.is_some();
+        let ips =
+            status.and_then(|status| status.pod_ips.as_deref()).filter(|_| !is_ending).unwrap_or_default();
         Ok(Self {
             runtime_uid: annotations.get(MIRROR).and_then(|_| annotations.get(STATIC_UID)).cloned(),
             uid,
@@ -334,5 +336,127 @@ impl Source {
     /// Changes from now on.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::PodState;
+
+    fn pod(uid: &str, changes: &serde_json::Value) -> PodObject {
+        let mut object = json!({
+            "metadata": { "uid": uid, "name": format!("pod-{uid}"), "namespace": "shop" },
+            "spec": { "containers": [], "serviceAccountName": "reviews" },
+            "status": { "phase": "Running", "podIPs": [{ "ip": "10.0.0.5" }, { "ip": "fd00::5" }] },
+        });
+        for (part, fields) in changes.as_object().unwrap() {
+            object[part].as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        }
+        PodObject::try_from(&serde_json::from_value::<Pod>(object).unwrap()).unwrap()
+    }
+
+    fn ambient() -> Metadata {
+        let labels = [("istio.io/dataplane-mode".to_owned(), "ambient".to_owned())].into();
+        Metadata { labels, annotations: BTreeMap::new() }
+    }
+
+    fn index() -> Index {
+        let mut index = Index::new(Settings::default());
+        index.apply_namespace("shop".into(), ambient());
+        index
+    }
+
+    fn status(state: PodState) -> PodStatus {
+        PodStatus {
+            name: "pod-a".into(),
+            namespace: "shop".into(),
+            state,
+            reason: None,
+            sandbox: None,
+            older_connections: 0,
+        }
+    }
+
+    #[test]
+    fn a_labelled_namespaces_pods_are_wanted_until_they_finish() {
+        let mut index = index();
+        index.apply_pod(pod("a", &json!({})));
+        let wanted = index.wanted(Instant::now());
+        assert_eq!(wanted["a"].ips.len(), 2);
+        assert_eq!(wanted["a"].service_account, "reviews");
+        index.apply_pod(pod("a", &json!({ "status": { "phase": "Succeeded" } })));
+        assert_eq!(index.wanted(Instant::now()), BTreeMap::new());
+        assert!(!index.is_alive("a"));
+    }
+
+    #[test]
+    fn a_pod_of_which_too_little_is_known_stays_as_it_is() {
+        let mut index = index();
+        let now = Instant::now();
+        // Its namespace is not known, it is ending, or it is not listed yet.
+        index.apply_pod(pod("a", &json!({ "metadata": { "namespace": "new" } })));
+        index.apply_pod(pod("b", &json!({ "metadata": { "deletionTimestamp": "2026-11-28T01:00:00Z" } })));
+        index.announce("c", now);
+        let wanted = index.wanted(now);
+        assert_eq!(wanted.keys().collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert!(wanted.values().all(|pod| pod.ips.is_empty()));
+        assert!(index.is_alive("c"));
+        let later = index.wanted(now + UNLISTED);
+        assert!(!later.contains_key("c"), "the API server never heard of it");
+    }
+
+    #[test]
+    fn a_relist_drops_what_is_gone() {
+        let mut index = index();
+        index.apply_pod(pod("a", &json!({})));
+        index.apply_pod(pod("b", &json!({})));
+        index.retain_pods(&["b".to_owned()].into());
+        assert_eq!(index.wanted(Instant::now()).keys().collect::<Vec<_>>(), ["b"]);
+    }
+
+    #[test]
+    fn a_runtime_class_is_judged_by_its_handler() {
+        let mut index = index();
+        index.apply_runtime("sandboxed".into(), "runsc".into());
+        index.apply_pod(pod("a", &json!({ "spec": { "runtimeClassName": "sandboxed" } })));
+        assert_eq!(index.wanted(Instant::now()), BTreeMap::new());
+        let annotations = index.annotations(&BTreeMap::new());
+        assert_eq!(annotations[0].value, Some("unsupported-runtime"));
+        index.delete_runtime("sandboxed");
+        assert_eq!(index.wanted(Instant::now()).len(), 1);
+    }
+
+    #[test]
+    fn only_annotations_that_differ_are_written() {
+        let mut index = index();
+        let annotated =
+            |value: &str| pod("a", &json!({ "metadata": { "annotations": { REDIRECTION: value } } }));
+        let written = |index: &Index, state| {
+            let statuses = [("a".to_owned(), status(state))].into();
+            index.annotations(&statuses).into_iter().map(|annotation| annotation.value).collect::<Vec<_>>()
+        };
+        index.apply_pod(pod("a", &json!({})));
+        assert_eq!(written(&index, PodState::Pending), [Some("pending")]);
+        index.apply_pod(annotated("pending"));
+        assert_eq!(written(&index, PodState::Pending), []);
+        assert_eq!(written(&index, PodState::Enabled), [Some("enabled")]);
+        index.apply_pod(annotated("enabled"));
+        assert_eq!(written(&index, PodState::Enabled), []);
+        assert_eq!(written(&index, PodState::Leaving), [None]);
+        index.apply_namespace("shop".into(), Metadata::default());
+        assert_eq!(index.annotations(&BTreeMap::new()).len(), 1, "a pod that left has none");
+    }
+
+    #[test]
+    fn a_mirror_pod_is_known_to_the_runtime_by_another_uid() {
+        let hash = "f7c1d2e3a4b5968778695a4b3c2d1e0f";
+        let annotations = json!({ "kubernetes.io/config.mirror": hash, "kubernetes.io/config.hash": hash });
+        let mirror = pod("a", &json!({ "metadata": { "annotations": annotations } }));
+        assert_eq!(mirror.runtime_uid.as_deref(), Some(hash));
+        let claimed = json!({ "metadata": { "annotations": { "kubernetes.io/config.hash": hash } } });
+        assert_eq!(pod("a", &claimed).runtime_uid, None);
     }
 }

@@ -18,6 +18,8 @@ mod bed;
 mod disruption;
 #[path = "cases/mesh.rs"]
 mod mesh;
+#[path = "cases/node.rs"]
+mod node;
 #[path = "cases/uninstall.rs"]
 mod uninstall;
 
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
     mesh::add(&mut cases);
     disruption::add(&mut cases);
     uninstall::add(&mut cases);
+    node::add(&mut cases);
     let Cases { shared, trials } = cases;
     let conclusion = libtest_mimic::run(&arguments, trials);
     let Shared { runtime, cluster } = Arc::into_inner(shared).expect("every case has ended");
