@@ -40,6 +40,7 @@ use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::{self, Drain, Drained};
 use ambit_runtime::loads::Loads;
 use ambit_runtime::shares::Shares;
+use ambit_runtime::stop::Requests;
 use ambit_runtime::tasks::Tasks;
 use ambit_runtime::workers::{Supervisor, Workers};
 
@@ -126,7 +127,7 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
     let (program, mut supervisor) = assemble(&parts, drain)?;
     let (progress, seen) = watch::channel(Progress::default());
     let readiness = readiness(&parts, seen.clone(), &mut tasks);
-    let stop = shutdown::Requests::new();
+    let stop = Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
     tasks.spawn("idle memory", idle_memory::watch(program.workers.clone(), collect));
     if let Some(demander) = program.proxy.demander.clone() {
@@ -156,7 +157,7 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
     outcome
 }
 
-async fn stop_in_order(running: &mut shutdown::Running<'_>, limit: Duration, stop: &shutdown::Requests) {
+async fn stop_in_order(running: &mut shutdown::Running<'_>, limit: Duration, stop: &Requests) {
     let open = running.program.proxy.connections.len();
     tracing::info!(open, ?limit, "stopping: nothing new is accepted, open connections may finish");
     match drain::finish(running, limit, stop.wait(|| ())).await {

@@ -3,17 +3,17 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use ambit_hbone::PoolCounters;
 use ambit_telemetry::logging::Logging;
 use ambit_telemetry::{Admin, Readiness, Registry, http};
 use anyhow::Context;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
-use super::shutdown::Requests;
+use super::Requests;
 use super::{Parts, Program, dump};
 use crate::directory::ondemand::{self, Demander};
 use crate::proxy::{Proxy, ProxyMetrics, Tally};
+use ambit_runtime::observe;
 use ambit_runtime::tasks::Tasks;
 
 /// Starts the three servers.
@@ -72,13 +72,6 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .on_drain(move || drain.drain())
 }
 
-/// Descriptors of this process; 0 if the system does not say.
-fn open_descriptors() -> i64 {
-    let listed = std::fs::read_dir("/proc/self/fd").map(Iterator::count).unwrap_or_default();
-    // The directory itself is open while it is read.
-    i64::try_from(listed).unwrap_or(i64::MAX).saturating_sub(1)
-}
-
 fn pod_dump(proxy: &Proxy) -> Value {
     let mut pods = proxy.local.all();
     pods.sort_by(|a, b| a.workload().cmp(b.workload()));
@@ -100,28 +93,23 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     program.proxy.shares.register(registry);
     tallies(registry, &program.proxy);
     ejections(registry, &program.proxy);
-    pools(registry, &program.pool_counters);
-    windows(registry, parts);
+    observe::pools(registry, &program.pool_counters);
+    observe::windows(registry, &parts.budget);
     if let Some(client) = &parts.discovery {
-        discovery(registry, client);
+        observe::discovery(registry, client);
     }
     if let Some(demander) = &program.proxy.demander {
         demands(registry, demander);
     }
-    certificates(registry, &parts.certificates);
-    let trust = parts.trust.clone();
-    let roots = move || i64::try_from(trust.root_count()).unwrap_or(i64::MAX);
-    registry.gauge_from(
-        "ambit_trusted_roots",
-        "Roots that peers of our trust domain are verified with",
-        roots,
-    );
+    observe::certificates(registry, &parts.certificates);
+    observe::workers(registry, &program.workers);
+    observe::process(registry);
+    observe::trust(registry, &parts.trust);
     let proxy = program.proxy.clone();
     let open = move || i64::try_from(proxy.connections.len()).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_connections_open", "Connections open now", open.clone());
     registry.gauge_from("istio_tcp_sockets_open", "Connections open now", open);
     registry.build_info("ztunnel", env!("CARGO_PKG_VERSION"));
-    registry.gauge_from("process_open_fds", "Descriptors open now", open_descriptors);
     let pods = program.pods.clone();
     let served = move || i64::try_from(pods.counts().0).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_pods_served", "Pods of this node that are served", served.clone());
@@ -133,18 +121,6 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         "workload_manager_pending_proxy_count",
         "Pods that can't be served and are tried again",
         failed,
-    );
-    let panics = program.workers.panics().clone();
-    registry.counter_from("ambit_panics", "Data-path tasks that panicked", move || panics.count());
-    let workers = program.workers.clone();
-    let delay = move || {
-        let latest = workers.handles().map(|handle| handle.lag().millis()).max().unwrap_or_default();
-        i64::try_from(latest).unwrap_or(i64::MAX)
-    };
-    registry.gauge_from(
-        "ambit_worker_delay_milliseconds",
-        "How late the slowest worker's last beat was",
-        delay,
     );
     let shortages = || crate::pods::accept_shortages();
     registry.counter_from(
@@ -195,77 +171,6 @@ fn ejections(registry: &Registry, proxy: &Arc<Proxy>) {
     registry.gauge_from("ambit_endpoints_ejected_now", "Endpoints and nodes that pods leave out now", now);
 }
 
-fn pools(registry: &Registry, counters: &Arc<PoolCounters>) {
-    let register = |name: &str, help: &str, count: fn(&PoolCounters) -> u64| {
-        let counters = counters.clone();
-        registry.counter_from(name, help, move || count(&counters));
-    };
-    register("ambit_hbone_connections", "Tunnel connections made", |c| c.connections.get());
-    register("ambit_hbone_connections_failed", "Tunnel connections that failed", |c| {
-        c.failed_connections.get()
-    });
-    register("ambit_hbone_tunnels", "Tunnels opened", |c| c.tunnels.get());
-    register("ambit_hbone_tunnels_failed", "Tunnels that failed to open", |c| c.failed_tunnels.get());
-    register("ambit_hbone_waits_shared", "Tunnels that waited for a connection being made", |c| {
-        c.shared.get()
-    });
-    register("ambit_hbone_evicted", "Tunnel connections dropped with their workload or trust", |c| {
-        c.evicted.get()
-    });
-    register("ambit_hbone_silent", "Tunnel connections on which a CONNECT and a PING met silence", |c| {
-        c.silent.get()
-    });
-    register("ambit_hbone_ping_timeouts", "Tunnel connections whose peer fell silent", |c| {
-        c.ping_timeouts.get()
-    });
-}
-
-fn windows(registry: &Registry, parts: &Parts) {
-    let budget = parts.budget.clone();
-    registry.counter_from(
-        "ambit_hbone_windows_refused",
-        "Windows that did not grow because their pod's or peer's share of memory was used up",
-        move || budget.refused(),
-    );
-}
-
-fn discovery(registry: &Registry, client: &ambit_xds::Client) {
-    use std::sync::atomic::Ordering::Relaxed;
-    type Read = fn(&ambit_xds::ClientMetrics) -> u64;
-    let register = |name: &str, help: &str, read: Read| {
-        let metrics = client.metrics().clone();
-        registry.counter_from(name, help, move || read(&metrics));
-    };
-    register("ambit_xds_connections", "Discovery streams opened", |m| m.connections.load(Relaxed));
-    register("ambit_xds_disconnections", "Discovery streams that ended", |m| m.disconnections.load(Relaxed));
-    register("ambit_xds_answers", "Discovery answers received", |m| m.answers.load(Relaxed));
-    register("ambit_xds_resources", "Resources received", |m| m.resources.load(Relaxed));
-    register("ambit_xds_removals", "Removals received", |m| m.removals.load(Relaxed));
-    register("ambit_xds_rejected", "Resources rejected", |m| m.rejected.load(Relaxed));
-    register("ambit_xds_split_batches", "Batches too large to be applied at once", |m| {
-        m.split_batches.load(Relaxed)
-    });
-    let metrics = client.metrics().clone();
-    let reasons = ambit_xds::Termination::ALL.map(|reason| {
-        let metrics = metrics.clone();
-        (reason.as_str().to_owned(), move || metrics.terminations(reason))
-    });
-    let help = "Discovery streams and attempts that ended";
-    registry.counters_from("istio_xds_connection_terminations", help, "reason", reasons);
-    let messages = client.metrics().clone();
-    let types: Vec<_> = metrics
-        .type_urls()
-        .enumerate()
-        .map(|(index, url)| {
-            let messages = messages.clone();
-            (url.to_owned(), move || messages.messages(index))
-        })
-        .collect();
-    registry.counters_from("istio_xds_message", "Discovery answers received", "url", types);
-    let connected = move || i64::from(metrics.connected.load(Relaxed));
-    registry.gauge_from("ambit_xds_connected", "Whether a discovery stream is open", connected);
-}
-
 fn demands(registry: &Registry, demander: &Demander) {
     let register = |name: &str, help: &str, tally: fn(&ondemand::ProxyMetrics) -> &Tally| {
         let demander = demander.clone();
@@ -284,22 +189,4 @@ fn demands(registry: &Registry, demander: &Demander) {
     let demander = demander.clone();
     let names = move || i64::try_from(demander.names()).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_demanded_names", "Names subscribed because pods dialled them", names);
-}
-
-fn certificates(registry: &Registry, store: &ambit_identity::CertificateStore) {
-    use std::sync::atomic::Ordering::Relaxed;
-    type Read = fn(&ambit_identity::StoreMetrics) -> u64;
-    let register = |name: &str, help: &str, read: Read| {
-        let store = store.clone();
-        registry.counter_from(name, help, move || read(store.metrics()));
-    };
-    register("ambit_certificates_requested", "Certificate requests started", |m| m.requests.load(Relaxed));
-    register("ambit_certificates_issued", "Certificates received", |m| m.issued.load(Relaxed));
-    register("ambit_certificates_failed", "Certificate requests that failed", |m| m.failed.load(Relaxed));
-    register("ambit_certificate_waits", "Connections that waited for a certificate", |m| {
-        m.waits.load(Relaxed)
-    });
-    register("ambit_certificate_wait_failures", "Connections that waited in vain", |m| {
-        m.wait_failures.load(Relaxed)
-    });
 }

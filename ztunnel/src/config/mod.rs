@@ -5,7 +5,6 @@
 
 mod istio;
 pub mod load;
-mod span;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,8 +13,9 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use ambit_runtime::configuration::Span;
+pub use ambit_runtime::configuration::common::{AccessLog, Cipher, LogFormat};
 pub use load::ConfigError;
-pub use span::Span;
 
 /// Everything that can be set. Every key has a default, so an empty file is a valid one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -111,28 +111,6 @@ pub struct Dns {
     pub cluster_domain: String,
 }
 
-/// The access log.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-pub struct AccessLog {
-    /// Whether a line is written for each connection that ended.
-    pub enabled: bool,
-    /// Shape of a line.
-    pub format: LogFormat,
-    /// File to append to; none: standard output.
-    pub path: Option<PathBuf>,
-}
-
-/// Shape of a line of a log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people; the access log as fields separated by tabs, `key=value`.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 /// The subscription to the control plane.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -157,17 +135,6 @@ pub struct Certificates {
     pub authority_root: Option<PathBuf>,
     /// DNS name that the authority's certificate must bear. None: the host of its address.
     pub authority_server_name: Option<String>,
-}
-
-/// The preferred TLS 1.3 cipher suite.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Cipher {
-    /// AES-128-GCM: a tenth less CPU a byte.
-    #[serde(rename = "aes128")]
-    Aes128,
-    /// AES-256-GCM.
-    #[serde(rename = "aes256")]
-    Aes256,
 }
 
 /// Bounds of everything that waits or grows.
@@ -236,12 +203,6 @@ impl Default for Config {
 impl Default for Dns {
     fn default() -> Self {
         Self { enabled: true, upstreams: Vec::new(), cluster_domain: "cluster.local".into() }
-    }
-}
-
-impl Default for AccessLog {
-    fn default() -> Self {
-        Self { enabled: true, format: LogFormat::Text, path: None }
     }
 }
 

@@ -2,14 +2,11 @@
 //!
 //! Runs on the control runtime; readers see whole snapshots and are never held up.
 
-use ambit_api::security::Authorization;
-use ambit_api::workload::Address;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
-use ambit_directory::{Directory, InvalidResource, Update as Change};
-use ambit_identity::{ControlPlane, Credentials};
-use ambit_xds::{BoxError, Client, ClientConfig, Connector, Handler, Rejected, Update};
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
+use ambit_directory::{Directory, Update as Change};
+use ambit_identity::ControlPlane;
+use ambit_runtime::feed::{Credentialed, address, policy, rejected};
+use ambit_xds::{Client, ClientConfig, Handler, Rejected};
 
 use crate::config::Config;
 
@@ -43,45 +40,12 @@ pub fn subscribe(
     })
 }
 
-/// The control plane's channel, with our credentials on every call.
-struct Credentialed(ControlPlane);
-
-impl Connector for Credentialed {
-    type Service = InterceptedService<Channel, Credentials>;
-
-    async fn connect(&mut self) -> Result<Self::Service, BoxError> {
-        Ok(InterceptedService::new(self.0.channel(), self.0.credentials()))
-    }
-}
-
-fn address(update: Update<Address>) -> Change {
-    match update {
-        Update::Upsert { name, resource } => Change::Address { name, address: resource },
-        Update::Remove { name } => Change::AddressRemoved { name },
-    }
-}
-
-fn policy(update: Update<Authorization>) -> Change {
-    match update {
-        Update::Upsert { name, resource } => Change::Policy { name, policy: resource },
-        Update::Remove { name } => Change::PolicyRemoved { name },
-    }
-}
-
 /// Applies batches to the directory; each becomes at most one snapshot.
 struct Applier(Directory);
 
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
-        let rejected = self.0.apply(batch);
-        let report = rejected.into_iter().map(|ambit_directory::Rejected { name, error }| {
-            let type_url = match &error {
-                InvalidResource::Policy(_) => AUTHORIZATION_TYPE_URL,
-                _ => ADDRESS_TYPE_URL,
-            };
-            Rejected { type_url: type_url.to_owned(), name, reason: error.to_string() }
-        });
-        report.collect()
+        self.0.apply(batch).into_iter().map(rejected).collect()
     }
 
     fn release(&mut self, _: &str, name: &str, is_subscribed: &dyn Fn(&str) -> bool) -> Vec<String> {
