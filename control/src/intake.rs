@@ -15,7 +15,8 @@ use serde_json::Value;
 use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, DEFAULT_NAMESPACE, EndpointSlice, Gateway, Invalid, Namespace, NamespacedName, Node,
-    Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry, manifest,
+    Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
+    WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -193,6 +194,11 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
             Object::WorkloadEntry(typed::<manifest::WorkloadEntry, WorkloadEntry>(document)?)
         }
         Kind::Gateway => Object::Gateway(typed::<manifest::Gateway, Gateway>(document)?),
+        Kind::HttpRoute => Object::HttpRoute(typed::<manifest::HttpRoute, Route>(document)?),
+        Kind::GrpcRoute => Object::GrpcRoute(typed::<manifest::GrpcRoute, Route>(document)?),
+        Kind::ReferenceGrant => {
+            Object::ReferenceGrant(typed::<manifest::ReferenceGrant, ReferenceGrant>(document)?)
+        }
     })
 }
 

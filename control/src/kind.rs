@@ -31,6 +31,12 @@ pub enum Kind {
     WorkloadEntry,
     /// A waypoint, or the way into another network.
     Gateway,
+    /// Where HTTP requests go.
+    HttpRoute,
+    /// Where gRPC calls go.
+    GrpcRoute,
+    /// Who may refer to objects of a namespace from outside.
+    ReferenceGrant,
 }
 
 /// Where objects of a kind live.
@@ -95,7 +101,7 @@ const GATEWAY: (&str, &[&str]) = ("gateway.networking.k8s.io", &["v1", "v1beta1"
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 13] = [
+    pub const ALL: [Kind; 16] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -109,6 +115,9 @@ impl Kind {
         Kind::ServiceEntry,
         Kind::WorkloadEntry,
         Kind::Gateway,
+        Kind::HttpRoute,
+        Kind::GrpcRoute,
+        Kind::ReferenceGrant,
     ];
 
     /// The table.
@@ -135,6 +144,9 @@ impl Kind {
             Kind::ServiceEntry => extension(NETWORKING.0, NETWORKING.1, "ServiceEntry", "serviceentries"),
             Kind::WorkloadEntry => extension(NETWORKING.0, NETWORKING.1, "WorkloadEntry", "workloadentries"),
             Kind::Gateway => extension(GATEWAY.0, GATEWAY.1, "Gateway", "gateways"),
+            Kind::HttpRoute => extension(GATEWAY.0, GATEWAY.1, "HTTPRoute", "httproutes"),
+            Kind::GrpcRoute => extension(GATEWAY.0, GATEWAY.1, "GRPCRoute", "grpcroutes"),
+            Kind::ReferenceGrant => extension(GATEWAY.0, GATEWAY.1, "ReferenceGrant", "referencegrants"),
         }
     }
 

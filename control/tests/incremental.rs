@@ -58,6 +58,16 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["e1", "e2"], &["s1", "s2"], &["10.0.0.1", "10.0.0.9", "10.96.0.1"], &["", ", targetRef: {kind: Pod, name: p1}", ", targetRef: {kind: Pod, name: p2}", ", nodeName: n"]],
     ));
     texts.extend(combine(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: $0\nmetadata: {name: r, namespace: $1}\n\
+         spec: {parentRefs: [{group: $2, kind: $3, name: $4, namespace: a}], rules: [{backendRefs: [{name: $5, namespace: a, port: 80}]}]}",
+        &[&["HTTPRoute", "GRPCRoute"], &["a", "b"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"], &["s1", "s2"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: ReferenceGrant\nmetadata: {name: g, namespace: a}\n\
+         spec: {from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: b}], to: [{group: '', kind: Service$0}]}",
+        &[&["", ", name: s1"]],
+    ));
+    texts.extend(combine(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: z, namespace: $0}\nspec: {action: $1, $2, rules: [{to: [{operation: {$3}}]}]}",
         &[&["a", "ambit-system"], &["ALLOW", "DENY", "CUSTOM"], &["selector: {matchLabels: {app: x}}", "selector: {matchLabels: {tier: t, app: y}}", "targetRefs: [{kind: Service, name: s1}]", "selector: {}"], &["ports: ['80']", "methods: [GET]"]],
     ));
@@ -128,6 +138,8 @@ impl Follower {
     fn follow(&mut self, changes: Changes) {
         self.take(ResourceType::Authorization, changes.policies);
         self.take(ResourceType::Address, changes.addresses);
+        self.take(ResourceType::Gateway, changes.gateways);
+        self.take(ResourceType::Route, changes.routes);
         for (pod, placement) in changes.placements {
             match placement {
                 Some(placement) => self.placements.insert(pod, placement),
@@ -187,7 +199,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 11, "{kinds:?}");
+    assert_eq!(kinds.len(), 14, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use ambit_api::l7;
 use ambit_api::security::Authorization;
 use ambit_api::workload::{Address, address};
 use ambit_control::index::{Index, Resource, ResourceType, Settings};
@@ -53,6 +54,17 @@ fn is_understood<'a>(resources: impl Iterator<Item = (ResourceType, &'a str, &'a
                 let policy = Authorization::decode(body).expect("a policy");
                 let own_name = format!("{}/{}", policy.namespace, policy.name);
                 (own_name, Update::Policy { name: name.to_owned(), policy })
+            }
+            ResourceType::Gateway => {
+                let object = l7::Gateway::decode(body).expect("a gateway").object.expect("its name");
+                assert_eq!(format!("{}/{}", object.namespace, object.name), name);
+                continue;
+            }
+            ResourceType::Route => {
+                let route = l7::Route::decode(body).expect("a route");
+                // Whatever was written, the table can be made of it.
+                ambit_route::Table::new([&route]);
+                continue;
             }
             ResourceType::Address => {
                 let address = Address::decode(body).expect("an address");

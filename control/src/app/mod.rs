@@ -370,7 +370,7 @@ fn services(
     tasks.spawn("the publisher", publisher.run());
     let live_pods = Arc::new(LivePods::default());
     let policy = IssuancePolicy { trusted_node_proxies: config.trusted_node_proxies.clone() };
-    let admission = TokenAdmission::new(authenticator.clone(), policy.clone());
+    let admission = TokenAdmission::new(authenticator.clone(), policy.clone(), published.store());
     let certificates = CertificateService::new(authority.clone(), authenticator, live_pods.clone(), policy);
     let xds_refused = admission.refused();
     let xds = Server::with_admission(published.store(), ServerConfig::default(), Arc::new(admission));

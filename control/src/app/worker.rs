@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::index::{Changes, Finding, Index, Settings};
+use crate::index::{Changes, Finding, Index, ResourceType, Settings};
 use crate::kind::Kind;
 use crate::object::{Change, ObjectRef};
 use crate::observe::{Findings, IndexMetrics};
@@ -86,10 +86,15 @@ impl IndexWorker {
     fn apply(&self, index: &mut Index, changes: Vec<Change>) {
         let started = Instant::now();
         let before = index.computed();
-        let Changes { policies, addresses, placements, findings } = index.apply(changes);
+        let Changes { policies, addresses, gateways, routes, placements, findings } = index.apply(changes);
         // A proxy that hears of a pod may ask for its certificate at once.
         self.live_pods.apply(placements);
-        self.published.publish(policies, addresses);
+        self.published.publish([
+            (ResourceType::Authorization, policies),
+            (ResourceType::Address, addresses),
+            (ResourceType::Gateway, gateways),
+            (ResourceType::Route, routes),
+        ]);
         // Before everything that is there was read, an object that another depends on may only be late.
         if self.synced {
             self.report(findings);

@@ -33,6 +33,12 @@ pub(super) enum Dependency {
     Selectors(Arc<str>),
     /// The PeerAuthentications without selector of a namespace.
     Authentication(Arc<str>),
+    /// A ServiceEntry.
+    ServiceEntry(NamespacedName),
+    /// The routes that send requests to this Service.
+    RoutesTo(NamespacedName),
+    /// The ReferenceGrants of a namespace.
+    Grants(Arc<str>),
 }
 
 /// Dependencies by producer, and producers by dependency.

@@ -7,6 +7,7 @@
 
 mod dependencies;
 mod l4;
+mod l7;
 mod outputs;
 mod placements;
 mod reader;
@@ -21,6 +22,7 @@ use crate::object::{Change, Kind, NamespacedName, ObjectRef};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
+pub use l7::views::root_of_view;
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
 pub use placements::PodPlacement;
@@ -134,6 +136,10 @@ pub struct Changes {
     pub policies: ResourceChanges,
     /// Changes of workloads and services.
     pub addresses: ResourceChanges,
+    /// Changes of waypoints.
+    pub gateways: ResourceChanges,
+    /// Changes of routes.
+    pub routes: ResourceChanges,
     /// Pods that were placed on a node, changed or left it.
     pub placements: Vec<(NamespacedName, Option<PodPlacement>)>,
     /// Objects whose findings changed, with all that there are now.
@@ -184,9 +190,12 @@ impl Index {
         for producer in std::mem::take(&mut self.touched) {
             self.compute(&producer, &mut findings);
         }
-        let (policies, addresses) = self.outputs.take_changes();
+        let mut resources = self.outputs.take_changes();
+        let mut of = |kind| resources.remove(&kind).unwrap_or_default();
+        let (policies, addresses) = (of(ResourceType::Authorization), of(ResourceType::Address));
+        let (gateways, routes) = (of(ResourceType::Gateway), of(ResourceType::Route));
         let placements = std::mem::take(&mut self.placements).into_iter().collect();
-        Changes { policies, addresses, placements, findings }
+        Changes { policies, addresses, gateways, routes, placements, findings }
     }
 
     /// Every resource that is in force, by type and name.
@@ -216,10 +225,17 @@ impl Index {
             Kind::WorkloadEntry => entries::of_workload_entry(&reader, id),
             Kind::AuthorizationPolicy => authorization::of_policy(&reader, id),
             Kind::PeerAuthentication => authentication::of_authentication(&reader, id),
-            Kind::Gateway => entries::of_remote_gateway(&reader, id),
-            Kind::Namespace | Kind::Node | Kind::ServiceAccount | Kind::Deployment | Kind::ReplicaSet => {
-                Vec::new()
+            Kind::Gateway => {
+                let remote = entries::of_remote_gateway(&reader, id);
+                remote.into_iter().chain(l7::gateways::of_gateway(&reader, id)).collect()
             }
+            Kind::HttpRoute | Kind::GrpcRoute => l7::routes::of_route(&reader, producer),
+            Kind::ReferenceGrant
+            | Kind::Namespace
+            | Kind::Node
+            | Kind::ServiceAccount
+            | Kind::Deployment
+            | Kind::ReplicaSet => Vec::new(),
         };
         let (dependencies, findings) = reader.finish();
         self.dependencies.set(producer, dependencies);

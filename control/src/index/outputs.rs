@@ -17,6 +17,26 @@ pub enum ResourceType {
     Authorization,
     /// `istio.workload.Address`
     Address,
+    /// `ambit.l7.Gateway`
+    Gateway,
+    /// `ambit.l7.Route`
+    Route,
+}
+
+impl ResourceType {
+    /// Every type. A type comes before those whose resources refer to it.
+    pub const ALL: [ResourceType; 4] =
+        [ResourceType::Authorization, ResourceType::Address, ResourceType::Gateway, ResourceType::Route];
+
+    /// How the type is named on the wire.
+    pub const fn type_url(self) -> &'static str {
+        match self {
+            ResourceType::Authorization => ambit_api::AUTHORIZATION_TYPE_URL,
+            ResourceType::Address => ambit_api::ADDRESS_TYPE_URL,
+            ResourceType::Gateway => ambit_api::GATEWAY_TYPE_URL,
+            ResourceType::Route => ambit_api::ROUTE_TYPE_URL,
+        }
+    }
 }
 
 /// A resource for proxies, encoded once.
@@ -90,13 +110,10 @@ impl Outputs {
     }
 
     /// Ends the batch: what is in force now and was not before, by type.
-    pub(super) fn take_changes(&mut self) -> (ResourceChanges, ResourceChanges) {
-        let (mut policies, mut addresses) = (ResourceChanges::default(), ResourceChanges::default());
+    pub(super) fn take_changes(&mut self) -> BTreeMap<ResourceType, ResourceChanges> {
+        let mut all: BTreeMap<ResourceType, ResourceChanges> = BTreeMap::new();
         for (key, before) in std::mem::take(&mut self.before) {
-            let changes = match key.0 {
-                ResourceType::Authorization => &mut policies,
-                ResourceType::Address => &mut addresses,
-            };
+            let changes = all.entry(key.0).or_default();
             match (before, self.current(&key)) {
                 (Some(_), None) => changes.removals.push(key.1),
                 (before, Some(now)) if before.as_ref() != Some(now) => {
@@ -108,7 +125,7 @@ impl Outputs {
                 _ => {}
             }
         }
-        (policies, addresses)
+        all
     }
 
     /// Everything in force, in order.

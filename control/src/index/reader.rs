@@ -10,7 +10,7 @@ use super::store::Store;
 use super::{Finding, Settings};
 use crate::object::{
     Gateway, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet,
-    ServiceEntry, Visibility,
+    Route, Service, ServiceEntry, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -165,6 +165,35 @@ impl<'a> Reader<'a> {
         let ids = self.store.entries_by_host.of(host);
         let entries = ids.filter_map(|id| self.store.service_entries.get(id)).map(AsRef::as_ref);
         entries.filter(|entry: &&ServiceEntry| entry.visibility != Visibility::Hidden)
+    }
+
+    /// A Service that is no `ExternalName`.
+    pub(super) fn service(&self, id: &NamespacedName) -> Option<&'a Service> {
+        self.depend(Dependency::Host(self.settings.host_of_service(id).into()));
+        self.store.services.get(id).map(AsRef::as_ref).filter(|service| !service.external_name)
+    }
+
+    /// A ServiceEntry.
+    pub(super) fn service_entry(&self, id: &NamespacedName) -> Option<&'a ServiceEntry> {
+        self.depend(Dependency::ServiceEntry(id.clone()));
+        self.store.service_entries.get(id).map(AsRef::as_ref)
+    }
+
+    /// The routes that send requests to a Service, in order.
+    pub(super) fn routes_to(&self, id: &NamespacedName) -> impl Iterator<Item = &'a Route> {
+        self.depend(Dependency::RoutesTo(id.clone()));
+        let routes = self.store.routes_by_backend.of(id);
+        // Routes of both kinds may have one name.
+        routes.flat_map(|id| [Kind::HttpRoute, Kind::GrpcRoute].map(|kind| (kind, id))).filter_map(
+            |(kind, name)| self.store.routes.get(&ObjectRef { kind, name: name.clone() }).map(AsRef::as_ref),
+        )
+    }
+
+    /// Whether a ReferenceGrant of `to`'s namespace allows objects of `kind` in `from` to refer to it.
+    pub(super) fn is_granted(&self, kind: Kind, from: &Arc<str>, to: &ObjectRef) -> bool {
+        self.depend(Dependency::Grants(to.name.namespace.clone()));
+        let grants = self.store.grants_by_namespace.of(&to.name.namespace);
+        grants.filter_map(|id| self.store.grants.get(id)).any(|grant| grant.allows(kind, from, to))
     }
 
     /// The PeerAuthentication without selector in force for a namespace itself: its oldest.

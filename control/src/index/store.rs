@@ -7,7 +7,8 @@ use std::sync::Arc;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
     AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry, WorkloadSpec,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry, WorkloadEntry,
+    WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -24,6 +25,8 @@ pub(super) struct Store {
     pub(super) service_entries: HashMap<NamespacedName, Arc<ServiceEntry>>,
     pub(super) workload_entries: HashMap<NamespacedName, Arc<WorkloadEntry>>,
     pub(super) gateways: HashMap<NamespacedName, Arc<Gateway>>,
+    pub(super) routes: HashMap<ObjectRef, Arc<Route>>,
+    pub(super) grants: HashMap<NamespacedName, Arc<ReferenceGrant>>,
 
     /// Pods and WorkloadEntries by label.
     pub(super) members: Members,
@@ -55,6 +58,10 @@ pub(super) struct Store {
     pub(super) claims_by_address: Reverse<IpAddr, ObjectRef>,
     /// ServiceEntries by host.
     pub(super) entries_by_host: Reverse<Arc<str>>,
+    /// Routes by the Services that they send requests to.
+    pub(super) routes_by_backend: Reverse<NamespacedName>,
+    /// ReferenceGrants by namespace.
+    pub(super) grants_by_namespace: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
     pub(super) gateways_by_network: Reverse<Arc<str>>,
 }
@@ -130,6 +137,35 @@ impl Store {
         cluster_ips(old.as_ref()).for_each(|address| self.services_by_address.remove(address, id));
         cluster_ips(new).for_each(|address| self.services_by_address.insert(*address, id.clone()));
         old
+    }
+
+    /// Puts a route in place and returns what was there.
+    pub(super) fn set_route(&mut self, id: &ObjectRef, new: Option<&Arc<Route>>) -> Option<Arc<Route>> {
+        let old = replace(&mut self.routes, id, new);
+        // A route of the other kind may have the same name and the same backends.
+        let same_name = |kind| self.routes.get(&ObjectRef { kind, name: id.name.clone() });
+        let named = [Kind::HttpRoute, Kind::GrpcRoute].into_iter().filter_map(same_name);
+        let backends: Vec<NamespacedName> = named.flat_map(|route| route.services()).collect();
+        for gone in old.iter().flat_map(|route| route.services()) {
+            self.routes_by_backend.remove(&gone, &id.name);
+        }
+        for backend in backends {
+            self.routes_by_backend.insert(backend, id.name.clone());
+        }
+        old
+    }
+
+    /// Puts a ReferenceGrant in place and returns what was there.
+    pub(super) fn set_grant(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<ReferenceGrant>>,
+    ) -> Option<Arc<ReferenceGrant>> {
+        match new {
+            Some(_) => self.grants_by_namespace.insert(id.namespace.clone(), id.clone()),
+            None => self.grants_by_namespace.remove(&id.namespace, id),
+        }
+        replace(&mut self.grants, id, new)
     }
 
     /// Puts an EndpointSlice in place and returns what was there.

@@ -12,7 +12,8 @@ use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
     AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
-    Object, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Service, ServiceEntry, WorkloadEntry,
+    Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
+    WorkloadEntry,
 };
 
 impl Index {
@@ -38,6 +39,9 @@ impl Index {
             Object::ServiceEntry(new) => self.take_service_entry(&id, Some(&new)),
             Object::WorkloadEntry(new) => self.take_workload_entry(&id, Some(&new)),
             Object::Gateway(new) => self.take_gateway(&id, Some(&new)),
+            Object::HttpRoute(new) => self.take_route(Kind::HttpRoute, &id, Some(&new)),
+            Object::GrpcRoute(new) => self.take_route(Kind::GrpcRoute, &id, Some(&new)),
+            Object::ReferenceGrant(new) => self.take_grant(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -56,6 +60,8 @@ impl Index {
             Kind::ServiceEntry => self.take_service_entry(id, None),
             Kind::WorkloadEntry => self.take_workload_entry(id, None),
             Kind::Gateway => self.take_gateway(id, None),
+            Kind::HttpRoute | Kind::GrpcRoute => self.take_route(kind, id, None),
+            Kind::ReferenceGrant => self.take_grant(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -229,6 +235,7 @@ impl Index {
             return;
         }
         self.touch(Kind::ServiceEntry, id);
+        self.touch_users(&Dependency::ServiceEntry(id.clone()));
         for entry in [old.as_ref(), new].into_iter().flatten() {
             for host in &entry.hosts {
                 self.touch_users(&Dependency::Host(host.clone()));
@@ -246,6 +253,25 @@ impl Index {
         self.touch(Kind::WorkloadEntry, id);
         for address in entry_claims(old.as_ref()).into_iter().chain(entry_claims(new)) {
             self.touch_users(&Dependency::Claims(address));
+        }
+    }
+
+    fn take_route(&mut self, kind: Kind, id: &NamespacedName, new: Option<&Arc<Route>>) {
+        let reference = ObjectRef { kind, name: id.clone() };
+        let old = self.store.set_route(&reference, new);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(kind, id);
+        for service in [old.as_ref(), new].into_iter().flatten().flat_map(|route| route.services()) {
+            self.touch_users(&Dependency::RoutesTo(service));
+        }
+    }
+
+    fn take_grant(&mut self, id: &NamespacedName, new: Option<&Arc<ReferenceGrant>>) {
+        let old = self.store.set_grant(id, new);
+        if old.as_ref() != new {
+            self.touch_users(&Dependency::Grants(id.namespace.clone()));
         }
     }
 

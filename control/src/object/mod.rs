@@ -20,6 +20,8 @@ pub use self::core::service::{
 };
 pub(crate) use gateway::binding::CANARY_WEIGHT;
 pub use gateway::binding::{Canary, Choice, WaypointBinding};
+pub use gateway::grant::ReferenceGrant;
+pub use gateway::route::{BackendRef, ParentRef, Route, RouteFilter, RouteRule, RuleBackend, TargetKind};
 pub use gateway::{
     AddressValue, AllowedNamespaces, ApplicationTunnel, Gateway, LabelRequirement, Requirement, WaypointFor,
 };
@@ -37,6 +39,9 @@ pub use crate::kind::Kind;
 /// Manifests of the kinds that no library of ours knows.
 pub(crate) mod manifest {
     pub(crate) use super::gateway::Manifest as Gateway;
+    pub(crate) use super::gateway::grant::Manifest as ReferenceGrant;
+    pub(crate) use super::gateway::grpc::Manifest as GrpcRoute;
+    pub(crate) use super::gateway::http::Manifest as HttpRoute;
     pub(crate) use super::istio::authentication::Manifest as PeerAuthentication;
     pub(crate) use super::istio::authorization::Manifest as AuthorizationPolicy;
     pub(crate) use super::istio::entry::{
@@ -117,6 +122,12 @@ pub enum Object {
     WorkloadEntry(Arc<WorkloadEntry>),
     /// A gateway: a waypoint, or the way into another network.
     Gateway(Arc<Gateway>),
+    /// Where HTTP requests go.
+    HttpRoute(Arc<Route>),
+    /// Where gRPC calls go.
+    GrpcRoute(Arc<Route>),
+    /// Who may refer to objects of a namespace from outside.
+    ReferenceGrant(Arc<ReferenceGrant>),
 }
 
 impl Object {
@@ -136,6 +147,9 @@ impl Object {
             Object::ServiceEntry(_) => Kind::ServiceEntry,
             Object::WorkloadEntry(_) => Kind::WorkloadEntry,
             Object::Gateway(_) => Kind::Gateway,
+            Object::HttpRoute(_) => Kind::HttpRoute,
+            Object::GrpcRoute(_) => Kind::GrpcRoute,
+            Object::ReferenceGrant(_) => Kind::ReferenceGrant,
         }
     }
 
@@ -154,6 +168,8 @@ impl Object {
             Object::ServiceEntry(o) => o.meta.id.clone(),
             Object::WorkloadEntry(o) => o.meta.id.clone(),
             Object::Gateway(o) => o.meta.id.clone(),
+            Object::HttpRoute(o) | Object::GrpcRoute(o) => o.meta.id.clone(),
+            Object::ReferenceGrant(o) => o.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

@@ -1,4 +1,4 @@
-//! Who may subscribe, and to what: node proxies, to everything.
+//! Who may subscribe, and to what: node proxies to workloads, services and policies; a waypoint to what is bound to it.
 //!
 //! Any workload can get a token for the control plane, so a valid one is not enough: the whole mesh is shown only to the
 //! service accounts that the certificate authority also trusts as node proxies.
@@ -7,14 +7,17 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, GATEWAY_TYPE_URL};
 use ambit_ca::{Authenticator, Caller, Credentials, IssuancePolicy};
 use ambit_identity::SpiffeId;
-use ambit_xds::{Admission, Permit, Subscriber, View};
+use ambit_xds::{Admission, Permit, Store, Subscriber, View};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
+
+use crate::index::{ResourceType, root_of_view};
 
 /// Streams at the same time of one pod, or of one identity whose tokens are bound to no pod: one in use, and those of
 /// broken connections that have not been noticed yet.
@@ -25,6 +28,8 @@ const MAX_STREAMS: usize = 8;
 pub struct TokenAdmission {
     authenticator: Arc<dyn Authenticator>,
     policy: Arc<IssuancePolicy>,
+    /// Knows the waypoints.
+    store: Store,
     streams: Arc<Streams>,
     refused: Arc<AtomicU64>,
 }
@@ -71,11 +76,17 @@ impl Drop for OpenStream {
 }
 
 impl TokenAdmission {
-    /// Asks the given authenticator who a caller is, and the policy whether that is a node proxy.
-    pub fn new(authenticator: Arc<dyn Authenticator>, policy: IssuancePolicy) -> TokenAdmission {
+    /// Asks the given authenticator who a caller is, the policy whether that is a node proxy, and the store whether it is
+    /// a waypoint.
+    pub fn new(
+        authenticator: Arc<dyn Authenticator>,
+        policy: IssuancePolicy,
+        store: Store,
+    ) -> TokenAdmission {
         TokenAdmission {
             authenticator,
             policy: Arc::new(policy),
+            store,
             streams: Arc::default(),
             refused: Arc::default(),
         }
@@ -88,15 +99,20 @@ impl TokenAdmission {
 }
 
 /// The caller's view, if it may see anything.
-fn view_of(caller: &Caller, policy: &IssuancePolicy) -> Result<View, Status> {
+fn view_of(caller: &Caller, policy: &IssuancePolicy, store: &Store) -> Result<View, Status> {
     let identity = &caller.identity;
     let is_node_proxy = policy.trusted_node_proxies.iter().any(|known| {
         known.namespace == identity.namespace() && known.service_account == identity.service_account()
     });
-    match is_node_proxy {
-        true => Ok(View::everything()),
-        false => Err(Status::permission_denied(format!("{identity} is not a node proxy"))),
+    if is_node_proxy {
+        return Ok(View::of_types([AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL]));
     }
+    // A waypoint runs under the service account that has the name of its Gateway.
+    let gateway = format!("{}/{}", identity.namespace(), identity.service_account());
+    if store.version(GATEWAY_TYPE_URL, &gateway).is_some() {
+        return Ok(View::below(root_of_view(&gateway), ResourceType::ALL.map(ResourceType::type_url)));
+    }
+    Err(Status::permission_denied(format!("{identity} is neither a node proxy nor a waypoint")))
 }
 
 impl std::fmt::Debug for TokenAdmission {
@@ -107,7 +123,7 @@ impl std::fmt::Debug for TokenAdmission {
 
 impl Admission for TokenAdmission {
     fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Subscriber, Status>> {
-        let Self { authenticator, policy, streams, refused } = self.clone();
+        let Self { authenticator, policy, store, streams, refused } = self.clone();
         let credentials = Credentials::from_metadata(metadata);
         async move {
             let caller = match credentials {
@@ -115,7 +131,7 @@ impl Admission for TokenAdmission {
                 Err(error) => Err(error),
             };
             let admitted = caller.map_err(Status::from).and_then(|caller| {
-                let view = view_of(&caller, &policy)?;
+                let view = view_of(&caller, &policy, &store)?;
                 let permit = Some(Permit::new(streams.open(&caller)?));
                 tracing::info!(caller = %caller.identity, node = caller.node.as_deref(), "subscriber admitted");
                 Ok(Subscriber { identity: caller.identity.to_string().into(), view, permit })

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_xds::{Change, Publisher, Resource, Store, StoreConfig};
 
-use crate::index::{self, ResourceChanges};
+use crate::index::{self, ResourceChanges, ResourceType};
 
 /// The published resources.
 #[derive(Clone, Debug)]
@@ -16,8 +16,8 @@ impl Published {
     /// An empty store, and what announces its batched changes: run it for the process's life.
     pub fn new() -> (Published, Publisher) {
         // Policies before the workloads that list them.
-        let (store, publisher) =
-            Store::new(&[AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL], StoreConfig::default());
+        let types = ResourceType::ALL.map(ResourceType::type_url);
+        let (store, publisher) = Store::new(&types, StoreConfig::default());
         (Published(store), publisher)
     }
 
@@ -37,11 +37,9 @@ impl Published {
     }
 
     /// Publishes changes of one batch at once: no subscriber takes a workload for complete without its policies.
-    pub fn publish(&self, policies: ResourceChanges, addresses: ResourceChanges) {
-        self.0.apply_batch([
-            (AUTHORIZATION_TYPE_URL, changes(policies)),
-            (ADDRESS_TYPE_URL, changes(addresses)),
-        ]);
+    pub fn publish(&self, changed: impl IntoIterator<Item = (ResourceType, ResourceChanges)>) {
+        let changed = changed.into_iter().map(|(kind, changed)| (kind.type_url(), changes(changed)));
+        self.0.apply_batch(changed);
     }
 }
 

@@ -38,8 +38,18 @@ fn translate(case: &Path) -> Value {
     let mut index = Index::new(settings(case));
     let changes = index.apply(objects.into_iter().map(Change::Apply));
     let (mut addresses, mut policies) = (Map::new(), Map::new());
+    let (mut gateways, mut routes, mut views) = (Map::new(), Map::new(), Map::new());
     for ((kind, name), resource) in index.resources() {
+        let roots: Vec<&str> =
+            resource.parents.iter().filter_map(|parent| parent.strip_prefix("Gateway/")).collect();
+        if !roots.is_empty() {
+            views.insert(name.to_string(), json!(roots));
+        }
         match kind {
+            ResourceType::Gateway => {
+                gateways.insert(name.to_string(), render::gateway_resource(&resource.body))
+            }
+            ResourceType::Route => routes.insert(name.to_string(), render::route(&resource.body)),
             ResourceType::Address => addresses.insert(name.to_string(), render::address(&resource.body)),
             ResourceType::Authorization => {
                 policies.insert(name.to_string(), render::authorization(&resource.body))
@@ -55,12 +65,24 @@ fn translate(case: &Path) -> Value {
             .iter()
             .map(move |f| format!("{object}: {}={} {}: {}", f.condition, f.met, f.reason, f.message))
     });
-    json!({
+    let mut shown = json!({
         "problems": problems.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "findings": findings.collect::<Vec<_>>(),
         "policies": policies,
         "addresses": addresses,
-    })
+    });
+    // Most cases are of L4.
+    for (name, of_l7) in [("gateways", gateways), ("routes", routes), ("views", views)] {
+        if routed(case) && !of_l7.is_empty() {
+            shown[name] = Value::Object(of_l7);
+        }
+    }
+    shown
+}
+
+/// Whether a case is about the configuration of waypoints.
+fn routed(case: &Path) -> bool {
+    case.file_name().unwrap().to_string_lossy().starts_with("l7-")
 }
 
 #[test]

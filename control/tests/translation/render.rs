@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ambit_api::l7;
 use ambit_api::security::{self, string_match::MatchType};
 use ambit_api::workload::{self, address, gateway_address, load_balancing};
 use prost::Message;
@@ -194,4 +195,53 @@ fn render_match(m: &security::Match) -> Value {
         ("serviceAccounts", accounts(&m.service_accounts)),
         ("notServiceAccounts", accounts(&m.not_service_accounts)),
     ])
+}
+
+pub(crate) fn gateway_resource(body: &[u8]) -> Value {
+    let gateway = l7::Gateway::decode(body).unwrap();
+    list(&gateway.addresses, |address| match address.hostname.as_str() {
+        "" => json!(format!("{}/{}", address.network, ip(&address.ip))),
+        hostname => json!(format!("{}/{hostname}", address.namespace)),
+    })
+}
+
+pub(crate) fn route(body: &[u8]) -> Value {
+    let route = l7::Route::decode(body).unwrap();
+    object([
+        ("targets", list(&route.targets, target)),
+        ("protocol", name::<l7::Protocol>(route.protocol)),
+        ("order", name::<l7::Order>(route.order)),
+        ("created", json!(route.created)),
+        ("rules", list(&route.rules, rule)),
+    ])
+}
+
+fn target(target: &l7::Target) -> Value {
+    let port = if target.port == 0 { String::new() } else { format!(":{}", target.port) };
+    let clients = match target.client_namespace.as_str() {
+        "" => String::new(),
+        namespace => format!(" for clients in {namespace}"),
+    };
+    json!(format!("{}/{}{port} {:?}{clients}", target.namespace, target.hostname, target.hostnames))
+}
+
+/// What has no name of its own is shown as the generated types print it.
+fn rule(rule: &l7::Rule) -> Value {
+    object([
+        ("name", json!(rule.name)),
+        ("matches", list(&rule.matches, |it| json!(format!("{it:?}")))),
+        ("filters", list(&rule.filters, |it| json!(format!("{:?}", it.kind)))),
+        ("backends", list(&rule.backends, backend)),
+        ("timeouts", json!(rule.timeouts.as_ref().map(|it| format!("{it:?}")))),
+        ("retry", json!(rule.retry.as_ref().map(|it| format!("{it:?}")))),
+        ("invalid", json!(rule.invalid)),
+    ])
+}
+
+fn backend(backend: &l7::Backend) -> Value {
+    let invalid = if backend.invalid.is_empty() { String::new() } else { format!(": {}", backend.invalid) };
+    json!(format!(
+        "{}/{}:{} weight {}{invalid}",
+        backend.namespace, backend.hostname, backend.port, backend.weight
+    ))
 }

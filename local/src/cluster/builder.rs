@@ -154,6 +154,13 @@ impl ClusterBuilder {
         self
     }
 
+    /// An environment variable of every waypoint.
+    #[must_use]
+    pub fn waypoint_env(mut self, name: &str, value: &str) -> Self {
+        self.options.waypoint_env.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
     /// An argument of the control plane.
     #[must_use]
     pub fn control_arg(mut self, arg: impl Into<String>) -> Self {
@@ -239,7 +246,8 @@ impl ClusterBuilder {
         for agent in shared.nodes.iter().filter_map(|node| node.agent.as_ref()) {
             agent.start(&shared, &[]).await?;
         }
-        let controller = Controller::new(Arc::clone(&shared));
+        let waypoints = self.mesh.then(|| self.options.waypoint_env.clone());
+        let controller = Controller::new(Arc::clone(&shared), waypoints);
         if self.mesh {
             cluster.mesh = Some((self.options.clone(), self.options.control(&shared)?));
         }

@@ -20,6 +20,7 @@ use crate::cluster::create::{self, NewPod};
 use crate::cluster::objects::Published;
 use crate::cluster::publish;
 use crate::cluster::shared::Shared;
+use crate::cluster::waypoints;
 use crate::dns::Zone;
 use crate::error::{Error, Result};
 use crate::manifest::{Key, Object};
@@ -40,13 +41,15 @@ pub(crate) struct Controller {
     services: ServiceRange,
     published: Published,
     programmed: Option<Vec<ServiceView>>,
+    /// Environment variables of waypoints; `None` where there is no mesh.
+    waypoints: Option<BTreeMap<String, String>>,
 }
 
 impl Controller {
-    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, waypoints: Option<BTreeMap<String, String>>) -> Self {
         let services = ServiceRange::new(shared.plan);
         let published = Published::new(shared.directory.join("objects"));
-        Self { shared, services, published, programmed: None }
+        Self { shared, services, published, programmed: None, waypoints }
     }
 
     /// Makes passes until the cluster ends.
@@ -65,8 +68,11 @@ impl Controller {
 
     /// One pass. Returns the faults of single objects, which do not affect others.
     async fn pass(&mut self) -> BTreeMap<String, String> {
-        let objects = self.shared.objects.lock().all();
+        let mut objects = self.shared.objects.lock().all();
         let mut problems = BTreeMap::new();
+        if let Some(env) = &self.waypoints {
+            waypoints::add(&self.shared, env, &mut objects, &mut problems);
+        }
         let namespaces = publish::namespaces(&objects, &self.shared.pods());
         self.enrol(&namespaces);
         self.run_deployments(&objects, &namespaces, &mut problems).await;
@@ -78,6 +84,9 @@ impl Controller {
         let services = publish::services(&objects, &mut self.services, self.shared.plan, &mut problems);
         let mut out: BTreeMap<Key, Value> = BTreeMap::new();
         publish::collect(&self.shared, &objects, &namespaces, &services, &mut out);
+        if self.waypoints.is_some() {
+            out.extend(waypoints::statuses(&objects, &services));
+        }
         if let Err(error) = self.published.publish(&out) {
             problems.insert("published objects".to_owned(), error.to_string());
         }

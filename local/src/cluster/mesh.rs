@@ -23,7 +23,7 @@ pub const CLUSTER_ID: &str = "Kubernetes";
 /// DNS name in the control plane's certificate.
 const CONTROL_NAME: &str = "ambit-control.ambit-system.svc";
 /// Where the control plane serves xDS and certificates.
-const CONTROL_PORT: u16 = 15012;
+pub(crate) const CONTROL_PORT: u16 = 15012;
 const METRICS_PORT: u16 = 15020;
 const READINESS_PORT: u16 = 15021;
 const ADMIN_PORT: u16 = 15000;
@@ -40,6 +40,8 @@ pub(crate) struct MeshOptions {
     /// The same for single nodes.
     pub(crate) ztunnel_config_of: BTreeMap<usize, Map<String, Value>>,
     pub(crate) ztunnel_env: BTreeMap<String, String>,
+    /// Environment variables of every waypoint.
+    pub(crate) waypoint_env: BTreeMap<String, String>,
     pub(crate) manifests: Option<PathBuf>,
     pub(crate) log_dir: Option<PathBuf>,
 }

@@ -13,6 +13,7 @@ mod publish;
 mod restart;
 pub(crate) mod shared;
 mod watch;
+mod waypoints;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};

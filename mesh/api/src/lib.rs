@@ -52,6 +52,11 @@ generated!(
     "istio.security"
 );
 generated!(
+    /// `ambit.l7`: the configuration of waypoints and gateways.
+    l7,
+    "ambit.l7"
+);
+generated!(
     /// `istio.v1.auth`: certificate signing.
     ca,
     "istio.v1.auth"
@@ -101,3 +106,7 @@ pub use packages::google::rpc;
 pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";
 /// Type URL of [`security::Authorization`] resources.
 pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Authorization";
+/// Type URL of [`l7::Gateway`] resources.
+pub const GATEWAY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Gateway";
+/// Type URL of [`l7::Route`] resources.
+pub const ROUTE_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Route";

@@ -75,7 +75,7 @@ impl Tunnel {
 
     /// The tunnel as the transport of another connection, such as a tunnel connection inside it.
     pub fn into_transport(self) -> TunnelTransport {
-        TunnelTransport { stream: self.into_stream(), limit: None }
+        self.into_stream().into_transport()
     }
 
     /// Signals to the other side that the application's connection failed.
@@ -126,6 +126,11 @@ pub struct TunnelStream {
 }
 
 impl TunnelStream {
+    /// The tunnel as the transport of a protocol that closes it as a whole.
+    pub fn into_transport(self) -> TunnelTransport {
+        TunnelTransport { stream: self, limit: None }
+    }
+
     /// The tunnel's peer.
     pub fn peer(&self) -> &SpiffeId {
         self.tunnel.peer()

@@ -11,6 +11,7 @@ pub mod http;
 pub mod logging;
 mod readiness;
 mod registry;
+mod requests;
 mod sink;
 pub mod tcp;
 
@@ -19,5 +20,6 @@ pub use admin::Admin;
 pub use logging::{LevelError, LevelHandle};
 pub use readiness::{Readiness, ReadinessTask};
 pub use registry::{Counter, Gauge, Registry};
+pub use requests::{Outcome, RequestMetrics, RequestSeries};
 pub use sink::{LogWriter, Target};
 pub use tcp::TcpMetrics;

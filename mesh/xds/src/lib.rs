@@ -19,7 +19,7 @@ pub mod server;
 pub use backoff::Backoff;
 pub use client::{
     BoxError, Client, ClientBuilder, ClientConfig, ClientMetrics, Connector, DemandError, Demanded, Driver,
-    Found, Handler, PARTIAL_STATE, Rejected, Termination, Update, ztunnel_node,
+    Found, Handler, PARTIAL_STATE, Rejected, Termination, Update, waypoint_node, ztunnel_node,
 };
 pub use server::{
     Admission, Applied, Change, Permit, Publisher, Resource, Server, ServerConfig, ServerMetrics, Store,

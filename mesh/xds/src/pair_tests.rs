@@ -150,7 +150,7 @@ impl Pair {
         let state = &content.types()[0];
         match &mut self.server {
             Some(server) => server.handle_request(&request, state, 1000).unwrap(),
-            None => self.server = Some(Subscription::open(&request, state, 1000).unwrap()),
+            None => self.server = Some(Subscription::open(&request, None, state, 1000).unwrap()),
         }
         true
     }

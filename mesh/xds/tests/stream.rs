@@ -270,6 +270,41 @@ async fn changes_that_follow_at_once_come_in_one_answer() {
     assert_eq!(metrics.answers.load(Ordering::Relaxed) - before, 2);
 }
 
+/// Everyone sees what is below `root`.
+struct BelowRoot;
+
+impl Admission for BelowRoot {
+    fn admit(&self, _: &MetadataMap) -> BoxFuture<'static, Result<Caller, Status>> {
+        let view = View::below("root", [ADDRESS_TYPE_URL]);
+        Box::pin(async { Ok(Caller { identity: "w".into(), view, permit: None }) })
+    }
+}
+
+#[tokio::test]
+async fn a_view_holds_what_is_below_its_root_and_nothing_else() {
+    let below = |name: &str, parents: &[&str]| {
+        let resource = Resource::new(name, &workload(name, "a"));
+        Change::Upsert(parents.iter().fold(resource, |resource, parent| resource.parent(*parent)))
+    };
+    let store = new_store(StoreConfig::default());
+    store.apply(
+        ADDRESS_TYPE_URL,
+        vec![below("service", &["root"]), below("pod", &["service"]), below("other", &[])],
+    );
+    let server = Server::with_admission(store.clone(), ServerConfig::default(), Arc::new(BelowRoot));
+    let running = Running::start(loopback(), server).await;
+    let mut subscriber = subscribe(running.addr, false);
+    let names = |held: &Held| held.keys().cloned().collect::<Vec<_>>();
+    subscriber.until("what is below the root", |held| names(held) == ["pod", "service"]).await;
+    // Out of the view, with what it brought along; something else comes in.
+    store.apply(ADDRESS_TYPE_URL, vec![below("service", &[]), below("other", &["root"])]);
+    subscriber.until("the other one alone", |held| names(held) == ["other"]).await;
+    store.apply(ADDRESS_TYPE_URL, vec![below("pod", &["other"])]);
+    subscriber.until("its pod", |held| names(held) == ["other", "pod"]).await;
+    store.apply(ADDRESS_TYPE_URL, vec![Change::Remove("other".into())]);
+    subscriber.until("nothing", |held| held.is_empty()).await;
+}
+
 /// A bare gRPC stream, for requests that our client never sends.
 async fn raw(
     addr: SocketAddr,

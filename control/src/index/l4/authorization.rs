@@ -36,7 +36,11 @@ fn l4_action(policy: &AuthorizationPolicy) -> Option<api::Action> {
 pub(in crate::index) fn of_policy(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(policy) = reader.store.policies.get(id) else { return Vec::new() };
     let Some(action) = l4_action(policy) else {
-        if !policy.has_targets {
+        if policy.has_targets {
+            let message =
+                "waypoints do not enforce policies with targetRefs yet: it has no effect".to_owned();
+            reader.find(Finding::new("ambit.dev/WaypointAccepted", false, "NotEnforced", message));
+        } else {
             let message = "AUDIT and CUSTOM need a waypoint (targetRefs); node proxies do not enforce them";
             reader.find(accepted(false, "UnsupportedAction", message.to_owned()));
         }

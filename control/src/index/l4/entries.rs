@@ -130,7 +130,8 @@ fn service(
         weighted_waypoints: waypoints.weighted,
         visibility: services::visibility(entry.visibility) as i32,
     };
-    wire::service_resource(message, &addresses)
+    let parents = super::l7::views::of_binding(reader, &id.namespace, &entry.waypoint);
+    wire::service_resource(message, &addresses, parents.into_iter().collect())
 }
 
 /// The workloads of the endpoints that an entry lists, for the hosts that it offers.

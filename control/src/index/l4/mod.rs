@@ -7,8 +7,8 @@ pub(super) mod endpoints;
 pub(super) mod entries;
 mod ownership;
 pub(super) mod services;
-mod waypoints;
-mod wire;
+pub(super) mod waypoints;
+pub(super) mod wire;
 pub(super) mod workloads;
 
-use super::{Finding, L7DenyAtL4, Settings, outputs, reader, store};
+use super::{Finding, L7DenyAtL4, Settings, l7, outputs, reader, store};

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
-use super::wire;
+use super::{l7, wire};
 use crate::object::{Distribution, NamespacedName, Service, TargetPort, Visibility};
 
 /// The resource of a service, unless it is an `ExternalName`.
@@ -47,7 +47,8 @@ pub(in crate::index) fn of_service(
         visibility: visibility(service.visibility) as i32,
     };
     let blocks: Vec<IpNet> = service.addresses.iter().map(|a| IpNet::from(*a)).collect();
-    vec![wire::service_resource(message, &blocks)]
+    let parents = l7::views::of_service(reader, service);
+    vec![wire::service_resource(message, &blocks, parents)]
 }
 
 /// Who sees a service.

@@ -125,13 +125,14 @@ pub(in crate::index) fn workload_resource(
 pub(in crate::index) fn service_resource(
     service: api::Service,
     addresses: &[IpNet],
+    parents: Vec<Arc<str>>,
 ) -> (ResourceType, Resource) {
     let name = format!("{}/{}", service.namespace, service.hostname).into();
     let network = service.addresses.first().map(|a| a.network.clone()).unwrap_or_default();
     let single = addresses.iter().filter(|block| block.prefix_len() == block.max_prefix_len());
     let aliases = single.map(|block| format!("{network}/{}", block.addr()).into()).collect();
     let body = encode(address::Type::Service(service));
-    (ResourceType::Address, Resource { name, aliases, parents: Vec::new(), body, unhealthy: false })
+    (ResourceType::Address, Resource { name, aliases, parents, body, unhealthy: false })
 }
 
 fn encode(kind: address::Type) -> Bytes {

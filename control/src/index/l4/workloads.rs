@@ -8,7 +8,7 @@ use ambit_api::workload as api;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
-use super::{authentication, wire};
+use super::{authentication, l7, wire};
 use crate::object::{Gateway, Kind, Labels, NamespacedName, Owner, OwnerKind, Pod, Service, TargetPort};
 
 /// Ports by service, keyed `<namespace>/<hostname>`.
@@ -68,7 +68,9 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
         serving_while_terminating: pod.terminating && pod.ready,
         created: wire::created(&pod.meta),
     };
-    vec![wire::workload_resource(message, &pod.addresses)]
+    let (kind, mut resource) = wire::workload_resource(message, &pod.addresses);
+    resource.parents.extend(l7::views::of_pod(reader, pod));
+    vec![(kind, resource)]
 }
 
 fn is_waypoint(reader: &Reader<'_>, gateway: Option<&Gateway>) -> bool {

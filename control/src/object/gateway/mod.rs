@@ -1,6 +1,10 @@
 //! Gateways, as far as a waypoint or the way into another network needs them.
 
 pub(super) mod binding;
+pub(super) mod grant;
+pub(super) mod grpc;
+pub(super) mod http;
+pub(super) mod route;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -9,14 +9,14 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
-use super::{Direction, Entry, Party};
+use super::{Direction, Entry, Party, RequestEntry};
 
 /// RFC 3339 with microseconds, in UTC.
 const TIME: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
 
 /// A field's value: how it is written depends on the format.
-enum Field<'a> {
+pub(super) enum Field<'a> {
     Address(SocketAddr),
     /// Names and reasons from elsewhere; quoted and escaped.
     Text(&'a str),
@@ -26,12 +26,87 @@ enum Field<'a> {
     Milliseconds(u128),
 }
 
-fn level(entry: &Entry) -> &'static str {
-    if entry.error.is_some() { "error" } else { "info" }
+/// What a line says, whatever it is of.
+pub(super) trait Fields {
+    /// Whether it reports a failure.
+    fn has_failed(&self) -> bool;
+    /// The fields in the order of the contract; those that are not known are left out.
+    fn fields(&self) -> impl Iterator<Item = (&'static str, Field<'_>)>;
+}
+
+fn level(entry: &impl Fields) -> &'static str {
+    if entry.has_failed() { "error" } else { "info" }
 }
 
 fn timestamp(time: SystemTime) -> String {
     OffsetDateTime::from(time).format(TIME).unwrap_or_default()
+}
+
+impl Fields for Entry {
+    fn has_failed(&self) -> bool {
+        self.error.is_some()
+    }
+
+    fn fields(&self) -> impl Iterator<Item = (&'static str, Field<'_>)> {
+        fields(self)
+    }
+}
+
+impl Fields for RequestEntry {
+    fn has_failed(&self) -> bool {
+        self.error.is_some()
+    }
+
+    fn fields(&self) -> impl Iterator<Item = (&'static str, Field<'_>)> {
+        let RequestEntry {
+            source,
+            destination,
+            service,
+            protocol,
+            method,
+            authority,
+            path,
+            code,
+            grpc_status,
+            flags,
+            route,
+            attempts,
+            request_id,
+            user_agent,
+            bytes_sent,
+            bytes_received,
+            duration,
+            error,
+        } = self;
+        [
+            ("src.addr", source.addr.map(Field::Address)),
+            ("src.workload", source.workload.as_deref().map(Field::Text)),
+            ("src.namespace", source.namespace.as_deref().map(Field::Text)),
+            ("src.identity", source.identity.as_deref().map(Field::Text)),
+            ("dst.addr", destination.addr.map(Field::Address)),
+            ("dst.service", service.as_deref().map(Field::Text)),
+            ("dst.workload", destination.workload.as_deref().map(Field::Text)),
+            ("dst.namespace", destination.namespace.as_deref().map(Field::Text)),
+            ("dst.identity", destination.identity.as_deref().map(Field::Text)),
+            ("protocol", Some(Field::Text(protocol))),
+            ("method", Some(Field::Text(method))),
+            ("authority", Some(Field::Text(authority))),
+            ("path", Some(Field::Text(path))),
+            ("response_code", Some(Field::Number(u64::from(*code)))),
+            ("grpc_status", grpc_status.map(|status| Field::Number(u64::from(status)))),
+            ("response_flags", Some(Field::Text(flags))),
+            ("route", route.as_deref().map(Field::Text)),
+            ("attempts", Some(Field::Number(u64::from(*attempts)))),
+            ("request_id", request_id.as_deref().map(Field::Text)),
+            ("user_agent", user_agent.as_deref().map(Field::Text)),
+            ("bytes_sent", Some(Field::Number(*bytes_sent))),
+            ("bytes_recv", Some(Field::Number(*bytes_received))),
+            ("duration", Some(Field::Milliseconds(duration.as_millis()))),
+            ("error", error.as_deref().map(Field::Text)),
+        ]
+        .into_iter()
+        .filter_map(|(name, field)| Some((name, field?)))
+    }
 }
 
 /// The known fields, in the order of contracts.md, section 7.
@@ -80,9 +155,9 @@ fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
 }
 
 /// `time<TAB>level<TAB>access<TAB>name=value<TAB>…`.
-pub(super) fn tab(entry: &Entry, time: SystemTime, line: &mut Vec<u8>) {
+pub(super) fn tab(entry: &impl Fields, time: SystemTime, line: &mut Vec<u8>) {
     put(line, format_args!("{}\t{}\taccess", timestamp(time), level(entry)));
-    for (name, field) in fields(entry) {
+    for (name, field) in entry.fields() {
         match field {
             Field::Address(value) => put(line, format_args!("\t{name}={value}")),
             Field::Authority(value) if value.bytes().all(|byte| byte.is_ascii_graphic()) => {
@@ -98,11 +173,11 @@ pub(super) fn tab(entry: &Entry, time: SystemTime, line: &mut Vec<u8>) {
 }
 
 /// One object, with `time`, `level` and `scope` before the fields.
-pub(super) fn json(entry: &Entry, time: SystemTime, line: &mut Vec<u8>) {
+pub(super) fn json(entry: &impl Fields, time: SystemTime, line: &mut Vec<u8>) {
     let quoted = |text: &str| Value::from(text).to_string();
     let head = (timestamp(time), level(entry));
     put(line, format_args!(r#"{{"time":"{}","level":"{}","scope":"access""#, head.0, head.1));
-    for (name, field) in fields(entry) {
+    for (name, field) in entry.fields() {
         match field {
             Field::Address(value) => put(line, format_args!(r#","{name}":"{value}""#)),
             Field::Text(value) | Field::Authority(value) => {

@@ -86,6 +86,47 @@ pub struct Entry {
     pub error: Option<String>,
 }
 
+/// A request that ended, as a waypoint or gateway saw it.
+#[derive(Debug, Clone)]
+pub struct RequestEntry {
+    /// The client.
+    pub source: Party,
+    /// The endpoint that answered, or was tried last.
+    pub destination: Party,
+    /// Host name of the service dialled.
+    pub service: Option<Arc<str>>,
+    /// `HTTP/1.1`, `HTTP/2`, ...
+    pub protocol: &'static str,
+    /// The method.
+    pub method: Box<str>,
+    /// The host that was asked for.
+    pub authority: Box<str>,
+    /// The path, without the query.
+    pub path: Box<str>,
+    /// The answer's status; 0 if the client went before there was one.
+    pub code: u16,
+    /// gRPC's own status.
+    pub grpc_status: Option<u8>,
+    /// Why the answer is not the endpoint's, or `-`.
+    pub flags: &'static str,
+    /// The route that was followed.
+    pub route: Option<Box<str>>,
+    /// How often it was sent.
+    pub attempts: u32,
+    /// `x-request-id`.
+    pub request_id: Option<Box<str>>,
+    /// `user-agent`.
+    pub user_agent: Option<Box<str>>,
+    /// Bytes of the response's body.
+    pub bytes_sent: u64,
+    /// Bytes of the request's body.
+    pub bytes_received: u64,
+    /// From the request's head to the end of the answer.
+    pub duration: Duration,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
 /// The access log. Cheap to clone; a disabled one does nothing.
 #[derive(Debug, Clone)]
 pub struct AccessLog {
@@ -95,16 +136,24 @@ pub struct AccessLog {
 /// An entry on its way to the writer.
 #[derive(Debug)]
 struct Line {
-    entry: Box<Entry>,
+    entry: LineOf,
     time: SystemTime,
     format: Format,
 }
 
+#[derive(Debug)]
+enum LineOf {
+    Connection(Box<Entry>),
+    Request(Box<RequestEntry>),
+}
+
 impl Render for Line {
     fn render(&self, line: &mut Vec<u8>) {
-        match self.format {
-            Format::Tab => format::tab(&self.entry, self.time, line),
-            Format::Json => format::json(&self.entry, self.time, line),
+        match (&self.entry, self.format) {
+            (LineOf::Connection(entry), Format::Tab) => format::tab(&**entry, self.time, line),
+            (LineOf::Connection(entry), Format::Json) => format::json(&**entry, self.time, line),
+            (LineOf::Request(entry), Format::Tab) => format::tab(&**entry, self.time, line),
+            (LineOf::Request(entry), Format::Json) => format::json(&**entry, self.time, line),
         }
     }
 }
@@ -129,8 +178,17 @@ impl AccessLog {
 
     /// Logs a connection that ended now. Never blocks.
     pub fn log(&self, entry: Entry) {
+        self.send(LineOf::Connection(Box::new(entry)));
+    }
+
+    /// Logs a request that ended now. Never blocks.
+    pub fn log_request(&self, entry: RequestEntry) {
+        self.send(LineOf::Request(Box::new(entry)));
+    }
+
+    fn send(&self, entry: LineOf) {
         if let Some((sink, format)) = &self.writer {
-            sink.send(Line { entry: Box::new(entry), time: SystemTime::now(), format: *format });
+            sink.send(Line { entry, time: SystemTime::now(), format: *format });
         }
     }
 

@@ -173,7 +173,7 @@ pub struct Labels {
 
 impl Labels {
     /// Everything unknown.
-    pub(super) fn unknown(reporter: Reporter) -> Self {
+    pub(crate) fn unknown(reporter: Reporter) -> Self {
         let peer = Arc::new(PeerLabels::new(Peer::default()));
         Self {
             reporter,
@@ -187,6 +187,40 @@ impl Labels {
 
     pub(super) fn with_flags(&self, flags: ResponseFlags) -> impl EncodeLabelSet + '_ {
         Flagged { labels: self, flags }
+    }
+
+    /// Writes everything but the flags.
+    pub(crate) fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), fmt::Error> {
+        let Labels { reporter, source, destination, service, request_protocol, security } = self;
+        let mut put = |name: &'static str, value: &str| label(encoder, name, value);
+        put("reporter", reporter.as_str())?;
+        let source = &source.peer;
+        put("source_workload", &source.workload)?;
+        put("source_canonical_service", &source.canonical_service)?;
+        put("source_canonical_revision", &source.canonical_revision)?;
+        put("source_workload_namespace", &source.workload_namespace)?;
+        put("source_principal", &source.principal)?;
+        put("source_app", &source.app)?;
+        put("source_version", &source.version)?;
+        put("source_cluster", &source.cluster)?;
+        let (host, name, namespace) = match service {
+            Some(service) => (&*service.host, &*service.name, &*service.namespace),
+            None => ("", "", ""),
+        };
+        put("destination_service", host)?;
+        put("destination_service_namespace", namespace)?;
+        put("destination_service_name", name)?;
+        let destination = &destination.peer;
+        put("destination_workload", &destination.workload)?;
+        put("destination_canonical_service", &destination.canonical_service)?;
+        put("destination_canonical_revision", &destination.canonical_revision)?;
+        put("destination_workload_namespace", &destination.workload_namespace)?;
+        put("destination_principal", &destination.principal)?;
+        put("destination_app", &destination.app)?;
+        put("destination_version", &destination.version)?;
+        put("destination_cluster", &destination.cluster)?;
+        put("request_protocol", request_protocol)?;
+        put("connection_security_policy", security.as_str())
     }
 }
 
@@ -226,41 +260,19 @@ struct Flagged<'a> {
     flags: ResponseFlags,
 }
 
+/// Writes one label. Empty values are reported as `unknown`.
+pub(crate) fn label(
+    encoder: &mut LabelSetEncoder<'_>,
+    name: &'static str,
+    value: &str,
+) -> Result<(), fmt::Error> {
+    let value = if value.is_empty() { UNKNOWN } else { value };
+    (name, value).encode(encoder.encode_label())
+}
+
 impl EncodeLabelSet for Flagged<'_> {
     fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), fmt::Error> {
-        let Labels { reporter, source, destination, service, request_protocol, security } = self.labels;
-        let mut put = |name: &'static str, value: &str| {
-            let value = if value.is_empty() { UNKNOWN } else { value };
-            (name, value).encode(encoder.encode_label())
-        };
-        put("reporter", reporter.as_str())?;
-        let source = &source.peer;
-        put("source_workload", &source.workload)?;
-        put("source_canonical_service", &source.canonical_service)?;
-        put("source_canonical_revision", &source.canonical_revision)?;
-        put("source_workload_namespace", &source.workload_namespace)?;
-        put("source_principal", &source.principal)?;
-        put("source_app", &source.app)?;
-        put("source_version", &source.version)?;
-        put("source_cluster", &source.cluster)?;
-        let (host, name, namespace) = match service {
-            Some(service) => (&*service.host, &*service.name, &*service.namespace),
-            None => ("", "", ""),
-        };
-        put("destination_service", host)?;
-        put("destination_service_namespace", namespace)?;
-        put("destination_service_name", name)?;
-        let destination = &destination.peer;
-        put("destination_workload", &destination.workload)?;
-        put("destination_canonical_service", &destination.canonical_service)?;
-        put("destination_canonical_revision", &destination.canonical_revision)?;
-        put("destination_workload_namespace", &destination.workload_namespace)?;
-        put("destination_principal", &destination.principal)?;
-        put("destination_app", &destination.app)?;
-        put("destination_version", &destination.version)?;
-        put("destination_cluster", &destination.cluster)?;
-        put("request_protocol", request_protocol)?;
-        put("response_flags", self.flags.as_str())?;
-        put("connection_security_policy", security.as_str())
+        self.labels.encode(encoder)?;
+        label(encoder, "response_flags", self.flags.as_str())
     }
 }

@@ -4,7 +4,7 @@
 //! bounded: when it is reached, series that were not used since the last sweep are evicted. If all are in use, further label
 //! sets share one series whose labels are `unknown`.
 
-mod labels;
+pub(crate) mod labels;
 
 use std::collections::HashMap;
 use std::fmt;

@@ -75,13 +75,22 @@ pub const PARTIAL_STATE: &str = "AMBIT_PARTIAL_STATE";
 /// `metadata` becomes string fields of the node's metadata (`NAMESPACE`, `NODE_NAME`, `CLUSTER_ID`,
 /// `NETWORK`, … as the field knows them); [`PARTIAL_STATE`] is added, as every client of this crate waits.
 pub fn ztunnel_node(ip: IpAddr, pod: &str, namespace: &str, metadata: BTreeMap<String, String>) -> Node {
+    node("ztunnel", ip, pod, namespace, metadata)
+}
+
+/// The node message of a waypoint: as [`ztunnel_node`], with `waypoint` in front.
+pub fn waypoint_node(ip: IpAddr, pod: &str, namespace: &str, metadata: BTreeMap<String, String>) -> Node {
+    node("waypoint", ip, pod, namespace, metadata)
+}
+
+fn node(role: &str, ip: IpAddr, pod: &str, namespace: &str, metadata: BTreeMap<String, String>) -> Node {
     let fields = metadata
         .into_iter()
         .chain(std::iter::once((PARTIAL_STATE.to_owned(), "true".to_owned())))
         .map(|(key, value)| (key, prost_types::Value { kind: Some(Kind::StringValue(value)) }))
         .collect();
     Node {
-        id: format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
+        id: format!("{role}~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
         cluster: String::new(),
         metadata: Some(prost_types::Struct { fields }),
         locality: None,

@@ -50,21 +50,35 @@ impl Subscriber {
 
 /// The resources that a subscriber may see.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct View(Option<Arc<[Arc<str>]>>);
+pub struct View {
+    types: Option<Arc<[Arc<str>]>>,
+    root: Option<Arc<str>>,
+}
 
 impl View {
     /// Resources of every type.
     pub fn everything() -> Self {
-        Self(None)
+        Self { types: None, root: None }
     }
 
     /// Resources of these types.
     pub fn of_types<'a>(type_urls: impl IntoIterator<Item = &'a str>) -> Self {
-        Self(Some(type_urls.into_iter().map(Arc::from).collect()))
+        Self { types: Some(type_urls.into_iter().map(Arc::from).collect()), root: None }
+    }
+
+    /// Of these types only what names `root` among its parents, and what that brings along. The subscriber gets all of it,
+    /// whatever it asks for.
+    pub fn below<'a>(root: impl Into<Arc<str>>, type_urls: impl IntoIterator<Item = &'a str>) -> Self {
+        Self { root: Some(root.into()), ..Self::of_types(type_urls) }
     }
 
     /// Whether resources of a type may be seen.
     pub(crate) fn has_type(&self, type_url: &str) -> bool {
-        self.0.as_ref().is_none_or(|types| types.iter().any(|known| **known == *type_url))
+        self.types.as_ref().is_none_or(|types| types.iter().any(|known| **known == *type_url))
+    }
+
+    /// What resources must be below to be seen.
+    pub(crate) fn root(&self) -> Option<&Arc<str>> {
+        self.root.as_ref()
     }
 }

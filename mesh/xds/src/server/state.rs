@@ -127,8 +127,8 @@ impl State {
         self.get(name).into_iter().chain(aliased)
     }
 
-    /// Resources that name `parent` as theirs.
-    fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
+    /// Resources that name `parent` as theirs, which need not be there itself.
+    pub(crate) fn members(&self, parent: &str) -> impl Iterator<Item = &Arc<Entry>> {
         self.by_parent.get(parent).into_iter().flatten().filter_map(|name| self.get(name))
     }
 
@@ -152,15 +152,23 @@ impl State {
         found
     }
 
-    /// Whether `asked` holds for a name of the entry, or of a live resource above it.
-    pub(crate) fn is_within(&self, entry: &Entry, asked: &impl Fn(&str) -> bool) -> bool {
-        self.is_within_levels(entry, asked, MAX_LEVELS)
+    /// Whether `asked` holds for a name of the entry, or of a live resource above it, or `root` is above it.
+    pub(crate) fn is_within(&self, entry: &Entry, root: Option<&str>, asked: &impl Fn(&str) -> bool) -> bool {
+        self.is_within_levels(entry, root, asked, MAX_LEVELS)
     }
 
-    fn is_within_levels(&self, entry: &Entry, asked: &impl Fn(&str) -> bool, levels: u32) -> bool {
+    fn is_within_levels(
+        &self,
+        entry: &Entry,
+        root: Option<&str>,
+        asked: &impl Fn(&str) -> bool,
+        levels: u32,
+    ) -> bool {
         let above = |parent: &Arc<str>| {
-            let parent = self.get(parent);
-            parent.is_some_and(|parent| self.is_within_levels(parent, asked, levels - 1))
+            root == Some(&**parent)
+                || self
+                    .get(parent)
+                    .is_some_and(|parent| self.is_within_levels(parent, root, asked, levels - 1))
         };
         entry.names().any(|name| asked(name)) || (levels > 0 && entry.parents.iter().any(above))
     }

@@ -129,7 +129,8 @@ impl Stream {
         let max_names = shared.config.max_names;
         let outcome = match place {
             Some(subscription) => subscription.handle_request(request, state, max_names),
-            None => Subscription::open(request, state, max_names).map(|opened| *place = Some(opened)),
+            None => Subscription::open(request, self.subscriber.view.root(), state, max_names)
+                .map(|opened| *place = Some(opened)),
         };
         outcome.map_err(|TooManyNames| Status::resource_exhausted("too many names are subscribed"))
     }

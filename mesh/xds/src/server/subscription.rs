@@ -25,6 +25,8 @@ pub(crate) struct TooManyNames;
 #[derive(Debug)]
 pub(crate) struct Subscription {
     wildcard: bool,
+    /// What the subscriber gets everything below of, and nothing else.
+    root: Option<Arc<str>>,
     /// Names asked for one by one.
     names: HashSet<String>,
     cursor: Cursor,
@@ -41,9 +43,10 @@ pub(crate) struct Subscription {
 }
 
 impl Subscription {
-    /// Opens a type with the stream's first request for it.
+    /// Opens a type with the stream's first request for it. With a `root`, what the request subscribes does not count.
     pub(crate) fn open(
         request: &DeltaDiscoveryRequest,
+        root: Option<&Arc<str>>,
         state: &State,
         max_names: usize,
     ) -> Result<Self, TooManyNames> {
@@ -52,20 +55,21 @@ impl Subscription {
         let known = &request.initial_resource_versions;
         // xDS "how the client specifies what resources to return": an empty first request is a wildcard.
         let asks_all = subscribe.is_empty() || subscribe.iter().any(|name| name == WILDCARD);
-        let wildcard = asks_all && unsubscribe.iter().all(|name| name != WILDCARD);
+        let wildcard = root.is_none() && asks_all && unsubscribe.iter().all(|name| name != WILDCARD);
         let given_up: HashSet<&str> = unsubscribe.iter().map(String::as_str).collect();
         let mut names: HashSet<String> = subscribe
             .iter()
-            .filter(|name| *name != WILDCARD && !given_up.contains(name.as_str()))
+            .filter(|name| root.is_none() && *name != WILDCARD && !given_up.contains(name.as_str()))
             .cloned()
             .collect();
         // istio's ztunnel repeats names of earlier streams only in the list of its versions.
-        if !wildcard && names.is_empty() {
+        if root.is_none() && !wildcard && names.is_empty() {
             names.extend(known.keys().cloned());
         }
         let head = state.head();
         let mut opened = Self {
             wildcard,
+            root: root.cloned(),
             names,
             cursor: Cursor { removed: head, live: head },
             owed_removals: BTreeSet::new(),
@@ -123,6 +127,9 @@ impl Subscription {
         state: &State,
         max_names: usize,
     ) -> Result<(), TooManyNames> {
+        if self.root.is_some() {
+            return Ok(());
+        }
         let subscribe = &request.resource_names_subscribe;
         let unsubscribe = &request.resource_names_unsubscribe;
         // Both at once is on demand, as in the first request.
@@ -181,12 +188,13 @@ impl Subscription {
 
     /// Every entry that the names stand for.
     fn covered<'a>(&self, state: &'a State) -> Vec<&'a Arc<Entry>> {
-        state.with_members(self.names.iter().flat_map(|name| state.named(name)))
+        let below = self.root.iter().flat_map(|root| state.members(root));
+        state.with_members(self.names.iter().flat_map(|name| state.named(name)).chain(below))
     }
 
     /// Whether an entry is subscribed by a name of its own or of a resource above it.
     fn covers(&self, entry: &Entry, state: &State) -> bool {
-        state.is_within(entry, &|name| self.names.contains(name))
+        state.is_within(entry, self.root.as_deref(), &|name| self.names.contains(name))
     }
 
     /// Whether the subscriber has not been sent anything yet.
@@ -262,10 +270,19 @@ impl Subscription {
             if self.sent.remove(name) {
                 self.owed_removals.insert(name.to_string());
             }
+            if self.root.is_some() {
+                for member in state.members(name) {
+                    self.leave(member, state);
+                }
+            }
         }
         for (position, entry) in state.live_after(self.cursor.live) {
             let covered = self.covers(entry, state);
             let is_held = self.sent.contains(&entry.name);
+            if self.root.is_some() && !covered {
+                self.leave(entry, state);
+                continue;
+            }
             if (covered || is_held) && !(is_held && entry.changed <= self.cursor.live) {
                 self.owed.insert(position);
             }
@@ -276,6 +293,15 @@ impl Subscription {
             }
         }
         self.cursor = Cursor { removed: state.head(), live: state.head() };
+    }
+
+    /// An entry is below the root no longer: it goes, and with it what it alone brought along.
+    fn leave(&mut self, entry: &Arc<Entry>, state: &State) {
+        for member in state.with_members(std::iter::once(entry)) {
+            if !self.covers(member, state) && self.sent.remove(&member.name) {
+                self.owed_removals.insert(member.name.to_string());
+            }
+        }
     }
 
     /// An answer with the owed resources; removals first.

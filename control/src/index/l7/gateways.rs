@@ -1,0 +1,53 @@
+//! Gateways of waypoint classes as resources: what a waypoint must know of itself.
+
+use ambit_api::l7;
+use prost::Message;
+
+use super::outputs::{Resource, ResourceType};
+use super::reader::Reader;
+use super::{l4, views};
+use crate::object::{AddressValue, Kind, NamespacedName};
+
+/// The resource of a waypoint.
+pub(in crate::index) fn of_gateway(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Option<(ResourceType, Resource)> {
+    let gateway = reader.gateway(id)?;
+    if !reader.settings.waypoint_classes.contains(&gateway.class) {
+        return None;
+    }
+    let network = gateway.network.as_ref().unwrap_or(&reader.settings.network);
+    let address = |address: &AddressValue| match address {
+        AddressValue::Ip(ip) => l7::GatewayAddress {
+            network: network.to_string(),
+            ip: l4::wire::octets(*ip),
+            ..l7::GatewayAddress::default()
+        },
+        AddressValue::Hostname(host) => {
+            let (hostname, namespace) = (host.to_string(), id.namespace.to_string());
+            l7::GatewayAddress { hostname, namespace, ..l7::GatewayAddress::default() }
+        }
+    };
+    let message = l7::Gateway {
+        object: Some(object_name(Kind::Gateway, id)),
+        addresses: gateway.addresses.iter().map(address).collect(),
+    };
+    let resource = Resource {
+        name: id.to_string().into(),
+        aliases: Vec::new(),
+        parents: vec![views::root(id)],
+        body: message.encode_to_vec().into(),
+        unhealthy: false,
+    };
+    Some((ResourceType::Gateway, resource))
+}
+
+/// An object as messages name it.
+pub(in crate::index) fn object_name(kind: Kind, id: &NamespacedName) -> l7::ObjectName {
+    l7::ObjectName {
+        kind: kind.as_str().to_owned(),
+        namespace: id.namespace.to_string(),
+        name: id.name.to_string(),
+    }
+}

@@ -1,0 +1,9 @@
+//! Objects to the resources of waypoints, with findings for the objects' authors; as [`super::l4`] for node proxies.
+//!
+//! A waypoint sees what is below the root of its view: [`views`] says for each resource below which roots it is.
+
+pub(super) mod gateways;
+pub(super) mod routes;
+pub(super) mod views;
+
+use super::{Finding, l4, outputs, reader};

@@ -1,0 +1,202 @@
+//! Routes of Gateway API as resources: attachment, references, and what their authors should know.
+
+use std::sync::Arc;
+
+use ambit_api::l7;
+use prost::Message;
+
+use super::gateways::object_name;
+use super::outputs::{Resource, ResourceType};
+use super::reader::Reader;
+use super::{Finding, views};
+use crate::object::{BackendRef, Kind, ObjectRef, ParentRef, RouteFilter, RouteRule, TargetKind};
+
+/// The resource of a route that is attached to something.
+pub(in crate::index) fn of_route(
+    reader: &Reader<'_>,
+    reference: &ObjectRef,
+) -> Vec<(ResourceType, Resource)> {
+    let Some(route) = reader.store.routes.get(reference) else { return Vec::new() };
+    let namespace = &route.meta.id.namespace;
+    let lowering = Lowering { reader, kind: reference.kind, namespace };
+    let rules: Vec<l7::Rule> = route.rules.iter().map(|rule| lowering.rule(rule)).collect();
+    let mut targets = Vec::new();
+    for parent in &route.parents {
+        let Some(attached) = lowering.attach(parent) else { continue };
+        match attached {
+            Ok(attached) => {
+                targets.extend(attached);
+                reader.find(condition(parent, "Accepted", true, "Accepted", "attached".to_owned()));
+                report_references(reader, parent, &rules);
+            }
+            Err(reason) => reader.find(condition(parent, "Accepted", false, "NoMatchingParent", reason)),
+        }
+    }
+    if targets.is_empty() {
+        return Vec::new();
+    }
+    let message = l7::Route {
+        object: Some(object_name(reference.kind, &reference.name)),
+        created: route.meta.created.unwrap_or_default(),
+        targets,
+        rules,
+        order: l7::Order::Specific as i32,
+        protocol: route.protocol as i32,
+    };
+    let name = format!("{}/{}", reference.kind, reference.name).into();
+    let parents = views::of_route(reader, route).into_iter().collect();
+    let body = message.encode_to_vec().into();
+    vec![(ResourceType::Route, Resource { name, aliases: Vec::new(), parents, body, unhealthy: false })]
+}
+
+/// Says whether all references of a route lead somewhere.
+fn report_references(reader: &Reader<'_>, parent: &ParentRef, rules: &[l7::Rule]) {
+    let of_backends = rules.iter().flat_map(|rule| &rule.backends).map(|backend| &backend.invalid);
+    let mut faults =
+        rules.iter().map(|rule| &rule.invalid).chain(of_backends).filter(|text| !text.is_empty());
+    let finding = match faults.next() {
+        None => {
+            condition(parent, "ResolvedRefs", true, "ResolvedRefs", "every reference is known".to_owned())
+        }
+        Some(fault) => {
+            let reason = match fault.as_str() {
+                text if text.contains("ReferenceGrant") => "RefNotPermitted",
+                text if text.contains("of kind") => "InvalidKind",
+                text if text.contains("does not exist") || text.contains("has no port") => "BackendNotFound",
+                _ => "UnsupportedValue",
+            };
+            condition(parent, "ResolvedRefs", false, reason, fault.clone())
+        }
+    };
+    reader.find(finding);
+}
+
+fn condition(
+    parent: &ParentRef,
+    condition: &'static str,
+    met: bool,
+    reason: &'static str,
+    message: String,
+) -> Finding {
+    let kind = match parent.kind {
+        TargetKind::ServiceEntry => Kind::ServiceEntry,
+        TargetKind::Service | TargetKind::Hostname | TargetKind::Other => Kind::Service,
+    };
+    Finding::new(condition, met, reason, message).relative_to(kind, &parent.name)
+}
+
+struct Lowering<'a, 'r> {
+    reader: &'r Reader<'a>,
+    kind: Kind,
+    namespace: &'r Arc<str>,
+}
+
+impl Lowering<'_, '_> {
+    /// What a parent stands for; `None` if it is none of the mesh's.
+    fn attach(&self, parent: &ParentRef) -> Option<Result<Vec<l7::Target>, String>> {
+        let target = |hostname: String| l7::Target {
+            namespace: parent.name.namespace.to_string(),
+            hostname,
+            port: parent.port.map(u32::from).unwrap_or_default(),
+            // Gateway API, GEP-1426: hosts of a route don't count where its parent is a service.
+            hostnames: Vec::new(),
+            // GEP-1426: a route in another namespace is for the requests of that namespace's clients.
+            client_namespace: match parent.name.namespace == *self.namespace {
+                true => String::new(),
+                false => self.namespace.to_string(),
+            },
+        };
+        let has_port = |ports: &[u16]| parent.port.is_none_or(|wanted| ports.contains(&wanted));
+        let no_port = || format!("{} has no port {}", parent.name, parent.port.unwrap_or_default());
+        match parent.kind {
+            TargetKind::Service => Some(match self.reader.service(&parent.name) {
+                None => Err(format!("Service {} does not exist", parent.name)),
+                Some(service)
+                    if !has_port(&service.ports.iter().map(|port| port.number).collect::<Vec<_>>()) =>
+                {
+                    Err(no_port())
+                }
+                Some(_) => Ok(vec![target(self.reader.settings.host_of_service(&parent.name))]),
+            }),
+            TargetKind::ServiceEntry => Some(match self.reader.service_entry(&parent.name) {
+                None => Err(format!("ServiceEntry {} does not exist", parent.name)),
+                Some(entry) if !has_port(&entry.ports.iter().map(|port| port.number).collect::<Vec<_>>()) => {
+                    Err(no_port())
+                }
+                Some(entry) => Ok(entry.hosts.iter().map(|host| target(host.to_string())).collect()),
+            }),
+            TargetKind::Hostname | TargetKind::Other => None,
+        }
+    }
+
+    fn rule(&self, rule: &RouteRule) -> l7::Rule {
+        let mut lowered = rule.own.clone();
+        lowered.filters = self.filters(&rule.filters);
+        let backends = rule.backends.iter().map(|backend| l7::Backend {
+            weight: backend.weight,
+            filters: self.filters(&backend.filters),
+            ..self.backend(&backend.to)
+        });
+        lowered.backends = backends.collect();
+        if lowered.invalid.is_empty() {
+            lowered.invalid = ambit_route::fault(&lowered).unwrap_or_default();
+        }
+        lowered
+    }
+
+    fn filters(&self, filters: &[RouteFilter]) -> Vec<l7::Filter> {
+        let lower = |filter: &RouteFilter| {
+            let kind = match filter {
+                RouteFilter::Own(kind) => kind.clone(),
+                RouteFilter::Mirror { backend, denominator, numerator } => {
+                    l7::filter::Kind::Mirror(l7::Mirror {
+                        backend: Some(l7::Backend { weight: 1, ..self.backend(backend) }),
+                        denominator: *denominator,
+                        numerator: *numerator,
+                    })
+                }
+            };
+            l7::Filter { kind: Some(kind) }
+        };
+        filters.iter().map(lower).collect()
+    }
+
+    /// The backend of a reference, or why it is none.
+    fn backend(&self, to: &BackendRef) -> l7::Backend {
+        match self.resolve(to) {
+            Ok(backend) => backend,
+            Err(reason) => l7::Backend {
+                namespace: to.name_in(self.namespace).namespace.to_string(),
+                hostname: to.name.to_string(),
+                port: to.port.map(u32::from).unwrap_or_default(),
+                invalid: reason,
+                ..l7::Backend::default()
+            },
+        }
+    }
+
+    fn resolve(&self, to: &BackendRef) -> Result<l7::Backend, String> {
+        let name = to.name_in(self.namespace);
+        match to.kind {
+            TargetKind::Service => {}
+            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Other => {
+                return Err(format!("backends of kind {} are not supported", to.kind_name));
+            }
+        }
+        let object = ObjectRef { kind: Kind::Service, name: name.clone() };
+        if name.namespace != *self.namespace && !self.reader.is_granted(self.kind, self.namespace, &object) {
+            return Err(format!("no ReferenceGrant allows a reference to Service {name}"));
+        }
+        let service = self.reader.service(&name).ok_or_else(|| format!("Service {name} does not exist"))?;
+        let port = to.port.ok_or_else(|| format!("the reference to Service {name} has no port"))?;
+        if !service.ports.iter().any(|known| known.number == port) {
+            return Err(format!("Service {name} has no port {port}"));
+        }
+        Ok(l7::Backend {
+            namespace: name.namespace.to_string(),
+            hostname: self.reader.settings.host_of_service(&name),
+            port: port.into(),
+            ..l7::Backend::default()
+        })
+    }
+}

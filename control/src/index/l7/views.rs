@@ -1,0 +1,82 @@
+//! Which waypoints see a resource: those that its service is bound to, and those of services whose routes lead to it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::reader::Reader;
+use crate::object::{
+    Choice, Kind, NamespacedName, ObjectRef, Pod, Route, Service, TargetKind, WaypointBinding,
+};
+
+/// The root of the view of the waypoint `<namespace>/<name>`: the name that its resources have among their parents.
+pub fn root_of_view(gateway: &str) -> Arc<str> {
+    format!("Gateway/{gateway}").into()
+}
+
+type Roots = BTreeSet<Arc<str>>;
+
+/// Below what a Service is.
+pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Vec<Arc<str>> {
+    let mut roots = of_binding(reader, &service.meta.id.namespace, &service.waypoint);
+    let own = ObjectRef { kind: Kind::Service, name: service.meta.id.clone() };
+    for route in reader.routes_to(&service.meta.id) {
+        let from = &route.meta.id.namespace;
+        // A reference that is not permitted shows nothing of what it names.
+        if *from == own.name.namespace || reader.is_granted(route.kind(), from, &own) {
+            roots.extend(of_route(reader, route));
+        }
+    }
+    roots.into_iter().collect()
+}
+
+/// Below what a route is: the waypoints of what it is attached to.
+pub(in crate::index) fn of_route(reader: &Reader<'_>, route: &Route) -> Roots {
+    let mut roots = Roots::new();
+    for parent in &route.parents {
+        match parent.kind {
+            TargetKind::Service => {
+                if let Some(service) = reader.service(&parent.name) {
+                    roots.extend(of_binding(reader, &parent.name.namespace, &service.waypoint));
+                }
+            }
+            TargetKind::ServiceEntry => {
+                if let Some(entry) = reader.service_entry(&parent.name) {
+                    roots.extend(of_binding(reader, &parent.name.namespace, &entry.waypoint));
+                }
+            }
+            TargetKind::Hostname | TargetKind::Other => {}
+        }
+    }
+    roots
+}
+
+/// The waypoints that something in `namespace` with this binding is bound to, canary included.
+pub(in crate::index) fn of_binding(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    binding: &WaypointBinding,
+) -> Roots {
+    let defaults = reader.namespace(namespace).map(|namespace| &namespace.waypoint);
+    let in_force = if binding.choice.is_some() { Some(binding) } else { defaults };
+    let Some(Choice::Named(primary)) = in_force.and_then(|binding| binding.choice.as_ref()) else {
+        return Roots::new();
+    };
+    let canary = binding.canary.as_ref().or(in_force.and_then(|binding| binding.canary.as_ref()));
+    let names = canary.map(|canary| &canary.gateway).into_iter().chain([primary]);
+    names.map(root).collect()
+}
+
+/// Below what a pod is by itself: its own gateway, if it is a waypoint's, and the waypoint of its own address.
+pub(in crate::index) fn of_pod(reader: &Reader<'_>, pod: &Pod) -> Roots {
+    let namespace = &pod.meta.id.namespace;
+    let mut roots = of_binding(reader, namespace, &pod.waypoint);
+    if let Some(gateway) = super::l4::waypoints::own_gateway(reader, namespace, &pod.meta.labels) {
+        roots.insert(root(&gateway.meta.id));
+    }
+    roots
+}
+
+/// The root of a gateway's view.
+pub(in crate::index) fn root(gateway: &NamespacedName) -> Arc<str> {
+    root_of_view(&gateway.to_string())
+}

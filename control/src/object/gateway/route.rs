@@ -1,0 +1,221 @@
+//! Routes of Gateway API, whatever their protocol: what is theirs alone is in its final form already, and what refers to
+//! other objects waits for the index.
+
+use std::sync::Arc;
+
+use ambit_api::l7;
+use serde::Deserialize;
+
+use crate::object::meta::Meta;
+use crate::object::{Kind, NamespacedName};
+
+/// A route.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    /// Name, labels and age.
+    pub meta: Meta,
+    /// What it is for.
+    pub protocol: l7::Protocol,
+    /// What it wants to be attached to.
+    pub parents: Vec<ParentRef>,
+    /// Hosts that it is for; a service has its own.
+    pub hostnames: Vec<Arc<str>>,
+    /// Its rules.
+    pub rules: Vec<RouteRule>,
+}
+
+impl Route {
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self.protocol {
+            l7::Protocol::Http => Kind::HttpRoute,
+            l7::Protocol::Grpc => Kind::GrpcRoute,
+        }
+    }
+
+    /// The Services that it refers to.
+    pub fn services(&self) -> impl Iterator<Item = NamespacedName> {
+        let references = self.rules.iter().flat_map(RouteRule::references);
+        references.filter_map(|reference| match reference.kind {
+            TargetKind::Service => Some(reference.name_in(&self.meta.id.namespace)),
+            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Other => None,
+        })
+    }
+}
+
+/// A rule.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouteRule {
+    /// The rule without filters and backends.
+    pub own: l7::Rule,
+    /// In order.
+    pub filters: Vec<RouteFilter>,
+    /// Where requests go.
+    pub backends: Vec<RuleBackend>,
+}
+
+impl RouteRule {
+    /// A rule that could not be read.
+    pub(super) fn unreadable(reason: String) -> RouteRule {
+        let own = l7::Rule { invalid: reason, ..l7::Rule::default() };
+        RouteRule { own, filters: Vec::new(), backends: Vec::new() }
+    }
+
+    fn references(&self) -> impl Iterator<Item = &BackendRef> {
+        let of_backends = self.backends.iter().flat_map(|backend| &backend.filters);
+        let mirrors = self.filters.iter().chain(of_backends).filter_map(|filter| match filter {
+            RouteFilter::Mirror { backend, .. } => Some(backend),
+            RouteFilter::Own(_) => None,
+        });
+        self.backends.iter().map(|backend| &backend.to).chain(mirrors)
+    }
+}
+
+/// A filter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RouteFilter {
+    /// One that refers to nothing.
+    Own(l7::filter::Kind),
+    /// A copy for another backend.
+    Mirror {
+        /// Where it goes.
+        backend: BackendRef,
+        /// Of this many requests ...
+        denominator: u32,
+        /// ... this many are copied.
+        numerator: u32,
+    },
+}
+
+/// A backend with its share.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RuleBackend {
+    /// Where requests go.
+    pub to: BackendRef,
+    /// In proportion to the others.
+    pub weight: u32,
+    /// Filters of its share, in order.
+    pub filters: Vec<RouteFilter>,
+}
+
+/// What kind of thing is referred to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetKind {
+    /// A Kubernetes Service.
+    Service,
+    /// A ServiceEntry: all of its hosts.
+    ServiceEntry,
+    /// A host name of the mesh (`networking.istio.io/Hostname`).
+    Hostname,
+    /// Anything else.
+    Other,
+}
+
+impl TargetKind {
+    fn of(group: Option<&str>, kind: Option<&str>, default: (&str, &str)) -> TargetKind {
+        match (group.unwrap_or(default.0), kind.unwrap_or(default.1)) {
+            ("" | "core", "Service") => TargetKind::Service,
+            ("networking.istio.io", "ServiceEntry") => TargetKind::ServiceEntry,
+            ("networking.istio.io", "Hostname") => TargetKind::Hostname,
+            _ => TargetKind::Other,
+        }
+    }
+}
+
+/// A reference to a backend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BackendRef {
+    /// What it is.
+    pub kind: TargetKind,
+    /// Its kind as written.
+    pub kind_name: Arc<str>,
+    /// Its namespace; `None`: that of the route.
+    pub namespace: Option<Arc<str>>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its port.
+    pub port: Option<u16>,
+}
+
+impl BackendRef {
+    /// The object, as a route in `namespace` means it.
+    pub fn name_in(&self, namespace: &Arc<str>) -> NamespacedName {
+        NamespacedName::new(self.namespace.as_ref().unwrap_or(namespace).clone(), self.name.clone())
+    }
+}
+
+/// What a route wants to be attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParentRef {
+    /// What it is.
+    pub kind: TargetKind,
+    /// Its name.
+    pub name: NamespacedName,
+    /// A single port of it.
+    pub port: Option<u16>,
+}
+
+/// A `parentRef` as written.
+#[derive(Debug, Deserialize)]
+pub(super) struct Parent {
+    group: Option<String>,
+    kind: Option<String>,
+    namespace: Option<String>,
+    name: String,
+    port: Option<u16>,
+}
+
+impl Parent {
+    pub(super) fn read(self, namespace: &Arc<str>) -> ParentRef {
+        let default = ("gateway.networking.k8s.io", "Gateway");
+        ParentRef {
+            kind: TargetKind::of(self.group.as_deref(), self.kind.as_deref(), default),
+            name: NamespacedName::new(self.namespace.map_or_else(|| namespace.clone(), Arc::from), self.name),
+            port: self.port,
+        }
+    }
+}
+
+/// A `backendRef` as written, weight and filters apart.
+#[derive(Debug, Deserialize)]
+pub(super) struct Reference {
+    group: Option<String>,
+    kind: Option<String>,
+    namespace: Option<String>,
+    name: String,
+    port: Option<u16>,
+}
+
+impl From<Reference> for BackendRef {
+    fn from(reference: Reference) -> BackendRef {
+        let Reference { group, kind, namespace, name, port } = reference;
+        BackendRef {
+            kind: TargetKind::of(group.as_deref(), kind.as_deref(), ("", "Service")),
+            kind_name: kind.as_deref().unwrap_or("Service").into(),
+            namespace: namespace.map(Arc::from),
+            name: name.into(),
+            port,
+        }
+    }
+}
+
+/// A length of time as Gateway API writes it: `1h`, `1m30s`, `500ms` (GEP-2257). In nanoseconds.
+pub(super) fn duration(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no duration");
+    let mut rest = text;
+    let mut millis = 0_u64;
+    if rest.is_empty() {
+        return Err(wrong());
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+        let (number, tail) = rest.split_at(digits);
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        let units = [("ms", 1), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
+        let unit = units.iter().find_map(|(unit, scale)| Some((tail.strip_prefix(unit)?, *scale)));
+        let (tail, scale) = unit.ok_or_else(wrong)?;
+        millis = number.checked_mul(scale).and_then(|more| millis.checked_add(more)).ok_or_else(wrong)?;
+        rest = tail;
+    }
+    millis.checked_mul(1_000_000).ok_or_else(wrong)
+}

@@ -1,0 +1,169 @@
+//! What a cluster runs for a Gateway of class `ambit-waypoint`: a service account, a Service and a Deployment of its name,
+//! as the control plane deploys them in Kubernetes; and the Gateway's status, which says where it is reached.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use k8s_openapi::api::core::v1::Service;
+use serde_json::{Value, json};
+
+use crate::addresses::CONTROL_V4;
+use crate::cluster::mesh::{CONTROL_PORT, root_file};
+use crate::cluster::shared::Shared;
+use crate::error::{Error, Result};
+use crate::manifest::{Key, Object};
+use crate::token::Subject;
+
+/// `gatewayClassName` of waypoints.
+const CLASS: &str = "ambit-waypoint";
+/// Name of the program, and of the image that stands for it.
+const PROGRAM: &str = "ambit-waypoint";
+/// Says whose gateway a pod or Service is (Gateway API, GEP-1762).
+const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+
+/// The Gateways that are run here.
+fn gateways(objects: &BTreeMap<Key, Object>) -> Vec<Key> {
+    let is_waypoint = |object: &Object| object.body["spec"]["gatewayClassName"].as_str() == Some(CLASS);
+    let of_kind = objects.iter().filter(|(key, object)| key.kind == "Gateway" && is_waypoint(object));
+    of_kind.map(|(key, _)| key.clone()).collect()
+}
+
+/// Adds what each waypoint needs, except where the user's own objects have the names. A token that can't be written is a
+/// problem of its Gateway.
+pub(crate) fn add(
+    shared: &Shared,
+    env: &BTreeMap<String, String>,
+    objects: &mut BTreeMap<Key, Object>,
+    problems: &mut BTreeMap<String, String>,
+) {
+    for gateway in gateways(objects) {
+        let token = match token(shared, &gateway) {
+            Ok(token) => token,
+            Err(error) => {
+                problems.insert(gateway.to_string(), error.to_string());
+                continue;
+            }
+        };
+        for (kind, body) in [
+            ("ServiceAccount", account(&gateway)),
+            ("Service", service(&gateway)),
+            ("Deployment", deployment(shared, &gateway, env, &token)),
+        ] {
+            let key = Key::new(kind, &gateway.namespace, &gateway.name);
+            let file = objects.get(&gateway).map(|object| object.file.clone()).unwrap_or_default();
+            objects.entry(key.clone()).or_insert(Object { key, file, body });
+        }
+    }
+}
+
+/// The Gateways with their addresses, once their Services have some.
+pub(crate) fn statuses(objects: &BTreeMap<Key, Object>, services: &[Service]) -> Vec<(Key, Value)> {
+    let with_status = |gateway: Key| {
+        let mut body = objects.get(&gateway)?.body.clone();
+        let service = services.iter().find(|service| {
+            service.metadata.name.as_deref() == Some(&gateway.name)
+                && service.metadata.namespace.as_deref() == Some(&gateway.namespace)
+        });
+        let addresses = service?.spec.as_ref()?.cluster_ips.clone().unwrap_or_default();
+        let address = |value: String| json!({ "type": "IPAddress", "value": value });
+        body["status"]["addresses"] = addresses.into_iter().map(address).collect();
+        Some((gateway, body))
+    };
+    gateways(objects).into_iter().filter_map(with_status).collect()
+}
+
+/// The file with the token of a waypoint's service account, written when it is asked for first and renewed with the others.
+fn token(shared: &Shared, gateway: &Key) -> Result<std::path::PathBuf> {
+    let directory = shared.directory.join("waypoints");
+    let file = directory.join(format!("{}_{}.token", gateway.namespace, gateway.name));
+    let mut tokens = shared.tokens.lock();
+    if tokens.iter().any(|(_, known)| *known == file) {
+        return Ok(file);
+    }
+    std::fs::create_dir_all(&directory)
+        .map_err(Error::system(format!("make directory {}", directory.display())))?;
+    let subject = Subject {
+        namespace: gateway.namespace.clone(),
+        service_account: gateway.name.clone(),
+        pod: None,
+        node: None,
+    };
+    shared.signer.write(&subject, shared.token_lifetime, &file)?;
+    tokens.push((subject, file.clone()));
+    Ok(file)
+}
+
+fn metadata(gateway: &Key) -> Value {
+    json!({
+        "name": gateway.name,
+        "namespace": gateway.namespace,
+        "labels": { GATEWAY_NAME: gateway.name },
+    })
+}
+
+fn account(gateway: &Key) -> Value {
+    json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(gateway) })
+}
+
+fn service(gateway: &Key) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(gateway),
+        "spec": {
+            "selector": { GATEWAY_NAME: gateway.name },
+            "ports": [{ "name": "mesh", "port": 15008, "appProtocol": "hbone" }],
+        },
+    })
+}
+
+fn deployment(
+    shared: &Shared,
+    gateway: &Key,
+    env: &BTreeMap<String, String>,
+    token: &std::path::Path,
+) -> Value {
+    let field =
+        |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
+    let value = |name: &str, value: String| json!({ "name": name, "value": value });
+    let root = root_file(shared).display().to_string();
+    let control = SocketAddr::new(IpAddr::V4(CONTROL_V4), CONTROL_PORT).to_string();
+    let mut variables = vec![
+        field("POD_NAME", "metadata.name"),
+        field("POD_NAMESPACE", "metadata.namespace"),
+        field("INSTANCE_IP", "status.podIP"),
+        value("SERVICE_ACCOUNT", gateway.name.clone()),
+        value("XDS_ADDRESS", control),
+        value("XDS_ROOT_CA", root.clone()),
+        value("AUTH_TOKEN", token.display().to_string()),
+        value("AMBIT_WAYPOINT_WORKLOAD_ROOT", root),
+        value("AMBIT_WAYPOINT_TRUST_DOMAIN", shared.trust_domain.clone()),
+    ];
+    variables.extend(env.iter().map(|(name, text)| value(name, text.clone())));
+    let labels = json!({ GATEWAY_NAME: gateway.name, "istio.io/dataplane-mode": "none" });
+    json!({
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata(gateway),
+        "spec": {
+            "selector": { "matchLabels": { GATEWAY_NAME: gateway.name } },
+            "template": {
+                "metadata": { "labels": labels },
+                "spec": {
+                    "serviceAccountName": gateway.name,
+                    "terminationGracePeriodSeconds": 60,
+                    "containers": [{
+                        "name": "waypoint",
+                        "image": PROGRAM,
+                        "env": variables,
+                        "ports": [{ "name": "mesh", "containerPort": 15008 }],
+                        "readinessProbe": {
+                            "httpGet": { "path": "/healthz/ready", "port": 15021 },
+                            "periodSeconds": 1,
+                        },
+                    }],
+                },
+            },
+        },
+    })
+}

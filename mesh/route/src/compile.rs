@@ -1,0 +1,172 @@
+//! From a route as it comes over the wire to entries of the table.
+//!
+//! A rule of which a part can't be read is kept and answers 500: to leave it out would send its requests to the next rule.
+//! A condition that can't be read counts as met, and a path that can't be read as the prefix `/`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_api::l7;
+use http::{HeaderName, Method, StatusCode};
+
+use crate::backend::{Backend, Backends};
+use crate::field::{FieldMatch, StringMatch, whole};
+use crate::filter::{self, Filter};
+use crate::rule::{Retry, RouteName, Rule, Timeouts};
+use crate::table::{Entry, PathMatch};
+
+/// A route, ready for the table.
+pub(crate) struct Compiled {
+    pub(crate) order: l7::Order,
+    pub(crate) entries: Vec<(PathMatch, Entry)>,
+}
+
+/// What of a rule can't be read, if anything.
+pub fn fault(rule: &l7::Rule) -> Option<String> {
+    let mut faults = Vec::new();
+    rule.matches.iter().for_each(|source| drop(conditions(source, &mut faults)));
+    let nobody = Arc::new(RouteName { kind: "".into(), namespace: "".into(), name: "".into() });
+    self::rule(&nobody, 0, rule, faults).invalid.map(|reason| reason.to_string())
+}
+
+/// Compiles a route.
+pub(crate) fn route(route: &l7::Route) -> Compiled {
+    let object = route.object.clone().unwrap_or_default();
+    let name = Arc::new(RouteName {
+        kind: object.kind.into(),
+        namespace: object.namespace.into(),
+        name: object.name.into(),
+    });
+    let created = if route.created == 0 { i64::MAX } else { route.created };
+    let order_by: Arc<str> = format!("{}/{}", name.namespace, name.name).into();
+    let mut entries = Vec::new();
+    for (at, source) in (0_u32..).zip(&route.rules) {
+        let everything = [l7::Match::default()];
+        let matches = if source.matches.is_empty() { &everything[..] } else { &source.matches };
+        let mut faults = Vec::new();
+        let conditions: Vec<_> = matches.iter().map(|source| conditions(source, &mut faults)).collect();
+        let rule = Arc::new(rule(&name, at, source, faults));
+        for (place, (path, method, headers, query)) in (0_u32..).zip(conditions) {
+            let seniority = (created, order_by.clone(), at, place);
+            entries.push((path, Entry { method, headers, query, rule: rule.clone(), seniority }));
+        }
+    }
+    Compiled { order: route.order(), entries }
+}
+
+type Conditions = (PathMatch, Option<Method>, Vec<FieldMatch>, Vec<FieldMatch>);
+
+fn conditions(source: &l7::Match, faults: &mut Vec<String>) -> Conditions {
+    let path = match source.path.as_ref().and_then(|path| path.kind.as_ref()) {
+        None => Ok(prefix("/")),
+        Some(l7::path_match::Kind::Exact(path)) => Ok(PathMatch::Exact(path.as_str().into())),
+        Some(l7::path_match::Kind::Prefix(path)) => Ok(prefix(path)),
+        Some(l7::path_match::Kind::Regex(pattern)) => whole(pattern).map(PathMatch::Regex),
+    };
+    let method = match source.method.as_str() {
+        "" => Ok(None),
+        name => Method::from_bytes(name.as_bytes()).map(Some).map_err(|_| format!("no method: {name:?}")),
+    };
+    let headers = source.headers.iter().map(|field| {
+        let name = header_name(&field.name)?;
+        Ok(FieldMatch::Header(name, string_match(field.value.as_ref())?))
+    });
+    let query = source
+        .query
+        .iter()
+        .map(|field| Ok(FieldMatch::Query(field.name.as_str().into(), string_match(field.value.as_ref())?)));
+    let headers: Vec<Result<FieldMatch, String>> = headers.collect();
+    let query: Vec<Result<FieldMatch, String>> = query.collect();
+    let headers = headers.into_iter().filter_map(|field| noted(field, faults)).collect();
+    let query = query.into_iter().filter_map(|field| noted(field, faults)).collect();
+    (noted(path, faults).unwrap_or_else(|| prefix("/")), noted(method, faults).flatten(), headers, query)
+}
+
+fn noted<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
+    result.map_err(|fault| faults.push(fault)).ok()
+}
+
+fn prefix(path: &str) -> PathMatch {
+    PathMatch::Prefix(path.trim_end_matches('/').into())
+}
+
+pub(crate) fn header_name(name: &str) -> Result<HeaderName, String> {
+    HeaderName::from_bytes(name.as_bytes()).map_err(|_| format!("no header name: {name:?}"))
+}
+
+pub(crate) fn string_match(source: Option<&l7::StringMatch>) -> Result<StringMatch, String> {
+    match source.and_then(|value| value.kind.as_ref()) {
+        Some(l7::string_match::Kind::Exact(text)) => Ok(StringMatch::Exact(text.as_str().into())),
+        Some(l7::string_match::Kind::Prefix(text)) => Ok(StringMatch::Prefix(text.as_str().into())),
+        Some(l7::string_match::Kind::Regex(pattern)) => StringMatch::regex(pattern),
+        Some(l7::string_match::Kind::Present(wanted)) => Ok(StringMatch::Present(*wanted)),
+        None => Err("a match without a value".to_owned()),
+    }
+}
+
+fn rule(route: &Arc<RouteName>, index: u32, source: &l7::Rule, mut faults: Vec<String>) -> Rule {
+    let backends = source.backends.iter().map(|backend| (backend.weight, self::backend(backend)));
+    let backends = Backends::new(backends);
+    let filters = source.filters.iter().map(|filter| filter::compile(filter, &backend));
+    let filters: Vec<Result<Filter, String>> = filters.collect();
+    let filters = filters.into_iter().filter_map(|filter| noted(filter, &mut faults)).collect();
+    let retry = source.retry.as_ref().and_then(|source| noted(retry(source), &mut faults));
+    let invalid = match source.invalid.as_str() {
+        "" => faults.into_iter().next(),
+        reason => Some(reason.to_owned()),
+    };
+    let timeouts = source.timeouts.unwrap_or_default();
+    let span = |nanos: u64| (nanos > 0).then(|| Duration::from_nanos(nanos));
+    Rule {
+        route: route.clone(),
+        name: source.name.as_str().into(),
+        index,
+        filters,
+        backends,
+        timeouts: Timeouts { request: span(timeouts.request_nanos), backend: span(timeouts.backend_nanos) },
+        retry,
+        invalid: invalid.map(Into::into),
+    }
+}
+
+fn backend(source: &l7::Backend) -> Backend {
+    let filters: Result<Box<[Filter]>, String> =
+        source.filters.iter().map(|filter| filter::compile(filter, &backend)).collect();
+    let (filters, fault) = match filters {
+        Ok(filters) => (filters, None),
+        Err(fault) => (Box::default(), Some(fault)),
+    };
+    let port = u16::try_from(source.port).ok().filter(|port| *port != 0);
+    let fault = fault.or_else(|| port.is_none().then(|| "a backend without a port".to_owned()));
+    let invalid = if source.invalid.is_empty() { fault } else { Some(source.invalid.clone()) };
+    Backend {
+        namespace: source.namespace.as_str().into(),
+        hostname: source.hostname.to_ascii_lowercase().into(),
+        port: port.unwrap_or_default(),
+        filters,
+        invalid: invalid.map(Into::into),
+    }
+}
+
+fn retry(source: &l7::Retry) -> Result<Retry, String> {
+    /// More tries than this only make things worse.
+    const MOST: u32 = 10;
+    let codes = source.codes.iter().map(|code| status(*code));
+    let mut retry = Retry {
+        attempts: source.attempts.min(MOST),
+        codes: codes.collect::<Result<_, _>>()?,
+        backoff: (source.backoff_nanos > 0).then(|| Duration::from_nanos(source.backoff_nanos)),
+        conditions: crate::rule::RetryConditions::default(),
+    };
+    for name in &source.on {
+        if !retry.conditions.add(name) {
+            return Err(format!("no retry condition: {name:?}"));
+        }
+    }
+    Ok(retry)
+}
+
+pub(crate) fn status(code: u32) -> Result<StatusCode, String> {
+    let known = u16::try_from(code).ok().and_then(|code| StatusCode::from_u16(code).ok());
+    known.ok_or_else(|| format!("no status code: {code}"))
+}

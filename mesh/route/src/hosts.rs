@@ -1,0 +1,44 @@
+//! Rules by the host of a request.
+
+use std::collections::HashMap;
+
+/// Something for each host: exact names, all names below one, and all names.
+#[derive(Debug)]
+pub(crate) struct Hosts<T> {
+    exact: HashMap<Box<str>, T>,
+    /// By what follows the `*`, dot included.
+    below: HashMap<Box<str>, T>,
+    any: T,
+}
+
+impl<T: Default> Default for Hosts<T> {
+    fn default() -> Self {
+        Self { exact: HashMap::new(), below: HashMap::new(), any: T::default() }
+    }
+}
+
+impl<T: Default> Hosts<T> {
+    /// The place of a host as a route writes it: `a.b`, `*.b`, or nothing or `*` for all.
+    pub(crate) fn entry(&mut self, host: &str) -> &mut T {
+        let host = host.to_ascii_lowercase();
+        match host.strip_prefix('*') {
+            Some("") => &mut self.any,
+            Some(suffix) => self.below.entry(suffix.into()).or_default(),
+            None if host.is_empty() => &mut self.any,
+            None => self.exact.entry(host.into()).or_default(),
+        }
+    }
+
+    /// What is there for a host of a request (lower case), the most specific first.
+    pub(crate) fn matching<'s, 'h>(&'s self, host: &'h str) -> impl Iterator<Item = &'s T> + use<'s, 'h, T> {
+        let labels = host.match_indices('.').filter_map(move |(at, _)| host.get(at..));
+        let labels = labels.filter(|_| !self.below.is_empty());
+        let below = labels.filter_map(|suffix| self.below.get(suffix));
+        let exact = (!self.exact.is_empty()).then(|| self.exact.get(host)).flatten();
+        exact.into_iter().chain(below).chain([&self.any])
+    }
+
+    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.exact.values_mut().chain(self.below.values_mut()).chain([&mut self.any])
+    }
+}

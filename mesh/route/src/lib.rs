@@ -1,0 +1,24 @@
+//! L7 routes as a waypoint or gateway follows them: compiled once a change, matched once a request.
+//!
+//! - [`Table`]: every route by what it is attached to; [`Table::routes`] finds those of a service and port;
+//! - [`RouteSet::find`]: the rule of a request, by the precedence of Gateway API or by declaration;
+//! - [`Rule`]: what to do with the request: [`Filter`]s, [`Backends`], timeouts, retries;
+//! - [`filter`]: what filters make of a request or response, as pure functions over `http`'s types.
+//!
+//! Nothing here opens a socket, reads a clock or draws a random number: numbers that decide come in as arguments.
+//! Regular expressions take linear time.
+
+mod backend;
+mod compile;
+mod field;
+pub mod filter;
+mod hosts;
+mod rule;
+mod table;
+
+pub use backend::{Backend, Backends};
+pub use compile::fault;
+pub use field::{FieldMatch, StringMatch};
+pub use filter::Filter;
+pub use rule::{Retry, RouteName, Rule, Timeouts};
+pub use table::{Matched, RequestHead, RouteSet, Table};

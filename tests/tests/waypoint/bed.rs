@@ -1,0 +1,164 @@
+//! A cluster with a waypoint in namespace `shop`, a client there and one elsewhere, and servers that report what they get.
+
+use std::error::Error;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ambit_local::{Cluster, Pod, PodOptions};
+use ambit_tests::beds::Bed;
+use ambit_tests::wait::{self, SOON};
+use parking_lot::Mutex;
+
+use crate::http::{self, Answer, Server};
+
+/// The servers' port.
+pub(crate) const PORT: u16 = 8080;
+/// Says whose a waypoint's pod is.
+const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+
+pub(crate) const WAYPOINT: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+    metadata: {name: waypoint, namespace: shop}\n\
+    spec: {gatewayClassName: ambit-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n";
+
+pub(crate) struct Waypoints {
+    pub(crate) cluster: Cluster,
+    /// In the mesh, in namespace `shop`, on node 0.
+    pub(crate) cli: Pod,
+    /// In the mesh, in namespace `other`, on node 0.
+    pub(crate) other: Pod,
+    running: Mutex<Vec<Server>>,
+}
+
+impl Bed for Waypoints {
+    async fn start() -> Result<Self, Box<dyn Error>> {
+        let cluster = Cluster::builder()
+            .nodes(2)
+            .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
+            // A tunnel is in the log of the server's node when it has ended.
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_UPSTREAM_IDLE", "1s")
+            .start()
+            .await?;
+        for namespace in ["shop", "other"] {
+            cluster.namespace(namespace, true).await?;
+        }
+        let client = |namespace: &str, name: &str| {
+            PodOptions::new(namespace, name).service_account(name).label("app", name).node(0)
+        };
+        let cli = cluster.pod(client("shop", "cli")).await?;
+        let other = cluster.pod(client("other", "other")).await?;
+        cluster.apply(WAYPOINT).await?;
+        let bed = Self { cluster, cli, other, running: Mutex::default() };
+        let is_ready = async || bed.pods().iter().any(Pod::is_ready);
+        bed.cluster.wait_until("the waypoint is ready", Duration::from_secs(30), is_ready).await.map_err(
+            |error| {
+                let logs: Vec<_> = bed.pods().iter().flat_map(Pod::logs).collect();
+                format!("{error}: {logs:?} {:?}", bed.cluster.problems())
+            },
+        )?;
+        Ok(bed)
+    }
+
+    async fn stop(self) {
+        self.running.lock().clear();
+        self.cluster.shutdown().await;
+    }
+}
+
+impl Waypoints {
+    /// The waypoint's pods.
+    pub(crate) fn pods(&self) -> Vec<Pod> {
+        self.cluster.pods_of("shop", GATEWAY_NAME, "waypoint")
+    }
+
+    /// A server on node 1 with a service of its name, port 80, bound to the waypoint.
+    pub(crate) async fn service(&self, name: &str) -> SocketAddr {
+        self.service_with(name, http::mirror()).await
+    }
+
+    /// The same with another answer.
+    pub(crate) async fn service_with(&self, name: &str, answer: Answer) -> SocketAddr {
+        self.server(name, name, answer).await;
+        self.bind(name, "http").await
+    }
+
+    /// A pod that serves, selected by services of the name `app`.
+    pub(crate) async fn server(&self, app: &str, name: &str, answer: Answer) -> Pod {
+        let options = PodOptions::new("shop", name).service_account(app).label("app", app).node(1);
+        let pod = self.cluster.pod(options).await.expect("a pod");
+        let address = SocketAddr::new(pod.ip().into(), PORT);
+        let server = http::serve(&pod, address, name, answer).await.expect("a free port");
+        self.running.lock().push(server);
+        pod
+    }
+
+    /// A service bound to the waypoint; its port 80 has this name.
+    pub(crate) async fn bind(&self, name: &str, port: &str) -> SocketAddr {
+        self.apply(&format!(
+            "apiVersion: v1\nkind: Service\n\
+             metadata: {{name: {name}, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
+             spec: {{selector: {{app: {name}}}, ports: [{{name: {port}, port: 80, targetPort: {PORT}}}]}}\n"
+        ))
+        .await;
+        let vips = self.cluster.service_ips("shop", name);
+        let vip = vips.into_iter().find(IpAddr::is_ipv4).expect("a virtual address");
+        let to = SocketAddr::new(vip, 80);
+        // Through the waypoint: it names the client.
+        wait::until("the service is bound", SOON, || async {
+            http::get(&self.cli, to, "/", "").await.is_ok_and(|answer| {
+                answer.status == 200 && answer.sent("x-forwarded-for").is_some() || answer.status == 503
+            })
+        })
+        .await;
+        to
+    }
+
+    pub(crate) async fn apply(&self, yaml: &str) {
+        self.cluster.apply(yaml).await.expect("manifests that can be applied");
+    }
+
+    /// An HTTPRoute of a service with these rules, in force.
+    pub(crate) async fn route(&self, service: &str, rules: &str) {
+        self.apply(&format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n\
+             metadata: {{name: {service}, namespace: shop}}\n\
+             spec:\n  parentRefs: [{{group: '', kind: Service, name: {service}, port: 80}}]\n  rules:\n{rules}"
+        ))
+        .await;
+    }
+
+    /// Asks until the answer is as wanted.
+    pub(crate) async fn eventually(
+        &self,
+        to: SocketAddr,
+        path: &str,
+        headers: &str,
+        wanted: impl Fn(&http::Response) -> bool,
+    ) -> http::Response {
+        let last = Mutex::new(None);
+        let asking = async {
+            loop {
+                match http::get(&self.cli, to, path, headers).await {
+                    Ok(answer) if wanted(&answer) => return answer,
+                    other => *last.lock() = Some(other),
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        match tokio::time::timeout(SOON, asking).await {
+            Ok(answer) => answer,
+            Err(_) => panic!("the last answer to {path}: {:?}\nwaypoint: {:?}", last.lock(), self.logs()),
+        }
+    }
+
+    /// What the waypoint has written.
+    pub(crate) fn logs(&self) -> Vec<String> {
+        self.pods().iter().flat_map(Pod::logs).collect()
+    }
+
+    /// A scrape of the waypoint's metrics.
+    pub(crate) async fn metrics(&self) -> String {
+        let pod = self.pods().into_iter().find(Pod::is_ready).expect("a waypoint");
+        let to = SocketAddr::new(pod.ip().into(), 15020);
+        http::get(&pod, to, "/metrics", "").await.expect("metrics").body
+    }
+}

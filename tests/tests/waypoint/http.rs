@@ -1,0 +1,225 @@
+//! HTTP/1.1 by hand: a server that reports what it was sent, and a client that sends any bytes, right or wrong.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_local::Pod;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+
+/// What a server answers, given its name, the head of the request and the body as it came.
+pub(crate) type Answer = Arc<dyn Fn(&str, &str, &[u8]) -> Vec<u8> + Send + Sync>;
+
+/// A server that runs until this is dropped.
+pub(crate) struct Server(JoinHandle<()>);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// An answer with this status, headers and body.
+pub(crate) fn answer(status: &str, headers: &str, body: &str) -> Vec<u8> {
+    format!("HTTP/1.1 {status}\r\n{headers}content-length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+/// Answers with the server's name, the request's head and its body.
+pub(crate) fn mirror() -> Answer {
+    Arc::new(|name, head, body| {
+        answer("200 OK", "", &format!("server: {name}\n{head}{}", String::from_utf8_lossy(body)))
+    })
+}
+
+/// Serves HTTP/1.1 at `address` in a pod.
+pub(crate) async fn serve(pod: &Pod, address: SocketAddr, name: &str, answer: Answer) -> io::Result<Server> {
+    let listener = pod.listen(address).await?;
+    let name = name.to_owned();
+    Ok(Server(tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (name, answer) = (name.clone(), answer.clone());
+            tokio::spawn(async move {
+                // A proxy that gives up a connection is the test's business.
+                drop(connection(stream, &name, &answer).await);
+            });
+        }
+    })))
+}
+
+async fn connection(mut stream: TcpStream, name: &str, answer: &Answer) -> io::Result<()> {
+    let mut read = Vec::new();
+    while let Some(head) = head(&mut stream, &mut read).await? {
+        let body = body(&mut stream, &mut read, &head).await?;
+        let answer = answer(name, &head, &body);
+        if answer.is_empty() {
+            return Ok(());
+        }
+        stream.write_all(&answer).await?;
+    }
+    Ok(())
+}
+
+async fn head(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<Option<String>> {
+    loop {
+        if let Some(at) = read.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+            let rest = read.split_off(at + 4);
+            let head = std::mem::replace(read, rest);
+            return Ok(Some(String::from_utf8_lossy(&head).into_owned()));
+        }
+        if stream.read_buf(read).await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+/// The value of a header; names in lower case.
+pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    head.lines().find_map(|line| {
+        let (known, value) = line.split_once(':')?;
+        known.eq_ignore_ascii_case(name).then(|| value.trim())
+    })
+}
+
+async fn body(stream: &mut TcpStream, read: &mut Vec<u8>, head: &str) -> io::Result<Vec<u8>> {
+    if header(head, "transfer-encoding").is_some_and(|coding| coding.contains("chunked")) {
+        let mut whole = Vec::new();
+        loop {
+            let line = line(stream, read).await?;
+            let length = usize::from_str_radix(line.split(';').next().unwrap_or_default().trim(), 16);
+            let length = length.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, line.clone()))?;
+            if length == 0 {
+                // Trailers, up to the empty line.
+                while !self::line(stream, read).await?.is_empty() {}
+                return Ok(whole);
+            }
+            whole.extend(exactly(stream, read, length).await?);
+            self::line(stream, read).await?;
+        }
+    }
+    let length = header(head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
+    exactly(stream, read, length).await
+}
+
+async fn line(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<String> {
+    loop {
+        if let Some(at) = read.windows(2).position(|bytes| bytes == b"\r\n") {
+            let rest = read.split_off(at + 2);
+            let mut line = std::mem::replace(read, rest);
+            line.truncate(at);
+            return Ok(String::from_utf8_lossy(&line).into_owned());
+        }
+        if stream.read_buf(read).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+async fn exactly(stream: &mut TcpStream, read: &mut Vec<u8>, length: usize) -> io::Result<Vec<u8>> {
+    while read.len() < length {
+        if stream.read_buf(read).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    let rest = read.split_off(length);
+    Ok(std::mem::replace(read, rest))
+}
+
+/// A response as it came.
+#[derive(Debug, Clone)]
+pub(crate) struct Response {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Response {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        header(&self.head, name)
+    }
+
+    /// A header of the request as the server got it.
+    pub(crate) fn sent(&self, name: &str) -> Option<&str> {
+        header(&self.body, name)
+    }
+
+    /// The name of the server that answered.
+    pub(crate) fn server(&self) -> &str {
+        self.sent("server").unwrap_or_default()
+    }
+
+    /// The request line as the server got it.
+    pub(crate) fn request_line(&self) -> &str {
+        self.body.lines().nth(1).unwrap_or_default()
+    }
+}
+
+/// A connection to the mesh.
+pub(crate) struct Client {
+    stream: TcpStream,
+    read: Vec<u8>,
+}
+
+impl Client {
+    pub(crate) async fn connect(pod: &Pod, to: SocketAddr) -> io::Result<Client> {
+        Ok(Client { stream: pod.connect(to).await?, read: Vec::new() })
+    }
+
+    /// Sends bytes and reads one response.
+    pub(crate) async fn send(&mut self, request: &[u8]) -> io::Result<Response> {
+        self.stream.write_all(request).await?;
+        self.response().await
+    }
+
+    pub(crate) async fn response(&mut self) -> io::Result<Response> {
+        let limit = Duration::from_secs(20);
+        let reading = async {
+            let Some(head) = head(&mut self.stream, &mut self.read).await? else {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            };
+            let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+            let body = match status {
+                204 | 304 | 101 => Vec::new(),
+                _ => body(&mut self.stream, &mut self.read, &head).await?,
+            };
+            Ok(Response { status, head, body: String::from_utf8_lossy(&body).into_owned() })
+        };
+        tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// So many bytes, of whatever is spoken.
+    pub(crate) async fn bytes(&mut self, count: usize) -> io::Result<Vec<u8>> {
+        let reading = exactly(&mut self.stream, &mut self.read, count);
+        let limit = Duration::from_secs(20);
+        tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Whether the other end has closed the connection, or does within a moment.
+    pub(crate) async fn is_closed(&mut self) -> bool {
+        let mut byte = [0];
+        let read = tokio::time::timeout(Duration::from_secs(5), self.stream.read(&mut byte)).await;
+        matches!(read, Ok(Ok(0) | Err(_)))
+    }
+}
+
+/// One GET on a connection of its own.
+pub(crate) async fn get(pod: &Pod, to: SocketAddr, path: &str, headers: &str) -> io::Result<Response> {
+    request(pod, to, "GET", path, headers, "").await
+}
+
+/// One request on a connection of its own.
+pub(crate) async fn request(
+    pod: &Pod,
+    to: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &str,
+) -> io::Result<Response> {
+    let host = if headers.to_ascii_lowercase().contains("host:") { "" } else { "host: app.example\r\n" };
+    let length = if body.is_empty() { String::new() } else { format!("content-length: {}\r\n", body.len()) };
+    let text = format!("{method} {path} HTTP/1.1\r\n{host}{headers}{length}\r\n{body}");
+    Client::connect(pod, to).await?.send(text.as_bytes()).await
+}

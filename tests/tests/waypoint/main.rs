@@ -1,0 +1,30 @@
+//! Requests through a client's ztunnel, a waypoint and a server's ztunnel, each with its certificate.
+//!
+//! All tests share one cluster of two nodes and one waypoint; each has services of its own. Needs root; fails without.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that can't go on says so and ends"
+)]
+
+mod bed;
+mod hardening;
+mod http;
+mod resilience;
+mod routing;
+mod thin;
+
+use std::process::ExitCode;
+
+use ambit_tests::beds::Trials;
+
+fn main() -> ExitCode {
+    let mut trials = Trials::new();
+    thin::add(&mut trials);
+    routing::add(&mut trials);
+    hardening::add(&mut trials);
+    resilience::add(&mut trials);
+    trials.run()
+}

@@ -1,0 +1,210 @@
+//! Step 1: an HBONE connection is accepted, its peer authenticated, and each CONNECT found its destination: a service or
+//! workload that is bound to this waypoint, or it is refused.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ambit_directory::{AppProtocol, Service, Workload};
+use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
+use ambit_identity::PeerCertificate;
+use ambit_runtime::peers::{End, peer_labels};
+use ambit_runtime::workers::{ConnectionGuard, WorkerHandle};
+use ambit_telemetry::tcp::PeerLabels;
+use http::StatusCode;
+use tokio::net::TcpStream;
+
+use crate::protocol;
+use crate::proxy::Worker;
+use crate::sanitise::Claims;
+
+/// Where a tunnel goes.
+#[derive(Debug, Clone)]
+pub enum Destination {
+    /// A port of a service.
+    Service {
+        /// The service.
+        service: Arc<Service>,
+        /// Its port.
+        port: u16,
+    },
+    /// An address of a workload.
+    Workload {
+        /// The workload.
+        workload: Arc<Workload>,
+        /// Its address and port.
+        address: SocketAddr,
+    },
+}
+
+impl Destination {
+    /// The service, if it is one.
+    pub fn service(&self) -> Option<&Arc<Service>> {
+        match self {
+            Self::Service { service, .. } => Some(service),
+            Self::Workload { .. } => None,
+        }
+    }
+
+    /// The port that was dialled.
+    pub fn port(&self) -> u16 {
+        match self {
+            Self::Service { port, .. } => *port,
+            Self::Workload { address, .. } => address.port(),
+        }
+    }
+
+    /// What is spoken there, as far as it was declared.
+    pub fn protocol(&self) -> AppProtocol {
+        match self {
+            Self::Service { service, port } => {
+                service.ports.get(*port).map(|mapping| mapping.app_protocol).unwrap_or_default()
+            }
+            Self::Workload { workload, address } => {
+                let ports = workload.services.iter().flat_map(|service| service.ports.iter());
+                let mut of_port = ports.filter(|port| port.target_port == address.port());
+                of_port.next().map(|mapping| mapping.app_protocol).unwrap_or_default()
+            }
+        }
+    }
+
+    /// Its name for requests that name no host.
+    pub fn host(&self) -> String {
+        match self {
+            Self::Service { service, .. } => service.host.hostname.to_string(),
+            Self::Workload { address, .. } => address.to_string(),
+        }
+    }
+}
+
+/// A tunnel to a destination that is bound here. Its requests share it.
+#[derive(Debug)]
+pub struct Inbound {
+    /// The worker that carries it.
+    pub worker: Arc<Worker>,
+    /// The client's certificate.
+    pub certificate: PeerCertificate,
+    /// The client's address: its node's proxy dials from it.
+    pub source: SocketAddr,
+    /// Where it goes.
+    pub destination: Destination,
+    /// What the client's proxy says of its workload: for metrics and logs, never for a decision.
+    pub client: End,
+    /// The client as metrics name it.
+    pub client_labels: Arc<PeerLabels>,
+    /// The host of requests that may name none.
+    pub default_host: Box<str>,
+    /// Whether what the client claims of other clients is kept.
+    pub trusted_forwarder: bool,
+    /// Counts it for the drain, upgraded connections included.
+    #[expect(dead_code, reason = "held to be dropped")]
+    counted: ConnectionGuard,
+}
+
+impl Inbound {
+    /// What requests are completed with, and whose claims count.
+    pub fn claims(&self) -> Claims<'_> {
+        Claims {
+            client: self.source.ip(),
+            trusted: self.trusted_forwarder,
+            default_host: &self.default_host,
+            target_size: self.worker.proxy.settings.limits.target_size,
+        }
+    }
+}
+
+/// Serves one connection to its end.
+pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream, peer: SocketAddr) {
+    if let Err(error) = Box::pin(run(worker, handle, stream, peer)).await {
+        tracing::info!(%peer, %error, "a connection was not accepted");
+    }
+}
+
+async fn run(
+    worker: Arc<Worker>,
+    handle: WorkerHandle,
+    stream: TcpStream,
+    peer: SocketAddr,
+) -> anyhow::Result<()> {
+    stream.set_nodelay(true)?;
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let local = stream.local_addr()?;
+    let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+    let proxy = worker.proxy.clone();
+    let certificate = proxy.certificates.certificate(&proxy.identity).await?;
+    let endpoints = Endpoints { local, remote: peer };
+    let accepted = Box::pin(proxy.server.accept(stream, endpoints, certificate.server_config())).await?;
+    drop(certificate);
+    let certificate = accepted.peer().certificate.clone();
+    let mut drain = proxy.drain.clone();
+    let ending = async move { drain.draining().await };
+    let served = proxy.server.serve(accepted, ending, move |incoming| {
+        let opened = (worker.clone(), handle.clone(), certificate.clone());
+        tunnel(opened, peer, incoming)
+    });
+    match served.await {
+        Ok(()) => {}
+        Err(error @ ServeError::PingTimeout { .. }) => {
+            tracing::info!(%peer, %error, "a tunnel connection was given up");
+        }
+        Err(error) if error.is_misconduct() => tracing::warn!(%peer, %error, "a tunnel connection ended"),
+        Err(error) => tracing::debug!(%peer, %error, "a tunnel connection ended"),
+    }
+    Ok(())
+}
+
+async fn tunnel(
+    (worker, handle, certificate): (Arc<Worker>, WorkerHandle, PeerCertificate),
+    source: SocketAddr,
+    incoming: Incoming,
+) {
+    let counted = handle.count_connection();
+    let request = incoming.request();
+    let Some(destination) = destination(&worker, &certificate, &request.authority) else {
+        worker.proxy.tallies.unbound.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(%source, peer = %certificate.identity(), authority = %request.authority, "not bound to this waypoint");
+        return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
+    };
+    let client = End {
+        workload: None,
+        identity: Some(certificate.identity().clone()),
+        baggage: request.baggage.clone().map(Arc::<Baggage>::new),
+    };
+    let trusted = &worker.proxy.settings.trusted_forwarders;
+    let inbound = Inbound {
+        trusted_forwarder: trusted.iter().any(|trusted| trusted == certificate.identity().as_str()),
+        client_labels: peer_labels(&client),
+        default_host: destination.host().into(),
+        worker,
+        certificate,
+        source,
+        destination,
+        client,
+        counted,
+    };
+    match incoming.accept(None) {
+        Ok(tunnel) => Box::pin(protocol::serve(Arc::new(inbound), tunnel)).await,
+        // The client gave it up.
+        Err(error) => tracing::debug!(%source, %error, "a tunnel was not opened"),
+    }
+}
+
+/// What an authority stands for, if that is bound to this waypoint.
+fn destination(worker: &Worker, certificate: &PeerCertificate, authority: &Authority) -> Option<Destination> {
+    let (snapshot, published) = (worker.proxy.directory.load(), worker.proxy.published.load());
+    let namespace = certificate.identity().namespace();
+    let network = &worker.proxy.settings.network;
+    let service = match authority {
+        Authority::Address(address) => snapshot.service_at(network, address.ip(), namespace),
+        Authority::Host { host, .. } => snapshot.service_named(host, namespace),
+    };
+    let port = authority.port();
+    if let Some(service) = service.filter(|service| published.is_bound(service)) {
+        return Some(Destination::Service { service: service.clone(), port });
+    }
+    let address = authority.address()?;
+    let workload = snapshot.workload_at(network, address.ip())?;
+    published
+        .is_bound_workload(workload)
+        .then(|| Destination::Workload { workload: workload.clone(), address })
+}

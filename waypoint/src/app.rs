@@ -1,0 +1,381 @@
+//! The program, from configuration to exit: what there is, in the order in which it is made.
+//!
+//! The calling thread becomes the control runtime (configuration, certificates, admin, accepting); data-path threads are
+//! [`ambit_runtime::workers`]. Every task here is essential: when one ends by itself, the program ends with its reason.
+
+mod servers;
+
+use std::collections::HashSet;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_directory::{Directory, Removed, Revision, WorkloadUid};
+use ambit_hbone::{
+    ClientSettings, ConnectionSettings, InFlight, Pool, PoolCounters, PoolSettings, Server, ServerSettings,
+    WindowBudget,
+};
+use ambit_identity::{
+    CertificateStore, CipherPreference, ControlPlane, ControlPlaneConfig, GrpcIssuer, SpiffeId, StoreConfig,
+    TlsSettings, Trust, TrustConfig, TrustDomain,
+};
+use ambit_net::accept::Acceptor;
+use ambit_runtime::configuration::common::{Cipher, LogFormat};
+use ambit_runtime::connections::Connections;
+use ambit_runtime::cut::CutReason;
+use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
+use ambit_runtime::loads::Loads;
+use ambit_runtime::stop::Requests;
+use ambit_runtime::tasks::Tasks;
+use ambit_runtime::workers::Workers;
+use ambit_telemetry::logging::{self, Logging};
+use ambit_telemetry::{LogWriter, Readiness, Registry, RequestMetrics, Target, TcpMetrics};
+use anyhow::Context;
+use arc_swap::ArcSwap;
+
+use crate::config::Config;
+use crate::proxy::{InProgress, Proxy, Published, Settings, Tallies, TunnelKey, Worker};
+use crate::report::{Reporter, access_log};
+use crate::upstream::Upstreams;
+use crate::{accept, feed};
+
+/// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
+const WINDOW_BUDGET: u64 = 256 << 20;
+/// Label sets of requests that are counted apart.
+const MAX_REQUEST_SERIES: usize = 10_000;
+/// How often unused connections are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// Runs the waypoint until it is asked to stop or can't go on.
+///
+/// # Errors
+/// What kept it from starting, or which essential part ended.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let format = match config.log_format {
+        LogFormat::Text => logging::LogFormat::Text,
+        LogFormat::Json => logging::LogFormat::Json,
+    };
+    let logging = logging::init(format, &config.log_level, Target::Stderr)?;
+    let outcome = runtime.block_on(Box::pin(serve(config, &logging)));
+    runtime.shutdown_background();
+    outcome
+}
+
+/// What the parts are made of, before they are put together.
+struct Parts {
+    config: Config,
+    registry: Registry,
+    trust: Trust,
+    identity: SpiffeId,
+    certificates: CertificateStore,
+    directory: ambit_directory::Reader,
+    published: Arc<ArcSwap<Published>>,
+    discovery: ambit_xds::Client,
+    reporter: Arc<Reporter>,
+    budget: WindowBudget,
+    pool_counters: Arc<PoolCounters>,
+    _access_writer: Option<LogWriter>,
+}
+
+/// The parts put together.
+struct Program {
+    proxy: Arc<Proxy>,
+    workers: Arc<Workers<Worker>>,
+}
+
+async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
+    let mut tasks = Tasks::default();
+    let (signal, drain) = drain::channel();
+    let listener = listen(config.listen_address)?;
+    let parts = parts(config, &mut tasks).await?;
+    let proxy = Arc::new(proxy(&parts, drain.clone()));
+    let (workers, mut supervisor) = Workers::start(parts.config.worker_count(), |handle| Worker {
+        proxy: proxy.clone(),
+        index: handle.index(),
+        tunnels: Pool::new(
+            pool_settings(&parts.config),
+            parts.trust.clone(),
+            parts.budget.clone(),
+            parts.pool_counters.clone(),
+        ),
+        upstreams: Upstreams::default(),
+        reporter: parts.reporter.clone(),
+        requests: InProgress::default(),
+    })?;
+    let program = Program { proxy, workers };
+    let readiness = readiness(&parts, &mut tasks);
+    let stop = Requests::new();
+    servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
+    tasks.spawn_once("accepting", accept_all(listener, program.workers.clone(), drain));
+    tasks.spawn("maintenance", maintain(program.proxy.clone(), program.workers.clone()));
+    tracing::info!(
+        identity = %parts.identity,
+        workers = program.workers.len(),
+        version = env!("CARGO_PKG_VERSION"),
+        "started"
+    );
+    let mut running = Running { program: &program, signal, readiness };
+    let outcome = tokio::select! {
+        () = stop.wait(|| drain::begin(&mut running)) => Ok(()),
+        ended = tasks.ended() => Err(ended.into()),
+        died = supervisor.failed() => Err(died.into()),
+    };
+    if outcome.is_ok() {
+        let limit = parts.config.drain_timeout.get();
+        tracing::info!(?limit, "stopping: nothing new is accepted, requests in progress may finish");
+        match drain::finish(&mut running, limit, stop.wait(|| ())).await {
+            Drained::Finished => tracing::info!("stopped: every connection has finished"),
+            Drained::Closed(closed) => tracing::warn!(closed, "the drain time is over"),
+        }
+    }
+    // Joining threads blocks; the control tasks are not needed any more.
+    if let Err(error) = tokio::task::spawn_blocking(move || supervisor.stop()).await {
+        tracing::error!(%error, "the workers did not end in order");
+    }
+    outcome
+}
+
+/// Listens on an address; on all of IPv4 where `[::]` is asked for and there is no IPv6.
+fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let fallback = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+    let listener = match TcpListener::bind(address) {
+        Err(error) if address.ip().is_unspecified() && address.is_ipv6() => {
+            tracing::info!(%error, "no IPv6: listening on IPv4 only");
+            TcpListener::bind(fallback)
+        }
+        bound => bound,
+    };
+    listener.with_context(|| format!("listen on listenAddress {address}"))
+}
+
+async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
+    let registry = Registry::new();
+    let control_plane = ControlPlane::new(ControlPlaneConfig {
+        address: config.control_plane.clone(),
+        root_file: config.control_plane_root.clone(),
+        server_name: config.control_plane_server_name.clone(),
+        token_file: Some(config.token_file.clone()),
+        cluster_id: config.cluster_id.clone(),
+    })?;
+    let identity = SpiffeId::new(&config.trust_domain, &config.pod_namespace, &config.service_account)
+        .context("the waypoint's own identity")?;
+    let domain = |name: &String| TrustDomain::new(name).with_context(|| format!("trust domain {name}"));
+    let (trust, watching) = Trust::from_files(TrustConfig {
+        trust_domain: domain(&config.trust_domain)?,
+        aliases: config.trust_domain_aliases.iter().map(domain).collect::<Result<_, _>>()?,
+        roots: config.workload_root.clone(),
+        revocations: config.crl_file.clone(),
+    })
+    .await?;
+    tasks.spawn("trust", watching);
+    let issuer = Arc::new(GrpcIssuer::own_identity(control_plane.clone()));
+    let (certificates, renewal) = CertificateStore::new(store_config(&config), issuer, trust.clone());
+    certificates.prefetch(&identity)?;
+    tasks.spawn("certificates", renewal);
+    let (directory, reader) = Directory::new();
+    let published = Arc::new(ArcSwap::default());
+    let (discovery, driver) = feed::subscribe(&config, directory, published.clone(), control_plane);
+    tasks.spawn("discovery", driver);
+    let (log, access_writer) = access_log(&config.access_log).context("open the access log")?;
+    log.register(&registry);
+    let reporter = Arc::new(Reporter {
+        requests: RequestMetrics::register(&registry, MAX_REQUEST_SERIES),
+        connections: TcpMetrics::register(&registry, ambit_telemetry::tcp::DEFAULT_MAX_SERIES),
+        log,
+    });
+    Ok(Parts {
+        config,
+        registry,
+        trust,
+        identity,
+        certificates,
+        directory: reader,
+        published,
+        discovery,
+        reporter,
+        budget: WindowBudget::new(WINDOW_BUDGET),
+        pool_counters: Arc::default(),
+        _access_writer: access_writer,
+    })
+}
+
+fn store_config(config: &Config) -> StoreConfig {
+    StoreConfig {
+        lifetime: config.certificates.lifetime.get(),
+        tls: TlsSettings {
+            ciphers: match config.certificates.cipher {
+                Cipher::Aes128 => CipherPreference::Aes128First,
+                Cipher::Aes256 => CipherPreference::Aes256First,
+            },
+        },
+        ..StoreConfig::default()
+    }
+}
+
+fn connection_settings(config: &Config) -> ConnectionSettings {
+    ConnectionSettings { idle_timeout: config.limits.pool_idle.get(), ..ConnectionSettings::default() }
+}
+
+fn pool_settings(config: &Config) -> PoolSettings {
+    let client = ClientSettings {
+        connection: connection_settings(config),
+        handshake_timeout: config.limits.handshake_timeout.get(),
+        connect_timeout: config.limits.connect_timeout.get(),
+        ..ClientSettings::default()
+    };
+    PoolSettings { client, ..PoolSettings::default() }
+}
+
+fn proxy(parts: &Parts, drain: Drain) -> Proxy {
+    let config = &parts.config;
+    let server = ServerSettings {
+        connection: connection_settings(config),
+        handshake_timeout: config.limits.handshake_timeout.get(),
+        ..ServerSettings::default()
+    };
+    Proxy {
+        settings: Settings {
+            network: config.network.as_str().into(),
+            uid: WorkloadUid::of_pod(&config.cluster_id, &config.pod_namespace, &config.pod_name),
+            trusted_forwarders: config.trusted_forwarders.clone(),
+            limits: config.limits.clone(),
+        },
+        directory: parts.directory.clone(),
+        published: parts.published.clone(),
+        identity: parts.identity.clone(),
+        certificates: parts.certificates.clone(),
+        trust: parts.trust.clone(),
+        connections: Connections::new(config.worker_count()),
+        loads: Loads::default(),
+        drain,
+        server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
+        tallies: Tallies::default(),
+    }
+}
+
+/// Ready once the first state of the control plane was applied, the waypoint's own workload is in it, and there is a
+/// certificate.
+fn readiness(parts: &Parts, tasks: &mut Tasks) -> Readiness {
+    let readiness = Readiness::new();
+    let (discovery, certificate, own) =
+        (readiness.task("discovery"), readiness.task("certificate"), readiness.task("own workload"));
+    let client = parts.discovery.clone();
+    tasks.spawn_once("readiness of discovery", async move {
+        if client.ready().await {
+            discovery.done();
+        }
+    });
+    let (store, identity) = (parts.certificates.clone(), parts.identity.clone());
+    tasks.spawn_once("readiness of the certificate", async move {
+        while let Err(error) = store.certificate(&identity).await {
+            tracing::warn!(%error, "no certificate yet");
+        }
+        certificate.done();
+    });
+    let (directory, config) = (parts.directory.clone(), parts.config.clone());
+    tasks.spawn_once("readiness of the own workload", async move {
+        let uid = WorkloadUid::of_pod(&config.cluster_id, &config.pod_namespace, &config.pod_name);
+        let mut changes = directory.changes();
+        while directory.load().workload(uid.as_str()).is_none() {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+        own.done();
+    });
+    readiness
+}
+
+/// Accepts until the drain, each connection for the least loaded worker.
+async fn accept_all(listener: TcpListener, workers: Arc<Workers<Worker>>, mut drain: Drain) {
+    let mut acceptor = match Acceptor::new(listener) {
+        Ok(acceptor) => acceptor,
+        Err(error) => return tracing::error!(%error, "the listener can't be registered"),
+    };
+    loop {
+        let accepted = tokio::select! {
+            accepted = acceptor.accept() => accepted,
+            () = drain.accepting_stopped() => return,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let Some(home) = workers.in_turn() else { return };
+                workers.place(home, "tunnel connection", stream, (), move |handle, worker, stream| {
+                    accept::serve(worker, handle, stream, peer)
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "accepting has ended");
+                return;
+            }
+        }
+    }
+}
+
+/// Closes connections that nobody uses, that lead to workloads that are gone, or whose peer is believed no longer.
+async fn maintain(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
+    let mut changes = proxy.directory.changes();
+    let mut trusted = proxy.trust.subscribe();
+    let mut seen = Revision::default();
+    let mut due = tokio::time::interval(SWEEP_EVERY);
+    due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            changed = trusted.changed() => if changed.is_err() { return },
+            _ = due.tick() => {}
+        }
+        let snapshot = proxy.directory.snapshot();
+        let gone: HashSet<WorkloadUid> = match snapshot.removed_since(seen.snapshot) {
+            Removed::These(gone) => gone.into_iter().cloned().collect(),
+            Removed::TooMany => HashSet::new(),
+        };
+        seen = snapshot.revision();
+        let now = std::time::SystemTime::now();
+        for worker in workers.states() {
+            worker.upstreams.sweep(proxy.settings.limits.upstream_idle.get(), |uid| gone.contains(uid));
+            if !gone.is_empty() {
+                worker.tunnels.evict(|key: &TunnelKey| gone.contains(&key.destination), InFlight::Finish);
+            }
+            worker.tunnels.retain(|peer| proxy.trust.recheck(peer, now).is_ok());
+        }
+    }
+}
+
+/// The program as a drain stops it.
+struct Running<'a> {
+    program: &'a Program,
+    signal: DrainSignal,
+    readiness: Readiness,
+}
+
+impl Drainable for Running<'_> {
+    fn stop_accepting(&mut self) {
+        self.readiness.start_draining();
+        self.signal.stop_accepting();
+    }
+
+    fn notify_peers(&mut self) {
+        self.signal.notify_peers();
+    }
+
+    fn open(&self) -> usize {
+        self.program.workers.handles().map(|handle| handle.load()).sum()
+    }
+
+    fn close_unused(&mut self) {
+        self.program.workers.states().for_each(|worker| worker.tunnels.drain());
+    }
+
+    fn close(&mut self) -> usize {
+        let closed = self.open();
+        self.program.proxy.connections.review(|_| Some(CutReason::Drained));
+        closed
+    }
+
+    fn abort(&mut self) {
+        self.program.workers.states().for_each(|worker| worker.tunnels.cut());
+    }
+}

@@ -1,0 +1,86 @@
+//! Admin, metrics and readiness: what they show and where they listen.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ambit_runtime::observe;
+use ambit_runtime::stop::Requests;
+use ambit_runtime::tasks::Tasks;
+use ambit_telemetry::logging::Logging;
+use ambit_telemetry::{Admin, Readiness, http};
+use anyhow::Context;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use super::{Parts, Program};
+use crate::proxy::Tallies;
+
+/// Starts the three servers.
+///
+/// # Errors
+/// An address that can't be listened on, by name.
+pub(super) async fn start(
+    parts: &Parts,
+    program: &Program,
+    logging: &Logging,
+    readiness: &Readiness,
+    stop: &Requests,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    register(parts, program, logging);
+    let config = &parts.config;
+    let admin = listen("adminAddress", config.admin_address).await?;
+    let metrics = listen("metricsAddress", config.metrics_address).await?;
+    let ready = listen("readinessAddress", config.readiness_address).await?;
+    tasks.spawn("admin server", http::serve(admin, routes(parts, logging, stop).into_router()));
+    tasks.spawn("metrics server", http::serve(metrics, http::metrics_router(&parts.registry)));
+    tasks.spawn("readiness server", http::serve(ready, http::readiness_router(readiness)));
+    Ok(())
+}
+
+async fn listen(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("listen on {key} {address}"))
+}
+
+fn routes(parts: &Parts, logging: &Logging, stop: &Requests) -> Admin {
+    let (directory, config) = (parts.directory.clone(), parts.config.clone());
+    let (quit, drain) = (stop.clone(), stop.clone());
+    Admin::new()
+        .section("directory", move || serde_json::to_value(&*directory.snapshot()))
+        .section("config", move || serde_json::to_value(&config))
+        .section("version", || Ok(json!({ "version": env!("CARGO_PKG_VERSION") })))
+        .logging(logging.level.clone())
+        .on_quit(move || quit.quit())
+        .on_drain(move || drain.drain())
+}
+
+fn register(parts: &Parts, program: &Program, logging: &Logging) {
+    let registry = &parts.registry;
+    logging.register(registry);
+    observe::pools(registry, &parts.pool_counters);
+    observe::windows(registry, &parts.budget);
+    observe::discovery(registry, &parts.discovery);
+    observe::certificates(registry, &parts.certificates);
+    observe::trust(registry, &parts.trust);
+    observe::workers(registry, &program.workers);
+    observe::process(registry);
+    registry.build_info("waypoint", env!("CARGO_PKG_VERSION"));
+    let count = |name: &str, help: &str, tally: fn(&Tallies) -> &AtomicU64| {
+        let proxy = program.proxy.clone();
+        registry.counter_from(name, help, move || tally(&proxy.tallies).load(Ordering::Relaxed));
+    };
+    count("ambit_waypoint_unbound", "Tunnels to what is not bound to this waypoint", |t| &t.unbound);
+    count("ambit_request_retries", "Requests sent again", |t| &t.retries);
+    count("ambit_request_retries_over_budget", "Requests not sent again because too many were", |t| {
+        &t.retries_over_budget
+    });
+    count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
+    count("ambit_mirrors_failed", "Copies of requests that could not be delivered", |t| &t.mirrors_failed);
+    let workers = Arc::clone(&program.workers);
+    let open = move || {
+        let open: usize = workers.states().map(|worker| worker.upstreams.len()).sum();
+        i64::try_from(open).unwrap_or(i64::MAX)
+    };
+    registry.gauge_from("ambit_upstream_connections", "HTTP connections to endpoints, idle or shared", open);
+}

@@ -1,0 +1,472 @@
+//! Step 8: a request is sent to an endpoint, and where its route allows to another one if that fails.
+//!
+//! All retries are here: the pools below report what never left and send nothing twice.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ambit_directory::{AppProtocol, WorkloadUid};
+use ambit_hbone::client::Target as TunnelTarget;
+use ambit_hbone::{ConnectRequest, TunnelStream};
+use ambit_route::{Retry, Timeouts};
+use http::header::{CONTENT_LENGTH, HOST};
+use http::request::Parts;
+use http::uri::{Authority, Scheme};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
+use hyper::body::{Body as _, Incoming};
+use hyper::upgrade::OnUpgrade;
+use smallvec::SmallVec;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::accept::Inbound;
+use crate::balance::{Endpoint, Target, endpoint};
+use crate::body::{RequestBody, ResponseBody, Source};
+use crate::exchange::Answered;
+use crate::failure::Failure;
+use crate::filters::{self, OnResponse};
+use crate::io;
+use crate::matching::Routed;
+use crate::proxy::{TunnelKey, Worker};
+use crate::report::Record;
+use crate::sanitise::Sane;
+use crate::upstream::{Found, Key, Returned, Sender};
+use crate::{mirror, upgrade};
+
+/// The first wait before another try, where the route says none; it doubles with each.
+const BACKOFF: Duration = Duration::from_millis(25);
+/// The longest wait before another try.
+const MAX_BACKOFF: Duration = Duration::from_millis(250);
+
+/// Sends a request and waits for the head of its answer.
+///
+/// # Errors
+/// [`Failure`] of the last try, or why there was none.
+#[expect(clippy::too_many_arguments, reason = "what all steps before have found out")]
+pub async fn send(
+    inbound: &Arc<Inbound>,
+    target: &Target,
+    routed: Option<&Routed>,
+    sane: &Sane,
+    mut parts: Parts,
+    body: Incoming,
+    mut on_response: OnResponse,
+    record: &mut Record,
+) -> Result<Answered, Failure> {
+    if let (Some(routed), Some(backend)) = (routed, &target.backend) {
+        filters::on_backend(routed, backend, &mut on_response, &mut parts)?;
+    }
+    let rule = routed.map(|routed| &routed.rule);
+    let timeouts = rule.map(|rule| rule.timeouts).unwrap_or_default();
+    let default = Retry::default();
+    let retry = rule.and_then(|rule| rule.retry.as_ref()).unwrap_or(&default);
+    let deadline = timeouts.request.map(|limit| Instant::now() + limit);
+    let upgrade = parts.extensions.remove::<OnUpgrade>();
+    let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
+    let http2 = form.speaks_http2(target.protocol);
+    let limits = &inbound.worker.proxy.settings.limits;
+    let source = (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer));
+    record.set_body(source.clone());
+    mirror::send(inbound, &on_response.mirrors, &form, source.as_ref());
+    let head = head(&form, http2);
+    let mut sending = Sending {
+        inbound,
+        target,
+        timeouts,
+        retry,
+        deadline,
+        http2,
+        head,
+        source,
+        tried: SmallVec::new(),
+        record,
+    };
+    let all = Box::pin(sending.tries());
+    let (mut response, returned) = match deadline {
+        Some(deadline) => match tokio::time::timeout_at(deadline, all).await {
+            Ok(answered) => answered?,
+            Err(_) => return Err(Failure::Timeout),
+        },
+        None => all.await?,
+    };
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), &mut response)?;
+        let (parts, _) = response.into_parts();
+        // The endpoint's connection is the client's now.
+        drop(returned);
+        let response = Response::from_parts(parts, ResponseBody::full(bytes::Bytes::new()));
+        return Ok(Answered { response, filters: on_response, upgrade: Some(agreed) });
+    }
+    let (parts, body) = response.into_parts();
+    let deadline = deadline.map(|deadline| Box::pin(sleep_until(deadline)));
+    let body = ResponseBody::upstream(body, Some(returned), deadline);
+    Ok(Answered { response: Response::from_parts(parts, body), filters: on_response, upgrade: None })
+}
+
+/// A request as it is sent on, before the version is known that its endpoint speaks.
+#[derive(Debug, Clone, Copy)]
+pub struct Form<'a> {
+    /// Its head.
+    pub parts: &'a Parts,
+    /// What was found out about it.
+    pub sane: &'a Sane,
+    /// Another host, if a filter says so.
+    pub host: Option<&'a Authority>,
+}
+
+impl Form<'_> {
+    /// Whether endpoints are spoken to in HTTP/2: as declared, else as the client does. What wants to change the protocol
+    /// can do so in HTTP/1 only.
+    pub fn speaks_http2(&self, declared: AppProtocol) -> bool {
+        if self.sane.upgrade.is_some() {
+            return false;
+        }
+        match declared {
+            AppProtocol::Http2 | AppProtocol::Grpc => true,
+            AppProtocol::Http11 => self.sane.grpc,
+            AppProtocol::Unknown | AppProtocol::Tcp | AppProtocol::Tls => {
+                self.sane.version == Version::HTTP_2
+            }
+        }
+    }
+}
+
+/// The request's head in the form that the endpoint's version wants.
+pub fn head(form: &Form<'_>, http2: bool) -> Request<()> {
+    let Form { parts, sane, host } = form;
+    let mut request = Request::new(());
+    *request.method_mut() = parts.method.clone();
+    *request.headers_mut() = parts.headers.clone();
+    let authority = match host {
+        Some(host) => Some((*host).clone()),
+        None => Authority::try_from(&*sane.authority).ok(),
+    };
+    if http2 {
+        let mut uri = parts.uri.clone().into_parts();
+        // RFC 9113 §8.3.1; the tunnel encrypts, so the scheme is that of what is in it.
+        uri.scheme = Some(Scheme::HTTP);
+        uri.authority = authority;
+        *request.version_mut() = Version::HTTP_2;
+        *request.uri_mut() = Uri::from_parts(uri).unwrap_or_else(|_| parts.uri.clone());
+    } else {
+        *request.uri_mut() = parts.uri.clone();
+        if let Some(host) = authority.and_then(|host| HeaderValue::try_from(host.as_str()).ok()) {
+            request.headers_mut().insert(HOST, host);
+        }
+        if let Some(protocol) = &sane.upgrade {
+            upgrade::announce(request.headers_mut(), protocol.clone());
+        }
+    }
+    request
+}
+
+struct Sending<'a> {
+    inbound: &'a Arc<Inbound>,
+    target: &'a Target,
+    timeouts: Timeouts,
+    retry: &'a Retry,
+    deadline: Option<Instant>,
+    http2: bool,
+    head: Request<()>,
+    source: Option<Source>,
+    tried: SmallVec<[WorkloadUid; 4]>,
+    record: &'a mut Record,
+}
+
+/// The head of an answer, and the connection that it came on.
+pub type HeadOfAnswer = (Response<Incoming>, Returned);
+
+impl Sending<'_> {
+    async fn tries(&mut self) -> Result<HeadOfAnswer, Failure> {
+        let mut retries = 0;
+        loop {
+            let outcome = self.one_try().await;
+            let again = match &outcome {
+                Ok((response, _)) => self.is_retriable_answer(response),
+                Err(failure) => self.is_retriable(failure),
+            };
+            if !again || retries >= self.retry.attempts || !self.can_repeat() {
+                return outcome;
+            }
+            let worker = &self.inbound.worker;
+            let Some(_counted) = worker.requests.retry(worker.proxy.settings.limits.retry_budget) else {
+                worker.proxy.tallies.retries_over_budget.fetch_add(1, Ordering::Relaxed);
+                return outcome;
+            };
+            // The answer that is not wanted frees its connection or stream.
+            drop(outcome);
+            worker.proxy.tallies.retries.fetch_add(1, Ordering::Relaxed);
+            let pause = backoff(self.retry.backoff.unwrap_or(BACKOFF), retries, rand::random());
+            if self.deadline.is_some_and(|deadline| Instant::now() + pause >= deadline) {
+                return Err(Failure::Timeout);
+            }
+            tokio::time::sleep(pause).await;
+            retries += 1;
+        }
+    }
+
+    fn can_repeat(&self) -> bool {
+        self.source.as_ref().is_none_or(Source::is_whole)
+    }
+
+    fn is_retriable_answer(&self, response: &Response<Incoming>) -> bool {
+        let (status, conditions) = (response.status(), &self.retry.conditions);
+        let of_grpc = || {
+            let status = response.headers().get("grpc-status")?.to_str().ok()?;
+            Some(match status.trim() {
+                "1" => conditions.cancelled,
+                "4" => conditions.deadline_exceeded,
+                "8" => conditions.resource_exhausted,
+                "13" => conditions.internal,
+                "14" => conditions.unavailable,
+                _ => false,
+            })
+        };
+        self.retry.codes.contains(&status)
+            || (conditions.server_error && status.is_server_error())
+            || (conditions.gateway_error && matches!(status.as_u16(), 502..=504))
+            || (conditions.retriable_4xx && status == StatusCode::CONFLICT)
+            || of_grpc().unwrap_or(false)
+    }
+
+    fn is_retriable(&self, failure: &Failure) -> bool {
+        let conditions = &self.retry.conditions;
+        let any = conditions.server_error;
+        match failure {
+            Failure::Connect(_) => conditions.connect_failure || any || conditions.gateway_error,
+            Failure::RefusedStream => conditions.refused_stream || any,
+            Failure::Reset(_) | Failure::TryTimeout => conditions.reset || any || conditions.gateway_error,
+            _ => false,
+        }
+    }
+
+    async fn one_try(&mut self) -> Result<HeadOfAnswer, Failure> {
+        let worker = &self.inbound.worker;
+        let chosen = match endpoint(worker, self.inbound.source, self.target, &self.tried) {
+            Ok(chosen) => chosen,
+            // Every endpoint was tried: the first ones again.
+            Err(Failure::NoEndpoint(_)) if !self.tried.is_empty() => {
+                self.tried.clear();
+                endpoint(worker, self.inbound.source, self.target, &self.tried)?
+            }
+            Err(failure) => return Err(failure),
+        };
+        self.record.set_endpoint(&chosen);
+        if let Some(workload) = &chosen.workload {
+            self.tried.push(workload.uid.clone());
+        }
+        let trying = self.exchange(&chosen);
+        match self.timeouts.backend {
+            Some(limit) => timeout(limit, trying).await.unwrap_or(Err(Failure::TryTimeout)),
+            None => trying.await,
+        }
+    }
+
+    async fn exchange(&self, chosen: &Endpoint) -> Result<HeadOfAnswer, Failure> {
+        let worker = &self.inbound.worker;
+        let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
+        let key = Key {
+            workload: chosen.workload.as_ref().map(|workload| workload.uid.clone()),
+            address: chosen.address,
+            http2: self.http2,
+        };
+        let mut request = Some(self.request()?);
+        // A connection that was kept may close before the request is on it: that is nobody's fault, and no retry.
+        loop {
+            let sender = sender(worker, &key, chosen).await?;
+            let Some(taken) = request.take() else { return Err(Failure::Reset("sent already".to_owned())) };
+            match dispatch(worker, &key, sender, taken).await {
+                Ok(answered) => {
+                    drop(load);
+                    return Ok(answered);
+                }
+                Err((failure, None)) => return Err(self.blame(failure)),
+                Err((_, Some(unsent))) => request = Some(*unsent),
+            }
+        }
+    }
+
+    /// A body that broke off breaks the endpoint's connection: the client is to blame.
+    fn blame(&self, failure: Failure) -> Failure {
+        match self.source.as_ref().is_some_and(Source::is_broken) {
+            true => Failure::RequestBody(failure.to_string()),
+            false => failure,
+        }
+    }
+
+    fn request(&self) -> Result<Request<RequestBody>, Failure> {
+        let body = match &self.source {
+            None => RequestBody::Empty,
+            Some(source) => match source.replay() {
+                Some(replay) => RequestBody::Replay(replay),
+                None => return Err(Failure::Reset("a part of the request's body is lost".to_owned())),
+            },
+        };
+        let mut request = Request::new(body);
+        *request.method_mut() = self.head.method().clone();
+        *request.uri_mut() = self.head.uri().clone();
+        *request.version_mut() = self.head.version();
+        *request.headers_mut() = self.head.headers().clone();
+        if self.source.is_none() {
+            // A length of 0 stays what it was; others can't be: the body has ended.
+            let zero = request.headers().get(CONTENT_LENGTH).is_some_and(|length| length == "0");
+            if !zero {
+                request.headers_mut().remove(CONTENT_LENGTH);
+            }
+        }
+        Ok(request)
+    }
+}
+
+/// How long to wait before try number `retries` beyond the first: doubling, and somewhere in the upper half of that.
+fn backoff(base: Duration, retries: u32, random: u32) -> Duration {
+    let most = base.saturating_mul(1 << retries.min(10)).min(MAX_BACKOFF.max(base));
+    let half = most / 2;
+    half + half.mul_f64(f64::from(random) / f64::from(u32::MAX))
+}
+
+/// A connection to an endpoint: one that waits, or a new one.
+///
+/// # Errors
+/// [`Failure::Connect`], [`Failure::Overflow`], [`Failure::Unavailable`].
+pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sender, Failure> {
+    let limits = &worker.proxy.settings.limits;
+    let dial = match worker.upstreams.find(key, limits.connections_per_endpoint).await {
+        Found::Sender(sender) => return Ok(sender),
+        Found::Full => return Err(Failure::Overflow),
+        Found::Dial(dial) => dial,
+    };
+    let connecting = async {
+        let io = connect(worker, chosen).await?;
+        worker.upstreams.connect(key, dial, io).await.map_err(|error| Failure::Connect(error.to_string()))
+    };
+    let limit = limits.connect_timeout.get();
+    let timed_out = || Failure::Connect(format!("{} did not answer within {limit:?}", chosen.address));
+    timeout(limit, connecting).await.unwrap_or_else(|_| Err(timed_out()))
+}
+
+/// Opens a byte stream to an endpoint: HBONE, with the identity of that workload, or plain TCP outside the mesh.
+///
+/// # Errors
+/// [`Failure::Connect`], [`Failure::Unavailable`].
+pub async fn connect(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint, Failure> {
+    let proxy = &worker.proxy;
+    let failed = |error: &dyn std::fmt::Display| Failure::Connect(format!("{}: {error}", chosen.address));
+    let Some((hbone, expected)) = &chosen.tunnel else {
+        let stream = TcpStream::connect(chosen.address).await.map_err(|error| failed(&error))?;
+        stream.set_nodelay(true).map_err(|error| failed(&error))?;
+        return Ok(io::Endpoint::Plain(stream));
+    };
+    let Some(workload) = &chosen.workload else {
+        return Err(Failure::Unavailable("a tunnel to no workload".to_owned()));
+    };
+    let certificate = proxy.certificates.certificate(&proxy.identity).await;
+    let certificate = certificate.map_err(|error| Failure::Unavailable(error.to_string()))?;
+    let tls = certificate.client_tls();
+    let key = TunnelKey { destination: workload.uid.clone(), address: *hbone };
+    let source = SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, 0)).ip();
+    let target = TunnelTarget { address: *hbone, source, tls: &tls, expected };
+    let request = ConnectRequest::new(chosen.address);
+    let address = *hbone;
+    let dial = move || async move {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    };
+    let tunnel = worker.tunnels.open(&key, target, &request, dial).await.map_err(|error| failed(&error))?;
+    Ok(io::Endpoint::Tunnel(tunnel.into_stream()))
+}
+
+/// A request that never left.
+pub type Unsent = Option<Box<Request<RequestBody>>>;
+
+/// Sends a request on a connection. One that never left comes back.
+///
+/// # Errors
+/// [`Failure::Reset`], [`Failure::RefusedStream`].
+pub async fn dispatch(
+    worker: &Worker,
+    key: &Key,
+    sender: Sender,
+    request: Request<RequestBody>,
+) -> Result<HeadOfAnswer, (Failure, Unsent)> {
+    match sender {
+        Sender::Http1(mut sender, open) => match sender.try_send_request(request).await {
+            Ok(response) => {
+                let (upstreams, key) = (worker.upstreams.clone(), Box::new(key.clone()));
+                Ok((response, Returned::Http1 { upstreams, key, sender, open }))
+            }
+            Err(mut error) => {
+                let unsent = error.take_message().map(Box::new);
+                Err((failure(error.error()), unsent))
+            }
+        },
+        Sender::Http2(mut sender, stream) => {
+            if let Err(error) = crate::upstream::ready(&mut sender).await {
+                return Err((failure(&error), Some(Box::new(request))));
+            }
+            match sender.try_send_request(request).await {
+                Ok(response) => Ok((response, Returned::Http2(stream))),
+                Err(mut error) => {
+                    let unsent = error.take_message().map(Box::new);
+                    Err((failure(error.error()), unsent))
+                }
+            }
+        }
+    }
+}
+
+fn failure(error: &hyper::Error) -> Failure {
+    use std::error::Error as _;
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        // RFC 9113 §8.7: the server says that it did nothing.
+        if let Some(error) = inner.downcast_ref::<h2::Error>()
+            && error.reason() == Some(h2::Reason::REFUSED_STREAM)
+        {
+            return Failure::RefusedStream;
+        }
+        cause = inner.source();
+    }
+    Failure::Reset(error.to_string())
+}
+
+/// Passes bytes on to an endpoint of the destination, unread.
+pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<TunnelStream>) {
+    let target = match crate::balance::split(None, inbound) {
+        Ok(target) => target,
+        Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
+    };
+    let worker = &inbound.worker;
+    let mut report = worker.reporter.connection(inbound);
+    let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
+    let mut last = None;
+    for _ in 0..=Retry::default().attempts {
+        let chosen = match endpoint(worker, inbound.source, &target, &tried) {
+            Ok(chosen) => chosen,
+            Err(failure) => {
+                last.get_or_insert(failure);
+                break;
+            }
+        };
+        report.set_endpoint(&chosen);
+        let limit = worker.proxy.settings.limits.connect_timeout.get();
+        let connected = timeout(limit, Box::pin(connect(worker, &chosen))).await;
+        match connected.unwrap_or(Err(Failure::Connect(format!("{} did not answer", chosen.address)))) {
+            Ok(mut upstream) => {
+                let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
+                let relayed = tokio::io::copy_bidirectional(&mut client, &mut upstream).await;
+                drop(load);
+                return report.finish(relayed.map_err(|error| error.to_string()));
+            }
+            Err(failure) => {
+                tried.extend(chosen.workload.map(|workload| workload.uid.clone()));
+                last = Some(failure);
+            }
+        }
+    }
+    let failure = last.map_or_else(|| "no endpoint".to_owned(), |failure| failure.to_string());
+    report.finish(Err(failure));
+}

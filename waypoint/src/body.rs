@@ -1,0 +1,359 @@
+//! Bodies: of requests, which may have to be sent again, and of responses, which end the exchange.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio::time::Sleep;
+
+use crate::exchange::Held;
+use crate::upstream::Returned;
+
+/// The body of a request on its way to an endpoint.
+#[derive(Debug)]
+pub enum RequestBody {
+    /// None.
+    Empty,
+    /// One that is kept as far as it has been sent, to be sent again.
+    Replay(Replay),
+    /// The copy of another request's.
+    Copy(Copied),
+}
+
+/// Frames of a body that wait for the copy's endpoint; if it is slower than this, the copy is given up.
+const COPY_QUEUE: usize = 64;
+
+/// The copy of a body, fed while the original is sent.
+#[derive(Debug)]
+pub struct Copied {
+    frames: mpsc::Receiver<Bytes>,
+    broken: Arc<AtomicBool>,
+}
+
+#[derive(Debug)]
+struct Copy {
+    frames: mpsc::Sender<Bytes>,
+    broken: Arc<AtomicBool>,
+    whole: bool,
+}
+
+impl Copy {
+    /// Never waits: the original is not held up.
+    fn feed(&mut self, data: &Bytes) -> bool {
+        self.frames.try_send(data.clone()).is_ok()
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        if !self.whole {
+            self.broken.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// A body that several tries share, one after the other: each sends what was kept, then reads on.
+#[derive(Debug, Clone)]
+pub struct Source(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    incoming: Incoming,
+    kept: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+    ended: bool,
+    /// Bytes that may still be kept; `None` once there were more: the body can't be sent again.
+    room: Option<usize>,
+    /// Number of the try that may read. Those before it have been given up.
+    attempt: u32,
+    received: u64,
+    broken: bool,
+    copies: Vec<Copy>,
+}
+
+/// One try's view of a [`Source`].
+#[derive(Debug)]
+pub struct Replay {
+    source: Source,
+    attempt: u32,
+    at: usize,
+    trailers_sent: bool,
+}
+
+impl Source {
+    /// Keeps at most `room` bytes.
+    pub fn new(incoming: Incoming, room: usize) -> Self {
+        let state = State {
+            incoming,
+            kept: Vec::new(),
+            trailers: None,
+            ended: false,
+            room: Some(room),
+            attempt: 0,
+            received: 0,
+            broken: false,
+            copies: Vec::new(),
+        };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// The body for another try, from its beginning; `None` if a part is lost.
+    pub fn replay(&self) -> Option<Replay> {
+        let mut state = self.0.lock();
+        state.room?;
+        state.attempt += 1;
+        Some(Replay { source: self.clone(), attempt: state.attempt, at: 0, trailers_sent: false })
+    }
+
+    /// A copy of the whole body; to be asked for before any of it is sent.
+    pub fn copy(&self) -> Copied {
+        let (feed, frames) = mpsc::channel(COPY_QUEUE);
+        let broken = Arc::new(AtomicBool::new(false));
+        self.0.lock().copies.push(Copy { frames: feed, broken: broken.clone(), whole: false });
+        Copied { frames, broken }
+    }
+
+    /// Whether it can be sent once more.
+    pub fn is_whole(&self) -> bool {
+        let state = self.0.lock();
+        state.room.is_some() && !state.broken
+    }
+
+    /// Bytes read from the client.
+    pub fn received(&self) -> u64 {
+        self.0.lock().received
+    }
+
+    /// Whether the client's body broke off.
+    pub fn is_broken(&self) -> bool {
+        self.0.lock().broken
+    }
+}
+
+impl State {
+    /// The body has ended as it should: so do its copies.
+    fn end(&mut self) {
+        self.ended = true;
+        self.copies.iter_mut().for_each(|copy| copy.whole = true);
+        self.copies.clear();
+    }
+
+    fn keep(&mut self, data: &Bytes) {
+        self.copies.retain_mut(|copy| copy.feed(data));
+        let Some(room) = self.room else { return };
+        match room.checked_sub(data.len()) {
+            Some(left) => {
+                self.room = Some(left);
+                self.kept.push(data.clone());
+            }
+            None => {
+                self.room = None;
+                self.kept = Vec::new();
+            }
+        }
+    }
+}
+
+impl Replay {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let mut state = self.source.0.lock();
+        if state.attempt != self.attempt {
+            return Poll::Ready(Some(Err(io::Error::other("another try has taken over"))));
+        }
+        if let Some(kept) = state.kept.get(self.at) {
+            self.at += 1;
+            return Poll::Ready(Some(Ok(Frame::data(kept.clone()))));
+        }
+        if state.ended {
+            let trailers = state.trailers.clone().filter(|_| !self.trailers_sent);
+            self.trailers_sent = true;
+            return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+        }
+        match ready!(Pin::new(&mut state.incoming).poll_frame(cx)) {
+            None => {
+                state.end();
+                Poll::Ready(None)
+            }
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    state.received += data.len() as u64;
+                    let data = data.clone();
+                    state.keep(&data);
+                    self.at = state.kept.len();
+                } else if let Some(trailers) = frame.trailers_ref() {
+                    state.trailers = Some(trailers.clone());
+                    state.end();
+                    self.trailers_sent = true;
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                state.broken = true;
+                Poll::Ready(Some(Err(io::Error::other(error))))
+            }
+        }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        match self.get_mut() {
+            Self::Empty => Poll::Ready(None),
+            Self::Replay(replay) => replay.poll(cx),
+            Self::Copy(copied) => match ready!(copied.frames.poll_recv(cx)) {
+                Some(data) => Poll::Ready(Some(Ok(Frame::data(data)))),
+                None if copied.broken.load(Ordering::Acquire) => {
+                    Poll::Ready(Some(Err(io::Error::other("the copy was given up"))))
+                }
+                None => Poll::Ready(None),
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Empty)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Replay(replay) => {
+                let state = replay.source.0.lock();
+                // What the client announced, less what was read and is not sent yet.
+                match state.incoming.size_hint().exact() {
+                    Some(left) if replay.at == 0 && !state.ended => {
+                        SizeHint::with_exact(left + state.received)
+                    }
+                    _ => SizeHint::default(),
+                }
+            }
+            Self::Copy(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// The body of a response on its way to the client. The exchange ends with it.
+#[derive(Debug)]
+pub struct ResponseBody {
+    content: Content,
+    deadline: Option<Pin<Box<Sleep>>>,
+    held: Option<Box<Held>>,
+}
+
+#[derive(Debug)]
+enum Content {
+    Full(Bytes),
+    Trailers(Option<HeaderMap>),
+    Upstream(Incoming, Option<Returned>),
+}
+
+impl ResponseBody {
+    /// Of the waypoint's own.
+    pub fn full(body: Bytes) -> Self {
+        Self { content: Content::Full(body), deadline: None, held: None }
+    }
+
+    /// Nothing but trailers.
+    pub fn trailers(trailers: HeaderMap) -> Self {
+        Self { content: Content::Trailers(Some(trailers)), deadline: None, held: None }
+    }
+
+    /// An endpoint's. At its end the connection is given back; it must end by `deadline`.
+    pub fn upstream(body: Incoming, returned: Option<Returned>, deadline: Option<Pin<Box<Sleep>>>) -> Self {
+        Self { content: Content::Upstream(body, returned), deadline, held: None }
+    }
+
+    /// Ends the exchange when this body has ended.
+    pub fn holding(mut self, held: Held) -> Self {
+        self.held = Some(Box::new(held));
+        if self.is_end_stream() {
+            self.end();
+        }
+        self
+    }
+
+    fn end(&mut self) {
+        if let Some(held) = self.held.take() {
+            held.record.finish();
+        }
+        if let Content::Upstream(_, returned) = &mut self.content
+            && let Some(returned) = returned.take()
+        {
+            returned.give_back();
+        }
+    }
+
+    fn broken(&mut self, flags: &'static str, error: &str) {
+        if let Some(mut held) = self.held.take() {
+            held.record.fail(flags, error.to_owned());
+            held.record.finish();
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let this = &mut *self;
+        let frame = match &mut this.content {
+            Content::Full(body) if body.is_empty() => None,
+            Content::Full(body) => Some(Ok(Frame::data(std::mem::take(body)))),
+            Content::Trailers(trailers) => trailers.take().map(Frame::trailers).map(Ok),
+            Content::Upstream(body, _) => match Pin::new(body).poll_frame(cx) {
+                Poll::Ready(frame) => frame.map(|frame| frame.map_err(io::Error::other)),
+                Poll::Pending => {
+                    if let Some(deadline) = &mut this.deadline
+                        && deadline.as_mut().poll(cx).is_ready()
+                    {
+                        this.broken("UT", "the request took longer than its route allows");
+                        return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
+                    }
+                    return Poll::Pending;
+                }
+            },
+        };
+        match &frame {
+            None => this.end(),
+            Some(Err(error)) => this.broken("UC", &error.to_string()),
+            Some(Ok(frame)) => {
+                if let Some(held) = &mut this.held {
+                    held.record.add_frame(frame);
+                }
+                // RFC 9113 §8.1: nothing comes after trailers.
+                if frame.is_trailers() || this.is_end_stream() {
+                    this.end();
+                }
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Full(body) => body.is_empty(),
+            Content::Trailers(trailers) => trailers.is_none(),
+            Content::Upstream(body, _) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Full(body) => SizeHint::with_exact(body.len() as u64),
+            Content::Trailers(_) => SizeHint::with_exact(0),
+            Content::Upstream(body, _) => body.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! One request and its answer: the order of the steps, and what they hand on.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use http::{HeaderValue, Request, Response};
+use hyper::body::Incoming;
+
+use crate::accept::Inbound;
+use crate::body::ResponseBody;
+use crate::failure::Failure;
+use crate::filters::Filtered;
+use crate::proxy::Counted;
+use crate::report::Record;
+use crate::{answer, attempt, authorize, balance, filters, matching, sanitise};
+
+/// A response on its way to the client.
+#[derive(Debug)]
+pub struct Answered {
+    /// The response.
+    pub response: Response<ResponseBody>,
+    /// What response filters still have to do.
+    pub filters: filters::OnResponse,
+    /// What the endpoint has agreed to change to.
+    pub upgrade: Option<HeaderValue>,
+}
+
+/// Leads a request through the steps. Never fails: a failure is an answer too.
+///
+/// # Errors
+/// None.
+pub async fn handle(
+    inbound: Arc<Inbound>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Infallible> {
+    let mut record = Record::start(&inbound, &request);
+    let counted = inbound.worker.requests.request();
+    let answered = Box::pin(steps(&inbound, request, &mut record)).await;
+    Ok(answer::finish(answered, record, counted))
+}
+
+async fn steps(
+    inbound: &Arc<Inbound>,
+    request: Request<Incoming>,
+    record: &mut Record,
+) -> Result<Answered, Failure> {
+    let (mut parts, body) = request.into_parts();
+    let sane = sanitise::sanitise(&mut parts, &inbound.claims())?;
+    record.set_target(&sane, &parts);
+    let published = inbound.worker.proxy.published.load_full();
+    let routed = matching::find(&published, inbound, &sane, &parts)?;
+    record.set_route(routed.as_ref());
+    authorize::authorize(inbound, &sane, &parts)?;
+    let on_response = match filters::on_request(routed.as_ref(), inbound, &sane, &mut parts).await? {
+        Filtered::Goes(on_response) => on_response,
+        Filtered::Answered(answered) => return Ok(*answered),
+    };
+    let target = balance::split(routed.as_ref(), inbound)?;
+    attempt::send(inbound, &target, routed.as_ref(), &sane, parts, body, on_response, record).await
+}
+
+/// What lives as long as the exchange.
+#[derive(Debug)]
+pub struct Held {
+    /// Counts the request.
+    pub counted: Counted,
+    /// Its report.
+    pub record: Record,
+}

@@ -1,0 +1,147 @@
+//! Why a request is answered by the waypoint and not by an endpoint: whose fault it is, and what that means for status,
+//! `response_flags` and another try.
+
+use http::StatusCode;
+
+/// A request that no endpoint answered.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Failure {
+    /// The client broke the rules of HTTP.
+    #[error("malformed request: {0}")]
+    Malformed(&'static str),
+    /// The request's target is too long.
+    #[error("the target of the request is too long")]
+    TargetTooLong,
+    /// What a proxy must not do for this client: CONNECT.
+    #[error("method {0} is not allowed here")]
+    Method(http::Method),
+    /// No rule of the routes matches.
+    #[error("no route matches")]
+    NoRoute,
+    /// The rule that matches, or the backend that was drawn, can't be followed.
+    #[error("route {route}: {reason}")]
+    InvalidRoute {
+        /// The route.
+        route: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Policy denies it.
+    #[error("{0}")]
+    Denied(String),
+    /// The service is not known here.
+    #[error("service {0} is not known")]
+    UnknownService(String),
+    /// No endpoint can take it.
+    #[error("no endpoint: {0}")]
+    NoEndpoint(String),
+    /// The waypoint itself is not ready, or is out of something.
+    #[error("{0}")]
+    Unavailable(String),
+    /// No connection to the endpoint.
+    #[error("connect: {0}")]
+    Connect(String),
+    /// The connection to the endpoint is full.
+    #[error("too many connections to the endpoint")]
+    Overflow,
+    /// The endpoint refused the stream without looking at it.
+    #[error("the endpoint refused the stream")]
+    RefusedStream,
+    /// The connection broke before there was an answer.
+    #[error("the endpoint's connection broke: {0}")]
+    Reset(String),
+    /// One try took too long.
+    #[error("the endpoint did not answer in time")]
+    TryTimeout,
+    /// The whole exchange took too long.
+    #[error("the request took longer than its route allows")]
+    Timeout,
+    /// The client's body could not be read.
+    #[error("the request's body broke off: {0}")]
+    RequestBody(String),
+    /// A route says so.
+    #[error("aborted by a fault filter")]
+    Fault(StatusCode),
+}
+
+impl Failure {
+    /// The answer's status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Malformed(_) | Self::RequestBody(_) => StatusCode::BAD_REQUEST,
+            Self::TargetTooLong => StatusCode::URI_TOO_LONG,
+            Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::InvalidRoute { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Denied(_) => StatusCode::FORBIDDEN,
+            Self::UnknownService(_)
+            | Self::NoEndpoint(_)
+            | Self::Unavailable(_)
+            | Self::Connect(_)
+            | Self::Overflow
+            | Self::RefusedStream
+            | Self::Reset(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TryTimeout | Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Fault(status) => *status,
+        }
+    }
+
+    /// The value of `response_flags`, by the names that Envoy gave them.
+    pub fn flags(&self) -> &'static str {
+        match self {
+            Self::Malformed(_) | Self::TargetTooLong | Self::Method(_) => "DPE",
+            Self::RequestBody(_) => "DR",
+            Self::NoRoute => "NR",
+            Self::InvalidRoute { .. } => "NC",
+            Self::Denied(_) => "UAEX",
+            Self::UnknownService(_) => "NC",
+            Self::NoEndpoint(_) => "UH",
+            Self::Unavailable(_) => "LR",
+            Self::Connect(_) => "UF",
+            Self::Overflow => "UO",
+            Self::RefusedStream => "UR",
+            Self::Reset(_) => "UC",
+            Self::TryTimeout | Self::Timeout => "UT",
+            Self::Fault(_) => "FI",
+        }
+    }
+
+    /// The text of the answer. It says nothing of what is behind the waypoint.
+    pub fn message(&self) -> &'static str {
+        match self {
+            Self::Malformed(_) | Self::RequestBody(_) => "malformed request\n",
+            Self::TargetTooLong => "the target is too long\n",
+            Self::Method(_) => "this method is not allowed\n",
+            Self::NoRoute => "no route\n",
+            Self::InvalidRoute { .. } => "the route is not valid\n",
+            Self::Denied(_) => "RBAC: access denied\n",
+            Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
+            Self::Unavailable(_) => "not available\n",
+            Self::Connect(_) | Self::Overflow | Self::RefusedStream | Self::Reset(_) => {
+                "upstream connect error or reset before headers\n"
+            }
+            Self::TryTimeout | Self::Timeout => "upstream request timeout\n",
+            Self::Fault(_) => "fault filter abort\n",
+        }
+    }
+
+    /// gRPC's status for it (gRPC, "HTTP to gRPC status code mapping").
+    pub fn grpc_status(&self) -> u8 {
+        match self {
+            Self::Timeout | Self::TryTimeout => 4,
+            other => grpc_status_of(other.status()),
+        }
+    }
+}
+
+/// gRPC's status for an answer without one (gRPC, "HTTP to gRPC status code mapping").
+pub fn grpc_status_of(status: StatusCode) -> u8 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}

@@ -1,0 +1,200 @@
+//! Step 6: the filters of the rule, in order, on the way to the backend; and what of them waits for the response.
+
+use std::sync::Arc;
+
+use ambit_route::filter::{Cors, HeaderChange, Mirror, Origin};
+use ambit_route::{Filter, Rule};
+use bytes::Bytes;
+use http::header::{ACCESS_CONTROL_REQUEST_METHOD, LOCATION, ORIGIN};
+use http::request::Parts;
+use http::uri::Authority;
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
+
+use crate::accept::Inbound;
+use crate::body::ResponseBody;
+use crate::exchange::Answered;
+use crate::failure::Failure;
+use crate::matching::Routed;
+use crate::sanitise::Sane;
+
+/// What filters leave to be done.
+#[derive(Debug, Default)]
+pub struct OnResponse {
+    /// The rule, whose response filters are applied.
+    rule: Option<Arc<Rule>>,
+    /// The backend's place among those of the rule, whose response filters come first.
+    pub backend: Option<ambit_route::Backend>,
+    /// Where the request came from, if the rule answers for other origins.
+    origin: Option<HeaderValue>,
+    /// The host that the backend sees, if a filter changed it.
+    pub host: Option<Authority>,
+    /// Copies to be sent.
+    pub mirrors: Vec<Mirror>,
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Filtered {
+    /// It goes on.
+    Goes(OnResponse),
+    /// A filter answered.
+    Answered(Box<Answered>),
+}
+
+/// Applies the filters of the rule.
+///
+/// # Errors
+/// [`Failure::Fault`], [`Failure::InvalidRoute`].
+pub async fn on_request(
+    routed: Option<&Routed>,
+    inbound: &Inbound,
+    sane: &Sane,
+    parts: &mut Parts,
+) -> Result<Filtered, Failure> {
+    let mut on_response = OnResponse::default();
+    let Some(routed) = routed else { return Ok(Filtered::Goes(on_response)) };
+    on_response.rule = Some(routed.rule.clone());
+    // Each filter sees what the ones before it made; a redirection refers to the request as it came.
+    let mut prefix = routed.prefix;
+    for filter in &routed.rule.filters {
+        match filter {
+            Filter::Fault(fault) => {
+                if let Some(delay) = fault.delay(rand::random()) {
+                    tokio::time::sleep(delay).await;
+                }
+                if let Some(status) = fault.abort(rand::random()) {
+                    return Err(Failure::Fault(status));
+                }
+            }
+            Filter::Cors(cors) => {
+                let Some(origin) = parts.headers.get(ORIGIN).cloned() else { continue };
+                // The Fetch standard: a preflight is an OPTIONS that says what it is before.
+                if parts.method == Method::OPTIONS
+                    && parts.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
+                {
+                    let headers = cors.preflight(&parts.headers, &origin);
+                    return Ok(Filtered::Answered(answered(
+                        StatusCode::OK,
+                        headers,
+                        Bytes::new(),
+                        on_response,
+                    )));
+                }
+                on_response.origin = Some(origin);
+            }
+            Filter::Redirect(redirect) => {
+                let origin = Origin {
+                    scheme: sane.scheme,
+                    host: &sane.host,
+                    port: inbound.destination.port(),
+                    path: parts.uri.path(),
+                    query: parts.uri.query(),
+                    prefix,
+                };
+                let location = redirect.location(&origin).ok_or_else(|| invalid(routed, "no location"))?;
+                let headers = HeaderMap::from_iter([(LOCATION, location)]);
+                let status = redirect.status;
+                return Ok(Filtered::Answered(answered(status, headers, Bytes::new(), on_response)));
+            }
+            Filter::Respond(status, body) => {
+                let headers = HeaderMap::new();
+                return Ok(Filtered::Answered(answered(*status, headers, body.clone(), on_response)));
+            }
+            Filter::Mirror(mirror) => on_response.mirrors.push(mirror.clone()),
+            Filter::RequestHeaders(_) | Filter::Rewrite(_) | Filter::ResponseHeaders(_) => {
+                change(filter, &mut on_response, &mut prefix, parts);
+            }
+        }
+    }
+    Ok(Filtered::Goes(on_response))
+}
+
+/// Applies the filters of the backend that was drawn. Those that answer have no place there.
+///
+/// # Errors
+/// [`Failure::InvalidRoute`].
+pub fn on_backend(
+    routed: &Routed,
+    backend: &ambit_route::Backend,
+    on_response: &mut OnResponse,
+    parts: &mut Parts,
+) -> Result<(), Failure> {
+    let mut prefix = routed.prefix;
+    for filter in &backend.filters {
+        match filter {
+            Filter::RequestHeaders(_) | Filter::Rewrite(_) | Filter::ResponseHeaders(_) => {
+                change(filter, on_response, &mut prefix, parts);
+            }
+            Filter::Mirror(mirror) => on_response.mirrors.push(mirror.clone()),
+            Filter::Fault(_) | Filter::Cors(_) | Filter::Redirect(_) | Filter::Respond(..) => {
+                return Err(invalid(routed, "a filter that answers, at a backend"));
+            }
+        }
+    }
+    if !backend.filters.is_empty() {
+        on_response.backend = Some(backend.clone());
+    }
+    Ok(())
+}
+
+fn change(filter: &Filter, on_response: &mut OnResponse, prefix: &mut usize, parts: &mut Parts) {
+    match filter {
+        Filter::RequestHeaders(change) => {
+            change.apply(&mut parts.headers);
+            if parts.headers.remove(http::header::HOST).is_some() {
+                let host = change.host().and_then(|host| Authority::try_from(host.as_bytes()).ok());
+                on_response.host = host.or(on_response.host.take());
+            }
+        }
+        Filter::Rewrite(rewrite) => {
+            if let Some(host) = rewrite.host() {
+                on_response.host = Some(host.clone());
+            }
+            if let Some(path) = rewrite.path_and_query(&parts.uri, *prefix) {
+                parts.uri = path.into();
+                // A later filter would find nothing of the prefix any more.
+                *prefix = parts.uri.path().len();
+            }
+        }
+        _ => {}
+    }
+}
+
+fn invalid(routed: &Routed, reason: &str) -> Failure {
+    Failure::InvalidRoute { route: routed.rule.route.to_string(), reason: reason.to_owned() }
+}
+
+fn answered(status: StatusCode, headers: HeaderMap, body: Bytes, filters: OnResponse) -> Box<Answered> {
+    let mut response = Response::new(ResponseBody::full(body));
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    Box::new(Answered { response, filters, upgrade: None })
+}
+
+impl OnResponse {
+    /// Applies what waits for the response.
+    pub fn apply(&self, headers: &mut HeaderMap) {
+        if let Some(backend) = &self.backend {
+            response_headers(&backend.filters).for_each(|change| change.apply(headers));
+        }
+        let Some(rule) = &self.rule else { return };
+        response_headers(&rule.filters).for_each(|change| change.apply(headers));
+        if let Some(origin) = &self.origin {
+            cors(&rule.filters).for_each(|cors| cors.apply(origin, headers));
+        }
+    }
+}
+
+fn response_headers(filters: &[Filter]) -> impl Iterator<Item = &HeaderChange> {
+    filters.iter().filter_map(|filter| match filter {
+        Filter::ResponseHeaders(change) => Some(change),
+        _ => None,
+    })
+}
+
+fn cors(filters: &[Filter]) -> impl Iterator<Item = &Cors> {
+    filters.iter().filter_map(|filter| match filter {
+        Filter::Cors(cors) => Some(cors),
+        _ => None,
+    })
+}

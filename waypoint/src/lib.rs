@@ -1,0 +1,27 @@
+//! The waypoint: terminates HBONE for the services and workloads bound to it, decides each request, and opens HBONE to the
+//! endpoint that it chose.
+//!
+//! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
+//! [`authorize`], [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
+
+pub mod accept;
+pub mod answer;
+pub mod app;
+pub mod attempt;
+pub mod authorize;
+pub mod balance;
+pub mod body;
+pub mod config;
+pub mod exchange;
+pub mod failure;
+pub mod feed;
+pub mod filters;
+pub mod io;
+pub mod matching;
+pub mod mirror;
+pub mod protocol;
+pub mod proxy;
+pub mod report;
+pub mod sanitise;
+pub mod upgrade;
+pub mod upstream;

@@ -1,0 +1,51 @@
+//! Step 4: the rule of a request.
+
+use std::sync::Arc;
+
+use ambit_route::{RequestHead, Rule};
+use http::request::Parts;
+
+use crate::accept::Inbound;
+use crate::failure::Failure;
+use crate::proxy::Published;
+use crate::sanitise::Sane;
+
+/// The rule that a request follows.
+#[derive(Debug, Clone)]
+pub struct Routed {
+    /// The rule.
+    pub rule: Arc<Rule>,
+    /// How much of the path matched.
+    pub prefix: usize,
+}
+
+/// Finds the rule; `None` where no route is attached, and the request goes straight to its destination.
+///
+/// # Errors
+/// [`Failure::NoRoute`] where routes are attached and none matches; [`Failure::InvalidRoute`].
+pub fn find(
+    published: &Published,
+    inbound: &Inbound,
+    sane: &Sane,
+    parts: &Parts,
+) -> Result<Option<Routed>, Failure> {
+    let Some(service) = inbound.destination.service() else { return Ok(None) };
+    let (host, port) = (&service.host, inbound.destination.port());
+    let client = inbound.certificate.identity().namespace();
+    let Some(routes) = published.routes.routes(&host.namespace, &host.hostname, port, client) else {
+        return Ok(None);
+    };
+    let head = RequestHead {
+        method: &parts.method,
+        host: &sane.host,
+        path: parts.uri.path(),
+        query: parts.uri.query(),
+        headers: &parts.headers,
+    };
+    let matched = routes.find(&head).ok_or(Failure::NoRoute)?;
+    if let Some(reason) = &matched.rule.invalid {
+        let route = matched.rule.route.to_string();
+        return Err(Failure::InvalidRoute { route, reason: reason.to_string() });
+    }
+    Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix }))
+}

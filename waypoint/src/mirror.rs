@@ -1,0 +1,86 @@
+//! Copies of requests for other backends. Nobody waits for them: they never delay the request, and what fails is counted.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ambit_route::filter::Mirror;
+use http::Request;
+use http_body::Body as _;
+use tokio::time::timeout;
+
+use crate::accept::Inbound;
+use crate::attempt::{Form, dispatch, head, sender};
+use crate::balance;
+use crate::body::{RequestBody, Source};
+use crate::failure::Failure;
+use crate::upstream::Key;
+
+/// How long a copy may take, its answer included.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Copies in progress of each worker; more are not sent.
+const MOST: usize = 256;
+
+/// Sends the copies that a request's draw asks for.
+pub fn send(inbound: &Arc<Inbound>, mirrors: &[Mirror], form: &Form<'_>, source: Option<&Source>) {
+    for mirror in mirrors.iter().filter(|mirror| mirror.applies(rand::random())) {
+        let failed = |reason: &str| {
+            inbound.worker.proxy.tallies.mirrors_failed.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!(backend = %mirror.backend.hostname, reason, "a copy was not sent");
+        };
+        let Some(counted) = inbound.worker.requests.mirror(MOST) else {
+            failed("too many copies are in progress");
+            continue;
+        };
+        let target = match balance::of_backend(&inbound.worker.proxy, &mirror.backend) {
+            Ok(target) => target,
+            Err(reason) => {
+                failed(&reason);
+                continue;
+            }
+        };
+        let http2 = form.speaks_http2(target.protocol);
+        let head = head(form, http2);
+        let body = source.map_or(RequestBody::Empty, |source| RequestBody::Copy(source.copy()));
+        let inbound = inbound.clone();
+        tokio::spawn(async move {
+            let sent = timeout(LIMIT, Box::pin(copy(&inbound, &target, head, body, http2))).await;
+            let failure = match sent {
+                Ok(Ok(())) => None,
+                Ok(Err(failure)) => Some(failure.to_string()),
+                Err(_) => Some("it took too long".to_owned()),
+            };
+            if let Some(reason) = failure {
+                inbound.worker.proxy.tallies.mirrors_failed.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(target = %target.authority, reason, "a copy failed");
+            }
+            drop(counted);
+        });
+    }
+}
+
+async fn copy(
+    inbound: &Inbound,
+    target: &balance::Target,
+    head: Request<()>,
+    body: RequestBody,
+    http2: bool,
+) -> Result<(), Failure> {
+    let worker = &inbound.worker;
+    let chosen = balance::endpoint(worker, inbound.source, target, &[])?;
+    let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
+    let key = Key { workload, address: chosen.address, http2 };
+    let sender = sender(worker, &key, &chosen).await?;
+    let (parts, ()) = head.into_parts();
+    let answered = dispatch(worker, &key, sender, Request::from_parts(parts, body)).await;
+    let (response, returned) = answered.map_err(|(failure, _)| failure)?;
+    let mut answer = std::pin::pin!(response.into_body());
+    // Read to its end, so that the connection can be used again.
+    while let Some(frame) = std::future::poll_fn(|cx| answer.as_mut().poll_frame(cx)).await {
+        if let Err(error) = frame {
+            return Err(Failure::Reset(error.to_string()));
+        }
+    }
+    returned.give_back();
+    Ok(())
+}

@@ -1,0 +1,306 @@
+//! Reports requests: one set of metrics and one line of the access log each, when its answer has ended.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ambit_directory::Service;
+use ambit_runtime::peers::{End, party, peer_labels, service_labels};
+use ambit_telemetry::access::{self, AccessLog, Direction, Entry, Party, RequestEntry};
+use ambit_telemetry::tcp::{self, Labels, Security};
+use ambit_telemetry::{Outcome, RequestMetrics, TcpMetrics};
+use bytes::Bytes;
+use http::header::{HeaderName, USER_AGENT};
+use http::request::Parts;
+use http::{Method, Request, Response, Version};
+use http_body::Frame;
+use hyper::body::Incoming;
+
+use crate::accept::Inbound;
+use crate::answer::grpc_status;
+use crate::balance::Endpoint;
+use crate::body::{ResponseBody, Source};
+use crate::matching::Routed;
+use crate::sanitise::{Sane, is_grpc};
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Counts and logs.
+#[derive(Debug)]
+pub struct Reporter {
+    /// The families of requests.
+    pub requests: RequestMetrics,
+    /// The families of connections that are passed on.
+    pub connections: TcpMetrics,
+    /// The access log.
+    pub log: AccessLog,
+}
+
+/// What is known of a request and its answer. Dropped before its answer has ended, it reports that the client left.
+#[derive(Debug)]
+pub struct Record {
+    inbound: Arc<Inbound>,
+    since: Instant,
+    version: Version,
+    method: Method,
+    authority: Box<str>,
+    path: Box<str>,
+    grpc: bool,
+    route: Option<Arc<ambit_route::RouteName>>,
+    request_id: Option<Box<str>>,
+    user_agent: Option<Box<str>>,
+    body: Option<Source>,
+    endpoint: Option<Endpoint>,
+    attempts: u32,
+    code: u16,
+    grpc_status: Option<u8>,
+    sent: u64,
+    flags: &'static str,
+    error: Option<String>,
+    reported: bool,
+}
+
+impl Record {
+    /// A request came.
+    pub fn start(inbound: &Arc<Inbound>, request: &Request<Incoming>) -> Self {
+        let text = |name: HeaderName| request.headers().get(name)?.to_str().ok().map(Into::into);
+        let content_type = request.headers().get(http::header::CONTENT_TYPE);
+        Self {
+            inbound: inbound.clone(),
+            since: Instant::now(),
+            version: request.version(),
+            method: request.method().clone(),
+            authority: Box::default(),
+            path: request.uri().path().into(),
+            grpc: content_type.is_some_and(|value| is_grpc(value.as_bytes())),
+            route: None,
+            request_id: text(X_REQUEST_ID),
+            user_agent: text(USER_AGENT),
+            body: None,
+            endpoint: None,
+            attempts: 0,
+            code: 0,
+            grpc_status: None,
+            sent: 0,
+            flags: "-",
+            error: None,
+            reported: false,
+        }
+    }
+
+    /// What was asked for, in its one form.
+    pub fn set_target(&mut self, sane: &Sane, parts: &Parts) {
+        self.authority.clone_from(&sane.authority);
+        self.path = parts.uri.path().into();
+        if self.request_id.is_none() {
+            let id = parts.headers.get(X_REQUEST_ID);
+            self.request_id = id.and_then(|id| id.to_str().ok()).map(Into::into);
+        }
+    }
+
+    /// Which rule it follows.
+    pub fn set_route(&mut self, routed: Option<&Routed>) {
+        self.route = routed.map(|routed| routed.rule.route.clone());
+    }
+
+    /// Its body, to be counted.
+    pub fn set_body(&mut self, body: Option<Source>) {
+        self.body = body;
+    }
+
+    /// Where it is sent now.
+    pub fn set_endpoint(&mut self, endpoint: &Endpoint) {
+        self.attempts += 1;
+        self.endpoint = Some(endpoint.clone());
+    }
+
+    /// Whether it is a gRPC call.
+    pub fn is_grpc(&self) -> bool {
+        self.grpc
+    }
+
+    /// Its answer is the waypoint's, or broke off.
+    pub fn fail(&mut self, flags: &'static str, error: String) {
+        self.flags = flags;
+        self.error = Some(error);
+    }
+
+    /// The head of its answer.
+    pub fn set_answer(&mut self, response: &Response<ResponseBody>) {
+        self.code = response.status().as_u16();
+        self.grpc_status = grpc_status(response.headers());
+    }
+
+    /// A part of its answer.
+    pub fn add_frame(&mut self, frame: &Frame<Bytes>) {
+        if let Some(data) = frame.data_ref() {
+            self.sent += data.len() as u64;
+        } else if let Some(trailers) = frame.trailers_ref() {
+            self.grpc_status = grpc_status(trailers).or(self.grpc_status);
+        }
+    }
+
+    /// Its answer has ended.
+    pub fn finish(mut self) {
+        self.report();
+    }
+
+    fn report(&mut self) {
+        if std::mem::replace(&mut self.reported, true) {
+            return;
+        }
+        let duration = self.since.elapsed();
+        let received = self.body.as_ref().map_or(0, Source::received);
+        let grpc_status = self.grpc_status.filter(|_| self.grpc);
+        let outcome = Outcome { code: self.code, grpc_status, flags: self.flags };
+        let protocol = if self.grpc { "grpc" } else { "http" };
+        let labels = labels(&self.inbound, self.endpoint.as_ref(), protocol);
+        let reporter = self.inbound.worker.reporter.clone();
+        reporter.requests.series(&labels, outcome).count(duration, received, self.sent);
+        if reporter.log.is_enabled() {
+            reporter.log.log_request(self.entry(duration, received, grpc_status));
+        }
+    }
+
+    fn entry(&mut self, duration: Duration, received: u64, grpc_status: Option<u8>) -> RequestEntry {
+        let inbound = &self.inbound;
+        RequestEntry {
+            source: party(&inbound.client, inbound.source),
+            destination: destination(self.endpoint.as_ref()),
+            service: service(inbound, self.endpoint.as_ref()).map(|service| service.host.hostname.clone()),
+            protocol: match self.version {
+                Version::HTTP_10 => "HTTP/1.0",
+                Version::HTTP_2 => "HTTP/2",
+                _ => "HTTP/1.1",
+            },
+            method: self.method.as_str().into(),
+            authority: std::mem::take(&mut self.authority),
+            path: std::mem::take(&mut self.path),
+            code: self.code,
+            grpc_status,
+            flags: self.flags,
+            route: self.route.as_ref().map(|route| route.to_string().into()),
+            attempts: self.attempts,
+            request_id: self.request_id.take(),
+            user_agent: self.user_agent.take(),
+            bytes_sent: self.sent,
+            bytes_received: received,
+            duration,
+            error: self.error.take(),
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.reported {
+            self.flags = "DC";
+            self.error.get_or_insert_with(|| "the client left".to_owned());
+            self.report();
+        }
+    }
+}
+
+/// The service that a request reached: that of its endpoint, else the one that was dialled.
+fn service<'a>(inbound: &'a Inbound, endpoint: Option<&'a Endpoint>) -> Option<&'a Arc<Service>> {
+    endpoint.and_then(|endpoint| endpoint.service.as_ref()).or_else(|| inbound.destination.service())
+}
+
+fn destination(endpoint: Option<&Endpoint>) -> Party {
+    match endpoint {
+        Some(endpoint) => party(&end_of(endpoint), endpoint.address),
+        None => Party::default(),
+    }
+}
+
+fn end_of(endpoint: &Endpoint) -> End {
+    End { workload: endpoint.workload.clone(), identity: endpoint.identity().cloned(), baggage: None }
+}
+
+fn labels(inbound: &Inbound, endpoint: Option<&Endpoint>, protocol: &'static str) -> Labels {
+    Labels {
+        reporter: tcp::Reporter::Waypoint,
+        source: inbound.client_labels.clone(),
+        destination: peer_labels(&endpoint.map(end_of).unwrap_or_default()),
+        service: service(inbound, endpoint).map(|service| service_labels(service)),
+        request_protocol: protocol,
+        security: Security::MutualTls,
+    }
+}
+
+/// The report of a connection that is passed on.
+#[derive(Debug)]
+pub struct ConnectionReport {
+    inbound: Arc<Inbound>,
+    endpoint: Option<Endpoint>,
+    since: Instant,
+}
+
+impl Reporter {
+    /// Begins the report of a connection that is passed on.
+    pub fn connection(&self, inbound: &Arc<Inbound>) -> ConnectionReport {
+        ConnectionReport { inbound: inbound.clone(), endpoint: None, since: Instant::now() }
+    }
+}
+
+impl ConnectionReport {
+    /// Where it goes.
+    pub fn set_endpoint(&mut self, endpoint: &Endpoint) {
+        self.endpoint = Some(endpoint.clone());
+    }
+
+    /// It ended: with the bytes from the client and those to it, or with a reason.
+    pub fn finish(self, ended: Result<(u64, u64), String>) {
+        let Self { inbound, endpoint, since } = self;
+        let reporter = &inbound.worker.reporter;
+        let series = reporter.connections.series(&labels(&inbound, endpoint.as_ref(), "tcp"));
+        let (received, sent) = match &ended {
+            Ok(bytes) => *bytes,
+            Err(_) => {
+                series.fail(tcp::ResponseFlags::Connect);
+                (0, 0)
+            }
+        };
+        if ended.is_ok() {
+            series.open().report(sent, received);
+        }
+        if !reporter.log.is_enabled() {
+            return;
+        }
+        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+        let destination = endpoint.as_ref().map(|endpoint| party(&end_of(endpoint), endpoint.address));
+        reporter.log.log(Entry {
+            source: party(&inbound.client, inbound.source),
+            destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
+            hbone_addr: None,
+            service: service(&inbound, endpoint.as_ref()).map(|service| service.host.hostname.clone()),
+            direction: Direction::Inbound,
+            bytes_sent: sent,
+            bytes_received: received,
+            duration: since.elapsed(),
+            error: ended.err(),
+        });
+    }
+}
+
+/// The access log of a configuration.
+///
+/// # Errors
+/// The file can't be opened.
+pub fn access_log(
+    config: &ambit_runtime::configuration::common::AccessLog,
+) -> std::io::Result<(AccessLog, Option<ambit_telemetry::LogWriter>)> {
+    use ambit_runtime::configuration::common::LogFormat;
+    if !config.enabled {
+        return Ok((AccessLog::disabled(), None));
+    }
+    let (log, writer) = AccessLog::start(access::Config {
+        format: match config.format {
+            LogFormat::Text => access::Format::Tab,
+            LogFormat::Json => access::Format::Json,
+        },
+        target: config.path.clone().map_or(ambit_telemetry::Target::Stdout, ambit_telemetry::Target::File),
+        ..access::Config::default()
+    })?;
+    Ok((log, Some(writer)))
+}

@@ -1,0 +1,303 @@
+//! Step 3: a request is brought into the one form that is matched, authorized and forwarded. Pure, before any decision.
+
+use std::net::IpAddr;
+
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, TE, TRANSFER_ENCODING, UPGRADE,
+};
+use http::request::Parts;
+use http::uri::PathAndQuery;
+use http::{HeaderValue, Method, Version};
+
+use crate::failure::Failure;
+
+/// Fields of one hop, beside those that `Connection` names (RFC 9110 §7.6.1).
+const HOP_BY_HOP: [HeaderName; 5] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+
+/// What a request is completed with, and whose claims count.
+#[derive(Debug, Clone, Copy)]
+pub struct Claims<'a> {
+    /// The client.
+    pub client: IpAddr,
+    /// Whether what it says of other clients is kept.
+    pub trusted: bool,
+    /// The host of requests that may name none.
+    pub default_host: &'a str,
+    /// Longest target, in bytes.
+    pub target_size: usize,
+}
+
+/// What was found out about a request.
+#[derive(Debug, Clone)]
+pub struct Sane {
+    /// The authority that was asked for, as the client wrote it.
+    pub authority: Box<str>,
+    /// The host in lower case, without port, brackets or a dot at its end.
+    pub host: Box<str>,
+    /// What the client wants to change to (RFC 9110 §7.8).
+    pub upgrade: Option<HeaderValue>,
+    /// The version that the client speaks.
+    pub version: Version,
+    /// Whether it is a gRPC call.
+    pub grpc: bool,
+    /// `http`, or what a trusted proxy in front says.
+    pub scheme: &'static str,
+}
+
+/// Brings a request into its one form. The URI is left with the normalised path and query only, and there is no `Host`.
+///
+/// # Errors
+/// [`Failure`]: what can't be brought into that form.
+pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure> {
+    if parts.method == Method::CONNECT {
+        return Err(Failure::Method(Method::CONNECT));
+    }
+    let authority = authority(parts, claims)?;
+    let host = host_of(&authority).ok_or(Failure::Malformed("the host is none"))?;
+    one_length(&parts.headers)?;
+    let path = normalised(&parts.uri, &parts.method)?;
+    if path.as_str().len() > claims.target_size {
+        return Err(Failure::TargetTooLong);
+    }
+    let upgrade = match parts.version {
+        Version::HTTP_11 => wanted_upgrade(&parts.headers),
+        // RFC 9113 §8.6: there is no Upgrade in HTTP/2; HTTP/1.0 ignores it (RFC 9110 §7.8).
+        _ => None,
+    };
+    let trailers = accepts_trailers(&parts.headers);
+    remove_hop_by_hop(&mut parts.headers)?;
+    if trailers {
+        parts.headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    let scheme = forwarding_headers(&mut parts.headers, claims);
+    parts.uri = path.into();
+    let content_type = parts.headers.get(http::header::CONTENT_TYPE);
+    let grpc = content_type.is_some_and(|value| is_grpc(value.as_bytes()));
+    Ok(Sane { authority, host, upgrade, version: parts.version, grpc, scheme })
+}
+
+/// `application/grpc`, alone or with a suffix; not gRPC-web, whose status is in the body.
+pub fn is_grpc(content_type: &[u8]) -> bool {
+    let Some(rest) = content_type.strip_prefix(b"application/grpc") else { return false };
+    matches!(rest.first(), None | Some(b'+' | b';'))
+}
+
+fn authority(parts: &mut Parts, claims: &Claims<'_>) -> Result<Box<str>, Failure> {
+    let mut hosts = parts.headers.get_all(HOST).iter();
+    let host = hosts.next().cloned();
+    if hosts.next().is_some() {
+        return Err(Failure::Malformed("several Host fields"));
+    }
+    let of_uri = parts.uri.authority().map(|authority| authority.as_str().to_owned());
+    parts.headers.remove(HOST);
+    let host = host.map(|host| host.to_str().map(str::to_owned)).transpose();
+    let host = host.map_err(|_| Failure::Malformed("Host is no text"))?.filter(|host| !host.is_empty());
+    let authority = match (of_uri, host, parts.version) {
+        // RFC 9113 §8.3.1: they must not differ. RFC 9112 §3.2.2: in HTTP/1.1 the target's wins.
+        (Some(authority), Some(host), Version::HTTP_2) if !authority.eq_ignore_ascii_case(&host) => {
+            return Err(Failure::Malformed("Host and :authority differ"));
+        }
+        (Some(authority), _, _) => authority,
+        (None, Some(host), _) => host,
+        (None, None, Version::HTTP_10) => claims.default_host.to_owned(),
+        (None, None, _) => return Err(Failure::Malformed("no host")),
+    };
+    // RFC 9110 §4.2.4: user information in it is an error.
+    if authority.contains('@') || authority.bytes().any(|byte| byte.is_ascii_control() || byte == b' ') {
+        return Err(Failure::Malformed("the host is none"));
+    }
+    Ok(authority.into())
+}
+
+/// The host of an authority in lower case, without port, brackets or a dot at its end.
+fn host_of(authority: &str) -> Option<Box<str>> {
+    let parsed = http::uri::Authority::try_from(authority).ok()?;
+    let host = parsed.host();
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let host = host.strip_suffix('.').unwrap_or(host);
+    (!host.is_empty()).then(|| host.to_ascii_lowercase().into())
+}
+
+/// RFC 9110 §8.6: several lengths that differ are an error; hyper checks it in HTTP/1, not in HTTP/2.
+fn one_length(headers: &HeaderMap) -> Result<(), Failure> {
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let Some(first) = lengths.next() else { return Ok(()) };
+    let differs = lengths.any(|other| other != first);
+    if differs || !first.as_bytes().iter().all(u8::is_ascii_digit) || first.is_empty() {
+        return Err(Failure::Malformed("Content-Length is no single number"));
+    }
+    Ok(())
+}
+
+fn wanted_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let asks = tokens(headers, &CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"));
+    headers.get(UPGRADE).filter(|_| asks).cloned()
+}
+
+/// RFC 9110 §10.1.4: of `TE` only `trailers` concerns more than one hop's coding.
+fn accepts_trailers(headers: &HeaderMap) -> bool {
+    tokens(headers, &TE).any(|token| token.eq_ignore_ascii_case("trailers"))
+}
+
+/// The items of a list over all lines of a field; lines that are no text are left out.
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> + use<'a> {
+    let lines = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(str::trim).filter(|token| !token.is_empty())
+}
+
+/// Removes what concerns one hop only, over all lines of `Connection`.
+///
+/// # Errors
+/// `Connection` is no text.
+pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Result<(), Failure> {
+    if headers.get_all(CONNECTION).iter().any(|value| value.to_str().is_err()) {
+        return Err(Failure::Malformed("Connection is no text"));
+    }
+    let named: Vec<HeaderName> = tokens(headers, &CONNECTION)
+        .filter_map(|token| HeaderName::from_bytes(token.as_bytes()).ok())
+        .collect();
+    for name in named.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+    headers.remove(TE);
+    Ok(())
+}
+
+/// Says for whom the request is sent on; returns the scheme that the client used.
+fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> &'static str {
+    // Never believed from outside: it would be a certificate that nobody has seen.
+    headers.remove(XFCC);
+    if !claims.trusted {
+        headers.remove(X_FORWARDED_FOR);
+        headers.remove(X_FORWARDED_PROTO);
+        headers.remove(FORWARDED);
+    }
+    let before: Vec<&str> = tokens(headers, &X_FORWARDED_FOR).collect();
+    let client = claims.client.to_string();
+    let chain = before.into_iter().chain([client.as_str()]).collect::<Vec<_>>().join(", ");
+    if let Ok(chain) = HeaderValue::try_from(chain) {
+        headers.insert(X_FORWARDED_FOR, chain);
+    }
+    let secure = headers.get(X_FORWARDED_PROTO).is_some_and(|value| value.as_bytes() == b"https");
+    let scheme = if secure { "https" } else { "http" };
+    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
+    if !headers.contains_key(X_REQUEST_ID)
+        && let Ok(id) = HeaderValue::try_from(request_id(rand::random()))
+    {
+        headers.insert(X_REQUEST_ID, id);
+    }
+    scheme
+}
+
+/// RFC 9562 §5.4: a UUID of random bits.
+fn request_id(random: u128) -> String {
+    let bits = random & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    let (a, b) = ((bits >> 96) as u32, (bits >> 80) as u16);
+    let (c, d) = ((bits >> 64) as u16, (bits >> 48) as u16);
+    format!("{a:08x}-{b:04x}-{c:04x}-{d:04x}-{:012x}", bits & 0xffff_ffff_ffff)
+}
+
+/// The path in normal form, with the query as it is.
+fn normalised(uri: &http::Uri, method: &Method) -> Result<PathAndQuery, Failure> {
+    let (path, query) = (uri.path(), uri.query());
+    if path == "*" && *method == Method::OPTIONS {
+        return Ok(PathAndQuery::from_static("*"));
+    }
+    let wrong = Failure::Malformed("the path can't be normalised");
+    if path.is_empty() {
+        return Ok(match query {
+            Some(query) => PathAndQuery::try_from(format!("/?{query}")).map_err(|_| wrong)?,
+            None => PathAndQuery::from_static("/"),
+        });
+    }
+    if is_normal(path) {
+        return uri.path_and_query().cloned().ok_or(wrong);
+    }
+    let path = normalise(path).ok_or(wrong.clone())?;
+    let text = match query {
+        Some(query) => format!("{path}?{query}"),
+        None => path,
+    };
+    PathAndQuery::try_from(text).map_err(|_| wrong)
+}
+
+/// Whether nothing is to be done, as with nearly all paths.
+fn is_normal(path: &str) -> bool {
+    let dots = || path.split('/').any(|segment| segment == "." || segment == "..");
+    path.starts_with('/')
+        && !path.contains("//")
+        && path.bytes().all(|byte| byte != b'%' && byte != b'\\')
+        && (!path.contains("/.") || !dots())
+}
+
+/// RFC 3986 §6.2.2: decodes what needs no encoding, writes escapes in capitals, removes dot segments; beyond that joins
+/// slashes that follow one another. `None` for what is no path: a bad escape, NUL, a backslash, or more `..` than there are
+/// segments. An encoded slash or backslash stays as it is: it is part of a segment.
+pub fn normalise(path: &str) -> Option<String> {
+    let rest = path.strip_prefix('/')?;
+    let mut segments: Vec<String> = Vec::new();
+    let mut is_directory = false;
+    for segment in rest.split('/') {
+        let segment = decode(segment)?;
+        is_directory = matches!(segment.as_str(), "" | "." | "..");
+        match segment.as_str() {
+            "" | "." => {}
+            ".." => drop(segments.pop()?),
+            _ => segments.push(segment),
+        }
+    }
+    let mut normal = String::with_capacity(path.len());
+    for segment in &segments {
+        normal.push('/');
+        normal.push_str(segment);
+    }
+    if is_directory || normal.is_empty() {
+        normal.push('/');
+    }
+    Some(normal)
+}
+
+fn decode(segment: &str) -> Option<String> {
+    let mut decoded = String::with_capacity(segment.len());
+    let mut rest = segment;
+    while let Some(letter) = rest.chars().next() {
+        match letter {
+            '\\' => return None,
+            '%' => {
+                let digits =
+                    rest.get(1..3).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
+                match u8::from_str_radix(digits, 16).ok()? {
+                    0 => return None,
+                    // RFC 3986 §2.3: unreserved.
+                    byte if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) => {
+                        decoded.push(char::from(byte));
+                    }
+                    _ => {
+                        decoded.push('%');
+                        decoded.push_str(&digits.to_ascii_uppercase());
+                    }
+                }
+                rest = rest.get(3..)?;
+            }
+            letter => {
+                decoded.push(letter);
+                rest = rest.get(letter.len_utf8()..)?;
+            }
+        }
+    }
+    Some(decoded)
+}
+
+#[cfg(test)]
+#[path = "sanitise_tests.rs"]
+mod tests;

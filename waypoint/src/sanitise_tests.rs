@@ -1,0 +1,201 @@
+//! Each line of "Hardening" that a request's head can break.
+
+use http::{Request, StatusCode};
+use proptest::prelude::*;
+
+use super::*;
+
+fn claims(trusted: bool) -> Claims<'static> {
+    Claims { client: [10, 0, 0, 1].into(), trusted, default_host: "svc.example", target_size: 100 }
+}
+
+fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Parts {
+    let mut request = Request::builder().version(version).uri(uri);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    request.body(()).unwrap().into_parts().0
+}
+
+fn http11(uri: &str, headers: &[(&str, &str)]) -> (Parts, Result<Sane, Failure>) {
+    let mut parts = request(Version::HTTP_11, uri, headers);
+    let sane = sanitise(&mut parts, &claims(false));
+    (parts, sane)
+}
+
+fn status(result: Result<Sane, Failure>) -> Option<StatusCode> {
+    result.err().map(|failure| failure.status())
+}
+
+#[test]
+fn a_host_is_needed_once_and_must_be_one() {
+    for headers in [
+        &[][..],
+        &[("host", "")],
+        &[("host", "a"), ("host", "b")],
+        &[("host", "a"), ("host", "a")],
+        &[("host", "user@a")],
+        &[("host", "a b")],
+        &[("host", "a:b:c")],
+    ] {
+        assert_eq!(status(http11("/", headers).1), Some(StatusCode::BAD_REQUEST), "{headers:?}");
+    }
+    let sane = http11("/", &[("host", "A.Example.:80")]).1.unwrap();
+    assert_eq!((&*sane.host, &*sane.authority), ("a.example", "A.Example.:80"));
+    assert_eq!(&*http11("/", &[("host", "[fd00::1]:80")]).1.unwrap().host, "fd00::1");
+}
+
+#[test]
+fn an_absolute_target_wins_over_host() {
+    let (parts, sane) = http11("http://b.example/x?y", &[("host", "a.example")]);
+    assert_eq!(&*sane.unwrap().host, "b.example");
+    assert_eq!((parts.uri.to_string(), parts.headers.get("host")), ("/x?y".to_owned(), None));
+}
+
+#[test]
+fn http2_with_two_hosts_is_malformed() {
+    let mut parts = request(Version::HTTP_2, "http://a.example/", &[("host", "b.example")]);
+    assert_eq!(status(sanitise(&mut parts, &claims(false))), Some(StatusCode::BAD_REQUEST));
+    let mut parts = request(Version::HTTP_2, "http://a.example/", &[("host", "A.example")]);
+    assert!(sanitise(&mut parts, &claims(false)).is_ok());
+}
+
+#[test]
+fn http10_without_host_gets_the_default_one() {
+    let mut parts = request(Version::HTTP_10, "/", &[]);
+    assert_eq!(&*sanitise(&mut parts, &claims(false)).unwrap().host, "svc.example");
+}
+
+#[test]
+fn connect_is_not_for_clients_inside() {
+    let mut parts = request(Version::HTTP_11, "a.example:443", &[("host", "a.example:443")]);
+    parts.method = Method::CONNECT;
+    assert_eq!(status(sanitise(&mut parts, &claims(false))), Some(StatusCode::METHOD_NOT_ALLOWED));
+}
+
+#[test]
+fn fields_of_one_hop_stay_behind_over_all_lines_of_connection() {
+    let (parts, sane) = http11(
+        "/",
+        &[
+            ("host", "a"),
+            ("connection", "x-one, keep-alive"),
+            ("connection", "X-Two"),
+            ("x-one", "1"),
+            ("x-two", "2"),
+            ("keep-alive", "timeout=1"),
+            ("proxy-connection", "close"),
+            ("transfer-encoding", "chunked"),
+            ("te", "gzip, trailers"),
+            ("x-three", "3"),
+        ],
+    );
+    sane.unwrap();
+    for gone in ["connection", "x-one", "x-two", "keep-alive", "proxy-connection", "transfer-encoding"] {
+        assert!(!parts.headers.contains_key(gone), "{gone}");
+    }
+    assert_eq!(parts.headers["te"], "trailers");
+    assert_eq!(parts.headers["x-three"], "3");
+}
+
+#[test]
+fn an_upgrade_needs_its_connection_field() {
+    let upgrade = |headers: &[(&str, &str)]| http11("/", headers).1.unwrap().upgrade;
+    assert_eq!(upgrade(&[("host", "a"), ("upgrade", "websocket")]), None);
+    let wanted = upgrade(&[("host", "a"), ("upgrade", "websocket"), ("connection", "Upgrade")]);
+    assert_eq!(wanted.unwrap(), "websocket");
+}
+
+#[test]
+fn lengths_that_differ_or_are_none_are_malformed() {
+    for lengths in [&["1", "2"][..], &["-1"], &["1a"], &[""]] {
+        let mut headers = vec![("host", "a")];
+        headers.extend(lengths.iter().map(|length| ("content-length", *length)));
+        assert_eq!(status(http11("/", &headers).1), Some(StatusCode::BAD_REQUEST), "{lengths:?}");
+    }
+}
+
+#[test]
+fn claims_of_other_clients_are_kept_from_trusted_peers_only() {
+    let headers = [
+        ("host", "a"),
+        ("x-forwarded-for", "1.2.3.4"),
+        ("x-forwarded-proto", "https"),
+        ("forwarded", "for=1.2.3.4"),
+        ("x-forwarded-client-cert", "Hash=1"),
+    ];
+    let (parts, sane) = http11("/", &headers);
+    assert_eq!(sane.unwrap().scheme, "http");
+    assert_eq!(parts.headers["x-forwarded-for"], "10.0.0.1");
+    assert_eq!(parts.headers["x-forwarded-proto"], "http");
+    assert!(!parts.headers.contains_key("forwarded"));
+    assert!(!parts.headers.contains_key("x-forwarded-client-cert"));
+    let mut parts = request(Version::HTTP_11, "/", &headers);
+    assert_eq!(sanitise(&mut parts, &claims(true)).unwrap().scheme, "https");
+    assert_eq!(parts.headers["x-forwarded-for"], "1.2.3.4, 10.0.0.1");
+    assert!(!parts.headers.contains_key("x-forwarded-client-cert"));
+}
+
+#[test]
+fn a_request_has_one_id() {
+    let (parts, _) = http11("/", &[("host", "a")]);
+    let id = parts.headers["x-request-id"].to_str().unwrap();
+    let lengths: Vec<usize> = id.split('-').map(str::len).collect();
+    assert_eq!(lengths, [8, 4, 4, 4, 12]);
+    let (parts, _) = http11("/", &[("host", "a"), ("x-request-id", "mine")]);
+    assert_eq!(parts.headers["x-request-id"], "mine");
+}
+
+#[test]
+fn paths_are_normalised_once() {
+    for (path, normal) in [
+        ("/", Some("/")),
+        ("/a/b/", Some("/a/b/")),
+        ("//a///b", Some("/a/b")),
+        ("/a/./b", Some("/a/b")),
+        ("/a/../b", Some("/b")),
+        ("/a/b/..", Some("/a/")),
+        ("/a/.", Some("/a/")),
+        ("/a/%2e%2E/b", Some("/b")),
+        ("/%61%2d", Some("/a-")),
+        ("/a%2fb", Some("/a%2Fb")),
+        ("/a%252e", Some("/a%252e")),
+        ("/%e4%bd%a0", Some("/%E4%BD%A0")),
+        ("/.hidden/..x", Some("/.hidden/..x")),
+        ("/..", None),
+        ("/a/../../b", None),
+        ("/%zz", None),
+        ("/%2", None),
+        ("/%00", None),
+        ("/a\\b", None),
+        ("a", None),
+    ] {
+        assert_eq!(normalise(path).as_deref(), normal, "{path}");
+    }
+}
+
+#[test]
+fn a_target_that_is_too_long_is_414() {
+    let long = format!("/{}", "a".repeat(200));
+    assert_eq!(status(http11(&long, &[("host", "a")]).1), Some(StatusCode::URI_TOO_LONG));
+}
+
+#[test]
+fn gzip_of_grpc_web_is_not_grpc() {
+    assert!(
+        is_grpc(b"application/grpc") && is_grpc(b"application/grpc+proto") && is_grpc(b"application/grpc; x")
+    );
+    assert!(!is_grpc(b"application/grpc-web") && !is_grpc(b"application/json"));
+}
+
+proptest! {
+    #[test]
+    fn a_normal_path_stays_as_it_is(path in "/([a-c./%2eEfF0\\\\]|%2e|%2F|//){0,12}") {
+        if let Some(normal) = normalise(&path) {
+            prop_assert_eq!(normalise(&normal), Some(normal.clone()));
+            prop_assert!(normal.starts_with('/') && !normal.contains("//"));
+            prop_assert!(normal.split('/').all(|segment| segment != "." && segment != ".."));
+            prop_assert!(is_normal(&normal) || normal.contains('%'));
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! HTTP connections to endpoints, of one worker: those of HTTP/1 wait for the next request, those of HTTP/2 carry many.
+//!
+//! A key names a workload by its uid, so an address that is used again never meets an old connection. One lock guards the
+//! index; it is held for look-ups only, and each worker has its own.
+
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use ambit_directory::WorkloadUid;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
+
+use crate::body::RequestBody;
+use crate::io::Endpoint;
+
+/// Streams of an HTTP/2 connection before another one is opened.
+const BUSY: usize = 64;
+/// HTTP/2 connections to one endpoint, of each worker.
+const MAX_HTTP2: usize = 8;
+
+/// What may share a connection.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The workload; none for an address that the directory does not know.
+    pub workload: Option<WorkloadUid>,
+    /// Its address and port.
+    pub address: SocketAddr,
+    /// Whether HTTP/2 is spoken.
+    pub http2: bool,
+}
+
+/// The connections of one worker. Clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Upstreams(Arc<Mutex<HashMap<Key, Slot>>>);
+
+#[derive(Debug, Default)]
+struct Slot {
+    idle: Vec<(http1::SendRequest<RequestBody>, Instant)>,
+    shared: Vec<Shared>,
+    /// HTTP/1 connections, in use or not.
+    open: Arc<AtomicUsize>,
+    dialling: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    sender: http2::SendRequest<RequestBody>,
+    streams: Arc<AtomicUsize>,
+    used: Instant,
+}
+
+/// A connection that a request may use.
+#[derive(Debug)]
+pub enum Sender {
+    /// HTTP/1: nobody else uses it meanwhile.
+    Http1(http1::SendRequest<RequestBody>, Open),
+    /// HTTP/2.
+    Http2(http2::SendRequest<RequestBody>, Stream),
+}
+
+/// Counts a stream of an HTTP/2 connection until it is dropped.
+#[derive(Debug)]
+pub struct Stream(Arc<AtomicUsize>);
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts an HTTP/1 connection while a request has it.
+#[derive(Debug)]
+pub struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A connection whose answer is being read; given back when that has ended.
+#[derive(Debug)]
+pub enum Returned {
+    /// HTTP/1.
+    Http1 {
+        /// Where it goes.
+        upstreams: Upstreams,
+        /// Under which key.
+        key: Box<Key>,
+        /// The connection.
+        sender: http1::SendRequest<RequestBody>,
+        /// Its count.
+        open: Open,
+    },
+    /// HTTP/2: only counted.
+    Http2(Stream),
+}
+
+impl Returned {
+    /// The answer has ended: the next request may have the connection.
+    pub fn give_back(self) {
+        match self {
+            Self::Http1 { upstreams, key, sender, open } => {
+                drop(open);
+                if !sender.is_closed() {
+                    upstreams.0.lock().entry(*key).or_default().idle.push((sender, Instant::now()));
+                }
+            }
+            Self::Http2(stream) => drop(stream),
+        }
+    }
+}
+
+/// What a look-up found.
+#[derive(Debug)]
+pub enum Found {
+    /// A connection.
+    Sender(Sender),
+    /// None; one may be dialled. Holds others off that want the same, where they could share it.
+    Dial(Dial),
+    /// There are as many as may be.
+    Full,
+}
+
+/// The permission to dial.
+#[derive(Debug)]
+pub struct Dial {
+    open: Option<Open>,
+    _turn: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+impl Upstreams {
+    /// A connection for a request, or the permission to dial one: at most `limit` of HTTP/1.
+    pub async fn find(&self, key: &Key, limit: usize) -> Found {
+        if key.http2 {
+            return self.find_shared(key).await;
+        }
+        let mut slots = self.0.lock();
+        let slot = slots.entry(key.clone()).or_default();
+        // The one used last is most likely still open; one that is not ready has not finished with its last request.
+        let mut at = slot.idle.len();
+        while at > 0 {
+            at -= 1;
+            let state = slot.idle.get(at).map(|(sender, _)| (sender.is_closed(), sender.is_ready()));
+            match state {
+                Some((true, _)) => drop(slot.idle.swap_remove(at)),
+                Some((false, true)) => {
+                    let (sender, _) = slot.idle.swap_remove(at);
+                    let open = Open::new(&slot.open);
+                    return Found::Sender(Sender::Http1(sender, open));
+                }
+                _ => {}
+            }
+        }
+        if slot.open.load(Ordering::Relaxed) >= limit {
+            return Found::Full;
+        }
+        Found::Dial(Dial { open: Some(Open::new(&slot.open)), _turn: None })
+    }
+
+    async fn find_shared(&self, key: &Key) -> Found {
+        let (found, dialling) = self.least_busy(key);
+        if let Some(sender) = found {
+            return Found::Sender(sender);
+        }
+        let turn = dialling.lock_owned().await;
+        // Somebody else may have dialled in the meantime.
+        match self.least_busy(key).0 {
+            Some(sender) => Found::Sender(sender),
+            None => Found::Dial(Dial { open: None, _turn: Some(turn) }),
+        }
+    }
+
+    fn least_busy(&self, key: &Key) -> (Option<Sender>, Arc<tokio::sync::Mutex<()>>) {
+        let mut slots = self.0.lock();
+        let slot = slots.entry(key.clone()).or_default();
+        slot.shared.retain(|shared| !shared.sender.is_closed());
+        let full = slot.shared.len() >= MAX_HTTP2;
+        let load = |shared: &&mut Shared| shared.streams.load(Ordering::Relaxed);
+        let least = slot.shared.iter_mut().min_by_key(load);
+        let usable = least.filter(|least| full || least.streams.load(Ordering::Relaxed) < BUSY);
+        let sender = usable.map(|shared| {
+            shared.used = Instant::now();
+            shared.streams.fetch_add(1, Ordering::Relaxed);
+            Sender::Http2(shared.sender.clone(), Stream(shared.streams.clone()))
+        });
+        (sender, slot.dialling.clone())
+    }
+
+    /// Makes an HTTP connection of a byte stream.
+    ///
+    /// # Errors
+    /// The endpoint does not speak HTTP/2.
+    pub async fn connect(&self, key: &Key, dial: Dial, io: Endpoint) -> hyper::Result<Sender> {
+        let Dial { open, _turn } = dial;
+        if key.http2 {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder
+                .timer(TokioTimer::new())
+                .adaptive_window(false)
+                .initial_stream_window_size(1 << 20)
+                .initial_connection_window_size(4 << 20)
+                .keep_alive_interval(Duration::from_secs(30))
+                .keep_alive_timeout(Duration::from_secs(20));
+            let (sender, connection) = builder.handshake(TokioIo::new(io)).await?;
+            tokio::spawn(async move {
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "an HTTP/2 connection to an endpoint ended");
+                }
+            });
+            let streams = Arc::new(AtomicUsize::new(1));
+            let shared = Shared { sender: sender.clone(), streams: streams.clone(), used: Instant::now() };
+            self.0.lock().entry(key.clone()).or_default().shared.push(shared);
+            return Ok(Sender::Http2(sender, Stream(streams)));
+        }
+        let (sender, connection) = http1::Builder::new().max_headers(200).handshake(TokioIo::new(io)).await?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                tracing::debug!(%error, "an HTTP/1 connection to an endpoint ended");
+            }
+        });
+        let open = open.unwrap_or_else(|| Open::new(&Arc::default()));
+        Ok(Sender::Http1(sender, open))
+    }
+
+    /// Closes what was not used for `idle`, and what leads to workloads that are gone.
+    pub fn sweep(&self, idle: Duration, is_gone: impl Fn(&WorkloadUid) -> bool) {
+        let now = Instant::now();
+        let fresh = |used: Instant| now.saturating_duration_since(used) < idle;
+        self.0.lock().retain(|key, slot| {
+            if key.workload.as_ref().is_some_and(&is_gone) {
+                return false;
+            }
+            slot.idle.retain(|(sender, used)| !sender.is_closed() && fresh(*used));
+            slot.shared.retain(|shared| {
+                let busy = shared.streams.load(Ordering::Relaxed) > 0;
+                !shared.sender.is_closed() && (busy || fresh(shared.used))
+            });
+            !slot.idle.is_empty() || !slot.shared.is_empty() || slot.open.load(Ordering::Relaxed) > 0
+        });
+    }
+
+    /// How many connections wait or are shared.
+    pub fn len(&self) -> usize {
+        self.0.lock().values().map(|slot| slot.idle.len() + slot.shared.len()).sum()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Waits until an HTTP/2 connection takes one more stream.
+pub async fn ready(sender: &mut http2::SendRequest<RequestBody>) -> hyper::Result<()> {
+    poll_fn(|cx| match sender.poll_ready(cx) {
+        Poll::Ready(ready) => Poll::Ready(ready),
+        Poll::Pending => Poll::Pending,
+    })
+    .await
+}
