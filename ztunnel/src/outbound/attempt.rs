@@ -232,6 +232,7 @@ impl Dial<'_> {
         let certificate = self.worker.proxy.certificates.certificate(self.pod.identity()).await?;
         let key = TunnelKey {
             origin: self.pod.shared_uid().clone(),
+            netns: self.pod.netns(),
             source: self.pod.identity().clone(),
             destination: workload.uid.shared().clone(),
             address,

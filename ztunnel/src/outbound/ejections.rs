@@ -93,18 +93,31 @@ impl<K: Eq + Hash + Clone> Ejections<K> {
     }
 }
 
+/// A node: its name, which is unique in its cluster only.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Node {
+    cluster: Arc<str>,
+    name: Arc<str>,
+}
+
+impl Node {
+    fn of(workload: &Workload) -> Self {
+        Self { cluster: workload.cluster_id.clone(), name: workload.node.clone() }
+    }
+}
+
 /// Ejections of endpoints and of nodes.
 #[derive(Debug, Default)]
 struct Table {
     endpoints: Ejections<WorkloadUid>,
-    nodes: Ejections<Arc<str>>,
+    nodes: Ejections<Node>,
     /// The endpoint of a node that failed last, since one of the node was reached.
-    suspects: HashMap<Arc<str>, (WorkloadUid, Instant)>,
+    suspects: HashMap<Node, (WorkloadUid, Instant)>,
 }
 
 impl Table {
     /// Returns how many ejections that makes.
-    fn handle_failure(&mut self, endpoint: &WorkloadUid, node: Option<&Arc<str>>, now: Instant) -> u64 {
+    fn handle_failure(&mut self, endpoint: &WorkloadUid, node: Option<&Node>, now: Instant) -> u64 {
         let mut ejected = u64::from(self.endpoints.handle_failure(endpoint, now));
         if let Some(node) = node {
             let is_another = self
@@ -122,17 +135,17 @@ impl Table {
         ejected
     }
 
-    fn handle_success(&mut self, endpoint: &WorkloadUid, node: &Arc<str>) {
+    fn handle_success(&mut self, endpoint: &WorkloadUid, node: &Node) {
         self.endpoints.handle_success(endpoint);
         self.nodes.handle_success(node);
         self.suspects.remove(node);
     }
 
-    fn is_ejected(&self, endpoint: &WorkloadUid, node: &Arc<str>, now: Instant) -> bool {
+    fn is_ejected(&self, endpoint: &WorkloadUid, node: &Node, now: Instant) -> bool {
         self.endpoints.is_ejected(endpoint, now) || self.nodes.is_ejected(node, now)
     }
 
-    fn holds(&self, endpoint: &WorkloadUid, node: &Arc<str>) -> bool {
+    fn holds(&self, endpoint: &WorkloadUid, node: &Node) -> bool {
         self.endpoints.failed.contains_key(endpoint)
             || self.nodes.failed.contains_key(node)
             || self.suspects.contains_key(node)
@@ -156,20 +169,22 @@ impl EjectedEndpoints {
     /// A workload could not be reached. Returns how many ejections that makes.
     pub fn failed(&self, workload: &Workload, what: Unreachable) -> u64 {
         let is_of_node = what == Unreachable::Node && !workload.node.is_empty();
-        let node = is_of_node.then_some(&workload.node);
+        let node = is_of_node.then(|| Node::of(workload));
         let mut table = self.table.write();
-        let ejected = table.handle_failure(&workload.uid, node, Instant::now());
+        let ejected = table.handle_failure(&workload.uid, node.as_ref(), Instant::now());
         self.remembered.store(table.len(), Ordering::Relaxed);
         ejected
     }
 
     /// A workload was reached, and so its node.
     pub fn reached(&self, workload: &Workload) {
-        if self.remembered.load(Ordering::Relaxed) > 0
-            && self.table.read().holds(&workload.uid, &workload.node)
-        {
+        if self.remembered.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let node = Node::of(workload);
+        if self.table.read().holds(&workload.uid, &node) {
             let mut table = self.table.write();
-            table.handle_success(&workload.uid, &workload.node);
+            table.handle_success(&workload.uid, &node);
             self.remembered.store(table.len(), Ordering::Relaxed);
         }
     }
@@ -177,7 +192,7 @@ impl EjectedEndpoints {
     /// Whether a workload, or its node, is ejected.
     pub fn is_ejected(&self, workload: &Workload) -> bool {
         self.remembered.load(Ordering::Relaxed) > 0
-            && self.table.read().is_ejected(&workload.uid, &workload.node, Instant::now())
+            && self.table.read().is_ejected(&workload.uid, &Node::of(workload), Instant::now())
     }
 
     /// Endpoints and nodes that are ejected.
@@ -192,6 +207,10 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    fn node(name: &str) -> Node {
+        Node { cluster: "here".into(), name: name.into() }
+    }
 
     #[test]
     fn failures_in_a_row_double_the_time_up_to_a_limit() {
@@ -236,7 +255,7 @@ mod tests {
     fn a_second_endpoint_of_a_node_ejects_the_node() {
         let (mut table, now) = (Table::default(), Instant::now());
         let (one, two, three): (WorkloadUid, WorkloadUid, WorkloadUid) = ("1".into(), "2".into(), "3".into());
-        let node: Arc<str> = "node".into();
+        let node = node("node");
         for _ in 0..3 {
             table.handle_failure(&one, Some(&node), now);
         }
@@ -253,7 +272,7 @@ mod tests {
     fn a_node_of_which_something_answers_is_not_ejected() {
         let (mut table, now) = (Table::default(), Instant::now());
         let (one, two, three): (WorkloadUid, WorkloadUid, WorkloadUid) = ("1".into(), "2".into(), "3".into());
-        let node: Arc<str> = "node".into();
+        let node = node("node");
         table.handle_failure(&one, Some(&node), now);
         table.handle_success(&three, &node);
         table.handle_failure(&two, Some(&node), now);
@@ -263,5 +282,17 @@ mod tests {
         table.handle_success(&two, &node);
         table.handle_success(&one, &node);
         assert_eq!(table.len(), 0);
+    }
+
+    #[test]
+    fn nodes_of_one_name_in_two_clusters_are_two() {
+        let (mut table, now) = (Table::default(), Instant::now());
+        let (one, two, three): (WorkloadUid, WorkloadUid, WorkloadUid) = ("1".into(), "2".into(), "3".into());
+        let (here, there) = (node("node"), Node { cluster: "there".into(), ..node("node") });
+        table.handle_failure(&one, Some(&there), now);
+        table.handle_failure(&two, Some(&there), now);
+        assert!(table.is_ejected(&three, &there, now) && !table.is_ejected(&three, &here, now));
+        table.handle_success(&three, &here);
+        assert!(table.is_ejected(&one, &there, now), "success on another cluster's node");
     }
 }

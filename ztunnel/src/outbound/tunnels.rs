@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ambit_hbone::{ClientSettings, ConnectionSettings, PoolSettings, ServerSettings};
 use ambit_identity::SpiffeId;
+use ambit_net::NetnsId;
 
 use crate::config::Config;
 
@@ -15,6 +16,8 @@ pub struct TunnelKey {
     /// Uid of the source pod. Pods of one identity do not share connections: each leaves from its own
     /// namespace and address, and goes with it.
     pub origin: Arc<str>,
+    /// The source pod's network namespace. A restarted sandbox keeps the uid, and its old connections are dead.
+    pub netns: NetnsId,
     /// The identity that our side presents.
     pub source: SpiffeId,
     /// Uid of the destination workload, or of the waypoint or gateway.

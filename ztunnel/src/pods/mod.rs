@@ -44,6 +44,7 @@ const POD_DESCRIPTORS: u64 = 20;
 #[derive(Debug)]
 pub struct Pod {
     uid: Arc<str>,
+    netns: NetnsId,
     info: WorkloadInfo,
     identity: SpiffeId,
     workload: WorkloadUid,
@@ -68,6 +69,11 @@ impl Pod {
     /// As [`Pod::uid`], to keep.
     pub fn shared_uid(&self) -> &Arc<str> {
         &self.uid
+    }
+
+    /// The network namespace that the pod had when its proxy started.
+    pub(crate) fn netns(&self) -> NetnsId {
+        self.netns
     }
 
     /// Where resources come on demand: the pod's own.
@@ -295,6 +301,7 @@ impl Pods {
         Ok(Arc::new(Pod {
             dns: self.0.proxy.dns.client(&uid, shares.outbound(), whereabouts, stock.clone()),
             uid,
+            netns: netns.id(),
             info: info.clone(),
             identity,
             pinned: self.0.proxy.demander.as_ref().map(|demander| demander.pin(workload.as_str())),
@@ -402,19 +409,21 @@ impl Pods {
             tokio::time::sleep(LEAVE_GRACE).await;
             pod.left.send_replace(true);
             drop(inbound);
-            pods.evict(&pod.uid);
+            pods.evict(&pod);
         });
     }
 
     /// Evicts the pod's connections from all pools; open tunnels finish. Called after the grace time: a connection that was
     /// accepted just before may still wait for its tunnel.
-    fn evict(&self, uid: &str) {
-        if self.0.table.lock().entries.contains_key(uid) {
-            // It came again under its uid, and uses them.
+    fn evict(&self, pod: &Pod) {
+        if let Some(Entry::Served(served)) = self.0.table.lock().entries.get(&*pod.uid)
+            && served.netns == pod.netns
+        {
+            // It came again in the same namespace, and uses them.
             return;
         }
         for worker in self.0.workers.states() {
-            worker.pool.evict(|key| &*key.origin == uid, InFlight::Finish);
+            worker.pool.evict(|key| key.origin == pod.uid && key.netns == pod.netns, InFlight::Finish);
         }
     }
 

@@ -246,11 +246,14 @@ impl<K: Key> Reserved<K> {
     /// As [`Connection::open`].
     pub async fn open(self, request: &ConnectRequest) -> Result<Tunnel, OpenError> {
         let Self { shared, key, selected, lease } = self;
+        let failed = FailedUnlessOpened(&shared.counters);
         let opened = selected.connection.open_leased(request, &shared.settings.client, lease).await;
         match &opened {
-            Ok(_) => shared.counters.tunnels.add(1),
+            Ok(_) => {
+                failed.disarm();
+                shared.counters.tunnels.add(1);
+            }
             Err(error) => {
-                shared.counters.failed_tunnels.add(1);
                 if let OpenError::Silent { .. } = error {
                     shared.counters.silent.add(1);
                 }
@@ -260,6 +263,21 @@ impl<K: Key> Reserved<K> {
             }
         }
         opened
+    }
+}
+
+/// Counts a failed tunnel when dropped: a caller that stops waiting counts as one too.
+struct FailedUnlessOpened<'a>(&'a PoolCounters);
+
+impl FailedUnlessOpened<'_> {
+    fn disarm(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for FailedUnlessOpened<'_> {
+    fn drop(&mut self) {
+        self.0.failed_tunnels.add(1);
     }
 }
 
