@@ -14,6 +14,8 @@ pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Annotation that a sidecar's injector leaves on a pod.
 pub const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
+/// Annotation of the object that a kubelet creates for a static pod.
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 /// Annotation: `true` leaves inbound connections alone.
 pub const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 /// Annotation: `true` or `false`, over the global setting.
@@ -83,6 +85,8 @@ pub enum Decision {
 pub enum Reason {
     /// It shares the node's network namespace.
     HostNetwork,
+    /// It is a static pod, which has no service account and so no identity.
+    StaticPod,
     /// It has a sidecar.
     Sidecar,
     /// Its namespace is excluded.
@@ -102,6 +106,7 @@ impl Reason {
         match self {
             Self::UnsupportedRuntime => Some("unsupported-runtime"),
             Self::HostNetwork
+            | Self::StaticPod
             | Self::Sidecar
             | Self::ExcludedNamespace
             | Self::PodLabel
@@ -114,6 +119,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::HostNetwork => "it uses the host's network",
+            Self::StaticPod => "it is a static pod, which has no service account",
             Self::Sidecar => "it has a sidecar",
             Self::ExcludedNamespace => "its namespace is excluded",
             Self::PodLabel => "its label istio.io/dataplane-mode says so",
@@ -128,6 +134,9 @@ pub fn enrolled(pod: &Pod, namespace_labels: &BTreeMap<String, String>, settings
     let Pod { namespace, labels, annotations, namespace_annotations, host_network, runtime_handler } = pod;
     if *host_network {
         return Decision::Out(Reason::HostNetwork);
+    }
+    if annotations.contains_key(MIRROR) {
+        return Decision::Out(Reason::StaticPod);
     }
     if annotations.contains_key(SIDECAR_STATUS) {
         return Decision::Out(Reason::Sidecar);

@@ -25,3 +25,37 @@ impl PodPlacement {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1;
+    use serde_json::json;
+
+    use super::*;
+
+    fn placement(metadata: &serde_json::Value, spec: &serde_json::Value) -> Option<PodPlacement> {
+        let object = json!({"metadata": metadata, "spec": spec, "status": {"phase": "Running"}});
+        PodPlacement::of(&Pod::try_from(serde_json::from_value::<v1::Pod>(object).unwrap()).unwrap())
+    }
+
+    #[test]
+    fn mirror_pods_have_no_identity() {
+        let mirror = json!({"name": "p", "namespace": "payments", "uid": "u",
+            "annotations": {"kubernetes.io/config.mirror": "hash"}});
+        assert_eq!(placement(&mirror, &json!({"nodeName": "n"})), None);
+        assert_eq!(placement(&mirror, &json!({"nodeName": "n", "serviceAccountName": "payments"})), None);
+        let unmarked = json!({"name": "p", "namespace": "payments", "uid": "u"});
+        assert_eq!(
+            placement(&unmarked, &json!({"nodeName": "n"})),
+            None,
+            "an API server fills in the account"
+        );
+    }
+
+    #[test]
+    fn pods_of_files_without_an_account_have_the_default_one() {
+        let placed =
+            placement(&json!({"name": "p", "namespace": "shop"}), &json!({"nodeName": "n"})).unwrap();
+        assert_eq!(&*placed.service_account, "default");
+    }
+}

@@ -51,8 +51,6 @@ impl TryFrom<&Pod> for PodObject {
     type Error = &'static str;
 
     fn try_from(pod: &Pod) -> Result<Self, Self::Error> {
-        /// Annotation: the object mirrors a static pod. Only kubelet may set it.
-        const MIRROR: &str = "kubernetes.io/config.mirror";
         /// Annotation: the uid of the static pod.
         const STATIC_UID: &str = "kubernetes.io/config.hash";
         let uid = pod.metadata.uid.clone().ok_or("it has no uid")?;
@@ -66,7 +64,7 @@ impl TryFrom<&Pod> for PodObject {
         let ips =
             status.and_then(|status| status.pod_ips.as_deref()).filter(|_| !is_ending).unwrap_or_default();
         Ok(Self {
-            runtime_uid: annotations.get(MIRROR).and_then(|_| annotations.get(STATIC_UID)).cloned(),
+            runtime_uid: annotations.get(enrol::MIRROR).and_then(|_| annotations.get(STATIC_UID)).cloned(),
             uid,
             name,
             service_account: spec.service_account_name.clone().unwrap_or_else(|| "default".into()),

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::binding::WaypointBinding;
 use super::cluster::NETWORK;
@@ -16,7 +17,8 @@ pub struct Pod {
     pub meta: Meta,
     /// The node that it is bound to; empty before it is scheduled.
     pub node: Arc<str>,
-    /// Its service account, `default` if it names none.
+    /// Its service account, `default` if it names none; empty for a mirror pod, which has no identity: a kubelet creates
+    /// such pods for its static pods, in any namespace that it likes (Kubernetes, NodeRestriction).
     pub service_account: Arc<str>,
     /// Its addresses, first the primary one; empty before it has any.
     pub addresses: Vec<IpAddr>,
@@ -46,9 +48,12 @@ impl Pod {
     /// Label that names the gateway whose deployment the pod belongs to.
     pub const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
-    /// Whether the pod runs or will run: an identity may be issued for it.
+    /// Annotation of the object that a kubelet creates for a static pod.
+    const MIRROR: &str = "kubernetes.io/config.mirror";
+
+    /// Whether the pod runs or will run, and has an identity: a certificate may be issued for it.
     pub fn is_live(&self) -> bool {
-        !self.finished
+        !self.finished && !self.service_account.is_empty()
     }
 
     /// The number of a named container port.
@@ -66,15 +71,13 @@ impl TryFrom<v1::Pod> for Pod {
         let common = Meta::read(&meta)?;
         let host_network = spec.host_network.unwrap_or(false);
         // A sidecar's pod or one on its node's network is never captured, whatever the annotation says.
-        let capturable = !host_network && annotation(&meta, "sidecar.istio.io/status").is_none();
+        let service_account = service_account(&meta, &spec);
+        let capturable = !host_network
+            && !service_account.is_empty()
+            && annotation(&meta, "sidecar.istio.io/status").is_none();
         Ok(Pod {
             node: spec.node_name.as_deref().unwrap_or_default().into(),
-            service_account: spec
-                .service_account_name
-                .as_deref()
-                .filter(|n| !n.is_empty())
-                .unwrap_or("default")
-                .into(),
+            service_account: service_account.into(),
             addresses: addresses(&status)?,
             host_network,
             finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
@@ -88,6 +91,17 @@ impl TryFrom<v1::Pod> for Pod {
             waypoint: WaypointBinding::read(&common.labels, &meta, &common.id.namespace),
             meta: common,
         })
+    }
+}
+
+/// An API server fills in the account of every pod but mirror pods, and gives each object a uid. Only a file may leave
+/// both out.
+fn service_account<'a>(meta: &ObjectMeta, spec: &'a v1::PodSpec) -> &'a str {
+    let named = spec.service_account_name.as_deref().unwrap_or_default();
+    match (annotation(meta, Pod::MIRROR), named) {
+        (Some(_), _) => "",
+        (None, "") if meta.uid.is_none() => "default",
+        (None, named) => named,
     }
 }
 
