@@ -2,7 +2,7 @@
 //!
 //! [`source`] reads objects, by [`intake`] and the table of [`kind`]s, and reports what changed; [`index`] turns objects
 //! into resources and recomputes only what a change touches; [`serve`] offers the resources over delta xDS and signs
-//! certificates. Each knows only the one before. [`write`] reports to the API server
+//! certificates. Each knows only the one before. [`mod@write`] reports to the API server
 //! what came of its objects. [`app`] wires them, [`config`] says how.
 
 pub mod api_server;

@@ -93,7 +93,7 @@ impl Snapshot {
         (workload.identity.service_account() == service_account).then_some(workload)
     }
 
-    /// The workload that has an address: a pod before anything else, then the older object ([`Workload::cmp_claim`]). Workloads that share their
+    /// The workload that has an address: a pod before anything else, then the older object (`Workload::cmp_claim`). Workloads that share their
     /// node's address are not found by it.
     pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
         self.by_address.get(&AddressRef { network, address: address.to_canonical() })?.first()
