@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -17,6 +18,10 @@ use crate::{PodSpec, PodStatus};
 /// How long a pod that the CNI plugin reported may be missing from the list of pods.
 const UNLISTED: Duration = Duration::from_secs(300);
 
+/// How long a namespace that was looked up counts more than an older one of the watch. The watch is expected to catch up
+/// sooner; after a restore of etcd, newer objects have lower versions.
+const LOOKED_UP: Duration = Duration::from_secs(300);
+
 /// Labels and annotations of a namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metadata {
@@ -24,6 +29,18 @@ pub struct Metadata {
     pub labels: BTreeMap<String, String>,
     /// Its annotations.
     pub annotations: BTreeMap<String, String>,
+    /// Its resourceVersion; none if that is no number, and cannot be compared.
+    pub version: Option<u64>,
+}
+
+impl From<ObjectMeta> for Metadata {
+    fn from(object: ObjectMeta) -> Self {
+        Self {
+            labels: object.labels.unwrap_or_default(),
+            annotations: object.annotations.unwrap_or_default(),
+            version: object.resource_version.and_then(|version| version.parse().ok()),
+        }
+    }
 }
 
 /// What the agent needs of a pod.
@@ -175,6 +192,8 @@ pub struct Index {
     settings: Settings,
     pods: HashMap<String, PodObject>,
     namespaces: HashMap<String, Metadata>,
+    /// Namespaces that were looked up and that the watch still shows as they were before.
+    looked_up: HashMap<String, (Metadata, Instant)>,
     handlers: BTreeMap<String, String>,
     /// Pods that the CNI plugin reported and that are not listed yet.
     unlisted: HashMap<String, Instant>,
@@ -187,6 +206,7 @@ impl Index {
             settings,
             pods: HashMap::new(),
             namespaces: HashMap::new(),
+            looked_up: HashMap::new(),
             handlers: BTreeMap::new(),
             unlisted: HashMap::new(),
         }
@@ -211,11 +231,25 @@ impl Index {
 
     /// A namespace is new or has changed.
     pub fn apply_namespace(&mut self, name: String, metadata: Metadata) {
+        self.looked_up.retain(|known, (looked_up, _)| *known != name || metadata.version < looked_up.version);
         self.namespaces.insert(name, metadata);
+    }
+
+    /// A namespace was looked up. The answer counts until the watch shows the same version or a later one.
+    pub fn look_up_namespace(&mut self, name: &str, metadata: Metadata, now: Instant) {
+        let shown = self.namespaces.get(name).and_then(|shown| shown.version);
+        if metadata.version > shown {
+            self.looked_up.insert(name.into(), (metadata, now));
+        }
+    }
+
+    fn namespace(&self, name: &str) -> Option<&Metadata> {
+        self.looked_up.get(name).map(|(metadata, _)| metadata).or_else(|| self.namespaces.get(name))
     }
 
     /// A namespace is gone.
     pub fn delete_namespace(&mut self, name: &str) {
+        self.looked_up.remove(name);
         self.namespaces.remove(name);
     }
 
@@ -254,9 +288,10 @@ impl Index {
     /// The pods that are to be enrolled, by uid. A pod whose namespace is not known stays as it is.
     pub fn wanted(&mut self, now: Instant) -> BTreeMap<String, WantedPod> {
         self.unlisted.retain(|_, since| now.duration_since(*since) < UNLISTED);
+        self.looked_up.retain(|_, (_, since)| now.duration_since(*since) < LOOKED_UP);
         let unlisted = self.unlisted.keys().map(|uid| unchanged(uid));
         let listed = self.pods.values().filter(|pod| !pod.is_finished).filter_map(|pod| {
-            let Some(namespace) = self.namespaces.get(&pod.traits.namespace) else {
+            let Some(namespace) = self.namespace(&pod.traits.namespace) else {
                 return Some(unchanged(&pod.uid));
             };
             match self.verdict(pod, namespace) {
@@ -267,6 +302,17 @@ impl Index {
         unlisted.chain(listed).map(|pod| (pod.uid.clone(), pod)).collect()
     }
 
+    /// The pods that exist, have not finished and run outside the mesh, by the uid that the container runtime knows.
+    pub fn outside(&self) -> HashSet<String> {
+        let is_out = |pod: &&PodObject| {
+            let namespace = self.namespace(&pod.traits.namespace);
+            !pod.is_finished
+                && namespace.is_some_and(|namespace| matches!(self.verdict(pod, namespace), Verdict::Out(_)))
+        };
+        let outside = self.pods.values().filter(is_out);
+        outside.map(|pod| pod.runtime_uid.clone().unwrap_or_else(|| pod.uid.clone())).collect()
+    }
+
     /// Whether the pod exists and has not finished.
     pub fn is_alive(&self, uid: &str) -> bool {
         self.unlisted.contains_key(uid) || self.pods.get(uid).is_some_and(|pod| !pod.is_finished)
@@ -275,7 +321,7 @@ impl Index {
     /// The annotations that differ from what they should be.
     pub fn annotations(&self, statuses: &BTreeMap<String, PodStatus>) -> Vec<Annotation> {
         let differing = self.pods.values().filter(|pod| !pod.is_finished).filter_map(|pod| {
-            let namespace = self.namespaces.get(&pod.traits.namespace)?;
+            let namespace = self.namespace(&pod.traits.namespace)?;
             let value = match (self.verdict(pod, namespace), statuses.get(&pod.uid)) {
                 (Verdict::Out(reason), None) => reason.annotation(),
                 (Verdict::In(_), None) => None,
@@ -338,123 +384,4 @@ impl Source {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::PodState;
-
-    fn pod(uid: &str, changes: &serde_json::Value) -> PodObject {
-        let mut object = json!({
-            "metadata": { "uid": uid, "name": format!("pod-{uid}"), "namespace": "shop" },
-            "spec": { "containers": [], "serviceAccountName": "reviews" },
-            "status": { "phase": "Running", "podIPs": [{ "ip": "10.0.0.5" }, { "ip": "fd00::5" }] },
-        });
-        for (part, fields) in changes.as_object().unwrap() {
-            object[part].as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-        }
-        PodObject::try_from(&serde_json::from_value::<Pod>(object).unwrap()).unwrap()
-    }
-
-    fn ambient() -> Metadata {
-        let labels = [("istio.io/dataplane-mode".to_owned(), "ambient".to_owned())].into();
-        Metadata { labels, annotations: BTreeMap::new() }
-    }
-
-    fn index() -> Index {
-        let mut index = Index::new(Settings::default());
-        index.apply_namespace("shop".into(), ambient());
-        index
-    }
-
-    fn status(state: PodState) -> PodStatus {
-        PodStatus {
-            name: "pod-a".into(),
-            namespace: "shop".into(),
-            state,
-            reason: None,
-            sandbox: None,
-            older_connections: 0,
-        }
-    }
-
-    #[test]
-    fn a_labelled_namespaces_pods_are_wanted_until_they_finish() {
-        let mut index = index();
-        index.apply_pod(pod("a", &json!({})));
-        let wanted = index.wanted(Instant::now());
-        assert_eq!(wanted["a"].ips.len(), 2);
-        assert_eq!(wanted["a"].service_account, "reviews");
-        index.apply_pod(pod("a", &json!({ "status": { "phase": "Succeeded" } })));
-        assert_eq!(index.wanted(Instant::now()), BTreeMap::new());
-        assert!(!index.is_alive("a"));
-    }
-
-    #[test]
-    fn a_pod_of_which_too_little_is_known_stays_as_it_is() {
-        let mut index = index();
-        let now = Instant::now();
-        // Its namespace is not known, it is ending, or it is not listed yet.
-        index.apply_pod(pod("a", &json!({ "metadata": { "namespace": "new" } })));
-        index.apply_pod(pod("b", &json!({ "metadata": { "deletionTimestamp": "2026-11-28T01:00:00Z" } })));
-        index.announce("c", now);
-        let wanted = index.wanted(now);
-        assert_eq!(wanted.keys().collect::<Vec<_>>(), ["a", "b", "c"]);
-        assert!(wanted.values().all(|pod| pod.ips.is_empty()));
-        assert!(index.is_alive("c"));
-        let later = index.wanted(now + UNLISTED);
-        assert!(!later.contains_key("c"), "the API server never heard of it");
-    }
-
-    #[test]
-    fn a_relist_drops_what_is_gone() {
-        let mut index = index();
-        index.apply_pod(pod("a", &json!({})));
-        index.apply_pod(pod("b", &json!({})));
-        index.retain_pods(&["b".to_owned()].into());
-        assert_eq!(index.wanted(Instant::now()).keys().collect::<Vec<_>>(), ["b"]);
-    }
-
-    #[test]
-    fn a_runtime_class_is_judged_by_its_handler() {
-        let mut index = index();
-        index.apply_runtime("sandboxed".into(), "runsc".into());
-        index.apply_pod(pod("a", &json!({ "spec": { "runtimeClassName": "sandboxed" } })));
-        assert_eq!(index.wanted(Instant::now()), BTreeMap::new());
-        let annotations = index.annotations(&BTreeMap::new());
-        assert_eq!(annotations[0].value, Some("unsupported-runtime"));
-        index.delete_runtime("sandboxed");
-        assert_eq!(index.wanted(Instant::now()).len(), 1);
-    }
-
-    #[test]
-    fn only_annotations_that_differ_are_written() {
-        let mut index = index();
-        let annotated =
-            |value: &str| pod("a", &json!({ "metadata": { "annotations": { REDIRECTION: value } } }));
-        let written = |index: &Index, state| {
-            let statuses = [("a".to_owned(), status(state))].into();
-            index.annotations(&statuses).into_iter().map(|annotation| annotation.value).collect::<Vec<_>>()
-        };
-        index.apply_pod(pod("a", &json!({})));
-        assert_eq!(written(&index, PodState::Pending), [Some("pending")]);
-        index.apply_pod(annotated("pending"));
-        assert_eq!(written(&index, PodState::Pending), []);
-        assert_eq!(written(&index, PodState::Enabled), [Some("enabled")]);
-        index.apply_pod(annotated("enabled"));
-        assert_eq!(written(&index, PodState::Enabled), []);
-        assert_eq!(written(&index, PodState::Leaving), [None]);
-        index.apply_namespace("shop".into(), Metadata::default());
-        assert_eq!(index.annotations(&BTreeMap::new()).len(), 1, "a pod that left has none");
-    }
-
-    #[test]
-    fn a_mirror_pod_is_known_to_the_runtime_by_another_uid() {
-        let hash = "f7c1d2e3a4b5968778695a4b3c2d1e0f";
-        let annotations = json!({ "kubernetes.io/config.mirror": hash, "kubernetes.io/config.hash": hash });
-        let mirror = pod("a", &json!({ "metadata": { "annotations": annotations } }));
-        assert_eq!(mirror.runtime_uid.as_deref(), Some(hash));
-        let claimed = json!({ "metadata": { "annotations": { "kubernetes.io/config.hash": hash } } });
-        assert_eq!(pod("a", &claimed).runtime_uid, None);
-    }
-}
+mod tests;

@@ -92,18 +92,19 @@ impl Lookup {
                 asked: asked.uid.clone(),
             });
         }
-        let metadata = Metadata {
-            labels: namespace.metadata.labels.unwrap_or_default(),
-            annotations: namespace.metadata.annotations.unwrap_or_default(),
-        };
-        Ok((pod, metadata))
+        Ok((pod, namespace.metadata.into()))
     }
 }
 
 impl PodSource for Lookup {
     async fn verdict(&self, asked: &PodRef) -> Result<Verdict, SourceError> {
         let (pod, namespace) = timeout(LIMIT, self.read(asked)).await.map_err(|_| SourceError::Late)??;
-        Ok(self.source.with(|index| index.verdict(&pod, &namespace)))
+        Ok(self.source.with(|index| {
+            let verdict = index.verdict(&pod, &namespace);
+            // The watch may be behind: it must not undo what is answered here.
+            index.look_up_namespace(&asked.namespace, namespace, Instant::now());
+            verdict
+        }))
     }
 
     fn announce(&self, uid: &str) {

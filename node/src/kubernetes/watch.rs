@@ -73,14 +73,8 @@ const NAMESPACES: Kind<PartialObjectMeta<Namespace>> = Kind {
     name: "namespaces",
     key: |namespace| namespace.metadata.name.clone(),
     apply: |index, namespace| {
-        let metadata = namespace.metadata;
-        index.apply_namespace(
-            metadata.name.unwrap_or_default(),
-            Metadata {
-                labels: metadata.labels.unwrap_or_default(),
-                annotations: metadata.annotations.unwrap_or_default(),
-            },
-        );
+        let name = namespace.metadata.name.clone().unwrap_or_default();
+        index.apply_namespace(name, Metadata::from(namespace.metadata));
     },
     delete: Index::delete_namespace,
     retain: Index::retain_namespaces,
