@@ -1,6 +1,6 @@
 //! A node's agent, run as a library in this process. Its status events are copied into the pods' views.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
@@ -77,7 +77,7 @@ impl NodeAgent {
         let specs =
             pods.iter().map(|(pod, options)| self.spec(pod, options.clone())).collect::<Result<_>>()?;
         self.enrolled.lock().extend(pods.iter().map(|(pod, _)| pod.uid().to_owned()));
-        for (uid, error) in agent.reconcile(specs, as_of).await.failed {
+        for (uid, error) in agent.reconcile(specs, &HashSet::new(), as_of).await.failed {
             tracing::warn!(node = self.node, uid, %error, "pod not enrolled yet");
         }
         Ok(())

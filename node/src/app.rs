@@ -48,6 +48,8 @@ pub fn main(task: Task) -> anyhow::Result<()> {
     let registry = Registry::new();
     logging.register(&registry);
     registry.build_info("node", env!("CARGO_PKG_VERSION"));
+    // Every enrolled pod has its namespace and a dozen listeners open.
+    ambit_net::process::raise_file_limit();
     let outcome = runtime.block_on(async {
         // Alone on the node: two agents would take each other's sockets and rules.
         let _lock = lock::acquire(&config.lock).await?;

@@ -86,18 +86,19 @@ impl Discovery {
     fn walk_blocking(&self) -> Walk {
         let mut walk = Walk { namespaces: Vec::new(), complete: self.proc.is_some() };
         let mut places = HashMap::new();
-        for path in self.directories.iter().flat_map(|directory| entries(directory)) {
-            walk.add(path, true, &mut places);
+        for directory in &self.directories {
+            for path in walk.entries(directory) {
+                if let Err(error) = walk.add(path, true, &mut places) {
+                    walk.complete &= has_vanished(&error);
+                }
+            }
         }
-        let processes = self.proc.iter().flat_map(|proc| entries(proc).filter(|path| is_process(path)));
-        for process in processes {
-            let Some(index) = walk.add(process.join("ns/net"), false, &mut places) else { continue };
-            let pod =
-                std::fs::read_to_string(process.join("cgroup")).ok().and_then(|text| cgroup::pod(&text));
-            if let (Some(found), Some(pod)) = (walk.namespaces.get_mut(index), pod)
-                && let Owners::Pods(pods) = &mut found.owners
-            {
-                pods.insert(pod);
+        if let Some(proc) = &self.proc {
+            for process in walk.entries(proc).into_iter().filter(|path| is_process(path)) {
+                if let Err(error) = walk.add_process(&process, &mut places) {
+                    // The links of a process that has just ended may answer "permission denied".
+                    walk.complete &= has_vanished(&error) || !process.exists();
+                }
             }
         }
         if self.proc.is_none() {
@@ -175,24 +176,30 @@ fn proof(found: &Found, uid: &str) -> Option<Proof> {
 }
 
 impl Walk {
+    /// What is in `directory`: nothing if it does not exist.
+    fn entries(&mut self, directory: &Path) -> Vec<PathBuf> {
+        let list = || std::fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>();
+        list().unwrap_or_else(|error| {
+            self.complete &= has_vanished(&error);
+            Vec::new()
+        })
+    }
+
+    /// Notes the namespace of a process, and the pod that the process belongs to.
+    fn add_process(&mut self, process: &Path, places: &mut HashMap<NetnsId, usize>) -> io::Result<()> {
+        let Some(index) = self.add(process.join("ns/net"), false, places)? else { return Ok(()) };
+        let pod = cgroup::pod(&std::fs::read_to_string(process.join("cgroup"))?);
+        if let (Some(found), Some(pod)) = (self.namespaces.get_mut(index), pod)
+            && let Owners::Pods(pods) = &mut found.owners
+        {
+            pods.insert(pod);
+        }
+        Ok(())
+    }
+
     /// Notes the namespace at `path`, unless it is known, and returns its place. Runtimes leave files behind that are no
     /// namespaces.
     fn add(
-        &mut self,
-        path: PathBuf,
-        by_runtime: bool,
-        places: &mut HashMap<NetnsId, usize>,
-    ) -> Option<usize> {
-        match self.try_add(path, by_runtime, places) {
-            Ok(place) => place,
-            Err(error) => {
-                self.complete &= error.kind() != io::ErrorKind::PermissionDenied;
-                None
-            }
-        }
-    }
-
-    fn try_add(
         &mut self,
         path: PathBuf,
         by_runtime: bool,
@@ -217,8 +224,9 @@ impl Walk {
     }
 }
 
-fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
-    std::fs::read_dir(directory).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()))
+/// Whether the error only says that a file, directory or process does not exist any more.
+fn has_vanished(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 fn is_process(path: &Path) -> bool {

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::pod::Command;
 use super::{Agent, AgentError, CONCURRENCY, PodSpec};
-use crate::discovery::{self, Found, Walk};
+use crate::discovery::{self, Found, Owners, Walk};
 use crate::redirect::{self, FormerSettings, RedirectError};
 
 /// The user of a namespace that is being cleaned.
@@ -31,10 +31,18 @@ pub struct Reconciled {
 impl Agent {
     /// Brings the node in line with `desired`, all pods of this node that are to be enrolled, as they were known at
     /// `as_of`: enrols what is missing, unenrols what is not desired and was enrolled before `as_of`, and removes our
-    /// rules from namespaces that belong to no pod. A pod that cannot be enrolled is tried again by the agent until it
+    /// rules from namespaces that belong to no pod. A namespace in which processes of pods run belongs to these, also when
+    /// they are not desired; our rules are removed from it only if all of them are in `outside`, the pods that run outside
+    /// the mesh, by the uid that the container runtime knows. A pod that was deleted while its processes still run is in
+    /// neither and stays captured. A pod that cannot be enrolled is tried again by the agent until it
     /// can, or is no longer desired; a proxy that serves it keeps it. A pod without addresses has not started: it stays
     /// as it is. Node proxies are served once the first call has ended. A call waits for the one before it.
-    pub async fn reconcile(&self, mut desired: Vec<PodSpec>, as_of: Instant) -> Reconciled {
+    pub async fn reconcile(
+        &self,
+        mut desired: Vec<PodSpec>,
+        outside: &HashSet<String>,
+        as_of: Instant,
+    ) -> Reconciled {
         // The semaphore is never closed.
         let _one_at_a_time = self.0.reconciling.acquire().await;
         let ips: HashMap<String, Vec<IpAddr>> =
@@ -63,7 +71,7 @@ impl Agent {
         let waiting = done.failed.iter().filter_map(|(uid, _)| ips.get(uid)).flatten().copied().collect();
         let walk = self.0.config.discovery.walk().await;
         let complete = walk.complete;
-        done.cleaned = self.clean_namespaces_of_no_pod(walk, &waiting).await;
+        done.cleaned = self.clean_namespaces_of_no_pod(walk, outside, &waiting).await;
         self.forget_unreadable(&uids, complete, &mut done);
         self.0.reconciled.send_replace(true);
         self.0.serving.send_replace(true);
@@ -176,13 +184,19 @@ impl Agent {
         }
     }
 
-    async fn clean_namespaces_of_no_pod(&self, walk: Walk, waiting: &HashSet<IpAddr>) -> Vec<NetnsId> {
+    async fn clean_namespaces_of_no_pod(
+        &self,
+        walk: Walk,
+        outside: &HashSet<String>,
+        waiting: &HashSet<IpAddr>,
+    ) -> Vec<NetnsId> {
         let claimed: HashSet<NetnsId> = self.0.claims.lock().keys().copied().collect();
         let mut cleaned = Vec::new();
         for found in walk.namespaces {
             let id = found.netns.id();
             if self.0.host_netns.contains(&id)
                 || claimed.contains(&id)
+                || !may_be_cleaned(&found.owners, walk.complete, outside)
                 || holds_one_of(&found.netns, waiting).await
             {
                 continue;
@@ -196,6 +210,15 @@ impl Agent {
             }
         }
         cleaned
+    }
+}
+
+/// Whether no process of a pod needs the rules in a namespace. A walk that is not `complete` may have missed one.
+fn may_be_cleaned(owners: &Owners, complete: bool, outside: &HashSet<String>) -> bool {
+    match owners {
+        Owners::Unknown => true,
+        Owners::Pods(pods) if pods.is_empty() => complete,
+        Owners::Pods(pods) => pods.iter().all(|uid| outside.contains(uid)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Brings the agent in line with the index: wholly at start and each minute, pod by pod on every change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -68,11 +68,11 @@ pub async fn run(agent: Agent, source: Source, listed: Vec<watch::Receiver<bool>
         };
         changes.mark_unchanged();
         let as_of = Instant::now();
-        let wanted = source.with(|index| index.wanted(as_of));
+        let (wanted, outside) = source.with(|index| (index.wanted(as_of), index.outside()));
         let difference = difference(&source, &known, &wanted);
         if whole {
             remove_ended(&agent, &source, difference.ended).await;
-            reconcile(&agent, &wanted, as_of).await;
+            reconcile(&agent, &wanted, &outside, as_of).await;
         } else {
             carry_out(&agent, difference).await;
         }
@@ -91,8 +91,13 @@ fn difference(
     Difference { ensured, left, ended }
 }
 
-async fn reconcile(agent: &Agent, wanted: &BTreeMap<String, WantedPod>, as_of: Instant) {
-    let done = agent.reconcile(wanted.values().map(WantedPod::spec).collect(), as_of).await;
+async fn reconcile(
+    agent: &Agent,
+    wanted: &BTreeMap<String, WantedPod>,
+    outside: &HashSet<String>,
+    as_of: Instant,
+) {
+    let done = agent.reconcile(wanted.values().map(WantedPod::spec).collect(), outside, as_of).await;
     tracing::debug!(
         enrolled = done.enrolled,
         unenrolled = done.unenrolled.len(),

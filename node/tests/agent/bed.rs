@@ -1,6 +1,6 @@
 //! An agent, and a node proxy's side of ZDS.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -40,7 +40,7 @@ impl Running {
     }
 
     pub(crate) async fn reconcile(&self, desired: Vec<PodSpec>) -> Reconciled {
-        self.agent.reconcile(desired, Instant::now()).await
+        self.agent.reconcile(desired, &HashSet::new(), Instant::now()).await
     }
 
     pub(crate) async fn start_in(directory: tempfile::TempDir, tune: impl FnOnce(&mut AgentConfig)) -> Self {

@@ -1,5 +1,6 @@
 //! `Agent::reconcile`: the node in line with the pods that are to be enrolled.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::symlink;
 use std::time::Duration;
@@ -62,7 +63,7 @@ async fn a_pod_that_is_not_desired_is_unenrolled_unless_it_is_newer() {
     running.agent.enrol(spec("a", &pod)).await.unwrap();
     let listed = Instant::now();
     running.agent.enrol(spec("b", &newer)).await.unwrap();
-    let done = running.agent.reconcile(vec![], listed).await;
+    let done = running.agent.reconcile(vec![], &HashSet::new(), listed).await;
     assert_eq!(done.unenrolled, ["a"]);
     eventually("it is out", async || running.agent.status("a").is_none()).await;
     assert_eq!(nft::tables(&pod.netns).await.unwrap(), [] as [&str; 0]);
@@ -150,6 +151,63 @@ async fn a_namespace_of_another_pods_process_is_not_believed() {
     let done = running.reconcile(vec![desired]).await;
     assert_eq!((done.enrolled, done.failed.len()), (1, 0), "{done:?}");
     assert_eq!(nft::tables(&squatted.netns).await.unwrap(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_deleted_pod_whose_processes_run_stays_captured() {
+    const POD: &str = "0b0bd2b6-4f4c-4e31-9d6b-0a4f4f6a7d10";
+    let (_outside, pod) = pair().await;
+    let directory = tempfile::tempdir().unwrap();
+    let proc = directory.path().join("proc");
+    let sleep = || std::process::Command::new("sleep").arg("60").spawn();
+    let mut live = pod.netns.run_blocking(sleep).unwrap().unwrap();
+    let entry = proc.join(live.id().to_string());
+    std::fs::create_dir_all(&entry).unwrap();
+    symlink(format!("/proc/{}/ns", live.id()), entry.join("ns")).unwrap();
+    std::fs::write(entry.join("cgroup"), format!("0::/kubepods/pod{POD}/c1\n")).unwrap();
+    let discovery = Discovery { proc: Some(proc), directories: vec![] };
+    let running = Running::start_in(directory, |config| config.discovery = discovery).await;
+    let done = running.reconcile(vec![PodSpec { netns: None, ..spec(POD, &pod) }]).await;
+    assert_eq!((done.enrolled, done.failed.len()), (1, 0), "{done:?}");
+
+    // What `kubectl delete --force` or the garbage collection of pods does.
+    running.agent.remove_pod(POD, None).await.unwrap();
+    let done = running.reconcile(vec![]).await;
+    assert_eq!((running.agent.status(POD), done.cleaned), (None, vec![]));
+    assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
+
+    // Of a pod that runs outside the mesh, what an agent left behind is removed.
+    let outside = HashSet::from([POD.to_owned()]);
+    let done = running.agent.reconcile(vec![], &outside, Instant::now()).await;
+    live.kill().unwrap();
+    live.wait().unwrap();
+    assert_eq!(done.cleaned, [pod.netns.id()]);
+    assert_eq!(nft::tables(&pod.netns).await.unwrap(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn a_walk_that_misses_a_process_is_incomplete() {
+    let directory = tempfile::tempdir().unwrap();
+    let proc = directory.path().join("proc");
+    let discovery = Discovery { proc: Some(proc.clone()), directories: vec![] };
+    let netns = Netns::create().unwrap();
+    process(&proc, 11, "x", &netns);
+    // It ended meanwhile.
+    std::fs::create_dir_all(proc.join("12")).unwrap();
+    assert!(discovery.walk().await.complete);
+    // Its namespace cannot be opened.
+    std::fs::create_dir_all(proc.join("13/ns")).unwrap();
+    symlink("net", proc.join("13/ns/net")).unwrap();
+    let walk = discovery.walk().await;
+    assert_eq!((walk.namespaces.len(), walk.complete), (1, false));
+    std::fs::remove_dir_all(proc.join("13")).unwrap();
+    // Nothing is known of its pod.
+    std::fs::remove_file(proc.join("11/cgroup")).unwrap();
+    std::fs::create_dir(proc.join("11/cgroup")).unwrap();
+    assert!(!discovery.walk().await.complete);
+    std::fs::remove_dir_all(&proc).unwrap();
+    std::fs::write(&proc, "").unwrap();
+    assert!(!discovery.walk().await.complete, "processes cannot be listed");
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! Nodes with a node agent and a ztunnel process each, and pods on them.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -108,7 +109,7 @@ impl Mesh {
         let (agent, driver) = Agent::start(AgentConfig::new(&socket, dir.join("registry"))).await.unwrap();
         tokio::spawn(driver);
         // Proxies are served from then on.
-        agent.reconcile(vec![], tokio::time::Instant::now()).await;
+        agent.reconcile(vec![], &HashSet::new(), tokio::time::Instant::now()).await;
         let mut config = json!({
             "node": name,
             "controlPlane": self.control.gate.address.to_string(),
