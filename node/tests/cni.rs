@@ -280,7 +280,15 @@ async fn the_plugin_says_which_versions_it_speaks() {
     let (written, succeeded) = Call::new("VERSION", &pod, directory.path()).run().await;
     assert!(succeeded);
     assert_eq!(written["supportedVersions"], json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
-    let older = Call { version: "0.2.0", ..Call::new("ADD", &pod, directory.path()) };
+    let call = |command| Call::new(command, &pod, directory.path());
+    let older = Call { version: "0.2.0", ..call("ADD") };
     older.fails_with(1).await;
+    // Pods outside the mesh's reach start and end with any version.
+    let excluded = Call { namespace: "kube-system", ..Call { version: "0.2.0", ..call("ADD") } };
+    assert_eq!(excluded.run().await, (excluded.previous(), true));
+    for command in ["DEL", "GC", "STATUS"] {
+        let older = Call { version: "0.2.0", ..call(command) };
+        assert_eq!(older.run().await, (Value::Null, true), "{command}");
+    }
     Call::new("FROB", &pod, directory.path()).fails_with(4).await;
 }

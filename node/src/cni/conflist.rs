@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::PLUGIN;
-use super::spec::{PLUGINS, VERSION};
+use super::spec::{PLUGINS, VERSION, VERSIONS};
 
 /// Why a file is no network configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -14,6 +14,12 @@ pub enum ConfigError {
     /// It lacks a key.
     #[error("it has no {0}")]
     Missing(&'static str),
+    /// The plugin speaks none of its versions.
+    #[error("its {VERSION} {named} is not supported; supported: {}", VERSIONS.join(", "))]
+    Version {
+        /// The version that it names.
+        named: Value,
+    },
 }
 
 /// The plugin's settings.
@@ -49,6 +55,7 @@ pub fn chain(text: &str, entry: &Entry) -> Result<String, ConfigError> {
     let plugins = plugins(&mut list)?;
     plugins.retain(|plugin| !is_ours(plugin));
     plugins.push(entry.to_json());
+    check_version(&list)?;
     Ok(render(&Value::Object(list)))
 }
 
@@ -117,6 +124,17 @@ fn plugins(list: &mut Map<String, Value>) -> Result<&mut Vec<Value>, ConfigError
     Ok(plugins)
 }
 
+/// Refuses a list in whose versions every call of the plugin would fail.
+fn check_version(list: &Map<String, Value>) -> Result<(), ConfigError> {
+    // CNI specification 1.1.0, section 1: the runtime chooses among all that are named.
+    let others = list.get("cniVersions").and_then(Value::as_array).into_iter().flatten();
+    let is_spoken = |version: &Value| version.as_str().is_some_and(|version| VERSIONS.contains(&version));
+    if list.get(VERSION).into_iter().chain(others).any(is_spoken) {
+        return Ok(());
+    }
+    Err(ConfigError::Version { named: list.get(VERSION).cloned().unwrap_or_default() })
+}
+
 fn is_ours(plugin: &Value) -> bool {
     plugin.get("type").and_then(Value::as_str) == Some(PLUGIN)
 }
@@ -166,6 +184,18 @@ mod tests {
         assert_eq!((&chained["name"], &chained["cniVersion"]), (&json!("net"), &json!("0.4.0")));
         assert_eq!(chained["plugins"][0], json!({ "type": "bridge", "ipam": { "type": "host-local" } }));
         assert_eq!(chained["plugins"][1]["type"], PLUGIN);
+    }
+
+    #[test]
+    fn a_list_of_an_unknown_version_is_refused() {
+        for version in ["0.2.0", "2.0.0"] {
+            let list = LIST.replace("1.0.0", version);
+            assert_eq!(chain(&list, &entry()), Err(ConfigError::Version { named: version.into() }));
+            let several = list.replace("\"name\"", r#""cniVersions": ["1.0.0"], "name""#);
+            chain(&several, &entry()).unwrap();
+        }
+        let without = LIST.replace(r#""cniVersion": "1.0.0","#, "");
+        assert_eq!(chain(&without, &entry()), Err(ConfigError::Version { named: Value::Null }));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::{Notify, watch};
 
 use super::PLUGIN;
-use super::conflist::{self, Entry};
+use super::conflist::{self, ConfigError, Entry};
 
 /// Time between two looks at the directories where no change was noticed.
 const LOOK: Duration = Duration::from_secs(5);
@@ -54,6 +54,14 @@ pub enum InstallError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The file that the runtime reads first is not one that the plugin can be chained into.
+    #[error("network configuration {}: {source}", path.display())]
+    Configuration {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
     /// There is nothing to chain into.
     #[error("no network configuration in {} yet", .0.display())]
     NoNetwork(PathBuf),
@@ -70,7 +78,9 @@ impl Installation {
     /// Puts in place what is missing or differs. Returns the paths that were written.
     ///
     /// # Errors
-    /// [`InstallError::NoNetwork`] until the main plugin is installed.
+    /// [`InstallError::NoNetwork`] until the main plugin is installed. [`InstallError::File`] and
+    /// [`InstallError::Configuration`] when the main plugin's configuration cannot be read, or has a version that the
+    /// plugin does not speak: no other file gets the entry, which would have no effect there.
     pub fn install(&self) -> Result<Vec<PathBuf>, InstallError> {
         let mut written = Vec::new();
         // The program comes before the entry that has it called.
@@ -201,14 +211,20 @@ impl Installation {
     /// The first file that is a network configuration, as runtimes choose it.
     fn main_network(&self) -> Result<Main, InstallError> {
         for path in configurations(&self.conf_dir)? {
-            let Ok(text) = fs::read_to_string(&path) else { continue };
-            // Runtimes read lists from files with the extension for lists only, and nothing else from these.
-            if conflist::is_list(&text) == is_list(&path)
-                && let Ok(chained) = conflist::chain(&text, &self.entry)
-            {
-                return Ok(Main { path, text, chained });
+            let text = match fs::read_to_string(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                text => text.map_err(failed("read", &path))?,
+            };
+            match conflist::chain(&text, &self.entry) {
+                // Runtimes read lists from files with the extension for lists only, and nothing else from these.
+                Ok(chained) if conflist::is_list(&text) == is_list(&path) => {
+                    return Ok(Main { path, text, chained });
+                }
+                Ok(_) | Err(ConfigError::Missing(_)) => {
+                    tracing::debug!(path = %path.display(), "no network configuration");
+                }
+                Err(source) => return Err(InstallError::Configuration { path, source }),
             }
-            tracing::debug!(path = %path.display(), "no network configuration");
         }
         Err(InstallError::NoNetwork(self.conf_dir.clone()))
     }
@@ -328,7 +344,7 @@ mod tests {
         let host = host(true);
         host.write("10-net.conflist", LIST);
         host.write("20-other.conflist", LIST);
-        host.write("05-broken.conflist", "{");
+        host.write("05-none.conflist", "{}");
         assert_eq!(host.installation.install().unwrap().len(), 2);
         assert!(host.read("10-net.conflist").contains(PLUGIN));
         assert_eq!(host.read("20-other.conflist"), LIST);
@@ -353,6 +369,23 @@ mod tests {
         host.installation.remove().unwrap();
         assert_eq!(host.files(), ["10-net.conf"]);
         assert!(host.read("10-net.conf").contains("ptp"));
+    }
+
+    #[test]
+    fn a_first_file_that_cannot_be_used_is_not_passed_over() {
+        let host = host(true);
+        host.write("20-other.conflist", LIST);
+        for text in ["", "{", &LIST.replace("1.0.0", "0.2.0")] {
+            host.write("10-net.conflist", text);
+            let error = host.installation.install().unwrap_err();
+            assert!(matches!(error, InstallError::Configuration { .. }), "{error}");
+        }
+        let net = host.installation.conf_dir.join("10-net.conflist");
+        fs::write(&net, [0xff]).unwrap();
+        assert!(matches!(host.installation.install(), Err(InstallError::File { .. })));
+        assert_eq!(host.read("20-other.conflist"), LIST);
+        host.write("10-net.conflist", LIST);
+        assert_eq!(host.installation.install().unwrap(), [net]);
     }
 
     #[test]

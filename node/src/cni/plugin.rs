@@ -102,7 +102,7 @@ async fn carry_out(environment: &Environment, text: &str) -> Result<Option<Value
             Ok(None)
         }
         // A runtime starts no pod while a plugin's STATUS fails, and the agent is one of those pods: its absence is no
-        // reason to fail here. ADD fails for the pods that need it.
+        // reason to fail here. ADD fails for the pods that need it, and so it does for a version that is not supported.
         Some("STATUS") => PluginConfig::parse(text).map(|_| None),
         other => Err(CniError::new(
             ErrorCode::InvalidEnvironment,
@@ -136,6 +136,8 @@ fn netns(environment: &Environment) -> Result<Netns, CniError> {
 
 async fn add(environment: &Environment, config: &PluginConfig) -> Result<(), CniError> {
     let Some(sandbox) = sandbox(environment, config)? else { return Ok(()) };
+    // After the exclusion: the pods of excluded namespaces, the agent's own among them, start with any version.
+    config.check_version()?;
     let netns = netns(environment)?;
     ask(config, &Request::Add(sandbox), Some(&netns), AGENT_BACK, ANSWER).await
 }
@@ -145,6 +147,7 @@ async fn check(environment: &Environment, config: &PluginConfig) -> Result<(), C
         return Err(CniError::new(ErrorCode::InvalidConfig, "CHECK needs prevResult", "it is missing"));
     }
     let Some(sandbox) = sandbox(environment, config)? else { return Ok(()) };
+    config.check_version()?;
     let netns = netns(environment)?;
     ask(config, &Request::Check(sandbox), Some(&netns), AGENT_BACK, ANSWER).await
 }

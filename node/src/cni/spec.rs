@@ -118,21 +118,28 @@ pub struct Attachment {
 }
 
 impl PluginConfig {
-    /// Reads a configuration.
+    /// Reads a configuration of any version.
     ///
     /// # Errors
-    /// [`ErrorCode::Decode`], or [`ErrorCode::IncompatibleVersion`] for a version that is not in [`VERSIONS`].
+    /// [`ErrorCode::Decode`].
     pub fn parse(text: &str) -> Result<Self, CniError> {
-        let config: Self = serde_json::from_str(text)
-            .map_err(|e| CniError::new(ErrorCode::Decode, "the network configuration cannot be read", e))?;
-        if !VERSIONS.contains(&config.cni_version.as_str()) {
-            return Err(CniError::new(
-                ErrorCode::IncompatibleVersion,
-                format!("version {:?} of the specification is not supported", config.cni_version),
-                format!("supported: {}", VERSIONS.join(", ")),
-            ));
+        serde_json::from_str(text)
+            .map_err(|e| CniError::new(ErrorCode::Decode, "the network configuration cannot be read", e))
+    }
+
+    /// Checks that the plugin speaks the configuration's version.
+    ///
+    /// # Errors
+    /// [`ErrorCode::IncompatibleVersion`] for a version that is not in [`VERSIONS`].
+    pub fn check_version(&self) -> Result<(), CniError> {
+        if VERSIONS.contains(&self.cni_version.as_str()) {
+            return Ok(());
         }
-        Ok(config)
+        Err(CniError::new(
+            ErrorCode::IncompatibleVersion,
+            format!("version {:?} of the specification is not supported", self.cni_version),
+            format!("supported: {}", VERSIONS.join(", ")),
+        ))
     }
 
     /// What ADD answers: the result of the plugins before this one, else one without interfaces.
@@ -207,7 +214,8 @@ mod tests {
     fn an_unknown_version_is_refused_by_its_code() {
         for version in ["0.2.0", "2.0.0", ""] {
             let text = json!({ "cniVersion": version }).to_string();
-            assert_eq!(PluginConfig::parse(&text).unwrap_err().code, ErrorCode::IncompatibleVersion);
+            let config = PluginConfig::parse(&text).unwrap();
+            assert_eq!(config.check_version().unwrap_err().code, ErrorCode::IncompatibleVersion);
         }
         assert_eq!(PluginConfig::parse("{").unwrap_err().code, ErrorCode::Decode);
     }
