@@ -2,6 +2,8 @@
 //!
 //! Discovery uses the same seam as signing. One implementation is [`JwtAuthenticator`](crate::JwtAuthenticator).
 
+use std::net::IpAddr;
+
 use ambit_identity::SpiffeId;
 use async_trait::async_trait;
 use tonic::metadata::MetadataMap;
@@ -50,6 +52,7 @@ impl From<AuthenticationError> for tonic::Status {
 pub struct Credentials {
     bearer: String,
     cluster_id: String,
+    peer: Option<IpAddr>,
 }
 
 impl Credentials {
@@ -76,7 +79,18 @@ impl Credentials {
         if bearer.is_empty() || bearer.len() > MAX_TOKEN {
             return Err(AuthenticationError::NotAToken(bearer.len()));
         }
-        Ok(Self { bearer: bearer.to_owned(), cluster_id: cluster_id.to_owned() })
+        Ok(Self { bearer: bearer.to_owned(), cluster_id: cluster_id.to_owned(), peer: None })
+    }
+
+    /// The same, shown by a caller at this address.
+    #[must_use]
+    pub fn with_peer(self, peer: Option<IpAddr>) -> Self {
+        Self { peer, ..self }
+    }
+
+    /// The address of the caller's connection, if known.
+    pub fn peer(&self) -> Option<IpAddr> {
+        self.peer
     }
 
     /// The token.

@@ -29,10 +29,16 @@ pub trait NodePods: Send + Sync + 'static {
     /// scheduled to `node`. The trust domain has been checked.
     fn runs(&self, node: &str, identity: &SpiffeId) -> bool;
 
-    /// The node of a pod, if the pod is known under that uid. None: the token's word is taken.
+    /// The node of a pod, if the pod is known under that uid.
     fn node_of(&self, namespace: &str, pod: &PodRef) -> Option<String> {
         let _ = (namespace, pod);
         None
+    }
+
+    /// Whether every live pod is known. If so, a caller whose pod is unknown is refused; if not, the node that its token
+    /// names counts.
+    fn is_complete(&self) -> bool {
+        false
     }
 }
 
@@ -87,6 +93,14 @@ pub enum Denied {
     /// It is not known where the caller runs.
     #[error("the token of {0} is not bound to a pod on a node")]
     NoNode(SpiffeId),
+    /// The caller's pod is not known: it was deleted, or is so new that we have not heard of it.
+    #[error("the pod {pod} of {caller} is not known")]
+    UnknownPod {
+        /// The caller.
+        caller: SpiffeId,
+        /// Its pod's name.
+        pod: String,
+    },
     /// The token names another node than the one its pod runs on.
     #[error("the token of {caller} says node {claimed}, its pod runs on {actual}")]
     NodeMismatch {
@@ -105,6 +119,20 @@ pub enum Denied {
         /// Where.
         node: String,
     },
+}
+
+impl From<Denied> for Status {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            // A new pod becomes known soon: the caller tries again.
+            Denied::UnknownPod { .. } => Self::unavailable(denied.to_string()),
+            Denied::NotANodeProxy(_)
+            | Denied::TrustDomain(..)
+            | Denied::NoNode(_)
+            | Denied::NodeMismatch { .. }
+            | Denied::NotOnNode { .. } => Self::permission_denied(denied.to_string()),
+        }
+    }
 }
 
 /// The identity that is signed for `caller`: its own, or the one it may ask for (contracts.md §5).
@@ -141,6 +169,10 @@ fn node_of(caller: &Caller, pods: &dyn NodePods) -> Result<String, Denied> {
             Err(Denied::NodeMismatch { caller: caller.identity.clone(), claimed: claimed.clone(), actual })
         }
         (Some(actual), _) => Ok(actual),
+        // The token outlives its pod: whoever kept it must not get the certificates of the node.
+        (None, _) if pods.is_complete() => {
+            Err(Denied::UnknownPod { caller: caller.identity.clone(), pod: pod.name.clone() })
+        }
         (None, Some(claimed)) => Ok(claimed.clone()),
         (None, None) => Err(Denied::NoNode(caller.identity.clone())),
     }
@@ -188,7 +220,7 @@ impl CertificateService {
             authorize(caller, asked, trust_domain, &self.policy, &*self.pods).map_err(|denied| {
                 count(&self.metrics.denied);
                 tracing::warn!(caller = %caller.identity, %denied, "certificate denied");
-                Status::permission_denied(denied.to_string())
+                Status::from(denied)
             })?;
         let lifetime = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
         let issued = self
@@ -228,7 +260,10 @@ impl IstioCertificateService for CertificateService {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         let caller = match Credentials::from_metadata(request.metadata()) {
-            Ok(credentials) => self.authenticator.authenticate(&credentials).await,
+            Ok(credentials) => {
+                let credentials = credentials.with_peer(request.remote_addr().map(|peer| peer.ip()));
+                self.authenticator.authenticate(&credentials).await
+            }
             Err(error) => Err(error),
         };
         let caller = caller.map_err(|error| {
@@ -260,9 +295,16 @@ fn count(counter: &AtomicU64) {
 mod tests {
     use super::*;
 
-    struct Pods;
+    #[derive(Default)]
+    struct Pods {
+        is_complete: bool,
+    }
 
     impl NodePods for Pods {
+        fn is_complete(&self) -> bool {
+            self.is_complete
+        }
+
         fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
             node == "node-a" && identity.namespace() == "shop"
         }
@@ -286,7 +328,7 @@ mod tests {
     }
 
     fn ask(caller: &Caller, identity: &str) -> Result<SpiffeId, Denied> {
-        authorize(caller, Some(id(identity)), "cluster.local", &IssuancePolicy::default(), &Pods)
+        authorize(caller, Some(id(identity)), "cluster.local", &IssuancePolicy::default(), &Pods::default())
     }
 
     const SHOP: &str = "spiffe://cluster.local/ns/shop/sa/reviews";
@@ -295,6 +337,19 @@ mod tests {
     fn a_node_proxy_gets_the_identities_of_pods_on_its_node() {
         assert_eq!(ask(&ztunnel(Some("known"), None), SHOP), Ok(id(SHOP)));
         assert_eq!(ask(&ztunnel(Some("other"), Some("node-a")), SHOP), Ok(id(SHOP)));
+    }
+
+    #[test]
+    fn the_token_of_a_deleted_pod_gets_no_certificates() {
+        let (policy, pods) = (IssuancePolicy::default(), Pods { is_complete: true });
+        let ask = |uid| {
+            let caller = ztunnel(Some(uid), Some("node-a"));
+            authorize(&caller, Some(id(SHOP)), "cluster.local", &policy, &pods)
+        };
+        assert_eq!(ask("known"), Ok(id(SHOP)));
+        let denied = ask("deleted").unwrap_err();
+        assert!(matches!(denied, Denied::UnknownPod { .. }));
+        assert_eq!(Status::from(denied).code(), tonic::Code::Unavailable);
     }
 
     #[test]
@@ -326,7 +381,7 @@ mod tests {
         let mut caller = ztunnel(Some("known"), None);
         caller.identity = id("spiffe://cluster.local/ns/shop/sa/ztunnel");
         assert!(matches!(ask(&caller, SHOP), Err(Denied::NotANodeProxy(_))));
-        let own = authorize(&caller, None, "cluster.local", &IssuancePolicy::default(), &Pods);
+        let own = authorize(&caller, None, "cluster.local", &IssuancePolicy::default(), &Pods::default());
         assert_eq!(own, Ok(caller.identity));
     }
 }

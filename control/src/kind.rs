@@ -99,6 +99,13 @@ const SECURITY: (&str, &[&str]) = ("security.istio.io", &["v1", "v1beta1"]);
 const NETWORKING: (&str, &[&str]) = ("networking.istio.io", &["v1", "v1beta1", "v1alpha3"]);
 const GATEWAY: (&str, &[&str]) = ("gateway.networking.k8s.io", &["v1", "v1beta1"]);
 
+impl KindInfo {
+    /// Whether every API server serves the kind, so that a server that does not is starting or is not one.
+    pub fn is_built_in(&self) -> bool {
+        matches!(self.group, "" | "apps" | "discovery.k8s.io")
+    }
+}
+
 impl Kind {
     /// Every kind, in declaration order.
     pub const ALL: [Kind; 16] = [
@@ -184,6 +191,8 @@ mod tests {
         let resources: BTreeSet<_> =
             Kind::ALL.iter().map(|kind| (kind.group(), kind.info().plural)).collect();
         assert_eq!(resources.len(), Kind::ALL.len());
+        let built_in = Kind::ALL.into_iter().filter(|kind| kind.info().is_built_in());
+        assert!(built_in.eq(Kind::ALL.into_iter().take_while(|kind| *kind <= Kind::ReplicaSet)));
         for info in Kind::ALL.map(Kind::info) {
             assert_eq!(info.versions.first(), Some(&"v1"), "{info:?}");
             assert_eq!(info.plural, info.plural.to_lowercase(), "{info:?}");

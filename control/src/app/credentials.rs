@@ -12,6 +12,7 @@ use super::{AppError, Tasks};
 use crate::api_server::Backoff;
 use crate::config::Config;
 use crate::serve::ca_secrets::SecretStore;
+use crate::serve::live_pods::LivePods;
 use crate::serve::roots;
 use crate::serve::token_review::{ReviewConfig, ReviewMetrics, TokenReviewer};
 
@@ -69,6 +70,7 @@ pub(super) async fn start_authentication(
     tasks: &mut Tasks,
     config: &Config,
     client: Option<&Client>,
+    live_pods: &Arc<LivePods>,
 ) -> Result<(Arc<dyn Authenticator>, Option<Arc<ReviewMetrics>>), AppError> {
     match (&config.jwks, client) {
         (Some(jwks), _) => Ok((key_set(tasks, config, jwks.clone()).await?, None)),
@@ -78,7 +80,7 @@ pub(super) async fn start_authentication(
                 trust_domain: config.trust_domain.clone(),
                 cluster_id: config.index.cluster_id.to_string(),
             };
-            let reviewer = TokenReviewer::new(client.clone(), settings);
+            let reviewer = TokenReviewer::new(client.clone(), settings, live_pods.clone());
             let metrics = reviewer.metrics();
             Ok((Arc::new(reviewer), Some(metrics)))
         }

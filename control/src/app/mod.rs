@@ -234,14 +234,16 @@ impl App {
 
         let client = api_server(&config).await?;
         let authority = credentials::start_authority(&mut tasks, &config, client.as_ref()).await?;
+        // The port is served once the source was read, so what it does not have by then is not there.
+        let live_pods = Arc::new(LivePods::new(client.is_some()));
         let (authenticator, reviews) =
-            credentials::start_authentication(&mut tasks, &config, client.as_ref()).await?;
+            credentials::start_authentication(&mut tasks, &config, client.as_ref(), &live_pods).await?;
         let (tls, keep_fresh) = authority.serving(config.server_names.clone())?;
         tasks.spawn("the port's certificate", keep_fresh);
 
         let kubernetes = client.as_ref().map(|_| OnKubernetes { reviews, written: Arc::default() });
         let (xds, certificates, observed) =
-            services(&mut tasks, &config, authority, authenticator, kubernetes);
+            services(&mut tasks, &config, authority, authenticator, live_pods, kubernetes);
         observed.register(&registry);
         if let Some(logging) = logging {
             logging.register(&registry);
@@ -364,11 +366,11 @@ fn services(
     config: &Config,
     authority: Authority,
     authenticator: Arc<dyn Authenticator>,
+    live_pods: Arc<LivePods>,
     kubernetes: Option<OnKubernetes>,
 ) -> (Server, CertificateService, Observed) {
     let (published, publisher) = Published::new();
     tasks.spawn("the publisher", publisher.run());
-    let live_pods = Arc::new(LivePods::default());
     let policy = IssuancePolicy { trusted_node_proxies: config.trusted_node_proxies.clone() };
     let admission = TokenAdmission::new(authenticator.clone(), policy.clone(), published.store());
     let certificates = CertificateService::new(authority.clone(), authenticator, live_pods.clone(), policy);

@@ -16,6 +16,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
+use tonic::transport::server::TcpConnectInfo;
 
 use crate::index::{ResourceType, root_of_view};
 
@@ -122,9 +123,15 @@ impl std::fmt::Debug for TokenAdmission {
 }
 
 impl Admission for TokenAdmission {
-    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Subscriber, Status>> {
+    fn admit(
+        &self,
+        metadata: &MetadataMap,
+        extensions: &http::Extensions,
+    ) -> BoxFuture<'static, Result<Subscriber, Status>> {
         let Self { authenticator, policy, store, streams, refused } = self.clone();
-        let credentials = Credentials::from_metadata(metadata);
+        let peer = extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let credentials = Credentials::from_metadata(metadata)
+            .map(|credentials| credentials.with_peer(peer.map(|peer| peer.ip())));
         async move {
             let caller = match credentials {
                 Ok(credentials) => authenticator.authenticate(&credentials).await,

@@ -15,6 +15,8 @@ use crate::object::NamespacedName;
 /// The lock guards both maps together; it is held for one change or one question, never across an await.
 #[derive(Debug, Default)]
 pub struct LivePods {
+    /// Whether the source has every pod of the cluster. A directory need not: the node proxies of a test, for example.
+    is_complete: bool,
     placements: RwLock<Placements>,
 }
 
@@ -28,6 +30,11 @@ struct Placements {
 type Account = (Arc<str>, Arc<str>);
 
 impl LivePods {
+    /// No pods yet. `is_complete` says whether the source has every pod of the cluster.
+    pub fn new(is_complete: bool) -> Self {
+        Self { is_complete, placements: RwLock::default() }
+    }
+
     /// Takes what the index says of pods.
     pub fn apply(&self, changes: Vec<(NamespacedName, Option<PodPlacement>)>) {
         if changes.is_empty() {
@@ -80,6 +87,10 @@ impl Placements {
 }
 
 impl NodePods for LivePods {
+    fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
     fn runs(&self, node: &str, identity: &SpiffeId) -> bool {
         let account = (identity.namespace().into(), identity.service_account().into());
         self.placements.read().counts.get(node).is_some_and(|accounts| accounts.contains_key(&account))

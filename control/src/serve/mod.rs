@@ -11,5 +11,6 @@ pub mod live_pods;
 pub mod port;
 pub mod publish;
 mod review_cache;
+mod review_turns;
 pub mod roots;
 pub mod token_review;

@@ -4,26 +4,25 @@
 //! the API server is away, a token that it accepted before stays accepted until it expires. What cannot be a token for us
 //! is refused without asking: strangers must not make work for the API server.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use ambit_ca::{AuthenticationError, Authenticator, Caller, Credentials, PodRef};
+use ambit_ca::{AuthenticationError, Authenticator, Caller, Credentials, NodePods, PodRef};
 use ambit_identity::{SpiffeId, TrustDomain};
 use async_trait::async_trait;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo};
 use kube::api::PostParams;
 use kube::{Api, Client};
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
 
 use super::review_cache::{Known, ReviewCache, TokenId, UnverifiedClaims};
-use crate::api_server::call;
+use super::review_turns::Turns;
+use crate::api_server::{CallError, call};
 
-/// Reviews at the same time; more wait.
-const CONCURRENT: usize = 32;
-/// How long a caller waits for its turn and the answer.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long a caller waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// What a service account's user name begins with.
 const USER_PREFIX: &str = "system:serviceaccount:";
 
@@ -56,7 +55,9 @@ pub struct TokenReviewer {
     config: Arc<ReviewConfig>,
     /// Guards the answers alone; never held across an await.
     cache: Arc<Mutex<ReviewCache<Identified>>>,
-    turns: Arc<Semaphore>,
+    turns: Arc<Turns>,
+    /// By which an older answer counts only while its pod lives.
+    pods: Arc<dyn NodePods>,
     metrics: Arc<ReviewMetrics>,
 }
 
@@ -69,6 +70,12 @@ struct Identified {
 }
 
 impl Identified {
+    /// Whether the pod that the token is bound to may still live. A token that is bound to no pod outlives none.
+    fn is_alive(&self, pods: &dyn NodePods) -> bool {
+        let Some(pod) = self.pod.as_ref().filter(|_| pods.is_complete()) else { return true };
+        pods.node_of(self.identity.namespace(), pod).is_some()
+    }
+
     fn into_caller(self, credentials: &Credentials) -> Caller {
         let Identified { identity, pod, node } = self;
         Caller { identity, pod, node, cluster_id: credentials.cluster_id().to_owned() }
@@ -77,12 +84,13 @@ impl Identified {
 
 impl TokenReviewer {
     /// Reviews by this client.
-    pub fn new(client: Client, config: ReviewConfig) -> Self {
+    pub fn new(client: Client, config: ReviewConfig, pods: Arc<dyn NodePods>) -> Self {
         Self {
             reviews: Api::all(client),
             config: Arc::new(config),
             cache: Arc::default(),
-            turns: Arc::new(Semaphore::new(CONCURRENT)),
+            turns: Arc::default(),
+            pods,
             metrics: Arc::default(),
         }
     }
@@ -93,19 +101,23 @@ impl TokenReviewer {
     }
 
     /// Asks the API server.
-    async fn review(&self, token: &str) -> Result<TokenReviewStatus, String> {
-        let _turn = self.turns.acquire().await.map_err(|error| error.to_string())?;
+    async fn review(&self, token: &str) -> Result<TokenReviewStatus, CallError> {
         self.metrics.asked.fetch_add(1, Ordering::Relaxed);
         let spec =
             TokenReviewSpec { token: Some(token.to_owned()), audiences: Some(self.config.audiences.clone()) };
         let review = TokenReview { spec, ..TokenReview::default() };
-        match call(self.reviews.create(&PostParams::default(), &review)).await {
-            Ok(answer) => answer.status.ok_or_else(|| "the API server's answer has no status".to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
+        let answer = call(self.reviews.create(&PostParams::default(), &review)).await?;
+        // Without a status it accepts nobody.
+        Ok(answer.status.unwrap_or_default())
     }
 
-    async fn identify(&self, token: &str) -> Result<Identified, AuthenticationError> {
+    /// The older answer for a token that the API server gave no answer about. It counts only while the server is away,
+    /// and while the pod that the token is bound to lives.
+    fn older_answer(&self, stale: Option<Identified>, error: &CallError) -> Option<Identified> {
+        stale.filter(|_| error.is_unavailable()).filter(|identified| identified.is_alive(&*self.pods))
+    }
+
+    async fn identify(&self, token: &str, peer: Option<IpAddr>) -> Result<Identified, AuthenticationError> {
         let now = SystemTime::now();
         let expires =
             UnverifiedClaims::read(token).and_then(|claims| claims.check(&self.config.audiences, now));
@@ -117,12 +129,20 @@ impl TokenReviewer {
             Known::Stale(identified) => Some(identified),
             Known::Nothing => None,
         };
-        let reviewed = tokio::time::timeout(PATIENCE, self.review(token)).await;
-        let status = match reviewed.unwrap_or_else(|_| Err("the API server is too slow".to_owned())) {
+        // A turn that does not come says nothing about the API server, so an older answer does not count for it.
+        let turn = tokio::time::timeout(PATIENCE, self.turns.take(peer, stale.is_some())).await;
+        let Ok(_turn) = turn else {
+            self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+            return Err(AuthenticationError::Unavailable("too many tokens wait for their review".to_owned()));
+        };
+        let status = match self.review(token).await {
             Ok(status) => status,
-            Err(reason) => {
+            Err(error) => {
                 self.metrics.failed.fetch_add(1, Ordering::Relaxed);
-                let Some(identified) = stale else { return Err(AuthenticationError::Unavailable(reason)) };
+                let reason = error.to_string();
+                let Some(identified) = self.older_answer(stale, &error) else {
+                    return Err(AuthenticationError::Unavailable(reason));
+                };
                 self.metrics.stale.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(caller = %identified.identity, reason, "token not reviewed; an older answer counts");
                 return Ok(identified);
@@ -147,7 +167,7 @@ impl Authenticator for TokenReviewer {
         if !cluster.is_empty() && cluster != self.config.cluster_id {
             return Err(AuthenticationError::Cluster(cluster.to_owned()));
         }
-        let identified = self.identify(credentials.bearer()).await?;
+        let identified = self.identify(credentials.bearer(), credentials.peer()).await?;
         Ok(identified.into_caller(credentials))
     }
 }
@@ -182,6 +202,9 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::index::PodPlacement;
+    use crate::object::NamespacedName;
+    use crate::serve::live_pods::LivePods;
 
     fn config() -> ReviewConfig {
         ReviewConfig {
@@ -214,6 +237,26 @@ mod tests {
         assert_eq!(caller.identity.as_str(), "spiffe://cluster.local/ns/ambit-system/sa/ztunnel");
         assert_eq!(caller.pod, Some(PodRef { name: "ztunnel-x".to_owned(), uid: "u1".to_owned() }));
         assert_eq!(caller.node.as_deref(), Some("n1"));
+    }
+
+    #[test]
+    fn an_older_answer_counts_only_while_its_pod_lives() {
+        let caller =
+            identified(accepted("system:serviceaccount:ambit-system:ztunnel", "istio-ca"), &config());
+        let caller = caller.unwrap();
+        let pods = LivePods::new(true);
+        assert!(!caller.is_alive(&pods));
+        let (node, service_account) = (Arc::from("n1"), Arc::from("ztunnel"));
+        let placement = |uid: &str| {
+            let (node, service_account) = (Arc::clone(&node), Arc::clone(&service_account));
+            Some(PodPlacement { node, service_account, uid: uid.into() })
+        };
+        let name = NamespacedName::new("ambit-system", "ztunnel-x");
+        pods.apply(vec![(name.clone(), placement("u1"))]);
+        assert!(caller.is_alive(&pods));
+        pods.apply(vec![(name, placement("u2"))]);
+        assert!(!caller.is_alive(&pods));
+        assert!(caller.is_alive(&LivePods::default()), "a directory need not have the pod");
     }
 
     #[test]

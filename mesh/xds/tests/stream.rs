@@ -274,7 +274,7 @@ async fn changes_that_follow_at_once_come_in_one_answer() {
 struct BelowRoot;
 
 impl Admission for BelowRoot {
-    fn admit(&self, _: &MetadataMap) -> BoxFuture<'static, Result<Caller, Status>> {
+    fn admit(&self, _: &MetadataMap, _: &http::Extensions) -> BoxFuture<'static, Result<Caller, Status>> {
         let view = View::below("root", [ADDRESS_TYPE_URL]);
         Box::pin(async { Ok(Caller { identity: "w".into(), view, permit: None }) })
     }
@@ -354,7 +354,11 @@ async fn a_stream_too_many_is_refused() {
 struct OnlyWithToken;
 
 impl Admission for OnlyWithToken {
-    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Caller, Status>> {
+    fn admit(
+        &self,
+        metadata: &MetadataMap,
+        _: &http::Extensions,
+    ) -> BoxFuture<'static, Result<Caller, Status>> {
         let view = match metadata.get("authorization").and_then(|value| value.to_str().ok()) {
             Some("Bearer all") => Some(View::everything()),
             Some("Bearer policies") => Some(View::of_types([AUTHORIZATION_TYPE_URL])),

@@ -22,12 +22,23 @@ pub(super) enum Served {
     Absent,
 }
 
-/// Looks until the answer is certain. A server that is starting serves kinds of extensions late, so a missing kind counts
+/// Why the API server's answer to where a kind is served does not count.
+#[derive(Debug, thiserror::Error)]
+enum Uncertain {
+    /// There is no answer.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// It says that it does not serve a kind that every API server serves.
+    #[error("it says that it does not serve a kind of Kubernetes itself")]
+    BuiltInAbsent,
+}
+
+/// Looks until the answer is certain. A kind of Kubernetes itself is never absent: its objects stay as they were. A server that is starting serves kinds of extensions late, so a missing kind counts
 /// only when a server that says that it is ready has not had it several times.
 pub(super) async fn find(client: &Client, kind: Kind) -> Served {
     let (mut backoff, mut missing, mut last_error) = (Backoff::default(), 0, None);
     loop {
-        match look(client, &kind.info()).await {
+        match certain(look(client, &kind.info()).await, &kind.info()) {
             Ok(Served::In(version)) => return Served::In(version),
             Ok(Served::Absent) => {
                 missing += 1;
@@ -46,6 +57,13 @@ pub(super) async fn find(client: &Client, kind: Kind) -> Served {
                 tokio::time::sleep(backoff.pause()).await;
             }
         }
+    }
+}
+
+fn certain(answer: Result<Served, CallError>, info: &KindInfo) -> Result<Served, Uncertain> {
+    match answer? {
+        Served::Absent if info.is_built_in() => Err(Uncertain::BuiltInAbsent),
+        served => Ok(served),
     }
 }
 
@@ -76,7 +94,21 @@ async fn is_ready(client: &Client) -> Result<(), CallError> {
     let request = http::Request::get("/readyz").body(Vec::new()).map_err(kube::Error::HttpError)?;
     match call(client.request_text(request)).await {
         Ok(_) => Ok(()),
-        Err(error) if matches!(error.code(), Some(401 | 403 | 404)) => Ok(()),
+        // A server without the path is not an API server, but perhaps a proxy before one that is away.
+        Err(error) if matches!(error.code(), Some(401 | 403)) => Ok(()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kind_of_kubernetes_itself_is_never_absent() {
+        let look = |kind: Kind| certain(Ok(Served::Absent), &kind.info());
+        assert!(matches!(look(Kind::Pod), Err(Uncertain::BuiltInAbsent)));
+        assert!(matches!(look(Kind::ReplicaSet), Err(Uncertain::BuiltInAbsent)));
+        assert!(matches!(look(Kind::ServiceEntry), Ok(Served::Absent)));
     }
 }

@@ -21,6 +21,10 @@ use crate::source::{Event, SourceMetrics};
 /// Events that are taken together when they wait.
 const TOGETHER: usize = 256;
 
+/// How long one watch lasts, seconds. The watcher starts the next one itself when nothing arrives for that long, so a dead
+/// connection is noticed by then.
+const WATCH_SECONDS: u32 = 60;
+
 type Events = BoxStream<'static, watcher::Result<watcher::Event<RawObject>>>;
 
 /// Watches one kind.
@@ -137,8 +141,10 @@ impl KindWatch {
                         let Effect { changes, new_faults } = self.handle_event(&event);
                         effect.changes.extend(changes);
                         effect.new_faults.extend(new_faults);
-                        self.backoff.reset();
-                        self.last_error = None;
+                        if is_progress(&event) {
+                            self.backoff.reset();
+                            self.last_error = None;
+                        }
                     }
                     Err(error) => failure = Some(error),
                 }
@@ -229,11 +235,20 @@ impl KindWatch {
     }
 }
 
+/// Whether an event shows that the watch works. Every attempt begins with `Init`, also one whose list then fails.
+fn is_progress<T>(event: &watcher::Event<T>) -> bool {
+    match event {
+        watcher::Event::Apply(_) | watcher::Event::Delete(_) | watcher::Event::InitDone => true,
+        watcher::Event::Init | watcher::Event::InitApply(_) => false,
+    }
+}
+
 /// The events of a kind in one version.
 fn events(client: &Client, info: &KindInfo, version: &str, lists_by_watch: bool) -> Events {
     let gvk = GroupVersionKind::gvk(info.group, version, info.name);
     let resource = ApiResource::from_gvk_with_plural(&gvk, info.plural);
-    let config = if lists_by_watch { Config::default().streaming_lists() } else { Config::default() };
+    let config = Config::default().timeout(WATCH_SECONDS);
+    let config = if lists_by_watch { config.streaming_lists() } else { config };
     match info.needed {
         Needed::Everything => watcher(Api::<RawObject>::all_with(client.clone(), &resource), config).boxed(),
         Needed::Metadata => {
@@ -250,5 +265,19 @@ fn whole<T: Into<RawObject>>(event: watcher::Event<T>) -> watcher::Event<RawObje
         watcher::Event::Init => watcher::Event::Init,
         watcher::Event::InitApply(object) => watcher::Event::InitApply(object.into()),
         watcher::Event::InitDone => watcher::Event::InitDone,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_that_only_began_is_no_progress() {
+        assert!(!is_progress(&watcher::Event::<()>::Init));
+        assert!(!is_progress(&watcher::Event::InitApply(())));
+        assert!(is_progress(&watcher::Event::<()>::InitDone));
+        assert!(is_progress(&watcher::Event::Apply(())));
+        assert!(is_progress(&watcher::Event::Delete(())));
     }
 }

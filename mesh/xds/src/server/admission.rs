@@ -4,13 +4,19 @@ use std::any::Any;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use http::Extensions;
 use tonic::Status;
 use tonic::metadata::MetadataMap;
 
-/// Authenticates the callers of streams. Asked once per stream, with the request's metadata.
+/// Authenticates the callers of streams. Asked once per stream, with the request's metadata and extensions: those that the
+/// listener adds say who is connected.
 pub trait Admission: Send + Sync + 'static {
     /// The subscriber behind the credentials, or why there is none (`UNAUTHENTICATED`, `PERMISSION_DENIED`).
-    fn admit(&self, metadata: &MetadataMap) -> BoxFuture<'static, Result<Subscriber, Status>>;
+    fn admit(
+        &self,
+        metadata: &MetadataMap,
+        extensions: &Extensions,
+    ) -> BoxFuture<'static, Result<Subscriber, Status>>;
 }
 
 /// An authenticated caller.

@@ -145,7 +145,9 @@ where
     }
     let (parts, body) = request.into_parts();
     let subscriber = match &shared.admission {
-        Some(admission) => admission.admit(&MetadataMap::from_headers(parts.headers)).await?,
+        Some(admission) => {
+            admission.admit(&MetadataMap::from_headers(parts.headers), &parts.extensions).await?
+        }
         None => Subscriber::anonymous(),
     };
     let place = Place::take(&shared)?;
