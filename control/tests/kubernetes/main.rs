@@ -161,6 +161,13 @@ async fn certificates_are_signed_for_pods_of_the_callers_node_only() {
         "status": { "phase": "Succeeded" } });
     server.set_status(finished).await;
     until("a pod that has finished has no identity", async || replica.ask(&first, REVIEWS).await.err()).await;
+    // The token was reviewed a moment ago, and that answer still counts; its pod does not.
+    server.delete("v1", "Pod", "ambit-system", "ztunnel-n1").await;
+    until("the token of a deleted proxy gets nothing", async || {
+        let refused = replica.ask(&first, "spiffe://cluster.local/ns/shop/sa/web").await.err()?;
+        refused.contains("is not known").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
