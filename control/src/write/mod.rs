@@ -8,6 +8,7 @@ mod allocation;
 mod conditions;
 pub mod lease;
 pub(crate) mod queue;
+mod retries;
 pub mod roots;
 pub(crate) mod status;
 pub(crate) mod trust_bundle;

@@ -50,6 +50,36 @@ fn plan(roots: &str, namespaces: &BTreeSet<Arc<str>>, present: &Present) -> Vec<
     namespaces.iter().filter(|namespace| !is_right(namespace)).cloned().collect()
 }
 
+/// Namespaces that could not be written: each waits by itself, so that none holds up another.
+#[derive(Debug, Default)]
+struct Failures(BTreeMap<Arc<str>, (Backoff, Instant)>);
+
+impl Failures {
+    fn add(&mut self, namespace: Arc<str>) {
+        let now = Instant::now();
+        let (backoff, at) = self.0.entry(namespace).or_insert_with(|| (Backoff::default(), now));
+        *at = now + backoff.pause();
+    }
+
+    fn remove(&mut self, namespace: &Arc<str>) {
+        self.0.remove(namespace);
+    }
+
+    /// Forgets those that need not be written any more. `wrong` is sorted.
+    fn retain(&mut self, wrong: &[Arc<str>]) {
+        self.0.retain(|namespace, _| wrong.binary_search(namespace).is_ok());
+    }
+
+    fn may_be_tried(&self, namespace: &Arc<str>, now: Instant) -> bool {
+        self.0.get(namespace).is_none_or(|(_, at)| *at <= now)
+    }
+
+    /// When the first of them is tried again.
+    fn next(&self) -> Option<Instant> {
+        self.0.values().map(|(_, at)| *at).min()
+    }
+}
+
 impl RootsWriter {
     /// Writes while `leads` is true; ends with its sender.
     pub(crate) async fn run(mut self, mut leads: watch::Receiver<bool>) {
@@ -66,17 +96,22 @@ impl RootsWriter {
         let mut events = config_maps(&self.client);
         let mut roots_changed = self.authority.subscribe();
         let (mut present, mut is_listed, mut backoff) = (Present::new(), false, Backoff::default());
-        let mut retry: Option<Instant> = None;
+        let (mut failures, mut next_round) = (Failures::default(), None);
         loop {
             let due = async {
-                match retry {
+                match next_round {
                     Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 event = events.next() => match event {
-                    Some(Ok(event)) => is_listed = handle_event(&mut present, event, is_listed),
+                    Some(Ok(event)) => {
+                        is_listed = handle_event(&mut present, event, is_listed);
+                        if is_listed {
+                            backoff.reset();
+                        }
+                    }
                     Some(Err(error)) => {
                         tracing::warn!(%error, "ConfigMaps of the roots cannot be watched");
                         tokio::time::sleep(backoff.pause()).await;
@@ -85,27 +120,31 @@ impl RootsWriter {
                 },
                 changed = roots_changed.changed() => if changed.is_err() { return },
                 changed = self.namespaces.changed() => if changed.is_err() { return },
-                () = due => retry = None,
+                () = due => next_round = None,
             }
-            if !is_listed || retry.is_some() {
+            if !is_listed {
                 continue;
             }
             let roots = self.authority.roots_pem();
             let namespaces = self.namespaces.borrow_and_update().clone();
-            let wrong = plan(&roots, &namespaces, &present);
-            if wrong.is_empty() {
-                backoff.reset();
-                continue;
-            }
+            let mut wrong = plan(&roots, &namespaces, &present);
+            failures.retain(&wrong);
+            let now = Instant::now();
+            wrong.retain(|namespace| failures.may_be_tried(namespace, now));
             let is_more = wrong.len() > ROUND;
-            let is_done = self.write(wrong, &roots, &mut present).await;
-            let pause = if is_done { std::time::Duration::ZERO } else { backoff.pause() };
-            retry = (is_more || !is_done).then(|| Instant::now() + pause);
+            self.write(wrong, &roots, &mut present, &mut failures).await;
+            next_round = if is_more { Some(Instant::now()) } else { failures.next() };
         }
     }
 
-    /// Writes the ConfigMaps of some namespaces; `false` if one must be tried again.
-    async fn write(&self, namespaces: Vec<Arc<str>>, roots: &Arc<str>, present: &mut Present) -> bool {
+    /// Writes the ConfigMaps of some namespaces, and notes those that must be tried again.
+    async fn write(
+        &self,
+        namespaces: Vec<Arc<str>>,
+        roots: &Arc<str>,
+        present: &mut Present,
+        failures: &mut Failures,
+    ) {
         let writes = namespaces.into_iter().take(ROUND).map(|namespace| async {
             let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &namespace);
             let parameters = PatchParams::apply(FIELD_MANAGER).force();
@@ -113,23 +152,24 @@ impl RootsWriter {
             (namespace, outcome)
         });
         let outcomes: Vec<_> = stream::iter(writes).buffer_unordered(CONCURRENT).collect().await;
-        let mut is_done = true;
         for (namespace, outcome) in outcomes {
             match outcome {
                 Ok(_) => {
                     self.metrics.written.fetch_add(1, Ordering::Relaxed);
+                    failures.remove(&namespace);
                     present.insert(namespace, roots.to_string());
                 }
                 // It is being deleted, or is gone: the watch of namespaces says so soon.
-                Err(error) if error.is_not_found() || is_terminating(&error.to_string()) => is_done = false,
+                Err(error) if error.is_not_found() || is_terminating(&error.to_string()) => {
+                    failures.add(namespace);
+                }
                 Err(error) => {
                     self.metrics.failed.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(%namespace, %error, "roots not written to the namespace");
-                    is_done = false;
+                    failures.add(namespace);
                 }
             }
         }
-        is_done
     }
 }
 
@@ -182,6 +222,23 @@ fn manifest(roots: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_namespace_that_fails_waits_alone() {
+        let (bad, good): (Arc<str>, Arc<str>) = ("bad".into(), "good".into());
+        let mut failures = Failures::default();
+        failures.add(bad.clone());
+        let now = Instant::now();
+        assert!(!failures.may_be_tried(&bad, now) && failures.may_be_tried(&good, now));
+        let first = failures.next().unwrap();
+        assert!(failures.may_be_tried(&bad, first));
+        tokio::time::advance(first - now).await;
+        failures.add(bad.clone());
+        failures.add(bad.clone());
+        assert!(failures.next().unwrap() - Instant::now() > first - now, "the pause grows");
+        failures.retain(&[good]);
+        assert_eq!(failures.next(), None);
+    }
 
     #[test]
     fn namespaces_without_the_roots_of_now_are_written() {

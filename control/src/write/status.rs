@@ -21,7 +21,8 @@ use super::WriteMetrics;
 use super::allocation::Allocator;
 use super::conditions;
 use super::queue::{StatusQueue, Work};
-use crate::api_server::{Backoff, CallError, FIELD_MANAGER, call};
+use super::retries::{Failed, Retries};
+use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::kind::Kind;
 use crate::object::{NamespacedName, ObjectRef};
 use crate::observe::Findings;
@@ -73,40 +74,65 @@ impl StatusWriter {
 
     async fn lead(&self) {
         *self.allocator.lock() = Allocator::default();
-        let mut backoff = Backoff::default();
-        let mut work = Work::Everything;
+        let mut retries = Retries::default();
+        self.reconcile_kinds(KINDS, &mut retries).await;
         loop {
-            match self.handle(&work).await {
-                Ok(()) => backoff.reset(),
-                Err(error) => {
-                    self.metrics.failed.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(%error, "statuses not written; trying again");
-                    tokio::time::sleep(backoff.pause()).await;
-                    continue;
+            tokio::select! {
+                work = self.queue.take(TOGETHER) => match work {
+                    Work::Everything => self.reconcile_kinds(KINDS, &mut retries).await,
+                    Work::Objects(objects) => self.reconcile_objects(objects, &mut retries).await,
+                },
+                () = retries.due() => {
+                    let Failed { kinds, objects } = retries.take();
+                    self.reconcile_kinds(kinds, &mut retries).await;
+                    // A few at a time, between those that change.
+                    self.queue.push(objects);
                 }
             }
-            work = self.queue.take(TOGETHER).await;
         }
     }
 
-    async fn handle(&self, work: &Work) -> Result<(), CallError> {
-        match work {
-            Work::Everything => {
-                for kind in KINDS {
-                    self.reconcile_kind(kind).await?;
+    async fn reconcile_kinds(&self, kinds: impl IntoIterator<Item = Kind>, retries: &mut Retries) {
+        for kind in kinds {
+            match self.reconcile_kind(kind).await {
+                Ok(failed) => retries.add_objects(failed),
+                Err(error) => {
+                    self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%kind, %error, "objects not listed for their status; trying again");
+                    retries.add_kind(kind);
                 }
-                Ok(())
-            }
-            Work::Objects(objects) => {
-                let looks = objects.iter().map(|object| self.reconcile(object).boxed()).collect();
-                at_once(looks).await
             }
         }
+    }
+
+    async fn reconcile_objects(&self, objects: impl IntoIterator<Item = ObjectRef>, retries: &mut Retries) {
+        let look = |object: ObjectRef| async move { (self.reconcile(&object).await, object) }.boxed();
+        let failed = self.at_once(objects.into_iter().map(look).collect()).await;
+        retries.add_objects(failed);
+    }
+
+    /// Runs calls side by side, to the end of all, and returns the objects that must be tried again.
+    async fn at_once(&self, calls: Vec<BoxFuture<'_, (Result<(), CallError>, ObjectRef)>>) -> Vec<ObjectRef> {
+        let outcomes: Vec<_> = stream::iter(calls).buffer_unordered(CONCURRENT).collect().await;
+        let mut failed = Vec::new();
+        for (outcome, object) in outcomes {
+            let Err(error) = outcome else { continue };
+            self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+            if error.is_unavailable() {
+                tracing::warn!(%object, %error, "status not written; trying again");
+                failed.push(object);
+            } else {
+                // Trying again would come to the same.
+                tracing::warn!(%object, %error, "status refused");
+            }
+        }
+        failed
     }
 
     /// Looks at every object of a kind; the oldest first, so that of two that claim an address it keeps it.
-    async fn reconcile_kind(&self, kind: Kind) -> Result<(), CallError> {
-        let Some(resource) = self.resource(kind).await? else { return Ok(()) };
+    /// Returns those that must be tried again.
+    async fn reconcile_kind(&self, kind: Kind) -> Result<Vec<ObjectRef>, CallError> {
+        let Some(resource) = self.resource(kind).await? else { return Ok(Vec::new()) };
         let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
         let mut objects = Vec::new();
         let mut parameters = ListParams::default().limit(PAGE);
@@ -116,7 +142,7 @@ impl StatusWriter {
                 Err(error) if error.is_not_found() => {
                     // Its definition was removed, or another version is served now.
                     self.versions.lock().remove(&kind);
-                    return Ok(());
+                    return Ok(Vec::new());
                 }
                 Err(error) => return Err(error),
             };
@@ -128,8 +154,11 @@ impl StatusWriter {
         }
         objects.sort_by_key(|object| object.metadata.creation_timestamp.clone());
         let planned: Vec<_> = objects.into_iter().filter_map(|object| self.plan(kind, object)).collect();
-        let write = |(object, patch)| self.write(object, patch, &resource).boxed();
-        at_once(planned.into_iter().map(write).collect()).await
+        let resource = &resource;
+        let write = |(object, patch): (ObjectRef, Value)| {
+            async move { (self.write(object.clone(), patch, resource).await, object) }.boxed()
+        };
+        Ok(self.at_once(planned.into_iter().map(write).collect()).await)
     }
 
     /// Looks at one object.
@@ -182,13 +211,7 @@ impl StatusWriter {
                 Ok(())
             }
             Err(error) if error.is_not_found() => Ok(()),
-            Err(error) if error.is_unavailable() => Err(error),
-            Err(error) => {
-                // Trying again would come to the same.
-                self.metrics.failed.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%object, %error, "status refused");
-                Ok(())
-            }
+            Err(error) => Err(error),
         }
     }
 
@@ -207,12 +230,6 @@ impl StatusWriter {
         let gvk = GroupVersionKind::gvk(info.group, version, info.name);
         Ok(Some(ApiResource::from_gvk_with_plural(&gvk, info.plural)))
     }
-}
-
-/// Runs calls side by side, to the end of all; the first error counts.
-async fn at_once(calls: Vec<BoxFuture<'_, Result<(), CallError>>>) -> Result<(), CallError> {
-    let outcomes: Vec<_> = stream::iter(calls).buffer_unordered(CONCURRENT).collect().await;
-    outcomes.into_iter().collect()
 }
 
 /// The time as conditions have it.
