@@ -234,7 +234,6 @@ impl App {
 
         let client = api_server(&config).await?;
         let authority = credentials::start_authority(&mut tasks, &config, client.as_ref()).await?;
-        // The port is served once the source was read, so what it does not have by then is not there.
         let live_pods = Arc::new(LivePods::new(client.is_some()));
         let (authenticator, reviews) =
             credentials::start_authentication(&mut tasks, &config, client.as_ref(), &live_pods).await?;

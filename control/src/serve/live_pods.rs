@@ -15,7 +15,7 @@ use crate::object::NamespacedName;
 /// The lock guards both maps together; it is held for one change or one question, never across an await.
 #[derive(Debug, Default)]
 pub struct LivePods {
-    /// Whether the source has every pod of the cluster. A directory need not: the node proxies of a test, for example.
+    /// Whether the source has every pod of the cluster. A directory may lack the node proxies, for example.
     is_complete: bool,
     placements: RwLock<Placements>,
 }
@@ -30,7 +30,8 @@ struct Placements {
 type Account = (Arc<str>, Arc<str>);
 
 impl LivePods {
-    /// No pods yet. `is_complete` says whether the source has every pod of the cluster.
+    /// No pods yet. `is_complete` says whether the source has every pod of the cluster. Nobody asks before the source
+    /// was read.
     pub fn new(is_complete: bool) -> Self {
         Self { is_complete, placements: RwLock::default() }
     }
