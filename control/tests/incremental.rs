@@ -139,6 +139,7 @@ impl Follower {
         self.take(ResourceType::Authorization, changes.policies);
         self.take(ResourceType::Address, changes.addresses);
         self.take(ResourceType::Gateway, changes.gateways);
+        self.take(ResourceType::Policy, changes.waypoint_policies);
         self.take(ResourceType::Route, changes.routes);
         for (pod, placement) in changes.placements {
             match placement {

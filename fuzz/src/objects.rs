@@ -60,6 +60,11 @@ fn is_understood<'a>(resources: impl Iterator<Item = (ResourceType, &'a str, &'a
                 assert_eq!(format!("{}/{}", object.namespace, object.name), name);
                 continue;
             }
+            ResourceType::Policy => {
+                let object = l7::Policy::decode(body).expect("a policy").object.expect("its name");
+                assert_eq!(format!("{}/{}", object.namespace, object.name), name);
+                continue;
+            }
             ResourceType::Route => {
                 let route = l7::Route::decode(body).expect("a route");
                 // Whatever was written, the table can be made of it.

@@ -435,12 +435,16 @@ fn failure(error: &hyper::Error) -> Failure {
 
 /// Passes bytes on to an endpoint of the destination, unread.
 pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<TunnelStream>) {
+    let worker = &inbound.worker;
+    let mut report = worker.reporter.connection(inbound);
+    let published = worker.proxy.published.load_full();
+    if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
+        return report.deny(failure.to_string());
+    }
     let target = match crate::balance::split(None, inbound) {
         Ok(target) => target,
         Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
     };
-    let worker = &inbound.worker;
-    let mut report = worker.reporter.connection(inbound);
     let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
     let mut last = None;
     for _ in 0..=Retry::default().attempts {

@@ -50,7 +50,7 @@ async fn steps(
     let published = inbound.worker.proxy.published.load_full();
     let routed = matching::find(&published, inbound, &sane, &parts)?;
     record.set_route(routed.as_ref());
-    authorize::authorize(inbound, &sane, &parts)?;
+    authorize::authorize(&published, inbound, &sane, &parts)?;
     let on_response = match filters::on_request(routed.as_ref(), inbound, &sane, &mut parts).await? {
         Filtered::Goes(on_response) => on_response,
         Filtered::Answered(answered) => return Ok(*answered),

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_api::l7;
-use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, GATEWAY_TYPE_URL, ROUTE_TYPE_URL};
+use ambit_api::{
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, GATEWAY_TYPE_URL, POLICY_TYPE_URL, ROUTE_TYPE_URL,
+};
 use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress};
 use ambit_identity::ControlPlane;
 use ambit_route::Table;
@@ -14,12 +16,14 @@ use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 use arc_swap::ArcSwap;
 
 use crate::config::Config;
+use crate::policies::Policies;
 use crate::proxy::Published;
 
 /// One change from the control plane.
 enum Change {
     Directory(Box<ambit_directory::Update>),
     Gateway(Update<l7::Gateway>),
+    Policy(Update<l7::Policy>),
     Route(Update<l7::Route>),
 }
 
@@ -40,12 +44,19 @@ pub fn subscribe(
     let metadata = metadata.into_iter().collect();
     let node =
         ambit_xds::waypoint_node(config.instance_ip, &config.pod_name, &config.pod_namespace, metadata);
-    let applier = Applier { directory, published, gateways: BTreeMap::new(), routes: BTreeMap::new() };
+    let applier = Applier {
+        directory,
+        published,
+        gateways: BTreeMap::new(),
+        policies: BTreeMap::new(),
+        routes: BTreeMap::new(),
+    };
     let in_directory = |change| Change::Directory(Box::new(change));
     let builder = Client::builder(ClientConfig::new(node), applier)
         .wildcard(AUTHORIZATION_TYPE_URL, move |update| in_directory(policy(update)))
         .wildcard(ADDRESS_TYPE_URL, move |update| in_directory(address(update)))
         .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
+        .wildcard(POLICY_TYPE_URL, Change::Policy)
         .wildcard(ROUTE_TYPE_URL, Change::Route);
     let (client, driver) = builder.build(Credentialed(control_plane));
     (client, async move {
@@ -58,17 +69,22 @@ struct Applier {
     directory: Directory,
     published: Arc<ArcSwap<Published>>,
     gateways: BTreeMap<String, l7::Gateway>,
+    policies: BTreeMap<String, l7::Policy>,
     routes: BTreeMap<String, l7::Route>,
 }
 
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
-        let (gateways, routes) = (&mut self.gateways, &mut self.routes);
+        let (gateways, policies, routes) = (&mut self.gateways, &mut self.policies, &mut self.routes);
         let mut changed = false;
         let updates = batch.filter_map(|change| match change {
             Change::Directory(update) => Some(*update),
             Change::Gateway(update) => {
                 changed |= apply(gateways, update);
+                None
+            }
+            Change::Policy(update) => {
+                changed |= apply(policies, update);
                 None
             }
             Change::Route(update) => {
@@ -85,6 +101,7 @@ impl Handler<Change> for Applier {
                     .flat_map(|gateway| &gateway.addresses)
                     .filter_map(destination)
                     .collect(),
+                policies: Policies::new(&self.policies, |gateway| self.gateways.contains_key(gateway)),
                 routes: Table::new(self.routes.values()),
             }));
         }

@@ -19,6 +19,7 @@ pub mod filters;
 pub mod io;
 pub mod matching;
 pub mod mirror;
+pub mod policies;
 pub mod protocol;
 pub mod proxy;
 pub mod report;

@@ -14,6 +14,7 @@ use ambit_runtime::loads::Loads;
 use arc_swap::ArcSwap;
 
 use crate::config::Limits;
+use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
 
@@ -24,6 +25,8 @@ pub struct Published {
     pub addresses: Vec<GatewayDestination>,
     /// The routes of what is bound to it.
     pub routes: Table,
+    /// The policies of what is bound to it.
+    pub policies: Policies,
 }
 
 impl Published {

@@ -234,12 +234,15 @@ pub struct ConnectionReport {
     inbound: Arc<Inbound>,
     endpoint: Option<Endpoint>,
     since: Instant,
+    /// What a failure is counted as.
+    flags: tcp::ResponseFlags,
 }
 
 impl Reporter {
     /// Begins the report of a connection that is passed on.
     pub fn connection(&self, inbound: &Arc<Inbound>) -> ConnectionReport {
-        ConnectionReport { inbound: inbound.clone(), endpoint: None, since: Instant::now() }
+        let flags = tcp::ResponseFlags::Connect;
+        ConnectionReport { inbound: inbound.clone(), endpoint: None, since: Instant::now(), flags }
     }
 }
 
@@ -249,15 +252,20 @@ impl ConnectionReport {
         self.endpoint = Some(endpoint.clone());
     }
 
+    /// Policy denies it.
+    pub fn deny(self, reason: String) {
+        Self { flags: tcp::ResponseFlags::Denied, ..self }.finish(Err(reason));
+    }
+
     /// It ended: with the bytes from the client and those to it, or with a reason.
     pub fn finish(self, ended: Result<(u64, u64), String>) {
-        let Self { inbound, endpoint, since } = self;
+        let Self { inbound, endpoint, since, flags } = self;
         let reporter = &inbound.worker.reporter;
         let series = reporter.connections.series(&labels(&inbound, endpoint.as_ref(), "tcp"));
         let (received, sent) = match &ended {
             Ok(bytes) => *bytes,
             Err(_) => {
-                series.fail(tcp::ResponseFlags::Connect);
+                series.fail(flags);
                 (0, 0)
             }
         };

@@ -19,6 +19,8 @@ pub(super) enum Dependency {
     ReplicaSet(NamespacedName),
     /// A gateway.
     Gateway(NamespacedName),
+    /// The gateways of a class.
+    GatewayClass(Arc<str>),
     /// The gateways into a network.
     Network(Arc<str>),
     /// Whether a pod of this name is there.

@@ -138,6 +138,8 @@ pub struct Changes {
     pub addresses: ResourceChanges,
     /// Changes of waypoints.
     pub gateways: ResourceChanges,
+    /// Changes of the policies of waypoints.
+    pub waypoint_policies: ResourceChanges,
     /// Changes of routes.
     pub routes: ResourceChanges,
     /// Pods that were placed on a node, changed or left it.
@@ -194,8 +196,9 @@ impl Index {
         let mut of = |kind| resources.remove(&kind).unwrap_or_default();
         let (policies, addresses) = (of(ResourceType::Authorization), of(ResourceType::Address));
         let (gateways, routes) = (of(ResourceType::Gateway), of(ResourceType::Route));
+        let waypoint_policies = of(ResourceType::Policy);
         let placements = std::mem::take(&mut self.placements).into_iter().collect();
-        Changes { policies, addresses, gateways, routes, placements, findings }
+        Changes { policies, addresses, gateways, waypoint_policies, routes, placements, findings }
     }
 
     /// Every resource that is in force, by type and name.

@@ -19,14 +19,21 @@ pub enum ResourceType {
     Address,
     /// `ambit.l7.Gateway`
     Gateway,
+    /// `ambit.l7.Policy`
+    Policy,
     /// `ambit.l7.Route`
     Route,
 }
 
 impl ResourceType {
     /// Every type. A type comes before those whose resources refer to it.
-    pub const ALL: [ResourceType; 4] =
-        [ResourceType::Authorization, ResourceType::Address, ResourceType::Gateway, ResourceType::Route];
+    pub const ALL: [ResourceType; 5] = [
+        ResourceType::Authorization,
+        ResourceType::Address,
+        ResourceType::Gateway,
+        ResourceType::Policy,
+        ResourceType::Route,
+    ];
 
     /// How the type is named on the wire.
     pub const fn type_url(self) -> &'static str {
@@ -34,6 +41,7 @@ impl ResourceType {
             ResourceType::Authorization => ambit_api::AUTHORIZATION_TYPE_URL,
             ResourceType::Address => ambit_api::ADDRESS_TYPE_URL,
             ResourceType::Gateway => ambit_api::GATEWAY_TYPE_URL,
+            ResourceType::Policy => ambit_api::POLICY_TYPE_URL,
             ResourceType::Route => ambit_api::ROUTE_TYPE_URL,
         }
     }

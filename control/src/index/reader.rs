@@ -73,6 +73,15 @@ impl<'a> Reader<'a> {
         self.store.gateways.get(id).map(AsRef::as_ref)
     }
 
+    /// The gateways of a class, in order.
+    pub(super) fn gateways_of_class(&self, class: &Arc<str>) -> Vec<&'a Gateway> {
+        self.depend(Dependency::GatewayClass(class.clone()));
+        let all = self.store.gateways.values().map(AsRef::as_ref);
+        let mut gateways: Vec<&Gateway> = all.filter(|gateway: &&Gateway| gateway.class == *class).collect();
+        gateways.sort_by(|a, b| a.meta.id.cmp(&b.meta.id));
+        gateways
+    }
+
     /// The gateways into a network, the senior first.
     pub(super) fn gateways_into(&self, network: &Arc<str>) -> Vec<&'a Gateway> {
         self.depend(Dependency::Network(network.clone()));

@@ -282,6 +282,12 @@ impl Index {
         }
         self.touch(Kind::Gateway, id);
         self.touch_users(&Dependency::Gateway(id.clone()));
+        let class = |gateway: Option<&Arc<Gateway>>| gateway.map(|gateway| gateway.class.clone());
+        if class(old.as_ref()) != class(new) {
+            for class in class(old.as_ref()).into_iter().chain(class(new)) {
+                self.touch_users(&Dependency::GatewayClass(class));
+            }
+        }
         for network in [old.as_ref(), new].into_iter().flatten().filter_map(|g| g.network.clone()) {
             self.touch_users(&Dependency::Network(network));
         }

@@ -28,8 +28,8 @@ pub use gateway::{
 pub use istio::authentication::{MutualTls, PeerAuthentication};
 pub(crate) use istio::authorization::service_account;
 pub use istio::authorization::{
-    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PortNumber,
-    Rule, Source, TrustDomainPattern,
+    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PolicyTarget,
+    PolicyTargetKind, PortNumber, Rule, Source, TrustDomainPattern,
 };
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};

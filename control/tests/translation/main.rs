@@ -38,6 +38,7 @@ fn translate(case: &Path) -> Value {
     let mut index = Index::new(settings(case));
     let changes = index.apply(objects.into_iter().map(Change::Apply));
     let (mut addresses, mut policies) = (Map::new(), Map::new());
+    let mut waypoint_policies = Map::new();
     let (mut gateways, mut routes, mut views) = (Map::new(), Map::new(), Map::new());
     for ((kind, name), resource) in index.resources() {
         let roots: Vec<&str> =
@@ -48,6 +49,9 @@ fn translate(case: &Path) -> Value {
         match kind {
             ResourceType::Gateway => {
                 gateways.insert(name.to_string(), render::gateway_resource(&resource.body))
+            }
+            ResourceType::Policy => {
+                waypoint_policies.insert(name.to_string(), render::waypoint_policy(&resource.body))
             }
             ResourceType::Route => routes.insert(name.to_string(), render::route(&resource.body)),
             ResourceType::Address => addresses.insert(name.to_string(), render::address(&resource.body)),
@@ -72,7 +76,12 @@ fn translate(case: &Path) -> Value {
         "addresses": addresses,
     });
     // Most cases are of L4.
-    for (name, of_l7) in [("gateways", gateways), ("routes", routes), ("views", views)] {
+    for (name, of_l7) in [
+        ("gateways", gateways),
+        ("waypointPolicies", waypoint_policies),
+        ("routes", routes),
+        ("views", views),
+    ] {
         if routed(case) && !of_l7.is_empty() {
             shown[name] = Value::Object(of_l7);
         }

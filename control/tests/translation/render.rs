@@ -205,6 +205,16 @@ pub(crate) fn gateway_resource(body: &[u8]) -> Value {
     })
 }
 
+pub(crate) fn waypoint_policy(body: &[u8]) -> Value {
+    let policy = l7::Policy::decode(body).unwrap();
+    let enforced = policy.authorization.map(|policy| authorization(&policy.encode_to_vec()));
+    object([
+        ("targets", list(&policy.targets, target)),
+        ("gateways", json!(policy.gateways)),
+        ("authorization", enforced.unwrap_or_else(|| json!("denies everything"))),
+    ])
+}
+
 pub(crate) fn route(body: &[u8]) -> Value {
     let route = l7::Route::decode(body).unwrap();
     object([

@@ -12,6 +12,7 @@
 mod bed;
 mod hardening;
 mod http;
+mod policy;
 mod resilience;
 mod routing;
 mod thin;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
     thin::add(&mut trials);
     routing::add(&mut trials);
     hardening::add(&mut trials);
+    policy::add(&mut trials);
     resilience::add(&mut trials);
     trials.run()
 }

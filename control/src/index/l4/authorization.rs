@@ -10,7 +10,7 @@ use prost::Message;
 
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{Finding, L7DenyAtL4, Settings, wire};
+use super::{Finding, L7DenyAtL4, Settings, l7, wire};
 use crate::object::{
     Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Labels, NamespacedName, Operation, Pattern,
     PolicyBody, PortNumber, Rule, Source, TrustDomainPattern,
@@ -25,7 +25,7 @@ pub(in crate::index) fn selector_at_l4(policy: &AuthorizationPolicy) -> Option<&
 fn l4_action(policy: &AuthorizationPolicy) -> Option<api::Action> {
     let (PolicyBody::Rules { action, .. } | PolicyBody::Unreadable { action, .. }) = &policy.body;
     match action {
-        _ if policy.has_targets => None,
+        _ if policy.has_targets() => None,
         Action::Allow => Some(api::Action::Allow),
         Action::Deny => Some(api::Action::Deny),
         Action::Audit | Action::Custom => None,
@@ -36,14 +36,11 @@ fn l4_action(policy: &AuthorizationPolicy) -> Option<api::Action> {
 pub(in crate::index) fn of_policy(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(policy) = reader.store.policies.get(id) else { return Vec::new() };
     let Some(action) = l4_action(policy) else {
-        if policy.has_targets {
-            let message =
-                "waypoints do not enforce policies with targetRefs yet: it has no effect".to_owned();
-            reader.find(Finding::new("ambit.dev/WaypointAccepted", false, "NotEnforced", message));
-        } else {
-            let message = "AUDIT and CUSTOM need a waypoint (targetRefs); node proxies do not enforce them";
-            reader.find(accepted(false, "UnsupportedAction", message.to_owned()));
+        if policy.has_targets() {
+            return l7::policies::of_policy(reader, policy);
         }
+        let message = "AUDIT and CUSTOM need a waypoint (targetRefs); node proxies do not enforce them";
+        reader.find(accepted(false, "UnsupportedAction", message.to_owned()));
         return Vec::new();
     };
     let scope = match (&policy.selector, id.namespace == reader.settings.root_namespace) {

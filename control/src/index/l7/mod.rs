@@ -3,6 +3,7 @@
 //! A waypoint sees what is below the root of its view: [`views`] says for each resource below which roots it is.
 
 pub(super) mod gateways;
+pub(super) mod policies;
 pub(super) mod routes;
 pub(super) mod views;
 

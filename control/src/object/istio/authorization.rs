@@ -330,6 +330,32 @@ pub enum PolicyBody {
     },
 }
 
+/// The kinds of things that a policy may be bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyTargetKind {
+    /// A Gateway.
+    Gateway,
+    /// A GatewayClass: all of its gateways.
+    GatewayClass,
+    /// A Service.
+    Service,
+    /// A ServiceEntry.
+    ServiceEntry,
+    /// Anything else.
+    Other,
+}
+
+/// What a policy is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyTarget {
+    /// What it is.
+    pub kind: PolicyTargetKind,
+    /// Its kind as written.
+    pub kind_name: String,
+    /// Its name; the namespace of a GatewayClass does not count.
+    pub name: NamespacedName,
+}
+
 /// An AuthorizationPolicy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuthorizationPolicy {
@@ -339,8 +365,8 @@ pub struct AuthorizationPolicy {
     pub meta: Meta,
     /// The workloads that it is for; `None` is all of its namespace, or of the mesh.
     pub selector: Option<Labels>,
-    /// Whether it is bound to gateways or services, and thus not for the node proxy.
-    pub has_targets: bool,
+    /// The gateways and services that it is bound to; where there are any it is not for the node proxy.
+    pub targets: Vec<PolicyTarget>,
     /// Only logged and counted (annotation `istio.io/dry-run`).
     pub dry_run: bool,
     /// What it says.
@@ -381,7 +407,6 @@ impl Selector {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "bound policies are the waypoint's; their shape is still checked")]
 struct TargetRef {
     #[serde(default)]
     group: String,
@@ -389,6 +414,23 @@ struct TargetRef {
     name: String,
     #[serde(default)]
     namespace: String,
+}
+
+impl TargetRef {
+    fn read(self, own_namespace: &Arc<str>) -> PolicyTarget {
+        let kind = match (self.group.as_str(), self.kind.as_str()) {
+            ("gateway.networking.k8s.io", "Gateway") => PolicyTargetKind::Gateway,
+            ("gateway.networking.k8s.io", "GatewayClass") => PolicyTargetKind::GatewayClass,
+            ("" | "core", "Service") => PolicyTargetKind::Service,
+            ("networking.istio.io", "ServiceEntry") => PolicyTargetKind::ServiceEntry,
+            _ => PolicyTargetKind::Other,
+        };
+        let namespace = match self.namespace.is_empty() {
+            true => own_namespace.clone(),
+            false => self.namespace.into(),
+        };
+        PolicyTarget { kind, kind_name: self.kind, name: NamespacedName::new(namespace, self.name) }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -424,8 +466,8 @@ impl TryFrom<Manifest> for AuthorizationPolicy {
     fn try_from(manifest: Manifest) -> Result<AuthorizationPolicy, Invalid> {
         let Manifest { metadata, spec } = manifest;
         let Spec { selector, target_ref, target_refs, rules, action, provider: _ } = spec;
-        let has_targets = target_ref.is_some() || !target_refs.is_empty();
-        if has_targets && selector.is_some() {
+        let targets: Vec<TargetRef> = target_ref.into_iter().chain(target_refs).collect();
+        if !targets.is_empty() && selector.is_some() {
             return Err(Invalid::new("spec.selector", "cannot be combined with targetRefs"));
         }
         let rules =
@@ -433,9 +475,9 @@ impl TryFrom<Manifest> for AuthorizationPolicy {
         let meta = Meta::read(&metadata)?;
         Ok(AuthorizationPolicy {
             id: meta.id.clone(),
+            targets: targets.into_iter().map(|target| target.read(&meta.id.namespace)).collect(),
             meta,
             selector: selector.and_then(Selector::labels),
-            has_targets,
             dry_run: annotation(&metadata, "istio.io/dry-run") == Some("true"),
             body: PolicyBody::Rules { action, rules },
         })
@@ -475,25 +517,37 @@ impl AuthorizationPolicy {
             _ => Action::Deny,
         };
         let selects = object.pointer("/spec/selector").is_some_and(|selector| !selector.is_null());
-        let has_target = object.pointer("/spec/targetRef").is_some_and(serde_json::Value::is_object);
-        let targets = object.pointer("/spec/targetRefs").and_then(serde_json::Value::as_array);
-        // Only what certainly names a waypoint is left to one; a selector beside it is enforced here.
-        let bound = !selects && (has_target || targets.is_some_and(|targets| !targets.is_empty()));
+        // Only what certainly names a waypoint is left to one; a selector beside it is enforced by node proxies.
+        let targets = salvaged_targets(object).filter(|_| !selects).unwrap_or_default();
         Ok(AuthorizationPolicy {
+            targets: targets.into_iter().map(|target| target.read(&meta.id.namespace)).collect(),
             id: meta.id.clone(),
             meta,
             // A selector that cannot be read selects everything: that is the closed side.
             selector: selector.and_then(Result::ok).and_then(Selector::labels),
-            has_targets: bound,
             dry_run: text("/metadata/annotations/istio.io~1dry-run") == Some("true"),
             body: PolicyBody::Unreadable { action, reason },
         })
     }
 
+    /// Whether it is bound to gateways or services, and thus not for the node proxy.
+    pub fn has_targets(&self) -> bool {
+        !self.targets.is_empty()
+    }
+
     /// The workloads that list the policy by name, or `None` if it is in force by its scope or not at L4.
     pub fn listed_by(&self) -> Option<&Labels> {
-        if self.has_targets { None } else { self.selector.as_ref() }
+        if self.has_targets() { None } else { self.selector.as_ref() }
     }
+}
+
+/// The targets of a policy that could not be read; `None` where one of them can't be read either.
+fn salvaged_targets(object: &serde_json::Value) -> Option<Vec<TargetRef>> {
+    let one = object.pointer("/spec/targetRef").filter(|target| !target.is_null());
+    let several = object.pointer("/spec/targetRefs").filter(|targets| !targets.is_null());
+    let several =
+        several.map(|targets| targets.as_array()).map_or(Some(&[][..]), |all| all.map(Vec::as_slice))?;
+    one.into_iter().chain(several).map(|target| TargetRef::deserialize(target).ok()).collect()
 }
 
 /// A service account named in a policy of `namespace`: its namespace and name.

@@ -1,0 +1,159 @@
+//! AuthorizationPolicies with `targetRefs` as resources: for which waypoints they are, and for what of these.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use ambit_api::{l7, security};
+use prost::Message;
+
+use super::gateways::object_name;
+use super::outputs::{Resource, ResourceType};
+use super::reader::Reader;
+use super::{Finding, views};
+use crate::object::{
+    Action, AuthorizationPolicy, Kind, NamespacedName, PolicyBody, PolicyTarget, PolicyTargetKind,
+};
+
+/// The resource of a policy that is bound to something of a waypoint.
+pub(in crate::index) fn of_policy(
+    reader: &Reader<'_>,
+    policy: &AuthorizationPolicy,
+) -> Vec<(ResourceType, Resource)> {
+    let (PolicyBody::Rules { action, .. } | PolicyBody::Unreadable { action, .. }) = &policy.body;
+    if *action == Action::Audit {
+        report(reader, false, "UnsupportedAction", "AUDIT has no effect".to_owned());
+        return Vec::new();
+    }
+    if policy.dry_run {
+        report(reader, false, "NotEvaluated", "waypoints do not evaluate policies in dry-run".to_owned());
+        return Vec::new();
+    }
+    let mut bound = Bound::default();
+    let faults: Vec<String> =
+        policy.targets.iter().filter_map(|target| bound.add(reader, &policy.id, target).err()).collect();
+    if let Some(fault) = faults.first() {
+        report(reader, false, "TargetNotFound", format!("{fault}: it has no effect there"));
+    }
+    if bound.roots.is_empty() {
+        return Vec::new();
+    }
+    let authorization = enforced(reader, policy, faults.is_empty());
+    let message = l7::Policy {
+        object: Some(object_name(Kind::AuthorizationPolicy, &policy.id)),
+        targets: bound.targets,
+        gateways: bound.gateways,
+        authorization,
+    };
+    let resource = Resource {
+        name: policy.id.to_string().into(),
+        aliases: Vec::new(),
+        parents: bound.roots.into_iter().collect(),
+        body: message.encode_to_vec().into(),
+        unhealthy: false,
+    };
+    vec![(ResourceType::Policy, resource)]
+}
+
+/// What waypoints enforce of a policy; `None` where they deny everything instead.
+fn enforced(
+    reader: &Reader<'_>,
+    policy: &AuthorizationPolicy,
+    attached: bool,
+) -> Option<security::Authorization> {
+    let reason = match &policy.body {
+        PolicyBody::Unreadable { reason, .. } => reason.as_str(),
+        PolicyBody::Rules { .. } => "waypoints do not enforce its rules yet",
+    };
+    if attached {
+        report(reader, false, "Denies", format!("{reason}: everything is denied instead"));
+    }
+    None
+}
+
+/// What the targets of a policy come to.
+#[derive(Default)]
+struct Bound {
+    targets: Vec<l7::Target>,
+    gateways: Vec<String>,
+    /// The waypoints that it is for.
+    roots: BTreeSet<Arc<str>>,
+}
+
+impl Bound {
+    /// Adds a target, or says why there is none.
+    fn add(
+        &mut self,
+        reader: &Reader<'_>,
+        policy: &NamespacedName,
+        target: &PolicyTarget,
+    ) -> Result<(), String> {
+        let PolicyTarget { kind, kind_name, name } = target;
+        if *kind != PolicyTargetKind::GatewayClass && name.namespace != policy.namespace {
+            return Err(format!("{kind_name} {name} is in another namespace"));
+        }
+        let missing = || format!("{kind_name} {name} does not exist");
+        match kind {
+            PolicyTargetKind::Gateway => {
+                let gateway = reader.gateway(name).ok_or_else(missing)?;
+                self.add_gateway(reader, &gateway.class, name)
+            }
+            PolicyTargetKind::GatewayClass if policy.namespace != reader.settings.root_namespace => {
+                Err("policies of a GatewayClass are in the root namespace".to_owned())
+            }
+            PolicyTargetKind::GatewayClass => {
+                for gateway in reader.gateways_of_class(&name.name) {
+                    self.add_gateway(reader, &name.name, &gateway.meta.id)?;
+                }
+                Ok(())
+            }
+            PolicyTargetKind::Service => {
+                let service = reader.service(name).ok_or_else(missing)?;
+                let roots = views::of_binding(reader, &name.namespace, &service.waypoint);
+                self.add_hosts(target, [reader.settings.host_of_service(name)], roots)
+            }
+            PolicyTargetKind::ServiceEntry => {
+                let entry = reader.service_entry(name).ok_or_else(missing)?;
+                let roots = views::of_binding(reader, &name.namespace, &entry.waypoint);
+                self.add_hosts(target, entry.hosts.iter().map(ToString::to_string), roots)
+            }
+            PolicyTargetKind::Other => Err(format!("policies can't be bound to a {kind_name}")),
+        }
+    }
+
+    fn add_gateway(
+        &mut self,
+        reader: &Reader<'_>,
+        class: &Arc<str>,
+        name: &NamespacedName,
+    ) -> Result<(), String> {
+        if !reader.settings.waypoint_classes.contains(class) {
+            return Err(format!("Gateway {name} of class {class} is no waypoint"));
+        }
+        self.gateways.push(name.to_string());
+        self.roots.insert(views::root(name));
+        Ok(())
+    }
+
+    fn add_hosts(
+        &mut self,
+        target: &PolicyTarget,
+        hosts: impl IntoIterator<Item = String>,
+        roots: BTreeSet<Arc<str>>,
+    ) -> Result<(), String> {
+        if roots.is_empty() {
+            return Err(format!("{} {} is bound to no waypoint", target.kind_name, target.name));
+        }
+        let namespace = target.name.namespace.to_string();
+        self.targets.extend(hosts.into_iter().map(|hostname| l7::Target {
+            namespace: namespace.clone(),
+            hostname,
+            ..l7::Target::default()
+        }));
+        self.roots.extend(roots);
+        Ok(())
+    }
+}
+
+fn report(reader: &Reader<'_>, met: bool, reason: &'static str, message: String) {
+    reader.find(Finding::new("ambit.dev/WaypointAccepted", met, reason, message));
+}

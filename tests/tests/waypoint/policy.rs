@@ -1,0 +1,82 @@
+//! AuthorizationPolicies of services that are bound to the waypoint.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ambit_local::Pod;
+use ambit_tests::beds::Trials;
+use ambit_tests::wait::{self, SOON};
+
+use crate::bed::{PORT, Waypoints};
+use crate::http;
+use crate::thin::log_line;
+
+pub(crate) fn add(trials: &mut Trials<Waypoints>) {
+    trials.add("a policy that can't be enforced denies", async |bed| cannot_be_enforced(bed).await);
+    trials.add("a policy denies bytes that are passed on", async |bed| passed_on(bed).await);
+}
+
+/// A policy of a service, as flow of YAML.
+async fn policy(bed: &Waypoints, service: &str, name: &str, spec: &str) {
+    bed.apply(&format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {{name: {name}, namespace: shop}}\n\
+         spec: {{targetRefs: [{{group: '', kind: Service, name: {service}}}], {spec}}}\n"
+    ))
+    .await;
+}
+
+async fn status(pod: &Pod, to: SocketAddr, method: &str, path: &str) -> u16 {
+    http::request(pod, to, method, path, "", "").await.unwrap().status
+}
+
+async fn cannot_be_enforced(bed: &Waypoints) {
+    let (to, beside) = (bed.service("custom").await, bed.service("beside").await);
+    policy(bed, "custom", "audit", "action: AUDIT, rules: [{}]").await;
+    policy(bed, "custom", "custom", "action: CUSTOM, provider: {name: opa}, rules: [{}]").await;
+    let answer = bed.eventually(to, "/denied", "", |answer| answer.status == 403).await;
+    assert_eq!(answer.body, "RBAC: access denied\n");
+    let line = log_line(bed, "policy shop/custom").await;
+    for part in ["response_flags=\"UAEX\"", "response_code=403", "custom.shop.svc.cluster.local"] {
+        assert!(line.contains(part), "{part} is missing in {line}");
+    }
+    let metrics = bed.metrics().await;
+    let counted = metrics.lines().any(|line| {
+        line.starts_with("istio_requests_total{")
+            && line.contains("destination_service_name=\"custom\"")
+            && line.contains("response_code=\"403\"")
+            && line.contains("response_flags=\"UAEX\"")
+    });
+    assert!(counted, "{metrics}");
+    assert_eq!(status(&bed.cli, beside, "GET", "/").await, 200);
+    bed.cluster.delete("AuthorizationPolicy", "shop", "custom").await.unwrap();
+    bed.eventually(to, "/", "", |answer| answer.status == 200).await;
+}
+
+async fn passed_on(bed: &Waypoints) {
+    bed.server("bytes", "bytes", http::mirror()).await;
+    bed.apply(&format!(
+        "apiVersion: v1\nkind: Service\n\
+         metadata: {{name: bytes, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
+         spec: {{selector: {{app: bytes}}, ports: [{{name: tcp, port: 80, targetPort: {PORT}}}]}}\n"
+    ))
+    .await;
+    let vip = bed.cluster.service_ips("shop", "bytes").into_iter().find(IpAddr::is_ipv4).unwrap();
+    let to = SocketAddr::new(vip, 80);
+    bed.eventually(to, "/", "", |answer| answer.status == 200).await;
+    policy(bed, "bytes", "bytes", "action: CUSTOM, provider: {name: opa}, rules: [{}]").await;
+    wait::until("connections are refused", SOON, || async {
+        http::get(&bed.cli, to, "/", "").await.is_err()
+    })
+    .await;
+    let line = log_line(bed, "policy shop/bytes").await;
+    assert!(line.contains("bytes.shop.svc.cluster.local"), "{line}");
+    let metrics = bed.metrics().await;
+    let counted = metrics.lines().any(|line| {
+        line.starts_with("istio_tcp_connections_failed_total{")
+            && line.contains("destination_service_name=\"bytes\"")
+            && line.contains("response_flags=\"DENY\"")
+    });
+    assert!(counted, "{metrics}");
+    bed.cluster.delete("AuthorizationPolicy", "shop", "bytes").await.unwrap();
+    bed.eventually(to, "/", "", |answer| answer.status == 200).await;
+}
