@@ -4,6 +4,7 @@
 //! file that the container runtime reads: the first by name. Files are replaced atomically, because the runtime reads
 //! them at any time too.
 
+use std::collections::VecDeque;
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -13,12 +14,18 @@ use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher};
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use super::PLUGIN;
 use super::conflist::{self, ConfigError, Entry};
 
 /// Time between two looks at the directories where no change was noticed.
 const LOOK: Duration = Duration::from_secs(5);
+/// Another tool that undoes our changes more often than this in [`WINDOW`] does not want them: after that, changes are
+/// no longer answered at once, and the plugin does not count as installed.
+const REWRITES: usize = 10;
+/// The time over which rewrites are counted.
+const WINDOW: Duration = Duration::from_secs(60);
 /// The configuration of its own, which sorts after others: a runtime must not take it for its main network.
 const STANDALONE: &str = "zzz-ambit-cni.conf";
 /// Added to the name of a single plugin's configuration that became a list, so that runtimes pass over it.
@@ -62,9 +69,27 @@ pub enum InstallError {
         /// What is wrong with it.
         source: ConfigError,
     },
+    /// The files are in place and do not stay.
+    #[error("another tool undoes it: more than {REWRITES} times within {WINDOW:?}")]
+    Contested,
     /// There is nothing to chain into.
     #[error("no network configuration in {} yet", .0.display())]
     NoNetwork(PathBuf),
+}
+
+/// When files had to be written, as far as that is within [`WINDOW`].
+#[derive(Debug, Default)]
+struct Rewrites(VecDeque<Instant>);
+
+impl Rewrites {
+    /// Notes whether files had to be written. Returns whether that is too often.
+    fn note(&mut self, written: bool, now: Instant) -> bool {
+        self.0.extend(written.then_some(now));
+        while self.0.front().is_some_and(|time| now.duration_since(*time) >= WINDOW) {
+            self.0.pop_front();
+        }
+        self.0.len() > REWRITES
+    }
 }
 
 /// The file that the runtime reads.
@@ -125,11 +150,12 @@ impl Installation {
         Ok(changed)
     }
 
-    /// Keeps everything in place. Reports whether it is.
+    /// Keeps everything in place. Reports whether it is, and stays.
     pub async fn keep(self, installed: watch::Sender<bool>) {
         let changed = Arc::new(Notify::new());
         let _watching = self.watch(&changed);
         let mut complaint = String::new();
+        let mut rewrites = Rewrites::default();
         loop {
             let this = self.clone();
             let outcome = tokio::task::spawn_blocking(move || this.install()).await;
@@ -140,13 +166,16 @@ impl Installation {
                     source: io::Error::other(error),
                 })
             });
-            match &outcome {
-                Ok(written) => {
-                    for path in written {
-                        tracing::info!(path = %path.display(), "CNI plugin installed");
-                    }
-                    complaint.clear();
+            let written = outcome.as_ref().is_ok_and(|written| !written.is_empty());
+            let contested = rewrites.note(written, Instant::now());
+            let outcome = outcome.and_then(|written| {
+                for path in written {
+                    tracing::info!(path = %path.display(), "CNI plugin installed");
                 }
+                if contested { Err(InstallError::Contested) } else { Ok(()) }
+            });
+            match &outcome {
+                Ok(()) => complaint.clear(),
                 Err(error) => {
                     let error = error.to_string();
                     if error != complaint {
@@ -157,7 +186,7 @@ impl Installation {
             }
             installed.send_if_modified(|was| std::mem::replace(was, outcome.is_ok()) != outcome.is_ok());
             tokio::select! {
-                () = changed.notified() => {}
+                () = changed.notified(), if !contested => {}
                 () = tokio::time::sleep(LOOK) => {}
             }
         }
@@ -323,7 +352,7 @@ mod tests {
 
     impl Host {
         fn write(&self, name: &str, text: &str) {
-            fs::write(self.installation.conf_dir.join(name), text).unwrap();
+            replace(&self.installation.conf_dir.join(name), text.as_bytes(), 0o644).unwrap();
         }
 
         fn read(&self, name: &str) -> String {
@@ -423,5 +452,40 @@ mod tests {
         tokio::time::timeout(LOOK * 2, chained).await.expect("it is chained again");
         assert!(host.read("10-net.conflist").contains("ptp"));
         keeping.abort();
+    }
+
+    #[tokio::test]
+    async fn a_file_that_another_tool_keeps_undoing_is_no_hot_loop() {
+        let host = host(true);
+        let (installed, mut is_installed) = watch::channel(false);
+        let keeping = tokio::spawn(host.installation.clone().keep(installed));
+        host.write("10-net.conflist", LIST);
+        is_installed.wait_for(|installed| *installed).await.unwrap();
+        let undo = async {
+            let mut undone = 0;
+            while *is_installed.borrow_and_update() {
+                if host.read("10-net.conflist").contains(PLUGIN) {
+                    host.write("10-net.conflist", LIST);
+                    undone += 1;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            undone
+        };
+        let undone = tokio::time::timeout(WINDOW, undo).await.expect("it does not count as installed");
+        assert!((REWRITES..=REWRITES + 1).contains(&undone), "{undone}");
+        keeping.abort();
+    }
+
+    #[test]
+    fn rewrites_count_for_a_minute() {
+        let mut rewrites = Rewrites::default();
+        let now = Instant::now();
+        for _ in 0..REWRITES {
+            assert!(!rewrites.note(true, now));
+        }
+        assert!(rewrites.note(true, now + LOOK));
+        assert!(rewrites.note(false, now + LOOK));
+        assert!(!rewrites.note(false, now + WINDOW));
     }
 }
