@@ -53,30 +53,30 @@ async fn cannot_be_enforced(bed: &Waypoints) {
 }
 
 async fn passed_on(bed: &Waypoints) {
-    bed.server("bytes", "bytes", http::mirror()).await;
+    bed.server("opaque", "opaque", http::mirror()).await;
     bed.apply(&format!(
         "apiVersion: v1\nkind: Service\n\
-         metadata: {{name: bytes, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
-         spec: {{selector: {{app: bytes}}, ports: [{{name: tcp, port: 80, targetPort: {PORT}}}]}}\n"
+         metadata: {{name: opaque, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
+         spec: {{selector: {{app: opaque}}, ports: [{{name: tcp, port: 80, targetPort: {PORT}}}]}}\n"
     ))
     .await;
-    let vip = bed.cluster.service_ips("shop", "bytes").into_iter().find(IpAddr::is_ipv4).unwrap();
+    let vip = bed.cluster.service_ips("shop", "opaque").into_iter().find(IpAddr::is_ipv4).unwrap();
     let to = SocketAddr::new(vip, 80);
     bed.eventually(to, "/", "", |answer| answer.status == 200).await;
-    policy(bed, "bytes", "bytes", "action: CUSTOM, provider: {name: opa}, rules: [{}]").await;
+    policy(bed, "opaque", "opaque", "action: CUSTOM, provider: {name: opa}, rules: [{}]").await;
     wait::until("connections are refused", SOON, || async {
         http::get(&bed.cli, to, "/", "").await.is_err()
     })
     .await;
-    let line = log_line(bed, "policy shop/bytes").await;
-    assert!(line.contains("bytes.shop.svc.cluster.local"), "{line}");
+    let line = log_line(bed, "policy shop/opaque").await;
+    assert!(line.contains("opaque.shop.svc.cluster.local"), "{line}");
     let metrics = bed.metrics().await;
     let counted = metrics.lines().any(|line| {
         line.starts_with("istio_tcp_connections_failed_total{")
-            && line.contains("destination_service_name=\"bytes\"")
+            && line.contains("destination_service_name=\"opaque\"")
             && line.contains("response_flags=\"DENY\"")
     });
     assert!(counted, "{metrics}");
-    bed.cluster.delete("AuthorizationPolicy", "shop", "bytes").await.unwrap();
+    bed.cluster.delete("AuthorizationPolicy", "shop", "opaque").await.unwrap();
     bed.eventually(to, "/", "", |answer| answer.status == 200).await;
 }
