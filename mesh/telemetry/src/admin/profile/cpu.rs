@@ -62,6 +62,6 @@ mod tests {
         assert_eq!(profile.string_table.first().map(String::as_str), Some(""));
         assert!(!profile.sample.is_empty());
         let functions = profile.function.iter().map(|function| &profile.string_table[function.name as usize]);
-        assert!(functions.into_iter().any(|name| name.contains("a_profile_names_the_function")));
+        assert!(functions.into_iter().any(|name| name.contains("a_profile_names_busy_functions")));
     }
 }
