@@ -1,4 +1,4 @@
-//! The authority: what it signs with now, what it publishes, and the driver that follows its store.
+//! The authority: what it signs with now, what it publishes, and the driver that keeps it up to date.
 //!
 //! Reading is lock-free: signing loads the current key. The driver alone changes it.
 
@@ -12,18 +12,19 @@ use arc_swap::ArcSwap;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::{Notify, watch};
 
-use crate::material::{Material, MaterialError, OwnRoot, SelfSigned};
+use crate::follower::Follower;
+use crate::material::MaterialError;
 use crate::request;
-use crate::rotation::{Propagation, Record, RecordError, SigningKey, decide};
+use crate::rotation::RecordError;
 use crate::signer::{Issued, SignError, Signer, Validity};
-use crate::store::{AuthorityStore, FileStore, StoreError, StoredMaterial};
+use crate::store::{AuthorityStore, FileStore, StoreError};
 
 /// How often the store is read even if no change was reported.
 const LONGEST_SLEEP: Duration = Duration::from_secs(10);
 /// Shortest pause before a decision that depends on time alone.
 const SHORTEST_SLEEP: Duration = Duration::from_millis(100);
 /// Attempts to write what was decided while other replicas write too.
-const ATTEMPTS: usize = 8;
+pub(crate) const ATTEMPTS: usize = 8;
 
 /// Why the authority cannot start, or not follow its store.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,9 @@ pub enum AuthorityError {
     /// Others change the store all the time.
     #[error("certificate authority in {0}: changed by others in each of {ATTEMPTS} attempts to write to it")]
     Contended(String),
+    /// Roots were published, but their key is not in the store any more.
+    #[error("certificate authority in {0}: the key of the published roots is not there any more")]
+    Lost(String),
 }
 
 /// Settings of an authority.
@@ -75,10 +79,15 @@ pub struct AuthorityConfig {
     /// How long a new root is published before it signs. None: [`LEAST_PROPAGATION`](Self::LEAST_PROPAGATION), or until
     /// every workload has renewed its certificate, if that takes longer.
     pub root_propagation: Option<Duration>,
+    /// Whether a new root is made where the key of published roots is lost; otherwise opening fails with
+    /// [`AuthorityError::Lost`].
+    pub replace_lost_root: bool,
 }
 
 impl AuthorityConfig {
-    /// Default of [`max_lifetime`](Self::max_lifetime), and the most that contracts.md §5 allows.
+    /// Default of [`max_lifetime`](Self::max_lifetime). A change of roots takes at least the longest lifetime that was given.
+    pub const DEFAULT_MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+    /// The most that [`max_lifetime`](Self::max_lifetime) may be (contracts.md §5).
     pub const MAX_LIFETIME: Duration = Duration::from_secs(90 * 24 * 60 * 60);
     /// The least time for which a new root is published, unless [`root_propagation`](Self::root_propagation) is set.
     pub const LEAST_PROPAGATION: Duration = Duration::from_secs(300);
@@ -95,10 +104,11 @@ impl AuthorityConfig {
             trust_domain,
             store,
             default_lifetime: DAY,
-            max_lifetime: Self::MAX_LIFETIME,
+            max_lifetime: Self::DEFAULT_MAX_LIFETIME,
             backdating: Duration::from_secs(120),
             root_lifetime: DAY * 3650,
             root_propagation: None,
+            replace_lost_root: false,
         }
     }
 }
@@ -135,12 +145,12 @@ pub struct ServerCertificate {
 }
 
 /// What is in force at one moment.
-struct State {
-    signer: Arc<Signer>,
-    roots_pem: Arc<str>,
-    revocations_pem: Option<Arc<str>>,
+pub(crate) struct State {
+    pub(crate) signer: Arc<Signer>,
+    pub(crate) roots_pem: Arc<str>,
+    pub(crate) revocations_pem: Option<Arc<str>>,
     /// When time alone changes this.
-    next: Option<SystemTime>,
+    pub(crate) next: Option<SystemTime>,
 }
 
 struct Shared {
@@ -148,6 +158,7 @@ struct Shared {
     state: ArcSwap<State>,
     version: watch::Sender<u64>,
     reload_failures: AtomicU64,
+    restorations: Arc<AtomicU64>,
     /// Wakes the driver to record that certificates of a longer lifetime were given.
     wake: Notify,
 }
@@ -172,6 +183,7 @@ impl Authority {
             state: ArcSwap::from_pointee(state),
             version: watch::Sender::new(0),
             reload_failures: AtomicU64::new(0),
+            restorations: Arc::clone(&follower.restorations),
             wake: Notify::new(),
         });
         let driver = Driver { shared: Arc::clone(&shared), follower, last_error: None };
@@ -243,6 +255,11 @@ impl Authority {
         self.0.reload_failures.load(Ordering::Relaxed)
     }
 
+    /// How often something was written back that the store had lost.
+    pub fn restorations(&self) -> u64 {
+        self.0.restorations.load(Ordering::Relaxed)
+    }
+
     /// Whose identities are signed.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.0.config.trust_domain
@@ -279,194 +296,6 @@ impl Authority {
 impl std::fmt::Debug for Authority {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Authority").field("config", &self.0.config).finish_non_exhaustive()
-    }
-}
-
-/// Follows the store: reads it, decides, writes the decision back.
-struct Follower {
-    store: Arc<dyn AuthorityStore>,
-    self_signed: SelfSigned,
-    propagation: Propagation,
-    /// The key that the operator wants, as last read.
-    wanted: Option<Known>,
-    /// Why what the operator wants cannot be used, until the driver has reported it.
-    wanted_error: Option<String>,
-    /// The key that signs.
-    active: Option<Known>,
-}
-
-/// A key that was proven to work.
-#[derive(Clone)]
-struct Known {
-    record: SigningKey,
-    signer: Arc<Signer>,
-}
-
-impl Follower {
-    fn new(config: &AuthorityConfig) -> Self {
-        let self_signed = SelfSigned {
-            organization: config.trust_domain.to_string(),
-            lifetime: config.root_lifetime,
-            backdating: config.backdating,
-        };
-        let store = Arc::clone(&config.store);
-        Self {
-            store,
-            self_signed,
-            propagation: config
-                .root_propagation
-                .map_or(Propagation::UntilRenewed(AuthorityConfig::LEAST_PROPAGATION), Propagation::Fixed),
-            wanted: None,
-            wanted_error: None,
-            active: None,
-        }
-    }
-
-    /// Makes a self-signed root if there is nothing. Only at the start: what is missing later is being replaced.
-    async fn create_root(&self, now: SystemTime) -> Result<(), AuthorityError> {
-        let stored = self.store.material().await.map_err(|reason| self.store_error(reason))?;
-        if let Some(root) = self.self_signed.create(&stored, now).map_err(|reason| self.unusable(reason))? {
-            let OwnRoot { certificate, key } = root;
-            let made = self.store.replace_material(&stored, &certificate, &key).await;
-            if made.map_err(|reason| self.store_error(reason))? {
-                tracing::info!(store = self.store.name(), "self-signed root made");
-            }
-        }
-        Ok(())
-    }
-
-    /// What is in force now, as the store has it.
-    async fn follow(&mut self) -> Result<State, AuthorityError> {
-        let mut may_renew = true;
-        for _ in 0..ATTEMPTS {
-            let now = SystemTime::now();
-            self.wanted_error = None;
-            // First the record: what it says was decided on material that is as old or older.
-            let text = self.store.rotation().await.map_err(|reason| self.store_error(reason))?;
-            let record = text.as_deref().map(Record::parse).transpose();
-            let record = record.map_err(|reason| self.unreadable(reason))?;
-            let stored = self.store.material().await.map_err(|reason| self.store_error(reason))?;
-            let wanted = self.read_wanted(&stored, record.as_ref(), now)?;
-            let longest = self.longest_lifetime(record.as_ref());
-            let propagation =
-                if self.store.forgets_rotation() { Propagation::Unkept } else { self.propagation };
-            let decision = decide(record, &wanted.record, longest, propagation, now);
-            let written = decision.record.to_text().map_err(|reason| self.unreadable(reason))?;
-            if text.as_ref() != Some(&written) {
-                let replaced = self.store.replace_rotation(text.as_deref(), &written).await;
-                if !replaced.map_err(|reason| self.store_error(reason))? {
-                    continue;
-                }
-            }
-            let active = self.activate(&wanted, &decision.record.signing, now)?;
-            if std::mem::take(&mut may_renew) && self.renew_root(&stored, now).await? {
-                continue;
-            }
-            let roots_pem = decision.roots.concat().into();
-            let revocations_pem = stored.revocations.map(Arc::from);
-            return Ok(State { signer: active.signer, roots_pem, revocations_pem, next: decision.next });
-        }
-        Err(AuthorityError::Contended(self.store.name()))
-    }
-
-    /// The key that the operator wants. While that cannot be used, the last good one is wanted; after a restart, the one
-    /// that signs.
-    fn read_wanted(
-        &mut self,
-        stored: &StoredMaterial,
-        record: Option<&Record>,
-        now: SystemTime,
-    ) -> Result<Known, AuthorityError> {
-        let read = Material::parse(stored).and_then(|material| prove(&material, self.wanted.as_ref(), now));
-        let known = match (read, &self.wanted, record) {
-            (Ok(known), _, _) => known,
-            (Err(error), Some(last), _) => {
-                // Reported by the driver, as the store's state and not as an end of following it.
-                self.wanted_error = Some(error.to_string());
-                last.clone()
-            }
-            (Err(error), None, Some(record)) => {
-                self.wanted_error = Some(error.to_string());
-                let material =
-                    Material::of_record(&record.signing).map_err(|reason| self.unusable(reason))?;
-                prove(&material, None, now).map_err(|reason| self.unusable(reason))?
-            }
-            (Err(reason), None, None) => return Err(self.unusable(reason)),
-        };
-        self.wanted = Some(known.clone());
-        Ok(known)
-    }
-
-    /// What this replica gave under the key that signs by the record.
-    fn longest_lifetime(&self, record: Option<&Record>) -> Duration {
-        match (&self.active, record) {
-            (Some(active), Some(record)) if active.record.is_same_as(&record.signing) => {
-                active.signer.longest_lifetime()
-            }
-            _ => Duration::ZERO,
-        }
-    }
-
-    fn activate(
-        &mut self,
-        wanted: &Known,
-        signing: &SigningKey,
-        now: SystemTime,
-    ) -> Result<Known, AuthorityError> {
-        let known = match &self.active {
-            Some(active) if active.record.is_same_as(signing) => active.clone(),
-            _ if wanted.record.is_same_as(signing) => wanted.clone(),
-            _ => {
-                let material = Material::of_record(signing).map_err(|reason| self.unusable(reason))?;
-                prove(&material, None, now).map_err(|reason| self.unusable(reason))?
-            }
-        };
-        self.active = Some(known.clone());
-        Ok(known)
-    }
-
-    /// Renews a self-made root that is near its end; true if the store has another one now.
-    async fn renew_root(&self, stored: &StoredMaterial, now: SystemTime) -> Result<bool, AuthorityError> {
-        let renewed = match self.self_signed.renew(stored, now) {
-            Ok(None) => return Ok(false),
-            Ok(Some(renewed)) => renewed,
-            Err(reason) => return Err(self.unusable(reason)),
-        };
-        match self.store.replace_material(stored, &renewed.certificate, &renewed.key).await {
-            Ok(true) => {
-                tracing::info!(store = self.store.name(), "self-signed root renewed with the same key");
-                Ok(true)
-            }
-            Ok(false) => Ok(true),
-            Err(error) => {
-                tracing::warn!(%error, "self-signed root is about to expire and cannot be renewed");
-                Ok(false)
-            }
-        }
-    }
-
-    fn store_error(&self, reason: StoreError) -> AuthorityError {
-        AuthorityError::Store { store: self.store.name(), reason }
-    }
-
-    fn unusable(&self, reason: MaterialError) -> AuthorityError {
-        AuthorityError::Material { store: self.store.name(), reason }
-    }
-
-    fn unreadable(&self, reason: RecordError) -> AuthorityError {
-        AuthorityError::Record { store: self.store.name(), reason }
-    }
-}
-
-/// Proves that a key works; one that is known already is not proven again and keeps what it counted.
-fn prove(material: &Material, known: Option<&Known>, now: SystemTime) -> Result<Known, MaterialError> {
-    let signer = Signer::new(material, now)?;
-    let record = material.to_record(signer.active_root(), signer.not_after());
-    match known {
-        Some(known) if known.record.is_same_as(&record) => {
-            Ok(Known { record, signer: Arc::clone(&known.signer) })
-        }
-        _ => Ok(Known { record, signer: Arc::new(signer) }),
     }
 }
 

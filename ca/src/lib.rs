@@ -12,6 +12,7 @@
 
 pub mod authentication;
 pub mod authority;
+mod follower;
 pub mod incoming;
 pub mod jwt;
 mod material;

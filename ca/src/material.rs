@@ -174,13 +174,26 @@ impl SelfSigned {
     }
 }
 
+/// Whether this certificate, PEM, is a root that we made.
+pub(crate) fn is_own(certificate: &str) -> bool {
+    let Ok(der) = CertificateDer::from_pem_slice(certificate.as_bytes()) else { return false };
+    X509Certificate::from_der(&der).is_ok_and(|(_, certificate)| has_own_name(&certificate))
+}
+
+fn has_own_name(certificate: &X509Certificate<'_>) -> bool {
+    let mut names = certificate.subject().iter_common_name();
+    names.any(|name| name.as_str().is_ok_and(|name| name == SELF_SIGNED_NAME))
+}
+
+/// Each certificate of a text as PEM of its own.
+pub(crate) fn split_certificates(pem: &str) -> Result<Vec<String>, MaterialError> {
+    Ok(certificates(ROOTS, pem)?.iter().map(|der| certificate_pem(der)).collect())
+}
+
 /// Whether this is a root that we made and whose end is near.
 fn is_due_for_renewal(der: &CertificateDer<'_>, now: SystemTime) -> bool {
     let Ok((_, certificate)) = X509Certificate::from_der(der) else { return false };
-    let is_ours = certificate
-        .subject()
-        .iter_common_name()
-        .any(|name| name.as_str().is_ok_and(|name| name == SELF_SIGNED_NAME));
+    let is_ours = has_own_name(&certificate);
     let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let validity = certificate.validity();
     let begin = validity.not_before.timestamp() as f64;

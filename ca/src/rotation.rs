@@ -90,6 +90,18 @@ impl Record {
         Ok(serde_json::from_str(text)?)
     }
 
+    /// Whether this is what became of `former`, which was last seen at `seen`. It is if it still publishes the root that signed
+    /// then, or if the last certificate under that root has expired since.
+    pub(crate) fn continues(&self, former: &Record, seen: SystemTime, now: SystemTime) -> bool {
+        let root = &former.signing.active_root;
+        let expired =
+            unix(seen).saturating_add(former.longest_lifetime).saturating_add(SWITCH_DELAY.as_secs());
+        self.published.contains_key(root)
+            || self.retired.contains_key(root)
+            || self.signing.roots.contains(root)
+            || expired < unix(now)
+    }
+
     pub(crate) fn to_text(&self) -> Result<String, RecordError> {
         Ok(serde_json::to_string_pretty(self)?)
     }
@@ -104,6 +116,22 @@ pub(crate) struct Decision {
     pub(crate) roots: Vec<String>,
     /// When time alone changes the decision.
     pub(crate) next: Option<SystemTime>,
+}
+
+impl Decision {
+    /// Publishes roots of which no key is left as well, until the last certificate under them has expired.
+    pub(crate) fn publish_former(&mut self, roots: &[String], until: SystemTime, now: SystemTime) {
+        if until <= now {
+            return;
+        }
+        for root in roots.iter().filter(|root| !self.record.signing.roots.contains(root)) {
+            self.record.retired.insert(root.clone(), unix(until));
+            if !self.roots.contains(root) {
+                self.roots.push(root.clone());
+            }
+        }
+        self.next = self.next.into_iter().chain([until]).min();
+    }
 }
 
 /// How long a new root is published before it signs.

@@ -214,3 +214,26 @@ fn a_record_of_another_version_is_refused_not_replaced() {
     assert!(matches!(Record::parse("{}"), Err(RecordError::Malformed(_))));
     assert!(matches!(Record::parse("nonsense"), Err(RecordError::Malformed(_))));
 }
+
+#[test]
+fn a_record_that_forgets_the_signing_root_does_not_continue() {
+    let mut store = Store::with(key("old", &[]));
+    store.look(0);
+    let record = |store: &Store| Record::parse(store.record.as_deref().unwrap()).unwrap();
+    let former = record(&store);
+    let mut begun_anew = Store::with(key("other", &[]));
+    begun_anew.look(10);
+    let other = record(&begun_anew);
+    assert!(!other.continues(&former, at(0), at(10)));
+    let expired = LIFETIME.as_secs() + SWITCH_DELAY.as_secs();
+    assert!(
+        !other.continues(&former, at(0), at(expired)) && other.continues(&former, at(0), at(expired + 1))
+    );
+    // A rotation that another replica went through continues, in each of its phases.
+    store.wanted = key("new", &[]);
+    for now in [10, 310, 400] {
+        store.look(now);
+        assert!(record(&store).continues(&former, at(0), at(now)), "{now}");
+    }
+    assert_eq!(record(&store).signing.active_root, "new");
+}

@@ -133,7 +133,9 @@ async fn a_certificate_has_the_identity_of_the_caller() {
 #[tokio::test]
 async fn lifetimes_have_a_default_a_maximum_and_backdating() {
     let directory = tempfile::tempdir().unwrap();
-    let authority = open(directory.path()).await;
+    let settings =
+        AuthorityConfig { max_lifetime: AuthorityConfig::MAX_LIFETIME, ..config(directory.path()) };
+    let (authority, _driver) = Authority::open(settings).await.unwrap();
     let span = |lifetime: Option<Duration>| {
         let chain = ders(&authority.sign(&csr(), &reviews(), lifetime).unwrap().chain);
         let (_, leaf) = X509Certificate::from_der(&chain[0]).unwrap();

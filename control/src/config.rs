@@ -136,7 +136,7 @@ struct Raw {
     /// Directory of the CA's files (default with Kubernetes: Secrets cacerts or istio-ca-secret of the system namespace).
     #[arg(long, env = "AMBIT_CONTROL_CA_DIR", value_name = "DIR")]
     ca_dir: Option<PathBuf>,
-    /// Longest lifetime of a certificate in seconds, 10 or more, whatever is asked for (default 90 days).
+    /// Longest lifetime of a certificate in seconds, 10 or more, whatever is asked for, and 90 days at most (default 24 hours). A change of roots may take six tenths of it.
     #[arg(long, env = "AMBIT_CONTROL_MAX_CERTIFICATE_LIFETIME", value_name = "SECONDS")]
     max_certificate_lifetime: Option<u64>,
     /// How long a new root is published before it signs, in seconds (default: until every workload has renewed its certificate, at least 300).
@@ -393,7 +393,7 @@ fn has_api_server(sources: &[SourceName]) -> Result<bool, ConfigError> {
 fn max_lifetime(seconds: Option<u64>) -> Result<Duration, ConfigError> {
     let most = AuthorityConfig::MAX_LIFETIME;
     match seconds.map(Duration::from_secs) {
-        None => Ok(most),
+        None => Ok(AuthorityConfig::DEFAULT_MAX_LIFETIME),
         Some(limit) if limit >= Duration::from_secs(10) && limit <= most => Ok(limit),
         Some(limit) => {
             Err(invalid("maxCertificateLifetime", format!("{limit:?} is not between 10 s and 90 days")))

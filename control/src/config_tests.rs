@@ -45,9 +45,11 @@ fn the_reference_page_is_that_of_the_program() {
 
 #[test]
 fn a_lifetime_limit_that_cannot_work_is_refused() {
-    assert_eq!(parse(&NEEDED).unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
+    let default = parse(&NEEDED).unwrap().max_certificate_lifetime;
+    assert_eq!(default, AuthorityConfig::DEFAULT_MAX_LIFETIME);
     let with = |seconds| parse(&[&NEEDED[..], &["--max-certificate-lifetime", seconds]].concat());
     assert_eq!(with("20").unwrap().max_certificate_lifetime, Duration::from_secs(20));
+    assert_eq!(with("7776000").unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
     for seconds in ["9", "7776001"] {
         let error = with(seconds).unwrap_err().to_string();
         assert!(error.starts_with("maxCertificateLifetime: "), "{error}");

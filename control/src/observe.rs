@@ -221,6 +221,9 @@ impl Observed {
         let authority = self.authority.clone();
         let help = "Changes of the authority's store that could not be used";
         registry.counter_from("ambit_control_ca_reload_failures", help, move || authority.reload_failures());
+        let authority = self.authority.clone();
+        let help = "Records and roots that the authority's store had lost and that were written back";
+        registry.counter_from("ambit_control_ca_restored", help, move || authority.restorations());
         counter(registry, ("ca_failed", "Certificates not signed by a failure of ours"), ca, |m| &m.failed);
     }
 

@@ -55,6 +55,14 @@ pub struct StoredMaterial {
     pub revocations: Option<String>,
 }
 
+impl StoredMaterial {
+    /// Whether there is neither key nor certificate.
+    pub fn is_empty(&self) -> bool {
+        let Self { certificate, key, chain, roots, revocations: _ } = self;
+        [certificate, key, chain, roots].into_iter().all(Option::is_none)
+    }
+}
+
 impl std::fmt::Debug for StoredMaterial {
     /// Without the key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -116,6 +124,20 @@ pub trait AuthorityStore: Send + Sync + 'static {
     /// # Errors
     /// [`StoreError`] if it cannot be written.
     async fn replace_rotation(&self, replaced: Option<&str>, record: &str) -> Result<bool, StoreError>;
+
+    /// Roots that were published to workloads before, PEM, where that is known beside the store. `None` if none were.
+    ///
+    /// # Errors
+    /// [`StoreError`] if they cannot be read.
+    async fn published_roots(&self) -> Result<Option<String>, StoreError> {
+        Ok(None)
+    }
+
+    /// Whether a self-made root that is missing was lost, and is written back by whoever knows it. Files may be missing because
+    /// an operator is about to replace them.
+    fn restores_material(&self) -> bool {
+        false
+    }
 
     /// Whether the record is lost at a restart, because it could not be written. Then no other root begins to sign.
     fn forgets_rotation(&self) -> bool {

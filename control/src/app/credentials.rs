@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ambit_ca::{
     Authenticator, Authority, AuthorityConfig, AuthorityError, JwtAuthenticator, JwtConfig, StoreError,
 };
 use kube::Client;
+use tokio::time::Instant;
 
 use super::{AppError, Tasks};
 use crate::api_server::Backoff;
@@ -46,11 +48,16 @@ pub(super) async fn start_authority(
     Ok(authority)
 }
 
-/// Opens the authority, waiting for an API server that is away and for replicas that start at the same time.
+/// How long another replica has to write back a key that its Secret has lost; each looks every ten seconds.
+const RESTORE: Duration = Duration::from_secs(30);
+
+/// Opens the authority, waiting for an API server that is away, for replicas that start at the same time, and for one that
+/// knows the key where it is lost.
 async fn open(
-    settings: AuthorityConfig,
+    mut settings: AuthorityConfig,
 ) -> Result<(Authority, impl Future<Output = ()> + Send + 'static), AuthorityError> {
     let mut backoff = Backoff::default();
+    let mut lost_since = None;
     loop {
         match Authority::open(settings.clone()).await {
             Err(
@@ -58,6 +65,12 @@ async fn open(
                 | AuthorityError::Contended(_)),
             ) => {
                 tracing::warn!(%error, "certificate authority not opened; trying again");
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            Err(error @ AuthorityError::Lost(_)) if !settings.replace_lost_root => {
+                let since = *lost_since.get_or_insert_with(Instant::now);
+                settings.replace_lost_root = since.elapsed() >= RESTORE;
+                tracing::warn!(%error, "certificate authority not opened; another replica may know the key");
                 tokio::time::sleep(backoff.pause()).await;
             }
             outcome => return outcome,

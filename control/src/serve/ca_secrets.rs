@@ -2,27 +2,28 @@
 //!
 //! `cacerts` is a plugged-in CA and is only read; without it, `istio-ca-secret` holds the self-signed one. Either may have
 //! the keys of a `kubernetes.io/tls` Secret, as cert-manager writes them. The record of rotations is always in
-//! `istio-ca-secret`. Writes name the version that they replace, so that of two replicas the second one gets an error.
+//! `istio-ca-secret`. Writes name the version that they replace, so that of two replicas the second one gets an error. If it was
+//! deleted, it is applied anew: server-side apply names the object, so a right to create it can be limited to that name.
 
 use std::collections::BTreeMap;
 
 use ambit_ca::{AuthorityStore, StoreError, StoreWatch, StoredMaterial};
 use async_trait::async_trait;
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::Secret;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{Patch, PatchParams, PostParams};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
 
 use crate::api_server::{CallError, FIELD_MANAGER, call};
+use crate::write::roots;
 
 /// The plugged-in CA.
 const PLUGGED_IN: &str = "cacerts";
 /// The self-signed CA, and the record of rotations whichever CA signs.
 const OWN: &str = "istio-ca-secret";
-/// Type of [`OWN`] where we make it, as Istio has it.
-const OWN_TYPE: &str = "istio.io/ca-root";
+/// Type of [`OWN`] where we make it: that of the chart, since the type of a Secret cannot be changed.
+const OWN_TYPE: &str = "Opaque";
 /// Key of the record.
 const RECORD: &str = "rotation.json";
 
@@ -30,13 +31,21 @@ const RECORD: &str = "rotation.json";
 #[derive(Clone)]
 pub struct SecretStore {
     secrets: Api<Secret>,
+    config_maps: Api<ConfigMap>,
     namespace: String,
+    /// The field manager of Secrets that this replica makes: of two replicas that make one, the second gets a conflict.
+    maker: String,
 }
 
 impl SecretStore {
     /// The Secrets of the system namespace.
     pub fn new(client: Client, namespace: &str) -> Self {
-        Self { secrets: Api::namespaced(client, namespace), namespace: namespace.to_owned() }
+        Self {
+            secrets: Api::namespaced(client.clone(), namespace),
+            config_maps: Api::namespaced(client, namespace),
+            namespace: namespace.to_owned(),
+            maker: format!("{FIELD_MANAGER}-{:08x}", rand::random::<u32>()),
+        }
     }
 
     async fn get(&self, name: &'static str) -> Result<Option<Secret>, StoreError> {
@@ -48,7 +57,8 @@ impl SecretStore {
     }
 
     fn object(&self, name: &str) -> String {
-        format!("Secret {}/{name}", self.namespace)
+        let kind = if name == roots::CONFIG_MAP { "ConfigMap" } else { "Secret" };
+        format!("{kind} {}/{name}", self.namespace)
     }
 
     /// Writes keys of our own Secret in place of what `present` is. Returns false if it is no longer that.
@@ -64,15 +74,11 @@ impl SecretStore {
                 call(self.secrets.patch(OWN, &parameters, &Patch::Merge(patch))).await
             }
             None => {
-                let secret = Secret {
-                    metadata: ObjectMeta { name: Some(OWN.to_owned()), ..ObjectMeta::default() },
-                    type_: Some(OWN_TYPE.to_owned()),
-                    data: Some(data),
-                    ..Secret::default()
-                };
-                let parameters =
-                    PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
-                call(self.secrets.create(&parameters, &secret)).await
+                let secret = json!({
+                    "apiVersion": "v1", "kind": "Secret", "type": OWN_TYPE,
+                    "metadata": { "name": OWN }, "data": data,
+                });
+                call(self.secrets.patch(OWN, &PatchParams::apply(&self.maker), &Patch::Apply(secret))).await
             }
         };
         match outcome {
@@ -140,6 +146,17 @@ impl AuthorityStore for SecretStore {
             return Ok(false);
         }
         self.write(present.as_ref(), &[(RECORD, record)]).await
+    }
+
+    async fn published_roots(&self) -> Result<Option<String>, StoreError> {
+        let map = call(self.config_maps.get_opt(roots::CONFIG_MAP)).await;
+        let map = map.map_err(|error| self.failed(roots::CONFIG_MAP, &error))?;
+        let text = map.and_then(|map| map.data?.remove(roots::KEY));
+        Ok(text.filter(|text| !text.trim().is_empty()))
+    }
+
+    fn restores_material(&self) -> bool {
+        true
     }
 
     fn watch(&self) -> StoreWatch {

@@ -104,6 +104,13 @@ impl ApiServer {
         api.patch_status(&name, &PatchParams::default(), &patch).await.unwrap();
     }
 
+    /// Merges fields into an object of the core group.
+    pub(crate) async fn merge(&self, kind: &str, namespace: &str, name: &str, fields: Value) {
+        let metadata = json!({ "namespace": namespace, "name": name });
+        let (api, name) = self.api(&json!({ "apiVersion": "v1", "kind": kind, "metadata": metadata }));
+        api.patch(&name, &PatchParams::default(), &Patch::Merge(fields)).await.unwrap();
+    }
+
     /// Reads an object.
     pub(crate) async fn get(
         &self,

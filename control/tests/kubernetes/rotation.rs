@@ -62,3 +62,45 @@ async fn replicas_change_to_a_plugged_in_root_together() {
     })
     .await;
 }
+
+/// The Secret of the self-signed authority with its keys, once it has them all.
+async fn own_secret(server: &ApiServer) -> serde_json::Value {
+    until("the Secret has its keys", async || {
+        let secret = server.get("v1", "Secret", "ambit-system", "istio-ca-secret").await?;
+        let has = |key: &str| secret["data"][key].is_string();
+        (has("ca-cert.pem") && has("ca-key.pem") && has("rotation.json")).then_some(secret)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_secret_is_written_back_and_no_new_root_signs() {
+    let server = ApiServer::start().await;
+    let first = Replica::start(&server).await;
+    let roots = first.roots();
+    let before = own_secret(&server).await;
+    until("the roots are published", async || {
+        server.get("v1", "ConfigMap", "ambit-system", "istio-ca-root-cert").await
+    })
+    .await;
+    server.delete("v1", "Secret", "ambit-system", "istio-ca-secret").await;
+    // It starts while the Secret is not there, and waits for the one that knows the key.
+    let second = Replica::start(&server).await;
+    let after = own_secret(&server).await;
+    assert_ne!(before["metadata"]["uid"], after["metadata"]["uid"]);
+    assert_eq!(before["data"]["ca-key.pem"], after["data"]["ca-key.pem"]);
+    assert_eq!((first.roots(), second.roots()), (roots.clone(), roots.clone()));
+
+    // As a chart that is applied again without keys.
+    let emptied = json!({ "ca-cert.pem": null, "ca-key.pem": null, "rotation.json": null });
+    server.merge("Secret", "ambit-system", "istio-ca-secret", json!({ "data": emptied })).await;
+    assert_eq!(own_secret(&server).await["data"]["ca-cert.pem"], before["data"]["ca-cert.pem"]);
+    assert_eq!((first.roots(), second.roots()), (roots.clone(), roots.clone()));
+
+    // Nobody is left who knows the key.
+    first.kill();
+    second.kill();
+    server.delete("v1", "Secret", "ambit-system", "istio-ca-secret").await;
+    let third = Replica::start(&server).await;
+    assert!(!signs(&third, &roots) && third.roots().contains(roots.trim()), "the old root stays published");
+}
