@@ -93,6 +93,8 @@ impl Observed {
         });
         counter(registry, ("objects_written", "Objects written to the API server"), written, |m| &m.written);
         counter(registry, ("writes_failed", "Writes to the API server that failed"), written, |m| &m.failed);
+        let help = "Writes that waited because somebody else keeps changing the object";
+        counter(registry, ("writes_held", help), &written.brakes, |m| &m.held);
         let statuses = self.statuses.clone();
         gauge(registry, ("statuses_pending", "Objects whose status is to be looked at"), move || {
             statuses.len() as u64

@@ -1,7 +1,8 @@
 //! Turns of token reviews: how many are asked for at the same time, in all and by one address.
 //!
-//! Anybody who reaches the port can send tokens that nobody signed. An address has few turns, so that it cannot take all
-//! of them, and tokens that were accepted before have turns of their own, so that proxies of the mesh are not kept waiting.
+//! Anybody who reaches the port can send tokens that nobody signed. The first turn of an address is one of those that no address
+//! has two of, so that a few addresses cannot take all, and tokens that were accepted before have turns of their own, so that
+//! proxies of the mesh are not kept waiting.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -10,29 +11,53 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Reviews at the same time of tokens that are not known.
-const UNKNOWN: usize = 24;
+/// Reviews at the same time of tokens that are not known, one for each address.
+const FIRST: usize = 24;
+/// Further reviews at the same time of tokens that are not known.
+const FURTHER: usize = 8;
 /// Reviews at the same time of tokens that were accepted before.
 const ACCEPTED: usize = 8;
 /// Reviews at the same time that one address asks for.
 const PER_ADDRESS: usize = 4;
 
 /// The turns of each address, and by how many they are used or awaited.
-type Addresses = HashMap<Option<IpAddr>, (usize, Arc<Semaphore>)>;
+type Addresses = HashMap<Option<IpAddr>, (usize, OwnTurns)>;
 
 /// The turns.
 #[derive(Debug)]
 pub(super) struct Turns {
-    unknown: Arc<Semaphore>,
+    /// Of tokens that are not known.
+    unknown: Pair,
+    /// Of tokens that were accepted before.
     accepted: Arc<Semaphore>,
     /// Turns of the addresses that use or await one. Guards the map alone; never held across an await.
     addresses: Arc<Mutex<Addresses>>,
 }
 
+/// First turns, and further ones.
+#[derive(Debug, Clone)]
+struct Pair {
+    first: Arc<Semaphore>,
+    further: Arc<Semaphore>,
+}
+
+impl Pair {
+    fn new(first: usize, further: usize) -> Self {
+        Self { first: Arc::new(Semaphore::new(first)), further: Arc::new(Semaphore::new(further)) }
+    }
+}
+
+/// The turns of one address.
+#[derive(Debug, Clone)]
+struct OwnTurns {
+    unknown: Pair,
+    accepted: Arc<Semaphore>,
+}
+
 impl Default for Turns {
     fn default() -> Self {
         Self {
-            unknown: Arc::new(Semaphore::new(UNKNOWN)),
+            unknown: Pair::new(FIRST, FURTHER),
             accepted: Arc::new(Semaphore::new(ACCEPTED)),
             addresses: Arc::default(),
         }
@@ -42,8 +67,7 @@ impl Default for Turns {
 /// A turn, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Turn {
-    _own: Option<OwnedSemaphorePermit>,
-    _shared: Option<OwnedSemaphorePermit>,
+    _permits: [Option<OwnedSemaphorePermit>; 2],
     _address: AddressTurns,
 }
 
@@ -51,7 +75,7 @@ pub(super) struct Turn {
 #[derive(Debug)]
 struct AddressTurns {
     address: Option<IpAddr>,
-    turns: Arc<Semaphore>,
+    turns: OwnTurns,
     addresses: Arc<Mutex<Addresses>>,
 }
 
@@ -70,21 +94,35 @@ impl Turns {
     /// Waits for a turn of this address. One that gives up waiting leaves nothing behind.
     pub(super) async fn take(&self, address: Option<IpAddr>, was_accepted: bool) -> Turn {
         let address = self.of(address);
-        // The semaphores are never closed.
-        let own = Arc::clone(&address.turns).acquire_owned().await.ok();
-        let shared = if was_accepted { &self.accepted } else { &self.unknown };
-        let shared = Arc::clone(shared).acquire_owned().await.ok();
-        Turn { _own: own, _shared: shared, _address: address }
+        let OwnTurns { unknown, accepted } = address.turns.clone();
+        let permits = if was_accepted {
+            both(accepted, &self.accepted).await
+        } else {
+            tokio::select! {
+                biased;
+                permits = both(unknown.first, &self.unknown.first) => permits,
+                permits = both(unknown.further, &self.unknown.further) => permits,
+            }
+        };
+        Turn { _permits: permits, _address: address }
     }
 
     fn of(&self, address: Option<IpAddr>) -> AddressTurns {
         let address = address.map(|address| address.to_canonical());
         let mut addresses = self.addresses.lock();
-        let (holders, turns) =
-            addresses.entry(address).or_insert_with(|| (0, Arc::new(Semaphore::new(PER_ADDRESS))));
+        let (holders, turns) = addresses.entry(address).or_insert_with(|| {
+            let accepted = Arc::new(Semaphore::new(PER_ADDRESS));
+            (0, OwnTurns { unknown: Pair::new(1, PER_ADDRESS - 1), accepted })
+        });
         *holders += 1;
-        AddressTurns { address, turns: Arc::clone(turns), addresses: Arc::clone(&self.addresses) }
+        AddressTurns { address, turns: turns.clone(), addresses: Arc::clone(&self.addresses) }
     }
+}
+
+/// Waits for a turn of an address's own, then for one of those that all share. The semaphores are never closed.
+async fn both(own: Arc<Semaphore>, shared: &Arc<Semaphore>) -> [Option<OwnedSemaphorePermit>; 2] {
+    let own = own.acquire_owned().await.ok();
+    [own, Arc::clone(shared).acquire_owned().await.ok()]
 }
 
 #[cfg(test)]
@@ -113,11 +151,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_few_addresses_cannot_take_the_turns_of_others() {
+        let turns = Turns::default();
+        let mut held = Vec::new();
+        for _ in 0..PER_ADDRESS {
+            for n in 1..FIRST {
+                held.extend(turns.take(address(u8::try_from(n).unwrap()), false).now_or_never());
+            }
+        }
+        assert_eq!(held.len(), FIRST - 1 + FURTHER);
+        assert!(turns.take(address(99), false).now_or_never().is_some());
+    }
+
+    #[tokio::test]
     async fn accepted_tokens_have_turns_of_their_own() {
         let turns = Turns::default();
         let mut held = Vec::new();
-        for n in 0..UNKNOWN {
-            held.push(turns.take(address(u8::try_from(n / PER_ADDRESS).unwrap()), false).await);
+        for n in 0..FIRST + FURTHER {
+            held.extend(turns.take(address(u8::try_from(n).unwrap()), false).now_or_never());
         }
         assert!(turns.take(address(99), false).now_or_never().is_none());
         assert!(turns.take(address(99), true).now_or_never().is_some());

@@ -5,6 +5,7 @@
 //! already, and a replica that takes the lease over puts everything right.
 
 mod allocation;
+mod brake;
 mod conditions;
 pub mod lease;
 pub(crate) mod queue;
@@ -13,6 +14,7 @@ pub mod roots;
 pub(crate) mod status;
 pub(crate) mod trust_bundle;
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 /// Counters of writes.
@@ -24,4 +26,6 @@ pub struct WriteMetrics {
     pub(crate) written: AtomicU64,
     /// Writes that failed.
     pub(crate) failed: AtomicU64,
+    /// Of objects that others change back.
+    pub(crate) brakes: Arc<brake::BrakeMetrics>,
 }

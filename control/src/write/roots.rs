@@ -1,7 +1,7 @@
 //! The CA's roots in every namespace: ConfigMap `istio-ca-root-cert` (contracts.md, section 5).
 //!
 //! Only the holder of the lease writes. It watches the ConfigMaps of that name, so what others change or delete is put
-//! right, and what is right is not written again.
+//! right, and what is right is not written again. One that another controller keeps changing back is written ever more seldom.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::WriteMetrics;
+use super::brake::Brake;
 use crate::api_server::{Backoff, FIELD_MANAGER, call};
 
 /// Name of the ConfigMap.
@@ -97,6 +98,7 @@ impl RootsWriter {
         let mut roots_changed = self.authority.subscribe();
         let (mut present, mut is_listed, mut backoff) = (Present::new(), false, Backoff::default());
         let (mut failures, mut next_round) = (Failures::default(), None);
+        let mut brake = Brake::new(self.metrics.brakes.clone());
         loop {
             let due = async {
                 match next_round {
@@ -130,21 +132,26 @@ impl RootsWriter {
             let mut wrong = plan(&roots, &namespaces, &present);
             failures.retain(&wrong);
             let now = Instant::now();
-            wrong.retain(|namespace| failures.may_be_tried(namespace, now));
+            // Those that are right again need not be looked at.
+            brake.take_due(now);
+            wrong.retain(|namespace| failures.may_be_tried(namespace, now) && brake.admits(namespace, now));
             let is_more = wrong.len() > ROUND;
-            self.write(wrong, &roots, &mut present, &mut failures).await;
-            next_round = if is_more { Some(Instant::now()) } else { failures.next() };
+            for namespace in self.write(wrong, &roots, &mut present, &mut failures).await {
+                brake.wrote(&namespace, Instant::now());
+            }
+            let later = failures.next().into_iter().chain(brake.next()).min();
+            next_round = if is_more { Some(Instant::now()) } else { later };
         }
     }
 
-    /// Writes the ConfigMaps of some namespaces, and notes those that must be tried again.
+    /// Writes the ConfigMaps of some namespaces, and notes those that must be tried again; returns those that were written.
     async fn write(
         &self,
         namespaces: Vec<Arc<str>>,
         roots: &Arc<str>,
         present: &mut Present,
         failures: &mut Failures,
-    ) {
+    ) -> Vec<Arc<str>> {
         let writes = namespaces.into_iter().take(ROUND).map(|namespace| async {
             let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &namespace);
             let parameters = PatchParams::apply(FIELD_MANAGER).force();
@@ -152,12 +159,14 @@ impl RootsWriter {
             (namespace, outcome)
         });
         let outcomes: Vec<_> = stream::iter(writes).buffer_unordered(CONCURRENT).collect().await;
+        let mut written = Vec::new();
         for (namespace, outcome) in outcomes {
             match outcome {
                 Ok(_) => {
                     self.metrics.written.fetch_add(1, Ordering::Relaxed);
                     failures.remove(&namespace);
-                    present.insert(namespace, roots.to_string());
+                    present.insert(namespace.clone(), roots.to_string());
+                    written.push(namespace);
                 }
                 // It is being deleted, or is gone: the watch of namespaces says so soon.
                 Err(error) if error.is_not_found() || is_terminating(&error.to_string()) => {
@@ -170,6 +179,7 @@ impl RootsWriter {
                 }
             }
         }
+        written
     }
 }
 

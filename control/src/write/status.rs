@@ -16,9 +16,11 @@ use kube::{Api, Client};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::WriteMetrics;
 use super::allocation::Allocator;
+use super::brake::Brake;
 use super::conditions;
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
@@ -46,6 +48,8 @@ pub(crate) struct StatusWriter {
     metrics: Arc<WriteMetrics>,
     /// Guards the allocations for one plan; never held across an await.
     allocator: Mutex<Allocator>,
+    /// Guards the times of writes alone; never held across an await.
+    brake: Mutex<Brake<ObjectRef>>,
     versions: Mutex<HashMap<Kind, &'static str>>,
 }
 
@@ -56,7 +60,16 @@ impl StatusWriter {
         queue: Arc<StatusQueue>,
         metrics: Arc<WriteMetrics>,
     ) -> Self {
-        Self { client, findings, queue, metrics, allocator: Mutex::default(), versions: Mutex::default() }
+        let brake = Mutex::new(Brake::new(metrics.brakes.clone()));
+        Self {
+            client,
+            findings,
+            queue,
+            metrics,
+            allocator: Mutex::default(),
+            brake,
+            versions: Mutex::default(),
+        }
     }
 
     /// Writes while `leads` is true; ends with its sender. Starts after everything that is there was taken.
@@ -82,6 +95,10 @@ impl StatusWriter {
                     Work::Everything => self.reconcile_kinds(KINDS, &mut retries).await,
                     Work::Objects(objects) => self.reconcile_objects(objects, &mut retries).await,
                 },
+                () = self.held_is_due() => {
+                    let due = self.brake.lock().take_due(Instant::now());
+                    self.queue.push(due);
+                }
                 () = retries.due() => {
                     let Failed { kinds, objects } = retries.take();
                     self.reconcile_kinds(kinds, &mut retries).await;
@@ -89,6 +106,15 @@ impl StatusWriter {
                     self.queue.push(objects);
                 }
             }
+        }
+    }
+
+    /// Waits until a write that the brake holds is due. Writes are held only by the task that waits here.
+    async fn held_is_due(&self) {
+        let next = self.brake.lock().next();
+        match next {
+            Some(at) => tokio::time::sleep_until(at).await,
+            None => std::future::pending().await,
         }
     }
 
@@ -200,9 +226,13 @@ impl StatusWriter {
         let api: Api<DynamicObject> =
             Api::namespaced_with(self.client.clone(), &object.name.namespace, resource);
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        if !self.brake.lock().admits(&object, Instant::now()) {
+            return Ok(());
+        }
         match call(api.patch_status(&object.name.name, &parameters, &Patch::Merge(patch))).await {
             Ok(_) => {
                 self.metrics.written.fetch_add(1, Ordering::Relaxed);
+                self.brake.lock().wrote(&object, Instant::now());
                 Ok(())
             }
             // Somebody else wrote meanwhile: it is looked at again.

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod api_server;
+mod contention;
 mod replica;
 mod rotation;
 mod statuses;

@@ -10,8 +10,11 @@ use crate::kind::{Kind, KindInfo};
 
 /// How often a kind that is not served is looked for.
 pub(super) const LOOK: Duration = Duration::from_secs(2);
-/// How often in a row a kind must be missing before its objects count as gone.
+/// How often in a row a kind must be missing before it counts as not installed.
 const CONFIRMATIONS: u32 = 3;
+/// The same for a kind of which there are objects. Policies are among them, so a server that forgets a definition for a moment must not
+/// make them go.
+const CONFIRMATIONS_OF_LOSS: u32 = 10;
 
 /// What looking for a kind came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,19 +36,24 @@ enum Uncertain {
     BuiltInAbsent,
 }
 
-/// Looks until the answer is certain. A kind of Kubernetes itself is never absent: its objects stay as they were. A server that is starting serves kinds of extensions late, so a missing kind counts
-/// only when a server that says that it is ready has not had it several times.
-pub(super) async fn find(client: &Client, kind: Kind) -> Served {
+/// Looks until the answer is certain. A kind of Kubernetes itself is never absent: its objects stay as they were. A server that is
+/// starting serves kinds of extensions late, so a missing kind counts only when a server that says that it is ready has not
+/// had it several times, and more often where there are objects of it.
+pub(super) async fn find(client: &Client, kind: Kind, has_objects: bool) -> Served {
+    let (confirmations, pause) = match has_objects {
+        true => (CONFIRMATIONS_OF_LOSS, LOOK),
+        false => (CONFIRMATIONS, LOOK / CONFIRMATIONS),
+    };
     let (mut backoff, mut missing, mut last_error) = (Backoff::default(), 0, None);
     loop {
         match certain(look(client, &kind.info()).await, &kind.info()) {
             Ok(Served::In(version)) => return Served::In(version),
             Ok(Served::Absent) => {
                 missing += 1;
-                if missing >= CONFIRMATIONS {
+                if missing >= confirmations {
                     return Served::Absent;
                 }
-                tokio::time::sleep(LOOK / CONFIRMATIONS).await;
+                tokio::time::sleep(pause).await;
             }
             Err(error) => {
                 missing = 0;

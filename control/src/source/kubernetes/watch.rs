@@ -101,7 +101,7 @@ impl KindWatch {
     pub(super) async fn run(mut self) {
         let mut was_absent = false;
         while !self.out.is_closed() {
-            let version = match discovery::find(&self.client, self.kind).await {
+            let version = match discovery::find(&self.client, self.kind, self.known.len() > 0).await {
                 Served::In(version) => version,
                 Served::Absent => {
                     if !was_absent {
