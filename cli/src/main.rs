@@ -1,17 +1,42 @@
 //! The command `ambit`.
 
+mod check;
+mod cluster;
+mod config;
+mod dashboard;
+mod enrolment;
+mod finding;
+mod log;
+mod network_policy;
+mod output;
+mod proxies;
+#[cfg(test)]
+mod reference;
 mod remote;
 mod selftest;
 mod up;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 /// Ambit, an ambient service mesh.
 #[derive(Debug, Parser)]
 #[command(name = "ambit", version)]
 enum Command {
+    /// Checks a cluster before an installation, and the mesh after it.
+    Check(check::Options),
+    /// Shows what a proxy knows: workloads, services, policies, certificates, connections, routes.
+    Config(config::Options),
+    /// Prints the logs of Ambit's programs, or sets their level.
+    Log(log::Options),
+    /// Opens a dashboard, or the admin interface of a proxy, at a port of this machine.
+    Dashboard(dashboard::Options),
+    /// Prints a script by which a shell completes this command.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
     /// Runs a mesh with the workloads of a directory of manifests on this machine, without a cluster.
     Up(up::Options),
     /// Runs a command in a pod of a mesh that `ambit up` runs.
@@ -30,6 +55,11 @@ fn main() -> ExitCode {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let outcome = match Command::parse() {
+        Command::Check(options) => check::run(&options),
+        Command::Config(options) => config::run(&options),
+        Command::Log(options) => log::run(&options),
+        Command::Dashboard(options) => dashboard::run(&options),
+        Command::Completion { shell } => Ok(completion(shell)),
         Command::Up(options) => up::run(&options),
         Command::Exec(options) => remote::exec(&options),
         Command::Logs(options) => remote::logs(&options),
@@ -40,4 +70,11 @@ fn main() -> ExitCode {
         eprintln!("ambit: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+fn completion(shell: clap_complete::Shell) -> ExitCode {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Command::command(), "ambit", &mut script);
+    output::print(&String::from_utf8_lossy(&script));
+    ExitCode::SUCCESS
 }

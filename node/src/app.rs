@@ -3,6 +3,7 @@
 //! Every task here is essential: when one ends by itself, the program ends with its reason, and is started again. Rules,
 //! registry, CNI plugin and its configuration stay on the node whenever the agent ends.
 
+mod admin;
 mod lock;
 mod uninstall;
 
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use ambit_runtime::tasks::Tasks;
 use ambit_telemetry::http::{metrics_router, readiness_router, serve};
+use ambit_telemetry::logging::Logging;
 use ambit_telemetry::{Readiness, Registry, Target, logging};
 use anyhow::Context;
 use kube::Client;
@@ -54,7 +56,7 @@ pub fn main(task: Task) -> anyhow::Result<()> {
         // Alone on the node: two agents would take each other's sockets and rules.
         let _lock = lock::acquire(&config.lock).await?;
         match uninstall {
-            None => Box::pin(agent(config, registry)).await,
+            None => Box::pin(agent(config, registry, &logging)).await,
             Some(wait) => Box::pin(uninstall::run(config, wait)).await,
         }
     });
@@ -62,7 +64,7 @@ pub fn main(task: Task) -> anyhow::Result<()> {
     outcome
 }
 
-async fn agent(config: Config, registry: Registry) -> anyhow::Result<()> {
+async fn agent(config: Config, registry: Registry, logging: &Logging) -> anyhow::Result<()> {
     let Config {
         node,
         agent: settings,
@@ -73,6 +75,7 @@ async fn agent(config: Config, registry: Registry) -> anyhow::Result<()> {
         remove_taint,
         metrics,
         readiness: readiness_address,
+        admin,
         log_level: _,
         log_format: _,
     } = config;
@@ -106,10 +109,13 @@ async fn agent(config: Config, registry: Registry) -> anyhow::Result<()> {
         .with_context(|| format!("listen on {}", cni_socket.display()))?;
     server.register_metrics(&registry);
     tasks.spawn("CNI socket", server.run());
-    let installed = install(installation, &registry, &readiness, &mut tasks);
+    let (installed, problem) = install(installation, &registry, &readiness, &mut tasks);
+    let routes = admin::routes(agent.clone(), installed.clone(), problem, logging);
     if remove_taint {
         tasks.spawn("taint", taint::run(client, node.clone(), agent, installed));
     }
+
+    tasks.spawn("admin", serve(listen(admin, "the admin interface").await?, routes));
 
     tasks.spawn("metrics", serve(listen(metrics, "metrics").await?, metrics_router(&registry)));
     let router = readiness_router(&readiness);
@@ -121,14 +127,16 @@ async fn agent(config: Config, registry: Registry) -> anyhow::Result<()> {
     }
 }
 
-/// Keeps the CNI plugin installed, if that is the agent's business. The receiver is true while it is.
+/// Keeps the CNI plugin installed, if that is the agent's business. The first receiver is true while it is, the second has
+/// the reason while it is not.
 fn install(
     installation: Option<Installation>,
     registry: &Registry,
     readiness: &Readiness,
     tasks: &mut Tasks,
-) -> watch::Receiver<bool> {
+) -> (watch::Receiver<bool>, watch::Receiver<String>) {
     let (sender, installed) = watch::channel(installation.is_none());
+    let (reason, problem) = watch::channel(String::new());
     let shown = installed.clone();
     registry.gauge_from("ambit_node_cni_installed", "Whether the CNI plugin is in place", move || {
         i64::from(*shown.borrow())
@@ -136,14 +144,14 @@ fn install(
     if let Some(installation) = installation {
         let task = readiness.task("installation of the CNI plugin");
         let mut first = installed.clone();
-        tasks.spawn("CNI plugin", installation.keep(sender));
+        tasks.spawn("CNI plugin", installation.keep(sender, reason));
         tasks.spawn_once("first installation", async move {
             if first.wait_for(|installed| *installed).await.is_ok() {
                 task.done();
             }
         });
     }
-    installed
+    (installed, problem)
 }
 
 fn client() -> anyhow::Result<Client> {

@@ -21,7 +21,8 @@ const OLDER_CONNECTIONS: &str = "connections older than an enrolment live on, an
      lost do not leave in the clear";
 
 /// A guarantee that does not hold on this node.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Weakness {
     /// What was refused, with the system's answer.
     pub missing: String,

@@ -49,6 +49,8 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// Where readiness is served.
     pub readiness: SocketAddr,
+    /// Where the admin interface is served; it takes commands.
+    pub admin: SocketAddr,
     /// Levels of the program's log.
     pub log_level: String,
     /// Form of the program's log.
@@ -155,6 +157,9 @@ struct Raw {
     /// Where readiness is served (default 0.0.0.0:15021).
     #[arg(long, env = "AMBIT_NODE_READINESS", value_name = "ADDRESS")]
     readiness: Option<SocketAddr>,
+    /// Where the admin interface is served: state of the agent and its pods, and the log's level (default 127.0.0.1:15000).
+    #[arg(long, env = "AMBIT_NODE_ADMIN", value_name = "ADDRESS")]
+    admin: Option<SocketAddr>,
     /// Levels of the log, as info or info,ambit_node=debug (default info).
     #[arg(long, env = "AMBIT_NODE_LOG_LEVEL", value_name = "LEVELS")]
     log_level: Option<String>,
@@ -208,6 +213,7 @@ fn finish(raw: Raw) -> Result<Config, SettingsError> {
         remove_taint,
         metrics,
         readiness,
+        admin,
         log_level,
         log_format,
     } = raw;
@@ -245,6 +251,7 @@ fn finish(raw: Raw) -> Result<Config, SettingsError> {
         remove_taint: remove_taint.unwrap_or(true),
         metrics: metrics.unwrap_or_else(|| everywhere(15020)),
         readiness: readiness.unwrap_or_else(|| everywhere(15021)),
+        admin: admin.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 15000))),
         log_level: log_level.unwrap_or_else(|| "info".into()),
         log_format: log_format_of(log_format.as_deref())?,
     })

@@ -16,6 +16,7 @@ use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 use arc_swap::ArcSwap;
 
 use crate::config::Config;
+use crate::dump;
 use crate::policies::Policies;
 use crate::proxy::Published;
 
@@ -103,6 +104,7 @@ impl Handler<Change> for Applier {
                     .collect(),
                 policies: Policies::new(&self.policies, |gateway| self.gateways.contains_key(gateway)),
                 routes: Table::new(self.routes.values()),
+                routes_dump: dump::routes(self.routes.values()),
             }));
         }
         rejections.into_iter().map(rejected).collect()

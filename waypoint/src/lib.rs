@@ -12,6 +12,7 @@ pub mod authorize;
 pub mod balance;
 pub mod body;
 pub mod config;
+pub mod dump;
 pub mod exchange;
 pub mod failure;
 pub mod feed;

@@ -14,6 +14,7 @@ use ambit_runtime::loads::Loads;
 use arc_swap::ArcSwap;
 
 use crate::config::Limits;
+use crate::dump::RouteSummary;
 use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
@@ -27,6 +28,8 @@ pub struct Published {
     pub routes: Table,
     /// The policies of what is bound to it.
     pub policies: Policies,
+    /// The routes as the admin server shows them.
+    pub routes_dump: Vec<RouteSummary>,
 }
 
 impl Published {

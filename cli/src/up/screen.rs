@@ -1,18 +1,11 @@
 //! The table on the terminal, which is redrawn in place. Without a terminal, changes are printed.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _};
-use std::time::Duration;
+use std::io::IsTerminal;
 
-use indicatif::{ProgressBar, ProgressStyle};
-
+use crate::output::{Paint, Wait, aligned, bytes, print};
 use crate::up::flows::Flows;
 use crate::up::proof::{Outcome, Proof};
-
-const GREEN: &str = "32";
-const RED: &str = "31";
-const BOLD: &str = "1";
-const DIM: &str = "2";
 
 /// Messages in addition to the flows, one line each.
 #[derive(Debug, Clone, Default)]
@@ -29,7 +22,7 @@ pub(crate) struct Screen {
     terminal: bool,
     /// The table is redrawn in place.
     live: bool,
-    spinner: Option<ProgressBar>,
+    spinner: Option<Wait>,
     /// Lines that stay above the table.
     header: String,
     /// Where there is no terminal: whether the table was printed.
@@ -61,17 +54,12 @@ impl Screen {
         if !self.terminal {
             return;
         }
-        let spinner = ProgressBar::new_spinner().with_style(ProgressStyle::default_spinner());
-        spinner.set_message(what.to_owned());
-        spinner.enable_steady_tick(Duration::from_millis(100));
-        self.spinner = Some(spinner);
+        self.spinner = Some(Wait::start(what));
     }
 
     /// Ends the wait.
     pub(crate) fn end(&mut self) {
-        if let Some(spinner) = self.spinner.take() {
-            spinner.finish_and_clear();
-        }
+        self.spinner = None;
     }
 
     /// Prints one line that stays.
@@ -86,21 +74,21 @@ impl Screen {
     pub(crate) fn draw(&mut self, news: &News, flows: &Flows, proof: Option<&Proof>) {
         self.end();
         let News { troubles, notes } = news;
-        let paint = |code: &'static str| Paint { code, on: self.terminal };
+        let paint = Paint::new(self.terminal);
         let mut text = String::new();
         for line in troubles {
-            let _ = writeln!(text, "{}", paint(RED).apply(&format!("! {line}")));
+            let _ = writeln!(text, "{}", paint.red(&format!("! {line}")));
         }
         if self.live {
             for line in notes {
-                let _ = writeln!(text, "{}", paint(DIM).apply(&format!("note: {line}")));
+                let _ = writeln!(text, "{}", paint.dim(&format!("note: {line}")));
             }
         }
-        add_flows(&mut text, flows, &paint);
+        add_flows(&mut text, flows, paint);
         if let Some(proof) = proof {
-            add_proof(&mut text, proof, &paint);
+            add_proof(&mut text, proof, paint);
         } else if self.live {
-            let _ = writeln!(text, "\n{}", paint(DIM).apply("proving it; Ctrl-C ends the mesh"));
+            let _ = writeln!(text, "\n{}", paint.dim("proving it; Ctrl-C ends the mesh"));
         }
         if self.live {
             // Home without wrapping, the text with each line's rest cleared, then everything below cleared.
@@ -125,28 +113,7 @@ impl Screen {
     }
 }
 
-/// Prints to standard output. A reader that closes it does not end the program.
-fn print(text: &str) {
-    let mut output = std::io::stdout().lock();
-    if output.write_all(text.as_bytes()).and_then(|()| output.flush()).is_err() {
-        tracing::debug!("nobody reads the output");
-    }
-}
-
-/// A colour, on a terminal.
-#[derive(Clone, Copy)]
-struct Paint {
-    code: &'static str,
-    on: bool,
-}
-
-impl Paint {
-    fn apply(self, text: &str) -> String {
-        if self.on { format!("\x1b[{}m{text}\x1b[0m", self.code) } else { text.to_owned() }
-    }
-}
-
-fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> Paint) {
+fn add_flows(text: &mut String, flows: &Flows, paint: Paint) {
     let mut rows = vec![
         ["SOURCE", "DESTINATION", "SERVICE", "MTLS", "CONNECTIONS", "REFUSED", "BYTES OUT", "BYTES BACK"]
             .map(str::to_owned),
@@ -168,9 +135,8 @@ fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> 
             bytes(flow.responses),
         ]);
     }
-    let bold = paint(BOLD);
     for (index, line) in aligned(&rows).into_iter().enumerate() {
-        let line = if index == 0 { bold.apply(&line) } else { line };
+        let line = if index == 0 { paint.bold(&line) } else { line };
         let _ = writeln!(text, "{line}");
     }
     let identities: std::collections::BTreeMap<String, &str> = flows
@@ -185,21 +151,21 @@ fn add_flows(text: &mut String, flows: &Flows, paint: &impl Fn(&'static str) -> 
             .chain(identities.into_iter().map(|(name, identity)| [name, identity.to_owned()]))
             .collect();
         for (index, line) in aligned(&rows).into_iter().enumerate() {
-            let line = if index == 0 { bold.apply(&line) } else { line };
+            let line = if index == 0 { paint.bold(&line) } else { line };
             let _ = writeln!(text, "{line}");
         }
     }
 }
 
-fn add_proof(text: &mut String, proof: &Proof, paint: &impl Fn(&'static str) -> Paint) {
+fn add_proof(text: &mut String, proof: &Proof, paint: Paint) {
     let _ = writeln!(text);
     for check in &proof.checks {
         let (mark, detail) = match &check.outcome {
-            Outcome::Shown(detail) => (paint(GREEN).apply("✓"), detail.clone()),
-            Outcome::NotShown(detail) => (paint(DIM).apply("–"), format!("not shown: {detail}")),
-            Outcome::Failed(detail) => (paint(RED).apply("✗"), detail.clone()),
+            Outcome::Shown(detail) => (paint.green("✓"), detail.clone()),
+            Outcome::NotShown(detail) => (paint.dim("–"), format!("not shown: {detail}")),
+            Outcome::Failed(detail) => (paint.red("✗"), detail.clone()),
         };
-        let _ = writeln!(text, "{mark} {}: {}", check.claim, paint(DIM).apply(&detail));
+        let _ = writeln!(text, "{mark} {}: {}", check.claim, paint.dim(&detail));
     }
 }
 
@@ -208,49 +174,5 @@ fn workload(name: &str, namespace: &str) -> String {
         ("", _) => "unknown".to_owned(),
         (name, "") => name.to_owned(),
         (name, namespace) => format!("{namespace}/{name}"),
-    }
-}
-
-/// Columns padded to the widest of their cells.
-fn aligned<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
-    let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    rows.iter()
-        .map(|row| {
-            let cells: Vec<String> =
-                row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-            cells.join("  ").trim_end().to_owned()
-        })
-        .collect()
-}
-
-/// A size for people.
-fn bytes(count: f64) -> String {
-    let mut size = count;
-    for unit in ["B", "KB", "MB", "GB"] {
-        if size < 1000.0 {
-            return if unit == "B" { format!("{size} {unit}") } else { format!("{size:.1} {unit}") };
-        }
-        size /= 1000.0;
-    }
-    format!("{size:.1} TB")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn columns_are_as_wide_as_their_widest_cell() {
-        let rows = [["a".to_owned(), "b".to_owned()], ["long".to_owned(), "c".to_owned()]];
-        assert_eq!(aligned(&rows), ["a     b", "long  c"]);
-    }
-
-    #[test]
-    fn sizes_have_one_digit_after_the_point() {
-        assert_eq!(bytes(999.0), "999 B");
-        assert_eq!(bytes(1_540_000.0), "1.5 MB");
     }
 }

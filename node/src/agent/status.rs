@@ -3,7 +3,8 @@
 use crate::capabilities::Weakness;
 
 /// How far a pod's enrolment is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
 pub enum PodState {
     /// The rules are in, no proxy serves the pod yet: traffic is refused or waits.
     Pending,
@@ -41,7 +42,8 @@ impl PodState {
 }
 
 /// What is known of a pod.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct PodStatus {
     /// Its name.
     pub name: String,
@@ -67,7 +69,8 @@ pub struct StatusEvent {
 }
 
 /// The agent's own state.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Health {
     /// Whether the first reconciliation is done. Node proxies are served from then on.
     pub reconciled: bool,

@@ -151,10 +151,9 @@ impl Installation {
     }
 
     /// Keeps everything in place. Reports whether it is, and stays.
-    pub async fn keep(self, installed: watch::Sender<bool>) {
+    pub async fn keep(self, installed: watch::Sender<bool>, problem: watch::Sender<String>) {
         let changed = Arc::new(Notify::new());
         let _watching = self.watch(&changed);
-        let mut complaint = String::new();
         let mut rewrites = Rewrites::default();
         loop {
             let this = self.clone();
@@ -175,12 +174,14 @@ impl Installation {
                 if contested { Err(InstallError::Contested) } else { Ok(()) }
             });
             match &outcome {
-                Ok(()) => complaint.clear(),
+                Ok(()) => {
+                    problem.send_replace(String::new());
+                }
                 Err(error) => {
                     let error = error.to_string();
-                    if error != complaint {
+                    if error != *problem.borrow() {
                         tracing::warn!(error, "CNI plugin not installed; it is tried again");
-                        complaint = error;
+                        problem.send_replace(error);
                     }
                 }
             }
@@ -440,7 +441,7 @@ mod tests {
     async fn a_configuration_that_another_tool_rewrites_is_chained_again() {
         let host = host(true);
         let (installed, mut is_installed) = watch::channel(false);
-        let keeping = tokio::spawn(host.installation.clone().keep(installed));
+        let keeping = tokio::spawn(host.installation.clone().keep(installed, watch::Sender::default()));
         host.write("10-net.conflist", LIST);
         is_installed.wait_for(|installed| *installed).await.unwrap();
         host.write("10-net.conflist", &LIST.replace("bridge", "ptp"));
@@ -458,7 +459,7 @@ mod tests {
     async fn a_file_that_another_tool_keeps_undoing_is_no_hot_loop() {
         let host = host(true);
         let (installed, mut is_installed) = watch::channel(false);
-        let keeping = tokio::spawn(host.installation.clone().keep(installed));
+        let keeping = tokio::spawn(host.installation.clone().keep(installed, watch::Sender::default()));
         host.write("10-net.conflist", LIST);
         is_installed.wait_for(|installed| *installed).await.unwrap();
         let undo = async {

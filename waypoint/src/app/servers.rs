@@ -45,9 +45,11 @@ async fn listen(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 fn routes(parts: &Parts, logging: &Logging, stop: &Requests) -> Admin {
     let (directory, config) = (parts.directory.clone(), parts.config.clone());
+    let published = parts.published.clone();
     let (quit, drain) = (stop.clone(), stop.clone());
     Admin::new()
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
+        .section("routes", move || serde_json::to_value(&published.load().routes_dump))
         .section("config", move || serde_json::to_value(&config))
         .section("version", || Ok(json!({ "version": env!("CARGO_PKG_VERSION") })))
         .logging(logging.level.clone())

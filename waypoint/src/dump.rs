@@ -1,0 +1,74 @@
+//! How routes show in the admin server's `/config_dump`: what they are for, not what they say.
+
+use ambit_api::l7;
+use serde::Serialize;
+
+/// A route as it shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RouteSummary {
+    kind: String,
+    namespace: String,
+    name: String,
+    targets: Vec<TargetSummary>,
+    /// Number of rules.
+    rules: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TargetSummary {
+    namespace: String,
+    hostname: String,
+    /// 0: all.
+    port: u32,
+    /// Hosts of requests that it is for; none: all.
+    hostnames: Vec<String>,
+    /// Only requests of clients in this namespace; empty: of all.
+    client_namespace: String,
+}
+
+/// Routes as they show, in their order.
+pub fn routes<'a>(routes: impl IntoIterator<Item = &'a l7::Route>) -> Vec<RouteSummary> {
+    routes.into_iter().map(route).collect()
+}
+
+fn route(route: &l7::Route) -> RouteSummary {
+    let object = route.object.clone().unwrap_or_default();
+    let target = |target: &l7::Target| TargetSummary {
+        namespace: target.namespace.clone(),
+        hostname: target.hostname.clone(),
+        port: target.port,
+        hostnames: target.hostnames.clone(),
+        client_namespace: target.client_namespace.clone(),
+    };
+    RouteSummary {
+        kind: object.kind,
+        namespace: object.namespace,
+        name: object.name,
+        targets: route.targets.iter().map(target).collect(),
+        rules: route.rules.len(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_shows_what_it_is_for() {
+        let target =
+            l7::Target { namespace: "shop".into(), hostname: "web".into(), port: 80, ..Default::default() };
+        let object =
+            l7::ObjectName { kind: "HTTPRoute".into(), namespace: "shop".into(), name: "split".into() };
+        let route = l7::Route {
+            object: Some(object),
+            targets: vec![target],
+            rules: vec![l7::Rule::default()],
+            ..Default::default()
+        };
+        let shown = serde_json::to_value(routes([&route])).unwrap();
+        assert_eq!((&shown[0]["kind"], &shown[0]["rules"]), (&"HTTPRoute".into(), &1.into()));
+        assert_eq!(shown[0]["targets"][0]["port"], 80);
+    }
+}
