@@ -47,8 +47,6 @@ pub struct Issued {
     pub chain: Vec<String>,
     /// Serial number, hexadecimal.
     pub serial: String,
-    /// Begin of validity.
-    pub not_before: SystemTime,
     /// End of validity.
     pub not_after: SystemTime,
 }
@@ -151,8 +149,7 @@ impl Signer {
         chain.push(certificate_pem(&leaf));
         chain.extend_from_slice(&self.intermediates_pem);
         chain.push(roots_pem.to_owned());
-        let Validity { not_before, not_after } = validity;
-        Ok(Issued { chain, serial, not_before, not_after })
+        Ok(Issued { chain, serial, not_after: validity.not_after })
     }
 
     /// Makes a key and signs a server certificate for `names`.

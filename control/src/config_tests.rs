@@ -3,7 +3,7 @@
 use super::*;
 
 fn parse(arguments: &[&str]) -> Result<Config, ConfigError> {
-    resolve(&Flags::try_parse_from([&["ambit-control"], arguments].concat()).unwrap())
+    from_environment(std::iter::once(&"ambit-control").chain(arguments).map(OsString::from))
 }
 
 const NEEDED: [&str; 6] = ["--source", "dir:/objects", "--ca-dir", "/ca", "--jwks", "/jwks.json"];
@@ -12,7 +12,7 @@ const NEEDED: [&str; 6] = ["--source", "dir:/objects", "--ca-dir", "/ca", "--jwk
 fn what_is_not_said_has_the_documented_default() {
     let config = parse(&NEEDED).unwrap();
     assert_eq!(config.listen.to_string(), "0.0.0.0:15012");
-    assert_eq!(config.index, Settings::default());
+    assert_eq!(config.index, index::Settings::default());
     assert_eq!(config.audiences, ["istio-ca"]);
     assert_eq!(config.root_propagation, None);
     assert_eq!(config.trusted_node_proxies, ambit_ca::IssuancePolicy::default().trusted_node_proxies);
@@ -30,7 +30,7 @@ fn a_flag_overrides_the_file_and_unknown_keys_are_refused() {
     assert_eq!((&*config.index.cluster_id, &*config.index.network), ("two", "n"));
     std::fs::write(&file, "clusterID: one\n").unwrap();
     let error = parse(&["--config", path]).unwrap_err().to_string();
-    assert!(error.contains("did you mean \"clusterId\"?"), "{error}");
+    assert!(error.contains("did you mean `clusterId`?"), "{error}");
 }
 
 #[test]
@@ -40,7 +40,17 @@ fn the_reference_page_is_that_of_the_program() {
         std::fs::write(path, reference()).unwrap();
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), reference());
-    assert!(known_keys().iter().all(|key| reference().contains(&format!("| `{key}` |"))));
+}
+
+#[test]
+fn every_setting_has_a_meaning_and_a_flag_of_its_own() {
+    assert_eq!(configuration::faults::<ControlSettings>(), Vec::<String>::new());
+}
+
+#[test]
+fn lists_may_be_repeated_or_separated_by_commas() {
+    let config = parse(&[&NEEDED[..], &["--source", "dir:/b,dir:/c", "--audience", "x"]].concat()).unwrap();
+    assert_eq!((config.sources.len(), config.audiences), (3, vec!["x".to_owned()]));
 }
 
 #[test]
@@ -48,11 +58,11 @@ fn a_lifetime_limit_that_cannot_work_is_refused() {
     let default = parse(&NEEDED).unwrap().max_certificate_lifetime;
     assert_eq!(default, AuthorityConfig::DEFAULT_MAX_LIFETIME);
     let with = |seconds| parse(&[&NEEDED[..], &["--max-certificate-lifetime", seconds]].concat());
-    assert_eq!(with("20").unwrap().max_certificate_lifetime, Duration::from_secs(20));
-    assert_eq!(with("7776000").unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
-    for seconds in ["9", "7776001"] {
+    assert_eq!(with("20s").unwrap().max_certificate_lifetime, Duration::from_secs(20));
+    assert_eq!(with("90d").unwrap().max_certificate_lifetime, AuthorityConfig::MAX_LIFETIME);
+    for seconds in ["9s", "7776001s"] {
         let error = with(seconds).unwrap_err().to_string();
-        assert!(error.starts_with("maxCertificateLifetime: "), "{error}");
+        assert!(error.starts_with("`maxCertificateLifetime` "), "{error}");
     }
 }
 
@@ -70,7 +80,7 @@ fn kubernetes_needs_neither_key_set_nor_directory_and_stands_alone() {
     let config = parse(&["--source", "kubernetes:/admin.kubeconfig"]).unwrap();
     assert_eq!(config.sources, [SourceName::Kubernetes { kubeconfig: Some("/admin.kubeconfig".into()) }]);
     let error = parse(&["--source", "kubernetes,dir:/objects"]).unwrap_err().to_string();
-    assert!(error.starts_with("sources: "), "{error}");
+    assert!(error.starts_with("`sources` "), "{error}");
     let error = parse(&["--source", "dir:/objects"]).unwrap_err().to_string();
-    assert!(error.contains("--ca-dir"), "{error}");
+    assert!(error.contains("`caDir`"), "{error}");
 }

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use ambit_control::{app, config};
+use ambit_control::app;
+use ambit_control::config::{self, ConfigError};
 use ambit_telemetry::heap::SamplingAllocator;
 use mimalloc::MiMalloc;
 
@@ -14,11 +15,19 @@ fn main() -> ExitCode {
     if let Err(error) = ambit_net::process::disable_huge_pages() {
         eprintln!("ambit-control: the kernel may back memory by huge pages: {error}");
     }
-    match config::from_command_line().map_err(anyhow::Error::from).and_then(app::main) {
+    let config = match config::from_environment(std::env::args_os()) {
+        Ok(config) => config,
+        // Prints help, version or what is wrong with the command line, with the exit code of each.
+        Err(ConfigError::Arguments(error)) => error.exit(),
+        Err(error) => return fail(&error.into()),
+    };
+    match app::main(config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ambit-control: {error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error),
     }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("ambit-control: {error:#}");
+    ExitCode::FAILURE
 }

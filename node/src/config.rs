@@ -1,18 +1,24 @@
 //! The configuration of `ambit-node`: one file, and flags or environment over its keys.
 
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use ambit_runtime::settings::{self, SettingsError};
-use ambit_telemetry::logging::LogFormat;
-use clap::{Args, Parser, Subcommand};
+use ambit_runtime::configuration::common::LogFormat;
+use ambit_runtime::configuration::{self, ForeignVariable, Settings};
+use ambit_telemetry::logging;
+use clap::error::ErrorKind;
+use clap::{Arg, ArgAction, Command};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use ambit_runtime::configuration::ConfigError;
 
 use crate::AgentConfig;
 use crate::cni::conflist::Entry;
 use crate::cni::install::Installation;
 use crate::discovery::Discovery;
-use crate::enrol::Settings;
+use crate::enrol;
 
 /// What the program is to do.
 #[derive(Debug, Clone)]
@@ -36,7 +42,7 @@ pub struct Config {
     /// The agent's own settings.
     pub agent: AgentConfig,
     /// Which pods are enrolled.
-    pub enrolment: Settings,
+    pub enrolment: enrol::Settings,
     /// The plugin's installation; `None`: somebody else installs it.
     pub installation: Option<Installation>,
     /// The socket that the CNI plugin dials.
@@ -54,147 +60,157 @@ pub struct Config {
     /// Levels of the program's log.
     pub log_level: String,
     /// Form of the program's log.
-    pub log_format: LogFormat,
+    pub log_format: logging::LogFormat,
 }
 
-/// The node agent of Ambit.
-#[derive(Debug, Parser)]
-#[command(name = "ambit-node", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Enrols the pods of this node, and keeps the CNI plugin installed.
-    Agent(Flags),
-    /// Removes the CNI plugin, its configuration and every rule from this node. Waits until the agent has ended.
-    Uninstall {
-        #[command(flatten)]
-        flags: Flags,
-        /// Stay when it is done, and answer readiness.
-        #[arg(long)]
-        wait: bool,
-    },
-}
-
-#[derive(Debug, Default, Args)]
-struct Flags {
-    /// Configuration file; flags and environment override its keys.
-    #[arg(long, env = "AMBIT_NODE_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
-    #[command(flatten)]
-    settings: Raw,
-}
-
-/// Every key, as flag, environment variable and key of the file.
-#[derive(Debug, Default, Serialize, Deserialize, Args)]
+/// Every setting of the agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Raw {
-    /// The node's name.
-    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
-    node_name: Option<String>,
-    /// Ambit's own namespace, whose pods are never enrolled (default ambit-system).
-    #[arg(long, env = "AMBIT_NODE_SYSTEM_NAMESPACE", value_name = "NAME")]
-    system_namespace: Option<String>,
-    /// Other namespaces whose pods are never enrolled; may be repeated (default kube-system).
-    #[arg(
-        long = "exclude-namespace",
-        env = "AMBIT_NODE_EXCLUDE_NAMESPACES",
-        value_name = "NAME",
-        value_delimiter = ','
-    )]
-    exclude_namespaces: Option<Vec<String>>,
-    /// RuntimeClass handler whose pods cannot be enrolled, * at its end for any characters; may be repeated (default
-    /// those of gVisor and Kata Containers).
-    #[arg(
-        long = "unsupported-runtime",
-        env = "AMBIT_NODE_UNSUPPORTED_RUNTIMES",
-        value_name = "HANDLER",
-        value_delimiter = ','
-    )]
-    unsupported_runtimes: Option<Vec<String>>,
-    /// Whether DNS is captured in pods that say nothing about it (default true).
-    #[arg(long, env = "AMBIT_NODE_DNS_CAPTURE", value_name = "BOOL")]
-    dns_capture: Option<bool>,
-    /// Whether the node proxy offers SOCKS5 in pods (default false).
-    #[arg(long, env = "AMBIT_NODE_SOCKS5", value_name = "BOOL")]
-    socks5: Option<bool>,
-    /// The socket that node proxies dial (default /var/run/ztunnel/ztunnel.sock).
-    #[arg(long, env = "AMBIT_NODE_ZDS_SOCKET", value_name = "PATH")]
-    zds_socket: Option<PathBuf>,
-    /// The socket that the CNI plugin dials, under the same path on the host (default /var/run/ambit/cni.sock).
-    #[arg(long, env = "AMBIT_NODE_CNI_SOCKET", value_name = "PATH")]
-    cni_socket: Option<PathBuf>,
-    /// Directory of what must survive a restart of the agent (default /var/run/ambit/pods).
-    #[arg(long, env = "AMBIT_NODE_REGISTRY", value_name = "DIR")]
-    registry: Option<PathBuf>,
-    /// Whether the agent installs the CNI plugin (default true).
-    #[arg(long, env = "AMBIT_NODE_INSTALL_CNI", value_name = "BOOL")]
-    install_cni: Option<bool>,
-    /// The CNI plugin's program (default /usr/local/bin/ambit-cni).
-    #[arg(long, env = "AMBIT_NODE_CNI_PROGRAM", value_name = "PATH")]
-    cni_program: Option<PathBuf>,
-    /// The host's directory of CNI plugins (default /host/cni/bin).
-    #[arg(long, env = "AMBIT_NODE_CNI_BIN_DIR", value_name = "DIR")]
-    cni_bin_dir: Option<PathBuf>,
-    /// The host's directory of CNI configurations (default /host/cni/net.d).
-    #[arg(long, env = "AMBIT_NODE_CNI_CONF_DIR", value_name = "DIR")]
-    cni_conf_dir: Option<PathBuf>,
-    /// Whether the plugin is chained into the first configuration; else it gets one of its own (default true).
-    #[arg(long, env = "AMBIT_NODE_CHAINED", value_name = "BOOL")]
-    chained: Option<bool>,
-    /// User of kubelet's processes, whose connections to pods are probes (default 0).
-    #[arg(long, env = "AMBIT_NODE_KUBELET_UID", value_name = "UID")]
-    kubelet_uid: Option<u32>,
-    /// Whether the node's taint ambit.dev/not-ready is taken off when pods can be enrolled (default true).
-    #[arg(long, env = "AMBIT_NODE_REMOVE_TAINT", value_name = "BOOL")]
-    remove_taint: Option<bool>,
-    /// Where metrics are served (default 0.0.0.0:15020).
-    #[arg(long, env = "AMBIT_NODE_METRICS", value_name = "ADDRESS")]
-    metrics: Option<SocketAddr>,
-    /// Where readiness is served (default 0.0.0.0:15021).
-    #[arg(long, env = "AMBIT_NODE_READINESS", value_name = "ADDRESS")]
-    readiness: Option<SocketAddr>,
-    /// Where the admin interface is served: state of the agent and its pods, and the log's level (default 127.0.0.1:15000).
-    #[arg(long, env = "AMBIT_NODE_ADMIN", value_name = "ADDRESS")]
-    admin: Option<SocketAddr>,
-    /// Levels of the log, as info or info,ambit_node=debug (default info).
-    #[arg(long, env = "AMBIT_NODE_LOG_LEVEL", value_name = "LEVELS")]
-    log_level: Option<String>,
-    /// Form of the log: text or json (default text).
-    #[arg(long, env = "AMBIT_NODE_LOG_FORMAT", value_name = "FORMAT")]
-    log_format: Option<String>,
+struct NodeSettings {
+    /// The node's name. The variable `NODE_NAME` sets it too.
+    node_name: String,
+    /// Ambit's own namespace, whose pods are never enrolled.
+    system_namespace: String,
+    /// Other namespaces whose pods are never enrolled.
+    exclude_namespaces: Vec<String>,
+    /// RuntimeClass handlers whose pods cannot be enrolled; * at the end of one stands for any characters.
+    unsupported_runtimes: Vec<String>,
+    /// Whether DNS is captured in pods that say nothing about it.
+    dns_capture: bool,
+    /// Whether the node proxy offers SOCKS5 in pods.
+    socks5: bool,
+    /// The socket that node proxies dial.
+    zds_socket: PathBuf,
+    /// The socket that the CNI plugin dials, under the same path on the host.
+    cni_socket: PathBuf,
+    /// Directory of what must survive a restart of the agent.
+    registry: PathBuf,
+    /// Whether the agent installs the CNI plugin.
+    install_cni: bool,
+    /// The CNI plugin's program.
+    cni_program: PathBuf,
+    /// The host's directory of CNI plugins.
+    cni_bin_dir: PathBuf,
+    /// The host's directory of CNI configurations.
+    cni_conf_dir: PathBuf,
+    /// Whether the plugin is chained into the first configuration; else it gets one of its own.
+    chained: bool,
+    /// User of kubelet's processes, whose connections to pods are probes.
+    kubelet_uid: u32,
+    /// Whether the node's taint ambit.dev/not-ready is taken off when pods can be enrolled.
+    remove_taint: bool,
+    /// Where metrics are served.
+    metrics: SocketAddr,
+    /// Where readiness is served.
+    readiness: SocketAddr,
+    /// Where the admin interface is served: state of the agent and its pods, and the log's level.
+    admin: SocketAddr,
+    /// Levels of the log, as info or info,ambit_node=debug.
+    log_level: String,
+    /// Form of the log: text or json.
+    log_format: LogFormat,
 }
 
-/// Reads flags, environment and file. Asking for help or version ends the program.
+impl Default for NodeSettings {
+    fn default() -> Self {
+        let enrolment = enrol::Settings::default();
+        Self {
+            node_name: String::new(),
+            system_namespace: "ambit-system".into(),
+            exclude_namespaces: vec!["kube-system".into()],
+            unsupported_runtimes: enrolment.unsupported_runtimes.into_iter().collect(),
+            dns_capture: enrolment.dns_capture,
+            socks5: enrolment.socks5,
+            zds_socket: "/var/run/ztunnel/ztunnel.sock".into(),
+            cni_socket: "/var/run/ambit/cni.sock".into(),
+            registry: "/var/run/ambit/pods".into(),
+            install_cni: true,
+            cni_program: "/usr/local/bin/ambit-cni".into(),
+            cni_bin_dir: "/host/cni/bin".into(),
+            cni_conf_dir: "/host/cni/net.d".into(),
+            chained: true,
+            kubelet_uid: 0,
+            remove_taint: true,
+            metrics: (Ipv4Addr::UNSPECIFIED, 15020).into(),
+            readiness: (Ipv4Addr::UNSPECIFIED, 15021).into(),
+            admin: (Ipv4Addr::LOCALHOST, 15000).into(),
+            log_level: "info".into(),
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+impl Settings for NodeSettings {
+    const PROGRAM: &'static str = "ambit-node";
+    const ABOUT: &'static str = "The node agent of Ambit";
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        match self.node_name.as_str() {
+            "" => Err(ConfigError::value("nodeName", "is not set; it is the name of the agent's node")),
+            _ => Ok(()),
+        }
+    }
+
+    fn foreign_variables(variables: &[(String, String)]) -> Result<Vec<ForeignVariable>, ConfigError> {
+        let name = variables.iter().find(|(name, value)| name == "NODE_NAME" && !value.is_empty());
+        let setting = |(_, text): &(String, String)| ForeignVariable::Setting {
+            key: "nodeName",
+            text: text.clone(),
+            variable: "NODE_NAME",
+        };
+        Ok(name.map(setting).into_iter().collect())
+    }
+}
+
+/// Reads flags, environment and file.
 ///
 /// # Errors
-/// [`SettingsError`], naming the key.
-pub fn from_command_line() -> Result<Task, SettingsError> {
-    match Cli::parse().command {
-        Command::Agent(flags) => Ok(Task::Agent(resolve(&flags)?)),
-        Command::Uninstall { flags, wait } => Ok(Task::Uninstall { config: resolve(&flags)?, wait }),
+/// [`ConfigError`], naming the key. [`ConfigError::Arguments`] is also how `--help` and `--version` end;
+/// `clap::Error::exit` prints and exits as they should.
+pub fn from_environment(arguments: impl IntoIterator<Item = OsString>) -> Result<Task, ConfigError> {
+    match command().try_get_matches_from(arguments)?.subcommand() {
+        Some(("uninstall", matches)) => {
+            let config = configuration::from_matches(matches)?;
+            Ok(Task::Uninstall { config: resolve(config), wait: matches.get_flag("wait") })
+        }
+        Some((_, matches)) => Ok(Task::Agent(resolve(configuration::from_matches(matches)?))),
+        None => Err(command().error(ErrorKind::MissingSubcommand, "agent or uninstall").into()),
     }
+}
+
+fn command() -> Command {
+    let agent =
+        Command::new("agent").about("Enrols the pods of this node, and keeps the CNI plugin installed");
+    let uninstall = Command::new("uninstall")
+        .about(
+            "Removes the CNI plugin, its configuration and every rule from this node. Waits until the agent has ended",
+        )
+        .arg(
+            Arg::new("wait")
+                .long("wait")
+                .action(ArgAction::SetTrue)
+                .help("Stay when it is done, and answer readiness"),
+        );
+    Command::new(NodeSettings::PROGRAM)
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(NodeSettings::ABOUT)
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(configuration::with_flags::<NodeSettings>(agent))
+        .subcommand(configuration::with_flags::<NodeSettings>(uninstall))
 }
 
 /// The reference page of all settings, in Markdown.
 pub fn reference() -> String {
-    let command = Raw::augment_args(clap::Command::new("ambit-node"));
-    format!(
+    configuration::reference::<NodeSettings>(
         "# Settings of ambit-node\n\nWritten from the program; `AMBIT_WRITE_DOCS=1 cargo test -p ambit-node reference` \
-         writes it anew. [The node agent](node.md) says what it does and what it needs.\n\n{}",
-        settings::table(&command)
+         writes it anew. Each key is also a variable (`dnsCapture` is `AMBIT_NODE_DNS_CAPTURE`) and a flag (`--dns-capture`). \
+         [The node agent](node.md) says what it does and what it needs.",
     )
 }
 
-fn resolve(flags: &Flags) -> Result<Config, SettingsError> {
-    finish(settings::resolve(flags.config.as_deref(), &flags.settings)?)
-}
-
-fn finish(raw: Raw) -> Result<Config, SettingsError> {
-    let Raw {
+fn resolve(settings: NodeSettings) -> Config {
+    let NodeSettings {
         node_name,
         system_namespace,
         exclude_namespaces,
@@ -216,62 +232,43 @@ fn finish(raw: Raw) -> Result<Config, SettingsError> {
         admin,
         log_level,
         log_format,
-    } = raw;
-    let path = |given: Option<PathBuf>, default: &str| given.unwrap_or_else(|| default.into());
-    let default = Settings::default();
-    let mut excluded: Vec<String> = exclude_namespaces.unwrap_or_else(|| vec!["kube-system".into()]);
-    excluded.push(system_namespace.unwrap_or_else(|| "ambit-system".into()));
-    let enrolment = Settings {
-        excluded_namespaces: excluded.into_iter().collect(),
-        unsupported_runtimes: unsupported_runtimes
-            .map_or(default.unsupported_runtimes, |given| given.into_iter().collect()),
-        dns_capture: dns_capture.unwrap_or(default.dns_capture),
-        socks5: socks5.unwrap_or(default.socks5),
+    } = settings;
+    let enrolment = enrol::Settings {
+        excluded_namespaces: exclude_namespaces.into_iter().chain([system_namespace]).collect(),
+        unsupported_runtimes: unsupported_runtimes.into_iter().collect(),
+        dns_capture,
+        socks5,
     };
-    let cni_socket = path(cni_socket, "/var/run/ambit/cni.sock");
-    let registry = path(registry, "/var/run/ambit/pods");
     let installation = Installation {
-        program: path(cni_program, "/usr/local/bin/ambit-cni"),
-        bin_dir: path(cni_bin_dir, "/host/cni/bin"),
-        conf_dir: path(cni_conf_dir, "/host/cni/net.d"),
-        chained: chained.unwrap_or(true),
+        program: cni_program,
+        bin_dir: cni_bin_dir,
+        conf_dir: cni_conf_dir,
+        chained,
         entry: entry(&cni_socket, &enrolment),
     };
-    let mut agent = AgentConfig::new(path(zds_socket, "/var/run/ztunnel/ztunnel.sock"), &registry);
+    let mut agent = AgentConfig::new(zds_socket, &registry);
     agent.discovery = Discovery::of_node();
-    agent.kubelet_uid = Some(kubelet_uid.unwrap_or(0));
-    let everywhere = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
-    Ok(Config {
-        node: node_name.ok_or(SettingsError::Missing("nodeName"))?,
+    agent.kubelet_uid = Some(kubelet_uid);
+    Config {
+        node: node_name,
         agent,
         enrolment,
-        installation: install_cni.unwrap_or(true).then_some(installation),
+        installation: install_cni.then_some(installation),
         lock: registry.with_extension("lock"),
         cni_socket,
-        remove_taint: remove_taint.unwrap_or(true),
-        metrics: metrics.unwrap_or_else(|| everywhere(15020)),
-        readiness: readiness.unwrap_or_else(|| everywhere(15021)),
-        admin: admin.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 15000))),
-        log_level: log_level.unwrap_or_else(|| "info".into()),
-        log_format: log_format_of(log_format.as_deref())?,
-    })
-}
-
-fn entry(cni_socket: &Path, enrolment: &Settings) -> Entry {
-    Entry {
-        socket: cni_socket.display().to_string(),
-        excluded_namespaces: enrolment.excluded_namespaces.iter().cloned().collect(),
+        remove_taint,
+        metrics,
+        readiness,
+        admin,
+        log_level,
+        log_format: log_format.into(),
     }
 }
 
-fn log_format_of(given: Option<&str>) -> Result<LogFormat, SettingsError> {
-    match given {
-        None | Some("text") => Ok(LogFormat::Text),
-        Some("json") => Ok(LogFormat::Json),
-        Some(other) => Err(SettingsError::Value {
-            key: "logFormat",
-            reason: format!("{other:?} is neither \"text\" nor \"json\""),
-        }),
+fn entry(cni_socket: &Path, enrolment: &enrol::Settings) -> Entry {
+    Entry {
+        socket: cni_socket.display().to_string(),
+        excluded_namespaces: enrolment.excluded_namespaces.iter().cloned().collect(),
     }
 }
 
@@ -281,15 +278,35 @@ mod tests {
 
     #[test]
     fn the_system_namespace_is_always_excluded() {
-        let raw = Raw {
-            node_name: Some("n1".into()),
-            system_namespace: Some("mesh".into()),
-            exclude_namespaces: Some(vec![]),
-            ..Raw::default()
-        };
-        let config = finish(raw).unwrap();
+        let settings: NodeSettings =
+            configuration::from_yaml("nodeName: n1\nsystemNamespace: mesh\nexcludeNamespaces: []\n").unwrap();
+        let config = resolve(settings);
         assert_eq!(config.installation.unwrap().entry.excluded_namespaces, ["mesh"]);
-        assert!(matches!(finish(Raw::default()), Err(SettingsError::Missing("nodeName"))));
+    }
+
+    #[test]
+    fn a_node_without_a_name_is_refused() {
+        let error = from_environment(["ambit-node", "agent", "--node-name", ""].map(OsString::from));
+        assert!(matches!(error, Err(ConfigError::Value { key, .. }) if key == "nodeName"));
+    }
+
+    #[test]
+    fn lists_may_be_repeated_or_separated_by_commas() {
+        let arguments = [
+            "uninstall",
+            "--wait",
+            "--node-name",
+            "n1",
+            "--exclude-namespaces",
+            "a",
+            "--exclude-namespaces",
+            "b,c",
+        ];
+        let task =
+            from_environment(std::iter::once("ambit-node").chain(arguments).map(OsString::from)).unwrap();
+        let Task::Uninstall { config, wait: true } = task else { panic!("{task:?}") };
+        let excluded: Vec<_> = config.enrolment.excluded_namespaces.iter().map(String::as_str).collect();
+        assert_eq!(excluded, ["a", "ambit-system", "b", "c"]);
     }
 
     #[test]
@@ -299,5 +316,10 @@ mod tests {
             std::fs::write(path, reference()).unwrap();
         }
         assert_eq!(std::fs::read_to_string(path).unwrap(), reference(), "AMBIT_WRITE_DOCS=1 writes it anew");
+    }
+
+    #[test]
+    fn every_setting_has_a_meaning_and_a_flag_of_its_own() {
+        assert_eq!(configuration::faults::<NodeSettings>(), Vec::<String>::new());
     }
 }

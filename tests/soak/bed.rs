@@ -99,7 +99,7 @@ impl Bed {
             .ztunnel_config("certificates", json!({ "lifetime": LIFETIME }))
             .ztunnel_config("limits", json!({ "poolIdle": "15s" }))
             .control_arg("--root-propagation")
-            .control_arg(PROPAGATION.to_string());
+            .control_arg(format!("{PROPAGATION}s"));
         if let Some(logs) = logs {
             builder = builder.log_dir(logs);
         }

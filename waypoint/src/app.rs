@@ -15,12 +15,8 @@ use ambit_hbone::{
     ClientSettings, ConnectionSettings, InFlight, Pool, PoolCounters, PoolSettings, Server, ServerSettings,
     WindowBudget,
 };
-use ambit_identity::{
-    CertificateStore, CipherPreference, ControlPlane, ControlPlaneConfig, GrpcIssuer, SpiffeId, StoreConfig,
-    TlsSettings, Trust, TrustConfig, TrustDomain,
-};
+use ambit_identity::{CertificateStore, ControlPlane, GrpcIssuer, SpiffeId, Trust};
 use ambit_net::accept::Acceptor;
-use ambit_runtime::configuration::common::{Cipher, LogFormat};
 use ambit_runtime::connections::Connections;
 use ambit_runtime::cut::CutReason;
 use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
@@ -35,7 +31,7 @@ use arc_swap::ArcSwap;
 
 use crate::config::Config;
 use crate::proxy::{InProgress, Proxy, Published, Settings, Tallies, TunnelKey, Worker};
-use crate::report::{Reporter, access_log};
+use crate::report::Reporter;
 use crate::upstream::Upstreams;
 use crate::{accept, feed};
 
@@ -53,11 +49,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let format = match config.log_format {
-        LogFormat::Text => logging::LogFormat::Text,
-        LogFormat::Json => logging::LogFormat::Json,
-    };
-    let logging = logging::init(format, &config.log_level, Target::Stderr)?;
+    let logging = logging::init(config.proxy.log_format.into(), &config.proxy.log_level, Target::Stderr)?;
     let outcome = runtime.block_on(Box::pin(serve(config, &logging)));
     runtime.shutdown_background();
     outcome
@@ -91,7 +83,7 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     let listener = listen(config.listen_address)?;
     let parts = parts(config, &mut tasks).await?;
     let proxy = Arc::new(proxy(&parts, drain.clone()));
-    let (workers, mut supervisor) = Workers::start(parts.config.worker_count(), |handle| Worker {
+    let (workers, mut supervisor) = Workers::start(parts.config.proxy.worker_count(), |handle| Worker {
         proxy: proxy.clone(),
         index: handle.index(),
         tunnels: Pool::new(
@@ -123,7 +115,7 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
         died = supervisor.failed() => Err(died.into()),
     };
     if outcome.is_ok() {
-        let limit = parts.config.drain_timeout.get();
+        let limit = parts.config.proxy.drain_timeout.get();
         tracing::info!(?limit, "stopping: nothing new is accepted, requests in progress may finish");
         match drain::finish(&mut running, limit, stop.wait(|| ())).await {
             Drained::Finished => tracing::info!("stopped: every connection has finished"),
@@ -152,33 +144,22 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
     let registry = Registry::new();
-    let control_plane = ControlPlane::new(ControlPlaneConfig {
-        address: config.control_plane.clone(),
-        root_file: config.control_plane_root.clone(),
-        server_name: config.control_plane_server_name.clone(),
-        token_file: Some(config.token_file.clone()),
-        cluster_id: config.cluster_id.clone(),
-    })?;
-    let identity = SpiffeId::new(&config.trust_domain, &config.pod_namespace, &config.service_account)
-        .context("the waypoint's own identity")?;
-    let domain = |name: &String| TrustDomain::new(name).with_context(|| format!("trust domain {name}"));
-    let (trust, watching) = Trust::from_files(TrustConfig {
-        trust_domain: domain(&config.trust_domain)?,
-        aliases: config.trust_domain_aliases.iter().map(domain).collect::<Result<_, _>>()?,
-        roots: config.workload_root.clone(),
-        revocations: config.crl_file.clone(),
-    })
-    .await?;
+    let control_plane = ControlPlane::new(config.proxy.control_plane_config())?;
+    let identity =
+        SpiffeId::new(&config.proxy.trust_domain, &config.proxy.pod_namespace, &config.service_account)
+            .context("the waypoint's own identity")?;
+    let (trust, watching) = Trust::from_files(config.proxy.trust_config()?).await?;
     tasks.spawn("trust", watching);
     let issuer = Arc::new(GrpcIssuer::own_identity(control_plane.clone()));
-    let (certificates, renewal) = CertificateStore::new(store_config(&config), issuer, trust.clone());
+    let (certificates, renewal) =
+        CertificateStore::new(config.certificates.store_config(), issuer, trust.clone());
     certificates.prefetch(&identity)?;
     tasks.spawn("certificates", renewal);
     let (directory, reader) = Directory::new();
     let published = Arc::new(ArcSwap::default());
     let (discovery, driver) = feed::subscribe(&config, directory, published.clone(), control_plane);
     tasks.spawn("discovery", driver);
-    let (log, access_writer) = access_log(&config.access_log).context("open the access log")?;
+    let (log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     log.register(&registry);
     let reporter = Arc::new(Reporter {
         requests: RequestMetrics::register(&registry, MAX_REQUEST_SERIES),
@@ -199,19 +180,6 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
         pool_counters: Arc::default(),
         _access_writer: access_writer,
     })
-}
-
-fn store_config(config: &Config) -> StoreConfig {
-    StoreConfig {
-        lifetime: config.certificates.lifetime.get(),
-        tls: TlsSettings {
-            ciphers: match config.certificates.cipher {
-                Cipher::Aes128 => CipherPreference::Aes128First,
-                Cipher::Aes256 => CipherPreference::Aes256First,
-            },
-        },
-        ..StoreConfig::default()
-    }
 }
 
 fn connection_settings(config: &Config) -> ConnectionSettings {
@@ -237,8 +205,12 @@ fn proxy(parts: &Parts, drain: Drain) -> Proxy {
     };
     Proxy {
         settings: Settings {
-            network: config.network.as_str().into(),
-            uid: WorkloadUid::of_pod(&config.cluster_id, &config.pod_namespace, &config.pod_name),
+            network: config.proxy.network.as_str().into(),
+            uid: WorkloadUid::of_pod(
+                &config.proxy.cluster_id,
+                &config.proxy.pod_namespace,
+                &config.proxy.pod_name,
+            ),
             trusted_forwarders: config.trusted_forwarders.clone(),
             limits: config.limits.clone(),
         },
@@ -247,7 +219,7 @@ fn proxy(parts: &Parts, drain: Drain) -> Proxy {
         identity: parts.identity.clone(),
         certificates: parts.certificates.clone(),
         trust: parts.trust.clone(),
-        connections: Connections::new(config.worker_count()),
+        connections: Connections::new(config.proxy.worker_count()),
         loads: Loads::default(),
         drain,
         server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
@@ -276,7 +248,11 @@ fn readiness(parts: &Parts, tasks: &mut Tasks) -> Readiness {
     });
     let (directory, config) = (parts.directory.clone(), parts.config.clone());
     tasks.spawn_once("readiness of the own workload", async move {
-        let uid = WorkloadUid::of_pod(&config.cluster_id, &config.pod_namespace, &config.pod_name);
+        let uid = WorkloadUid::of_pod(
+            &config.proxy.cluster_id,
+            &config.proxy.pod_namespace,
+            &config.proxy.pod_name,
+        );
         let mut changes = directory.changes();
         while directory.load().workload(uid.as_str()).is_none() {
             if changes.changed().await.is_err() {

@@ -1,64 +1,23 @@
 //! The waypoint's configuration: one typed value, built once at start and never changed.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::net::{Ipv6Addr, SocketAddr};
 
-use ambit_runtime::configuration::common::{AccessLog, Cipher, LogFormat};
+use ambit_runtime::configuration::proxy::{Certificates, ProxySettings};
 use ambit_runtime::configuration::{ConfigError, ForeignVariable, Settings, Span};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Everything that can be set. Every key has a default, so an empty file is a valid one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 pub struct Config {
-    /// The network that the waypoint is in.
-    pub network: String,
-    /// The cluster's name: first part of workload uids, and the `clusterid` sent with credentials.
-    pub cluster_id: String,
-    /// The trust domain of the waypoint.
-    pub trust_domain: String,
-    /// Other trust domains whose peers are accepted as if they were of ours.
-    pub trust_domain_aliases: Vec<String>,
-    /// `host:port` of the control plane, which serves xDS and certificates.
-    pub control_plane: String,
-    /// PEM file with the roots that the control plane's own certificate must chain to.
-    pub control_plane_root: PathBuf,
-    /// PEM file with the roots that workloads are verified against; watched. None: the roots that come with each issued
-    /// certificate.
-    pub workload_root: Option<PathBuf>,
-    /// DNS name that the control plane's certificate must bear.
-    pub control_plane_server_name: String,
-    /// File with the service account token (audience `istio-ca`), read again before each use.
-    pub token_file: PathBuf,
+    /// What the node proxy has too.
+    #[serde(flatten)]
+    pub proxy: ProxySettings,
     /// Where HBONE is served.
     pub listen_address: SocketAddr,
-    /// Where the admin server listens; loopback unless there is a reason.
-    pub admin_address: SocketAddr,
-    /// Where Prometheus metrics are served.
-    pub metrics_address: SocketAddr,
-    /// Where readiness is served.
-    pub readiness_address: SocketAddr,
-    /// Data-path threads; 0 means one per available core, at most 16.
-    pub workers: u16,
-    /// How long open connections may go on after the waypoint was asked to stop.
-    pub drain_timeout: Span,
-    /// The access log.
-    pub access_log: AccessLog,
-    /// Certificate revocation list (PEM or DER); watched. None: nothing is revoked.
-    pub crl_file: Option<PathBuf>,
-    /// Name of the waypoint's own pod.
-    pub pod_name: String,
-    /// Namespace of the waypoint's own pod.
-    pub pod_namespace: String,
     /// Service account of the waypoint's own pod: the name of its Gateway.
     pub service_account: String,
-    /// Address of the waypoint's own pod.
-    pub instance_ip: IpAddr,
-    /// Filter of the program's log, as in `info,ambit_waypoint=debug`.
-    pub log_level: String,
-    /// Shape of a line of the program's log.
-    pub log_format: LogFormat,
     /// SPIFFE ids of clients whose `x-forwarded-for`, `x-forwarded-proto` and `forwarded` are kept and added to, such as
     /// that of an ingress gateway. What other clients claim is removed.
     pub trusted_forwarders: Vec<String>,
@@ -66,16 +25,6 @@ pub struct Config {
     pub certificates: Certificates,
     /// Bounds of everything that waits or grows.
     pub limits: Limits,
-}
-
-/// The waypoint's certificate.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-pub struct Certificates {
-    /// Lifetime asked for; the authority may grant less. From one minute to 90 days.
-    pub lifetime: Span,
-    /// Which cipher suite is offered first; both are always accepted.
-    pub cipher: Cipher,
 }
 
 /// Bounds of everything that waits or grows.
@@ -113,39 +62,13 @@ pub struct Limits {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            network: String::new(),
-            cluster_id: "Kubernetes".into(),
-            trust_domain: "cluster.local".into(),
-            trust_domain_aliases: Vec::new(),
-            control_plane: "ambit-control.ambit-system.svc:15012".into(),
-            control_plane_root: "/var/run/secrets/istio/root-cert.pem".into(),
-            workload_root: None,
-            control_plane_server_name: "ambit-control.ambit-system.svc".into(),
-            token_file: "/var/run/secrets/tokens/istio-token".into(),
-            listen_address: (std::net::Ipv6Addr::UNSPECIFIED, 15008).into(),
-            admin_address: (Ipv4Addr::LOCALHOST, 15000).into(),
-            metrics_address: (Ipv4Addr::UNSPECIFIED, 15020).into(),
-            readiness_address: (Ipv4Addr::UNSPECIFIED, 15021).into(),
-            workers: 0,
-            drain_timeout: Span::from_secs(60),
-            access_log: AccessLog::default(),
-            crl_file: None,
-            pod_name: String::new(),
-            pod_namespace: "default".into(),
+            proxy: ProxySettings { drain_timeout: Span::from_secs(60), ..ProxySettings::default() },
+            listen_address: (Ipv6Addr::UNSPECIFIED, 15008).into(),
             service_account: "waypoint".into(),
-            instance_ip: Ipv4Addr::LOCALHOST.into(),
-            log_level: "info".into(),
-            log_format: LogFormat::Text,
             trusted_forwarders: Vec::new(),
             certificates: Certificates::default(),
             limits: Limits::default(),
         }
-    }
-}
-
-impl Default for Certificates {
-    fn default() -> Self {
-        Self { lifetime: Span::from_secs(24 * 3600), cipher: Cipher::Aes128 }
     }
 }
 
@@ -188,14 +111,14 @@ impl Settings for Config {
         "The L7 proxy: routing, splits, retries and policy for the services bound to it";
 
     fn validate(&self) -> Result<(), ConfigError> {
-        let wrong = |key: &str, reason: &str| {
-            Err(ConfigError::Value { key: key.to_owned(), reason: reason.to_owned() })
-        };
-        if self.pod_name.is_empty() {
+        self.proxy.validate()?;
+        self.certificates.validate()?;
+        let wrong = |key: &str, reason: &str| Err(ConfigError::value(key, reason));
+        if self.proxy.pod_name.is_empty() {
             return wrong("podName", "is not set; it is the name of the waypoint's own pod");
         }
-        if self.workers > 256 {
-            return wrong("workers", "is more than 256");
+        if self.proxy.control_plane.is_empty() {
+            return wrong("controlPlane", "is not set; a waypoint has no other source of configuration");
         }
         if self.limits.head_size < 8 << 10 {
             return wrong("limits.headSize", "is less than 8192");
@@ -212,16 +135,6 @@ impl Settings for Config {
             Some(ForeignVariable::Setting { key, text: text.clone(), variable })
         };
         Ok(VARIABLES.iter().filter_map(setting).collect())
-    }
-}
-
-impl Config {
-    /// The number of data-path threads to start.
-    pub fn worker_count(&self) -> usize {
-        match self.workers {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get().min(16)),
-            n => usize::from(n),
-        }
     }
 }
 

@@ -35,16 +35,13 @@ pub fn subscribe(
     published: Arc<ArcSwap<Published>>,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
-    let metadata = [
-        ("NAME".to_owned(), config.pod_name.clone()),
-        ("NAMESPACE".to_owned(), config.pod_namespace.clone()),
-        ("INSTANCE_IPS".to_owned(), config.instance_ip.to_string()),
-        ("CLUSTER_ID".to_owned(), config.cluster_id.clone()),
-        ("NETWORK".to_owned(), config.network.clone()),
-    ];
-    let metadata = metadata.into_iter().collect();
-    let node =
-        ambit_xds::waypoint_node(config.instance_ip, &config.pod_name, &config.pod_namespace, metadata);
+    let proxy = &config.proxy;
+    let node = ambit_xds::waypoint_node(
+        proxy.instance_ip,
+        &proxy.pod_name,
+        &proxy.pod_namespace,
+        proxy.node_metadata(),
+    );
     let applier = Applier {
         directory,
         published,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ambit_directory::Service;
 use ambit_runtime::peers::{End, party, peer_labels, service_labels};
-use ambit_telemetry::access::{self, AccessLog, Direction, Entry, Party, RequestEntry};
+use ambit_telemetry::access::{AccessLog, Direction, Entry, Party, RequestEntry};
 use ambit_telemetry::tcp::{self, Labels, Security};
 use ambit_telemetry::{Outcome, RequestMetrics, TcpMetrics};
 use bytes::Bytes;
@@ -289,26 +289,4 @@ impl ConnectionReport {
             error: ended.err(),
         });
     }
-}
-
-/// The access log of a configuration.
-///
-/// # Errors
-/// The file can't be opened.
-pub fn access_log(
-    config: &ambit_runtime::configuration::common::AccessLog,
-) -> std::io::Result<(AccessLog, Option<ambit_telemetry::LogWriter>)> {
-    use ambit_runtime::configuration::common::LogFormat;
-    if !config.enabled {
-        return Ok((AccessLog::disabled(), None));
-    }
-    let (log, writer) = AccessLog::start(access::Config {
-        format: match config.format {
-            LogFormat::Text => access::Format::Tab,
-            LogFormat::Json => access::Format::Json,
-        },
-        target: config.path.clone().map_or(ambit_telemetry::Target::Stdout, ambit_telemetry::Target::File),
-        ..access::Config::default()
-    })?;
-    Ok((log, Some(writer)))
 }

@@ -50,7 +50,7 @@ pub struct Settings {
 
 /// What a DENY rule does at L4 that names only what L4 cannot see (contracts.md, section 4).
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
 )]
 #[serde(rename_all = "camelCase")]
 pub enum L7DenyAtL4 {

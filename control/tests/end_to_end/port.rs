@@ -59,7 +59,7 @@ async fn silent_sockets_of_many_addresses_hold_up_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_ends_at_its_age_and_the_subscriber_comes_back() {
-    let world = start_with(&["--max-connection-age", "1"]);
+    let world = start_with(&["--max-connection-age", "1s"]);
     let (_client, held) = subscribe(world.node_proxy("node-a"));
     held.until("the first state", |held| held.service().is_some()).await;
     until_metric(&world, "ambit_control_connections_aged_total", |aged| aged >= 2.0).await;

@@ -5,7 +5,6 @@
 
 mod api_server;
 mod contention;
-mod pod_certificates;
 mod replica;
 mod rotation;
 mod statuses;

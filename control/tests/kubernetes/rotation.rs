@@ -33,7 +33,7 @@ fn signs(replica: &Replica, root: &str) -> bool {
 async fn replicas_change_to_a_plugged_in_root_together() {
     let server = ApiServer::start().await;
     server.apply_value(namespace("shop")).await;
-    let arguments = ["--root-propagation", "20"];
+    let arguments = ["--root-propagation", "20s"];
     let (first, second) =
         tokio::join!(Replica::start_with(&server, &arguments), Replica::start_with(&server, &arguments));
     let old = first.roots();

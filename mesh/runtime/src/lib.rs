@@ -3,7 +3,7 @@
 //! [`workers`] run the data path on single-threaded runtimes; [`tasks`] supervise what a program cannot do without;
 //! [`connections`] lists what is open, and [`cut`] closes it; [`loads`] counts connections by endpoint; [`shares`]
 //! bounds what one pod or peer can take; [`stop`] hears who ends the program and [`drain`] orders the end. [`configuration`]
-//! and [`settings`] read file, flags and environment, [`feed`] subscribes to the control plane, [`observe`] and [`peers`]
+//! reads file, flags and environment, [`feed`] subscribes to the control plane, [`observe`] and [`peers`]
 //! make metrics. Nothing here knows what a proxy decides.
 
 pub mod configuration;
@@ -14,7 +14,6 @@ pub mod feed;
 pub mod loads;
 pub mod observe;
 pub mod peers;
-pub mod settings;
 pub mod shares;
 pub mod stop;
 pub mod tasks;

@@ -82,7 +82,7 @@ async fn nothing_is_in_the_clear_without_certificates() {
     let builder = Cluster::builder()
         .nodes(2)
         .control_arg(format!("--config={}", settings.display()))
-        .control_arg("--max-certificate-lifetime=10")
+        .control_arg("--max-certificate-lifetime=10s")
         .ztunnel_config("limits", limits);
     let bed = Bed::on(builder, true, &[1]).await;
     let wire = Wire::tap(&bed).await;

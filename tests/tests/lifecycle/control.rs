@@ -55,7 +55,7 @@ pub(crate) async fn certificates(bed: &Bed, node: usize) -> BTreeMap<String, Cer
 }
 
 fn with_lifetime(seconds: u64) -> ClusterBuilder {
-    Cluster::builder().nodes(2).control_arg(format!("--max-certificate-lifetime={seconds}"))
+    Cluster::builder().nodes(2).control_arg(format!("--max-certificate-lifetime={seconds}s"))
 }
 
 async fn until_renewed(bed: &Bed, node: usize, before: &BTreeMap<String, Certificate>, limit: Duration) {

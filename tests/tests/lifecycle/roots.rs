@@ -96,8 +96,8 @@ async fn no_request_fails_while_a_root_is_replaced_in_three_steps() {
     // Connections whose certificates are of the old root end with it; clients open kept ones again.
     let builder = Cluster::builder()
         .nodes(2)
-        .control_arg(format!("--max-certificate-lifetime={LIFETIME}"))
-        .control_arg("--root-propagation=1");
+        .control_arg(format!("--max-certificate-lifetime={LIFETIME}s"))
+        .control_arg("--root-propagation=1s");
     let bed = Bed::on(builder, true, &[1]).await;
     let outside = bed.cluster.pod(PodOptions::new("outside", "probe").node(0)).await.unwrap();
     let server = &bed.servers[0];

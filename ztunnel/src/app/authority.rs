@@ -12,17 +12,10 @@ use crate::config::Config;
 
 /// The control plane, unless there is none.
 pub(super) fn control_plane(config: &Config) -> Result<Option<ControlPlane>, ControlPlaneError> {
-    if config.control_plane.is_empty() {
+    if config.proxy.control_plane.is_empty() {
         return Ok(None);
     }
-    ControlPlane::new(ControlPlaneConfig {
-        address: config.control_plane.clone(),
-        root_file: config.control_plane_root.clone(),
-        server_name: config.control_plane_server_name.clone(),
-        token_file: Some(config.token_file.clone()),
-        cluster_id: config.cluster_id.clone(),
-    })
-    .map(Some)
+    ControlPlane::new(config.proxy.control_plane_config()).map(Some)
 }
 
 /// Who issues certificates.
@@ -34,12 +27,12 @@ pub(super) fn issuer(
     let server = match (&own.authority, control_plane) {
         (Some(address), _) => {
             let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+            let of_discovery = config.proxy.control_plane_config();
             ControlPlane::new(ControlPlaneConfig {
                 address: address.clone(),
-                root_file: own.authority_root.as_ref().unwrap_or(&config.control_plane_root).clone(),
+                root_file: own.authority_root.clone().unwrap_or(of_discovery.root_file),
                 server_name: own.authority_server_name.clone().unwrap_or_else(|| host.to_owned()),
-                token_file: Some(config.token_file.clone()),
-                cluster_id: config.cluster_id.clone(),
+                ..of_discovery
             })?
         }
         (None, Some(control_plane)) => control_plane,

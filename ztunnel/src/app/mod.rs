@@ -15,16 +15,14 @@ use std::time::Duration;
 
 use ambit_directory::Directory;
 use ambit_hbone::{Pool, PoolCounters, Server, WindowBudget};
-use ambit_identity::{
-    CertificateStore, CipherPreference, StoreConfig, TlsSettings, Trust, TrustConfig, TrustDomain,
-};
-use ambit_telemetry::access::{self, AccessLog};
+use ambit_identity::{CertificateStore, StoreConfig, Trust};
+use ambit_telemetry::access::AccessLog;
 use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, Target, TcpMetrics};
 use anyhow::Context;
 use tokio::sync::watch;
 
-use crate::config::{Cipher, Config, LogFormat};
+use crate::config::Config;
 use crate::connection::report::Reporter;
 use crate::directory::ondemand::{Bounds, Demander};
 use crate::directory::{feed, local};
@@ -66,11 +64,7 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 pub fn run(config: Config, collect: fn()) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    let format = match config.log_format {
-        LogFormat::Text => logging::LogFormat::Text,
-        LogFormat::Json => logging::LogFormat::Json,
-    };
-    let logging = logging::init(format, &config.log_level, Target::Stderr)?;
+    let logging = logging::init(config.proxy.log_format.into(), &config.proxy.log_level, Target::Stderr)?;
     if !config.without_effect.is_empty() {
         let variables = config.without_effect.join(", ");
         tracing::warn!(variables, "variables of the environment that have no effect here");
@@ -151,7 +145,7 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
         died = supervisor.failed() => Err(died.into()),
     };
     if outcome.is_ok() {
-        stop_in_order(&mut running, parts.config.drain_timeout.get(), &stop).await;
+        stop_in_order(&mut running, parts.config.proxy.drain_timeout.get(), &stop).await;
     }
     end(supervisor).await;
     outcome
@@ -201,7 +195,7 @@ async fn parts(
             None
         }
     };
-    let (access_log, access_writer) = access_log(&config)?;
+    let (access_log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     access_log.register(&registry);
     let tcp_metrics = TcpMetrics::register(&registry, ambit_telemetry::tcp::DEFAULT_MAX_SERIES);
     let budget = WindowBudget::new(WINDOW_BUDGET);
@@ -221,51 +215,19 @@ async fn parts(
 }
 
 async fn trust(config: &Config, tasks: &mut Tasks) -> anyhow::Result<Trust> {
-    let domain = |name: &String| TrustDomain::new(name).with_context(|| format!("trust domain {name}"));
-    let (trust, watching) = Trust::from_files(TrustConfig {
-        trust_domain: domain(&config.trust_domain)?,
-        aliases: config.trust_domain_aliases.iter().map(domain).collect::<Result<_, _>>()?,
-        roots: config.workload_root.clone(),
-        revocations: config.crl_file.clone(),
-    })
-    .await?;
+    let (trust, watching) = Trust::from_files(config.proxy.trust_config()?).await?;
     tasks.spawn("trust", watching);
     Ok(trust)
 }
 
 fn store_config(config: &Config) -> StoreConfig {
-    StoreConfig {
-        lifetime: config.certificates.lifetime.get(),
-        tls: TlsSettings {
-            ciphers: match config.certificates.cipher {
-                Cipher::Aes128 => CipherPreference::Aes128First,
-                Cipher::Aes256 => CipherPreference::Aes256First,
-            },
-        },
-        wait_timeout: config.limits.connect_timeout.get(),
-        ..StoreConfig::default()
-    }
-}
-
-fn access_log(config: &Config) -> anyhow::Result<(AccessLog, Option<LogWriter>)> {
-    if !config.access_log.enabled {
-        return Ok((AccessLog::disabled(), None));
-    }
-    let (log, writer) = AccessLog::start(access::Config {
-        format: match config.access_log.format {
-            LogFormat::Text => access::Format::Tab,
-            LogFormat::Json => access::Format::Json,
-        },
-        target: config.access_log.path.clone().map_or(Target::Stdout, Target::File),
-        ..access::Config::default()
-    })
-    .context("open the access log")?;
-    Ok((log, Some(writer)))
+    let wait_timeout = config.limits.connect_timeout.get();
+    StoreConfig { wait_timeout, ..config.certificates.requested.store_config() }
 }
 
 fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)> {
     let Parts { config, trust, certificates, directory, discovery, budget, open_files, .. } = parts;
-    let (count, resolv_conf) = (config.worker_count(), resolv_conf());
+    let (count, resolv_conf) = (config.proxy.worker_count(), resolv_conf());
     let shares = shares(config, count, *open_files);
     let proxy = Arc::new(Proxy {
         settings: settings(config, trust),
@@ -347,8 +309,8 @@ fn synced(discovery: Option<&ambit_xds::Client>) -> watch::Receiver<bool> {
 fn settings(config: &Config, trust: &Trust) -> Settings {
     let limits = &config.limits;
     Settings {
-        network: config.network.as_str().into(),
-        cluster_id: config.cluster_id.as_str().into(),
+        network: config.proxy.network.as_str().into(),
+        cluster_id: config.proxy.cluster_id.as_str().into(),
         trust_domain: trust.trust_domain(),
         cluster_domain: config.dns.cluster_domain.as_str().into(),
         same_node: config.same_node,

@@ -30,9 +30,9 @@ pub(super) async fn start(
 ) -> anyhow::Result<()> {
     register(parts, program, logging);
     let config = &parts.config;
-    let admin = listen("adminAddress", config.admin_address).await?;
-    let metrics = listen("metricsAddress", config.metrics_address).await?;
-    let ready = listen("readinessAddress", config.readiness_address).await?;
+    let admin = listen("adminAddress", config.proxy.admin_address).await?;
+    let metrics = listen("metricsAddress", config.proxy.metrics_address).await?;
+    let ready = listen("readinessAddress", config.proxy.readiness_address).await?;
     tasks.spawn("admin server", http::serve(admin, routes(parts, program, logging, stop).into_router()));
     tasks.spawn("metrics server", http::serve(metrics, http::metrics_router(&parts.registry)));
     tasks.spawn("readiness server", http::serve(ready, http::readiness_router(readiness)));

@@ -129,8 +129,8 @@ mod tests {
         assert!(!config.dns.enabled);
         assert_eq!(config.dns.upstreams.len(), 1);
         assert_eq!(config.same_node, SameNode::Tunnel);
-        assert_eq!(config.drain_timeout, Span::from_secs(5));
-        assert_eq!(config.trust_domain_aliases, ["old.local", "older.local"]);
+        assert_eq!(config.proxy.drain_timeout, Span::from_secs(5));
+        assert_eq!(config.proxy.trust_domain_aliases, ["old.local", "older.local"]);
         assert_eq!(config.limits.connect_attempts, 7);
     }
 

@@ -16,16 +16,11 @@ pub fn subscribe(
     directory: Directory,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
+    let proxy = &config.proxy;
     let mut metadata = config.node_metadata.clone();
-    metadata.extend([
-        ("NAME".to_owned(), config.pod_name.clone()),
-        ("NAMESPACE".to_owned(), config.pod_namespace.clone()),
-        ("NODE_NAME".to_owned(), config.node.clone()),
-        ("INSTANCE_IPS".to_owned(), config.instance_ip.to_string()),
-        ("CLUSTER_ID".to_owned(), config.cluster_id.clone()),
-        ("NETWORK".to_owned(), config.network.clone()),
-    ]);
-    let node = ambit_xds::ztunnel_node(config.instance_ip, &config.pod_name, &config.pod_namespace, metadata);
+    metadata.extend(proxy.node_metadata());
+    metadata.insert("NODE_NAME".to_owned(), config.node.clone());
+    let node = ambit_xds::ztunnel_node(proxy.instance_ip, &proxy.pod_name, &proxy.pod_namespace, metadata);
     let builder = Client::builder(ClientConfig::new(node), Applier(directory));
     // Policies first: no address is known before what protects it.
     let builder = builder.wildcard(AUTHORIZATION_TYPE_URL, policy);

@@ -1,7 +1,9 @@
-//! Settings that every proxy program has.
+//! Settings that several programs have.
 
+use std::io;
 use std::path::PathBuf;
 
+use ambit_telemetry::{LogWriter, Target, access, logging};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -41,5 +43,35 @@ pub enum Cipher {
 impl Default for AccessLog {
     fn default() -> Self {
         Self { enabled: true, format: LogFormat::Text, path: None }
+    }
+}
+
+impl AccessLog {
+    /// Opens the log, and the writer whose end flushes it; there is none for a log that is off.
+    ///
+    /// # Errors
+    /// The file can't be opened.
+    pub fn open(&self) -> io::Result<(access::AccessLog, Option<LogWriter>)> {
+        if !self.enabled {
+            return Ok((access::AccessLog::disabled(), None));
+        }
+        let (log, writer) = access::AccessLog::start(access::Config {
+            format: match self.format {
+                LogFormat::Text => access::Format::Tab,
+                LogFormat::Json => access::Format::Json,
+            },
+            target: self.path.clone().map_or(Target::Stdout, Target::File),
+            ..access::Config::default()
+        })?;
+        Ok((log, Some(writer)))
+    }
+}
+
+impl From<LogFormat> for logging::LogFormat {
+    fn from(format: LogFormat) -> Self {
+        match format {
+            LogFormat::Text => Self::Text,
+            LogFormat::Json => Self::Json,
+        }
     }
 }
