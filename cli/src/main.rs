@@ -6,6 +6,7 @@ mod config;
 mod dashboard;
 mod enrolment;
 mod finding;
+mod gateways;
 mod log;
 mod network_policy;
 mod output;
@@ -14,6 +15,7 @@ mod proxies;
 mod reference;
 mod remote;
 mod selftest;
+mod status;
 mod up;
 
 use std::process::ExitCode;
@@ -26,6 +28,8 @@ use clap::{CommandFactory, Parser};
 enum Command {
     /// Checks a cluster before an installation, and the mesh after it.
     Check(check::Options),
+    /// Shows the mesh, or whether and how a pod is protected.
+    Status(status::Options),
     /// Shows what a proxy knows: workloads, services, policies, certificates, connections, routes.
     Config(config::Options),
     /// Prints the logs of Ambit's programs, or sets their level.
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let outcome = match Command::parse() {
         Command::Check(options) => check::run(&options),
+        Command::Status(options) => status::run(&options),
         Command::Config(options) => config::run(&options),
         Command::Log(options) => log::run(&options),
         Command::Dashboard(options) => dashboard::run(&options),

@@ -2,6 +2,8 @@
 
 mod tables;
 
+pub(crate) use tables::{binds, expiry, text, waypoint};
+
 use std::process::ExitCode;
 
 use anyhow::bail;
@@ -148,7 +150,7 @@ fn concerns(entry: &Value, kind: Kind, target: &Target, dump: &Value) -> bool {
         Kind::Connections => {
             workload().is_some_and(|w| entry["workload"] == w["uid"] || is("workload", &pod.name))
         }
-        Kind::Policies => tables::binds(entry, &pod.namespace, workload()),
+        Kind::Policies => binds(entry, &pod.namespace, workload()),
         Kind::Services => workload().is_some_and(|w| {
             let endpoints = entry.get("endpoints").and_then(Value::as_object);
             endpoints.is_some_and(|all| w["uid"].as_str().is_some_and(|uid| all.contains_key(uid)))

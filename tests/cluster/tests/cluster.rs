@@ -14,6 +14,8 @@
 mod apps;
 #[path = "cases/bed.rs"]
 mod bed;
+#[path = "cases/cli.rs"]
+mod cli;
 #[path = "cases/disruption.rs"]
 mod disruption;
 #[path = "cases/mesh.rs"]
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
     let mut cases = Cases { shared, trials: Vec::new() };
     bed::add(&mut cases);
     mesh::add(&mut cases);
+    cli::add(&mut cases);
     disruption::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);
