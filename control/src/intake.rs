@@ -16,7 +16,7 @@ use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, DEFAULT_NAMESPACE, EndpointSlice, Gateway, Invalid, Namespace, NamespacedName, Node,
     Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
-    WorkloadEntry, manifest,
+    VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -198,6 +198,9 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::GrpcRoute => Object::GrpcRoute(typed::<manifest::GrpcRoute, Route>(document)?),
         Kind::ReferenceGrant => {
             Object::ReferenceGrant(typed::<manifest::ReferenceGrant, ReferenceGrant>(document)?)
+        }
+        Kind::VirtualService => {
+            Object::VirtualService(typed::<manifest::VirtualService, VirtualService>(document)?)
         }
     })
 }

@@ -37,6 +37,8 @@ pub enum Kind {
     GrpcRoute,
     /// Who may refer to objects of a namespace from outside.
     ReferenceGrant,
+    /// Where requests to hosts go.
+    VirtualService,
 }
 
 /// Where objects of a kind live.
@@ -108,7 +110,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 16] = [
+    pub const ALL: [Kind; 17] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -125,6 +127,7 @@ impl Kind {
         Kind::HttpRoute,
         Kind::GrpcRoute,
         Kind::ReferenceGrant,
+        Kind::VirtualService,
     ];
 
     /// The table.
@@ -154,6 +157,9 @@ impl Kind {
             Kind::HttpRoute => extension(GATEWAY.0, GATEWAY.1, "HTTPRoute", "httproutes"),
             Kind::GrpcRoute => extension(GATEWAY.0, GATEWAY.1, "GRPCRoute", "grpcroutes"),
             Kind::ReferenceGrant => extension(GATEWAY.0, GATEWAY.1, "ReferenceGrant", "referencegrants"),
+            Kind::VirtualService => {
+                extension(NETWORKING.0, NETWORKING.1, "VirtualService", "virtualservices")
+            }
         }
     }
 

@@ -68,6 +68,22 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["", ", name: s1"]],
     ));
     texts.extend(combine(
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: $0, namespace: $1, $2}\n\
+         spec: {$3, http: [{match: [{sourceLabels: {app: x}}], route: [{destination: {host: $4}}]}, {delegate: {name: v3, namespace: a}}]}",
+        &[
+            &["v1", "v2"],
+            &["a", "b"],
+            &["labels: {a: b}", "creationTimestamp: '2026-01-01T00:00:00Z'"],
+            &["hosts: [s1.a]", "hosts: ['*.a.svc.cluster.local']", "hosts: [h.example], exportTo: ['.']"],
+            &["s2.a.svc.cluster.local", "h.example"],
+        ],
+    ));
+    texts.extend(combine(
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: v3, namespace: a}\n\
+         spec: {exportTo: [$0], http: [{route: [{destination: {host: $1}}]}]}",
+        &[&["'*'", "'.'"], &["s1", "s2"]],
+    ));
+    texts.extend(combine(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: z, namespace: $0}\nspec: {action: $1, $2, rules: [{to: [{operation: {$3}}]}]}",
         &[&["a", "ambit-system"], &["ALLOW", "DENY", "CUSTOM"], &["selector: {matchLabels: {app: x}}", "selector: {matchLabels: {tier: t, app: y}}", "targetRefs: [{kind: Service, name: s1}]", "selector: {}"], &["ports: ['80']", "methods: [GET]"]],
     ));
@@ -200,7 +216,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 14, "{kinds:?}");
+    assert_eq!(kinds.len(), 15, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

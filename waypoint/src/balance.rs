@@ -61,6 +61,10 @@ pub fn of_backend(proxy: &Proxy, backend: &Backend) -> Result<Target, String> {
     if let Some(reason) = &backend.invalid {
         return Err(reason.to_string());
     }
+    if let Some(subset) = &backend.subset {
+        // To send its requests to all endpoints would be another version than the one that was asked for.
+        return Err(format!("subset {subset} of {} is not known", backend.hostname));
+    }
     let snapshot = proxy.directory.load();
     let host = HostRef { namespace: &backend.namespace, hostname: &backend.hostname };
     let service =

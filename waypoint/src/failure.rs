@@ -62,6 +62,9 @@ pub enum Failure {
     /// A route says so.
     #[error("aborted by a fault filter")]
     Fault(StatusCode),
+    /// A route says so, by a status of gRPC.
+    #[error("aborted by a fault filter")]
+    FaultGrpc(u8),
 }
 
 impl Failure {
@@ -83,6 +86,7 @@ impl Failure {
             | Self::Reset(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::TryTimeout | Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Fault(status) => *status,
+            Self::FaultGrpc(status) => status_of_grpc(*status),
         }
     }
 
@@ -102,7 +106,7 @@ impl Failure {
             Self::RefusedStream => "UR",
             Self::Reset(_) => "UC",
             Self::TryTimeout | Self::Timeout => "UT",
-            Self::Fault(_) => "FI",
+            Self::Fault(_) | Self::FaultGrpc(_) => "FI",
         }
     }
 
@@ -121,7 +125,7 @@ impl Failure {
                 "upstream connect error or reset before headers\n"
             }
             Self::TryTimeout | Self::Timeout => "upstream request timeout\n",
-            Self::Fault(_) => "fault filter abort\n",
+            Self::Fault(_) | Self::FaultGrpc(_) => "fault filter abort\n",
         }
     }
 
@@ -129,8 +133,25 @@ impl Failure {
     pub fn grpc_status(&self) -> u8 {
         match self {
             Self::Timeout | Self::TryTimeout => 4,
+            Self::FaultGrpc(status) => *status,
             other => grpc_status_of(other.status()),
         }
+    }
+}
+
+/// The status of HTTP for one of gRPC (`google.rpc.Code`).
+fn status_of_grpc(status: u8) -> StatusCode {
+    match status {
+        3 | 9 | 11 => StatusCode::BAD_REQUEST,
+        4 => StatusCode::GATEWAY_TIMEOUT,
+        5 => StatusCode::NOT_FOUND,
+        6 | 10 => StatusCode::CONFLICT,
+        7 => StatusCode::FORBIDDEN,
+        8 => StatusCode::TOO_MANY_REQUESTS,
+        12 => StatusCode::NOT_IMPLEMENTED,
+        14 => StatusCode::SERVICE_UNAVAILABLE,
+        16 => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

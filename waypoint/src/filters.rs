@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ambit_route::filter::{Cors, HeaderChange, Mirror, Origin};
+use ambit_route::filter::{Abort, Cors, HeaderChange, Mirror, NoPath, Origin};
 use ambit_route::{Filter, Rule};
 use bytes::Bytes;
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, LOCATION, ORIGIN};
@@ -44,7 +44,7 @@ pub enum Filtered {
 /// Applies the filters of the rule.
 ///
 /// # Errors
-/// [`Failure::Fault`], [`Failure::InvalidRoute`].
+/// [`Failure::Fault`], [`Failure::FaultGrpc`], [`Failure::InvalidRoute`].
 pub async fn on_request(
     routed: Option<&Routed>,
     inbound: &Inbound,
@@ -62,12 +62,17 @@ pub async fn on_request(
                 if let Some(delay) = fault.delay(rand::random()) {
                     tokio::time::sleep(delay).await;
                 }
-                if let Some(status) = fault.abort(rand::random()) {
-                    return Err(Failure::Fault(status));
+                match fault.abort(rand::random()) {
+                    Some(Abort::Http(status)) => return Err(Failure::Fault(status)),
+                    Some(Abort::Grpc(status)) => return Err(Failure::FaultGrpc(status)),
+                    None => {}
                 }
             }
             Filter::Cors(cors) => {
                 let Some(origin) = parts.headers.get(ORIGIN).cloned() else { continue };
+                if cors.forward_unmatched && !cors.allows(&origin) {
+                    continue;
+                }
                 // The Fetch standard: a preflight is an OPTIONS that says what it is before.
                 if parts.method == Method::OPTIONS
                     && parts.headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
@@ -86,6 +91,7 @@ pub async fn on_request(
                 let origin = Origin {
                     scheme: sane.scheme,
                     host: &sane.host,
+                    authority: &sane.authority,
                     port: inbound.destination.port(),
                     path: parts.uri.path(),
                     query: parts.uri.query(),
@@ -102,7 +108,8 @@ pub async fn on_request(
             }
             Filter::Mirror(mirror) => on_response.mirrors.push(mirror.clone()),
             Filter::RequestHeaders(_) | Filter::Rewrite(_) | Filter::ResponseHeaders(_) => {
-                change(filter, &mut on_response, &mut prefix, parts);
+                change(filter, &mut on_response, &mut prefix, parts)
+                    .map_err(|reason| invalid(routed, reason))?;
             }
         }
     }
@@ -123,7 +130,7 @@ pub fn on_backend(
     for filter in &backend.filters {
         match filter {
             Filter::RequestHeaders(_) | Filter::Rewrite(_) | Filter::ResponseHeaders(_) => {
-                change(filter, on_response, &mut prefix, parts);
+                change(filter, on_response, &mut prefix, parts).map_err(|reason| invalid(routed, reason))?;
             }
             Filter::Mirror(mirror) => on_response.mirrors.push(mirror.clone()),
             Filter::Fault(_) | Filter::Cors(_) | Filter::Redirect(_) | Filter::Respond(..) => {
@@ -137,7 +144,13 @@ pub fn on_backend(
     Ok(())
 }
 
-fn change(filter: &Filter, on_response: &mut OnResponse, prefix: &mut usize, parts: &mut Parts) {
+/// Changes headers, host and path; or says why a path can't be what the filter makes of it.
+fn change(
+    filter: &Filter,
+    on_response: &mut OnResponse,
+    prefix: &mut usize,
+    parts: &mut Parts,
+) -> Result<(), &'static str> {
     match filter {
         Filter::RequestHeaders(change) => {
             change.apply(&mut parts.headers);
@@ -151,13 +164,14 @@ fn change(filter: &Filter, on_response: &mut OnResponse, prefix: &mut usize, par
                 on_response.host = Some(host.clone());
             }
             if let Some(path) = rewrite.path_and_query(&parts.uri, *prefix) {
-                parts.uri = path.into();
+                parts.uri = path.map_err(|NoPath| "the rewritten path is no path")?.into();
                 // A later filter would find nothing of the prefix any more.
                 *prefix = parts.uri.path().len();
             }
         }
         _ => {}
     }
+    Ok(())
 }
 
 fn invalid(routed: &Routed, reason: &str) -> Failure {

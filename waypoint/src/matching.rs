@@ -41,6 +41,11 @@ pub fn find(
         path: parts.uri.path(),
         query: parts.uri.query(),
         headers: &parts.headers,
+        scheme: sane.scheme,
+        authority: &sane.authority,
+        port,
+        client_namespace: client,
+        client_address: inbound.source.ip().to_canonical(),
     };
     let matched = routes.find(&head).ok_or(Failure::NoRoute)?;
     if let Some(reason) = &matched.rule.invalid {

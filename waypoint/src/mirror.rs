@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ambit_route::filter::Mirror;
 use http::Request;
+use http::uri::Authority;
 use http_body::Body as _;
 use tokio::time::timeout;
 
@@ -39,8 +40,10 @@ pub fn send(inbound: &Arc<Inbound>, mirrors: &[Mirror], form: &Form<'_>, source:
                 continue;
             }
         };
+        let shadow = if mirror.shadow_host { shadow_host(form) } else { None };
+        let form = Form { host: shadow.as_ref().or(form.host), ..*form };
         let http2 = form.speaks_http2(target.protocol);
-        let head = head(form, http2);
+        let head = head(&form, http2);
         let body = source.map_or(RequestBody::Empty, |source| RequestBody::Copy(source.copy()));
         let inbound = inbound.clone();
         tokio::spawn(async move {
@@ -57,6 +60,16 @@ pub fn send(inbound: &Arc<Inbound>, mirrors: &[Mirror], form: &Form<'_>, source:
             drop(counted);
         });
     }
+}
+
+/// The host of a copy, marked as Envoy marks it: `-shadow` follows its name.
+fn shadow_host(form: &Form<'_>) -> Option<Authority> {
+    let authority = form.host.map_or(&*form.sane.authority, Authority::as_str);
+    let marked = match authority.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()) {
+        Some((host, port)) => format!("{host}-shadow:{port}"),
+        None => format!("{authority}-shadow"),
+    };
+    Authority::try_from(marked).ok()
 }
 
 async fn copy(

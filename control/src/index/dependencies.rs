@@ -41,6 +41,20 @@ pub(super) enum Dependency {
     RoutesTo(NamespacedName),
     /// The ReferenceGrants of a namespace.
     Grants(Arc<str>),
+    /// The routes that want to be attached to a Service or ServiceEntry.
+    RoutesOf(ObjectRef),
+    /// Which hosts Services and ServiceEntries have.
+    Hosts,
+    /// The VirtualServices for a host, as they name it.
+    VirtualServicesFor(Arc<str>),
+    /// The VirtualServices that send requests to a host, and those that take over the rules of these.
+    VirtualServicesTo(Arc<str>),
+    /// The VirtualServices that take over the rules of this one.
+    Delegators(NamespacedName),
+    /// A VirtualService.
+    VirtualService(NamespacedName),
+    /// The pods with this label.
+    Label(Arc<str>, Arc<str>),
 }
 
 /// Dependencies by producer, and producers by dependency.

@@ -233,6 +233,7 @@ impl Index {
                 remote.into_iter().chain(l7::gateways::of_gateway(&reader, id)).collect()
             }
             Kind::HttpRoute | Kind::GrpcRoute => l7::routes::of_route(&reader, producer),
+            Kind::VirtualService => l7::virtual_services::of_virtual_service(&reader, id),
             Kind::ReferenceGrant
             | Kind::Namespace
             | Kind::Node

@@ -6,11 +6,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::dependencies::Dependency;
-use super::store::Store;
+use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
     Gateway, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet,
-    Route, Service, ServiceEntry, Visibility,
+    Route, Service, ServiceEntry, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -169,7 +169,8 @@ impl<'a> Reader<'a> {
         (name != id).then(|| ObjectRef { kind: Kind::ServiceEntry, name: name.clone() })
     }
 
-    fn entries_of_host(&self, host: &Arc<str>) -> impl Iterator<Item = &'a ServiceEntry> {
+    /// The ServiceEntries that offer a host to somebody, in order.
+    pub(super) fn entries_of_host(&self, host: &Arc<str>) -> impl Iterator<Item = &'a ServiceEntry> {
         self.depend(Dependency::Host(host.clone()));
         let ids = self.store.entries_by_host.of(host);
         let entries = ids.filter_map(|id| self.store.service_entries.get(id)).map(AsRef::as_ref);
@@ -196,6 +197,71 @@ impl<'a> Reader<'a> {
         routes.flat_map(|id| [Kind::HttpRoute, Kind::GrpcRoute].map(|kind| (kind, id))).filter_map(
             |(kind, name)| self.store.routes.get(&ObjectRef { kind, name: name.clone() }).map(AsRef::as_ref),
         )
+    }
+
+    /// The routes of Gateway API that want to be attached to a Service or ServiceEntry, in order.
+    pub(super) fn routes_of(&self, parent: &ObjectRef) -> impl Iterator<Item = &'a Route> {
+        self.depend(Dependency::RoutesOf(parent.clone()));
+        let ids = self.store.routes_by_parent.of(parent);
+        ids.filter_map(|id| self.store.routes.get(id)).map(AsRef::as_ref)
+    }
+
+    /// A VirtualService.
+    pub(super) fn virtual_service(&self, id: &NamespacedName) -> Option<&'a VirtualService> {
+        self.depend(Dependency::VirtualService(id.clone()));
+        self.store.virtual_services.get(id).map(AsRef::as_ref)
+    }
+
+    /// The VirtualServices for a host as they name it: a full name or a wildcard.
+    pub(super) fn virtual_services_for(&self, host: &Arc<str>) -> impl Iterator<Item = &'a VirtualService> {
+        self.depend(Dependency::VirtualServicesFor(host.clone()));
+        let ids = self.store.virtual_services_by_host.of(host);
+        ids.filter_map(|id| self.store.virtual_services.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The VirtualServices that send requests to a host.
+    pub(super) fn virtual_services_to(&self, host: &Arc<str>) -> impl Iterator<Item = &'a VirtualService> {
+        self.depend(Dependency::VirtualServicesTo(host.clone()));
+        let ids = self.store.virtual_services_by_destination.of(host);
+        ids.filter_map(|id| self.store.virtual_services.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The VirtualServices that take over the rules of another.
+    pub(super) fn delegators(&self, id: &NamespacedName) -> impl Iterator<Item = &'a VirtualService> {
+        self.depend(Dependency::Delegators(id.clone()));
+        let ids = self.store.virtual_services_by_delegate.of(id);
+        ids.filter_map(|id| self.store.virtual_services.get(id)).map(AsRef::as_ref)
+    }
+
+    /// All Services and ServiceEntries. What is read of one beside its hosts is asked for by its name.
+    pub(super) fn offered_hosts(&self) -> Vec<(ObjectRef, Vec<Arc<str>>)> {
+        self.depend(Dependency::Hosts);
+        let services = self.store.services.values().filter(|service| !service.external_name).map(|service| {
+            let name = service.meta.id.clone();
+            let host = self.settings.host_of_service(&name).into();
+            (ObjectRef { kind: Kind::Service, name }, vec![host])
+        });
+        let entries = self.store.service_entries.values().map(|entry| {
+            let name = entry.meta.id.clone();
+            (ObjectRef { kind: Kind::ServiceEntry, name }, entry.hosts.clone())
+        });
+        let mut all: Vec<_> = services.chain(entries).collect();
+        all.sort();
+        all
+    }
+
+    /// The addresses of the pods with these labels, in a namespace or in all, in order.
+    pub(super) fn addresses_of_pods(&self, namespace: Option<&Arc<str>>, labels: &Labels) -> Vec<IpAddr> {
+        for (key, value) in labels.iter() {
+            self.depend(Dependency::Label(key.clone(), value.clone()));
+        }
+        let members = self.store.members.selected(namespace, labels);
+        let pods = members.iter().filter(|(_, kind)| *kind == Kind::Pod);
+        let pods = pods.filter_map(|(id, _)| self.store.pods.get(id)).filter(|pod| is_addressable(pod));
+        let mut addresses: Vec<IpAddr> = pods.flat_map(|pod| pod.addresses.iter().copied()).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        addresses
     }
 
     /// Whether a ReferenceGrant of `to`'s namespace allows objects of `kind` in `from` to refer to it.

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::Settings;
+use super::l7::hosts;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
     AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry, WorkloadEntry,
-    WorkloadSpec,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry, VirtualService,
+    WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -27,6 +29,7 @@ pub(super) struct Store {
     pub(super) gateways: HashMap<NamespacedName, Arc<Gateway>>,
     pub(super) routes: HashMap<ObjectRef, Arc<Route>>,
     pub(super) grants: HashMap<NamespacedName, Arc<ReferenceGrant>>,
+    pub(super) virtual_services: HashMap<NamespacedName, Arc<VirtualService>>,
 
     /// Pods and WorkloadEntries by label.
     pub(super) members: Members,
@@ -60,6 +63,14 @@ pub(super) struct Store {
     pub(super) entries_by_host: Reverse<Arc<str>>,
     /// Routes by the Services that they send requests to.
     pub(super) routes_by_backend: Reverse<NamespacedName>,
+    /// Routes by the Services and ServiceEntries that they want to be attached to.
+    pub(super) routes_by_parent: Reverse<ObjectRef, ObjectRef>,
+    /// VirtualServices for clients in the mesh, by their hosts.
+    pub(super) virtual_services_by_host: Reverse<Arc<str>>,
+    /// VirtualServices by the hosts that their rules send requests to.
+    pub(super) virtual_services_by_destination: Reverse<Arc<str>>,
+    /// VirtualServices by those whose rules they take over.
+    pub(super) virtual_services_by_delegate: Reverse<NamespacedName>,
     /// ReferenceGrants by namespace.
     pub(super) grants_by_namespace: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
@@ -151,6 +162,38 @@ impl Store {
         }
         for backend in backends {
             self.routes_by_backend.insert(backend, id.name.clone());
+        }
+        for parent in old.iter().flat_map(|route| route.attaches_to()) {
+            self.routes_by_parent.remove(&parent, id);
+        }
+        for parent in new.iter().flat_map(|route| route.attaches_to()) {
+            self.routes_by_parent.insert(parent, id.clone());
+        }
+        old
+    }
+
+    /// Puts a VirtualService in place and returns what was there.
+    pub(super) fn set_virtual_service(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<VirtualService>>,
+        settings: &Settings,
+    ) -> Option<Arc<VirtualService>> {
+        let old = replace(&mut self.virtual_services, id, new);
+        if let Some(old) = &old {
+            hosts::of_virtual_service(settings, old)
+                .for_each(|h| self.virtual_services_by_host.remove(&h, id));
+            hosts::of_destinations(settings, old)
+                .for_each(|h| self.virtual_services_by_destination.remove(&h, id));
+            old.delegates().for_each(|delegate| self.virtual_services_by_delegate.remove(&delegate, id));
+        }
+        if let Some(new) = new {
+            hosts::of_virtual_service(settings, new)
+                .for_each(|h| self.virtual_services_by_host.insert(h, id.clone()));
+            hosts::of_destinations(settings, new)
+                .for_each(|h| self.virtual_services_by_destination.insert(h, id.clone()));
+            new.delegates()
+                .for_each(|delegate| self.virtual_services_by_delegate.insert(delegate, id.clone()));
         }
         old
     }

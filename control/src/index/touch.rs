@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use super::Index;
 use super::dependencies::Dependency;
+use super::l7::hosts;
 use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
     AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
     Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
-    WorkloadEntry,
+    VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -42,6 +43,7 @@ impl Index {
             Object::HttpRoute(new) => self.take_route(Kind::HttpRoute, &id, Some(&new)),
             Object::GrpcRoute(new) => self.take_route(Kind::GrpcRoute, &id, Some(&new)),
             Object::ReferenceGrant(new) => self.take_grant(&id, Some(&new)),
+            Object::VirtualService(new) => self.take_virtual_service(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -62,6 +64,7 @@ impl Index {
             Kind::Gateway => self.take_gateway(id, None),
             Kind::HttpRoute | Kind::GrpcRoute => self.take_route(kind, id, None),
             Kind::ReferenceGrant => self.take_grant(id, None),
+            Kind::VirtualService => self.take_virtual_service(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -142,6 +145,20 @@ impl Index {
                 self.touch_users(&Dependency::Address(address));
             }
         }
+        self.touch_labelled(old.as_ref(), new);
+    }
+
+    /// Marks what lists the addresses of pods by their labels.
+    fn touch_labelled(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) {
+        let listed = |pod: &Pod| (pod.meta.labels.clone(), pod.addresses.clone(), pod.finished);
+        if old.map(|pod| listed(pod)) == new.map(|pod| listed(pod)) {
+            return;
+        }
+        for pod in [old, new].into_iter().flatten() {
+            for (key, value) in pod.meta.labels.iter() {
+                self.touch_users(&Dependency::Label(key.clone(), value.clone()));
+            }
+        }
     }
 
     fn take_service(&mut self, id: &NamespacedName, new: Option<&Arc<Service>>) {
@@ -150,6 +167,10 @@ impl Index {
             return;
         }
         self.touch(Kind::Service, id);
+        let offered = |service: Option<&Arc<Service>>| service.is_some_and(|service| !service.external_name);
+        if offered(old.as_ref()) != offered(new) {
+            self.touch_users(&Dependency::Hosts);
+        }
         let host = self.settings.host_of_service(id);
         self.touch_users(&Dependency::Host(host.into()));
         let owned = |service| cluster_ips(service).copied().collect::<Vec<_>>();
@@ -236,6 +257,10 @@ impl Index {
         }
         self.touch(Kind::ServiceEntry, id);
         self.touch_users(&Dependency::ServiceEntry(id.clone()));
+        let offered = |entry: Option<&Arc<ServiceEntry>>| entry.map(|entry| entry.hosts.clone());
+        if offered(old.as_ref()) != offered(new) {
+            self.touch_users(&Dependency::Hosts);
+        }
         for entry in [old.as_ref(), new].into_iter().flatten() {
             for host in &entry.hosts {
                 self.touch_users(&Dependency::Host(host.clone()));
@@ -263,8 +288,31 @@ impl Index {
             return;
         }
         self.touch(kind, id);
-        for service in [old.as_ref(), new].into_iter().flatten().flat_map(|route| route.services()) {
-            self.touch_users(&Dependency::RoutesTo(service));
+        for route in [old.as_ref(), new].into_iter().flatten() {
+            route.services().for_each(|service| self.touch_users(&Dependency::RoutesTo(service)));
+            route.attaches_to().for_each(|parent| self.touch_users(&Dependency::RoutesOf(parent)));
+        }
+    }
+
+    fn take_virtual_service(&mut self, id: &NamespacedName, new: Option<&Arc<VirtualService>>) {
+        let old = self.store.set_virtual_service(id, new, &self.settings);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::VirtualService, id);
+        self.touch_users(&Dependency::VirtualService(id.clone()));
+        for virtual_service in [old.as_ref(), new].into_iter().flatten() {
+            let for_hosts: Vec<_> = hosts::of_virtual_service(&self.settings, virtual_service).collect();
+            for host in for_hosts {
+                self.touch_users(&Dependency::VirtualServicesFor(host));
+            }
+            let to_hosts: Vec<_> = hosts::of_destinations(&self.settings, virtual_service).collect();
+            for host in to_hosts {
+                self.touch_users(&Dependency::VirtualServicesTo(host));
+            }
+            for delegate in virtual_service.delegates() {
+                self.touch_users(&Dependency::Delegators(delegate));
+            }
         }
     }
 

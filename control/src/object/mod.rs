@@ -32,6 +32,9 @@ pub use istio::authorization::{
     PolicyTargetKind, PortNumber, Rule, Source, TrustDomainPattern,
 };
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
+pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};
+pub use istio::virtual_service_delegate::joined;
+pub use istio::virtual_service_http::{Http, Referents};
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
 
 pub use crate::kind::Kind;
@@ -47,6 +50,7 @@ pub(crate) mod manifest {
     pub(crate) use super::istio::entry::{
         ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry,
     };
+    pub(crate) use super::istio::virtual_service::Manifest as VirtualService;
 }
 
 /// The namespace of objects that name none, as `kubectl` has it.
@@ -128,6 +132,8 @@ pub enum Object {
     GrpcRoute(Arc<Route>),
     /// Who may refer to objects of a namespace from outside.
     ReferenceGrant(Arc<ReferenceGrant>),
+    /// Where requests to hosts go.
+    VirtualService(Arc<VirtualService>),
 }
 
 impl Object {
@@ -150,6 +156,7 @@ impl Object {
             Object::HttpRoute(_) => Kind::HttpRoute,
             Object::GrpcRoute(_) => Kind::GrpcRoute,
             Object::ReferenceGrant(_) => Kind::ReferenceGrant,
+            Object::VirtualService(_) => Kind::VirtualService,
         }
     }
 
@@ -170,6 +177,7 @@ impl Object {
             Object::Gateway(o) => o.meta.id.clone(),
             Object::HttpRoute(o) | Object::GrpcRoute(o) => o.meta.id.clone(),
             Object::ReferenceGrant(o) => o.id.clone(),
+            Object::VirtualService(o) => o.meta.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

@@ -31,8 +31,8 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 4] =
-    [Kind::Service, Kind::AuthorizationPolicy, Kind::ServiceEntry, Kind::WorkloadEntry];
+pub(crate) const KINDS: [Kind; 5] =
+    [Kind::Service, Kind::AuthorizationPolicy, Kind::ServiceEntry, Kind::WorkloadEntry, Kind::VirtualService];
 /// Objects looked at at the same time.
 const CONCURRENT: usize = 8;
 /// Objects taken from the queue together.

@@ -249,9 +249,15 @@ fn rule(rule: &l7::Rule) -> Value {
 }
 
 fn backend(backend: &l7::Backend) -> Value {
+    let subset =
+        if backend.subset.is_empty() { String::new() } else { format!(" subset {}", backend.subset) };
+    let filters = match backend.filters.as_slice() {
+        [] => String::new(),
+        filters => format!(" {:?}", filters.iter().map(|filter| &filter.kind).collect::<Vec<_>>()),
+    };
     let invalid = if backend.invalid.is_empty() { String::new() } else { format!(": {}", backend.invalid) };
     json!(format!(
-        "{}/{}:{} weight {}{invalid}",
+        "{}/{}:{}{subset} weight {}{filters}{invalid}",
         backend.namespace, backend.hostname, backend.port, backend.weight
     ))
 }

@@ -13,6 +13,8 @@ pub struct Backend {
     pub hostname: Arc<str>,
     /// The service's port.
     pub port: u16,
+    /// The part of its endpoints that gets requests; `None`: all of them.
+    pub subset: Option<Arc<str>>,
     /// Filters for its share only, in order.
     pub filters: Box<[Filter]>,
     /// Why requests can't go there. Its share is answered with 500.

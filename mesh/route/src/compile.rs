@@ -1,19 +1,20 @@
 //! From a route as it comes over the wire to entries of the table.
 //!
 //! A rule of which a part can't be read is kept and answers 500: to leave it out would send its requests to the next rule.
-//! A condition that can't be read counts as met, and a path that can't be read as the prefix `/`.
+//! A condition that can't be read counts as met ([`crate::conditions`]).
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_api::l7;
-use http::{HeaderName, Method, StatusCode};
+use http::{HeaderName, StatusCode};
 
 use crate::backend::{Backend, Backends};
-use crate::field::{FieldMatch, StringMatch, whole};
+use crate::conditions::{Conditions, PathMatch};
+use crate::field::StringMatch;
 use crate::filter::{self, Filter};
 use crate::rule::{Retry, RouteName, Rule, Timeouts};
-use crate::table::{Entry, PathMatch};
+use crate::table::Entry;
 
 /// A route, ready for the table.
 pub(crate) struct Compiled {
@@ -24,7 +25,7 @@ pub(crate) struct Compiled {
 /// What of a rule can't be read, if anything.
 pub fn fault(rule: &l7::Rule) -> Option<String> {
     let mut faults = Vec::new();
-    rule.matches.iter().for_each(|source| drop(conditions(source, &mut faults)));
+    rule.matches.iter().for_each(|source| drop(Conditions::read(source, &mut faults)));
     let nobody = Arc::new(RouteName { kind: "".into(), namespace: "".into(), name: "".into() });
     self::rule(&nobody, 0, rule, faults).invalid.map(|reason| reason.to_string())
 }
@@ -44,50 +45,18 @@ pub(crate) fn route(route: &l7::Route) -> Compiled {
         let everything = [l7::Match::default()];
         let matches = if source.matches.is_empty() { &everything[..] } else { &source.matches };
         let mut faults = Vec::new();
-        let conditions: Vec<_> = matches.iter().map(|source| conditions(source, &mut faults)).collect();
+        let conditions: Vec<_> = matches.iter().map(|source| Conditions::read(source, &mut faults)).collect();
         let rule = Arc::new(rule(&name, at, source, faults));
-        for (place, (path, method, headers, query)) in (0_u32..).zip(conditions) {
+        for (place, (path, conditions)) in (0_u32..).zip(conditions) {
             let seniority = (created, order_by.clone(), at, place);
-            entries.push((path, Entry { method, headers, query, rule: rule.clone(), seniority }));
+            entries.push((path, Entry { conditions, rule: rule.clone(), seniority }));
         }
     }
     Compiled { order: route.order(), entries }
 }
 
-type Conditions = (PathMatch, Option<Method>, Vec<FieldMatch>, Vec<FieldMatch>);
-
-fn conditions(source: &l7::Match, faults: &mut Vec<String>) -> Conditions {
-    let path = match source.path.as_ref().and_then(|path| path.kind.as_ref()) {
-        None => Ok(prefix("/")),
-        Some(l7::path_match::Kind::Exact(path)) => Ok(PathMatch::Exact(path.as_str().into())),
-        Some(l7::path_match::Kind::Prefix(path)) => Ok(prefix(path)),
-        Some(l7::path_match::Kind::Regex(pattern)) => whole(pattern).map(PathMatch::Regex),
-    };
-    let method = match source.method.as_str() {
-        "" => Ok(None),
-        name => Method::from_bytes(name.as_bytes()).map(Some).map_err(|_| format!("no method: {name:?}")),
-    };
-    let headers = source.headers.iter().map(|field| {
-        let name = header_name(&field.name)?;
-        Ok(FieldMatch::Header(name, string_match(field.value.as_ref())?))
-    });
-    let query = source
-        .query
-        .iter()
-        .map(|field| Ok(FieldMatch::Query(field.name.as_str().into(), string_match(field.value.as_ref())?)));
-    let headers: Vec<Result<FieldMatch, String>> = headers.collect();
-    let query: Vec<Result<FieldMatch, String>> = query.collect();
-    let headers = headers.into_iter().filter_map(|field| noted(field, faults)).collect();
-    let query = query.into_iter().filter_map(|field| noted(field, faults)).collect();
-    (noted(path, faults).unwrap_or_else(|| prefix("/")), noted(method, faults).flatten(), headers, query)
-}
-
 fn noted<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
     result.map_err(|fault| faults.push(fault)).ok()
-}
-
-fn prefix(path: &str) -> PathMatch {
-    PathMatch::Prefix(path.trim_end_matches('/').into())
 }
 
 pub(crate) fn header_name(name: &str) -> Result<HeaderName, String> {
@@ -143,6 +112,7 @@ fn backend(source: &l7::Backend) -> Backend {
         namespace: source.namespace.as_str().into(),
         hostname: source.hostname.to_ascii_lowercase().into(),
         port: port.unwrap_or_default(),
+        subset: (!source.subset.is_empty()).then(|| source.subset.as_str().into()),
         filters,
         invalid: invalid.map(Into::into),
     }

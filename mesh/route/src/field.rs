@@ -43,11 +43,18 @@ impl StringMatch {
 ///
 /// # Errors
 /// Why it is no pattern, or would take too much memory.
-pub(crate) fn whole(pattern: &str) -> Result<Regex, String> {
+pub(crate) fn whole(text: &str) -> Result<Regex, String> {
+    pattern(&format!("^(?:{text})$"))
+}
+
+/// A pattern that matches anywhere in a text.
+///
+/// # Errors
+/// Why it is no pattern, or would take too much memory.
+pub(crate) fn pattern(text: &str) -> Result<Regex, String> {
     /// Bytes that a compiled pattern may take.
     const LIMIT: usize = 1 << 20;
-    let anchored = format!("^(?:{pattern})$");
-    regex::RegexBuilder::new(&anchored).size_limit(LIMIT).build().map_err(|error| error.to_string())
+    regex::RegexBuilder::new(text).size_limit(LIMIT).build().map_err(|error| error.to_string())
 }
 
 /// A match of one header field or query parameter.
@@ -55,6 +62,8 @@ pub(crate) fn whole(pattern: &str) -> Result<Regex, String> {
 pub enum FieldMatch {
     /// Of a header. Several lines of one name are one value, joined by commas (RFC 9110 §5.3).
     Header(HeaderName, StringMatch),
+    /// Of a header that must not be like this. A missing one counts as an empty value.
+    WithoutHeader(HeaderName, StringMatch),
     /// Of a query parameter, decoded. One of several of one name must match.
     Query(Box<str>, StringMatch),
 }
@@ -68,6 +77,12 @@ impl FieldMatch {
                 Field::Text(value) => wanted.matches(Some(&value)),
                 // Bytes that are no text are there, and equal to nothing that can be written down.
                 Field::Bytes => matches!(wanted, StringMatch::Present(true)),
+            },
+            Self::WithoutHeader(name, unwanted) => match (header(headers, name), unwanted) {
+                (Field::Missing, StringMatch::Present(wanted)) => *wanted,
+                (Field::Missing, unwanted) => !unwanted.matches(Some("")),
+                (Field::Text(value), unwanted) => !unwanted.matches(Some(&value)),
+                (Field::Bytes, unwanted) => !matches!(unwanted, StringMatch::Present(true)),
             },
             Self::Query(name, wanted) => {
                 let mut values =

@@ -8,10 +8,11 @@ use bytes::Bytes;
 use http::header::{HOST, HeaderMap};
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderName, HeaderValue, StatusCode, Uri};
+use regex::Regex;
 
 use crate::backend::Backend;
 use crate::compile::{header_name, status, string_match};
-use crate::field::StringMatch;
+use crate::field::{StringMatch, pattern};
 
 /// What is done with a request or its response.
 #[derive(Debug, Clone)]
@@ -67,8 +68,12 @@ impl HeaderChange {
 pub enum PathChange {
     /// This one.
     Full(Box<str>),
-    /// This in place of the prefix that matched.
+    /// This in place of the prefix that matched, joined with one slash.
     Prefix(Box<str>),
+    /// This in place of the letters that matched.
+    TextPrefix(Box<str>),
+    /// This, in the notation of [`Regex::replace_all`], in place of each match.
+    Regex(Regex, Box<str>),
 }
 
 impl PathChange {
@@ -78,6 +83,8 @@ impl PathChange {
     pub fn apply(&self, path: &str, prefix: usize) -> String {
         match self {
             Self::Full(path) => path.to_string(),
+            Self::TextPrefix(new) => format!("{new}{}", path.get(prefix..).unwrap_or_default()),
+            Self::Regex(pattern, new) => pattern.replace_all(path, &**new).into_owned(),
             Self::Prefix(new) => {
                 let rest = path.get(prefix..).unwrap_or_default().trim_start_matches('/');
                 let new = new.trim_end_matches('/');
@@ -98,6 +105,7 @@ pub struct Redirect {
     hostname: Option<Box<str>>,
     path: Option<PathChange>,
     port: Option<u16>,
+    port_choice: l7::PortChoice,
     /// The answer's status.
     pub status: StatusCode,
 }
@@ -109,6 +117,8 @@ pub struct Origin<'a> {
     pub scheme: &'a str,
     /// The host, without port.
     pub host: &'a str,
+    /// The host as the client wrote it, with the port if it wrote one.
+    pub authority: &'a str,
     /// The port of the listener or service that it came to.
     pub port: u16,
     /// The path.
@@ -123,28 +133,56 @@ impl Redirect {
     /// The value of `Location`; `None` if it would be none.
     pub fn location(&self, origin: &Origin<'_>) -> Option<HeaderValue> {
         let scheme = self.scheme.as_deref().unwrap_or(origin.scheme);
-        let host = self.hostname.as_deref().unwrap_or(origin.host);
-        let well_known = match scheme {
-            "https" => 443,
-            _ => 80,
-        };
-        // Gateway API, HTTPRequestRedirectFilter.port: without one, the well-known port of a scheme that is named, else the
-        // port of the listener.
-        let port = match (self.port, &self.scheme) {
-            (Some(port), _) => port,
-            (None, Some(_)) => well_known,
-            (None, None) => origin.port,
-        };
+        let authority = self.authority(scheme, origin);
         let path = match &self.path {
             Some(change) => change.apply(origin.path, origin.prefix),
             None => origin.path.to_owned(),
         };
+        // A path that brings a query replaces that of the request.
+        let query = origin.query.filter(|_| !path.contains('?'));
+        let query = query.map(|query| format!("?{query}")).unwrap_or_default();
+        HeaderValue::try_from(format!("{scheme}://{authority}{path}{query}")).ok()
+    }
+
+    fn authority(&self, scheme: &str, origin: &Origin<'_>) -> String {
+        use l7::PortChoice::{OfAuthority, OfProtocol, OfRequest, OfSchemeOrListener};
+        let (host, of_authority) = match (&self.hostname, self.port_choice) {
+            (Some(host), OfAuthority | OfProtocol | OfRequest) => host_and_port(host),
+            (None, OfAuthority) => host_and_port(origin.authority),
+            (Some(host), OfSchemeOrListener) => (&**host, None),
+            (None, OfProtocol | OfRequest | OfSchemeOrListener) => (origin.host, None),
+        };
+        // The port of another scheme stays behind.
+        let of_authority = of_authority.filter(|port| {
+            self.hostname.is_some() || self.scheme.is_none() || *port != well_known(origin.scheme)
+        });
+        let port = match (self.port, self.port_choice) {
+            (Some(port), _) => Some(port),
+            (None, OfAuthority) => of_authority,
+            (None, OfProtocol) => None,
+            (None, OfRequest) => Some(origin.port),
+            // Gateway API, HTTPRequestRedirectFilter.port: without one, the well-known port of a scheme that is named, else
+            // the port of the listener.
+            (None, OfSchemeOrListener) => self.scheme.is_none().then_some(origin.port),
+        };
         let host =
             if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() };
-        let port = if port == well_known { String::new() } else { format!(":{port}") };
-        let query = origin.query.map(|query| format!("?{query}")).unwrap_or_default();
-        HeaderValue::try_from(format!("{scheme}://{host}{port}{path}{query}")).ok()
+        match port.filter(|port| *port != well_known(scheme)) {
+            Some(port) => format!("{host}:{port}"),
+            None => host,
+        }
     }
+}
+
+fn well_known(scheme: &str) -> u16 {
+    if scheme == "https" { 443 } else { 80 }
+}
+
+/// The parts of `host:port`; an IPv6 address with a port has brackets.
+fn host_and_port(authority: &str) -> (&str, Option<u16>) {
+    let parts = authority.rsplit_once(':').filter(|(host, _)| !host.contains(':') || host.ends_with(']'));
+    let port = parts.and_then(|(host, port)| Some((host, port.parse().ok()?)));
+    port.map_or((authority, None), |(host, port)| (host, Some(port)))
 }
 
 /// Another host or path for the backend.
@@ -160,22 +198,31 @@ impl Rewrite {
         self.host.as_ref()
     }
 
-    /// The path and query of a request of which `prefix` bytes matched; `None` if nothing changes or it would be none.
-    pub fn path_and_query(&self, uri: &Uri, prefix: usize) -> Option<PathAndQuery> {
+    /// The path and query of a request of which `prefix` bytes matched; `None` if nothing changes.
+    pub fn path_and_query(&self, uri: &Uri, prefix: usize) -> Option<Result<PathAndQuery, NoPath>> {
         let path = self.path.as_ref()?.apply(uri.path(), prefix);
+        if !path.starts_with('/') {
+            return Some(Err(NoPath));
+        }
         let text = match uri.query() {
             Some(query) => format!("{path}?{query}"),
             None => path,
         };
-        PathAndQuery::try_from(text).ok()
+        Some(PathAndQuery::try_from(text).map_err(|_| NoPath))
     }
 }
+
+/// What a rewrite comes to is no path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NoPath;
 
 /// A copy for another backend.
 #[derive(Debug, Clone)]
 pub struct Mirror {
     /// Where it goes.
     pub backend: Arc<Backend>,
+    /// Whether the host of the copy ends with `-shadow`.
+    pub shadow_host: bool,
     numerator: u32,
     denominator: u32,
 }
@@ -199,6 +246,8 @@ pub struct Cors {
     expose: Option<HeaderValue>,
     credentials: bool,
     max_age: Option<HeaderValue>,
+    /// Whether requests of other origins go to the backend as they are.
+    pub forward_unmatched: bool,
 }
 
 const ALLOW_ORIGIN: HeaderName = http::header::ACCESS_CONTROL_ALLOW_ORIGIN;
@@ -274,7 +323,16 @@ impl Cors {
 #[derive(Debug, Clone, Copy)]
 pub struct Fault {
     delay: Option<(u32, Duration)>,
-    abort: Option<(u32, StatusCode)>,
+    abort: Option<(u32, Abort)>,
+}
+
+/// How a request is answered instead of its backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Abort {
+    /// With this status.
+    Http(StatusCode),
+    /// With this status of gRPC.
+    Grpc(u8),
 }
 
 impl Fault {
@@ -284,8 +342,8 @@ impl Fault {
     }
 
     /// How the request that drew this number is answered.
-    pub fn abort(&self, draw: u32) -> Option<StatusCode> {
-        self.abort.filter(|(share, _)| draw % MILLION < *share).map(|(_, status)| status)
+    pub fn abort(&self, draw: u32) -> Option<Abort> {
+        self.abort.filter(|(share, _)| draw % MILLION < *share).map(|(_, abort)| abort)
     }
 }
 
@@ -303,17 +361,19 @@ pub(crate) fn compile(
         Kind::Redirect(redirect) => Ok(Filter::Redirect(Redirect {
             scheme: text(&redirect.scheme),
             hostname: text(&redirect.hostname),
-            path: path_change(redirect.path.as_ref()),
+            path: path_change(redirect.path.as_ref())?,
+            port_choice: redirect.port_choice(),
             port: u16::try_from(redirect.port).ok().filter(|port| *port != 0),
             status: status(redirect.status)?,
         })),
         Kind::Rewrite(rewrite) => {
             let host = text(&rewrite.hostname).map(|host| Authority::try_from(&*host));
             let host = host.transpose().map_err(|_| format!("no host: {:?}", rewrite.hostname))?;
-            Ok(Filter::Rewrite(Rewrite { host, path: path_change(rewrite.path.as_ref()) }))
+            Ok(Filter::Rewrite(Rewrite { host, path: path_change(rewrite.path.as_ref())? }))
         }
         Kind::Mirror(mirror) => Ok(Filter::Mirror(Mirror {
             backend: Arc::new(backend(mirror.backend.as_ref().ok_or("a mirror without a backend")?)),
+            shadow_host: mirror.shadow_host,
             numerator: mirror.numerator,
             denominator: mirror.denominator,
         })),
@@ -321,7 +381,7 @@ pub(crate) fn compile(
         Kind::Fault(fault) => Ok(Filter::Fault(Fault {
             delay: (fault.delay_ppm > 0).then(|| (fault.delay_ppm, Duration::from_nanos(fault.delay_nanos))),
             abort: (fault.abort_ppm > 0)
-                .then(|| status(fault.abort_status).map(|status| (fault.abort_ppm, status)))
+                .then(|| Ok::<_, String>((fault.abort_ppm, abort(fault)?)))
                 .transpose()?,
         })),
         Kind::Respond(answer) => Ok(Filter::Respond(status(answer.status)?, answer.body.clone())),
@@ -332,11 +392,54 @@ fn text(text: &str) -> Option<Box<str>> {
     (!text.is_empty()).then(|| text.into())
 }
 
-fn path_change(source: Option<&l7::PathChange>) -> Option<PathChange> {
-    Some(match source?.kind.as_ref()? {
-        l7::path_change::Kind::Full(path) => PathChange::Full(path.as_str().into()),
-        l7::path_change::Kind::Prefix(path) => PathChange::Prefix(path.as_str().into()),
-    })
+fn abort(source: &l7::Fault) -> Result<Abort, String> {
+    match source.abort_status {
+        0 => u8::try_from(source.abort_grpc)
+            .ok()
+            .filter(|code| (1..=16).contains(code))
+            .map(Abort::Grpc)
+            .ok_or_else(|| format!("no status of gRPC for an abort: {}", source.abort_grpc)),
+        code => status(code).map(Abort::Http),
+    }
+}
+
+fn path_change(source: Option<&l7::PathChange>) -> Result<Option<PathChange>, String> {
+    use l7::path_change::Kind;
+    let Some(kind) = source.and_then(|source| source.kind.as_ref()) else { return Ok(None) };
+    Ok(Some(match kind {
+        Kind::Full(path) => PathChange::Full(path.as_str().into()),
+        Kind::Prefix(path) => PathChange::Prefix(path.as_str().into()),
+        Kind::TextPrefix(path) => PathChange::TextPrefix(path.as_str().into()),
+        Kind::Regex(rewrite) => {
+            let pattern = pattern(&rewrite.pattern)?;
+            let new = replacement(&rewrite.substitution, pattern.captures_len())?;
+            PathChange::Regex(pattern, new.into())
+        }
+    }))
+}
+
+/// A substitution of RE2 in the notation of [`Regex::replace_all`].
+fn replacement(substitution: &str, groups: usize) -> Result<String, String> {
+    let mut replacement = String::with_capacity(substitution.len());
+    let mut letters = substitution.chars();
+    while let Some(letter) = letters.next() {
+        match letter {
+            '$' => replacement.push_str("$$"),
+            '\\' => match letters.next() {
+                Some('\\') => replacement.push('\\'),
+                Some(digit @ '0'..='9') => {
+                    let group = usize::from(u8::try_from(digit).unwrap_or(b'0') - b'0');
+                    if group >= groups {
+                        return Err(format!("{substitution:?} names a group that the pattern has not"));
+                    }
+                    replacement.push_str(&format!("${{{group}}}"));
+                }
+                _ => return Err(format!("{substitution:?} is no substitution of a pattern")),
+            },
+            other => replacement.push(other),
+        }
+    }
+    Ok(replacement)
 }
 
 fn header_change(source: &l7::HeaderChange) -> Result<HeaderChange, String> {
@@ -373,5 +476,6 @@ fn cors(source: &l7::Cors) -> Result<Cors, String> {
         expose: list(&source.expose)?,
         credentials: source.credentials,
         max_age: (source.max_age > 0).then(|| HeaderValue::from(source.max_age)),
+        forward_unmatched: source.forward_unmatched,
     })
 }

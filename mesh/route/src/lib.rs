@@ -10,6 +10,7 @@
 
 mod backend;
 mod compile;
+mod conditions;
 mod field;
 pub mod filter;
 mod hosts;

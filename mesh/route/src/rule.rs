@@ -101,7 +101,7 @@ impl RetryConditions {
         let condition = match name {
             "connect-failure" => &mut self.connect_failure,
             "refused-stream" => &mut self.refused_stream,
-            "reset" | "reset-before-request" => &mut self.reset,
+            "reset" => &mut self.reset,
             "gateway-error" => &mut self.gateway_error,
             "5xx" => &mut self.server_error,
             "retriable-4xx" => &mut self.retriable_4xx,
@@ -110,8 +110,13 @@ impl RetryConditions {
             "internal" => &mut self.internal,
             "resource-exhausted" => &mut self.resource_exhausted,
             "unavailable" => &mut self.unavailable,
-            // Answers by their codes are listed beside the conditions.
-            "retriable-status-codes" => return true,
+            // Answers by their codes are listed beside the conditions; a request that never left is always sent again; what the
+            // others name does not happen here.
+            "retriable-status-codes"
+            | "reset-before-request"
+            | "envoy-ratelimited"
+            | "retriable-headers"
+            | "http3-post-connect-failure" => return true,
             _ => return false,
         };
         *condition = true;

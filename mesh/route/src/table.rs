@@ -5,14 +5,14 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_api::l7;
 use http::{HeaderMap, Method};
-use regex::Regex;
 
 use crate::compile;
-use crate::field::FieldMatch;
+use crate::conditions::{Conditions, PathMatch};
 use crate::hosts::Hosts;
 use crate::rule::Rule;
 
@@ -29,6 +29,16 @@ pub struct RequestHead<'a> {
     pub query: Option<&'a str>,
     /// The headers.
     pub headers: &'a HeaderMap,
+    /// `http` or `https`.
+    pub scheme: &'a str,
+    /// The authority as the client wrote it.
+    pub authority: &'a str,
+    /// The port of the service that it came to.
+    pub port: u16,
+    /// The client's namespace, by its identity; empty if it has none.
+    pub client_namespace: &'a str,
+    /// The client's address.
+    pub client_address: IpAddr,
 }
 
 /// The rule of a request.
@@ -133,21 +143,10 @@ pub struct RouteSet {
     has_declared: bool,
 }
 
-/// What the path must be.
-#[derive(Debug, Clone)]
-pub(crate) enum PathMatch {
-    Exact(Box<str>),
-    /// Without a slash at its end.
-    Prefix(Box<str>),
-    Regex(Regex),
-}
-
 /// One match of one rule.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
-    pub(crate) method: Option<Method>,
-    pub(crate) headers: Vec<FieldMatch>,
-    pub(crate) query: Vec<FieldMatch>,
+    pub(crate) conditions: Conditions,
     pub(crate) rule: Arc<Rule>,
     /// Age and name of the route, then the places of rule and match in it.
     pub(crate) seniority: (i64, Arc<str>, u32, u32),
@@ -157,7 +156,8 @@ pub(crate) struct Entry {
 #[derive(Debug, Default)]
 struct Paths {
     exact: HashMap<Box<str>, Vec<Entry>>,
-    regex: Vec<(Regex, Entry)>,
+    /// Those that are tried one by one.
+    patterns: Vec<(PathMatch, Entry)>,
     prefix: HashMap<Box<str>, Vec<Entry>>,
     /// The longest prefix: no longer part of a path needs a look.
     longest: usize,
@@ -165,30 +165,15 @@ struct Paths {
 
 impl Entry {
     fn matches(&self, request: &RequestHead<'_>) -> bool {
-        let field = |field: &FieldMatch| field.matches(request.headers, request.query);
-        self.method.as_ref().is_none_or(|method| method == request.method)
-            && self.headers.iter().all(field)
-            && self.query.iter().all(field)
+        self.conditions.matches(request)
     }
 
     /// Gateway API, HTTPRouteMatch: after the path a method counts, then the number of headers, then that of query
     /// parameters, then the route's age, its name, and the order of its rules.
     fn precedence(&self) -> impl Ord + use<> {
-        let specific = (self.method.is_none(), Reverse(self.headers.len()), Reverse(self.query.len()));
+        let Conditions { method, headers, query, .. } = &self.conditions;
+        let specific = (method.is_none(), Reverse(headers.len()), Reverse(query.len()));
         (specific, self.seniority.clone())
-    }
-}
-
-impl PathMatch {
-    fn matches(&self, path: &str) -> Option<usize> {
-        match self {
-            Self::Exact(wanted) => (**wanted == *path).then_some(path.len()),
-            Self::Regex(regex) => regex.is_match(path).then_some(path.len()),
-            Self::Prefix(prefix) => {
-                let rest = path.strip_prefix(&**prefix)?;
-                (rest.is_empty() || rest.starts_with('/')).then_some(prefix.len())
-            }
-        }
     }
 }
 
@@ -244,7 +229,10 @@ impl Paths {
         let entry = entry.clone();
         match path {
             PathMatch::Exact(path) => self.exact.entry(path.clone()).or_default().push(entry),
-            PathMatch::Regex(regex) => self.regex.push((regex.clone(), entry)),
+            PathMatch::Regex(_)
+            | PathMatch::TextPrefix(_)
+            | PathMatch::ExactIgnoringCase(_)
+            | PathMatch::TextPrefixIgnoringCase(_) => self.patterns.push((path.clone(), entry)),
             PathMatch::Prefix(prefix) => {
                 self.longest = self.longest.max(prefix.len());
                 self.prefix.entry(prefix.clone()).or_default().push(entry);
@@ -256,7 +244,7 @@ impl Paths {
         for entries in self.exact.values_mut().chain(self.prefix.values_mut()) {
             entries.sort_by_cached_key(Entry::precedence);
         }
-        self.regex.sort_by_cached_key(|(regex, entry)| (Reverse(regex.as_str().len()), entry.precedence()));
+        self.patterns.sort_by_cached_key(|(path, entry)| (Reverse(path.length()), entry.precedence()));
     }
 
     fn find(&self, request: &RequestHead<'_>) -> Option<Matched<'_>> {
@@ -271,10 +259,12 @@ impl Paths {
         {
             return entries.get(at).map(|entry| Matched { rule: &entry.rule, prefix });
         }
-        if let Some((_, entry)) =
-            self.regex.iter().find(|(regex, entry)| regex.is_match(path) && entry.matches(request))
-        {
-            return Some(Matched { rule: &entry.rule, prefix: path.len() });
+        let by_pattern = self.patterns.iter().find_map(|(pattern, entry)| {
+            let prefix = pattern.matches(path)?;
+            entry.matches(request).then_some(Matched { rule: &entry.rule, prefix })
+        });
+        if by_pattern.is_some() {
+            return by_pattern;
         }
         if self.prefix.is_empty() {
             return None;

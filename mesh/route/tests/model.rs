@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a test fails by panicking")]
 
+use std::net::IpAddr;
+
 use ambit_api::l7;
 use ambit_route::{Backend, Backends, RequestHead, Table};
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
@@ -46,17 +48,19 @@ fn exactly(value: &str) -> Option<l7::StringMatch> {
 }
 
 fn to_wire(name: usize, created: i64, rules: &[Vec<Match>]) -> l7::Route {
-    let field = |name: &&str| l7::FieldMatch { name: (*name).to_owned(), value: exactly("1") };
+    let field = |name: &&str| l7::FieldMatch { name: (*name).to_owned(), value: exactly("1"), invert: false };
     let to_match = |source: &Match| l7::Match {
         path: Some(l7::PathMatch {
             kind: Some(match source.path {
                 Path::Exact(path) => l7::path_match::Kind::Exact(path.to_owned()),
                 Path::Prefix(path) => l7::path_match::Kind::Prefix(path.to_owned()),
             }),
+            ..l7::PathMatch::default()
         }),
         method: if source.method { "PUT".to_owned() } else { String::new() },
         headers: source.headers.iter().map(field).collect(),
         query: source.query.iter().map(field).collect(),
+        ..l7::Match::default()
     };
     let rule = |(at, matches): (usize, &Vec<Match>)| l7::Rule {
         name: format!("{name}/{at}"),
@@ -73,6 +77,21 @@ fn to_wire(name: usize, created: i64, rules: &[Vec<Match>]) -> l7::Route {
         targets: vec![l7::Target { namespace: "n".into(), hostname: "h".into(), ..l7::Target::default() }],
         rules: rules.iter().enumerate().map(rule).collect(),
         ..l7::Route::default()
+    }
+}
+
+fn head<'a>(path: &'a str, headers: &'a HeaderMap) -> RequestHead<'a> {
+    RequestHead {
+        method: &Method::GET,
+        host: "",
+        path,
+        query: None,
+        headers,
+        scheme: "http",
+        authority: "",
+        port: 80,
+        client_namespace: "",
+        client_address: IpAddr::from([10, 0, 0, 1]),
     }
 }
 
@@ -132,7 +151,7 @@ proptest! {
         let text = query.iter().map(|name| format!("{name}=1")).collect::<Vec<_>>().join("&");
         let method = if put { Method::PUT } else { Method::GET };
         let head =
-            RequestHead { method: &method, host: "any", path, query: Some(&text), headers: &map };
+            RequestHead { method: &method, host: "any", query: Some(&text), ..head(path, &map) };
         let routes_of = table.routes("n", "h", 80, "").unwrap();
         let found = routes_of.find(&head).map(|matched| matched.rule.name.to_string());
         prop_assert_eq!(found, naive(&routes, (path, put, &headers, &query)));
@@ -141,6 +160,7 @@ proptest! {
     #[test]
     fn each_backend_gets_as_many_numbers_as_its_weight(weights in prop::collection::vec(0..20_u32, 1..6)) {
         let backend = |at: usize| Backend {
+            subset: None,
             namespace: "n".into(),
             hostname: at.to_string().into(),
             port: 80,
@@ -167,7 +187,7 @@ fn a_port_has_the_routes_of_all_ports_too() {
     let table = Table::new([&everywhere, &one_port]);
     let rule = |port, path| {
         let headers = HeaderMap::new();
-        let head = RequestHead { method: &Method::GET, host: "", path, query: None, headers: &headers };
+        let head = head(path, &headers);
         table.routes("n", "h", port, "").unwrap().find(&head).unwrap().rule.name.to_string()
     };
     assert_eq!((rule(80, "/a"), rule(81, "/a"), rule(81, "/b")), ("0/0".into(), "1/0".into(), "0/0".into()));
@@ -180,7 +200,7 @@ fn a_consumers_routes_replace_those_of_the_producer_for_its_clients() {
     consumer.targets[0].client_namespace = "c".into();
     let table = Table::new([&producer, &consumer]);
     let headers = HeaderMap::new();
-    let head = RequestHead { method: &Method::GET, host: "", path: "/b", query: None, headers: &headers };
+    let head = head("/b", &headers);
     assert!(table.routes("n", "h", 80, "c").unwrap().find(&head).is_none());
     assert!(table.routes("n", "h", 80, "d").unwrap().find(&head).is_some());
 }
@@ -189,10 +209,10 @@ fn a_consumers_routes_replace_those_of_the_producer_for_its_clients() {
 fn what_cant_be_read_answers_and_is_not_passed_by() {
     let mut route = to_wire(0, 1, &[vec![prefix("/")]]);
     route.rules[0].matches[0].path =
-        Some(l7::PathMatch { kind: Some(l7::path_match::Kind::Regex("(".to_owned())) });
+        Some(l7::PathMatch { kind: Some(l7::path_match::Kind::Regex("(".to_owned())), ..Default::default() });
     let table = Table::new([&route]);
     let headers = HeaderMap::new();
-    let head = RequestHead { method: &Method::GET, host: "", path: "/b", query: None, headers: &headers };
+    let head = head("/b", &headers);
     let found = table.routes("n", "h", 80, "").unwrap().find(&head).unwrap();
     assert!(found.rule.invalid.is_some());
     assert!(ambit_route::fault(&route.rules[0]).is_some());

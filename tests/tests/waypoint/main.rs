@@ -15,6 +15,7 @@ mod http;
 mod policy;
 mod resilience;
 mod routing;
+mod tasks;
 mod thin;
 
 use std::process::ExitCode;
@@ -28,5 +29,6 @@ fn main() -> ExitCode {
     hardening::add(&mut trials);
     policy::add(&mut trials);
     resilience::add(&mut trials);
+    tasks::add(&mut trials);
     trials.run()
 }

@@ -130,8 +130,7 @@ fn service(
         weighted_waypoints: waypoints.weighted,
         visibility: services::visibility(entry.visibility) as i32,
     };
-    let parents = super::l7::views::of_binding(reader, &id.namespace, &entry.waypoint);
-    wire::service_resource(message, &addresses, parents.into_iter().collect())
+    wire::service_resource(message, &addresses, super::l7::views::of_entry(reader, entry, host))
 }
 
 /// The workloads of the endpoints that an entry lists, for the hosts that it offers.

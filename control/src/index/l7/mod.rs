@@ -3,8 +3,10 @@
 //! A waypoint sees what is below the root of its view: [`views`] says for each resource below which roots it is.
 
 pub(super) mod gateways;
+pub(super) mod hosts;
 pub(super) mod policies;
 pub(super) mod routes;
 pub(super) mod views;
+pub(super) mod virtual_services;
 
-use super::{Finding, l4, outputs, reader};
+use super::{Finding, Settings, l4, outputs, reader};

@@ -153,6 +153,7 @@ impl Lowering<'_, '_> {
                         backend: Some(l7::Backend { weight: 1, ..self.backend(backend) }),
                         denominator: *denominator,
                         numerator: *numerator,
+                        shadow_host: false,
                     })
                 }
             };

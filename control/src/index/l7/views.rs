@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::reader::Reader;
+use super::virtual_services;
 use crate::object::{
-    Choice, Kind, NamespacedName, ObjectRef, Pod, Route, Service, TargetKind, WaypointBinding,
+    Choice, Kind, NamespacedName, ObjectRef, Pod, Route, Service, ServiceEntry, TargetKind, WaypointBinding,
 };
 
 /// The root of the view of the waypoint `<namespace>/<name>`: the name that its resources have among their parents.
@@ -26,6 +27,20 @@ pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Ve
             roots.extend(of_route(reader, route));
         }
     }
+    let host = reader.settings.host_of_service(&service.meta.id).into();
+    roots.extend(virtual_services::roots_to(reader, &host, &own.name.namespace, service.visibility));
+    roots.into_iter().collect()
+}
+
+/// Below what a host of a ServiceEntry is.
+pub(in crate::index) fn of_entry(
+    reader: &Reader<'_>,
+    entry: &ServiceEntry,
+    host: &Arc<str>,
+) -> Vec<Arc<str>> {
+    let namespace = &entry.meta.id.namespace;
+    let mut roots = of_binding(reader, namespace, &entry.waypoint);
+    roots.extend(virtual_services::roots_to(reader, host, namespace, entry.visibility));
     roots.into_iter().collect()
 }
 
@@ -50,20 +65,28 @@ pub(in crate::index) fn of_route(reader: &Reader<'_>, route: &Route) -> Roots {
     roots
 }
 
-/// The waypoints that something in `namespace` with this binding is bound to, canary included.
+/// The roots of the waypoints that something in `namespace` with this binding is bound to, canary included.
 pub(in crate::index) fn of_binding(
     reader: &Reader<'_>,
     namespace: &Arc<str>,
     binding: &WaypointBinding,
 ) -> Roots {
+    gateways_of(reader, namespace, binding).into_iter().map(root).collect()
+}
+
+/// The waypoints that something in `namespace` with this binding is bound to, canary included.
+pub(in crate::index) fn gateways_of<'b>(
+    reader: &Reader<'b>,
+    namespace: &Arc<str>,
+    binding: &'b WaypointBinding,
+) -> Vec<&'b NamespacedName> {
     let defaults = reader.namespace(namespace).map(|namespace| &namespace.waypoint);
     let in_force = if binding.choice.is_some() { Some(binding) } else { defaults };
     let Some(Choice::Named(primary)) = in_force.and_then(|binding| binding.choice.as_ref()) else {
-        return Roots::new();
+        return Vec::new();
     };
     let canary = binding.canary.as_ref().or(in_force.and_then(|binding| binding.canary.as_ref()));
-    let names = canary.map(|canary| &canary.gateway).into_iter().chain([primary]);
-    names.map(root).collect()
+    canary.map(|canary| &canary.gateway).into_iter().chain([primary]).collect()
 }
 
 /// Below what a pod is by itself: its own gateway, if it is a waypoint's, and the waypoint of its own address.

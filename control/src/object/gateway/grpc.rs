@@ -123,6 +123,6 @@ impl Method {
                 Kind::Regex(format!("/(?:{service})/(?:{method})"))
             }
         };
-        Some(l7::PathMatch { kind: Some(kind) })
+        Some(l7::PathMatch { kind: Some(kind), ..l7::PathMatch::default() })
     }
 }

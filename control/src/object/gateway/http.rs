@@ -253,13 +253,14 @@ impl Match {
                 PathKind::PathPrefix => l7::path_match::Kind::Prefix(value),
                 PathKind::RegularExpression => l7::path_match::Kind::Regex(value),
             };
-            l7::PathMatch { kind: Some(kind) }
+            l7::PathMatch { kind: Some(kind), ..l7::PathMatch::default() }
         });
         l7::Match {
             path,
             method: self.method.unwrap_or_default(),
             headers: lower_fields(self.headers, str::to_ascii_lowercase),
             query: lower_fields(self.query_params, str::to_owned),
+            ..l7::Match::default()
         }
     }
 }
@@ -276,7 +277,8 @@ pub(super) fn lower_fields(fields: Vec<FieldMatch>, name: impl Fn(&str) -> Strin
             FieldKind::Exact => l7::string_match::Kind::Exact(field.value),
             FieldKind::RegularExpression => l7::string_match::Kind::Regex(field.value),
         };
-        lowered.push(l7::FieldMatch { name, value: Some(l7::StringMatch { kind: Some(kind) }) });
+        let value = Some(l7::StringMatch { kind: Some(kind) });
+        lowered.push(l7::FieldMatch { name, value, invert: false });
     }
     lowered
 }
@@ -327,6 +329,7 @@ impl RequestRedirect {
             path: self.path.map(PathModifier::lower),
             port: self.port.map(u32::from).unwrap_or_default(),
             status: self.status_code.map_or(302, u32::from),
+            port_choice: l7::PortChoice::OfSchemeOrListener as i32,
         }
     }
 }
@@ -376,6 +379,7 @@ impl Cors {
             credentials: self.allow_credentials.unwrap_or_default(),
             // Gateway API: 5 by default.
             max_age: self.max_age.unwrap_or(5),
+            forward_unmatched: false,
         }
     }
 }

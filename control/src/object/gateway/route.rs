@@ -7,7 +7,7 @@ use ambit_api::l7;
 use serde::Deserialize;
 
 use crate::object::meta::Meta;
-use crate::object::{Kind, NamespacedName};
+use crate::object::{Kind, NamespacedName, ObjectRef};
 
 /// A route.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +31,18 @@ impl Route {
             l7::Protocol::Http => Kind::HttpRoute,
             l7::Protocol::Grpc => Kind::GrpcRoute,
         }
+    }
+
+    /// The Services and ServiceEntries that it wants to be attached to.
+    pub fn attaches_to(&self) -> impl Iterator<Item = ObjectRef> {
+        self.parents.iter().filter_map(|parent| {
+            let kind = match parent.kind {
+                TargetKind::Service => Kind::Service,
+                TargetKind::ServiceEntry => Kind::ServiceEntry,
+                TargetKind::Hostname | TargetKind::Other => return None,
+            };
+            Some(ObjectRef { kind, name: parent.name.clone() })
+        })
     }
 
     /// The Services that it refers to.

@@ -3,6 +3,10 @@
 pub(super) mod authentication;
 pub(super) mod authorization;
 pub(super) mod entry;
+pub(super) mod virtual_service;
+pub(super) mod virtual_service_delegate;
+mod virtual_service_fields;
+pub(super) mod virtual_service_http;
 
 use super::core::{cluster, service};
 use super::gateway::binding;

@@ -1,0 +1,443 @@
+//! VirtualServices as resources: which services they are for, what their rules refer to, and what their authors should know.
+//!
+//! Of several for one service one counts: that which names the host itself before one with a wildcard, the longer wildcard
+//! before the shorter, one of the service's namespace before others, then the older. Routes of Gateway API come before all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ambit_api::l7;
+use prost::Message;
+
+use super::gateways::object_name;
+use super::outputs::{Resource, ResourceType};
+use super::reader::Reader;
+use super::{Finding, hosts, l4, views};
+use crate::object::{
+    Destination, Kind, Labels, NamespacedName, ObjectRef, ReadRule, Referents, ServiceEntry, VirtualService,
+    Visibility, WaypointBinding, joined,
+};
+
+/// Whether it is for services of waypoints, and counts.
+const ACCEPTED: &str = "ambit.dev/WaypointAccepted";
+/// Whether all that its rules refer to is there, and all rules can be followed.
+const RESOLVED: &str = "ambit.dev/ResolvedRefs";
+/// Whether every field has an effect.
+const HONOURED: &str = "ambit.dev/FieldsHonoured";
+
+/// The resource of a VirtualService that counts for something.
+pub(in crate::index) fn of_virtual_service(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
+    let Some(virtual_service) = reader.store.virtual_services.get(id) else { return Vec::new() };
+    for field in &virtual_service.without_effect {
+        reader.find(Finding::new(HONOURED, false, "NoEffect", field.clone()));
+    }
+    if virtual_service.hosts.is_empty() {
+        let message = "its rules count where another VirtualService delegates to it".to_owned();
+        reader.find(Finding::new(ACCEPTED, true, "Delegate", message));
+        return Vec::new();
+    }
+    if !virtual_service.for_mesh {
+        let message = "`gateways` does not name `mesh`: it is not for clients in the mesh".to_owned();
+        reader.find(Finding::new(ACCEPTED, false, "NotForMesh", message));
+        return Vec::new();
+    }
+    if virtual_service.http.is_empty() {
+        return Vec::new();
+    }
+    let attached = attach(reader, virtual_service);
+    attached.report(reader);
+    if attached.targets.is_empty() {
+        return Vec::new();
+    }
+    let rules = rules(reader, virtual_service, &attached.ports);
+    report_faults(reader, &rules);
+    let message = l7::Route {
+        object: Some(object_name(Kind::VirtualService, id)),
+        created: virtual_service.meta.created.unwrap_or_default(),
+        targets: attached.targets.into_values().collect(),
+        rules: rules.into_iter().map(|(_, rule)| rule).collect(),
+        order: l7::Order::Declared as i32,
+        protocol: l7::Protocol::Http as i32,
+    };
+    let resource = Resource {
+        name: format!("{}/{id}", Kind::VirtualService).into(),
+        aliases: Vec::new(),
+        parents: attached.roots.into_iter().collect(),
+        body: message.encode_to_vec().into(),
+        unhealthy: false,
+    };
+    vec![(ResourceType::Route, resource)]
+}
+
+/// The roots of the waypoints whose requests the VirtualServices that send requests to a host decide about.
+pub(in crate::index) fn roots_to(
+    reader: &Reader<'_>,
+    host: &Arc<str>,
+    owner: &Arc<str>,
+    visibility: Visibility,
+) -> BTreeSet<Arc<str>> {
+    let mut roots = BTreeSet::new();
+    for from in reader.virtual_services_to(host) {
+        if !is_visible(visibility, owner, &from.meta.id.namespace) {
+            continue;
+        }
+        if from.hosts.is_empty() {
+            roots.extend(reader.delegators(&from.meta.id).flat_map(|root| attach(reader, root).roots));
+        } else {
+            roots.extend(attach(reader, from).roots);
+        }
+    }
+    roots
+}
+
+/// What a VirtualService is for.
+#[derive(Default)]
+struct Attached {
+    /// By namespace and host.
+    targets: BTreeMap<(Arc<str>, Arc<str>), l7::Target>,
+    /// The waypoints of the targets.
+    roots: BTreeSet<Arc<str>>,
+    /// The ports of the targets.
+    ports: BTreeSet<u16>,
+    /// Why it is not for a host.
+    faults: Vec<Fault>,
+}
+
+/// A word and a sentence.
+type Fault = (&'static str, String);
+
+impl Attached {
+    fn report(&self, reader: &Reader<'_>) {
+        for (reason, message) in &self.faults {
+            reader.find(Finding::new(ACCEPTED, false, reason, message.clone()));
+        }
+        if self.faults.is_empty() {
+            reader.find(Finding::new(ACCEPTED, true, "Accepted", "it counts for its hosts".to_owned()));
+        }
+    }
+}
+
+fn attach(reader: &Reader<'_>, virtual_service: &VirtualService) -> Attached {
+    let mut attached = Attached::default();
+    if !virtual_service.for_mesh || virtual_service.http.is_empty() {
+        return attached;
+    }
+    let mut passed_over = false;
+    for host in &virtual_service.hosts {
+        if **host == *"*" {
+            let message = "host * is for gateways only".to_owned();
+            attached.faults.push(("HostNotSupported", message));
+            continue;
+        }
+        let services = services_of(reader, virtual_service, host);
+        if services.is_empty() {
+            attached.faults.push(("NoMatchingHost", format!("no Service or ServiceEntry has host {host}")));
+        }
+        for service in services {
+            match attached.add(reader, virtual_service, &service) {
+                // Others are more exact, or have no waypoint: a wildcard is for what is left.
+                Err(_) if host.starts_with('*') => passed_over = true,
+                Err(fault) => attached.faults.push(fault),
+                Ok(()) => {}
+            }
+        }
+    }
+    if passed_over && attached.targets.is_empty() {
+        let message =
+            "no Service that its wildcards cover has a waypoint and no VirtualService of its own".to_owned();
+        attached.faults.push(("NoMatchingHost", message));
+    }
+    attached
+}
+
+/// Something with a host: a Service, or one host of a ServiceEntry.
+struct Offered {
+    object: ObjectRef,
+    host: Arc<str>,
+}
+
+/// What has a host as a VirtualService names it.
+fn services_of(reader: &Reader<'_>, virtual_service: &VirtualService, host: &Arc<str>) -> Vec<Offered> {
+    if let Some(suffix) = host.strip_prefix('*') {
+        let all = reader.offered_hosts().into_iter();
+        let all = all.flat_map(|(object, hosts)| {
+            hosts.into_iter().map(move |host| Offered { object: object.clone(), host })
+        });
+        return all.filter(|offered| offered.host.ends_with(suffix)).collect();
+    }
+    let namespace = &virtual_service.meta.id.namespace;
+    let mut found = Vec::new();
+    for host in hosts::candidates(reader.settings, host, namespace) {
+        let service = reader.settings.service_of_host(&host);
+        if let Some(name) = service.filter(|name| reader.service(name).is_some()) {
+            let host = reader.settings.host_of_service(&name).into();
+            return vec![Offered { object: ObjectRef { kind: Kind::Service, name }, host }];
+        }
+        found.extend(reader.entries_of_host(&host).map(|entry| {
+            let object = ObjectRef { kind: Kind::ServiceEntry, name: entry.meta.id.clone() };
+            Offered { object, host: host.clone() }
+        }));
+    }
+    found
+}
+
+impl Attached {
+    fn add(
+        &mut self,
+        reader: &Reader<'_>,
+        virtual_service: &VirtualService,
+        Offered { object, host }: &Offered,
+    ) -> Result<(), Fault> {
+        let Some((binding, ports)) = details(reader, object) else { return Ok(()) };
+        let gateways = views::gateways_of(reader, &object.name.namespace, binding);
+        if gateways.is_empty() {
+            return Err(("NoWaypoint", format!("{object} is bound to no waypoint")));
+        }
+        let sees = |other: &VirtualService| {
+            gateways.iter().filter(|gateway| other.export.includes(&gateway.namespace)).count()
+        };
+        if sees(virtual_service) == 0 {
+            let message = format!("`exportTo` leaves out the namespace of the waypoint of {object}");
+            return Err(("NotExported", message));
+        }
+        let first = governing(reader, &object.name.namespace, host, |other| sees(other) > 0);
+        if let Some(first) = first.filter(|first| first.meta.id != virtual_service.meta.id) {
+            let message =
+                format!("VirtualService {} is for host {host} too and counts instead", first.meta.id);
+            return Err(("Conflicted", message));
+        }
+        let of_namespace = |route: &&crate::object::Route| route.meta.id.namespace == object.name.namespace;
+        if let Some(route) = reader.routes_of(object).find(of_namespace) {
+            let message =
+                format!("{} {} is attached to {object} and counts instead", route.kind(), route.meta.id);
+            self.faults.push(("Conflicted", message));
+        }
+        let shown = gateways.iter().filter(|gateway| virtual_service.export.includes(&gateway.namespace));
+        self.roots.extend(shown.map(|gateway| views::root(gateway)));
+        self.ports.extend(ports);
+        let target = l7::Target {
+            namespace: object.name.namespace.to_string(),
+            hostname: host.to_string(),
+            ..l7::Target::default()
+        };
+        self.targets.insert((object.name.namespace.clone(), host.clone()), target);
+        Ok(())
+    }
+}
+
+/// How something with hosts is bound to waypoints, and its ports.
+fn details<'a>(reader: &Reader<'a>, object: &ObjectRef) -> Option<(&'a WaypointBinding, Vec<u16>)> {
+    match object.kind {
+        Kind::ServiceEntry => {
+            let entry = reader.service_entry(&object.name)?;
+            Some((&entry.waypoint, entry.ports.iter().map(|port| port.number).collect()))
+        }
+        _ => {
+            let service = reader.service(&object.name)?;
+            Some((&service.waypoint, service.ports.iter().map(|port| port.number).collect()))
+        }
+    }
+}
+
+/// The VirtualService with rules for HTTP that counts for a host.
+fn governing<'a>(
+    reader: &Reader<'a>,
+    namespace: &Arc<str>,
+    host: &Arc<str>,
+    is_seen: impl Fn(&VirtualService) -> bool,
+) -> Option<&'a VirtualService> {
+    std::iter::once(host.clone()).chain(hosts::wildcards(host).filter(|name| **name != *"*")).find_map(
+        |name| {
+            let all = reader.virtual_services_for(&name);
+            let all = all.filter(|other| !other.http.is_empty() && is_seen(other));
+            all.min_by_key(|other| (other.meta.id.namespace != *namespace, other.meta.seniority()))
+        },
+    )
+}
+
+/// The rules in order, each with its number in the manifest.
+fn rules(
+    reader: &Reader<'_>,
+    virtual_service: &VirtualService,
+    ports: &BTreeSet<u16>,
+) -> Vec<(usize, l7::Rule)> {
+    let own = &virtual_service.meta.id.namespace;
+    let mut rules = Vec::new();
+    for (at, read) in virtual_service.http.iter().enumerate() {
+        if !read.rule.is_for_mesh() {
+            continue;
+        }
+        let Some(id) = read.rule.delegate(own).filter(|_| read.fault.is_none()) else {
+            rules.extend(lowered(reader, own, read, ports).into_iter().map(|rule| (at, rule)));
+            continue;
+        };
+        let delegated = match delegate(reader, own, &id) {
+            Ok(delegate) => joined(&read.rule, &delegate.http),
+            Err(fault) => vec![ReadRule { rule: read.rule.clone(), fault: Some(fault) }],
+        };
+        for rule in delegated.iter().flat_map(|read| lowered(reader, &id.namespace, read, ports)) {
+            rules.push((at, rule));
+        }
+    }
+    rules
+}
+
+/// The delegate of a VirtualService in `own`.
+fn delegate<'a>(
+    reader: &Reader<'a>,
+    own: &Arc<str>,
+    id: &NamespacedName,
+) -> Result<&'a VirtualService, String> {
+    let delegate = reader.virtual_service(id).ok_or_else(|| format!("delegate {id} does not exist"))?;
+    if !delegate.hosts.is_empty() {
+        return Err(format!("VirtualService {id} has hosts, so it can't be a delegate"));
+    }
+    if !delegate.export.includes(own) {
+        return Err(format!("delegate {id} is not exported to {own}"));
+    }
+    Ok(delegate)
+}
+
+/// What a rule comes to. One with a destination of several ports, none of which it names, is one for each port of the
+/// service that it is for: requests keep their port.
+fn lowered(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    read: &ReadRule,
+    ports: &BTreeSet<u16>,
+) -> Vec<l7::Rule> {
+    let lower = |port: u16| {
+        let mut rule = read.rule.lower(port, &Lowering { reader, namespace, port });
+        if let Some(fault) = &read.fault {
+            rule.invalid.clone_from(fault);
+        }
+        rule
+    };
+    let lowering = Lowering { reader, namespace, port: 0 };
+    if read.fault.is_some() || !read.rule.destinations().any(|to| lowering.keeps_port(to)) {
+        return vec![lower(0)];
+    }
+    ports.iter().filter(|port| read.rule.is_for_port(**port)).map(|port| lower(*port)).collect()
+}
+
+fn report_faults(reader: &Reader<'_>, rules: &[(usize, l7::Rule)]) {
+    let mut found = false;
+    for (at, rule) in rules {
+        let mirrors = rule.filters.iter().filter_map(|filter| match &filter.kind {
+            Some(l7::filter::Kind::Mirror(mirror)) => mirror.backend.as_ref(),
+            _ => None,
+        });
+        let of_backends = rule.backends.iter().chain(mirrors).map(|backend| &backend.invalid);
+        for fault in [&rule.invalid].into_iter().chain(of_backends).filter(|fault| !fault.is_empty()) {
+            found = true;
+            reader.find(Finding::new(RESOLVED, false, "Invalid", format!("http[{at}]: {fault}")));
+        }
+    }
+    if !found {
+        reader.find(Finding::new(RESOLVED, true, "ResolvedRefs", "every rule can be followed".to_owned()));
+    }
+}
+
+/// Whether an object in `from` may send requests to something of `owner`.
+fn is_visible(visibility: Visibility, owner: &Arc<str>, from: &Arc<str>) -> bool {
+    match visibility {
+        Visibility::Public => true,
+        Visibility::Namespace => owner == from,
+        Visibility::Hidden => false,
+    }
+}
+
+struct Lowering<'a, 'r> {
+    reader: &'r Reader<'a>,
+    /// That of the rule.
+    namespace: &'r Arc<str>,
+    /// The port of requests, where it is known.
+    port: u16,
+}
+
+/// A service that a destination names.
+struct Named {
+    namespace: Arc<str>,
+    host: Arc<str>,
+    ports: Vec<u16>,
+}
+
+impl Lowering<'_, '_> {
+    /// Whether requests to a destination go to the port that they came to.
+    fn keeps_port(&self, to: &Destination) -> bool {
+        to.port.is_none() && self.named(to).is_ok_and(|named| named.ports.len() > 1)
+    }
+
+    fn named(&self, to: &Destination) -> Result<Named, String> {
+        let reader = self.reader;
+        for host in hosts::candidates(reader.settings, &to.host, self.namespace) {
+            if let Some(name) = reader.settings.service_of_host(&host)
+                && let Some(service) = reader.service(&name)
+            {
+                if !is_visible(service.visibility, &name.namespace, self.namespace) {
+                    return Err(format!("Service {name} is not visible in {}", self.namespace));
+                }
+                let ports = service.ports.iter().map(|port| port.number).collect();
+                return Ok(Named { namespace: name.namespace, host, ports });
+            }
+            let seen = |entry: &&ServiceEntry| {
+                is_visible(entry.visibility, &entry.meta.id.namespace, self.namespace)
+            };
+            let entries = reader.entries_of_host(&host).filter(seen);
+            let own = |entry: &&ServiceEntry| entry.meta.id.namespace != *self.namespace;
+            if let Some(entry) = entries.min_by_key(|entry| (own(entry), entry.meta.seniority())) {
+                let ports = entry.ports.iter().map(|port| port.number).collect();
+                return Ok(Named { namespace: entry.meta.id.namespace.clone(), host, ports });
+            }
+        }
+        Err(format!("no Service or ServiceEntry has host {}", to.host))
+    }
+
+    fn resolve(&self, to: &Destination) -> Result<l7::Backend, String> {
+        let Named { namespace, host, ports } = self.named(to)?;
+        let port = match (to.port, ports.as_slice()) {
+            (Some(port), _) => port.number,
+            (None, [sole]) => *sole,
+            (None, _) => self.port,
+        };
+        if !ports.contains(&port) {
+            return Err(format!("{host} has no port {port}"));
+        }
+        Ok(l7::Backend {
+            namespace: namespace.to_string(),
+            hostname: host.to_string(),
+            port: port.into(),
+            subset: to.subset.clone(),
+            ..l7::Backend::default()
+        })
+    }
+}
+
+impl Referents for Lowering<'_, '_> {
+    fn backend(&self, to: &Destination) -> l7::Backend {
+        self.resolve(to).unwrap_or_else(|invalid| l7::Backend {
+            namespace: self.namespace.to_string(),
+            hostname: to.host.clone(),
+            port: to.port.map(|port| port.number.into()).unwrap_or_default(),
+            subset: to.subset.clone(),
+            invalid,
+            ..l7::Backend::default()
+        })
+    }
+
+    fn clients(&self, labels: &BTreeMap<String, String>, namespace: &str) -> Result<l7::Clients, String> {
+        /// More make a route too large to send.
+        const MOST: usize = 2_000;
+        let labels: Labels = labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let namespace = (!namespace.is_empty()).then(|| Arc::from(namespace));
+        let addresses: Vec<IpAddr> = self.reader.addresses_of_pods(namespace.as_ref(), &labels);
+        if addresses.len() > MOST {
+            return Err(format!("`sourceLabels` select more than {MOST} addresses"));
+        }
+        Ok(l7::Clients { addresses: addresses.into_iter().map(l4::wire::octets).collect() })
+    }
+}

@@ -1,0 +1,233 @@
+//! What the tasks of Istio's documentation show, as cases in folders below `tasks`: `objects.yaml` is applied, `case.yaml` has
+//! the servers, the requests and their expected answers.
+//!
+//! The first request is repeated until its answer is as expected; the objects are in force then. The others are sent once.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use ambit_tests::beds::Trials;
+use ambit_tests::wait::{self, SOON};
+use parking_lot::Mutex;
+use serde::Deserialize;
+
+use crate::bed::Waypoints;
+use crate::http::{self, Answer};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Case {
+    servers: Vec<Server>,
+    requests: Vec<Request>,
+}
+
+/// A server with a service of its name, bound to the waypoint.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Server {
+    name: String,
+    /// Statuses of its answers, in turn.
+    #[serde(default)]
+    statuses: Vec<String>,
+    /// Milliseconds before each answer to a path that begins with `/slow`.
+    #[serde(default)]
+    slow: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Request {
+    /// The service.
+    to: String,
+    #[serde(default = "get")]
+    method: String,
+    #[serde(default = "root")]
+    path: String,
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
+    /// Whether the client of namespace `other` sends it.
+    #[serde(default)]
+    from_other: bool,
+    /// How often it is sent.
+    #[serde(default = "once")]
+    count: usize,
+    expect: Expected,
+}
+
+fn get() -> String {
+    "GET".to_owned()
+}
+
+fn root() -> String {
+    "/".to_owned()
+}
+
+fn once() -> usize {
+    1
+}
+
+/// What is not given is not looked at.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Expected {
+    status: Option<u16>,
+    /// The server that answers.
+    server: Option<String>,
+    /// Headers of the answer; empty: absent.
+    headers: BTreeMap<String, String>,
+    /// Headers of the request as the server got it; empty: absent.
+    sent: BTreeMap<String, String>,
+    /// The request line as the server got it.
+    line: Option<String>,
+    body: Option<String>,
+    /// Milliseconds that it takes at least, and at most.
+    at_least: Option<u64>,
+    at_most: Option<u64>,
+    /// Of all answers, how many come from which server, at least and at most.
+    shares: BTreeMap<String, (usize, usize)>,
+    /// Of all answers, how many have which status, at least and at most.
+    statuses: BTreeMap<u16, (usize, usize)>,
+    /// A server that gets a copy, with the copy's host.
+    copied: Option<(String, String)>,
+}
+
+pub(crate) fn add(trials: &mut Trials<Waypoints>) {
+    for folder in folders() {
+        let name = folder.file_name().unwrap().to_string_lossy().replace('-', " ");
+        trials.add(format!("task: {name}"), async move |bed| run(bed, &folder).await);
+    }
+}
+
+fn folders() -> Vec<PathBuf> {
+    let all = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/waypoint/tasks");
+    let mut folders: Vec<PathBuf> = fs::read_dir(all).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    folders
+}
+
+/// Heads of the requests that servers got, by their names.
+type Got = Arc<Mutex<Vec<(String, String)>>>;
+
+async fn run(bed: &Waypoints, folder: &Path) {
+    let case = fs::read_to_string(folder.join("case.yaml")).unwrap();
+    let case: Case =
+        serde_saphyr::from_str(&case).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let objects = fs::read_to_string(folder.join("objects.yaml")).unwrap();
+    let got = Got::default();
+    let mut services = BTreeMap::new();
+    for server in case.servers {
+        let address = bed.service_with(&server.name.clone(), answering(&server, &got)).await;
+        services.insert(server.name, address);
+    }
+    bed.apply(&objects).await;
+    for (at, request) in case.requests.iter().enumerate() {
+        let to = services[&request.to];
+        let last = Mutex::new(String::new());
+        let sent = async || match send(bed, to, request, &got).await {
+            Ok(()) => true,
+            Err(problem) => {
+                *last.lock() = problem;
+                false
+            }
+        };
+        let fine = match at {
+            0 => {
+                let limit = tokio::time::timeout(SOON * 2, async {
+                    while !sent().await {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                });
+                limit.await.is_ok()
+            }
+            _ => sent().await,
+        };
+        assert!(fine, "{}: request {at}, {request:?}: {}\n{:?}", folder.display(), last.lock(), bed.logs());
+    }
+}
+
+fn answering(server: &Server, got: &Got) -> Answer {
+    let (statuses, slow, got) = (server.statuses.clone(), Duration::from_millis(server.slow), got.clone());
+    let turn = AtomicUsize::new(0);
+    Arc::new(move |name, head, body| {
+        got.lock().push((name.to_owned(), head.to_owned()));
+        if head.contains(" /slow") {
+            // The server's own task only.
+            std::thread::sleep(slow);
+        }
+        let turn = turn.fetch_add(1, Ordering::Relaxed);
+        match statuses.get(turn % statuses.len().max(1)).filter(|status| *status != "200") {
+            Some(status) => http::answer(&format!("{status} Answer"), "", &format!("server: {name}\n")),
+            None => http::mirror()(name, head, body),
+        }
+    })
+}
+
+async fn send(bed: &Waypoints, to: SocketAddr, request: &Request, got: &Got) -> Result<(), String> {
+    let client = if request.from_other { &bed.other } else { &bed.cli };
+    let headers: String =
+        request.headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let (mut servers, mut statuses) = (BTreeMap::new(), BTreeMap::new());
+    let expected = &request.expect;
+    for _ in 0..request.count {
+        let before = Instant::now();
+        let answer = http::request(client, to, &request.method, &request.path, &headers, "").await;
+        let answer = answer.map_err(|error| error.to_string())?;
+        let took = before.elapsed();
+        check(expected, &answer, took).map_err(|problem| format!("{problem}: {answer:?}"))?;
+        *servers.entry(answer.server().to_owned()).or_insert(0) += 1;
+        *statuses.entry(answer.status).or_insert(0) += 1;
+    }
+    between(&servers, &expected.shares)?;
+    between(&statuses, &expected.statuses)?;
+    if let Some((server, host)) = &expected.copied {
+        let line = format!("{} {} ", request.method, request.path);
+        wait::until("a copy", SOON, || async {
+            got.lock().iter().any(|(name, head)| {
+                name == server && head.starts_with(&line) && http::header(head, "host") == Some(host)
+            })
+        })
+        .await;
+    }
+    Ok(())
+}
+
+fn check(expected: &Expected, answer: &http::Response, took: Duration) -> Result<(), String> {
+    let same = |what: &str, wanted: Option<&str>, found: Option<&str>| match wanted {
+        Some(wanted) if Some(wanted).filter(|wanted| !wanted.is_empty()) != found => {
+            Err(format!("{what} is not {wanted:?} but {found:?}"))
+        }
+        _ => Ok(()),
+    };
+    let status = expected.status.map(|status| status.to_string());
+    same("the status", status.as_deref(), Some(&answer.status.to_string()))?;
+    same("the server", expected.server.as_deref(), Some(answer.server()))?;
+    same("the request line", expected.line.as_deref(), Some(answer.request_line()))?;
+    same("the body", expected.body.as_deref(), Some(&answer.body))?;
+    for (name, wanted) in &expected.headers {
+        same(name, Some(wanted), answer.header(name))?;
+    }
+    for (name, wanted) in &expected.sent {
+        same(name, Some(wanted), answer.sent(name))?;
+    }
+    if expected.at_least.is_some_and(|least| took < Duration::from_millis(least))
+        || expected.at_most.is_some_and(|most| took > Duration::from_millis(most))
+    {
+        return Err(format!("it took {took:?}"));
+    }
+    Ok(())
+}
+
+fn between<K: Ord + std::fmt::Debug>(
+    counts: &BTreeMap<K, usize>,
+    wanted: &BTreeMap<K, (usize, usize)>,
+) -> Result<(), String> {
+    let fits = |(key, (least, most)): (&K, &(usize, usize))| {
+        (least..=most).contains(&&counts.get(key).copied().unwrap_or_default())
+    };
+    if wanted.iter().all(fits) { Ok(()) } else { Err(format!("{counts:?}")) }
+}
