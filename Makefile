@@ -14,8 +14,8 @@ BENCH_PROGRAMS := ztunnel ambit-control ambit-bench ambit-bench-control
 
 # What images are made of, and the programs in them. Their SBOM is in the programs themselves, put there by `cargo auditable`.
 IMAGE_PROFILE ?= release
-IMAGE_PACKAGES := ambit-control ztunnel ambit-node ambit-cli
-IMAGE_PROGRAMS := ambit-control ztunnel ambit-node ambit-cni ambit
+IMAGE_PACKAGES := ambit-control ztunnel ambit-node ambit-waypoint ambit-cli
+IMAGE_PROGRAMS := ambit-control ztunnel ambit-node ambit-cni ambit-waypoint ambit
 AUDITABLE_VERSION := 0.7.7
 AUDITABLE2CDX_VERSION := 0.1.0
 

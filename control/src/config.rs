@@ -19,6 +19,7 @@ pub use ambit_runtime::configuration::ConfigError;
 use crate::index::{self, L7DenyAtL4};
 use crate::serve::port::PortLimits;
 use crate::source::SourceName;
+use crate::write::deployments::Template;
 
 /// The configuration of the control plane.
 #[derive(Clone, Debug)]
@@ -53,6 +54,10 @@ pub struct Config {
     pub trust_domain: TrustDomain,
     /// What the index needs to know.
     pub index: index::Settings,
+    /// What waypoints are deployed from; `None`: none are deployed.
+    pub waypoint_template: Option<Template>,
+    /// `gatewayClassName`s of waypoints that are deployed.
+    pub deployed_waypoint_classes: Vec<Arc<str>>,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
     /// Where readiness is served.
@@ -114,6 +119,11 @@ struct ControlSettings {
     /// `gatewayClassName`s of waypoints.
     #[schemars(extend("x-flag" = "waypoint-class"))]
     waypoint_classes: Vec<String>,
+    /// File with the template of waypoints' manifests, which the chart makes of its `waypoint` values. None: none are deployed.
+    waypoint_template: Option<PathBuf>,
+    /// `gatewayClassName`s of waypoints that are deployed, whose GatewayClass is made.
+    #[schemars(extend("x-flag" = "deployed-waypoint-class"))]
+    deployed_waypoint_classes: Vec<String>,
     /// What a DENY rule that names HTTP attributes alone does without a waypoint: ignore or deny.
     #[serde(rename = "l7DenyAtL4")]
     l7_deny_at_l4: L7DenyAtL4,
@@ -152,6 +162,8 @@ impl Default for ControlSettings {
             system_namespace: index.root_namespace.to_string(),
             root_namespace: None,
             waypoint_classes: index.waypoint_classes.iter().map(ToString::to_string).collect(),
+            waypoint_template: None,
+            deployed_waypoint_classes: vec!["ambit-waypoint".into()],
             l7_deny_at_l4: index.l7_deny_at_l4,
             metrics: None,
             readiness: None,
@@ -223,6 +235,8 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         system_namespace: system,
         root_namespace,
         waypoint_classes,
+        waypoint_template,
+        deployed_waypoint_classes,
         l7_deny_at_l4,
         metrics,
         readiness,
@@ -235,6 +249,9 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
     let jwks = needed(&sources, jwks, "jwks")?;
     let trust_domain = TrustDomain::new(&trust_domain).map_err(|error| invalid("trustDomain", error))?;
     let proxies = trusted_node_proxies.unwrap_or_else(|| vec![format!("{system}/ztunnel")]);
+    if let Some(unknown) = deployed_waypoint_classes.iter().find(|class| !waypoint_classes.contains(class)) {
+        return Err(invalid("deployedWaypointClasses", format!("{unknown} is not among waypointClasses")));
+    }
     Ok(Config {
         sources,
         listen,
@@ -257,6 +274,8 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
             waypoint_classes: waypoint_classes.into_iter().map(Arc::from).collect(),
             l7_deny_at_l4,
         },
+        waypoint_template: waypoint_template.as_deref().map(read_template).transpose()?,
+        deployed_waypoint_classes: deployed_waypoint_classes.into_iter().map(Arc::from).collect(),
         system_namespace: system,
         trust_domain,
         metrics,
@@ -265,6 +284,10 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         log_level,
         log_format: log_format.into(),
     })
+}
+
+fn read_template(path: &Path) -> Result<Template, ConfigError> {
+    Template::read(path).map_err(|error| invalid("waypointTemplate", format!("{}: {error}", path.display())))
 }
 
 /// Reads the sources. An API server is the only one: with others, the owner of an object would be ambiguous.

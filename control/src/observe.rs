@@ -54,6 +54,7 @@ pub(crate) struct Observed {
     pub(crate) authority: Authority,
     pub(crate) findings: Findings,
     pub(crate) statuses: Arc<StatusQueue>,
+    pub(crate) waypoints: Arc<StatusQueue>,
     pub(crate) kubernetes: Option<OnKubernetes>,
 }
 
@@ -98,6 +99,10 @@ impl Observed {
         let statuses = self.statuses.clone();
         gauge(registry, ("statuses_pending", "Objects whose status is to be looked at"), move || {
             statuses.len() as u64
+        });
+        let waypoints = self.waypoints.clone();
+        gauge(registry, ("waypoints_pending", "Waypoints whose deployment is to be looked at"), move || {
+            waypoints.len() as u64
         });
         let election = written.clone();
         let leads = move || election.leads.load(Ordering::Relaxed);

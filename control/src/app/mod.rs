@@ -31,6 +31,8 @@ use crate::serve::publish::Published;
 use crate::source::SourceName;
 use crate::source::files::{Directories, WatchError};
 use crate::source::kubernetes::ApiServer;
+use crate::write::classes::ClassWriter;
+use crate::write::deployments::WaypointWriter;
 use crate::write::lease::Elector;
 use crate::write::roots::{Namespaces, RootsWriter};
 use crate::write::status::StatusWriter;
@@ -387,6 +389,7 @@ fn services(
         authority,
         findings: Findings::default(),
         statuses: Arc::default(),
+        waypoints: Arc::default(),
         kubernetes,
     };
     (xds, certificates, observed)
@@ -430,8 +433,17 @@ fn start_writers(
     };
     tasks.spawn("the writer of the trust bundle", bundle.run(leads.clone()));
     let (findings, queue) = (observed.findings.clone(), observed.statuses.clone());
-    let statuses = StatusWriter::new(client.clone(), findings, queue, metrics);
-    tasks.spawn("the writer of statuses", statuses.run(leads));
+    let statuses = StatusWriter::new(client.clone(), findings, queue, metrics.clone());
+    tasks.spawn("the writer of statuses", statuses.run(leads.clone()));
+    let Some(template) = config.waypoint_template.clone() else { return };
+    let classes = config.deployed_waypoint_classes.clone();
+    let (of_classes, of_waypoints) = (client.clone(), client.clone());
+    let written = metrics.clone();
+    let writer = ClassWriter { client: of_classes, classes: classes.clone(), metrics: written };
+    tasks.spawn("the writer of classes", writer.run(leads.clone()));
+    let queue = observed.waypoints.clone();
+    let writer = WaypointWriter { client: of_waypoints, template, classes, queue, metrics };
+    tasks.spawn("the writer of waypoints", writer.run(leads));
 }
 
 /// A name that no other replica has, nor this one after a restart.
@@ -468,6 +480,7 @@ async fn start_index(
         findings: observed.findings.clone(),
         namespaces,
         statuses: observed.statuses.clone(),
+        waypoints: observed.waypoints.clone(),
         ready: Some(ready),
         synced: false,
     };

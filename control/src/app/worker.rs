@@ -30,6 +30,8 @@ pub(super) struct IndexWorker {
     pub(super) namespaces: watch::Sender<Namespaces>,
     /// Objects whose status may have to be written.
     pub(super) statuses: Arc<StatusQueue>,
+    /// Gateways of waypoints of which something changed.
+    pub(super) waypoints: Arc<StatusQueue>,
     pub(super) ready: Option<oneshot::Sender<()>>,
     /// Whether everything that the sources had at the start was taken.
     pub(super) synced: bool,
@@ -50,10 +52,11 @@ impl IndexWorker {
                 }
             }
             self.note_namespaces(&changes);
-            let touched = statuses_of(&changes);
+            let (touched, parts) = (statuses_of(&changes), parts_of_waypoints(&changes));
             self.apply(&mut index, changes);
             // After the findings, so that whoever looks at the object finds those of now.
             self.statuses.push(touched);
+            self.waypoints.push(parts.into_iter().filter(|gateway| index.is_waypoint(&gateway.name)));
             if is_synced && !self.synced {
                 self.synced = true;
                 self.report(index.findings().clone());
@@ -113,7 +116,7 @@ impl IndexWorker {
         let mut all = self.findings.lock();
         for (object, findings) in changed {
             for finding in findings.iter().filter(|f| !f.met) {
-                let Finding { condition, met: _, reason, message, parent, controller } = finding;
+                let Finding { condition, met: _, reason, message, parent, parent_ref: _, controller } = finding;
                 let parent = parent.as_ref().map(tracing::field::display);
                 tracing::warn!(%object, condition, reason, parent, controller, "{message}");
             }
@@ -131,4 +134,14 @@ impl IndexWorker {
 fn statuses_of(changes: &[Change]) -> Vec<ObjectRef> {
     let has_status = |change: &&Change| status::KINDS.contains(&change.kind());
     changes.iter().filter(has_status).map(Change::reference).collect()
+}
+
+/// The Gateways whose deployment may have to be looked at, if they are waypoints: those that changed, and those of whose
+/// name something changed that a waypoint consists of.
+fn parts_of_waypoints(changes: &[Change]) -> Vec<ObjectRef> {
+    let is_part = |change: &&Change| {
+        matches!(change.kind(), Kind::Gateway | Kind::Service | Kind::ServiceAccount | Kind::Deployment)
+    };
+    let parts = changes.iter().filter(is_part);
+    parts.map(|change| ObjectRef { kind: Kind::Gateway, name: change.reference().name }).collect()
 }

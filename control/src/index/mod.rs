@@ -18,7 +18,7 @@ mod touch;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::object::{Change, Kind, NamespacedName, ObjectRef};
+use crate::object::{Change, Kind, NamespacedName, ObjectRef, ParentRef};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
@@ -115,13 +115,15 @@ pub struct Finding {
     pub message: String,
     /// The object that the condition is relative to: the Gateway that a Service is bound to, the owner of an address.
     pub parent: Option<ObjectRef>,
+    /// The parent of a route that the condition is relative to, as the route refers to it.
+    pub parent_ref: Option<ParentRef>,
     /// The controller that says so.
     pub controller: &'static str,
 }
 
 impl Finding {
     fn new(condition: &'static str, met: bool, reason: &'static str, message: String) -> Finding {
-        Finding { condition, met, reason, message, parent: None, controller: CONTROLLER }
+        Finding { condition, met, reason, message, parent: None, parent_ref: None, controller: CONTROLLER }
     }
 
     fn relative_to(self, kind: Kind, name: &NamespacedName) -> Finding {
@@ -209,6 +211,12 @@ impl Index {
     /// The findings about objects.
     pub fn findings(&self) -> &BTreeMap<ObjectRef, Vec<Finding>> {
         &self.findings
+    }
+
+    /// Whether there is a Gateway of this name that is a waypoint.
+    pub fn is_waypoint(&self, id: &NamespacedName) -> bool {
+        let gateway = self.store.gateways.get(id);
+        gateway.is_some_and(|gateway| self.settings.waypoint_classes.contains(&gateway.class))
     }
 
     /// How many producers were computed since the index was made: the work done.

@@ -23,11 +23,55 @@ pub(super) fn plan(object: &Value, findings: &[Finding], now: &str) -> Option<Ve
             planned.push(condition.clone());
         } else if let Some(at) = wanted.iter().position(|finding| finding.condition == name) {
             let finding = wanted.remove(at);
-            planned.push(updated(condition, &finding, generation, now));
+            planned.push(updated(condition, &Condition::from(&finding), generation, now));
         }
     }
-    planned.extend(wanted.iter().map(|finding| updated(&Value::Null, finding, generation, now)));
+    let new = wanted.iter().map(|finding| updated(&Value::Null, &Condition::from(finding), generation, now));
+    planned.extend(new);
     (planned != present).then_some(planned)
+}
+
+/// A condition that this control plane writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Condition {
+    pub(super) name: &'static str,
+    pub(super) met: bool,
+    pub(super) reason: &'static str,
+    pub(super) message: String,
+}
+
+impl Condition {
+    pub(super) fn new(
+        name: &'static str,
+        met: bool,
+        reason: &'static str,
+        message: impl Into<String>,
+    ) -> Condition {
+        Condition { name, met, reason, message: message.into() }
+    }
+}
+
+impl From<&Finding> for Condition {
+    fn from(finding: &Finding) -> Condition {
+        Condition::new(finding.condition, finding.met, finding.reason, finding.message.clone())
+    }
+}
+
+/// A list of conditions in which those of `wanted` are as they must be, and the others as they are.
+pub(super) fn merge(
+    present: &[Value],
+    wanted: &[Condition],
+    generation: Option<i64>,
+    now: &str,
+) -> Vec<Value> {
+    let mut merged = present.to_vec();
+    for condition in wanted {
+        match merged.iter_mut().find(|known| known["type"] == condition.name) {
+            Some(known) => *known = updated(known, condition, generation, now),
+            None => merged.push(updated(&Value::Null, condition, generation, now)),
+        }
+    }
+    merged
 }
 
 /// One finding for each condition: of several the unmet ones count, with all that they say.
@@ -47,14 +91,14 @@ fn merged(findings: &[Finding]) -> Vec<Finding> {
 }
 
 /// The condition as it is now; the time of its transition stays while its status does.
-fn updated(present: &Value, finding: &Finding, generation: Option<i64>, now: &str) -> Value {
+fn updated(present: &Value, wanted: &Condition, generation: Option<i64>, now: &str) -> Value {
     /// What the API server takes of a message.
     const LONGEST: usize = 4096;
-    let status = if finding.met { "True" } else { "False" };
+    let status = if wanted.met { "True" } else { "False" };
     let since = present["lastTransitionTime"].as_str().filter(|_| present["status"] == status);
-    let message: String = finding.message.chars().take(LONGEST).collect();
+    let message: String = wanted.message.chars().take(LONGEST).collect();
     let mut condition = json!({
-        "type": finding.condition, "status": status, "reason": finding.reason, "message": message,
+        "type": wanted.name, "status": status, "reason": wanted.reason, "message": message,
         "lastTransitionTime": since.unwrap_or(now),
     });
     if let Some(generation) = generation {
@@ -70,7 +114,7 @@ mod tests {
 
     fn finding(condition: &'static str, met: bool, message: &str) -> Finding {
         let (reason, message) = ("Why", message.to_owned());
-        Finding { condition, met, reason, message, parent: None, controller: CONTROLLER }
+        Finding { condition, met, reason, message, parent: None, parent_ref: None, controller: CONTROLLER }
     }
 
     fn object(conditions: &[Value]) -> Value {

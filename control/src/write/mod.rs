@@ -1,16 +1,20 @@
 //! What the control plane writes to the API server, by one replica: the holder of the [`lease`]. [`roots`] are written to
-//! every namespace and, by `trust_bundle`, to the cluster, `status` to objects.
+//! every namespace and, by `trust_bundle`, to the cluster, `status` to objects; `classes` and [`deployments`] make the classes
+//! of waypoints and what runs for a waypoint's Gateway.
 //!
 //! Everything is planned by pure functions from what should be and what is, so that nothing is written that is right
 //! already, and a replica that takes the lease over puts everything right.
 
 mod allocation;
 mod brake;
+pub(crate) mod classes;
 mod conditions;
+pub mod deployments;
 pub mod lease;
 pub(crate) mod queue;
 mod retries;
 pub mod roots;
+mod routes;
 pub(crate) mod status;
 pub(crate) mod trust_bundle;
 

@@ -1,4 +1,4 @@
-//! Writes statuses: conditions of what was found out about objects, and addresses of ServiceEntries.
+//! Writes statuses: conditions of what was found out about objects, parents of routes, and addresses of ServiceEntries.
 //!
 //! The holder of the lease looks at every object once when it takes it, then at those that change. It reads an object
 //! before it writes, writes only what differs, and names the version that it read, so foreign entries are never lost.
@@ -24,6 +24,7 @@ use super::brake::Brake;
 use super::conditions;
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
+use super::routes;
 use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::kind::Kind;
 use crate::object::{NamespacedName, ObjectRef};
@@ -31,8 +32,15 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 5] =
-    [Kind::Service, Kind::AuthorizationPolicy, Kind::ServiceEntry, Kind::WorkloadEntry, Kind::VirtualService];
+pub(crate) const KINDS: [Kind; 7] = [
+    Kind::Service,
+    Kind::AuthorizationPolicy,
+    Kind::ServiceEntry,
+    Kind::WorkloadEntry,
+    Kind::HttpRoute,
+    Kind::GrpcRoute,
+    Kind::VirtualService,
+];
 /// Objects looked at at the same time.
 const CONCURRENT: usize = 8;
 /// Objects taken from the queue together.
@@ -160,24 +168,15 @@ impl StatusWriter {
     async fn reconcile_kind(&self, kind: Kind) -> Result<Vec<ObjectRef>, CallError> {
         let Some(resource) = self.resource(kind).await? else { return Ok(Vec::new()) };
         let api: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource);
-        let mut objects = Vec::new();
-        let mut parameters = ListParams::default().limit(PAGE);
-        loop {
-            let page = match call(api.list(&parameters)).await {
-                Ok(page) => page,
-                Err(error) if error.is_not_found() => {
-                    // Its definition was removed, or another version is served now.
-                    self.versions.lock().remove(&kind);
-                    return Ok(Vec::new());
-                }
-                Err(error) => return Err(error),
-            };
-            objects.extend(page.items);
-            match page.metadata.continue_.filter(|token| !token.is_empty()) {
-                Some(token) => parameters = parameters.continue_token(&token),
-                None => break,
+        let mut objects = match list_all(api).await {
+            Ok(objects) => objects,
+            Err(error) if error.is_not_found() => {
+                // Its definition was removed, or another version is served now.
+                self.versions.lock().remove(&kind);
+                return Ok(Vec::new());
             }
-        }
+            Err(error) => return Err(error),
+        };
         objects.sort_by_key(|object| object.metadata.creation_timestamp.clone());
         let planned: Vec<_> = objects.into_iter().filter_map(|object| self.plan(kind, object)).collect();
         let resource = &resource;
@@ -210,7 +209,11 @@ impl StatusWriter {
         let value = serde_json::to_value(object).ok()?;
         let findings = self.findings.lock().get(&reference).cloned().unwrap_or_default();
         let mut status = Map::new();
-        if let Some(conditions) = conditions::plan(&value, &findings, &now()) {
+        if matches!(kind, Kind::HttpRoute | Kind::GrpcRoute) {
+            if let Some(parents) = routes::plan(&value, &reference.name.namespace, &findings, &now()) {
+                status.insert("parents".to_owned(), parents.into());
+            }
+        } else if let Some(conditions) = conditions::plan(&value, &findings, &now()) {
             status.insert("conditions".to_owned(), conditions.into());
         }
         if kind == Kind::ServiceEntry
@@ -262,7 +265,21 @@ impl StatusWriter {
     }
 }
 
+/// All objects of a kind, page by page.
+pub(super) async fn list_all(api: Api<DynamicObject>) -> Result<Vec<DynamicObject>, CallError> {
+    let mut objects = Vec::new();
+    let mut parameters = ListParams::default().limit(PAGE);
+    loop {
+        let page = call(api.list(&parameters)).await?;
+        objects.extend(page.items);
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => parameters = parameters.continue_token(&token),
+            None => return Ok(objects),
+        }
+    }
+}
+
 /// The time as conditions have it.
-fn now() -> String {
+pub(super) fn now() -> String {
     Timestamp::now().round(Unit::Second).unwrap_or_default().to_string()
 }

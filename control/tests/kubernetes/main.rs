@@ -8,6 +8,7 @@ mod contention;
 mod replica;
 mod rotation;
 mod statuses;
+mod waypoints;
 
 use serde_json::{Value, json};
 

@@ -53,6 +53,8 @@ fn what_is_switched_off_is_not_there() {
     for (setting, id) in [
         ("control.autoscaling.enabled=false", "HorizontalPodAutoscaler ambit-control"),
         ("control.podDisruptionBudget.enabled=false", "PodDisruptionBudget ambit-control"),
+        ("control.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-control-waypoints"),
+        ("waypoint.classes=null", "ValidatingAdmissionPolicy ambit-control-waypoints"),
         ("networkPolicy.enabled=false", "NetworkPolicy ztunnel"),
         ("node.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-node-pods"),
         ("istioLabels=false", "ConfigMap istio"),

@@ -113,6 +113,7 @@ fn further_settings_are_those_of_the_programs() {
                 "admin",
                 "clusterDomain",
                 "clusterId",
+                "deployedWaypointClasses",
                 "listen",
                 "metrics",
                 "network",
@@ -121,6 +122,7 @@ fn further_settings_are_those_of_the_programs() {
                 "sources",
                 "systemNamespace",
                 "trustDomain",
+                "waypointTemplate",
             ][..],
         ),
     ] {

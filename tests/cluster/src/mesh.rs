@@ -13,7 +13,7 @@ pub const NAMESPACE: &str = "ambit-system";
 /// Name of the Helm release.
 pub const RELEASE: &str = "ambit";
 /// Settings for a cluster without a metrics server that an autoscaler could ask.
-pub const SETTINGS: [&str; 1] = ["control.autoscaling.enabled=false"];
+pub const SETTINGS: [&str; 2] = ["control.autoscaling.enabled=false", "waypoint.autoscaling.enabled=false"];
 /// Namespace of the Bookinfo application.
 pub const BOOKINFO: &str = "bookinfo";
 const BOOKINFO_IMAGE: &str = "local/bookinfo:1";
@@ -36,6 +36,7 @@ pub fn images(layout: &Layout) -> Result<Vec<Image>> {
         image("control", &["ambit-control"]),
         image("ztunnel", &["ztunnel"]),
         image("node", &["ambit-node", "ambit-cni"]),
+        image("waypoint", &["ambit-waypoint"]),
     ];
     match images.iter().flat_map(|image| &image.files).find(|file| !file.exists()) {
         Some(file) => Err(Error::Missing(format!("{} is not built: run `make build`", file.display()))),

@@ -29,7 +29,10 @@ pub(in crate::index) fn of_route(
                 reader.find(condition(parent, "Accepted", true, "Accepted", "attached".to_owned()));
                 report_references(reader, parent, &rules);
             }
-            Err(reason) => reader.find(condition(parent, "Accepted", false, "NoMatchingParent", reason)),
+            Err(NotAttached(reason, message)) => {
+                reader.find(condition(parent, "Accepted", false, reason, message));
+                report_references(reader, parent, &rules);
+            }
         }
     }
     if targets.is_empty() {
@@ -80,9 +83,33 @@ fn condition(
 ) -> Finding {
     let kind = match parent.kind {
         TargetKind::ServiceEntry => Kind::ServiceEntry,
+        TargetKind::Gateway => Kind::Gateway,
         TargetKind::Service | TargetKind::Hostname | TargetKind::Other => Kind::Service,
     };
-    Finding::new(condition, met, reason, message).relative_to(kind, &parent.name)
+    let finding = Finding::new(condition, met, reason, message).relative_to(kind, &parent.name);
+    Finding { parent_ref: Some(parent.clone()), ..finding }
+}
+
+/// Why a route is not attached to a parent: a reason of Gateway API, and one sentence.
+struct NotAttached(&'static str, String);
+
+/// The port that a parent reference is for, 0 for all of them: by its number, its name (`sectionName`), or both.
+fn port_of<'a>(
+    parent: &ParentRef,
+    ports: impl IntoIterator<Item = (&'a Arc<str>, u16)>,
+) -> Result<u32, NotAttached> {
+    if parent.port.is_none() && parent.section.is_none() {
+        return Ok(0);
+    }
+    let is_meant = |(name, number): &(&Arc<str>, u16)| {
+        parent.port.is_none_or(|port| port == *number)
+            && parent.section.as_ref().is_none_or(|section| section == *name)
+    };
+    let found = ports.into_iter().find(is_meant);
+    let (port, section) = (parent.port.map(|port| port.to_string()), parent.section.as_deref());
+    let wanted = [port.as_deref(), section].into_iter().flatten().collect::<Vec<_>>().join(" ");
+    let missing = || NotAttached("NoMatchingParent", format!("{} has no port {wanted}", parent.name));
+    found.map(|(_, number)| number.into()).ok_or_else(missing)
 }
 
 struct Lowering<'a, 'r> {
@@ -93,11 +120,11 @@ struct Lowering<'a, 'r> {
 
 impl Lowering<'_, '_> {
     /// What a parent stands for; `None` if it is none of the mesh's.
-    fn attach(&self, parent: &ParentRef) -> Option<Result<Vec<l7::Target>, String>> {
-        let target = |hostname: String| l7::Target {
+    fn attach(&self, parent: &ParentRef) -> Option<Result<Vec<l7::Target>, NotAttached>> {
+        let target = |hostname: String, port: u32| l7::Target {
             namespace: parent.name.namespace.to_string(),
             hostname,
-            port: parent.port.map(u32::from).unwrap_or_default(),
+            port,
             // Gateway API, GEP-1426: hosts of a route don't count where its parent is a service.
             hostnames: Vec::new(),
             // GEP-1426: a route in another namespace is for the requests of that namespace's clients.
@@ -106,25 +133,27 @@ impl Lowering<'_, '_> {
                 false => self.namespace.to_string(),
             },
         };
-        let has_port = |ports: &[u16]| parent.port.is_none_or(|wanted| ports.contains(&wanted));
-        let no_port = || format!("{} has no port {}", parent.name, parent.port.unwrap_or_default());
+        let missing = |kind: &str| {
+            Err(NotAttached("NoMatchingParent", format!("{kind} {} does not exist", parent.name)))
+        };
         match parent.kind {
             TargetKind::Service => Some(match self.reader.service(&parent.name) {
-                None => Err(format!("Service {} does not exist", parent.name)),
-                Some(service)
-                    if !has_port(&service.ports.iter().map(|port| port.number).collect::<Vec<_>>()) =>
-                {
-                    Err(no_port())
-                }
-                Some(_) => Ok(vec![target(self.reader.settings.host_of_service(&parent.name))]),
+                None => missing("Service"),
+                Some(service) => port_of(parent, service.ports.iter().map(|port| (&port.name, port.number)))
+                    .map(|port| vec![target(self.reader.settings.host_of_service(&parent.name), port)]),
             }),
             TargetKind::ServiceEntry => Some(match self.reader.service_entry(&parent.name) {
-                None => Err(format!("ServiceEntry {} does not exist", parent.name)),
-                Some(entry) if !has_port(&entry.ports.iter().map(|port| port.number).collect::<Vec<_>>()) => {
-                    Err(no_port())
-                }
-                Some(entry) => Ok(entry.hosts.iter().map(|host| target(host.to_string())).collect()),
+                None => missing("ServiceEntry"),
+                Some(entry) => port_of(parent, entry.ports.iter().map(|port| (&port.name, port.number)))
+                    .map(|port| entry.hosts.iter().map(|host| target(host.to_string(), port)).collect()),
             }),
+            // The listener of a waypoint takes connections of the mesh, not routes: these are attached to services.
+            TargetKind::Gateway => {
+                let gateway = self.reader.gateway(&parent.name)?;
+                let is_ours = self.reader.settings.waypoint_classes.contains(&gateway.class);
+                let message = format!("{} is a waypoint: attach the route to the services behind it", parent.name);
+                is_ours.then_some(Err(NotAttached("NotAllowedByListeners", message)))
+            }
             TargetKind::Hostname | TargetKind::Other => None,
         }
     }
@@ -180,7 +209,7 @@ impl Lowering<'_, '_> {
         let name = to.name_in(self.namespace);
         match to.kind {
             TargetKind::Service => {}
-            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Other => {
+            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => {
                 return Err(format!("backends of kind {} are not supported", to.kind_name));
             }
         }

@@ -59,7 +59,7 @@ pub(in crate::index) fn of_route(reader: &Reader<'_>, route: &Route) -> Roots {
                     roots.extend(of_binding(reader, &parent.name.namespace, &entry.waypoint));
                 }
             }
-            TargetKind::Hostname | TargetKind::Other => {}
+            TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => {}
         }
     }
     roots

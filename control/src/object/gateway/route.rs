@@ -50,7 +50,7 @@ impl Route {
         let references = self.rules.iter().flat_map(RouteRule::references);
         references.filter_map(|reference| match reference.kind {
             TargetKind::Service => Some(reference.name_in(&self.meta.id.namespace)),
-            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Other => None,
+            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => None,
         })
     }
 }
@@ -119,6 +119,8 @@ pub enum TargetKind {
     ServiceEntry,
     /// A host name of the mesh (`networking.istio.io/Hostname`).
     Hostname,
+    /// A Gateway.
+    Gateway,
     /// Anything else.
     Other,
 }
@@ -129,6 +131,7 @@ impl TargetKind {
             ("" | "core", "Service") => TargetKind::Service,
             ("networking.istio.io", "ServiceEntry") => TargetKind::ServiceEntry,
             ("networking.istio.io", "Hostname") => TargetKind::Hostname,
+            ("gateway.networking.k8s.io", "Gateway") => TargetKind::Gateway,
             _ => TargetKind::Other,
         }
     }
@@ -165,16 +168,27 @@ pub struct ParentRef {
     pub name: NamespacedName,
     /// A single port of it.
     pub port: Option<u16>,
+    /// A single section of it: a port of a Service by its name, a listener of a Gateway.
+    pub section: Option<Arc<str>>,
+}
+
+impl ParentRef {
+    /// The `parentRef` of a route in `namespace`, as the API has it.
+    pub(crate) fn of_value(value: &serde_json::Value, namespace: &Arc<str>) -> Option<ParentRef> {
+        Parent::deserialize(value).ok().map(|parent| parent.read(namespace))
+    }
 }
 
 /// A `parentRef` as written.
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Parent {
     group: Option<String>,
     kind: Option<String>,
     namespace: Option<String>,
     name: String,
     port: Option<u16>,
+    section_name: Option<String>,
 }
 
 impl Parent {
@@ -184,6 +198,7 @@ impl Parent {
             kind: TargetKind::of(self.group.as_deref(), self.kind.as_deref(), default),
             name: NamespacedName::new(self.namespace.map_or_else(|| namespace.clone(), Arc::from), self.name),
             port: self.port,
+            section: self.section_name.map(Arc::from),
         }
     }
 }

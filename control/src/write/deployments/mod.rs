@@ -1,0 +1,296 @@
+//! Deploys waypoints: for each Gateway of a class that is ours a ServiceAccount, a Deployment, a Service and, where the
+//! template has them, a PodDisruptionBudget and a HorizontalPodAutoscaler, all of the Gateway's name; and its status.
+//!
+//! What the objects must be is planned by pure functions from the Gateway, the template of the installation and the
+//! Gateway's own parameters. Objects of the same name that were not made for the Gateway are never touched. Kubernetes
+//! deletes the objects with the Gateway that owns them.
+
+mod overlay;
+mod plan;
+mod status;
+mod template;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+
+use super::WriteMetrics;
+use super::classes::{self, Owned};
+use super::queue::{StatusQueue, Work};
+use super::retries::{Failed, Retries};
+use super::status::{list_all, now};
+use crate::api_server::{CallError, FIELD_MANAGER, call};
+use crate::kind::Kind;
+use crate::object::{NamespacedName, ObjectRef};
+use crate::source::kubernetes::served_version;
+use plan::{Part, WaypointGateway};
+use status::Standing;
+pub use template::{Template, TemplateError};
+
+/// Gateways looked at at the same time.
+const CONCURRENT: usize = 4;
+/// Gateways taken from the queue together.
+const TOGETHER: usize = 16;
+/// How often every Gateway is looked at: parameters are not watched, nor the kinds that the mesh does not read.
+const INTERVAL: Duration = Duration::from_secs(60);
+
+/// Deploys waypoints.
+pub(crate) struct WaypointWriter {
+    pub(crate) client: Client,
+    pub(crate) template: Template,
+    /// Classes whose Gateways are deployed.
+    pub(crate) classes: Vec<Arc<str>>,
+    pub(crate) queue: Arc<StatusQueue>,
+    pub(crate) metrics: Arc<WriteMetrics>,
+}
+
+/// Why a Gateway could not be looked at to the end.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The class of the Gateway is not there yet.
+    #[error("GatewayClass {0} does not exist")]
+    NoClass(String),
+    /// An object is in the way that was not made for the Gateway.
+    #[error("{kind} {name} was not made for the Gateway and is not changed")]
+    Foreign { kind: String, name: NamespacedName },
+}
+
+impl Fault {
+    /// Whether trying again may come to something else.
+    fn is_passing(&self) -> bool {
+        match self {
+            Fault::Call(error) => error.is_unavailable() || error.is_conflict(),
+            // That of a Gateway of the same name that was deleted a moment ago goes soon.
+            Fault::Foreign { .. } | Fault::NoClass(_) => true,
+        }
+    }
+}
+
+impl WaypointWriter {
+    /// Writes while `leads` is true; ends with its sender.
+    pub(crate) async fn run(self, mut leads: watch::Receiver<bool>) {
+        while leads.wait_for(|leads| *leads).await.is_ok() {
+            let mut lost = leads.clone();
+            self.queue.open();
+            tokio::select! {
+                () = self.lead() => {}
+                _ = lost.wait_for(|leads| !*leads) => {}
+            }
+            self.queue.close();
+        }
+    }
+
+    async fn lead(&self) {
+        let mut retries = Retries::default();
+        let mut due = tokio::time::interval(INTERVAL);
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = due.tick() => self.reconcile_everything(&mut retries).await,
+                work = self.queue.take(TOGETHER) => match work {
+                    Work::Everything => self.reconcile_everything(&mut retries).await,
+                    Work::Objects(gateways) => {
+                        let gateways = gateways.into_iter().map(|gateway| gateway.name).collect();
+                        self.reconcile_gateways(gateways, &mut retries).await;
+                    }
+                },
+                () = retries.due() => {
+                    let Failed { kinds, objects } = retries.take();
+                    if !kinds.is_empty() {
+                        self.reconcile_everything(&mut retries).await;
+                    }
+                    self.queue.push(objects);
+                }
+            }
+        }
+    }
+
+    async fn reconcile_everything(&self, retries: &mut Retries) {
+        let gateways = async {
+            let Some(resource) = self.gateways().await? else { return Ok(Vec::new()) };
+            list_all(Api::<DynamicObject>::all_with(self.client.clone(), &resource)).await
+        };
+        match gateways.await {
+            Ok(gateways) => {
+                let ours = gateways.into_iter().filter(|gateway| {
+                    let class = gateway.data["spec"]["gatewayClassName"].as_str().unwrap_or_default();
+                    self.classes.iter().any(|ours| &**ours == class)
+                });
+                let names = ours.filter_map(|gateway| {
+                    Some(NamespacedName::new(gateway.metadata.namespace?, gateway.metadata.name?))
+                });
+                self.reconcile_gateways(names.collect(), retries).await;
+            }
+            Err(error) => {
+                self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%error, "Gateways not listed for their deployments; trying again");
+                retries.add_kind(Kind::Gateway);
+            }
+        }
+    }
+
+    async fn reconcile_gateways(&self, gateways: Vec<NamespacedName>, retries: &mut Retries) {
+        let look = |name: NamespacedName| async move { (self.reconcile(&name).await, name) };
+        let outcomes: Vec<_> =
+            stream::iter(gateways).map(look).buffer_unordered(CONCURRENT).collect().await;
+        for (outcome, name) in outcomes {
+            let Err(error) = outcome else { continue };
+            self.metrics.failed.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(gateway = %name, %error, "waypoint not deployed");
+            if error.is_passing() {
+                retries.add_objects(vec![ObjectRef { kind: Kind::Gateway, name }]);
+            }
+        }
+    }
+
+    /// Looks at one Gateway: makes what it lacks, then writes how it stands.
+    async fn reconcile(&self, name: &NamespacedName) -> Result<(), Fault> {
+        let Some(resource) = self.gateways().await? else { return Ok(()) };
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
+        let Some(gateway) = call(api.get_opt(&name.name)).await? else { return Ok(()) };
+        if gateway.metadata.deletion_timestamp.is_some() {
+            return Ok(());
+        }
+        let gateway = serde_json::to_value(gateway).unwrap_or_default();
+        // The API server has checked it: what can't be read is no Gateway that it has a definition for.
+        let Ok(waypoint) = serde_json::from_value::<WaypointGateway>(gateway.clone()) else { return Ok(()) };
+        let class = waypoint.class();
+        if !self.classes.iter().any(|ours| &**ours == class) {
+            return Ok(());
+        }
+        match classes::owner(&self.client, class).await? {
+            Owned::ByUs => {}
+            // Such as Istio, whose waypoints can be used beside ours.
+            Owned::ByOthers => return Ok(()),
+            Owned::Absent => return Err(Fault::NoClass(class.to_owned())),
+        }
+        let (standing, fault) = match self.deploy(name, &waypoint).await {
+            Ok(standing) => (standing, None),
+            Err(Fault::Call(error)) if error.is_unavailable() || error.is_conflict() => {
+                return Err(error.into());
+            }
+            Err(fault) => (Standing::Refused(fault.to_string()), Some(fault)),
+        };
+        if let Some(status) = status::plan(&gateway, &standing, &now()) {
+            let version = &gateway["metadata"]["resourceVersion"];
+            let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
+            let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+            call(api.patch_status(&name.name, &parameters, &Patch::Merge(patch))).await?;
+            self.metrics.written.fetch_add(1, Ordering::Relaxed);
+        }
+        fault.map_or(Ok(()), Err)
+    }
+
+    /// Makes the parts of a waypoint what they must be.
+    async fn deploy(&self, name: &NamespacedName, waypoint: &WaypointGateway) -> Result<Standing, Fault> {
+        let parameters = match self.parameters(name, waypoint).await? {
+            Ok(parameters) => parameters,
+            Err(reason) => return Ok(Standing::Invalid(reason)),
+        };
+        let parts = match plan::manifests(waypoint, &self.template, parameters.as_ref()) {
+            Ok(parts) => parts,
+            Err(reason) => return Ok(Standing::Invalid(reason)),
+        };
+        let (mut address, mut serves) = (None, false);
+        for (part, manifest) in parts {
+            let object = self.put(name, waypoint, part, manifest).await?;
+            match part {
+                Part::Service => {
+                    let ip = object["spec"]["clusterIP"].as_str().filter(|ip| !ip.is_empty() && *ip != "None");
+                    address = ip.map(str::to_owned);
+                }
+                Part::Deployment => {
+                    serves = object["status"]["availableReplicas"].as_u64().is_some_and(|pods| pods > 0);
+                }
+                Part::ServiceAccount | Part::PodDisruptionBudget | Part::HorizontalPodAutoscaler => {}
+            }
+        }
+        Ok(Standing::Deployed { address, serves })
+    }
+
+    /// The parameters that a Gateway names; the inner error says what is wrong with them.
+    async fn parameters(
+        &self,
+        name: &NamespacedName,
+        waypoint: &WaypointGateway,
+    ) -> Result<Result<Option<Template>, String>, Fault> {
+        let config_map = match waypoint.config_map() {
+            Ok(Some(config_map)) => config_map,
+            Ok(None) => return Ok(Ok(None)),
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &name.namespace);
+        let Some(object) = call(api.get_opt(config_map)).await? else {
+            return Ok(Err(format!("ConfigMap {config_map} does not exist")));
+        };
+        let object = serde_json::to_value(object).unwrap_or_default();
+        let parameters = Template::of_config_map(&object);
+        Ok(parameters.map(Some).map_err(|reason| format!("ConfigMap {config_map}: {reason}")))
+    }
+
+    /// Writes a part if it is not as it must be, and returns what it is.
+    async fn put(
+        &self,
+        name: &NamespacedName,
+        waypoint: &WaypointGateway,
+        part: Part,
+        manifest: Option<Value>,
+    ) -> Result<Value, Fault> {
+        let resource = part.resource();
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
+        let present = call(api.get_opt(&name.name)).await?;
+        let uid = present.as_ref().and_then(|object| object.metadata.uid.clone());
+        let present = present.map(|object| serde_json::to_value(object).unwrap_or_default());
+        let is_owned = present.as_ref().is_some_and(|object| waypoint.owns(object));
+        match (present, manifest) {
+            (Some(_), Some(_)) if !is_owned => {
+                Err(Fault::Foreign { kind: resource.kind, name: name.clone() })
+            }
+            (Some(object), Some(manifest)) if plan::has_all_of(&object, &manifest) => Ok(object),
+            (_, Some(mut manifest)) => {
+                if let Some(uid) = uid {
+                    // Another object of this name that came meanwhile is not overwritten.
+                    manifest["metadata"]["uid"] = uid.into();
+                }
+                let parameters = PatchParams::apply(FIELD_MANAGER).force();
+                let written = call(api.patch(&name.name, &parameters, &Patch::Apply(manifest))).await?;
+                self.metrics.written.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(gateway = %name, kind = resource.kind, "written for a waypoint");
+                Ok(serde_json::to_value(written).unwrap_or_default())
+            }
+            (Some(_), None) if is_owned => {
+                let preconditions = Some(Preconditions { uid, ..Preconditions::default() });
+                let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
+                match call(api.delete(&name.name, &parameters)).await {
+                    Ok(_) => Ok(Value::Null),
+                    Err(error) if error.is_not_found() => Ok(Value::Null),
+                    Err(error) => Err(error.into()),
+                }
+            }
+            (_, None) => Ok(Value::Null),
+        }
+    }
+
+    /// Gateways as the server has them; `None` where the kind is not installed.
+    async fn gateways(&self) -> Result<Option<ApiResource>, CallError> {
+        let info = Kind::Gateway.info();
+        let version = served_version(&self.client, &info).await?;
+        Ok(version.map(|version| {
+            let gvk = GroupVersionKind::gvk(info.group, version, info.name);
+            ApiResource::from_gvk_with_plural(&gvk, info.plural)
+        }))
+    }
+}

@@ -1,0 +1,296 @@
+//! The objects of a waypoint: what each must be, and whether it is. Pure.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use kube::core::{ApiResource, GroupVersionKind};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::overlay::overlay;
+use super::template::Template;
+
+/// Label that names the Gateway of an object, by which pods and Services of waypoints are found.
+const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+const GATEWAY_CLASS: &str = "gateway.networking.k8s.io/gateway-class-name";
+/// Label by which Kiali and other tools for Istio recognise waypoints.
+const MANAGED: (&str, &str) = ("gateway.istio.io/managed", "istio.io-mesh-controller");
+const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
+/// Annotation that changes with the manifest, so that fields that it no longer has are removed.
+const MANIFEST_HASH: &str = "ambit.dev/manifest-hash";
+/// Longest value of a label, and longest name of a Service.
+const LONGEST_NAME: usize = 63;
+
+/// A kind of object that a waypoint has one of, under the name of its Gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    ServiceAccount,
+    Service,
+    Deployment,
+    PodDisruptionBudget,
+    HorizontalPodAutoscaler,
+}
+
+impl Part {
+    /// The kind as the API server has it.
+    pub(super) fn resource(self) -> ApiResource {
+        let (group, version, kind, plural) = match self {
+            Part::ServiceAccount => ("", "v1", "ServiceAccount", "serviceaccounts"),
+            Part::Service => ("", "v1", "Service", "services"),
+            Part::Deployment => ("apps", "v1", "Deployment", "deployments"),
+            Part::PodDisruptionBudget => ("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+            Part::HorizontalPodAutoscaler => {
+                ("autoscaling", "v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
+            }
+        };
+        ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)
+    }
+}
+
+/// What the manifests of a waypoint need of its Gateway.
+#[derive(Debug, Deserialize)]
+pub(super) struct WaypointGateway {
+    metadata: GatewayMetadata,
+    spec: GatewaySpec,
+}
+
+#[derive(Debug, Deserialize)]
+struct GatewayMetadata {
+    name: String,
+    namespace: String,
+    uid: String,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct GatewaySpec {
+    gateway_class_name: String,
+    #[serde(default)]
+    infrastructure: Infrastructure,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Infrastructure {
+    labels: BTreeMap<String, String>,
+    annotations: BTreeMap<String, String>,
+    parameters_ref: Option<ParametersRef>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ParametersRef {
+    group: String,
+    kind: String,
+    name: String,
+}
+
+impl WaypointGateway {
+    pub(super) fn class(&self) -> &str {
+        &self.spec.gateway_class_name
+    }
+
+    /// The ConfigMap with the Gateway's parameters, if it names one.
+    ///
+    /// # Errors
+    /// When it names something else.
+    pub(super) fn config_map(&self) -> Result<Option<&str>, String> {
+        match &self.spec.infrastructure.parameters_ref {
+            None => Ok(None),
+            Some(ParametersRef { group, kind, name }) if group.is_empty() && kind == "ConfigMap" => {
+                Ok(Some(name))
+            }
+            Some(ParametersRef { kind, name, .. }) => {
+                Err(format!("parameters are read from a ConfigMap, not from {kind} {name}"))
+            }
+        }
+    }
+
+    /// Whether an object was made for this Gateway.
+    pub(super) fn owns(&self, object: &Value) -> bool {
+        let owners = object["metadata"]["ownerReferences"].as_array();
+        owners.into_iter().flatten().any(|owner| {
+            owner["uid"].as_str() == Some(&self.metadata.uid) && owner["controller"].as_bool() == Some(true)
+        })
+    }
+
+    fn labels(&self) -> BTreeMap<&str, &str> {
+        let GatewayMetadata { name, labels, .. } = &self.metadata;
+        let copied = self.spec.infrastructure.labels.iter();
+        let mut all: BTreeMap<&str, &str> = copied.map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        // Ours come last: by them the mesh recognises what belongs to a waypoint.
+        let class = self.class();
+        let waypoint_for = labels.get(WAYPOINT_FOR).map_or("service", String::as_str);
+        all.extend([(GATEWAY_NAME, name.as_str()), (GATEWAY_CLASS, class), MANAGED]);
+        all.insert(WAYPOINT_FOR, waypoint_for);
+        all
+    }
+
+    fn metadata(&self) -> Value {
+        let GatewayMetadata { name, namespace, uid, .. } = &self.metadata;
+        let owner = json!({
+            "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
+            "name": name, "uid": uid, "controller": true,
+        });
+        json!({
+            "name": name, "namespace": namespace, "labels": self.labels(),
+            "annotations": self.spec.infrastructure.annotations, "ownerReferences": [owner],
+        })
+    }
+}
+
+/// What each part of a waypoint must be; `None` for one that it must not have.
+///
+/// # Errors
+/// Why there can be no waypoint for the Gateway.
+pub(super) fn manifests(
+    gateway: &WaypointGateway,
+    template: &Template,
+    parameters: Option<&Template>,
+) -> Result<Vec<(Part, Option<Value>)>, String> {
+    if gateway.metadata.name.len() > LONGEST_NAME {
+        return Err(format!("the name of a waypoint has at most {LONGEST_NAME} characters"));
+    }
+    let none = Template::default();
+    let layers = [template, parameters.unwrap_or(&none)];
+    let of = |part: Part, spec: Value, patches: [&Value; 2]| (part, manifest(gateway, part, spec, patches));
+    let budget = layers.map(|layer| layer.pod_disruption_budget.as_ref());
+    let scaler = layers.map(|layer| layer.horizontal_pod_autoscaler.as_ref());
+    let (scales, is_limited) =
+        (scaler.iter().any(Option::is_some), budget.iter().any(Option::is_some));
+    let (account, service) = (layers.map(|l| &l.service_account), layers.map(|l| &l.service));
+    let mut deployment = of(Part::Deployment, deployment_spec(gateway), layers.map(|l| &l.deployment)).1;
+    if scales && let Some(spec) = deployment["spec"].as_object_mut() {
+        // The autoscaler's number must not be overwritten.
+        spec.remove("replicas");
+    }
+    let null = Value::Null;
+    let budget = of(Part::PodDisruptionBudget, budget_spec(gateway), budget.map(|b| b.unwrap_or(&null)));
+    let scaler =
+        of(Part::HorizontalPodAutoscaler, scaler_spec(gateway), scaler.map(|s| s.unwrap_or(&null)));
+    let parts = [
+        of(Part::ServiceAccount, Value::Null, account),
+        of(Part::Service, service_spec(gateway), service),
+        (Part::Deployment, deployment),
+    ];
+    let wanted = parts.into_iter().map(|(part, manifest)| (part, Some(manifest)));
+    let optional = [
+        (budget.0, Some(budget.1).filter(|_| is_limited)),
+        (scaler.0, Some(scaler.1).filter(|_| scales)),
+    ];
+    Ok(wanted.chain(optional).map(|(part, manifest)| (part, manifest.map(with_hash))).collect())
+}
+
+/// A part: what it must have, under everything that may be changed of it.
+fn manifest(gateway: &WaypointGateway, part: Part, spec: Value, patches: [&Value; 2]) -> Value {
+    let mut manifest = json!({ "metadata": { "annotations": gateway.spec.infrastructure.annotations } });
+    if !spec.is_null() {
+        manifest["spec"] = spec;
+    }
+    for patch in patches {
+        if patch.is_object() {
+            overlay(&mut manifest, patch);
+        }
+    }
+    let ApiResource { api_version, kind, .. } = part.resource();
+    let fixed = json!({ "apiVersion": api_version, "kind": kind, "metadata": gateway.metadata() });
+    overlay(&mut manifest, &fixed);
+    if part == Part::Deployment {
+        // No label may take a pod out of its waypoint, or into the mesh that it is a part of.
+        let mut labels = json!(gateway.labels());
+        labels["istio.io/dataplane-mode"] = "none".into();
+        labels["sidecar.istio.io/inject"] = "false".into();
+        overlay(&mut manifest, &json!({ "spec": { "template": { "metadata": { "labels": labels } } } }));
+    }
+    manifest
+}
+
+fn selector(gateway: &WaypointGateway) -> Value {
+    json!({ GATEWAY_NAME: gateway.metadata.name })
+}
+
+fn service_spec(gateway: &WaypointGateway) -> Value {
+    json!({
+        "selector": selector(gateway),
+        "ipFamilyPolicy": "PreferDualStack",
+        "ports": [{ "name": "mesh", "port": 15008, "targetPort": 15008, "appProtocol": "hbone" }],
+    })
+}
+
+fn budget_spec(gateway: &WaypointGateway) -> Value {
+    json!({ "selector": { "matchLabels": selector(gateway) } })
+}
+
+fn scaler_spec(gateway: &WaypointGateway) -> Value {
+    let target = json!({ "apiVersion": "apps/v1", "kind": "Deployment", "name": gateway.metadata.name });
+    json!({ "scaleTargetRef": target })
+}
+
+fn deployment_spec(gateway: &WaypointGateway) -> Value {
+    let field =
+        |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
+    let port = |name: &str, number: u16| json!({ "name": name, "containerPort": number });
+    let mount = |name: &str, path: &str| json!({ "name": name, "mountPath": path, "readOnly": true });
+    let token =
+        json!({ "path": "istio-token", "audience": "istio-ca", "expirationSeconds": 43200 });
+    json!({
+        "selector": { "matchLabels": selector(gateway) },
+        // The next pod serves before one ends, and requests find a waypoint all the time.
+        "strategy": { "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+        "template": {
+            "metadata": { "annotations": gateway.spec.infrastructure.annotations },
+            "spec": {
+                "serviceAccountName": gateway.metadata.name,
+                "automountServiceAccountToken": false,
+                "containers": [{
+                    "name": "waypoint",
+                    "env": [
+                        field("POD_NAME", "metadata.name"),
+                        field("POD_NAMESPACE", "metadata.namespace"),
+                        field("INSTANCE_IP", "status.podIP"),
+                        field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
+                    ],
+                    "ports": [port("mesh", 15008), port("http-metrics", 15020), port("readiness", 15021)],
+                    "readinessProbe": {
+                        "httpGet": { "path": "/healthz/ready", "port": "readiness" }, "periodSeconds": 3,
+                    },
+                    "volumeMounts": [
+                        mount("root-certificate", "/var/run/secrets/istio"),
+                        mount("token", "/var/run/secrets/tokens"),
+                    ],
+                }],
+                "volumes": [
+                    { "name": "root-certificate", "configMap": { "name": "istio-ca-root-cert" } },
+                    { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
+                ],
+            },
+        },
+    })
+}
+
+fn with_hash(mut manifest: Value) -> Value {
+    let mut hasher = DefaultHasher::new();
+    manifest.to_string().hash(&mut hasher);
+    manifest["metadata"]["annotations"][MANIFEST_HASH] = format!("{:016x}", hasher.finish()).into();
+    manifest
+}
+
+/// Whether an object has everything that a manifest says.
+pub(super) fn has_all_of(object: &Value, manifest: &Value) -> bool {
+    match (object, manifest) {
+        (Value::Object(object), Value::Object(manifest)) => manifest.iter().all(|(key, wanted)| {
+            // The API server leaves out what is empty.
+            let is_empty = *wanted == json!({}) || *wanted == json!("");
+            object.get(key).map_or(is_empty, |value| has_all_of(value, wanted))
+        }),
+        (Value::Array(object), Value::Array(manifest)) => {
+            object.len() == manifest.len() && object.iter().zip(manifest).all(|(a, b)| has_all_of(a, b))
+        }
+        (object, manifest) => object == manifest,
+    }
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;
