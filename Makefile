@@ -19,7 +19,7 @@ IMAGE_PROGRAMS := ambit-control ztunnel ambit-node ambit-cni ambit-waypoint ambi
 AUDITABLE_VERSION := 0.7.7
 AUDITABLE2CDX_VERSION := 0.1.0
 
-.PHONY: help build demo cluster cluster-programs cluster-down test guard bench soak fuzz lint fmt deny doc release images crds packages clean
+.PHONY: help build demo cluster cluster-programs cluster-down conformance test guard bench soak fuzz lint fmt deny doc release images crds packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -38,6 +38,9 @@ cluster: cluster-programs ## a real two-node Kubernetes with Ambit and Bookinfo,
 
 cluster-down: ## ends it and removes everything of it
 	$(BIN)/ambit-cluster down
+
+conformance: cluster-programs ## the mesh profiles of Gateway API's conformance suite, with a report in docs/conformance; needs root and Go
+	$(BIN)/ambit-cluster conformance --report docs/conformance/gateway-api-1.7.0-mesh.yaml
 
 test: cluster-programs ## every test; needs root
 	@test "$$(id -u)" = 0 || { echo "make test needs root: the namespace tests make network namespaces" >&2; exit 1; }

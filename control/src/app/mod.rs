@@ -442,7 +442,7 @@ fn start_writers(
     let writer = ClassWriter { client: of_classes, classes: classes.clone(), metrics: written };
     tasks.spawn("the writer of classes", writer.run(leads.clone()));
     let queue = observed.waypoints.clone();
-    let writer = WaypointWriter { client: of_waypoints, template, classes, queue, metrics };
+    let writer = WaypointWriter::new(of_waypoints, template, classes, queue, metrics);
     tasks.spawn("the writer of waypoints", writer.run(leads));
 }
 

@@ -116,7 +116,8 @@ impl IndexWorker {
         let mut all = self.findings.lock();
         for (object, findings) in changed {
             for finding in findings.iter().filter(|f| !f.met) {
-                let Finding { condition, met: _, reason, message, parent, parent_ref: _, controller } = finding;
+                let Finding { condition, met: _, reason, message, parent, parent_ref: _, controller } =
+                    finding;
                 let parent = parent.as_ref().map(tracing::field::display);
                 tracing::warn!(%object, condition, reason, parent, controller, "{message}");
             }

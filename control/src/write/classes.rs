@@ -146,7 +146,8 @@ fn plan(class: &Value, now: &str) -> Option<Value> {
     let accepted = match class["spec"]["parametersRef"].is_null() {
         true => Condition::new("Accepted", true, "Accepted", "the control plane deploys its Gateways"),
         false => {
-            let message = "parameters of classes are not supported: the chart's `waypoint` values are for all";
+            let message =
+                "parameters of classes are not supported: the chart's `waypoint` values are for all";
             Condition::new("Accepted", false, "InvalidParameters", message)
         }
     };

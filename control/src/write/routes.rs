@@ -13,8 +13,14 @@ const MOST: usize = 32;
 
 /// `status.parents` of a route in `namespace`, if it must differ from what it is. Entries of other controllers stay where
 /// they are; ours of parents that the route no longer names, or that are not the mesh's, go.
-pub(super) fn plan(route: &Value, namespace: &Arc<str>, findings: &[Finding], now: &str) -> Option<Vec<Value>> {
-    let entries = |pointer: &str| route.pointer(pointer).and_then(Value::as_array).cloned().unwrap_or_default();
+pub(super) fn plan(
+    route: &Value,
+    namespace: &Arc<str>,
+    findings: &[Finding],
+    now: &str,
+) -> Option<Vec<Value>> {
+    let entries =
+        |pointer: &str| route.pointer(pointer).and_then(Value::as_array).cloned().unwrap_or_default();
     let present = entries("/status/parents");
     let generation = route.pointer("/metadata/generation").and_then(Value::as_i64);
     let mut planned: Vec<Value> =
@@ -71,15 +77,25 @@ mod tests {
     fn each_parent_has_its_own_entry_and_foreign_ones_stay() {
         let [first, second] = [service("a", 80), service("a", 81)];
         let foreign = json!({ "parentRef": second, "controllerName": "other", "conditions": [] });
-        let stale = json!({ "parentRef": service("gone", 1), "controllerName": CONTROLLER, "conditions": [] });
-        let findings =
-            [finding(&first, "Accepted", true), finding(&first, "ResolvedRefs", false), finding(&second, "Accepted", false)];
+        let stale =
+            json!({ "parentRef": service("gone", 1), "controllerName": CONTROLLER, "conditions": [] });
+        let findings = [
+            finding(&first, "Accepted", true),
+            finding(&first, "ResolvedRefs", false),
+            finding(&second, "Accepted", false),
+        ];
         let parents = [first.clone(), second.clone(), json!({ "name": "gateway-of-others" })];
         let object = route(&parents, &[foreign.clone(), stale]);
         let planned = plan(&object, &"shop".into(), &findings, "t").unwrap();
         assert_eq!((planned.len(), &planned[0]), (3, &foreign));
-        assert_eq!((&planned[1]["parentRef"], &planned[1]["conditions"][1]["status"]), (&first, &json!("False")));
-        assert_eq!((&planned[2]["parentRef"], &planned[2]["conditions"][0]["status"]), (&second, &json!("False")));
+        assert_eq!(
+            (&planned[1]["parentRef"], &planned[1]["conditions"][1]["status"]),
+            (&first, &json!("False"))
+        );
+        assert_eq!(
+            (&planned[2]["parentRef"], &planned[2]["conditions"][0]["status"]),
+            (&second, &json!("False"))
+        );
         assert_eq!(planned[1]["conditions"][0]["observedGeneration"], 2);
         assert_eq!(plan(&route(&parents, &planned), &"shop".into(), &findings, "t2"), None);
         let without = plan(&route(&[], &planned), &"shop".into(), &[], "t2").unwrap();

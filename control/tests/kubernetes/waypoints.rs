@@ -97,9 +97,7 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
 
     server.apply_value(parameters("spec: {template: {spec: {nodeSelector: {pool: mesh}}}}")).await;
     let reference = json!({ "group": "", "kind": "ConfigMap", "name": "parameters" });
-    server
-        .apply_value(gateway(&json!({ "labels": { "team": "a" }, "parametersRef": reference })))
-        .await;
+    server.apply_value(gateway(&json!({ "labels": { "team": "a" }, "parametersRef": reference }))).await;
     standing(&server, "Accepted", "True", "Accepted").await;
     let waiting = standing(&server, "Programmed", "False", "Pending").await;
     assert_eq!(waiting["status"].get("addresses").cloned().unwrap_or(json!([])), json!([]));
@@ -110,16 +108,17 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
     assert_eq!(pod["spec"]["nodeSelector"]["pool"], "mesh");
     assert_eq!(pod["metadata"]["labels"]["team"], "a");
     assert_eq!(pod["metadata"]["labels"]["gateway.istio.io/managed"], "istio.io-mesh-controller");
-    for (version, kind) in
-        [("v1", "Service"), ("v1", "ServiceAccount"), ("policy/v1", "PodDisruptionBudget")]
+    for (version, kind) in [("v1", "Service"), ("v1", "ServiceAccount"), ("policy/v1", "PodDisruptionBudget")]
     {
         let object = server.get(version, kind, "shop", "waypoint").await.expect(kind);
         assert_eq!(object["metadata"]["ownerReferences"][0]["kind"], "Gateway", "{kind}");
     }
 
     let available = json!({ "replicas": 2, "readyReplicas": 2, "availableReplicas": 2 });
-    server.set_status(json!({ "apiVersion": DEPLOYMENT.0, "kind": DEPLOYMENT.1,
-        "metadata": { "name": "waypoint", "namespace": "shop" }, "status": available })).await;
+    server
+        .set_status(json!({ "apiVersion": DEPLOYMENT.0, "kind": DEPLOYMENT.1,
+        "metadata": { "name": "waypoint", "namespace": "shop" }, "status": available }))
+        .await;
     let serving = standing(&server, "Programmed", "True", "Programmed").await;
     let service = server.get("v1", "Service", "shop", "waypoint").await.unwrap();
     assert_eq!(serving["status"]["addresses"][0]["value"], service["spec"]["clusterIP"]);
@@ -167,7 +166,8 @@ async fn objects_of_others_and_forbidden_parameters_are_refused() {
 async fn routes_have_an_entry_for_each_parent_of_the_mesh() {
     let (server, template) = start().await;
     server.apply_value(service("reviews", 9080)).await;
-    let parent = |name: &str, port: u16| json!({ "group": "", "kind": "Service", "name": name, "port": port });
+    let parent =
+        |name: &str, port: u16| json!({ "group": "", "kind": "Service", "name": name, "port": port });
     let foreign = json!({
         "parentRef": { "group": GATEWAY.0.split('/').next(), "kind": "Gateway", "name": "edge" },
         "controllerName": "example.com/gateway",
@@ -195,7 +195,9 @@ async fn routes_have_an_entry_for_each_parent_of_the_mesh() {
     let conditions = |entry: &Value| -> Vec<String> {
         let conditions = entry["conditions"].as_array().unwrap().iter();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        conditions.map(|c| format!("{} {} {}", text(&c["type"]), text(&c["status"]), text(&c["reason"]))).collect()
+        conditions
+            .map(|c| format!("{} {} {}", text(&c["type"]), text(&c["status"]), text(&c["reason"])))
+            .collect()
     };
     assert_eq!(conditions(&parents[1]), ["Accepted True Accepted", "ResolvedRefs False BackendNotFound"]);
     assert_eq!(

@@ -8,6 +8,7 @@
 
 pub mod cgroup;
 pub mod cluster;
+pub mod conformance;
 mod error;
 pub mod image;
 pub mod keeper;

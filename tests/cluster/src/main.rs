@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use ambit_cluster::layout::Layout;
-use ambit_cluster::{Cluster, Options, cluster, keeper, mesh, node};
+use ambit_cluster::{Cluster, Options, cluster, conformance, keeper, mesh, node};
 use clap::Parser;
 
 /// The name of the cluster that people use.
@@ -33,6 +33,15 @@ enum Command {
         /// Its name.
         #[arg(default_value = DEFAULT)]
         name: String,
+    },
+    /// Runs the mesh profiles of Gateway API's conformance suite on a cluster of its own, and writes the report.
+    Conformance {
+        /// The report, YAML; beside it goes the log of the tests.
+        #[arg(long, default_value = "target/conformance.yaml")]
+        report: PathBuf,
+        /// Number of the cluster.
+        #[arg(long, default_value_t = 3)]
+        number: u8,
     },
     /// Imports image archives on the nodes of a running cluster.
     Load {
@@ -123,6 +132,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             Ok(cluster) => cluster.down().await?,
             Err(_) => cluster::clean_dead(&Layout::find())?,
         },
+        Command::Conformance { report, number } => {
+            conformance::run(std::env::current_exe()?, number, &report).await?;
+        }
         Command::Load { name, archives } => Cluster::attach(name)?.load_archives(archives).await?,
         Command::On { name, node, command } => {
             let command: Vec<_> = command.iter().map(String::as_str).collect();

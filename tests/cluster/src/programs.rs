@@ -34,6 +34,8 @@ const DEBIAN: [(&str, &str); 8] = [
 struct Module {
     /// Folder below `go/`.
     folder: &'static str,
+    /// What Go is to do with the packages: `build`, or `test -c` for a suite of tests.
+    action: &'static [&'static str],
     packages: &'static [&'static str],
     /// Sources of our own in the module, beside `go.mod` and `go.sum`.
     sources: &'static [&'static str],
@@ -50,6 +52,7 @@ fn modules() -> [Module; 2] {
     [
         Module {
             folder: "kubernetes",
+            action: &["build"],
             packages: &[
                 "k8s.io/kubernetes/cmd/kubectl",
                 "k8s.io/kubernetes/cmd/kubelet",
@@ -63,6 +66,7 @@ fn modules() -> [Module; 2] {
         },
         Module {
             folder: "addons",
+            action: &["build"],
             packages: &["helm.sh/helm/v4/cmd/helm", "./coredns"],
             sources: &["coredns/main.go"],
             link: format!("-s -w -X helm.sh/helm/v4/internal/version.version=v{HELM}"),
@@ -80,6 +84,30 @@ pub fn build(layout: &Layout) -> Result<()> {
         build_module(layout, &module)?;
     }
     Ok(())
+}
+
+/// Builds the conformance suite of Gateway API and the servers that it talks to, if they are missing or older than their
+/// sources: `conformance.test`, `client` and `server`.
+///
+/// # Errors
+/// As for [`build`].
+pub fn build_conformance(layout: &Layout) -> Result<()> {
+    require_installed()?;
+    let suite = Module {
+        folder: "conformance",
+        action: &["test", "-c"],
+        packages: &["sigs.k8s.io/gateway-api/conformance"],
+        sources: &[],
+        link: "-s -w".to_owned(),
+    };
+    let echo = Module {
+        folder: "echo",
+        action: &["build"],
+        packages: &["istio.io/istio/pkg/test/echo/cmd/client", "istio.io/istio/pkg/test/echo/cmd/server"],
+        sources: &[],
+        link: "-s -w".to_owned(),
+    };
+    [suite, echo].iter().try_for_each(|module| build_module(layout, module))
 }
 
 /// Fails when this process is not root's or a program that a cluster needs is missing.
@@ -120,7 +148,7 @@ fn build_module(layout: &Layout, module: &Module) -> Result<()> {
     let bin = layout.bin();
     fs::create_dir_all(&bin).map_err(Error::system(format!("make {}", bin.display())))?;
     let mut command = go();
-    command.current_dir(&folder).args(["build", "-ldflags", &module.link, "-o"]);
+    command.current_dir(&folder).args(module.action).args(["-ldflags", &module.link, "-o"]);
     // A directory, to Go, ends with a slash.
     command.arg(bin.join("")).args(module.packages);
     output_of(&mut command)?;

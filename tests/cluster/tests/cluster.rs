@@ -24,6 +24,8 @@ mod mesh;
 mod node;
 #[path = "cases/uninstall.rs"]
 mod uninstall;
+#[path = "cases/waypoint.rs"]
+mod waypoint;
 
 use std::error::Error;
 use std::path::Path;
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
     bed::add(&mut cases);
     mesh::add(&mut cases);
     cli::add(&mut cases);
+    waypoint::add(&mut cases);
     disruption::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);

@@ -9,7 +9,7 @@ use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, views};
-use crate::object::{BackendRef, Kind, ObjectRef, ParentRef, RouteFilter, RouteRule, TargetKind};
+use crate::object::{BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteRule, TargetKind};
 
 /// The resource of a route that is attached to something.
 pub(in crate::index) fn of_route(
@@ -18,7 +18,7 @@ pub(in crate::index) fn of_route(
 ) -> Vec<(ResourceType, Resource)> {
     let Some(route) = reader.store.routes.get(reference) else { return Vec::new() };
     let namespace = &route.meta.id.namespace;
-    let lowering = Lowering { reader, kind: reference.kind, namespace };
+    let lowering = Lowering { reader, route, namespace };
     let rules: Vec<l7::Rule> = route.rules.iter().map(|rule| lowering.rule(rule)).collect();
     let mut targets = Vec::new();
     for parent in &route.parents {
@@ -114,7 +114,7 @@ fn port_of<'a>(
 
 struct Lowering<'a, 'r> {
     reader: &'r Reader<'a>,
-    kind: Kind,
+    route: &'r Route,
     namespace: &'r Arc<str>,
 }
 
@@ -151,7 +151,8 @@ impl Lowering<'_, '_> {
             TargetKind::Gateway => {
                 let gateway = self.reader.gateway(&parent.name)?;
                 let is_ours = self.reader.settings.waypoint_classes.contains(&gateway.class);
-                let message = format!("{} is a waypoint: attach the route to the services behind it", parent.name);
+                let message =
+                    format!("{} is a waypoint: attach the route to the services behind it", parent.name);
                 is_ours.then_some(Err(NotAttached("NotAllowedByListeners", message)))
             }
             TargetKind::Hostname | TargetKind::Other => None,
@@ -214,7 +215,9 @@ impl Lowering<'_, '_> {
             }
         }
         let object = ObjectRef { kind: Kind::Service, name: name.clone() };
-        if name.namespace != *self.namespace && !self.reader.is_granted(self.kind, self.namespace, &object) {
+        // Clients of the route's own namespace reach the Service that they asked for without a grant, too.
+        let is_own = name.namespace == *self.namespace || self.route.is_consumer_of(&name);
+        if !is_own && !self.reader.is_granted(self.route.kind(), self.namespace, &object) {
             return Err(format!("no ReferenceGrant allows a reference to Service {name}"));
         }
         let service = self.reader.service(&name).ok_or_else(|| format!("Service {name} does not exist"))?;

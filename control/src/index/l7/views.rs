@@ -23,7 +23,8 @@ pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Ve
     for route in reader.routes_to(&service.meta.id) {
         let from = &route.meta.id.namespace;
         // A reference that is not permitted shows nothing of what it names.
-        if *from == own.name.namespace || reader.is_granted(route.kind(), from, &own) {
+        let is_own = *from == own.name.namespace || route.is_consumer_of(&own.name);
+        if is_own || reader.is_granted(route.kind(), from, &own) {
             roots.extend(of_route(reader, route));
         }
     }

@@ -39,10 +39,16 @@ impl Route {
             let kind = match parent.kind {
                 TargetKind::Service => Kind::Service,
                 TargetKind::ServiceEntry => Kind::ServiceEntry,
-                TargetKind::Hostname | TargetKind::Other => return None,
+                TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => return None,
             };
             Some(ObjectRef { kind, name: parent.name.clone() })
         })
+    }
+
+    /// Whether it is for the requests of its own namespace to this Service and for nothing else (GEP-1426, consumer routes).
+    pub fn is_consumer_of(&self, service: &NamespacedName) -> bool {
+        let is_service = |parent: &ParentRef| parent.kind == TargetKind::Service && parent.name == *service;
+        !self.parents.is_empty() && self.parents.iter().all(is_service)
     }
 
     /// The Services that it refers to.

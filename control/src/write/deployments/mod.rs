@@ -19,11 +19,13 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::core::{ApiResource, GroupVersionKind};
 use kube::{Api, Client};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::watch;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use super::WriteMetrics;
+use super::brake::Brake;
 use super::classes::{self, Owned};
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
@@ -45,12 +47,14 @@ const INTERVAL: Duration = Duration::from_secs(60);
 
 /// Deploys waypoints.
 pub(crate) struct WaypointWriter {
-    pub(crate) client: Client,
-    pub(crate) template: Template,
+    client: Client,
+    template: Template,
     /// Classes whose Gateways are deployed.
-    pub(crate) classes: Vec<Arc<str>>,
-    pub(crate) queue: Arc<StatusQueue>,
-    pub(crate) metrics: Arc<WriteMetrics>,
+    classes: Vec<Arc<str>>,
+    queue: Arc<StatusQueue>,
+    metrics: Arc<WriteMetrics>,
+    /// Guards when which object may be written again; held for one question.
+    brake: Mutex<Brake<String>>,
 }
 
 /// Why a Gateway could not be looked at to the end.
@@ -78,6 +82,17 @@ impl Fault {
 }
 
 impl WaypointWriter {
+    pub(crate) fn new(
+        client: Client,
+        template: Template,
+        classes: Vec<Arc<str>>,
+        queue: Arc<StatusQueue>,
+        metrics: Arc<WriteMetrics>,
+    ) -> Self {
+        let brake = Mutex::new(Brake::new(metrics.brakes.clone()));
+        Self { client, template, classes, queue, metrics, brake }
+    }
+
     /// Writes while `leads` is true; ends with its sender.
     pub(crate) async fn run(self, mut leads: watch::Receiver<bool>) {
         while leads.wait_for(|leads| *leads).await.is_ok() {
@@ -142,8 +157,7 @@ impl WaypointWriter {
 
     async fn reconcile_gateways(&self, gateways: Vec<NamespacedName>, retries: &mut Retries) {
         let look = |name: NamespacedName| async move { (self.reconcile(&name).await, name) };
-        let outcomes: Vec<_> =
-            stream::iter(gateways).map(look).buffer_unordered(CONCURRENT).collect().await;
+        let outcomes: Vec<_> = stream::iter(gateways).map(look).buffer_unordered(CONCURRENT).collect().await;
         for (outcome, name) in outcomes {
             let Err(error) = outcome else { continue };
             self.metrics.failed.fetch_add(1, Ordering::Relaxed);
@@ -157,8 +171,7 @@ impl WaypointWriter {
     /// Looks at one Gateway: makes what it lacks, then writes how it stands.
     async fn reconcile(&self, name: &NamespacedName) -> Result<(), Fault> {
         let Some(resource) = self.gateways().await? else { return Ok(()) };
-        let api: Api<DynamicObject> =
-            Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
+        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
         let Some(gateway) = call(api.get_opt(&name.name)).await? else { return Ok(()) };
         if gateway.metadata.deletion_timestamp.is_some() {
             return Ok(());
@@ -186,7 +199,8 @@ impl WaypointWriter {
         if let Some(status) = status::plan(&gateway, &standing, &now()) {
             let version = &gateway["metadata"]["resourceVersion"];
             let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
-            let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+            let parameters =
+                PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
             call(api.patch_status(&name.name, &parameters, &Patch::Merge(patch))).await?;
             self.metrics.written.fetch_add(1, Ordering::Relaxed);
         }
@@ -208,7 +222,8 @@ impl WaypointWriter {
             let object = self.put(name, waypoint, part, manifest).await?;
             match part {
                 Part::Service => {
-                    let ip = object["spec"]["clusterIP"].as_str().filter(|ip| !ip.is_empty() && *ip != "None");
+                    let ip =
+                        object["spec"]["clusterIP"].as_str().filter(|ip| !ip.is_empty() && *ip != "None");
                     address = ip.map(str::to_owned);
                 }
                 Part::Deployment => {
@@ -249,8 +264,7 @@ impl WaypointWriter {
         manifest: Option<Value>,
     ) -> Result<Value, Fault> {
         let resource = part.resource();
-        let api: Api<DynamicObject> =
-            Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
+        let api: Api<DynamicObject> = Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
         let present = call(api.get_opt(&name.name)).await?;
         let uid = present.as_ref().and_then(|object| object.metadata.uid.clone());
         let present = present.map(|object| serde_json::to_value(object).unwrap_or_default());
@@ -260,7 +274,12 @@ impl WaypointWriter {
                 Err(Fault::Foreign { kind: resource.kind, name: name.clone() })
             }
             (Some(object), Some(manifest)) if plan::has_all_of(&object, &manifest) => Ok(object),
-            (_, Some(mut manifest)) => {
+            (present, Some(mut manifest)) => {
+                let object = format!("{} {name}", resource.kind);
+                // It is looked at again with every Gateway.
+                if !self.brake.lock().admits(&object, Instant::now()) {
+                    return Ok(present.unwrap_or_default());
+                }
                 if let Some(uid) = uid {
                     // Another object of this name that came meanwhile is not overwritten.
                     manifest["metadata"]["uid"] = uid.into();
@@ -268,6 +287,7 @@ impl WaypointWriter {
                 let parameters = PatchParams::apply(FIELD_MANAGER).force();
                 let written = call(api.patch(&name.name, &parameters, &Patch::Apply(manifest))).await?;
                 self.metrics.written.fetch_add(1, Ordering::Relaxed);
+                self.brake.lock().wrote(&object, Instant::now());
                 tracing::info!(gateway = %name, kind = resource.kind, "written for a waypoint");
                 Ok(serde_json::to_value(written).unwrap_or_default())
             }

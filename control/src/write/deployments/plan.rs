@@ -118,7 +118,8 @@ impl WaypointGateway {
     fn labels(&self) -> BTreeMap<&str, &str> {
         let GatewayMetadata { name, labels, .. } = &self.metadata;
         let copied = self.spec.infrastructure.labels.iter();
-        let mut all: BTreeMap<&str, &str> = copied.map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let mut all: BTreeMap<&str, &str> =
+            copied.map(|(key, value)| (key.as_str(), value.as_str())).collect();
         // Ours come last: by them the mesh recognises what belongs to a waypoint.
         let class = self.class();
         let waypoint_for = labels.get(WAYPOINT_FOR).map_or("service", String::as_str);
@@ -157,8 +158,7 @@ pub(super) fn manifests(
     let of = |part: Part, spec: Value, patches: [&Value; 2]| (part, manifest(gateway, part, spec, patches));
     let budget = layers.map(|layer| layer.pod_disruption_budget.as_ref());
     let scaler = layers.map(|layer| layer.horizontal_pod_autoscaler.as_ref());
-    let (scales, is_limited) =
-        (scaler.iter().any(Option::is_some), budget.iter().any(Option::is_some));
+    let (scales, is_limited) = (scaler.iter().any(Option::is_some), budget.iter().any(Option::is_some));
     let (account, service) = (layers.map(|l| &l.service_account), layers.map(|l| &l.service));
     let mut deployment = of(Part::Deployment, deployment_spec(gateway), layers.map(|l| &l.deployment)).1;
     if scales && let Some(spec) = deployment["spec"].as_object_mut() {
@@ -167,18 +167,15 @@ pub(super) fn manifests(
     }
     let null = Value::Null;
     let budget = of(Part::PodDisruptionBudget, budget_spec(gateway), budget.map(|b| b.unwrap_or(&null)));
-    let scaler =
-        of(Part::HorizontalPodAutoscaler, scaler_spec(gateway), scaler.map(|s| s.unwrap_or(&null)));
+    let scaler = of(Part::HorizontalPodAutoscaler, scaler_spec(gateway), scaler.map(|s| s.unwrap_or(&null)));
     let parts = [
         of(Part::ServiceAccount, Value::Null, account),
         of(Part::Service, service_spec(gateway), service),
         (Part::Deployment, deployment),
     ];
     let wanted = parts.into_iter().map(|(part, manifest)| (part, Some(manifest)));
-    let optional = [
-        (budget.0, Some(budget.1).filter(|_| is_limited)),
-        (scaler.0, Some(scaler.1).filter(|_| scales)),
-    ];
+    let optional =
+        [(budget.0, Some(budget.1).filter(|_| is_limited)), (scaler.0, Some(scaler.1).filter(|_| scales))];
     Ok(wanted.chain(optional).map(|(part, manifest)| (part, manifest.map(with_hash))).collect())
 }
 
@@ -232,8 +229,7 @@ fn deployment_spec(gateway: &WaypointGateway) -> Value {
         |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let port = |name: &str, number: u16| json!({ "name": name, "containerPort": number });
     let mount = |name: &str, path: &str| json!({ "name": name, "mountPath": path, "readOnly": true });
-    let token =
-        json!({ "path": "istio-token", "audience": "istio-ca", "expirationSeconds": 43200 });
+    let token = json!({ "path": "istio-token", "audience": "istio-ca", "expirationSeconds": 43200 });
     json!({
         "selector": { "matchLabels": selector(gateway) },
         // The next pod serves before one ends, and requests find a waypoint all the time.

@@ -52,7 +52,10 @@ fn infrastructure_is_copied_and_cannot_change_what_the_mesh_relies_on() {
         let object = part(&gateway, &Template::default(), None, kind).unwrap();
         let metadata = &object["metadata"];
         assert_eq!((&metadata["name"], &metadata["namespace"]), (&json!("waypoint"), &json!("shop")));
-        assert_eq!((&metadata["labels"]["team"], &metadata["annotations"]["note"]), (&json!("a"), &json!("b")));
+        assert_eq!(
+            (&metadata["labels"]["team"], &metadata["annotations"]["note"]),
+            (&json!("a"), &json!("b"))
+        );
         assert_eq!(metadata["labels"][GATEWAY_NAME], "waypoint");
         assert_eq!(metadata["labels"][MANAGED.0], MANAGED.1);
         assert_eq!(metadata["labels"][WAYPOINT_FOR], "all");
@@ -60,13 +63,17 @@ fn infrastructure_is_copied_and_cannot_change_what_the_mesh_relies_on() {
     }
     let deployment = part(&gateway, &Template::default(), None, Part::Deployment).unwrap();
     let labels = &deployment["spec"]["template"]["metadata"]["labels"];
-    assert_eq!((&labels["istio.io/dataplane-mode"], &labels[GATEWAY_NAME]), (&json!("none"), &json!("waypoint")));
+    assert_eq!(
+        (&labels["istio.io/dataplane-mode"], &labels[GATEWAY_NAME]),
+        (&json!("none"), &json!("waypoint"))
+    );
     assert_eq!(labels["team"], "a");
 }
 
 #[test]
 fn an_autoscaler_takes_over_the_number_of_pods() {
-    let scaled = template("{deployment: {spec: {replicas: 2}}, horizontalPodAutoscaler: {spec: {maxReplicas: 4}}}");
+    let scaled =
+        template("{deployment: {spec: {replicas: 2}}, horizontalPodAutoscaler: {spec: {maxReplicas: 4}}}");
     let gateway = gateway(&json!({}));
     let scaler = part(&gateway, &scaled, None, Part::HorizontalPodAutoscaler).unwrap();
     assert_eq!(scaler["spec"]["scaleTargetRef"]["name"], "waypoint");
@@ -86,7 +93,10 @@ fn an_object_with_defaults_has_all_of_its_manifest() {
     assert!(!has_all_of(&object, &manifest));
     let changed = gateway(&json!({ "annotations": { "new": "" } }));
     let changed = part(&changed, &Template::default(), None, Part::Service).unwrap();
-    assert_ne!(changed["metadata"]["annotations"][MANIFEST_HASH], manifest["metadata"]["annotations"][MANIFEST_HASH]);
+    assert_ne!(
+        changed["metadata"]["annotations"][MANIFEST_HASH],
+        manifest["metadata"]["annotations"][MANIFEST_HASH]
+    );
 }
 
 #[test]

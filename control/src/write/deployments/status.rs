@@ -155,13 +155,19 @@ mod tests {
     fn the_address_comes_with_the_first_pod_and_stays() {
         let plan_of = |status: &Value, standing| plan(&gateway("HBONE", status), &standing, "t");
         let waiting = plan_of(&json!({}), deployed(Some("10.0.0.1"), false)).unwrap();
-        assert_eq!((reason(&waiting, "Programmed"), &waiting["addresses"]), ("False Pending".to_owned(), &json!([])));
+        assert_eq!(
+            (reason(&waiting, "Programmed"), &waiting["addresses"]),
+            ("False Pending".to_owned(), &json!([]))
+        );
         let serving = plan_of(&waiting, deployed(Some("10.0.0.1"), true)).unwrap();
         assert_eq!(reason(&serving, "Programmed"), "True Programmed");
         assert_eq!(serving["addresses"][0]["value"], "10.0.0.1");
         assert_eq!(plan_of(&serving, deployed(Some("10.0.0.1"), true)), None);
         let away = plan_of(&serving, deployed(Some("10.0.0.1"), false)).unwrap();
-        assert_eq!((reason(&away, "Programmed"), &away["addresses"]), ("False Pending".to_owned(), &serving["addresses"]));
+        assert_eq!(
+            (reason(&away, "Programmed"), &away["addresses"]),
+            ("False Pending".to_owned(), &serving["addresses"])
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::{Cases, Outcome};
 /// How soon a change has its effect on a busy machine.
 const SOON: Duration = Duration::from_secs(120);
 /// The namespace of these cases.
-const NAMESPACE: &str = "load";
+pub(crate) const NAMESPACE: &str = "load";
 
 pub(crate) fn add(cases: &mut Cases) {
     cases.add("restarts_of_the_mesh_fail_no_request", restarts);
@@ -49,7 +49,7 @@ async fn start(cluster: &Cluster) -> Result<Apps, Box<dyn std::error::Error>> {
 }
 
 /// Waits for another thousand requests, of which none may have failed.
-async fn expect_progress(cluster: &Cluster) -> Outcome {
+pub(crate) async fn expect_progress(cluster: &Cluster) -> Outcome {
     let before = wait::until("the load runs", SOON, async || load(cluster).await).await?;
     let after = wait::until("the load goes on", SOON, async || match load(cluster).await {
         Ok(now) if now.ok >= before.ok + 1_000 => Ok(now),
@@ -139,7 +139,7 @@ async fn hundred(cluster: &Cluster) -> Outcome {
     Ok(())
 }
 
-const LOAD: &str = r#"
+pub(crate) const LOAD: &str = r#"
 apiVersion: v1
 kind: Pod
 metadata: {name: load, namespace: load}
