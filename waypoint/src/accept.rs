@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use ambit_directory::{AppProtocol, Service, Workload};
 use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
@@ -14,6 +15,7 @@ use ambit_telemetry::tcp::PeerLabels;
 use http::StatusCode;
 use tokio::net::TcpStream;
 
+use crate::activity::{Activity, Bounds};
 use crate::protocol;
 use crate::proxy::Worker;
 use crate::sanitise::Claims;
@@ -96,6 +98,8 @@ pub struct Inbound {
     pub default_host: Box<str>,
     /// Whether what the client claims of other clients is kept.
     pub trusted_forwarder: bool,
+    /// What its HTTP connection is doing.
+    pub activity: Arc<Activity>,
     /// Counts it for the drain, upgraded connections included.
     #[expect(dead_code, reason = "held to be dropped")]
     counted: ConnectionGuard,
@@ -170,6 +174,14 @@ async fn tunnel(
         identity: Some(certificate.identity().clone()),
         baggage: request.baggage.clone().map(Arc::<Baggage>::new),
     };
+    let limits = &worker.proxy.settings.limits;
+    let bounds = Bounds {
+        idle: limits.idle_timeout.get(),
+        head: limits.head_timeout.get(),
+        requests: limits.requests_per_connection,
+        abandoned: limits.abandoned_requests,
+    };
+    let activity = Arc::new(Activity::new(bounds, Instant::now()));
     let trusted = &worker.proxy.settings.trusted_forwarders;
     let inbound = Inbound {
         trusted_forwarder: trusted.iter().any(|trusted| trusted == certificate.identity().as_str()),
@@ -180,6 +192,7 @@ async fn tunnel(
         source,
         destination,
         client,
+        activity,
         counted,
     };
     match incoming.accept(None) {

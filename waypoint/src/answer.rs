@@ -1,25 +1,20 @@
 //! Step 9: the response is brought into its one form, and the exchange ends with its body.
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderName};
+use http::header::{CONTENT_TYPE, HeaderName, SEC_WEBSOCKET_ACCEPT};
 use http::{HeaderMap, HeaderValue, Response, StatusCode, Version};
 
 use crate::body::ResponseBody;
 use crate::exchange::{Answered, Held};
 use crate::failure::Failure;
-use crate::proxy::Counted;
-use crate::report::Record;
 use crate::sanitise::remove_hop_by_hop;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// Makes the response of what came out of the steps.
-pub fn finish(
-    answered: Result<Answered, Failure>,
-    mut record: Record,
-    counted: Counted,
-) -> Response<ResponseBody> {
+pub fn finish(answered: Result<Answered, Failure>, mut held: Held) -> Response<ResponseBody> {
+    let record = &mut held.record;
     let mut response = match answered {
         Ok(Answered { mut response, filters, upgrade }) => {
             if remove_hop_by_hop(response.headers_mut()).is_err() {
@@ -29,8 +24,14 @@ pub fn finish(
                 response = of_failure(&failure, record.is_grpc());
             }
             filters.apply(response.headers_mut());
-            if let Some(protocol) = upgrade {
-                crate::upgrade::announce(response.headers_mut(), protocol);
+            match upgrade {
+                // RFC 8441 §5: in HTTP/2 the answer is 200, and there is no key to accept.
+                Some(_) if record.is_http2() => {
+                    *response.status_mut() = StatusCode::OK;
+                    response.headers_mut().remove(SEC_WEBSOCKET_ACCEPT);
+                }
+                Some(protocol) => crate::upgrade::announce(response.headers_mut(), protocol),
+                None => {}
             }
             response
         }
@@ -41,8 +42,16 @@ pub fn finish(
     };
     *response.version_mut() = Version::HTTP_11;
     record.set_answer(&response);
+    held.open.set_answered();
+    if held.open.connection().is_used_up() && !record.is_http2() && !is_upgrade(&response) {
+        response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+    }
     let (parts, body) = response.into_parts();
-    Response::from_parts(parts, body.holding(Held { counted, record }))
+    Response::from_parts(parts, body.holding(held))
+}
+
+fn is_upgrade(response: &Response<ResponseBody>) -> bool {
+    response.status() == StatusCode::SWITCHING_PROTOCOLS
 }
 
 /// An answer of the waypoint's own. gRPC has its status in the trailers, or in the only head.
@@ -58,8 +67,7 @@ fn of_failure(failure: &Failure, grpc: bool) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::full(Bytes::from_static(failure.message().as_bytes())));
     *response.status_mut() = failure.status();
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-    if matches!(failure, Failure::Malformed(_) | Failure::RequestBody(_)) {
-        // Nothing more is read from such a client.
+    if failure.ends_connection() {
         response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
     }
     if failure.status() == StatusCode::METHOD_NOT_ALLOWED {

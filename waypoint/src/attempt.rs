@@ -67,7 +67,8 @@ pub async fn send(
     let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
     let http2 = form.speaks_http2(target.protocol);
     let limits = &inbound.worker.proxy.settings.limits;
-    let source = (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer));
+    let source =
+        (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer, limits.body_timeout.get()));
     record.set_body(source.clone());
     mirror::send(inbound, &on_response.mirrors, &form, source.as_ref());
     let head = head(&form, http2);
@@ -290,6 +291,9 @@ impl Sending<'_> {
 
     /// A body that broke off breaks the endpoint's connection: the client is to blame.
     fn blame(&self, failure: Failure) -> Failure {
+        if self.source.as_ref().is_some_and(Source::is_late) {
+            return Failure::BodyTimeout;
+        }
         match self.source.as_ref().is_some_and(Source::is_broken) {
             true => Failure::RequestBody(failure.to_string()),
             false => failure,

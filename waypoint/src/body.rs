@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -77,6 +78,12 @@ struct State {
     received: u64,
     broken: bool,
     copies: Vec<Copy>,
+    /// How long the client may be silent.
+    silence: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Whether the timer runs for the frame that is awaited now.
+    waiting: bool,
+    late: bool,
 }
 
 /// One try's view of a [`Source`].
@@ -89,8 +96,8 @@ pub struct Replay {
 }
 
 impl Source {
-    /// Keeps at most `room` bytes.
-    pub fn new(incoming: Incoming, room: usize) -> Self {
+    /// Keeps at most `room` bytes. The client may be silent for `silence`.
+    pub fn new(incoming: Incoming, room: usize, silence: Duration) -> Self {
         let state = State {
             incoming,
             kept: Vec::new(),
@@ -101,6 +108,10 @@ impl Source {
             received: 0,
             broken: false,
             copies: Vec::new(),
+            silence,
+            timer: None,
+            waiting: false,
+            late: false,
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -132,6 +143,11 @@ impl Source {
         self.0.lock().received
     }
 
+    /// Whether the client was silent for too long.
+    pub fn is_late(&self) -> bool {
+        self.0.lock().late
+    }
+
     /// Whether the client's body broke off.
     pub fn is_broken(&self) -> bool {
         self.0.lock().broken
@@ -144,6 +160,22 @@ impl State {
         self.ended = true;
         self.copies.iter_mut().for_each(|copy| copy.whole = true);
         self.copies.clear();
+    }
+
+    /// The next frame of the client. Fails when that takes too long.
+    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        if let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) {
+            self.waiting = false;
+            return Poll::Ready(frame.map(|frame| frame.map_err(io::Error::other)));
+        }
+        let due = tokio::time::Instant::now() + self.silence;
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+        if !std::mem::replace(&mut self.waiting, true) {
+            timer.as_mut().reset(due);
+        }
+        ready!(timer.as_mut().poll(cx));
+        self.late = true;
+        Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())))
     }
 
     fn keep(&mut self, data: &Bytes) {
@@ -177,7 +209,7 @@ impl Replay {
             self.trailers_sent = true;
             return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
         }
-        match ready!(Pin::new(&mut state.incoming).poll_frame(cx)) {
+        match ready!(state.poll_incoming(cx)) {
             None => {
                 state.end();
                 Poll::Ready(None)
@@ -197,7 +229,7 @@ impl Replay {
             }
             Some(Err(error)) => {
                 state.broken = true;
-                Poll::Ready(Some(Err(io::Error::other(error))))
+                Poll::Ready(Some(Err(error)))
             }
         }
     }

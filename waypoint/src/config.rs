@@ -39,18 +39,27 @@ pub struct Limits {
     pub pool_idle: Span,
     /// How long an unused HTTP connection to an endpoint is kept.
     pub upstream_idle: Span,
-    /// How long the head of a request may take.
+    /// How long the head of a request may take from its first byte, and the first byte of a connection; then the answer
+    /// is 408, and the connection is closed.
     pub head_timeout: Span,
+    /// How long the body of a request may be silent; then the answer is 408, and the connection is closed.
+    pub body_timeout: Span,
+    /// How long a client's HTTP connection may be without a request; then it is closed, HTTP/2 with GOAWAY.
+    pub idle_timeout: Span,
     /// How long to wait for the first bytes on a port whose protocol is not declared; then it is TCP.
     pub detect_timeout: Span,
-    /// Largest head of a request, in bytes.
+    /// Largest head of a request, in bytes; a larger one is answered with 431.
     pub head_size: usize,
-    /// Most header fields of a request.
+    /// Most header fields of a request; more are answered with 431.
     pub headers: usize,
-    /// Longest target of a request, in bytes.
+    /// Longest target of a request, in bytes; a longer one is answered with 414.
     pub target_size: usize,
-    /// Streams of one HTTP/2 connection at once.
+    /// Streams of one HTTP/2 connection at once; more are refused with REFUSED_STREAM.
     pub streams: u32,
+    /// Requests of one connection; after the last one it is closed, HTTP/1 with `Connection: close`, HTTP/2 with GOAWAY.
+    pub requests_per_connection: u64,
+    /// Requests of one HTTP/2 connection that its client may reset early, within ten seconds; after more it is cut.
+    pub abandoned_requests: u32,
     /// Bytes of a request's body that are kept for another try.
     pub retry_buffer: usize,
     /// Retries at once, in per cent of the requests in progress; three are always allowed to each worker.
@@ -80,11 +89,15 @@ impl Default for Limits {
             pool_idle: Span::from_secs(120),
             upstream_idle: Span::from_secs(60),
             head_timeout: Span::from_secs(10),
+            body_timeout: Span::from_secs(300),
+            idle_timeout: Span::from_secs(3600),
             detect_timeout: Span::from_secs(1),
             head_size: 64 << 10,
             headers: 100,
             target_size: 16 << 10,
             streams: 200,
+            requests_per_connection: 100_000,
+            abandoned_requests: 200,
             retry_buffer: 64 << 10,
             retry_budget: 20,
             connections_per_endpoint: 1024,
@@ -122,6 +135,12 @@ impl Settings for Config {
         }
         if self.limits.head_size < 8 << 10 {
             return wrong("limits.headSize", "is less than 8192");
+        }
+        if self.limits.requests_per_connection == 0 {
+            return wrong("limits.requestsPerConnection", "is 0: no request could ever be answered");
+        }
+        if self.limits.streams == 0 {
+            return wrong("limits.streams", "is 0: no request could ever be answered");
         }
         if self.limits.connections_per_endpoint == 0 {
             return wrong("limits.connectionsPerEndpoint", "is 0: no request could ever be sent");

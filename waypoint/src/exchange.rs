@@ -2,11 +2,13 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
 
 use crate::accept::Inbound;
+use crate::activity::OpenRequest;
 use crate::body::ResponseBody;
 use crate::failure::Failure;
 use crate::filters::Filtered;
@@ -35,8 +37,12 @@ pub async fn handle(
 ) -> Result<Response<ResponseBody>, Infallible> {
     let mut record = Record::start(&inbound, &request);
     let counted = inbound.worker.requests.request();
+    let open = inbound.activity.start_request(Instant::now());
     let answered = Box::pin(steps(&inbound, request, &mut record)).await;
-    Ok(answer::finish(answered, record, counted))
+    if let Err(failure) = &answered {
+        inbound.worker.proxy.tallies.count_failure(failure);
+    }
+    Ok(answer::finish(answered, Held { counted, record, open }))
 }
 
 async fn steps(
@@ -66,4 +72,6 @@ pub struct Held {
     pub counted: Counted,
     /// Its report.
     pub record: Record,
+    /// Its place on the client's connection.
+    pub open: OpenRequest,
 }

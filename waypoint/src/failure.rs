@@ -9,6 +9,15 @@ pub enum Failure {
     /// The client broke the rules of HTTP.
     #[error("malformed request: {0}")]
     Malformed(&'static str),
+    /// The head of a request is too large, or has too many fields.
+    #[error("the head of the request is too large")]
+    HeadTooLarge,
+    /// The head of a request took too long.
+    #[error("the head of the request took too long")]
+    HeadTimeout,
+    /// The body of a request was silent for too long.
+    #[error("the body of the request took too long")]
+    BodyTimeout,
     /// The request's target is too long.
     #[error("the target of the request is too long")]
     TargetTooLong,
@@ -73,6 +82,8 @@ impl Failure {
         match self {
             Self::Malformed(_) | Self::RequestBody(_) => StatusCode::BAD_REQUEST,
             Self::TargetTooLong => StatusCode::URI_TOO_LONG,
+            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::HeadTimeout | Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::InvalidRoute { .. } => StatusCode::INTERNAL_SERVER_ERROR,
@@ -90,10 +101,16 @@ impl Failure {
         }
     }
 
+    /// Whether nothing more is read from such a client.
+    pub fn ends_connection(&self) -> bool {
+        matches!(self, Self::Malformed(_) | Self::RequestBody(_) | Self::BodyTimeout)
+    }
+
     /// The value of `response_flags`, by the names that Envoy gave them.
     pub fn flags(&self) -> &'static str {
         match self {
-            Self::Malformed(_) | Self::TargetTooLong | Self::Method(_) => "DPE",
+            Self::Malformed(_) | Self::TargetTooLong | Self::HeadTooLarge | Self::Method(_) => "DPE",
+            Self::HeadTimeout | Self::BodyTimeout => "SI",
             Self::RequestBody(_) => "DR",
             Self::NoRoute => "NR",
             Self::InvalidRoute { .. } => "NC",
@@ -115,6 +132,8 @@ impl Failure {
         match self {
             Self::Malformed(_) | Self::RequestBody(_) => "malformed request\n",
             Self::TargetTooLong => "the target is too long\n",
+            Self::HeadTooLarge => "the head is too large\n",
+            Self::HeadTimeout | Self::BodyTimeout => "request timeout\n",
             Self::Method(_) => "this method is not allowed\n",
             Self::NoRoute => "no route\n",
             Self::InvalidRoute { .. } => "the route is not valid\n",
@@ -132,7 +151,7 @@ impl Failure {
     /// gRPC's status for it (gRPC, "HTTP to gRPC status code mapping").
     pub fn grpc_status(&self) -> u8 {
         match self {
-            Self::Timeout | Self::TryTimeout => 4,
+            Self::Timeout | Self::TryTimeout | Self::HeadTimeout | Self::BodyTimeout => 4,
             Self::FaultGrpc(status) => *status,
             other => grpc_status_of(other.status()),
         }

@@ -1,12 +1,12 @@
-//! Byte streams of the data path: to endpoints, and from clients with bytes that were read ahead.
+//! Byte streams of the data path: to endpoints, and from clients whose bytes are passed on unread.
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
-use ambit_hbone::{TunnelStream, TunnelTransport};
+use ambit_hbone::TunnelStream;
 use bytes::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 /// A connection to an endpoint.
@@ -56,53 +56,6 @@ impl AsyncWrite for Endpoint {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         each!(self, io => Pin::new(io).poll_shutdown(cx))
-    }
-}
-
-/// A client's tunnel that is closed as a whole, also when it is dropped: a reset would overtake an answer that was written
-/// last. Dropped on a runtime, it waits there for the client's end for a bounded time.
-#[derive(Debug)]
-pub struct Lingering(Option<TunnelTransport>);
-
-impl Lingering {
-    /// Takes over a tunnel.
-    pub fn new(transport: TunnelTransport) -> Self {
-        Self(Some(transport))
-    }
-
-    fn io(self: Pin<&mut Self>) -> io::Result<Pin<&mut TunnelTransport>> {
-        self.get_mut().0.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::BrokenPipe.into())
-    }
-}
-
-impl Drop for Lingering {
-    fn drop(&mut self) {
-        if let (Some(mut transport), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
-            // A client that has gone away needs no end.
-            runtime.spawn(async move { drop(transport.shutdown().await) });
-        }
-    }
-}
-
-impl AsyncRead for Lingering {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.io()?.poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Lingering {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.io()?.poll_write(cx, buf)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io()?.poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let ended = ready!(self.as_mut().io()?.poll_shutdown(cx));
-        self.get_mut().0 = None;
-        Poll::Ready(ended)
     }
 }
 

@@ -5,12 +5,14 @@
 //! [`authorize`], [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
 
 pub mod accept;
+pub mod activity;
 pub mod answer;
 pub mod app;
 pub mod attempt;
 pub mod authorize;
 pub mod balance;
 pub mod body;
+pub mod client_stream;
 pub mod config;
 pub mod dump;
 pub mod exchange;

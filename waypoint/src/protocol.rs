@@ -4,10 +4,10 @@
 //! nothing is declared, silence is TCP: there the server speaks first.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_directory::AppProtocol;
-use ambit_hbone::{Tunnel, TunnelStream};
+use ambit_hbone::{Tunnel, TunnelStream, TunnelTransport};
 use bytes::{Bytes, BytesMut};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -16,13 +16,19 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::accept::Inbound;
-use crate::io::{Lingering, ReadAhead};
+use crate::activity::Exceeded;
+use crate::client_stream::ClientStream;
+use crate::failure::Failure;
+use crate::io::ReadAhead;
+use crate::report::Record;
 use crate::{attempt, exchange};
 
 /// RFC 9113 §3.4: how every HTTP/2 connection begins.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Longest method that is taken for HTTP/1 where no protocol is declared.
 const LONGEST_METHOD: usize = 16;
+/// The answer to a head that takes too long (RFC 9110 §15.5.9).
+const HEAD_TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 /// Bytes read at once while the protocol is not known.
 const FIRST_READ: usize = 1024;
 
@@ -53,14 +59,9 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
             None => return,
         },
     };
-    // HTTP ends a tunnel as a whole: were it dropped after its last answer, a reset would overtake that.
     match spoken {
-        Spoken::Http1 => {
-            serve_http1(inbound, ReadAhead::new(first, Lingering::new(stream.into_transport()))).await;
-        }
-        Spoken::Http2 => {
-            serve_http2(inbound, ReadAhead::new(first, Lingering::new(stream.into_transport()))).await;
-        }
+        Spoken::Http1 => serve_http1(inbound, first, stream.into_transport()).await,
+        Spoken::Http2 => serve_http2(inbound, first, stream.into_transport()).await,
         Spoken::Other => attempt::pass_through(&inbound, ReadAhead::new(first, stream)).await,
     }
 }
@@ -117,34 +118,88 @@ fn classify(first: &[u8], http_declared: bool) -> Option<Spoken> {
     }
 }
 
-async fn serve_http1(inbound: Arc<Inbound>, stream: ReadAhead<Lingering>) {
+async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTransport) {
+    let activity = inbound.activity.clone();
+    if !first.is_empty() {
+        activity.handle_bytes(Instant::now());
+    }
+    let (stream, remains) = ClientStream::new(first, transport, Some(activity.clone()));
+    let ended = http1_connection(inbound.clone(), stream).await;
+    let (source, tallies) = (inbound.source, &inbound.worker.proxy.tallies);
+    if let Err(error) = &ended {
+        tracing::debug!(%source, %error, "an HTTP/1 connection ended");
+    }
+    let exceeded = activity.exceeded();
+    tallies.count_closed(&activity);
+    let failure = match &ended {
+        _ if exceeded == Some(Exceeded::Head) => Some(Failure::HeadTimeout),
+        Err(error) if error.is_parse_too_large() => Some(Failure::HeadTooLarge),
+        Err(error) if error.is_parse() => Some(Failure::Malformed("what was sent is not HTTP/1")),
+        _ => None,
+    };
+    if let Some(failure) = &failure {
+        tallies.count_failure(failure);
+        Record::unread(&inbound).refuse(failure);
+    }
+    let Some(mut transport) = remains.take() else { return };
+    // A response that broke off must not look as if it had ended: dropped, the tunnel is reset.
+    if ended.is_err_and(|error| error.is_user() || error.is_body_write_aborted()) {
+        return;
+    }
+    // hyper has no answer for a head that takes too long.
+    let answer: &[u8] = if matches!(failure, Some(Failure::HeadTimeout)) { HEAD_TIMEOUT } else { b"" };
+    let closing = async {
+        transport.write_all(answer).await?;
+        transport.shutdown().await
+    };
+    if let Err(error) = closing.await {
+        tracing::debug!(%source, %error, "a client was gone before its connection was closed");
+    }
+}
+
+/// Serves one connection. When this returns, the stream has been dropped.
+async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper::Result<()> {
     let limits = &inbound.worker.proxy.settings.limits;
     let mut server = http1::Builder::new();
+    // Deadlines are those of the stream: hyper has one for a head and an idle connection alike, and no answer. Pipelined
+    // flushes are off: with them a refusal stays in the buffer while bytes of the refused head are unread.
     server
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.head_timeout.get())
+        .header_read_timeout(None)
         .max_headers(limits.headers)
         .max_buf_size(limits.head_size)
-        .half_close(true)
-        .pipeline_flush(true);
+        .half_close(true);
     let mut drain = inbound.worker.proxy.drain.clone();
-    let source = inbound.source;
     let service = service_fn(move |request| exchange::handle(inbound.clone(), request));
     let connection = server.serve_connection(TokioIo::new(stream), service).with_upgrades();
     let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
+    tokio::select! {
         ended = connection.as_mut() => ended,
         () = drain.draining() => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%source, %error, "an HTTP/1 connection ended");
     }
 }
 
-async fn serve_http2(inbound: Arc<Inbound>, stream: ReadAhead<Lingering>) {
+async fn serve_http2(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTransport) {
+    let activity = inbound.activity.clone();
+    // Its deadlines are watched below: bytes of HTTP/2 are no sign of a request.
+    let (stream, remains) = ClientStream::new(first, transport, None);
+    let ended = http2_connection(inbound.clone(), stream).await;
+    if let Err(error) = ended {
+        tracing::debug!(source = %inbound.source, %error, "an HTTP/2 connection ended");
+    }
+    inbound.worker.proxy.tallies.count_closed(&activity);
+    match remains.take() {
+        // A client that misbehaves is cut: its tunnel is reset.
+        Some(_) if activity.exceeded() == Some(Exceeded::Abandoned) => {}
+        Some(mut transport) => drop(transport.shutdown().await),
+        None => {}
+    }
+}
+
+/// Serves one connection. When this returns, the stream has been dropped.
+async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper::Result<()> {
     let limits = &inbound.worker.proxy.settings.limits;
     let mut server = http2::Builder::new(TokioExecutor::new());
     server
@@ -153,22 +208,30 @@ async fn serve_http2(inbound: Arc<Inbound>, stream: ReadAhead<Lingering>) {
         .max_header_list_size(u32::try_from(limits.head_size).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(20)
         .max_local_error_reset_streams(200)
+        .enable_connect_protocol()
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
+    let (activity, source) = (inbound.activity.clone(), inbound.source);
     let mut drain = inbound.worker.proxy.drain.clone();
-    let source = inbound.source;
     let service = service_fn(move |request| exchange::handle(inbound.clone(), request));
     let connection = server.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = drain.draining() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let mut closing = false;
+    loop {
+        if activity.exceeded() == Some(Exceeded::Abandoned) {
+            tracing::warn!(%source, "a client reset too many requests");
+            return Ok(());
         }
-    };
-    if let Err(error) = ended {
-        tracing::debug!(%source, %error, "an HTTP/2 connection ended");
+        let close = tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = drain.draining(), if !closing => true,
+            () = activity.idle(), if !closing => true,
+            () = activity.changed() => activity.is_used_up(),
+        };
+        if close && !closing {
+            closing = true;
+            connection.as_mut().graceful_shutdown();
+        }
     }
 }
 

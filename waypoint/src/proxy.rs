@@ -13,8 +13,10 @@ use ambit_runtime::drain::Drain;
 use ambit_runtime::loads::Loads;
 use arc_swap::ArcSwap;
 
+use crate::activity::{Activity, Exceeded};
 use crate::config::Limits;
 use crate::dump::RouteSummary;
+use crate::failure::Failure;
 use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
@@ -73,8 +75,57 @@ pub struct Tallies {
     pub retries_over_budget: AtomicU64,
     /// Requests that broke the rules of HTTP.
     pub malformed: AtomicU64,
+    /// Requests that passed a limit.
+    pub limited: Limited,
     /// Copies of requests that could not be delivered.
     pub mirrors_failed: AtomicU64,
+}
+
+/// Counts of requests and connections that passed a limit of their client.
+#[derive(Debug, Default)]
+pub struct Limited {
+    /// Heads that were too large.
+    pub head_size: AtomicU64,
+    /// Targets that were too long.
+    pub target_size: AtomicU64,
+    /// Heads that took too long.
+    pub head_timeout: AtomicU64,
+    /// Bodies that were silent for too long.
+    pub body_timeout: AtomicU64,
+    /// Connections that were idle for too long.
+    pub idle_timeout: AtomicU64,
+    /// Connections that had all the requests that they may have.
+    pub requests_per_connection: AtomicU64,
+    /// Connections whose client reset too many requests.
+    pub abandoned_requests: AtomicU64,
+}
+
+impl Tallies {
+    /// Counts a request that is refused for what its client did.
+    pub fn count_failure(&self, failure: &Failure) {
+        let count = match failure {
+            Failure::Malformed(_) | Failure::Method(_) => &self.malformed,
+            Failure::HeadTooLarge => &self.limited.head_size,
+            Failure::TargetTooLong => &self.limited.target_size,
+            Failure::HeadTimeout => &self.limited.head_timeout,
+            Failure::BodyTimeout => &self.limited.body_timeout,
+            _ => return,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a connection that was closed for a bound. Heads that took too long are counted as requests.
+    pub fn count_closed(&self, activity: &Activity) {
+        if activity.is_used_up() {
+            self.limited.requests_per_connection.fetch_add(1, Ordering::Relaxed);
+        }
+        let count = match activity.exceeded() {
+            Some(Exceeded::Idle) => &self.limited.idle_timeout,
+            Some(Exceeded::Abandoned) => &self.limited.abandoned_requests,
+            Some(Exceeded::Head) | None => return,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// What all connections share.

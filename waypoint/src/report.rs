@@ -20,6 +20,7 @@ use crate::accept::Inbound;
 use crate::answer::grpc_status;
 use crate::balance::Endpoint;
 use crate::body::{ResponseBody, Source};
+use crate::failure::Failure;
 use crate::matching::Routed;
 use crate::sanitise::{Sane, is_grpc};
 
@@ -65,17 +66,29 @@ impl Record {
     pub fn start(inbound: &Arc<Inbound>, request: &Request<Incoming>) -> Self {
         let text = |name: HeaderName| request.headers().get(name)?.to_str().ok().map(Into::into);
         let content_type = request.headers().get(http::header::CONTENT_TYPE);
+        let mut record = Self::unread(inbound);
+        record.version = request.version();
+        record.method = request.method().clone();
+        record.path = request.uri().path().into();
+        record.grpc = content_type.is_some_and(|value| is_grpc(value.as_bytes()));
+        record.request_id = text(X_REQUEST_ID);
+        record.user_agent = text(USER_AGENT);
+        record
+    }
+
+    /// What came could not be read as a request.
+    pub fn unread(inbound: &Arc<Inbound>) -> Self {
         Self {
             inbound: inbound.clone(),
             since: Instant::now(),
-            version: request.version(),
-            method: request.method().clone(),
+            version: Version::HTTP_11,
+            method: Method::from_bytes(b"-").unwrap_or_default(),
             authority: Box::default(),
-            path: request.uri().path().into(),
-            grpc: content_type.is_some_and(|value| is_grpc(value.as_bytes())),
+            path: Box::default(),
+            grpc: false,
             route: None,
-            request_id: text(X_REQUEST_ID),
-            user_agent: text(USER_AGENT),
+            request_id: None,
+            user_agent: None,
             body: None,
             endpoint: None,
             attempts: 0,
@@ -86,6 +99,13 @@ impl Record {
             error: None,
             reported: false,
         }
+    }
+
+    /// Ends the report of what was refused before it was a request.
+    pub fn refuse(mut self, failure: &Failure) {
+        self.code = failure.status().as_u16();
+        self.fail(failure.flags(), failure.to_string());
+        self.finish();
     }
 
     /// What was asked for, in its one form.
@@ -112,6 +132,11 @@ impl Record {
     pub fn set_endpoint(&mut self, endpoint: &Endpoint) {
         self.attempts += 1;
         self.endpoint = Some(endpoint.clone());
+    }
+
+    /// Whether its client speaks HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        self.version == Version::HTTP_2
     }
 
     /// Whether it is a gRPC call.

@@ -3,11 +3,13 @@
 use std::net::IpAddr;
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, TE, TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, SEC_WEBSOCKET_KEY, TE,
+    TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Version};
+use hyper::ext::Protocol;
 
 use crate::failure::Failure;
 
@@ -59,9 +61,7 @@ pub struct Sane {
 /// # Errors
 /// [`Failure`]: what can't be brought into that form.
 pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure> {
-    if parts.method == Method::CONNECT {
-        return Err(Failure::Method(Method::CONNECT));
-    }
+    let extended = extended_connect(parts)?;
     let authority = authority(parts, claims)?;
     let host = host_of(&authority).ok_or(Failure::Malformed("the host is none"))?;
     one_length(&parts.headers)?;
@@ -72,7 +72,7 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
     let upgrade = match parts.version {
         Version::HTTP_11 => wanted_upgrade(&parts.headers),
         // RFC 9113 §8.6: there is no Upgrade in HTTP/2; HTTP/1.0 ignores it (RFC 9110 §7.8).
-        _ => None,
+        _ => extended,
     };
     let trailers = accepts_trailers(&parts.headers);
     remove_hop_by_hop(&mut parts.headers)?;
@@ -84,6 +84,39 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
     let content_type = parts.headers.get(http::header::CONTENT_TYPE);
     let grpc = content_type.is_some_and(|value| is_grpc(value.as_bytes()));
     Ok(Sane { authority, host, upgrade, version: parts.version, grpc, scheme })
+}
+
+/// RFC 8441: in HTTP/2 a change of protocol is a CONNECT with `:protocol`. It is sent on as HTTP/1's upgrade, a GET.
+///
+/// # Errors
+/// A CONNECT without a protocol: it asks for a tunnel to anywhere.
+fn extended_connect(parts: &mut Parts) -> Result<Option<HeaderValue>, Failure> {
+    if parts.method != Method::CONNECT {
+        return Ok(None);
+    }
+    let protocol = parts.extensions.remove::<Protocol>();
+    let protocol = protocol.filter(|_| parts.version == Version::HTTP_2);
+    let protocol = protocol.ok_or(Failure::Method(Method::CONNECT))?;
+    parts.method = Method::GET;
+    if protocol.as_str().eq_ignore_ascii_case("websocket")
+        && let Ok(key) = HeaderValue::try_from(websocket_key(rand::random()))
+    {
+        parts.headers.insert(SEC_WEBSOCKET_KEY, key);
+    }
+    HeaderValue::try_from(protocol.as_str())
+        .map(Some)
+        .map_err(|_| Failure::Malformed("the protocol of CONNECT is no text"))
+}
+
+/// RFC 6455 §4.1: 16 random bytes in base64. RFC 8441 §5: requests in HTTP/2 bring none.
+fn websocket_key(random: u128) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let letter = |bits: u128| LETTERS.get((bits & 0x3f) as usize).copied().map_or('A', char::from);
+    // 21 letters of six bits, then one of the last two bits.
+    let mut key: String = (0..21).map(|at| letter(random >> (122 - 6 * at))).collect();
+    key.push(letter((random & 0x3) << 4));
+    key.push_str("==");
+    key
 }
 
 /// `application/grpc`, alone or with a suffix; not gRPC-web, whose status is in the body.

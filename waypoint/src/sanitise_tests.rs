@@ -199,3 +199,12 @@ proptest! {
         }
     }
 }
+
+/// Sixteen bytes in base64 are 22 letters, of which the last bears two bits, and two signs of padding.
+#[test]
+fn a_websocket_key_is_base64_of_sixteen_bytes() {
+    assert_eq!(websocket_key(0), "AAAAAAAAAAAAAAAAAAAAAA==");
+    assert_eq!(websocket_key(u128::MAX), "/////////////////////w==");
+    // The example of RFC 6455 §1.3.
+    assert_eq!(websocket_key(u128::from_be_bytes(*b"the sample nonce")), "dGhlIHNhbXBsZSBub25jZQ==");
+}

@@ -35,6 +35,7 @@ pub fn join(
         return Err(wrong());
     }
     let upstream = hyper::upgrade::on(response);
+    inbound.activity.upgrade();
     let inbound = inbound.clone();
     tokio::spawn(async move {
         let joined = async {

@@ -34,6 +34,10 @@ impl Bed for Waypoints {
         let cluster = Cluster::builder()
             .nodes(2)
             .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_HEAD_TIMEOUT", "4s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_BODY_TIMEOUT", "4s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_IDLE_TIMEOUT", "6s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_REQUESTS_PER_CONNECTION", &crate::limits::LAST.to_string())
             // A tunnel is in the log of the server's node when it has ended.
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_UPSTREAM_IDLE", "1s")
             .start()

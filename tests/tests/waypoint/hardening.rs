@@ -32,22 +32,39 @@ async fn malformed(bed: &Waypoints) {
         assert_eq!(answer.status, 400, "{request:?}: {answer:?}");
         assert!(client.is_closed().await, "{request:?}");
     }
-    // What is no HTTP at all ends the connection, with or without an answer; none of it reaches the server.
-    for request in [
+    assert_eq!(http::get(&bed.cli, to, "/", "").await.unwrap().status, 200);
+    let before = malformed_count(bed).await;
+    // What hyper itself refuses.
+    let requests = [
         "POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
         "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
         "POST / HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
         "GET / HTTP/1.1\r\nhost: a\r\nx: a\0b\r\n\r\n",
         "GET / HTTP/1.1\r\nhost: a\r\nx: a\r\n b\r\n\r\n",
+        "GET / HTTP/1.1\r\nhost: a\r\nx: a\rb\r\n\r\n",
         "GET / HTTP/1.1\r\nhost: a\r\nx : b\r\n\r\n",
-    ] {
+        "GET / HTTP/9.9\r\nhost: a\r\n\r\n",
+        "GET  / HTTP/1.1\r\nhost: a\r\n\r\n",
+    ];
+    let mut problems = Vec::new();
+    for request in requests {
         let mut client = Client::connect(&bed.cli, to).await.unwrap();
-        if let Ok(answer) = client.send(request.as_bytes()).await {
-            assert_eq!(answer.status, 400, "{request:?}: {answer:?}");
+        let answer = client.send(request.as_bytes()).await;
+        let status = answer.as_ref().map_or(0, |answer| answer.status);
+        if status != 400 || !client.is_closed().await {
+            problems.push((request, answer));
         }
-        assert!(client.is_closed().await, "{request:?}");
     }
+    assert!(problems.is_empty(), "{problems:#?}\n{:#?}", bed.logs());
+    let counted = malformed_count(bed).await - before;
+    assert!(counted >= requests.len() as u64, "{counted}");
     assert_eq!(http::get(&bed.cli, to, "/", "").await.unwrap().status, 200);
+}
+
+/// The waypoint's count of malformed requests.
+async fn malformed_count(bed: &Waypoints) -> u64 {
+    let metrics = bed.metrics().await;
+    http::metric(&metrics, "ambit_requests_malformed_total ")
 }
 
 async fn framing(bed: &Waypoints) {

@@ -52,7 +52,7 @@ pub(crate) async fn serve(pod: &Pod, address: SocketAddr, name: &str, answer: An
 async fn connection(mut stream: TcpStream, name: &str, answer: &Answer) -> io::Result<()> {
     let mut read = Vec::new();
     while let Some(head) = head(&mut stream, &mut read).await? {
-        let body = body(&mut stream, &mut read, &head).await?;
+        let (body, _) = body(&mut stream, &mut read, &head).await?;
         let answer = answer(name, &head, &body);
         if answer.is_empty() {
             return Ok(());
@@ -83,7 +83,8 @@ pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-async fn body(stream: &mut TcpStream, read: &mut Vec<u8>, head: &str) -> io::Result<Vec<u8>> {
+/// A message's body and its trailers.
+async fn body(stream: &mut TcpStream, read: &mut Vec<u8>, head: &str) -> io::Result<(Vec<u8>, String)> {
     if header(head, "transfer-encoding").is_some_and(|coding| coding.contains("chunked")) {
         let mut whole = Vec::new();
         loop {
@@ -91,16 +92,22 @@ async fn body(stream: &mut TcpStream, read: &mut Vec<u8>, head: &str) -> io::Res
             let length = usize::from_str_radix(line.split(';').next().unwrap_or_default().trim(), 16);
             let length = length.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, line.clone()))?;
             if length == 0 {
-                // Trailers, up to the empty line.
-                while !self::line(stream, read).await?.is_empty() {}
-                return Ok(whole);
+                let mut trailers = String::new();
+                loop {
+                    let line = self::line(stream, read).await?;
+                    if line.is_empty() {
+                        return Ok((whole, trailers));
+                    }
+                    trailers.push_str(&line);
+                    trailers.push_str("\r\n");
+                }
             }
             whole.extend(exactly(stream, read, length).await?);
             self::line(stream, read).await?;
         }
     }
     let length = header(head, "content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-    exactly(stream, read, length).await
+    Ok((exactly(stream, read, length).await?, String::new()))
 }
 
 async fn line(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<String> {
@@ -133,6 +140,7 @@ pub(crate) struct Response {
     pub(crate) status: u16,
     pub(crate) head: String,
     pub(crate) body: String,
+    pub(crate) trailers: String,
 }
 
 impl Response {
@@ -180,13 +188,18 @@ impl Client {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             };
             let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
-            let body = match status {
-                204 | 304 | 101 => Vec::new(),
+            let (body, trailers) = match status {
+                100 | 204 | 304 | 101 => (Vec::new(), String::new()),
                 _ => body(&mut self.stream, &mut self.read, &head).await?,
             };
-            Ok(Response { status, head, body: String::from_utf8_lossy(&body).into_owned() })
+            Ok(Response { status, head, body: String::from_utf8_lossy(&body).into_owned(), trailers })
         };
         tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Sends bytes and waits for nothing.
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes).await
     }
 
     /// So many bytes, of whatever is spoken.
@@ -199,7 +212,7 @@ impl Client {
     /// Whether the other end has closed the connection, or does within a moment.
     pub(crate) async fn is_closed(&mut self) -> bool {
         let mut byte = [0];
-        let read = tokio::time::timeout(Duration::from_secs(5), self.stream.read(&mut byte)).await;
+        let read = tokio::time::timeout(Duration::from_secs(20), self.stream.read(&mut byte)).await;
         matches!(read, Ok(Ok(0) | Err(_)))
     }
 }
@@ -222,4 +235,10 @@ pub(crate) async fn request(
     let length = if body.is_empty() { String::new() } else { format!("content-length: {}\r\n", body.len()) };
     let text = format!("{method} {path} HTTP/1.1\r\n{host}{headers}{length}\r\n{body}");
     Client::connect(pod, to).await?.send(text.as_bytes()).await
+}
+
+/// The value of the series of a scrape that begins like this.
+pub(crate) fn metric(scrape: &str, series: &str) -> u64 {
+    let value = scrape.lines().find_map(|line| line.strip_prefix(series));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or_else(|| panic!("no {series} in {scrape}"))
 }

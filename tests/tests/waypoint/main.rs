@@ -12,6 +12,8 @@
 mod bed;
 mod hardening;
 mod http;
+mod http2;
+mod limits;
 mod policy;
 mod resilience;
 mod routing;
@@ -30,5 +32,7 @@ fn main() -> ExitCode {
     policy::add(&mut trials);
     resilience::add(&mut trials);
     tasks::add(&mut trials);
+    limits::add(&mut trials);
+    http2::add(&mut trials);
     trials.run()
 }

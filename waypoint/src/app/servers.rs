@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::{Parts, Program};
-use crate::proxy::Tallies;
+use crate::proxy::{Limited, Tallies};
 
 /// Starts the three servers.
 ///
@@ -78,6 +78,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         &t.retries_over_budget
     });
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
+    limits(parts, program);
     count("ambit_mirrors_failed", "Copies of requests that could not be delivered", |t| &t.mirrors_failed);
     let workers = Arc::clone(&program.workers);
     let open = move || {
@@ -85,4 +86,23 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         i64::try_from(open).unwrap_or(i64::MAX)
     };
     registry.gauge_from("ambit_upstream_connections", "HTTP connections to endpoints, idle or shared", open);
+}
+
+fn limits(parts: &Parts, program: &Program) {
+    type Tally = fn(&Limited) -> &AtomicU64;
+    let families: [(&str, Tally); 7] = [
+        ("head_size", |limited| &limited.head_size),
+        ("target_size", |limited| &limited.target_size),
+        ("head_timeout", |limited| &limited.head_timeout),
+        ("body_timeout", |limited| &limited.body_timeout),
+        ("idle_timeout", |limited| &limited.idle_timeout),
+        ("requests_per_connection", |limited| &limited.requests_per_connection),
+        ("abandoned_requests", |limited| &limited.abandoned_requests),
+    ];
+    let series = families.map(|(name, tally)| {
+        let proxy = program.proxy.clone();
+        (name.to_owned(), move || tally(&proxy.tallies.limited).load(Ordering::Relaxed))
+    });
+    let help = "Requests refused, or connections closed, because a client passed a limit";
+    parts.registry.counters_from("ambit_client_limits_exceeded", help, "limit", series);
 }

@@ -1,0 +1,263 @@
+//! What a client's HTTP connection is doing, and how long it may go on with that. Pure: the time comes in as an argument.
+//!
+//! [`protocol`](crate::protocol) makes one for each connection, [`ClientStream`](crate::client_stream::ClientStream)
+//! reports bytes and asks for the deadline, [`exchange`](crate::exchange) reports requests and their ends.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// The period over which abandoned requests are counted.
+pub const ABANDONED_PERIOD: Duration = Duration::from_secs(10);
+/// A request that waited longer than this does not count as abandoned: its client lost patience with a slow endpoint.
+const EARLY: Duration = Duration::from_secs(1);
+
+/// Bounds of one connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// How long it may be without a request.
+    pub idle: Duration,
+    /// How long the head of a request may take from its first byte.
+    pub head: Duration,
+    /// Requests before it is closed.
+    pub requests: u64,
+    /// Requests that may be abandoned within [`ABANDONED_PERIOD`].
+    pub abandoned: u32,
+}
+
+/// Which bound of a connection was passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exceeded {
+    /// It was without a request for too long.
+    Idle,
+    /// A request's head took too long.
+    Head,
+    /// Too many requests were abandoned (CVE-2023-44487).
+    Abandoned,
+}
+
+/// The state of one connection. One lock, which only this connection's tasks take.
+#[derive(Debug)]
+pub struct Activity {
+    bounds: Bounds,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    phase: Phase,
+    open: u32,
+    requests: u64,
+    /// Start of the current period, and the requests abandoned in it.
+    abandoned: (Instant, u32),
+    exceeded: Option<Exceeded>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Idle {
+        since: Instant,
+    },
+    Head {
+        since: Instant,
+    },
+    Busy,
+    /// Another protocol is spoken now: nothing is known of its requests.
+    Upgraded,
+}
+
+/// Reports the end of a request when it is dropped.
+#[derive(Debug)]
+pub struct OpenRequest {
+    activity: Arc<Activity>,
+    since: Instant,
+    answered: bool,
+}
+
+impl Activity {
+    /// A connection on which nothing was asked yet.
+    pub fn new(bounds: Bounds, now: Instant) -> Self {
+        let state = State {
+            phase: Phase::Idle { since: now },
+            open: 0,
+            requests: 0,
+            abandoned: (now, 0),
+            exceeded: None,
+        };
+        Self { bounds, state: Mutex::new(state), changed: Notify::new() }
+    }
+
+    /// Bytes came from the client.
+    pub fn handle_bytes(&self, now: Instant) {
+        let mut state = self.state.lock();
+        if matches!(state.phase, Phase::Idle { .. }) {
+            state.phase = Phase::Head { since: now };
+        }
+    }
+
+    /// The head of a request was read.
+    pub fn start_request(self: &Arc<Self>, now: Instant) -> OpenRequest {
+        let mut state = self.state.lock();
+        state.open += 1;
+        state.requests += 1;
+        if state.phase != Phase::Upgraded {
+            state.phase = Phase::Busy;
+        }
+        if state.requests >= self.bounds.requests {
+            self.changed.notify_one();
+        }
+        OpenRequest { activity: self.clone(), since: now, answered: false }
+    }
+
+    /// Whether the connection has had all the requests that it may have.
+    pub fn is_used_up(&self) -> bool {
+        self.state.lock().requests >= self.bounds.requests
+    }
+
+    /// The connection changes to another protocol.
+    pub fn upgrade(&self) {
+        self.state.lock().phase = Phase::Upgraded;
+    }
+
+    /// When [`check`](Self::check) is to be asked next, if nothing happens until then.
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.state.lock().phase {
+            Phase::Idle { since } => Some(since + self.bounds.idle),
+            Phase::Head { since } => Some(since + self.bounds.head),
+            Phase::Busy | Phase::Upgraded => None,
+        }
+    }
+
+    /// Which bound has been passed, if one has.
+    pub fn check(&self, now: Instant) -> Option<Exceeded> {
+        let mut state = self.state.lock();
+        let passed = match state.phase {
+            Phase::Idle { since } if now >= since + self.bounds.idle => Some(Exceeded::Idle),
+            Phase::Head { since } if now >= since + self.bounds.head => Some(Exceeded::Head),
+            _ => None,
+        };
+        state.exceeded = state.exceeded.or(passed);
+        state.exceeded
+    }
+
+    /// Which bound was passed, as the last look found it.
+    pub fn exceeded(&self) -> Option<Exceeded> {
+        self.state.lock().exceeded
+    }
+
+    fn end_request(&self, abandoned: bool, now: Instant) {
+        let mut state = self.state.lock();
+        state.open = state.open.saturating_sub(1);
+        if state.open == 0 && state.phase == Phase::Busy {
+            state.phase = Phase::Idle { since: now };
+        }
+        if !abandoned {
+            return;
+        }
+        let (start, count) = state.abandoned;
+        let is_new = now.saturating_duration_since(start) >= ABANDONED_PERIOD;
+        state.abandoned = if is_new { (now, 1) } else { (start, count + 1) };
+        if state.abandoned.1 > self.bounds.abandoned {
+            state.exceeded = state.exceeded.or(Some(Exceeded::Abandoned));
+            self.changed.notify_one();
+        }
+    }
+
+    /// Waits until the connection is used up or has abandoned too many requests; may return earlier.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Waits until the connection was without a request for too long.
+    pub async fn idle(&self) {
+        loop {
+            let now = Instant::now();
+            if self.check(now) == Some(Exceeded::Idle) {
+                return;
+            }
+            let due = self.deadline().unwrap_or(now + self.bounds.idle);
+            tokio::time::sleep_until(due.into()).await;
+        }
+    }
+}
+
+impl OpenRequest {
+    /// Its answer has begun: what happens to it now is no abandoning.
+    pub fn set_answered(&mut self) {
+        self.answered = true;
+    }
+
+    /// The connection that it is on.
+    pub fn connection(&self) -> &Arc<Activity> {
+        &self.activity
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let early = now.saturating_duration_since(self.since) < EARLY;
+        self.activity.end_request(!self.answered && early, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn bounds() -> Bounds {
+        Bounds { idle: 60 * SECOND, head: 10 * SECOND, requests: 2, abandoned: 3 }
+    }
+
+    #[test]
+    fn a_head_has_less_time_than_an_idle_connection() {
+        let start = Instant::now();
+        let activity = Arc::new(Activity::new(bounds(), start));
+        assert_eq!(activity.deadline(), Some(start + 60 * SECOND));
+        assert_eq!(activity.check(start + 59 * SECOND), None);
+        activity.handle_bytes(start + 5 * SECOND);
+        // Further bytes win no time.
+        activity.handle_bytes(start + 14 * SECOND);
+        assert_eq!(activity.deadline(), Some(start + 15 * SECOND));
+        assert_eq!(activity.check(start + 15 * SECOND), Some(Exceeded::Head));
+    }
+
+    #[test]
+    fn a_request_in_progress_has_no_deadline_here() {
+        let activity = Arc::new(Activity::new(bounds(), Instant::now()));
+        let one = activity.start_request(Instant::now());
+        let other = activity.start_request(Instant::now());
+        assert!(activity.is_used_up());
+        drop(one);
+        activity.handle_bytes(Instant::now());
+        assert_eq!(activity.deadline(), None);
+        drop(other);
+        assert!(activity.deadline().is_some());
+        activity.upgrade();
+        activity.handle_bytes(Instant::now());
+        assert_eq!(activity.deadline(), None);
+    }
+
+    #[test]
+    fn only_early_ends_without_an_answer_are_abandoned() {
+        let start = Instant::now();
+        let activity = Arc::new(Activity::new(bounds(), start));
+        for _ in 0..10 {
+            activity.start_request(start).set_answered();
+        }
+        assert_eq!(activity.exceeded(), None);
+        for round in 0..10 {
+            activity.end_request(true, start + round * 4 * SECOND);
+        }
+        assert_eq!(activity.exceeded(), None);
+        for _ in 0..4 {
+            activity.end_request(true, start + 100 * SECOND);
+        }
+        assert_eq!(activity.exceeded(), Some(Exceeded::Abandoned));
+    }
+}
