@@ -445,7 +445,7 @@ pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<Tunn
     if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
         return report.deny(failure.to_string());
     }
-    let target = match crate::balance::split(None, inbound) {
+    let target = match crate::matching::connection(&published, inbound) {
         Ok(target) => target,
         Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
     };

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use ambit_route::{RequestHead, Rule};
+use ambit_route::{ConnectionHead, RequestHead, Rule};
 use http::request::Parts;
 
 use crate::accept::Inbound;
+use crate::balance::{self, Target};
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
@@ -53,4 +54,23 @@ pub fn find(
         return Err(Failure::InvalidRoute { route, reason: reason.to_string() });
     }
     Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix }))
+}
+
+/// Where a connection goes that is passed on unread: by a rule for connections, else straight to its destination.
+///
+/// # Errors
+/// [`Failure::InvalidRoute`].
+pub fn connection(published: &Published, inbound: &Inbound) -> Result<Target, Failure> {
+    let Some(service) = inbound.destination.service() else { return balance::split(None, inbound) };
+    let head = ConnectionHead {
+        port: inbound.destination.port(),
+        client_namespace: inbound.certificate.identity().namespace(),
+        client_address: inbound.source.ip().to_canonical(),
+    };
+    let rule = published.routes.connection(&service.host.namespace, &service.host.hostname, &head);
+    let Some(rule) = rule else { return balance::split(None, inbound) };
+    if let Some(reason) = &rule.invalid {
+        return Err(Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() });
+    }
+    balance::split(Some(&Routed { rule: rule.clone(), prefix: 0 }), inbound)
 }

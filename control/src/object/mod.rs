@@ -35,6 +35,7 @@ pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, Worklo
 pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};
 pub use istio::virtual_service_delegate::joined;
 pub use istio::virtual_service_http::{Http, Referents};
+pub use istio::virtual_service_tcp::{ReadTcp, Tcp};
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
 
 pub use crate::kind::Kind;

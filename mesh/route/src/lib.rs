@@ -22,4 +22,4 @@ pub use compile::fault;
 pub use field::{FieldMatch, StringMatch};
 pub use filter::Filter;
 pub use rule::{Retry, RouteName, Rule, Timeouts};
-pub use table::{Matched, RequestHead, RouteSet, Table};
+pub use table::{ConnectionHead, Matched, RequestHead, RouteSet, Table};

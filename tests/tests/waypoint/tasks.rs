@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ use ambit_tests::wait::{self, SOON};
 use parking_lot::Mutex;
 use serde::Deserialize;
 
-use crate::bed::Waypoints;
+use crate::bed::{PORT, Waypoints};
 use crate::http::{self, Answer};
 
 #[derive(Debug, Deserialize)]
@@ -31,6 +31,9 @@ struct Case {
 #[serde(deny_unknown_fields)]
 struct Server {
     name: String,
+    /// The name of the service's port, which says what is spoken there.
+    #[serde(default = "http_port")]
+    port: String,
     /// Statuses of its answers, in turn.
     #[serde(default)]
     statuses: Vec<String>,
@@ -57,6 +60,10 @@ struct Request {
     #[serde(default = "once")]
     count: usize,
     expect: Expected,
+}
+
+fn http_port() -> String {
+    "http".to_owned()
 }
 
 fn get() -> String {
@@ -92,6 +99,8 @@ struct Expected {
     shares: BTreeMap<String, (usize, usize)>,
     /// Of all answers, how many have which status, at least and at most.
     statuses: BTreeMap<u16, (usize, usize)>,
+    /// Whether the connection is closed without an answer.
+    closed: bool,
     /// A server that gets a copy, with the copy's host.
     copied: Option<(String, String)>,
 }
@@ -121,7 +130,11 @@ async fn run(bed: &Waypoints, folder: &Path) {
     let got = Got::default();
     let mut services = BTreeMap::new();
     for server in case.servers {
-        let address = bed.service_with(&server.name.clone(), answering(&server, &got)).await;
+        let answer = answering(&server, &got);
+        let address = match server.port.as_str() {
+            "http" => bed.service_with(&server.name, answer).await,
+            port => unread(bed, &server.name, port, answer).await,
+        };
         services.insert(server.name, address);
     }
     bed.apply(&objects).await;
@@ -150,6 +163,19 @@ async fn run(bed: &Waypoints, folder: &Path) {
     }
 }
 
+/// A service whose connections the waypoint passes on unread.
+async fn unread(bed: &Waypoints, name: &str, port: &str, answer: Answer) -> SocketAddr {
+    bed.server(name, name, answer).await;
+    bed.apply(&format!(
+        "apiVersion: v1\nkind: Service\n\
+         metadata: {{name: {name}, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
+         spec: {{selector: {{app: {name}}}, ports: [{{name: {port}, port: 80, targetPort: {PORT}}}]}}\n"
+    ))
+    .await;
+    let vips = bed.cluster.service_ips("shop", name);
+    SocketAddr::new(vips.into_iter().find(IpAddr::is_ipv4).unwrap(), 80)
+}
+
 fn answering(server: &Server, got: &Got) -> Answer {
     let (statuses, slow, got) = (server.statuses.clone(), Duration::from_millis(server.slow), got.clone());
     let turn = AtomicUsize::new(0);
@@ -176,7 +202,11 @@ async fn send(bed: &Waypoints, to: SocketAddr, request: &Request, got: &Got) -> 
     for _ in 0..request.count {
         let before = Instant::now();
         let answer = http::request(client, to, &request.method, &request.path, &headers, "").await;
-        let answer = answer.map_err(|error| error.to_string())?;
+        let answer = match answer {
+            Err(_) if expected.closed => continue,
+            Ok(answer) if expected.closed => return Err(format!("an answer: {answer:?}")),
+            answer => answer.map_err(|error| error.to_string())?,
+        };
         let took = before.elapsed();
         check(expected, &answer, took).map_err(|problem| format!("{problem}: {answer:?}"))?;
         *servers.entry(answer.server().to_owned()).or_insert(0) += 1;

@@ -45,32 +45,76 @@ pub(in crate::index) fn of_virtual_service(
         reader.find(Finding::new(ACCEPTED, false, "NotForMesh", message));
         return Vec::new();
     }
-    if virtual_service.http.is_empty() {
-        return Vec::new();
+    let for_http =
+        resource(reader, virtual_service, Part::Http, |ports| rules(reader, virtual_service, ports));
+    let for_tcp =
+        resource(reader, virtual_service, Part::Tcp, |ports| tcp_rules(reader, virtual_service, ports));
+    for_http.into_iter().chain(for_tcp).collect()
+}
+
+/// The rules of a VirtualService that are decided about together.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Http,
+    Tcp,
+}
+
+impl Part {
+    const ALL: [Part; 2] = [Part::Http, Part::Tcp];
+
+    fn name(self) -> &'static str {
+        match self {
+            Part::Http => "http",
+            Part::Tcp => "tcp",
+        }
     }
-    let attached = attach(reader, virtual_service);
+
+    fn is_in(self, virtual_service: &VirtualService) -> bool {
+        match self {
+            Part::Http => !virtual_service.http.is_empty(),
+            Part::Tcp => !virtual_service.tcp.is_empty(),
+        }
+    }
+}
+
+/// The resource of a part of a VirtualService that counts for something.
+fn resource(
+    reader: &Reader<'_>,
+    virtual_service: &VirtualService,
+    part: Part,
+    rules: impl FnOnce(&BTreeSet<u16>) -> Vec<(usize, l7::Rule)>,
+) -> Option<(ResourceType, Resource)> {
+    if !part.is_in(virtual_service) {
+        return None;
+    }
+    let id = &virtual_service.meta.id;
+    let attached = attach(reader, virtual_service, part);
     attached.report(reader);
     if attached.targets.is_empty() {
-        return Vec::new();
+        return None;
     }
-    let rules = rules(reader, virtual_service, &attached.ports);
-    report_faults(reader, &rules);
+    let rules = rules(&attached.ports);
+    report_faults(reader, part, &rules);
+    let (suffix, protocol) = match part {
+        Part::Http => ("", l7::Protocol::Http),
+        Part::Tcp => ("/tcp", l7::Protocol::Tcp),
+    };
     let message = l7::Route {
         object: Some(object_name(Kind::VirtualService, id)),
         created: virtual_service.meta.created.unwrap_or_default(),
         targets: attached.targets.into_values().collect(),
         rules: rules.into_iter().map(|(_, rule)| rule).collect(),
         order: l7::Order::Declared as i32,
-        protocol: l7::Protocol::Http as i32,
+        protocol: protocol as i32,
     };
     let resource = Resource {
-        name: format!("{}/{id}", Kind::VirtualService).into(),
+        name: format!("{}/{id}{suffix}", Kind::VirtualService).into(),
         aliases: Vec::new(),
         parents: attached.roots.into_iter().collect(),
         body: message.encode_to_vec().into(),
         unhealthy: false,
     };
-    vec![(ResourceType::Route, resource)]
+    Some((ResourceType::Route, resource))
 }
 
 /// The roots of the waypoints whose requests the VirtualServices that send requests to a host decide about.
@@ -85,10 +129,13 @@ pub(in crate::index) fn roots_to(
         if !is_visible(visibility, owner, &from.meta.id.namespace) {
             continue;
         }
+        let of = |from: &VirtualService| {
+            Part::ALL.into_iter().flat_map(|part| attach(reader, from, part).roots).collect::<Vec<_>>()
+        };
         if from.hosts.is_empty() {
-            roots.extend(reader.delegators(&from.meta.id).flat_map(|root| attach(reader, root).roots));
+            roots.extend(reader.delegators(&from.meta.id).flat_map(of));
         } else {
-            roots.extend(attach(reader, from).roots);
+            roots.extend(of(from));
         }
     }
     roots
@@ -121,9 +168,9 @@ impl Attached {
     }
 }
 
-fn attach(reader: &Reader<'_>, virtual_service: &VirtualService) -> Attached {
+fn attach(reader: &Reader<'_>, virtual_service: &VirtualService, part: Part) -> Attached {
     let mut attached = Attached::default();
-    if !virtual_service.for_mesh || virtual_service.http.is_empty() {
+    if !virtual_service.for_mesh || !part.is_in(virtual_service) {
         return attached;
     }
     let mut passed_over = false;
@@ -138,7 +185,7 @@ fn attach(reader: &Reader<'_>, virtual_service: &VirtualService) -> Attached {
             attached.faults.push(("NoMatchingHost", format!("no Service or ServiceEntry has host {host}")));
         }
         for service in services {
-            match attached.add(reader, virtual_service, &service) {
+            match attached.add(reader, virtual_service, part, &service) {
                 // Others are more exact, or have no waypoint: a wildcard is for what is left.
                 Err(_) if host.starts_with('*') => passed_over = true,
                 Err(fault) => attached.faults.push(fault),
@@ -190,6 +237,7 @@ impl Attached {
         &mut self,
         reader: &Reader<'_>,
         virtual_service: &VirtualService,
+        part: Part,
         Offered { object, host }: &Offered,
     ) -> Result<(), Fault> {
         let Some((binding, ports)) = details(reader, object) else { return Ok(()) };
@@ -204,14 +252,17 @@ impl Attached {
             let message = format!("`exportTo` leaves out the namespace of the waypoint of {object}");
             return Err(("NotExported", message));
         }
-        let first = governing(reader, &object.name.namespace, host, |other| sees(other) > 0);
+        let first =
+            governing(reader, &object.name.namespace, host, |other| part.is_in(other) && sees(other) > 0);
         if let Some(first) = first.filter(|first| first.meta.id != virtual_service.meta.id) {
             let message =
                 format!("VirtualService {} is for host {host} too and counts instead", first.meta.id);
             return Err(("Conflicted", message));
         }
         let of_namespace = |route: &&crate::object::Route| route.meta.id.namespace == object.name.namespace;
-        if let Some(route) = reader.routes_of(object).find(of_namespace) {
+        if part == Part::Http
+            && let Some(route) = reader.routes_of(object).find(of_namespace)
+        {
             let message =
                 format!("{} {} is attached to {object} and counts instead", route.kind(), route.meta.id);
             self.faults.push(("Conflicted", message));
@@ -243,17 +294,17 @@ fn details<'a>(reader: &Reader<'a>, object: &ObjectRef) -> Option<(&'a WaypointB
     }
 }
 
-/// The VirtualService with rules for HTTP that counts for a host.
+/// The VirtualService that counts for a host, of those that `counts` is true for.
 fn governing<'a>(
     reader: &Reader<'a>,
     namespace: &Arc<str>,
     host: &Arc<str>,
-    is_seen: impl Fn(&VirtualService) -> bool,
+    counts: impl Fn(&VirtualService) -> bool,
 ) -> Option<&'a VirtualService> {
     std::iter::once(host.clone()).chain(hosts::wildcards(host).filter(|name| **name != *"*")).find_map(
         |name| {
             let all = reader.virtual_services_for(&name);
-            let all = all.filter(|other| !other.http.is_empty() && is_seen(other));
+            let all = all.filter(|other| counts(other));
             all.min_by_key(|other| (other.meta.id.namespace != *namespace, other.meta.seniority()))
         },
     )
@@ -324,7 +375,30 @@ fn lowered(
     ports.iter().filter(|port| read.rule.is_for_port(**port)).map(|port| lower(*port)).collect()
 }
 
-fn report_faults(reader: &Reader<'_>, rules: &[(usize, l7::Rule)]) {
+/// The rules for connections in order, each with its number in the manifest.
+fn tcp_rules(
+    reader: &Reader<'_>,
+    virtual_service: &VirtualService,
+    ports: &BTreeSet<u16>,
+) -> Vec<(usize, l7::Rule)> {
+    let namespace = &virtual_service.meta.id.namespace;
+    let mut rules = Vec::new();
+    for (at, read) in virtual_service.tcp.iter().enumerate() {
+        let all = Lowering { reader, namespace, port: 0 };
+        let each = read.fault.is_none() && read.rule.destinations().any(|to| all.keeps_port(to));
+        let ports = if each { ports.iter().copied().collect() } else { vec![0] };
+        for port in ports.into_iter().filter(|port| read.rule.is_for_port(*port)) {
+            let mut rule = read.rule.lower(port, &Lowering { reader, namespace, port });
+            if let Some(fault) = &read.fault {
+                rule.invalid.clone_from(fault);
+            }
+            rules.push((at, rule));
+        }
+    }
+    rules
+}
+
+fn report_faults(reader: &Reader<'_>, part: Part, rules: &[(usize, l7::Rule)]) {
     let mut found = false;
     for (at, rule) in rules {
         let mirrors = rule.filters.iter().filter_map(|filter| match &filter.kind {
@@ -334,7 +408,7 @@ fn report_faults(reader: &Reader<'_>, rules: &[(usize, l7::Rule)]) {
         let of_backends = rule.backends.iter().chain(mirrors).map(|backend| &backend.invalid);
         for fault in [&rule.invalid].into_iter().chain(of_backends).filter(|fault| !fault.is_empty()) {
             found = true;
-            reader.find(Finding::new(RESOLVED, false, "Invalid", format!("http[{at}]: {fault}")));
+            reader.find(Finding::new(RESOLVED, false, "Invalid", format!("{}[{at}]: {fault}", part.name())));
         }
     }
     if !found {

@@ -28,7 +28,7 @@ impl Route {
     /// Its kind.
     pub fn kind(&self) -> Kind {
         match self.protocol {
-            l7::Protocol::Http => Kind::HttpRoute,
+            l7::Protocol::Http | l7::Protocol::Tcp => Kind::HttpRoute,
             l7::Protocol::Grpc => Kind::GrpcRoute,
         }
     }

@@ -7,6 +7,7 @@ pub(super) mod virtual_service;
 pub(super) mod virtual_service_delegate;
 mod virtual_service_fields;
 pub(super) mod virtual_service_http;
+pub(super) mod virtual_service_tcp;
 
 use super::core::{cluster, service};
 use super::gateway::binding;

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::virtual_service_http::Http;
+use super::virtual_service_tcp::{ReadTcp, Tcp};
 use super::{NamespacedName, virtual_service_fields};
 use crate::object::meta::{Invalid, Meta};
 
@@ -29,6 +30,8 @@ pub struct VirtualService {
     pub export: Export,
     /// Rules for HTTP, in order. Each is read by itself: a bad one spoils no other.
     pub http: Vec<ReadRule>,
+    /// Rules for connections that are passed on unread, in order.
+    pub tcp: Vec<ReadTcp>,
     /// Fields that have no effect, each with what to write instead.
     pub without_effect: Vec<String>,
 }
@@ -97,7 +100,8 @@ impl VirtualService {
 
     /// Every destination that its rules name.
     pub fn destinations(&self) -> impl Iterator<Item = &Destination> {
-        self.http.iter().flat_map(|read| read.rule.destinations())
+        let http = self.http.iter().flat_map(|read| read.rule.destinations());
+        http.chain(self.tcp.iter().flat_map(|read| read.rule.destinations()))
     }
 }
 
@@ -116,6 +120,8 @@ struct Spec {
     gateways: Vec<String>,
     export_to: Vec<String>,
     http: Vec<Value>,
+    tcp: Vec<Value>,
+    tls: Vec<Value>,
 }
 
 impl TryFrom<Manifest> for VirtualService {
@@ -130,9 +136,14 @@ impl TryFrom<Manifest> for VirtualService {
                 .map_err(|error| Invalid::new(format!("spec.{}", error.path()), error.inner().to_string()))?,
         };
         let http: Vec<ReadRule> = spec.http.iter().map(read_rule).collect();
+        let tcp: Vec<ReadTcp> = spec.tcp.iter().map(Tcp::read).collect();
         let mut without_effect = virtual_service_fields::unknown(&written);
         for (at, read) in http.iter().enumerate() {
             without_effect.extend(read.rule.without_effect().map(|text| format!("http[{at}].{text}")));
+        }
+        if !spec.tls.is_empty() {
+            let advice = "connections with TLS go straight to the service; use `tcp` to route them by port";
+            without_effect.push(format!("tls has no effect: {advice}"));
         }
         Ok(VirtualService {
             for_mesh: is_for_mesh(&spec.gateways),
@@ -140,6 +151,7 @@ impl TryFrom<Manifest> for VirtualService {
             hosts: spec.hosts.iter().map(|host| host.to_ascii_lowercase().into()).collect(),
             meta,
             http,
+            tcp,
             without_effect,
         })
     }
