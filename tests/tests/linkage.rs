@@ -4,7 +4,8 @@ use object::elf::{DT_NEEDED, PT_INTERP};
 use object::read::elf::{Dyn, ElfFile64, FileHeader, ProgramHeader};
 
 /// The programs that are shipped or that tests put into images.
-const PROGRAMS: [&str; 4] = ["ambit", "ambit-control", "bookinfo", "ztunnel"];
+const PROGRAMS: [&str; 7] =
+    ["ambit", "ambit-cni", "ambit-control", "ambit-node", "ambit-waypoint", "bookinfo", "ztunnel"];
 
 #[test]
 fn programs_need_no_shared_library() {

@@ -127,15 +127,7 @@ impl Installation {
             if conflist::is_standalone(&text) {
                 delete(&path)?;
             } else if let Ok(Some(without)) = conflist::unchain(&text) {
-                let mut singles =
-                    ["conf", "json"].map(|extension| path.with_extension(extension)).into_iter();
-                match singles.find(|single| with_suffix(single, CONVERTED).exists()) {
-                    Some(single) => {
-                        rename(&with_suffix(&single, CONVERTED), &single)?;
-                        delete(&path)?;
-                    }
-                    None => replace(&path, without.as_bytes(), mode_of(&path))?,
-                }
+                self.restore(&path, &without)?;
             } else {
                 continue;
             }
@@ -148,6 +140,26 @@ impl Installation {
             changed.push(program);
         }
         Ok(changed)
+    }
+
+    /// Puts the owner's configuration back in place of the list at `path`, which is `without` when our entry is taken out.
+    fn restore(&self, path: &Path, without: &str) -> Result<(), InstallError> {
+        let mut singles = ["conf", "json"].map(|extension| path.with_extension(extension)).into_iter();
+        let Some(single) = singles.find(|single| with_suffix(single, CONVERTED).exists()) else {
+            return replace(path, without.as_bytes(), mode_of(path));
+        };
+        let converted = with_suffix(&single, CONVERTED);
+        let made = conflist::chain(&String::from_utf8_lossy(&read(&converted)?), &self.entry);
+        let is_made = made.is_ok_and(|made| {
+            conflist::unchain(&made).is_ok_and(|made| made.is_some_and(|made| conflist::same(&made, without)))
+        });
+        if is_made {
+            rename(&converted, &single)?;
+            return delete(path);
+        }
+        // The owner has written a list of its own since; the single configuration is out of date.
+        replace(path, without.as_bytes(), mode_of(path))?;
+        delete(&converted)
     }
 
     /// Keeps everything in place. Reports whether it is, and stays.
@@ -399,6 +411,20 @@ mod tests {
         host.installation.remove().unwrap();
         assert_eq!(host.files(), ["10-net.conf"]);
         assert!(host.read("10-net.conf").contains("ptp"));
+    }
+
+    #[test]
+    fn an_outdated_single_configuration_is_not_restored() {
+        let host = host(true);
+        host.write("10-net.conf", SINGLE);
+        host.installation.install().unwrap();
+        // A newer version of its owner writes a list instead.
+        let newer = LIST.replace("bridge", "ptp");
+        host.write("10-net.conflist", &newer);
+        host.installation.install().unwrap();
+        host.installation.remove().unwrap();
+        assert_eq!(host.files(), ["10-net.conflist"]);
+        assert!(conflist::same(&host.read("10-net.conflist"), &newer));
     }
 
     #[test]

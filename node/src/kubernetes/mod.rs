@@ -6,6 +6,7 @@
 pub mod annotate;
 pub mod index;
 pub mod lookup;
+mod progress;
 pub mod sync;
 pub mod taint;
 pub mod watch;
