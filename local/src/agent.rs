@@ -95,7 +95,6 @@ impl NodeAgent {
         let path = format!("/proc/self/fd/{}", pod.inner.sandbox.network().as_raw_fd());
         Ok(PodSpec {
             uid: pod.uid().to_owned(),
-            runtime_uid: None,
             name: pod.name().to_owned(),
             namespace: pod.namespace().to_owned(),
             service_account: pod.service_account().to_owned(),

@@ -32,7 +32,6 @@ impl PodSource for Pods {
         match pod.name.split_once('-').map(|(prefix, _)| prefix) {
             Some("in") => Ok(Verdict::In(WantedPod {
                 uid: pod.uid.clone(),
-                runtime_uid: None,
                 name: pod.name.clone(),
                 namespace: pod.namespace.clone(),
                 service_account: "reviews".into(),

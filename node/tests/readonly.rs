@@ -35,7 +35,6 @@ fn a_pod_is_captured_where_settings_are_read_only() {
         let (agent, driver) = Agent::start(config).await.unwrap();
         let driver = tokio::spawn(driver);
         let spec = PodSpec {
-            runtime_uid: None,
             uid: "a".into(),
             name: "reviews".into(),
             namespace: "shop".into(),

@@ -97,8 +97,6 @@ impl AgentConfig {
 pub struct PodSpec {
     /// Its uid, which no other pod ever has.
     pub uid: String,
-    /// The uid by which the container runtime knows it, if that is another: a static pod's.
-    pub runtime_uid: Option<String>,
     /// Its name.
     pub name: String,
     /// Its namespace.
@@ -115,13 +113,6 @@ pub struct PodSpec {
     pub sandbox: Option<String>,
     /// Its capture options.
     pub options: Options,
-}
-
-impl PodSpec {
-    /// The uid by which the container runtime knows the pod.
-    fn runtime_uid(&self) -> &str {
-        self.runtime_uid.as_ref().unwrap_or(&self.uid)
-    }
 }
 
 /// The handle. Cloning shares the agent.
@@ -399,7 +390,7 @@ impl Shared {
     async fn find_namespace(&self, pod: &PodSpec) -> Result<discovery::Found, AgentError> {
         let known = self.config.discovery.addresses(&self.host_netns).await;
         let uid = || pod.uid.clone();
-        let found = discovery::of_pod(&known, pod.runtime_uid(), &pod.ips)
+        let found = discovery::of_pod(&known, &pod.uid, &pod.ips)
             .map_err(|source| AgentError::Ambiguous { uid: uid(), source })?;
         found.cloned().ok_or_else(|| AgentError::NamespaceNotFound { uid: uid() })
     }

@@ -145,7 +145,7 @@ impl Agent {
     ) -> (String, Result<(), AgentError>) {
         let uid = pod.uid.clone();
         // Ambiguity is reported by the pod's task, which looks again.
-        let found = discovery::of_pod(namespaces, pod.runtime_uid(), &pod.ips).ok().flatten();
+        let found = discovery::of_pod(namespaces, &pod.uid, &pod.ips).ok().flatten();
         let command = |answer| Command::Want(Box::new(pod.clone()), found.cloned(), answer);
         let outcome = self.command(&uid, command).await;
         (uid, outcome.flatten())

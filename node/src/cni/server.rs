@@ -132,11 +132,10 @@ impl<S: PodSource> Shared<S> {
             Ok(ips) => ips,
             Err(reason) => return try_again(reason),
         };
-        let WantedPod { uid, runtime_uid, name, namespace, service_account, ips: _, options } = wanted;
+        let WantedPod { uid, name, namespace, service_account, ips: _, options } = wanted;
         self.source.announce(&uid);
         let spec = PodSpec {
             uid: uid.clone(),
-            runtime_uid,
             name,
             namespace,
             service_account,

@@ -104,8 +104,6 @@ impl TryFrom<&Pod> for PodObject {
 pub struct WantedPod {
     /// Its uid.
     pub uid: String,
-    /// The uid under which kubelet runs it, if that is another.
-    pub runtime_uid: Option<String>,
     /// Its name.
     pub name: String,
     /// Its namespace.
@@ -121,10 +119,9 @@ pub struct WantedPod {
 impl WantedPod {
     /// For the agent, which finds the namespace by itself.
     pub fn spec(&self) -> PodSpec {
-        let Self { uid, runtime_uid, name, namespace, service_account, ips, options } = self.clone();
+        let Self { uid, name, namespace, service_account, ips, options } = self.clone();
         PodSpec {
             uid,
-            runtime_uid,
             name,
             namespace,
             service_account,
@@ -163,7 +160,6 @@ pub fn verdict(
         Decision::Out(reason) => Verdict::Out(reason),
         Decision::In(options) => Verdict::In(WantedPod {
             uid: pod.uid.clone(),
-            runtime_uid: pod.runtime_uid.clone(),
             name: pod.name.clone(),
             namespace: traits.namespace,
             service_account: pod.service_account.clone(),
@@ -344,7 +340,6 @@ impl Index {
 fn unchanged(uid: &str) -> WantedPod {
     WantedPod {
         uid: uid.into(),
-        runtime_uid: None,
         name: String::new(),
         namespace: String::new(),
         service_account: String::new(),

@@ -132,7 +132,6 @@ impl Proxy {
 pub(crate) fn spec(uid: &str, pod: &Host) -> PodSpec {
     PodSpec {
         uid: uid.into(),
-        runtime_uid: None,
         name: format!("reviews-{uid}"),
         namespace: "shop".into(),
         service_account: "reviews".into(),
