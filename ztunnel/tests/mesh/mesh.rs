@@ -151,7 +151,6 @@ impl Mesh {
     pub(crate) fn spec(&self, pod: &Pod) -> PodSpec {
         PodSpec {
             uid: pod.uid.clone(),
-            runtime_uid: None,
             name: pod.workload.name.clone(),
             namespace: pod.workload.namespace.clone(),
             service_account: pod.workload.service_account.clone(),
