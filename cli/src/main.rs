@@ -1,5 +1,6 @@
 //! The command `ambit`.
 
+mod analyze;
 mod check;
 mod cluster;
 mod config;
@@ -8,6 +9,7 @@ mod enrolment;
 mod finding;
 mod gateways;
 mod log;
+mod migrate;
 mod network_policy;
 mod output;
 mod proxies;
@@ -16,7 +18,9 @@ mod reference;
 mod remote;
 mod selftest;
 mod status;
+mod uninstall;
 mod up;
+mod waypoint;
 
 use std::process::ExitCode;
 
@@ -30,6 +34,16 @@ enum Command {
     Check(check::Options),
     /// Shows the mesh, or whether and how a pod is protected.
     Status(status::Options),
+    /// Names every object that has no effect or another than it says, in files or in a cluster.
+    Analyze(analyze::Options),
+    /// Makes, lists and deletes waypoints.
+    #[command(subcommand)]
+    Waypoint(waypoint::Command),
+    /// Takes every pod out of the mesh and removes Ambit from the nodes, then its release.
+    Uninstall(uninstall::Options),
+    /// For clusters that run Istio's ambient mode.
+    #[command(subcommand)]
+    Migrate(migrate::Command),
     /// Shows what a proxy knows: workloads, services, policies, certificates, connections, routes.
     Config(config::Options),
     /// Prints the logs of Ambit's programs, or sets their level.
@@ -61,6 +75,10 @@ fn main() -> ExitCode {
     let outcome = match Command::parse() {
         Command::Check(options) => check::run(&options),
         Command::Status(options) => status::run(&options),
+        Command::Analyze(options) => analyze::run(&options),
+        Command::Migrate(command) => migrate::run(&command),
+        Command::Waypoint(command) => waypoint::run(&command),
+        Command::Uninstall(options) => uninstall::run(&options),
         Command::Config(options) => config::run(&options),
         Command::Log(options) => log::run(&options),
         Command::Dashboard(options) => dashboard::run(&options),

@@ -3,6 +3,7 @@
 mod admin;
 mod pods;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use ambit_control::api_server::{CallError, call};
@@ -46,6 +47,13 @@ pub(crate) struct Cluster {
 }
 
 impl Access {
+    /// The same access in Helm's words.
+    pub(crate) fn helm_args(&self) -> Vec<OsString> {
+        let kubeconfig = self.kubeconfig.iter().flat_map(|path| ["--kubeconfig".into(), path.into()]);
+        let context = self.context.iter().flat_map(|context| ["--kube-context".into(), context.into()]);
+        kubeconfig.chain(context).collect()
+    }
+
     /// Makes the client. Nothing is sent yet.
     ///
     /// # Errors

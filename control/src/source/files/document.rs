@@ -36,7 +36,7 @@ pub(super) fn read_all(text: &str) -> Vec<Entry> {
 }
 
 /// Cuts a stream at its `---` lines: the lines before each document, and its text. Documents without content are left out.
-fn split(text: &str) -> Vec<(u64, String)> {
+pub(super) fn split(text: &str) -> Vec<(u64, String)> {
     let mut documents = vec![(0, String::new())];
     for (number, line) in text.split_inclusive('\n').enumerate() {
         let bare = line.trim_end();
@@ -64,7 +64,7 @@ impl Document for Text<'_> {
     }
 }
 
-fn read_document(before: u64, text: &str) -> Vec<Entry> {
+pub(super) fn read_document(before: u64, text: &str) -> Vec<Entry> {
     let at = |line: Option<u64>| before + line.unwrap_or(1);
     let faulty = |mismatch: Mismatch| {
         let stand_ins = salvage::policies(text, at(None), &mismatch.message).into_iter();
@@ -100,9 +100,9 @@ fn read_one(kind: Kind, header: &Header, text: &str, at: impl Fn(Option<u64>) ->
 }
 
 #[derive(Debug, Deserialize)]
-struct List {
+pub(super) struct List {
     #[serde(default)]
-    items: Vec<Spanned<Value>>,
+    pub(super) items: Vec<Spanned<Value>>,
 }
 
 /// Faults of one list that are reported with the line of their field; later ones with the line of their item, as each

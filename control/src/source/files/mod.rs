@@ -7,6 +7,7 @@
 
 mod claims;
 mod document;
+pub mod inspect;
 mod salvage;
 mod scan;
 mod yaml;
