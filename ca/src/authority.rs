@@ -202,10 +202,44 @@ impl Authority {
         identity: &SpiffeId,
         lifetime: Option<Duration>,
     ) -> Result<Issued, SignError> {
-        let key = request::read(csr_pem)?;
+        self.sign_key(&request::read(csr_pem)?, identity, lifetime)
+    }
+
+    /// The same for a request in DER.
+    ///
+    /// # Errors
+    /// As [`Authority::sign`].
+    pub fn sign_der(
+        &self,
+        csr_der: &[u8],
+        identity: &SpiffeId,
+        lifetime: Option<Duration>,
+    ) -> Result<Issued, SignError> {
+        self.sign_key(&request::read_der(csr_der)?, identity, lifetime)
+    }
+
+    /// The same for a public key (SubjectPublicKeyInfo, DER) whose possession a trusted party has verified.
+    ///
+    /// # Errors
+    /// As [`Authority::sign`].
+    pub fn sign_verified_key(
+        &self,
+        key_der: &[u8],
+        identity: &SpiffeId,
+        lifetime: Option<Duration>,
+    ) -> Result<Issued, SignError> {
+        self.sign_key(&request::read_verified_key(key_der)?, identity, lifetime)
+    }
+
+    fn sign_key(
+        &self,
+        key: &request::RequestedKey,
+        identity: &SpiffeId,
+        lifetime: Option<Duration>,
+    ) -> Result<Issued, SignError> {
         let state = self.0.state.load();
         let validity = self.grant(&state.signer, lifetime, SystemTime::now())?;
-        state.signer.issue(&key, identity, validity, &state.roots_pem)
+        state.signer.issue(key, identity, validity, &state.roots_pem)
     }
 
     /// Makes a key and a server certificate for `names` (DNS names or addresses); `lifetime` as in [`Authority::sign`].
@@ -263,6 +297,11 @@ impl Authority {
     /// Whose identities are signed.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.0.config.trust_domain
+    }
+
+    /// How far before now certificates begin.
+    pub fn backdating(&self) -> Duration {
+        self.0.config.backdating
     }
 
     /// When the certificate that signs now ends.

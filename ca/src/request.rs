@@ -1,4 +1,5 @@
-//! Signing requests: what is read of them, which is the public key and the proof of its possession.
+//! Signing requests: what is read of them, which is the public key and the proof of its possession. Where somebody who is trusted
+//! has verified that proof, the public key alone.
 //!
 //! Names in a request are ignored: the identity comes from the caller's authentication.
 
@@ -53,7 +54,15 @@ pub(crate) fn read(pem: &str) -> Result<RequestedKey, RequestError> {
     }
     let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes())
         .map_err(|error| RequestError::Malformed(error.to_string()))?;
-    let (rest, request) = X509CertificationRequest::from_der(&der)
+    read_der(&der)
+}
+
+/// Reads and verifies a request in DER.
+pub(crate) fn read_der(der: &[u8]) -> Result<RequestedKey, RequestError> {
+    if der.len() > MAX_REQUEST {
+        return Err(RequestError::TooLarge(der.len()));
+    }
+    let (rest, request) = X509CertificationRequest::from_der(der)
         .map_err(|error| RequestError::Malformed(error.to_string()))?;
     if !rest.is_empty() {
         return Err(RequestError::Malformed(format!("{} bytes follow it", rest.len())));
@@ -62,6 +71,17 @@ pub(crate) fn read(pem: &str) -> Result<RequestedKey, RequestError> {
     let algorithm = algorithm_of(key).ok_or(RequestError::Key)?;
     // RFC 2986 §4.2: the request's signature proves possession of the key.
     request.verify_signature().map_err(|_| RequestError::Signature)?;
+    Ok(RequestedKey { raw: key.subject_public_key.data.to_vec(), algorithm })
+}
+
+/// Reads a public key (SubjectPublicKeyInfo, DER) whose possession somebody else has verified.
+pub(crate) fn read_verified_key(der: &[u8]) -> Result<RequestedKey, RequestError> {
+    let (rest, key) =
+        SubjectPublicKeyInfo::from_der(der).map_err(|error| RequestError::Malformed(error.to_string()))?;
+    if !rest.is_empty() {
+        return Err(RequestError::Malformed(format!("{} bytes follow it", rest.len())));
+    }
+    let algorithm = algorithm_of(&key).ok_or(RequestError::Key)?;
     Ok(RequestedKey { raw: key.subject_public_key.data.to_vec(), algorithm })
 }
 
@@ -102,6 +122,15 @@ mod tests {
     #[test]
     fn other_keys_are_refused() {
         assert_eq!(read(&request(&rcgen::PKCS_ED25519)).unwrap_err(), RequestError::Key);
+    }
+
+    #[test]
+    fn a_verified_key_is_read_like_that_of_a_request() {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+        assert_eq!(read_verified_key(&key.subject_public_key_info()).unwrap().raw, key.der_bytes());
+        let other = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        assert_eq!(read_verified_key(&other.subject_public_key_info()).unwrap_err(), RequestError::Key);
+        assert!(matches!(read_verified_key(b"\x30\x00"), Err(RequestError::Malformed(_))));
     }
 
     #[test]

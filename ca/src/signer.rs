@@ -47,6 +47,8 @@ pub struct Issued {
     pub chain: Vec<String>,
     /// Serial number, hexadecimal.
     pub serial: String,
+    /// Begin of validity.
+    pub not_before: SystemTime,
     /// End of validity.
     pub not_after: SystemTime,
 }
@@ -149,7 +151,8 @@ impl Signer {
         chain.push(certificate_pem(&leaf));
         chain.extend_from_slice(&self.intermediates_pem);
         chain.push(roots_pem.to_owned());
-        Ok(Issued { chain, serial, not_after: validity.not_after })
+        let Validity { not_before, not_after } = validity;
+        Ok(Issued { chain, serial, not_before, not_after })
     }
 
     /// Makes a key and signs a server certificate for `names`.

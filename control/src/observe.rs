@@ -94,6 +94,10 @@ impl Observed {
         });
         counter(registry, ("objects_written", "Objects written to the API server"), written, |m| &m.written);
         counter(registry, ("writes_failed", "Writes to the API server that failed"), written, |m| &m.failed);
+        let help = "Certificates signed for PodCertificateRequests";
+        counter(registry, ("pod_certificates_issued", help), written, |m| &m.certificates_issued);
+        let help = "PodCertificateRequests that were denied or failed";
+        counter(registry, ("pod_certificates_refused", help), written, |m| &m.certificates_refused);
         let help = "Writes that waited because somebody else keeps changing the object";
         counter(registry, ("writes_held", help), &written.brakes, |m| &m.held);
         let statuses = self.statuses.clone();

@@ -34,6 +34,7 @@ use crate::source::kubernetes::ApiServer;
 use crate::write::classes::ClassWriter;
 use crate::write::deployments::WaypointWriter;
 use crate::write::lease::Elector;
+use crate::write::pod_certificates::PodCertificateSigner;
 use crate::write::roots::{Namespaces, RootsWriter};
 use crate::write::status::StatusWriter;
 use crate::write::trust_bundle::TrustBundleWriter;
@@ -432,6 +433,13 @@ fn start_writers(
         metrics: metrics.clone(),
     };
     tasks.spawn("the writer of the trust bundle", bundle.run(leads.clone()));
+    let signer = PodCertificateSigner {
+        client: client.clone(),
+        authority: observed.authority.clone(),
+        live_pods: observed.live_pods.clone(),
+        metrics: metrics.clone(),
+    };
+    tasks.spawn("the signer of pod certificates", signer.run(leads.clone()));
     let (findings, queue) = (observed.findings.clone(), observed.statuses.clone());
     let statuses = StatusWriter::new(client.clone(), findings, queue, metrics.clone());
     tasks.spawn("the writer of statuses", statuses.run(leads.clone()));

@@ -47,6 +47,11 @@ impl LivePods {
         }
     }
 
+    /// Where a live pod is, and as what.
+    pub fn placement(&self, namespace: &str, pod: &str) -> Option<PodPlacement> {
+        self.placements.read().by_pod.get(&NamespacedName::new(namespace, pod)).cloned()
+    }
+
     /// How many live pods are bound to a node.
     pub fn len(&self) -> usize {
         self.placements.read().by_pod.len()

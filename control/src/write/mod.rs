@@ -11,6 +11,8 @@ pub(crate) mod classes;
 mod conditions;
 pub mod deployments;
 pub mod lease;
+pub(crate) mod pod_certificates;
+mod pod_request;
 pub(crate) mod queue;
 mod retries;
 pub mod roots;
@@ -30,6 +32,10 @@ pub struct WriteMetrics {
     pub(crate) written: AtomicU64,
     /// Writes that failed.
     pub(crate) failed: AtomicU64,
+    /// Certificates signed for PodCertificateRequests.
+    pub(crate) certificates_issued: AtomicU64,
+    /// PodCertificateRequests denied or failed.
+    pub(crate) certificates_refused: AtomicU64,
     /// Of objects that others change back.
     pub(crate) brakes: Arc<brake::BrakeMetrics>,
 }

@@ -17,7 +17,7 @@ use crate::kind::{KindInfo, Needed, Scope};
 use crate::source::kubernetes::served_version;
 
 /// The signer whose certificates lead to the roots.
-const SIGNER: &str = "ambit.dev/workload";
+pub(super) const SIGNER: &str = "ambit.dev/workload";
 /// Name of the bundle; the API demands that it begins with the signer's.
 const NAME: &str = "ambit.dev:workload:roots";
 /// How often it is compared when the roots do not change, and when it could not be written.

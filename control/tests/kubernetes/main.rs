@@ -5,6 +5,7 @@
 
 mod api_server;
 mod contention;
+mod pod_certificates;
 mod replica;
 mod rotation;
 mod statuses;
