@@ -83,6 +83,8 @@ async fn run_on(cluster: &Cluster, report: &Path) -> Result<()> {
     suite.arg(format!("--conformance-profiles={PROFILES}"));
     suite.arg(format!("--supported-features={}", FEATURES.join(",")));
     suite.arg(format!("--namespace-labels={LABELS}"));
+    // The cluster ends anyway, and a namespace lasts as long as its waypoint's connections drain.
+    suite.arg("--cleanup-base-resources=false");
     suite.arg(format!("--report-output={}", report.display()));
     suite.args(["--organization=ambit", "--project=ambit", "--url=https://ambit.dev"]);
     suite.args(["--contact=https://ambit.dev", &format!("--version=v{}", env!("CARGO_PKG_VERSION"))]);

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// Fields by which the entries of a list are told apart, as in Kubernetes' strategic merge: containers, variables and
+/// Fields by which the entries of a list are distinguished, as in Kubernetes' strategic merge: containers, variables and
 /// volumes by name, mounts by path.
 const LIST_KEYS: [&str; 2] = ["name", "mountPath"];
 
