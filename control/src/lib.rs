@@ -15,4 +15,5 @@ pub mod object;
 mod observe;
 pub mod serve;
 pub mod source;
+mod syncz;
 pub mod write;

@@ -5,20 +5,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ambit_ca::{Authority, IssuanceMetrics};
+use ambit_telemetry::http::reply;
 use ambit_telemetry::{Admin, Registry};
 use ambit_xds::ServerMetrics;
+use http::StatusCode;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::index::{Finding, NO_EFFECT_AT_L4};
+use crate::kind::Kind;
 use crate::object::ObjectRef;
 use crate::serve::live_pods::LivePods;
 use crate::serve::port::PortMetrics;
 use crate::serve::publish::Published;
 use crate::serve::token_review::ReviewMetrics;
 use crate::source::SourceMetrics;
+use crate::syncz;
 use crate::write::WriteMetrics;
 use crate::write::queue::StatusQueue;
+
+/// The version of Istio whose behaviour tools may expect, and ours.
+pub(crate) const VERSION: &str = concat!("1.31.0-ambit-", env!("CARGO_PKG_VERSION"));
 
 /// Live counters of the index.
 #[derive(Debug, Default)]
@@ -56,6 +63,8 @@ pub(crate) struct Observed {
     pub(crate) statuses: Arc<StatusQueue>,
     pub(crate) waypoints: Arc<StatusQueue>,
     pub(crate) kubernetes: Option<OnKubernetes>,
+    /// Name of the cluster.
+    pub(crate) cluster_id: Arc<str>,
 }
 
 /// A counter that lives in a struct behind an `Arc`.
@@ -77,6 +86,7 @@ fn gauge(registry: &Registry, (name, help): (&str, &str), read: impl Fn() -> u64
 impl Observed {
     /// Registers all metrics.
     pub(crate) fn register(&self, registry: &Registry) {
+        registry.build_info("pilot", VERSION);
         self.register_source(registry);
         self.register_index(registry);
         self.register_port(registry);
@@ -92,6 +102,13 @@ impl Observed {
         counter(registry, ("watch_failures", "Watches that broke or could not begin"), &self.source, |m| {
             &m.watch_failures
         });
+        let ages = Kind::ALL.map(|kind| {
+            let source = self.source.clone();
+            let age = move || i64::try_from(source.last_events.age(kind)).unwrap_or(i64::MAX);
+            (kind.as_str().to_owned(), age)
+        });
+        let help = "Seconds since something last came by the watch of the kind";
+        registry.gauges_from("ambit_control_watch_last_event_age_seconds", help, "kind", ages);
         counter(registry, ("objects_written", "Objects written to the API server"), written, |m| &m.written);
         counter(registry, ("writes_failed", "Writes to the API server that failed"), written, |m| &m.failed);
         let help = "Certificates signed for PodCertificateRequests";
@@ -207,6 +224,16 @@ impl Observed {
         registry.gauge_from("pilot_xds", "Streams open now", move || {
             subscribers.subscribers.load(Ordering::Relaxed)
         });
+        let xds_convergence = xds.clone();
+        registry.histogram_from(
+            "pilot_proxy_convergence_time",
+            "Seconds from a change until a subscriber has been sent all of it",
+            move || (xds_convergence.convergence.seconds(), xds_convergence.convergence.buckets()),
+        );
+        let services = self.published.clone();
+        registry.gauge_from("pilot_services", "Services served", move || {
+            i64::try_from(services.services()).unwrap_or(i64::MAX)
+        });
         counter(registry, ("xds_refused", "Streams refused because too many were open"), xds, |m| &m.refused);
         counter(
             registry,
@@ -241,7 +268,12 @@ impl Observed {
     /// The sections of the configuration dump.
     pub(crate) fn admin(&self) -> Admin {
         let (findings, published) = (self.findings.clone(), self.published.clone());
+        let (xds, cluster_id) = (self.xds.clone(), self.cluster_id.clone());
         Admin::new()
+            .get("/debug/syncz", move |_| {
+                let list = syncz::render(&xds.streams.statuses(), &cluster_id, VERSION).to_string();
+                async move { reply(StatusCode::OK, "application/json", list.into()) }
+            })
             .section("findings", move || Ok(dump(&findings.lock())))
             .section("resources", move || {
                 Ok(json!({ "policies": published.policies(), "addresses": published.addresses() }))

@@ -23,7 +23,7 @@ use tonic::service::Routes;
 
 use crate::api_server::{ConnectError, connect};
 use crate::config::Config;
-use crate::observe::{Findings, Observed, OnKubernetes};
+use crate::observe::{Findings, Observed, OnKubernetes, VERSION};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::live_pods::LivePods;
 use crate::serve::port::{self, PortLimits};
@@ -44,8 +44,6 @@ use worker::IndexWorker;
 const PORT: &str = "the port";
 /// The task that holds the lease.
 const ELECTION: &str = "the election";
-/// What `/version` answers: the version of Istio whose behaviour dashboards may expect, and ours.
-const VERSION: &str = concat!("1.31.0-ambit-", env!("CARGO_PKG_VERSION"));
 /// Time that open streams have to end after a request to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Descriptors for everything but the connections of the port.
@@ -392,6 +390,7 @@ fn services(
         statuses: Arc::default(),
         waypoints: Arc::default(),
         kubernetes,
+        cluster_id: config.index.cluster_id.clone(),
     };
     (xds, certificates, observed)
 }

@@ -5,12 +5,17 @@ use std::sync::Arc;
 
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_xds::{Change, Publisher, Resource, Store, StoreConfig};
+use parking_lot::Mutex;
 
 use crate::index::{self, ResourceChanges, ResourceType};
 
 /// The published resources.
 #[derive(Clone, Debug)]
-pub struct Published(Store);
+pub struct Published {
+    store: Store,
+    /// Names of the services, to count them.
+    services: Arc<Mutex<HashSet<Arc<str>>>>,
+}
 
 impl Published {
     /// An empty store, and what announces its batched changes: run it for the process's life.
@@ -18,29 +23,53 @@ impl Published {
         // Policies before the workloads that list them.
         let types = ResourceType::ALL.map(ResourceType::type_url);
         let (store, publisher) = Store::new(&types, StoreConfig::default());
-        (Published(store), publisher)
+        (Published { store, services: Arc::default() }, publisher)
     }
 
     /// The store, to be served.
     pub fn store(&self) -> Store {
-        self.0.clone()
+        self.store.clone()
     }
 
     /// How many policies there are.
     pub fn policies(&self) -> usize {
-        self.0.len(AUTHORIZATION_TYPE_URL)
+        self.store.len(AUTHORIZATION_TYPE_URL)
     }
 
     /// How many workloads and services there are.
     pub fn addresses(&self) -> usize {
-        self.0.len(ADDRESS_TYPE_URL)
+        self.store.len(ADDRESS_TYPE_URL)
+    }
+
+    /// How many services there are.
+    pub fn services(&self) -> usize {
+        self.services.lock().len()
+    }
+
+    fn count_services(&self, changes: &ResourceChanges) {
+        let mut services = self.services.lock();
+        for name in &changes.removals {
+            services.remove(name);
+        }
+        let names = changes.upserts.iter().map(|resource| &resource.name);
+        services.extend(names.filter(|name| is_service(name)).cloned());
     }
 
     /// Publishes changes of one batch at once: no subscriber takes a workload for complete without its policies.
     pub fn publish(&self, changed: impl IntoIterator<Item = (ResourceType, ResourceChanges)>) {
-        let changed = changed.into_iter().map(|(kind, changed)| (kind.type_url(), changes(changed)));
-        self.0.apply_batch(changed);
+        let changed = changed.into_iter().map(|(kind, changed)| {
+            if kind == ResourceType::Address {
+                self.count_services(&changed);
+            }
+            (kind.type_url(), changes(changed))
+        });
+        self.store.apply_batch(changed);
     }
+}
+
+/// Whether a resource's name is that of a service: `<namespace>/<hostname>`. Uids of workloads have more parts.
+fn is_service(name: &str) -> bool {
+    name.matches('/').count() == 1
 }
 
 fn changes(changes: ResourceChanges) -> Vec<Change> {
@@ -60,4 +89,16 @@ fn translate(resource: index::Resource) -> Resource {
     let resource = Resource::from_bytes(name, body);
     let resource = aliases.into_iter().fold(resource, Resource::alias);
     parents.into_iter().fold(resource, Resource::parent)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_are_known_from_workloads_by_their_names() {
+        assert!(is_service("shop/reviews.shop.svc.cluster.local"));
+        assert!(!is_service("Kubernetes//Pod/shop/reviews-1"));
+        assert!(!is_service("Kubernetes/networking.istio.io/ServiceEntry/shop/e/192.0.2.1"));
+    }
 }

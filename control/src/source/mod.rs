@@ -10,7 +10,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
+use crate::kind::Kind;
 use crate::object::{Change, ObjectRef};
 pub use files::parse;
 
@@ -101,6 +103,41 @@ pub struct SourceMetrics {
     pub watch_failures: AtomicU64,
     /// Objects that there are.
     pub objects: AtomicU64,
+    /// When something last came by each watch of an API server.
+    pub last_events: LastEvents,
+}
+
+/// When something last came by the watch of each kind.
+#[derive(Debug)]
+pub struct LastEvents {
+    start: Instant,
+    /// Seconds since the start, and one more; zero before the first event. By the kind's place in [`Kind::ALL`].
+    seconds: [AtomicU64; Kind::ALL.len()],
+}
+
+impl Default for LastEvents {
+    fn default() -> Self {
+        Self { start: Instant::now(), seconds: Default::default() }
+    }
+}
+
+impl LastEvents {
+    /// Something came by the watch of this kind.
+    pub fn note(&self, kind: Kind) {
+        if let Some(seconds) = self.of(kind) {
+            seconds.store(self.start.elapsed().as_secs().saturating_add(1), Ordering::Relaxed);
+        }
+    }
+
+    /// Seconds since something last came by the watch of this kind; since the start if nothing did.
+    pub fn age(&self, kind: Kind) -> u64 {
+        let noted = self.of(kind).map_or(0, |seconds| seconds.load(Ordering::Relaxed));
+        self.start.elapsed().as_secs().saturating_sub(noted.saturating_sub(1))
+    }
+
+    fn of(&self, kind: Kind) -> Option<&AtomicU64> {
+        self.seconds.get(Kind::ALL.iter().position(|one| *one == kind)?)
+    }
 }
 
 impl SourceMetrics {

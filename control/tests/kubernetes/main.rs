@@ -257,3 +257,36 @@ async fn an_admin_interface_on_every_address_takes_no_commands() {
     assert!(replica.admin_answer("GET", "/config_dump").await.starts_with("HTTP/1.1 200"));
     assert!(replica.metrics_answer("/version").ends_with("1.31.0-ambit-0.1.0"));
 }
+
+/// What Kiali and the boards for Istio's control plane read.
+#[tokio::test(flavor = "multi_thread")]
+async fn tools_for_istio_find_proxies_and_metrics() {
+    let server = ApiServer::start().await;
+    server.apply_value(namespace("shop")).await;
+    server.apply_value(service("reviews", 9080)).await;
+    let replica = Replica::start_with(&server, &["--admin", "0.0.0.0:0"]).await;
+    assert!(replica.admin_answer("GET", "/debug/syncz").await.ends_with("[]"));
+    let pod = server.run_pod("ambit-system", "ztunnel-1", "ztunnel", "n1", "10.9.0.1").await;
+    let token = server.token("ambit-system", "ztunnel", "istio-ca", Some(&pod)).await;
+    let (client, held) = replica.subscribe(&token);
+    until_true("the service is known", || held.has("shop/reviews.shop.svc.cluster.local")).await;
+    until("the proxy is listed", async || {
+        let list = replica.admin_answer("GET", "/debug/syncz").await;
+        list.contains("\"proxy\":\"ztunnel-a.ambit-system\"").then_some(())
+    })
+    .await;
+    assert_eq!(replica.metric("pilot_xds"), 1.0);
+    assert!(replica.metric("pilot_services") >= 1.0);
+    assert!(replica.metric("ambit_control_watch_last_event_age_seconds{kind=\"Service\"}") < 60.0);
+    let text = replica.metrics_answer("/metrics");
+    assert!(text.contains("istio_build{component=\"pilot\",tag=\"1.31.0-ambit-0.1.0\"} 1"), "{text}");
+
+    server.apply_value(service("later", 9080)).await;
+    until_true("a change arrives", || held.has("shop/later.shop.svc.cluster.local")).await;
+    until_true("its time is measured", || replica.metric("pilot_proxy_convergence_time_count") >= 1.0).await;
+    drop(client);
+    until("the proxy is gone", async || {
+        replica.admin_answer("GET", "/debug/syncz").await.ends_with("[]").then_some(())
+    })
+    .await;
+}

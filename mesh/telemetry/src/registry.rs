@@ -78,6 +78,41 @@ impl Registry {
         });
     }
 
+    /// Registers gauges of one family that live elsewhere, by the value of one label.
+    pub fn gauges_from<F>(
+        &self,
+        name: &str,
+        help: &str,
+        label: &str,
+        series: impl IntoIterator<Item = (String, F)>,
+    ) where
+        F: Fn() -> i64 + Send + Sync + 'static,
+    {
+        let boxed =
+            |(value, read): (String, F)| (value, Box::new(read) as Box<dyn Fn() -> i64 + Send + Sync>);
+        self.collect(ObservedGauges {
+            name: name.to_owned(),
+            help: help.to_owned(),
+            label: label.to_owned(),
+            series: series.into_iter().map(boxed).collect(),
+        });
+    }
+
+    /// Registers a histogram that lives elsewhere. `read` gives the sum and the buckets at each scrape: each bucket's upper
+    /// bound, the last one infinite, and the observations that fell into it and no lower one.
+    pub fn histogram_from(
+        &self,
+        name: &str,
+        help: &str,
+        read: impl Fn() -> (f64, Vec<(f64, u64)>) + Send + Sync + 'static,
+    ) {
+        self.collect(ObservedHistogram {
+            name: name.to_owned(),
+            help: help.to_owned(),
+            read: Box::new(read),
+        });
+    }
+
     /// Registers `istio_build`, which says what a component is and its version.
     pub fn build_info(&self, component: &str, version: &str) {
         let family = Family::<Vec<(String, String)>, Gauge>::default();
@@ -181,6 +216,57 @@ impl Collector for ObservedFamily {
     }
 }
 
+struct ObservedGauges {
+    name: String,
+    help: String,
+    label: String,
+    series: Vec<(String, Box<dyn Fn() -> i64 + Send + Sync>)>,
+}
+
+impl fmt::Debug for ObservedGauges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ObservedGauges({})", self.name)
+    }
+}
+
+impl Collector for ObservedGauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = format!("{}.", sentence(&self.help));
+        let mut family = encoder.encode_descriptor(&self.name, &help, None, MetricType::Gauge)?;
+        for (value, read) in &self.series {
+            let labels = [(self.label.as_str(), value.as_str())];
+            family.encode_family(&labels)?.encode_gauge(&read())?;
+        }
+        Ok(())
+    }
+}
+
+/// The sum of a histogram, and its buckets.
+type Distribution = (f64, Vec<(f64, u64)>);
+
+struct ObservedHistogram {
+    name: String,
+    help: String,
+    read: Box<dyn Fn() -> Distribution + Send + Sync>,
+}
+
+impl fmt::Debug for ObservedHistogram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ObservedHistogram({})", self.name)
+    }
+}
+
+impl Collector for ObservedHistogram {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = format!("{}.", sentence(&self.help));
+        let (sum, buckets) = (self.read)();
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        encoder
+            .encode_descriptor(&self.name, &help, None, MetricType::Histogram)?
+            .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,6 +279,8 @@ mod tests {
         registry.counter_from("ambit_c", "Seen", || 7);
         registry.gauge_from("ambit_d", "Now.", || 9);
         registry.counters_from("ambit_e", "Ends", "reason", [("Error".to_owned(), || 4)]);
+        registry.gauges_from("ambit_f", "Ages", "kind", [("Pod".to_owned(), || 5)]);
+        registry.histogram_from("ambit_g", "Times", || (1.5, vec![(0.1, 2), (1.0, 0), (f64::INFINITY, 1)]));
         registry.build_info("ztunnel", "1");
         let text = registry.encode();
         for line in [
@@ -204,6 +292,12 @@ mod tests {
             "ambit_c_total 7",
             "ambit_d 9",
             "ambit_e_total{reason=\"Error\"} 4",
+            "ambit_f{kind=\"Pod\"} 5",
+            "ambit_g_sum 1.5",
+            "ambit_g_count 3",
+            "ambit_g_bucket{le=\"0.1\"} 2",
+            "ambit_g_bucket{le=\"1.0\"} 2",
+            "ambit_g_bucket{le=\"+Inf\"} 3",
             "istio_build{component=\"ztunnel\",tag=\"1\"} 1",
         ] {
             assert!(text.lines().any(|known| known == line), "{line:?} is missing in\n{text}");

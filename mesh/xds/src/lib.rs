@@ -22,8 +22,8 @@ pub use client::{
     Found, Handler, PARTIAL_STATE, Rejected, Termination, Update, waypoint_node, ztunnel_node,
 };
 pub use server::{
-    Admission, Applied, Change, Permit, Publisher, Resource, Server, ServerConfig, ServerMetrics, Store,
-    StoreConfig, Subscriber, View,
+    Admission, Applied, Change, Convergence, Permit, Publisher, Resource, Server, ServerConfig,
+    ServerMetrics, Store, StoreConfig, StreamStatus, Streams, Subscriber, View,
 };
 
 /// The name that stands for every resource of a type.

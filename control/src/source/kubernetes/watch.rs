@@ -142,6 +142,7 @@ impl KindWatch {
                         effect.changes.extend(changes);
                         effect.new_faults.extend(new_faults);
                         if is_progress(&event) {
+                            self.metrics.last_events.note(self.kind);
                             self.backoff.reset();
                             self.last_error = None;
                         }

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
 
+use super::observed::{Convergence, Streams};
+
 /// Plain counters and gauges, read at scrape time.
 #[derive(Debug, Default)]
 pub struct ServerMetrics {
@@ -23,4 +25,8 @@ pub struct ServerMetrics {
     pub resources: AtomicU64,
     /// Removals sent.
     pub removals: AtomicU64,
+    /// How long changes take to be sent.
+    pub convergence: Convergence,
+    /// The open streams.
+    pub streams: Streams,
 }

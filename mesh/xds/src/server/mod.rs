@@ -11,6 +11,7 @@ mod admission;
 pub(crate) mod answer;
 mod batch;
 mod metrics;
+mod observed;
 mod request;
 mod service;
 pub(crate) mod shared;
@@ -22,5 +23,6 @@ mod wakeup;
 
 pub use admission::{Admission, Permit, Subscriber, View};
 pub use metrics::ServerMetrics;
+pub use observed::{Convergence, StreamStatus, Streams};
 pub use service::{Server, ServerConfig};
 pub use store::{Applied, Change, Publisher, Resource, Store, StoreConfig};

@@ -3,6 +3,7 @@
 //! One lock guards the resources of all types, so that a batch of changes becomes visible at once. It is held for the
 //! changes of one batch or for the making of one answer, never across an await.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -118,8 +119,13 @@ pub(crate) struct Content {
     types: Vec<State>,
     /// Number of the last batch that changed something.
     batch: u64,
+    /// When the last batches came, oldest first.
+    recent: VecDeque<(u64, Instant)>,
     max_removals: usize,
 }
+
+/// Batches of which the time is remembered.
+const RECENT: usize = 64;
 
 impl Content {
     /// The types, in order; their number never falls.
@@ -130,6 +136,19 @@ impl Content {
     /// Number of the last batch.
     pub(crate) fn batch(&self) -> u64 {
         self.batch
+    }
+
+    /// When the first batch after number `seen` came, or the oldest of which that is known.
+    pub(crate) fn changed_after(&self, seen: u64) -> Option<Instant> {
+        self.recent.iter().find(|(number, _)| *number > seen).map(|(_, at)| *at)
+    }
+
+    fn count_batch(&mut self, now: Instant) {
+        self.batch += 1;
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back((self.batch, now));
     }
 
     fn get(&self, type_url: &str) -> Option<&State> {
@@ -219,7 +238,12 @@ impl Store {
         let plan = Arc::new(Plan::default());
         let types = type_urls.iter().map(|type_url| State::new(type_url, config.max_removals)).collect();
         let inner = Arc::new(Inner {
-            content: RwLock::new(Content { types, batch: 0, max_removals: config.max_removals }),
+            content: RwLock::new(Content {
+                types,
+                batch: 0,
+                recent: VecDeque::with_capacity(RECENT),
+                max_removals: config.max_removals,
+            }),
             batcher: Mutex::new(Batcher::new(config.batch)),
             shared: SharedAnswers::new(config.shared_answers),
             config,
@@ -240,6 +264,7 @@ impl Store {
     /// the batch time. A type that the store does not have yet is added after the others.
     pub fn apply_batch<'a>(&self, batch: impl IntoIterator<Item = (&'a str, Vec<Change>)>) -> Applied {
         let mut applied = Applied::default();
+        let now = tokio::time::Instant::now().into_std();
         {
             let mut content = self.inner.content.write();
             for (type_url, changes) in batch {
@@ -248,9 +273,8 @@ impl Store {
             if applied.changed + applied.removed == 0 {
                 return applied;
             }
-            content.batch += 1;
+            content.count_batch(now);
         }
-        let now = tokio::time::Instant::now().into_std();
         let announce = self.inner.batcher.lock().handle_change(now, applied.urgent);
         match announce {
             Announce::Now => self.inner.wakeup.wake_all(),

@@ -15,6 +15,7 @@ use tracing::{debug, info, warn};
 
 use super::admission::Subscriber;
 use super::answer::{Answer, Builder};
+use super::observed::Entered;
 use super::service::{Place, Shared};
 use super::shared::Turn;
 use super::store::Content;
@@ -46,6 +47,11 @@ pub(super) struct Stream {
     unfinished: Option<usize>,
     /// When the stream ends if nothing was asked; `None` once something was.
     silence: Option<Pin<Box<Sleep>>>,
+    /// Number of the last batch that was sent completely; `None` until the opening state was.
+    seen: Option<u64>,
+    /// Whether an answer was sent since.
+    sent: bool,
+    entered: Entered,
     _place: Place,
 }
 
@@ -58,6 +64,7 @@ impl Stream {
     ) -> Self {
         let wakeup = shared.store.inner().wakeup.listen();
         let silence = Some(Box::pin(tokio::time::sleep(shared.config.first_request)));
+        let entered = Entered::new(&shared.metrics, Arc::clone(&subscriber.identity));
         Self {
             shared,
             subscriber,
@@ -70,6 +77,9 @@ impl Stream {
             takes_partial_state: false,
             unfinished: None,
             silence,
+            seen: None,
+            sent: false,
+            entered,
             _place: place,
         }
     }
@@ -109,6 +119,8 @@ impl Stream {
         if let Some(node) = request.node.as_ref().filter(|_| self.node.is_empty()) {
             self.node = node.id.chars().take(256).collect();
             self.takes_partial_state = takes_partial_state(node);
+            // Set once, with the node's name.
+            self.entered.record.node.get_or_init(|| self.node.clone());
             info!(node = self.node, identity = %self.subscriber.identity, "discovery stream opened");
         }
         self.note_nack(request);
@@ -138,6 +150,7 @@ impl Stream {
     fn note_nack(&self, request: &DeltaDiscoveryRequest) {
         let Some(error) = &request.error_detail else { return };
         self.shared.metrics.nacks.fetch_add(1, Ordering::Relaxed);
+        self.entered.record.nacks.fetch_add(1, Ordering::Relaxed);
         let reason: String = error.message.chars().take(1024).collect();
         let (type_url, nonce) = (&request.type_url, &request.response_nonce);
         warn!(node = self.node, identity = %self.subscriber.identity, type_url, nonce, reason, "nack");
@@ -164,6 +177,7 @@ impl Stream {
             None => self.poll_store()?,
         };
         if let Some(answer) = &due {
+            self.sent = true;
             let metrics = &self.shared.metrics;
             metrics.answers.fetch_add(1, Ordering::Relaxed);
             metrics.bytes.fetch_add(answer.frame.len() as u64, Ordering::Relaxed);
@@ -196,10 +210,26 @@ impl Stream {
             }
         }
         // Nothing is due any more: the batch ends here.
+        self.note_batch(&content);
         let Some(index) = self.unfinished.take() else { return Ok(None) };
         let turn = self.turn(index, &content);
         let subscription = self.subscriptions.get_mut(index).and_then(Option::as_mut);
         Ok(subscription.zip(content.types().get(index)).map(|(it, state)| it.empty_answer(state, turn)))
+    }
+
+    /// Notes that everything up to the last batch was sent, and how long that took. The opening state took no change.
+    fn note_batch(&mut self, content: &Content) {
+        let batch = content.batch();
+        if self.seen == Some(batch) || self.subscriptions.is_empty() {
+            return;
+        }
+        let sent = std::mem::take(&mut self.sent);
+        if let Some(changed) = self.seen.filter(|_| sent).and_then(|seen| content.changed_after(seen)) {
+            let now = tokio::time::Instant::now().into_std();
+            self.shared.metrics.convergence.observe(now.saturating_duration_since(changed));
+        }
+        self.seen = Some(batch);
+        self.entered.record.batch.store(batch, Ordering::Relaxed);
     }
 
     fn catch_up(&mut self, content: &Content) -> Result<(), Status> {
