@@ -176,7 +176,7 @@ fn rewrites_replace_letters_and_patterns() {
 }
 
 #[test]
-fn redirects_choose_the_port_as_they_are_told_to() {
+fn redirects_take_the_port_of_their_choice() {
     use l7::PortChoice::{OfAuthority, OfProtocol, OfRequest, OfSchemeOrListener};
     for (choice, scheme, hostname, authority, wanted) in [
         (OfAuthority, "", "", "h:8080", "http://h:8080/"),
