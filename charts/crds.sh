@@ -6,6 +6,7 @@ ISTIO_API=istio.io/api@v1.32.0
 # The kinds of Istio that the control plane reads (control/src/kind.rs).
 ISTIO_KINDS=(
     authorizationpolicies.security.istio.io
+    destinationrules.networking.istio.io
     peerauthentications.security.istio.io
     serviceentries.networking.istio.io
     virtualservices.networking.istio.io

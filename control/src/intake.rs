@@ -14,9 +14,9 @@ use serde_json::Value;
 
 use crate::kind::Kind;
 use crate::object::{
-    AuthorizationPolicy, DEFAULT_NAMESPACE, EndpointSlice, Gateway, Invalid, Namespace, NamespacedName, Node,
-    Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
-    VirtualService, WorkloadEntry, manifest,
+    AuthorizationPolicy, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway, Invalid, Namespace,
+    NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route,
+    Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -201,6 +201,9 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         }
         Kind::VirtualService => {
             Object::VirtualService(typed::<manifest::VirtualService, VirtualService>(document)?)
+        }
+        Kind::DestinationRule => {
+            Object::DestinationRule(typed::<manifest::DestinationRule, DestinationRule>(document)?)
         }
     })
 }

@@ -39,6 +39,8 @@ pub enum Kind {
     ReferenceGrant,
     /// Where requests to hosts go.
     VirtualService,
+    /// How requests to a host are balanced and limited.
+    DestinationRule,
 }
 
 /// Where objects of a kind live.
@@ -110,7 +112,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 17] = [
+    pub const ALL: [Kind; 18] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -128,6 +130,7 @@ impl Kind {
         Kind::GrpcRoute,
         Kind::ReferenceGrant,
         Kind::VirtualService,
+        Kind::DestinationRule,
     ];
 
     /// The table.
@@ -159,6 +162,9 @@ impl Kind {
             Kind::ReferenceGrant => extension(GATEWAY.0, GATEWAY.1, "ReferenceGrant", "referencegrants"),
             Kind::VirtualService => {
                 extension(NETWORKING.0, NETWORKING.1, "VirtualService", "virtualservices")
+            }
+            Kind::DestinationRule => {
+                extension(NETWORKING.0, NETWORKING.1, "DestinationRule", "destinationrules")
             }
         }
     }

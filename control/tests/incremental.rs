@@ -84,6 +84,17 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["'*'", "'.'"], &["s1", "s2"]],
     ));
     texts.extend(combine(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: $0, namespace: $1}\n\
+         spec: {host: $2, subsets: [{name: v, labels: {$3: x}}]$4}",
+        &[
+            &["d1", "d2"],
+            &["a", "b", "ambit-system"],
+            &["s1", "s1.a.svc.cluster.local", "h.example", "'*.local'"],
+            &["app", "tier"],
+            &["", ", exportTo: ['.']", ", workloadSelector: {}"],
+        ],
+    ));
+    texts.extend(combine(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: z, namespace: $0}\nspec: {action: $1, $2, rules: [{to: [{operation: {$3}}]}]}",
         &[&["a", "ambit-system"], &["ALLOW", "DENY", "CUSTOM"], &["selector: {matchLabels: {app: x}}", "selector: {matchLabels: {tier: t, app: y}}", "targetRefs: [{kind: Service, name: s1}]", "selector: {}"], &["ports: ['80']", "methods: [GET]"]],
     ));
@@ -156,6 +167,7 @@ impl Follower {
         self.take(ResourceType::Address, changes.addresses);
         self.take(ResourceType::Gateway, changes.gateways);
         self.take(ResourceType::Policy, changes.waypoint_policies);
+        self.take(ResourceType::BackendPolicy, changes.backend_policies);
         self.take(ResourceType::Route, changes.routes);
         for (pod, placement) in changes.placements {
             match placement {
@@ -216,7 +228,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 15, "{kinds:?}");
+    assert_eq!(kinds.len(), 16, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

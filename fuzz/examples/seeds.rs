@@ -324,7 +324,10 @@ fn resources(seeds: &Seeds, name: &str, index: &Index) {
             ResourceType::Authorization => (b'p', AUTHORIZATION_TYPE_URL),
             ResourceType::Address => (b'a', ADDRESS_TYPE_URL),
             // Node proxies do not get these.
-            ResourceType::Gateway | ResourceType::Policy | ResourceType::Route => continue,
+            ResourceType::Gateway
+            | ResourceType::Policy
+            | ResourceType::BackendPolicy
+            | ResourceType::Route => continue,
         };
         sent.push([&[letter][..], &resource.body].concat());
         let any = prost_types::Any { type_url: type_url.into(), value: resource.body.to_vec() };

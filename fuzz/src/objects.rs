@@ -65,6 +65,12 @@ fn is_understood<'a>(resources: impl Iterator<Item = (ResourceType, &'a str, &'a
                 assert_eq!(format!("{}/{}", object.namespace, object.name), name);
                 continue;
             }
+            ResourceType::BackendPolicy => {
+                let policy = l7::BackendPolicy::decode(body).expect("a policy");
+                let object = policy.object.expect("its name");
+                assert_eq!(format!("{}/{}/{}", object.kind, object.namespace, object.name), name);
+                continue;
+            }
             ResourceType::Route => {
                 let route = l7::Route::decode(body).expect("a route");
                 // Whatever was written, the table can be made of it.

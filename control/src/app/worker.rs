@@ -89,8 +89,16 @@ impl IndexWorker {
     fn apply(&self, index: &mut Index, changes: Vec<Change>) {
         let started = Instant::now();
         let before = index.computed();
-        let Changes { policies, addresses, gateways, waypoint_policies, routes, placements, findings } =
-            index.apply(changes);
+        let Changes {
+            policies,
+            addresses,
+            gateways,
+            waypoint_policies,
+            backend_policies,
+            routes,
+            placements,
+            findings,
+        } = index.apply(changes);
         // A proxy that hears of a pod may ask for its certificate at once.
         self.live_pods.apply(placements);
         self.published.publish([
@@ -98,6 +106,7 @@ impl IndexWorker {
             (ResourceType::Address, addresses),
             (ResourceType::Gateway, gateways),
             (ResourceType::Policy, waypoint_policies),
+            (ResourceType::BackendPolicy, backend_policies),
             (ResourceType::Route, routes),
         ]);
         // Before everything that is there was read, an object that another depends on may only be late.

@@ -77,6 +77,21 @@ impl Settings {
         (!name.is_empty() && !namespace.contains('.')).then(|| NamespacedName::new(namespace, name))
     }
 
+    /// A host in full, as an object in `namespace` means it: a name without dots is that of a Service beside it.
+    pub fn full_host(&self, namespace: &str, host: &Arc<str>) -> Arc<str> {
+        if host.contains('.') || host.starts_with('*') {
+            return host.clone();
+        }
+        format!("{host}.{namespace}.svc.{}", self.cluster_domain).into()
+    }
+
+    /// The Kubernetes service that has this host as its full name.
+    pub fn own_service(&self, host: &str) -> Option<NamespacedName> {
+        let short = host.strip_suffix(&*self.cluster_domain)?.strip_suffix(".svc.")?;
+        let (name, namespace) = short.split_once('.')?;
+        (!namespace.contains('.')).then(|| NamespacedName::new(namespace, name))
+    }
+
     /// Whether a wildcard host covers names of the cluster's own domain, which no ServiceEntry may offer.
     pub fn covers_cluster_names(&self, host: &str) -> bool {
         let Some(suffix) = host.strip_prefix('*') else { return false };
@@ -142,6 +157,8 @@ pub struct Changes {
     pub gateways: ResourceChanges,
     /// Changes of the policies of waypoints.
     pub waypoint_policies: ResourceChanges,
+    /// Changes of how waypoints treat endpoints.
+    pub backend_policies: ResourceChanges,
     /// Changes of routes.
     pub routes: ResourceChanges,
     /// Pods that were placed on a node, changed or left it.
@@ -198,9 +215,19 @@ impl Index {
         let mut of = |kind| resources.remove(&kind).unwrap_or_default();
         let (policies, addresses) = (of(ResourceType::Authorization), of(ResourceType::Address));
         let (gateways, routes) = (of(ResourceType::Gateway), of(ResourceType::Route));
-        let waypoint_policies = of(ResourceType::Policy);
+        let (waypoint_policies, backend_policies) =
+            (of(ResourceType::Policy), of(ResourceType::BackendPolicy));
         let placements = std::mem::take(&mut self.placements).into_iter().collect();
-        Changes { policies, addresses, gateways, waypoint_policies, routes, placements, findings }
+        Changes {
+            policies,
+            addresses,
+            gateways,
+            waypoint_policies,
+            backend_policies,
+            routes,
+            placements,
+            findings,
+        }
     }
 
     /// Every resource that is in force, by type and name.
@@ -242,6 +269,7 @@ impl Index {
             }
             Kind::HttpRoute | Kind::GrpcRoute => l7::routes::of_route(&reader, producer),
             Kind::VirtualService => l7::virtual_services::of_virtual_service(&reader, id),
+            Kind::DestinationRule => l7::backend_policies::of_rule(&reader, id),
             Kind::ReferenceGrant
             | Kind::Namespace
             | Kind::Node

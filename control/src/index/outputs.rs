@@ -21,17 +21,20 @@ pub enum ResourceType {
     Gateway,
     /// `ambit.l7.Policy`
     Policy,
+    /// `ambit.l7.BackendPolicy`
+    BackendPolicy,
     /// `ambit.l7.Route`
     Route,
 }
 
 impl ResourceType {
     /// Every type. A type comes before those whose resources refer to it.
-    pub const ALL: [ResourceType; 5] = [
+    pub const ALL: [ResourceType; 6] = [
         ResourceType::Authorization,
         ResourceType::Address,
         ResourceType::Gateway,
         ResourceType::Policy,
+        ResourceType::BackendPolicy,
         ResourceType::Route,
     ];
 
@@ -42,6 +45,7 @@ impl ResourceType {
             ResourceType::Address => ambit_api::ADDRESS_TYPE_URL,
             ResourceType::Gateway => ambit_api::GATEWAY_TYPE_URL,
             ResourceType::Policy => ambit_api::POLICY_TYPE_URL,
+            ResourceType::BackendPolicy => ambit_api::BACKEND_POLICY_TYPE_URL,
             ResourceType::Route => ambit_api::ROUTE_TYPE_URL,
         }
     }

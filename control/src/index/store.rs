@@ -8,9 +8,9 @@ use super::Settings;
 use super::l7::hosts;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
-    AuthorizationPolicy, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry, VirtualService,
-    WorkloadEntry, WorkloadSpec,
+    AuthorizationPolicy, DestinationRule, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node,
+    ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
+    VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -30,6 +30,7 @@ pub(super) struct Store {
     pub(super) routes: HashMap<ObjectRef, Arc<Route>>,
     pub(super) grants: HashMap<NamespacedName, Arc<ReferenceGrant>>,
     pub(super) virtual_services: HashMap<NamespacedName, Arc<VirtualService>>,
+    pub(super) destination_rules: HashMap<NamespacedName, Arc<DestinationRule>>,
 
     /// Pods and WorkloadEntries by label.
     pub(super) members: Members,
@@ -71,6 +72,8 @@ pub(super) struct Store {
     pub(super) virtual_services_by_destination: Reverse<Arc<str>>,
     /// VirtualServices by those whose rules they take over.
     pub(super) virtual_services_by_delegate: Reverse<NamespacedName>,
+    /// DestinationRules by their host in full.
+    pub(super) destination_rules_by_host: Reverse<Arc<str>>,
     /// ReferenceGrants by namespace.
     pub(super) grants_by_namespace: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
@@ -209,6 +212,23 @@ impl Store {
             None => self.grants_by_namespace.remove(&id.namespace, id),
         }
         replace(&mut self.grants, id, new)
+    }
+
+    /// Puts a DestinationRule in place and returns what was there. `host` is the full form of a rule's host.
+    pub(super) fn set_destination_rule(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<DestinationRule>>,
+        host: impl Fn(&DestinationRule) -> Arc<str>,
+    ) -> Option<Arc<DestinationRule>> {
+        let old = replace(&mut self.destination_rules, id, new);
+        if let Some(old) = &old {
+            self.destination_rules_by_host.remove(&host(old), id);
+        }
+        if let Some(new) = new {
+            self.destination_rules_by_host.insert(host(new), id.clone());
+        }
+        old
     }
 
     /// Puts an EndpointSlice in place and returns what was there.

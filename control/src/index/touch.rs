@@ -12,9 +12,9 @@ use super::l7::hosts;
 use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
-    AuthorizationPolicy, Change, EndpointSlice, Gateway, Kind, Labels, Namespace, NamespacedName, Node,
-    Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
-    VirtualService, WorkloadEntry,
+    AuthorizationPolicy, Change, DestinationRule, EndpointSlice, Gateway, Kind, Labels, Namespace,
+    NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route,
+    Service, ServiceEntry, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -44,6 +44,7 @@ impl Index {
             Object::GrpcRoute(new) => self.take_route(Kind::GrpcRoute, &id, Some(&new)),
             Object::ReferenceGrant(new) => self.take_grant(&id, Some(&new)),
             Object::VirtualService(new) => self.take_virtual_service(&id, Some(&new)),
+            Object::DestinationRule(new) => self.take_destination_rule(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -65,6 +66,7 @@ impl Index {
             Kind::HttpRoute | Kind::GrpcRoute => self.take_route(kind, id, None),
             Kind::ReferenceGrant => self.take_grant(id, None),
             Kind::VirtualService => self.take_virtual_service(id, None),
+            Kind::DestinationRule => self.take_destination_rule(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -320,6 +322,50 @@ impl Index {
         let old = self.store.set_grant(id, new);
         if old.as_ref() != new {
             self.touch_users(&Dependency::Grants(id.namespace.clone()));
+        }
+    }
+
+    fn take_destination_rule(&mut self, id: &NamespacedName, new: Option<&Arc<DestinationRule>>) {
+        let settings = self.settings.clone();
+        let host = |rule: &DestinationRule| settings.full_host(&rule.meta.id.namespace, &rule.host);
+        let old = self.store.set_destination_rule(id, new, host);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::DestinationRule, id);
+        // Endpoints name the labels that subsets select by.
+        let selects = |rule: Option<&Arc<DestinationRule>>| {
+            let keys =
+                |rule: &Arc<DestinationRule>| rule.label_keys().into_iter().map(str::to_owned).collect();
+            rule.map(|rule| (host(rule), keys(rule))).filter(|(_, keys): &(_, Vec<String>)| !keys.is_empty())
+        };
+        let (before, after) = (selects(old.as_ref()), selects(new));
+        if before != after {
+            for (host, _) in before.into_iter().chain(after) {
+                self.touch_endpoints_of(&host);
+            }
+        }
+    }
+
+    /// Marks what is or may become an endpoint of a host.
+    fn touch_endpoints_of(&mut self, host: &Arc<str>) {
+        if let Some(id) = self.settings.own_service(host)
+            && let Some(service) = self.store.services.get(&id).cloned()
+        {
+            self.touch_selected(Some(&id.namespace), service.selector.iter());
+            let slices: Vec<NamespacedName> = self.store.slices_by_service.of(&id).cloned().collect();
+            for slice in slices {
+                if let Some(slice) = self.store.slices.get(&slice).cloned() {
+                    self.touch_pods_of(&slice);
+                }
+            }
+        }
+        let entries: Vec<NamespacedName> = self.store.entries_by_host.of(host).cloned().collect();
+        for entry in entries {
+            self.touch(Kind::ServiceEntry, &entry);
+            if let Some(entry) = self.store.service_entries.get(&entry).cloned() {
+                self.touch_selected(Some(&entry.meta.id.namespace), entry.selector.iter());
+            }
         }
     }
 

@@ -31,6 +31,7 @@ pub use istio::authorization::{
     Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PolicyTarget,
     PolicyTargetKind, PortNumber, Rule, Source, TrustDomainPattern,
 };
+pub use istio::destination_rule::DestinationRule;
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
 pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};
 pub use istio::virtual_service_delegate::joined;
@@ -48,6 +49,7 @@ pub(crate) mod manifest {
     pub(crate) use super::gateway::http::Manifest as HttpRoute;
     pub(crate) use super::istio::authentication::Manifest as PeerAuthentication;
     pub(crate) use super::istio::authorization::Manifest as AuthorizationPolicy;
+    pub(crate) use super::istio::destination_rule::Manifest as DestinationRule;
     pub(crate) use super::istio::entry::{
         ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry,
     };
@@ -135,6 +137,8 @@ pub enum Object {
     ReferenceGrant(Arc<ReferenceGrant>),
     /// Where requests to hosts go.
     VirtualService(Arc<VirtualService>),
+    /// How requests to a host are balanced and limited.
+    DestinationRule(Arc<DestinationRule>),
 }
 
 impl Object {
@@ -158,6 +162,7 @@ impl Object {
             Object::GrpcRoute(_) => Kind::GrpcRoute,
             Object::ReferenceGrant(_) => Kind::ReferenceGrant,
             Object::VirtualService(_) => Kind::VirtualService,
+            Object::DestinationRule(_) => Kind::DestinationRule,
         }
     }
 
@@ -179,6 +184,7 @@ impl Object {
             Object::HttpRoute(o) | Object::GrpcRoute(o) => o.meta.id.clone(),
             Object::ReferenceGrant(o) => o.id.clone(),
             Object::VirtualService(o) => o.meta.id.clone(),
+            Object::DestinationRule(o) => o.meta.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

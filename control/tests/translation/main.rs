@@ -39,6 +39,7 @@ fn translate(case: &Path) -> Value {
     let changes = index.apply(objects.into_iter().map(Change::Apply));
     let (mut addresses, mut policies) = (Map::new(), Map::new());
     let mut waypoint_policies = Map::new();
+    let mut backend_policies = Map::new();
     let (mut gateways, mut routes, mut views) = (Map::new(), Map::new(), Map::new());
     for ((kind, name), resource) in index.resources() {
         let roots: Vec<&str> =
@@ -52,6 +53,9 @@ fn translate(case: &Path) -> Value {
             }
             ResourceType::Policy => {
                 waypoint_policies.insert(name.to_string(), render::waypoint_policy(&resource.body))
+            }
+            ResourceType::BackendPolicy => {
+                backend_policies.insert(name.to_string(), render::backend_policy(&resource.body))
             }
             ResourceType::Route => routes.insert(name.to_string(), render::route(&resource.body)),
             ResourceType::Address => addresses.insert(name.to_string(), render::address(&resource.body)),
@@ -79,6 +83,7 @@ fn translate(case: &Path) -> Value {
     for (name, of_l7) in [
         ("gateways", gateways),
         ("waypointPolicies", waypoint_policies),
+        ("backendPolicies", backend_policies),
         ("routes", routes),
         ("views", views),
     ] {

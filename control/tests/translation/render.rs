@@ -261,3 +261,24 @@ fn backend(backend: &l7::Backend) -> Value {
         backend.namespace, backend.hostname, backend.port, backend.weight
     ))
 }
+
+pub(crate) fn backend_policy(body: &[u8]) -> Value {
+    let policy = l7::BackendPolicy::decode(body).unwrap();
+    let settings = |all: &[l7::PortSettings]| list(all, |it| json!(format!("{it:?}")));
+    object([
+        ("host", json!(policy.host)),
+        ("meshWide", json!(policy.mesh_wide)),
+        ("created", json!(policy.created)),
+        ("settings", settings(&policy.settings)),
+        (
+            "subsets",
+            list(&policy.subsets, |subset| {
+                object([
+                    ("name", json!(subset.name)),
+                    ("labels", json!(subset.labels)),
+                    ("settings", settings(&subset.settings)),
+                ])
+            }),
+        ),
+    ])
+}

@@ -117,3 +117,9 @@ pub const GATEWAY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Gateway";
 pub const ROUTE_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Route";
 /// Type URL of [`l7::Policy`] resources.
 pub const POLICY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Policy";
+/// Type URL of [`l7::BackendPolicy`] resources.
+pub const BACKEND_POLICY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.BackendPolicy";
+/// Name of the extension of a workload that holds the [`l7::WorkloadLabels`] that subsets select by.
+pub const LABELS_EXTENSION: &str = "ambit.dev/labels";
+/// Type URL of the value of [`LABELS_EXTENSION`].
+pub const LABELS_TYPE_URL: &str = "type.googleapis.com/ambit.l7.WorkloadLabels";

@@ -6,6 +6,7 @@ use ambit_api::workload as wire;
 use ambit_identity::SpiffeId;
 use ambit_policy::{PolicyList, PolicyName};
 use ipnet::IpNet;
+use prost::Message;
 
 use crate::error::InvalidResource;
 use crate::intern::Interner;
@@ -15,7 +16,7 @@ use crate::service::{
     Ports, Scope, Service, Vip, Visibility, WeightedWaypoint,
 };
 use crate::workload::{
-    ApplicationTunnel, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType,
+    ApplicationTunnel, Label, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType,
 };
 use crate::{HBONE_PORT, SESSION_AFFINITY_EXTENSION, WAYPOINT_FAILURE_OPEN_EXTENSION};
 
@@ -45,6 +46,7 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
     let policies = source.authorization_policies.iter().map(|name| PolicyName::from(texts.intern(name)));
     let policies = policies.collect::<PolicyList>();
     let policies = texts.policies(policies);
+    let labels = labels(&source, texts)?;
     let identity = texts.identity(SpiffeId::new(trust_domain, &source.namespace, account)?);
     Ok(Workload {
         spread: spread(source.uid.as_bytes()),
@@ -80,7 +82,20 @@ pub(crate) fn workload(source: wire::Workload, texts: &mut Interner) -> Result<W
         policies,
         status,
         host_network,
+        labels,
     })
+}
+
+/// The labels that subsets select by.
+fn labels(source: &wire::Workload, texts: &mut Interner) -> Result<Box<[Label]>, InvalidResource> {
+    let mut extensions = source.extensions.iter();
+    let Some(extension) = extensions.find(|extension| extension.name == ambit_api::LABELS_EXTENSION) else {
+        return Ok(Box::default());
+    };
+    let invalid = || InvalidResource::Missing { field: "workload.extensions[ambit.dev/labels].config" };
+    let config = extension.config.as_ref().ok_or_else(invalid)?;
+    let labels = ambit_api::l7::WorkloadLabels::decode(config.value.as_slice()).map_err(|_| invalid())?;
+    Ok(labels.labels.iter().map(|(name, value)| (texts.intern(name), texts.intern(value))).collect())
 }
 
 /// contracts.md, section 4: the uid of a pod is `<cluster>//Pod/<namespace>/<name>`. Other uids may end in a text of their author's, so the

@@ -41,7 +41,9 @@ pub use service::{
     Ports, Scope, Service, Vip, Visibility, WeightedWaypoint,
 };
 pub use snapshot::{Removed, Revision, Snapshot};
-pub use workload::{ApplicationTunnel, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType};
+pub use workload::{
+    ApplicationTunnel, Label, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType,
+};
 pub use writer::{Directory, Reader, Update};
 
 /// Name of the [`Extension`](ambit_api::workload::Extension) of a service that keeps a client on one endpoint by its address (Kubernetes'

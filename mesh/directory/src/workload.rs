@@ -86,12 +86,21 @@ pub struct Workload {
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Where it is.
     pub locality: Locality,
+    /// Those of its labels that subsets of services select by, in the order of their names.
+    pub labels: Box<[Label]>,
 }
 
 impl Workload {
     /// What it makes of the ports of `host`; `None` if it is no endpoint of that service.
     pub fn membership(&self, host: HostRef<'_>) -> Option<&Membership> {
         self.services.iter().find(|membership| membership.host.as_ref() == host)
+    }
+
+    /// Whether it has every one of these labels.
+    pub fn has_labels<'l>(&self, wanted: impl IntoIterator<Item = (&'l str, &'l str)>) -> bool {
+        wanted
+            .into_iter()
+            .all(|(name, value)| self.labels.iter().any(|(own, of_own)| **own == *name && **of_own == *value))
     }
 
     /// Whether it may be chosen by default.
@@ -153,6 +162,9 @@ impl Workload {
         }
     }
 }
+
+/// Name and value of a label.
+pub type Label = (Arc<str>, Arc<str>);
 
 /// That a workload is an endpoint of a service.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]

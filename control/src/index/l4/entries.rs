@@ -193,12 +193,13 @@ fn listed(
     let waypoints =
         waypoints::resolve(reader, &id.namespace, &endpoint.labels, &binding, Destination::Workload);
     reader.depend_on_selectors(&id.namespace);
+    let of_subsets = wire::subset_labels(reader, &services, &endpoint.labels);
     let message = api::Workload {
         canonical_name: workloads::canonical_name(&endpoint.labels, &id.name).to_owned(),
         status: workloads::status(true) as i32,
         tunnel_protocol: workloads::tunnel_protocol(endpoint.has_native_tunnel()) as i32,
         native_tunnel: endpoint.has_native_tunnel(),
-        extensions: waypoints.extensions().collect(),
+        extensions: waypoints.extensions().chain(of_subsets).collect(),
         waypoint: waypoints.primary,
         authorization_policies: workloads::policies(reader, &id.namespace, &endpoint.labels),
         created: wire::created(&entry.meta),
@@ -246,8 +247,9 @@ pub(in crate::index) fn of_workload_entry(
     let waypoints = waypoints::resolve(reader, &id.namespace, labels, &entry.waypoint, Destination::Workload);
     let uid = wire::uid(reader.settings, Kind::WorkloadEntry, id);
     let services = memberships(reader, entry);
+    let of_subsets = wire::subset_labels(reader, &services, labels);
     let message = api::Workload {
-        extensions: waypoints.extensions().collect(),
+        extensions: waypoints.extensions().chain(of_subsets).collect(),
         waypoint: waypoints.primary,
         tunnel_protocol: workloads::tunnel_protocol(entry.captured || entry.native_tunnel) as i32,
         native_tunnel: entry.native_tunnel,

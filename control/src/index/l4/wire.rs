@@ -1,8 +1,10 @@
 //! Names and encodings that several kinds of resources share (contracts.md, section 4).
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ambit_api::l7;
 use ambit_api::workload::{self as api, address, gateway_address};
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -10,7 +12,9 @@ use prost::Message;
 
 use super::Settings;
 use super::outputs::{Resource, ResourceType};
-use crate::object::{AppProtocol, IpFamilies, Kind, Meta, NamespacedName};
+use super::reader::Reader;
+use super::workloads::Memberships;
+use crate::object::{AppProtocol, IpFamilies, Kind, Labels, Meta, NamespacedName};
 
 /// Port of HBONE, at waypoints and at gateways between networks (contracts.md, section 1).
 pub(in crate::index) const HBONE_PORT: u32 = 15008;
@@ -79,6 +83,37 @@ pub(in crate::index) fn marker(name: &str) -> api::Extension {
 pub(in crate::index) fn number(name: &str, value: u32) -> api::Extension {
     // Encoded as google.protobuf.UInt32Value, which prost maps to u32.
     extension(name, "type.googleapis.com/google.protobuf.UInt32Value", value.encode_to_vec())
+}
+
+/// The labels of an endpoint of `services` that subsets of DestinationRules select by.
+pub(in crate::index) fn subset_labels(
+    reader: &Reader<'_>,
+    services: &Memberships,
+    labels: &Labels,
+) -> Option<api::Extension> {
+    let store = reader.store;
+    if store.destination_rules.is_empty() || labels.is_empty() {
+        return None;
+    }
+    let mut selected = BTreeMap::new();
+    for (namespace, host) in services.keys().filter_map(|service| service.split_once('/')) {
+        for id in store.destination_rules_by_host.of(&Arc::from(host)) {
+            // Others have no effect at waypoints, and show nothing of what they name.
+            if *id.namespace != *namespace && id.namespace != reader.settings.root_namespace {
+                continue;
+            }
+            let Some(rule) = store.destination_rules.get(id) else { continue };
+            for key in rule.label_keys() {
+                if let Some(value) = labels.get(key) {
+                    selected.insert(key.to_owned(), value.to_owned());
+                }
+            }
+        }
+    }
+    let labels = l7::WorkloadLabels { labels: selected };
+    let encode =
+        || extension(ambit_api::LABELS_EXTENSION, ambit_api::LABELS_TYPE_URL, labels.encode_to_vec());
+    (!labels.labels.is_empty()).then(encode)
 }
 
 fn extension(name: &str, type_url: &str, value: Vec<u8>) -> api::Extension {

@@ -27,6 +27,8 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
     let tunnel = gateway.and_then(|g| g.application_tunnel);
     let native_tunnel = pod.native_tunnel || (tunnel.is_none() && is_waypoint(reader, gateway));
     let has_tunnel = (pod.captured || native_tunnel) && !pod.host_network;
+    let services = memberships(reader, pod);
+    let of_subsets = wire::subset_labels(reader, &services, labels);
     let message = api::Workload {
         name: id.name.to_string(),
         namespace: id.namespace.to_string(),
@@ -36,7 +38,7 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
         tunnel_protocol: tunnel_protocol(has_tunnel) as i32,
         trust_domain: reader.settings.trust_domain.to_string(),
         service_account: pod.service_account.to_string(),
-        extensions: waypoints.extensions().collect(),
+        extensions: waypoints.extensions().chain(of_subsets).collect(),
         waypoint: waypoints.primary,
         node: pod.node.to_string(),
         canonical_name: canonical_name(labels, &workload_name).to_owned(),
@@ -49,7 +51,7 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
         cluster_id: reader.settings.cluster_id.to_string(),
         uid: wire::uid(reader.settings, Kind::Pod, id),
         hostname: String::new(),
-        services: memberships(reader, pod),
+        services,
         application_tunnel: tunnel.map(|t| api::ApplicationTunnel {
             protocol: if t.proxy {
                 api::application_tunnel::Protocol::Proxy
