@@ -37,6 +37,7 @@ pub fn images(layout: &Layout) -> Result<Vec<Image>> {
         image("ztunnel", &["ztunnel"]),
         image("node", &["ambit-node", "ambit-cni"]),
         image("waypoint", &["ambit-waypoint"]),
+        image("cli", &["ambit"]),
     ];
     match images.iter().flat_map(|image| &image.files).find(|file| !file.exists()) {
         Some(file) => Err(Error::Missing(format!("{} is not built: run `make build`", file.display()))),

@@ -14,6 +14,8 @@
 mod apps;
 #[path = "cases/bed.rs"]
 mod bed;
+#[path = "cases/certificates.rs"]
+mod certificates;
 #[path = "cases/cli.rs"]
 mod cli;
 #[path = "cases/disruption.rs"]
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
     mesh::add(&mut cases);
     cli::add(&mut cases);
     waypoint::add(&mut cases);
+    certificates::add(&mut cases);
     disruption::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);

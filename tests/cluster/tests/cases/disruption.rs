@@ -11,11 +11,16 @@ use super::{Cases, Outcome};
 
 /// How soon a change has its effect on a busy machine.
 const SOON: Duration = Duration::from_secs(120);
+/// How long the API server stays away.
+const AWAY: Duration = Duration::from_secs(30);
+/// Requests that may fail when both node proxies are killed: the load keeps ten connections, each of which passes both.
+const MOST_KEPT: u64 = 20;
 /// The namespace of these cases.
 pub(crate) const NAMESPACE: &str = "load";
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("restarts_of_the_mesh_fail_no_request", restarts);
+    cases.add("upgrade_and_rollback_fail_no_request", upgrade);
+    cases.add("killed_programs_of_the_mesh_come_back", kills);
     cases.add("restarts_of_kubernetes_fail_no_request", kubernetes_restarts);
     cases.add("a_crashed_node_comes_back_into_the_mesh", crash);
     cases.add("a_hundred_pods_at_once_are_enrolled", hundred);
@@ -50,36 +55,93 @@ async fn start(cluster: &Cluster) -> Result<Apps, Box<dyn std::error::Error>> {
 
 /// Waits for another thousand requests, of which none may have failed.
 pub(crate) async fn expect_progress(cluster: &Cluster) -> Outcome {
+    let after = progress(cluster).await?;
+    assert_eq!(after.failed, 0, "{:?}", after.reasons);
+    Ok(())
+}
+
+/// Waits for another thousand requests.
+async fn progress(cluster: &Cluster) -> Result<Load, Box<dyn std::error::Error>> {
     let before = wait::until("the load runs", SOON, async || load(cluster).await).await?;
     let after = wait::until("the load goes on", SOON, async || match load(cluster).await {
         Ok(now) if now.ok >= before.ok + 1_000 => Ok(now),
         other => Err(format!("{other:?}")),
     })
     .await?;
-    assert_eq!(after.failed, 0, "{:?}", after.reasons);
-    Ok(())
+    Ok(after)
 }
 
-async fn restarts(cluster: &Cluster) -> Outcome {
+/// Upgrades of one part after the other, and going back. An upgrade of the agent and the node proxy at the same time is not
+/// here yet: whichever of the two ends last takes the pods' listeners with it, until its successor has made new ones.
+async fn upgrade(cluster: &Cluster) -> Outcome {
     let kubectl = cluster.kubectl();
     let apps = start(cluster).await?;
-    for (kind, name) in
-        [("daemonset", "ztunnel"), ("daemonset", "ambit-node"), ("deployment", "ambit-control")]
-    {
-        let before = ready_pods(cluster, name).await?;
-        let what = format!("{kind}/{name}");
-        kubectl.run(&["rollout", "restart", "--namespace", mesh::NAMESPACE, &what]).await?;
-        // Not `rollout status`: old node proxies stay as long as the connections that the load keeps.
-        wait::until(&format!("{what} has new pods"), SOON, async || {
-            let now = ready_pods(cluster, name).await.map_err(|error| error.to_string())?;
-            let new = now.iter().filter(|pod| !before.contains(pod)).count();
-            if new == before.len() { Ok(()) } else { Err(format!("{before:?}, then {now:?}")) }
-        })
-        .await?;
-        expect_progress(cluster).await.map_err(|error| format!("after a restart of {what}: {error}"))?;
+    let chart = cluster.layout().repository().join("charts/ambit").display().to_string();
+    for (part, program) in [("ztunnel", "ztunnel"), ("node", "ambit-node"), ("control", "ambit-control")] {
+        let setting = format!("{part}.annotations.upgraded=now");
+        let upgrade = ["upgrade", mesh::RELEASE, &chart, "--reuse-values", "--set", &setting];
+        replace_pods(cluster, program, &upgrade).await?;
     }
+    replace_pods(cluster, "ambit-control", &["rollback", mesh::RELEASE]).await?;
+    let values = ["get", "values", mesh::RELEASE, "--namespace", mesh::NAMESPACE];
+    let values = kubectl.helm(&values).await?;
+    assert!(values.contains("upgraded: now") && !values.contains("control:\n  annotations"), "{values}");
     expect_tunnelled_request(cluster, &apps).await?;
     Ok(apps.stop(cluster).await?)
+}
+
+/// Runs Helm, waits until the pods of a program are new, and for further requests.
+async fn replace_pods(cluster: &Cluster, program: &str, helm: &[&str]) -> Outcome {
+    let before = ready_pods(cluster, program).await?;
+    cluster.kubectl().helm(&[helm, &["--namespace", mesh::NAMESPACE]].concat()).await?;
+    // Not `rollout status`: old node proxies stay as long as the connections that the load keeps.
+    wait::until(&format!("{program} has new pods"), SOON, async || {
+        let now = ready_pods(cluster, program).await.map_err(|error| error.to_string())?;
+        let new = now.iter().filter(|pod| !before.contains(pod)).count();
+        if new == before.len() { Ok(()) } else { Err(format!("{before:?}, then {now:?}")) }
+    })
+    .await?;
+    Ok(expect_progress(cluster).await.map_err(|error| format!("after {helm:?}: {error}"))?)
+}
+
+/// Processes that are killed come back. A killed agent is not noticed; a killed node proxy takes the connections with it that
+/// it carried, and new ones wait for its successor.
+async fn kills(cluster: &Cluster) -> Outcome {
+    let apps = start(cluster).await?;
+    kill(cluster, "ambit-node").await?;
+    expect_progress(cluster).await.map_err(|error| format!("after the end of the agents: {error}"))?;
+    kill(cluster, "ztunnel").await?;
+    let lost = progress(cluster).await?.failed;
+    assert!(lost <= MOST_KEPT, "{lost} requests failed, of {MOST_KEPT} connections that were kept");
+    let later = progress(cluster).await?.failed;
+    assert_eq!(later, lost, "requests fail after the node proxies came back");
+    expect_tunnelled_request(cluster, &apps).await?;
+    Ok(apps.stop(cluster).await?)
+}
+
+/// Kills a program of the mesh on both nodes, and waits until it serves again.
+async fn kill(cluster: &Cluster, program: &str) -> Outcome {
+    let restarts = async || -> ambit_cluster::Result<Vec<u64>> {
+        let selector = format!("app.kubernetes.io/name={program}");
+        let pods = ["pods", "--namespace", mesh::NAMESPACE, "--selector", &selector];
+        let pods = cluster.kubectl().list(&pods).await?;
+        let live = pods.iter().filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let statuses = live.map(|pod| &pod["status"]["containerStatuses"][0]);
+        let ready = statuses.filter(|status| status["ready"] == true);
+        Ok(ready.map(|status| status["restartCount"].as_u64().unwrap_or_default()).collect())
+    };
+    let before: u64 = restarts().await?.iter().sum();
+    let command = format!("kill -9 $(busybox pidof {program})");
+    for node in ["n1", "n2"] {
+        let ran = cluster.run_on(node, &["sh", "-c", &command]).await?;
+        assert_eq!(ran.code, 0, "{ran:?}");
+    }
+    wait::until(&format!("{program} came back"), SOON, async || {
+        let now = restarts().await.map_err(|error| error.to_string())?;
+        if now.len() == 2 && now.iter().sum::<u64>() >= before + 2 { Ok(()) } else { Err(format!("{now:?}")) }
+    })
+    .await?;
+    Ok(())
 }
 
 /// Names of the ready pods of one of the mesh's programs.
@@ -96,8 +158,10 @@ async fn ready_pods(cluster: &Cluster, program: &str) -> ambit_cluster::Result<V
 
 async fn kubernetes_restarts(cluster: &Cluster) -> Outcome {
     let apps = start(cluster).await?;
-    for program in ["kube-apiserver", "etcd"] {
+    for (program, away) in [("kube-apiserver", AWAY), ("etcd", Duration::ZERO)] {
         cluster.stop_program(program).await?;
+        // Nothing can be asked meanwhile: the load's counts come by the API server as well.
+        tokio::time::sleep(away).await;
         cluster.start_program(program).await?;
         expect_progress(cluster).await.map_err(|error| format!("after a restart of {program}: {error}"))?;
     }

@@ -17,6 +17,7 @@ const HBONE: u16 = 15008;
 
 pub(crate) fn add(cases: &mut Cases) {
     cases.add("helm_installs_the_mesh", install);
+    cases.add("helm_test_passes", helm_test);
     cases.add("bookinfo_comes_up_in_the_mesh", bookinfo);
     cases.add("a_label_puts_running_pods_under_mutual_tls", label);
     cases.add("probes_pass_under_strict_and_default_deny", probes);
@@ -26,6 +27,13 @@ pub(crate) fn add(cases: &mut Cases) {
 async fn install(cluster: &Cluster) -> Outcome {
     cluster.load(&mesh::images(cluster.layout())?).await?;
     Ok(mesh::install(cluster, &mesh::SETTINGS).await?)
+}
+
+async fn helm_test(cluster: &Cluster) -> Outcome {
+    let args = ["test", mesh::RELEASE, "--namespace", mesh::NAMESPACE, "--timeout", "3m"];
+    let output = cluster.kubectl().helm(&args).await?;
+    assert!(output.contains("Succeeded"), "{output}");
+    Ok(())
 }
 
 async fn bookinfo(cluster: &Cluster) -> Outcome {
