@@ -44,6 +44,7 @@ pub struct Activity {
     bounds: Bounds,
     state: Mutex<State>,
     changed: Notify,
+    head_read: Notify,
 }
 
 #[derive(Debug)]
@@ -87,7 +88,7 @@ impl Activity {
             abandoned: (now, 0),
             exceeded: None,
         };
-        Self { bounds, state: Mutex::new(state), changed: Notify::new() }
+        Self { bounds, state: Mutex::new(state), changed: Notify::new(), head_read: Notify::new() }
     }
 
     /// Bytes came from the client.
@@ -106,6 +107,7 @@ impl Activity {
         if state.phase != Phase::Upgraded {
             state.phase = Phase::Busy;
         }
+        self.head_read.notify_waiters();
         if state.requests >= self.bounds.requests {
             self.changed.notify_one();
         }
@@ -163,6 +165,19 @@ impl Activity {
         if state.abandoned.1 > self.bounds.abandoned {
             state.exceeded = state.exceeded.or(Some(Exceeded::Abandoned));
             self.changed.notify_one();
+        }
+    }
+
+    /// Waits until no part of a head has been read that is not a request yet. Closed before that, the connection would lose
+    /// a request that was accepted.
+    pub async fn head_is_read(&self) {
+        loop {
+            let mut read = std::pin::pin!(self.head_read.notified());
+            read.as_mut().enable();
+            if !matches!(self.state.lock().phase, Phase::Head { .. }) {
+                return;
+            }
+            read.await;
         }
     }
 

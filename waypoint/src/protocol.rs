@@ -169,12 +169,18 @@ async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
         .max_buf_size(limits.head_size)
         .half_close(true);
     let mut drain = inbound.worker.proxy.drain.clone();
+    let activity = inbound.activity.clone();
+    // hyper closes a connection whose head it has read in part: that request would be lost.
+    let closing = async move {
+        drain.draining().await;
+        activity.head_is_read().await;
+    };
     let service = service_fn(move |request| exchange::handle(inbound.clone(), request));
     let connection = server.serve_connection(TokioIo::new(stream), service).with_upgrades();
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => ended,
-        () = drain.draining() => {
+        () = closing => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

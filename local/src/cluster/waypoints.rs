@@ -18,6 +18,8 @@ use crate::token::Subject;
 const CLASS: &str = "ambit-waypoint";
 /// Name of the program, and of the image that stands for it.
 const PROGRAM: &str = "ambit-waypoint";
+/// Annotation of a Gateway: how many pods its waypoint has here.
+const REPLICAS: &str = "local.ambit.dev/replicas";
 /// Says whose gateway a pod or Service is (Gateway API, GEP-1762).
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
@@ -47,7 +49,7 @@ pub(crate) fn add(
         for (kind, body) in [
             ("ServiceAccount", account(&gateway)),
             ("Service", service(&gateway)),
-            ("Deployment", deployment(shared, &gateway, env, &token)),
+            ("Deployment", deployment(shared, &gateway, replicas(objects, &gateway), env, &token)),
         ] {
             let key = Key::new(kind, &gateway.namespace, &gateway.name);
             let file = objects.get(&gateway).map(|object| object.file.clone()).unwrap_or_default();
@@ -117,9 +119,17 @@ fn service(gateway: &Key) -> Value {
     })
 }
 
+/// Its pods: one, unless its annotation says more.
+fn replicas(objects: &BTreeMap<Key, Object>, gateway: &Key) -> u32 {
+    let annotations = objects.get(gateway).map(|object| &object.body["metadata"]["annotations"]);
+    let replicas = annotations.and_then(|annotations| annotations[REPLICAS].as_str());
+    replicas.and_then(|replicas| replicas.parse().ok()).unwrap_or(1)
+}
+
 fn deployment(
     shared: &Shared,
     gateway: &Key,
+    replicas: u32,
     env: &BTreeMap<String, String>,
     token: &std::path::Path,
 ) -> Value {
@@ -146,6 +156,7 @@ fn deployment(
         "kind": "Deployment",
         "metadata": metadata(gateway),
         "spec": {
+            "replicas": replicas,
             "selector": { "matchLabels": { GATEWAY_NAME: gateway.name } },
             "template": {
                 "metadata": { "labels": labels },

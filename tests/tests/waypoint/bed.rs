@@ -14,7 +14,7 @@ use crate::http::{self, Answer, Server};
 /// The servers' port.
 pub(crate) const PORT: u16 = 8080;
 /// Says whose a waypoint's pod is.
-const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+pub(crate) const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
 pub(crate) const WAYPOINT: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
     metadata: {name: waypoint, namespace: shop}\n\

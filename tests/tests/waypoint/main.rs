@@ -10,6 +10,7 @@
 )]
 
 mod bed;
+mod drain;
 mod hardening;
 mod http;
 mod http2;
@@ -34,5 +35,6 @@ fn main() -> ExitCode {
     tasks::add(&mut trials);
     limits::add(&mut trials);
     http2::add(&mut trials);
+    drain::add(&mut trials);
     trials.run()
 }
