@@ -1,46 +1,159 @@
 //! The policies of what is bound here: by service, and for all that is reached through the waypoint.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
-use ambit_api::l7;
-use ambit_directory::NamespacedHost;
+use ambit_api::{l7, security};
+use ambit_directory::{NamespacedHost, Vip};
+use ambit_identity::SpiffeId;
+use ambit_policy::{HttpRequest, Peer, Policy, Request, Verdict, evaluate_http};
 
 use crate::accept::Destination;
 
-/// Policies by what they are for. Immutable; made anew when one changes.
+/// Policies by what they are for, compiled. Immutable; built anew when one changes.
 #[derive(Debug, Default)]
 pub struct Policies {
     /// For everything that is reached through this waypoint.
-    everywhere: Vec<Box<str>>,
-    services: HashMap<NamespacedHost, Vec<Box<str>>>,
+    everywhere: Vec<Arc<Policy>>,
+    services: HashMap<NamespacedHost, Vec<Arc<Policy>>>,
 }
 
 impl Policies {
     /// The policies for what is reached through the gateways whose names `is_own` knows.
     pub fn new(all: &BTreeMap<String, l7::Policy>, is_own: impl Fn(&str) -> bool) -> Self {
         let mut policies = Self::default();
-        for (name, policy) in all {
-            if policy.gateways.iter().any(|gateway| is_own(gateway)) {
-                policies.everywhere.push(name.as_str().into());
+        for (name, source) in all {
+            let policy = Arc::new(compile(name, source));
+            if source.gateways.iter().any(|gateway| is_own(gateway)) {
+                policies.everywhere.push(policy.clone());
             }
-            for target in &policy.targets {
+            for target in &source.targets {
                 let hostname = target.hostname.to_ascii_lowercase().into();
                 let service = NamespacedHost { namespace: target.namespace.as_str().into(), hostname };
-                policies.services.entry(service).or_default().push(name.as_str().into());
+                policies.services.entry(service).or_default().push(policy.clone());
             }
         }
         policies
     }
 
-    /// Whether what goes to `destination` is let through.
-    ///
-    /// # Errors
-    /// Why it is not.
-    pub fn decide(&self, destination: &Destination) -> Result<(), String> {
+    /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
+    pub fn decide(
+        &self,
+        destination: &Destination,
+        client: &SpiffeId,
+        source: IpAddr,
+        http: Option<&HttpRequest<'_>>,
+    ) -> Verdict {
         let of_service = destination.service().and_then(|service| self.services.get(&service.host));
-        match self.everywhere.iter().chain(of_service.into_iter().flatten()).next() {
-            Some(name) => Err(format!("denied by policy {name}, which can't be enforced")),
-            None => Ok(()),
+        let applying = self.everywhere.iter().chain(of_service.into_iter().flatten()).map(|policy| &**policy);
+        let request = Request {
+            peer: Some(Peer {
+                principal: client.principal(),
+                namespace: client.namespace(),
+                service_account: client.service_account(),
+            }),
+            source_ip: source,
+            destination_ip: address(destination),
+            destination_port: destination.port(),
+        };
+        evaluate_http(applying, &request, http)
+    }
+}
+
+/// The address that `destination.ip` of a policy is compared with: a service's virtual address; 0.0.0.0 for one that has none.
+fn address(destination: &Destination) -> IpAddr {
+    match destination {
+        Destination::Workload { address, .. } => address.ip(),
+        Destination::Service { service, .. } => {
+            let addresses = service.vips.iter().filter_map(|vip| match vip {
+                Vip::Address(address) => Some(address.address),
+                Vip::Net { .. } => None,
+            });
+            addresses.into_iter().next().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
         }
+    }
+}
+
+/// A policy that can't be read allows nothing, or denies everything; one without rules to enforce denies everything.
+fn compile(name: &str, source: &l7::Policy) -> Policy {
+    let Some(authorization) = &source.authorization else {
+        let object = source.object.clone().unwrap_or_default();
+        return Policy::closed(&security::Authorization {
+            name: if object.name.is_empty() { name.to_owned() } else { object.name },
+            namespace: object.namespace,
+            action: security::Action::Deny.into(),
+            ..security::Authorization::default()
+        });
+    };
+    Policy::compile_http(authorization).unwrap_or_else(|error| {
+        tracing::warn!(name, %error, "a policy can't be read, so it allows nothing");
+        Policy::closed(authorization)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use ambit_api::workload as wire;
+    use ambit_directory::{Directory, Update};
+
+    use super::*;
+
+    fn client() -> SpiffeId {
+        "spiffe://cluster.local/ns/shop/sa/cli".parse().unwrap()
+    }
+
+    fn workload() -> Destination {
+        let (mut directory, reader) = Directory::new();
+        let workload = wire::Workload {
+            uid: "c//Pod/shop/web".to_owned(),
+            name: "web".to_owned(),
+            namespace: "shop".to_owned(),
+            addresses: vec![vec![10, 0, 0, 9].into()],
+            ..wire::Workload::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Workload(workload)) };
+        let update = Update::Address { name: "c//Pod/shop/web".to_owned(), address };
+        assert!(directory.apply([update]).is_empty());
+        let workload = reader.load().workload("c//Pod/shop/web").unwrap().clone();
+        Destination::Workload { workload, address: ([10, 0, 0, 9], 80).into() }
+    }
+
+    fn decide(policy: l7::Policy, http: Option<&HttpRequest<'_>>) -> bool {
+        let all = BTreeMap::from([("shop/p".to_owned(), policy)]);
+        let policies = Policies::new(&all, |gateway| gateway == "shop/waypoint");
+        policies.decide(&workload(), &client(), [10, 0, 0, 1].into(), http).allowed()
+    }
+
+    fn policy(authorization: Option<security::Authorization>) -> l7::Policy {
+        l7::Policy { gateways: vec!["shop/waypoint".to_owned()], authorization, ..l7::Policy::default() }
+    }
+
+    #[test]
+    fn a_policy_without_rules_to_enforce_denies() {
+        assert!(!decide(policy(None), None));
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_read_denies() {
+        let unknown = security::Extension { name: "later".to_owned(), config: None };
+        let matches = vec![security::Match { extensions: vec![unknown], ..security::Match::default() }];
+        for action in [security::Action::Allow, security::Action::Deny] {
+            let clauses = vec![security::Clause { matches: matches.clone() }];
+            let authorization = security::Authorization {
+                name: "p".to_owned(),
+                namespace: "shop".to_owned(),
+                action: action.into(),
+                rules: vec![security::Rule { clauses }],
+                ..security::Authorization::default()
+            };
+            assert!(!decide(policy(Some(authorization)), None), "{action:?}");
+        }
+    }
+
+    #[test]
+    fn a_policy_of_another_gateway_does_not_apply() {
+        let policy = l7::Policy { gateways: vec!["shop/other".to_owned()], ..policy(None) };
+        assert!(decide(policy, None));
     }
 }

@@ -79,6 +79,8 @@ pub struct Tallies {
     pub limited: Limited,
     /// Copies of requests that could not be delivered.
     pub mirrors_failed: AtomicU64,
+    /// Decisions that a dry-run policy would change.
+    pub dry_run_differs: AtomicU64,
 }
 
 /// Counts of requests and connections that passed a limit of their client.

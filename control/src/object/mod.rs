@@ -28,9 +28,10 @@ pub use gateway::{
 pub use istio::authentication::{MutualTls, PeerAuthentication};
 pub(crate) use istio::authorization::service_account;
 pub use istio::authorization::{
-    Action, Attribute, AuthorizationPolicy, Condition, IpBlock, Operation, Pattern, PolicyBody, PolicyTarget,
+    Action, AuthorizationPolicy, IpBlock, Operation, PathPattern, Pattern, PolicyBody, PolicyTarget,
     PolicyTargetKind, PortNumber, Rule, Source, TrustDomainPattern,
 };
+pub use istio::condition::{Attribute, Condition, HttpAttribute, TextKey};
 pub use istio::destination_rule::DestinationRule;
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
 pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};

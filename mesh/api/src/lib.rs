@@ -123,3 +123,5 @@ pub const BACKEND_POLICY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.BackendP
 pub const LABELS_EXTENSION: &str = "ambit.dev/labels";
 /// Type URL of the value of [`LABELS_EXTENSION`].
 pub const LABELS_TYPE_URL: &str = "type.googleapis.com/ambit.l7.WorkloadLabels";
+/// Type URL of [`l7::HttpMatch`], an extension of [`security::Match`].
+pub const HTTP_MATCH_TYPE_URL: &str = "type.googleapis.com/ambit.l7.HttpMatch";

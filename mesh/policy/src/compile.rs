@@ -9,6 +9,7 @@ use ambit_api::security;
 use ipnet::IpNet;
 use serde::Serialize;
 
+use crate::http::{HttpMatch, HttpRequest};
 use crate::matcher::{Nets, Pattern, Ports, ServiceAccount, ServiceAccounts, Texts};
 use crate::name::PolicyName;
 use crate::request::Request;
@@ -48,6 +49,12 @@ pub enum Field {
     DestinationIps,
     /// `destination_ports`, `not_destination_ports`.
     DestinationPorts,
+    /// Hosts of requests.
+    Hosts,
+    /// Other attributes of requests that are compared as text.
+    Attributes,
+    /// `remote_ips`, `not_remote_ips`.
+    RemoteIps,
 }
 
 impl std::fmt::Display for Field {
@@ -58,6 +65,9 @@ impl std::fmt::Display for Field {
             Self::SourceIps => "source_ips",
             Self::DestinationIps => "destination_ips",
             Self::DestinationPorts => "destination_ports",
+            Self::Hosts => "hosts",
+            Self::Attributes => "attributes",
+            Self::RemoteIps => "remote_ips",
         })
     }
 }
@@ -125,6 +135,25 @@ pub enum CompileError {
         /// The number on the wire.
         port: u32,
     },
+    /// An extension of a match that this version does not know.
+    #[error("policy {policy}, rule {rule}: an extension can't be read: {what}")]
+    Extension {
+        /// Which policy.
+        policy: PolicyName,
+        /// Which rule, from 0.
+        rule: usize,
+        /// What it is.
+        what: String,
+    },
+}
+
+/// What of a policy is evaluated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layer {
+    /// What a connection shows. Extensions are passed over.
+    Connection,
+    /// What an HTTP request shows too.
+    Http,
 }
 
 /// A policy, ready to be evaluated. Immutable; kept behind an `Arc`.
@@ -145,6 +174,18 @@ impl Policy {
     /// # Errors
     /// [`CompileError`] says which policy, rule and field cannot be read.
     pub fn compile(source: &security::Authorization) -> Result<Self, CompileError> {
+        Self::compile_for(source, Layer::Connection)
+    }
+
+    /// Compiles a policy for requests too: its extensions are read.
+    ///
+    /// # Errors
+    /// As [`Policy::compile`], and for an extension that is not known.
+    pub fn compile_http(source: &security::Authorization) -> Result<Self, CompileError> {
+        Self::compile_for(source, Layer::Http)
+    }
+
+    fn compile_for(source: &security::Authorization, layer: Layer) -> Result<Self, CompileError> {
         if source.name.is_empty() {
             return Err(CompileError::Nameless { namespace: source.namespace.clone() });
         }
@@ -160,7 +201,7 @@ impl Policy {
             .rules
             .iter()
             .enumerate()
-            .map(|(rule, source)| Rule::compile(source, Place { policy: &name, rule }))
+            .map(|(rule, source)| Rule::compile(source, Place { policy: &name, rule, action, layer }))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             name,
@@ -220,7 +261,12 @@ impl Policy {
 
     /// Whether one of its rules matches. A policy with no rules never matches.
     pub fn matches(&self, request: &Request<'_>) -> bool {
-        let request = Facts::of(request);
+        self.matches_http(request, None)
+    }
+
+    /// The same for an HTTP request; `None` where a connection's requests are not read.
+    pub fn matches_http(&self, request: &Request<'_>, http: Option<&HttpRequest<'_>>) -> bool {
+        let request = Facts { http, ..Facts::of(request) };
         self.rules.iter().any(|rule| rule.matches(&request))
     }
 
@@ -247,6 +293,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) source_ip: IpAddr,
     pub(crate) destination_ip: IpAddr,
     pub(crate) destination_port: u16,
+    pub(crate) http: Option<&'a HttpRequest<'a>>,
 }
 
 impl<'a> Facts<'a> {
@@ -258,6 +305,7 @@ impl<'a> Facts<'a> {
             source_ip: request.source_ip.to_canonical(),
             destination_ip: request.destination_ip.to_canonical(),
             destination_port: request.destination_port,
+            http: None,
         }
     }
 }
@@ -326,11 +374,13 @@ pub(crate) struct Match {
     pub(crate) service_accounts: ServiceAccounts,
     #[serde(skip_serializing_if = "ServiceAccounts::is_empty")]
     not_service_accounts: ServiceAccounts,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    http: Option<Box<HttpMatch>>,
 }
 
 impl Match {
     fn compile(source: &security::Match, place: Place<'_>) -> Result<Self, CompileError> {
-        // Extensions carry what L4 can't see; alone they leave the match empty, which never matches.
+        // Extensions carry what L4 can't see; passed over and alone they leave the match empty, which never matches.
         let security::Match {
             namespaces,
             not_namespaces,
@@ -344,7 +394,7 @@ impl Match {
             not_destination_ports,
             service_accounts,
             not_service_accounts,
-            extensions: _,
+            extensions,
         } = source;
         Ok(Self {
             namespaces: place.texts(namespaces, Field::Namespaces)?,
@@ -359,6 +409,10 @@ impl Match {
             not_destination_ports: place.ports(not_destination_ports)?,
             service_accounts: accounts(service_accounts),
             not_service_accounts: accounts(not_service_accounts),
+            http: match place.layer {
+                Layer::Connection => None,
+                Layer::Http => HttpMatch::compile(extensions, place)?,
+            },
         })
     }
 
@@ -382,6 +436,7 @@ impl Match {
             && !self.not_source_ips.matches(request.source_ip)
             && !self.not_destination_ips.matches(request.destination_ip)
             && !self.not_destination_ports.matches(request.destination_port)
+            && self.http.as_ref().is_none_or(|http| http.matches(request.http))
     }
 }
 
@@ -395,18 +450,25 @@ fn accounts(source: &[security::ServiceAccountMatch]) -> ServiceAccounts {
 
 /// Where in which policy something is read.
 #[derive(Clone, Copy)]
-struct Place<'a> {
+pub(crate) struct Place<'a> {
     policy: &'a PolicyName,
     rule: usize,
+    pub(crate) action: Action,
+    layer: Layer,
 }
 
 impl Place<'_> {
-    fn texts(self, source: &[security::StringMatch], field: Field) -> Result<Texts, CompileError> {
+    pub(crate) fn extension(self, what: &str) -> CompileError {
+        CompileError::Extension { policy: self.policy.clone(), rule: self.rule, what: what.to_owned() }
+    }
+
+    pub(crate) fn texts(self, source: &[security::StringMatch], field: Field) -> Result<Texts, CompileError> {
         use security::string_match::MatchType;
         // contracts.md, section 4: principals compare without `spiffe://`.
         let plain = |text: &str| -> Box<str> {
             match field {
                 Field::Principals => text.strip_prefix("spiffe://").unwrap_or(text).into(),
+                Field::Hosts => text.to_ascii_lowercase().into(),
                 _ => text.into(),
             }
         };
@@ -415,6 +477,9 @@ impl Place<'_> {
             match &value.match_type {
                 Some(MatchType::Exact(text)) => exact.push(plain(text)),
                 Some(MatchType::Prefix(text)) => patterns.push(Pattern::Prefix(plain(text))),
+                Some(MatchType::Suffix(text)) if field == Field::Hosts => {
+                    patterns.push(Pattern::Suffix(plain(text)));
+                }
                 Some(MatchType::Suffix(text)) => patterns.push(Pattern::Suffix(text.as_str().into())),
                 Some(MatchType::Presence(())) => patterns.push(Pattern::Presence),
                 None => {
@@ -429,7 +494,7 @@ impl Place<'_> {
         Ok(Texts::new(exact, patterns))
     }
 
-    fn nets(self, source: &[security::Address], field: Field) -> Result<Nets, CompileError> {
+    pub(crate) fn nets(self, source: &[security::Address], field: Field) -> Result<Nets, CompileError> {
         let nets = source.iter().map(|address| {
             net(&address.address, address.length).ok_or_else(|| CompileError::Address {
                 policy: self.policy.clone(),

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::compile::{Action, Policy};
+use crate::http::HttpRequest;
 use crate::name::PolicyName;
 
 /// The authenticated peer of a connection: the parts of its SPIFFE id.
@@ -104,22 +105,41 @@ impl Verdict {
 ///
 /// contracts.md, section 4: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
 pub fn evaluate<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Request<'_>) -> Verdict {
+    evaluate_http(policies, request, None)
+}
+
+/// The same for an HTTP request and policies of [`Policy::compile_http`]; `http` is `None` where a connection's requests are not read:
+/// then what a policy demands of requests counts as met by a DENY and as not met by an ALLOW.
+pub fn evaluate_http<'p>(
+    policies: impl Iterator<Item = &'p Policy> + Clone,
+    request: &Request<'_>,
+    http: Option<&HttpRequest<'_>>,
+) -> Verdict {
     let has_dry_run = policies.clone().any(Policy::dry_run);
+    let enforced = policies.clone().filter(|policy| !policy.dry_run());
     Verdict {
-        decision: decide(policies.clone().filter(|policy| !policy.dry_run()), request),
-        dry_run: has_dry_run.then(|| decide(policies, request)),
+        decision: decide(enforced, request, http),
+        dry_run: has_dry_run.then(|| decide(policies, request, http)),
     }
 }
 
 /// Decides by every policy given.
-fn decide<'p>(policies: impl Iterator<Item = &'p Policy>, request: &Request<'_>) -> Decision {
+fn decide<'p>(
+    policies: impl Iterator<Item = &'p Policy>,
+    request: &Request<'_>,
+    http: Option<&HttpRequest<'_>>,
+) -> Decision {
     let mut decision = Decision::AllowedByDefault;
     for policy in policies {
         match policy.action() {
-            Action::Deny if policy.matches(request) => return Decision::DeniedBy(policy.name().clone()),
+            Action::Deny if policy.matches_http(request, http) => {
+                return Decision::DeniedBy(policy.name().clone());
+            }
             Action::Deny => {}
             Action::Allow if matches!(decision, Decision::AllowedBy(_)) => {}
-            Action::Allow if policy.matches(request) => decision = Decision::AllowedBy(policy.name().clone()),
+            Action::Allow if policy.matches_http(request, http) => {
+                decision = Decision::AllowedBy(policy.name().clone());
+            }
             Action::Allow => decision = Decision::DeniedByDefault,
         }
     }

@@ -9,6 +9,7 @@
     reason = "a test that can't go on says so and ends"
 )]
 
+mod authorization;
 mod bed;
 mod drain;
 mod hardening;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     routing::add(&mut trials);
     hardening::add(&mut trials);
     policy::add(&mut trials);
+    authorization::add(&mut trials);
     resilience::add(&mut trials);
     tasks::add(&mut trials);
     limits::add(&mut trials);

@@ -79,6 +79,9 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     });
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
     limits(parts, program);
+    count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
+        &t.dry_run_differs
+    });
     count("ambit_mirrors_failed", "Copies of requests that could not be delivered", |t| &t.mirrors_failed);
     let workers = Arc::clone(&program.workers);
     let open = move || {

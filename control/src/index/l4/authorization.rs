@@ -79,7 +79,7 @@ pub(in crate::index) fn policy_resource(message: &api::Authorization) -> (Resour
 }
 
 /// A rule that matches every connection.
-fn everything() -> api::Rule {
+pub(in crate::index) fn everything() -> api::Rule {
     // contracts.md, section 4: an empty clause matches.
     api::Rule { clauses: vec![api::Clause::default()] }
 }
@@ -146,15 +146,15 @@ impl<T> Seen<T> {
 }
 
 /// A source on the wire: a match, and principals of which one must match too where both are asked for.
-struct SourceMatch {
-    fields: api::Match,
-    trust_domains: Vec<api::StringMatch>,
+pub(in crate::index) struct SourceMatch {
+    pub(in crate::index) fields: api::Match,
+    pub(in crate::index) trust_domains: Vec<api::StringMatch>,
 }
 
-struct Translator<'a> {
-    namespace: &'a Arc<str>,
-    action: api::Action,
-    settings: &'a Settings,
+pub(in crate::index) struct Translator<'a> {
+    pub(in crate::index) namespace: &'a Arc<str>,
+    pub(in crate::index) action: api::Action,
+    pub(in crate::index) settings: &'a Settings,
 }
 
 impl Translator<'_> {
@@ -240,6 +240,12 @@ impl Translator<'_> {
 
     /// `None` when there is nothing in it to match.
     fn source(&self, source: &Source) -> Option<SourceMatch> {
+        let translated = self.source_fields(source);
+        (translated.fields != api::Match::default()).then_some(translated)
+    }
+
+    /// What L4 sees of a source.
+    pub(in crate::index) fn source_fields(&self, source: &Source) -> SourceMatch {
         let (principals, trust_domains) =
             match (self.principals(&source.principals), self.trust_domains(&source.trust_domains)) {
                 (principals, trust_domains) if principals.is_empty() => (trust_domains, Vec::new()),
@@ -258,10 +264,11 @@ impl Translator<'_> {
             not_service_accounts: service_accounts(self.namespace, &source.not_service_accounts),
             ..api::Match::default()
         };
-        (fields != api::Match::default()).then_some(SourceMatch { fields, trust_domains })
+        SourceMatch { fields, trust_domains }
     }
 
-    fn condition(&self, attribute: &Attribute) -> api::Match {
+    /// What L4 sees of a condition.
+    pub(in crate::index) fn condition(&self, attribute: &Attribute) -> api::Match {
         let empty = api::Match::default();
         match attribute {
             Attribute::SourceIp { values, not_values } => {
@@ -329,7 +336,7 @@ const OWN_TRUST_DOMAIN: &str = "cluster.local";
 
 /// The clauses of each rule that sources come to: the fields of a match are AND'ed but hold one list of principals, so a
 /// source that asks for principals and trust domains needs a clause more, and hence a rule of its own.
-fn by_source(sources: Vec<SourceMatch>) -> Vec<Vec<api::Clause>> {
+pub(in crate::index) fn by_source(sources: Vec<SourceMatch>) -> Vec<Vec<api::Clause>> {
     let (mut together, mut rules) = (Vec::new(), Vec::new());
     for SourceMatch { fields, trust_domains } in sources {
         if trust_domains.is_empty() {
@@ -347,19 +354,24 @@ fn by_source(sources: Vec<SourceMatch>) -> Vec<Vec<api::Clause>> {
 
 /// `None` when there is nothing in it to match.
 fn operation(operation: &Operation) -> Option<api::Match> {
-    let fields = api::Match {
+    let fields = operation_fields(operation);
+    (fields != api::Match::default()).then_some(fields)
+}
+
+/// What L4 sees of an operation.
+pub(in crate::index) fn operation_fields(operation: &Operation) -> api::Match {
+    api::Match {
         destination_ports: ports(&operation.ports),
         not_destination_ports: ports(&operation.not_ports),
         ..api::Match::default()
-    };
-    (fields != api::Match::default()).then_some(fields)
+    }
 }
 
 fn ports(ports: &[PortNumber]) -> Vec<u32> {
     ports.iter().map(|port| port.0.into()).collect()
 }
 
-fn addresses(blocks: &[IpBlock]) -> Vec<api::Address> {
+pub(in crate::index) fn addresses(blocks: &[IpBlock]) -> Vec<api::Address> {
     let address = |block: &IpBlock| api::Address {
         address: wire::octets(block.0.network()),
         length: block.0.prefix_len().into(),
@@ -367,11 +379,11 @@ fn addresses(blocks: &[IpBlock]) -> Vec<api::Address> {
     blocks.iter().map(address).collect()
 }
 
-fn patterns(patterns: &[Pattern]) -> Vec<api::StringMatch> {
+pub(in crate::index) fn patterns(patterns: &[Pattern]) -> Vec<api::StringMatch> {
     patterns.iter().map(string_match).collect()
 }
 
-fn string_match(pattern: &Pattern) -> api::StringMatch {
+pub(in crate::index) fn string_match(pattern: &Pattern) -> api::StringMatch {
     let match_type = match pattern.clone() {
         Pattern::Exact(text) => MatchType::Exact(text),
         Pattern::Prefix(text) => MatchType::Prefix(text),

@@ -2,6 +2,7 @@
 //!
 //! A waypoint sees what is below the root of its view: [`views`] says for each resource below which roots it is.
 
+mod authorization;
 pub(super) mod backend_policies;
 pub(super) mod gateways;
 pub(super) mod hosts;

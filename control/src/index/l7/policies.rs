@@ -7,6 +7,7 @@ use ambit_api::{l7, security};
 use prost::Message;
 
 use super::gateways::object_name;
+use super::l4::authorization::everything;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, views};
@@ -22,10 +23,6 @@ pub(in crate::index) fn of_policy(
     let (PolicyBody::Rules { action, .. } | PolicyBody::Unreadable { action, .. }) = &policy.body;
     if *action == Action::Audit {
         report(reader, false, "UnsupportedAction", "AUDIT has no effect".to_owned());
-        return Vec::new();
-    }
-    if policy.dry_run {
-        report(reader, false, "NotEvaluated", "waypoints do not evaluate policies in dry-run".to_owned());
         return Vec::new();
     }
     let mut bound = Bound::default();
@@ -60,14 +57,63 @@ fn enforced(
     policy: &AuthorizationPolicy,
     attached: bool,
 ) -> Option<security::Authorization> {
-    let reason = match &policy.body {
-        PolicyBody::Unreadable { reason, .. } => reason.as_str(),
-        PolicyBody::Rules { .. } => "waypoints do not enforce its rules yet",
+    let (PolicyBody::Rules { action, .. } | PolicyBody::Unreadable { action, .. }) = &policy.body;
+    let say = |met, reason, message: String| {
+        // Where a target is missing, that was said instead.
+        if attached {
+            report(reader, met, reason, message);
+        }
     };
-    if attached {
-        report(reader, false, "Denies", format!("{reason}: everything is denied instead"));
+    let action = match action {
+        Action::Allow => security::Action::Allow,
+        Action::Deny => security::Action::Deny,
+        Action::Audit | Action::Custom => {
+            let reason = "waypoints do not ask external authorizers yet";
+            say(false, "Denies", format!("{reason}: everything is denied instead"));
+            return None;
+        }
+    };
+    let rules = match (&policy.body, action) {
+        (PolicyBody::Rules { rules, .. }, action) => {
+            let (rules, unknown) = super::authorization::rules(reader, &policy.id.namespace, action, rules);
+            match unknown.first() {
+                None => say(true, "Accepted", accepted(policy)),
+                Some(key) => say(false, "UnsupportedValue", unsupported(key, action)),
+            }
+            rules
+        }
+        (PolicyBody::Unreadable { reason, .. }, security::Action::Allow) => {
+            say(false, "Unreadable", format!("{reason}: nothing is allowed by it"));
+            Vec::new()
+        }
+        (PolicyBody::Unreadable { reason, .. }, security::Action::Deny) => {
+            say(false, "Unreadable", format!("{reason}: everything is denied instead"));
+            vec![everything()]
+        }
+    };
+    Some(security::Authorization {
+        name: policy.id.name.to_string(),
+        namespace: policy.id.namespace.to_string(),
+        scope: security::Scope::WorkloadSelector.into(),
+        action: action.into(),
+        rules,
+        dry_run: policy.dry_run,
+        extensions: Vec::new(),
+    })
+}
+
+fn accepted(policy: &AuthorizationPolicy) -> String {
+    match policy.dry_run {
+        true => "evaluated by waypoints, logged and counted only (dry-run)".to_owned(),
+        false => "enforced by waypoints".to_owned(),
     }
-    None
+}
+
+fn unsupported(key: &str, action: security::Action) -> String {
+    match action {
+        security::Action::Allow => format!("waypoints do not know {key}: rules with it never match"),
+        security::Action::Deny => format!("waypoints do not know {key}: it counts as met, so more is denied"),
+    }
 }
 
 /// What the targets of a policy come to.

@@ -7,11 +7,13 @@ use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use ambit_policy::Template;
 use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 
 use super::NamespacedName;
+use super::condition::Condition;
 use super::meta::{Invalid, Labels, Meta, annotation};
 
 /// What a policy does with connections that its rules match.
@@ -87,6 +89,30 @@ impl From<String> for Pattern {
     }
 }
 
+/// A path of an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum PathPattern {
+    /// Compared as text.
+    Text(Pattern),
+    /// A template: `{*}` is one segment, `{**}` any number.
+    Template(String),
+}
+
+impl TryFrom<String> for PathPattern {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<PathPattern, String> {
+        if !text.contains(['{', '}']) {
+            return Ok(PathPattern::Text(Pattern::from(text)));
+        }
+        match Template::parse(&text) {
+            Ok(_) => Ok(PathPattern::Template(text)),
+            Err(error) => Err(format!("{text:?} is no path template: {error}")),
+        }
+    }
+}
+
 /// A trust domain, or the beginning of one.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -131,9 +157,9 @@ pub struct Source {
     /// None of these trust domains.
     pub not_trust_domains: Vec<TrustDomainPattern>,
     /// JWT principals, which L4 cannot see.
-    pub request_principals: Vec<String>,
+    pub request_principals: Vec<Pattern>,
     /// None of these JWT principals.
-    pub not_request_principals: Vec<String>,
+    pub not_request_principals: Vec<Pattern>,
     /// Namespaces of the peer.
     pub namespaces: Vec<Pattern>,
     /// None of these namespaces.
@@ -157,21 +183,21 @@ pub struct Source {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Operation {
     /// HTTP hosts, which L4 cannot see.
-    pub hosts: Vec<String>,
+    pub hosts: Vec<Pattern>,
     /// None of these hosts.
-    pub not_hosts: Vec<String>,
+    pub not_hosts: Vec<Pattern>,
     /// Ports of the destination.
     pub ports: Vec<PortNumber>,
     /// None of these ports.
     pub not_ports: Vec<PortNumber>,
     /// HTTP methods, which L4 cannot see.
-    pub methods: Vec<String>,
+    pub methods: Vec<Pattern>,
     /// None of these methods.
-    pub not_methods: Vec<String>,
+    pub not_methods: Vec<Pattern>,
     /// HTTP paths, which L4 cannot see.
-    pub paths: Vec<String>,
+    pub paths: Vec<PathPattern>,
     /// None of these paths.
-    pub not_paths: Vec<String>,
+    pub not_paths: Vec<PathPattern>,
 }
 
 impl Operation {
@@ -179,7 +205,8 @@ impl Operation {
     pub fn needs_http(&self) -> bool {
         let Operation { hosts, not_hosts, ports: _, not_ports: _, methods, not_methods, paths, not_paths } =
             self;
-        [hosts, not_hosts, methods, not_methods, paths, not_paths].iter().any(|values| !values.is_empty())
+        [hosts, not_hosts, methods, not_methods].iter().any(|values| !values.is_empty())
+            || [paths, not_paths].iter().any(|values| !values.is_empty())
     }
 }
 
@@ -191,113 +218,6 @@ impl Source {
             || !self.remote_ip_blocks.is_empty()
             || !self.not_remote_ip_blocks.is_empty()
     }
-}
-
-/// An attribute of a connection that a condition names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Attribute {
-    /// `source.ip`
-    SourceIp {
-        /// One of these.
-        values: Vec<IpBlock>,
-        /// None of these.
-        not_values: Vec<IpBlock>,
-    },
-    /// `destination.ip`
-    DestinationIp {
-        /// One of these.
-        values: Vec<IpBlock>,
-        /// None of these.
-        not_values: Vec<IpBlock>,
-    },
-    /// `destination.port`
-    DestinationPort {
-        /// One of these.
-        values: Vec<PortNumber>,
-        /// None of these.
-        not_values: Vec<PortNumber>,
-    },
-    /// `source.namespace`
-    SourceNamespace {
-        /// One of these.
-        values: Vec<Pattern>,
-        /// None of these.
-        not_values: Vec<Pattern>,
-    },
-    /// `source.principal`
-    SourcePrincipal {
-        /// One of these.
-        values: Vec<Pattern>,
-        /// None of these.
-        not_values: Vec<Pattern>,
-    },
-    /// `source.serviceAccount`
-    SourceServiceAccount {
-        /// One of these.
-        values: Vec<String>,
-        /// None of these.
-        not_values: Vec<String>,
-    },
-    /// An attribute of the request, which L4 cannot see.
-    Http(String),
-}
-
-/// A further condition of a rule.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "RawCondition")]
-pub struct Condition(pub Attribute);
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct RawCondition {
-    key: String,
-    #[serde(default)]
-    values: Vec<String>,
-    #[serde(default)]
-    not_values: Vec<String>,
-}
-
-impl TryFrom<RawCondition> for Condition {
-    type Error = String;
-
-    fn try_from(raw: RawCondition) -> Result<Condition, String> {
-        let RawCondition { key, values, not_values } = raw;
-        if values.is_empty() && not_values.is_empty() {
-            return Err(format!("condition {key:?} has neither values nor notValues"));
-        }
-        let attribute = match key.as_str() {
-            "source.ip" => Attribute::SourceIp { values: read(values)?, not_values: read(not_values)? },
-            "destination.ip" => {
-                Attribute::DestinationIp { values: read(values)?, not_values: read(not_values)? }
-            }
-            "destination.port" => {
-                Attribute::DestinationPort { values: read(values)?, not_values: read(not_values)? }
-            }
-            "source.namespace" => {
-                Attribute::SourceNamespace { values: patterns(values), not_values: patterns(not_values) }
-            }
-            "source.principal" => {
-                Attribute::SourcePrincipal { values: patterns(values), not_values: patterns(not_values) }
-            }
-            "source.serviceAccount" => Attribute::SourceServiceAccount { values, not_values },
-            key if ["request.", "remote.", "connection.", "experimental."]
-                .iter()
-                .any(|p| key.starts_with(p)) =>
-            {
-                Attribute::Http(key.to_owned())
-            }
-            _ => return Err(format!("unknown condition key {key:?}")),
-        };
-        Ok(Condition(attribute))
-    }
-}
-
-fn read<T: TryFrom<String, Error = String>>(values: Vec<String>) -> Result<Vec<T>, String> {
-    values.into_iter().map(T::try_from).collect()
-}
-
-fn patterns(values: Vec<String>) -> Vec<Pattern> {
-    values.into_iter().map(Pattern::from).collect()
 }
 
 /// One rule: sources, operations and conditions must all hold; each of the three lists that is empty does.

@@ -2,6 +2,7 @@
 
 pub(super) mod authentication;
 pub(super) mod authorization;
+pub(super) mod condition;
 pub(super) mod destination_rule;
 pub(super) mod entry;
 pub(super) mod virtual_service;

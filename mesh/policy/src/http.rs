@@ -1,0 +1,243 @@
+//! What a match demands of an HTTP request ([`HttpMatch`]), and what a request offers ([`HttpRequest`]).
+//!
+//! Where an attribute has several readings (a header of several lines) or none that can be trusted, the reading counts that denies.
+
+use std::borrow::Cow;
+use std::net::IpAddr;
+
+use ambit_api::{HTTP_MATCH_TYPE_URL, l7, security};
+use http::HeaderMap;
+use http::header::HeaderName;
+use prost::Message;
+use serde::Serialize;
+
+use crate::compile::{Action, CompileError, Field, Place};
+use crate::matcher::{Nets, Texts};
+use crate::path::{Paths, Template};
+use crate::token::Token;
+
+/// An HTTP request that asks to be let through.
+#[derive(Debug, Clone, Copy)]
+pub struct HttpRequest<'a> {
+    /// The authority as the client wrote it.
+    pub authority: &'a str,
+    /// Its host in lower case, without port.
+    pub host: &'a str,
+    /// The method.
+    pub method: &'a str,
+    /// The normalised path, without query.
+    pub path: &'a str,
+    /// The headers.
+    pub headers: &'a HeaderMap,
+    /// The client's address as trusted proxies in front report it; `None` where they report none that can be read.
+    pub remote_ip: Option<IpAddr>,
+    /// The server name of the client's TLS connection.
+    pub server_name: Option<&'a str>,
+    /// The token that was found valid.
+    pub token: Option<&'a Token>,
+}
+
+/// An attribute that is compared as text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+enum Attribute {
+    Host,
+    Method,
+    RequestPrincipal,
+    RequestAudience,
+    RequestPresenter,
+    ServerName,
+    Header(#[serde(serialize_with = "as_str")] HeaderName),
+    Claim(Box<[Box<str>]>),
+}
+
+fn as_str<S: serde::Serializer>(name: &HeaderName, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(name.as_str())
+}
+
+/// How a value that has several readings is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// One reading that matches is enough.
+    Any,
+    /// The reading that the value has as a whole must match.
+    Whole,
+}
+
+impl Attribute {
+    /// Whether one of `texts` matches the attribute of `request`; one that is not there matches nothing.
+    fn matches(&self, texts: &Texts, request: &HttpRequest<'_>, reading: Reading) -> bool {
+        let token = request.token;
+        match self {
+            Self::Host => {
+                let authority = match request.authority.bytes().any(|byte| byte.is_ascii_uppercase()) {
+                    true => Cow::Owned(request.authority.to_ascii_lowercase()),
+                    false => Cow::Borrowed(request.authority),
+                };
+                texts.matches(Some(request.host)) || texts.matches(Some(&authority))
+            }
+            Self::Method => texts.matches(Some(request.method)),
+            Self::RequestPrincipal => texts.matches(token.and_then(Token::principal)),
+            Self::RequestAudience => {
+                token.is_some_and(|token| token.audiences().any(|audience| texts.matches(Some(audience))))
+            }
+            Self::RequestPresenter => texts.matches(token.and_then(Token::presenter)),
+            Self::ServerName => texts.matches(request.server_name),
+            Self::Header(name) => header_matches(texts, request.headers, name, reading),
+            Self::Claim(path) => {
+                token.is_some_and(|token| token.claim(path).any(|value| texts.matches(Some(&value))))
+            }
+        }
+    }
+}
+
+/// RFC 9110 §5.3: several lines of a field are one list. Programs differ in which line they heed.
+fn header_matches(texts: &Texts, headers: &HeaderMap, name: &HeaderName, reading: Reading) -> bool {
+    let mut lines = headers.get_all(name).iter().map(|line| String::from_utf8_lossy(line.as_bytes()));
+    let Some(first) = lines.next() else { return false };
+    if headers.get_all(name).iter().nth(1).is_none() {
+        return texts.matches(Some(&first));
+    }
+    let all: Vec<Cow<'_, str>> = std::iter::once(first).chain(lines).collect();
+    let any = || reading == Reading::Any && all.iter().any(|line| texts.matches(Some(line)));
+    any() || texts.matches(Some(&all.join(",")))
+}
+
+/// Values of one attribute, of which one must match and none may.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct AttributeMatch {
+    attribute: Attribute,
+    #[serde(skip_serializing_if = "Texts::is_empty")]
+    values: Texts,
+    #[serde(skip_serializing_if = "Texts::is_empty")]
+    not_values: Texts,
+}
+
+/// What a match demands beside the fields that L4 sees. All must hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct HttpMatch {
+    /// That of the policy: decides what counts where something is not known.
+    #[serde(skip)]
+    action: Action,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    attributes: Box<[AttributeMatch]>,
+    #[serde(skip_serializing_if = "Paths::is_empty")]
+    paths: Paths,
+    #[serde(skip_serializing_if = "Paths::is_empty")]
+    not_paths: Paths,
+    #[serde(skip_serializing_if = "Nets::is_empty")]
+    remote_ips: Nets,
+    #[serde(skip_serializing_if = "Nets::is_empty")]
+    not_remote_ips: Nets,
+}
+
+impl HttpMatch {
+    /// Reads the extensions of a match; `None` where there are none that demand anything.
+    pub(crate) fn compile(
+        extensions: &[security::Extension],
+        place: Place<'_>,
+    ) -> Result<Option<Box<Self>>, CompileError> {
+        let [extension] = extensions else {
+            return if extensions.is_empty() { Ok(None) } else { Err(place.extension("several")) };
+        };
+        let config = extension.config.as_ref().ok_or_else(|| place.extension("without content"))?;
+        if config.type_url != HTTP_MATCH_TYPE_URL {
+            return Err(place.extension(&config.type_url));
+        }
+        let source = l7::HttpMatch::decode(&*config.value).map_err(|_| place.extension("unreadable"))?;
+        let l7::HttpMatch { attributes, paths: some, not_paths, remote_ips, not_remote_ips } = &source;
+        let compiled = Self {
+            action: place.action,
+            attributes: attributes.iter().map(|source| attribute(source, place)).collect::<Result<_, _>>()?,
+            paths: paths(some, place)?,
+            not_paths: paths(not_paths, place)?,
+            remote_ips: place.nets(remote_ips, Field::RemoteIps)?,
+            not_remote_ips: place.nets(not_remote_ips, Field::RemoteIps)?,
+        };
+        Ok((!compiled.is_empty()).then(|| Box::new(compiled)))
+    }
+
+    fn is_empty(&self) -> bool {
+        let Self { action: _, attributes, paths, not_paths, remote_ips, not_remote_ips } = self;
+        attributes.is_empty()
+            && paths.is_empty()
+            && not_paths.is_empty()
+            && remote_ips.is_empty()
+            && not_remote_ips.is_empty()
+    }
+
+    /// Whether it matches. Of a connection whose requests nobody reads, what is demanded counts as met by a DENY and as not met
+    /// by an ALLOW.
+    pub(crate) fn matches(&self, request: Option<&HttpRequest<'_>>) -> bool {
+        let denies = self.action == Action::Deny;
+        let Some(request) = request else { return denies };
+        // What matches makes a DENY deny; what may not match makes an ALLOW deny.
+        let (values, not_values) =
+            if denies { (Reading::Any, Reading::Whole) } else { (Reading::Whole, Reading::Any) };
+        self.attributes.iter().all(|wanted| {
+            let matches = |texts, reading| wanted.attribute.matches(texts, request, reading);
+            (wanted.values.is_empty() || matches(&wanted.values, values))
+                && !matches(&wanted.not_values, not_values)
+        }) && (self.paths.is_empty() || self.paths.matches(request.path))
+            && !self.not_paths.matches(request.path)
+            && self.remote_ip_matches(request.remote_ip, denies)
+    }
+
+    fn remote_ip_matches(&self, address: Option<IpAddr>, denies: bool) -> bool {
+        if self.remote_ips.is_empty() && self.not_remote_ips.is_empty() {
+            return true;
+        }
+        let Some(address) = address.map(|address| address.to_canonical()) else { return denies };
+        (self.remote_ips.is_empty() || self.remote_ips.matches(address))
+            && !self.not_remote_ips.matches(address)
+    }
+}
+
+fn attribute(source: &l7::AttributeMatch, place: Place<'_>) -> Result<AttributeMatch, CompileError> {
+    use l7::attribute_match::Attribute as Source;
+    let attribute = match &source.attribute {
+        Some(Source::Named(named)) => match l7::RequestAttribute::try_from(*named) {
+            Ok(l7::RequestAttribute::Host) => Attribute::Host,
+            Ok(l7::RequestAttribute::Method) => Attribute::Method,
+            Ok(l7::RequestAttribute::RequestPrincipal) => Attribute::RequestPrincipal,
+            Ok(l7::RequestAttribute::RequestAudience) => Attribute::RequestAudience,
+            Ok(l7::RequestAttribute::RequestPresenter) => Attribute::RequestPresenter,
+            Ok(l7::RequestAttribute::ServerName) => Attribute::ServerName,
+            Ok(l7::RequestAttribute::UnknownAttribute) | Err(_) => {
+                return Err(place.extension("an unknown attribute"));
+            }
+        },
+        Some(Source::Header(name)) => {
+            let name = HeaderName::from_bytes(name.as_bytes());
+            Attribute::Header(name.map_err(|_| place.extension("a header of no valid name"))?)
+        }
+        Some(Source::Claim(path)) if !path.names.is_empty() => {
+            Attribute::Claim(path.names.iter().map(|name| name.as_str().into()).collect())
+        }
+        Some(Source::Claim(_)) | None => return Err(place.extension("a match of no attribute")),
+    };
+    let field = if attribute == Attribute::Host { Field::Hosts } else { Field::Attributes };
+    Ok(AttributeMatch {
+        values: place.texts(&source.values, field)?,
+        not_values: place.texts(&source.not_values, field)?,
+        attribute,
+    })
+}
+
+fn paths(source: &[l7::PolicyPath], place: Place<'_>) -> Result<Paths, CompileError> {
+    use l7::policy_path::Kind;
+    let (mut texts, mut templates) = (Vec::new(), Vec::new());
+    for path in source {
+        match &path.kind {
+            Some(Kind::Text(text)) => texts.push(text.clone()),
+            Some(Kind::Template(text)) => {
+                let template = Template::parse(text);
+                templates.push(template.map_err(|error| place.extension(&error.to_string()))?);
+            }
+            None => return Err(place.extension("a path of no kind")),
+        }
+    }
+    Ok(Paths { texts: place.texts(&texts, Field::Attributes)?, templates: templates.into() })
+}
