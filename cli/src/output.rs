@@ -1,6 +1,6 @@
 //! What commands print: tables and colours for people, JSON and YAML for programs.
 //!
-//! Everything here is a function of values; only [`print`] and [`Wait`] write. A reader that closes the output is no error.
+//! Everything here is a function of values; only [`print()`] and [`Wait`] write. A reader that closes the output is no error.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};

@@ -1,6 +1,6 @@
 //! `ambit analyze`: every object that has no effect, or another than its author thinks, in files or in a cluster.
 //!
-//! The control plane's own library reads the objects and finds what is to be said of them ([`judge`]); what it does not read
+//! The control plane's own library reads the objects and finds what is to be said of them ([`judge()`]); what it does not read
 //! at all is in the table of [`foreign`].
 
 mod cluster;
