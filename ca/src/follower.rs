@@ -79,11 +79,17 @@ impl Follower {
     pub(crate) async fn create_root(&mut self, now: SystemTime) -> Result<(), AuthorityError> {
         let stored = self.store.material().await.map_err(|reason| self.store_error(reason))?;
         if stored.is_empty() && self.store.restores_material() {
-            if self.store.rotation().await.map_err(|reason| self.store_error(reason))?.is_some() {
-                // The record has the key; it is restored from there.
-                return Ok(());
+            match self.store.rotation().await.map_err(|reason| self.store_error(reason))? {
+                None => self.check_lost_roots(now).await?,
+                Some(text) => {
+                    let record = Record::parse(&text).map_err(|reason| self.unreadable(reason))?;
+                    if is_own(&record.signing.certificate) {
+                        // The record has the key; it is restored from there.
+                        return Ok(());
+                    }
+                    // A plugged-in authority was taken away. A root of our own follows it, once it is propagated.
+                }
             }
-            self.check_lost_roots(now).await?;
         }
         if let Some(root) = self.self_signed.create(&stored, now).map_err(|reason| self.unusable(reason))? {
             let OwnRoot { certificate, key } = root;

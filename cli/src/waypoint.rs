@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ambit_control::api_server::{FIELD_MANAGER, call};
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -205,6 +205,15 @@ async fn apply(options: &Apply) -> anyhow::Result<ExitCode> {
     let manifest = manifest(wanted, Some(namespace));
     let params = PatchParams::apply(&manager()).force();
     let gateways = gateways::api(&cluster, Some(namespace));
+    // A Gateway of another class is not this command's to change.
+    if let Some(present) = call(gateways.get_opt(&wanted.name)).await? {
+        let class = present.data["spec"]["gatewayClassName"].as_str().unwrap_or_default();
+        let name = &wanted.name;
+        ensure!(
+            class == CLASS,
+            "Gateway {namespace}/{name} has class {class:?} and is not changed: take another name"
+        );
+    }
     let applied = call(gateways.patch(&wanted.name, &params, &Patch::Apply(&manifest))).await;
     applied.with_context(|| format!("apply Gateway {namespace}/{}", wanted.name))?;
     print(&format!("waypoint {namespace}/{} applied\n", wanted.name));

@@ -1,7 +1,7 @@
 //! Step 1: an HBONE connection is accepted, its peer authenticated, and each CONNECT found its destination: a service or
 //! workload that is bound to this waypoint, or it is refused.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -29,6 +29,8 @@ pub enum Destination {
         service: Arc<Service>,
         /// Its port.
         port: u16,
+        /// The address that was dialled; `None` where it was dialled by name.
+        dialled: Option<IpAddr>,
     },
     /// An address of a workload.
     Workload {
@@ -59,7 +61,7 @@ impl Destination {
     /// What is spoken there, as far as it was declared.
     pub fn protocol(&self) -> AppProtocol {
         match self {
-            Self::Service { service, port } => {
+            Self::Service { service, port, .. } => {
                 service.ports.get(*port).map(|mapping| mapping.app_protocol).unwrap_or_default()
             }
             Self::Workload { workload, address } => {
@@ -213,7 +215,8 @@ fn destination(worker: &Worker, certificate: &PeerCertificate, authority: &Autho
     };
     let port = authority.port();
     if let Some(service) = service.filter(|service| published.is_bound(service)) {
-        return Some(Destination::Service { service: service.clone(), port });
+        let dialled = authority.address().map(|address| address.ip().to_canonical());
+        return Some(Destination::Service { service: service.clone(), port, dialled });
     }
     let address = authority.address()?;
     let workload = snapshot.workload_at(network, address.ip())?;

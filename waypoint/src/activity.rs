@@ -52,6 +52,8 @@ struct State {
     phase: Phase,
     open: u32,
     requests: u64,
+    /// Whether the next answer is the last.
+    closing: bool,
     /// Start of the current period, and the requests abandoned in it.
     abandoned: (Instant, u32),
     exceeded: Option<Exceeded>,
@@ -85,6 +87,7 @@ impl Activity {
             phase: Phase::Idle { since: now },
             open: 0,
             requests: 0,
+            closing: false,
             abandoned: (now, 0),
             exceeded: None,
         };
@@ -114,9 +117,15 @@ impl Activity {
         OpenRequest { activity: self.clone(), since: now, answered: false }
     }
 
+    /// Lets the connection have one more answer.
+    pub fn close_after_next(&self) {
+        self.state.lock().closing = true;
+    }
+
     /// Whether the connection has had all the requests that it may have.
     pub fn is_used_up(&self) -> bool {
-        self.state.lock().requests >= self.bounds.requests
+        let state = self.state.lock();
+        state.closing || state.requests >= self.bounds.requests
     }
 
     /// The connection changes to another protocol.

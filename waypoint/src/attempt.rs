@@ -437,6 +437,20 @@ fn failure(error: &hyper::Error) -> Failure {
     Failure::Reset(error.to_string())
 }
 
+/// How often policies are asked again about an open connection.
+const ASKED_AGAIN: Duration = Duration::from_secs(1);
+
+/// Waits until an open connection is no longer allowed: policies have changed, or the client is not trusted any more.
+async fn denied_later(inbound: &Inbound) -> Failure {
+    loop {
+        tokio::time::sleep(ASKED_AGAIN).await;
+        let published = inbound.worker.proxy.published.load_full();
+        if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
+            return failure;
+        }
+    }
+}
+
 /// Passes bytes on to an endpoint of the destination, unread.
 pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<TunnelStream>) {
     let worker = &inbound.worker;
@@ -465,7 +479,13 @@ pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<Tunn
         match connected.unwrap_or(Err(Failure::Connect(format!("{} did not answer", chosen.address)))) {
             Ok(mut upstream) => {
                 let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
-                let relayed = tokio::io::copy_bidirectional(&mut client, &mut upstream).await;
+                let relayed = tokio::select! {
+                    relayed = tokio::io::copy_bidirectional(&mut client, &mut upstream) => relayed,
+                    failure = denied_later(inbound) => {
+                        drop(load);
+                        return report.deny(failure.to_string());
+                    }
+                };
                 drop(load);
                 return report.finish(relayed.map_err(|error| error.to_string()));
             }

@@ -35,7 +35,7 @@ pub struct Target {
 pub fn split(routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failure> {
     let Some(Routed { rule, .. }) = routed else {
         let authority = match &inbound.destination {
-            Destination::Service { service, port } => {
+            Destination::Service { service, port, .. } => {
                 Authority::Host { host: service.host.hostname.clone(), port: *port }
             }
             Destination::Workload { address, .. } => Authority::Address(*address),

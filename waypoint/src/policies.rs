@@ -61,10 +61,12 @@ impl Policies {
     }
 }
 
-/// The address that `destination.ip` of a policy is compared with: a service's virtual address; 0.0.0.0 for one that has none.
+/// The address that `destination.ip` of a policy is compared with: the one that was dialled. For a service that was dialled by
+/// name its virtual address; 0.0.0.0 for one that has none.
 fn address(destination: &Destination) -> IpAddr {
     match destination {
         Destination::Workload { address, .. } => address.ip(),
+        Destination::Service { dialled: Some(address), .. } => *address,
         Destination::Service { service, .. } => {
             let addresses = service.vips.iter().filter_map(|vip| match vip {
                 Vip::Address(address) => Some(address.address),

@@ -118,6 +118,9 @@ fn classify(first: &[u8], http_declared: bool) -> Option<Spoken> {
     }
 }
 
+/// How long an idle HTTP/1 connection stays open in a drain, for a last request.
+const IDLE_AT_DRAIN: Duration = Duration::from_secs(2);
+
 async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTransport) {
     let activity = inbound.activity.clone();
     if !first.is_empty() {
@@ -170,9 +173,13 @@ async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
         .half_close(true);
     let mut drain = inbound.worker.proxy.drain.clone();
     let activity = inbound.activity.clone();
-    // hyper closes a connection whose head it has read in part: that request would be lost.
+    // RFC 9112 §9.6: a request may be on its way to a connection that is idle here, and would be lost. So the next answer says
+    // that it is the last, and only who asks for nothing is closed without one. hyper closes a connection whose head it has
+    // read in part: that request would be lost too.
     let closing = async move {
         drain.draining().await;
+        activity.close_after_next();
+        tokio::time::sleep(IDLE_AT_DRAIN).await;
         activity.head_is_read().await;
     };
     let service = service_fn(move |request| exchange::handle(inbound.clone(), request));

@@ -21,6 +21,7 @@ const HOP_BY_HOP: [HeaderName; 5] = [
     TRANSFER_ENCODING,
     UPGRADE,
 ];
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -74,6 +75,11 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
         // RFC 9113 §8.6: there is no Upgrade in HTTP/2; HTTP/1.0 ignores it (RFC 9110 §7.8).
         _ => extended,
     };
+    let upgrade = without_http(upgrade, parts.version)?;
+    parts.headers.remove(HTTP2_SETTINGS);
+    if claims.trusted && parts.headers.get_all(X_FORWARDED_FOR).iter().any(|line| line.to_str().is_err()) {
+        return Err(Failure::Malformed("X-Forwarded-For is no text"));
+    }
     let trailers = accepts_trailers(&parts.headers);
     remove_hop_by_hop(&mut parts.headers)?;
     if trailers {
@@ -156,9 +162,17 @@ fn authority(parts: &mut Parts, claims: &Claims<'_>) -> Result<Box<str>, Failure
 fn host_of(authority: &str) -> Option<Box<str>> {
     let parsed = http::uri::Authority::try_from(authority).ok()?;
     let host = parsed.host();
+    // RFC 3986 §3.2.3: a port is digits. The parser takes other text for one too.
+    let rest = authority.strip_prefix(host)?;
+    let is_port = |port: &str| {
+        port.is_empty() || port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok()
+    };
+    if !(rest.is_empty() || rest.strip_prefix(':').is_some_and(is_port)) {
+        return None;
+    }
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let host = host.strip_suffix('.').unwrap_or(host);
-    (!host.is_empty()).then(|| host.to_ascii_lowercase().into())
+    (!host.is_empty() && !host.ends_with('.')).then(|| host.to_ascii_lowercase().into())
 }
 
 /// RFC 9110 §8.6: several lengths that differ are an error; hyper checks it in HTTP/1, not in HTTP/2.
@@ -170,6 +184,29 @@ fn one_length(headers: &HeaderMap) -> Result<(), Failure> {
         return Err(Failure::Malformed("Content-Length is no single number"));
     }
     Ok(())
+}
+
+/// A change to HTTP/2 or TLS would let requests pass unread, without a policy asked: in HTTP/1 it is ignored (RFC 9110 §7.8).
+///
+/// # Errors
+/// The same in an extended CONNECT, which can't be ignored.
+fn without_http(upgrade: Option<HeaderValue>, version: Version) -> Result<Option<HeaderValue>, Failure> {
+    match upgrade {
+        Some(protocols) if carries_http(&protocols) => match version {
+            Version::HTTP_2 => Err(Failure::Method(Method::CONNECT)),
+            _ => Ok(None),
+        },
+        upgrade => Ok(upgrade),
+    }
+}
+
+/// Whether one of the listed protocols is HTTP, or TLS, in which it may be hidden; also where the list is no text.
+fn carries_http(protocols: &HeaderValue) -> bool {
+    let is_http = |protocol: &str| {
+        let name = protocol.split('/').next().unwrap_or_default().trim();
+        ["h2c", "h2", "http", "tls"].iter().any(|known| name.eq_ignore_ascii_case(known))
+    };
+    protocols.to_str().map_or(true, |list| list.split(',').any(is_http))
 }
 
 fn wanted_upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
@@ -269,7 +306,7 @@ fn is_normal(path: &str) -> bool {
     let dots = || path.split('/').any(|segment| segment == "." || segment == "..");
     path.starts_with('/')
         && !path.contains("//")
-        && path.bytes().all(|byte| byte != b'%' && byte != b'\\')
+        && path.bytes().all(|byte| byte != b'%' && byte != b'\\' && byte.is_ascii())
         && (!path.contains("/.") || !dots())
 }
 
@@ -321,6 +358,14 @@ fn decode(segment: &str) -> Option<String> {
                     }
                 }
                 rest = rest.get(3..)?;
+            }
+            // RFC 3986 §2.1: other letters are written as escapes.
+            letter if !letter.is_ascii() => {
+                let mut bytes = [0; 4];
+                for byte in letter.encode_utf8(&mut bytes).bytes() {
+                    decoded.push_str(&format!("%{byte:02X}"));
+                }
+                rest = rest.get(letter.len_utf8()..)?;
             }
             letter => {
                 decoded.push(letter);

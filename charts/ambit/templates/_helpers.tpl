@@ -61,7 +61,8 @@ prometheus.io/port: {{ index . 1 | quote }}
 {{- define "ambit.env" -}}
 {{- range $name, $value := . }}
 - name: {{ $name }}
-  value: {{ $value | quote }}
+  {{- /* Helm reads numbers of a values file as floating-point numbers, which `quote` may write with an exponent. */}}
+  value: {{ if kindIs "string" $value }}{{ $value | quote }}{{ else }}{{ $value | toJson | quote }}{{ end }}
 {{- end }}
 {{- end }}
 

@@ -60,7 +60,7 @@ fn as_str<S: serde::Serializer>(name: &HeaderName, serializer: S) -> Result<S::O
 enum Reading {
     /// One reading that matches is enough.
     Any,
-    /// The reading that the value has as a whole must match.
+    /// Every reading must match: each line, and all of them as one list.
     Whole,
 }
 
@@ -99,8 +99,12 @@ fn header_matches(texts: &Texts, headers: &HeaderMap, name: &HeaderName, reading
         return texts.matches(Some(&first));
     }
     let all: Vec<Cow<'_, str>> = std::iter::once(first).chain(lines).collect();
-    let any = || reading == Reading::Any && all.iter().any(|line| texts.matches(Some(line)));
-    any() || texts.matches(Some(&all.join(",")))
+    let one = |line: &Cow<'_, str>| texts.matches(Some(line));
+    let joined = || texts.matches(Some(&all.join(",")));
+    match reading {
+        Reading::Any => all.iter().any(one) || joined(),
+        Reading::Whole => all.iter().all(one) && joined(),
+    }
 }
 
 /// Values of one attribute, of which one must match and none may.

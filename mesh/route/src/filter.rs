@@ -204,6 +204,12 @@ impl Rewrite {
         if !path.starts_with('/') {
             return Some(Err(NoPath));
         }
+        // Joined with what the client sent, `/a..` may become a step upwards that no policy has seen.
+        let is_joined = !matches!(self.path, Some(PathChange::Full(_)));
+        let only_path = path.split('?').next().unwrap_or_default();
+        if is_joined && only_path.split('/').any(|segment| matches!(segment, "." | "..")) {
+            return Some(Err(NoPath));
+        }
         let text = match uri.query() {
             Some(query) => format!("{path}?{query}"),
             None => path,

@@ -30,6 +30,11 @@ impl<C> Progress<C> {
         }
     }
 
+    /// Forgets the changes that wait: what brings the whole node in line takes their place.
+    pub(super) fn forget_waiting(&mut self) {
+        self.0.values_mut().for_each(|waiting| *waiting = None);
+    }
+
     /// Notes that a pod's change has ended. Returns the one that waited, which begins now.
     pub(super) fn end(&mut self, uid: &str) -> Option<C> {
         let next = self.0.get_mut(uid)?.take();
@@ -51,6 +56,16 @@ mod tests {
         assert_eq!(progress.begin("other", "enrol"), Some("enrol"));
         assert_eq!(progress.end("other"), None);
         assert_eq!(progress.begin("other", "leave"), Some("leave"));
+    }
+
+    #[test]
+    fn a_change_that_was_forgotten_does_not_follow() {
+        let mut progress = Progress::default();
+        assert_eq!(progress.begin("pod", "enrol"), Some("enrol"));
+        assert_eq!(progress.begin("pod", "leave"), None);
+        progress.forget_waiting();
+        assert_eq!(progress.end("pod"), None);
+        assert_eq!(progress.begin("pod", "enrol again"), Some("enrol again"));
     }
 
     #[test]

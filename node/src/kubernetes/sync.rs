@@ -118,6 +118,7 @@ impl Sync {
 
     /// Begins to bring the whole node in line with the index.
     fn start_whole(&mut self) -> Whole {
+        self.progress.forget_waiting();
         let as_of = Instant::now();
         let (wanted, outside) = self.source.with(|index| (index.wanted(as_of), index.outside()));
         let ended = self.ended(difference(&self.source, &self.known, &wanted).ended);

@@ -56,7 +56,7 @@ pub(crate) async fn run(options: &Options) -> anyhow::Result<()> {
     local.run_until(report).await
 }
 
-/// Requests on one connection, which is made again only after a failure.
+/// Requests on one connection, which is made again only after a failure, or where an answer says that it is the last.
 async fn keep(url: Uri, pause: Duration, counts: Shared) {
     let mut tick = interval(pause);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -68,13 +68,13 @@ async fn keep(url: Uri, pause: Duration, counts: Shared) {
                 Some(connection) => connection,
                 None => connect(&url).await?,
             };
-            send(&mut connection, &url).await?;
-            Ok(connection)
+            let answer = send(&mut connection, &url).await?;
+            Ok(Some(connection).filter(|_| !answer.closes))
         };
         match timeout(LIMIT, attempt).await.context("no answer in time").and_then(|sent| sent) {
             Ok(connection) => {
                 counts.borrow_mut().ok += 1;
-                kept = Some(connection);
+                kept = connection;
             }
             Err(error) => fail(&counts, "kept", &error),
         }

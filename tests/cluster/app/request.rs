@@ -22,7 +22,8 @@ pub(crate) type Connection = SendRequest<Empty<Bytes>>;
 pub(crate) async fn get(url: &str) -> anyhow::Result<String> {
     let url: Uri = url.parse()?;
     let whole = async { send(&mut connect(&url).await?, &url).await };
-    tokio::time::timeout(LIMIT, whole).await.context("no answer in time")?
+    let answer = tokio::time::timeout(LIMIT, whole).await.context("no answer in time")??;
+    Ok(answer.body)
 }
 
 /// Connects to the host of an URL.
@@ -35,17 +36,28 @@ pub(crate) async fn connect(url: &Uri) -> anyhow::Result<Connection> {
     Ok(sender)
 }
 
-/// Sends a request on a connection and returns the body of the answer.
-pub(crate) async fn send(connection: &mut Connection, url: &Uri) -> anyhow::Result<String> {
+/// The answer to a request.
+pub(crate) struct Answer {
+    pub(crate) body: String,
+    /// Whether it is the connection's last (RFC 9112 §9.6).
+    pub(crate) closes: bool,
+}
+
+/// Sends a request on a connection.
+pub(crate) async fn send(connection: &mut Connection, url: &Uri) -> anyhow::Result<Answer> {
     connection.ready().await.context("the connection has ended")?;
     let path = url.path_and_query().map_or("/", |path| path.as_str());
     let host = url.authority().context("an URL without a host")?.as_str();
     let request = Request::get(path).header("host", host).body(Empty::new())?;
     let response = connection.send_request(request).await.context("send a request")?;
     let status = response.status();
+    let closes = response
+        .headers()
+        .get("connection")
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"close"));
     let body = Limited::new(response.into_body(), LONGEST).collect().await;
     let body = body.map_err(|error| anyhow::anyhow!("read the answer: {error}"))?.to_bytes();
     let body = String::from_utf8_lossy(&body).into_owned();
     anyhow::ensure!(status == StatusCode::OK, "{status}: {body}");
-    Ok(body)
+    Ok(Answer { body, closes })
 }

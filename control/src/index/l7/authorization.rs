@@ -122,8 +122,24 @@ fn condition(translator: &Translator<'_>, attribute: &Attribute) -> Result<secur
     Ok(security::Match { extensions: extensions(&http), ..security::Match::default() })
 }
 
+/// Headers that a waypoint removes before policies are asked.
+const OF_ONE_HOP: [&str; 8] = [
+    "connection",
+    "http2-settings",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+    "x-forwarded-client-cert",
+];
+
 fn text_key(key: &TextKey) -> Result<Key, String> {
     match key {
+        TextKey::Header(name) if name == "host" => Ok(Key::Named(RequestAttribute::Host.into())),
+        TextKey::Header(name) if OF_ONE_HOP.contains(&name.as_str()) => {
+            Err(format!("request.headers[{name}]"))
+        }
         TextKey::Header(name) => Ok(Key::Header(name.clone())),
         TextKey::ServerName => Ok(Key::Named(RequestAttribute::ServerName.into())),
         TextKey::Claim(_) => Err("request.auth.claims".to_owned()),

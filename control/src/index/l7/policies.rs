@@ -67,6 +67,14 @@ fn enforced(
     let action = match action {
         Action::Allow => security::Action::Allow,
         Action::Deny => security::Action::Deny,
+        Action::Audit | Action::Custom if policy.dry_run => {
+            say(
+                false,
+                "UnsupportedAction",
+                "waypoints do not ask external authorizers yet: no effect".to_owned(),
+            );
+            return Some(authorization(policy, security::Action::Deny, vec![everything()]));
+        }
         Action::Audit | Action::Custom => {
             let reason = "waypoints do not ask external authorizers yet";
             say(false, "Denies", format!("{reason}: everything is denied instead"));
@@ -91,7 +99,15 @@ fn enforced(
             vec![everything()]
         }
     };
-    Some(security::Authorization {
+    Some(authorization(policy, action, rules))
+}
+
+fn authorization(
+    policy: &AuthorizationPolicy,
+    action: security::Action,
+    rules: Vec<security::Rule>,
+) -> security::Authorization {
+    security::Authorization {
         name: policy.id.name.to_string(),
         namespace: policy.id.namespace.to_string(),
         scope: security::Scope::WorkloadSelector.into(),
@@ -99,7 +115,7 @@ fn enforced(
         rules,
         dry_run: policy.dry_run,
         extensions: Vec::new(),
-    })
+    }
 }
 
 fn accepted(policy: &AuthorizationPolicy) -> String {

@@ -330,7 +330,8 @@ fn rules(
             Ok(delegate) => joined(&read.rule, &delegate.http),
             Err(fault) => vec![ReadRule { rule: read.rule.clone(), fault: Some(fault) }],
         };
-        for rule in delegated.iter().flat_map(|read| lowered(reader, &id.namespace, read, ports)) {
+        let for_mesh = delegated.iter().filter(|read| read.rule.is_for_mesh());
+        for rule in for_mesh.flat_map(|read| lowered(reader, &id.namespace, read, ports)) {
             rules.push((at, rule));
         }
     }

@@ -101,13 +101,22 @@ fn both(root: &Match, leaf: &Match) -> Result<Match, Apart> {
         source_labels: either("sourceLabels", &root.source_labels, &leaf.source_labels)
             .map_err(|_| Apart::Disjoint)?,
         source_namespace: same(root.source_namespace.clone(), leaf.source_namespace.clone(), &String::new())?,
-        gateways: if leaf.gateways.is_empty() { root.gateways.clone() } else { leaf.gateways.clone() },
+        gateways: common(&root.gateways, &leaf.gateways)?,
         stat_prefix: if leaf.stat_prefix.is_empty() {
             root.stat_prefix.clone()
         } else {
             leaf.stat_prefix.clone()
         },
     })
+}
+
+/// The gateways of both; a list without any stands for all.
+fn common(root: &[String], leaf: &[String]) -> Result<Vec<String>, Apart> {
+    if root.is_empty() || leaf.is_empty() {
+        return Ok([root, leaf].concat());
+    }
+    let both: Vec<String> = root.iter().filter(|gateway| leaf.contains(gateway)).cloned().collect();
+    if both.is_empty() { Err(Apart::Disjoint) } else { Ok(both) }
 }
 
 /// What a text must be to be like both.

@@ -46,6 +46,12 @@ pub(super) fn plan(gateway: &Value, standing: &Standing, now: &str) -> Option<Va
         {
             json!([{ "type": "IPAddress", "value": address }])
         }
+        // What runs goes on to serve: neither bad parameters nor a refused write stop it.
+        Standing::Invalid(_) | Standing::Refused(_) | Standing::Deployed { address: None, .. }
+            if has_hbone && present.is_array() =>
+        {
+            present.clone()
+        }
         _ => json!([]),
     };
     let programmed = programmed(standing, is_accepted);

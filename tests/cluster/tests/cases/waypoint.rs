@@ -101,7 +101,7 @@ async fn route(cluster: &Cluster) -> Outcome {
         &account,
     ];
     let refused = kubectl.run(&args).await.expect_err("a foreign Deployment was changed").to_string();
-    assert!(refused.contains("of Gateways only"), "{refused}");
+    assert!(refused.contains("for Gateways only"), "{refused}");
     Ok(apps.stop(cluster).await?)
 }
 
