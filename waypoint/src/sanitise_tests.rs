@@ -37,12 +37,55 @@ fn a_host_is_needed_once_and_must_be_one() {
         &[("host", "user@a")],
         &[("host", "a b")],
         &[("host", "a:b:c")],
+        &[("host", "a:x.internal")],
+        &[("host", "a:65536")],
+        &[("host", "[::1].internal")],
+        &[("host", "a..")],
     ] {
         assert_eq!(status(http11("/", headers).1), Some(StatusCode::BAD_REQUEST), "{headers:?}");
     }
     let sane = http11("/", &[("host", "A.Example.:80")]).1.unwrap();
     assert_eq!((&*sane.host, &*sane.authority), ("a.example", "A.Example.:80"));
     assert_eq!(&*http11("/", &[("host", "[fd00::1]:80")]).1.unwrap().host, "fd00::1");
+}
+
+/// After such a change requests would pass that no policy has seen.
+#[test]
+fn an_upgrade_to_http2_or_tls_is_ignored() {
+    for (wanted, kept) in [
+        ("h2c", false),
+        ("websocket, h2c", false),
+        ("TLS/1.0, HTTP/1.1", false),
+        ("websocket", true),
+        ("custom/2", true),
+    ] {
+        let headers =
+            [("host", "a"), ("connection", "upgrade"), ("upgrade", wanted), ("http2-settings", "AA")];
+        let (parts, sane) = http11("/", &headers);
+        assert_eq!(sane.unwrap().upgrade.is_some(), kept, "{wanted}");
+        assert_eq!(parts.headers.get("http2-settings"), None, "{wanted}");
+    }
+    let mut parts = request(Version::HTTP_2, "http://a/", &[]);
+    parts.method = Method::CONNECT;
+    parts.extensions.insert(Protocol::from_static("h2c"));
+    assert_eq!(status(sanitise(&mut parts, &claims(false))), Some(StatusCode::METHOD_NOT_ALLOWED));
+}
+
+#[test]
+fn letters_that_are_not_ascii_have_one_form() {
+    for path in ["/caf\u{e9}", "/caf%C3%A9", "/caf%c3%a9"] {
+        assert_eq!(normalise(path).as_deref(), Some("/caf%C3%A9"), "{path}");
+    }
+}
+
+#[test]
+fn a_chain_that_is_no_text_is_malformed_from_a_trusted_client() {
+    for (trusted, wanted) in [(true, Some(StatusCode::BAD_REQUEST)), (false, None)] {
+        let mut parts = request(Version::HTTP_11, "/", &[("host", "a")]);
+        let line = HeaderValue::from_bytes(b"\xff, 203.0.113.7").unwrap();
+        parts.headers.insert("x-forwarded-for", line);
+        assert_eq!(status(sanitise(&mut parts, &claims(trusted))), wanted);
+    }
 }
 
 #[test]

@@ -245,3 +245,44 @@ fn paths(source: &[l7::PolicyPath], place: Place<'_>) -> Result<Paths, CompileEr
     }
     Ok(Paths { texts: place.texts(&texts, Field::Attributes)?, templates: templates.into() })
 }
+
+#[cfg(test)]
+mod tests {
+    use ambit_api::security::string_match::MatchType;
+
+    use super::*;
+
+    fn texts(match_type: MatchType) -> Texts {
+        match match_type {
+            MatchType::Exact(text) => Texts::new(vec![text.into()], Vec::new()),
+            MatchType::Prefix(text) => {
+                Texts::new(Vec::new(), vec![crate::matcher::Pattern::Prefix(text.into())])
+            }
+            MatchType::Suffix(text) => {
+                Texts::new(Vec::new(), vec![crate::matcher::Pattern::Suffix(text.into())])
+            }
+            MatchType::Presence(()) => Texts::new(Vec::new(), vec![crate::matcher::Pattern::Presence]),
+        }
+    }
+
+    #[test]
+    fn of_several_lines_the_reading_counts_that_denies() {
+        let role = HeaderName::from_static("x-role");
+        let admin = || texts(MatchType::Prefix("admin".to_owned()));
+        for (lines, any, whole) in [
+            (&["admin"][..], true, true),
+            (&["admin", "admin2"], true, true),
+            (&["admin", "root"], true, false),
+            (&["root", "admin"], true, false),
+            (&["root"], false, false),
+            (&[], false, false),
+        ] {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(&role, (*line).parse().unwrap());
+            }
+            assert_eq!(header_matches(&admin(), &headers, &role, Reading::Any), any, "{lines:?}");
+            assert_eq!(header_matches(&admin(), &headers, &role, Reading::Whole), whole, "{lines:?}");
+        }
+    }
+}

@@ -168,6 +168,8 @@ fn rewrites_replace_letters_and_patterns() {
         Regex(l7::RegexRewrite { pattern: pattern.to_owned(), substitution: substitution.to_owned() })
     };
     assert_eq!(rewritten(TextPrefix("/new".into()), "/oldest?q", 4).unwrap(), "/newest?q");
+    assert_eq!(rewritten(TextPrefix("/new".into()), "/old..x", 4).unwrap(), "/new..x");
+    assert!(rewritten(TextPrefix("/files/".into()), "/static../secret", 7).is_err(), "a step upwards");
     assert_eq!(rewritten(by("^/service/([^/]+)(/.*)$", r"/c\2/\1"), "/service/a/b", 0).unwrap(), "/c/b/a");
     assert_eq!(rewritten(by("(?i)/xxx/", "/$1/"), "/a/XxX/b", 0).unwrap(), "/a/$1/b");
     for wrong in [by("(", "/"), by("/a", r"/\1"), by("/a", r"/\x"), by("/a", "")] {
