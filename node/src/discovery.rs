@@ -94,6 +94,7 @@ impl Discovery {
             }
         }
         if let Some(proc) = &self.proc {
+            walk.complete &= !is_first_process(proc);
             for process in walk.entries(proc).into_iter().filter(|path| is_process(path)) {
                 if let Err(error) = walk.add_process(&process, &mut places) {
                     // The links of a process that has just ended may answer "permission denied".
@@ -123,6 +124,12 @@ impl Discovery {
         }
         all
     }
+}
+
+/// Whether this is the first process that `proc` shows. Then these are the processes of one container, not of the node: the
+/// agent runs without `hostPID`.
+fn is_first_process(proc: &Path) -> bool {
+    std::fs::read_link(proc.join("self")).is_ok_and(|own| own == Path::new("1"))
 }
 
 /// The addresses of a namespace's interfaces.

@@ -210,6 +210,21 @@ async fn a_walk_that_misses_a_process_is_incomplete() {
     assert!(!discovery.walk().await.complete, "processes cannot be listed");
 }
 
+/// Without `hostPID` the agent is the first of the processes that it sees, and those of pods are not among them.
+#[tokio::test]
+async fn a_walk_over_the_agents_own_processes_is_incomplete() {
+    let directory = tempfile::tempdir().unwrap();
+    let proc = directory.path().join("proc");
+    let discovery = Discovery { proc: Some(proc.clone()), directories: vec![] };
+    let netns = Netns::create().unwrap();
+    process(&proc, 1, "x", &netns);
+    symlink("7", proc.join("self")).unwrap();
+    assert!(discovery.walk().await.complete);
+    std::fs::remove_file(proc.join("self")).unwrap();
+    symlink("1", proc.join("self")).unwrap();
+    assert!(!discovery.walk().await.complete);
+}
+
 #[tokio::test]
 async fn an_ambiguous_namespace_is_given_to_no_pod() {
     let (_outside, pod) = pair().await;
