@@ -9,7 +9,7 @@ use ambit_cluster::{Cluster, Options, cluster, wait};
 use super::apps::{Apps, MARKER, ROLLOUT};
 use super::{Cases, Outcome, program};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(240);
 
 pub(crate) fn add(cases: &mut Cases) {
     cases.add("pods_on_two_nodes_talk_through_a_service", talk);

@@ -10,7 +10,7 @@ use super::apps::ROLLOUT;
 use super::{Cases, Outcome};
 
 /// How soon a pod without certificate says why.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(240);
 
 pub(crate) fn add(cases: &mut Cases) {
     cases.add("a_pod_gets_its_mesh_identity_as_files", files);

@@ -11,7 +11,7 @@ use super::mesh::{set_mode, wait_until_enrolled};
 use super::{Cases, Outcome};
 
 /// How soon something shows on a busy machine.
-const SOON: Duration = Duration::from_secs(90);
+const SOON: Duration = Duration::from_secs(240);
 
 /// A policy that admits the application's port and not that of tunnels.
 const BLOCKS: &str = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: web, namespace: looked-at}, \

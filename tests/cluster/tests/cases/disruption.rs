@@ -10,7 +10,7 @@ use super::mesh::{expect_tunnelled_request, set_mode, wait_until_enrolled};
 use super::{Cases, Outcome};
 
 /// How soon a change has its effect on a busy machine.
-const SOON: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(240);
 /// How long the API server stays away.
 const AWAY: Duration = Duration::from_secs(30);
 /// Requests that may fail when both node proxies are killed: the load keeps ten connections, each of which passes both.

@@ -9,7 +9,7 @@ use super::apps::{Apps, MARKER, ROLLOUT};
 use super::{Cases, Outcome};
 
 /// How soon a change has its effect on a busy machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(240);
 /// Status annotation of enrolled pods.
 const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// The tunnel's port.

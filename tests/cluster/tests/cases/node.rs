@@ -16,7 +16,7 @@ use super::{Cases, Outcome};
 const NAMESPACE: &str = "enrolled";
 const SYSTEM: &str = "ambit-system";
 /// How long a change of labels may take to reach every pod of a busy machine.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(240);
 /// Pods that start at once, on two nodes.
 const MANY: usize = 100;
 

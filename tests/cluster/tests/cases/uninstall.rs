@@ -9,7 +9,7 @@ use super::mesh::{set_mode, wait_until_enrolled};
 use super::{Cases, Outcome};
 
 /// How soon nodes are clean on a busy machine.
-const SOON: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(240);
 /// Kinds whose objects of ours go with the release.
 const KINDS: &str =
     "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings";

@@ -11,7 +11,7 @@ use super::mesh::set_mode;
 use super::{Cases, Outcome};
 
 /// How soon a change has its effect on a busy machine.
-const SOON: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(240);
 /// The path that the route makes of every other.
 const REWRITTEN: &str = "/through-the-waypoint";
 /// Kinds of a waypoint's objects.
