@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::object::ObjectRef;
 
@@ -36,6 +36,24 @@ pub(super) enum Work {
 }
 
 impl StatusQueue {
+    /// Runs what `lead` gives each time `leads` becomes true, until it is false again; ends with its sender. The queue is open
+    /// meanwhile.
+    pub(super) async fn while_leading<F: Future<Output = ()>>(
+        &self,
+        mut leads: watch::Receiver<bool>,
+        lead: impl Fn() -> F,
+    ) {
+        while leads.wait_for(|leads| *leads).await.is_ok() {
+            let mut lost = leads.clone();
+            self.open();
+            tokio::select! {
+                () = lead() => {}
+                _ = lost.wait_for(|leads| !*leads) => {}
+            }
+            self.close();
+        }
+    }
+
     /// Objects that changed, or about which something else was found out.
     pub(crate) fn push(&self, objects: impl IntoIterator<Item = ObjectRef>) {
         let mut waiting = self.waiting.lock();

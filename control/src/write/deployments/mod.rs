@@ -94,16 +94,8 @@ impl WaypointWriter {
     }
 
     /// Writes while `leads` is true; ends with its sender.
-    pub(crate) async fn run(self, mut leads: watch::Receiver<bool>) {
-        while leads.wait_for(|leads| *leads).await.is_ok() {
-            let mut lost = leads.clone();
-            self.queue.open();
-            tokio::select! {
-                () = self.lead() => {}
-                _ = lost.wait_for(|leads| !*leads) => {}
-            }
-            self.queue.close();
-        }
+    pub(crate) async fn run(self, leads: watch::Receiver<bool>) {
+        self.queue.while_leading(leads, || self.lead()).await;
     }
 
     async fn lead(&self) {
