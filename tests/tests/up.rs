@@ -384,7 +384,7 @@ async fn findings_of_the_control_plane_appear_and_go_when_mended() {
     fs::write(
         &file,
         policy(
-            "[{when: [{key: request.auth.claims, notValues: ['*']}], to: [{operation: {methods: [GET]}}]}]",
+            "[{when: [{key: 'request.auth.claims[iss]', notValues: ['*']}], to: [{operation: {methods: [GET]}}]}]",
         ),
     )
     .unwrap();
