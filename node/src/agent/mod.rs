@@ -32,7 +32,7 @@ use crate::listeners::ListenerHolder;
 use crate::probes::ProbeRules;
 use crate::redirect::Options;
 use crate::registry::Registry;
-use crate::zds::{ServedPods, Server};
+use crate::zds::{ServedPods, Server, Times};
 use driver::Driver;
 pub use error::{AgentError, ErrorKind};
 use metrics::Metrics;
@@ -66,6 +66,9 @@ pub struct AgentConfig {
     pub discovery: Discovery,
     /// How long pods' listeners are held open without a proxy; then connections are refused.
     pub hold_for: Duration,
+    /// How long a node proxy that connects, and is not ready before, waits for the predecessor that holds the listeners of
+    /// pods and has yet to come back to this agent.
+    pub handover: Duration,
     /// How long a leaving pod is served at least: peers learn only after a while that it left, and tunnel to it until
     /// then.
     pub leave_grace: Duration,
@@ -85,6 +88,7 @@ impl AgentConfig {
             kubelet_uid: None,
             discovery: Discovery::default(),
             hold_for: Duration::from_secs(30),
+            handover: Duration::from_secs(10),
             leave_grace: Duration::from_secs(5),
             leave_timeout: Duration::from_secs(600),
             repair_interval: Duration::from_secs(60),
@@ -173,7 +177,8 @@ impl Agent {
         }
         let (listeners, holding) = ListenerHolder::new();
         let (zds_events, happened) = mpsc::channel(EVENTS);
-        let server = Server::bind(&config.zds_socket, listeners.clone(), config.hold_for, zds_events)?;
+        let times = Times { hold_for: config.hold_for, handover: config.handover };
+        let server = Server::bind(&config.zds_socket, listeners.clone(), times, zds_events)?;
         let (spawn, to_spawn) = mpsc::channel(EVENTS);
         let agent = Self(Arc::new(Shared {
             host_netns,

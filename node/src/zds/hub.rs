@@ -69,11 +69,29 @@ enum Outcome {
     },
 }
 
-#[derive(Debug, Default)]
+/// Why an add could not be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unsendable {
+    /// Another process holds the pod's listeners: a predecessor of the proxy, from which they are taken once it has come back.
+    Held,
+    /// Anything else.
+    Failed,
+}
+
+/// A pod of the snapshot whose add could not be sent.
+#[derive(Debug)]
+struct Unsent {
+    version: Version,
+    /// When it is tried again; `None`: not in this snapshot.
+    again_at: Option<Instant>,
+}
+
+#[derive(Debug)]
 struct Proxy {
     sent: HashMap<String, Sent>,
-    /// Pods of the snapshot whose add could not be sent, and the pause before the next attempt.
-    unsent: BTreeMap<String, (Version, Duration)>,
+    unsent: BTreeMap<String, Unsent>,
+    /// Until when the end of the snapshot waits for listeners that another process holds.
+    wait_until: Instant,
     snapshot_sent: bool,
     in_flight: Option<Order>,
 }
@@ -87,11 +105,19 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// A proxy has said hello. It is the newest.
-    pub fn connect(&mut self) -> ProxyId {
+    /// A proxy has said hello. It is the newest. The end of its snapshot, with which it becomes ready and its predecessor
+    /// ends, waits until `wait_until` for listeners that another process holds.
+    pub fn connect(&mut self, wait_until: Instant) -> ProxyId {
         let id = ProxyId(self.next_id);
         self.next_id += 1;
-        self.proxies.insert(id, Proxy::default());
+        let proxy = Proxy {
+            sent: HashMap::new(),
+            unsent: BTreeMap::new(),
+            wait_until,
+            snapshot_sent: false,
+            in_flight: None,
+        };
+        self.proxies.insert(id, proxy);
         id
     }
 
@@ -149,9 +175,10 @@ impl Hub {
         // A snapshot is always whole: a proxy drops what its snapshot did not name.
         let adds = newest || !proxy.snapshot_sent;
         let order = del_order(proxy, &self.pods, adds)
-            .or_else(|| keep_order(proxy, &self.pods))
+            .or_else(|| keep_order(proxy, &self.pods, now))
             .or_else(|| if adds { add_order(proxy, &self.pods, now, &mut wake) } else { None });
-        let order = order.or_else(|| (!proxy.snapshot_sent).then_some(Order::SnapshotSent));
+        let is_complete = !proxy.snapshot_sent && proxy.unsent.is_empty();
+        let order = order.or_else(|| is_complete.then_some(Order::SnapshotSent));
         match order {
             Some(order) => {
                 proxy.in_flight = Some(order.clone());
@@ -161,16 +188,21 @@ impl Hub {
         }
     }
 
-    /// The order in flight could not be sent. In a snapshot, the proxy is asked to keep the pod instead: it may serve it, and
-    /// drops what its snapshot does not name. The add is tried again after that. Returns the pod of an add.
-    pub fn handle_unsent(&mut self, id: ProxyId, now: Instant) -> Option<String> {
+    /// The order in flight could not be sent. In a snapshot, an add is tried again while its listeners are held; then the
+    /// proxy is asked to keep the pod instead: it may serve it, and drops what its snapshot does not name. The add is tried
+    /// again after that. Returns the pod of an add that has failed for now.
+    pub fn handle_unsent(&mut self, id: ProxyId, why: Unsendable, now: Instant) -> Option<String> {
         let proxy = self.proxies.get_mut(&id)?;
         match &proxy.in_flight {
             Some(Order::Add(uid, version)) if !proxy.snapshot_sent => {
-                let uid = uid.clone();
-                proxy.unsent.insert(uid.clone(), (*version, RETRY_FIRST));
+                let (uid, version) = (uid.clone(), *version);
+                let again_at = match why {
+                    Unsendable::Held => Some(now + RETRY_FIRST),
+                    Unsendable::Failed => None,
+                };
+                proxy.unsent.insert(uid.clone(), Unsent { version, again_at });
                 proxy.in_flight = None;
-                Some(uid)
+                (why == Unsendable::Failed).then_some(uid)
             }
             _ => self.handle_ack(id, false, now),
         }
@@ -182,13 +214,14 @@ impl Hub {
         match proxy.in_flight.take()? {
             Order::Keep(uid, version) => {
                 let outcome = match proxy.unsent.remove(&uid) {
-                    Some((_, pause)) => Outcome::Refused { again_at: now + pause, pause },
+                    Some(_) => Outcome::Refused { again_at: now + RETRY_FIRST, pause: RETRY_FIRST },
                     None => Outcome::Kept,
                 };
                 proxy.sent.insert(uid, Sent { version, outcome });
                 None
             }
             Order::Add(uid, version) => {
+                proxy.unsent.remove(&uid);
                 let outcome = if accepted {
                     Outcome::Served
                 } else {
@@ -232,11 +265,12 @@ fn del_order(proxy: &Proxy, pods: &BTreeMap<String, Version>, adds: bool) -> Opt
         .map(Order::Del)
 }
 
-fn keep_order(proxy: &mut Proxy, pods: &BTreeMap<String, Version>) -> Option<Order> {
+fn keep_order(proxy: &mut Proxy, pods: &BTreeMap<String, Version>, now: Instant) -> Option<Order> {
     // A pod that is gone, or another one by now, is nothing to keep.
-    proxy.unsent.retain(|uid, (version, _)| pods.get(uid) == Some(version));
-    let (uid, (version, _)) = proxy.unsent.first_key_value()?;
-    Some(Order::Keep(uid.clone(), *version))
+    proxy.unsent.retain(|uid, unsent| pods.get(uid) == Some(&unsent.version));
+    let waits = now < proxy.wait_until;
+    let given_up = proxy.unsent.iter().find(|(_, unsent)| !waits || unsent.again_at.is_none());
+    given_up.map(|(uid, unsent)| Order::Keep(uid.clone(), unsent.version))
 }
 
 fn add_order(
@@ -252,15 +286,16 @@ fn add_order(
     // A Keep belongs into a snapshot: istio's ztunnel takes a later one for an error of the protocol.
     let sendable = |version: &Version| version.netns.is_some() || !proxy.snapshot_sent;
     let is_fresh = |uid: &String, version: &Version| {
-        sendable(version) && proxy.sent.get(uid).is_none_or(|sent| sent.version != *version)
+        let is_known = proxy.sent.get(uid).is_some_and(|sent| sent.version == *version);
+        sendable(version) && !is_known && !proxy.unsent.contains_key(uid)
     };
     let fresh = pods.iter().find(|(uid, version)| is_fresh(uid, version));
     if let Some((uid, version)) = fresh {
         return Some(order(uid, version));
     }
-    // A snapshot ends with what could be started; retries come after it.
+    // A snapshot ends with what could be started; retries of what the proxy refused come after it.
     if !proxy.snapshot_sent {
-        return None;
+        return held_order(proxy, now, wake);
     }
     for (uid, version) in pods {
         if let Some(Sent { outcome: Outcome::Refused { again_at, .. }, .. }) = proxy.sent.get(uid) {
@@ -269,6 +304,20 @@ fn add_order(
             }
             *wake = Some(wake.map_or(*again_at, |at| at.min(*again_at)));
         }
+    }
+    None
+}
+
+/// The next attempt at a pod of the snapshot whose listeners were held. A pod of which nothing is tried before the end of
+/// the wait is kept then.
+fn held_order(proxy: &Proxy, now: Instant, wake: &mut Option<Instant>) -> Option<Order> {
+    for (uid, unsent) in &proxy.unsent {
+        let Some(again_at) = unsent.again_at else { continue };
+        if again_at <= now {
+            return Some(Order::Add(uid.clone(), unsent.version));
+        }
+        let at = again_at.min(proxy.wait_until);
+        *wake = Some(wake.map_or(at, |wake| wake.min(at)));
     }
     None
 }
@@ -302,7 +351,7 @@ mod tests {
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
         hub.upsert("b", Version { netns: None, revision: 0 });
-        let id = hub.connect();
+        let id = hub.connect(now);
         let keep = Order::Keep("b".into(), Version { netns: None, revision: 0 });
         assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 1), keep, Order::SnapshotSent]);
         assert!(hub.is_served("a"));
@@ -318,14 +367,14 @@ mod tests {
         let mut hub = Hub::default();
         let lost = Version { netns: None, revision: 0 };
         hub.upsert("a", lost);
-        let id = hub.connect();
+        let id = hub.connect(now);
         assert_eq!(run(&mut hub, id, now, |_| true), [Order::Keep("a".into(), lost), Order::SnapshotSent]);
         assert!(!hub.is_served("a"));
         hub.upsert("b", lost);
         assert_eq!(run(&mut hub, id, now, |_| true), []);
         hub.upsert("a", version(1));
         assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 1)]);
-        let id = hub.connect();
+        let id = hub.connect(now);
         let refused = run(&mut hub, id, now, |order| !matches!(order, Order::Keep(..)));
         assert_eq!(refused, [add("a", 1), Order::Keep("b".into(), lost), Order::SnapshotSent]);
         assert_eq!(hub.poll_next(id, now), Next::Wait, "a refused Keep is not sent again");
@@ -337,19 +386,65 @@ mod tests {
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
         hub.upsert("b", version(2));
-        let id = hub.connect();
+        let id = hub.connect(now);
         assert_eq!(hub.poll_next(id, now), Next::Send(add("a", 1)));
-        assert_eq!(hub.handle_unsent(id, now), Some("a".into()));
+        assert_eq!(hub.handle_unsent(id, Unsendable::Failed, now), Some("a".into()));
         let keep = Order::Keep("a".into(), version(1));
         assert_eq!(run(&mut hub, id, now, |_| true), [keep, add("b", 2), Order::SnapshotSent]);
         assert!(!hub.is_served("a"));
         let Next::WaitUntil(at) = hub.poll_next(id, now) else { panic!("no retry planned") };
         assert_eq!(hub.poll_next(id, at), Next::Send(add("a", 1)));
         // Outside of a snapshot there is nothing to keep: the proxy goes on with what it has.
-        assert_eq!(hub.handle_unsent(id, at), Some("a".into()));
+        assert_eq!(hub.handle_unsent(id, Unsendable::Failed, at), Some("a".into()));
         let Next::WaitUntil(at) = hub.poll_next(id, at) else { panic!("no retry planned") };
         assert_eq!(run(&mut hub, id, at, |_| true), [add("a", 1)]);
         assert!(hub.is_served("a"));
+    }
+
+    /// The proxy's predecessor holds the listeners of `a` and comes back to a restarted agent after its successor.
+    #[test]
+    fn a_snapshot_ends_when_held_listeners_were_taken_over() {
+        let now = Instant::now();
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        hub.upsert("b", version(2));
+        let id = hub.connect(now + Duration::from_secs(10));
+        assert_eq!(hub.poll_next(id, now), Next::Send(add("a", 1)));
+        assert_eq!(hub.handle_unsent(id, Unsendable::Held, now), None);
+        assert_eq!(run(&mut hub, id, now, |_| true), [add("b", 2)], "others do not wait");
+        let Next::WaitUntil(at) = hub.poll_next(id, now) else { panic!("no retry planned") };
+        assert_eq!(hub.poll_next(id, at), Next::Send(add("a", 1)));
+        hub.handle_unsent(id, Unsendable::Held, at);
+        let Next::WaitUntil(at) = hub.poll_next(id, at) else { panic!("no retry planned") };
+        assert_eq!(run(&mut hub, id, at, |_| true), [add("a", 1), Order::SnapshotSent]);
+        assert!(hub.is_served("a"));
+    }
+
+    #[test]
+    fn a_pod_whose_listeners_stay_held_is_kept_at_the_end_of_the_wait() {
+        let start = Instant::now();
+        let end = start + RETRY_FIRST * 2;
+        let mut hub = Hub::default();
+        hub.upsert("a", version(1));
+        let id = hub.connect(end);
+        let mut now = start;
+        loop {
+            match hub.poll_next(id, now) {
+                Next::Send(order) if order == add("a", 1) => {
+                    hub.handle_unsent(id, Unsendable::Held, now);
+                }
+                Next::WaitUntil(at) => now = at,
+                Next::Send(order) => {
+                    assert_eq!((order, now), (Order::Keep("a".into(), version(1)), end));
+                    break;
+                }
+                Next::Wait => panic!("nothing is planned"),
+            }
+        }
+        hub.handle_ack(id, true, now);
+        assert_eq!(run(&mut hub, id, now, |_| true), [Order::SnapshotSent]);
+        let Next::WaitUntil(at) = hub.poll_next(id, now) else { panic!("no retry planned") };
+        assert_eq!(run(&mut hub, id, at, |_| true), [add("a", 1)]);
     }
 
     #[test]
@@ -357,9 +452,9 @@ mod tests {
         let now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
-        let id = hub.connect();
+        let id = hub.connect(now);
         hub.poll_next(id, now);
-        hub.handle_unsent(id, now);
+        hub.handle_unsent(id, Unsendable::Failed, now);
         hub.delete("a");
         assert_eq!(run(&mut hub, id, now, |_| true), [Order::SnapshotSent]);
     }
@@ -368,7 +463,7 @@ mod tests {
     fn a_pod_seen_again_in_another_namespace_is_added_again() {
         let now = Instant::now();
         let mut hub = Hub::default();
-        let id = hub.connect();
+        let id = hub.connect(now);
         hub.upsert("a", version(1));
         run(&mut hub, id, now, |_| true);
         hub.upsert("a", version(1));
@@ -384,7 +479,7 @@ mod tests {
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
         hub.upsert("b", version(2));
-        let id = hub.connect();
+        let id = hub.connect(now);
         let orders = run(&mut hub, id, now, |order| *order != add("a", 1));
         assert_eq!(orders, [add("a", 1), add("b", 2), Order::SnapshotSent]);
         let mut pauses = Vec::new();
@@ -406,9 +501,9 @@ mod tests {
         let now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
-        let old = hub.connect();
+        let old = hub.connect(now);
         run(&mut hub, old, now, |_| true);
-        let new = hub.connect();
+        let new = hub.connect(now);
         assert_eq!(run(&mut hub, new, now, |_| true), [add("a", 1), Order::SnapshotSent]);
         hub.upsert("b", version(2));
         assert_eq!(run(&mut hub, old, now, |_| true), []);
@@ -425,9 +520,9 @@ mod tests {
         let now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
-        let old = hub.connect();
+        let old = hub.connect(now);
         run(&mut hub, old, now, |_| true);
-        let new = hub.connect();
+        let new = hub.connect(now);
         run(&mut hub, new, now, |_| true);
         hub.upsert("a", version(2));
         assert_eq!(run(&mut hub, old, now, |_| true), [Order::Del("a".into())]);
@@ -439,7 +534,7 @@ mod tests {
         let now = Instant::now();
         let mut hub = Hub::default();
         hub.upsert("a", version(1));
-        let (first, second) = (hub.connect(), hub.connect());
+        let (first, second) = (hub.connect(now), hub.connect(now));
         for id in [first, second] {
             assert_eq!(run(&mut hub, id, now, |_| true), [add("a", 1), Order::SnapshotSent]);
         }
@@ -449,7 +544,7 @@ mod tests {
     fn a_pod_that_goes_while_its_add_is_out_is_deleted_afterwards() {
         let now = Instant::now();
         let mut hub = Hub::default();
-        let id = hub.connect();
+        let id = hub.connect(now);
         run(&mut hub, id, now, |_| true);
         hub.upsert("a", version(1));
         assert_eq!(hub.poll_next(id, now), Next::Send(add("a", 1)));

@@ -8,4 +8,4 @@ mod message;
 mod server;
 
 pub use message::{MAX_PACKET, MessageError, Request, decode_hello, decode_response, encode_request};
-pub use server::{ServedPod, ServedPods, Server, ZdsError, ZdsEvent};
+pub use server::{ServedPod, ServedPods, Server, Times, ZdsError, ZdsEvent};

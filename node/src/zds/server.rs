@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_api::workload::zds::WorkloadInfo;
-use ambit_net::Netns;
 use ambit_net::seqpacket::{SeqPacket, SeqPacketListener};
+use ambit_net::{Netns, NetnsError};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::hub::{Hub, Next, Order, ProxyId, Version};
+use super::hub::{Hub, Next, Order, ProxyId, Unsendable, Version};
 use super::message::{MAX_PACKET, MessageError, Request, decode_hello, decode_response, encode_request};
 use crate::listeners::{ListenerHolder, Listeners};
 use crate::redirect::Options;
@@ -192,22 +192,30 @@ pub struct Server {
     listener: SeqPacketListener,
     pods: ServedPods,
     listeners: ListenerHolder,
-    hold_for: Duration,
+    times: Times,
     events: mpsc::Sender<ZdsEvent>,
 }
 
+/// How long the server waits for proxies.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    /// Without a proxy for this long, the pods' listeners are closed.
+    pub hold_for: Duration,
+    /// How long a proxy's snapshot waits for listeners that another process holds.
+    pub handover: Duration,
+}
+
 impl Server {
-    /// Listens at `path`. Without a proxy for `hold_for`, the pods' listeners are closed. Events that
-    /// nobody takes hold the conversations up.
+    /// Listens at `path`. Events that nobody takes hold the conversations up.
     pub fn bind(
         path: &Path,
         listeners: ListenerHolder,
-        hold_for: Duration,
+        times: Times,
         events: mpsc::Sender<ZdsEvent>,
     ) -> Result<Self, ZdsError> {
         let listener =
             SeqPacketListener::bind(path).map_err(|source| ZdsError { path: path.into(), source })?;
-        Ok(Self { listener, pods: ServedPods::new(), listeners, hold_for, events })
+        Ok(Self { listener, pods: ServedPods::new(), listeners, times, events })
     }
 
     /// The pods to be served.
@@ -224,7 +232,7 @@ impl Server {
         let mut alone_since = Some(Instant::now());
         let mut released = false;
         loop {
-            let close_at = alone_since.map(|since| since + self.hold_for);
+            let close_at = alone_since.map(|since| since + self.times.hold_for);
             tokio::select! {
                 accepted = self.listener.accept() => match accepted {
                     Ok(_) if conversations.len() >= MAX_PROXIES => {
@@ -235,6 +243,7 @@ impl Server {
                             socket,
                             pods: self.pods.clone(),
                             listeners: self.listeners.clone(),
+                            handover: self.times.handover,
                             events: self.events.clone(),
                         };
                         conversations.spawn(conversation.run());
@@ -250,7 +259,7 @@ impl Server {
                     }
                 }
                 () = wait_until(close_at) => {
-                    tracing::warn!(hold_for = ?self.hold_for, "no node proxy; pods' connections are refused from now on");
+                    tracing::warn!(hold_for = ?self.times.hold_for, "no node proxy; pods' connections are refused from now on");
                     self.pods.want_listeners(false);
                     self.listeners.release_all().await;
                     alone_since = None;
@@ -279,7 +288,28 @@ struct Conversation {
     socket: SeqPacket,
     pods: ServedPods,
     listeners: ListenerHolder,
+    handover: Duration,
     events: mpsc::Sender<ZdsEvent>,
+}
+
+/// Why an order cannot be sent.
+struct Unsent {
+    why: Unsendable,
+    reason: String,
+}
+
+impl Unsent {
+    fn failed(reason: &(impl ToString + ?Sized)) -> Self {
+        Self { why: Unsendable::Failed, reason: reason.to_string() }
+    }
+}
+
+impl From<Arc<NetnsError>> for Unsent {
+    fn from(error: Arc<NetnsError>) -> Self {
+        let is_held = error.raw_os_error() == Some(libc::EADDRINUSE);
+        let why = if is_held { Unsendable::Held } else { Unsendable::Failed };
+        Self { why, reason: error.to_string() }
+    }
 }
 
 /// Tells the hub that a proxy is gone, however its conversation ends.
@@ -338,7 +368,7 @@ impl Conversation {
 
     fn register(&self, pid: i32) -> Connected {
         let mut state = self.pods.state.lock();
-        let id = state.hub.connect();
+        let id = state.hub.connect(Instant::now() + self.handover);
         state.pids.insert(id, pid);
         drop(state);
         self.pods.wake();
@@ -367,7 +397,7 @@ impl Conversation {
         takes_listeners: bool,
         buffer: &mut [u8],
     ) -> Result<(), Ended> {
-        let mut sent = true;
+        let mut unsendable = None;
         let outcome = match self.prepare(order, takes_listeners).await {
             Ok((packet, netns, listeners)) => {
                 let mut descriptors: Vec<BorrowedFd<'_>> = netns.iter().map(AsFd::as_fd).collect();
@@ -380,15 +410,18 @@ impl Conversation {
                 let n = timeout(ANSWER, self.receive(buffer)).await.map_err(|_| Ended::Late("answer"))??;
                 decode_response(buffer.get(..n).unwrap_or_default())?
             }
-            Err(reason) => {
-                sent = false;
+            Err(Unsent { why, reason }) => {
+                unsendable = Some(why);
                 Err(reason)
             }
         };
         let now = Instant::now();
         let acked = {
             let hub = &mut self.pods.state.lock().hub;
-            if sent { hub.handle_ack(id, outcome.is_ok(), now) } else { hub.handle_unsent(id, now) }
+            match unsendable {
+                None => hub.handle_ack(id, outcome.is_ok(), now),
+                Some(why) => hub.handle_unsent(id, why, now),
+            }
         };
         self.pods.wake();
         let event = match (acked, outcome) {
@@ -396,6 +429,10 @@ impl Conversation {
             (Some(uid), Err(reason)) => {
                 tracing::warn!(uid, reason, "pod not served yet");
                 Some(ZdsEvent::Refused { uid, reason })
+            }
+            (None, Err(reason)) if unsendable.is_some() => {
+                tracing::debug!(reason, "pod not sent yet");
+                None
             }
             (None, Err(reason)) => {
                 tracing::warn!(reason, "node proxy refused an order");
@@ -415,8 +452,8 @@ impl Conversation {
         &self,
         order: Order,
         takes_listeners: bool,
-    ) -> Result<(Vec<u8>, Option<Netns>, Option<Listeners>), String> {
-        let encode = |request| encode_request(request).map_err(|e| e.to_string());
+    ) -> Result<(Vec<u8>, Option<Netns>, Option<Listeners>), Unsent> {
+        let encode = |request| encode_request(request).map_err(|error| Unsent::failed(&error));
         match order {
             Order::Add(uid, _) => {
                 let (pod, pids) = {
@@ -424,11 +461,10 @@ impl Conversation {
                     (state.pods.get(&uid).cloned(), state.pids.values().copied().collect::<Vec<_>>())
                 };
                 let Some(ServedPod { info, netns: Some(netns), options }) = pod else {
-                    return Err("the pod has gone".into());
+                    return Err(Unsent::failed("the pod has gone"));
                 };
                 let listeners = if takes_listeners {
-                    let held = self.listeners.acquire(&uid, &netns, &options, pids).await;
-                    Some(held.map_err(|e| e.to_string())?)
+                    Some(self.listeners.acquire(&uid, &netns, &options, pids).await?)
                 } else {
                     None
                 };

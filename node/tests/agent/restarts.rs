@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use ambit_api::workload::zds::workload_request::Payload;
 use ambit_node::nft;
@@ -64,7 +65,7 @@ async fn a_pod_whose_listeners_cannot_be_taken_back_is_kept() {
         std::process::Command::new("sleep").arg("60").stdin(descriptors.remove(1)).spawn().unwrap();
     drop(descriptors);
 
-    let running = Running::start_in(directory, |_| {}).await;
+    let running = Running::start_in(directory, |config| config.handover = Duration::ZERO).await;
     running.reconcile(vec![lasting]).await;
     let mut again = running.proxy(true).await;
     assert!(matches!(again.obey().await, Payload::Keep(keep) if keep.uid == "a"));
@@ -73,6 +74,34 @@ async fn a_pod_whose_listeners_cannot_be_taken_back_is_kept() {
     holder.kill().unwrap();
     holder.wait().unwrap();
     again.obey_add("a").await;
+}
+
+/// A proxy that starts while the agent is replaced may dial the new agent before its predecessor does, which ends once its
+/// successor is ready.
+#[tokio::test]
+async fn a_snapshot_ends_once_held_listeners_are_taken_over() {
+    let ((outside, pod), (_outside, other)) = (pair().await, pair().await);
+    let running = Running::start(|_| {}).await;
+    let lasting = PodSpec { netns_path: Some(lasting_path(&pod.netns)), ..spec("a", &pod) };
+    running.agent.enrol(lasting.clone()).await.unwrap();
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_snapshot().await;
+    let directory = running.stop().await;
+    let (_, mut descriptors) = proxy.pods.remove("a").unwrap();
+    let mut predecessor =
+        std::process::Command::new("sleep").arg("60").stdin(descriptors.remove(1)).spawn().unwrap();
+    drop(descriptors);
+
+    let running = Running::start_in(directory, |config| config.handover = SOON * 10).await;
+    running.reconcile(vec![lasting, spec("b", &other)]).await;
+    let mut successor = running.proxy(true).await;
+    successor.obey_add("b").await;
+    successor.hears_nothing().await;
+    predecessor.kill().unwrap();
+    predecessor.wait().unwrap();
+    successor.obey_add("a").await;
+    assert!(matches!(successor.obey().await, Payload::SnapshotSent(_)));
+    dial(&pod.netns, SocketAddr::new(outside.v4.into(), 9080)).await.expect("held");
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use ambit_net::seqpacket::SeqPacket;
 use ambit_net::{Netns, NetnsId};
 use ambit_node::listeners::ListenerHolder;
 use ambit_node::redirect::Options;
-use ambit_node::zds::{ServedPod, ServedPods, Server};
+use ambit_node::zds::{ServedPod, ServedPods, Server, Times};
 use serde_json::{Value, json};
 use socket2::Socket;
 use tempfile::TempDir;
@@ -36,7 +36,8 @@ impl Agent {
         let directory = tempfile::tempdir().unwrap();
         let (listeners, hold) = ListenerHolder::new();
         let (events, mut seen) = mpsc::channel(16);
-        let server = Server::bind(&directory.path().join("zds.sock"), listeners, hold_for, events).unwrap();
+        let times = Times { hold_for, handover: Duration::from_secs(10) };
+        let server = Server::bind(&directory.path().join("zds.sock"), listeners, times, events).unwrap();
         let pods = server.pods();
         let (open, is_open) = watch::channel(true);
         let mut tasks = JoinSet::new();

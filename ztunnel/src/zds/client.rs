@@ -18,8 +18,9 @@ use tokio::sync::watch;
 
 use super::session::{self, MAX_MESSAGE, Session, Step};
 
-/// First and longest pause between attempts to dial.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// First and longest pause between attempts to dial. A restarted agent takes pods' listeners back from this proxy, and keeps
+/// a successor waiting until then.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// How long the agent may take to take an answer off its socket.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
