@@ -8,6 +8,7 @@ ISTIO_KINDS=(
     authorizationpolicies.security.istio.io
     destinationrules.networking.istio.io
     peerauthentications.security.istio.io
+    requestauthentications.security.istio.io
     serviceentries.networking.istio.io
     virtualservices.networking.istio.io
     workloadentries.networking.istio.io

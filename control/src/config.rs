@@ -40,6 +40,10 @@ pub struct Config {
     pub max_connection_age: Duration,
     /// Connections of the port at the same time.
     pub max_connections: usize,
+    /// Roots of servers of key sets, beside Mozilla's.
+    pub key_set_roots: Option<PathBuf>,
+    /// Age at which key sets are fetched again.
+    pub key_set_refresh: Duration,
     /// Key set that callers' tokens are verified with. `None`: the API server reviews them.
     pub jwks: Option<PathBuf>,
     /// Audiences of which a token must name one.
@@ -127,6 +131,10 @@ struct ControlSettings {
     /// What a DENY rule that names HTTP attributes alone does without a waypoint: ignore or deny.
     #[serde(rename = "l7DenyAtL4")]
     l7_deny_at_l4: L7DenyAtL4,
+    /// PEM file with roots of the servers that key sets of RequestAuthentications are fetched from, beside those of Mozilla.
+    key_set_roots: Option<PathBuf>,
+    /// Age at which such key sets are fetched again; at least ten seconds.
+    key_set_refresh: Span,
     /// Where metrics are served.
     metrics: Option<SocketAddr>,
     /// Where readiness is served.
@@ -165,6 +173,8 @@ impl Default for ControlSettings {
             waypoint_template: None,
             deployed_waypoint_classes: vec!["ambit-waypoint".into()],
             l7_deny_at_l4: index.l7_deny_at_l4,
+            key_set_roots: None,
+            key_set_refresh: Span::from_secs(1200),
             metrics: None,
             readiness: None,
             admin: None,
@@ -188,6 +198,9 @@ impl Settings for ControlSettings {
         }
         if self.max_connection_age.get() < Duration::from_secs(1) {
             return Err(invalid("maxConnectionAge", "is less than a second"));
+        }
+        if self.key_set_refresh.get() < Duration::from_secs(10) {
+            return Err(invalid("keySetRefresh", "is less than ten seconds"));
         }
         if self.max_connections == 0 {
             return Err(invalid("maxConnections", "is 0: no proxy could ever connect"));
@@ -238,6 +251,8 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         waypoint_template,
         deployed_waypoint_classes,
         l7_deny_at_l4,
+        key_set_roots,
+        key_set_refresh,
         metrics,
         readiness,
         admin,
@@ -261,6 +276,8 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         root_propagation: root_propagation.map(Span::get),
         max_connection_age: max_connection_age.get(),
         max_connections,
+        key_set_roots,
+        key_set_refresh: key_set_refresh.get(),
         jwks,
         audiences,
         trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,

@@ -15,8 +15,8 @@ use serde_json::Value;
 use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway, Invalid, Namespace,
-    NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route,
-    Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
+    NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
+    RequestAuthentication, Route, Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -205,6 +205,7 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::DestinationRule => {
             Object::DestinationRule(typed::<manifest::DestinationRule, DestinationRule>(document)?)
         }
+        Kind::RequestAuthentication => return read_request_authentication(document),
     })
 }
 
@@ -237,6 +238,16 @@ fn read_authentication(document: &impl Document) -> Result<Object, Unreadable> {
         let loose = document.read::<Value>().ok();
         let stand_in = loose.and_then(|v| PeerAuthentication::unreadable(&v).ok());
         Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::PeerAuthentication) }
+    })
+}
+
+fn read_request_authentication(document: &impl Document) -> Result<Object, Unreadable> {
+    let authentication = typed::<manifest::RequestAuthentication, RequestAuthentication>(document);
+    authentication.map(Object::RequestAuthentication).map_err(|mismatch| {
+        let loose = document.read::<Value>().ok();
+        let stand_in =
+            loose.and_then(|v| RequestAuthentication::unreadable(&v, mismatch.message.clone()).ok());
+        Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::RequestAuthentication) }
     })
 }
 

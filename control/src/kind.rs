@@ -41,6 +41,8 @@ pub enum Kind {
     VirtualService,
     /// How requests to a host are balanced and limited.
     DestinationRule,
+    /// Which tokens of requests are valid.
+    RequestAuthentication,
 }
 
 /// Where objects of a kind live.
@@ -112,7 +114,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 18] = [
+    pub const ALL: [Kind; 19] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -131,6 +133,7 @@ impl Kind {
         Kind::ReferenceGrant,
         Kind::VirtualService,
         Kind::DestinationRule,
+        Kind::RequestAuthentication,
     ];
 
     /// The table.
@@ -165,6 +168,9 @@ impl Kind {
             }
             Kind::DestinationRule => {
                 extension(NETWORKING.0, NETWORKING.1, "DestinationRule", "destinationrules")
+            }
+            Kind::RequestAuthentication => {
+                extension(SECURITY.0, SECURITY.1, "RequestAuthentication", "requestauthentications")
             }
         }
     }

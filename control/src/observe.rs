@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::index::{Finding, NO_EFFECT_AT_L4};
+use crate::keys::KeyMetrics;
 use crate::kind::Kind;
 use crate::object::ObjectRef;
 use crate::serve::live_pods::LivePods;
@@ -52,6 +53,7 @@ pub(crate) struct OnKubernetes {
 pub(crate) struct Observed {
     pub(crate) source: Arc<SourceMetrics>,
     pub(crate) index: Arc<IndexMetrics>,
+    pub(crate) keys: Arc<KeyMetrics>,
     pub(crate) published: Published,
     pub(crate) live_pods: Arc<LivePods>,
     pub(crate) port: Arc<PortMetrics>,
@@ -89,6 +91,7 @@ impl Observed {
         registry.build_info("pilot", VERSION);
         self.register_source(registry);
         self.register_index(registry);
+        self.register_keys(registry);
         self.register_port(registry);
         self.register_xds(registry);
         self.register_issuance(registry);
@@ -182,6 +185,18 @@ impl Observed {
             move || findings.lock().values().filter(|findings| findings.iter().any(no_effect)).count() as u64,
         );
         gauge(registry, ("live_pods", "Live pods bound to a node"), move || live_pods.len() as u64);
+    }
+
+    fn register_keys(&self, registry: &Registry) {
+        let keys = &self.keys;
+        counter(registry, ("key_sets_fetched", "Key sets of token issuers fetched"), keys, |m| &m.fetched);
+        let help = "Attempts to fetch a key set that failed";
+        counter(registry, ("key_set_fetches_failed", help), keys, |m| &m.failed);
+        let (unknown, stale) = (keys.clone(), keys.clone());
+        let help = "Key sets that are not known, so that tokens of their issuers are refused";
+        gauge(registry, ("key_sets_unknown", help), move || unknown.unknown.load(Ordering::Relaxed));
+        let help = "Key sets that could not be refreshed and are kept";
+        gauge(registry, ("key_sets_stale", help), move || stale.stale.load(Ordering::Relaxed));
     }
 
     fn register_port(&self, registry: &Registry) {

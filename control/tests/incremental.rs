@@ -84,6 +84,20 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["'*'", "'.'"], &["s1", "s2"]],
     ));
     texts.extend(combine(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: $0, namespace: $1}\n\
+         spec: {$2, jwtRules: [{issuer: 'https://i', $3}]}",
+        &[
+            &["r1", "r2"],
+            &["a", "b", "ambit-system"],
+            &[
+                "targetRefs: [{kind: Service, name: s1}]",
+                "targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: w}]",
+                "selector: {matchLabels: {app: x}}",
+            ],
+            &["jwksUri: 'http://keys'", "audiences: [x]"],
+        ],
+    ));
+    texts.extend(combine(
         "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {name: $0, namespace: $1}\n\
          spec: {host: $2, subsets: [{name: v, labels: {$3: x}}]$4}",
         &[
@@ -228,7 +242,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 16, "{kinds:?}");
+    assert_eq!(kinds.len(), 17, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

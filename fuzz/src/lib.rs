@@ -17,6 +17,7 @@ mod identity;
 mod objects;
 pub mod pieces;
 mod proxy_protocol;
+mod request_token;
 mod socks5;
 mod tls;
 mod tunnel;
@@ -37,8 +38,10 @@ pub fn targets() -> &'static [(&'static str, Target)] {
         ("dns-answer", dns::answer),
         ("dns-question", dns::question),
         ("forwarded", tunnel::forwarded),
+        ("issuer-keys", request_token::issuer_keys),
         ("objects", objects::objects),
         ("proxy-protocol", proxy_protocol::header),
+        ("request-token", request_token::request_token),
         ("resolv-conf", dns::resolv_conf),
         ("revocations", identity::revocations),
         ("socks5", socks5::handshake),

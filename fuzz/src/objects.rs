@@ -62,7 +62,11 @@ fn is_understood<'a>(resources: impl Iterator<Item = (ResourceType, &'a str, &'a
             }
             ResourceType::Policy => {
                 let object = l7::Policy::decode(body).expect("a policy").object.expect("its name");
-                assert_eq!(format!("{}/{}", object.namespace, object.name), name);
+                let kind = match object.kind.as_str() {
+                    "AuthorizationPolicy" => String::new(),
+                    other => format!("{other}/"),
+                };
+                assert_eq!(format!("{kind}{}/{}", object.namespace, object.name), name);
                 continue;
             }
             ResourceType::BackendPolicy => {

@@ -1,7 +1,8 @@
 //! Step 9: the response is brought into its one form, and the exchange ends with its body.
 
+use ambit_token::Rejection;
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderName, SEC_WEBSOCKET_ACCEPT};
+use http::header::{CONTENT_TYPE, HeaderName, SEC_WEBSOCKET_ACCEPT, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Response, StatusCode, Version};
 
 use crate::body::ResponseBody;
@@ -69,6 +70,14 @@ fn of_failure(failure: &Failure, grpc: bool) -> Response<ResponseBody> {
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     if failure.ends_connection() {
         response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Failure::Unauthenticated(rejection) = failure {
+        // RFC 6750 §3.1: no error is named to who sent no token.
+        let challenge = match rejection {
+            Rejection::Invalid(_) => "Bearer error=\"invalid_token\"",
+            Rejection::Missing => "Bearer",
+        };
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
     }
     if failure.status() == StatusCode::METHOD_NOT_ALLOWED {
         response.headers_mut().insert(http::header::ALLOW, HeaderValue::from_static("GET, HEAD, POST"));

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use ambit_policy::{HttpRequest, Verdict};
+use ambit_policy::{HttpRequest, Token, Verdict};
 use http::HeaderMap;
 use http::request::Parts;
 
@@ -23,6 +23,7 @@ pub fn authorize(
     inbound: &Inbound,
     sane: &Sane,
     parts: &Parts,
+    token: Option<&Token>,
 ) -> Result<(), Failure> {
     let request = HttpRequest {
         authority: &sane.authority,
@@ -32,7 +33,7 @@ pub fn authorize(
         headers: &parts.headers,
         remote_ip: remote_ip(inbound.source.ip(), inbound.trusted_forwarder, &parts.headers),
         server_name: None,
-        token: None,
+        token,
     };
     decide(published, inbound, Some(&request))
 }

@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::filters::Filtered;
 use crate::proxy::Counted;
 use crate::report::Record;
-use crate::{answer, attempt, authorize, balance, filters, matching, sanitise};
+use crate::{answer, attempt, authenticate, authorize, balance, filters, matching, sanitise};
 
 /// A response on its way to the client.
 #[derive(Debug)]
@@ -54,9 +54,11 @@ async fn steps(
     let sane = sanitise::sanitise(&mut parts, &inbound.claims())?;
     record.set_target(&sane, &parts);
     let published = inbound.worker.proxy.published.load_full();
+    authenticate::remove_outputs(&published, inbound, &mut parts);
     let routed = matching::find(&published, inbound, &sane, &parts)?;
     record.set_route(routed.as_ref());
-    authorize::authorize(&published, inbound, &sane, &parts)?;
+    let token = authenticate::authenticate(&published, inbound, &mut parts)?;
+    authorize::authorize(&published, inbound, &sane, &parts, token.as_ref())?;
     let on_response = match filters::on_request(routed.as_ref(), inbound, &sane, &mut parts).await? {
         Filtered::Goes(on_response) => on_response,
         Filtered::Answered(answered) => return Ok(*answered),

@@ -1,6 +1,7 @@
 //! Why a request is answered by the waypoint and not by an endpoint: whose fault it is, and what that means for status,
 //! `response_flags` and another try.
 
+use ambit_token::Rejection;
 use http::StatusCode;
 
 /// A request that no endpoint answered.
@@ -35,6 +36,9 @@ pub enum Failure {
         /// What is wrong.
         reason: String,
     },
+    /// Its token is not valid, or it has none and needs one.
+    #[error("{0}")]
+    Unauthenticated(Rejection),
     /// Policy denies it.
     #[error("{0}")]
     Denied(String),
@@ -87,6 +91,7 @@ impl Failure {
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::InvalidRoute { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::Denied(_) => StatusCode::FORBIDDEN,
             Self::UnknownService(_)
             | Self::NoEndpoint(_)
@@ -114,7 +119,7 @@ impl Failure {
             Self::RequestBody(_) => "DR",
             Self::NoRoute => "NR",
             Self::InvalidRoute { .. } => "NC",
-            Self::Denied(_) => "UAEX",
+            Self::Unauthenticated(_) | Self::Denied(_) => "UAEX",
             Self::UnknownService(_) => "NC",
             Self::NoEndpoint(_) => "UH",
             Self::Unavailable(_) => "LR",
@@ -137,6 +142,7 @@ impl Failure {
             Self::Method(_) => "this method is not allowed\n",
             Self::NoRoute => "no route\n",
             Self::InvalidRoute { .. } => "the route is not valid\n",
+            Self::Unauthenticated(rejection) => rejection.message(),
             Self::Denied(_) => "RBAC: access denied\n",
             Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
             Self::Unavailable(_) => "not available\n",

@@ -2,13 +2,14 @@
 //! endpoint that it chose.
 //!
 //! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
-//! [`authorize`], [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
+//! [`authorize`] (after [`authenticate`]), [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
 
 pub mod accept;
 pub mod activity;
 pub mod answer;
 pub mod app;
 pub mod attempt;
+pub mod authenticate;
 pub mod authorize;
 pub mod balance;
 pub mod body;

@@ -8,6 +8,7 @@ use ambit_api::{l7, security};
 use ambit_directory::{NamespacedHost, Vip};
 use ambit_identity::SpiffeId;
 use ambit_policy::{HttpRequest, Peer, Policy, Request, Verdict, evaluate_http};
+use ambit_token::{Rule, Rules};
 
 use crate::accept::Destination;
 
@@ -15,8 +16,29 @@ use crate::accept::Destination;
 #[derive(Debug, Default)]
 pub struct Policies {
     /// For everything that is reached through this waypoint.
-    everywhere: Vec<Arc<Policy>>,
-    services: HashMap<NamespacedHost, Vec<Arc<Policy>>>,
+    everywhere: Group,
+    services: HashMap<NamespacedHost, Group>,
+}
+
+/// Policies for the same.
+#[derive(Debug, Default)]
+struct Group {
+    policies: Vec<Arc<Policy>>,
+    tokens: Vec<Rules>,
+}
+
+impl Group {
+    fn add(&mut self, compiled: &Compiled) {
+        match compiled {
+            Compiled::Policy(policy) => self.policies.push(policy.clone()),
+            Compiled::Tokens(rules) => self.tokens.push(rules.clone()),
+        }
+    }
+}
+
+enum Compiled {
+    Policy(Arc<Policy>),
+    Tokens(Rules),
 }
 
 impl Policies {
@@ -24,17 +46,30 @@ impl Policies {
     pub fn new(all: &BTreeMap<String, l7::Policy>, is_own: impl Fn(&str) -> bool) -> Self {
         let mut policies = Self::default();
         for (name, source) in all {
-            let policy = Arc::new(compile(name, source));
+            let compiled = match &source.authentication {
+                Some(authentication) => Compiled::Tokens(Rules::new(authentication)),
+                None => Compiled::Policy(Arc::new(compile(name, source))),
+            };
             if source.gateways.iter().any(|gateway| is_own(gateway)) {
-                policies.everywhere.push(policy.clone());
+                policies.everywhere.add(&compiled);
             }
             for target in &source.targets {
                 let hostname = target.hostname.to_ascii_lowercase().into();
                 let service = NamespacedHost { namespace: target.namespace.as_str().into(), hostname };
-                policies.services.entry(service).or_default().push(policy.clone());
+                policies.services.entry(service).or_default().add(&compiled);
             }
         }
         policies
+    }
+
+    fn groups(&self, destination: &Destination) -> impl Iterator<Item = &Group> + Clone {
+        let of_service = destination.service().and_then(|service| self.services.get(&service.host));
+        std::iter::once(&self.everywhere).chain(of_service)
+    }
+
+    /// The rules for tokens of requests to a destination.
+    pub fn tokens(&self, destination: &Destination) -> impl Iterator<Item = &Rule> {
+        self.groups(destination).flat_map(|group| &group.tokens).flat_map(Rules::iter)
     }
 
     /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
@@ -45,8 +80,7 @@ impl Policies {
         source: IpAddr,
         http: Option<&HttpRequest<'_>>,
     ) -> Verdict {
-        let of_service = destination.service().and_then(|service| self.services.get(&service.host));
-        let applying = self.everywhere.iter().chain(of_service.into_iter().flatten()).map(|policy| &**policy);
+        let applying = self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy);
         let request = Request {
             peer: Some(Peer {
                 principal: client.principal(),

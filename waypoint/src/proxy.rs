@@ -75,6 +75,8 @@ pub struct Tallies {
     pub retries_over_budget: AtomicU64,
     /// Requests that broke the rules of HTTP.
     pub malformed: AtomicU64,
+    /// Requests whose token was refused.
+    pub unauthenticated: AtomicU64,
     /// Requests that passed a limit.
     pub limited: Limited,
     /// Copies of requests that could not be delivered.
@@ -107,6 +109,7 @@ impl Tallies {
     pub fn count_failure(&self, failure: &Failure) {
         let count = match failure {
             Failure::Malformed(_) | Failure::Method(_) => &self.malformed,
+            Failure::Unauthenticated(_) => &self.unauthenticated,
             Failure::HeadTooLarge => &self.limited.head_size,
             Failure::TargetTooLong => &self.limited.target_size,
             Failure::HeadTimeout => &self.limited.head_timeout,

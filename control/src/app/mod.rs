@@ -17,20 +17,21 @@ use http::StatusCode;
 use kube::Client;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tonic::service::Routes;
 
 use crate::api_server::{ConnectError, connect};
 use crate::config::Config;
+use crate::keys::{Keys, RootsError, Wanted};
 use crate::observe::{Findings, Observed, OnKubernetes, VERSION};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::live_pods::LivePods;
 use crate::serve::port::{self, PortLimits};
 use crate::serve::publish::Published;
-use crate::source::SourceName;
 use crate::source::files::{Directories, WatchError};
 use crate::source::kubernetes::ApiServer;
+use crate::source::{Event, SourceName};
 use crate::write::classes::ClassWriter;
 use crate::write::deployments::WaypointWriter;
 use crate::write::lease::Elector;
@@ -38,7 +39,7 @@ use crate::write::pod_certificates::PodCertificateSigner;
 use crate::write::roots::{Namespaces, RootsWriter};
 use crate::write::status::StatusWriter;
 use crate::write::trust_bundle::TrustBundleWriter;
-use worker::IndexWorker;
+use worker::{IndexWorker, Input};
 
 /// The task that serves the port.
 const PORT: &str = "the port";
@@ -46,6 +47,10 @@ const PORT: &str = "the port";
 const ELECTION: &str = "the election";
 /// Time that open streams have to end after a request to stop.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How long the start waits for keys of token issuers: without them, waypoints refuse the tokens.
+const FIRST_KEYS: Duration = Duration::from_secs(10);
+/// What waits for the index.
+const INPUTS: usize = 64;
 /// Descriptors for everything but the connections of the port.
 const OWN_FILES: u64 = 128;
 
@@ -71,6 +76,9 @@ pub enum AppError {
     /// The port's own certificate cannot be made.
     #[error(transparent)]
     Serving(#[from] ambit_ca::serving::ServingError),
+    /// The roots of servers of key sets cannot be used.
+    #[error(transparent)]
+    KeySets(#[from] RootsError),
     /// A source cannot be watched.
     #[error(transparent)]
     Source(#[from] WatchError),
@@ -379,6 +387,7 @@ fn services(
     let observed = Observed {
         source: Arc::default(),
         index: Arc::default(),
+        keys: Arc::default(),
         published,
         live_pods,
         port: Arc::default(),
@@ -480,6 +489,9 @@ async fn start_index(
         }
     };
     let (ready, is_ready) = oneshot::channel();
+    let (wanted_keys, wanted) = watch::channel(Wanted::new());
+    let (unasked_keys, mut unasked) = watch::channel(0);
+    let inputs = start_keys(tasks, config, observed, events, wanted)?;
     let worker = IndexWorker {
         published: observed.published.clone(),
         live_pods: observed.live_pods.clone(),
@@ -488,6 +500,8 @@ async fn start_index(
         namespaces,
         statuses: observed.statuses.clone(),
         waypoints: observed.waypoints.clone(),
+        wanted_keys,
+        unasked_keys,
         ready: Some(ready),
         synced: false,
     };
@@ -495,7 +509,7 @@ async fn start_index(
     let (ended, has_ended) = oneshot::channel::<()>();
     // Computing is no work for the runtime: a large batch would hold up streams.
     let run = move || {
-        worker.run(settings, events);
+        worker.run(settings, inputs);
         drop(ended);
     };
     std::thread::Builder::new().name("index".to_owned()).spawn(run).map_err(AppError::Thread)?;
@@ -506,8 +520,44 @@ async fn start_index(
             reason: "it ended before the sources were read".to_owned(),
         });
     }
+    // A waypoint that reconnects would refuse tokens of issuers whose keys are not there yet.
+    if tokio::time::timeout(FIRST_KEYS, unasked.wait_for(|unasked| *unasked == 0)).await.is_err() {
+        tracing::warn!(
+            "keys of some token issuers have not been fetched; their tokens are refused until they are"
+        );
+    }
     synced.done();
     Ok(sources)
+}
+
+/// Starts fetching keys, and gives the index what comes from the sources and of keys.
+fn start_keys(
+    tasks: &mut Tasks,
+    config: &Config,
+    observed: &Observed,
+    mut events: mpsc::Receiver<Event>,
+    wanted: watch::Receiver<Wanted>,
+) -> Result<mpsc::Receiver<Input>, AppError> {
+    let (send, inputs) = mpsc::channel(INPUTS);
+    let (changed, mut fetched) = mpsc::channel(1);
+    // The index ends with its sources.
+    tasks.spawn("the sources", async move {
+        loop {
+            let input = tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => Input::Source(event),
+                    None => return,
+                },
+                Some((address, keys)) = fetched.recv() => Input::Keys(address, keys),
+            };
+            if send.send(input).await.is_err() {
+                return;
+            }
+        }
+    });
+    let keys = Keys::new(config.key_set_roots.as_deref(), config.key_set_refresh, observed.keys.clone())?;
+    tasks.spawn("the keys of tokens", keys.run(wanted, changed));
+    Ok(inputs)
 }
 
 fn directories(config: &Config) -> Vec<PathBuf> {

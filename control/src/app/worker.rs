@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::index::{Changes, Finding, Index, ResourceType, Settings};
+use crate::index::{Changes, FetchedKeys, Finding, Index, ResourceType, Settings};
+use crate::keys::Wanted;
 use crate::kind::Kind;
-use crate::object::{Change, ObjectRef};
+use crate::object::{Change, KeyAddress, ObjectRef};
 use crate::observe::{Findings, IndexMetrics};
 use crate::serve::live_pods::LivePods;
 use crate::serve::publish::Published;
@@ -19,6 +20,14 @@ use crate::write::status;
 
 /// Batches of a source that are taken together when they wait.
 const TOGETHER: usize = 64;
+
+/// What the index is given.
+pub(super) enum Input {
+    /// What a source reports.
+    Source(Event),
+    /// What became of fetching keys.
+    Keys(KeyAddress, FetchedKeys),
+}
 
 /// The index and where its results go; runs on a thread of its own.
 pub(super) struct IndexWorker {
@@ -32,28 +41,34 @@ pub(super) struct IndexWorker {
     pub(super) statuses: Arc<StatusQueue>,
     /// Gateways of waypoints of which something changed.
     pub(super) waypoints: Arc<StatusQueue>,
+    /// The keys of token issuers that are to be fetched.
+    pub(super) wanted_keys: watch::Sender<Wanted>,
+    /// How many of these nobody has tried to fetch yet.
+    pub(super) unasked_keys: watch::Sender<usize>,
     pub(super) ready: Option<oneshot::Sender<()>>,
     /// Whether everything that the sources had at the start was taken.
     pub(super) synced: bool,
 }
 
 impl IndexWorker {
-    pub(super) fn run(mut self, settings: Settings, mut events: mpsc::Receiver<Event>) {
+    pub(super) fn run(mut self, settings: Settings, mut inputs: mpsc::Receiver<Input>) {
         let mut index = Index::new(settings);
         self.apply(&mut index, Vec::new());
         let mut waiting = Vec::with_capacity(TOGETHER);
-        while events.blocking_recv_many(&mut waiting, TOGETHER) > 0 {
+        while inputs.blocking_recv_many(&mut waiting, TOGETHER) > 0 {
             let mut changes: Vec<Change> = Vec::new();
             let mut is_synced = false;
             for event in waiting.drain(..) {
                 match event {
-                    Event::Changes(more) => changes.extend(more),
-                    Event::Synced => is_synced = true,
+                    Input::Source(Event::Changes(more)) => changes.extend(more),
+                    Input::Source(Event::Synced) => is_synced = true,
+                    Input::Keys(address, keys) => index.set_keys(address, keys),
                 }
             }
             self.note_namespaces(&changes);
             let (touched, parts) = (statuses_of(&changes), parts_of_waypoints(&changes));
             self.apply(&mut index, changes);
+            self.want_keys(&mut index);
             // After the findings, so that whoever looks at the object finds those of now.
             self.statuses.push(touched);
             self.waypoints.push(parts.into_iter().filter(|gateway| index.is_waypoint(&gateway.name)));
@@ -66,6 +81,18 @@ impl IndexWorker {
                 ready.send(()).unwrap_or_default();
             }
         }
+    }
+
+    fn want_keys(&self, index: &mut Index) {
+        let wanted = index.wanted_keys();
+        index.retain_keys(|address| wanted.contains_key(address));
+        let unasked = wanted.keys().filter(|address| !index.has_asked_for_keys(address)).count();
+        self.unasked_keys.send_replace(unasked);
+        self.wanted_keys.send_if_modified(|known| {
+            let differs = *known != wanted;
+            *known = wanted;
+            differs
+        });
     }
 
     fn note_namespaces(&self, changes: &[Change]) {

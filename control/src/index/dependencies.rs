@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::object::{NamespacedName, ObjectRef};
+use crate::object::{KeyAddress, NamespacedName, ObjectRef};
 
 /// Something that a resource may depend on beside its own object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,6 +55,8 @@ pub(super) enum Dependency {
     VirtualService(NamespacedName),
     /// The pods with this label.
     Label(Arc<str>, Arc<str>),
+    /// Keys that are fetched.
+    Keys(KeyAddress),
 }
 
 /// Dependencies by producer, and producers by dependency.

@@ -17,11 +17,13 @@ mod touch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::object::{Change, Kind, NamespacedName, ObjectRef, ParentRef};
+use crate::object::{Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
+pub use l7::request_authentications::FetchedKeys;
 pub use l7::views::root_of_view;
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
@@ -246,6 +248,22 @@ impl Index {
         gateway.is_some_and(|gateway| self.settings.waypoint_classes.contains(&gateway.class))
     }
 
+    /// The keys of token issuers that are to be fetched, and how long each may take.
+    pub fn wanted_keys(&self) -> BTreeMap<KeyAddress, Duration> {
+        let mut wanted = BTreeMap::new();
+        let bound = self.store.request_authentications.values().filter(|it| !it.targets.is_empty());
+        for (address, timeout) in bound.flat_map(|authentication| authentication.remote_keys()) {
+            let longest: &mut Duration = wanted.entry(address.clone()).or_default();
+            *longest = timeout.max(*longest);
+        }
+        wanted
+    }
+
+    /// Whether it was given what became of fetching these keys.
+    pub fn has_asked_for_keys(&self, address: &KeyAddress) -> bool {
+        self.store.keys.contains_key(address)
+    }
+
     /// How many producers were computed since the index was made: the work done.
     pub fn computed(&self) -> u64 {
         self.computed
@@ -270,6 +288,7 @@ impl Index {
             Kind::HttpRoute | Kind::GrpcRoute => l7::routes::of_route(&reader, producer),
             Kind::VirtualService => l7::virtual_services::of_virtual_service(&reader, id),
             Kind::DestinationRule => l7::backend_policies::of_rule(&reader, id),
+            Kind::RequestAuthentication => l7::request_authentications::of_authentication(&reader, id),
             Kind::ReferenceGrant
             | Kind::Namespace
             | Kind::Node

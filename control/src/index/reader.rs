@@ -6,11 +6,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::dependencies::Dependency;
+use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    Gateway, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet,
-    Route, Service, ServiceEntry, VirtualService, Visibility,
+    Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod,
+    ReplicaSet, Route, Service, ServiceEntry, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -204,6 +205,12 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::RoutesOf(parent.clone()));
         let ids = self.store.routes_by_parent.of(parent);
         ids.filter_map(|id| self.store.routes.get(id)).map(AsRef::as_ref)
+    }
+
+    /// Keys of a token issuer, once they were asked for.
+    pub(super) fn keys(&self, address: &KeyAddress) -> Option<&'a FetchedKeys> {
+        self.depend(Dependency::Keys(address.clone()));
+        self.store.keys.get(address)
     }
 
     /// A VirtualService.

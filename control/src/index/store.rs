@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use super::Settings;
 use super::l7::hosts;
+use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
-    AuthorizationPolicy, DestinationRule, EndpointSlice, Gateway, Kind, Namespace, NamespacedName, Node,
-    ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route, Service, ServiceEntry,
-    VirtualService, WorkloadEntry, WorkloadSpec,
+    AuthorizationPolicy, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Namespace,
+    NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
+    RequestAuthentication, Route, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -31,6 +32,9 @@ pub(super) struct Store {
     pub(super) grants: HashMap<NamespacedName, Arc<ReferenceGrant>>,
     pub(super) virtual_services: HashMap<NamespacedName, Arc<VirtualService>>,
     pub(super) destination_rules: HashMap<NamespacedName, Arc<DestinationRule>>,
+    pub(super) request_authentications: HashMap<NamespacedName, Arc<RequestAuthentication>>,
+    /// Keys of token issuers, as far as they were fetched.
+    pub(super) keys: HashMap<KeyAddress, FetchedKeys>,
 
     /// Pods and WorkloadEntries by label.
     pub(super) members: Members,

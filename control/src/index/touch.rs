@@ -9,12 +9,13 @@ use std::sync::Arc;
 use super::Index;
 use super::dependencies::Dependency;
 use super::l7::hosts;
+use super::l7::request_authentications::FetchedKeys;
 use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
-    AuthorizationPolicy, Change, DestinationRule, EndpointSlice, Gateway, Kind, Labels, Namespace,
-    NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, Route,
-    Service, ServiceEntry, VirtualService, WorkloadEntry,
+    AuthorizationPolicy, Change, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Labels,
+    Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
+    RequestAuthentication, Route, Service, ServiceEntry, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -45,6 +46,7 @@ impl Index {
             Object::ReferenceGrant(new) => self.take_grant(&id, Some(&new)),
             Object::VirtualService(new) => self.take_virtual_service(&id, Some(&new)),
             Object::DestinationRule(new) => self.take_destination_rule(&id, Some(&new)),
+            Object::RequestAuthentication(new) => self.take_request_authentication(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -67,6 +69,7 @@ impl Index {
             Kind::ReferenceGrant => self.take_grant(id, None),
             Kind::VirtualService => self.take_virtual_service(id, None),
             Kind::DestinationRule => self.take_destination_rule(id, None),
+            Kind::RequestAuthentication => self.take_request_authentication(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -250,6 +253,24 @@ impl Index {
             self.touch_users(&Dependency::Selectors(id.namespace.clone()));
         }
         self.touch_selected(Some(&id.namespace), both().filter_map(|a| a.selector.as_ref()));
+    }
+
+    fn take_request_authentication(&mut self, id: &NamespacedName, new: Option<&Arc<RequestAuthentication>>) {
+        let old = replace(&mut self.store.request_authentications, id, new);
+        if old.as_ref() != new {
+            self.touch(Kind::RequestAuthentication, id);
+        }
+    }
+
+    /// Takes what was fetched of a token issuer's keys; what that changes comes with the next batch.
+    pub fn set_keys(&mut self, address: KeyAddress, keys: FetchedKeys) {
+        self.touch_users(&Dependency::Keys(address.clone()));
+        self.store.keys.insert(address, keys);
+    }
+
+    /// Forgets keys that are not wanted any more.
+    pub fn retain_keys(&mut self, is_wanted: impl Fn(&KeyAddress) -> bool) {
+        self.store.keys.retain(|address, _| is_wanted(address));
     }
 
     fn take_service_entry(&mut self, id: &NamespacedName, new: Option<&Arc<ServiceEntry>>) {

@@ -34,6 +34,7 @@ pub use istio::authorization::{
 pub use istio::condition::{Attribute, Condition, HttpAttribute, TextKey};
 pub use istio::destination_rule::DestinationRule;
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
+pub use istio::request_authentication::{JwtRule, KeyAddress, KeySource, RequestAuthentication};
 pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};
 pub use istio::virtual_service_delegate::joined;
 pub use istio::virtual_service_http::{Http, Referents};
@@ -54,6 +55,7 @@ pub(crate) mod manifest {
     pub(crate) use super::istio::entry::{
         ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry,
     };
+    pub(crate) use super::istio::request_authentication::Manifest as RequestAuthentication;
     pub(crate) use super::istio::virtual_service::Manifest as VirtualService;
 }
 
@@ -140,6 +142,8 @@ pub enum Object {
     VirtualService(Arc<VirtualService>),
     /// How requests to a host are balanced and limited.
     DestinationRule(Arc<DestinationRule>),
+    /// Which tokens of requests are valid.
+    RequestAuthentication(Arc<RequestAuthentication>),
 }
 
 impl Object {
@@ -164,6 +168,7 @@ impl Object {
             Object::ReferenceGrant(_) => Kind::ReferenceGrant,
             Object::VirtualService(_) => Kind::VirtualService,
             Object::DestinationRule(_) => Kind::DestinationRule,
+            Object::RequestAuthentication(_) => Kind::RequestAuthentication,
         }
     }
 
@@ -186,6 +191,7 @@ impl Object {
             Object::ReferenceGrant(o) => o.id.clone(),
             Object::VirtualService(o) => o.meta.id.clone(),
             Object::DestinationRule(o) => o.meta.id.clone(),
+            Object::RequestAuthentication(o) => o.meta.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

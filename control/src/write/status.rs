@@ -32,7 +32,7 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 7] = [
+pub(crate) const KINDS: [Kind; 8] = [
     Kind::Service,
     Kind::AuthorizationPolicy,
     Kind::ServiceEntry,
@@ -40,6 +40,7 @@ pub(crate) const KINDS: [Kind; 7] = [
     Kind::HttpRoute,
     Kind::GrpcRoute,
     Kind::VirtualService,
+    Kind::RequestAuthentication,
 ];
 /// Objects looked at at the same time.
 const CONCURRENT: usize = 8;

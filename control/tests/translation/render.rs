@@ -208,11 +208,13 @@ pub(crate) fn gateway_resource(body: &[u8]) -> Value {
 pub(crate) fn waypoint_policy(body: &[u8]) -> Value {
     let policy = l7::Policy::decode(body).unwrap();
     let enforced = policy.authorization.map(|policy| authorization(&policy.encode_to_vec()));
-    object([
-        ("targets", list(&policy.targets, target)),
-        ("gateways", json!(policy.gateways)),
-        ("authorization", enforced.unwrap_or_else(|| json!("denies everything"))),
-    ])
+    let tokens = policy.authentication.map(|rules| list(&rules.rules, |rule| json!(format!("{rule:?}"))));
+    let enforced = match (enforced, tokens) {
+        (None, None) => ("authorization", json!("denies everything")),
+        (_, Some(tokens)) => ("tokens", tokens),
+        (Some(enforced), None) => ("authorization", enforced),
+    };
+    object([("targets", list(&policy.targets, target)), ("gateways", json!(policy.gateways)), enforced])
 }
 
 pub(crate) fn route(body: &[u8]) -> Value {

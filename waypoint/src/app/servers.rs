@@ -78,6 +78,8 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         &t.retries_over_budget
     });
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
+    let help = "Requests without the valid token that they need";
+    count("ambit_requests_unauthenticated", help, |t| &t.unauthenticated);
     limits(parts, program);
     count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
         &t.dry_run_differs

@@ -36,9 +36,6 @@ fn translated(translator: &Translator<'_>, rule: &Rule, unknown: &mut Vec<String
     let mut clauses = Vec::new();
     let denies = translator.action == security::Action::Deny;
     let before = unknown.len();
-    if rule.from.iter().any(needs_token) {
-        unknown.push("requestPrincipals".to_owned());
-    }
     let operations: Vec<security::Match> = rule.to.iter().map(operation).collect();
     let to_anything = operations.is_empty() || denies && operations.iter().any(is_empty);
     if !to_anything {
@@ -71,13 +68,12 @@ fn is_empty(fields: &security::Match) -> bool {
     *fields == security::Match::default()
 }
 
-/// Whether it asks for what only a verified token shows. Waypoints verify none.
-fn needs_token(source: &Source) -> bool {
-    !source.request_principals.is_empty() || !source.not_request_principals.is_empty()
-}
-
 fn source(translator: &Translator<'_>, source: &Source) -> SourceMatch {
+    let principal = Key::Named(RequestAttribute::RequestPrincipal.into());
     let http = api::HttpMatch {
+        attributes: attribute(principal, &source.request_principals, &source.not_request_principals)
+            .into_iter()
+            .collect(),
         remote_ips: addresses(&source.remote_ip_blocks),
         not_remote_ips: addresses(&source.not_remote_ip_blocks),
         ..api::HttpMatch::default()
@@ -104,7 +100,7 @@ fn operation(operation: &Operation) -> security::Match {
 }
 
 /// # Errors
-/// The key of an attribute that is not known. Those of tokens are not, as waypoints verify none.
+/// The key of an attribute that is not known.
 fn condition(translator: &Translator<'_>, attribute: &Attribute) -> Result<security::Match, String> {
     let Attribute::Http(of_request) = attribute else { return Ok(translator.condition(attribute)) };
     let http = match of_request {
@@ -142,10 +138,13 @@ fn text_key(key: &TextKey) -> Result<Key, String> {
         }
         TextKey::Header(name) => Ok(Key::Header(name.clone())),
         TextKey::ServerName => Ok(Key::Named(RequestAttribute::ServerName.into())),
-        TextKey::Claim(_) => Err("request.auth.claims".to_owned()),
-        TextKey::RequestPrincipal => Err("request.auth.principal".to_owned()),
-        TextKey::RequestAudience => Err("request.auth.audiences".to_owned()),
-        TextKey::RequestPresenter => Err("request.auth.presenter".to_owned()),
+        TextKey::Claim(path) => {
+            let names = path.iter().map(ToString::to_string).collect();
+            Ok(Key::Claim(api::ClaimPath { names }))
+        }
+        TextKey::RequestPrincipal => Ok(Key::Named(RequestAttribute::RequestPrincipal.into())),
+        TextKey::RequestAudience => Ok(Key::Named(RequestAttribute::RequestAudience.into())),
+        TextKey::RequestPresenter => Ok(Key::Named(RequestAttribute::RequestPresenter.into())),
     }
 }
 

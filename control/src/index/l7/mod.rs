@@ -7,6 +7,7 @@ pub(super) mod backend_policies;
 pub(super) mod gateways;
 pub(super) mod hosts;
 pub(super) mod policies;
+pub(super) mod request_authentications;
 pub(super) mod routes;
 pub(super) mod views;
 pub(super) mod virtual_services;

@@ -40,6 +40,7 @@ pub(in crate::index) fn of_policy(
         targets: bound.targets,
         gateways: bound.gateways,
         authorization,
+        authentication: None,
     };
     let resource = Resource {
         name: policy.id.to_string().into(),
@@ -134,16 +135,16 @@ fn unsupported(key: &str, action: security::Action) -> String {
 
 /// What the targets of a policy come to.
 #[derive(Default)]
-struct Bound {
-    targets: Vec<l7::Target>,
-    gateways: Vec<String>,
+pub(super) struct Bound {
+    pub(super) targets: Vec<l7::Target>,
+    pub(super) gateways: Vec<String>,
     /// The waypoints that it is for.
-    roots: BTreeSet<Arc<str>>,
+    pub(super) roots: BTreeSet<Arc<str>>,
 }
 
 impl Bound {
     /// Adds a target, or says why there is none.
-    fn add(
+    pub(super) fn add(
         &mut self,
         reader: &Reader<'_>,
         policy: &NamespacedName,
@@ -216,6 +217,6 @@ impl Bound {
     }
 }
 
-fn report(reader: &Reader<'_>, met: bool, reason: &'static str, message: String) {
+pub(super) fn report(reader: &Reader<'_>, met: bool, reason: &'static str, message: String) {
     reader.find(Finding::new("ambit.dev/WaypointAccepted", met, reason, message));
 }

@@ -327,7 +327,7 @@ impl Selector {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TargetRef {
+pub(super) struct TargetRef {
     #[serde(default)]
     group: String,
     kind: String,
@@ -337,7 +337,7 @@ struct TargetRef {
 }
 
 impl TargetRef {
-    fn read(self, own_namespace: &Arc<str>) -> PolicyTarget {
+    pub(super) fn read(self, own_namespace: &Arc<str>) -> PolicyTarget {
         let kind = match (self.group.as_str(), self.kind.as_str()) {
             ("gateway.networking.k8s.io", "Gateway") => PolicyTargetKind::Gateway,
             ("gateway.networking.k8s.io", "GatewayClass") => PolicyTargetKind::GatewayClass,
@@ -462,7 +462,7 @@ impl AuthorizationPolicy {
 }
 
 /// The targets of a policy that could not be read; `None` where one of them can't be read either.
-fn salvaged_targets(object: &serde_json::Value) -> Option<Vec<TargetRef>> {
+pub(super) fn salvaged_targets(object: &serde_json::Value) -> Option<Vec<TargetRef>> {
     let one = object.pointer("/spec/targetRef").filter(|target| !target.is_null());
     let several = object.pointer("/spec/targetRefs").filter(|targets| !targets.is_null());
     let several =

@@ -1,0 +1,204 @@
+//! Keys that sign tokens, and what a signed token must say of itself.
+
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, KeyAlgorithm, PublicKeyUse};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+/// Keys in a set; more are ignored. Also bounds the work for a token that names no key.
+pub const MAX_KEYS: usize = 32;
+/// Tolerated difference between clocks, seconds (Envoy's).
+const LEEWAY_SECONDS: f64 = 60.0;
+
+/// Why a key set cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeySetError {
+    /// It is not a JSON Web Key Set.
+    #[error("it is no JSON Web Key Set: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// No key in it can verify tokens.
+    #[error("it has no key that can verify tokens")]
+    Empty,
+}
+
+/// Why a token is not valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.message())]
+pub enum TokenError {
+    /// It is no signed JSON Web Token.
+    Malformed,
+    /// No rule is for its issuer.
+    Issuer,
+    /// The issuer's keys are not known.
+    NoKeys,
+    /// It names a key or an algorithm that its issuer does not have.
+    UnknownKey,
+    /// It was not signed with the issuer's key.
+    Signature,
+    /// It is not valid any more.
+    Expired,
+    /// It is not valid yet.
+    NotYetValid,
+    /// It is for somebody else.
+    Audience,
+}
+
+impl TokenError {
+    /// What clients read, in Envoy's words.
+    pub fn message(&self) -> &'static str {
+        match self {
+            Self::Malformed => "Jwt is not in the form of Header.Payload.Signature",
+            Self::Issuer => "Jwt issuer is not configured",
+            Self::NoKeys => "Jwks of the issuer are not known",
+            Self::UnknownKey => "Jwks doesn't have key to match kid or alg from Jwt",
+            Self::Signature => "Jwt verification fails",
+            Self::Expired => "Jwt is expired",
+            Self::NotYetValid => "Jwt not yet valid",
+            Self::Audience => "Audiences in Jwt are not allowed",
+        }
+    }
+}
+
+/// The keys of an issuer.
+#[derive(Debug)]
+pub struct KeySet {
+    keys: Vec<Key>,
+    ignored: usize,
+}
+
+struct Key {
+    id: Option<String>,
+    decoding: DecodingKey,
+    validation: Validation,
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Key").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+#[derive(Deserialize)]
+struct Content {
+    keys: Vec<Value>,
+}
+
+impl KeySet {
+    /// Reads a JSON Web Key Set.
+    ///
+    /// # Errors
+    /// [`KeySetError`] if it is none, or has no usable key.
+    pub fn parse(content: &[u8]) -> Result<Self, KeySetError> {
+        let Content { keys: all } = serde_json::from_slice(content)?;
+        let count = all.len();
+        // RFC 7517 §5: keys that are not understood are ignored.
+        let usable = |value| serde_json::from_value::<Jwk>(value).ok().as_ref().and_then(key);
+        let keys: Vec<Key> = all.into_iter().filter_map(usable).take(MAX_KEYS).collect();
+        if keys.is_empty() {
+            return Err(KeySetError::Empty);
+        }
+        Ok(Self { ignored: count.saturating_sub(keys.len()), keys })
+    }
+
+    /// How many keys of the set are not used: of other kinds, or too many.
+    pub fn ignored(&self) -> usize {
+        self.ignored
+    }
+
+    /// The claims of a token that one of the keys has signed: the one that it names, or each whose algorithm fits. Whether
+    /// the claims allow its use is for [`check_times`] and [`check_audience`].
+    ///
+    /// # Errors
+    /// [`TokenError`].
+    pub fn verify(&self, token: &str) -> Result<Map<String, Value>, TokenError> {
+        let header = decode_header(token).map_err(|_| TokenError::Malformed)?;
+        // RFC 7515 §4.1.11: an extension that is not understood makes the signature invalid.
+        if header.crit.is_some() {
+            return Err(TokenError::Malformed);
+        }
+        let candidates = self.keys.iter().filter(|key| {
+            let is_named = header.kid.is_none() || key.id.is_none() || key.id == header.kid;
+            is_named && key.validation.algorithms.contains(&header.alg)
+        });
+        let mut last = TokenError::UnknownKey;
+        for key in candidates {
+            match decode::<Map<String, Value>>(token, &key.decoding, &key.validation) {
+                Ok(token) => return Ok(token.claims),
+                Err(_) => last = TokenError::Signature,
+            }
+        }
+        Err(last)
+    }
+}
+
+/// The key with the algorithms that belong to its kind; symmetric keys are none (RFC 8725 §3.2).
+fn key(jwk: &Jwk) -> Option<Key> {
+    use Algorithm::{ES256, ES384, EdDSA, PS256, PS384, PS512, RS256, RS384, RS512};
+    let of_kind = match &jwk.algorithm {
+        AlgorithmParameters::RSA(_) => vec![RS256, RS384, RS512, PS256, PS384, PS512],
+        AlgorithmParameters::EllipticCurve(parameters) => match parameters.curve {
+            EllipticCurve::P256 => vec![ES256],
+            EllipticCurve::P384 => vec![ES384],
+            _ => return None,
+        },
+        AlgorithmParameters::OctetKeyPair(parameters) => match parameters.curve {
+            EllipticCurve::Ed25519 => vec![EdDSA],
+            _ => return None,
+        },
+        _ => return None,
+    };
+    if matches!(jwk.common.public_key_use, Some(PublicKeyUse::Encryption)) {
+        return None;
+    }
+    let named = jwk.common.key_algorithm;
+    let algorithms: Vec<Algorithm> = of_kind
+        .into_iter()
+        .filter(|algorithm| named.is_none_or(|named| named == KeyAlgorithm::from(*algorithm)))
+        .collect();
+    let mut validation = Validation::new(*algorithms.first()?);
+    validation.algorithms = algorithms;
+    // Signatures only: the claims are checked by what their rule says.
+    validation.required_spec_claims.clear();
+    validation.validate_exp = false;
+    validation.validate_nbf = false;
+    validation.validate_aud = false;
+    Some(Key { id: jwk.common.key_id.clone(), decoding: DecodingKey::from_jwk(jwk).ok()?, validation })
+}
+
+/// Whether a token is valid at `now`, seconds since the epoch. One that does not expire is (as in Envoy).
+///
+/// # Errors
+/// [`TokenError::Expired`], [`TokenError::NotYetValid`], [`TokenError::Malformed`].
+pub fn check_times(claims: &Map<String, Value>, now: f64) -> Result<(), TokenError> {
+    let time = |name: &str| match claims.get(name) {
+        None => Ok(None),
+        Some(value) => value.as_f64().map(Some).ok_or(TokenError::Malformed),
+    };
+    // RFC 7519 §4.1.4 and §4.1.5.
+    if time("exp")?.is_some_and(|end| now >= end + LEEWAY_SECONDS) {
+        return Err(TokenError::Expired);
+    }
+    if time("nbf")?.is_some_and(|begin| now + LEEWAY_SECONDS < begin) {
+        return Err(TokenError::NotYetValid);
+    }
+    Ok(())
+}
+
+/// Whether a token is for one of `audiences`; none: for anybody. Scheme and a slash at the end don't count, as in Envoy.
+///
+/// # Errors
+/// [`TokenError::Audience`].
+pub fn check_audience<'a>(
+    audiences: &[Box<str>],
+    mut of_token: impl Iterator<Item = &'a str>,
+) -> Result<(), TokenError> {
+    let is_allowed =
+        |audience: &str| audiences.iter().any(|allowed| bare_audience(allowed) == bare_audience(audience));
+    if audiences.is_empty() || of_token.any(is_allowed) { Ok(()) } else { Err(TokenError::Audience) }
+}
+
+fn bare_audience(audience: &str) -> &str {
+    let bare = audience.strip_prefix("https://").or_else(|| audience.strip_prefix("http://"));
+    let bare = bare.unwrap_or(audience);
+    bare.strip_suffix('/').unwrap_or(bare)
+}
