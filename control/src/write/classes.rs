@@ -1,4 +1,5 @@
-//! The GatewayClasses of waypoints: made where they are absent, and what their status says.
+//! What the control plane announces of itself: the GatewayClasses of waypoints and, where the API server has the kind, an
+//! XMesh. They are made where they are absent; their status names the features that are supported.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,7 +24,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 /// How soon a class whose kind is not installed yet, or that could not be written, is tried again.
 const SOON: Duration = Duration::from_secs(3);
 
-const KIND: KindInfo = KindInfo {
+const CLASS: KindInfo = KindInfo {
     name: "GatewayClass",
     plural: "gatewayclasses",
     group: "gateway.networking.k8s.io",
@@ -31,8 +32,18 @@ const KIND: KindInfo = KindInfo {
     scope: Scope::Cluster,
     needed: Needed::Everything,
 };
+const MESH: KindInfo = KindInfo {
+    name: "XMesh",
+    plural: "xmeshes",
+    group: "gateway.networking.x-k8s.io",
+    versions: &["v1alpha1"],
+    scope: Scope::Cluster,
+    needed: Needed::Everything,
+};
+/// The name of the XMesh.
+const MESH_NAME: &str = "ambit";
 
-/// What waypoints support, by the names of Gateway API 1.7, in their order.
+/// What the mesh and its waypoints support, by the names of Gateway API 1.7, in their order.
 const FEATURES: [&str; 10] = [
     "Mesh",
     "MeshClusterIPMatching",
@@ -66,17 +77,17 @@ pub(crate) struct ClassWriter {
 
 /// Whose a class is.
 pub(super) async fn owner(client: &Client, class: &str) -> Result<Owned, CallError> {
-    let class = call(api(client).get_opt(class)).await?;
+    let class = call(api(client, &CLASS, "v1").get_opt(class)).await?;
     Ok(class.map_or(Owned::Absent, |class| owner_of(&class.data)))
 }
 
-fn owner_of(class: &Value) -> Owned {
-    if class["spec"]["controllerName"] == CONTROLLER { Owned::ByUs } else { Owned::ByOthers }
+fn owner_of(object: &Value) -> Owned {
+    if object["spec"]["controllerName"] == CONTROLLER { Owned::ByUs } else { Owned::ByOthers }
 }
 
-fn api(client: &Client) -> Api<DynamicObject> {
-    let gvk = GroupVersionKind::gvk(KIND.group, "v1", KIND.name);
-    Api::all_with(client.clone(), &ApiResource::from_gvk_with_plural(&gvk, KIND.plural))
+fn api(client: &Client, kind: &KindInfo, version: &str) -> Api<DynamicObject> {
+    let gvk = GroupVersionKind::gvk(kind.group, version, kind.name);
+    Api::all_with(client.clone(), &ApiResource::from_gvk_with_plural(&gvk, kind.plural))
 }
 
 impl ClassWriter {
@@ -99,38 +110,49 @@ impl ClassWriter {
         }
     }
 
-    /// Looks at every class; false where their kind is not installed.
+    /// Looks at every object; false where the kind of classes is not installed.
     async fn reconcile(&self) -> Result<bool, CallError> {
-        if served_version(&self.client, &KIND).await?.is_none() {
-            return Ok(false);
+        if let Some(version) = served_version(&self.client, &MESH).await? {
+            let accepted = "the control plane serves the mesh";
+            self.announce(&MESH, version, MESH_NAME, "The Ambit mesh", accepted).await?;
         }
+        let Some(version) = served_version(&self.client, &CLASS).await? else { return Ok(false) };
         for class in &self.classes {
-            self.reconcile_class(class).await?;
+            let accepted = "the control plane deploys its Gateways";
+            self.announce(&CLASS, version, class, "Waypoints of the Ambit mesh", accepted).await?;
         }
         Ok(true)
     }
 
-    async fn reconcile_class(&self, name: &str) -> Result<(), CallError> {
-        let api = api(&self.client);
-        let class = match call(api.get_opt(name)).await? {
-            Some(class) => class,
+    /// Makes an object if it is absent, and writes the status of one that is ours.
+    async fn announce(
+        &self,
+        kind: &KindInfo,
+        version: &str,
+        name: &str,
+        description: &str,
+        accepted: &str,
+    ) -> Result<(), CallError> {
+        let api = api(&self.client, kind, version);
+        let object = match call(api.get_opt(name)).await? {
+            Some(object) => object,
             None => {
                 let manifest = json!({
-                    "apiVersion": "gateway.networking.k8s.io/v1", "kind": KIND.name, "metadata": { "name": name },
-                    "spec": { "controllerName": CONTROLLER, "description": "Waypoints of the Ambit mesh" },
+                    "apiVersion": format!("{}/{version}", kind.group), "kind": kind.name, "metadata": { "name": name },
+                    "spec": { "controllerName": CONTROLLER, "description": description },
                 });
                 let parameters = PatchParams::apply(FIELD_MANAGER);
                 self.metrics.written.fetch_add(1, Ordering::Relaxed);
                 call(api.patch(name, &parameters, &Patch::Apply(manifest))).await?
             }
         };
-        if owner_of(&class.data) != Owned::ByUs {
+        if owner_of(&object.data) != Owned::ByUs {
             return Ok(());
         }
-        let version = class.metadata.resource_version.clone();
-        let class = serde_json::to_value(class).unwrap_or_default();
-        let Some(status) = plan(&class, &now()) else { return Ok(()) };
-        let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
+        let resource_version = object.metadata.resource_version.clone();
+        let object = serde_json::to_value(object).unwrap_or_default();
+        let Some(status) = plan(&object, accepted, &now()) else { return Ok(()) };
+        let patch = json!({ "metadata": { "resourceVersion": resource_version }, "status": status });
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         call(api.patch_status(name, &parameters, &Patch::Merge(patch))).await?;
         self.metrics.written.fetch_add(1, Ordering::Relaxed);
@@ -138,16 +160,15 @@ impl ClassWriter {
     }
 }
 
-/// `status` of a class of ours, if it must differ from what it is.
-fn plan(class: &Value, now: &str) -> Option<Value> {
-    let generation = class["metadata"]["generation"].as_i64();
-    let present = class["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    // GEP-91: a class whose parameters the controller can't use is not accepted.
-    let accepted = match class["spec"]["parametersRef"].is_null() {
-        true => Condition::new("Accepted", true, "Accepted", "the control plane deploys its Gateways"),
+/// `status` of an object of ours, if it must differ from what it is.
+fn plan(object: &Value, accepted: &str, now: &str) -> Option<Value> {
+    let generation = object["metadata"]["generation"].as_i64();
+    let present = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    // GEP-91: an object whose parameters the controller can't use is not accepted.
+    let accepted = match object["spec"]["parametersRef"].is_null() {
+        true => Condition::new("Accepted", true, "Accepted", accepted),
         false => {
-            let message =
-                "parameters of classes are not supported: the chart's `waypoint` values are for all";
+            let message = "parameters are not supported: the chart's `waypoint` values are for all";
             Condition::new("Accepted", false, "InvalidParameters", message)
         }
     };
@@ -156,7 +177,7 @@ fn plan(class: &Value, now: &str) -> Option<Value> {
         "conditions": conditions::merge(present, &[accepted], generation, now),
         "supportedFeatures": features,
     });
-    let is_present = |field: &str| class["status"][field] == status[field];
+    let is_present = |field: &str| object["status"][field] == status[field];
     (!is_present("conditions") || !is_present("supportedFeatures")).then_some(status)
 }
 
@@ -167,15 +188,15 @@ mod tests {
     #[test]
     fn a_class_of_ours_is_accepted_and_names_its_features() {
         let mut class = json!({ "metadata": { "generation": 3 }, "spec": { "controllerName": CONTROLLER } });
-        let status = plan(&class, "t").unwrap();
+        let status = plan(&class, "it is ours", "t").unwrap();
         let accepted = &status["conditions"][0];
         assert_eq!((&accepted["status"], &accepted["observedGeneration"]), (&json!("True"), &json!(3)));
         assert_eq!(status["supportedFeatures"][0]["name"], "Mesh");
         class["status"] = status;
-        assert_eq!(plan(&class, "t2"), None);
+        assert_eq!(plan(&class, "it is ours", "t2"), None);
         class["metadata"]["generation"] = 4.into();
         class["spec"]["parametersRef"] = json!({ "group": "", "kind": "ConfigMap", "name": "p" });
-        let refused = plan(&class, "t2").unwrap();
+        let refused = plan(&class, "it is ours", "t2").unwrap();
         assert_eq!(refused["conditions"][0]["reason"], "InvalidParameters");
         assert_eq!(refused["conditions"][0]["observedGeneration"], 4);
     }

@@ -7,10 +7,12 @@ use tempfile::NamedTempFile;
 
 use crate::api_server::ApiServer;
 use crate::replica::Replica;
-use crate::{namespace, service, until};
+use crate::{definition, namespace, service, until};
 
 const GATEWAY: (&str, &str) = ("gateway.networking.k8s.io/v1", "Gateway");
 const CLASS: (&str, &str) = ("gateway.networking.k8s.io/v1", "GatewayClass");
+/// A kind of Gateway API's experimental channel, which the chart does not install.
+const MESH: (&str, &str) = ("gateway.networking.x-k8s.io/v1alpha1", "XMesh");
 const ROUTE: (&str, &str) = ("gateway.networking.k8s.io/v1", "HTTPRoute");
 const DEPLOYMENT: (&str, &str) = ("apps/v1", "Deployment");
 /// The definitions that the chart installs.
@@ -35,6 +37,13 @@ async fn start() -> (ApiServer, NamedTempFile) {
     for definition in DEFINITIONS {
         server.apply(definition).await;
     }
+    let mut mesh = definition("gateway.networking.x-k8s.io", MESH.1, "xmeshes");
+    mesh["spec"]["scope"] = "Cluster".into();
+    mesh["spec"]["versions"][0]["name"] = "v1alpha1".into();
+    // Kinds in groups of Kubernetes need an approval.
+    mesh["metadata"]["annotations"] =
+        json!({ "api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api/pull/5371" });
+    server.apply_value(mesh).await;
     server.apply_value(namespace("shop")).await;
     let mut template = NamedTempFile::new().unwrap();
     template.write_all(TEMPLATE.as_bytes()).unwrap();
@@ -94,6 +103,13 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
     })
     .await;
     assert_eq!(class["spec"]["controllerName"], "ambit.dev/mesh-controller");
+    let mesh = until("the mesh is announced", async || {
+        let mesh = server.get(MESH.0, MESH.1, "", "ambit").await?;
+        (mesh["status"]["conditions"][0]["status"] == "True").then_some(mesh)
+    })
+    .await;
+    assert_eq!(mesh["spec"]["controllerName"], class["spec"]["controllerName"]);
+    assert_eq!(mesh["status"]["supportedFeatures"], class["status"]["supportedFeatures"]);
 
     server.apply_value(parameters("spec: {template: {spec: {nodeSelector: {pool: mesh}}}}")).await;
     let reference = json!({ "group": "", "kind": "ConfigMap", "name": "parameters" });
@@ -135,6 +151,46 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
     scaled.as_object_mut().unwrap().remove("status");
     server.apply_value(scaled).await;
     deployment(&server, |found| found["spec"]["replicas"] == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_autoscaler_begins_with_the_pods_that_there_are() {
+    let (server, template) = start().await;
+    let _replica = replica(&server, &template).await;
+    let own = json!({ "deployment": "spec: {replicas: 4, template: {spec: {terminationGracePeriodSeconds: 300}}}" });
+    let parameters = |data: &Value| {
+        json!({ "apiVersion": "v1", "kind": "ConfigMap", "data": data,
+            "metadata": { "name": "parameters", "namespace": "shop" } })
+    };
+    server.apply_value(parameters(&own)).await;
+    let reference = json!({ "group": "", "kind": "ConfigMap", "name": "parameters" });
+    server.apply_value(gateway(&json!({ "parametersRef": reference }))).await;
+    let found = deployment(&server, |found| found["spec"]["replicas"] == 4).await;
+    let container = &found["spec"]["template"]["spec"]["containers"][0];
+    let drain = json!({ "name": "AMBIT_WAYPOINT_DRAIN_TIMEOUT", "value": "295s" });
+    assert!(container["env"].as_array().unwrap().contains(&drain), "{container}");
+
+    let mut scaled = own;
+    scaled["horizontalPodAutoscaler"] = "spec: {minReplicas: 2, maxReplicas: 9}".into();
+    server.apply_value(parameters(&scaled)).await;
+    // Parameters are not watched: a change of the Gateway has them read at once.
+    let infrastructure = json!({ "parametersRef": reference, "labels": { "team": "a" } });
+    server.apply_value(gateway(&infrastructure)).await;
+    until("the autoscaler is there", async || {
+        server.get("autoscaling/v2", "HorizontalPodAutoscaler", "shop", "waypoint").await
+    })
+    .await;
+    let found = deployment(&server, |found| found["metadata"]["labels"]["team"] == "a").await;
+    assert_eq!(found["spec"]["replicas"], 4, "{found}");
+    // From now on the number is the autoscaler's.
+    let mut by_autoscaler = json!({ "apiVersion": DEPLOYMENT.0, "kind": DEPLOYMENT.1,
+        "metadata": { "name": "waypoint", "namespace": "shop" } });
+    by_autoscaler["spec"]["replicas"] = 6.into();
+    server.apply_value(by_autoscaler).await;
+    let infrastructure = json!({ "parametersRef": reference, "labels": { "team": "b" } });
+    server.apply_value(gateway(&infrastructure)).await;
+    let found = deployment(&server, |found| found["metadata"]["labels"]["team"] == "b").await;
+    assert_eq!(found["spec"]["replicas"], 6, "{found}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

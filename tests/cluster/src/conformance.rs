@@ -19,17 +19,8 @@ use crate::{mesh, programs};
 
 /// What is tested. The profiles bring their core features along.
 const PROFILES: &str = "MESH-HTTP,MESH-GRPC";
-/// The extended mesh features, then those of routes that some of the suite's mesh tests need beside them.
-const FEATURES: [&str; 16] = [
-    "MeshClusterIPMatching",
-    "MeshConsumerRoute",
-    "MeshHTTPRouteBackendRequestHeaderModification",
-    "MeshHTTPRouteNamedRouteRule",
-    "MeshHTTPRouteQueryParamMatching",
-    "MeshHTTPRouteRedirectPath",
-    "MeshHTTPRouteRedirectPort",
-    "MeshHTTPRouteRewritePath",
-    "MeshHTTPRouteSchemeRedirect",
+/// Features of routes that some of the suite's mesh tests need beside those of the mesh, which the control plane announces.
+const ROUTE_FEATURES: [&str; 7] = [
     "HTTPRoute",
     "HTTPRoute303RedirectStatusCode",
     "HTTPRoute307RedirectStatusCode",
@@ -71,6 +62,7 @@ async fn run_on(cluster: &Cluster, report: &Path) -> Result<()> {
         let gateway = ["gateway", "waypoint", "--namespace", namespace];
         kubectl.wait_for(ROLLOUT, &gateway, is_programmed).await?;
     }
+    let features = features(cluster).await?;
     let report = std::path::absolute(report).map_err(Error::system("find the report"))?;
     if let Some(directory) = report.parent() {
         fs::create_dir_all(directory).map_err(Error::system(format!("make {}", directory.display())))?;
@@ -81,7 +73,7 @@ async fn run_on(cluster: &Cluster, report: &Path) -> Result<()> {
     let mut suite = Command::new(cluster.layout().program("conformance.test"));
     suite.args(["-test.run", "^TestConformance$", "-test.v"]);
     suite.arg(format!("--conformance-profiles={PROFILES}"));
-    suite.arg(format!("--supported-features={}", FEATURES.join(",")));
+    suite.arg(format!("--supported-features={}", features.join(",")));
     suite.arg(format!("--namespace-labels={LABELS}"));
     // The cluster ends anyway, and a namespace lasts as long as its waypoint's connections drain.
     suite.arg("--cleanup-base-resources=false");
@@ -100,6 +92,19 @@ async fn run_on(cluster: &Cluster, report: &Path) -> Result<()> {
     let text = fs::read_to_string(&log).unwrap_or_default();
     let failed: Vec<&str> = text.lines().filter(|line| line.trim_start().starts_with("--- FAIL")).collect();
     Err(fault(format!("{status}, log: {}\n{}", log.display(), failed.join("\n"))))
+}
+
+/// What is tested: the features of the mesh that the class of waypoints names, and [`ROUTE_FEATURES`].
+async fn features(cluster: &Cluster) -> Result<Vec<String>> {
+    let class = ["gatewayclass", "ambit-waypoint"];
+    let named = |class: &Value| -> Vec<String> {
+        let features = class["status"]["supportedFeatures"].as_array().into_iter().flatten();
+        let names = features.filter_map(|feature| feature["name"].as_str());
+        // The profile brings its core along.
+        names.filter(|name| *name != "Mesh").map(str::to_owned).collect()
+    };
+    let class = cluster.kubectl().wait_for(ROLLOUT, &class, |class| !named(class).is_empty()).await?;
+    Ok(named(&class).into_iter().chain(ROUTE_FEATURES.map(str::to_owned)).collect())
 }
 
 fn is_programmed(gateway: &Value) -> bool {

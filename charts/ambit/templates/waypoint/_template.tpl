@@ -11,7 +11,6 @@
   "AMBIT_WAYPOINT_LISTEN_ADDRESS" (printf "%s:15008" .Values.listenAddress)
   "AMBIT_WAYPOINT_METRICS_ADDRESS" (printf "%s:15020" .Values.listenAddress)
   "AMBIT_WAYPOINT_READINESS_ADDRESS" (printf "%s:15021" .Values.listenAddress)
-  "AMBIT_WAYPOINT_DRAIN_TIMEOUT" (printf "%ds" (max 1 (sub (int $waypoint.terminationGracePeriodSeconds) 5)))
   "AMBIT_WAYPOINT_LOG_LEVEL" .Values.logLevel
   "AMBIT_WAYPOINT_LOG_FORMAT" .Values.logFormat
   "AMBIT_WAYPOINT_ACCESS_LOG_FORMAT" .Values.logFormat

@@ -38,6 +38,8 @@ use plan::{Part, WaypointGateway};
 use status::Standing;
 pub use template::{Template, TemplateError};
 
+/// Field manager of a number of pods that is an autoscaler's to change.
+const REPLICAS_MANAGER: &str = "ambit-control-replicas";
 /// Gateways looked at at the same time.
 const CONCURRENT: usize = 4;
 /// Gateways taken from the queue together.
@@ -275,6 +277,15 @@ impl WaypointWriter {
                 if let Some(uid) = uid {
                     // Another object of this name that came meanwhile is not overwritten.
                     manifest["metadata"]["uid"] = uid.into();
+                }
+                let kept = present.as_ref().and_then(|present| plan::kept_replicas(present, &manifest));
+                if let Some(kept) = kept {
+                    // Not by force: whoever changed the number meanwhile owns it, which is as good.
+                    let handed = PatchParams::apply(REPLICAS_MANAGER);
+                    match call(api.patch(&name.name, &handed, &Patch::Apply(kept))).await {
+                        Err(error) if !error.is_conflict() => return Err(error.into()),
+                        Ok(_) | Err(_) => {}
+                    }
                 }
                 let parameters = PatchParams::apply(FIELD_MANAGER).force();
                 let written = call(api.patch(&name.name, &parameters, &Patch::Apply(manifest))).await?;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::overlay::overlay;
 use super::template::Template;
+use crate::api_server::FIELD_MANAGER;
 
 /// Label that names the Gateway of an object, by which pods and Services of waypoints are found.
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
@@ -20,6 +21,12 @@ const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
 const MANIFEST_HASH: &str = "ambit.dev/manifest-hash";
 /// Longest value of a label, and longest name of a Service.
 const LONGEST_NAME: usize = 63;
+/// The setting of the program that says how long it drains.
+const DRAIN_TIMEOUT: &str = "AMBIT_WAYPOINT_DRAIN_TIMEOUT";
+/// Seconds of a grace period that are left when the drain time is over: to close and report what is still open.
+const AFTER_DRAIN: u64 = 5;
+/// What the API server takes where a pod has no grace period of its own.
+const DEFAULT_GRACE: u64 = 30;
 
 /// A kind of object that a waypoint has one of, under the name of its Gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,6 +168,7 @@ pub(super) fn manifests(
     let (scales, is_limited) = (scaler.iter().any(Option::is_some), budget.iter().any(Option::is_some));
     let (account, service) = (layers.map(|l| &l.service_account), layers.map(|l| &l.service));
     let mut deployment = of(Part::Deployment, deployment_spec(gateway), layers.map(|l| &l.deployment)).1;
+    set_drain_time(&mut deployment, parameters);
     if scales && let Some(spec) = deployment["spec"].as_object_mut() {
         // The autoscaler's number must not be overwritten.
         spec.remove("replicas");
@@ -201,6 +209,27 @@ fn manifest(gateway: &WaypointGateway, part: Part, spec: Value, patches: [&Value
         overlay(&mut manifest, &json!({ "spec": { "template": { "metadata": { "labels": labels } } } }));
     }
     manifest
+}
+
+/// Lets the program drain for as long as its pod's grace period allows. A time that the installation sets holds unless the
+/// Gateway has a grace period of its own.
+fn set_drain_time(deployment: &mut Value, parameters: Option<&Template>) {
+    const POD: &str = "/spec/template/spec";
+    const GRACE: &str = "terminationGracePeriodSeconds";
+    let Some(pod) = deployment.pointer(POD) else { return };
+    let own = parameters.and_then(|parameters| parameters.deployment.pointer(POD));
+    let is_own = own.is_some_and(|pod| pod.get(GRACE).is_some());
+    let containers = pod["containers"].as_array().into_iter().flatten();
+    let mut variables = containers.flat_map(|container| container["env"].as_array().into_iter().flatten());
+    if variables.any(|variable| variable["name"] == DRAIN_TIMEOUT) && !is_own {
+        return;
+    }
+    let grace = pod[GRACE].as_u64().unwrap_or(DEFAULT_GRACE);
+    let drain = format!("{}s", grace.saturating_sub(AFTER_DRAIN).max(1));
+    let variable = json!({ "name": DRAIN_TIMEOUT, "value": drain });
+    let container = json!({ "name": "waypoint", "env": [variable] });
+    let pod = json!({ "spec": { "containers": [container] } });
+    overlay(deployment, &json!({ "spec": { "template": pod } }));
 }
 
 fn selector(gateway: &WaypointGateway) -> Value {
@@ -270,6 +299,28 @@ fn with_hash(mut manifest: Value) -> Value {
     manifest.to_string().hash(&mut hasher);
     manifest["metadata"]["annotations"][MANIFEST_HASH] = format!("{:016x}", hasher.finish()).into();
     manifest
+}
+
+/// Whether the apply of `manifest` would take the number of pods back to the default, because it no longer names the number
+/// that this control plane set. Then this is what another field manager must apply before, so that the number stays.
+pub(super) fn kept_replicas(present: &Value, manifest: &Value) -> Option<Value> {
+    let replicas = present["spec"]["replicas"].as_u64()?;
+    if manifest["kind"] != "Deployment" || manifest["spec"].get("replicas").is_some() {
+        return None;
+    }
+    let entries = present["metadata"]["managedFields"].as_array();
+    let is_ours = entries.into_iter().flatten().any(|entry| {
+        let owns = !entry["fieldsV1"]["f:spec"]["f:replicas"].is_null();
+        entry["manager"] == FIELD_MANAGER && entry["operation"] == "Apply" && owns
+    });
+    let metadata = &present["metadata"];
+    is_ours.then(|| {
+        json!({
+            "apiVersion": manifest["apiVersion"], "kind": manifest["kind"],
+            "metadata": { "name": metadata["name"], "namespace": metadata["namespace"], "uid": metadata["uid"] },
+            "spec": { "replicas": replicas },
+        })
+    })
 }
 
 /// Whether an object has everything that a manifest says.

@@ -83,6 +83,46 @@ fn an_autoscaler_takes_over_the_number_of_pods() {
 }
 
 #[test]
+fn a_number_that_an_autoscaler_takes_over_is_handed_on() {
+    let present = |manager: &str| {
+        json!({
+            "metadata": { "name": "w", "namespace": "shop", "uid": "u2", "managedFields": [
+                { "manager": manager, "operation": "Apply", "fieldsV1": { "f:spec": { "f:replicas": {} } } }] },
+            "spec": { "replicas": 5 },
+        })
+    };
+    let without = json!({ "apiVersion": "apps/v1", "kind": "Deployment", "spec": {} });
+    let kept = kept_replicas(&present(FIELD_MANAGER), &without).unwrap();
+    assert_eq!((&kept["spec"], &kept["metadata"]["uid"]), (&json!({ "replicas": 5 }), &json!("u2")));
+    // An autoscaler's number stays by itself, and one that the manifest names is meant to change.
+    assert_eq!(kept_replicas(&present("autoscaler"), &without), None);
+    let with = json!({ "apiVersion": "apps/v1", "kind": "Deployment", "spec": { "replicas": 2 } });
+    assert_eq!(kept_replicas(&present(FIELD_MANAGER), &with), None);
+}
+
+#[test]
+fn a_waypoint_drains_within_its_pods_grace_period() {
+    let drain = |class: &str, own: Option<&str>| {
+        let pod = |text: &str| format!("deployment: {{spec: {{template: {{spec: {{{text}}}}}}}}}");
+        let own = own.map(|text| template(&pod(text)));
+        let found = part(&gateway(&json!({})), &template(&pod(class)), own.as_ref(), Part::Deployment);
+        let found = found.unwrap();
+        let env = found["spec"]["template"]["spec"]["containers"][0]["env"].as_array().unwrap().clone();
+        let values: Vec<_> = env.iter().filter(|variable| variable["name"] == DRAIN_TIMEOUT).collect();
+        assert_eq!(values.len(), 1, "{env:?}");
+        values[0]["value"].as_str().unwrap().to_owned()
+    };
+    let grace = |seconds: u64| format!("terminationGracePeriodSeconds: {seconds}");
+    assert_eq!(drain("", None), "25s", "Kubernetes' own default");
+    assert_eq!(drain(&grace(90), None), "85s");
+    assert_eq!(drain(&grace(90), Some(&grace(600))), "595s");
+    assert_eq!(drain(&grace(90), Some(&grace(2))), "1s");
+    let set = "containers: [{name: waypoint, env: [{name: AMBIT_WAYPOINT_DRAIN_TIMEOUT, value: 10s}]}]";
+    assert_eq!(drain(set, None), "10s", "the installation's own setting");
+    assert_eq!(drain(set, Some(&grace(60))), "55s");
+}
+
+#[test]
 fn an_object_with_defaults_has_all_of_its_manifest() {
     let manifest = part(&gateway(&json!({})), &Template::default(), None, Part::Service).unwrap();
     let mut object = manifest.clone();
