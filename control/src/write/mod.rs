@@ -11,6 +11,7 @@ pub(crate) mod classes;
 mod conditions;
 pub mod deployments;
 pub mod lease;
+mod pending_requests;
 pub(crate) mod pod_certificates;
 mod pod_request;
 pub(crate) mod queue;

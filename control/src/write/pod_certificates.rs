@@ -3,7 +3,6 @@
 //!
 //! Only the holder of the lease signs. `judge` decides from the request and the live pods; this file watches and writes.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -22,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::WriteMetrics;
+use super::pending_requests::PendingRequests;
 use super::pod_request::{Refusal, Request, Verdict, judge};
 use crate::api_server::{Backoff, CallError, FIELD_MANAGER, call, code};
 use crate::kind::{KindInfo, Needed, Scope};
@@ -34,7 +34,7 @@ use crate::write::trust_bundle::SIGNER;
 const LOOK: Duration = Duration::from_secs(30);
 /// Requests that are answered at the same time.
 const CONCURRENT: usize = 8;
-/// Requests that wait; of more, the rest is found by the next list.
+/// Requests that wait at the same time.
 const CAPACITY: usize = 8192;
 /// Part of a certificate's lifetime after which kubelet asks for the next one, with jitter.
 const REFRESH: std::ops::Range<f64> = 0.5..0.6;
@@ -57,16 +57,6 @@ pub(crate) struct PodCertificateSigner {
     pub(crate) live_pods: Arc<LivePods>,
     pub(crate) metrics: Arc<WriteMetrics>,
 }
-
-/// A request that has no answer yet, and when it is looked at again.
-struct Waiting {
-    request: Request,
-    at: Instant,
-    backoff: Backoff,
-}
-
-/// Requests without an answer, by name.
-type Pending = BTreeMap<NamespacedName, Waiting>;
 
 impl PodCertificateSigner {
     /// Signs while `leads` is true; ends with its sender.
@@ -104,21 +94,15 @@ impl PodCertificateSigner {
     async fn follow(&self, version: &str) {
         let gvk = GroupVersionKind::gvk(KIND.group, version, KIND.name);
         let resource = ApiResource::from_gvk_with_plural(&gvk, KIND.plural);
-        let mut events = events(&self.client, &resource);
-        let (mut pending, mut backoff) = (Pending::new(), Backoff::default());
+        let mut events = events_of(&self.client, &resource);
+        let (mut pending, mut backoff) = (PendingRequests::new(CAPACITY), Backoff::default());
         loop {
-            let next = pending.values().map(|waiting| waiting.at).min();
-            let due = async {
-                match next {
-                    Some(at) => tokio::time::sleep_until(at).await,
-                    None => std::future::pending().await,
-                }
-            };
+            let (due, list_due) = (at(pending.next_turn()), at(pending.list_due()));
             tokio::select! {
                 event = events.next() => match event {
                     Some(Ok(event)) => {
                         backoff.reset();
-                        handle_event(&mut pending, event);
+                        pending.handle_event(event, Instant::now());
                     }
                     Some(Err(error)) if is_not_served(&error) => return,
                     Some(Err(error)) => {
@@ -128,17 +112,17 @@ impl PodCertificateSigner {
                     None => return,
                 },
                 () = due => self.answer(&mut pending, &resource).await,
+                () = list_due => {
+                    events = events_of(&self.client, &resource);
+                    pending.handle_event(watcher::Event::Init, Instant::now());
+                }
             }
         }
     }
 
     /// Answers the requests that are due.
-    async fn answer(&self, pending: &mut Pending, resource: &ApiResource) {
-        let now = Instant::now();
-        let mut due: Vec<(NamespacedName, Request)> = Vec::with_capacity(CONCURRENT);
-        for (name, waiting) in pending.iter().filter(|(_, waiting)| waiting.at <= now).take(CONCURRENT) {
-            due.push((name.clone(), waiting.request.clone()));
-        }
+    async fn answer(&self, pending: &mut PendingRequests, resource: &ApiResource) {
+        let due = pending.due(Instant::now(), CONCURRENT);
         let answer = |(name, request): (NamespacedName, Request)| {
             async move { (self.answer_one(&name, &request, resource).await, name) }.boxed()
         };
@@ -147,13 +131,13 @@ impl PodCertificateSigner {
         let answers: Vec<_> = stream::iter(answers).buffer_unordered(CONCURRENT).collect().await;
         for (outcome, name) in answers {
             match outcome {
-                Ok(true) => drop(pending.remove(&name)),
-                Ok(false) => wait(pending, &name),
+                Ok(true) => pending.remove(&name),
+                Ok(false) => pending.put_off(&name, Instant::now()),
                 Err(error) => {
                     self.metrics.failed.fetch_add(1, Ordering::Relaxed);
                     tracing::warn!(request = %name, %error, "PodCertificateRequest not answered");
                     if error.is_unavailable() || error.is_conflict() {
-                        wait(pending, &name);
+                        pending.put_off(&name, Instant::now());
                     } else {
                         // It is gone, has an answer, or the API server refuses ours, as it would again.
                         pending.remove(&name);
@@ -215,10 +199,11 @@ impl PodCertificateSigner {
     }
 }
 
-/// Puts a request off.
-fn wait(pending: &mut Pending, name: &NamespacedName) {
-    if let Some(waiting) = pending.get_mut(name) {
-        waiting.at = Instant::now() + waiting.backoff.pause();
+/// Waits until then; for ever where there is no such time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -257,28 +242,6 @@ fn condition(kind: &str, reason: &str, message: &str) -> Value {
     json!({ "type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": now })
 }
 
-/// Takes an event: a request without an answer waits, everything else does not.
-fn handle_event(pending: &mut Pending, event: watcher::Event<DynamicObject>) {
-    match event {
-        watcher::Event::Init => pending.clear(),
-        watcher::Event::InitDone => {}
-        watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-            let Some((name, request)) = Request::read(object) else { return };
-            if request.is_answered || request.signer != SIGNER {
-                pending.remove(&name);
-            } else if pending.len() < CAPACITY || pending.contains_key(&name) {
-                let waiting = Waiting { request, at: Instant::now(), backoff: Backoff::default() };
-                pending.insert(name, waiting);
-            }
-        }
-        watcher::Event::Delete(object) => {
-            if let Some((name, _)) = Request::read(object) {
-                pending.remove(&name);
-            }
-        }
-    }
-}
-
 fn is_not_served(error: &watcher::Error) -> bool {
     match error {
         watcher::Error::InitialListFailed(error)
@@ -289,7 +252,7 @@ fn is_not_served(error: &watcher::Error) -> bool {
     }
 }
 
-fn events(client: &Client, resource: &ApiResource) -> Events {
+fn events_of(client: &Client, resource: &ApiResource) -> Events {
     let ours = Config::default().fields(&format!("spec.signerName={SIGNER}"));
     watcher(Api::<DynamicObject>::all_with(client.clone(), resource), ours).boxed()
 }

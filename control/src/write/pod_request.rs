@@ -15,8 +15,9 @@ use serde_json::Value;
 use crate::index::PodPlacement;
 use crate::object::NamespacedName;
 
-/// How long a pod may be unknown: the watch of pods may be behind that of requests.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a pod may be unknown: the watch of pods may be behind that of requests. A denial is final, and Kubernetes removes
+/// a request without an answer after 15 minutes.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// What the API server takes for a request that names no longest lifetime.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -210,8 +211,8 @@ mod tests {
         assert_eq!(reason(verdict(&spec(), Some(("p1", "other", "n1")), 0)), "PodMismatch");
         assert_eq!(reason(verdict(&spec(), Some(("p1", "reviews", "n2")), 0)), "PodMismatch");
         for unknown in [None, Some(("p2", "reviews", "n1")), Some(("", "reviews", "n1"))] {
-            assert_eq!(verdict(&spec(), unknown, 5), Verdict::Wait, "its event may be late");
-            assert_eq!(reason(verdict(&spec(), unknown, 61)), "PodNotFound");
+            assert_eq!(verdict(&spec(), unknown, 599), Verdict::Wait, "its event may be late");
+            assert_eq!(reason(verdict(&spec(), unknown, 601)), "PodNotFound");
         }
     }
 
