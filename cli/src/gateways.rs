@@ -1,6 +1,7 @@
 //! Waypoints: Gateways of a waypoint's class, as the API server has them.
 
-use ambit_control::api_server::CallError;
+use ambit_control::api_server::{CallError, call};
+use ambit_control::index::CONTROLLER;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::{Api, ResourceExt};
 use serde::Serialize;
@@ -83,6 +84,31 @@ pub(crate) fn api(cluster: &Cluster, namespace: Option<&str>) -> Api<DynamicObje
     }
 }
 
+/// The classes of waypoints whose Gateways the control plane deploys: Istio's may be Istio's own.
+///
+/// # Errors
+/// When the API server can't be asked.
+pub(crate) async fn own_classes(cluster: &Cluster) -> Result<Vec<&'static str>, CallError> {
+    let gvk = GroupVersionKind::gvk("gateway.networking.k8s.io", "v1", "GatewayClass");
+    let resource = ApiResource::from_gvk_with_plural(&gvk, "gatewayclasses");
+    let api: Api<DynamicObject> = Api::all_with(cluster.client.clone(), &resource);
+    let mut own = Vec::with_capacity(CLASSES.len());
+    for class in CLASSES {
+        if is_own(class, call(api.get_opt(class)).await?.as_ref()) {
+            own.push(class);
+        }
+    }
+    Ok(own)
+}
+
+fn is_own(class: &str, object: Option<&DynamicObject>) -> bool {
+    match object {
+        Some(object) => object.data["spec"]["controllerName"] == CONTROLLER,
+        // The control plane is not there, or no more.
+        None => class == CLASS,
+    }
+}
+
 /// The waypoints of one namespace or all; none where the kind is not defined.
 ///
 /// # Errors
@@ -117,6 +143,20 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    #[test]
+    fn a_class_of_another_controller_is_not_our_own() {
+        let class = |controller: &str| {
+            gateway(json!({
+                "apiVersion": "gateway.networking.k8s.io/v1", "kind": "GatewayClass",
+                "metadata": { "name": "istio-waypoint" }, "spec": { "controllerName": controller },
+            }))
+        };
+        assert!(is_own("istio-waypoint", Some(&class(CONTROLLER))));
+        assert!(!is_own("istio-waypoint", Some(&class("istio.io/mesh-controller"))));
+        assert!(!is_own("istio-waypoint", None));
+        assert!(is_own(CLASS, None));
+    }
 
     #[test]
     fn a_waypoint_is_ready_with_an_address() {

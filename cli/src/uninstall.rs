@@ -24,6 +24,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Annotation by which Helm knows the objects of a release.
 const RELEASE: &str = "meta.helm.sh/release-name";
 
+/// How Helm names the templates of a release of Ambit's chart; those of a dependency begin with the chart that depends on it.
+const CHART_TEMPLATES: &str = "ambit/templates/";
+
 /// Options of `ambit uninstall`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -52,6 +55,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         let agent =
             agent.with_context(|| format!("there is no DaemonSet ambit-node in {}", cluster.system))?;
         let release = agent.annotations().get(RELEASE).cloned();
+        if let Some(release) = release.as_deref().filter(|_| !options.keep_release) {
+            ensure_release_is_ours(&cluster, release, options).await?;
+        }
         if !options.yes {
             print(&plan(&agent, &cluster.system, release.as_deref(), options.keep_release));
             return Ok(ExitCode::SUCCESS);
@@ -139,6 +145,40 @@ fn rollout(agents: &DaemonSet) -> Rollout {
     Rollout { done, nodes, is_complete: is_seen && updated >= nodes && status.number_ready >= nodes }
 }
 
+/// Fails where the release holds more than Ambit, as that of a chart of which Ambit is a dependency: `helm uninstall` would
+/// remove all of it. Nothing is found out where Helm is not installed; then nothing is uninstalled either.
+async fn ensure_release_is_ours(cluster: &Cluster, release: &str, options: &Options) -> anyhow::Result<()> {
+    let system = &cluster.system;
+    let asked = Command::new("helm")
+        .args(["get", "manifest", release, "--namespace", system])
+        .args(options.access.helm_args())
+        .output()
+        .await;
+    let answer = match asked {
+        Ok(answer) => answer,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).context("run helm"),
+    };
+    ensure!(
+        answer.status.success(),
+        "helm get manifest {release} --namespace {system} failed: {}",
+        String::from_utf8_lossy(&answer.stderr).trim()
+    );
+    match foreign_source(&String::from_utf8_lossy(&answer.stdout)) {
+        None => Ok(()),
+        Some(source) => bail!(
+            "the release {release} holds more than Ambit, such as {source}, and helm uninstall would remove all of it. Clean the \
+             nodes with `ambit uninstall --yes --keep-release`, take Ambit out of the release's chart and upgrade the release"
+        ),
+    }
+}
+
+/// The first template of a release's manifest that does not belong to Ambit's chart alone.
+fn foreign_source(manifest: &str) -> Option<&str> {
+    let mut sources = manifest.lines().filter_map(|line| line.strip_prefix("# Source: "));
+    sources.find(|source| !source.starts_with(CHART_TEMPLATES))
+}
+
 async fn remove_release(cluster: &Cluster, release: Option<&str>, options: &Options) -> anyhow::Result<()> {
     let system = &cluster.system;
     let Some(release) = release else {
@@ -157,7 +197,10 @@ async fn remove_release(cluster: &Cluster, release: Option<&str>, options: &Opti
             print(&format!("what is left of it: kubectl delete namespace {system}\n"));
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            print(&format!("helm is not here; the rest is: helm uninstall {release} --namespace {system}\n"));
+            print(&format!(
+                "helm is not here; the rest, if the release holds nothing but Ambit, is: helm uninstall {release} \
+                 --namespace {system}\n"
+            ));
         }
         Err(error) => return Err(error).context("run helm"),
     }
@@ -201,6 +244,22 @@ mod tests {
         assert_eq!(of(2, 1, 3), Rollout { done: 1, nodes: 3, is_complete: false });
         assert_eq!(of(2, 3, 2), Rollout { done: 2, nodes: 3, is_complete: false });
         assert_eq!(of(2, 3, 3), Rollout { done: 3, nodes: 3, is_complete: true });
+    }
+
+    #[test]
+    fn a_release_with_templates_of_other_charts_is_recognised() {
+        let of = |sources: &[&str]| {
+            let documents =
+                sources.iter().map(|source| format!("---\n# Source: {source}\nkind: ConfigMap\n"));
+            documents.collect::<String>()
+        };
+        let own = of(&["ambit/templates/node/daemonset.yaml", "ambit/templates/control/rbac.yaml"]);
+        assert_eq!(foreign_source(&own), None);
+        let umbrella =
+            of(&["platform/charts/ambit/templates/node/daemonset.yaml", "platform/templates/app.yaml"]);
+        assert_eq!(foreign_source(&umbrella), Some("platform/charts/ambit/templates/node/daemonset.yaml"));
+        let dependent = of(&["ambit/templates/node/daemonset.yaml", "ambit/charts/other/templates/app.yaml"]);
+        assert_eq!(foreign_source(&dependent), Some("ambit/charts/other/templates/app.yaml"));
     }
 
     #[test]

@@ -135,7 +135,7 @@ pub(crate) struct Delete {
     /// Their names.
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     names: Vec<String>,
-    /// Every waypoint of the namespace.
+    /// Every waypoint of the namespace that Ambit deploys.
     #[arg(long)]
     all: bool,
     /// Their namespace.
@@ -283,8 +283,16 @@ async fn status(options: &Status) -> anyhow::Result<ExitCode> {
 async fn delete(options: &Delete) -> anyhow::Result<ExitCode> {
     let cluster = options.access.connect().await?;
     let namespace = options.namespace.as_deref().unwrap_or(&cluster.namespace);
+    let own = gateways::own_classes(&cluster).await?;
+    let is_own = |waypoint: &Waypoint| own.contains(&waypoint.class.as_str());
     let names = if options.all {
         let found = gateways::waypoints(&cluster, Some(namespace)).await?;
+        let (found, others): (Vec<_>, Vec<_>) = found.into_iter().partition(is_own);
+        for Waypoint { name, class, .. } in others {
+            print(&format!(
+                "waypoint {namespace}/{name} is kept: another controller owns its class {class}\n"
+            ));
+        }
         found.into_iter().map(|waypoint| waypoint.name).collect()
     } else {
         options.names.clone()
@@ -292,7 +300,12 @@ async fn delete(options: &Delete) -> anyhow::Result<ExitCode> {
     let api = gateways::api(&cluster, Some(namespace));
     for name in &names {
         // A Gateway of another class is not this command's to delete.
-        find(&cluster, namespace, name).await?;
+        let waypoint = find(&cluster, namespace, name).await?;
+        ensure!(
+            is_own(&waypoint),
+            "Gateway {namespace}/{name} is not deleted: another controller owns its class {}",
+            waypoint.class
+        );
         call(api.delete(name, &DeleteParams::default())).await?;
         print(&format!("waypoint {namespace}/{name} deleted\n"));
     }
