@@ -59,9 +59,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         let logs = find(&cluster, options).await?;
         match (&options.level, options.reset) {
             (Some(level), _) => {
-                set_level(&cluster, options, &logs, &format!("level={}", encoded(level))).await?;
+                set_level(&cluster, &logs, &format!("level={}", encoded(level))).await?;
             }
-            (None, true) => set_level(&cluster, options, &logs, "reset").await?,
+            (None, true) => set_level(&cluster, &logs, "reset").await?,
             (None, false) => show(&cluster, options, logs).await?,
         }
         Ok(ExitCode::SUCCESS)
@@ -85,12 +85,7 @@ async fn find(cluster: &Cluster, options: &Options) -> anyhow::Result<Logs> {
     Ok(Logs { pods: target.proxies.into_iter().map(|proxy| proxy.pod).collect(), about: target.pod })
 }
 
-async fn set_level(cluster: &Cluster, options: &Options, logs: &Logs, query: &str) -> anyhow::Result<()> {
-    if options.target.parse() == Ok(Component::Control) {
-        bail!(
-            "the control plane takes no commands: set the chart's value logLevel, or control.config.logLevel"
-        );
-    }
+async fn set_level(cluster: &Cluster, logs: &Logs, query: &str) -> anyhow::Result<()> {
     for pod in &logs.pods {
         let answer = post(&cluster.client, pod, PROXY_ADMIN, &format!("/logging?{query}")).await?;
         print(&format!("{pod}: {}\n", String::from_utf8_lossy(&answer).trim()));

@@ -68,6 +68,8 @@ pub struct Config {
     pub readiness: Option<SocketAddr>,
     /// Where the admin interface is served.
     pub admin: Option<SocketAddr>,
+    /// Where the admin interface takes commands: an address of the loopback interface.
+    pub commands: Option<SocketAddr>,
     /// Levels of the program's log.
     pub log_level: String,
     /// Form of the program's log.
@@ -139,8 +141,10 @@ struct ControlSettings {
     metrics: Option<SocketAddr>,
     /// Where readiness is served.
     readiness: Option<SocketAddr>,
-    /// Where the admin interface is served.
+    /// Where the admin interface is served. It takes commands if that is an address of the loopback interface.
     admin: Option<SocketAddr>,
+    /// Where the admin interface takes commands beside that: an address of the loopback interface.
+    commands: Option<SocketAddr>,
     /// Levels of the log, as info or info,ambit_control=debug.
     log_level: String,
     /// Form of the log: text or json.
@@ -178,6 +182,7 @@ impl Default for ControlSettings {
             metrics: None,
             readiness: None,
             admin: None,
+            commands: None,
             log_level: "info".into(),
             log_format: LogFormat::Text,
         }
@@ -256,6 +261,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         metrics,
         readiness,
         admin,
+        commands,
         log_level,
         log_format,
     } = settings;
@@ -298,9 +304,17 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         metrics,
         readiness,
         admin,
+        commands: commands.map(loopback).transpose()?,
         log_level,
         log_format: log_format.into(),
     })
+}
+
+fn loopback(address: SocketAddr) -> Result<SocketAddr, ConfigError> {
+    match address.ip().is_loopback() {
+        true => Ok(address),
+        false => Err(invalid("commands", format!("{address} can be reached from other hosts"))),
+    }
 }
 
 fn read_template(path: &Path) -> Result<Template, ConfigError> {

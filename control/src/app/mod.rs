@@ -351,20 +351,24 @@ async fn serve_admin(
     logging: Option<&logging::Logging>,
     quit: watch::Sender<bool>,
 ) -> Result<(), AppError> {
-    let Some(address) = config.admin else { return Ok(()) };
-    let mut admin = observed.admin();
-    if address.ip().is_loopback() {
-        admin = admin.on_quit(move || {
-            quit.send_replace(true);
-        });
-        if let Some(logging) = logging {
-            admin = admin.logging(logging.level.clone());
+    let addresses = [("the admin interface", config.admin), ("commands", config.commands)];
+    for (purpose, address) in addresses {
+        let Some(address) = address else { continue };
+        let mut admin = observed.admin();
+        if address.ip().is_loopback() {
+            let quit = quit.clone();
+            admin = admin.on_quit(move || {
+                quit.send_replace(true);
+            });
+            if let Some(logging) = logging {
+                admin = admin.logging(logging.level.clone());
+            }
+        } else {
+            tracing::info!(%address, "the admin interface takes no commands here: others than this host reach it");
         }
-    } else {
-        tracing::info!(%address, "the admin interface takes no commands: others than this host reach it");
+        let listener = listen(address, purpose).await?;
+        tasks.spawn(purpose, serve(listener, admin.into_router()));
     }
-    let listener = listen(address, "the admin interface").await?;
-    tasks.spawn("the admin server", serve(listener, admin.into_router()));
     Ok(())
 }
 

@@ -247,14 +247,16 @@ async fn an_api_server_that_was_away_changes_only_what_differs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_admin_interface_on_every_address_takes_no_commands() {
+async fn an_admin_interface_takes_commands_on_the_loopback_only() {
     let server = ApiServer::start().await;
-    let replica = Replica::start_with(&server, &["--admin", "0.0.0.0:0"]).await;
+    let replica = Replica::start_with(&server, &["--admin", "0.0.0.0:0", "--commands", "127.0.0.1:0"]).await;
     for command in ["/quitquitquit", "/logging?level=debug"] {
         let answer = replica.admin_answer("POST", command).await;
         assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
     }
     assert!(replica.admin_answer("GET", "/config_dump").await.starts_with("HTTP/1.1 200"));
+    let level = replica.answer_at("commands", "POST", "/logging?level=debug").await;
+    assert!(level.starts_with("HTTP/1.1 200") && level.contains("debug"), "{level}");
     assert!(replica.metrics_answer("/version").ends_with("1.31.0-ambit-0.1.0"));
 }
 

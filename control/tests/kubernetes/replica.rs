@@ -60,9 +60,12 @@ impl Replica {
 
     /// The answer of an admin interface that was started on every address.
     pub(crate) async fn admin_answer(&self, method: &str, path: &str) -> String {
-        let line = self
-            .log_line(|line| line["message"] == "listening" && line["purpose"] == "the admin interface")
-            .await;
+        self.answer_at("the admin interface", method, path).await
+    }
+
+    /// The answer of the port of this purpose.
+    pub(crate) async fn answer_at(&self, purpose: &str, method: &str, path: &str) -> String {
+        let line = self.log_line(|line| line["message"] == "listening" && line["purpose"] == purpose).await;
         let address: SocketAddr = line["address"].as_str().unwrap().parse().unwrap();
         request(SocketAddr::from(([127, 0, 0, 1], address.port())), method, path)
     }

@@ -113,6 +113,7 @@ fn further_settings_are_those_of_the_programs() {
                 "admin",
                 "clusterDomain",
                 "clusterId",
+                "commands",
                 "deployedWaypointClasses",
                 "listen",
                 "metrics",

@@ -94,9 +94,9 @@ kind: Service
 metadata: {name: web, namespace: shop}
 spec: {ports: [{port: 80}]}
 ---
-apiVersion: networking.istio.io/v1alpha3
-kind: EnvoyFilter
-metadata: {name: tweak, namespace: shop}
+apiVersion: apps/v1
+kind: StatefulSet
+metadata: {name: store, namespace: shop}
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -108,7 +108,7 @@ apiVersion: v1
 kind: List
 items:
   - {apiVersion: v1, kind: Namespace, metadata: {name: shop}}
-  - {apiVersion: extensions.istio.io/v1alpha1, kind: WasmPlugin, metadata: {name: plugin}}
+  - {apiVersion: v1, kind: ConfigMap, metadata: {name: settings}}
 ";
 
     #[test]
@@ -132,10 +132,10 @@ items:
             .collect();
         let expected = [
             "1: Service shop/web",
-            "6: foreign EnvoyFilter",
+            "6: foreign StatefulSet",
             "14: fault AuthorizationPolicy shop/broken, stand-in: true",
             "19: Namespace shop",
-            "20: foreign WasmPlugin",
+            "20: foreign ConfigMap",
         ];
         assert_eq!(shown, expected);
     }
