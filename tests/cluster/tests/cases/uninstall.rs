@@ -29,6 +29,8 @@ async fn uninstall(cluster: &Cluster) -> Outcome {
     set_mode(cluster, "leave", true).await?;
     assert!(on_nodes(cluster, HOST_FILES).await?.contains("ambit"), "nothing to remove");
     assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "nothing to remove");
+    // Proxies that roll need an agent to become ready, so what earlier cases set differently is put back first.
+    mesh::install(cluster, &mesh::SETTINGS).await?;
     mesh::install(cluster, &[&mesh::SETTINGS[..], &["node.uninstall=true"]].concat()).await?;
     wait_until_enrolled(cluster, "leave", false).await?;
     kubectl.helm(&["uninstall", mesh::RELEASE, "--namespace", mesh::NAMESPACE, "--wait"]).await?;
