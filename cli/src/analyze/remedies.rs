@@ -19,6 +19,9 @@ pub(super) fn remedy(finding: &Finding) -> String {
         "TargetNotFound" => "name an object that has a waypoint: label it with istio.io/use-waypoint".to_owned(),
         "WeightInvalid" => "set the annotation to a number from 0 to 100".to_owned(),
         "HostTaken" | "AddressTaken" => "use another host or address, or delete the older object".to_owned(),
+        "NoEffectAtL4" => {
+            "bind it to a Service or Gateway that has a waypoint, by targetRefs in place of the selector".to_owned()
+        }
         "UnsupportedAction" => "use ALLOW or DENY".to_owned(),
         _ => String::new(),
     }

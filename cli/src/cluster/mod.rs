@@ -143,6 +143,8 @@ pub(crate) fn block_on<T>(command: impl Future<Output = anyhow::Result<T>>) -> a
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async {
         tokio::select! {
+            // The command first: Ctrl-C may be how it ends.
+            biased;
             outcome = Box::pin(command) => outcome,
             _ = tokio::signal::ctrl_c() => bail!("interrupted"),
         }

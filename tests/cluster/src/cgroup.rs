@@ -3,10 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
 const ROOT: &str = "/sys/fs/cgroup";
+/// How long processes of a crashed node may take to die.
+const DYING: Duration = Duration::from_secs(20);
+/// Pause between two attempts.
+const POLL: Duration = Duration::from_millis(20);
 
 /// Makes a node's group in every hierarchy.
 ///
@@ -49,19 +55,23 @@ pub fn remove(prefix: &str) -> Vec<PathBuf> {
     left
 }
 
-/// Removes what is below a node's group: a machine boots without the groups of its last run.
+/// Removes what is below a node's group: a machine boots without the groups of its last run, for each of which kubelet would
+/// ask the container runtime for seconds. Waits for processes that are still dying.
 pub fn clear(name: &str) {
-    for hierarchy in hierarchies() {
-        for group in children(&hierarchy.join(name)) {
-            // Groups with processes stay, of which a node that boots has none.
-            remove_tree(&group);
-        }
+    let deadline = Instant::now() + DYING;
+    let is_clear = || {
+        let groups = hierarchies().into_iter().flat_map(|hierarchy| children(&hierarchy.join(name)));
+        // Not `all`: each hierarchy is gone through.
+        groups.filter(|group| !remove_tree(group)).count() == 0
+    };
+    while !is_clear() && Instant::now() < deadline {
+        thread::sleep(POLL);
     }
 }
 
 fn remove_tree(group: &Path) -> bool {
-    let below = children(group).iter().all(|child| remove_tree(child));
-    below && fs::remove_dir(group).is_ok()
+    let left = children(group).iter().filter(|child| !remove_tree(child)).count();
+    left == 0 && fs::remove_dir(group).is_ok()
 }
 
 /// Every hierarchy: the one of version 2, or those of version 1.

@@ -24,15 +24,19 @@ mod disruption;
 mod mesh;
 #[path = "cases/node.rs"]
 mod node;
+#[path = "cases/rights.rs"]
+mod rights;
 #[path = "cases/uninstall.rs"]
 mod uninstall;
 #[path = "cases/waypoint.rs"]
 mod waypoint;
 
 use std::error::Error;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::time::Instant;
 
 use ambit_cluster::{Cluster, Options};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -61,12 +65,49 @@ impl Cases {
     {
         let shared = Arc::clone(&self.shared);
         self.trials.push(Trial::test(name, move || {
-            shared.runtime.block_on(async {
-                let cluster = shared.cluster.get_or_init(start).await.as_ref();
-                let cluster = cluster.map_err(|error| Failed::from(format!("no cluster: {error}")))?;
-                case(cluster).await.map_err(|error| Failed::from(error.to_string()))
-            })
+            let cluster = shared.runtime.block_on(shared.cluster.get_or_init(start)).as_ref();
+            let cluster = cluster.map_err(|error| Failed::from(format!("no cluster: {error}")))?;
+            let began = Instant::now();
+            let run = || shared.runtime.block_on(case(cluster)).map_err(|error| error.to_string());
+            let outcome = catch_unwind(AssertUnwindSafe(run));
+            eprint!("{} s ", began.elapsed().as_secs());
+            if !matches!(outcome, Ok(Ok(()))) {
+                show(cluster);
+                shared.runtime.block_on(restore(cluster));
+            }
+            outcome.unwrap_or_else(|panic| resume_unwind(panic)).map_err(Failed::from)
         }));
+    }
+}
+
+/// Undoes what a failed case may have left, so that those after it fail by themselves only. A cluster that somebody else
+/// started stays as it is, to be looked at.
+async fn restore(cluster: &Cluster) {
+    if std::env::var_os("AMBIT_CLUSTER").is_some() {
+        return;
+    }
+    let mut outcomes = Vec::new();
+    for program in ["etcd", "kube-apiserver"] {
+        outcomes.push(cluster.start_program(program).await.map(drop));
+    }
+    let kubectl = cluster.kubectl();
+    for node in ["n1", "n2"] {
+        outcomes.push(cluster.set_link(node, true).await);
+        outcomes.push(cluster.boot(node).await);
+        // Fails where it is not there.
+        kubectl.run(&["taint", "node", node, "ambit.dev/not-ready-"]).await.ok();
+    }
+    let namespaces = kubectl.list(&["namespaces"]).await.unwrap_or_default();
+    let names = namespaces.iter().filter_map(|namespace| namespace["metadata"]["name"].as_str());
+    let of_cases = |name: &&str| {
+        !name.starts_with("kube-")
+            && !["default", ambit_cluster::mesh::NAMESPACE, node::NAMESPACE].contains(name)
+    };
+    for name in names.filter(of_cases) {
+        outcomes.push(kubectl.run(&["delete", "namespace", name, "--wait"]).await.map(drop));
+    }
+    for error in outcomes.into_iter().filter_map(Result::err) {
+        eprintln!("not restored: {error}");
     }
 }
 
@@ -83,6 +124,7 @@ fn main() -> ExitCode {
     waypoint::add(&mut cases);
     certificates::add(&mut cases);
     disruption::add(&mut cases);
+    rights::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);
     let Cases { shared, trials } = cases;
@@ -112,12 +154,16 @@ async fn start() -> Result<Cluster, String> {
     started.map_err(|error| error.to_string())
 }
 
-/// Copies the logs to where the end of the cluster does not remove them, and shows the pods and events.
+/// Copies the logs to where the end of the cluster does not remove them.
 fn keep_logs(cluster: &Cluster) {
     let kept = cluster.layout().target().join("cluster/failed");
     std::fs::remove_dir_all(&kept).ok();
     Command::new("cp").arg("--recursive").arg(cluster.logs()).arg(&kept).status().ok();
     eprintln!("logs of the cluster's programs: {}", kept.display());
+}
+
+/// Shows the pods and events.
+fn show(cluster: &Cluster) {
     let kubectl = cluster.layout().program("kubectl");
     for what in
         [&["get", "pods", "--all-namespaces", "--output", "wide"][..], &["get", "events", "--all-namespaces"]]

@@ -18,6 +18,9 @@ use crate::wait;
 
 /// Programs in the order in which they start.
 const PROGRAMS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"];
+/// The API server records what the mesh's own service accounts do, so that a case can compare it with their rights.
+const AUDIT_POLICY: &str = "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules:\n\
+                            - {level: Metadata, userGroups: [\"system:serviceaccounts:ambit-system\"]}\n- {level: None}\n";
 /// How long the API server may take on a busy machine.
 const START: Duration = Duration::from_secs(180);
 /// How long a program may take to end.
@@ -45,13 +48,15 @@ impl ControlPlane {
             pki::write_private(&path, &authority.kubeconfig(certificate, &server))?;
         }
         let logs = layout.run(cluster).join("log");
+        let audit = Audit { policy: directory.join("audit.yaml"), log: logs.join("audit.log") };
+        pki::write_private(&audit.policy, AUDIT_POLICY)?;
         let command = |name: &'static str, args: Vec<String>| {
             let program = if name == "etcd" { PathBuf::from("/usr/bin/etcd") } else { layout.program(name) };
             (name, Command::new(program).args(args).log_file(logs.join(name)))
         };
         let commands = BTreeMap::from([
             command("etcd", etcd(&directory)),
-            command("kube-apiserver", api_server(plan, authority)),
+            command("kube-apiserver", api_server(plan, authority, &audit)),
             command("kube-controller-manager", controller_manager(authority, &directory)),
             command("kube-scheduler", scheduler(&directory)),
         ]);
@@ -156,7 +161,13 @@ fn etcd(directory: &Path) -> Vec<String> {
     args
 }
 
-fn api_server(plan: Plan, authority: &Authority) -> Vec<String> {
+/// What the API server records, and where.
+struct Audit {
+    policy: PathBuf,
+    log: PathBuf,
+}
+
+fn api_server(plan: Plan, authority: &Authority, audit: &Audit) -> Vec<String> {
     let file = |name: &str| authority.path(name);
     let text = str::to_owned;
     flags([
@@ -187,6 +198,9 @@ fn api_server(plan: Plan, authority: &Authority) -> Vec<String> {
         ("requestheader-username-headers", text("X-Remote-User")),
         ("proxy-client-cert-file", file("front.crt")),
         ("proxy-client-key-file", file("front.key")),
+        ("audit-policy-file", audit.policy.display().to_string()),
+        ("audit-log-path", audit.log.display().to_string()),
+        ("audit-log-maxsize", text("2000")),
     ])
 }
 

@@ -15,6 +15,8 @@ const SOON: Duration = Duration::from_secs(240);
 const AWAY: Duration = Duration::from_secs(30);
 /// Requests that may fail when both node proxies are killed: the load keeps ten connections, each of which passes both.
 const MOST_KEPT: u64 = 20;
+/// The programs that the chart runs.
+const PROGRAMS: [&str; 3] = ["ztunnel", "ambit-node", "ambit-control"];
 /// The namespace of these cases.
 pub(crate) const NAMESPACE: &str = "load";
 
@@ -71,36 +73,42 @@ async fn progress(cluster: &Cluster) -> Result<Load, Box<dyn std::error::Error>>
     Ok(after)
 }
 
-/// Upgrades of one part after the other, and going back. An upgrade of the agent and the node proxy at the same time is not
-/// here yet: whichever of the two ends last takes the pods' listeners with it, until its successor has made new ones.
+/// An upgrade of all parts at once, and going back.
 async fn upgrade(cluster: &Cluster) -> Outcome {
     let kubectl = cluster.kubectl();
     let apps = start(cluster).await?;
     let chart = cluster.layout().repository().join("charts/ambit").display().to_string();
-    for (part, program) in [("ztunnel", "ztunnel"), ("node", "ambit-node"), ("control", "ambit-control")] {
-        let setting = format!("{part}.annotations.upgraded=now");
-        let upgrade = ["upgrade", mesh::RELEASE, &chart, "--reuse-values", "--set", &setting];
-        replace_pods(cluster, program, &upgrade).await?;
-    }
-    replace_pods(cluster, "ambit-control", &["rollback", mesh::RELEASE]).await?;
-    let values = ["get", "values", mesh::RELEASE, "--namespace", mesh::NAMESPACE];
-    let values = kubectl.helm(&values).await?;
-    assert!(values.contains("upgraded: now") && !values.contains("control:\n  annotations"), "{values}");
+    let settings = ["ztunnel", "node", "control"].map(|part| format!("{part}.annotations.upgraded=now"));
+    let settings = settings.join(",");
+    let upgraded = async || -> ambit_cluster::Result<bool> {
+        let values = ["get", "values", mesh::RELEASE, "--namespace", mesh::NAMESPACE];
+        Ok(kubectl.helm(&values).await?.contains("upgraded: now"))
+    };
+    let upgrade = ["upgrade", mesh::RELEASE, &chart, "--reuse-values", "--set", &settings];
+    replace_all_pods(cluster, &upgrade).await?;
+    assert!(upgraded().await?);
+    replace_all_pods(cluster, &["rollback", mesh::RELEASE]).await?;
+    assert!(!upgraded().await?);
     expect_tunnelled_request(cluster, &apps).await?;
     Ok(apps.stop(cluster).await?)
 }
 
-/// Runs Helm, waits until the pods of a program are new, and for further requests.
-async fn replace_pods(cluster: &Cluster, program: &str, helm: &[&str]) -> Outcome {
-    let before = ready_pods(cluster, program).await?;
+/// Runs Helm, waits until the pods of every program of the mesh are new, and for further requests.
+async fn replace_all_pods(cluster: &Cluster, helm: &[&str]) -> Outcome {
+    let mut before = Vec::new();
+    for program in PROGRAMS {
+        before.push(ready_pods(cluster, program).await?);
+    }
     cluster.kubectl().helm(&[helm, &["--namespace", mesh::NAMESPACE]].concat()).await?;
-    // Not `rollout status`: old node proxies stay as long as the connections that the load keeps.
-    wait::until(&format!("{program} has new pods"), SOON, async || {
-        let now = ready_pods(cluster, program).await.map_err(|error| error.to_string())?;
-        let new = now.iter().filter(|pod| !before.contains(pod)).count();
-        if new == before.len() { Ok(()) } else { Err(format!("{before:?}, then {now:?}")) }
-    })
-    .await?;
+    for (program, before) in PROGRAMS.iter().zip(before) {
+        // Not `rollout status`: old node proxies stay as long as the connections that the load keeps.
+        wait::until(&format!("{program} has new pods"), SOON, async || {
+            let now = ready_pods(cluster, program).await.map_err(|error| error.to_string())?;
+            let new = now.iter().filter(|pod| !before.contains(pod)).count();
+            if new == before.len() { Ok(()) } else { Err(format!("{before:?}, then {now:?}")) }
+        })
+        .await?;
+    }
     Ok(expect_progress(cluster).await.map_err(|error| format!("after {helm:?}: {error}"))?)
 }
 

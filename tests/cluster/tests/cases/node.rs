@@ -13,7 +13,8 @@ use serde_json::Value;
 use super::apps::ROLLOUT;
 use super::{Cases, Outcome};
 
-const NAMESPACE: &str = "enrolled";
+/// The namespace of these cases.
+pub(crate) const NAMESPACE: &str = "enrolled";
 const SYSTEM: &str = "ambit-system";
 /// How long a change of labels may take to reach every pod of a busy machine.
 const SOON: Duration = Duration::from_secs(240);

@@ -24,9 +24,15 @@ pub(crate) fn add(cases: &mut Cases) {
 
 /// Client and server on two nodes, in the mesh and behind a waypoint whose route rewrites paths.
 async fn start(cluster: &Cluster, namespace: &'static str) -> Result<Apps, Box<dyn std::error::Error>> {
-    let kubectl = cluster.kubectl();
     let apps = Apps::start(cluster, namespace, ("n1", "n2")).await?;
     set_mode(cluster, namespace, true).await?;
+    put_behind_waypoint(cluster, &apps).await?;
+    Ok(apps)
+}
+
+/// Makes a waypoint and a route that rewrites paths, and waits until requests go through it.
+pub(crate) async fn put_behind_waypoint(cluster: &Cluster, apps: &Apps) -> Outcome {
+    let (kubectl, namespace) = (cluster.kubectl(), apps.namespace);
     kubectl.apply(&manifests(namespace)).await?;
     let serves = |gateway: &Value| {
         let conditions = gateway["status"]["conditions"].as_array().into_iter().flatten();
@@ -40,7 +46,7 @@ async fn start(cluster: &Cluster, namespace: &'static str) -> Result<Apps, Box<d
         other => Err(format!("{other:?}")),
     })
     .await?;
-    Ok(apps)
+    Ok(())
 }
 
 async fn route(cluster: &Cluster) -> Outcome {
