@@ -67,11 +67,15 @@ impl IndexWorker {
             }
             self.note_namespaces(&changes);
             let (touched, parts) = (statuses_of(&changes), parts_of_waypoints(&changes));
+            // One whose class changes is looked at too: what was made for it goes.
+            let were: Vec<bool> = parts.iter().map(|gateway| index.is_waypoint(&gateway.name)).collect();
             self.apply(&mut index, changes);
             self.want_keys(&mut index);
             // After the findings, so that whoever looks at the object finds those of now.
             self.statuses.push(touched);
-            self.waypoints.push(parts.into_iter().filter(|gateway| index.is_waypoint(&gateway.name)));
+            let waypoints =
+                parts.into_iter().zip(were).filter(|(gateway, was)| *was || index.is_waypoint(&gateway.name));
+            self.waypoints.push(waypoints.map(|(gateway, _)| gateway));
             if is_synced && !self.synced {
                 self.synced = true;
                 self.report(index.findings().clone());

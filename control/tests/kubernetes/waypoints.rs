@@ -154,6 +154,48 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_changes_its_class_keeps_nothing_of_ours() {
+    let (server, template) = start().await;
+    let _replica = replica(&server, &template).await;
+    server.apply_value(gateway(&json!({}))).await;
+    deployment(&server, |_| true).await;
+    let available = json!({ "replicas": 2, "readyReplicas": 2, "availableReplicas": 2 });
+    server
+        .set_status(json!({ "apiVersion": DEPLOYMENT.0, "kind": DEPLOYMENT.1,
+        "metadata": { "name": "waypoint", "namespace": "shop" }, "status": available }))
+        .await;
+    standing(&server, "Programmed", "True", "Programmed").await;
+
+    let mut others = gateway(&json!({}));
+    others["spec"]["gatewayClassName"] = "istio-waypoint".into();
+    server.apply_value(others).await;
+    for (version, kind) in [
+        ("apps/v1", "Deployment"),
+        ("v1", "Service"),
+        ("v1", "ServiceAccount"),
+        ("policy/v1", "PodDisruptionBudget"),
+    ] {
+        until(&format!("the {kind} is gone"), async || {
+            server.get(version, kind, "shop", "waypoint").await.is_none().then_some(())
+        })
+        .await;
+    }
+    let left = until("the status says nothing of it", async || {
+        let gateway = server.get(GATEWAY.0, GATEWAY.1, "shop", "waypoint").await?;
+        let conditions = gateway["status"]["conditions"].as_array()?;
+        conditions.iter().all(|condition| condition["status"] == "Unknown").then_some(gateway)
+    })
+    .await;
+    assert!(left["status"]["addresses"].as_array().is_none_or(Vec::is_empty), "{left}");
+    assert!(left["status"]["listeners"].as_array().is_none_or(Vec::is_empty), "{left}");
+
+    // And back.
+    server.apply_value(gateway(&json!({}))).await;
+    deployment(&server, |_| true).await;
+    standing(&server, "Programmed", "False", "Pending").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_autoscaler_begins_with_the_pods_that_there_are() {
     let (server, template) = start().await;
     let _replica = replica(&server, &template).await;

@@ -18,7 +18,7 @@ use futures_util::{StreamExt, stream};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::core::{ApiResource, GroupVersionKind};
-use kube::{Api, Client};
+use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -134,7 +134,14 @@ impl WaypointWriter {
             Ok(gateways) => {
                 let ours = gateways.into_iter().filter(|gateway| {
                     let class = gateway.data["spec"]["gatewayClassName"].as_str().unwrap_or_default();
-                    self.classes.iter().any(|ours| &**ours == class)
+                    // Of others only those that this control plane has written to.
+                    let is_left = || {
+                        gateway
+                            .managed_fields()
+                            .iter()
+                            .any(|entry| entry.manager.as_deref() == Some(FIELD_MANAGER))
+                    };
+                    self.is_ours(class) || is_left()
                 });
                 let names = ours.filter_map(|gateway| {
                     Some(NamespacedName::new(gateway.metadata.namespace?, gateway.metadata.name?))
@@ -174,13 +181,13 @@ impl WaypointWriter {
         // The API server has checked it: what can't be read is no Gateway that it has a definition for.
         let Ok(waypoint) = serde_json::from_value::<WaypointGateway>(gateway.clone()) else { return Ok(()) };
         let class = waypoint.class();
-        if !self.classes.iter().any(|ours| &**ours == class) {
-            return Ok(());
+        if !self.is_ours(class) {
+            return self.leave(name, &waypoint, &gateway).await;
         }
         match classes::owner(&self.client, class).await? {
             Owned::ByUs => {}
             // Such as Istio, whose waypoints can be used beside ours.
-            Owned::ByOthers => return Ok(()),
+            Owned::ByOthers => return self.leave(name, &waypoint, &gateway).await,
             Owned::Absent => return Err(Fault::NoClass(class.to_owned())),
         }
         let (standing, fault) = match self.deploy(name, &waypoint).await {
@@ -191,14 +198,55 @@ impl WaypointWriter {
             Err(fault) => (Standing::Refused(fault.to_string()), Some(fault)),
         };
         if let Some(status) = status::plan(&gateway, &standing, &now()) {
-            let version = &gateway["metadata"]["resourceVersion"];
-            let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
-            let parameters =
-                PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
-            call(api.patch_status(&name.name, &parameters, &Patch::Merge(patch))).await?;
-            self.metrics.written.fetch_add(1, Ordering::Relaxed);
+            self.write_status(&api, name, &gateway, status).await?;
         }
         fault.map_or(Ok(()), Err)
+    }
+
+    fn is_ours(&self, class: &str) -> bool {
+        self.classes.iter().any(|ours| &**ours == class)
+    }
+
+    async fn write_status(
+        &self,
+        api: &Api<DynamicObject>,
+        name: &NamespacedName,
+        gateway: &Value,
+        status: Value,
+    ) -> Result<(), CallError> {
+        let version = &gateway["metadata"]["resourceVersion"];
+        let patch = json!({ "metadata": { "resourceVersion": version }, "status": status });
+        let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
+        call(api.patch_status(&name.name, &parameters, &Patch::Merge(patch))).await?;
+        self.metrics.written.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Removes what was made for a Gateway whose class is another controller's now, then what its status says of it. Without
+    /// anything of ours in the status there is nothing to remove.
+    async fn leave(
+        &self,
+        name: &NamespacedName,
+        waypoint: &WaypointGateway,
+        gateway: &Value,
+    ) -> Result<(), Fault> {
+        let Some(status) = status::without_ours(gateway, &now()) else { return Ok(()) };
+        for part in Part::ALL {
+            let resource = part.resource();
+            let api: Api<DynamicObject> =
+                Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
+            let Some(object) = call(api.get_opt(&name.name)).await? else { continue };
+            let uid = object.metadata.uid.clone();
+            if waypoint.is_left(&serde_json::to_value(object).unwrap_or_default(), &self.classes) {
+                delete(&api, &name.name, uid).await?;
+                tracing::info!(gateway = %name, kind = resource.kind, "removed: the class of the Gateway is another's");
+            }
+        }
+        if let Some(resource) = self.gateways().await? {
+            let api = Api::namespaced_with(self.client.clone(), &name.namespace, &resource);
+            self.write_status(&api, name, gateway, status).await?;
+        }
+        Ok(())
     }
 
     /// Makes the parts of a waypoint what they must be.
@@ -295,13 +343,8 @@ impl WaypointWriter {
                 Ok(serde_json::to_value(written).unwrap_or_default())
             }
             (Some(_), None) if is_owned => {
-                let preconditions = Some(Preconditions { uid, ..Preconditions::default() });
-                let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
-                match call(api.delete(&name.name, &parameters)).await {
-                    Ok(_) => Ok(Value::Null),
-                    Err(error) if error.is_not_found() => Ok(Value::Null),
-                    Err(error) => Err(error.into()),
-                }
+                delete(&api, &name.name, uid).await?;
+                Ok(Value::Null)
             }
             (_, None) => Ok(Value::Null),
         }
@@ -315,5 +358,16 @@ impl WaypointWriter {
             let gvk = GroupVersionKind::gvk(info.group, version, info.name);
             ApiResource::from_gvk_with_plural(&gvk, info.plural)
         }))
+    }
+}
+
+/// Deletes an object, unless another of its name came meanwhile.
+async fn delete(api: &Api<DynamicObject>, name: &str, uid: Option<String>) -> Result<(), CallError> {
+    let preconditions = Some(Preconditions { uid, ..Preconditions::default() });
+    let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
+    match call(api.delete(name, &parameters)).await {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_not_found() => Ok(()),
+        Err(error) => Err(error),
     }
 }

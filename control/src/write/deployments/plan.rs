@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 use kube::core::{ApiResource, GroupVersionKind};
 use serde::Deserialize;
@@ -39,6 +40,15 @@ pub(super) enum Part {
 }
 
 impl Part {
+    /// Every part, what serves last.
+    pub(super) const ALL: [Part; 5] = [
+        Part::HorizontalPodAutoscaler,
+        Part::PodDisruptionBudget,
+        Part::Service,
+        Part::Deployment,
+        Part::ServiceAccount,
+    ];
+
     /// The kind as the API server has it.
     pub(super) fn resource(self) -> ApiResource {
         let (group, version, kind, plural) = match self {
@@ -120,6 +130,16 @@ impl WaypointGateway {
         owners.into_iter().flatten().any(|owner| {
             owner["uid"].as_str() == Some(&self.metadata.uid) && owner["controller"].as_bool() == Some(true)
         })
+    }
+
+    /// Whether an object was made for this Gateway by this control plane, for one of its classes: another controller may have
+    /// made one of the same name for the class that the Gateway has now.
+    pub(super) fn is_left(&self, object: &Value, classes: &[Arc<str>]) -> bool {
+        let metadata = &object["metadata"];
+        let class = metadata["labels"][GATEWAY_CLASS].as_str();
+        self.owns(object)
+            && metadata["annotations"][MANIFEST_HASH].is_string()
+            && classes.iter().any(|ours| class == Some(ours))
     }
 
     fn labels(&self) -> BTreeMap<&str, &str> {

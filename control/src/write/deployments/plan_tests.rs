@@ -123,6 +123,23 @@ fn a_waypoint_drains_within_its_pods_grace_period() {
 }
 
 #[test]
+fn only_what_this_control_plane_made_is_left_behind() {
+    let classes = [Arc::from("ambit-waypoint")];
+    let gateway = gateway(&json!({}));
+    let ours = part(&gateway, &Template::default(), None, Part::Service).unwrap();
+    assert!(gateway.is_left(&ours, &classes));
+    let mut others = ours.clone();
+    others["metadata"]["labels"][GATEWAY_CLASS] = "istio-waypoint".into();
+    assert!(!gateway.is_left(&others, &classes), "taken over for another class");
+    let mut others = ours.clone();
+    others["metadata"]["annotations"] = json!({});
+    assert!(!gateway.is_left(&others, &classes), "made by another controller");
+    let mut others = ours;
+    others["metadata"]["ownerReferences"][0]["uid"] = "u2".into();
+    assert!(!gateway.is_left(&others, &classes), "of another Gateway");
+}
+
+#[test]
 fn an_object_with_defaults_has_all_of_its_manifest() {
     let manifest = part(&gateway(&json!({})), &Template::default(), None, Part::Service).unwrap();
     let mut object = manifest.clone();

@@ -2,10 +2,14 @@
 
 use serde_json::{Value, json};
 
+use crate::api_server::FIELD_MANAGER;
 use crate::write::conditions::{self, Condition};
 
 /// The listener of a waypoint (kubernetes.md, "Which waypoint").
 const HBONE: (&str, u64) = ("HBONE", 15008);
+
+/// The reason of a condition that no controller has written yet.
+const PENDING: &str = "Pending";
 
 /// How the deployment of a waypoint stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +73,40 @@ pub(super) fn plan(gateway: &Value, standing: &Standing, now: &str) -> Option<Va
         present != status[field]
     });
     differs.then_some(status)
+}
+
+/// `status` of a Gateway that is not ours any more, without what this control plane wrote of it; `None` if there is nothing.
+/// What another controller has written since is its own.
+pub(super) fn without_ours(gateway: &Value, now: &str) -> Option<Value> {
+    let managers = gateway["metadata"]["managedFields"].as_array()?;
+    let is_ours = |entry: &&Value| entry["manager"] == FIELD_MANAGER && entry["subresource"] == "status";
+    let owned = &managers.iter().find(is_ours)?["fieldsV1"]["f:status"];
+    let owns = |list: &str, key: &str, value: &Value| {
+        let entry = format!("k:{}", json!({ key: value }));
+        !owned[list][&entry].is_null()
+    };
+    let status = &gateway["status"];
+    let entries = |list: &str| status[list].as_array().cloned().unwrap_or_default();
+    let reset = |condition: Value| {
+        if !owns("f:conditions", "type", &condition["type"]) || condition["reason"] == PENDING {
+            return condition;
+        }
+        // As the definition has them.
+        json!({
+            "type": condition["type"], "status": "Unknown", "reason": PENDING, "message": "Waiting for controller",
+            "lastTransitionTime": now,
+        })
+    };
+    let conditions: Vec<Value> = entries("conditions").into_iter().map(reset).collect();
+    let listeners: Vec<Value> = entries("listeners")
+        .into_iter()
+        .filter(|listener| !owns("f:listeners", "name", &listener["name"]))
+        .collect();
+    let addresses = if owned["f:addresses"].is_null() { entries("addresses") } else { Vec::new() };
+    let differs = conditions != entries("conditions")
+        || listeners != entries("listeners")
+        || addresses != entries("addresses");
+    differs.then(|| json!({ "conditions": conditions, "listeners": listeners, "addresses": addresses }))
 }
 
 fn programmed(standing: &Standing, is_accepted: bool) -> Condition {
@@ -189,6 +227,30 @@ mod tests {
             assert_eq!(reason(&status, "Programmed"), programmed, "{standing:?}");
             assert_eq!(status["addresses"], json!([]), "{standing:?}");
         }
+    }
+
+    #[test]
+    fn a_gateway_that_is_not_ours_any_more_keeps_what_others_wrote() {
+        let mut left = gateway("HBONE", &json!({}));
+        left["status"] = plan(&left, &deployed(Some("10.0.0.1"), true), "t").unwrap();
+        assert_eq!(without_ours(&left, "t2"), None, "nothing says that it is ours");
+        left["metadata"]["managedFields"] = json!([{
+            "manager": FIELD_MANAGER, "operation": "Update", "subresource": "status",
+            "fieldsV1": { "f:status": {
+                "f:addresses": {}, "f:listeners": { "k:{\"name\":\"mesh\"}": {} },
+                "f:conditions": { "k:{\"type\":\"Programmed\"}": {} },
+            } },
+        }]);
+        let status = without_ours(&left, "t2").unwrap();
+        assert_eq!((&status["addresses"], &status["listeners"]), (&json!([]), &json!([])));
+        let conditions = status["conditions"].as_array().unwrap();
+        assert_eq!(conditions[0]["status"], "True", "another controller accepts it");
+        assert_eq!(
+            (&conditions[1]["status"], &conditions[1]["reason"]),
+            (&json!("Unknown"), &json!("Pending"))
+        );
+        left["status"] = status;
+        assert_eq!(without_ours(&left, "t3"), None, "once");
     }
 
     #[test]
