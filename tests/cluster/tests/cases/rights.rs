@@ -66,7 +66,9 @@ async fn least_rights(cluster: &Cluster) -> Outcome {
     let missing: BTreeSet<String> = missing.map(Right::text).collect();
     assert!(missing.is_empty(), "refused: {missing:#?}");
     outcome?;
-    cluster.kubectl().run(&["delete", "namespace", NAMESPACE, "--wait"]).await?;
+    let kubectl = cluster.kubectl();
+    kubectl.run(&["delete", "customresourcedefinition", "xmeshes.gateway.networking.x-k8s.io"]).await?;
+    kubectl.run(&["delete", "namespace", NAMESPACE, "--wait"]).await?;
     Ok(())
 }
 
@@ -74,6 +76,7 @@ async fn least_rights(cluster: &Cluster) -> Outcome {
 async fn exercise(cluster: &Cluster) -> Outcome {
     let kubectl = cluster.kubectl();
     kubectl.apply(OBJECTS).await?;
+    kubectl.apply(XMESH).await?;
     kubectl.run(&["taint", "node", "n1", "ambit.dev/not-ready=:NoSchedule"]).await?;
     // The control plane has the keys in memory and writes them back.
     kubectl.run(&["delete", "secret", "istio-ca-secret", "--namespace", mesh::NAMESPACE]).await?;
@@ -210,6 +213,23 @@ fn unused(given: &BTreeSet<Right>, used: &BTreeSet<Right>) -> Vec<Right> {
     given.iter().filter(|right| !used.iter().any(|used| right.covers(used))).cloned().collect()
 }
 
+/// The experimental kind of Gateway API in which a mesh announces its features, as far as it is needed.
+const XMESH: &str = r#"
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: xmeshes.gateway.networking.x-k8s.io}
+spec:
+  group: gateway.networking.x-k8s.io
+  names: {kind: XMesh, listKind: XMeshList, plural: xmeshes, singular: xmesh}
+  scope: Cluster
+  versions:
+  - name: v1alpha1
+    served: true
+    storage: true
+    subresources: {status: {}}
+    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+"#;
+
 /// Objects whose statuses the control plane writes, and a waypoint with parameters.
 const OBJECTS: &str = r#"
 apiVersion: v1
@@ -240,6 +260,11 @@ apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: policy, namespace: rights}
 spec: {action: ALLOW, rules: [{}]}
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: unbound, namespace: rights}
+spec: {jwtRules: [{issuer: issuer.example, jwks: '{"keys": []}'}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
