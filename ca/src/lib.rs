@@ -13,7 +13,6 @@
 pub mod authentication;
 pub mod authority;
 mod follower;
-pub mod incoming;
 pub mod jwt;
 mod material;
 mod request;

@@ -2,12 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
-use ambit_ca::incoming::incoming;
 use ambit_ca::{
     Authenticator, Authority, AuthorityConfig, CertificateService, Credentials, IssuanceMetrics,
     IssuancePolicy, JwtAuthenticator, JwtConfig, NodePods,
@@ -18,6 +18,7 @@ use ambit_identity::{
 };
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use futures_util::stream;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use rcgen::{KeyPair, PublicKeyData};
 use serde_json::{Value, json};
@@ -166,11 +167,15 @@ fn write_jwks(directory: &Path, signers: &[&TokenSigner]) {
 async fn serve(service: CertificateService, tls: Arc<rustls::ServerConfig>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(service.into_server())
-            .serve_with_incoming(incoming(listener, tls)),
-    );
+    let accepted = stream::unfold((listener, TlsAcceptor::from(tls)), async |(listener, tls)| {
+        let (socket, _) = listener.accept().await.ok()?;
+        let (mut inside, outside) = tokio::io::duplex(1 << 16);
+        let handshake = tls.accept(socket);
+        tokio::spawn(async move { tokio::io::copy_bidirectional(&mut handshake.await?, &mut inside).await });
+        Some((Ok::<_, Infallible>(outside), (listener, tls)))
+    });
+    let server = tonic::transport::Server::builder().add_service(service.into_server());
+    tokio::spawn(server.serve_with_incoming(accepted));
     address
 }
 

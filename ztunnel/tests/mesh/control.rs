@@ -1,5 +1,6 @@
 //! A control plane in the test's own process: discovery from tables, certificates from a real authority.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,15 +12,17 @@ use ambit_api::workload::{Address, Service, Workload};
 use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use ambit_ca::{
     AuthenticationError, Authenticator, Authority, AuthorityConfig, Caller, CertificateService, Credentials,
-    IssuancePolicy, NodePods, PodRef, RevokedCertificate, incoming::incoming,
+    IssuancePolicy, NodePods, PodRef, RevokedCertificate,
 };
 use ambit_identity::{SpiffeId, TrustDomain};
 use ambit_xds::{Change, Resource, Server, Store};
 use async_trait::async_trait;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use futures_util::{Stream, stream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
 
 pub(crate) const SERVER_NAME: &str = "ambit-control.ambit-system.svc";
 pub(crate) const TRUST_DOMAIN: &str = "cluster.local";
@@ -57,7 +60,7 @@ impl Control {
         let server = tonic::transport::Server::builder()
             .add_service(certificates.into_server())
             .add_service(discovery);
-        tokio::spawn(server.serve_with_incoming(incoming(listener, tls)));
+        tokio::spawn(server.serve_with_incoming(accepted(listener, TlsAcceptor::from(tls))));
         let (root_file, token_file) = (dir.join("root.pem"), dir.join("token"));
         std::fs::write(&root_file, authority.roots_pem().as_bytes()).unwrap();
         std::fs::write(&token_file, "a token").unwrap();
@@ -115,6 +118,21 @@ impl Control {
         std::fs::write(&fresh, pem).unwrap();
         std::fs::rename(fresh, &self.crl_file).unwrap();
     }
+}
+
+/// The plaintext of the connections that `listener` accepts.
+fn accepted(listener: TcpListener, tls: TlsAcceptor) -> impl Stream<Item = Result<DuplexStream, Infallible>> {
+    stream::unfold((listener, tls), async |(listener, tls)| {
+        let (socket, _) = listener.accept().await.ok()?;
+        let handshake = tls.accept(socket);
+        let (mut inside, outside) = tokio::io::duplex(1 << 16);
+        tokio::spawn(async move {
+            if let Ok(mut secured) = handshake.await {
+                _ = tokio::io::copy_bidirectional(&mut secured, &mut inside).await;
+            }
+        });
+        Some((Ok(outside), (listener, tls)))
+    })
 }
 
 /// A relay in front of the control plane, which can be made to fall silent while its connections stay open.
