@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64};
 
 use parking_lot::RwLock;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet, text};
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::family::Family;
 
@@ -68,14 +68,8 @@ impl Registry {
     ) where
         F: Fn() -> u64 + Send + Sync + 'static,
     {
-        let boxed =
-            |(value, read): (String, F)| (value, Box::new(read) as Box<dyn Fn() -> u64 + Send + Sync>);
-        self.collect(ObservedFamily {
-            name: name.to_owned(),
-            help: help.to_owned(),
-            label: label.to_owned(),
-            series: series.into_iter().map(boxed).collect(),
-        });
+        let series = series.into_iter().map(|(value, read)| (value, Read::Counter(Box::new(read)))).collect();
+        self.collect_family(name, help, MetricType::Counter, label, series);
     }
 
     /// Registers gauges of one family that live elsewhere, by the value of one label.
@@ -88,14 +82,8 @@ impl Registry {
     ) where
         F: Fn() -> i64 + Send + Sync + 'static,
     {
-        let boxed =
-            |(value, read): (String, F)| (value, Box::new(read) as Box<dyn Fn() -> i64 + Send + Sync>);
-        self.collect(ObservedGauges {
-            name: name.to_owned(),
-            help: help.to_owned(),
-            label: label.to_owned(),
-            series: series.into_iter().map(boxed).collect(),
-        });
+        let series = series.into_iter().map(|(value, read)| (value, Read::Gauge(Box::new(read)))).collect();
+        self.collect_family(name, help, MetricType::Gauge, label, series);
     }
 
     /// Registers a histogram that lives elsewhere. `read` gives the sum and the buckets at each scrape: each bucket's upper
@@ -141,6 +129,18 @@ impl Registry {
         self.inner.write().register_collector(Box::new(collector));
     }
 
+    fn collect_family(
+        &self,
+        name: &str,
+        help: &str,
+        kind: MetricType,
+        label: &str,
+        series: Vec<(String, Read)>,
+    ) {
+        let (name, help, label) = (name.to_owned(), help.to_owned(), label.to_owned());
+        self.collect(ObservedFamily { name, help, kind, label, series });
+    }
+
     /// Everything as OpenMetrics text ([`CONTENT_TYPE`](Self::CONTENT_TYPE)).
     pub fn encode(&self) -> String {
         let mut text = String::new();
@@ -160,15 +160,42 @@ fn sentence(help: &str) -> &str {
     help.trim_end_matches('.')
 }
 
+/// A metric without labels that lives elsewhere.
 struct Observed {
     name: String,
     help: String,
     read: Read,
 }
 
+/// Metrics of one family that live elsewhere, by the value of one label.
+struct ObservedFamily {
+    name: String,
+    help: String,
+    kind: MetricType,
+    label: String,
+    series: Vec<(String, Read)>,
+}
+
+/// Reads a metric's value.
 enum Read {
     Counter(Box<dyn Fn() -> u64 + Send + Sync>),
     Gauge(Box<dyn Fn() -> i64 + Send + Sync>),
+}
+
+impl Read {
+    fn kind(&self) -> MetricType {
+        match self {
+            Read::Counter(_) => MetricType::Counter,
+            Read::Gauge(_) => MetricType::Gauge,
+        }
+    }
+
+    fn encode(&self, mut metric: MetricEncoder<'_>) -> Result<(), fmt::Error> {
+        match self {
+            Read::Counter(read) => metric.encode_counter::<NoLabelSet, _, u64>(&read(), None),
+            Read::Gauge(read) => metric.encode_gauge(&read()),
+        }
+    }
 }
 
 impl fmt::Debug for Observed {
@@ -180,22 +207,8 @@ impl fmt::Debug for Observed {
 impl Collector for Observed {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let help = format!("{}.", sentence(&self.help));
-        match &self.read {
-            Read::Counter(read) => encoder
-                .encode_descriptor(&self.name, &help, None, MetricType::Counter)?
-                .encode_counter::<NoLabelSet, _, u64>(&read(), None),
-            Read::Gauge(read) => {
-                encoder.encode_descriptor(&self.name, &help, None, MetricType::Gauge)?.encode_gauge(&read())
-            }
-        }
+        self.read.encode(encoder.encode_descriptor(&self.name, &help, None, self.read.kind())?)
     }
-}
-
-struct ObservedFamily {
-    name: String,
-    help: String,
-    label: String,
-    series: Vec<(String, Box<dyn Fn() -> u64 + Send + Sync>)>,
 }
 
 impl fmt::Debug for ObservedFamily {
@@ -207,35 +220,9 @@ impl fmt::Debug for ObservedFamily {
 impl Collector for ObservedFamily {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let help = format!("{}.", sentence(&self.help));
-        let mut family = encoder.encode_descriptor(&self.name, &help, None, MetricType::Counter)?;
+        let mut family = encoder.encode_descriptor(&self.name, &help, None, self.kind)?;
         for (value, read) in &self.series {
-            let labels = [(self.label.as_str(), value.as_str())];
-            family.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&read(), None)?;
-        }
-        Ok(())
-    }
-}
-
-struct ObservedGauges {
-    name: String,
-    help: String,
-    label: String,
-    series: Vec<(String, Box<dyn Fn() -> i64 + Send + Sync>)>,
-}
-
-impl fmt::Debug for ObservedGauges {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ObservedGauges({})", self.name)
-    }
-}
-
-impl Collector for ObservedGauges {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let help = format!("{}.", sentence(&self.help));
-        let mut family = encoder.encode_descriptor(&self.name, &help, None, MetricType::Gauge)?;
-        for (value, read) in &self.series {
-            let labels = [(self.label.as_str(), value.as_str())];
-            family.encode_family(&labels)?.encode_gauge(&read())?;
+            read.encode(family.encode_family(&[(self.label.as_str(), value.as_str())])?)?;
         }
         Ok(())
     }
