@@ -4,7 +4,7 @@
 //! [`connections`] lists what is open, and [`cut`] closes it; [`loads`] counts connections by endpoint; [`shares`]
 //! bounds what one pod or peer can take; [`stop`] hears who ends the program and [`drain`] orders the end. [`configuration`]
 //! reads file, flags and environment, [`feed`] subscribes to the control plane, [`observe`] and [`peers`]
-//! make metrics. Nothing here knows what a proxy decides.
+//! make metrics, and [`servers`] shows them. Nothing here knows what a proxy decides.
 
 pub mod configuration;
 pub mod connections;
@@ -14,6 +14,7 @@ pub mod feed;
 pub mod loads;
 pub mod observe;
 pub mod peers;
+pub mod servers;
 pub mod shares;
 pub mod stop;
 pub mod tasks;

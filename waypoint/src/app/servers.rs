@@ -1,17 +1,13 @@
 //! Admin, metrics and readiness: what they show and where they listen.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ambit_runtime::observe;
 use ambit_runtime::stop::Requests;
 use ambit_runtime::tasks::Tasks;
+use ambit_runtime::{observe, servers};
 use ambit_telemetry::logging::Logging;
-use ambit_telemetry::{Admin, Readiness, http};
-use anyhow::Context;
-use serde_json::json;
-use tokio::net::TcpListener;
+use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
 use crate::proxy::{Limited, Tallies};
@@ -29,32 +25,17 @@ pub(super) async fn start(
     tasks: &mut Tasks,
 ) -> anyhow::Result<()> {
     register(parts, program, logging);
-    let config = &parts.config;
-    let admin = listen("adminAddress", config.proxy.admin_address).await?;
-    let metrics = listen("metricsAddress", config.proxy.metrics_address).await?;
-    let ready = listen("readinessAddress", config.proxy.readiness_address).await?;
-    tasks.spawn("admin server", http::serve(admin, routes(parts, logging, stop).into_router()));
-    tasks.spawn("metrics server", http::serve(metrics, http::metrics_router(&parts.registry)));
-    tasks.spawn("readiness server", http::serve(ready, http::readiness_router(readiness)));
+    let admin = routes(parts, logging, stop);
+    servers::start(&parts.config.proxy, admin, &parts.registry, readiness, tasks).await?;
     Ok(())
 }
 
-async fn listen(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("listen on {key} {address}"))
-}
-
 fn routes(parts: &Parts, logging: &Logging, stop: &Requests) -> Admin {
-    let (directory, config) = (parts.directory.clone(), parts.config.clone());
-    let published = parts.published.clone();
-    let (quit, drain) = (stop.clone(), stop.clone());
-    Admin::new()
+    let (directory, published) = (parts.directory.clone(), parts.published.clone());
+    let admin = Admin::new()
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
-        .section("routes", move || serde_json::to_value(&published.load().routes_dump))
-        .section("config", move || serde_json::to_value(&config))
-        .section("version", || Ok(json!({ "version": env!("CARGO_PKG_VERSION") })))
-        .logging(logging.level.clone())
-        .on_quit(move || quit.quit())
-        .on_drain(move || drain.drain())
+        .section("routes", move || serde_json::to_value(&published.load().routes_dump));
+    servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
 }
 
 fn register(parts: &Parts, program: &Program, logging: &Logging) {

@@ -1,20 +1,17 @@
 //! Admin, metrics and readiness: what they show and where they listen.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ambit_telemetry::logging::Logging;
-use ambit_telemetry::{Admin, Readiness, Registry, http};
-use anyhow::Context;
+use ambit_telemetry::{Admin, Readiness, Registry};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 use super::Requests;
 use super::{Parts, Program, dump};
 use crate::directory::ondemand::{self, Demander};
 use crate::proxy::{Proxy, ProxyMetrics, Tally};
-use ambit_runtime::observe;
 use ambit_runtime::tasks::Tasks;
+use ambit_runtime::{observe, servers};
 
 /// Starts the three servers.
 ///
@@ -29,18 +26,9 @@ pub(super) async fn start(
     tasks: &mut Tasks,
 ) -> anyhow::Result<()> {
     register(parts, program, logging);
-    let config = &parts.config;
-    let admin = listen("adminAddress", config.proxy.admin_address).await?;
-    let metrics = listen("metricsAddress", config.proxy.metrics_address).await?;
-    let ready = listen("readinessAddress", config.proxy.readiness_address).await?;
-    tasks.spawn("admin server", http::serve(admin, routes(parts, program, logging, stop).into_router()));
-    tasks.spawn("metrics server", http::serve(metrics, http::metrics_router(&parts.registry)));
-    tasks.spawn("readiness server", http::serve(ready, http::readiness_router(readiness)));
+    let admin = routes(parts, program, logging, stop);
+    servers::start(&parts.config.proxy, admin, &parts.registry, readiness, tasks).await?;
     Ok(())
-}
-
-async fn listen(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("listen on {key} {address}"))
 }
 
 fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) -> Admin {
@@ -48,11 +36,9 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         let reader = parts.directory.clone();
         move || Ok(shape(serde_json::to_value(&*reader.snapshot())?))
     };
-    let (certificates, proxy, config) =
-        (parts.certificates.clone(), program.proxy.clone(), parts.config.clone());
+    let (certificates, proxy) = (parts.certificates.clone(), program.proxy.clone());
     let pods = program.proxy.clone();
-    let (quit, drain) = (stop.clone(), stop.clone());
-    Admin::new()
+    let admin = Admin::new()
         .section(
             "services",
             directory(|mut dump| {
@@ -64,12 +50,8 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .section("policies", directory(|mut dump| dump::policies(dump["policies"].take())))
         .section("certificates", move || Ok(dump::certificates(&certificates.list())))
         .section("connections", move || serde_json::to_value(proxy.connections.summaries()))
-        .section("pods", move || Ok(pod_dump(&pods)))
-        .section("config", move || serde_json::to_value(&config))
-        .section("version", || Ok(json!({ "version": env!("CARGO_PKG_VERSION") })))
-        .logging(logging.level.clone())
-        .on_quit(move || quit.quit())
-        .on_drain(move || drain.drain())
+        .section("pods", move || Ok(pod_dump(&pods)));
+    servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
 }
 
 fn pod_dump(proxy: &Proxy) -> Value {
