@@ -5,11 +5,11 @@
 //! label.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ambit_directory::Service;
+use ambit_directory::{Authority, Service};
 use ambit_hbone::Baggage;
 use ambit_identity::SpiffeId;
 use ambit_telemetry::access::{self, AccessLog, Entry};
@@ -47,6 +47,23 @@ pub struct AccessRecord {
 }
 
 impl AccessRecord {
+    /// What is known before a pod's connection is routed.
+    pub fn outbound(source: End, source_address: SocketAddr, dialled: &Authority, since: Instant) -> Self {
+        Self {
+            direction: Direction::Outbound,
+            source,
+            source_address,
+            destination: End::default(),
+            destination_address: match dialled {
+                Authority::Address(address) => *address,
+                Authority::Host { port, .. } => (Ipv4Addr::UNSPECIFIED, *port).into(),
+            },
+            hbone_address: None,
+            service: None,
+            since,
+        }
+    }
+
     fn security(&self) -> Security {
         match (&self.source.identity, &self.destination.identity) {
             (Some(_), Some(_)) => Security::MutualTls,

@@ -14,7 +14,6 @@ use ambit_directory::{
 };
 use ambit_hbone::{OpenError, Tunnel};
 use ambit_net::relay::Counters;
-use ambit_runtime::connections::Direction;
 use ambit_runtime::loads::LoadGuard;
 use ambit_xds::Found;
 use smallvec::SmallVec;
@@ -242,19 +241,8 @@ impl Dial<'_> {
     }
 
     fn record(&self) -> AccessRecord {
-        AccessRecord {
-            direction: Direction::Outbound,
-            source: End { workload: Some(self.client.clone()), ..End::default() },
-            source_address: self.source,
-            destination: End::default(),
-            destination_address: match &self.dialled {
-                Authority::Address(address) => *address,
-                Authority::Host { port, .. } => (std::net::Ipv4Addr::UNSPECIFIED, *port).into(),
-            },
-            hbone_address: None,
-            service: None,
-            since: self.since,
-        }
+        let source = End { workload: Some(self.client.clone()), ..End::default() };
+        AccessRecord::outbound(source, self.source, &self.dialled, self.since)
     }
 }
 

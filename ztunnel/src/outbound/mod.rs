@@ -238,19 +238,8 @@ impl OutboundRequest {
     }
 
     fn record(&self) -> AccessRecord {
-        AccessRecord {
-            direction: Direction::Outbound,
-            source: End { identity: Some(self.pod.identity().clone()), ..End::default() },
-            source_address: self.source,
-            destination: End::default(),
-            destination_address: match &self.dialled {
-                Authority::Address(address) => *address,
-                Authority::Host { port, .. } => (std::net::Ipv4Addr::UNSPECIFIED, *port).into(),
-            },
-            hbone_address: None,
-            service: None,
-            since: self.since,
-        }
+        let source = End { identity: Some(self.pod.identity().clone()), ..End::default() };
+        AccessRecord::outbound(source, self.source, &self.dialled, self.since)
     }
 }
 
