@@ -376,6 +376,18 @@ mod tests {
     }
 
     #[test]
+    fn a_walk_takes_few_connections_at_a_time_and_holds_no_lock() {
+        let table = Connections::new(1);
+        let open: Vec<_> = (0..1000).map(|n| table.open(0, connection(Direction::Inbound, n))).collect();
+        table.for_each(|_| {
+            assert!(table.shards[0].try_lock().is_some(), "a worker would wait");
+            // The entry, the table and the walk have one each.
+            let taken = open.iter().filter(|open| Arc::strong_count(&open.connection) > 2).count();
+            assert!(taken <= CHUNK, "{taken}");
+        });
+    }
+
+    #[test]
     fn a_connection_is_quiet_from_its_last_byte_on() {
         let (activity, second) = (Activity::default(), Duration::from_secs(1));
         assert_eq!(activity.quiet_for(0, 5 * second), 5 * second);
