@@ -16,7 +16,7 @@ pub use ambit_runtime::configuration::ConfigError;
 
 use crate::AgentConfig;
 use crate::cni::conflist::Entry;
-use crate::cni::install::Installation;
+use crate::cni::install::{Installation, Placement};
 use crate::discovery::Discovery;
 use crate::enrol;
 
@@ -95,6 +95,9 @@ struct NodeSettings {
     cni_conf_dir: PathBuf,
     /// Whether the plugin is chained into the first configuration; else it gets one of its own.
     chained: bool,
+    /// Whether the plugin is chained into a copy of the first configuration that sorts before it: the owner of the first
+    /// configuration may rewrite that, at a boot above all, and pods still meet the plugin.
+    own_list: bool,
     /// User of kubelet's processes, whose connections to pods are probes.
     kubelet_uid: u32,
     /// Whether the node's taint ambit.dev/not-ready is taken off when pods can be enrolled.
@@ -129,6 +132,7 @@ impl Default for NodeSettings {
             cni_bin_dir: "/host/cni/bin".into(),
             cni_conf_dir: "/host/cni/net.d".into(),
             chained: true,
+            own_list: false,
             kubelet_uid: 0,
             remove_taint: true,
             metrics: (Ipv4Addr::UNSPECIFIED, 15020).into(),
@@ -225,6 +229,7 @@ fn resolve(settings: NodeSettings) -> Config {
         cni_bin_dir,
         cni_conf_dir,
         chained,
+        own_list,
         kubelet_uid,
         remove_taint,
         metrics,
@@ -243,7 +248,11 @@ fn resolve(settings: NodeSettings) -> Config {
         program: cni_program,
         bin_dir: cni_bin_dir,
         conf_dir: cni_conf_dir,
-        chained,
+        placement: match (chained, own_list) {
+            (true, true) => Placement::OwnList,
+            (true, false) => Placement::Chained,
+            (false, _) => Placement::Standalone,
+        },
         entry: entry(&cni_socket, &enrolment),
     };
     let mut agent = AgentConfig::new(zds_socket, &registry);

@@ -1,6 +1,6 @@
 {{/* What differs by platform, as YAML. The values of `node.cni` override it. */}}
 {{- define "ambit.platform" -}}
-{{- $paths := dict "binDir" "/opt/cni/bin" "confDir" "/etc/cni/net.d" "netnsDir" "/var/run/netns" "chained" true }}
+{{- $paths := dict "binDir" "/opt/cni/bin" "confDir" "/etc/cni/net.d" "netnsDir" "/var/run/netns" "chained" true "ownList" false }}
 {{- $platforms := dict
   "gke" (dict "binDir" "/home/kubernetes/bin")
   "openshift" (dict "binDir" "/var/lib/cni/bin" "confDir" "/etc/cni/multus/net.d" "chained" false)

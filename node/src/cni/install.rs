@@ -1,8 +1,8 @@
 //! The plugin and its entry on the host: put there, kept there while the agent runs, and left there when it ends.
 //!
 //! Other tools own the directory of network configurations and may rewrite it at any time. The entry belongs into the
-//! file that the container runtime reads: the first by name. Files are replaced atomically, because the runtime reads
-//! them at any time too.
+//! file that the container runtime reads: the first by name, or a list of our own that sorts before it. Files are replaced
+//! atomically, because the runtime reads them at any time too.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, Permissions};
@@ -26,12 +26,26 @@ const LOOK: Duration = Duration::from_secs(5);
 const REWRITES: usize = 10;
 /// The time over which rewrites are counted.
 const WINDOW: Duration = Duration::from_secs(60);
+/// The main network's list with the entry, as a file of its own that sorts before others.
+const OWN_LIST: &str = "00-ambit.conflist";
 /// The configuration of its own, which sorts after others: a runtime must not take it for its main network.
 const STANDALONE: &str = "zzz-ambit-cni.conf";
 /// Added to the name of a single plugin's configuration that became a list, so that runtimes pass over it.
 const CONVERTED: &str = "ambit-converted";
 /// The files that container runtimes read.
 const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
+
+/// Where the plugin's entry goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// Into the main network's configuration, which its owner may rewrite without it.
+    Chained,
+    /// Into a copy of the main network's configuration that the runtime reads instead. What the owner of the main network
+    /// writes, at a boot before the agent runs above all, takes the entry from no pod.
+    OwnList,
+    /// Into a configuration of its own, for a meta plugin.
+    Standalone,
+}
 
 /// Where the plugin and its entry go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,8 +56,8 @@ pub struct Installation {
     pub bin_dir: PathBuf,
     /// The host's directory of network configurations.
     pub conf_dir: PathBuf,
-    /// Whether the entry is chained into the main network's configuration; else it gets a configuration of its own.
-    pub chained: bool,
+    /// Where the entry goes.
+    pub placement: Placement,
     /// The plugin's settings.
     pub entry: Entry,
 }
@@ -72,6 +86,9 @@ pub enum InstallError {
     /// The files are in place and do not stay.
     #[error("another tool undoes it: more than {REWRITES} times within {WINDOW:?}")]
     Contested,
+    /// The runtime reads another file before the list of our own.
+    #[error("{} sorts before {OWN_LIST}: the container runtime reads that", .0.display())]
+    NotFirst(PathBuf),
     /// There is nothing to chain into.
     #[error("no network configuration in {} yet", .0.display())]
     NoNetwork(PathBuf),
@@ -115,7 +132,13 @@ impl Installation {
             replace(&target, &program, 0o755)?;
             written.push(target);
         }
-        written.extend(if self.chained { self.chain()? } else { self.stand_alone()? });
+        written.extend(match self.placement {
+            Placement::Chained => self.chain()?,
+            Placement::OwnList => self.own_list()?,
+            Placement::Standalone => self.stand_alone()?,
+        });
+        // Last, so that the runtime finds the entry at any time.
+        written.extend(self.delete_files_of_other_placements()?);
         Ok(written)
     }
 
@@ -124,7 +147,7 @@ impl Installation {
         let mut changed = Vec::new();
         for path in configurations(&self.conf_dir)? {
             let Ok(text) = fs::read_to_string(&path) else { continue };
-            if conflist::is_standalone(&text) {
+            if conflist::is_standalone(&text) || is_own_list(&path) {
                 delete(&path)?;
             } else if let Ok(Some(without)) = conflist::unchain(&text) {
                 self.restore(&path, &without)?;
@@ -240,6 +263,29 @@ impl Installation {
         Ok(vec![list])
     }
 
+    fn own_list(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let Main { path, chained, .. } = self.main_network()?;
+        let own = self.conf_dir.join(OWN_LIST);
+        if path < own {
+            return Err(InstallError::NotFirst(path));
+        }
+        if fs::read_to_string(&own).is_ok_and(|present| conflist::same(&present, &chained)) {
+            return Ok(Vec::new());
+        }
+        replace(&own, chained.as_bytes(), mode_of(&path))?;
+        Ok(vec![own])
+    }
+
+    fn delete_files_of_other_placements(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let others: &[&str] = match self.placement {
+            Placement::Chained => &[OWN_LIST, STANDALONE],
+            Placement::OwnList => &[STANDALONE],
+            Placement::Standalone => &[OWN_LIST],
+        };
+        let present = others.iter().map(|name| self.conf_dir.join(name)).filter(|path| path.exists());
+        present.map(|path| delete(&path).map(|()| path)).collect()
+    }
+
     fn stand_alone(&self) -> Result<Vec<PathBuf>, InstallError> {
         let path = self.conf_dir.join(STANDALONE);
         let text = self.entry.standalone();
@@ -250,9 +296,9 @@ impl Installation {
         Ok(vec![path])
     }
 
-    /// The first file that is a network configuration, as runtimes choose it.
+    /// The first file that is a network configuration, as runtimes choose it, our own list apart.
     fn main_network(&self) -> Result<Main, InstallError> {
-        for path in configurations(&self.conf_dir)? {
+        for path in configurations(&self.conf_dir)?.into_iter().filter(|path| !is_own_list(path)) {
             let text = match fs::read_to_string(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 text => text.map_err(failed("read", &path))?,
@@ -270,6 +316,10 @@ impl Installation {
         }
         Err(InstallError::NoNetwork(self.conf_dir.clone()))
     }
+}
+
+fn is_own_list(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name == OWN_LIST)
 }
 
 fn is_list(path: &Path) -> bool {
@@ -346,7 +396,7 @@ mod tests {
         installation: Installation,
     }
 
-    fn host(chained: bool) -> Host {
+    fn host(placement: Placement) -> Host {
         let directory = tempfile::tempdir().unwrap();
         for name in ["image", "bin", "net.d"] {
             fs::create_dir(directory.path().join(name)).unwrap();
@@ -357,7 +407,7 @@ mod tests {
             program,
             bin_dir: directory.path().join("bin"),
             conf_dir: directory.path().join("net.d"),
-            chained,
+            placement,
             entry: Entry { socket: "/run/cni.sock".into(), excluded_namespaces: vec!["kube-system".into()] },
         };
         Host { directory, installation }
@@ -383,7 +433,7 @@ mod tests {
 
     #[test]
     fn the_first_list_is_chained_once_and_restored() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         host.write("10-net.conflist", LIST);
         host.write("20-other.conflist", LIST);
         host.write("05-none.conflist", "{}");
@@ -399,7 +449,7 @@ mod tests {
 
     #[test]
     fn a_single_configuration_is_converted_and_restored() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         host.write("10-net.conf", SINGLE);
         host.installation.install().unwrap();
         assert_eq!(host.files(), ["10-net.conf.ambit-converted", "10-net.conflist"]);
@@ -415,7 +465,7 @@ mod tests {
 
     #[test]
     fn an_outdated_single_configuration_is_not_restored() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         host.write("10-net.conf", SINGLE);
         host.installation.install().unwrap();
         // A newer version of its owner writes a list instead.
@@ -429,7 +479,7 @@ mod tests {
 
     #[test]
     fn a_first_file_that_cannot_be_used_is_not_passed_over() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         host.write("20-other.conflist", LIST);
         for text in ["", "{", &LIST.replace("1.0.0", "0.2.0")] {
             host.write("10-net.conflist", text);
@@ -446,7 +496,7 @@ mod tests {
 
     #[test]
     fn without_a_network_the_plugin_waits() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         assert!(matches!(host.installation.install(), Err(InstallError::NoNetwork(_))));
         host.write("10-net.conflist", LIST);
         host.installation.install().unwrap();
@@ -454,7 +504,7 @@ mod tests {
 
     #[test]
     fn an_unchained_plugin_has_a_configuration_of_its_own() {
-        let host = host(false);
+        let host = host(Placement::Standalone);
         host.write("10-net.conflist", LIST);
         host.installation.install().unwrap();
         assert_eq!(host.read("10-net.conflist"), LIST);
@@ -463,9 +513,77 @@ mod tests {
         assert_eq!(host.files(), ["10-net.conflist"]);
     }
 
+    #[test]
+    fn a_list_that_comes_to_sort_first_is_chained_too() {
+        let host = host(Placement::Chained);
+        host.write("10-net.conflist", LIST);
+        host.installation.install().unwrap();
+        // As by a meta plugin, which calls the former list as its delegate.
+        let first = LIST.replace("bridge", "multus");
+        host.write("00-first.conflist", &first);
+        host.installation.install().unwrap();
+        assert!(host.read("00-first.conflist").contains(PLUGIN));
+        assert!(host.read("10-net.conflist").contains(PLUGIN));
+        // When it goes, the runtime reads the former list again, which has the entry already.
+        delete(&host.installation.conf_dir.join("00-first.conflist")).unwrap();
+        assert_eq!(host.installation.install().unwrap(), [] as [PathBuf; 0]);
+        host.write("00-first.conflist", &first);
+        host.installation.install().unwrap();
+        host.installation.remove().unwrap();
+        assert!(conflist::same(&host.read("00-first.conflist"), &first));
+        assert!(conflist::same(&host.read("10-net.conflist"), LIST));
+    }
+
+    #[test]
+    fn an_own_list_keeps_the_entry_when_the_main_network_is_rewritten() {
+        let host = host(Placement::OwnList);
+        assert!(matches!(host.installation.install(), Err(InstallError::NoNetwork(_))));
+        host.write("10-net.conflist", LIST);
+        host.installation.install().unwrap();
+        assert_eq!(host.read("10-net.conflist"), LIST);
+        assert_eq!(host.files(), [OWN_LIST, "10-net.conflist"]);
+        assert_eq!(host.installation.install().unwrap(), [] as [PathBuf; 0]);
+        // As at a boot: the owner of the main network writes before the agent runs.
+        host.write("10-net.conflist", &LIST.replace("bridge", "ptp"));
+        assert!(host.read(OWN_LIST).contains(PLUGIN));
+        host.installation.install().unwrap();
+        let own = host.read(OWN_LIST);
+        assert!(own.contains("ptp") && own.contains(PLUGIN), "{own}");
+        // The network keeps its name: pods that were added by the one list are deleted by the other.
+        assert!(own.contains(r#""name": "net""#), "{own}");
+        host.installation.remove().unwrap();
+        assert_eq!(host.files(), ["10-net.conflist"]);
+    }
+
+    #[test]
+    fn an_own_list_that_is_not_read_first_does_not_count() {
+        let host = host(Placement::OwnList);
+        host.write("00-aaa.conflist", LIST);
+        let error = host.installation.install().unwrap_err();
+        assert!(matches!(error, InstallError::NotFirst(_)), "{error}");
+        assert_eq!(host.files(), ["00-aaa.conflist"]);
+    }
+
+    #[test]
+    fn another_placement_replaces_the_former_one() {
+        let host = host(Placement::OwnList);
+        host.write("10-net.conf", SINGLE);
+        host.installation.install().unwrap();
+        assert_eq!(host.files(), [OWN_LIST, "10-net.conf"]);
+        let placed = |placement| Installation { placement, ..host.installation.clone() };
+        placed(Placement::Standalone).install().unwrap();
+        assert_eq!(host.files(), ["10-net.conf", STANDALONE]);
+        placed(Placement::Chained).install().unwrap();
+        assert_eq!(host.files(), ["10-net.conf.ambit-converted", "10-net.conflist"]);
+        host.installation.install().unwrap();
+        assert_eq!(host.files(), [OWN_LIST, "10-net.conf.ambit-converted", "10-net.conflist"]);
+        host.installation.remove().unwrap();
+        assert_eq!(host.files(), ["10-net.conf"]);
+    }
+
     #[tokio::test]
     async fn a_configuration_that_another_tool_rewrites_is_chained_again() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         let (installed, mut is_installed) = watch::channel(false);
         let keeping = tokio::spawn(host.installation.clone().keep(installed, watch::Sender::default()));
         host.write("10-net.conflist", LIST);
@@ -483,7 +601,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_file_that_another_tool_keeps_undoing_is_no_hot_loop() {
-        let host = host(true);
+        let host = host(Placement::Chained);
         let (installed, mut is_installed) = watch::channel(false);
         let keeping = tokio::spawn(host.installation.clone().keep(installed, watch::Sender::default()));
         host.write("10-net.conflist", LIST);

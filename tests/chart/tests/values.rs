@@ -99,6 +99,7 @@ fn further_settings_are_those_of_the_programs() {
                 "excludeNamespaces",
                 "metrics",
                 "nodeName",
+                "ownList",
                 "readiness",
                 "registry",
                 "removeTaint",
