@@ -198,7 +198,6 @@ impl Sending<'_> {
             };
             // The answer that is not wanted frees its connection or stream.
             drop(outcome);
-            worker.proxy.tallies.retries.fetch_add(1, Ordering::Relaxed);
             let pause = backoff(self.retry.backoff.unwrap_or(BACKOFF), retries, rand::random());
             if self.deadline.is_some_and(|deadline| Instant::now() + pause >= deadline) {
                 return Err(Failure::Timeout);

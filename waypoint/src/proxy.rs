@@ -69,8 +69,6 @@ pub struct Settings {
 pub struct Tallies {
     /// Tunnels to something that is not bound to this waypoint.
     pub unbound: AtomicU64,
-    /// Requests sent again.
-    pub retries: AtomicU64,
     /// Requests that were not sent again because too many were.
     pub retries_over_budget: AtomicU64,
     /// Requests that broke the rules of HTTP.

@@ -180,8 +180,9 @@ impl Record {
         let outcome = Outcome { code: self.code, grpc_status, flags: self.flags };
         let protocol = if self.grpc { "grpc" } else { "http" };
         let labels = labels(&self.inbound, self.endpoint.as_ref(), protocol);
+        let retries = self.attempts.saturating_sub(1);
         let reporter = self.inbound.worker.reporter.clone();
-        reporter.requests.series(&labels, outcome).count(duration, received, self.sent);
+        reporter.requests.series(&labels, outcome).count(duration, received, self.sent, retries);
         if reporter.log.is_enabled() {
             reporter.log.log_request(self.entry(duration, received, grpc_status));
         }

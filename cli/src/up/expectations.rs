@@ -2,21 +2,26 @@
 //!
 //! - `ambit.dev/open: "9080/productpage"` on a service: at which port of this machine, and under which path, a
 //!   person opens it;
-//! - `ambit.dev/expect-spread: "true"` on a service: connections reach every workload behind it;
+//! - `ambit.dev/expect-spread: "true"` on a service: connections or requests reach every workload behind it;
 //! - `ambit.dev/expect-unreadable: "Shakespeare,Reviewer1"` on a service: words of its answers that must not
 //!   be readable on the wire;
-//! - `ambit.dev/expect-denied: "http://ratings:9080/ratings/0"` on a pod: addresses that must not
-//!   answer its requests.
+//! - `ambit.dev/expect-denied: "http://ratings:9080/ratings/0"` on a pod: addresses that must refuse its requests, with 403
+//!   or without any answer;
+//! - `ambit.dev/expect-answers` on a pod: requests that it makes and what comes of them, as YAML ([`Exchange`]).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use ambit_local::{Cluster, Pod};
+use anyhow::Context;
+use serde::Deserialize;
 use serde_json::Value;
 
 const OPEN: &str = "ambit.dev/open";
 const SPREAD: &str = "ambit.dev/expect-spread";
 const UNREADABLE: &str = "ambit.dev/expect-unreadable";
 const DENIED: &str = "ambit.dev/expect-denied";
+const ANSWERS: &str = "ambit.dev/expect-answers";
 /// The beginning of every HTTP message, which is searched for without an annotation.
 const HTTP: &str = "HTTP/1.1";
 
@@ -74,6 +79,47 @@ pub(crate) fn denied(pod: &Pod) -> Vec<String> {
     words(pod.annotations().get(DENIED).map(String::as_str)).collect()
 }
 
+/// A request that a pod makes, and its answer.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(crate) struct Exchange {
+    /// What is asked for, `http://host:port/path`.
+    pub(crate) url: String,
+    /// With which method.
+    #[serde(default = "get")]
+    pub(crate) method: String,
+    /// Headers of the request.
+    #[serde(default)]
+    pub(crate) headers: BTreeMap<String, String>,
+    /// Status of the answer.
+    pub(crate) status: u16,
+    /// Services that answer, each with its share of the requests in percent.
+    #[serde(default)]
+    pub(crate) from: BTreeMap<String, u8>,
+    /// Whether the waypoint sends some of the requests again.
+    #[serde(default)]
+    pub(crate) retried: bool,
+    /// The longest that an answer takes.
+    #[serde(default)]
+    pub(crate) within_seconds: Option<u16>,
+}
+
+fn get() -> String {
+    "GET".to_owned()
+}
+
+/// What a pod's requests must be answered with.
+///
+/// # Errors
+/// When the annotation can't be read, with the reason.
+pub(crate) fn answers(pod: &Pod) -> anyhow::Result<Vec<Exchange>> {
+    pod.annotations().get(ANSWERS).map_or_else(|| Ok(Vec::new()), |text| exchanges(text))
+}
+
+fn exchanges(text: &str) -> anyhow::Result<Vec<Exchange>> {
+    serde_saphyr::from_str(text).with_context(|| format!("read {ANSWERS}"))
+}
+
 fn words(list: Option<&str>) -> impl Iterator<Item = String> {
     let words = list.unwrap_or_default().split(',').map(str::trim).filter(|word| !word.is_empty());
     words.map(str::to_owned).collect::<Vec<_>>().into_iter()
@@ -116,6 +162,17 @@ mod tests {
         assert_eq!(expectations.open, Some((name.clone(), 9080, "/productpage".to_owned())));
         assert_eq!(expectations.spread, [name]);
         assert_eq!(expectations.unreadable, ["HTTP/1.1", "one", "two"]);
+    }
+
+    #[test]
+    fn expected_answers_are_read_and_a_misspelt_key_is_named() {
+        let text = "- {url: 'http://a:80/', status: 200, headers: {who: me}, from: {a-v1: 90, a-v2: 10}}\n\
+                    - {url: 'http://a:80/', method: POST, status: 403, retried: true, within-seconds: 2}\n";
+        let [first, second] = &exchanges(text).expect("sound YAML")[..] else { panic!("two are expected") };
+        assert_eq!((first.method.as_str(), first.from["a-v2"], first.retried), ("GET", 10, false));
+        assert_eq!((second.method.as_str(), second.within_seconds), ("POST", Some(2)));
+        let error = exchanges("- {url: 'http://a/', status: 200, form: {}}").expect_err("no such key");
+        assert!(format!("{error:#}").contains("form"), "{error:#}");
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! The flows between workloads: the node proxies' metrics, joined to one row for each pair of workloads.
+//! The flows between workloads: the metrics of node proxies and waypoints, joined to one row for each pair of workloads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ambit_local::{Cluster, Metrics, Sample};
+
+use crate::up::requests::{self, AllRequests};
 
 /// One end of a flow.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,10 +45,26 @@ pub(crate) struct Flow {
     pub(crate) confirmed: f64,
 }
 
-/// All rows.
-pub(crate) type Flows = BTreeMap<Pair, Flow>;
+/// All connections.
+pub(crate) type Connections = BTreeMap<Pair, Flow>;
 
-/// Reads the metrics of every node proxy.
+/// All rows.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Flows {
+    /// Connections, as node proxies report them.
+    pub(crate) connections: Connections,
+    /// Requests, as waypoints report them.
+    pub(crate) requests: AllRequests,
+}
+
+/// What a waypoint reports.
+struct OfWaypoint {
+    /// Its own identity.
+    principal: String,
+    metrics: Metrics,
+}
+
+/// Reads the metrics of every node proxy and waypoint.
 pub(crate) async fn read(cluster: &Cluster) -> Flows {
     let mut all = Vec::new();
     for node in 0..cluster.nodes() {
@@ -56,12 +74,49 @@ pub(crate) async fn read(cluster: &Cluster) -> Flows {
             Err(error) => tracing::warn!(node, %error, "no metrics"),
         }
     }
-    join(&all)
+    let mut waypoints = Vec::new();
+    for pod in cluster.waypoints() {
+        match cluster.waypoint_metrics(&pod).await {
+            Ok(metrics) => waypoints.push(OfWaypoint { principal: pod.spiffe_id(), metrics }),
+            // A waypoint that starts or ends has none.
+            Err(error) => tracing::debug!(%pod, %error, "no metrics"),
+        }
+    }
+    let mut flows = Flows { connections: join(&all), requests: AllRequests::new() };
+    for waypoint in &waypoints {
+        for sample in &waypoint.metrics.samples {
+            requests::add(&mut flows.requests, sample);
+        }
+    }
+    confirm(&mut flows.connections, &waypoints);
+    flows
+}
+
+/// A waypoint is an end of its connections as a node proxy is, but reports requests: the client of each one is authenticated,
+/// and so is the endpoint that it was sent to.
+fn confirm(flows: &mut Connections, waypoints: &[OfWaypoint]) {
+    for OfWaypoint { principal, metrics } in waypoints {
+        let (mut clients, mut servers) = (BTreeMap::<Party, f64>::new(), BTreeSet::new());
+        for sample in metrics.select("istio_requests_total", &[("connection_security_policy", "mutual_tls")])
+        {
+            *clients.entry(party(sample, "source")).or_default() += sample.value;
+            servers.insert(party(sample, "destination"));
+        }
+        for (pair, flow) in flows.iter_mut() {
+            if pair.destination.principal == *principal {
+                flow.confirmed = flow.confirmed.max(clients.get(&pair.source).copied().unwrap_or_default());
+            }
+            if pair.source.principal == *principal && servers.contains(&pair.destination) {
+                flow.opened = flow.opened.max(flow.confirmed);
+                flow.mutual_tls = flow.confirmed > 0.0;
+            }
+        }
+    }
 }
 
 /// Joins the metrics of several proxies.
-fn join(all: &[Metrics]) -> Flows {
-    let mut flows = Flows::new();
+fn join(all: &[Metrics]) -> Connections {
+    let mut flows = Connections::new();
     for sample in all.iter().flat_map(|metrics| &metrics.samples) {
         let Some(pair) = pair(sample) else { continue };
         let label = |name: &str| sample.labels.get(name).map(String::as_str).unwrap_or_default();
@@ -97,20 +152,26 @@ fn join(all: &[Metrics]) -> Flows {
 }
 
 fn pair(sample: &Sample) -> Option<Pair> {
-    let label = |name: &str| {
-        let value = sample.labels.get(name).map(String::as_str).unwrap_or_default();
-        if value == "unknown" { String::new() } else { value.to_owned() }
-    };
     if !sample.name.starts_with("istio_tcp_") {
         return None;
     }
-    let party = |side: &str| Party {
-        workload: label(&format!("{side}_workload")),
-        namespace: label(&format!("{side}_workload_namespace")),
-        principal: label(&format!("{side}_principal")),
-    };
-    let service = label("destination_service_name");
-    Some(Pair { source: party("source"), destination: party("destination"), service })
+    let service = label(sample, "destination_service_name");
+    Some(Pair { source: party(sample, "source"), destination: party(sample, "destination"), service })
+}
+
+/// The client or the server of a sample: `source` or `destination`.
+fn party(sample: &Sample, side: &str) -> Party {
+    Party {
+        workload: label(sample, &format!("{side}_workload")),
+        namespace: label(sample, &format!("{side}_workload_namespace")),
+        principal: label(sample, &format!("{side}_principal")),
+    }
+}
+
+/// The value of a label; empty if it is not known.
+fn label(sample: &Sample, name: &str) -> String {
+    let value = sample.labels.get(name).map(String::as_str).unwrap_or_default();
+    if value == "unknown" { String::new() } else { value.to_owned() }
 }
 
 #[cfg(test)]
@@ -150,6 +211,38 @@ mod tests {
             ..Flow::default()
         };
         assert_eq!((flows.len(), flow), (1, &expected));
+    }
+
+    #[test]
+    fn a_waypoint_confirms_its_clients_and_its_servers() {
+        let party = |name: &str| Party {
+            workload: name.to_owned(),
+            namespace: "n".to_owned(),
+            principal: format!("spiffe://x/{name}"),
+        };
+        let pair = |from: &str, to: &str| Pair {
+            source: party(from),
+            destination: party(to),
+            service: String::new(),
+        };
+        let at_client = Flow { opened: 3.0, mutual_tls: true, ..Flow::default() };
+        let at_server = Flow { confirmed: 2.0, ..Flow::default() };
+        let mut flows: Connections = [
+            (pair("a", "w"), at_client),
+            (pair("stranger", "w"), at_client),
+            (pair("w", "b"), at_server),
+            (pair("w", "other"), at_server),
+        ]
+        .into();
+        let text = format!("istio_requests_total{{connection_security_policy=\"mutual_tls\",{LABELS}}} 7\n");
+        confirm(
+            &mut flows,
+            &[OfWaypoint { principal: "spiffe://x/w".to_owned(), metrics: Metrics::parse(&text) }],
+        );
+        assert_eq!(flows[&pair("a", "w")].confirmed, 7.0);
+        assert_eq!(flows[&pair("stranger", "w")].confirmed, 0.0);
+        assert!(flows[&pair("w", "b")].mutual_tls && flows[&pair("w", "b")].opened > 0.0);
+        assert!(!flows[&pair("w", "other")].mutual_tls);
     }
 
     #[test]

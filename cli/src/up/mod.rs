@@ -3,10 +3,12 @@
 //! Three stages of one process ([`ambit_local::isolate`]): the last one builds the cluster, shows the flows between
 //! workloads, opens a port of the host, and checks what the mesh promises.
 
+mod answers;
 mod expectations;
 mod flows;
 mod forward;
 mod proof;
+mod requests;
 mod screen;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};

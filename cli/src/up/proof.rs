@@ -10,16 +10,18 @@ use anyhow::{Context, anyhow, bail, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
+use crate::up::answers::{self, Target};
 use crate::up::expectations::{self, Expectations, ServiceName};
-use crate::up::flows::{self, Flows};
+use crate::up::flows::{self, Connections};
 use crate::up::forward::Forward;
+use crate::up::requests::Exchanged;
 
 /// Duration of the packet capture.
 const LISTEN_FOR: Duration = Duration::from_secs(4);
 /// How long a check waits for its condition.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Interval between two tests of the condition.
-const POLL: Duration = Duration::from_millis(200);
+pub(super) const POLL: Duration = Duration::from_millis(200);
 /// Port of HBONE (contracts.md, section 1).
 const HBONE: u16 = 15008;
 /// Port of the plaintext sample.
@@ -102,14 +104,15 @@ impl Proof {
         let encrypted = encrypted(cluster, &expectations.unreadable).await;
         self.note("no payload is readable on the wire between the nodes", encrypted);
         for service in &expectations.spread {
-            let claim = format!("connections to {} reach every workload behind it", service.name);
+            let claim = format!("traffic to {} reaches every workload behind it", service.name);
             self.note(&claim, spread(cluster, service).await);
         }
         for pod in cluster.pods() {
             for url in expectations::denied(&pod) {
-                let claim = format!("{} gets no answer from {url}", workload_of(&pod));
+                let claim = format!("{} is refused by {url}", workload_of(&pod));
                 self.note(&claim, denied(&pod, &url).await);
             }
+            self.answers(cluster, &pod).await;
         }
         self.note("every connection is authenticated on both sides", authenticated(cluster).await);
         if let Some(forward) = page {
@@ -122,6 +125,20 @@ impl Proof {
             Err(anyhow!("{}", troubles.join("; ")))
         };
         self.note("no program of the mesh has ended", running);
+    }
+
+    /// What a pod's requests are answered with.
+    async fn answers(&mut self, cluster: &Cluster, pod: &Pod) {
+        let name = workload_of(pod);
+        match expectations::answers(pod) {
+            Ok(exchanges) => {
+                for exchange in &exchanges {
+                    let claim = format!("{name}: {}", answers::claim(exchange));
+                    self.note(&claim, answers::check(cluster, pod, &name, exchange).await);
+                }
+            }
+            Err(error) => self.note(&format!("{name}: its requests are answered"), Err(error)),
+        }
     }
 }
 
@@ -163,7 +180,7 @@ fn unready(pod: &Pod) -> Option<String> {
 }
 
 /// Flows with at least one connection whose source is in the mesh.
-fn meshed(flows: &Flows) -> impl Iterator<Item = (&flows::Pair, &flows::Flow)> {
+fn meshed(flows: &Connections) -> impl Iterator<Item = (&flows::Pair, &flows::Flow)> {
     flows.iter().filter(|(pair, flow)| !pair.source.principal.is_empty() && flow.opened > 0.0)
 }
 
@@ -172,7 +189,7 @@ async fn authenticated(cluster: &Cluster) -> anyhow::Result<String> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let flows = flows::read(cluster).await;
-        let verdict = judge_authentication(&flows);
+        let verdict = judge_authentication(&flows.connections);
         if verdict.is_ok() || Instant::now() >= deadline {
             return verdict;
         }
@@ -180,7 +197,7 @@ async fn authenticated(cluster: &Cluster) -> anyhow::Result<String> {
     }
 }
 
-fn judge_authentication(flows: &Flows) -> anyhow::Result<String> {
+fn judge_authentication(flows: &Connections) -> anyhow::Result<String> {
     let mut pairs = 0;
     for (pair, flow) in meshed(flows) {
         let (source, destination) = (&pair.source, &pair.destination);
@@ -207,8 +224,9 @@ async fn encrypted(cluster: &Cluster, words: &[String]) -> anyhow::Result<String
     let captured = capture.stop().await?;
     sample.remove(cluster).await;
     sent.context("send the sample in the clear")?;
-    let meshed: BTreeSet<IpAddr> =
-        cluster.pods().iter().filter(|pod| pod.is_enrolled()).flat_map(Pod::ips).collect();
+    // Waypoints are in the mesh without being captured.
+    let enrolled = cluster.pods().into_iter().filter(Pod::is_enrolled);
+    let meshed: BTreeSet<IpAddr> = enrolled.chain(cluster.waypoints()).flat_map(|pod| pod.ips()).collect();
     judge_capture(&captured, words, &meshed, sample.address)
 }
 
@@ -293,7 +311,7 @@ impl Sample {
     }
 }
 
-/// Every workload behind a service must have been connected to.
+/// Every workload behind a service must have been connected to, or have answered a waypoint.
 async fn spread(cluster: &Cluster, service: &ServiceName) -> anyhow::Result<String> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -304,7 +322,12 @@ async fn spread(cluster: &Cluster, service: &ServiceName) -> anyhow::Result<Stri
             let to = |pair: &flows::Pair| {
                 pair.destination.workload == *workload && pair.destination.namespace == service.namespace
             };
-            flows.iter().filter(|(pair, _)| to(pair)).map(|(_, flow)| flow.opened).sum()
+            let connections = flows.connections.iter().filter(|(pair, _)| to(pair));
+            let answered = |key: &Exchanged| key.workload == *workload && key.namespace == service.namespace;
+            let requests = flows.requests.iter().filter(|(key, _)| answered(key));
+            // A waypoint's own connections are not counted beside the requests in them.
+            let requests: f64 = requests.map(|(_, row)| row.count()).sum();
+            if requests > 0.0 { requests } else { connections.map(|(_, flow)| flow.opened).sum() }
         };
         let missing: Vec<&String> = wanted.iter().filter(|workload| reached(workload) == 0.0).collect();
         if missing.is_empty() && wanted.len() > 1 {
@@ -314,9 +337,9 @@ async fn spread(cluster: &Cluster, service: &ServiceName) -> anyhow::Result<Stri
         }
         if Instant::now() >= deadline {
             if missing.len() == wanted.len() {
-                return Err(NoTraffic(format!("no workload has connected to {}", service.name)).into());
+                return Err(NoTraffic(format!("no workload has reached {}", service.name)).into());
             }
-            bail!("of {wanted:?}, nobody connected to {missing:?}");
+            bail!("of {wanted:?}, nobody reached {missing:?}");
         }
         tokio::time::sleep(POLL).await;
     }
@@ -331,31 +354,34 @@ fn workload_of(pod: &Pod) -> String {
     }
 }
 
-/// Sends a request from inside a pod. Fails if a single byte of an answer arrives.
+/// Sends a request from inside a pod. A waypoint refuses it with 403, a ztunnel closes the connection; fails if any other
+/// answer arrives, be it a single byte.
 async fn denied(pod: &Pod, url: &str) -> anyhow::Result<String> {
-    let rest = url.strip_prefix("http://").with_context(|| format!("{url} does not begin with http://"))?;
-    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let (name, port) = host.rsplit_once(':').unwrap_or((host, "80"));
-    let port: u16 = port.parse().with_context(|| format!("{url} has no sound port"))?;
     // Resolved first, because a name that does not resolve proves nothing about a policy.
-    let addresses = pod.resolve(name).await.with_context(|| format!("resolve {name} in {pod}"))?;
-    let address = addresses.first().with_context(|| format!("{name} has no address"))?;
-    let address = SocketAddr::new(*address, port);
-    let request = format!("GET /{path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    let target = Target::resolve(pod, url).await?;
+    let Target { address, host, path } = target;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
     match pod.run(move || ask(address, &request)).await? {
-        Ok(0) => Ok("the connection was closed without an answer".to_owned()),
-        Ok(length) => bail!("{length} bytes of an answer came"),
+        Ok(answer) if answer.is_empty() => Ok("the connection was closed without an answer".to_owned()),
+        Ok(answer) => {
+            let text = String::from_utf8_lossy(&answer);
+            let status = text.lines().next().unwrap_or_default();
+            ensure!(status.starts_with("HTTP/1.1 403"), "{} bytes of an answer came: {status}", answer.len());
+            Ok(status.trim_start_matches("HTTP/1.1 ").to_owned())
+        }
         Err(error) => Ok(error.to_string()),
     }
 }
 
-/// Runs on a thread inside the pod.
-fn ask(address: SocketAddr, request: &str) -> std::io::Result<usize> {
+/// Runs on a thread inside the pod; the beginning of the answer.
+fn ask(address: SocketAddr, request: &str) -> std::io::Result<Vec<u8>> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(3))?;
     stream.set_read_timeout(Some(Duration::from_secs(3)))?;
     stream.write_all(request.as_bytes())?;
-    let mut buffer = [0; 4096];
-    stream.read(&mut buffer)
+    let mut buffer = vec![0; 4096];
+    let length = stream.read(&mut buffer)?;
+    buffer.truncate(length);
+    Ok(buffer)
 }
 
 /// Opens the page from this machine, through the open port.
@@ -434,6 +460,6 @@ mod tests {
         assert!(judge(flow).is_ok());
         assert!(judge(flows::Flow { confirmed: 0.0, ..flow }).is_err());
         assert!(judge(flows::Flow { mutual_tls: false, ..flow }).is_err());
-        assert!(judge_authentication(&Flows::new()).is_err());
+        assert!(judge_authentication(&Connections::new()).is_err());
     }
 }

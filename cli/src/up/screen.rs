@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 
 use crate::output::{Paint, Wait, aligned, bytes, print};
-use crate::up::flows::Flows;
+use crate::up::flows::{Connections, Flows};
 use crate::up::proof::{Outcome, Proof};
+use crate::up::requests::{AllRequests, Requests};
 
 /// Messages in addition to the flows, one line each.
 #[derive(Debug, Clone, Default)]
@@ -84,7 +85,9 @@ impl Screen {
                 let _ = writeln!(text, "{}", paint.dim(&format!("note: {line}")));
             }
         }
-        add_flows(&mut text, flows, paint);
+        add_connections(&mut text, &flows.connections, paint);
+        add_requests(&mut text, &flows.requests, paint);
+        add_identities(&mut text, &flows.connections, paint);
         if let Some(proof) = proof {
             add_proof(&mut text, proof, paint);
         } else if self.live {
@@ -113,7 +116,7 @@ impl Screen {
     }
 }
 
-fn add_flows(text: &mut String, flows: &Flows, paint: Paint) {
+fn add_connections(text: &mut String, flows: &Connections, paint: Paint) {
     let mut rows = vec![
         ["SOURCE", "DESTINATION", "SERVICE", "MTLS", "CONNECTIONS", "REFUSED", "BYTES OUT", "BYTES BACK"]
             .map(str::to_owned),
@@ -135,10 +138,63 @@ fn add_flows(text: &mut String, flows: &Flows, paint: Paint) {
             bytes(flow.responses),
         ]);
     }
-    for (index, line) in aligned(&rows).into_iter().enumerate() {
+    add_table(text, &rows, paint);
+}
+
+fn add_table<const COLUMNS: usize>(text: &mut String, rows: &[[String; COLUMNS]], paint: Paint) {
+    for (index, line) in aligned(rows).into_iter().enumerate() {
         let line = if index == 0 { paint.bold(&line) } else { line };
         let _ = writeln!(text, "{line}");
     }
+}
+
+/// What waypoints report, if there are any.
+fn add_requests(text: &mut String, requests: &AllRequests, paint: Paint) {
+    if requests.is_empty() {
+        return;
+    }
+    let mut rows = vec![
+        ["SOURCE", "SERVICE", "ANSWERED BY", "REQUESTS", "CODES", "RETRIES", "P50", "P99"].map(str::to_owned),
+    ];
+    for (key, row) in requests {
+        let time = |share| row.quantile(share).map_or_else(|| "-".to_owned(), milliseconds);
+        let answered_by = match key.workload.as_str() {
+            "" => "the waypoint".to_owned(),
+            name => workload(name, &key.namespace),
+        };
+        rows.push([
+            workload(&key.source, &key.source_namespace),
+            key.service.clone(),
+            answered_by,
+            format!("{}", row.count()),
+            codes(row),
+            format!("{}", row.retries),
+            time(0.5),
+            time(0.99),
+        ]);
+    }
+    let _ = writeln!(text);
+    add_table(text, &rows, paint);
+}
+
+/// `200`, or `200 (139) 504 (2)` if there are several.
+fn codes(row: &Requests) -> String {
+    // A client that left before its answer has none.
+    let name = |code: u16| if code == 0 { "none".to_owned() } else { code.to_string() };
+    match row.codes.first_key_value() {
+        Some((code, _)) if row.codes.len() == 1 => name(*code),
+        _ => {
+            let each = row.codes.iter().map(|(code, count)| format!("{} ({count})", name(*code)));
+            each.collect::<Vec<_>>().join(" ")
+        }
+    }
+}
+
+fn milliseconds(value: f64) -> String {
+    if value < 10.0 { format!("{value:.1} ms") } else { format!("{value:.0} ms") }
+}
+
+fn add_identities(text: &mut String, flows: &Connections, paint: Paint) {
     let identities: std::collections::BTreeMap<String, &str> = flows
         .keys()
         .flat_map(|pair| [&pair.source, &pair.destination])
@@ -150,10 +206,7 @@ fn add_flows(text: &mut String, flows: &Flows, paint: Paint) {
         let rows: Vec<[String; 2]> = std::iter::once(["WORKLOAD".to_owned(), "IDENTITY".to_owned()])
             .chain(identities.into_iter().map(|(name, identity)| [name, identity.to_owned()]))
             .collect();
-        for (index, line) in aligned(&rows).into_iter().enumerate() {
-            let line = if index == 0 { paint.bold(&line) } else { line };
-            let _ = writeln!(text, "{line}");
-        }
+        add_table(text, &rows, paint);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The Bookinfo application: one program, a subcommand for each of its services and for its visitor.
 
 mod details;
+mod faults;
 mod productpage;
 mod ratings;
 mod reviews;
@@ -41,6 +42,8 @@ enum Service {
     Details {
         #[command(flatten)]
         listen: Listen,
+        #[command(flatten)]
+        faults: faults::Options,
     },
     /// What readers say of a book.
     Reviews {
@@ -57,6 +60,8 @@ enum Service {
     Ratings {
         #[command(flatten)]
         listen: Listen,
+        #[command(flatten)]
+        faults: faults::Options,
     },
     /// Visits a page again and again, and says how it went.
     Traffic {
@@ -66,6 +71,9 @@ enum Service {
         /// Visits a second, 1 to 1000.
         #[arg(long, env = "TRAFFIC_RATE", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
         rate: u32,
+        /// Who visits: the value of the header `end-user`.
+        #[arg(long, env = "TRAFFIC_USER")]
+        user: Option<hyper::header::HeaderValue>,
     },
 }
 
@@ -82,10 +90,10 @@ async fn main() -> ExitCode {
         Service::Productpage { listen, details, reviews, ratings } => {
             productpage::run(listen.listen, productpage::Upstreams { details, reviews, ratings }).await
         }
-        Service::Details { listen } => details::run(listen.listen).await,
+        Service::Details { listen, faults } => details::run(listen.listen, faults).await,
         Service::Reviews { listen, version, ratings } => reviews::run(listen.listen, version, ratings).await,
-        Service::Ratings { listen } => ratings::run(listen.listen).await,
-        Service::Traffic { url, rate } => traffic::run(&url, rate).await,
+        Service::Ratings { listen, faults } => ratings::run(listen.listen, faults).await,
+        Service::Traffic { url, rate, user } => traffic::run(&url, rate, user).await,
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use serde_json::{Value, json};
 
+use crate::faults::{self, Faults};
 use crate::server::{self, Answer};
 
 /// Books with ratings of their own; further ones are refused.
@@ -20,18 +21,21 @@ type Stars = BTreeMap<String, u8>;
 type Ratings = Arc<Mutex<BTreeMap<u32, Stars>>>;
 
 /// Serves until the program is asked to end.
-pub(crate) async fn run(listen: SocketAddr) -> Result<()> {
-    let ratings = Ratings::default();
-    server::serve(listen, move |request| answer(request, ratings.clone())).await
+pub(crate) async fn run(listen: SocketAddr, faults: faults::Options) -> Result<()> {
+    let (ratings, faults) = (Ratings::default(), Arc::new(Faults::new(faults)));
+    server::serve(listen, move |request| answer(request, ratings.clone(), faults.clone())).await
 }
 
-async fn answer(request: Request<Incoming>, ratings: Ratings) -> Answer {
+async fn answer(request: Request<Incoming>, ratings: Ratings, faults: Arc<Faults>) -> Answer {
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     match (method, server::segments(&path).as_slice()) {
         (Method::GET, ["health"]) => server::healthy("Ratings"),
         (Method::GET, ["ratings", id]) => match id.parse() {
-            Ok(id) => server::json(StatusCode::OK, &shown(id, &stars(&ratings, id))),
+            Ok(id) => match faults.instead(id).await {
+                Some(fault) => fault,
+                None => server::json(StatusCode::OK, &shown(id, &stars(&ratings, id))),
+            },
             Err(_) => server::error(StatusCode::BAD_REQUEST, "please provide numeric product ID"),
         },
         (Method::POST, ["ratings", id]) => match id.parse() {

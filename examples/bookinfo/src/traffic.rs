@@ -4,18 +4,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 use hyper::HeaderMap;
+use hyper::header::HeaderValue;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use crate::upstream::Upstream;
+use crate::upstream::{END_USER, Upstream};
 
 /// How often the visitor reports.
 const REPORT: Duration = Duration::from_secs(5);
 
-/// Visits `url` `rate` times a second until the program is asked to end.
-pub(crate) async fn run(url: &str, rate: u32) -> Result<()> {
+/// Visits `url` `rate` times a second as `user` until the program is asked to end.
+pub(crate) async fn run(url: &str, rate: u32, user: Option<HeaderValue>) -> Result<()> {
     let upstream = Upstream::new();
-    let headers = HeaderMap::new();
+    let headers: HeaderMap = user.map(|user| (END_USER, user)).into_iter().collect();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut visits = interval(Duration::from_secs(1) / rate);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Limited};
+use hyper::header::{self, HeaderName};
 use hyper::{HeaderMap, Request, StatusCode, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -17,9 +18,19 @@ use serde_json::Value;
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// Larger answers are refused, bytes.
 const MAX_BODY: usize = 1024 * 1024;
+/// Who visits the page.
+pub(crate) const END_USER: HeaderName = HeaderName::from_static("end-user");
 /// What a service hands on from its request to those that it makes for it.
-const HANDED_ON: [&str; 8] =
-    ["x-request-id", "traceparent", "tracestate", "b3", "baggage", "end-user", "user-agent", "authorization"];
+const HANDED_ON: [HeaderName; 8] = [
+    HeaderName::from_static("x-request-id"),
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
+    HeaderName::from_static("b3"),
+    HeaderName::from_static("baggage"),
+    END_USER,
+    header::USER_AGENT,
+    header::AUTHORIZATION,
+];
 
 /// A client.
 #[derive(Clone)]
@@ -42,7 +53,7 @@ impl Upstream {
         let uri: Uri = url.parse().with_context(|| format!("{url} is no URL"))?;
         let mut request = Request::get(uri).body(Empty::new()).context("making the request")?;
         for name in HANDED_ON {
-            if let Some(value) = from.get(name) {
+            if let Some(value) = from.get(&name) {
                 request.headers_mut().insert(name, value.clone());
             }
         }

@@ -4,14 +4,19 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use ::http::Method;
 use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
 
 use crate::addresses::CONTROL_V4;
+use crate::cluster::Cluster;
 use crate::cluster::mesh::{CONTROL_PORT, root_file};
 use crate::cluster::shared::Shared;
 use crate::error::{Error, Result};
+use crate::http;
 use crate::manifest::{Key, Object};
+use crate::metrics::Metrics;
+use crate::pod::Pod;
 use crate::token::Subject;
 
 /// `gatewayClassName` of waypoints.
@@ -22,6 +27,29 @@ const PROGRAM: &str = "ambit-waypoint";
 const REPLICAS: &str = "local.ambit.dev/replicas";
 /// Says whose gateway a pod or Service is (Gateway API, GEP-1762).
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+
+/// Where a waypoint shows its metrics.
+const METRICS_PORT: u16 = 15020;
+
+impl Cluster {
+    /// The pods of waypoints.
+    #[must_use]
+    pub fn waypoints(&self) -> Vec<Pod> {
+        let mut pods = self.pods();
+        pods.retain(|pod| pod.labels().contains_key(GATEWAY_NAME));
+        pods
+    }
+
+    /// One scrape of the metrics of a waypoint's pod.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn waypoint_metrics(&self, pod: &Pod) -> Result<Metrics> {
+        let at = SocketAddr::new(IpAddr::V4(pod.ip()), METRICS_PORT);
+        let (_, text) = http::request(&pod.inner.sandbox, at, Method::GET, "/metrics").await?;
+        Ok(Metrics::parse(&String::from_utf8_lossy(&text)))
+    }
+}
 
 /// The Gateways that are run here.
 fn gateways(objects: &BTreeMap<Key, Object>) -> Vec<Key> {

@@ -81,16 +81,20 @@ pub struct RequestSeries {
     duration: Histogram,
     request_bytes: Histogram,
     response_bytes: Histogram,
+    retries: AtomicU64,
 }
 
 impl RequestSeries {
     fn new(key: Key) -> Self {
         let [duration, request_bytes, response_bytes] = Default::default();
-        Self { key, duration, request_bytes, response_bytes }
+        Self { key, duration, request_bytes, response_bytes, retries: AtomicU64::new(0) }
     }
 
-    /// Counts a request that ended.
-    pub fn count(&self, duration: Duration, request_bytes: u64, response_bytes: u64) {
+    /// Counts a request that ended, which was sent again `retries` times.
+    pub fn count(&self, duration: Duration, request_bytes: u64, response_bytes: u64, retries: u32) {
+        if retries > 0 {
+            self.retries.fetch_add(retries.into(), Ordering::Relaxed);
+        }
         self.duration.observe(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
         self.request_bytes.observe(request_bytes.saturating_mul(1000));
         self.response_bytes.observe(response_bytes.saturating_mul(1000));
@@ -175,6 +179,18 @@ impl Collector for Families {
                 series.duration.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum();
             family.encode_family(&series.key)?.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
         }
+        let mut family = encoder.encode_descriptor(
+            "ambit_request_retries",
+            "How often requests were sent again, each with the labels of its request.",
+            None,
+            MetricType::Counter,
+        )?;
+        for series in &all {
+            let count = series.retries.load(Ordering::Relaxed);
+            if count > 0 {
+                family.encode_family(&series.key)?.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+            }
+        }
         for (name, help, read) in HISTOGRAMS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
             for series in &all {
@@ -203,12 +219,14 @@ mod tests {
         let metrics = RequestMetrics::register(&registry, 10);
         let outcome = Outcome { code: 503, grpc_status: None, flags: "UF" };
         let labels = Labels::unknown(Reporter::Waypoint);
-        metrics.series(&labels, outcome).count(Duration::from_micros(700), 0, 12);
+        metrics.series(&labels, outcome).count(Duration::from_micros(700), 0, 12, 2);
         let text = registry.encode();
         let total = text.lines().find(|line| line.starts_with("istio_requests_total{")).unwrap();
         for part in ["reporter=\"waypoint\"", "response_code=\"503\"", "response_flags=\"UF\"", "} 1"] {
             assert!(total.contains(part), "{part} is missing in {total}");
         }
+        let retries = text.lines().find(|line| line.starts_with("ambit_request_retries_total{")).unwrap();
+        assert!(retries.contains("response_code=\"503\"") && retries.ends_with("} 2"), "{retries}");
         let bucket = |bound: &str| {
             let line = text.lines().find(|line| {
                 line.starts_with("istio_request_duration_milliseconds_bucket{") && line.contains(bound)

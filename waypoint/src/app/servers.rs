@@ -54,7 +54,6 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         registry.counter_from(name, help, move || tally(&proxy.tallies).load(Ordering::Relaxed));
     };
     count("ambit_waypoint_unbound", "Tunnels to what is not bound to this waypoint", |t| &t.unbound);
-    count("ambit_request_retries", "Requests sent again", |t| &t.retries);
     count("ambit_request_retries_over_budget", "Requests not sent again because too many were", |t| {
         &t.retries_over_budget
     });
