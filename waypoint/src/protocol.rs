@@ -49,9 +49,21 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
         AppProtocol::Tcp | AppProtocol::Tls => (Spoken::Other, Bytes::new()),
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
             let limit = limits.head_timeout.get();
-            match detect(&mut stream, true, limit).await {
+            // RFC 9113 §6.8: a tunnel that was opened before GOAWAY may bring its first request yet, for as long as an idle
+            // connection may bring its last.
+            let mut drain = inbound.worker.proxy.drain.clone();
+            let unused = async move {
+                drain.draining().await;
+                tokio::time::sleep(IDLE_AT_DRAIN).await;
+            };
+            let detected = tokio::select! {
+                detected = detect(&mut stream, true, limit) => detected,
+                () = unused => None,
+            };
+            match detected {
                 Some(detected) => detected,
-                None => return,
+                // Nothing was asked, so nothing is answered.
+                None => return drop(stream.shutdown().await),
             }
         }
         AppProtocol::Unknown => match detect(&mut stream, false, limits.detect_timeout.get()).await {
@@ -88,11 +100,7 @@ async fn detect(stream: &mut TunnelStream, http_declared: bool, limit: Duration)
     };
     match timeout(limit, reading).await {
         Ok(spoken) => spoken.map(|spoken| (spoken, first.freeze())),
-        Err(_) if http_declared => {
-            // Nothing was asked, so nothing is answered.
-            let _ = stream.shutdown().await;
-            None
-        }
+        Err(_) if http_declared => None,
         Err(_) => Some((Spoken::Other, first.freeze())),
     }
 }
