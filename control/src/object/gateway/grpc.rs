@@ -1,32 +1,17 @@
 //! GRPCRoutes: a call is a POST to `/<service>/<method>`.
 
 use ambit_api::l7;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::http::{Backend, FieldMatch, Filter, escape, hosts, lower_backends, lower_fields, lower_filters};
-use super::route::{Parent, Route, RouteRule};
-use crate::object::meta::{Invalid, Meta};
+use super::http::{Backend, FieldMatch, Filter, escape, lower_backends, lower_fields, lower_filters};
+use super::route::{self, Route, RouteRule};
+use crate::object::meta::Invalid;
 
 /// The manifest.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Manifest {
-    metadata: ObjectMeta,
-    #[serde(default)]
-    spec: Spec,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Spec {
-    #[serde(default)]
-    parent_refs: Vec<Parent>,
-    #[serde(default)]
-    hostnames: Vec<String>,
-    #[serde(default)]
-    rules: Vec<Value>,
-}
+#[serde(transparent)]
+pub(crate) struct Manifest(route::Manifest);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -67,20 +52,8 @@ enum MethodKind {
 impl TryFrom<Manifest> for Route {
     type Error = Invalid;
 
-    fn try_from(manifest: Manifest) -> Result<Route, Invalid> {
-        let Manifest { metadata, spec } = manifest;
-        let meta = Meta::read(&metadata)?;
-        let read = |value| match serde_path_to_error::deserialize::<_, Rule>(value) {
-            Ok(rule) => rule.lower().unwrap_or_else(RouteRule::unreadable),
-            Err(error) => RouteRule::unreadable(error.to_string()),
-        };
-        Ok(Route {
-            protocol: l7::Protocol::Grpc,
-            parents: spec.parent_refs.into_iter().map(|parent| parent.read(&meta.id.namespace)).collect(),
-            hostnames: hosts(&spec.hostnames),
-            rules: spec.rules.into_iter().map(read).collect(),
-            meta,
-        })
+    fn try_from(Manifest(manifest): Manifest) -> Result<Route, Invalid> {
+        manifest.read(l7::Protocol::Grpc, Vec::new(), Rule::lower)
     }
 }
 

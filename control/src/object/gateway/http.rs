@@ -1,32 +1,16 @@
 //! HTTPRoutes.
 
-use std::sync::Arc;
-
 use ambit_api::l7;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::route::{Parent, Reference, Route, RouteFilter, RouteRule, RuleBackend, duration};
-use crate::object::meta::{Invalid, Meta};
+use super::route::{self, Reference, Route, RouteFilter, RouteRule, RuleBackend, duration};
+use crate::object::meta::Invalid;
 
-/// The manifest. Rules are read one by one: a bad one spoils no other.
+/// The manifest.
 #[derive(Debug, Deserialize)]
-pub(crate) struct Manifest {
-    metadata: ObjectMeta,
-    #[serde(default)]
-    spec: Spec,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Spec {
-    #[serde(default)]
-    parent_refs: Vec<Parent>,
-    #[serde(default)]
-    hostnames: Vec<String>,
-    rules: Option<Vec<Value>>,
-}
+#[serde(transparent)]
+pub(crate) struct Manifest(route::Manifest);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -194,22 +178,10 @@ struct Retry {
 impl TryFrom<Manifest> for Route {
     type Error = Invalid;
 
-    fn try_from(manifest: Manifest) -> Result<Route, Invalid> {
-        let Manifest { metadata, spec } = manifest;
-        let meta = Meta::read(&metadata)?;
-        let read = |value| match serde_path_to_error::deserialize::<_, Rule>(value) {
-            Ok(rule) => rule.lower().unwrap_or_else(RouteRule::unreadable),
-            Err(error) => RouteRule::unreadable(error.to_string()),
-        };
+    fn try_from(Manifest(manifest): Manifest) -> Result<Route, Invalid> {
         // Gateway API: no rules are one that matches everything, and has no backend.
-        let rules = spec.rules.unwrap_or_else(|| vec![Value::Object(serde_json::Map::new())]);
-        Ok(Route {
-            protocol: l7::Protocol::Http,
-            parents: spec.parent_refs.into_iter().map(|parent| parent.read(&meta.id.namespace)).collect(),
-            hostnames: hosts(&spec.hostnames),
-            rules: rules.into_iter().map(read).collect(),
-            meta,
-        })
+        let default = vec![Value::Object(serde_json::Map::new())];
+        manifest.read(l7::Protocol::Http, default, Rule::lower)
     }
 }
 
@@ -418,9 +390,4 @@ impl Retry {
             on,
         })
     }
-}
-
-/// The hosts of a manifest in lower case.
-pub(super) fn hosts(names: &[String]) -> Vec<Arc<str>> {
-    names.iter().map(|host| host.to_ascii_lowercase().into()).collect()
 }

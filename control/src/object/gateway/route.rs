@@ -4,9 +4,12 @@
 use std::sync::Arc;
 
 use ambit_api::l7;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use crate::object::meta::Meta;
+use crate::object::meta::{Invalid, Meta};
 use crate::object::{Kind, NamespacedName, ObjectRef};
 
 /// A route.
@@ -165,6 +168,48 @@ impl BackendRef {
     }
 }
 
+/// The manifest of a route of any protocol. Rules are read one by one: a bad one spoils no other.
+#[derive(Debug, Deserialize)]
+pub(super) struct Manifest {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Spec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    #[serde(default)]
+    parent_refs: Vec<Parent>,
+    #[serde(default)]
+    hostnames: Vec<String>,
+    rules: Option<Vec<Value>>,
+}
+
+impl Manifest {
+    /// The route; `lower` makes one of its rules, and a route without any has those of `default`.
+    pub(super) fn read<R: DeserializeOwned>(
+        self,
+        protocol: l7::Protocol,
+        default: Vec<Value>,
+        lower: fn(R) -> Result<RouteRule, String>,
+    ) -> Result<Route, Invalid> {
+        let Manifest { metadata, spec } = self;
+        let meta = Meta::read(&metadata)?;
+        let read = |value| match serde_path_to_error::deserialize::<_, R>(value) {
+            Ok(rule) => lower(rule).unwrap_or_else(RouteRule::unreadable),
+            Err(error) => RouteRule::unreadable(error.to_string()),
+        };
+        Ok(Route {
+            protocol,
+            parents: spec.parent_refs.into_iter().map(|parent| parent.read(&meta.id.namespace)).collect(),
+            hostnames: spec.hostnames.iter().map(|host| host.to_ascii_lowercase().into()).collect(),
+            rules: spec.rules.unwrap_or(default).into_iter().map(read).collect(),
+            meta,
+        })
+    }
+}
+
 /// What a route wants to be attached to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParentRef {
@@ -180,7 +225,7 @@ pub struct ParentRef {
 
 impl ParentRef {
     /// The `parentRef` of a route in `namespace`, as the API has it.
-    pub(crate) fn of_value(value: &serde_json::Value, namespace: &Arc<str>) -> Option<ParentRef> {
+    pub(crate) fn of_value(value: &Value, namespace: &Arc<str>) -> Option<ParentRef> {
         Parent::deserialize(value).ok().map(|parent| parent.read(namespace))
     }
 }
