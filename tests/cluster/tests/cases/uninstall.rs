@@ -6,7 +6,7 @@ use ambit_cluster::{Cluster, mesh, wait};
 
 use super::apps::{Apps, MARKER};
 use super::mesh::{set_mode, wait_until_enrolled};
-use super::{Cases, Outcome};
+use super::{Cases, Outcome, cli};
 
 /// How soon nodes are clean on a busy machine.
 const SOON: Duration = Duration::from_secs(240);
@@ -31,9 +31,14 @@ async fn uninstall(cluster: &Cluster) -> Outcome {
     assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "nothing to remove");
     // Proxies that roll need an agent to become ready, so what earlier cases set differently is put back first.
     mesh::install(cluster, &mesh::SETTINGS).await?;
-    mesh::install(cluster, &[&mesh::SETTINGS[..], &["node.uninstall=true"]].concat()).await?;
+    let plan = cli::run(cluster, &["uninstall"]).await?;
+    assert!(plan.contains("2 nodes") && plan.contains("helm uninstall ambit"), "{plan}");
+    assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "it was to say only what it would do");
+    let said = cli::run(cluster, &["uninstall", "--yes"]).await?;
+    assert!(said.contains("every node is clean"), "{said}");
     wait_until_enrolled(cluster, "leave", false).await?;
-    kubectl.helm(&["uninstall", mesh::RELEASE, "--namespace", mesh::NAMESPACE, "--wait"]).await?;
+    let releases = kubectl.helm(&["list", "--all-namespaces", "--short"]).await?;
+    assert_eq!(releases.trim(), "");
     kubectl.run(&["delete", "namespace", mesh::NAMESPACE, "--wait"]).await?;
     for what in [HOST_FILES, POD_RULES] {
         let left = on_nodes(cluster, what).await?;
