@@ -8,7 +8,7 @@ for pair in postgresql-15:/usr/lib/postgresql/15/bin/postgres postgresql-client-
     openssh-server:/usr/sbin/sshd openssh-client:/usr/bin/ssh curl:/usr/bin/curl \
     valgrind:/usr/bin/valgrind etcd-server:/usr/bin/etcd containerd:/usr/bin/containerd runc:/usr/sbin/runc \
     containernetworking-plugins:/usr/lib/cni/ptp nftables:/usr/sbin/nft conntrack:/usr/sbin/conntrack \
-    buildah:/usr/bin/buildah busybox-static:/bin/busybox; do
+    buildah:/usr/bin/buildah busybox-static:/bin/busybox prometheus:/usr/bin/prometheus; do
     [ -x "${pair#*:}" ] || need+=("${pair%%:*}")
 done
 [ ${#need[@]} -eq 0 ] && exit 0
