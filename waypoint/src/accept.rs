@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use crate::activity::{Activity, Bounds};
 use crate::protocol;
 use crate::proxy::Worker;
+use crate::report::RecentSeries;
 use crate::sanitise::Claims;
 
 /// Where a tunnel goes.
@@ -96,6 +97,8 @@ pub struct Inbound {
     pub client: End,
     /// The client as metrics name it.
     pub client_labels: Arc<PeerLabels>,
+    /// Counters of its last requests.
+    pub recent_series: RecentSeries,
     /// The host of requests that may name none.
     pub default_host: Box<str>,
     /// Whether what the client claims of other clients is kept.
@@ -188,6 +191,7 @@ async fn tunnel(
     let inbound = Inbound {
         trusted_forwarder: trusted.iter().any(|trusted| trusted == certificate.identity().as_str()),
         client_labels: peer_labels(&client),
+        recent_series: RecentSeries::default(),
         default_host: destination.host().into(),
         worker,
         certificate,
@@ -206,7 +210,8 @@ async fn tunnel(
 
 /// What an authority stands for, if that is bound to this waypoint.
 fn destination(worker: &Worker, certificate: &PeerCertificate, authority: &Authority) -> Option<Destination> {
-    let (snapshot, published) = (worker.proxy.directory.load(), worker.proxy.published.load());
+    let published = worker.proxy.published.load();
+    let snapshot = &published.directory;
     let namespace = certificate.identity().namespace();
     let network = &worker.proxy.settings.network;
     let service = match authority {

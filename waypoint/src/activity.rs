@@ -61,16 +61,14 @@ struct State {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Idle {
-        since: Instant,
-    },
-    Head {
-        since: Instant,
-    },
+    Idle { since: Instant },
+    Head { since: Instant },
     Busy,
-    /// Another protocol is spoken now: nothing is known of its requests.
-    Upgraded,
 }
+
+/// An upgraded connection, or a stream of one, until it is dropped: nothing is known of its requests.
+#[derive(Debug)]
+pub struct OpenUpgrade(Arc<Activity>);
 
 /// Reports the end of a request when it is dropped.
 #[derive(Debug)]
@@ -107,9 +105,7 @@ impl Activity {
         let mut state = self.state.lock();
         state.open += 1;
         state.requests += 1;
-        if state.phase != Phase::Upgraded {
-            state.phase = Phase::Busy;
-        }
+        state.phase = Phase::Busy;
         self.head_read.notify_waiters();
         if state.requests >= self.bounds.requests {
             self.changed.notify_one();
@@ -128,9 +124,12 @@ impl Activity {
         state.closing || state.requests >= self.bounds.requests
     }
 
-    /// The connection changes to another protocol.
-    pub fn upgrade(&self) {
-        self.state.lock().phase = Phase::Upgraded;
+    /// A request changes to another protocol: in HTTP/1 the whole connection, in HTTP/2 its stream. It is not idle meanwhile.
+    pub fn start_upgrade(self: &Arc<Self>) -> OpenUpgrade {
+        let mut state = self.state.lock();
+        state.open += 1;
+        state.phase = Phase::Busy;
+        OpenUpgrade(self.clone())
     }
 
     /// When [`check`](Self::check) is to be asked next, if nothing happens until then.
@@ -138,7 +137,7 @@ impl Activity {
         match self.state.lock().phase {
             Phase::Idle { since } => Some(since + self.bounds.idle),
             Phase::Head { since } => Some(since + self.bounds.head),
-            Phase::Busy | Phase::Upgraded => None,
+            Phase::Busy => None,
         }
     }
 
@@ -220,6 +219,12 @@ impl OpenRequest {
     }
 }
 
+impl Drop for OpenUpgrade {
+    fn drop(&mut self) {
+        self.0.end_request(false, Instant::now());
+    }
+}
+
 impl Drop for OpenRequest {
     fn drop(&mut self) {
         let now = Instant::now();
@@ -262,9 +267,20 @@ mod tests {
         assert_eq!(activity.deadline(), None);
         drop(other);
         assert!(activity.deadline().is_some());
-        activity.upgrade();
+    }
+
+    #[test]
+    fn an_upgraded_stream_keeps_its_connection_only_while_it_is_open() {
+        let activity = Arc::new(Activity::new(bounds(), Instant::now()));
+        let request = activity.start_request(Instant::now());
+        let upgraded = activity.start_upgrade();
+        drop(request);
         activity.handle_bytes(Instant::now());
         assert_eq!(activity.deadline(), None);
+        drop(activity.start_request(Instant::now()));
+        assert_eq!(activity.deadline(), None);
+        drop(upgraded);
+        assert!(activity.deadline().is_some());
     }
 
     #[test]

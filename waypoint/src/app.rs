@@ -27,10 +27,9 @@ use ambit_runtime::workers::Workers;
 use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, RequestMetrics, Target, TcpMetrics};
 use anyhow::Context;
-use arc_swap::ArcSwap;
 
 use crate::config::Config;
-use crate::proxy::{InProgress, Proxy, Published, Settings, Tallies, TunnelKey, Worker};
+use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
 use crate::{accept, feed};
@@ -63,7 +62,7 @@ struct Parts {
     identity: SpiffeId,
     certificates: CertificateStore,
     directory: ambit_directory::Reader,
-    published: Arc<ArcSwap<Published>>,
+    published: Arc<Publication>,
     discovery: ambit_xds::Client,
     reporter: Arc<Reporter>,
     budget: WindowBudget,
@@ -156,8 +155,9 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
     certificates.prefetch(&identity)?;
     tasks.spawn("certificates", renewal);
     let (directory, reader) = Directory::new();
-    let published = Arc::new(ArcSwap::default());
-    let (discovery, driver) = feed::subscribe(&config, directory, published.clone(), control_plane);
+    let published = Arc::new(Publication::default());
+    let (discovery, driver) =
+        feed::subscribe(&config, directory, reader.clone(), published.clone(), control_plane);
     tasks.spawn("discovery", driver);
     let (log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     log.register(&registry);

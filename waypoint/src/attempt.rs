@@ -22,6 +22,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::accept::Inbound;
+use crate::authorize::{AllowedRequest, denied_later};
 use crate::balance::{Endpoint, Target, endpoint};
 use crate::body::{RequestBody, ResponseBody, Source};
 use crate::exchange::Answered;
@@ -64,6 +65,7 @@ pub async fn send(
     let retry = rule.and_then(|rule| rule.retry.as_ref()).unwrap_or(&default);
     let deadline = timeouts.request.map(|limit| Instant::now() + limit);
     let upgrade = parts.extensions.remove::<OnUpgrade>();
+    let asked = parts.extensions.remove::<AllowedRequest>();
     let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
     let http2 = form.speaks_http2(target.protocol);
     let limits = &inbound.worker.proxy.settings.limits;
@@ -93,7 +95,7 @@ pub async fn send(
         None => all.await?,
     };
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), &mut response)?;
+        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), asked, &mut response)?;
         let (parts, _) = response.into_parts();
         // The endpoint's connection is the client's now.
         drop(returned);
@@ -436,20 +438,6 @@ fn failure(error: &hyper::Error) -> Failure {
     Failure::Reset(error.to_string())
 }
 
-/// How often policies are asked again about an open connection.
-const ASKED_AGAIN: Duration = Duration::from_secs(1);
-
-/// Waits until an open connection is no longer allowed: policies have changed, or the client is not trusted any more.
-async fn denied_later(inbound: &Inbound) -> Failure {
-    loop {
-        tokio::time::sleep(ASKED_AGAIN).await;
-        let published = inbound.worker.proxy.published.load_full();
-        if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
-            return failure;
-        }
-    }
-}
-
 /// Passes bytes on to an endpoint of the destination, unread.
 pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<TunnelStream>) {
     let worker = &inbound.worker;
@@ -480,7 +468,7 @@ pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<Tunn
                 let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
                 let relayed = tokio::select! {
                     relayed = tokio::io::copy_bidirectional(&mut client, &mut upstream) => relayed,
-                    failure = denied_later(inbound) => {
+                    failure = denied_later(inbound, None) => {
                         drop(load);
                         return report.deny(failure.to_string());
                     }

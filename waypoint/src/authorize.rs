@@ -2,11 +2,11 @@
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use ambit_policy::{HttpRequest, Token, Verdict};
-use http::HeaderMap;
 use http::request::Parts;
+use http::{HeaderMap, Method};
 
 use crate::accept::Inbound;
 use crate::failure::Failure;
@@ -25,17 +25,78 @@ pub fn authorize(
     parts: &Parts,
     token: Option<&Token>,
 ) -> Result<(), Failure> {
-    let request = HttpRequest {
+    let head = Head { method: &parts.method, path: parts.uri.path(), headers: &parts.headers };
+    decide(published, inbound, Some(&request(inbound, sane, head, token)))
+}
+
+/// What of a request's head policies ask for.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    method: &'a Method,
+    path: &'a str,
+    headers: &'a HeaderMap,
+}
+
+fn request<'a>(
+    inbound: &Inbound,
+    sane: &'a Sane,
+    head: Head<'a>,
+    token: Option<&'a Token>,
+) -> HttpRequest<'a> {
+    HttpRequest {
         authority: &sane.authority,
         host: &sane.host,
-        method: parts.method.as_str(),
-        path: parts.uri.path(),
-        headers: &parts.headers,
-        remote_ip: remote_ip(inbound.source.ip(), inbound.trusted_forwarder, &parts.headers),
+        method: head.method.as_str(),
+        path: head.path,
+        headers: head.headers,
+        remote_ip: remote_ip(inbound.source.ip(), inbound.trusted_forwarder, head.headers),
         server_name: None,
         token,
-    };
-    decide(published, inbound, Some(&request))
+    }
+}
+
+/// A request as policies were asked about it, before filters changed it.
+#[derive(Debug, Clone)]
+pub struct AllowedRequest {
+    sane: Sane,
+    method: Method,
+    path: Box<str>,
+    headers: HeaderMap,
+    token: Option<Token>,
+}
+
+impl AllowedRequest {
+    /// Keeps a request that wants to change to another protocol: its connection may outlive the policies that allowed it.
+    pub fn keep(sane: &Sane, parts: &Parts, token: Option<Token>) -> Option<Self> {
+        sane.upgrade.as_ref()?;
+        let (method, path) = (parts.method.clone(), parts.uri.path().into());
+        Some(Self { sane: sane.clone(), method, path, headers: parts.headers.clone(), token })
+    }
+}
+
+/// Waits until an open connection is no longer allowed: policies have changed, or the client is not trusted any more.
+/// `asked` is the request that an upgraded connection began with; `None` for bytes that were passed on from the start.
+pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> Failure {
+    let proxy = &inbound.worker.proxy;
+    let (mut policies, mut trust) = (proxy.published.changes(), proxy.trust.subscribe());
+    loop {
+        // What changed since the first decision is seen here: the changes to come are listened for already.
+        let published = proxy.published.load_full();
+        let request = asked.map(|AllowedRequest { sane, method, path, headers, token }| {
+            request(inbound, sane, Head { method, path, headers }, token.as_ref())
+        });
+        if let Err(failure) = decide(&published, inbound, request.as_ref()) {
+            return failure;
+        }
+        drop(published);
+        let expiry = inbound.certificate.not_after().duration_since(SystemTime::now()).unwrap_or_default();
+        tokio::select! {
+            Ok(()) = policies.changed() => {}
+            Ok(()) = trust.changed() => {}
+            // Certificates are valid to the end of their last second.
+            () = tokio::time::sleep(expiry + Duration::from_secs(1)) => {}
+        }
+    }
 }
 
 /// The same for a connection whose bytes are passed on unread.

@@ -65,7 +65,7 @@ pub fn of_backend(proxy: &Proxy, backend: &Backend) -> Result<Target, String> {
         // To send its requests to all endpoints would be another version than the one that was asked for.
         return Err(format!("subset {subset} of {} is not known", backend.hostname));
     }
-    let snapshot = proxy.directory.load();
+    let snapshot = &proxy.published.load().directory;
     let host = HostRef { namespace: &backend.namespace, hostname: &backend.hostname };
     let service =
         snapshot.service(host).ok_or_else(|| format!("service {} is not known", backend.hostname))?;
@@ -108,8 +108,8 @@ pub fn endpoint(
     tried: &[WorkloadUid],
 ) -> Result<Endpoint, Failure> {
     let proxy = &worker.proxy;
-    let snapshot = proxy.directory.load();
-    let own = own_workload(proxy, &snapshot)?;
+    let snapshot = &proxy.published.load().directory;
+    let own = own_workload(proxy, snapshot)?;
     let question = Question {
         client: own,
         role: ClientRole::Waypoint,
@@ -117,7 +117,7 @@ pub fn endpoint(
         destination: target.authority.clone(),
         exclude: tried,
     };
-    match resolve(&snapshot, &question, &InProgress(proxy), &mut rand::rng()) {
+    match resolve(snapshot, &question, &InProgress(proxy), &mut rand::rng()) {
         Route::Tunnel(route) | Route::SameNode(route) => Ok(Endpoint {
             workload: Some(route.workload),
             service: route.service,

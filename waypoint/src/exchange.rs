@@ -9,6 +9,7 @@ use hyper::body::Incoming;
 
 use crate::accept::Inbound;
 use crate::activity::OpenRequest;
+use crate::authorize::AllowedRequest;
 use crate::body::ResponseBody;
 use crate::failure::Failure;
 use crate::filters::Filtered;
@@ -55,10 +56,15 @@ async fn steps(
     record.set_target(&sane, &parts);
     let published = inbound.worker.proxy.published.load_full();
     authenticate::remove_outputs(&published, inbound, &mut parts);
-    let routed = matching::find(&published, inbound, &sane, &parts)?;
-    record.set_route(routed.as_ref());
+    let matched = matching::find(&published, inbound, &sane, &parts);
+    record.set_route(matched.as_ref().ok().and_then(Option::as_ref));
     let token = authenticate::authenticate(&published, inbound, &mut parts)?;
     authorize::authorize(&published, inbound, &sane, &parts, token.as_ref())?;
+    // Only who is allowed learns which routes there are.
+    let routed = matched?;
+    if let Some(asked) = AllowedRequest::keep(&sane, &parts, token) {
+        parts.extensions.insert(asked);
+    }
     let on_response = match filters::on_request(routed.as_ref(), inbound, &sane, &mut parts).await? {
         Filtered::Goes(on_response) => on_response,
         Filtered::Answered(answered) => return Ok(*answered),

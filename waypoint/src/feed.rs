@@ -8,17 +8,16 @@ use ambit_api::l7;
 use ambit_api::{
     ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, GATEWAY_TYPE_URL, POLICY_TYPE_URL, ROUTE_TYPE_URL,
 };
-use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress};
+use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress, Reader};
 use ambit_identity::ControlPlane;
 use ambit_route::Table;
 use ambit_runtime::feed::{Credentialed, address, policy, rejected};
 use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
-use arc_swap::ArcSwap;
 
 use crate::config::Config;
 use crate::dump;
 use crate::policies::Policies;
-use crate::proxy::Published;
+use crate::proxy::{Publication, Published};
 
 /// One change from the control plane.
 enum Change {
@@ -32,7 +31,8 @@ enum Change {
 pub fn subscribe(
     config: &Config,
     directory: Directory,
-    published: Arc<ArcSwap<Published>>,
+    reader: Reader,
+    published: Arc<Publication>,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
     let proxy = &config.proxy;
@@ -42,13 +42,7 @@ pub fn subscribe(
         &proxy.pod_namespace,
         proxy.node_metadata(),
     );
-    let applier = Applier {
-        directory,
-        published,
-        gateways: BTreeMap::new(),
-        policies: BTreeMap::new(),
-        routes: BTreeMap::new(),
-    };
+    let applier = Applier::new(directory, reader, published);
     let in_directory = |change| Change::Directory(Box::new(change));
     let builder = Client::builder(ClientConfig::new(node), applier)
         .wildcard(AUTHORIZATION_TYPE_URL, move |update| in_directory(policy(update)))
@@ -62,48 +56,71 @@ pub fn subscribe(
     })
 }
 
-/// Applies batches. The directory is published before the routes that refer to it.
+/// Applies batches: what a batch changes is seen together.
 struct Applier {
     directory: Directory,
-    published: Arc<ArcSwap<Published>>,
+    reader: Reader,
+    published: Arc<Publication>,
     gateways: BTreeMap<String, l7::Gateway>,
     policies: BTreeMap<String, l7::Policy>,
     routes: BTreeMap<String, l7::Route>,
 }
 
+impl Applier {
+    fn new(directory: Directory, reader: Reader, published: Arc<Publication>) -> Self {
+        let (gateways, policies, routes) = Default::default();
+        Self { directory, reader, published, gateways, policies, routes }
+    }
+
+    /// What is in force now, with what a batch did to it.
+    fn publish(&self, changed: Changed) {
+        let mut next = Published::clone(&self.published.load());
+        next.directory = self.reader.snapshot();
+        if changed.gateways {
+            let addresses = self.gateways.values().flat_map(|gateway| &gateway.addresses);
+            next.addresses = addresses.filter_map(destination).collect();
+        }
+        if changed.gateways || changed.policies {
+            let is_own = |gateway: &str| self.gateways.contains_key(gateway);
+            next.policies = Arc::new(Policies::new(&self.policies, is_own));
+        }
+        if changed.routes {
+            next.routes = Arc::new(Table::new(self.routes.values()));
+            next.routes_dump = dump::routes(self.routes.values()).into();
+        }
+        self.published.publish(next, changed.gateways || changed.policies);
+    }
+}
+
+/// What a batch has changed beside the directory.
+#[derive(Debug, Clone, Copy, Default)]
+struct Changed {
+    gateways: bool,
+    policies: bool,
+    routes: bool,
+}
+
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
         let (gateways, policies, routes) = (&mut self.gateways, &mut self.policies, &mut self.routes);
-        let mut changed = false;
+        let mut changed = Changed::default();
         let updates = batch.filter_map(|change| match change {
             Change::Directory(update) => Some(*update),
             Change::Gateway(update) => {
-                changed |= apply(gateways, update);
+                changed.gateways |= apply(gateways, update);
                 None
             }
             Change::Policy(update) => {
-                changed |= apply(policies, update);
+                changed.policies |= apply(policies, update);
                 None
             }
             Change::Route(update) => {
-                changed |= apply(routes, update);
+                changed.routes |= apply(routes, update);
                 None
             }
         });
         let rejections = self.directory.apply(updates);
-        if changed {
-            self.published.store(Arc::new(Published {
-                addresses: self
-                    .gateways
-                    .values()
-                    .flat_map(|gateway| &gateway.addresses)
-                    .filter_map(destination)
-                    .collect(),
-                policies: Policies::new(&self.policies, |gateway| self.gateways.contains_key(gateway)),
-                routes: Table::new(self.routes.values()),
-                routes_dump: dump::routes(self.routes.values()),
-            }));
-        }
+        self.publish(changed);
         rejections.into_iter().map(rejected).collect()
     }
 }
@@ -135,5 +152,71 @@ fn destination(address: &l7::GatewayAddress) -> Option<GatewayDestination> {
             let hostname = address.hostname.to_ascii_lowercase().into();
             Some(GatewayDestination::Hostname(NamespacedHost { namespace, hostname }))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ambit_api::workload as wire;
+
+    use super::*;
+
+    fn service() -> Change {
+        let name = "shop/web.shop.svc.cluster.local".to_owned();
+        let service = wire::Service {
+            name: "web".to_owned(),
+            namespace: "shop".to_owned(),
+            hostname: "web.shop.svc.cluster.local".to_owned(),
+            ..wire::Service::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        Change::Directory(Box::new(ambit_directory::Update::Address { name, address }))
+    }
+
+    fn policy() -> Change {
+        let resource = l7::Policy { gateways: vec!["shop/waypoint".to_owned()], ..l7::Policy::default() };
+        Change::Policy(Update::Upsert { name: "shop/deny".to_owned(), resource })
+    }
+
+    fn gateway() -> Change {
+        let resource = l7::Gateway::default();
+        Change::Gateway(Update::Upsert { name: "shop/waypoint".to_owned(), resource })
+    }
+
+    fn is_known(published: &Published) -> bool {
+        let host = ambit_directory::HostRef { namespace: "shop", hostname: "web.shop.svc.cluster.local" };
+        published.directory.service(host).is_some()
+    }
+
+    #[test]
+    fn a_service_is_seen_with_the_policies_of_its_batch() {
+        let (directory, reader) = Directory::new();
+        let published = Arc::new(Publication::default());
+        let mut applier = Applier::new(directory, reader, published.clone());
+        let changes = published.changes();
+        let before = published.load_full();
+        assert!(applier.handle(&mut [service(), gateway(), policy()].into_iter()).is_empty());
+        // The directory alone is newer than what decisions see until the whole batch is there.
+        assert!(!is_known(&before));
+        assert!(before.policies.is_empty());
+        let after = published.load_full();
+        assert!(is_known(&after));
+        assert!(!after.policies.is_empty());
+        assert!(changes.has_changed().unwrap());
+    }
+
+    #[test]
+    fn open_connections_are_asked_again_for_policies_only() {
+        let (directory, reader) = Directory::new();
+        let published = Arc::new(Publication::default());
+        let mut applier = Applier::new(directory, reader, published.clone());
+        let mut changes = published.changes();
+        assert!(applier.handle(&mut [service()].into_iter()).is_empty());
+        assert!(!changes.has_changed().unwrap());
+        assert!(applier.handle(&mut [policy()].into_iter()).is_empty());
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        assert!(applier.handle(&mut [policy()].into_iter()).is_empty());
+        assert!(!changes.has_changed().unwrap());
     }
 }

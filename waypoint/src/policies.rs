@@ -72,6 +72,12 @@ impl Policies {
         self.groups(destination).flat_map(|group| &group.tokens).flat_map(Rules::iter)
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        let Group { policies, tokens } = &self.everywhere;
+        policies.is_empty() && tokens.is_empty() && self.services.is_empty()
+    }
+
     /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
     pub fn decide(
         &self,

@@ -4,14 +4,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use ambit_directory::{Gateway, GatewayDestination, Reader, Service, Workload, WorkloadUid};
+use ambit_directory::{Gateway, GatewayDestination, Reader, Service, Snapshot, Workload, WorkloadUid};
 use ambit_hbone::{Pool, Server};
 use ambit_identity::{CertificateStore, SpiffeId, Trust};
 use ambit_route::Table;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::Drain;
 use ambit_runtime::loads::Loads;
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::watch;
 
 use crate::activity::{Activity, Exceeded};
 use crate::config::Limits;
@@ -22,16 +23,50 @@ use crate::report::Reporter;
 use crate::upstream::Upstreams;
 
 /// What the control plane says of this waypoint, at one moment. A request keeps the one that it began with.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Published {
+    /// Who is where.
+    pub directory: Arc<Snapshot>,
     /// Where the waypoint is reached: what is bound to it names one of these.
-    pub addresses: Vec<GatewayDestination>,
+    pub addresses: Arc<[GatewayDestination]>,
     /// The routes of what is bound to it.
-    pub routes: Table,
+    pub routes: Arc<Table>,
     /// The policies of what is bound to it.
-    pub policies: Policies,
+    pub policies: Arc<Policies>,
     /// The routes as the admin server shows them.
-    pub routes_dump: Vec<RouteSummary>,
+    pub routes_dump: Arc<[RouteSummary]>,
+}
+
+/// Where [`Published`] is read, and where open connections learn that policies have changed.
+#[derive(Debug, Default)]
+pub struct Publication {
+    current: ArcSwap<Published>,
+    policies_changed: watch::Sender<()>,
+}
+
+impl Publication {
+    /// The newest, for the length of one decision.
+    pub fn load(&self) -> Guard<Arc<Published>> {
+        self.current.load()
+    }
+
+    /// The newest, to keep.
+    pub fn load_full(&self) -> Arc<Published> {
+        self.current.load_full()
+    }
+
+    /// Publishes one batch. `decisions` says whether what was allowed may be denied now.
+    pub fn publish(&self, published: Published, decisions: bool) {
+        self.current.store(Arc::new(published));
+        if decisions {
+            self.policies_changed.send_replace(());
+        }
+    }
+
+    /// Wakes when something was published that may deny what was allowed.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.policies_changed.subscribe()
+    }
 }
 
 impl Published {
@@ -136,10 +171,10 @@ impl Tallies {
 pub struct Proxy {
     /// Configuration.
     pub settings: Settings,
-    /// Who is where.
+    /// What changes in the directory; decisions read the snapshot in `published`.
     pub directory: Reader,
-    /// Routes and what is bound here.
-    pub published: Arc<ArcSwap<Published>>,
+    /// What is where, routes, policies and what is bound here.
+    pub published: Arc<Publication>,
     /// The waypoint's own identity.
     pub identity: SpiffeId,
     /// The certificate of that identity.

@@ -1,20 +1,22 @@
 //! Reports requests: one set of metrics and one line of the access log each, when its answer has ended.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ambit_directory::Service;
+use ambit_directory::{Service, Workload};
 use ambit_runtime::peers::{End, party, peer_labels, service_labels};
 use ambit_telemetry::access::{AccessLog, Direction, Entry, Party, RequestEntry};
 use ambit_telemetry::tcp::{self, Labels, Security};
-use ambit_telemetry::{Outcome, RequestMetrics, TcpMetrics};
+use ambit_telemetry::{Outcome, RequestMetrics, RequestSeries, TcpMetrics};
 use bytes::Bytes;
 use http::header::{HeaderName, USER_AGENT};
 use http::request::Parts;
 use http::{Method, Request, Response, Version};
 use http_body::Frame;
 use hyper::body::Incoming;
+use parking_lot::Mutex;
 
 use crate::accept::Inbound;
 use crate::answer::grpc_status;
@@ -35,6 +37,54 @@ pub struct Reporter {
     pub connections: TcpMetrics,
     /// The access log.
     pub log: AccessLog,
+}
+
+/// The counters of a connection's last requests, by what their labels are made of: to make labels costs several allocations.
+#[derive(Debug, Default)]
+pub struct RecentSeries(Mutex<VecDeque<(SeriesKey, Arc<RequestSeries>)>>);
+
+/// Series that are kept for a connection: enough for the endpoints of most services.
+const RECENT_SERIES: usize = 16;
+
+/// What the labels of a request depend on beside its client. Holds what it compares, so that no address is used again.
+#[derive(Debug, Clone)]
+struct SeriesKey {
+    workload: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    tunnelled: bool,
+    grpc: bool,
+    outcome: Outcome,
+}
+
+impl PartialEq for SeriesKey {
+    fn eq(&self, other: &Self) -> bool {
+        let Self { workload, service, tunnelled, grpc, outcome } = self;
+        same(workload.as_ref(), other.workload.as_ref())
+            && same(service.as_ref(), other.service.as_ref())
+            && (*tunnelled, *grpc, *outcome) == (other.tunnelled, other.grpc, other.outcome)
+    }
+}
+
+fn same<T>(one: Option<&Arc<T>>, other: Option<&Arc<T>>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+        (one, other) => one.is_none() && other.is_none(),
+    }
+}
+
+impl RecentSeries {
+    fn get(&self, key: SeriesKey, find: impl FnOnce() -> Arc<RequestSeries>) -> Arc<RequestSeries> {
+        let mut recent = self.0.lock();
+        if let Some((_, series)) = recent.iter().rev().find(|(known, _)| *known == key) {
+            return series.clone();
+        }
+        let series = find();
+        if recent.len() >= RECENT_SERIES {
+            recent.pop_front();
+        }
+        recent.push_back((key, series.clone()));
+        series
+    }
 }
 
 /// What is known of a request and its answer. Dropped before its answer has ended, it reports that the client left.
@@ -178,14 +228,28 @@ impl Record {
         let received = self.body.as_ref().map_or(0, Source::received);
         let grpc_status = self.grpc_status.filter(|_| self.grpc);
         let outcome = Outcome { code: self.code, grpc_status, flags: self.flags };
-        let protocol = if self.grpc { "grpc" } else { "http" };
-        let labels = labels(&self.inbound, self.endpoint.as_ref(), protocol);
         let retries = self.attempts.saturating_sub(1);
         let reporter = self.inbound.worker.reporter.clone();
-        reporter.requests.series(&labels, outcome).count(duration, received, self.sent, retries);
+        self.series(outcome).count(duration, received, self.sent, retries);
         if reporter.log.is_enabled() {
             reporter.log.log_request(self.entry(duration, received, grpc_status));
         }
+    }
+
+    /// The counters of its labels.
+    fn series(&self, outcome: Outcome) -> Arc<RequestSeries> {
+        let endpoint = self.endpoint.as_ref();
+        let key = SeriesKey {
+            workload: endpoint.and_then(|endpoint| endpoint.workload.clone()),
+            service: service(&self.inbound, endpoint).cloned(),
+            tunnelled: endpoint.is_some_and(|endpoint| endpoint.tunnel.is_some()),
+            grpc: self.grpc,
+            outcome,
+        };
+        self.inbound.recent_series.get(key, || {
+            let labels = labels(&self.inbound, endpoint, if self.grpc { "grpc" } else { "http" });
+            self.inbound.worker.reporter.requests.series(&labels, outcome)
+        })
     }
 
     fn entry(&mut self, duration: Duration, received: u64, grpc_status: Option<u8>) -> RequestEntry {
@@ -314,5 +378,50 @@ impl ConnectionReport {
             duration: since.elapsed(),
             error: ended.err(),
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(code: u16) -> Outcome {
+        Outcome { code, grpc_status: None, flags: "-" }
+    }
+
+    fn labels() -> Labels {
+        Labels {
+            reporter: tcp::Reporter::Waypoint,
+            source: peer_labels(&End::default()),
+            destination: peer_labels(&End::default()),
+            service: None,
+            request_protocol: "http",
+            security: Security::MutualTls,
+        }
+    }
+
+    fn key(code: u16) -> SeriesKey {
+        SeriesKey { workload: None, service: None, tunnelled: false, grpc: false, outcome: outcome(code) }
+    }
+
+    #[test]
+    fn series_of_recent_requests_are_kept_and_bounded() {
+        let metrics = RequestMetrics::register(&ambit_telemetry::Registry::new(), 100);
+        let (recent, found) = (RecentSeries::default(), std::cell::Cell::new(0));
+        let get = |code| {
+            recent.get(key(code), || {
+                found.set(found.get() + 1);
+                metrics.series(&labels(), outcome(code))
+            })
+        };
+        let first = get(200);
+        assert!(Arc::ptr_eq(&first, &get(200)));
+        assert!(!Arc::ptr_eq(&first, &get(404)));
+        assert_eq!(found.get(), 2);
+        for code in 0..40 {
+            get(code);
+        }
+        assert_eq!(recent.0.lock().len(), RECENT_SERIES);
+        assert!(Arc::ptr_eq(&first, &get(200)));
     }
 }

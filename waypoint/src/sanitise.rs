@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use ambit_policy::normal_path;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, SEC_WEBSOCKET_KEY, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -293,7 +294,7 @@ fn normalised(uri: &http::Uri, method: &Method) -> Result<PathAndQuery, Failure>
     if is_normal(path) {
         return uri.path_and_query().cloned().ok_or(wrong);
     }
-    let path = normalise(path).ok_or(wrong.clone())?;
+    let path = normal_path(path).ok_or(wrong.clone())?;
     let text = match query {
         Some(query) => format!("{path}?{query}"),
         None => path,
@@ -308,72 +309,6 @@ fn is_normal(path: &str) -> bool {
         && !path.contains("//")
         && path.bytes().all(|byte| byte != b'%' && byte != b'\\' && byte.is_ascii())
         && (!path.contains("/.") || !dots())
-}
-
-/// RFC 3986 §6.2.2: decodes what needs no encoding, writes escapes in capitals, removes dot segments; beyond that joins
-/// slashes that follow one another. `None` for what is no path: a bad escape, NUL, a backslash, or more `..` than there are
-/// segments. An encoded slash or backslash stays as it is: it is part of a segment.
-pub fn normalise(path: &str) -> Option<String> {
-    let rest = path.strip_prefix('/')?;
-    let mut segments: Vec<String> = Vec::new();
-    let mut is_directory = false;
-    for segment in rest.split('/') {
-        let segment = decode(segment)?;
-        is_directory = matches!(segment.as_str(), "" | "." | "..");
-        match segment.as_str() {
-            "" | "." => {}
-            ".." => drop(segments.pop()?),
-            _ => segments.push(segment),
-        }
-    }
-    let mut normal = String::with_capacity(path.len());
-    for segment in &segments {
-        normal.push('/');
-        normal.push_str(segment);
-    }
-    if is_directory || normal.is_empty() {
-        normal.push('/');
-    }
-    Some(normal)
-}
-
-fn decode(segment: &str) -> Option<String> {
-    let mut decoded = String::with_capacity(segment.len());
-    let mut rest = segment;
-    while let Some(letter) = rest.chars().next() {
-        match letter {
-            '\\' => return None,
-            '%' => {
-                let digits =
-                    rest.get(1..3).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
-                match u8::from_str_radix(digits, 16).ok()? {
-                    0 => return None,
-                    // RFC 3986 §2.3: unreserved.
-                    byte if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) => {
-                        decoded.push(char::from(byte));
-                    }
-                    _ => {
-                        decoded.push('%');
-                        decoded.push_str(&digits.to_ascii_uppercase());
-                    }
-                }
-                rest = rest.get(3..)?;
-            }
-            // RFC 3986 §2.1: other letters are written as escapes.
-            letter if !letter.is_ascii() => {
-                let mut bytes = [0; 4];
-                for byte in letter.encode_utf8(&mut bytes).bytes() {
-                    decoded.push_str(&format!("%{byte:02X}"));
-                }
-                rest = rest.get(letter.len_utf8()..)?;
-            }
-            letter => {
-                decoded.push(letter);
-                rest = rest.get(letter.len_utf8()..)?;
-            }
-        }
-    }
-    Some(decoded)
 }
 
 #[cfg(test)]

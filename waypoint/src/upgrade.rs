@@ -9,6 +9,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 
 use crate::accept::Inbound;
+use crate::authorize::{self, AllowedRequest};
 use crate::failure::Failure;
 
 /// Says in a head what is wanted, or agreed on.
@@ -17,8 +18,8 @@ pub fn announce(headers: &mut HeaderMap, protocol: HeaderValue) {
     headers.insert(UPGRADE, protocol);
 }
 
-/// Joins the two connections once the endpoint has agreed to what the client wanted. Bytes pass only after that. Returns
-/// what was agreed on.
+/// Joins the two connections once the endpoint has agreed to what the client wanted. Bytes pass only after that, and only
+/// while the client is allowed what it `asked` for. Returns what was agreed on.
 ///
 /// # Errors
 /// The endpoint changes to something that nobody asked for.
@@ -26,6 +27,7 @@ pub fn join(
     inbound: &Arc<Inbound>,
     client: Option<OnUpgrade>,
     wanted: Option<&HeaderValue>,
+    asked: Option<AllowedRequest>,
     response: &mut Response<Incoming>,
 ) -> Result<HeaderValue, Failure> {
     let wrong = || Failure::Reset("the endpoint changed to a protocol that was not asked for".to_owned());
@@ -35,14 +37,22 @@ pub fn join(
         return Err(wrong());
     }
     let upstream = hyper::upgrade::on(response);
-    inbound.activity.upgrade();
+    let open = inbound.activity.start_upgrade();
     let inbound = inbound.clone();
     tokio::spawn(async move {
         let joined = async {
             let (client, upstream) = tokio::try_join!(client, upstream).map_err(std::io::Error::other)?;
             tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(upstream)).await
         };
-        match joined.await {
+        let joined = tokio::select! {
+            joined = joined => joined,
+            failure = authorize::denied_later(&inbound, asked.as_ref()) => {
+                tracing::info!(source = %inbound.source, to = %inbound.default_host, %failure, "an upgraded connection is closed");
+                return;
+            }
+        };
+        drop(open);
+        match joined {
             Ok((received, sent)) => {
                 tracing::debug!(source = %inbound.source, received, sent, "an upgraded connection ended");
             }

@@ -166,18 +166,54 @@ pub(crate) fn authorization(body: &[u8]) -> Value {
     ])
 }
 
-fn render_match(m: &security::Match) -> Value {
-    let strings = |values: &[security::StringMatch]| {
-        list(values, |value| match value.match_type.as_ref().unwrap() {
-            MatchType::Exact(text) => json!(text),
-            MatchType::Prefix(text) => json!(format!("{text}*")),
-            MatchType::Suffix(text) => json!(format!("*{text}")),
-            MatchType::Presence(()) => json!("*"),
+fn string_match(value: &security::StringMatch) -> Value {
+    match value.match_type.as_ref().unwrap() {
+        MatchType::Exact(text) => json!(text),
+        MatchType::Prefix(text) => json!(format!("{text}*")),
+        MatchType::Suffix(text) => json!(format!("*{text}")),
+        MatchType::Presence(()) => json!("*"),
+    }
+}
+
+fn blocks(values: &[security::Address]) -> Value {
+    list(values, |block| json!(format!("{}/{}", ip(&block.address), block.length)))
+}
+
+/// What a match demands of a request.
+fn http_match(extension: &security::Extension) -> Value {
+    let config = extension.config.as_ref().unwrap();
+    assert_eq!(config.type_url, ambit_api::HTTP_MATCH_TYPE_URL);
+    let http = l7::HttpMatch::decode(&*config.value).unwrap();
+    let paths = |paths: &[l7::PolicyPath]| {
+        list(paths, |path| match path.kind.as_ref().unwrap() {
+            l7::policy_path::Kind::Text(text) => string_match(text),
+            l7::policy_path::Kind::Template(template) => json!(format!("template {template}")),
         })
     };
-    let blocks = |values: &[security::Address]| {
-        list(values, |block| json!(format!("{}/{}", ip(&block.address), block.length)))
+    let attribute = |wanted: &l7::AttributeMatch| {
+        use l7::attribute_match::Attribute;
+        let name = match wanted.attribute.as_ref().unwrap() {
+            Attribute::Named(named) => format!("{:?}", l7::RequestAttribute::try_from(*named).unwrap()),
+            Attribute::Header(name) => format!("header {name}"),
+            Attribute::Claim(path) => format!("claim {}", path.names.join(".")),
+        };
+        object([
+            ("attribute", json!(name)),
+            ("values", list(&wanted.values, string_match)),
+            ("notValues", list(&wanted.not_values, string_match)),
+        ])
     };
+    object([
+        ("attributes", list(&http.attributes, attribute)),
+        ("paths", paths(&http.paths)),
+        ("notPaths", paths(&http.not_paths)),
+        ("remoteIps", blocks(&http.remote_ips)),
+        ("notRemoteIps", blocks(&http.not_remote_ips)),
+    ])
+}
+
+fn render_match(m: &security::Match) -> Value {
+    let strings = |values: &[security::StringMatch]| list(values, string_match);
     let accounts = |values: &[security::ServiceAccountMatch]| {
         list(values, |account| json!(format!("{}/{}", account.namespace, account.service_account)))
     };
@@ -194,6 +230,7 @@ fn render_match(m: &security::Match) -> Value {
         ("notDestinationPorts", json!(m.not_destination_ports)),
         ("serviceAccounts", accounts(&m.service_accounts)),
         ("notServiceAccounts", accounts(&m.not_service_accounts)),
+        ("http", list(&m.extensions, http_match)),
     ])
 }
 

@@ -13,6 +13,9 @@ pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("requests are denied by method, path, host and header", async |bed| denied_by(bed).await);
     trials.add("an ALLOW lets in what it names and nothing else", async |bed| allowed(bed).await);
     trials.add("no spelling of a path passes a DENY", async |bed| spellings(bed).await);
+    trials.add("a policy's own spelling of a path counts", async |bed| own_spellings(bed).await);
+    trials.add("who is denied does not learn which routes there are", async |bed| hidden(bed).await);
+    trials.add("open connections end when a policy denies them", async |bed| open(bed).await);
     trials.add("a policy applies to the next request of a kept connection", async |bed| kept(bed).await);
     trials.add("a token that nobody verifies counts for nothing", async |bed| tokens(bed).await);
     trials.add("a dry-run policy is only counted", async |bed| dry_run(bed).await);
@@ -118,6 +121,74 @@ async fn spellings(bed: &Waypoints) {
         assert_eq!(status(&bed.cli, to, "GET", path, "").await, 403, "{path}");
     }
     assert_eq!(status(&bed.cli, to, "GET", "/secrets", "").await, 200);
+}
+
+async fn own_spellings(bed: &Waypoints) {
+    let to = bed.service("ownspelling").await;
+    let paths = "['/a//b', '/%7Efoo', '/x/../y', '/p//q*', '*//end']";
+    of_service(
+        bed,
+        "ownspelling",
+        &format!("action: DENY, rules: [{{to: [{{operation: {{paths: {paths}}}}}]}}]"),
+    )
+    .await;
+    bed.eventually(to, "/a/b", "", |answer| answer.status == 403).await;
+    for (path, wanted) in
+        [("/~foo", 403), ("/%7efoo", 403), ("/y", 403), ("/p/queue", 403), ("/the/end", 403), ("/x", 200)]
+    {
+        assert_eq!(status(&bed.cli, to, "GET", path, "").await, wanted, "{path}");
+    }
+    // No request has such a path: what was meant is not known, so the rule is for all paths.
+    of_service(
+        bed,
+        "ownspelling",
+        "action: DENY, rules: [{to: [{operation: {methods: [GET], paths: ['/../up']}}]}]",
+    )
+    .await;
+    bed.eventually(to, "/x", "", |answer| answer.status == 403).await;
+    assert_eq!(status(&bed.cli, to, "DELETE", "/x", "").await, 200);
+}
+
+async fn hidden(bed: &Waypoints) {
+    let to = bed.service("hidden").await;
+    bed.route(
+        "hidden",
+        "  - matches: [{path: {type: Exact, value: /known}}]\n    backendRefs: [{name: hidden, port: 80}]\n",
+    )
+    .await;
+    bed.eventually(to, "/unknown", "", |answer| answer.status == 404).await;
+    of_service(bed, "hidden", "action: DENY, rules: [{to: [{operation: {notPaths: ['/open']}}]}]").await;
+    bed.eventually(to, "/known", "", |answer| answer.status == 403).await;
+    assert_eq!(status(&bed.cli, to, "GET", "/unknown", "").await, 403);
+    assert_eq!(status(&bed.cli, to, "GET", "/open", "").await, 404);
+}
+
+async fn open(bed: &Waypoints) {
+    let answer: http::Answer = std::sync::Arc::new(|name, head, body| match http::header(head, "upgrade") {
+        Some(_) => {
+            b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\nready".to_vec()
+        }
+        None => http::mirror()(name, head, body),
+    });
+    let to = bed.service_with("opened", answer).await;
+    let upgraded = async |path: &str| {
+        let mut client = Client::connect(&bed.cli, to).await.unwrap();
+        let asked = format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: echo\r\n\r\n");
+        assert_eq!(client.send(asked.as_bytes()).await.unwrap().status, 101);
+        assert_eq!(client.bytes(5).await.unwrap(), b"ready");
+        client
+    };
+    let (mut denied, mut allowed) = (upgraded("/secret").await, upgraded("/public").await);
+    // A filter's path is not what policies are asked about.
+    of_service(bed, "opened", "action: DENY, rules: [{to: [{operation: {paths: ['/secret']}}]}]").await;
+    assert!(denied.is_closed().await, "an upgraded connection outlives a policy that denies it");
+    bed.eventually(to, "/secret", "", |answer| answer.status == 403).await;
+    allowed.write(b"still here").await.unwrap();
+    let open = tokio::time::timeout(std::time::Duration::from_secs(1), allowed.bytes(1)).await;
+    assert!(open.is_err(), "another upgraded connection was closed too");
+    of_service(bed, "opened", "action: DENY, rules: [{}]").await;
+    assert!(allowed.is_closed().await);
+    remove(bed, "opened").await;
 }
 
 async fn kept(bed: &Waypoints) {

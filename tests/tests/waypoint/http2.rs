@@ -21,6 +21,7 @@ pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("an error of a gRPC call is a grpc-status", async |bed| grpc_error(bed).await);
     trials.add("HTTP/2 from a client reaches an HTTP/1.1 server", async |bed| to_http1(bed).await);
     trials.add("WebSocket over HTTP/2 joins both connections", async |bed| websocket(bed).await);
+    trials.add("a connection is idle again after its last WebSocket", async |bed| websocket_ends(bed).await);
     trials.add("a client that resets its requests is cut", async |bed| rapid_reset(bed).await);
     trials.add("a flood of CONTINUATION frames ends its connection", async |bed| continuation(bed).await);
 }
@@ -160,23 +161,51 @@ async fn to_http1(bed: &Waypoints) {
     }
 }
 
-async fn websocket(bed: &Waypoints) {
-    let answer: http1::Answer =
-        std::sync::Arc::new(|_, head, body| match http1::header(head, "sec-websocket-key") {
-            Some(key) if key.len() == 24 && head.starts_with("GET /chat ") => {
-                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
-                  sec-websocket-accept: x\r\n\r\nready"
-                    .to_vec()
-            }
-            _ => http1::mirror()("chat", head, body),
-        });
-    let to = bed.service_with("chat", answer).await;
-    let (requests, _task) = client(&bed.cli, to).await;
-    let mut requests = requests.ready().await.unwrap();
+/// A server of WebSockets that says that it is ready.
+fn chat() -> http1::Answer {
+    std::sync::Arc::new(|_, head, body| match http1::header(head, "sec-websocket-key") {
+        Some(key) if key.len() == 24 && head.starts_with("GET /chat ") => {
+            b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+              sec-websocket-accept: x\r\n\r\nready"
+                .to_vec()
+        }
+        _ => http1::mirror()("chat", head, body),
+    })
+}
+
+/// Requests on a connection that offers extended CONNECT.
+async fn with_upgrades(requests: SendRequest<Bytes>) -> SendRequest<Bytes> {
+    let requests = requests.ready().await.unwrap();
     wait::until("extended CONNECT is offered", SOON, || async {
         requests.is_extended_connect_protocol_enabled()
     })
     .await;
+    requests
+}
+
+async fn websocket_ends(bed: &Waypoints) {
+    let to = bed.service_with("chatidle", chat()).await;
+    let stream = bed.cli.connect(to).await.unwrap();
+    let (requests, connection) = h2::client::handshake(stream).await.unwrap();
+    let mut ended = tokio::spawn(connection);
+    let mut requests = with_upgrades(requests).await;
+    let mut asked = request(Method::CONNECT, "/chat", &[("sec-websocket-version", "13")]);
+    asked.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
+    let (response, mut sending) = requests.send_request(asked, false).unwrap();
+    let response = tokio::time::timeout(SOON, response).await.unwrap().unwrap();
+    // Longer than a connection may be idle.
+    let early = tokio::time::timeout(Duration::from_secs(8), &mut ended).await;
+    assert!(early.is_err(), "a connection was closed for being idle while a WebSocket was open");
+    sending.send_reset(h2::Reason::CANCEL);
+    drop(response);
+    let ended = tokio::time::timeout(Duration::from_secs(20), ended).await;
+    assert!(ended.is_ok(), "a connection stays open without a request after its WebSocket has ended");
+}
+
+async fn websocket(bed: &Waypoints) {
+    let to = bed.service_with("chat", chat()).await;
+    let (requests, _task) = client(&bed.cli, to).await;
+    let mut requests = with_upgrades(requests).await;
     let mut asked = request(Method::CONNECT, "/chat", &[("sec-websocket-version", "13")]);
     asked.extensions_mut().insert(h2::ext::Protocol::from_static("websocket"));
     let (response, _sending) = requests.send_request(asked, false).unwrap();

@@ -35,8 +35,12 @@ pub(super) fn rules(
 fn translated(translator: &Translator<'_>, rule: &Rule, unknown: &mut Vec<String>) -> Vec<security::Rule> {
     let mut clauses = Vec::new();
     let denies = translator.action == security::Action::Deny;
+    let operations: Vec<security::Match> =
+        rule.to.iter().filter_map(|to| operation(to, denies, unknown)).collect();
+    if operations.is_empty() && !rule.to.is_empty() {
+        return Vec::new();
+    }
     let before = unknown.len();
-    let operations: Vec<security::Match> = rule.to.iter().map(operation).collect();
     let to_anything = operations.is_empty() || denies && operations.iter().any(is_empty);
     if !to_anything {
         clauses.push(security::Clause { matches: operations });
@@ -82,21 +86,34 @@ fn source(translator: &Translator<'_>, source: &Source) -> SourceMatch {
     SourceMatch { fields: security::Match { extensions: extensions(&http), ..fields }, trust_domains }
 }
 
-fn operation(operation: &Operation) -> security::Match {
+/// `None` for an alternative of an ALLOW that never matches.
+fn operation(operation: &Operation, denies: bool, unknown: &mut Vec<String>) -> Option<security::Match> {
     let Operation { hosts, not_hosts, ports: _, not_ports: _, methods, not_methods, paths, not_paths } =
         operation;
     let named = |attribute: RequestAttribute| Key::Named(attribute.into());
+    let (paths, not_paths) = (PathList::of(paths), PathList::of(not_paths));
+    unknown.extend(paths.unmatched.iter().chain(&not_paths.unmatched).cloned());
+    let paths = match paths {
+        // It is not clear what was meant, so the DENY is for all paths.
+        PathList { unmatched, .. } if denies && !unmatched.is_empty() => Vec::new(),
+        PathList { known, unmatched } if known.is_empty() && !unmatched.is_empty() => return None,
+        PathList { known, .. } => known,
+    };
+    // An ALLOW that left it out would allow more than was meant.
+    if !denies && !not_paths.unmatched.is_empty() {
+        return None;
+    }
     let attributes = [
         attribute(named(RequestAttribute::Host), hosts, not_hosts),
         attribute(named(RequestAttribute::Method), methods, not_methods),
     ];
     let http = api::HttpMatch {
         attributes: attributes.into_iter().flatten().collect(),
-        paths: paths.iter().map(path).collect(),
-        not_paths: not_paths.iter().map(path).collect(),
+        paths,
+        not_paths: not_paths.known,
         ..api::HttpMatch::default()
     };
-    security::Match { extensions: extensions(&http), ..operation_fields(operation) }
+    Some(security::Match { extensions: extensions(&http), ..operation_fields(operation) })
 }
 
 /// # Errors
@@ -156,12 +173,37 @@ fn attribute(key: Key, values: &[Pattern], not_values: &[Pattern]) -> Option<api
     })
 }
 
-fn path(path: &PathPattern) -> api::PolicyPath {
+/// Paths of an operation in the form that requests have.
+#[derive(Default)]
+struct PathList {
+    known: Vec<api::PolicyPath>,
+    /// Those that no request can have, as findings name them.
+    unmatched: Vec<String>,
+}
+
+impl PathList {
+    fn of(paths: &[PathPattern]) -> Self {
+        let mut list = Self::default();
+        for written in paths {
+            match path(written) {
+                Some(path) => list.known.push(path),
+                None => list.unmatched.push(format!("the path {written}, which no request can have")),
+            }
+        }
+        list
+    }
+}
+
+fn path(path: &PathPattern) -> Option<api::PolicyPath> {
     let kind = match path {
-        PathPattern::Text(pattern) => policy_path::Kind::Text(string_match(pattern)),
-        PathPattern::Template(template) => policy_path::Kind::Template(template.clone()),
+        PathPattern::Text(pattern) => {
+            policy_path::Kind::Text(ambit_policy::normal_text(&string_match(pattern))?)
+        }
+        PathPattern::Template(template) => {
+            policy_path::Kind::Template(ambit_policy::normal_template(template)?)
+        }
     };
-    api::PolicyPath { kind: Some(kind) }
+    Some(api::PolicyPath { kind: Some(kind) })
 }
 
 fn extensions(http: &api::HttpMatch) -> Vec<security::Extension> {

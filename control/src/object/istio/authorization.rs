@@ -3,6 +3,7 @@
 //! Every value is checked while it is read, so that an error has the line and the field of its value, and
 //! an unknown field is an error: a field of a rule that was misspelt would otherwise widen an ALLOW.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -97,6 +98,17 @@ pub enum PathPattern {
     Text(Pattern),
     /// A template: `{*}` is one segment, `{**}` any number.
     Template(String),
+}
+
+impl fmt::Display for PathPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PathPattern::Text(Pattern::Exact(text)) | PathPattern::Template(text) => write!(f, "{text:?}"),
+            PathPattern::Text(Pattern::Prefix(text)) => write!(f, "{:?}", format!("{text}*")),
+            PathPattern::Text(Pattern::Suffix(text)) => write!(f, "{:?}", format!("*{text}")),
+            PathPattern::Text(Pattern::Presence) => f.write_str("\"*\""),
+        }
+    }
 }
 
 impl TryFrom<String> for PathPattern {
