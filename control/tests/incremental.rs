@@ -53,6 +53,20 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["s1", "s2"], &["clusterIP: 10.96.0.1", "clusterIP: 10.0.0.9", "type: ExternalName", "publishNotReadyAddresses: true"], &["selector: {app: x}", "selector: {app: y, tier: t}", "sessionAffinity: None"], &["80", "81"]],
     ));
     texts.extend(combine(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: s1, namespace: a, labels: {$0}, annotations: {ambit.dev/require-waypoint: $1}}\n\
+         spec: {clusterIP: 10.96.0.1, selector: {app: x}, ports: [{name: http, port: 80, targetPort: web}]}",
+        &[&["other: v", "istio.io/use-waypoint: w", "istio.io/use-waypoint: none", "gateway.networking.k8s.io/gateway-name: w"], &["'true'", "'false'"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, labels: {istio.io/use-waypoint: w}, annotations: {ambit.dev/require-waypoint: $0}}",
+        &[&["'true'", "'false'"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p2, namespace: a, labels: {gateway.networking.k8s.io/gateway-name: w}}\n\
+         spec: {nodeName: n, serviceAccountName: $0, containers: []}\nstatus: {podIP: 10.0.0.2}",
+        &[&["w", "v"]],
+    ));
+    texts.extend(combine(
         "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: $0, namespace: a, labels: {kubernetes.io/service-name: $1}}\naddressType: IPv4\n\
          ports: [{name: http, port: 9000}]\nendpoints: [{addresses: [$2]$3}]",
         &[&["e1", "e2"], &["s1", "s2"], &["10.0.0.1", "10.0.0.9", "10.96.0.1"], &["", ", targetRef: {kind: Pod, name: p1}", ", targetRef: {kind: Pod, name: p2}", ", nodeName: n"]],

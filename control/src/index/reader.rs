@@ -271,6 +271,17 @@ impl<'a> Reader<'a> {
         addresses
     }
 
+    /// The service accounts of the pods with these labels in a namespace, in order.
+    pub(super) fn accounts_of_pods(&self, namespace: &Arc<str>, labels: &Labels) -> BTreeSet<Arc<str>> {
+        for (key, value) in labels.iter() {
+            self.depend(Dependency::Label(key.clone(), value.clone()));
+        }
+        let members = self.store.members.selected(Some(namespace), labels);
+        let pods = members.iter().filter(|(_, kind)| *kind == Kind::Pod);
+        let pods = pods.filter_map(|(id, _)| self.store.pods.get(id)).filter(|pod| is_addressable(pod));
+        pods.map(|pod| pod.service_account.clone()).filter(|account| !account.is_empty()).collect()
+    }
+
     /// Whether a ReferenceGrant of `to`'s namespace allows objects of `kind` in `from` to refer to it.
     pub(super) fn is_granted(&self, kind: Kind, from: &Arc<str>, to: &ObjectRef) -> bool {
         self.depend(Dependency::Grants(to.name.namespace.clone()));

@@ -155,7 +155,9 @@ impl Index {
 
     /// Marks what lists the addresses of pods by their labels.
     fn touch_labelled(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) {
-        let listed = |pod: &Pod| (pod.meta.labels.clone(), pod.addresses.clone(), pod.finished);
+        let listed = |pod: &Pod| {
+            (pod.meta.labels.clone(), pod.addresses.clone(), pod.finished, pod.service_account.clone())
+        };
         if old.map(|pod| listed(pod)) == new.map(|pod| listed(pod)) {
             return;
         }
@@ -183,8 +185,12 @@ impl Index {
         if before != after {
             before.into_iter().chain(after).for_each(|a| self.touch_users(&Dependency::Address(a)));
         }
-        let membership =
-            |s: &Service| (s.external_name, s.selector.clone(), s.ports.clone(), s.publish_not_ready);
+        // Pods behind it have a policy where it requires its waypoint.
+        let membership = |s: &Service| {
+            let waypoint = (s.waypoint.clone(), s.meta.labels.clone());
+            let members = (s.external_name, s.selector.clone(), s.ports.clone(), s.publish_not_ready);
+            (members, s.waypoint.required.unwrap_or(true).then_some(waypoint))
+        };
         if old.as_deref().map(membership) == new.map(|s| membership(s)) {
             return;
         }

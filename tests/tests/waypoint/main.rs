@@ -17,6 +17,7 @@ mod http;
 mod http2;
 mod limits;
 mod policy;
+mod required;
 mod resilience;
 mod routing;
 mod tasks;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
     hardening::add(&mut trials);
     policy::add(&mut trials);
     authorization::add(&mut trials);
+    required::add(&mut trials);
     resilience::add(&mut trials);
     tasks::add(&mut trials);
     limits::add(&mut trials);

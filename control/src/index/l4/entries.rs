@@ -11,7 +11,7 @@ use super::ownership::{self, Losses, Standing};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
 use super::workloads::{self, Memberships};
-use super::{services, wire};
+use super::{required, services, wire};
 use crate::object::{
     AddressValue, EntryAddress, EntryPort, Gateway, Kind, Labels, NamespacedName, Resolution, ServiceEntry,
     TargetPort, Visibility, WaypointBinding, WorkloadEntry, WorkloadSpec,
@@ -248,17 +248,20 @@ pub(in crate::index) fn of_workload_entry(
     let uid = wire::uid(reader.settings, Kind::WorkloadEntry, id);
     let services = memberships(reader, entry);
     let of_subsets = wire::subset_labels(reader, &services, labels);
+    let name = NamespacedName::new(id.namespace.clone(), format!("entry_{}", id.name));
+    let required = required::policy(reader, &name, &services);
     let message = api::Workload {
         extensions: waypoints.extensions().chain(of_subsets).collect(),
         waypoint: waypoints.primary,
         tunnel_protocol: workloads::tunnel_protocol(entry.captured || entry.native_tunnel) as i32,
         native_tunnel: entry.native_tunnel,
-        authorization_policies: workloads::policies(reader, &id.namespace, labels),
+        authorization_policies: workloads::listed(reader, &id.namespace, labels, required.as_ref()),
         status: workloads::status(entry.healthy) as i32,
         created: wire::created(&entry.meta),
         ..described(reader, &id.namespace, id.name.to_string(), uid, &entry.spec, services)
     };
-    vec![resource(message, &ips(&entry.spec), matches!(standing, Standing::Found))]
+    let workload = resource(message, &ips(&entry.spec), matches!(standing, Standing::Found));
+    required.map(|(_, policy)| policy).into_iter().chain([workload]).collect()
 }
 
 /// The resource of an endpoint. One that is not found by its addresses is like one on its node's network: proxies reach it

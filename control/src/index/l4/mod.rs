@@ -6,6 +6,7 @@ pub(super) mod authorization;
 pub(super) mod endpoints;
 pub(super) mod entries;
 mod ownership;
+pub(super) mod required;
 pub(super) mod services;
 pub(super) mod waypoints;
 pub(super) mod wire;

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
-use super::{l7, wire};
+use super::{l7, required, wire};
 use crate::object::{Distribution, NamespacedName, Service, TargetPort, Visibility};
 
 /// The resource of a service, unless it is an `ExternalName`.
@@ -25,6 +25,7 @@ pub(in crate::index) fn of_service(
         &service.waypoint,
         Destination::Service,
     );
+    required::report(reader, &id.namespace, &service.meta.labels, &service.waypoint);
     let namespace = reader.namespace(&id.namespace);
     let network = namespace.and_then(|n| n.network.as_ref()).unwrap_or(&reader.settings.network);
     let affinity = service.affinity.map(|timeout| wire::number(wire::SESSION_AFFINITY, timeout));

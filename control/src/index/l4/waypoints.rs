@@ -141,6 +141,22 @@ pub(in crate::index) fn own_gateway<'a>(
     reader.gateway(&NamespacedName::new(namespace.clone(), name))
 }
 
+/// Whether services in a namespace may be bound to a gateway, as far as is known now.
+///
+/// # Errors
+/// Why not.
+pub(in crate::index) fn usable(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    gateway: &NamespacedName,
+) -> Result<(), String> {
+    match standing(reader, namespace, gateway, Destination::Service) {
+        Standing::Ready(_) => Ok(()),
+        Standing::NotConcerned => Err(format!("waypoint {gateway} is not for services")),
+        Standing::Missing(message) | Standing::NotReady(_, message) => Err(message),
+    }
+}
+
 fn standing(
     reader: &Reader<'_>,
     namespace: &Arc<str>,

@@ -8,7 +8,7 @@ use ambit_api::workload as api;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
-use super::{authentication, l7, wire};
+use super::{authentication, l7, required, wire};
 use crate::object::{Gateway, Kind, Labels, NamespacedName, Owner, OwnerKind, Pod, Service, TargetPort};
 
 /// Ports by service, keyed `<namespace>/<hostname>`.
@@ -29,6 +29,7 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
     let has_tunnel = (pod.captured || native_tunnel) && !pod.host_network;
     let services = memberships(reader, pod);
     let of_subsets = wire::subset_labels(reader, &services, labels);
+    let required = required::policy(reader, id, &services);
     let message = api::Workload {
         name: id.name.to_string(),
         namespace: id.namespace.to_string(),
@@ -46,7 +47,7 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
         workload_type: workload_type as i32,
         workload_name: workload_name.to_string(),
         native_tunnel: has_tunnel && native_tunnel,
-        authorization_policies: policies(reader, &id.namespace, labels),
+        authorization_policies: listed(reader, &id.namespace, labels, required.as_ref()),
         status: status(pod.ready && !pod.terminating) as i32,
         cluster_id: reader.settings.cluster_id.to_string(),
         uid: wire::uid(reader.settings, Kind::Pod, id),
@@ -72,7 +73,19 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
     };
     let (kind, mut resource) = wire::workload_resource(message, &pod.addresses);
     resource.parents.extend(l7::views::of_pod(reader, pod));
-    vec![(kind, resource)]
+    required.map(|(_, policy)| policy).into_iter().chain([(kind, resource)]).collect()
+}
+
+/// The policies that a workload lists, with that of services that require their waypoints.
+pub(in crate::index) fn listed(
+    reader: &Reader<'_>,
+    namespace: &Arc<str>,
+    labels: &Labels,
+    required: Option<&(String, (ResourceType, Resource))>,
+) -> Vec<String> {
+    let mut names = policies(reader, namespace, labels);
+    names.extend(required.map(|(name, _)| name.clone()));
+    names
 }
 
 fn is_waypoint(reader: &Reader<'_>, gateway: Option<&Gateway>) -> bool {

@@ -13,6 +13,7 @@ const CANARY: &str = "istio.io/use-waypoint-canary";
 const CANARY_NAMESPACE: &str = "istio.io/use-waypoint-canary-namespace";
 pub(crate) const CANARY_WEIGHT: &str = "istio.io/use-waypoint-canary-weight";
 const INGRESS: &str = "istio.io/ingress-use-waypoint";
+const REQUIRE: &str = "ambit.dev/require-waypoint";
 const FAILURE: &str = "ambit.dev/waypoint-failure";
 
 /// What `istio.io/use-waypoint` says.
@@ -44,6 +45,10 @@ pub struct WaypointBinding {
     pub ingress: Option<bool>,
     /// Whether connections may go directly when the waypoint is missing.
     pub failure_open: bool,
+    /// Whether pods accept connections through the waypoint only; `None` leaves it to the namespace.
+    pub required: Option<bool>,
+    /// Whether what says so is neither `true` nor `false`.
+    pub required_unreadable: bool,
 }
 
 impl WaypointBinding {
@@ -72,7 +77,11 @@ impl WaypointBinding {
                     .filter(|weight| *weight <= 100),
             }),
         };
+        // As a label or as an annotation: one that is overlooked would leave a way open.
+        let required = labels.get(REQUIRE).or_else(|| annotation(meta, REQUIRE));
         WaypointBinding {
+            required: required.map(|value| value != "false"),
+            required_unreadable: required.is_some_and(|value| !matches!(value, "true" | "false")),
             choice,
             canary,
             ingress: labels.get(INGRESS).map(|v| v == "true"),
