@@ -196,6 +196,8 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::Gateway => Object::Gateway(typed::<manifest::Gateway, Gateway>(document)?),
         Kind::HttpRoute => Object::HttpRoute(typed::<manifest::HttpRoute, Route>(document)?),
         Kind::GrpcRoute => Object::GrpcRoute(typed::<manifest::GrpcRoute, Route>(document)?),
+        Kind::TcpRoute => Object::TcpRoute(typed::<manifest::TcpRoute, Route>(document)?),
+        Kind::TlsRoute => Object::TlsRoute(typed::<manifest::TlsRoute, Route>(document)?),
         Kind::ReferenceGrant => {
             Object::ReferenceGrant(typed::<manifest::ReferenceGrant, ReferenceGrant>(document)?)
         }

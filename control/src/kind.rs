@@ -35,6 +35,10 @@ pub enum Kind {
     HttpRoute,
     /// Where gRPC calls go.
     GrpcRoute,
+    /// Where connections go.
+    TcpRoute,
+    /// Where connections that begin with TLS go.
+    TlsRoute,
     /// Who may refer to objects of a namespace from outside.
     ReferenceGrant,
     /// Where requests to hosts go.
@@ -114,7 +118,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 19] = [
+    pub const ALL: [Kind; 21] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -130,6 +134,8 @@ impl Kind {
         Kind::Gateway,
         Kind::HttpRoute,
         Kind::GrpcRoute,
+        Kind::TcpRoute,
+        Kind::TlsRoute,
         Kind::ReferenceGrant,
         Kind::VirtualService,
         Kind::DestinationRule,
@@ -162,6 +168,8 @@ impl Kind {
             Kind::Gateway => extension(GATEWAY.0, GATEWAY.1, "Gateway", "gateways"),
             Kind::HttpRoute => extension(GATEWAY.0, GATEWAY.1, "HTTPRoute", "httproutes"),
             Kind::GrpcRoute => extension(GATEWAY.0, GATEWAY.1, "GRPCRoute", "grpcroutes"),
+            Kind::TcpRoute => extension(GATEWAY.0, &["v1", "v1alpha2"], "TCPRoute", "tcproutes"),
+            Kind::TlsRoute => extension(GATEWAY.0, &["v1", "v1alpha3", "v1alpha2"], "TLSRoute", "tlsroutes"),
             Kind::ReferenceGrant => extension(GATEWAY.0, GATEWAY.1, "ReferenceGrant", "referencegrants"),
             Kind::VirtualService => {
                 extension(NETWORKING.0, NETWORKING.1, "VirtualService", "virtualservices")

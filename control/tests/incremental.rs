@@ -74,7 +74,7 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: $0\nmetadata: {name: r, namespace: $1}\n\
          spec: {parentRefs: [{group: $2, kind: $3, name: $4, namespace: a}], rules: [{backendRefs: [{name: $5, namespace: a, port: 80}]}]}",
-        &[&["HTTPRoute", "GRPCRoute"], &["a", "b"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"], &["s1", "s2"]],
+        &[&["HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute"], &["a", "b"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"], &["s1", "s2"]],
     ));
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: ReferenceGrant\nmetadata: {name: g, namespace: a}\n\
@@ -197,6 +197,7 @@ impl Follower {
         self.take(ResourceType::Policy, changes.waypoint_policies);
         self.take(ResourceType::BackendPolicy, changes.backend_policies);
         self.take(ResourceType::Route, changes.routes);
+        self.take(ResourceType::StreamRoute, changes.stream_routes);
         for (pod, placement) in changes.placements {
             match placement {
                 Some(placement) => self.placements.insert(pod, placement),
@@ -256,7 +257,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 17, "{kinds:?}");
+    assert_eq!(kinds.len(), 19, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

@@ -327,7 +327,8 @@ fn resources(seeds: &Seeds, name: &str, index: &Index) {
             ResourceType::Gateway
             | ResourceType::Policy
             | ResourceType::BackendPolicy
-            | ResourceType::Route => continue,
+            | ResourceType::Route
+            | ResourceType::StreamRoute => continue,
         };
         sent.push([&[letter][..], &resource.body].concat());
         let any = prost_types::Any { type_url: type_url.into(), value: resource.body.to_vec() };

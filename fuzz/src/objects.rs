@@ -81,6 +81,11 @@ fn is_understood<'a>(resources: impl Iterator<Item = (ResourceType, &'a str, &'a
                 ambit_route::Table::new([&route]);
                 continue;
             }
+            ResourceType::StreamRoute => {
+                let route = l7::StreamRoute::decode(body).expect("a route");
+                ambit_route::StreamTable::new([&route]);
+                continue;
+            }
             ResourceType::Address => {
                 let address = Address::decode(body).expect("an address");
                 let own_name = match address.r#type.as_ref().expect("a workload or service") {

@@ -1,12 +1,12 @@
 //! Step 1: an HBONE connection is accepted, its peer authenticated, and each CONNECT found its destination: a service or
 //! workload that is bound to this waypoint, or it is refused.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use ambit_directory::{AppProtocol, Service, Workload};
+use ambit_directory::{AppProtocol, Service, Vip, Workload};
 use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
 use ambit_identity::PeerCertificate;
 use ambit_runtime::peers::{End, peer_labels};
@@ -56,6 +56,22 @@ impl Destination {
         match self {
             Self::Service { port, .. } => *port,
             Self::Workload { address, .. } => address.port(),
+        }
+    }
+
+    /// The address that was dialled, as policies and routes compare it. For a service that was dialled by name its virtual address;
+    /// 0.0.0.0 for one that has none.
+    pub fn address(&self) -> IpAddr {
+        match self {
+            Self::Workload { address, .. } => address.ip(),
+            Self::Service { dialled: Some(address), .. } => *address,
+            Self::Service { service, .. } => {
+                let mut addresses = service.vips.iter().filter_map(|vip| match vip {
+                    Vip::Address(address) => Some(address.address),
+                    Vip::Net { .. } => None,
+                });
+                addresses.next().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+            }
         }
     }
 

@@ -25,6 +25,7 @@ use crate::accept::Inbound;
 use crate::authorize::{AllowedRequest, denied_later};
 use crate::balance::{Endpoint, Target, endpoint};
 use crate::body::{RequestBody, ResponseBody, Source};
+use crate::client_hello::ClientHello;
 use crate::exchange::Answered;
 use crate::failure::Failure;
 use crate::filters::{self, OnResponse};
@@ -439,14 +440,18 @@ fn failure(error: &hyper::Error) -> Failure {
 }
 
 /// Passes bytes on to an endpoint of the destination, unread.
-pub async fn pass_through(inbound: &Arc<Inbound>, mut client: io::ReadAhead<TunnelStream>) {
+pub async fn pass_through(
+    inbound: &Arc<Inbound>,
+    tls: Option<ClientHello>,
+    mut client: io::ReadAhead<TunnelStream>,
+) {
     let worker = &inbound.worker;
     let mut report = worker.reporter.connection(inbound);
     let published = worker.proxy.published.load_full();
     if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
         return report.deny(failure.to_string());
     }
-    let target = match crate::matching::connection(&published, inbound) {
+    let target = match crate::matching::connection(&published, inbound, tls.as_ref()) {
         Ok(target) => target,
         Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
     };

@@ -29,12 +29,17 @@ struct TargetSummary {
 }
 
 /// Routes as they show, in their order.
-pub fn routes<'a>(routes: impl IntoIterator<Item = &'a l7::Route>) -> Vec<RouteSummary> {
-    routes.into_iter().map(route).collect()
+pub fn routes<'a>(
+    routes: impl IntoIterator<Item = &'a l7::Route>,
+    streams: impl IntoIterator<Item = &'a l7::StreamRoute>,
+) -> Vec<RouteSummary> {
+    let routes = routes.into_iter().map(|it| route(it.object.as_ref(), &it.targets, it.rules.len()));
+    let streams = streams.into_iter().map(|it| route(it.object.as_ref(), &it.targets, it.rules.len()));
+    routes.chain(streams).collect()
 }
 
-fn route(route: &l7::Route) -> RouteSummary {
-    let object = route.object.clone().unwrap_or_default();
+fn route(object: Option<&l7::ObjectName>, targets: &[l7::Target], rules: usize) -> RouteSummary {
+    let object = object.cloned().unwrap_or_default();
     let target = |target: &l7::Target| TargetSummary {
         namespace: target.namespace.clone(),
         hostname: target.hostname.clone(),
@@ -46,8 +51,8 @@ fn route(route: &l7::Route) -> RouteSummary {
         kind: object.kind,
         namespace: object.namespace,
         name: object.name,
-        targets: route.targets.iter().map(target).collect(),
-        rules: route.rules.len(),
+        targets: targets.iter().map(target).collect(),
+        rules,
     }
 }
 
@@ -67,7 +72,7 @@ mod tests {
             rules: vec![l7::Rule::default()],
             ..Default::default()
         };
-        let shown = serde_json::to_value(routes([&route])).unwrap();
+        let shown = serde_json::to_value(routes([&route], [])).unwrap();
         assert_eq!((&shown[0]["kind"], &shown[0]["rules"]), (&"HTTPRoute".into(), &1.into()));
         assert_eq!(shown[0]["targets"][0]["port"], 80);
     }

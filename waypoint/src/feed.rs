@@ -7,10 +7,11 @@ use std::sync::Arc;
 use ambit_api::l7;
 use ambit_api::{
     ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, GATEWAY_TYPE_URL, POLICY_TYPE_URL, ROUTE_TYPE_URL,
+    STREAM_ROUTE_TYPE_URL,
 };
 use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress, Reader};
 use ambit_identity::ControlPlane;
-use ambit_route::Table;
+use ambit_route::{StreamTable, Table};
 use ambit_runtime::feed::{Credentialed, address, policy, rejected};
 use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 
@@ -25,6 +26,7 @@ enum Change {
     Gateway(Update<l7::Gateway>),
     Policy(Update<l7::Policy>),
     Route(Update<l7::Route>),
+    StreamRoute(Update<l7::StreamRoute>),
 }
 
 /// The client of the control plane's discovery service, and the future that drives it.
@@ -49,7 +51,8 @@ pub fn subscribe(
         .wildcard(ADDRESS_TYPE_URL, move |update| in_directory(address(update)))
         .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
         .wildcard(POLICY_TYPE_URL, Change::Policy)
-        .wildcard(ROUTE_TYPE_URL, Change::Route);
+        .wildcard(ROUTE_TYPE_URL, Change::Route)
+        .wildcard(STREAM_ROUTE_TYPE_URL, Change::StreamRoute);
     let (client, driver) = builder.build(Credentialed(control_plane));
     (client, async move {
         driver.run().await;
@@ -64,12 +67,13 @@ struct Applier {
     gateways: BTreeMap<String, l7::Gateway>,
     policies: BTreeMap<String, l7::Policy>,
     routes: BTreeMap<String, l7::Route>,
+    stream_routes: BTreeMap<String, l7::StreamRoute>,
 }
 
 impl Applier {
     fn new(directory: Directory, reader: Reader, published: Arc<Publication>) -> Self {
-        let (gateways, policies, routes) = Default::default();
-        Self { directory, reader, published, gateways, policies, routes }
+        let (gateways, policies, routes, stream_routes) = Default::default();
+        Self { directory, reader, published, gateways, policies, routes, stream_routes }
     }
 
     /// What is in force now, with what a batch did to it.
@@ -86,7 +90,12 @@ impl Applier {
         }
         if changed.routes {
             next.routes = Arc::new(Table::new(self.routes.values()));
-            next.routes_dump = dump::routes(self.routes.values()).into();
+        }
+        if changed.stream_routes {
+            next.streams = Arc::new(StreamTable::new(self.stream_routes.values()));
+        }
+        if changed.routes || changed.stream_routes {
+            next.routes_dump = dump::routes(self.routes.values(), self.stream_routes.values()).into();
         }
         self.published.publish(next, changed.gateways || changed.policies);
     }
@@ -98,11 +107,12 @@ struct Changed {
     gateways: bool,
     policies: bool,
     routes: bool,
+    stream_routes: bool,
 }
 
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
-        let (gateways, policies, routes) = (&mut self.gateways, &mut self.policies, &mut self.routes);
+        let Self { directory, gateways, policies, routes, stream_routes, .. } = self;
         let mut changed = Changed::default();
         let updates = batch.filter_map(|change| match change {
             Change::Directory(update) => Some(*update),
@@ -118,8 +128,12 @@ impl Handler<Change> for Applier {
                 changed.routes |= apply(routes, update);
                 None
             }
+            Change::StreamRoute(update) => {
+                changed.stream_routes |= apply(stream_routes, update);
+                None
+            }
         });
-        let rejections = self.directory.apply(updates);
+        let rejections = directory.apply(updates);
         self.publish(changed);
         rejections.into_iter().map(rejected).collect()
     }

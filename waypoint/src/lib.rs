@@ -13,6 +13,7 @@ pub mod authenticate;
 pub mod authorize;
 pub mod balance;
 pub mod body;
+pub mod client_hello;
 pub mod client_stream;
 pub mod config;
 pub mod dump;

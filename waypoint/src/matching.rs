@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use ambit_route::{ConnectionHead, RequestHead, Rule};
+use ambit_route::{ConnectionHead, RequestHead, Rule, StreamMatched};
 use http::request::Parts;
 
 use crate::accept::Inbound;
 use crate::balance::{self, Target};
+use crate::client_hello::ClientHello;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
@@ -56,21 +57,37 @@ pub fn find(
     Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix }))
 }
 
+/// Whether the name that a client's TLS asks for decides where its connection goes.
+pub fn needs_client_hello(inbound: &Inbound) -> bool {
+    let Some(service) = inbound.destination.service() else { return false };
+    let (host, port) = (&service.host, inbound.destination.port());
+    inbound.worker.proxy.published.load().streams.needs_client_hello(&host.namespace, &host.hostname, port)
+}
+
 /// Where a connection goes that is passed on unread: by a rule for connections, else straight to its destination.
 ///
 /// # Errors
-/// [`Failure::InvalidRoute`].
-pub fn connection(published: &Published, inbound: &Inbound) -> Result<Target, Failure> {
+/// [`Failure::NoRoute`], [`Failure::InvalidRoute`].
+pub fn connection(
+    published: &Published,
+    inbound: &Inbound,
+    tls: Option<&ClientHello>,
+) -> Result<Target, Failure> {
     let Some(service) = inbound.destination.service() else { return balance::split(None, inbound) };
     let head = ConnectionHead {
         port: inbound.destination.port(),
+        destination: inbound.destination.address(),
         client_namespace: inbound.certificate.identity().namespace(),
         client_address: inbound.source.ip().to_canonical(),
+        tls: tls.map(|hello| ambit_route::ClientHello { server_name: hello.server_name.as_deref() }),
     };
-    let rule = published.routes.connection(&service.host.namespace, &service.host.hostname, &head);
-    let Some(rule) = rule else { return balance::split(None, inbound) };
+    let rule = match published.streams.find(&service.host.namespace, &service.host.hostname, &head) {
+        StreamMatched::Rule(rule) => rule,
+        StreamMatched::Straight => return balance::split(None, inbound),
+        StreamMatched::Closed => return Err(Failure::NoRoute),
+    };
     if let Some(reason) = &rule.invalid {
         return Err(Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() });
     }
-    balance::split(Some(&Routed { rule: rule.clone(), prefix: 0 }), inbound)
+    balance::split(Some(&Routed { rule, prefix: 0 }), inbound)
 }

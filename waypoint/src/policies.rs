@@ -1,11 +1,11 @@
 //! The policies of what is bound here: by service, and for all that is reached through the waypoint.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_api::{l7, security};
-use ambit_directory::{NamespacedHost, Vip};
+use ambit_directory::NamespacedHost;
 use ambit_identity::SpiffeId;
 use ambit_policy::{HttpRequest, Peer, Policy, Request, Verdict, evaluate_http};
 use ambit_token::{Rule, Rules};
@@ -94,26 +94,10 @@ impl Policies {
                 service_account: client.service_account(),
             }),
             source_ip: source,
-            destination_ip: address(destination),
+            destination_ip: destination.address(),
             destination_port: destination.port(),
         };
         evaluate_http(applying, &request, http)
-    }
-}
-
-/// The address that `destination.ip` of a policy is compared with: the one that was dialled. For a service that was dialled by
-/// name its virtual address; 0.0.0.0 for one that has none.
-fn address(destination: &Destination) -> IpAddr {
-    match destination {
-        Destination::Workload { address, .. } => address.ip(),
-        Destination::Service { dialled: Some(address), .. } => *address,
-        Destination::Service { service, .. } => {
-            let addresses = service.vips.iter().filter_map(|vip| match vip {
-                Vip::Address(address) => Some(address.address),
-                Vip::Net { .. } => None,
-            });
-            addresses.into_iter().next().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
-        }
     }
 }
 

@@ -21,7 +21,7 @@ use crate::client_stream::ClientStream;
 use crate::failure::Failure;
 use crate::io::ReadAhead;
 use crate::report::Record;
-use crate::{attempt, exchange};
+use crate::{attempt, client_hello, exchange, matching};
 
 /// RFC 9113 §3.4: how every HTTP/2 connection begins.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -74,7 +74,16 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
     match spoken {
         Spoken::Http1 => serve_http1(inbound, first, stream.into_transport()).await,
         Spoken::Http2 => serve_http2(inbound, first, stream.into_transport()).await,
-        Spoken::Other => attempt::pass_through(&inbound, ReadAhead::new(first, stream)).await,
+        Spoken::Other => {
+            let mut first = BytesMut::from(first);
+            // On a port of plain TCP the server may be the first to speak.
+            let reads = declared != AppProtocol::Tcp && matching::needs_client_hello(&inbound);
+            let tls = match reads && (declared == AppProtocol::Tls || !first.is_empty()) {
+                true => client_hello::read(&mut stream, &mut first, limits.head_timeout.get()).await,
+                false => None,
+            };
+            attempt::pass_through(&inbound, tls, ReadAhead::new(first.freeze(), stream)).await;
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use ambit_directory::{Gateway, GatewayDestination, Reader, Service, Snapshot, Workload, WorkloadUid};
 use ambit_hbone::{Pool, Server};
 use ambit_identity::{CertificateStore, SpiffeId, Trust};
-use ambit_route::Table;
+use ambit_route::{StreamTable, Table};
 use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::Drain;
 use ambit_runtime::loads::Loads;
@@ -31,6 +31,8 @@ pub struct Published {
     pub addresses: Arc<[GatewayDestination]>,
     /// The routes of what is bound to it.
     pub routes: Arc<Table>,
+    /// Those for connections.
+    pub streams: Arc<StreamTable>,
     /// The policies of what is bound to it.
     pub policies: Arc<Policies>,
     /// The routes as the admin server shows them.

@@ -127,6 +127,7 @@ impl IndexWorker {
             waypoint_policies,
             backend_policies,
             routes,
+            stream_routes,
             placements,
             findings,
         } = index.apply(changes);
@@ -139,6 +140,7 @@ impl IndexWorker {
             (ResourceType::Policy, waypoint_policies),
             (ResourceType::BackendPolicy, backend_policies),
             (ResourceType::Route, routes),
+            (ResourceType::StreamRoute, stream_routes),
         ]);
         // Before everything that is there was read, an object that another depends on may only be late.
         if self.synced {

@@ -163,6 +163,8 @@ pub struct Changes {
     pub backend_policies: ResourceChanges,
     /// Changes of routes.
     pub routes: ResourceChanges,
+    /// Changes of routes for connections.
+    pub stream_routes: ResourceChanges,
     /// Pods that were placed on a node, changed or left it.
     pub placements: Vec<(NamespacedName, Option<PodPlacement>)>,
     /// Objects whose findings changed, with all that there are now.
@@ -217,6 +219,7 @@ impl Index {
         let mut of = |kind| resources.remove(&kind).unwrap_or_default();
         let (policies, addresses) = (of(ResourceType::Authorization), of(ResourceType::Address));
         let (gateways, routes) = (of(ResourceType::Gateway), of(ResourceType::Route));
+        let stream_routes = of(ResourceType::StreamRoute);
         let (waypoint_policies, backend_policies) =
             (of(ResourceType::Policy), of(ResourceType::BackendPolicy));
         let placements = std::mem::take(&mut self.placements).into_iter().collect();
@@ -227,6 +230,7 @@ impl Index {
             waypoint_policies,
             backend_policies,
             routes,
+            stream_routes,
             placements,
             findings,
         }
@@ -285,7 +289,9 @@ impl Index {
                 let remote = entries::of_remote_gateway(&reader, id);
                 remote.into_iter().chain(l7::gateways::of_gateway(&reader, id)).collect()
             }
-            Kind::HttpRoute | Kind::GrpcRoute => l7::routes::of_route(&reader, producer),
+            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
+                l7::routes::of_route(&reader, producer)
+            }
             Kind::VirtualService => l7::virtual_services::of_virtual_service(&reader, id),
             Kind::DestinationRule => l7::backend_policies::of_rule(&reader, id),
             Kind::RequestAuthentication => l7::request_authentications::of_authentication(&reader, id),

@@ -25,17 +25,20 @@ pub enum ResourceType {
     BackendPolicy,
     /// `ambit.l7.Route`
     Route,
+    /// `ambit.l7.StreamRoute`
+    StreamRoute,
 }
 
 impl ResourceType {
     /// Every type. A type comes before those whose resources refer to it.
-    pub const ALL: [ResourceType; 6] = [
+    pub const ALL: [ResourceType; 7] = [
         ResourceType::Authorization,
         ResourceType::Address,
         ResourceType::Gateway,
         ResourceType::Policy,
         ResourceType::BackendPolicy,
         ResourceType::Route,
+        ResourceType::StreamRoute,
     ];
 
     /// How the type is named on the wire.
@@ -47,6 +50,7 @@ impl ResourceType {
             ResourceType::Policy => ambit_api::POLICY_TYPE_URL,
             ResourceType::BackendPolicy => ambit_api::BACKEND_POLICY_TYPE_URL,
             ResourceType::Route => ambit_api::ROUTE_TYPE_URL,
+            ResourceType::StreamRoute => ambit_api::STREAM_ROUTE_TYPE_URL,
         }
     }
 }

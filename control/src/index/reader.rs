@@ -194,10 +194,10 @@ impl<'a> Reader<'a> {
     pub(super) fn routes_to(&self, id: &NamespacedName) -> impl Iterator<Item = &'a Route> {
         self.depend(Dependency::RoutesTo(id.clone()));
         let routes = self.store.routes_by_backend.of(id);
-        // Routes of both kinds may have one name.
-        routes.flat_map(|id| [Kind::HttpRoute, Kind::GrpcRoute].map(|kind| (kind, id))).filter_map(
-            |(kind, name)| self.store.routes.get(&ObjectRef { kind, name: name.clone() }).map(AsRef::as_ref),
-        )
+        // Routes of several kinds may have one name.
+        routes.flat_map(|id| Route::KINDS.map(|kind| (kind, id))).filter_map(|(kind, name)| {
+            self.store.routes.get(&ObjectRef { kind, name: name.clone() }).map(AsRef::as_ref)
+        })
     }
 
     /// The routes of Gateway API that want to be attached to a Service or ServiceEntry, in order.

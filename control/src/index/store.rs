@@ -160,9 +160,9 @@ impl Store {
     /// Puts a route in place and returns what was there.
     pub(super) fn set_route(&mut self, id: &ObjectRef, new: Option<&Arc<Route>>) -> Option<Arc<Route>> {
         let old = replace(&mut self.routes, id, new);
-        // A route of the other kind may have the same name and the same backends.
+        // A route of another kind may have the same name and the same backends.
         let same_name = |kind| self.routes.get(&ObjectRef { kind, name: id.name.clone() });
-        let named = [Kind::HttpRoute, Kind::GrpcRoute].into_iter().filter_map(same_name);
+        let named = Route::KINDS.into_iter().filter_map(same_name);
         let backends: Vec<NamespacedName> = named.flat_map(|route| route.services()).collect();
         for gone in old.iter().flat_map(|route| route.services()) {
             self.routes_by_backend.remove(&gone, &id.name);

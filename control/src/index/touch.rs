@@ -43,6 +43,8 @@ impl Index {
             Object::Gateway(new) => self.take_gateway(&id, Some(&new)),
             Object::HttpRoute(new) => self.take_route(Kind::HttpRoute, &id, Some(&new)),
             Object::GrpcRoute(new) => self.take_route(Kind::GrpcRoute, &id, Some(&new)),
+            Object::TcpRoute(new) => self.take_route(Kind::TcpRoute, &id, Some(&new)),
+            Object::TlsRoute(new) => self.take_route(Kind::TlsRoute, &id, Some(&new)),
             Object::ReferenceGrant(new) => self.take_grant(&id, Some(&new)),
             Object::VirtualService(new) => self.take_virtual_service(&id, Some(&new)),
             Object::DestinationRule(new) => self.take_destination_rule(&id, Some(&new)),
@@ -65,7 +67,9 @@ impl Index {
             Kind::ServiceEntry => self.take_service_entry(id, None),
             Kind::WorkloadEntry => self.take_workload_entry(id, None),
             Kind::Gateway => self.take_gateway(id, None),
-            Kind::HttpRoute | Kind::GrpcRoute => self.take_route(kind, id, None),
+            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
+                self.take_route(kind, id, None);
+            }
             Kind::ReferenceGrant => self.take_grant(id, None),
             Kind::VirtualService => self.take_virtual_service(id, None),
             Kind::DestinationRule => self.take_destination_rule(id, None),

@@ -21,7 +21,9 @@ pub use self::core::service::{
 pub(crate) use gateway::binding::CANARY_WEIGHT;
 pub use gateway::binding::{Canary, Choice, WaypointBinding};
 pub use gateway::grant::ReferenceGrant;
-pub use gateway::route::{BackendRef, ParentRef, Route, RouteFilter, RouteRule, RuleBackend, TargetKind};
+pub use gateway::route::{
+    BackendRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, TargetKind,
+};
 pub use gateway::{
     AddressValue, AllowedNamespaces, ApplicationTunnel, Gateway, LabelRequirement, Requirement, WaypointFor,
 };
@@ -49,6 +51,7 @@ pub(crate) mod manifest {
     pub(crate) use super::gateway::grant::Manifest as ReferenceGrant;
     pub(crate) use super::gateway::grpc::Manifest as GrpcRoute;
     pub(crate) use super::gateway::http::Manifest as HttpRoute;
+    pub(crate) use super::gateway::stream::{TcpManifest as TcpRoute, TlsManifest as TlsRoute};
     pub(crate) use super::istio::authentication::Manifest as PeerAuthentication;
     pub(crate) use super::istio::authorization::Manifest as AuthorizationPolicy;
     pub(crate) use super::istio::destination_rule::Manifest as DestinationRule;
@@ -136,6 +139,10 @@ pub enum Object {
     HttpRoute(Arc<Route>),
     /// Where gRPC calls go.
     GrpcRoute(Arc<Route>),
+    /// Where connections go.
+    TcpRoute(Arc<Route>),
+    /// Where connections that begin with TLS go.
+    TlsRoute(Arc<Route>),
     /// Who may refer to objects of a namespace from outside.
     ReferenceGrant(Arc<ReferenceGrant>),
     /// Where requests to hosts go.
@@ -165,6 +172,8 @@ impl Object {
             Object::Gateway(_) => Kind::Gateway,
             Object::HttpRoute(_) => Kind::HttpRoute,
             Object::GrpcRoute(_) => Kind::GrpcRoute,
+            Object::TcpRoute(_) => Kind::TcpRoute,
+            Object::TlsRoute(_) => Kind::TlsRoute,
             Object::ReferenceGrant(_) => Kind::ReferenceGrant,
             Object::VirtualService(_) => Kind::VirtualService,
             Object::DestinationRule(_) => Kind::DestinationRule,
@@ -187,7 +196,9 @@ impl Object {
             Object::ServiceEntry(o) => o.meta.id.clone(),
             Object::WorkloadEntry(o) => o.meta.id.clone(),
             Object::Gateway(o) => o.meta.id.clone(),
-            Object::HttpRoute(o) | Object::GrpcRoute(o) => o.meta.id.clone(),
+            Object::HttpRoute(o) | Object::GrpcRoute(o) | Object::TcpRoute(o) | Object::TlsRoute(o) => {
+                o.meta.id.clone()
+            }
             Object::ReferenceGrant(o) => o.id.clone(),
             Object::VirtualService(o) => o.meta.id.clone(),
             Object::DestinationRule(o) => o.meta.id.clone(),

@@ -27,18 +27,20 @@ use super::retries::{Failed, Retries};
 use super::routes;
 use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::kind::Kind;
-use crate::object::{NamespacedName, ObjectRef};
+use crate::object::{NamespacedName, ObjectRef, Route};
 use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 8] = [
+pub(crate) const KINDS: [Kind; 10] = [
     Kind::Service,
     Kind::AuthorizationPolicy,
     Kind::ServiceEntry,
     Kind::WorkloadEntry,
     Kind::HttpRoute,
     Kind::GrpcRoute,
+    Kind::TcpRoute,
+    Kind::TlsRoute,
     Kind::VirtualService,
     Kind::RequestAuthentication,
 ];
@@ -202,7 +204,7 @@ impl StatusWriter {
         let value = serde_json::to_value(object).ok()?;
         let findings = self.findings.lock().get(&reference).cloned().unwrap_or_default();
         let mut status = Map::new();
-        if matches!(kind, Kind::HttpRoute | Kind::GrpcRoute) {
+        if Route::KINDS.contains(&kind) {
             if let Some(parents) = routes::plan(&value, &reference.name.namespace, &findings, &now()) {
                 status.insert("parents".to_owned(), parents.into());
             }

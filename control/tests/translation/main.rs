@@ -40,6 +40,7 @@ fn translate(case: &Path) -> Value {
     let (mut addresses, mut policies) = (Map::new(), Map::new());
     let mut waypoint_policies = Map::new();
     let mut backend_policies = Map::new();
+    let mut stream_routes = Map::new();
     let (mut gateways, mut routes, mut views) = (Map::new(), Map::new(), Map::new());
     for ((kind, name), resource) in index.resources() {
         let roots: Vec<&str> =
@@ -58,6 +59,9 @@ fn translate(case: &Path) -> Value {
                 backend_policies.insert(name.to_string(), render::backend_policy(&resource.body))
             }
             ResourceType::Route => routes.insert(name.to_string(), render::route(&resource.body)),
+            ResourceType::StreamRoute => {
+                stream_routes.insert(name.to_string(), render::stream_route(&resource.body))
+            }
             ResourceType::Address => addresses.insert(name.to_string(), render::address(&resource.body)),
             ResourceType::Authorization => {
                 policies.insert(name.to_string(), render::authorization(&resource.body))
@@ -85,6 +89,7 @@ fn translate(case: &Path) -> Value {
         ("waypointPolicies", waypoint_policies),
         ("backendPolicies", backend_policies),
         ("routes", routes),
+        ("streamRoutes", stream_routes),
         ("views", views),
     ] {
         if routed(case) && !of_l7.is_empty() {

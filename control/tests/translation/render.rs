@@ -265,6 +265,34 @@ pub(crate) fn route(body: &[u8]) -> Value {
     ])
 }
 
+pub(crate) fn stream_route(body: &[u8]) -> Value {
+    let route = l7::StreamRoute::decode(body).unwrap();
+    let one = |it: &l7::StreamMatch| {
+        object([
+            ("port", json!(it.port)),
+            ("serverNames", json!(it.server_names)),
+            ("destinationSubnets", blocks(&it.destination_subnets)),
+            ("sourceNamespace", json!(it.source_namespace)),
+            ("clients", json!(it.clients.as_ref().map(|it| format!("{it:?}")))),
+        ])
+    };
+    let rule = |rule: &l7::StreamRule| {
+        object([
+            ("name", json!(rule.name)),
+            ("matches", list(&rule.matches, one)),
+            ("backends", list(&rule.backends, backend)),
+            ("invalid", json!(rule.invalid)),
+        ])
+    };
+    object([
+        ("targets", list(&route.targets, target)),
+        ("layer", name::<l7::StreamLayer>(route.layer)),
+        ("order", name::<l7::Order>(route.order)),
+        ("created", json!(route.created)),
+        ("rules", list(&route.rules, rule)),
+    ])
+}
+
 fn target(target: &l7::Target) -> Value {
     let port = if target.port == 0 { String::new() } else { format!(":{}", target.port) };
     let clients = match target.client_namespace.as_str() {

@@ -115,6 +115,8 @@ pub const AUTHORIZATION_TYPE_URL: &str = "type.googleapis.com/istio.security.Aut
 pub const GATEWAY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Gateway";
 /// Type URL of [`l7::Route`] resources.
 pub const ROUTE_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Route";
+/// Type URL of [`l7::StreamRoute`] resources.
+pub const STREAM_ROUTE_TYPE_URL: &str = "type.googleapis.com/ambit.l7.StreamRoute";
 /// Type URL of [`l7::Policy`] resources.
 pub const POLICY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Policy";
 /// Type URL of [`l7::BackendPolicy`] resources.

@@ -73,7 +73,7 @@ pub(crate) fn string_match(source: Option<&l7::StringMatch>) -> Result<StringMat
     }
 }
 
-fn rule(route: &Arc<RouteName>, index: u32, source: &l7::Rule, mut faults: Vec<String>) -> Rule {
+pub(crate) fn rule(route: &Arc<RouteName>, index: u32, source: &l7::Rule, mut faults: Vec<String>) -> Rule {
     let backends = source.backends.iter().map(|backend| (backend.weight, self::backend(backend)));
     let backends = Backends::new(backends);
     let filters = source.filters.iter().map(|filter| filter::compile(filter, &backend));

@@ -11,7 +11,7 @@ use regex::Regex;
 
 use crate::compile::{header_name, string_match};
 use crate::field::{FieldMatch, StringMatch, whole};
-use crate::table::{ConnectionHead, RequestHead};
+use crate::table::RequestHead;
 
 /// What the path must be.
 #[derive(Debug, Clone)]
@@ -122,11 +122,6 @@ impl Conditions {
         (path, Conditions { method, headers, query, more: more.map(Box::new) })
     }
 
-    /// Whether a connection matches; nothing is known of what it carries.
-    pub(crate) fn matches_connection(&self, connection: &ConnectionHead<'_>) -> bool {
-        self.more.as_ref().is_none_or(|more| more.matches_connection(connection))
-    }
-
     pub(crate) fn matches(&self, request: &RequestHead<'_>) -> bool {
         let field = |field: &FieldMatch| field.matches(request.headers, request.query);
         self.method.as_ref().is_none_or(|method| method == request.method)
@@ -178,21 +173,13 @@ impl More {
         text(&self.scheme, request.scheme)
             && text(&self.authority, request.authority)
             && text(&self.method, request.method.as_str())
-            && self.matches_connection(&ConnectionHead {
-                port: request.port,
-                client_namespace: request.client_namespace,
-                client_address: request.client_address,
-            })
-    }
-
-    fn matches_connection(&self, connection: &ConnectionHead<'_>) -> bool {
-        self.port.is_none_or(|port| port == connection.port)
-            && self.source_namespace.as_ref().is_none_or(|wanted| **wanted == *connection.client_namespace)
-            && self.clients.as_ref().is_none_or(|clients| clients.contains(&connection.client_address))
+            && self.port.is_none_or(|port| port == request.port)
+            && self.source_namespace.as_ref().is_none_or(|wanted| **wanted == *request.client_namespace)
+            && self.clients.as_ref().is_none_or(|clients| clients.contains(&request.client_address))
     }
 }
 
-fn address(bytes: &[u8]) -> Result<IpAddr, String> {
+pub(crate) fn address(bytes: &[u8]) -> Result<IpAddr, String> {
     let wrong = || format!("no address: {bytes:?}");
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).map(IpAddr::from).map_err(|_| wrong()),

@@ -1,6 +1,7 @@
 //! L7 routes as a waypoint or gateway follows them: compiled once a change, matched once a request.
 //!
 //! - [`Table`]: every route by what it is attached to; [`Table::routes`] finds those of a service and port;
+//! - [`StreamTable`]: every route for connections that are passed on unread;
 //! - [`RouteSet::find`]: the rule of a request, by the precedence of Gateway API or by declaration;
 //! - [`Rule`]: what to do with the request: [`Filter`]s, [`Backends`], timeouts, retries;
 //! - [`filter`]: what filters make of a request or response, as pure functions over `http`'s types.
@@ -15,6 +16,7 @@ mod field;
 pub mod filter;
 mod hosts;
 mod rule;
+mod stream;
 mod table;
 
 pub use backend::{Backend, Backends};
@@ -22,4 +24,5 @@ pub use compile::fault;
 pub use field::{FieldMatch, StringMatch};
 pub use filter::Filter;
 pub use rule::{Retry, RouteName, Rule, Timeouts};
-pub use table::{ConnectionHead, Matched, RequestHead, RouteSet, Table};
+pub use stream::{ClientHello, ConnectionHead, StreamMatched, StreamTable, stream_fault};
+pub use table::{Matched, RequestHead, RouteSet, Table};

@@ -41,17 +41,6 @@ pub struct RequestHead<'a> {
     pub client_address: IpAddr,
 }
 
-/// What of a connection decides about its rule, where what it carries is passed on unread.
-#[derive(Debug, Clone, Copy)]
-pub struct ConnectionHead<'a> {
-    /// The port of the service that it came to.
-    pub port: u16,
-    /// The client's namespace, by its identity; empty if it has none.
-    pub client_namespace: &'a str,
-    /// The client's address.
-    pub client_address: IpAddr,
-}
-
 /// The rule of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Matched<'a> {
@@ -69,8 +58,6 @@ pub struct Table {
     services: HashMap<Service, Ports>,
     /// Routes for the clients of one namespace; they come before all others.
     consumers: HashMap<(Box<str>, Service), Ports>,
-    /// Rules for connections that are passed on unread, the first that matches first.
-    connections: HashMap<Service, Vec<Entry>>,
 }
 
 /// The routes of one service.
@@ -86,9 +73,6 @@ impl Table {
     /// is first by name.
     pub fn new<'a>(routes: impl IntoIterator<Item = &'a l7::Route>) -> Self {
         let mut table = Self::default();
-        let (streams, routes): (Vec<_>, Vec<_>) =
-            routes.into_iter().partition(|route| route.protocol() == l7::Protocol::Tcp);
-        table.add_connections(&streams);
         let compiled: Vec<(Vec<l7::Target>, compile::Compiled)> =
             routes.into_iter().map(|route| (route.targets.clone(), compile::route(route))).collect();
         for (targets, _) in &compiled {
@@ -108,35 +92,6 @@ impl Table {
             ports.one.values_mut().for_each(RouteSet::sort);
         }
         table
-    }
-
-    fn add_connections(&mut self, routes: &[&l7::Route]) {
-        for route in routes {
-            let compiled = compile::route(route);
-            for target in &route.targets {
-                let service = (target.namespace.as_str().into(), target.hostname.to_ascii_lowercase().into());
-                let entries = compiled.entries.iter().map(|(_, entry)| entry.clone());
-                self.connections.entry(service).or_default().extend(entries);
-            }
-        }
-        for entries in self.connections.values_mut() {
-            entries.sort_by(|one, other| one.seniority.cmp(&other.seniority));
-        }
-    }
-
-    /// The rule of a connection to a service; `None`: it goes straight there.
-    pub fn connection(
-        &self,
-        namespace: &str,
-        hostname: &str,
-        connection: &ConnectionHead<'_>,
-    ) -> Option<&Arc<Rule>> {
-        if self.connections.is_empty() {
-            return None;
-        }
-        let entries = self.connections.get(&(Box::from(namespace), Box::from(hostname)))?;
-        let first = entries.iter().find(|entry| entry.conditions.matches_connection(connection));
-        first.map(|entry| &entry.rule)
     }
 
     fn ports(&mut self, target: &l7::Target) -> &mut Ports {

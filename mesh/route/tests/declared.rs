@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ambit_api::l7;
 use ambit_route::filter::{Filter, Origin};
-use ambit_route::{ConnectionHead, RequestHead, Table};
+use ambit_route::{RequestHead, Table};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 
 fn text(kind: l7::string_match::Kind) -> Option<l7::StringMatch> {
@@ -32,7 +32,7 @@ fn without(name: &str, value: Option<l7::StringMatch>) -> l7::Match {
 }
 
 /// A table with a rule for each match, named by its number.
-fn table(protocol: l7::Protocol, matches: Vec<l7::Match>) -> Table {
+fn table(matches: Vec<l7::Match>) -> Table {
     let rule = |(at, one): (usize, l7::Match)| l7::Rule {
         name: at.to_string(),
         matches: vec![one],
@@ -42,7 +42,6 @@ fn table(protocol: l7::Protocol, matches: Vec<l7::Match>) -> Table {
         targets: vec![l7::Target { namespace: "n".into(), hostname: "h".into(), ..l7::Target::default() }],
         rules: matches.into_iter().enumerate().map(rule).collect(),
         order: l7::Order::Declared as i32,
-        protocol: protocol as i32,
         ..l7::Route::default()
     }])
 }
@@ -76,15 +75,12 @@ fn found(table: &Table, head: &RequestHead<'_>) -> Option<(String, usize)> {
 
 #[test]
 fn the_first_rule_that_matches_counts() {
-    let table = table(
-        l7::Protocol::Http,
-        vec![
-            prefix("/a"),
-            path(l7::path_match::Kind::Exact("/abc".into()), false),
-            path(l7::path_match::Kind::TextPrefix("/B".into()), true),
-            path(l7::path_match::Kind::Exact("/C".into()), true),
-        ],
-    );
+    let table = table(vec![
+        prefix("/a"),
+        path(l7::path_match::Kind::Exact("/abc".into()), false),
+        path(l7::path_match::Kind::TextPrefix("/B".into()), true),
+        path(l7::path_match::Kind::Exact("/C".into()), true),
+    ]);
     let none = HeaderMap::new();
     for (path, wanted) in [
         ("/abc", Some(("0", 2))),
@@ -121,20 +117,9 @@ fn conditions_of_virtual_services_are_checked() {
         (l7::Match { clients: address([10, 0, 0, 2]), ..any() }, &none, false),
         (l7::Match { clients: Some(l7::Clients::default()), ..any() }, &none, false),
     ] {
-        let table = table(l7::Protocol::Http, vec![wanted.clone()]);
+        let table = table(vec![wanted.clone()]);
         assert_eq!(found(&table, &head("/", headers)).is_some(), matches, "{wanted:?} {headers:?}");
     }
-}
-
-#[test]
-fn connections_have_rules_of_their_own() {
-    let of_port = l7::Match { port: 81, ..l7::Match::default() };
-    let table = table(l7::Protocol::Tcp, vec![of_port]);
-    let connection =
-        |port| ConnectionHead { port, client_namespace: "", client_address: IpAddr::from([10, 0, 0, 1]) };
-    assert!(table.connection("n", "h", &connection(81)).is_some());
-    assert!(table.connection("n", "h", &connection(80)).is_none());
-    assert!(table.routes("n", "h", 81, "").is_none(), "requests have none");
 }
 
 /// The filters of a rule with one, or why it can't be followed.

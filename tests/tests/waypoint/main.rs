@@ -20,6 +20,7 @@ mod policy;
 mod required;
 mod resilience;
 mod routing;
+mod streams;
 mod tasks;
 mod thin;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     authorization::add(&mut trials);
     required::add(&mut trials);
     resilience::add(&mut trials);
+    streams::add(&mut trials);
     tasks::add(&mut trials);
     limits::add(&mut trials);
     http2::add(&mut trials);

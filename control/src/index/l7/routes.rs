@@ -9,7 +9,9 @@ use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, views};
-use crate::object::{BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteRule, TargetKind};
+use crate::object::{
+    BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, TargetKind,
+};
 
 /// The resource of a route that is attached to something.
 pub(in crate::index) fn of_route(
@@ -38,18 +40,55 @@ pub(in crate::index) fn of_route(
     if targets.is_empty() {
         return Vec::new();
     }
-    let message = l7::Route {
+    let (kind, body) = encoded(route, reference, targets, rules);
+    let name = format!("{}/{}", reference.kind, reference.name).into();
+    let parents = views::of_route(reader, route).into_iter().collect();
+    vec![(kind, Resource { name, aliases: Vec::new(), parents, body: body.into(), unhealthy: false })]
+}
+
+/// The route as a message for requests or for connections.
+fn encoded(
+    route: &Route,
+    reference: &ObjectRef,
+    targets: Vec<l7::Target>,
+    rules: Vec<l7::Rule>,
+) -> (ResourceType, Vec<u8>) {
+    let of_requests = |protocol: l7::Protocol, targets, rules| {
+        let message = l7::Route {
+            object: Some(object_name(reference.kind, &reference.name)),
+            created: route.meta.created.unwrap_or_default(),
+            targets,
+            rules,
+            order: l7::Order::Specific.into(),
+            protocol: protocol.into(),
+        };
+        (ResourceType::Route, message.encode_to_vec())
+    };
+    let layer = match route.protocol {
+        RouteProtocol::Http => return of_requests(l7::Protocol::Http, targets, rules),
+        RouteProtocol::Grpc => return of_requests(l7::Protocol::Grpc, targets, rules),
+        RouteProtocol::Tcp => l7::StreamLayer::TcpStream,
+        RouteProtocol::Tls => l7::StreamLayer::TlsStream,
+    };
+    let server_names: Vec<String> = route.hostnames.iter().map(ToString::to_string).collect();
+    let rule = |rule: l7::Rule| l7::StreamRule {
+        name: rule.name,
+        matches: match server_names.is_empty() {
+            true => Vec::new(),
+            false => vec![l7::StreamMatch { server_names: server_names.clone(), ..Default::default() }],
+        },
+        backends: rule.backends,
+        invalid: rule.invalid,
+    };
+    let message = l7::StreamRoute {
         object: Some(object_name(reference.kind, &reference.name)),
         created: route.meta.created.unwrap_or_default(),
         targets,
-        rules,
-        order: l7::Order::Specific as i32,
-        protocol: route.protocol as i32,
+        rules: rules.into_iter().map(rule).collect(),
+        order: l7::Order::Specific.into(),
+        layer: layer.into(),
     };
-    let name = format!("{}/{}", reference.kind, reference.name).into();
-    let parents = views::of_route(reader, route).into_iter().collect();
-    let body = message.encode_to_vec().into();
-    vec![(ResourceType::Route, Resource { name, aliases: Vec::new(), parents, body, unhealthy: false })]
+    (ResourceType::StreamRoute, message.encode_to_vec())
 }
 
 /// Says whether all references of a route lead somewhere.

@@ -15,8 +15,8 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, hosts, l4, views};
 use crate::object::{
-    Destination, Kind, Labels, NamespacedName, ObjectRef, ReadRule, Referents, ServiceEntry, VirtualService,
-    Visibility, WaypointBinding, joined,
+    Destination, Kind, Labels, NamespacedName, ObjectRef, ReadRule, ReadTcp, Referents, Route, RouteProtocol,
+    ServiceEntry, VirtualService, Visibility, WaypointBinding, joined,
 };
 
 /// Whether it is for services of waypoints, and counts.
@@ -45,11 +45,7 @@ pub(in crate::index) fn of_virtual_service(
         reader.find(Finding::new(ACCEPTED, false, "NotForMesh", message));
         return Vec::new();
     }
-    let for_http =
-        resource(reader, virtual_service, Part::Http, |ports| rules(reader, virtual_service, ports));
-    let for_tcp =
-        resource(reader, virtual_service, Part::Tcp, |ports| tcp_rules(reader, virtual_service, ports));
-    for_http.into_iter().chain(for_tcp).collect()
+    Part::ALL.into_iter().filter_map(|part| resource(reader, virtual_service, part)).collect()
 }
 
 /// The rules of a VirtualService that are decided about together.
@@ -57,15 +53,26 @@ pub(in crate::index) fn of_virtual_service(
 enum Part {
     Http,
     Tcp,
+    Tls,
 }
 
 impl Part {
-    const ALL: [Part; 2] = [Part::Http, Part::Tcp];
+    const ALL: [Part; 3] = [Part::Http, Part::Tcp, Part::Tls];
 
     fn name(self) -> &'static str {
         match self {
             Part::Http => "http",
             Part::Tcp => "tcp",
+            Part::Tls => "tls",
+        }
+    }
+
+    /// Whether its rules have no effect beside routes of Gateway API for this protocol.
+    fn comes_after(self, protocol: RouteProtocol) -> bool {
+        match self {
+            Part::Http => matches!(protocol, RouteProtocol::Http | RouteProtocol::Grpc),
+            Part::Tcp => protocol == RouteProtocol::Tcp,
+            Part::Tls => matches!(protocol, RouteProtocol::Tcp | RouteProtocol::Tls),
         }
     }
 
@@ -73,6 +80,7 @@ impl Part {
         match self {
             Part::Http => !virtual_service.http.is_empty(),
             Part::Tcp => !virtual_service.tcp.is_empty(),
+            Part::Tls => !virtual_service.tls.is_empty(),
         }
     }
 }
@@ -82,7 +90,6 @@ fn resource(
     reader: &Reader<'_>,
     virtual_service: &VirtualService,
     part: Part,
-    rules: impl FnOnce(&BTreeSet<u16>) -> Vec<(usize, l7::Rule)>,
 ) -> Option<(ResourceType, Resource)> {
     if !part.is_in(virtual_service) {
         return None;
@@ -93,28 +100,54 @@ fn resource(
     if attached.targets.is_empty() {
         return None;
     }
-    let rules = rules(&attached.ports);
-    report_faults(reader, part, &rules);
-    let (suffix, protocol) = match part {
-        Part::Http => ("", l7::Protocol::Http),
-        Part::Tcp => ("/tcp", l7::Protocol::Tcp),
+    let object = Some(object_name(Kind::VirtualService, id));
+    let created = virtual_service.meta.created.unwrap_or_default();
+    let targets = attached.targets.into_values().collect();
+    let of_streams = |read: &[ReadTcp], layer: l7::StreamLayer, targets| {
+        let rules = stream_rules(reader, virtual_service, read, &attached.ports);
+        report_faults(reader, part, rules.iter().map(|(at, rule)| (*at, &rule.invalid, &rule.backends)), []);
+        l7::StreamRoute {
+            object: object.clone(),
+            created,
+            targets,
+            rules: rules.into_iter().map(|(_, rule)| rule).collect(),
+            order: l7::Order::Declared.into(),
+            layer: layer.into(),
+        }
     };
-    let message = l7::Route {
-        object: Some(object_name(Kind::VirtualService, id)),
-        created: virtual_service.meta.created.unwrap_or_default(),
-        targets: attached.targets.into_values().collect(),
-        rules: rules.into_iter().map(|(_, rule)| rule).collect(),
-        order: l7::Order::Declared as i32,
-        protocol: protocol as i32,
+    let (kind, suffix, body) = match part {
+        Part::Http => {
+            let rules = rules(reader, virtual_service, &attached.ports);
+            let mirrors = rules.iter().flat_map(|(at, rule)| mirrors(rule).map(|backend| (*at, backend)));
+            let of_rules = rules.iter().map(|(at, rule)| (*at, &rule.invalid, &rule.backends));
+            report_faults(reader, part, of_rules, mirrors);
+            let message = l7::Route {
+                object,
+                created,
+                targets,
+                rules: rules.into_iter().map(|(_, rule)| rule).collect(),
+                order: l7::Order::Declared.into(),
+                protocol: l7::Protocol::Http.into(),
+            };
+            (ResourceType::Route, "", message.encode_to_vec())
+        }
+        Part::Tcp => {
+            let message = of_streams(&virtual_service.tcp, l7::StreamLayer::TcpStream, targets);
+            (ResourceType::StreamRoute, "/tcp", message.encode_to_vec())
+        }
+        Part::Tls => {
+            let message = of_streams(&virtual_service.tls, l7::StreamLayer::TlsStream, targets);
+            (ResourceType::StreamRoute, "/tls", message.encode_to_vec())
+        }
     };
     let resource = Resource {
         name: format!("{}/{id}{suffix}", Kind::VirtualService).into(),
         aliases: Vec::new(),
         parents: attached.roots.into_iter().collect(),
-        body: message.encode_to_vec().into(),
+        body: body.into(),
         unhealthy: false,
     };
-    Some((ResourceType::Route, resource))
+    Some((kind, resource))
 }
 
 /// The roots of the waypoints whose requests the VirtualServices that send requests to a host decide about.
@@ -259,10 +292,10 @@ impl Attached {
                 format!("VirtualService {} is for host {host} too and counts instead", first.meta.id);
             return Err(("Conflicted", message));
         }
-        let of_namespace = |route: &&crate::object::Route| route.meta.id.namespace == object.name.namespace;
-        if part == Part::Http
-            && let Some(route) = reader.routes_of(object).find(of_namespace)
-        {
+        let before = |route: &&Route| {
+            route.meta.id.namespace == object.name.namespace && part.comes_after(route.protocol)
+        };
+        if let Some(route) = reader.routes_of(object).find(before) {
             let message =
                 format!("{} {} is attached to {object} and counts instead", route.kind(), route.meta.id);
             self.faults.push(("Conflicted", message));
@@ -377,14 +410,15 @@ fn lowered(
 }
 
 /// The rules for connections in order, each with its number in the manifest.
-fn tcp_rules(
+fn stream_rules(
     reader: &Reader<'_>,
     virtual_service: &VirtualService,
+    read: &[ReadTcp],
     ports: &BTreeSet<u16>,
-) -> Vec<(usize, l7::Rule)> {
+) -> Vec<(usize, l7::StreamRule)> {
     let namespace = &virtual_service.meta.id.namespace;
     let mut rules = Vec::new();
-    for (at, read) in virtual_service.tcp.iter().enumerate() {
+    for (at, read) in read.iter().enumerate() {
         let all = Lowering { reader, namespace, port: 0 };
         let each = read.fault.is_none() && read.rule.destinations().any(|to| all.keeps_port(to));
         let ports = if each { ports.iter().copied().collect() } else { vec![0] };
@@ -399,20 +433,32 @@ fn tcp_rules(
     rules
 }
 
-fn report_faults(reader: &Reader<'_>, part: Part, rules: &[(usize, l7::Rule)]) {
-    let mut found = false;
-    for (at, rule) in rules {
-        let mirrors = rule.filters.iter().filter_map(|filter| match &filter.kind {
-            Some(l7::filter::Kind::Mirror(mirror)) => mirror.backend.as_ref(),
-            _ => None,
-        });
-        let of_backends = rule.backends.iter().chain(mirrors).map(|backend| &backend.invalid);
-        for fault in [&rule.invalid].into_iter().chain(of_backends).filter(|fault| !fault.is_empty()) {
-            found = true;
-            reader.find(Finding::new(RESOLVED, false, "Invalid", format!("{}[{at}]: {fault}", part.name())));
-        }
+/// Where copies of a rule's requests go.
+fn mirrors(rule: &l7::Rule) -> impl Iterator<Item = &l7::Backend> {
+    rule.filters.iter().filter_map(|filter| match &filter.kind {
+        Some(l7::filter::Kind::Mirror(mirror)) => mirror.backend.as_ref(),
+        _ => None,
+    })
+}
+
+/// Names what of the rules can't be followed: each rule with its number, fault and backends, and what else is sent to.
+fn report_faults<'a>(
+    reader: &Reader<'_>,
+    part: Part,
+    rules: impl IntoIterator<Item = (usize, &'a String, &'a Vec<l7::Backend>)>,
+    others: impl IntoIterator<Item = (usize, &'a l7::Backend)>,
+) {
+    let of_rules = rules.into_iter().flat_map(|(at, fault, backends)| {
+        std::iter::once(fault).chain(backends.iter().map(|it| &it.invalid)).map(move |fault| (at, fault))
+    });
+    let of_others = others.into_iter().map(|(at, backend)| (at, &backend.invalid));
+    let mut faults: Vec<(usize, &String)> =
+        of_rules.chain(of_others).filter(|(_, fault)| !fault.is_empty()).collect();
+    faults.sort_by_key(|(at, _)| *at);
+    for (at, fault) in &faults {
+        reader.find(Finding::new(RESOLVED, false, "Invalid", format!("{}[{at}]: {fault}", part.name())));
     }
-    if !found {
+    if faults.is_empty() {
         reader.find(Finding::new(RESOLVED, true, "ResolvedRefs", "every rule can be followed".to_owned()));
     }
 }

@@ -5,7 +5,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::http::{Backend, FieldMatch, Filter, escape, lower_backends, lower_fields, lower_filters};
-use super::route::{self, Route, RouteRule};
+use super::route::{self, Route, RouteProtocol, RouteRule};
 use crate::object::meta::Invalid;
 
 /// The manifest.
@@ -53,7 +53,7 @@ impl TryFrom<Manifest> for Route {
     type Error = Invalid;
 
     fn try_from(Manifest(manifest): Manifest) -> Result<Route, Invalid> {
-        manifest.read(l7::Protocol::Grpc, Vec::new(), Rule::lower)
+        manifest.read(RouteProtocol::Grpc, Vec::new(), Rule::lower)
     }
 }
 

@@ -4,7 +4,7 @@ use ambit_api::l7;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::route::{self, Reference, Route, RouteFilter, RouteRule, RuleBackend, duration};
+use super::route::{self, Reference, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, duration};
 use crate::object::meta::Invalid;
 
 /// The manifest.
@@ -181,7 +181,7 @@ impl TryFrom<Manifest> for Route {
     fn try_from(Manifest(manifest): Manifest) -> Result<Route, Invalid> {
         // Gateway API: no rules are one that matches everything, and has no backend.
         let default = vec![Value::Object(serde_json::Map::new())];
-        manifest.read(l7::Protocol::Http, default, Rule::lower)
+        manifest.read(RouteProtocol::Http, default, Rule::lower)
     }
 }
 

@@ -5,6 +5,7 @@ pub(super) mod grant;
 pub(super) mod grpc;
 pub(super) mod http;
 pub(super) mod route;
+pub(super) mod stream;
 
 use std::net::IpAddr;
 use std::sync::Arc;

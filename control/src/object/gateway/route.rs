@@ -18,7 +18,7 @@ pub struct Route {
     /// Name, labels and age.
     pub meta: Meta,
     /// What it is for.
-    pub protocol: l7::Protocol,
+    pub protocol: RouteProtocol,
     /// What it wants to be attached to.
     pub parents: Vec<ParentRef>,
     /// Hosts that it is for; a service has its own.
@@ -27,12 +27,30 @@ pub struct Route {
     pub rules: Vec<RouteRule>,
 }
 
+/// What a route is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteProtocol {
+    /// Requests.
+    Http,
+    /// Calls.
+    Grpc,
+    /// Connections.
+    Tcp,
+    /// Connections that begin with TLS.
+    Tls,
+}
+
 impl Route {
+    /// The kinds of routes.
+    pub const KINDS: [Kind; 4] = [Kind::HttpRoute, Kind::GrpcRoute, Kind::TcpRoute, Kind::TlsRoute];
+
     /// Its kind.
     pub fn kind(&self) -> Kind {
         match self.protocol {
-            l7::Protocol::Http | l7::Protocol::Tcp => Kind::HttpRoute,
-            l7::Protocol::Grpc => Kind::GrpcRoute,
+            RouteProtocol::Http => Kind::HttpRoute,
+            RouteProtocol::Grpc => Kind::GrpcRoute,
+            RouteProtocol::Tcp => Kind::TcpRoute,
+            RouteProtocol::Tls => Kind::TlsRoute,
         }
     }
 
@@ -190,7 +208,7 @@ impl Manifest {
     /// The route; `lower` makes one of its rules, and a route without any has those of `default`.
     pub(super) fn read<R: DeserializeOwned>(
         self,
-        protocol: l7::Protocol,
+        protocol: RouteProtocol,
         default: Vec<Value>,
         lower: fn(R) -> Result<RouteRule, String>,
     ) -> Result<Route, Invalid> {

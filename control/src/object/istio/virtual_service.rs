@@ -32,6 +32,8 @@ pub struct VirtualService {
     pub http: Vec<ReadRule>,
     /// Rules for connections that are passed on unread, in order.
     pub tcp: Vec<ReadTcp>,
+    /// Rules for connections that begin with TLS, by the name that they ask for, in order. They come before those of `tcp`.
+    pub tls: Vec<ReadTcp>,
     /// Fields that have no effect, each with what to write instead.
     pub without_effect: Vec<String>,
 }
@@ -101,7 +103,8 @@ impl VirtualService {
     /// Every destination that its rules name.
     pub fn destinations(&self) -> impl Iterator<Item = &Destination> {
         let http = self.http.iter().flat_map(|read| read.rule.destinations());
-        http.chain(self.tcp.iter().flat_map(|read| read.rule.destinations()))
+        let streams = self.tcp.iter().chain(&self.tls);
+        http.chain(streams.flat_map(|read| read.rule.destinations()))
     }
 }
 
@@ -136,14 +139,11 @@ impl TryFrom<Manifest> for VirtualService {
                 .map_err(|error| Invalid::new(format!("spec.{}", error.path()), error.inner().to_string()))?,
         };
         let http: Vec<ReadRule> = spec.http.iter().map(read_rule).collect();
-        let tcp: Vec<ReadTcp> = spec.tcp.iter().map(Tcp::read).collect();
+        let tcp: Vec<ReadTcp> = spec.tcp.iter().map(|rule| Tcp::read(rule, false)).collect();
+        let tls: Vec<ReadTcp> = spec.tls.iter().map(|rule| Tcp::read(rule, true)).collect();
         let mut without_effect = virtual_service_fields::unknown(&written);
         for (at, read) in http.iter().enumerate() {
             without_effect.extend(read.rule.without_effect().map(|text| format!("http[{at}].{text}")));
-        }
-        if !spec.tls.is_empty() {
-            let advice = "connections with TLS go straight to the service; use `tcp` to route them by port";
-            without_effect.push(format!("tls has no effect: {advice}"));
         }
         Ok(VirtualService {
             for_mesh: is_for_mesh(&spec.gateways),
@@ -152,6 +152,7 @@ impl TryFrom<Manifest> for VirtualService {
             meta,
             http,
             tcp,
+            tls,
             without_effect,
         })
     }

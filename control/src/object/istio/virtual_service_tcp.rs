@@ -1,8 +1,10 @@
-//! Rules for connections of a VirtualService, and what a waypoint makes of one.
+//! Rules for connections of a VirtualService, `tcp` and `tls` alike, and what a waypoint makes of one.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-use ambit_api::l7;
+use ambit_api::{l7, security};
+use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -33,21 +35,32 @@ struct Match {
     port: u32,
     destination_subnets: Vec<String>,
     source_subnet: String,
+    /// Of `tls` only.
+    sni_hosts: Vec<String>,
     source_labels: BTreeMap<String, String>,
     source_namespace: String,
     gateways: Vec<String>,
 }
 
 impl Tcp {
-    pub(super) fn read(value: &Value) -> ReadTcp {
-        match serde_path_to_error::deserialize(value) {
-            Ok(rule) => ReadTcp { rule, fault: None },
+    /// Reads a rule of `tcp`, or one of `tls`, which is for names.
+    pub(super) fn read(value: &Value, is_tls: bool) -> ReadTcp {
+        let (rule, fault) = match serde_path_to_error::deserialize(value) {
+            Ok(rule) => (rule, None),
             Err(error) => {
                 let matches = value.get("match").cloned().and_then(|it| serde_json::from_value(it).ok());
-                let rule = Tcp { matches: matches.unwrap_or_default(), route: Vec::new() };
-                ReadTcp { rule, fault: Some(error.to_string()) }
+                (Tcp { matches: matches.unwrap_or_default(), route: Vec::new() }, Some(error.to_string()))
             }
-        }
+        };
+        let named = |one: &Match| one.sni_hosts.is_empty() != is_tls;
+        let wrong = match is_tls {
+            true if rule.matches.is_empty() || !rule.matches.iter().all(named) => {
+                Some("a match of `tls` without `sniHosts`")
+            }
+            false if !rule.matches.iter().all(named) => Some("`sniHosts` is for matches of `tls`"),
+            _ => None,
+        };
+        ReadTcp { rule, fault: fault.or_else(|| wrong.map(str::to_owned)) }
     }
 
     /// Every destination that it names.
@@ -63,13 +76,14 @@ impl Tcp {
 
     /// The rule as a waypoint follows it; `port` is the port of the service that it is for, or 0 for all of them. A part
     /// that can't be followed closes its connections.
-    pub fn lower(&self, port: u16, referents: &dyn Referents) -> l7::Rule {
+    pub fn lower(&self, port: u16, referents: &dyn Referents) -> l7::StreamRule {
         let mut faults = Vec::new();
         let matches = self.matches.iter().filter(|one| is_for_mesh(&one.gateways));
         let matches = matches.filter(|one| port == 0 || one.port == 0 || one.port == u32::from(port));
-        let mut matches: Vec<l7::Match> = matches.map(|one| one.lower(referents, &mut faults)).collect();
+        let mut matches: Vec<l7::StreamMatch> =
+            matches.map(|one| one.lower(referents, &mut faults)).collect();
         if self.matches.is_empty() {
-            matches.push(l7::Match::default());
+            matches.push(l7::StreamMatch::default());
         }
         for one in matches.iter_mut().filter(|_| port != 0) {
             one.port = port.into();
@@ -83,27 +97,32 @@ impl Tcp {
         if backends.iter().all(|backend| backend.weight == 0) {
             faults.push("no destination has a weight".to_owned());
         }
-        let mut rule = l7::Rule { matches, backends, ..l7::Rule::default() };
-        rule.invalid = faults.into_iter().next().or_else(|| ambit_route::fault(&rule)).unwrap_or_default();
+        let mut rule = l7::StreamRule { matches, backends, ..l7::StreamRule::default() };
+        let first = faults.into_iter().next();
+        rule.invalid = first.or_else(|| ambit_route::stream_fault(&rule)).unwrap_or_default();
         rule
     }
 }
 
 impl Match {
     /// The match; what can't be followed is added to `faults` and counts as met.
-    fn lower(&self, referents: &dyn Referents, faults: &mut Vec<String>) -> l7::Match {
-        for (field, given) in [
-            ("destinationSubnets", !self.destination_subnets.is_empty()),
-            ("sourceSubnet", !self.source_subnet.is_empty()),
-        ] {
-            if given {
-                faults.push(format!("`{field}` is not supported"));
+    fn lower(&self, referents: &dyn Referents, faults: &mut Vec<String>) -> l7::StreamMatch {
+        if !self.source_subnet.is_empty() {
+            faults.push("`sourceSubnet` is not supported".to_owned());
+        }
+        let mut subnets = Vec::new();
+        for text in &self.destination_subnets {
+            match subnet(text) {
+                Some(subnet) => subnets.push(subnet),
+                None => faults.push(format!("{text:?} in `destinationSubnets` is no network")),
             }
         }
-        let mut lowered = l7::Match {
+        let mut lowered = l7::StreamMatch {
             port: self.port,
+            server_names: self.sni_hosts.iter().map(|name| name.to_ascii_lowercase()).collect(),
+            destination_subnets: subnets,
             source_namespace: self.source_namespace.clone(),
-            ..l7::Match::default()
+            clients: None,
         };
         if !self.source_labels.is_empty() {
             let clients = referents.clients(&self.source_labels, &self.source_namespace);
@@ -111,4 +130,14 @@ impl Match {
         }
         lowered
     }
+}
+
+/// A network, or one address.
+fn subnet(text: &str) -> Option<security::Address> {
+    let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).ok()?;
+    let address = match net.network() {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    Some(security::Address { address: address.into(), length: net.prefix_len().into() })
 }
