@@ -28,6 +28,7 @@ use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, RequestMetrics, Target, TcpMetrics};
 use anyhow::Context;
 
+use crate::balancers::Balancers;
 use crate::config::Config;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
 use crate::report::Reporter;
@@ -221,6 +222,7 @@ fn proxy(parts: &Parts, drain: Drain) -> Proxy {
         trust: parts.trust.clone(),
         connections: Connections::new(config.proxy.worker_count()),
         loads: Loads::default(),
+        balancers: Balancers::default(),
         drain,
         server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
         tallies: Tallies::default(),
@@ -309,6 +311,7 @@ async fn maintain(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
             Removed::TooMany => HashSet::new(),
         };
         seen = snapshot.revision();
+        proxy.balancers.sweep(&snapshot);
         let now = std::time::SystemTime::now();
         for worker in workers.states() {
             worker.upstreams.sweep(proxy.settings.limits.upstream_idle.get(), |uid| gone.contains(uid));

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use ambit_balance::Outcome;
 use ambit_directory::{AppProtocol, WorkloadUid};
 use ambit_hbone::client::Target as TunnelTarget;
 use ambit_hbone::{ConnectRequest, TunnelStream};
 use ambit_route::{Retry, Timeouts};
-use http::header::{CONTENT_LENGTH, HOST};
+use http::header::{CONTENT_LENGTH, HOST, SET_COOKIE};
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
@@ -22,19 +23,24 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::accept::Inbound;
+use crate::answer::grpc_status;
 use crate::authorize::{AllowedRequest, denied_later};
-use crate::balance::{Endpoint, Target, endpoint};
+use crate::backend_policies::HashKey;
+use crate::balance::{Chosen, Endpoint, Target, endpoint};
+use crate::balancers::Trial;
+use crate::balancers::balancer::Balancer;
+use crate::balancers::key::{Hashed, of_address, of_request};
 use crate::body::{RequestBody, ResponseBody, Source};
 use crate::client_hello::ClientHello;
 use crate::exchange::Answered;
-use crate::failure::Failure;
+use crate::failure::{Failure, status_of_grpc};
 use crate::filters::{self, OnResponse};
 use crate::io;
 use crate::matching::Routed;
-use crate::proxy::{TunnelKey, Worker};
+use crate::proxy::{Published, TunnelKey, Worker};
 use crate::report::Record;
 use crate::sanitise::Sane;
-use crate::upstream::{Found, Key, Returned, Sender};
+use crate::upstream::{Found, Key, Returned, Sender, Used};
 use crate::{mirror, upgrade};
 
 /// The first wait before another try, where the route says none; it doubles with each.
@@ -48,6 +54,7 @@ const MAX_BACKOFF: Duration = Duration::from_millis(250);
 /// [`Failure`] of the last try, or why there was none.
 #[expect(clippy::too_many_arguments, reason = "what all steps before have found out")]
 pub async fn send(
+    published: &Published,
     inbound: &Arc<Inbound>,
     target: &Target,
     routed: Option<&Routed>,
@@ -73,7 +80,11 @@ pub async fn send(
     let source =
         (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer, limits.body_timeout.get()));
     record.set_body(source.clone());
-    mirror::send(inbound, &on_response.mirrors, &form, source.as_ref());
+    mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
+    let hashed = match &target.balanced {
+        Some(balanced) => hash(&*balanced.current(&inbound.worker.proxy)?, inbound, &parts),
+        None => Hashed::default(),
+    };
     let head = head(&form, http2);
     let mut sending = Sending {
         inbound,
@@ -84,22 +95,27 @@ pub async fn send(
         http2,
         head,
         source,
+        key: hashed.key,
         tried: SmallVec::new(),
+        trial: None,
         record,
     };
     let all = Box::pin(sending.tries());
     let (mut response, returned) = match deadline {
         Some(deadline) => match tokio::time::timeout_at(deadline, all).await {
             Ok(answered) => answered?,
-            Err(_) => return Err(Failure::Timeout),
+            Err(_) => learn(sending.trial.take(), Err(Failure::Timeout))?,
         },
         None => all.await?,
     };
+    if let Some(cookie) = hashed.cookie {
+        response.headers_mut().append(SET_COOKIE, cookie);
+    }
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), asked, &mut response)?;
-        let (parts, _) = response.into_parts();
         // The endpoint's connection is the client's now.
-        drop(returned);
+        let active = returned.active;
+        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), asked, &mut response, active)?;
+        let (parts, _) = response.into_parts();
         let response = Response::from_parts(parts, ResponseBody::full(bytes::Bytes::new()));
         return Ok(Answered { response, filters: on_response, upgrade: Some(agreed) });
     }
@@ -175,7 +191,11 @@ struct Sending<'a> {
     http2: bool,
     head: Request<()>,
     source: Option<Source>,
+    /// The hash of the request, with consistent hashing.
+    key: Option<u64>,
     tried: SmallVec<[WorkloadUid; 4]>,
+    /// The try that is under way.
+    trial: Option<Trial>,
     record: &'a mut Record,
 }
 
@@ -246,30 +266,34 @@ impl Sending<'_> {
     }
 
     async fn one_try(&mut self) -> Result<HeadOfAnswer, Failure> {
-        let worker = &self.inbound.worker;
-        let chosen = match endpoint(worker, self.inbound.source, self.target, &self.tried) {
-            Ok(chosen) => chosen,
-            // Every endpoint was tried: the first ones again.
-            Err(Failure::NoEndpoint(_)) if !self.tried.is_empty() => {
-                self.tried.clear();
-                endpoint(worker, self.inbound.source, self.target, &self.tried)?
-            }
-            Err(failure) => return Err(failure),
-        };
+        let Chosen { endpoint: chosen, trial } = self.choose()?;
         self.record.set_endpoint(&chosen);
         if let Some(workload) = &chosen.workload {
             self.tried.push(workload.uid.clone());
         }
+        self.trial = trial;
         let trying = self.exchange(&chosen);
-        match self.timeouts.backend {
+        let outcome = match self.timeouts.backend {
             Some(limit) => timeout(limit, trying).await.unwrap_or(Err(Failure::TryTimeout)),
             None => trying.await,
+        };
+        learn(self.trial.take(), outcome)
+    }
+
+    fn choose(&mut self) -> Result<Chosen, Failure> {
+        let Inbound { worker, source, .. } = &**self.inbound;
+        match endpoint(worker, *source, self.target, &self.tried, self.key) {
+            // Every endpoint was tried: the first ones again.
+            Err(Failure::NoEndpoint(_)) if !self.tried.is_empty() => {
+                self.tried.clear();
+                endpoint(worker, *source, self.target, &self.tried, self.key)
+            }
+            chosen => chosen,
         }
     }
 
     async fn exchange(&self, chosen: &Endpoint) -> Result<HeadOfAnswer, Failure> {
         let worker = &self.inbound.worker;
-        let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
         let key = Key {
             workload: chosen.workload.as_ref().map(|workload| workload.uid.clone()),
             address: chosen.address,
@@ -281,10 +305,7 @@ impl Sending<'_> {
             let sender = sender(worker, &key, chosen).await?;
             let Some(taken) = request.take() else { return Err(Failure::Reset("sent already".to_owned())) };
             match dispatch(worker, &key, sender, taken).await {
-                Ok(answered) => {
-                    drop(load);
-                    return Ok(answered);
-                }
+                Ok(answered) => return Ok(answered),
                 Err((failure, None)) => return Err(self.blame(failure)),
                 Err((_, Some(unsent))) => request = Some(*unsent),
             }
@@ -323,6 +344,36 @@ impl Sending<'_> {
             }
         }
         Ok(request)
+    }
+}
+
+/// Tells a try how it ended. A failure that is the client's, or the waypoint's own, says nothing of the endpoint.
+///
+/// # Errors
+/// Those of the outcome.
+pub fn learn(
+    trial: Option<Trial>,
+    mut outcome: Result<HeadOfAnswer, Failure>,
+) -> Result<HeadOfAnswer, Failure> {
+    let Some(trial) = trial else { return outcome };
+    match &mut outcome {
+        Ok((response, returned)) => {
+            // gRPC says how it went in a status of its own.
+            let of_grpc = grpc_status(response.headers()).filter(|status| *status != 0).map(status_of_grpc);
+            let status = of_grpc.unwrap_or(response.status());
+            returned.active = trial.end(Outcome::Answer(status.as_u16()));
+        }
+        Err(failure) if failure.is_of_endpoint() => drop(trial.end(Outcome::LocalFailure)),
+        Err(_) => trial.disregard(),
+    }
+    outcome
+}
+
+/// What decides about the endpoint, with consistent hashing.
+fn hash(balancer: &Balancer, inbound: &Inbound, parts: &Parts) -> Hashed {
+    match balancer.hash_key() {
+        Some(by) => of_request(by, parts, inbound.source.ip(), rand::random),
+        None => Hashed::default(),
     }
 }
 
@@ -402,7 +453,8 @@ pub async fn dispatch(
         Sender::Http1(mut sender, open) => match sender.try_send_request(request).await {
             Ok(response) => {
                 let (upstreams, key) = (worker.upstreams.clone(), Box::new(key.clone()));
-                Ok((response, Returned::Http1 { upstreams, key, sender, open }))
+                let used = Used::Http1 { upstreams, key, sender, open };
+                Ok((response, Returned { used, active: None }))
             }
             Err(mut error) => {
                 let unsent = error.take_message().map(Box::new);
@@ -414,7 +466,7 @@ pub async fn dispatch(
                 return Err((failure(&error), Some(Box::new(request))));
             }
             match sender.try_send_request(request).await {
-                Ok(response) => Ok((response, Returned::Http2(stream))),
+                Ok(response) => Ok((response, Returned { used: Used::Http2(stream), active: None })),
                 Err(mut error) => {
                     let unsent = error.take_message().map(Box::new);
                     Err((failure(error.error()), unsent))
@@ -455,10 +507,20 @@ pub async fn pass_through(
         Ok(target) => target,
         Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
     };
+    let key = match &target.balanced {
+        Some(balanced) => match balanced.current(&worker.proxy) {
+            Ok(balancer) => {
+                (balancer.hash_key() == Some(&HashKey::SourceIp)).then(|| of_address(inbound.source.ip()))
+            }
+            Err(failure) => return report.finish(Err(failure.to_string())),
+        },
+        None => None,
+    };
     let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
     let mut last = None;
     for _ in 0..=Retry::default().attempts {
-        let chosen = match endpoint(worker, inbound.source, &target, &tried) {
+        let Chosen { endpoint: chosen, trial } = match endpoint(worker, inbound.source, &target, &tried, key)
+        {
             Ok(chosen) => chosen,
             Err(failure) => {
                 last.get_or_insert(failure);
@@ -470,19 +532,21 @@ pub async fn pass_through(
         let connected = timeout(limit, Box::pin(connect(worker, &chosen))).await;
         match connected.unwrap_or(Err(Failure::Connect(format!("{} did not answer", chosen.address)))) {
             Ok(mut upstream) => {
+                let active = trial.map(|trial| trial.end(Outcome::Answer(200)));
                 let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
                 let relayed = tokio::select! {
                     relayed = tokio::io::copy_bidirectional(&mut client, &mut upstream) => relayed,
                     failure = denied_later(inbound, None) => {
-                        drop(load);
+                        drop((active, load));
                         return report.deny(failure.to_string());
                     }
                 };
-                drop(load);
+                drop((active, load));
                 return report.finish(relayed.map_err(|error| error.to_string()));
             }
             Err(failure) => {
-                tried.extend(chosen.workload.map(|workload| workload.uid.clone()));
+                drop(trial.map(|trial| trial.end(Outcome::LocalFailure)));
+                tried.extend(chosen.workload.as_ref().map(|workload| workload.uid.clone()));
                 last = Some(failure);
             }
         }

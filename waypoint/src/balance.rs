@@ -1,11 +1,11 @@
-//! Step 7: which backend of the rule gets a request, by weight, and which endpoint of it, by load.
+//! Step 7: which backend of the rule gets a request, by weight, and which endpoint of it, as its policy balances.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ambit_directory::{
-    AppProtocol, Authority, ClientRole, HostRef, Load, Question, Route, Service, Snapshot, Workload,
-    WorkloadUid, resolve,
+    AppProtocol, Authority, ClientRole, HostRef, Load, NamespacedHost, Question, Route, Service, Snapshot,
+    Workload, WorkloadUid, resolve,
 };
 use ambit_identity::SpiffeId;
 use ambit_route::Backend;
@@ -13,11 +13,14 @@ use rand::RngExt;
 use smallvec::SmallVec;
 
 use crate::accept::{Destination, Inbound};
+use crate::backend_policies::BackendPolicies;
+use crate::balancers::balancer::Balancer;
+use crate::balancers::{Slot, SlotKey, Sources, Trial, Unresolved};
 use crate::failure::Failure;
 use crate::matching::Routed;
-use crate::proxy::{Proxy, Worker};
+use crate::proxy::{Proxy, Published, Worker};
 
-/// What a request is for: a service or an address, whose endpoints are tried.
+/// What a request is for: a port of a service or of a part of it, or an address.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// The destination.
@@ -26,21 +29,37 @@ pub struct Target {
     pub backend: Option<Backend>,
     /// What is spoken there, as far as it was declared.
     pub protocol: AppProtocol,
+    /// The endpoints of a service.
+    pub balanced: Option<Balanced>,
+}
+
+/// Endpoints to balance over.
+#[derive(Debug, Clone)]
+pub struct Balanced {
+    slot: Arc<Slot>,
+    policies: Arc<BackendPolicies>,
 }
 
 /// Draws the backend of a rule; without a rule it is the destination itself.
 ///
 /// # Errors
-/// [`Failure::InvalidRoute`].
-pub fn split(routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failure> {
+/// [`Failure::InvalidRoute`], [`Failure::InvalidPolicy`], [`Failure::UnknownService`].
+pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failure> {
+    let proxy = &inbound.worker.proxy;
     let Some(Routed { rule, .. }) = routed else {
-        let authority = match &inbound.destination {
+        let (authority, balanced) = match &inbound.destination {
             Destination::Service { service, port, .. } => {
-                Authority::Host { host: service.host.hostname.clone(), port: *port }
+                let key = SlotKey { host: service.host.clone(), port: *port, subset: None };
+                let balanced = if service.ports.get(*port).is_some() {
+                    Some(balanced(proxy, published, &key).map_err(|why| failure(why, &key))?)
+                } else {
+                    return Err(Failure::NoEndpoint(format!("service {} has no port {port}", service.host)));
+                };
+                (Authority::Host { host: service.host.hostname.clone(), port: *port }, balanced)
             }
-            Destination::Workload { address, .. } => Authority::Address(*address),
+            Destination::Workload { address, .. } => (Authority::Address(*address), None),
         };
-        return Ok(Target { authority, backend: None, protocol: inbound.destination.protocol() });
+        return Ok(Target { authority, backend: None, protocol: inbound.destination.protocol(), balanced });
     };
     let invalid =
         |reason: &str| Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_owned() };
@@ -50,34 +69,71 @@ pub fn split(routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failu
     }
     let drawn = rule.backends.choose(rand::rng().random_range(0..total));
     let backend = drawn.ok_or_else(|| invalid("no backend gets requests"))?;
-    of_backend(&inbound.worker.proxy, backend).map_err(|reason| invalid(&reason))
+    of_backend(proxy, published, backend).map_err(|reason| invalid(&reason))
 }
 
 /// The target that a backend is.
 ///
 /// # Errors
 /// Why it can be none.
-pub fn of_backend(proxy: &Proxy, backend: &Backend) -> Result<Target, String> {
+pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Result<Target, String> {
     if let Some(reason) = &backend.invalid {
         return Err(reason.to_string());
     }
-    if let Some(subset) = &backend.subset {
-        // To send its requests to all endpoints would be another version than the one that was asked for.
-        return Err(format!("subset {subset} of {} is not known", backend.hostname));
-    }
-    let snapshot = &proxy.published.load().directory;
+    let snapshot = &published.directory;
     let host = HostRef { namespace: &backend.namespace, hostname: &backend.hostname };
     let service =
         snapshot.service(host).ok_or_else(|| format!("service {} is not known", backend.hostname))?;
     let port = service.ports.get(backend.port);
+    let key = SlotKey {
+        host: NamespacedHost { namespace: backend.namespace.clone(), hostname: backend.hostname.clone() },
+        port: backend.port,
+        subset: backend.subset.clone(),
+    };
+    let balanced = balanced(proxy, published, &key).map_err(|why| why.to_string())?;
     Ok(Target {
         authority: Authority::Host { host: backend.hostname.clone(), port: backend.port },
         backend: Some(backend.clone()),
         protocol: port.map(|port| port.app_protocol).unwrap_or_default(),
+        balanced: Some(balanced),
     })
 }
 
-/// An endpoint that was chosen.
+/// The endpoints of a port or subset.
+fn balanced(proxy: &Proxy, published: &Published, key: &SlotKey) -> Result<Balanced, Unresolved> {
+    let snapshot = &published.directory;
+    let own = own_workload(proxy, snapshot).map_err(|_| Unresolved::Service)?;
+    let policies = published.backends.clone();
+    let sources = Sources { snapshot, own, policies: &policies };
+    let slot = proxy.balancers.find(key, &sources)?;
+    // A subset that is not known any more, and a policy that can't be followed, are known before anything is sent.
+    slot.current(&sources)?;
+    Ok(Balanced { slot, policies })
+}
+
+fn failure(why: Unresolved, key: &SlotKey) -> Failure {
+    match why {
+        Unresolved::Service => Failure::UnknownService(key.host.to_string()),
+        Unresolved::Subset(reason) => Failure::InvalidPolicy(reason),
+        Unresolved::Policy(reason) => Failure::InvalidPolicy(reason.to_string()),
+    }
+}
+
+impl Balanced {
+    /// The endpoints in their present state.
+    ///
+    /// # Errors
+    /// [`Failure::UnknownService`], [`Failure::InvalidPolicy`], [`Failure::Unavailable`].
+    pub fn current(&self, proxy: &Proxy) -> Result<Arc<Balancer>, Failure> {
+        let published = proxy.published.load();
+        let snapshot = &published.directory;
+        let own = own_workload(proxy, snapshot)?;
+        let sources = Sources { snapshot, own, policies: &self.policies };
+        self.slot.current(&sources).map_err(|why| failure(why, self.slot.key()))
+    }
+}
+
+/// An endpoint.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     /// The workload; none for an address that the directory does not know.
@@ -97,51 +153,81 @@ impl Endpoint {
     }
 }
 
-/// Chooses an endpoint that was not tried.
+/// An endpoint that was chosen.
+#[derive(Debug)]
+pub struct Chosen {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// Learns how the request ends; none for an address that was dialled.
+    pub trial: Option<Trial>,
+}
+
+/// Chooses an endpoint that was not tried, by the hash of the request where it has one.
 ///
 /// # Errors
-/// [`Failure::NoEndpoint`], [`Failure::UnknownService`], [`Failure::Unavailable`].
+/// [`Failure::NoEndpoint`], [`Failure::UnknownService`], [`Failure::InvalidPolicy`], [`Failure::Unavailable`].
 pub fn endpoint(
     worker: &Worker,
     source: SocketAddr,
     target: &Target,
     tried: &[WorkloadUid],
-) -> Result<Endpoint, Failure> {
+    key: Option<u64>,
+) -> Result<Chosen, Failure> {
     let proxy = &worker.proxy;
-    let snapshot = &proxy.published.load().directory;
-    let own = own_workload(proxy, snapshot)?;
+    let Some(balanced) = &target.balanced else { return address(proxy, source, target, tried) };
+    let balancer = balanced.current(proxy)?;
+    let chosen = balanced.slot.choose(&balancer, &proxy.published.load().directory, tried, key);
+    let chosen = chosen.map_err(|why| {
+        let SlotKey { host, port, .. } = balanced.slot.key();
+        Failure::NoEndpoint(format!("service {host}, port {port}: {why}"))
+    })?;
+    Ok(Chosen { endpoint: chosen.endpoint, trial: Some(chosen.trial) })
+}
+
+/// An address that was dialled.
+fn address(
+    proxy: &Proxy,
+    source: SocketAddr,
+    target: &Target,
+    tried: &[WorkloadUid],
+) -> Result<Chosen, Failure> {
+    let published = proxy.published.load();
+    let snapshot = &published.directory;
     let question = Question {
-        client: own,
+        client: own_workload(proxy, snapshot)?,
         role: ClientRole::Waypoint,
         source: source.ip(),
         destination: target.authority.clone(),
         exclude: tried,
     };
-    match resolve(snapshot, &question, &InProgress(proxy), &mut rand::rng()) {
-        Route::Tunnel(route) | Route::SameNode(route) => Ok(Endpoint {
+    let endpoint = match resolve(snapshot, &question, &InProgress(proxy), &mut rand::rng()) {
+        Route::Tunnel(route) | Route::SameNode(route) => Endpoint {
             workload: Some(route.workload),
             service: route.service,
             address: route.address,
             tunnel: Some((route.hbone, route.expected)),
-        }),
-        Route::Plain(route) | Route::Own(route) => Ok(Endpoint {
+        },
+        Route::Plain(route) | Route::Own(route) => Endpoint {
             workload: route.workload,
             service: route.service,
             address: route.address,
             tunnel: None,
-        }),
-        Route::Refuse(refusal) => Err(Failure::NoEndpoint(refusal.to_string())),
-        Route::Unknown(unknown) => Err(Failure::UnknownService(unknown.authority.to_string())),
-        Route::Lookup(_) | Route::DoubleHbone(_) | Route::Waypoint(_) => Err(Failure::NoEndpoint(format!(
-            "{} needs a route that a waypoint does not support",
-            target.authority
-        ))),
-    }
+        },
+        Route::Refuse(refusal) => return Err(Failure::NoEndpoint(refusal.to_string())),
+        Route::Unknown(unknown) => return Err(Failure::UnknownService(unknown.authority.to_string())),
+        Route::Lookup(_) | Route::DoubleHbone(_) | Route::Waypoint(_) => {
+            return Err(Failure::NoEndpoint(format!(
+                "{} needs a route that a waypoint does not support",
+                target.authority
+            )));
+        }
+    };
+    Ok(Chosen { endpoint: Arc::new(endpoint), trial: None })
 }
 
-fn own_workload<'a>(proxy: &Proxy, snapshot: &'a Snapshot) -> Result<&'a Workload, Failure> {
+fn own_workload<'a>(proxy: &Proxy, snapshot: &'a Snapshot) -> Result<&'a Arc<Workload>, Failure> {
     let own = snapshot.workload(proxy.settings.uid.as_str());
-    own.map(AsRef::as_ref).ok_or_else(|| {
+    own.ok_or_else(|| {
         Failure::Unavailable(format!("the waypoint's own workload {} is not known", proxy.settings.uid))
     })
 }

@@ -1,7 +1,9 @@
-//! How routes show in the admin server's `/config_dump`: what they are for, not what they say.
+//! How routes and endpoints show in the admin server's `/config_dump`: of routes what they are for, not what they say.
 
 use ambit_api::l7;
 use serde::Serialize;
+
+use crate::balancers::{Balancers, Slot};
 
 /// A route as it shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -26,6 +28,77 @@ struct TargetSummary {
     hostnames: Vec<String>,
     /// Only requests of clients in this namespace; empty: of all.
     client_namespace: String,
+}
+
+/// A port of a service, or a subset of it, with its endpoints.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BalancerSummary {
+    service: String,
+    port: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    subset: Option<String>,
+    /// The object that says how endpoints are treated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    policy: Option<String>,
+    algorithm: String,
+    endpoints: Vec<EndpointSummary>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct EndpointSummary {
+    workload: String,
+    address: String,
+    /// How far it is; the nearest have 0.
+    level: usize,
+    terminating: bool,
+    /// Requests in progress.
+    active: u32,
+    latency_milliseconds: f64,
+    /// Share of requests that failed, from 0 to 1.
+    failures: f64,
+    ejections: u64,
+    /// Seconds until it is used again, if it is ejected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ejected_for_seconds: Option<f64>,
+}
+
+/// Endpoints as they show, by service.
+pub fn balancers(balancers: &Balancers) -> Vec<BalancerSummary> {
+    let mut all: Vec<BalancerSummary> = balancers.all().iter().map(|slot| balancer(slot)).collect();
+    all.sort_by(|one, other| {
+        (&one.service, one.port, &one.subset).cmp(&(&other.service, other.port, &other.subset))
+    });
+    all
+}
+
+fn balancer(slot: &Slot) -> BalancerSummary {
+    let (now, built, key) = (slot.now(), slot.last_built(), slot.key());
+    let endpoints = built.hosts().iter().map(|host| {
+        let estimate = host.state.estimate(now);
+        let workload = host.endpoint.workload.as_ref();
+        let ejected = host.state.ejected_until(now);
+        EndpointSummary {
+            workload: workload.map(|workload| workload.uid.to_string()).unwrap_or_default(),
+            address: host.endpoint.address.to_string(),
+            level: host.level,
+            terminating: host.is_terminating,
+            active: host.state.active(),
+            latency_milliseconds: estimate.mean * 1000.0,
+            failures: estimate.errors,
+            ejections: host.state.ejections(),
+            ejected_for_seconds: ejected.map(|until| until.saturating_sub(now).as_secs_f64()),
+        }
+    });
+    BalancerSummary {
+        service: key.host.to_string(),
+        port: key.port,
+        subset: key.subset.as_deref().map(str::to_owned),
+        policy: built.policy().object.as_deref().map(str::to_owned),
+        algorithm: format!("{:?}", built.algorithm()),
+        endpoints: endpoints.collect(),
+    }
 }
 
 /// Routes as they show, in their order.

@@ -69,8 +69,9 @@ async fn steps(
         Filtered::Goes(on_response) => on_response,
         Filtered::Answered(answered) => return Ok(*answered),
     };
-    let target = balance::split(routed.as_ref(), inbound)?;
-    attempt::send(inbound, &target, routed.as_ref(), &sane, parts, body, on_response, record).await
+    let target = balance::split(&published, routed.as_ref(), inbound)?;
+    attempt::send(&published, inbound, &target, routed.as_ref(), &sane, parts, body, on_response, record)
+        .await
 }
 
 /// What lives as long as the exchange.

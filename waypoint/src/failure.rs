@@ -39,6 +39,9 @@ pub enum Failure {
     /// Its token is not valid, or it has none and needs one.
     #[error("{0}")]
     Unauthenticated(Rejection),
+    /// Requests can't be sent as a DestinationRule demands, or it does not name the subset.
+    #[error("{0}")]
+    InvalidPolicy(String),
     /// Policy denies it.
     #[error("{0}")]
     Denied(String),
@@ -90,8 +93,8 @@ impl Failure {
             Self::HeadTimeout | Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::InvalidRoute { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
+            Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Denied(_) => StatusCode::FORBIDDEN,
             Self::UnknownService(_)
             | Self::NoEndpoint(_)
@@ -111,6 +114,14 @@ impl Failure {
         matches!(self, Self::Malformed(_) | Self::RequestBody(_) | Self::BodyTimeout)
     }
 
+    /// Whether the endpoint is to blame, as far as one can tell: there was no connection, no answer, or none in time.
+    pub fn is_of_endpoint(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect(_) | Self::RefusedStream | Self::Reset(_) | Self::TryTimeout | Self::Timeout
+        )
+    }
+
     /// The value of `response_flags`, by the names that Envoy gave them.
     pub fn flags(&self) -> &'static str {
         match self {
@@ -118,8 +129,8 @@ impl Failure {
             Self::HeadTimeout | Self::BodyTimeout => "SI",
             Self::RequestBody(_) => "DR",
             Self::NoRoute => "NR",
-            Self::InvalidRoute { .. } => "NC",
             Self::Unauthenticated(_) | Self::Denied(_) => "UAEX",
+            Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => "NC",
             Self::UnknownService(_) => "NC",
             Self::NoEndpoint(_) => "UH",
             Self::Unavailable(_) => "LR",
@@ -143,6 +154,7 @@ impl Failure {
             Self::NoRoute => "no route\n",
             Self::InvalidRoute { .. } => "the route is not valid\n",
             Self::Unauthenticated(rejection) => rejection.message(),
+            Self::InvalidPolicy(_) => "the policy of the destination is not valid\n",
             Self::Denied(_) => "RBAC: access denied\n",
             Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
             Self::Unavailable(_) => "not available\n",
@@ -165,7 +177,7 @@ impl Failure {
 }
 
 /// The status of HTTP for one of gRPC (`google.rpc.Code`).
-fn status_of_grpc(status: u8) -> StatusCode {
+pub fn status_of_grpc(status: u8) -> StatusCode {
     match status {
         3 | 9 | 11 => StatusCode::BAD_REQUEST,
         4 => StatusCode::GATEWAY_TIMEOUT,

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ambit_api::l7;
 use ambit_api::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, GATEWAY_TYPE_URL, POLICY_TYPE_URL, ROUTE_TYPE_URL,
-    STREAM_ROUTE_TYPE_URL,
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, BACKEND_POLICY_TYPE_URL, GATEWAY_TYPE_URL, POLICY_TYPE_URL,
+    ROUTE_TYPE_URL, STREAM_ROUTE_TYPE_URL,
 };
 use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress, Reader};
 use ambit_identity::ControlPlane;
@@ -15,6 +15,7 @@ use ambit_route::{StreamTable, Table};
 use ambit_runtime::feed::{Credentialed, address, policy, rejected};
 use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 
+use crate::backend_policies::BackendPolicies;
 use crate::config::Config;
 use crate::dump;
 use crate::policies::Policies;
@@ -22,6 +23,7 @@ use crate::proxy::{Publication, Published};
 
 /// One change from the control plane.
 enum Change {
+    Backend(Update<l7::BackendPolicy>),
     Directory(Box<ambit_directory::Update>),
     Gateway(Update<l7::Gateway>),
     Policy(Update<l7::Policy>),
@@ -48,6 +50,7 @@ pub fn subscribe(
     let in_directory = |change| Change::Directory(Box::new(change));
     let builder = Client::builder(ClientConfig::new(node), applier)
         .wildcard(AUTHORIZATION_TYPE_URL, move |update| in_directory(policy(update)))
+        .wildcard(BACKEND_POLICY_TYPE_URL, Change::Backend)
         .wildcard(ADDRESS_TYPE_URL, move |update| in_directory(address(update)))
         .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
         .wildcard(POLICY_TYPE_URL, Change::Policy)
@@ -64,6 +67,7 @@ struct Applier {
     directory: Directory,
     reader: Reader,
     published: Arc<Publication>,
+    backends: BTreeMap<String, l7::BackendPolicy>,
     gateways: BTreeMap<String, l7::Gateway>,
     policies: BTreeMap<String, l7::Policy>,
     routes: BTreeMap<String, l7::Route>,
@@ -72,8 +76,8 @@ struct Applier {
 
 impl Applier {
     fn new(directory: Directory, reader: Reader, published: Arc<Publication>) -> Self {
-        let (gateways, policies, routes, stream_routes) = Default::default();
-        Self { directory, reader, published, gateways, policies, routes, stream_routes }
+        let (backends, gateways, policies, routes, stream_routes) = Default::default();
+        Self { directory, reader, published, backends, gateways, policies, routes, stream_routes }
     }
 
     /// What is in force now, with what a batch did to it.
@@ -87,6 +91,10 @@ impl Applier {
         if changed.gateways || changed.policies {
             let is_own = |gateway: &str| self.gateways.contains_key(gateway);
             next.policies = Arc::new(Policies::new(&self.policies, is_own));
+        }
+        if changed.backends {
+            let generation = next.backends.generation() + 1;
+            next.backends = Arc::new(BackendPolicies::new(generation, self.backends.values()));
         }
         if changed.routes {
             next.routes = Arc::new(Table::new(self.routes.values()));
@@ -104,6 +112,7 @@ impl Applier {
 /// What a batch has changed beside the directory.
 #[derive(Debug, Clone, Copy, Default)]
 struct Changed {
+    backends: bool,
     gateways: bool,
     policies: bool,
     routes: bool,
@@ -112,10 +121,14 @@ struct Changed {
 
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
-        let Self { directory, gateways, policies, routes, stream_routes, .. } = self;
+        let Self { directory, backends, gateways, policies, routes, stream_routes, .. } = self;
         let mut changed = Changed::default();
         let updates = batch.filter_map(|change| match change {
             Change::Directory(update) => Some(*update),
+            Change::Backend(update) => {
+                changed.backends |= apply(backends, update);
+                None
+            }
             Change::Gateway(update) => {
                 changed.gateways |= apply(gateways, update);
                 None

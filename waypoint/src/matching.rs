@@ -73,7 +73,9 @@ pub fn connection(
     inbound: &Inbound,
     tls: Option<&ClientHello>,
 ) -> Result<Target, Failure> {
-    let Some(service) = inbound.destination.service() else { return balance::split(None, inbound) };
+    let Some(service) = inbound.destination.service() else {
+        return balance::split(published, None, inbound);
+    };
     let head = ConnectionHead {
         port: inbound.destination.port(),
         destination: inbound.destination.address(),
@@ -83,11 +85,11 @@ pub fn connection(
     };
     let rule = match published.streams.find(&service.host.namespace, &service.host.hostname, &head) {
         StreamMatched::Rule(rule) => rule,
-        StreamMatched::Straight => return balance::split(None, inbound),
+        StreamMatched::Straight => return balance::split(published, None, inbound),
         StreamMatched::Closed => return Err(Failure::NoRoute),
     };
     if let Some(reason) = &rule.invalid {
         return Err(Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() });
     }
-    balance::split(Some(&Routed { rule, prefix: 0 }), inbound)
+    balance::split(published, Some(&Routed { rule, prefix: 0 }), inbound)
 }

@@ -11,10 +11,11 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use crate::accept::Inbound;
-use crate::attempt::{Form, dispatch, head, sender};
-use crate::balance;
+use crate::attempt::{Form, dispatch, head, learn, sender};
+use crate::balance::{self, Chosen};
 use crate::body::{RequestBody, Source};
 use crate::failure::Failure;
+use crate::proxy::Published;
 use crate::upstream::Key;
 
 /// How long a copy may take, its answer included.
@@ -23,7 +24,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 const MOST: usize = 256;
 
 /// Sends the copies that a request's draw asks for.
-pub fn send(inbound: &Arc<Inbound>, mirrors: &[Mirror], form: &Form<'_>, source: Option<&Source>) {
+pub fn send(
+    published: &Published,
+    inbound: &Arc<Inbound>,
+    mirrors: &[Mirror],
+    form: &Form<'_>,
+    source: Option<&Source>,
+) {
     for mirror in mirrors.iter().filter(|mirror| mirror.applies(rand::random())) {
         let failed = |reason: &str| {
             inbound.worker.proxy.tallies.mirrors_failed.fetch_add(1, Ordering::Relaxed);
@@ -33,7 +40,7 @@ pub fn send(inbound: &Arc<Inbound>, mirrors: &[Mirror], form: &Form<'_>, source:
             failed("too many copies are in progress");
             continue;
         };
-        let target = match balance::of_backend(&inbound.worker.proxy, &mirror.backend) {
+        let target = match balance::of_backend(&inbound.worker.proxy, published, &mirror.backend) {
             Ok(target) => target,
             Err(reason) => {
                 failed(&reason);
@@ -80,13 +87,18 @@ async fn copy(
     http2: bool,
 ) -> Result<(), Failure> {
     let worker = &inbound.worker;
-    let chosen = balance::endpoint(worker, inbound.source, target, &[])?;
+    let Chosen { endpoint: chosen, trial } = balance::endpoint(worker, inbound.source, target, &[], None)?;
     let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
     let key = Key { workload, address: chosen.address, http2 };
-    let sender = sender(worker, &key, &chosen).await?;
     let (parts, ()) = head.into_parts();
-    let answered = dispatch(worker, &key, sender, Request::from_parts(parts, body)).await;
-    let (response, returned) = answered.map_err(|(failure, _)| failure)?;
+    let answered = match sender(worker, &key, &chosen).await {
+        Ok(sender) => {
+            let sent = dispatch(worker, &key, sender, Request::from_parts(parts, body)).await;
+            sent.map_err(|(failure, _)| failure)
+        }
+        Err(failure) => Err(failure),
+    };
+    let (response, returned) = learn(trial, answered)?;
     let mut answer = std::pin::pin!(response.into_body());
     // Read to its end, so that the connection can be used again.
     while let Some(frame) = std::future::poll_fn(|cx| answer.as_mut().poll_frame(cx)).await {

@@ -15,6 +15,8 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::watch;
 
 use crate::activity::{Activity, Exceeded};
+use crate::backend_policies::BackendPolicies;
+use crate::balancers::Balancers;
 use crate::config::Limits;
 use crate::dump::RouteSummary;
 use crate::failure::Failure;
@@ -35,6 +37,8 @@ pub struct Published {
     pub streams: Arc<StreamTable>,
     /// The policies of what is bound to it.
     pub policies: Arc<Policies>,
+    /// How the endpoints of services are treated.
+    pub backends: Arc<BackendPolicies>,
     /// The routes as the admin server shows them.
     pub routes_dump: Arc<[RouteSummary]>,
 }
@@ -185,8 +189,10 @@ pub struct Proxy {
     pub trust: Trust,
     /// Open connections.
     pub connections: Connections,
-    /// Requests in progress by workload.
+    /// Requests in progress by workload, of those whose address was dialled.
     pub loads: Loads<WorkloadUid>,
+    /// The endpoints of services, and what is known of them.
+    pub balancers: Balancers,
     /// Tells when nothing new is to be taken.
     pub drain: Drain,
     /// Accepts and serves the tunnel connections of other proxies.

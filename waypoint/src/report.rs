@@ -101,7 +101,7 @@ pub struct Record {
     request_id: Option<Box<str>>,
     user_agent: Option<Box<str>>,
     body: Option<Source>,
-    endpoint: Option<Endpoint>,
+    endpoint: Option<Arc<Endpoint>>,
     attempts: u32,
     code: u16,
     grpc_status: Option<u8>,
@@ -179,7 +179,7 @@ impl Record {
     }
 
     /// Where it is sent now.
-    pub fn set_endpoint(&mut self, endpoint: &Endpoint) {
+    pub fn set_endpoint(&mut self, endpoint: &Arc<Endpoint>) {
         self.attempts += 1;
         self.endpoint = Some(endpoint.clone());
     }
@@ -238,7 +238,7 @@ impl Record {
 
     /// The counters of its labels.
     fn series(&self, outcome: Outcome) -> Arc<RequestSeries> {
-        let endpoint = self.endpoint.as_ref();
+        let endpoint = self.endpoint.as_deref();
         let key = SeriesKey {
             workload: endpoint.and_then(|endpoint| endpoint.workload.clone()),
             service: service(&self.inbound, endpoint).cloned(),
@@ -256,8 +256,8 @@ impl Record {
         let inbound = &self.inbound;
         RequestEntry {
             source: party(&inbound.client, inbound.source),
-            destination: destination(self.endpoint.as_ref()),
-            service: service(inbound, self.endpoint.as_ref()).map(|service| service.host.hostname.clone()),
+            destination: destination(self.endpoint.as_deref()),
+            service: service(inbound, self.endpoint.as_deref()).map(|service| service.host.hostname.clone()),
             protocol: match self.version {
                 Version::HTTP_10 => "HTTP/1.0",
                 Version::HTTP_2 => "HTTP/2",
@@ -322,7 +322,7 @@ fn labels(inbound: &Inbound, endpoint: Option<&Endpoint>, protocol: &'static str
 #[derive(Debug)]
 pub struct ConnectionReport {
     inbound: Arc<Inbound>,
-    endpoint: Option<Endpoint>,
+    endpoint: Option<Arc<Endpoint>>,
     since: Instant,
     /// What a failure is counted as.
     flags: tcp::ResponseFlags,
@@ -338,7 +338,7 @@ impl Reporter {
 
 impl ConnectionReport {
     /// Where it goes.
-    pub fn set_endpoint(&mut self, endpoint: &Endpoint) {
+    pub fn set_endpoint(&mut self, endpoint: &Arc<Endpoint>) {
         self.endpoint = Some(endpoint.clone());
     }
 
@@ -351,7 +351,7 @@ impl ConnectionReport {
     pub fn finish(self, ended: Result<(u64, u64), String>) {
         let Self { inbound, endpoint, since, flags } = self;
         let reporter = &inbound.worker.reporter;
-        let series = reporter.connections.series(&labels(&inbound, endpoint.as_ref(), "tcp"));
+        let series = reporter.connections.series(&labels(&inbound, endpoint.as_deref(), "tcp"));
         let (received, sent) = match &ended {
             Ok(bytes) => *bytes,
             Err(_) => {
@@ -366,12 +366,12 @@ impl ConnectionReport {
             return;
         }
         let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-        let destination = endpoint.as_ref().map(|endpoint| party(&end_of(endpoint), endpoint.address));
+        let destination = endpoint.as_deref().map(|endpoint| party(&end_of(endpoint), endpoint.address));
         reporter.log.log(Entry {
             source: party(&inbound.client, inbound.source),
             destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
             hbone_addr: None,
-            service: service(&inbound, endpoint.as_ref()).map(|service| service.host.hostname.clone()),
+            service: service(&inbound, endpoint.as_deref()).map(|service| service.host.hostname.clone()),
             direction: Direction::Inbound,
             bytes_sent: sent,
             bytes_received: received,

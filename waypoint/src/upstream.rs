@@ -16,6 +16,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 
+use crate::balancers::host::Active;
 use crate::body::RequestBody;
 use crate::io::Endpoint;
 
@@ -93,7 +94,16 @@ impl Drop for Open {
 
 /// A connection whose answer is being read; given back when that has ended.
 #[derive(Debug)]
-pub enum Returned {
+pub struct Returned {
+    /// The connection.
+    pub used: Used,
+    /// Counts the request at its endpoint.
+    pub active: Option<Active>,
+}
+
+/// A connection with a request on it.
+#[derive(Debug)]
+pub enum Used {
     /// HTTP/1.
     Http1 {
         /// Where it goes.
@@ -112,14 +122,14 @@ pub enum Returned {
 impl Returned {
     /// The answer has ended: the next request may have the connection.
     pub fn give_back(self) {
-        match self {
-            Self::Http1 { upstreams, key, sender, open } => {
+        match self.used {
+            Used::Http1 { upstreams, key, sender, open } => {
                 drop(open);
                 if !sender.is_closed() {
                     upstreams.0.lock().entry(*key).or_default().idle.push((sender, Instant::now()));
                 }
             }
-            Self::Http2(stream) => drop(stream),
+            Used::Http2(stream) => drop(stream),
         }
     }
 }

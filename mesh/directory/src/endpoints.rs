@@ -259,7 +259,8 @@ impl Endpoints {
         self.eligible.insert(endpoint);
     }
 
-    fn is_eligible(&self, workload: &Workload) -> bool {
+    /// Whether a workload may be chosen while it is not terminating.
+    pub(crate) fn is_eligible(&self, workload: &Workload) -> bool {
         workload.capacity > 0 && (workload.is_healthy() || self.balancing.health == HealthPolicy::AllowAll)
     }
 }

@@ -5,6 +5,7 @@
 //! reader up. [`resolve`] is a pure function of a snapshot, the client and what was dialled. Used by ztunnel (data path, DNS, admin) and by
 //! waypoints. Never does I/O and never opens a connection.
 
+mod candidates;
 mod choose;
 mod convert;
 mod dump;
@@ -26,6 +27,7 @@ mod workload;
 mod writer;
 
 pub use ambit_api::Authority;
+pub use candidates::{Candidate, ServiceState};
 pub use choose::Load;
 pub use endpoints::{Endpoint, Endpoints};
 pub use error::{InvalidResource, Rejected};

@@ -88,11 +88,22 @@ impl Waypoints {
     /// A pod that serves, selected by services of the name `app`.
     pub(crate) async fn server(&self, app: &str, name: &str, answer: Answer) -> Pod {
         let options = PodOptions::new("shop", name).service_account(app).label("app", app).node(1);
+        self.serve(options, name, answer).await
+    }
+
+    async fn serve(&self, options: PodOptions, name: &str, answer: Answer) -> Pod {
         let pod = self.cluster.pod(options).await.expect("a pod");
         let address = SocketAddr::new(pod.ip().into(), PORT);
         let server = http::serve(&pod, address, name, answer).await.expect("a free port");
         self.running.lock().push(server);
         pod
+    }
+
+    /// A pod `<app>-<version>` that serves, labelled with its version.
+    pub(crate) async fn version(&self, app: &str, version: &str, answer: Answer) -> Pod {
+        let name = format!("{app}-{version}");
+        let options = PodOptions::new("shop", &name).service_account(app).label("app", app).node(1);
+        self.serve(options.label("version", version), &name, answer).await
     }
 
     /// A service bound to the waypoint; its port 80 has this name.

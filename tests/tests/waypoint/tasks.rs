@@ -40,6 +40,9 @@ struct Server {
     /// Milliseconds before each answer to a path that begins with `/slow`.
     #[serde(default)]
     slow: u64,
+    /// Versions of it: a pod for each, labelled and named by it, in place of one without.
+    #[serde(default)]
+    versions: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -131,7 +134,11 @@ async fn run(bed: &Waypoints, folder: &Path) {
     let mut services = BTreeMap::new();
     for server in case.servers {
         let answer = answering(&server, &got);
+        for version in &server.versions {
+            bed.version(&server.name, version, answer.clone()).await;
+        }
         let address = match server.port.as_str() {
+            "http" if !server.versions.is_empty() => bed.bind(&server.name, "http").await,
             "http" => bed.service_with(&server.name, answer).await,
             port => unread(bed, &server.name, port, answer).await,
         };

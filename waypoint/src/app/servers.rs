@@ -10,6 +10,7 @@ use ambit_telemetry::logging::Logging;
 use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
+use crate::dump;
 use crate::proxy::{Limited, Tallies};
 
 /// Starts the three servers.
@@ -25,16 +26,18 @@ pub(super) async fn start(
     tasks: &mut Tasks,
 ) -> anyhow::Result<()> {
     register(parts, program, logging);
-    let admin = routes(parts, logging, stop);
+    let admin = routes(parts, program, logging, stop);
     servers::start(&parts.config.proxy, admin, &parts.registry, readiness, tasks).await?;
     Ok(())
 }
 
-fn routes(parts: &Parts, logging: &Logging, stop: &Requests) -> Admin {
+fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) -> Admin {
     let (directory, published) = (parts.directory.clone(), parts.published.clone());
+    let proxy = program.proxy.clone();
     let admin = Admin::new()
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
-        .section("routes", move || serde_json::to_value(&published.load().routes_dump));
+        .section("routes", move || serde_json::to_value(&published.load().routes_dump))
+        .section("balancers", move || serde_json::to_value(dump::balancers(&proxy.balancers)));
     servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
 }
 
@@ -61,6 +64,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     let help = "Requests without the valid token that they need";
     count("ambit_requests_unauthenticated", help, |t| &t.unauthenticated);
     limits(parts, program);
+    ejections(parts, program);
     count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
         &t.dry_run_differs
     });
@@ -71,6 +75,20 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         i64::try_from(open).unwrap_or(i64::MAX)
     };
     registry.gauge_from("ambit_upstream_connections", "HTTP connections to endpoints, idle or shared", open);
+}
+
+fn ejections(parts: &Parts, program: &Program) {
+    let registry = &parts.registry;
+    let counts = program.proxy.balancers.counts.clone();
+    let ejections = move || counts.ejections.load(Ordering::Relaxed);
+    registry.counter_from("ambit_outlier_ejections", "Endpoints ejected because they failed", ejections);
+    let counts = program.proxy.balancers.counts.clone();
+    let withheld = move || counts.ejections_withheld.load(Ordering::Relaxed);
+    let help = "Ejections that did not happen because too many endpoints were ejected";
+    registry.counter_from("ambit_outlier_ejections_withheld", help, withheld);
+    let proxy = program.proxy.clone();
+    let ejected = move || i64::try_from(proxy.balancers.ejected()).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_outlier_ejected", "Endpoints that are ejected now", ejected);
 }
 
 fn limits(parts: &Parts, program: &Program) {

@@ -1,7 +1,7 @@
 //! DestinationRules as resources: which services they are for, and which waypoints see them.
 //!
 //! A waypoint goes by the rules of the service's own namespace, else by those of the root namespace; which of several counts
-//! it decides itself, as all that it needs is in the resources. Waypoints do not use the resources yet, and a finding of each rule says so.
+//! it decides itself, as all that it needs is in the resources. What has no effect of a rule is in its findings.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,6 +14,11 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, views};
 use crate::object::{DestinationRule, Kind, NamespacedName, WaypointBinding};
+
+/// Whether waypoints go by it.
+const ACCEPTED: &str = "ambit.dev/WaypointAccepted";
+/// Whether every field has an effect.
+const HONOURED: &str = "ambit.dev/FieldsHonoured";
 
 type Roots = BTreeSet<Arc<str>>;
 
@@ -37,13 +42,14 @@ pub(in crate::index) fn of_rule(reader: &Reader<'_>, id: &NamespacedName) -> Vec
         report(reader, "NoEffect", format!("no waypoint that sees the rule sends requests to {host}"));
         return Vec::new();
     }
-    report(reader, "NotEvaluated", "waypoints do not follow DestinationRules yet");
+    let message = format!("waypoints go by it for requests to {host}");
+    reader.find(Finding::new(ACCEPTED, true, "Accepted", message));
     for field in &rule.unsupported {
-        report(reader, "UnsupportedField", field.clone());
+        without_effect(reader, field.clone());
     }
     let is_pattern = host.starts_with('*');
     if is_pattern && !rule.subsets.is_empty() {
-        report(reader, "UnsupportedField", "spec.subsets: not supported with a wildcard host");
+        without_effect(reader, "spec.subsets: not supported with a wildcard host");
     }
     let message = l7::BackendPolicy {
         object: Some(object_name(Kind::DestinationRule, id)),
@@ -110,5 +116,9 @@ fn is_exported(rule: &DestinationRule, root: &str) -> bool {
 }
 
 fn report(reader: &Reader<'_>, reason: &'static str, message: impl Into<String>) {
-    reader.find(Finding::new("ambit.dev/WaypointAccepted", false, reason, message.into()));
+    reader.find(Finding::new(ACCEPTED, false, reason, message.into()));
+}
+
+fn without_effect(reader: &Reader<'_>, field: impl Into<String>) {
+    reader.find(Finding::new(HONOURED, false, "NoEffect", field.into()));
 }

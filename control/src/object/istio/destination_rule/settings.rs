@@ -384,6 +384,7 @@ impl Reading {
         for (field, _) in without_effect.into_iter().filter(|(_, is_set)| *is_set) {
             self.unsupported(format!("{at}.{field}"), "not supported");
         }
+        self.unsupported(at, "waypoints do not follow it yet");
         let upgrade_to_http2 = match http.h2_upgrade_policy.as_str() {
             "" | "DEFAULT" | "DO_NOT_UPGRADE" => false,
             "UPGRADE" => true,

@@ -1,0 +1,340 @@
+//! The endpoints of services as the waypoint balances over them: for each port of a service, and each of its subsets, one [`Slot`].
+//!
+//! A slot's [`Balancer`] is built when the service or its policy changes, by the first request after that. What is learned of an
+//! endpoint (latency, errors, ejections) and the slot's counts stay, as long as the endpoint and the service do.
+
+pub mod balancer;
+pub mod host;
+pub mod key;
+mod locality;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use ambit_balance::{Outcome, may_eject};
+use ambit_directory::{HostRef, NamespacedHost, NoEndpoint, ServiceState, Snapshot, Workload, WorkloadUid};
+use arc_swap::ArcSwap;
+use parking_lot::{Mutex, RwLock};
+
+use self::balancer::{Balancer, Choosing};
+use self::host::{Active, HostState};
+use crate::backend_policies::BackendPolicies;
+use crate::balance::Endpoint;
+
+/// What a slot is for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct SlotKey {
+    /// The service.
+    pub host: NamespacedHost,
+    /// Its port.
+    pub port: u16,
+    /// The part of its endpoints; `None`: all.
+    pub subset: Option<Arc<str>>,
+}
+
+/// All slots. Shared by the workers: one of them must not learn what the others know already.
+#[derive(Debug)]
+pub struct Balancers {
+    started: Instant,
+    /// The lock guards the map; it is held for look-ups. There are no more slots than ports and subsets of services.
+    slots: RwLock<HashMap<SlotKey, Arc<Slot>>>,
+    /// Counts.
+    pub counts: Arc<Counts>,
+}
+
+/// Counts of ejections.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Endpoints that were ejected.
+    pub ejections: AtomicU64,
+    /// Ejections that did not happen because too many endpoints were ejected.
+    pub ejections_withheld: AtomicU64,
+}
+
+/// What the state of a balancer depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Sources<'a> {
+    /// Who is where.
+    pub snapshot: &'a Snapshot,
+    /// The waypoint's own workload.
+    pub own: &'a Arc<Workload>,
+    /// What is said of services.
+    pub policies: &'a BackendPolicies,
+}
+
+/// Why a slot has no balancer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unresolved {
+    /// The service is not known.
+    Service,
+    /// No policy names the subset.
+    Subset(String),
+    /// Requests can't be sent as the policy demands.
+    Policy(Arc<str>),
+}
+
+impl std::fmt::Display for Unresolved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Service => f.write_str("the service is not known"),
+            Self::Subset(reason) => f.write_str(reason),
+            Self::Policy(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl Default for Balancers {
+    fn default() -> Self {
+        Self { started: Instant::now(), slots: RwLock::default(), counts: Arc::default() }
+    }
+}
+
+impl Balancers {
+    /// The time that balancers go by.
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The slot of a port or subset.
+    ///
+    /// # Errors
+    /// [`Unresolved`].
+    pub fn find(&self, key: &SlotKey, sources: &Sources<'_>) -> Result<Arc<Slot>, Unresolved> {
+        if let Some(slot) = self.slots.read().get(key) {
+            return Ok(slot.clone());
+        }
+        let built = key.build(sources, None, self.now())?;
+        let slot = Arc::new(Slot {
+            key: key.clone(),
+            started: self.started,
+            built: ArcSwap::new(built),
+            building: Mutex::default(),
+            turn: AtomicU64::new(0),
+            ejected_until: AtomicU64::new(0),
+            counts: self.counts.clone(),
+        });
+        Ok(self.slots.write().entry(key.clone()).or_insert(slot).clone())
+    }
+
+    /// Forgets slots whose service is gone.
+    pub fn sweep(&self, snapshot: &Snapshot) {
+        let is_known = |key: &SlotKey| snapshot.service(key.host.as_ref()).is_some();
+        if self.slots.read().keys().any(|key| !is_known(key)) {
+            self.slots.write().retain(|key, _| is_known(key));
+        }
+    }
+
+    /// How many endpoints are ejected now.
+    pub fn ejected(&self) -> usize {
+        let now = self.now();
+        self.slots.read().values().map(|slot| slot.built.load().ejected(now).0).sum()
+    }
+
+    /// All slots.
+    pub fn all(&self) -> Vec<Arc<Slot>> {
+        self.slots.read().values().cloned().collect()
+    }
+}
+
+impl SlotKey {
+    fn state(&self, snapshot: &Snapshot) -> Result<ServiceState, Unresolved> {
+        let host = HostRef { namespace: &self.host.namespace, hostname: &self.host.hostname };
+        snapshot.service_state(host).ok_or(Unresolved::Service)
+    }
+
+    fn build(
+        &self,
+        sources: &Sources<'_>,
+        old: Option<&Arc<Balancer>>,
+        now: Duration,
+    ) -> Result<Arc<Balancer>, Unresolved> {
+        let state = self.state(sources.snapshot)?;
+        let mut generation = sources.policies.generation();
+        let found = match old {
+            // A request that began before the last change goes by what counts now.
+            Some(old) if old.generation() >= generation => {
+                generation = old.generation();
+                old.found.clone()
+            }
+            _ => {
+                let found = sources.policies.find(&self.host, self.port, self.subset.as_deref());
+                found.map_err(Unresolved::Subset)?
+            }
+        };
+        if let Some(old) = old.filter(|old| old.is_same(&state, sources.own, &found)) {
+            old.confirm(generation);
+            return Ok(old.clone());
+        }
+        let parts = (state, sources.own.clone());
+        let old = old.map(AsRef::as_ref);
+        Ok(Arc::new(Balancer::new(generation, parts, self.port, found, old, now)))
+    }
+}
+
+/// A port of a service or a subset of it: its endpoints, and what outlives their changes.
+#[derive(Debug)]
+pub struct Slot {
+    key: SlotKey,
+    /// When the balancers' time began.
+    started: Instant,
+    built: ArcSwap<Balancer>,
+    /// Held while a new balancer is built, so that it is built once. Never held across an await.
+    building: Mutex<()>,
+    /// Counts the choices.
+    turn: AtomicU64,
+    /// When the last ejection ends, in nanoseconds.
+    ejected_until: AtomicU64,
+    counts: Arc<Counts>,
+}
+
+/// An endpoint that was chosen, with what chose it.
+#[derive(Debug)]
+pub struct Chosen {
+    /// The endpoint.
+    pub endpoint: Arc<Endpoint>,
+    /// Counts the request and learns how it ends.
+    pub trial: Trial,
+}
+
+impl Slot {
+    /// The time that its balancers go by.
+    pub fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// What it is for.
+    pub fn key(&self) -> &SlotKey {
+        &self.key
+    }
+
+    /// The balancer as it was built last, for admin.
+    pub fn last_built(&self) -> Arc<Balancer> {
+        self.built.load_full()
+    }
+
+    /// The balancer of the present state.
+    ///
+    /// # Errors
+    /// [`Unresolved`].
+    pub fn current(&self, sources: &Sources<'_>) -> Result<Arc<Balancer>, Unresolved> {
+        let built = self.built.load();
+        let state = self.key.state(sources.snapshot)?;
+        let is_current = |built: &Balancer| {
+            built.generation() >= sources.policies.generation()
+                && built.state.is_same(&state)
+                && Arc::ptr_eq(&built.own, sources.own)
+        };
+        let built = match is_current(&built) {
+            true => Arc::clone(&built),
+            false => {
+                let _one = self.building.lock();
+                let old = self.built.load_full();
+                match is_current(&old) {
+                    true => old,
+                    false => {
+                        let new = self.key.build(sources, Some(&old), self.now())?;
+                        self.built.store(new.clone());
+                        new
+                    }
+                }
+            }
+        };
+        match &built.policy().invalid {
+            Some(reason) => Err(Unresolved::Policy(reason.clone())),
+            None => Ok(built),
+        }
+    }
+
+    /// Chooses an endpoint that was not tried.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn choose(
+        self: &Arc<Self>,
+        balancer: &Arc<Balancer>,
+        snapshot: &Snapshot,
+        tried: &[WorkloadUid],
+        key: Option<u64>,
+    ) -> Result<Chosen, NoEndpoint> {
+        let now = self.now();
+        let last_ejection = Duration::from_nanos(self.ejected_until.load(Ordering::Relaxed));
+        let choosing = Choosing {
+            snapshot,
+            tried,
+            key,
+            turn: self.turn.fetch_add(1, Ordering::Relaxed),
+            now,
+            some_ejected: now < last_ejection,
+        };
+        let host = balancer.choose(&choosing, &mut rand::rng())?;
+        let trial = Trial {
+            active: Some(host.state.open()),
+            state: host.state.clone(),
+            slot: self.clone(),
+            balancer: balancer.clone(),
+            since: now,
+            is_learned: false,
+        };
+        Ok(Chosen { endpoint: host.endpoint.clone(), trial })
+    }
+
+    fn learn(&self, balancer: &Balancer, host: &HostState, since: Duration, outcome: Outcome) {
+        let now = self.now();
+        host.observe(now, now.saturating_sub(since), outcome);
+        let Some(outliers) = &balancer.policy().outliers else { return };
+        if !host.handle_outcome(&outliers.settings, outcome) || host.is_ejected(now) {
+            return;
+        }
+        let (ejected, total) = balancer.ejected(now);
+        if !may_eject(&outliers.settings, ejected, total) {
+            self.counts.ejections_withheld.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let until = host.eject(&outliers.settings, now);
+        self.ejected_until.fetch_max(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.counts.ejections.fetch_add(1, Ordering::Relaxed);
+        let time = until.saturating_sub(now);
+        tracing::info!(service = %self.key.host, port = self.key.port, ?outcome, ?time, "an endpoint is ejected");
+    }
+}
+
+/// One try of a request at an endpoint. Dropped without an outcome, it was given up by somebody else: what took longer than usual
+/// until then is slow.
+#[derive(Debug)]
+pub struct Trial {
+    slot: Arc<Slot>,
+    balancer: Arc<Balancer>,
+    state: Arc<HostState>,
+    active: Option<Active>,
+    since: Duration,
+    is_learned: bool,
+}
+
+impl Trial {
+    /// The endpoint gave an answer, or none: what is given back counts the request until its end.
+    pub fn end(mut self, outcome: Outcome) -> Option<Active> {
+        self.is_learned = true;
+        self.slot.learn(&self.balancer, &self.state, self.since, outcome);
+        self.active.take()
+    }
+
+    /// It ended for a reason that says nothing of the endpoint.
+    pub fn disregard(mut self) {
+        self.is_learned = true;
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        if self.is_learned {
+            return;
+        }
+        let now = self.slot.now();
+        let took = now.saturating_sub(self.since);
+        if took.as_secs_f64() > self.state.estimate(now).mean {
+            self.state.observe(now, took, Outcome::Answer(200));
+        }
+    }
+}
