@@ -195,7 +195,7 @@ fn mesh_config(facts: &Facts) -> Vec<Finding> {
                 subject,
                 format!("{kind} is used by AuthorizationPolicies with the action CUSTOM"),
             )
-            .remedy("see below whether Ambit enforces these policies")
+            .remedy("put it into the chart's value meshConfig (docs/external-authorization.md)")
         })
     }));
     for key in ["accessLogFile", "accessLogFormat", "defaultProviders", "proxyListenPort"] {

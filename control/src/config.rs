@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use ambit_runtime::configuration::ConfigError;
 
 use crate::index::{self, L7DenyAtL4};
+use crate::mesh_config;
 use crate::serve::port::PortLimits;
 use crate::source::SourceName;
 use crate::write::deployments::Template;
@@ -133,6 +134,9 @@ struct ControlSettings {
     /// What a DENY rule that names HTTP attributes alone does without a waypoint: ignore or deny.
     #[serde(rename = "l7DenyAtL4")]
     l7_deny_at_l4: L7DenyAtL4,
+    /// File with the part of Istio's MeshConfig that is followed, which the chart makes of its `meshConfig` value:
+    /// `extensionProviders` of external authorizers. None: policies with the action CUSTOM deny.
+    mesh_config: Option<PathBuf>,
     /// PEM file with roots of the servers that key sets of RequestAuthentications are fetched from, beside those of Mozilla.
     key_set_roots: Option<PathBuf>,
     /// Age at which such key sets are fetched again; at least ten seconds.
@@ -177,6 +181,7 @@ impl Default for ControlSettings {
             waypoint_template: None,
             deployed_waypoint_classes: vec!["ambit-waypoint".into()],
             l7_deny_at_l4: index.l7_deny_at_l4,
+            mesh_config: None,
             key_set_roots: None,
             key_set_refresh: Span::from_secs(1200),
             metrics: None,
@@ -256,6 +261,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         waypoint_template,
         deployed_waypoint_classes,
         l7_deny_at_l4,
+        mesh_config,
         key_set_roots,
         key_set_refresh,
         metrics,
@@ -296,6 +302,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
             root_namespace: root_namespace.unwrap_or_else(|| system.clone()).into(),
             waypoint_classes: waypoint_classes.into_iter().map(Arc::from).collect(),
             l7_deny_at_l4,
+            authorizers: mesh_config.as_deref().map(read_mesh_config).transpose()?.unwrap_or_default(),
         },
         waypoint_template: waypoint_template.as_deref().map(read_template).transpose()?,
         deployed_waypoint_classes: deployed_waypoint_classes.into_iter().map(Arc::from).collect(),
@@ -319,6 +326,10 @@ fn loopback(address: SocketAddr) -> Result<SocketAddr, ConfigError> {
 
 fn read_template(path: &Path) -> Result<Template, ConfigError> {
     Template::read(path).map_err(|error| invalid("waypointTemplate", format!("{}: {error}", path.display())))
+}
+
+fn read_mesh_config(path: &Path) -> Result<mesh_config::Authorizers, ConfigError> {
+    mesh_config::read(path).map_err(|error| invalid("meshConfig", format!("{}: {error}", path.display())))
 }
 
 /// Reads the sources. An API server is the only one: with others, the owner of an object would be ambiguous.

@@ -12,6 +12,7 @@ pub mod index;
 pub mod intake;
 mod keys;
 pub mod kind;
+pub mod mesh_config;
 pub mod object;
 mod observe;
 pub mod serve;

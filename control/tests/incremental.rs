@@ -11,6 +11,13 @@ use ambit_control::object::{Change, NamespacedName, Object, ObjectRef};
 use ambit_control::source;
 use proptest::prelude::*;
 
+/// With an authorizer for CUSTOM policies to ask.
+fn settings() -> Settings {
+    let providers =
+        "extensionProviders: [{name: asked, envoyExtAuthzGrpc: {service: s1.a.svc.cluster.local, port: 80}}]";
+    Settings { authorizers: ambit_control::mesh_config::parse(providers).unwrap(), ..Settings::default() }
+}
+
 /// Every combination of one of each alternatives, put into a template at `$0`, `$1`, ….
 fn combine(template: &str, alternatives: &[&[&str]]) -> Vec<String> {
     let mut texts = vec![template.to_owned()];
@@ -124,7 +131,7 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
     ));
     texts.extend(combine(
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: z, namespace: $0}\nspec: {action: $1, $2, rules: [{to: [{operation: {$3}}]}]}",
-        &[&["a", "ambit-system"], &["ALLOW", "DENY", "CUSTOM"], &["selector: {matchLabels: {app: x}}", "selector: {matchLabels: {tier: t, app: y}}", "targetRefs: [{kind: Service, name: s1}]", "selector: {}"], &["ports: ['80']", "methods: [GET]"]],
+        &[&["a", "ambit-system"], &["ALLOW", "DENY", "CUSTOM, provider: {name: asked}"], &["selector: {matchLabels: {app: x}}", "selector: {matchLabels: {tier: t, app: y}}", "targetRefs: [{kind: Service, name: s1}]", "selector: {}"], &["ports: ['80']", "methods: [GET]"]],
     ));
     texts.extend(combine(
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: $0, namespace: $1}\nspec: {mtls: {mode: $2}$3}",
@@ -221,7 +228,7 @@ impl Follower {
 }
 
 fn from_scratch(objects: &BTreeMap<ObjectRef, Object>) -> (Index, Follower) {
-    let mut index = Index::new(Settings::default());
+    let mut index = Index::new(settings());
     let mut follower = Follower::default();
     follower.follow(index.apply(objects.values().cloned().map(Change::Apply)));
     (index, follower)
@@ -234,7 +241,7 @@ proptest! {
     fn an_index_after_any_edits_equals_one_built_from_what_is_left(
         batches in prop::collection::vec(prop::collection::vec(a_change(), 1..5), 1..24),
     ) {
-        let mut index = Index::new(Settings::default());
+        let mut index = Index::new(settings());
         let mut follower = Follower::default();
         let mut objects = BTreeMap::new();
         for batch in batches {

@@ -12,10 +12,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "l7.proto",
         "l7_backend.proto",
         "l7_policy.proto",
+        "external_auth.proto",
         "l7_stream.proto",
     ];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure().bytes(".").btree_map(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .btree_map(".")
+        .boxed(".ambit.l7.Policy.external")
+        .compile_fds(descriptors)?;
     Ok(())
 }

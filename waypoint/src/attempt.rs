@@ -16,7 +16,7 @@ use http::header::{CONTENT_LENGTH, HOST, SET_COOKIE};
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use smallvec::SmallVec;
 use tokio::net::TcpStream;
@@ -60,7 +60,7 @@ pub async fn send(
     routed: Option<&Routed>,
     sane: &Sane,
     mut parts: Parts,
-    body: Incoming,
+    source: Option<Source>,
     mut on_response: OnResponse,
     record: &mut Record,
 ) -> Result<Answered, Failure> {
@@ -76,10 +76,6 @@ pub async fn send(
     let asked = parts.extensions.remove::<AllowedRequest>();
     let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
     let http2 = form.speaks_http2(target.protocol);
-    let limits = &inbound.worker.proxy.settings.limits;
-    let source =
-        (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer, limits.body_timeout.get()));
-    record.set_body(source.clone());
     mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
     let hashed = match &target.balanced {
         Some(balanced) => hash(&*balanced.current(&inbound.worker.proxy)?, inbound, &parts),

@@ -1,6 +1,7 @@
 //! Step 5: whether the client may make this request. Decided anew for each.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
@@ -9,6 +10,7 @@ use http::request::Parts;
 use http::{HeaderMap, Method};
 
 use crate::accept::Inbound;
+use crate::external::Authorizer;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
@@ -25,8 +27,20 @@ pub fn authorize(
     parts: &Parts,
     token: Option<&Token>,
 ) -> Result<(), Failure> {
-    let head = Head { method: &parts.method, path: parts.uri.path(), headers: &parts.headers };
-    decide(published, inbound, Some(&request(inbound, sane, head, token)))
+    decide(published, inbound, Some(&request(inbound, sane, Head::of(parts), token)))
+}
+
+/// The authorizers that policies ask about the request.
+pub fn authorizers(
+    published: &Published,
+    inbound: &Inbound,
+    sane: &Sane,
+    parts: &Parts,
+    token: Option<&Token>,
+) -> Vec<Arc<Authorizer>> {
+    let identity = inbound.certificate.identity();
+    let request = request(inbound, sane, Head::of(parts), token);
+    published.policies.authorizers(&inbound.destination, identity, inbound.source.ip(), &request)
 }
 
 /// What of a request's head policies ask for.
@@ -35,6 +49,12 @@ struct Head<'a> {
     method: &'a Method,
     path: &'a str,
     headers: &'a HeaderMap,
+}
+
+impl<'a> Head<'a> {
+    fn of(parts: &'a Parts) -> Self {
+        Self { method: &parts.method, path: parts.uri.path(), headers: &parts.headers }
+    }
 }
 
 fn request<'a>(

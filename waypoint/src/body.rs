@@ -27,6 +27,10 @@ pub enum RequestBody {
     Replay(Replay),
     /// The copy of another request's.
     Copy(Copied),
+    /// One that is there.
+    Whole(Option<Bytes>),
+    /// That of a call of ours.
+    Call(tonic::body::Body),
 }
 
 /// Frames of a body that wait for the copy's endpoint; if it is slower than this, the copy is given up.
@@ -128,8 +132,25 @@ impl Source {
     pub fn copy(&self) -> Copied {
         let (feed, frames) = mpsc::channel(COPY_QUEUE);
         let broken = Arc::new(AtomicBool::new(false));
-        self.0.lock().copies.push(Copy { frames: feed, broken: broken.clone(), whole: false });
+        let mut copy = Copy { frames: feed, broken: broken.clone(), whole: false };
+        let mut state = self.0.lock();
+        // What was read ahead is the beginning of the copy too.
+        if state.kept.iter().all(|data| copy.feed(data)) {
+            copy.whole = state.ended;
+            if !state.ended {
+                state.copies.push(copy);
+            }
+        }
         Copied { frames, broken }
+    }
+
+    /// Reads the beginning of the body, before any of it is sent: at most `most` bytes, and whether that is all. It is sent
+    /// later as if it had not been read.
+    ///
+    /// # Errors
+    /// The client's body breaks off, or is silent for too long.
+    pub async fn read_ahead(&self, most: usize) -> io::Result<(Bytes, bool)> {
+        std::future::poll_fn(|cx| self.0.lock().poll_read_ahead(most, cx)).await
     }
 
     /// Whether it can be sent once more.
@@ -176,6 +197,35 @@ impl State {
         ready!(timer.as_mut().poll(cx));
         self.late = true;
         Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())))
+    }
+
+    fn poll_read_ahead(&mut self, most: usize, cx: &mut Context<'_>) -> Poll<io::Result<(Bytes, bool)>> {
+        loop {
+            let kept: usize = self.kept.iter().map(Bytes::len).sum();
+            if self.ended || kept > most {
+                let mut beginning = self.kept.concat();
+                beginning.truncate(most);
+                return Poll::Ready(Ok((beginning.into(), kept <= most)));
+            }
+            match ready!(self.poll_incoming(cx)) {
+                None => self.end(),
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        self.received += data.len() as u64;
+                        // Whatever the room: it has to be sent.
+                        self.room = self.room.map(|room| room.saturating_sub(data.len()));
+                        self.kept.push(data.clone());
+                    } else if let Some(trailers) = frame.trailers_ref() {
+                        self.trailers = Some(trailers.clone());
+                        self.end();
+                    }
+                }
+                Some(Err(error)) => {
+                    self.broken = true;
+                    return Poll::Ready(Err(error));
+                }
+            }
+        }
     }
 
     fn keep(&mut self, data: &Bytes) {
@@ -250,11 +300,23 @@ impl Body for RequestBody {
                 }
                 None => Poll::Ready(None),
             },
+            Self::Whole(content) => {
+                let content = content.take().filter(|content| !content.is_empty());
+                Poll::Ready(content.map(|content| Ok(Frame::data(content))))
+            }
+            Self::Call(body) => {
+                Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(io::Error::other)))
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Empty)
+        match self {
+            Self::Empty => true,
+            Self::Whole(content) => content.as_ref().is_none_or(Bytes::is_empty),
+            Self::Call(body) => body.is_end_stream(),
+            Self::Replay(_) | Self::Copy(_) => false,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -271,6 +333,8 @@ impl Body for RequestBody {
                 }
             }
             Self::Copy(_) => SizeHint::default(),
+            Self::Whole(content) => SizeHint::with_exact(content.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Call(body) => body.size_hint(),
         }
     }
 }

@@ -5,17 +5,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use http::{HeaderValue, Request, Response};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 
 use crate::accept::Inbound;
 use crate::activity::OpenRequest;
 use crate::authorize::AllowedRequest;
-use crate::body::ResponseBody;
+use crate::body::{ResponseBody, Source};
+use crate::external::Checked;
 use crate::failure::Failure;
 use crate::filters::Filtered;
 use crate::proxy::Counted;
 use crate::report::Record;
-use crate::{answer, attempt, authenticate, authorize, balance, filters, matching, sanitise};
+use crate::{answer, attempt, authenticate, authorize, balance, external, filters, matching, sanitise};
 
 /// A response on its way to the client.
 #[derive(Debug)]
@@ -58,7 +59,18 @@ async fn steps(
     authenticate::remove_outputs(&published, inbound, &mut parts);
     let matched = matching::find(&published, inbound, &sane, &parts);
     record.set_route(matched.as_ref().ok().and_then(Option::as_ref));
+    let limits = &inbound.worker.proxy.settings.limits;
+    let source =
+        (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer, limits.body_timeout.get()));
     let token = authenticate::authenticate(&published, inbound, &mut parts)?;
+    let authorizers = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref());
+    let additions = match external::check(&authorizers, inbound, &sane, &mut parts, source.as_ref()).await? {
+        Checked::Goes(additions) => additions,
+        Checked::Denied(answered, reason) => {
+            record.fail("UAEX", reason);
+            return Ok(*answered);
+        }
+    };
     authorize::authorize(&published, inbound, &sane, &parts, token.as_ref())?;
     // Only who is allowed learns which routes there are.
     let routed = matched?;
@@ -70,8 +82,23 @@ async fn steps(
         Filtered::Answered(answered) => return Ok(*answered),
     };
     let target = balance::split(&published, routed.as_ref(), inbound)?;
-    attempt::send(&published, inbound, &target, routed.as_ref(), &sane, parts, body, on_response, record)
-        .await
+    record.set_body(source.clone());
+    let sent = attempt::send(
+        &published,
+        inbound,
+        &target,
+        routed.as_ref(),
+        &sane,
+        parts,
+        source,
+        on_response,
+        record,
+    )
+    .await;
+    sent.map(|mut answered| {
+        additions.apply(answered.response.headers_mut());
+        answered
+    })
 }
 
 /// What lives as long as the exchange.

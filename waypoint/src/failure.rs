@@ -45,6 +45,17 @@ pub enum Failure {
     /// Policy denies it.
     #[error("{0}")]
     Denied(String),
+    /// The body is larger than what an authorizer has to see.
+    #[error("the body is larger than an authorizer takes")]
+    BodyTooLarge,
+    /// An authorizer did not answer.
+    #[error("{reason}")]
+    Authorizer {
+        /// The answer's status.
+        status: StatusCode,
+        /// Which, and why.
+        reason: String,
+    },
     /// The service is not known here.
     #[error("service {0} is not known")]
     UnknownService(String),
@@ -96,6 +107,8 @@ impl Failure {
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Denied(_) => StatusCode::FORBIDDEN,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Authorizer { status, .. } => *status,
             Self::UnknownService(_)
             | Self::NoEndpoint(_)
             | Self::Unavailable(_)
@@ -129,8 +142,9 @@ impl Failure {
             Self::HeadTimeout | Self::BodyTimeout => "SI",
             Self::RequestBody(_) => "DR",
             Self::NoRoute => "NR",
-            Self::Unauthenticated(_) | Self::Denied(_) => "UAEX",
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => "NC",
+            Self::BodyTooLarge => "DPE",
+            Self::Unauthenticated(_) | Self::Denied(_) | Self::Authorizer { .. } => "UAEX",
             Self::UnknownService(_) => "NC",
             Self::NoEndpoint(_) => "UH",
             Self::Unavailable(_) => "LR",
@@ -156,6 +170,8 @@ impl Failure {
             Self::Unauthenticated(rejection) => rejection.message(),
             Self::InvalidPolicy(_) => "the policy of the destination is not valid\n",
             Self::Denied(_) => "RBAC: access denied\n",
+            Self::BodyTooLarge => "the body is too large\n",
+            Self::Authorizer { .. } => "authorization is not possible\n",
             Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
             Self::Unavailable(_) => "not available\n",
             Self::Connect(_) | Self::Overflow | Self::RefusedStream | Self::Reset(_) => {

@@ -2,7 +2,7 @@
 //! endpoint that it chose.
 //!
 //! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
-//! [`authorize`] (after [`authenticate`]), [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
+//! [`authorize`] (after [`authenticate`] and [`external`]), [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
 
 pub mod accept;
 pub mod activity;
@@ -20,6 +20,7 @@ pub mod client_stream;
 pub mod config;
 pub mod dump;
 pub mod exchange;
+pub mod external;
 pub mod failure;
 pub mod feed;
 pub mod filters;

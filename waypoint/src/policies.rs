@@ -11,6 +11,7 @@ use ambit_policy::{HttpRequest, Peer, Policy, Request, Verdict, evaluate_http};
 use ambit_token::{Rule, Rules};
 
 use crate::accept::Destination;
+use crate::external::Authorizer;
 
 /// Policies by what they are for, compiled. Immutable; built anew when one changes.
 #[derive(Debug, Default)]
@@ -25,6 +26,8 @@ pub struct Policies {
 struct Group {
     policies: Vec<Arc<Policy>>,
     tokens: Vec<Rules>,
+    /// Policies that match what authorizers are asked about, and whom.
+    custom: Vec<(Arc<Policy>, Arc<Authorizer>)>,
 }
 
 impl Group {
@@ -32,6 +35,7 @@ impl Group {
         match compiled {
             Compiled::Policy(policy) => self.policies.push(policy.clone()),
             Compiled::Tokens(rules) => self.tokens.push(rules.clone()),
+            Compiled::Custom(policy, authorizer) => self.custom.push((policy.clone(), authorizer.clone())),
         }
     }
 }
@@ -39,6 +43,7 @@ impl Group {
 enum Compiled {
     Policy(Arc<Policy>),
     Tokens(Rules),
+    Custom(Arc<Policy>, Arc<Authorizer>),
 }
 
 impl Policies {
@@ -46,9 +51,12 @@ impl Policies {
     pub fn new(all: &BTreeMap<String, l7::Policy>, is_own: impl Fn(&str) -> bool) -> Self {
         let mut policies = Self::default();
         for (name, source) in all {
-            let compiled = match &source.authentication {
-                Some(authentication) => Compiled::Tokens(Rules::new(authentication)),
-                None => Compiled::Policy(Arc::new(compile(name, source))),
+            let compiled = match (&source.authentication, &source.external) {
+                (Some(authentication), _) => Compiled::Tokens(Rules::new(authentication)),
+                (None, Some(authorizer)) => {
+                    Compiled::Custom(Arc::new(compile(name, source)), Arc::new(Authorizer::new(authorizer)))
+                }
+                (None, None) => Compiled::Policy(Arc::new(compile(name, source))),
             };
             if source.gateways.iter().any(|gateway| is_own(gateway)) {
                 policies.everywhere.add(&compiled);
@@ -74,8 +82,10 @@ impl Policies {
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        let Group { policies, tokens } = &self.everywhere;
-        policies.is_empty() && tokens.is_empty() && self.services.is_empty()
+        let Group { policies, tokens, custom } = &self.everywhere;
+        [policies.is_empty(), tokens.is_empty(), custom.is_empty(), self.services.is_empty()]
+            .iter()
+            .all(|it| *it)
     }
 
     /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
@@ -86,18 +96,51 @@ impl Policies {
         source: IpAddr,
         http: Option<&HttpRequest<'_>>,
     ) -> Verdict {
+        let request = request(destination, client, source);
         let applying = self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy);
-        let request = Request {
-            peer: Some(Peer {
-                principal: client.principal(),
-                namespace: client.namespace(),
-                service_account: client.service_account(),
-            }),
-            source_ip: source,
-            destination_ip: destination.address(),
-            destination_port: destination.port(),
-        };
-        evaluate_http(applying, &request, http)
+        if http.is_some() {
+            return evaluate_http(applying, &request, http);
+        }
+        // Nobody is asked about connections: what would be asked about is denied.
+        let custom = self.groups(destination).flat_map(|group| &group.custom).map(|(policy, _)| &**policy);
+        evaluate_http(applying.chain(custom), &request, http)
+    }
+
+    /// The authorizers that policies ask about a request, each once.
+    pub fn authorizers(
+        &self,
+        destination: &Destination,
+        client: &SpiffeId,
+        source: IpAddr,
+        http: &HttpRequest<'_>,
+    ) -> Vec<Arc<Authorizer>> {
+        let mut asked: Vec<Arc<Authorizer>> = Vec::new();
+        let mut custom = self.groups(destination).flat_map(|group| &group.custom).peekable();
+        if custom.peek().is_none() {
+            return asked;
+        }
+        let request = request(destination, client, source);
+        for (policy, authorizer) in custom {
+            let is_new = asked.iter().all(|known| known.name() != authorizer.name());
+            // The policy is a DENY for who can't ask: what it denies is asked about.
+            if is_new && !evaluate_http(std::iter::once(&**policy), &request, Some(http)).allowed() {
+                asked.push(authorizer.clone());
+            }
+        }
+        asked
+    }
+}
+
+fn request<'a>(destination: &Destination, client: &'a SpiffeId, source: IpAddr) -> Request<'a> {
+    Request {
+        peer: Some(Peer {
+            principal: client.principal(),
+            namespace: client.namespace(),
+            service_account: client.service_account(),
+        }),
+        source_ip: source,
+        destination_ip: destination.address(),
+        destination_port: destination.port(),
     }
 }
 

@@ -116,12 +116,25 @@ pub struct Tallies {
     pub malformed: AtomicU64,
     /// Requests whose token was refused.
     pub unauthenticated: AtomicU64,
+    /// What external authorizers said.
+    pub external: External,
     /// Requests that passed a limit.
     pub limited: Limited,
     /// Copies of requests that could not be delivered.
     pub mirrors_failed: AtomicU64,
     /// Decisions that a dry-run policy would change.
     pub dry_run_differs: AtomicU64,
+}
+
+/// Counts of requests that external authorizers were asked about.
+#[derive(Debug, Default)]
+pub struct External {
+    /// Those that they allowed.
+    pub allowed: AtomicU64,
+    /// Those that they denied.
+    pub denied: AtomicU64,
+    /// Those that they did not answer.
+    pub failed: AtomicU64,
 }
 
 /// Counts of requests and connections that passed a limit of their client.
@@ -233,6 +246,7 @@ pub struct InProgress {
     requests: Arc<AtomicUsize>,
     retries: Arc<AtomicUsize>,
     mirrors: Arc<AtomicUsize>,
+    authorizations: Arc<AtomicUsize>,
 }
 
 /// Counts one until it is dropped.
@@ -264,6 +278,11 @@ impl InProgress {
     /// Counts a copy, if there may be one more.
     pub fn mirror(&self, most: usize) -> Option<Counted> {
         (self.mirrors.load(Ordering::Relaxed) < most).then(|| Counted::new(&self.mirrors))
+    }
+
+    /// Counts a request that waits for an authorizer, if there may be one more.
+    pub fn authorization(&self, most: usize) -> Option<Counted> {
+        (self.authorizations.load(Ordering::Relaxed) < most).then(|| Counted::new(&self.authorizations))
     }
 
     /// Counts a retry, if there may be one more: at once at most `percent` of the requests in progress.

@@ -4,6 +4,7 @@ use ambit_control::api_server::call;
 use ambit_control::index::{L7DenyAtL4, Settings};
 use ambit_control::intake;
 use ambit_control::kind::{Kind, Needed};
+use ambit_control::mesh_config;
 use ambit_control::source::files::inspect::Content;
 use ambit_control::source::kubernetes::served_version;
 use anyhow::Context;
@@ -97,9 +98,15 @@ async fn foreign_resources(cluster: &Cluster) -> anyhow::Result<Vec<ApiResource>
 pub(crate) async fn settings(cluster: &Cluster) -> anyhow::Result<Settings> {
     let api: Api<ConfigMap> = Api::namespaced(cluster.client.clone(), &cluster.system);
     let config = call(api.get_opt(Component::Control.workload())).await?;
-    let text = config.and_then(|config| config.data).and_then(|mut data| data.remove("config.yaml"));
+    let mut data = config.and_then(|config| config.data).unwrap_or_default();
+    let text = data.remove("config.yaml");
     let config: Value = text.and_then(|text| serde_saphyr::from_str(&text).ok()).unwrap_or_default();
-    let default = Settings { root_namespace: cluster.system.as_str().into(), ..Settings::default() };
+    let authorizers = data.get("mesh.yaml").and_then(|text| mesh_config::parse(text).ok());
+    let default = Settings {
+        root_namespace: cluster.system.as_str().into(),
+        authorizers: authorizers.unwrap_or_default(),
+        ..Settings::default()
+    };
     Ok(of_config(&config, default))
 }
 
@@ -112,6 +119,7 @@ fn of_config(config: &Value, default: Settings) -> Settings {
         cluster_domain: text("clusterDomain", default.cluster_domain),
         root_namespace: text("rootNamespace", default.root_namespace),
         waypoint_classes: default.waypoint_classes,
+        authorizers: default.authorizers,
         l7_deny_at_l4: if config["l7DenyAtL4"] == "deny" { L7DenyAtL4::Deny } else { default.l7_deny_at_l4 },
     }
 }

@@ -55,6 +55,8 @@ pub(super) enum Dependency {
     VirtualService(NamespacedName),
     /// The pods with this label.
     Label(Arc<str>, Arc<str>),
+    /// The policies that ask this provider about requests.
+    Asking(Arc<str>),
     /// Keys that are fetched.
     Keys(KeyAddress),
 }

@@ -19,6 +19,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_api::l7 as l7_api;
+
 use crate::object::{Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
@@ -32,7 +34,7 @@ use reader::Reader;
 use store::Store;
 
 /// What the index needs to know beside the objects.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Name of the cluster, which begins every workload's uid.
     pub cluster_id: Arc<str>,
@@ -48,6 +50,8 @@ pub struct Settings {
     pub waypoint_classes: Vec<Arc<str>>,
     /// What a DENY rule does at L4 that names only what L4 cannot see.
     pub l7_deny_at_l4: L7DenyAtL4,
+    /// Whom policies may ask about requests, by name.
+    pub authorizers: BTreeMap<Arc<str>, l7_api::ExternalAuthorizer>,
 }
 
 /// What a DENY rule does at L4 that names only what L4 cannot see (contracts.md, section 4).
@@ -112,6 +116,7 @@ impl Default for Settings {
             root_namespace: "ambit-system".into(),
             waypoint_classes: vec!["ambit-waypoint".into(), "istio-waypoint".into()],
             l7_deny_at_l4: L7DenyAtL4::default(),
+            authorizers: BTreeMap::new(),
         }
     }
 }

@@ -10,8 +10,8 @@ use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod,
-    ReplicaSet, Route, Service, ServiceEntry, VirtualService, Visibility,
+    AuthorizationPolicy, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef,
+    PeerAuthentication, Pod, ReplicaSet, Route, Service, ServiceEntry, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -205,6 +205,13 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::RoutesOf(parent.clone()));
         let ids = self.store.routes_by_parent.of(parent);
         ids.filter_map(|id| self.store.routes.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The policies that ask a provider about requests, in order.
+    pub(super) fn policies_asking(&self, provider: &Arc<str>) -> Vec<&'a AuthorizationPolicy> {
+        self.depend(Dependency::Asking(provider.clone()));
+        let ids = self.store.policies_by_provider.of(provider);
+        ids.filter_map(|id| self.store.policies.get(id)).map(AsRef::as_ref).collect()
     }
 
     /// Keys of a token issuer, once they were asked for.

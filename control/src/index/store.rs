@@ -44,6 +44,8 @@ pub(super) struct Store {
     pub(super) entry_selectors: Selectors,
     /// AuthorizationPolicies by selector; those of the root namespace select everywhere.
     pub(super) policy_selectors: Selectors,
+    /// AuthorizationPolicies by the provider that they ask.
+    pub(super) policies_by_provider: Reverse<Arc<str>>,
     /// PeerAuthentications by selector.
     pub(super) authentication_selectors: Selectors,
     /// PeerAuthentications without selector, by namespace.
@@ -270,7 +272,14 @@ impl Store {
             Some(selector) => self.policy_selectors.apply(id, selector, everywhere),
             None => self.policy_selectors.delete(id),
         }
-        replace(&mut self.policies, id, new)
+        let old = replace(&mut self.policies, id, new);
+        if let Some(provider) = old.as_ref().and_then(|old| old.asks()) {
+            self.policies_by_provider.remove(provider, id);
+        }
+        if let Some(provider) = new.and_then(|new| new.asks()) {
+            self.policies_by_provider.insert(provider.clone(), id.clone());
+        }
+        old
     }
 
     /// Puts a PeerAuthentication in place and returns what was there.

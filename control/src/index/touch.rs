@@ -240,6 +240,9 @@ impl Index {
             return;
         }
         self.touch(Kind::AuthorizationPolicy, id);
+        for provider in [old.as_ref(), new].into_iter().flatten().filter_map(|policy| policy.asks()) {
+            self.touch_users(&Dependency::Asking(provider.clone()));
+        }
         let listed = |p: &AuthorizationPolicy| super::authorization::selector_at_l4(p).cloned();
         let (before, after) = (old.as_deref().and_then(listed), new.and_then(|p| listed(p)));
         if before != after {

@@ -234,3 +234,11 @@ impl Change {
         }
     }
 }
+
+/// Nanoseconds of a duration as Istio's API writes it.
+///
+/// # Errors
+/// When the text is none.
+pub(crate) fn istio_duration(text: &str) -> Result<u64, String> {
+    istio::request_authentication::nanoseconds(text)
+}

@@ -26,6 +26,9 @@ fn settings(case: &Path) -> Settings {
     if let Some(trust_domain) = read("trust-domain") {
         settings.trust_domain = trust_domain.into();
     }
+    if let Some(text) = read("mesh-config.yaml") {
+        settings.authorizers = ambit_control::mesh_config::parse(&text).unwrap();
+    }
     if let Some(effect) = read("l7-deny-at-l4") {
         settings.l7_deny_at_l4 = serde_json::from_value(Value::String(effect)).unwrap();
     }

@@ -246,12 +246,14 @@ pub(crate) fn waypoint_policy(body: &[u8]) -> Value {
     let policy = l7::Policy::decode(body).unwrap();
     let enforced = policy.authorization.map(|policy| authorization(&policy.encode_to_vec()));
     let tokens = policy.authentication.map(|rules| list(&rules.rules, |rule| json!(format!("{rule:?}"))));
+    let asked = policy.external.map_or(Value::Null, |authorizer| json!(format!("{authorizer:?}")));
     let enforced = match (enforced, tokens) {
         (None, None) => ("authorization", json!("denies everything")),
         (_, Some(tokens)) => ("tokens", tokens),
         (Some(enforced), None) => ("authorization", enforced),
     };
-    object([("targets", list(&policy.targets, target)), ("gateways", json!(policy.gateways)), enforced])
+    let (targets, gateways) = (list(&policy.targets, target), json!(policy.gateways));
+    object([("targets", targets), ("gateways", gateways), enforced, ("asked", asked)])
 }
 
 pub(crate) fn route(body: &[u8]) -> Value {

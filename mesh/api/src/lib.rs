@@ -84,6 +84,11 @@ mod packages {
             }
         }
         pub mod service {
+            pub mod auth {
+                pub mod v3 {
+                    tonic::include_proto!("envoy.service.auth.v3");
+                }
+            }
             pub mod discovery {
                 pub mod v3 {
                     tonic::include_proto!("envoy.service.discovery.v3");
@@ -100,8 +105,10 @@ mod packages {
 
 /// `ambit.l7`: the configuration of waypoints and gateways.
 pub use packages::ambit::l7;
-/// `envoy.config.core.v3`: who a subscriber is.
+/// `envoy.config.core.v3`: who a subscriber is, and what external authorizers need.
 pub use packages::envoy::config::core::v3 as core;
+/// `envoy.service.auth.v3`: external authorizers.
+pub use packages::envoy::service::auth::v3 as external_auth;
 /// `envoy.service.discovery.v3`: delta xDS.
 pub use packages::envoy::service::discovery::v3 as discovery;
 /// `google.rpc`: the status that a nack carries.

@@ -27,11 +27,17 @@ pub(crate) struct Waypoints {
     /// In the mesh, in namespace `other`, on node 0.
     pub(crate) other: Pod,
     running: Mutex<Vec<Server>>,
+    /// Has the settings of the mesh.
+    _directory: tempfile::TempDir,
 }
 
 impl Bed for Waypoints {
     async fn start() -> Result<Self, Box<dyn Error>> {
+        let directory = tempfile::tempdir()?;
+        let mesh_config = directory.path().join("mesh.yaml");
+        std::fs::write(&mesh_config, crate::external::MESH_CONFIG)?;
         let cluster = Cluster::builder()
+            .control_arg(format!("--mesh-config={}", mesh_config.display()))
             .nodes(2)
             .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_HEAD_TIMEOUT", "4s")
@@ -51,7 +57,7 @@ impl Bed for Waypoints {
         let cli = cluster.pod(client("shop", "cli")).await?;
         let other = cluster.pod(client("other", "other")).await?;
         cluster.apply(WAYPOINT).await?;
-        let bed = Self { cluster, cli, other, running: Mutex::default() };
+        let bed = Self { cluster, cli, other, running: Mutex::default(), _directory: directory };
         let is_ready = async || bed.pods().iter().any(Pod::is_ready);
         bed.cluster.wait_until("the waypoint is ready", Duration::from_secs(30), is_ready).await.map_err(
             |error| {

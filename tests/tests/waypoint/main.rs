@@ -12,6 +12,7 @@
 mod authorization;
 mod bed;
 mod drain;
+mod external;
 mod hardening;
 mod http;
 mod http2;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     policy::add(&mut trials);
     authorization::add(&mut trials);
     required::add(&mut trials);
+    external::add(&mut trials);
     resilience::add(&mut trials);
     streams::add(&mut trials);
     tasks::add(&mut trials);

@@ -11,7 +11,7 @@ use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
 use crate::dump;
-use crate::proxy::{Limited, Tallies};
+use crate::proxy::{External, Limited, Tallies};
 
 /// Starts the three servers.
 ///
@@ -63,6 +63,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
     let help = "Requests without the valid token that they need";
     count("ambit_requests_unauthenticated", help, |t| &t.unauthenticated);
+    external(parts, program);
     limits(parts, program);
     ejections(parts, program);
     count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
@@ -89,6 +90,18 @@ fn ejections(parts: &Parts, program: &Program) {
     let proxy = program.proxy.clone();
     let ejected = move || i64::try_from(proxy.balancers.ejected()).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_outlier_ejected", "Endpoints that are ejected now", ejected);
+}
+
+fn external(parts: &Parts, program: &Program) {
+    type Tally = fn(&External) -> &AtomicU64;
+    let families: [(&str, Tally); 3] =
+        [("allowed", |it| &it.allowed), ("denied", |it| &it.denied), ("failed", |it| &it.failed)];
+    let series = families.map(|(name, tally)| {
+        let proxy = program.proxy.clone();
+        (name.to_owned(), move || tally(&proxy.tallies.external).load(Ordering::Relaxed))
+    });
+    let help = "Requests that external authorizers were asked about";
+    parts.registry.counters_from("ambit_external_authorizations", help, "outcome", series);
 }
 
 fn limits(parts: &Parts, program: &Program) {

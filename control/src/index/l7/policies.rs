@@ -41,6 +41,7 @@ pub(in crate::index) fn of_policy(
         gateways: bound.gateways,
         authorization,
         authentication: None,
+        external: authorizer(reader, policy).ok().filter(|_| !policy.dry_run).cloned().map(Box::new),
     };
     let resource = Resource {
         name: policy.id.to_string().into(),
@@ -50,6 +51,16 @@ pub(in crate::index) fn of_policy(
         unhealthy: false,
     };
     vec![(ResourceType::Policy, resource)]
+}
+
+/// The waypoints that a policy is for.
+pub(super) fn roots_of(reader: &Reader<'_>, policy: &AuthorizationPolicy) -> BTreeSet<Arc<str>> {
+    let mut bound = Bound::default();
+    for target in &policy.targets {
+        // What is wrong with it is a finding of the policy's own.
+        let _ = bound.add(reader, &policy.id, target);
+    }
+    bound.roots
 }
 
 /// What waypoints enforce of a policy; `None` where they deny everything instead.
@@ -72,15 +83,29 @@ fn enforced(
             say(
                 false,
                 "UnsupportedAction",
-                "waypoints do not ask external authorizers yet: no effect".to_owned(),
+                "external authorizers are not asked by dry-run policies: no effect".to_owned(),
             );
             return Some(authorization(policy, security::Action::Deny, vec![everything()]));
         }
-        Action::Audit | Action::Custom => {
-            let reason = "waypoints do not ask external authorizers yet";
-            say(false, "Denies", format!("{reason}: everything is denied instead"));
-            return None;
-        }
+        Action::Custom => match authorizer(reader, policy) {
+            // What is not known counts as met, and is asked about.
+            Ok(authorizer) => {
+                if !is_offered(reader, &authorizer.hostname) {
+                    let message = format!("there is no service {}: nobody can be asked", authorizer.hostname);
+                    say(false, "ProviderNotFound", message);
+                }
+                security::Action::Deny
+            }
+            Err(reason) => {
+                let reason = match &policy.body {
+                    PolicyBody::Unreadable { reason, .. } => reason.clone(),
+                    PolicyBody::Rules { .. } => reason,
+                };
+                say(false, "Denies", format!("{reason}: everything is denied instead"));
+                return None;
+            }
+        },
+        Action::Audit => return None,
     };
     let rules = match (&policy.body, action) {
         (PolicyBody::Rules { rules, .. }, action) => {
@@ -101,6 +126,25 @@ fn enforced(
         }
     };
     Some(authorization(policy, action, rules))
+}
+
+/// Whether some Service or ServiceEntry has this host.
+fn is_offered(reader: &Reader<'_>, host: &str) -> bool {
+    let service = reader.settings.own_service(host).and_then(|id| reader.service(&id));
+    service.is_some() || reader.entries_of_host(&Arc::from(host)).next().is_some()
+}
+
+/// Whom a policy asks.
+///
+/// # Errors
+/// Why nobody can be asked.
+fn authorizer<'r>(
+    reader: &'r Reader<'_>,
+    policy: &AuthorizationPolicy,
+) -> Result<&'r l7::ExternalAuthorizer, String> {
+    let provider = policy.asks().ok_or("spec.provider names nobody to ask")?;
+    let known = reader.settings.authorizers.get(provider);
+    known.ok_or_else(|| format!("there is no extension provider {provider} in the mesh's settings"))
 }
 
 fn authorization(

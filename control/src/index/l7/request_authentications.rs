@@ -54,6 +54,7 @@ pub(in crate::index) fn of_authentication(
         gateways: bound.gateways,
         authorization: None,
         authentication: enforced,
+        external: None,
     };
     let resource = Resource {
         name: format!("{}/{id}", Kind::RequestAuthentication).into(),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::reader::Reader;
-use super::virtual_services;
+use super::{policies, virtual_services};
 use crate::object::{
     Choice, Kind, NamespacedName, ObjectRef, Pod, Route, Service, ServiceEntry, TargetKind, WaypointBinding,
 };
@@ -30,6 +30,7 @@ pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Ve
     }
     let host = reader.settings.host_of_service(&service.meta.id).into();
     roots.extend(virtual_services::roots_to(reader, &host, &own.name.namespace, service.visibility));
+    roots.extend(of_authorizer(reader, &own.name.namespace, &host));
     roots.into_iter().collect()
 }
 
@@ -42,7 +43,20 @@ pub(in crate::index) fn of_entry(
     let namespace = &entry.meta.id.namespace;
     let mut roots = of_binding(reader, namespace, &entry.waypoint);
     roots.extend(virtual_services::roots_to(reader, host, namespace, entry.visibility));
+    roots.extend(of_authorizer(reader, namespace, host));
     roots.into_iter().collect()
+}
+
+/// The waypoints whose policies ask a service about requests: the mesh's settings name it, so everybody may.
+fn of_authorizer(reader: &Reader<'_>, namespace: &Arc<str>, host: &Arc<str>) -> Roots {
+    let mut roots = Roots::new();
+    for (provider, authorizer) in &reader.settings.authorizers {
+        let is_it = authorizer.hostname == **host && authorizer.namespace == **namespace;
+        for policy in is_it.then(|| reader.policies_asking(provider)).into_iter().flatten() {
+            roots.extend(policies::roots_of(reader, policy));
+        }
+    }
+    roots
 }
 
 /// Below what a route is: the waypoints of what it is attached to.

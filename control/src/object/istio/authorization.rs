@@ -301,6 +301,8 @@ pub struct AuthorizationPolicy {
     pub targets: Vec<PolicyTarget>,
     /// Only logged and counted (annotation `istio.io/dry-run`).
     pub dry_run: bool,
+    /// Whom a CUSTOM policy asks.
+    pub provider: Option<Arc<str>>,
     /// What it says.
     pub body: PolicyBody,
 }
@@ -367,7 +369,6 @@ impl TargetRef {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "extensions are the waypoint's; their shape is still checked")]
 struct Provider {
     name: String,
 }
@@ -397,7 +398,7 @@ impl TryFrom<Manifest> for AuthorizationPolicy {
 
     fn try_from(manifest: Manifest) -> Result<AuthorizationPolicy, Invalid> {
         let Manifest { metadata, spec } = manifest;
-        let Spec { selector, target_ref, target_refs, rules, action, provider: _ } = spec;
+        let Spec { selector, target_ref, target_refs, rules, action, provider } = spec;
         let targets: Vec<TargetRef> = target_ref.into_iter().chain(target_refs).collect();
         if !targets.is_empty() && selector.is_some() {
             return Err(Invalid::new("spec.selector", "cannot be combined with targetRefs"));
@@ -411,6 +412,7 @@ impl TryFrom<Manifest> for AuthorizationPolicy {
             meta,
             selector: selector.and_then(Selector::labels),
             dry_run: annotation(&metadata, "istio.io/dry-run") == Some("true"),
+            provider: provider.map(|provider| provider.name.into()),
             body: PolicyBody::Rules { action, rules },
         })
     }
@@ -458,6 +460,7 @@ impl AuthorizationPolicy {
             // A selector that cannot be read selects everything: that is the closed side.
             selector: selector.and_then(Result::ok).and_then(Selector::labels),
             dry_run: text("/metadata/annotations/istio.io~1dry-run") == Some("true"),
+            provider: None,
             body: PolicyBody::Unreadable { action, reason },
         })
     }
@@ -465,6 +468,12 @@ impl AuthorizationPolicy {
     /// Whether it is bound to gateways or services, and thus not for the node proxy.
     pub fn has_targets(&self) -> bool {
         !self.targets.is_empty()
+    }
+
+    /// Whom it asks about requests, by name.
+    pub fn asks(&self) -> Option<&Arc<str>> {
+        let (PolicyBody::Rules { action, .. } | PolicyBody::Unreadable { action, .. }) = &self.body;
+        self.provider.as_ref().filter(|_| *action == Action::Custom && self.has_targets())
     }
 
     /// The workloads that list the policy by name, or `None` if it is in force by its scope or not at L4.

@@ -258,6 +258,14 @@ impl RawRule {
     }
 }
 
+/// Nanoseconds of a duration of Istio's API.
+///
+/// # Errors
+/// When the text is none.
+pub(in crate::object) fn nanoseconds(text: &str) -> Result<u64, String> {
+    duration("timeout", text)
+}
+
 fn fetchable(text: &str) -> Result<(), String> {
     let uri: Uri = text.parse().map_err(|_| format!("{text:?} is no URL"))?;
     let is_web = matches!(uri.scheme_str(), Some("http" | "https"));

@@ -1,0 +1,287 @@
+//! The file with the settings of the mesh that Istio calls MeshConfig, of which extension providers are read.
+//!
+//! A provider of another kind than an external authorizer is skipped: policies that name it deny. Unknown fields are errors.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ambit_api::l7;
+use ambit_api::security::{StringMatch, string_match::MatchType};
+use http::header::{HeaderName, HeaderValue};
+use http::uri::PathAndQuery;
+use serde::Deserialize;
+use serde_json::Value;
+
+/// How long an authorizer may take where nothing else is said.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest part of a body that authorizers see.
+const MAX_BODY: u32 = 1 << 20;
+
+/// Whom policies may ask, by name.
+pub type Authorizers = BTreeMap<Arc<str>, l7::ExternalAuthorizer>;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct MeshConfig {
+    extension_providers: Vec<BTreeMap<String, Value>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct GrpcProvider {
+    service: String,
+    port: u16,
+    timeout: Option<String>,
+    fail_open: bool,
+    clear_route_cache: bool,
+    status_on_error: Option<String>,
+    include_request_body_in_check: Option<Body>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct HttpProvider {
+    service: String,
+    port: u16,
+    timeout: Option<String>,
+    fail_open: bool,
+    clear_route_cache: bool,
+    status_on_error: Option<String>,
+    include_request_body_in_check: Option<Body>,
+    path_prefix: String,
+    include_headers_in_check: Vec<String>,
+    include_request_headers_in_check: Vec<String>,
+    include_additional_headers_in_check: BTreeMap<String, String>,
+    headers_to_upstream_on_allow: Vec<String>,
+    headers_to_downstream_on_deny: Vec<String>,
+    headers_to_downstream_on_allow: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Body {
+    max_request_bytes: u32,
+    allow_partial_message: bool,
+    pack_as_bytes: bool,
+}
+
+/// Reads the file.
+///
+/// # Errors
+/// What can't be read or understood.
+pub(crate) fn read(path: &Path) -> Result<Authorizers, String> {
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    parse(&text)
+}
+
+/// Reads the text of the file.
+///
+/// # Errors
+/// What can't be understood.
+pub fn parse(text: &str) -> Result<Authorizers, String> {
+    let config: Option<MeshConfig> =
+        serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
+    let mut authorizers = Authorizers::new();
+    for mut provider in config.unwrap_or_default().extension_providers {
+        let name = provider.remove("name").and_then(|name| name.as_str().map(str::to_owned));
+        let name = name.filter(|name| !name.is_empty()).ok_or("an extension provider has no name")?;
+        let in_provider = |problem: String| format!("extension provider {name}: {problem}");
+        let mut kinds = provider.into_iter();
+        let (Some((kind, value)), None) = (kinds.next(), kinds.next()) else {
+            return Err(in_provider("it must be of one kind".to_owned()));
+        };
+        let authorizer = match kind.as_str() {
+            "envoyExtAuthzGrpc" => grpc(value),
+            "envoyExtAuthzHttp" => http(value),
+            _ => {
+                tracing::warn!(name, kind, "an extension provider of this kind has no effect");
+                continue;
+            }
+        };
+        let authorizer = authorizer.map_err(in_provider)?;
+        let authorizer = l7::ExternalAuthorizer { provider: name.clone(), ..authorizer };
+        if authorizers.insert(name.as_str().into(), authorizer).is_some() {
+            return Err(in_provider("it is there twice".to_owned()));
+        }
+    }
+    Ok(authorizers)
+}
+
+fn grpc(value: Value) -> Result<l7::ExternalAuthorizer, String> {
+    let GrpcProvider {
+        service,
+        port,
+        timeout,
+        fail_open,
+        clear_route_cache,
+        status_on_error,
+        include_request_body_in_check: body,
+    } = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    common(&service, port, timeout.as_deref(), fail_open, clear_route_cache, status_on_error.as_deref(), body)
+}
+
+fn http(value: Value) -> Result<l7::ExternalAuthorizer, String> {
+    let provider: HttpProvider = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    if !provider.path_prefix.is_empty() {
+        let prefix = PathAndQuery::try_from(&provider.path_prefix).ok();
+        prefix
+            .filter(|prefix| prefix.query().is_none() && provider.path_prefix.starts_with('/'))
+            .ok_or("pathPrefix is no path")?;
+    }
+    for (name, value) in &provider.include_additional_headers_in_check {
+        if HeaderName::try_from(name).is_err() || HeaderValue::try_from(value).is_err() {
+            return Err(format!("includeAdditionalHeadersInCheck: {name} can be no header"));
+        }
+    }
+    // The older name of the field is followed by the newer one.
+    let mut include = provider.include_request_headers_in_check;
+    if include.is_empty() {
+        include = provider.include_headers_in_check;
+    }
+    let check = l7::HttpCheck {
+        path_prefix: provider.path_prefix,
+        include: patterns(&include),
+        additional: provider.include_additional_headers_in_check,
+        to_upstream: patterns(&provider.headers_to_upstream_on_allow),
+        to_downstream_on_deny: patterns(&provider.headers_to_downstream_on_deny),
+        to_downstream_on_allow: patterns(&provider.headers_to_downstream_on_allow),
+    };
+    let common = common(
+        &provider.service,
+        provider.port,
+        provider.timeout.as_deref(),
+        provider.fail_open,
+        provider.clear_route_cache,
+        provider.status_on_error.as_deref(),
+        provider.include_request_body_in_check,
+    )?;
+    Ok(l7::ExternalAuthorizer { http: Some(check), ..common })
+}
+
+/// The namespace in `NAME.NAMESPACE.svc` with any cluster domain. Any other host could be offered by every namespace.
+fn namespace_of_cluster_name(host: &str) -> Option<&str> {
+    let mut labels = host.split('.');
+    let (_, namespace, kind) = (labels.next()?, labels.next()?, labels.next()?);
+    kind.eq_ignore_ascii_case("svc").then_some(namespace)
+}
+
+fn common(
+    service: &str,
+    port: u16,
+    timeout: Option<&str>,
+    fail_open: bool,
+    clear_route_cache: bool,
+    status_on_error: Option<&str>,
+    body: Option<Body>,
+) -> Result<l7::ExternalAuthorizer, String> {
+    if service.is_empty() || port == 0 {
+        return Err("it needs service and port".to_owned());
+    }
+    let (namespace, hostname) = service
+        .split_once('/')
+        .or_else(|| Some((namespace_of_cluster_name(service)?, service)))
+        .filter(|(namespace, hostname)| !namespace.is_empty() && !hostname.is_empty())
+        .ok_or_else(|| format!("service {service:?} names no namespace: write it as NAMESPACE/HOST"))?;
+    if clear_route_cache {
+        return Err("clearRouteCache is not supported: routes are chosen before".to_owned());
+    }
+    let timeout = timeout.map_or(Ok(0), crate::object::istio_duration)?;
+    let status = match status_on_error {
+        None | Some("") => 0,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|status| (200..600).contains(status))
+            .ok_or_else(|| format!("statusOnError {text:?} is no status"))?,
+    };
+    let body = body.map(|body| {
+        let Body { max_request_bytes, allow_partial_message, pack_as_bytes } = body;
+        match (1..=MAX_BODY).contains(&max_request_bytes) {
+            true => Ok(l7::CheckedBody {
+                max_bytes: max_request_bytes,
+                allow_partial: allow_partial_message,
+                as_bytes: pack_as_bytes,
+            }),
+            false => Err(format!("maxRequestBytes is not between 1 and {MAX_BODY}")),
+        }
+    });
+    Ok(l7::ExternalAuthorizer {
+        provider: String::new(),
+        namespace: namespace.to_owned(),
+        hostname: hostname.to_ascii_lowercase(),
+        port: port.into(),
+        timeout_nanos: match timeout {
+            0 => u64::try_from(TIMEOUT.as_nanos()).unwrap_or(u64::MAX),
+            nanos => nanos,
+        },
+        fail_open,
+        status_on_error: status,
+        body: body.transpose()?,
+        http: None,
+    })
+}
+
+/// Names of fields, in lower case; `*` at one end stands for anything.
+fn patterns(texts: &[String]) -> Vec<StringMatch> {
+    let pattern = |text: &String| {
+        let text = text.to_ascii_lowercase();
+        let kind = match (text.strip_prefix('*'), text.strip_suffix('*')) {
+            (Some(""), _) => MatchType::Presence(()),
+            (Some(suffix), _) => MatchType::Suffix(suffix.to_owned()),
+            (None, Some(prefix)) => MatchType::Prefix(prefix.to_owned()),
+            (None, None) => MatchType::Exact(text),
+        };
+        StringMatch { match_type: Some(kind) }
+    };
+    texts.iter().map(pattern).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn providers_are_read_as_istio_names_their_fields() {
+        let read = parse(
+            "extensionProviders:\n\
+             - name: opa\n  envoyExtAuthzGrpc: {service: shop/opa.example, port: 9000, timeout: 500ms, failOpen: true}\n\
+             - name: http\n  envoyExtAuthzHttp:\n    service: Opa.shop.svc.cluster.local\n    port: 8000\n    pathPrefix: /check\n    \
+             statusOnError: '503'\n    includeRequestHeadersInCheck: [X-A, x-b*]\n    \
+             includeRequestBodyInCheck: {maxRequestBytes: 10, allowPartialMessage: true}\n\
+             - {name: traces, zipkin: {service: z, port: 1}}\n",
+        )
+        .unwrap();
+        assert_eq!(read.len(), 2);
+        let opa = &read["opa"];
+        assert_eq!((opa.namespace.as_str(), opa.hostname.as_str(), opa.port), ("shop", "opa.example", 9000));
+        assert_eq!((opa.timeout_nanos, opa.fail_open, opa.status_on_error), (500_000_000, true, 0));
+        let http = &read["http"];
+        assert_eq!(http.namespace, "shop");
+        assert_eq!((http.hostname.as_str(), http.status_on_error), ("opa.shop.svc.cluster.local", 503));
+        assert_eq!(http.timeout_nanos, 10_000_000_000);
+        let check = http.http.as_ref().unwrap();
+        assert_eq!((check.path_prefix.as_str(), check.include.len()), ("/check", 2));
+        assert!(http.body.as_ref().unwrap().allow_partial);
+        assert!(parse("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_followed_is_an_error() {
+        for text in [
+            "extensionProviders: [{name: a, envoyExtAuthzGrpc: {service: a/x}}]",
+            "extensionProviders: [{envoyExtAuthzGrpc: {service: a/x, port: 1}}]",
+            "extensionProviders: [{name: a}]",
+            "extensionProviders: [{name: a, envoyExtAuthzGrpc: {service: a/x, port: 1, failopen: true}}]",
+            "extensionProviders: [{name: a, envoyExtAuthzGrpc: {service: a/x, port: 1, timeout: soon}}]",
+            "extensionProviders: [{name: a, envoyExtAuthzGrpc: {service: a/x, port: 1, statusOnError: '99'}}]",
+            "extensionProviders: [{name: a, envoyExtAuthzGrpc: {service: a/x, port: 1, clearRouteCache: true}}]",
+            "extensionProviders: [{name: a, envoyExtAuthzHttp: {service: a/x, port: 1, pathPrefix: check}}]",
+            "extensionProviders: [{name: a, envoyExtAuthzGrpc: {service: login.example.com, port: 1}}]",
+            "accessLogFile: /dev/stdout",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+}

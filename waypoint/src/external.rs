@@ -1,0 +1,316 @@
+//! The second part of step 5: external authorizers are asked about the requests that policies with the action CUSTOM match.
+//!
+//! [`grpc`] and [`http`] are the two ways of asking. An authorizer that does not answer denies, unless its settings say otherwise.
+
+mod grpc;
+mod http;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ::http::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use ::http::request::Parts;
+use ::http::{Request, Response, StatusCode};
+use ambit_api::l7;
+use ambit_route::Backend;
+use bytes::Bytes;
+use hyper::body::Incoming;
+
+use crate::accept::Inbound;
+use crate::attempt::{dispatch, learn, sender};
+use crate::balance::{self, Chosen, Target};
+use crate::body::{RequestBody, ResponseBody, Source};
+use crate::exchange::Answered;
+use crate::failure::Failure;
+use crate::filters::OnResponse;
+use crate::sanitise::Sane;
+use crate::upstream::{Key, Returned};
+
+/// Requests of one worker that wait for authorizers; more are as those that get no answer.
+const MOST: usize = 1024;
+/// Largest answer of an authorizer.
+const MAX_ANSWER: usize = 256 << 10;
+
+/// An authorizer, as policies name it.
+#[derive(Debug)]
+pub struct Authorizer {
+    name: Box<str>,
+    backend: Backend,
+    timeout: Duration,
+    fail_open: bool,
+    status_on_error: StatusCode,
+    body: Option<l7::CheckedBody>,
+    /// By gRPC where there is none.
+    http: Option<http::Check>,
+}
+
+/// A request as authorizers see it.
+struct Question<'a> {
+    inbound: &'a Arc<Inbound>,
+    sane: &'a Sane,
+    parts: &'a Parts,
+    body: Option<Body>,
+}
+
+/// What an authorizer sees of a body.
+struct Body {
+    beginning: Bytes,
+    is_whole: bool,
+}
+
+/// What an authorizer says.
+enum Verdict {
+    Allowed(Changes),
+    Denied(Denial),
+}
+
+/// What changes by it.
+#[derive(Default)]
+struct Changes {
+    removed: Vec<HeaderName>,
+    request: Vec<Field>,
+    response: Vec<Field>,
+}
+
+/// How a field is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Write {
+    Append,
+    Replace,
+    IfAbsent,
+    IfPresent,
+}
+
+struct Field {
+    name: HeaderName,
+    value: HeaderValue,
+    write: Write,
+}
+
+/// The answer to a request that is denied.
+struct Denial {
+    status: StatusCode,
+    fields: Vec<Field>,
+    body: Bytes,
+}
+
+/// What became of a request.
+pub enum Checked {
+    /// It goes on, and its response gets these fields.
+    Goes(Additions),
+    /// An authorizer answered.
+    Denied(Box<Answered>, String),
+}
+
+/// Fields that the response gets.
+#[derive(Default)]
+pub struct Additions(Vec<Field>);
+
+impl Additions {
+    /// Writes the fields.
+    pub fn apply(&self, headers: &mut HeaderMap) {
+        self.0.iter().for_each(|field| field.apply(headers));
+    }
+}
+
+impl Authorizer {
+    /// Compiles what the control plane says.
+    pub fn new(source: &l7::ExternalAuthorizer) -> Self {
+        let status =
+            u16::try_from(source.status_on_error).ok().and_then(|status| StatusCode::from_u16(status).ok());
+        let port = u16::try_from(source.port).unwrap_or_default();
+        Self {
+            name: source.provider.as_str().into(),
+            backend: Backend {
+                namespace: source.namespace.as_str().into(),
+                hostname: source.hostname.to_ascii_lowercase().into(),
+                port,
+                subset: None,
+                filters: Box::default(),
+                invalid: None,
+            },
+            timeout: Duration::from_nanos(source.timeout_nanos),
+            fail_open: source.fail_open,
+            status_on_error: status.unwrap_or(StatusCode::FORBIDDEN),
+            body: source.body,
+            http: source.http.as_ref().map(http::Check::new),
+        }
+    }
+
+    /// Its name in the mesh's settings.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    async fn ask(&self, question: &Question<'_>) -> Result<Verdict, String> {
+        let worker = &question.inbound.worker;
+        let counted = worker.requests.authorization(MOST).ok_or("too many requests wait for authorizers")?;
+        let target = self.target(question.inbound)?;
+        let asking = async {
+            match &self.http {
+                Some(check) => check.ask(question, &target).await,
+                None => grpc::ask(question, &target, self.body.as_ref()).await,
+            }
+        };
+        let verdict = tokio::time::timeout(self.timeout, Box::pin(asking)).await;
+        drop(counted);
+        verdict.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))
+    }
+
+    fn target(&self, inbound: &Inbound) -> Result<Target, String> {
+        let proxy = &inbound.worker.proxy;
+        let published = proxy.published.load_full();
+        balance::of_backend(proxy, &published, &self.backend)
+    }
+
+    /// The beginning of the body that the authorizer sees.
+    async fn read(&self, source: Option<&Source>) -> Result<Option<Body>, Failure> {
+        let Some(wanted) = &self.body else { return Ok(None) };
+        let Some(source) = source else { return Ok(Some(Body { beginning: Bytes::new(), is_whole: true })) };
+        let most = usize::try_from(wanted.max_bytes).unwrap_or(usize::MAX);
+        let read = source.read_ahead(most).await;
+        let (beginning, is_whole) = read.map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => Failure::BodyTimeout,
+            _ => Failure::RequestBody(error.to_string()),
+        })?;
+        if !is_whole && !wanted.allow_partial {
+            return Err(Failure::BodyTooLarge);
+        }
+        Ok(Some(Body { beginning, is_whole }))
+    }
+}
+
+/// Asks the authorizers, one after the other; each sees what the ones before it changed.
+///
+/// # Errors
+/// [`Failure::Authorizer`], [`Failure::Denied`] for a gRPC call, [`Failure::BodyTooLarge`], [`Failure::RequestBody`].
+pub async fn check(
+    authorizers: &[Arc<Authorizer>],
+    inbound: &Arc<Inbound>,
+    sane: &Sane,
+    parts: &mut Parts,
+    source: Option<&Source>,
+) -> Result<Checked, Failure> {
+    let tallies = &inbound.worker.proxy.tallies.external;
+    let mut additions = Additions::default();
+    for authorizer in authorizers {
+        let body = authorizer.read(source).await?;
+        let question = Question { inbound, sane, parts, body };
+        match authorizer.ask(&question).await {
+            Ok(Verdict::Allowed(Changes { removed, request, response })) => {
+                tallies.allowed.fetch_add(1, Ordering::Relaxed);
+                for name in removed.iter().filter(|name| !is_framing(name)) {
+                    parts.headers.remove(name);
+                }
+                let writable = request.iter().filter(|field| !is_framing(&field.name));
+                writable.for_each(|field| field.apply(&mut parts.headers));
+                additions.0.extend(response.into_iter().filter(|field| !is_framing(&field.name)));
+            }
+            Ok(Verdict::Denied(denial)) => {
+                tallies.denied.fetch_add(1, Ordering::Relaxed);
+                let reason = format!("denied by authorizer {}", authorizer.name);
+                if sane.grpc {
+                    return Err(Failure::Denied(reason));
+                }
+                return Ok(Checked::Denied(Box::new(denial.answer()), reason));
+            }
+            Err(reason) => {
+                tallies.failed.fetch_add(1, Ordering::Relaxed);
+                let name = &authorizer.name;
+                tracing::warn!(authorizer = %name, reason, fail_open = authorizer.fail_open, "an authorizer did not answer");
+                if !authorizer.fail_open {
+                    let reason = format!("authorizer {name}: {reason}");
+                    return Err(Failure::Authorizer { status: authorizer.status_on_error, reason });
+                }
+            }
+        }
+    }
+    Ok(Checked::Goes(additions))
+}
+
+impl Field {
+    fn apply(&self, headers: &mut HeaderMap) {
+        let is_there = headers.contains_key(&self.name);
+        match self.write {
+            Write::Append => {
+                headers.append(&self.name, self.value.clone());
+            }
+            Write::IfAbsent if is_there => {}
+            Write::IfPresent if !is_there => {}
+            Write::Replace | Write::IfAbsent | Write::IfPresent => {
+                headers.insert(&self.name, self.value.clone());
+            }
+        }
+    }
+}
+
+impl Denial {
+    fn answer(self) -> Answered {
+        let mut response = Response::new(ResponseBody::full(self.body));
+        *response.status_mut() = self.status;
+        let writable = self.fields.iter().filter(|field| !is_framing(&field.name));
+        writable.for_each(|field| field.apply(response.headers_mut()));
+        Answered { response, filters: OnResponse::default(), upgrade: None }
+    }
+}
+
+/// Fields that frame a message, or say where it goes: no authorizer writes them.
+fn is_framing(name: &HeaderName) -> bool {
+    const MORE: [&str; 6] =
+        ["connection", "keep-alive", "proxy-connection", "te", "upgrade", "x-forwarded-client-cert"];
+    [CONTENT_LENGTH, HOST, TRANSFER_ENCODING].contains(name) || MORE.contains(&name.as_str())
+}
+
+/// Sends a request to an endpoint of an authorizer, as to any other service; once more, to another one, where none could be
+/// reached or the connection was closed before.
+async fn exchange(
+    inbound: &Inbound,
+    target: &Target,
+    http2: bool,
+    request: Request<RequestBody>,
+) -> Result<(Response<Incoming>, Returned), Failure> {
+    let worker = &inbound.worker;
+    let mut request = Some(request);
+    let mut last = Failure::Unavailable("it was sent already".to_owned());
+    let mut tried = Vec::new();
+    for _ in 0..3 {
+        let Chosen { endpoint: chosen, trial } =
+            match balance::endpoint(worker, inbound.source, target, &tried, None) {
+                Ok(chosen) => chosen,
+                Err(Failure::NoEndpoint(_)) if !tried.is_empty() => {
+                    tried.clear();
+                    balance::endpoint(worker, inbound.source, target, &tried, None)?
+                }
+                Err(failure) => return Err(failure),
+            };
+        let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
+        let key = Key { workload: workload.clone(), address: chosen.address, http2 };
+        let sender = match sender(worker, &key, &chosen).await {
+            Ok(sender) => sender,
+            Err(failure) => {
+                tried.extend(workload);
+                if let Err(failure) = learn(trial, Err(failure)) {
+                    last = failure;
+                }
+                continue;
+            }
+        };
+        let Some(unsent) = request.take() else { break };
+        let mut returned = None;
+        let outcome = dispatch(worker, &key, sender, unsent).await.map_err(|(failure, unsent)| {
+            returned = unsent;
+            failure
+        });
+        match (learn(trial, outcome), returned) {
+            (Ok(answered), _) => return Ok(answered),
+            (Err(failure), None) => return Err(failure),
+            (Err(failure), Some(unsent)) => {
+                request = Some(*unsent);
+                last = failure;
+            }
+        }
+    }
+    Err(last)
+}
