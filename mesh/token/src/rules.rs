@@ -38,7 +38,7 @@ impl Rejection {
 /// One issuer's tokens.
 #[derive(Debug)]
 pub struct Rule {
-    /// Empty: any.
+    /// Empty in no rule that a control plane makes; such a rule finds no token valid, so that it cannot speak for another issuer.
     issuer: Box<str>,
     audiences: Box<[Box<str>]>,
     /// `None` where they are not known: then no token of the issuer is valid.
@@ -89,12 +89,12 @@ impl Rule {
 
     /// The claims of a token, if it is one that the rule is for and valid at `now`.
     fn verify(&self, token: &str, now: f64) -> Result<Map<String, Value>, TokenError> {
-        if !self.issuer.is_empty() && *issuer(token)? != *self.issuer {
+        if self.issuer.is_empty() || *issuer(token)? != *self.issuer {
             return Err(TokenError::Issuer);
         }
         let claims = self.keys.as_ref().ok_or(TokenError::NoKeys)?.verify(token)?;
         // The signed claims count, not those read before.
-        if !self.issuer.is_empty() && claims.get("iss").and_then(Value::as_str) != Some(&self.issuer) {
+        if claims.get("iss").and_then(Value::as_str) != Some(&self.issuer) {
             return Err(TokenError::Issuer);
         }
         check_times(&claims, now)?;
@@ -124,11 +124,13 @@ impl Rule {
         first.map_or(Applied::Missing, |(claims, token)| Applied::Valid(Box::new(claims), token))
     }
 
-    /// Changes the request as the rule says for its valid token.
-    fn output(&self, claims: &Token, token: &str, headers: &mut HeaderMap, uri: &mut Uri) {
-        if !self.forwards_token {
-            self.locations.remove(headers, uri);
-        }
+    /// Whether nothing but a request can meet the rule: it requires a token, or promises fields that only a valid token fills.
+    pub fn needs_request(&self) -> bool {
+        self.is_required || self.payload_header.is_some() || !self.claim_headers.is_empty()
+    }
+
+    /// Writes the fields that the rule fills of its valid token.
+    fn output(&self, claims: &Token, token: &str, headers: &mut HeaderMap) {
         if let Some(name) = &self.payload_header
             && let Some(payload) = token.split('.').nth(1).and_then(|text| HeaderValue::try_from(text).ok())
         {
@@ -162,7 +164,8 @@ pub fn remove_outputs<'a>(rules: impl Iterator<Item = &'a Rule>, headers: &mut H
 /// no token.
 ///
 /// As in Istio, a token that one rule finds valid is enough, as rules for several issuers look in the same places; rules that
-/// require a token must each find one. The first valid token is the request's.
+/// require a token must each find one. The first valid token is the request's, and only its rule writes fields: these and the
+/// principal never come from different tokens. Every rule removes its own valid token unless it forwards it.
 ///
 /// # Errors
 /// [`Rejection`].
@@ -191,10 +194,13 @@ pub fn authenticate<'a>(
     if let (true, Some(error)) = (valid.is_empty(), invalid) {
         return Err(error.into());
     }
-    for (rule, claims, token) in &valid {
-        rule.output(claims, token, headers, uri);
+    for (rule, ..) in valid.iter().filter(|(rule, ..)| !rule.forwards_token) {
+        rule.locations.remove(headers, uri);
     }
-    Ok(valid.into_iter().next().map(|(_, claims, _)| *claims))
+    Ok(valid.into_iter().next().map(|(rule, claims, token)| {
+        rule.output(&claims, &token, headers);
+        *claims
+    }))
 }
 
 #[derive(Deserialize)]

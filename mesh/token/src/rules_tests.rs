@@ -178,6 +178,59 @@ fn one_of_several_issuers_is_enough() {
     assert_eq!(judged(&rules, &expired), Err(TokenError::Expired.into()));
 }
 
+/// Its keys would sign for every issuer, also those that other rules name.
+#[test]
+fn a_rule_without_issuer_finds_no_token_valid() {
+    let anybody = l7::TokenRule {
+        issuer: String::new(),
+        jwks: json!({ "keys": [OTHER.jwk()] }).to_string().into_bytes().into(),
+        ..rule()
+    };
+    for all in [vec![anybody.clone()], vec![rule(), anybody.clone()], vec![anybody, rule()]] {
+        let rules = rules(all);
+        assert!(judged(&rules, &OTHER.sign(&claims(&json!({})))).is_err());
+        let own = OTHER.sign(&claims(&json!({ "iss": "https://other" })));
+        assert_eq!(judged(&rules, &own), Err(TokenError::Issuer.into()));
+        let empty = OTHER.sign(&claims(&json!({ "iss": "" })));
+        assert_eq!(judged(&rules, &empty), Err(TokenError::Issuer.into()));
+    }
+}
+
+/// A request with two valid tokens is the first rule's: no field says anything else.
+#[test]
+fn only_the_rule_of_the_principal_writes_headers() {
+    let at = |name: &str| vec![l7::TokenHeader { name: name.to_owned(), prefix: String::new() }];
+    let claim = |name: &str, claim: &str| l7::ClaimHeader { name: name.to_owned(), claim: claim.to_owned() };
+    let first = l7::TokenRule {
+        from_headers: at("x-first"),
+        claim_headers: vec![claim("x-sub", "sub")],
+        payload_header: "x-payload".to_owned(),
+        ..rule()
+    };
+    let second = l7::TokenRule {
+        issuer: "https://other".to_owned(),
+        jwks: json!({ "keys": [OTHER.jwk()] }).to_string().into_bytes().into(),
+        from_headers: at("x-second"),
+        claim_headers: vec![claim("x-sub", "sub"), claim("x-role", "role")],
+        payload_header: "x-payload".to_owned(),
+        ..rule()
+    };
+    let rules = rules(vec![first, second]);
+    let alice = KNOWN.sign(&claims(&json!({})));
+    let root = OTHER.sign(&claims(&json!({ "iss": "https://other", "sub": "root", "role": "admin" })));
+    let (mut headers, mut uri) = (HeaderMap::new(), Uri::from_static("/"));
+    headers.insert("x-first", HeaderValue::try_from(&alice).unwrap());
+    headers.insert("x-second", HeaderValue::try_from(&root).unwrap());
+    let token = authenticate(rules.iter(), &mut headers, &mut uri, NOW).unwrap().unwrap();
+    assert_eq!(token.principal(), Some("https://issuer.example/alice"));
+    let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap());
+    assert_eq!(text("x-sub"), Some("alice"));
+    assert_eq!(text("x-payload"), alice.split('.').nth(1));
+    assert_eq!(text("x-role"), None);
+    // Both are valid and neither is forwarded.
+    assert_eq!((text("x-first"), text("x-second")), (None, None));
+}
+
 #[test]
 fn claims_reach_headers_and_clients_cannot_write_them() {
     let claim = |name: &str, claim: &str| l7::ClaimHeader { name: name.to_owned(), claim: claim.to_owned() };

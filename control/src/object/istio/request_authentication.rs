@@ -197,6 +197,10 @@ impl RawRule {
     fn read(self, at: usize) -> Result<JwtRule, Invalid> {
         let invalid =
             |field: &str, problem: String| Invalid::new(format!("spec.jwtRules[{at}].{field}"), problem);
+        // A rule for any issuer would let its keys sign for the issuers of other rules.
+        if self.issuer.is_empty() {
+            return Err(invalid("issuer", "is missing".to_owned()));
+        }
         let keys = self.keys().map_err(|(field, problem)| invalid(field, problem))?;
         for header in &self.from_headers {
             HeaderName::try_from(&header.name)
@@ -243,7 +247,6 @@ impl RawRule {
         let remote = |address| KeySource::Remote { address, timeout };
         match (self.jwks.is_empty(), self.jwks_uri.is_empty()) {
             (false, false) => Err(("jwksUri", "cannot be combined with jwks".to_owned())),
-            (false, true) if self.issuer.is_empty() => Err(("issuer", "is missing".to_owned())),
             (false, true) => Ok(KeySource::Inline(self.jwks.as_str().into())),
             (true, false) => {
                 fetchable(&self.jwks_uri).map_err(|problem| ("jwksUri", problem))?;
