@@ -119,11 +119,17 @@ pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> 
     }
 }
 
-/// The same for a connection whose bytes are passed on unread.
+/// The same for a connection whose bytes are passed on unread. No token is looked for in them, so where tokens are to be verified
+/// nothing is passed on: a client could send a request that is not recognised as one.
 ///
 /// # Errors
 /// [`Failure::Denied`].
 pub fn authorize_connection(published: &Published, inbound: &Inbound) -> Result<(), Failure> {
+    if published.policies.needs_requests(&inbound.destination) {
+        return Err(Failure::Denied(
+            "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),
+        ));
+    }
     decide(published, inbound, None)
 }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_api::{l7, security};
-use ambit_directory::NamespacedHost;
+use ambit_directory::{AppProtocol, NamespacedHost};
 use ambit_identity::SpiffeId;
 use ambit_policy::{HttpRequest, Peer, Policy, Request, Verdict, evaluate_http};
 use ambit_token::{Rule, Rules};
@@ -86,6 +86,13 @@ impl Policies {
         [policies.is_empty(), tokens.is_empty(), custom.is_empty(), self.services.is_empty()]
             .iter()
             .all(|it| *it)
+    }
+
+    /// Whether bytes that are passed on unread could get around the rules for tokens. Where nothing is declared, what is passed on
+    /// may be a request that was not recognised; where the port declares no HTTP, only rules that no connection can meet count.
+    pub fn needs_requests(&self, destination: &Destination) -> bool {
+        let is_declared = destination.protocol() != AppProtocol::Unknown;
+        self.tokens(destination).any(|rule| !is_declared || rule.needs_request())
     }
 
     /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
@@ -217,6 +224,63 @@ mod tests {
                 ..security::Authorization::default()
             };
             assert!(!decide(policy(Some(authorization)), None), "{action:?}");
+        }
+    }
+
+    /// A port of a service.
+    fn service(protocol: wire::AppProtocol) -> Destination {
+        let (mut directory, reader) = Directory::new();
+        let port = wire::Port { service_port: 80, target_port: 8080, app_protocol: protocol.into() };
+        let hostname = "web.shop.svc.cluster.local";
+        let service = wire::Service {
+            name: "web".to_owned(),
+            namespace: "shop".to_owned(),
+            hostname: hostname.to_owned(),
+            ports: vec![port],
+            ..wire::Service::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        let update = Update::Address { name: format!("shop/{hostname}"), address };
+        assert!(directory.apply([update]).is_empty());
+        let service = reader.load().services().next().unwrap().clone();
+        Destination::Service { service, port: 80, dialled: None }
+    }
+
+    /// A client that is silent at first, or begins with an empty line or a lower-case method, is passed on unread.
+    #[test]
+    fn bytes_do_not_get_around_rules_for_tokens() {
+        let plain = || l7::TokenRule { issuer: "https://a".to_owned(), ..l7::TokenRule::default() };
+        let claim = l7::ClaimHeader { name: "x-user".to_owned(), claim: "sub".to_owned() };
+        let required = l7::TokenRule { required: true, ..plain() };
+        let payload = l7::TokenRule { payload_header: "x-payload".to_owned(), ..plain() };
+        let claims = l7::TokenRule { claim_headers: vec![claim], ..plain() };
+        for (rules, on_undeclared, on_tcp) in [
+            (vec![], false, false),
+            (vec![plain()], true, false),
+            (vec![plain(), required], true, true),
+            (vec![payload], true, true),
+            (vec![claims], true, true),
+        ] {
+            let shown = format!("{rules:?}");
+            let of_service = l7::Target {
+                namespace: "shop".to_owned(),
+                hostname: "web.shop.svc.cluster.local".to_owned(),
+                ..l7::Target::default()
+            };
+            let authentication = Some(l7::Authentication { rules });
+            let of_service = l7::Policy {
+                targets: vec![of_service],
+                authentication: authentication.clone(),
+                ..l7::Policy::default()
+            };
+            for source in [of_service, l7::Policy { authentication, ..policy(None) }] {
+                let all = BTreeMap::from([("shop/p".to_owned(), source)]);
+                let policies = Policies::new(&all, |gateway| gateway == "shop/waypoint");
+                let (undeclared, tcp) =
+                    (service(wire::AppProtocol::Unknown), service(wire::AppProtocol::Tcp));
+                assert_eq!(policies.needs_requests(&undeclared), on_undeclared, "{shown}");
+                assert_eq!(policies.needs_requests(&tcp), on_tcp, "{shown}");
+            }
         }
     }
 

@@ -7,12 +7,15 @@ use ambit_tests::beds::Trials;
 use ambit_tests::wait::{self, SOON};
 
 use crate::bed::{PORT, Waypoints};
-use crate::http;
+use crate::http::{self, Client};
 use crate::thin::log_line;
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("a policy that can't be enforced denies", async |bed| cannot_be_enforced(bed).await);
     trials.add("a policy denies bytes that are passed on", async |bed| passed_on(bed).await);
+    trials.add("what is not recognised as HTTP passes no rules for tokens", async |bed| {
+        unrecognised(bed).await;
+    });
 }
 
 /// A policy of a service, as flow of YAML.
@@ -79,4 +82,31 @@ async fn passed_on(bed: &Waypoints) {
     assert!(counted, "{metrics}");
     bed.cluster.delete("AuthorizationPolicy", "shop", "opaque").await.unwrap();
     bed.eventually(to, "/", "", |answer| answer.status == 200).await;
+}
+
+/// Of a silent client, an empty line and a method in lower case nothing reaches the server.
+async fn unrecognised(bed: &Waypoints) {
+    bed.server("guarded", "guarded", http::mirror()).await;
+    let to = bed.bind("guarded", "any").await;
+    bed.apply(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\n\
+         metadata: {name: guarded, namespace: shop}\n\
+         spec: {targetRefs: [{group: '', kind: Service, name: guarded}],\
+           jwtRules: [{issuer: https://a, jwks: '{}', presence: REQUIRED}]}\n",
+    )
+    .await;
+    bed.eventually(to, "/", "", |answer| answer.status == 401).await;
+    for start in ["\r\nGET", "get", ""] {
+        let mut client = Client::connect(&bed.cli, to).await.unwrap();
+        if start.is_empty() {
+            // The waypoint takes silence for a server that speaks first.
+            assert!(client.is_closed().await, "a silent client was passed on");
+            continue;
+        }
+        client.write(format!("{start} / HTTP/1.1\r\nhost: guarded\r\n\r\n").as_bytes()).await.unwrap();
+        let answer = client.response().await;
+        assert!(answer.as_ref().map_or(true, |answer| answer.status == 401), "{start:?}: {answer:?}");
+    }
+    log_line(bed, "a RequestAuthentication applies").await;
+    bed.cluster.delete("RequestAuthentication", "shop", "guarded").await.unwrap();
 }
