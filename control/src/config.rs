@@ -11,6 +11,7 @@ use ambit_identity::TrustDomain;
 use ambit_runtime::configuration::common::LogFormat;
 use ambit_runtime::configuration::{self, Settings, Span};
 use ambit_telemetry::logging;
+use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,8 @@ pub struct Config {
     pub key_set_roots: Option<PathBuf>,
     /// Age at which key sets are fetched again.
     pub key_set_refresh: Duration,
+    /// Addresses that key sets are not fetched from, beside those of this host and link.
+    pub key_set_blocked_cidrs: Vec<IpNet>,
     /// Key set that callers' tokens are verified with. `None`: the API server reviews them.
     pub jwks: Option<PathBuf>,
     /// Audiences of which a token must name one.
@@ -141,6 +144,9 @@ struct ControlSettings {
     key_set_roots: Option<PathBuf>,
     /// Age at which such key sets are fetched again; at least ten seconds.
     key_set_refresh: Span,
+    /// Networks that such key sets are never fetched from, as 10.96.0.0/12; those of this host and link never are.
+    #[schemars(extend("x-flag" = "key-set-blocked-cidr"))]
+    key_set_blocked_cidrs: Vec<String>,
     /// Where metrics are served.
     metrics: Option<SocketAddr>,
     /// Where readiness is served.
@@ -184,6 +190,7 @@ impl Default for ControlSettings {
             mesh_config: None,
             key_set_roots: None,
             key_set_refresh: Span::from_secs(1200),
+            key_set_blocked_cidrs: Vec::new(),
             metrics: None,
             readiness: None,
             admin: None,
@@ -264,6 +271,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         mesh_config,
         key_set_roots,
         key_set_refresh,
+        key_set_blocked_cidrs,
         metrics,
         readiness,
         admin,
@@ -290,6 +298,10 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         max_connections,
         key_set_roots,
         key_set_refresh: key_set_refresh.get(),
+        key_set_blocked_cidrs: key_set_blocked_cidrs
+            .iter()
+            .map(|text| cidr(text))
+            .collect::<Result<_, _>>()?,
         jwks,
         audiences,
         trusted_node_proxies: proxies.iter().map(|text| node_proxy(text)).collect::<Result<_, _>>()?,
@@ -381,6 +393,10 @@ fn node_proxy(text: &str) -> Result<NodeProxy, ConfigError> {
         }
         _ => Err(invalid("trustedNodeProxies", format!("names {text:?}, which is not NAMESPACE/NAME"))),
     }
+}
+
+fn cidr(text: &str) -> Result<IpNet, ConfigError> {
+    text.parse().map_err(|_| invalid("keySetBlockedCidrs", format!("names {text:?}, which is no network")))
 }
 
 fn invalid(key: &str, reason: impl std::fmt::Display) -> ConfigError {

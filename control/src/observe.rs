@@ -190,6 +190,8 @@ impl Observed {
     fn register_keys(&self, registry: &Registry) {
         let keys = &self.keys;
         counter(registry, ("key_sets_fetched", "Key sets of token issuers fetched"), keys, |m| &m.fetched);
+        let help = "Key sets dropped as they could not be refreshed for a day";
+        counter(registry, ("key_sets_expired", help), keys, |m| &m.expired);
         let help = "Attempts to fetch a key set that failed";
         counter(registry, ("key_set_fetches_failed", help), keys, |m| &m.failed);
         let (unknown, stale) = (keys.clone(), keys.clone());

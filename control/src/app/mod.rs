@@ -559,7 +559,12 @@ fn start_keys(
             }
         }
     });
-    let keys = Keys::new(config.key_set_roots.as_deref(), config.key_set_refresh, observed.keys.clone())?;
+    let keys = Keys::new(
+        config.key_set_roots.as_deref(),
+        config.key_set_refresh,
+        &config.key_set_blocked_cidrs,
+        observed.keys.clone(),
+    )?;
     tasks.spawn("the keys of tokens", keys.run(wanted, changed));
     Ok(inputs)
 }

@@ -88,8 +88,7 @@ impl IndexWorker {
     }
 
     fn want_keys(&self, index: &mut Index) {
-        let wanted = index.wanted_keys();
-        index.retain_keys(|address| wanted.contains_key(address));
+        let wanted = index.want_keys();
         let unasked = wanted.keys().filter(|address| !index.has_asked_for_keys(address)).count();
         self.unasked_keys.send_replace(unasked);
         self.wanted_keys.send_if_modified(|known| {

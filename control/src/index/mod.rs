@@ -17,7 +17,6 @@ mod touch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use ambit_api::l7 as l7_api;
 
@@ -25,7 +24,7 @@ use crate::object::{Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentR
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
-pub use l7::request_authentications::FetchedKeys;
+pub use l7::request_authentications::{FetchedKeys, WantedKeys};
 pub use l7::views::root_of_view;
 use outputs::Outputs;
 pub use outputs::{Resource, ResourceChanges, ResourceType};
@@ -190,6 +189,9 @@ pub struct Index {
     placements: BTreeMap<NamespacedName, Option<PodPlacement>>,
     /// Producers computed since the index was made.
     computed: u64,
+    /// The keys that were wanted last, by when they came to be wanted.
+    key_generations: BTreeMap<KeyAddress, u64>,
+    key_generation: u64,
 }
 
 impl Index {
@@ -208,6 +210,8 @@ impl Index {
             touched: BTreeSet::from([strict]),
             placements: BTreeMap::new(),
             computed: 0,
+            key_generations: BTreeMap::new(),
+            key_generation: 0,
         }
     }
 
@@ -257,14 +261,28 @@ impl Index {
         gateway.is_some_and(|gateway| self.settings.waypoint_classes.contains(&gateway.class))
     }
 
-    /// The keys of token issuers that are to be fetched, and how long each may take.
-    pub fn wanted_keys(&self) -> BTreeMap<KeyAddress, Duration> {
-        let mut wanted = BTreeMap::new();
-        let bound = self.store.request_authentications.values().filter(|it| !it.targets.is_empty());
-        for (address, timeout) in bound.flat_map(|authentication| authentication.remote_keys()) {
-            let longest: &mut Duration = wanted.entry(address.clone()).or_default();
-            *longest = timeout.max(*longest);
+    /// The keys of token issuers that are to be fetched: those of objects that are bound to something. Those that are not
+    /// wanted any more are forgotten.
+    pub fn want_keys(&mut self) -> BTreeMap<KeyAddress, WantedKeys> {
+        let mut wanted: BTreeMap<KeyAddress, WantedKeys> = BTreeMap::new();
+        for (id, authentication) in &self.store.request_authentications {
+            let producer = ObjectRef { kind: Kind::RequestAuthentication, name: id.clone() };
+            if !self.outputs.has(&producer) {
+                continue;
+            }
+            for (address, timeout) in authentication.remote_keys() {
+                let keys = wanted.entry(address.clone()).or_default();
+                keys.timeout = timeout.max(keys.timeout);
+                keys.namespaces.insert(id.namespace.clone());
+            }
         }
+        self.key_generation = self.key_generation.wrapping_add(1);
+        for (address, keys) in &mut wanted {
+            keys.generation = *self.key_generations.get(address).unwrap_or(&self.key_generation);
+        }
+        self.key_generations =
+            wanted.iter().map(|(address, keys)| (address.clone(), keys.generation)).collect();
+        self.store.keys.retain(|address, _| wanted.contains_key(address));
         wanted
     }
 

@@ -125,6 +125,11 @@ impl Outputs {
         }
     }
 
+    /// Whether a producer produces anything.
+    pub(super) fn has(&self, producer: &ObjectRef) -> bool {
+        self.produced.contains_key(producer)
+    }
+
     /// Ends the batch: what is in force now and was not before, by type.
     pub(super) fn take_changes(&mut self) -> BTreeMap<ResourceType, ResourceChanges> {
         let mut all: BTreeMap<ResourceType, ResourceChanges> = BTreeMap::new();

@@ -281,11 +281,6 @@ impl Index {
         self.store.keys.insert(address, keys);
     }
 
-    /// Forgets keys that are not wanted any more.
-    pub fn retain_keys(&mut self, is_wanted: impl Fn(&KeyAddress) -> bool) {
-        self.store.keys.retain(|address, _| is_wanted(address));
-    }
-
     fn take_service_entry(&mut self, id: &NamespacedName, new: Option<&Arc<ServiceEntry>>) {
         let old = self.store.set_service_entry(id, new);
         if old.as_ref() == new {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_token::{KeySet, KeySetError};
+use ambit_token::{KeySetError, keys};
 use bytes::Bytes;
 use http::header::ACCEPT;
 use http::{HeaderValue, Request, StatusCode, Uri};
@@ -18,6 +18,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use serde::Deserialize;
 
+use super::addresses::{Addresses, Resolver};
 use crate::object::KeyAddress;
 
 /// Largest answer that is read.
@@ -49,11 +50,13 @@ pub enum RootsError {
     Tls(#[source] rustls::Error),
 }
 
-/// Why keys were not fetched. It says nothing of what was answered: whoever writes the address would read it.
+/// Why keys were not fetched, for the log. Statuses don't say it: whoever writes the address would learn what answers there.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FetchError {
     #[error("the address can't be used")]
     Address,
+    #[error("keys must not be fetched from there")]
+    Blocked,
     #[error("no answer within {0:?}")]
     Timeout(Duration),
     #[error("no connection")]
@@ -64,12 +67,15 @@ pub(super) enum FetchError {
     Body,
     #[error("the answer is no OpenID configuration with a jwks_uri of http or https")]
     Configuration,
-    #[error("the answer can't be used: {}", match .0 { KeySetError::Malformed(_) => "it is no JSON Web Key Set", KeySetError::Empty => "it has no key that can verify tokens" })]
-    Keys(KeySetError),
+    #[error("the answer is no JSON Web Key Set, or too large a one")]
+    Keys(#[source] KeySetError),
 }
 
 /// Fetches over http and https.
-pub(super) struct Fetcher(Client<HttpsConnector<HttpConnector>, Empty<Bytes>>);
+pub(super) struct Fetcher {
+    client: Client<HttpsConnector<HttpConnector<Resolver>>, Empty<Bytes>>,
+    addresses: Addresses,
+}
 
 #[derive(Deserialize)]
 struct Configuration {
@@ -78,7 +84,7 @@ struct Configuration {
 
 impl Fetcher {
     /// Mozilla's roots, as the image has none of a system, and those of a file.
-    pub(super) fn new(file: Option<&Path>) -> Result<Self, RootsError> {
+    pub(super) fn new(file: Option<&Path>, addresses: Addresses) -> Result<Self, RootsError> {
         let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
         if let Some(path) = file {
             let unreadable = |source| RootsError::Read { path: path.to_owned(), source };
@@ -93,14 +99,24 @@ impl Fetcher {
             .map_err(RootsError::Tls)?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let connector =
-            HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_http1().build();
+        let mut connector = HttpConnector::new_with_resolver(Resolver::new(addresses.clone()));
+        // TLS comes on top of it.
+        connector.enforce_http(false);
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(connector);
         let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(IDLE).build(connector);
-        Ok(Self(client))
+        Ok(Self { client, addresses })
     }
 
-    /// The content of a key set that has usable keys.
-    pub(super) async fn fetch(&self, address: &KeyAddress, limit: Duration) -> Result<Bytes, FetchError> {
+    /// The usable keys of a key set; `None` if it has none.
+    pub(super) async fn fetch(
+        &self,
+        address: &KeyAddress,
+        limit: Duration,
+    ) -> Result<Option<Bytes>, FetchError> {
         let fetching = async {
             let keys = match address {
                 KeyAddress::Uri(uri) => self.get(uri).await?,
@@ -119,18 +135,24 @@ impl Fetcher {
                     self.get(&configuration.jwks_uri).await?
                 }
             };
-            KeySet::parse(&keys).map_err(FetchError::Keys)?;
-            Ok(keys)
+            match keys::canonical(&keys) {
+                Ok(keys) => Ok(Some(keys.into())),
+                Err(KeySetError::Empty) => Ok(None),
+                Err(error) => Err(FetchError::Keys(error)),
+            }
         };
         tokio::time::timeout(limit, fetching).await.unwrap_or(Err(FetchError::Timeout(limit)))
     }
 
     async fn get(&self, uri: &str) -> Result<Bytes, FetchError> {
         let uri: Uri = uri.parse().map_err(|_| FetchError::Address)?;
+        if !uri.host().is_some_and(|host| self.addresses.allow_host(host)) {
+            return Err(FetchError::Blocked);
+        }
         let mut request = Request::new(Empty::new());
         *request.uri_mut() = uri;
         request.headers_mut().insert(ACCEPT, HeaderValue::from_static("application/json"));
-        let answer = self.0.request(request).await.map_err(FetchError::Connect)?;
+        let answer = self.client.request(request).await.map_err(FetchError::Connect)?;
         if answer.status() != StatusCode::OK {
             return Err(FetchError::Status(answer.status()));
         }

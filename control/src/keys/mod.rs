@@ -3,28 +3,35 @@
 //! [`schedule`] says when what is fetched, without I/O; [`fetch`] fetches. The index says which keys are wanted and gets
 //! those that change; it knows nothing of this module.
 
+mod addresses;
 mod fetch;
 mod schedule;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
+use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
+use addresses::Addresses;
 pub(crate) use fetch::RootsError;
 use fetch::{FetchError, Fetcher};
 use schedule::Schedule;
 
-use crate::index::FetchedKeys;
+use crate::index::{FetchedKeys, WantedKeys};
 use crate::object::KeyAddress;
 
-/// The keys that are wanted, and how long fetching each may take.
-pub(crate) type Wanted = BTreeMap<KeyAddress, Duration>;
+/// The keys that are wanted.
+pub(crate) type Wanted = BTreeMap<KeyAddress, WantedKeys>;
+
+/// What became of an attempt, and of which task.
+type Ended = Result<(Id, Result<Option<Bytes>, FetchError>), JoinError>;
 
 /// Live counters.
 #[derive(Debug, Default)]
@@ -37,6 +44,8 @@ pub(crate) struct KeyMetrics {
     pub(crate) unknown: AtomicU64,
     /// Key sets that are kept although they could not be refreshed.
     pub(crate) stale: AtomicU64,
+    /// Key sets dropped as they could not be refreshed for too long.
+    pub(crate) expired: AtomicU64,
 }
 
 /// Fetches keys.
@@ -44,19 +53,34 @@ pub(crate) struct Keys {
     fetcher: Arc<Fetcher>,
     schedule: Schedule,
     metrics: Arc<KeyMetrics>,
+    /// The attempts, all of which count until they have ended.
+    fetching: JoinSet<Result<Option<Bytes>, FetchError>>,
+    addresses_of: HashMap<Id, KeyAddress>,
 }
 
 impl Keys {
-    /// Trusts servers by Mozilla's roots and those of the file `roots`; refreshes keys after `refresh`.
+    /// Trusts servers by Mozilla's roots and those of the file `roots`; refreshes keys after `refresh`. Connects neither to
+    /// addresses of `blocked` nor to those of this host or link.
     ///
     /// # Errors
     /// [`RootsError`] if the file cannot be used.
     pub(crate) fn new(
         roots: Option<&Path>,
         refresh: Duration,
+        blocked: &[IpNet],
         metrics: Arc<KeyMetrics>,
     ) -> Result<Self, RootsError> {
-        Ok(Self { fetcher: Arc::new(Fetcher::new(roots)?), schedule: Schedule::new(refresh), metrics })
+        Ok(Self::with(Fetcher::new(roots, Addresses::without(blocked))?, refresh, metrics))
+    }
+
+    fn with(fetcher: Fetcher, refresh: Duration, metrics: Arc<KeyMetrics>) -> Self {
+        Self {
+            fetcher: Arc::new(fetcher),
+            schedule: Schedule::new(refresh),
+            metrics,
+            fetching: JoinSet::new(),
+            addresses_of: HashMap::new(),
+        }
     }
 
     /// Fetches what is wanted, for ever, and sends what changes to `changed`. Ends when nobody wants or listens any more.
@@ -66,15 +90,8 @@ impl Keys {
         changed: mpsc::Sender<(KeyAddress, FetchedKeys)>,
     ) {
         wanted.mark_changed();
-        let mut fetching: JoinSet<(KeyAddress, Result<bytes::Bytes, FetchError>)> = JoinSet::new();
         loop {
-            for (address, timeout) in self.schedule.poll_due(Instant::now()) {
-                let fetcher = self.fetcher.clone();
-                fetching.spawn(async move {
-                    let fetched = fetcher.fetch(&address, timeout).await;
-                    (address, fetched)
-                });
-            }
+            self.start_due();
             let next = self.schedule.next();
             let due = async move {
                 match next {
@@ -82,33 +99,55 @@ impl Keys {
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
+            let news = tokio::select! {
                 news = wanted.changed() => {
                     if news.is_err() {
                         return;
                     }
-                    self.schedule.set_wanted(&wanted.borrow_and_update(), Instant::now());
+                    self.schedule.set_wanted(&wanted.borrow_and_update(), Instant::now())
                 }
-                Some(Ok((address, fetched))) = fetching.join_next() => {
-                    let count = if fetched.is_ok() { &self.metrics.fetched } else { &self.metrics.failed };
-                    count.fetch_add(1, Ordering::Relaxed);
-                    if let Err(error) = &fetched {
-                        tracing::warn!(%address, %error, "keys of tokens were not fetched");
-                    }
-                    let fetched = fetched.map_err(|error| error.to_string());
-                    let news = self.schedule.handle_fetched(&address, fetched, Instant::now());
-                    if let Some(news) = news
-                        && changed.send((address, news)).await.is_err()
-                    {
-                        return;
-                    }
+                Some(ended) = self.fetching.join_next_with_id() => self.handle_ended(ended).into_iter().collect(),
+                () = due => Vec::new(),
+            };
+            for news in news {
+                if changed.send(news).await.is_err() {
+                    return;
                 }
-                () = due => {}
             }
             let (unknown, stale) = self.schedule.problems();
             self.metrics.unknown.store(unknown, Ordering::Relaxed);
             self.metrics.stale.store(stale, Ordering::Relaxed);
+            self.metrics.expired.store(self.schedule.expired(), Ordering::Relaxed);
         }
+    }
+
+    fn start_due(&mut self) {
+        for (address, timeout) in self.schedule.poll_due(Instant::now()) {
+            let (fetcher, asked) = (self.fetcher.clone(), address.clone());
+            let task = self.fetching.spawn(async move { fetcher.fetch(&asked, timeout).await });
+            self.addresses_of.insert(task.id(), address);
+        }
+    }
+
+    fn handle_ended(&mut self, ended: Ended) -> Option<(KeyAddress, FetchedKeys)> {
+        let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
+        let address = self.addresses_of.remove(&id)?;
+        let fetched = match ended {
+            Ok((_, Ok(keys))) => Ok(keys),
+            Ok((_, Err(error))) => {
+                let reason = std::error::Error::source(&error).map(ToString::to_string);
+                tracing::warn!(%address, %error, reason, "keys of tokens were not fetched");
+                Err(())
+            }
+            Err(error) => {
+                tracing::error!(%address, %error, "fetching keys of tokens ended without an outcome");
+                Err(())
+            }
+        };
+        let count = if fetched.is_ok() { &self.metrics.fetched } else { &self.metrics.failed };
+        count.fetch_add(1, Ordering::Relaxed);
+        let news = self.schedule.handle_fetched(&address, fetched, Instant::now())?;
+        Some((address, news))
     }
 }
 

@@ -7,6 +7,10 @@ use serde_json::{Map, Value};
 
 /// Keys in a set; more are ignored. Also bounds the work for a token that names no key.
 pub const MAX_KEYS: usize = 32;
+/// Bytes of a key set as it is passed on.
+pub const MAX_SIZE: usize = 64 << 10;
+/// The members of a key that verifying needs (RFC 7517 §4, RFC 7518 §6, RFC 8037 §2).
+pub(crate) const MEMBERS: [&str; 9] = ["kty", "kid", "use", "alg", "n", "e", "crv", "x", "y"];
 /// Tolerated difference between clocks, seconds (Envoy's).
 const LEEWAY_SECONDS: f64 = 60.0;
 
@@ -19,6 +23,9 @@ pub enum KeySetError {
     /// No key in it can verify tokens.
     #[error("it has no key that can verify tokens")]
     Empty,
+    /// Its usable keys are larger than [`MAX_SIZE`].
+    #[error("its keys are larger than {MAX_SIZE} bytes")]
+    TooLarge,
 }
 
 /// Why a token is not valid.
@@ -81,6 +88,24 @@ impl std::fmt::Debug for Key {
 #[derive(Deserialize)]
 struct Content {
     keys: Vec<Value>,
+}
+
+/// What a key set comes to: at most [`MAX_KEYS`] usable keys, with nothing but what verifying needs.
+///
+/// # Errors
+/// [`KeySetError`] if it is none, has no usable key, or its keys are too large.
+pub fn canonical(content: &[u8]) -> Result<String, KeySetError> {
+    let Content { keys: all } = serde_json::from_slice(content)?;
+    let is_usable = |value: &Value| Jwk::deserialize(value).ok().as_ref().and_then(key).is_some();
+    let mut keys: Vec<Value> = all.into_iter().filter(is_usable).take(MAX_KEYS).collect();
+    if keys.is_empty() {
+        return Err(KeySetError::Empty);
+    }
+    for key in keys.iter_mut().filter_map(Value::as_object_mut) {
+        key.retain(|member, _| MEMBERS.contains(&member.as_str()));
+    }
+    let text = serde_json::json!({ "keys": keys }).to_string();
+    if text.len() > MAX_SIZE { Err(KeySetError::TooLarge) } else { Ok(text) }
 }
 
 impl KeySet {

@@ -5,6 +5,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::json;
 
 use super::*;
+use crate::keys::{KeySetError, MAX_KEYS, MAX_SIZE, MEMBERS, canonical};
 
 const NOW: f64 = 1_000_000.0;
 const ISSUER: &str = "https://issuer.example";
@@ -132,6 +133,32 @@ fn keys_that_are_not_known_verify_nothing() {
         let rules = rules(vec![l7::TokenRule { jwks: jwks.to_owned().into_bytes().into(), ..rule() }]);
         assert_eq!(judged(&rules, &token), Err(TokenError::NoKeys.into()), "{jwks}");
     }
+}
+
+#[test]
+fn a_key_set_is_passed_on_with_what_verifying_needs() {
+    let mut known = KNOWN.jwk();
+    known["x5c"] = json!(["A".repeat(100_000)]);
+    known["d"] = json!("secret");
+    let other = json!({ "kty": "oct", "k": "c2VjcmV0" });
+    let text = canonical(json!({ "keys": [other, known], "more": 1 }).to_string().as_bytes()).unwrap();
+    let mut small = KNOWN.jwk();
+    small.as_object_mut().unwrap().retain(|name, value| MEMBERS.contains(&name.as_str()) && !value.is_null());
+    let passed: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(passed, json!({ "keys": [small] }));
+    assert_eq!(canonical(text.as_bytes()).unwrap(), text);
+    let token = KNOWN.sign(&claims(&json!({})));
+    assert!(judged(&rules(vec![l7::TokenRule { jwks: text.into_bytes().into(), ..rule() }]), &token).is_ok());
+
+    let many = json!({ "keys": vec![KNOWN.jwk(); MAX_KEYS + 5] }).to_string();
+    let many: Value = serde_json::from_str(&canonical(many.as_bytes()).unwrap()).unwrap();
+    assert_eq!(many["keys"].as_array().unwrap().len(), MAX_KEYS);
+
+    known["kid"] = json!("k".repeat(MAX_SIZE));
+    let large = json!({ "keys": [known] }).to_string();
+    assert!(matches!(canonical(large.as_bytes()), Err(KeySetError::TooLarge)));
+    assert!(matches!(canonical(b"{\"keys\": []}"), Err(KeySetError::Empty)));
+    assert!(matches!(canonical(b"[]"), Err(KeySetError::Malformed(_))));
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! RequestAuthentications as resources: the rules with their keys, for the waypoints of what they are bound to.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ambit_api::l7;
-use ambit_token::KeySet;
+use ambit_token::keys;
 use bytes::Bytes;
 use prost::Message;
 
@@ -13,6 +15,9 @@ use super::policies::{Bound, report};
 use super::reader::Reader;
 use crate::object::{JwtRule, KeySource, Kind, NamespacedName, RequestAuthentication};
 
+/// Bytes of keys that one object may have in all: each waypoint that it is for gets them.
+const MOST_KEY_BYTES: usize = 256 << 10;
+
 /// What became of fetching keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FetchedKeys {
@@ -20,6 +25,17 @@ pub struct FetchedKeys {
     pub keys: Option<Bytes>,
     /// Why there is none, or why it may be old.
     pub problem: Option<Arc<str>>,
+}
+
+/// Keys that are to be fetched.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WantedKeys {
+    /// How long that may take.
+    pub timeout: Duration,
+    /// The namespaces of the objects that name them.
+    pub namespaces: BTreeSet<Arc<str>>,
+    /// Differs each time that they are wanted anew: what was known of them before is forgotten.
+    pub generation: u64,
 }
 
 /// The resource of a RequestAuthentication that is bound to something of a waypoint.
@@ -70,7 +86,9 @@ pub(in crate::index) fn of_authentication(
 fn enforced(reader: &Reader<'_>, authentication: &RequestAuthentication) -> Option<l7::Authentication> {
     match &authentication.rules {
         Ok(rules) => {
-            Some(l7::Authentication { rules: rules.iter().map(|rule| with_keys(reader, rule)).collect() })
+            let mut size = 0;
+            let rules = rules.iter().map(|rule| bounded(reader, with_keys(reader, rule), &mut size));
+            Some(l7::Authentication { rules: rules.collect() })
         }
         Err(reason) => {
             report(reader, false, "Unreadable", format!("{reason}: everything is denied instead"));
@@ -79,10 +97,26 @@ fn enforced(reader: &Reader<'_>, authentication: &RequestAuthentication) -> Opti
     }
 }
 
+/// A rule whose keys are left out where those before it have used up the object's share.
+fn bounded(reader: &Reader<'_>, mut rule: l7::TokenRule, size: &mut usize) -> l7::TokenRule {
+    let sum = size.saturating_add(rule.jwks.len());
+    if sum > MOST_KEY_BYTES {
+        let message = format!(
+            "keys of {}: those of the object are too large together: its tokens are refused",
+            rule.issuer
+        );
+        report(reader, false, "KeysUnknown", message);
+        rule.jwks = Bytes::new();
+    } else {
+        *size = sum;
+    }
+    rule
+}
+
 fn with_keys(reader: &Reader<'_>, JwtRule { rule, keys }: &JwtRule) -> l7::TokenRule {
     let jwks = match keys {
-        KeySource::Inline(content) => match KeySet::parse(content.as_bytes()) {
-            Ok(_) => Bytes::copy_from_slice(content.as_bytes()),
+        KeySource::Inline(content) => match keys::canonical(content.as_bytes()) {
+            Ok(keys) => keys.into(),
             Err(error) => {
                 let message = format!("jwks of {}: {error}: its tokens are refused", rule.issuer);
                 report(reader, false, "KeysUnknown", message);

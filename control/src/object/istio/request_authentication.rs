@@ -19,7 +19,9 @@ use super::virtual_service_http::duration;
 /// How long fetching keys may take where a rule does not say (Istio's default).
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest that fetching keys may take, whatever a rule says.
-const LONGEST_TIMEOUT: Duration = Duration::from_secs(60);
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most rules of one object.
+const MOST_RULES: usize = 64;
 /// Fields that a claim must not be written to: they frame the message, or are the mesh's own.
 const RESERVED: [&str; 10] = [
     "connection",
@@ -155,6 +157,9 @@ impl TryFrom<Manifest> for RequestAuthentication {
         let targets: Vec<TargetRef> = target_ref.into_iter().chain(target_refs).collect();
         if !targets.is_empty() && selector.is_some() {
             return Err(Invalid::new("spec.selector", "cannot be combined with targetRefs"));
+        }
+        if jwt_rules.len() > MOST_RULES {
+            return Err(Invalid::new("spec.jwtRules", format!("has more than {MOST_RULES} rules")));
         }
         let rules =
             jwt_rules.into_iter().enumerate().map(|(at, rule)| rule.read(at)).collect::<Result<_, _>>()?;
