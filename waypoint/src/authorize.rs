@@ -125,11 +125,6 @@ pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> 
 /// # Errors
 /// [`Failure::Denied`].
 pub fn authorize_connection(published: &Published, inbound: &Inbound) -> Result<(), Failure> {
-    if published.policies.needs_requests(&inbound.destination) {
-        return Err(Failure::Denied(
-            "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),
-        ));
-    }
     decide(published, inbound, None)
 }
 
@@ -141,6 +136,11 @@ fn decide(
     let proxy = &inbound.worker.proxy;
     let rechecked = proxy.trust.recheck(&inbound.certificate, SystemTime::now());
     rechecked.map_err(|error| Failure::Denied(error.to_string()))?;
+    if request.is_none() && published.policies.needs_requests(&inbound.destination) {
+        return Err(Failure::Denied(
+            "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),
+        ));
+    }
     let identity = inbound.certificate.identity();
     let verdict = published.policies.decide(&inbound.destination, identity, inbound.source.ip(), request);
     note_dry_run(inbound, &verdict);
