@@ -7,6 +7,8 @@ pub mod balancer;
 pub mod host;
 pub mod key;
 mod locality;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::Arc;

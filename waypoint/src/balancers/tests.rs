@@ -1,0 +1,196 @@
+//! Slots over a directory: subsets, ejection, levels, and what stays when things change.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ambit_api::{l7, workload as wire};
+use ambit_directory::{Directory, Reader, Update};
+use prost::Message;
+
+use super::*;
+
+const OWN: &str = "c//Pod/shop/waypoint";
+
+fn pod(name: &str, last: u8, region: &str, version: &str) -> Update {
+    let labels = l7::WorkloadLabels { labels: [("version".to_owned(), version.to_owned())].into() };
+    let config =
+        prost_types::Any { type_url: ambit_api::LABELS_TYPE_URL.to_owned(), value: labels.encode_to_vec() };
+    let extension = wire::Extension { name: ambit_api::LABELS_EXTENSION.to_owned(), config: Some(config) };
+    let uid = format!("c//Pod/shop/{name}");
+    let workload = wire::Workload {
+        uid: uid.clone(),
+        name: name.to_owned(),
+        namespace: "shop".to_owned(),
+        cluster_id: "c".to_owned(),
+        addresses: vec![vec![10, 0, 0, last].into()],
+        locality: Some(wire::Locality { region: region.to_owned(), ..wire::Locality::default() }),
+        services: match name {
+            "waypoint" => BTreeMap::default(),
+            _ => [("shop/web".to_owned(), wire::PortList::default())].into_iter().collect(),
+        },
+        extensions: vec![extension],
+        ..wire::Workload::default()
+    };
+    Update::Address {
+        name: uid,
+        address: wire::Address { r#type: Some(wire::address::Type::Workload(workload)) },
+    }
+}
+
+struct World {
+    directory: Directory,
+    reader: Reader,
+    balancers: Balancers,
+    policies: BackendPolicies,
+}
+
+impl World {
+    fn new(pods: impl IntoIterator<Item = Update>, settings: l7::PortSettings) -> Self {
+        let (mut directory, reader) = Directory::new();
+        let port = wire::Port { service_port: 80, target_port: 8080, ..wire::Port::default() };
+        let service = wire::Service {
+            name: "web".to_owned(),
+            namespace: "shop".to_owned(),
+            hostname: "web".to_owned(),
+            ports: vec![port],
+            ..wire::Service::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        let service = Update::Address { name: "shop/web".to_owned(), address };
+        let updates = pods.into_iter().chain([service, pod("waypoint", 200, "here", "")]);
+        assert!(directory.apply(updates).is_empty());
+        let subset = l7::Subset {
+            name: "v2".to_owned(),
+            labels: [("version".to_owned(), "v2".to_owned())].into(),
+            settings: Vec::new(),
+        };
+        let policy = l7::BackendPolicy {
+            object: Some(l7::ObjectName { namespace: "shop".to_owned(), ..l7::ObjectName::default() }),
+            host: "web".to_owned(),
+            settings: vec![settings],
+            subsets: vec![subset],
+            ..l7::BackendPolicy::default()
+        };
+        let policies = BackendPolicies::new(1, [&policy]);
+        Self { directory, reader, balancers: Balancers::default(), policies }
+    }
+
+    fn choose(&self, subset: Option<&str>) -> Result<Chosen, NoEndpoint> {
+        let snapshot = self.reader.snapshot();
+        let own = snapshot.workload(OWN).unwrap();
+        let sources = Sources { snapshot: &snapshot, own, policies: &self.policies };
+        let host = NamespacedHost { namespace: "shop".into(), hostname: "web".into() };
+        let key = SlotKey { host, port: 80, subset: subset.map(Into::into) };
+        let slot = self.balancers.find(&key, &sources).unwrap();
+        let balancer = slot.current(&sources).unwrap();
+        slot.choose(&balancer, &snapshot, &[], None)
+    }
+
+    /// The names of those that are chosen.
+    fn chosen(&self, subset: Option<&str>) -> BTreeSet<String> {
+        let name = |chosen: Chosen| chosen.endpoint.workload.as_ref().unwrap().name.to_string();
+        (0..200).filter_map(|_| self.choose(subset).ok()).map(name).collect()
+    }
+
+    /// Fails every request to this endpoint until it is ejected.
+    fn eject(&self, name: &str) {
+        for _ in 0..400 {
+            let chosen = self.choose(None).unwrap();
+            let is_it = *chosen.endpoint.workload.as_ref().unwrap().name == *name;
+            chosen.trial.end(if is_it { Outcome::Answer(503) } else { Outcome::Answer(200) });
+            if is_it {
+                return;
+            }
+        }
+        panic!("{name} is never chosen");
+    }
+}
+
+/// At the first failure, all but so many per cent of the endpoints.
+fn ejecting(max_ejection_percent: u32, min_health_percent: u32) -> l7::PortSettings {
+    let outliers = l7::OutlierDetection {
+        consecutive_5xx: 1,
+        interval_nanos: 10_000_000_000,
+        base_ejection_nanos: 300_000_000_000,
+        max_ejection_percent,
+        min_health_percent,
+        ..l7::OutlierDetection::default()
+    };
+    let balancer = l7::LoadBalancer { algorithm: l7::Algorithm::Random.into(), ..Default::default() };
+    l7::PortSettings {
+        load_balancer: Some(balancer),
+        outlier_detection: Some(outliers),
+        ..l7::PortSettings::default()
+    }
+}
+
+fn names<const N: usize>(names: [&str; N]) -> BTreeSet<String> {
+    names.map(str::to_owned).into()
+}
+
+#[test]
+fn a_subset_is_of_the_endpoints_with_its_labels() {
+    let pods = [pod("a", 1, "here", "v1"), pod("b", 2, "here", "v2")];
+    let world = World::new(pods, l7::PortSettings::default());
+    assert_eq!(world.chosen(Some("v2")), names(["b"]));
+    assert_eq!(world.chosen(None), names(["a", "b"]));
+}
+
+#[test]
+fn an_ejected_endpoint_stays_so_when_others_come() {
+    let mut world = World::new([pod("a", 1, "here", ""), pod("b", 2, "here", "")], ejecting(100, 0));
+    world.chosen(None);
+    world.eject("a");
+    assert_eq!(world.chosen(None), names(["b"]));
+    assert!(world.directory.apply([pod("c", 3, "here", "")]).is_empty());
+    assert_eq!(world.chosen(None), names(["b", "c"]));
+    assert_eq!((world.balancers.ejected(), world.balancers.counts.ejections.load(Ordering::Relaxed)), (1, 1));
+}
+
+#[test]
+fn ejections_have_a_limit_and_a_threshold() {
+    let pods = || [pod("a", 1, "here", ""), pod("b", 2, "here", "")];
+    let limited = World::new(pods(), ejecting(10, 0));
+    limited.eject("a");
+    limited.eject("b");
+    assert_eq!(limited.chosen(None), names(["b"]));
+    assert_eq!(limited.balancers.counts.ejections_withheld.load(Ordering::Relaxed), 1);
+    let panicking = World::new(pods(), ejecting(100, 60));
+    panicking.eject("a");
+    assert_eq!(panicking.chosen(None), names(["a", "b"]));
+    let all = World::new(pods(), ejecting(100, 0));
+    all.eject("a");
+    all.eject("b");
+    assert_eq!(all.choose(None).map(|_| ()), Err(NoEndpoint::NoneHealthy));
+}
+
+#[test]
+fn farther_endpoints_take_over_from_ejected_ones() {
+    let pods = [pod("a", 1, "here", ""), pod("b", 2, "next", ""), pod("c", 3, "far", "")];
+    let mut settings = ejecting(100, 0);
+    let failover = [("here".to_owned(), "next".to_owned())].into();
+    settings.load_balancer.as_mut().unwrap().locality =
+        Some(l7::LocalityPreference { failover, ..l7::LocalityPreference::default() });
+    let world = World::new(pods, settings);
+    assert_eq!(world.chosen(None), names(["a"]));
+    world.eject("a");
+    assert_eq!(world.chosen(None), names(["b"]));
+    world.eject("b");
+    assert_eq!(world.chosen(None), names(["c"]));
+}
+
+#[test]
+fn a_distribution_gives_each_locality_its_share() {
+    let pods = [pod("a", 1, "here", ""), pod("b", 2, "next", ""), pod("c", 3, "far", "")];
+    let to = [("here/*".to_owned(), 80), ("next/*".to_owned(), 20)].into();
+    let distribute = vec![l7::Distribution { from: "here/*".to_owned(), to }];
+    let locality = l7::LocalityPreference { distribute, ..l7::LocalityPreference::default() };
+    let balancer = l7::LoadBalancer { locality: Some(locality), ..l7::LoadBalancer::default() };
+    let world = World::new(pods, l7::PortSettings { load_balancer: Some(balancer), ..Default::default() });
+    assert_eq!(world.chosen(None), names(["a", "b"]));
+    let near = |_: &usize| {
+        let chosen = world.choose(None).unwrap();
+        *chosen.endpoint.workload.as_ref().unwrap().name == *"a"
+    };
+    let share = (0..2000).filter(near).count();
+    assert!((1500..1700).contains(&share), "{share}");
+}
