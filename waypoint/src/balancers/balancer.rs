@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ambit_api::l7::LocalityPreference;
-use ambit_balance::{Algorithm, Level as LevelHealth, Members, Pool, TableKind, choose_level, hash};
+use ambit_balance::{
+    Algorithm, Level as LevelHealth, Members, OutlierSettings, Pool, TableKind, choose_level, hash,
+};
 use ambit_directory::{Candidate, NoEndpoint, ServiceState, Snapshot, Workload, WorkloadUid};
 use rand::{Rng, RngExt};
 
@@ -162,6 +164,11 @@ impl Balancer {
     /// What is said of them.
     pub fn policy(&self) -> &Arc<PortPolicy> {
         &self.found.policy
+    }
+
+    /// When one of them is ejected, if ever.
+    pub(super) fn outlier_settings(&self) -> Option<&OutlierSettings> {
+        self.policy().outliers.as_ref().map(|outliers| &outliers.settings)
     }
 
     /// How one is chosen.

@@ -101,6 +101,13 @@ impl HostState {
         self.ejected_until.store(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         until
     }
+
+    /// Ends its ejection, and forgets its failures.
+    pub fn readmit(&self) {
+        let mut learned = self.learned.lock();
+        learned.ejection = Ejection::default();
+        self.ejected_until.store(0, Ordering::Relaxed);
+    }
 }
 
 /// A request in progress at an endpoint.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use ambit_balance::{Outcome, may_eject};
+use ambit_balance::{Outcome, OutlierSettings, may_eject};
 use ambit_directory::{HostRef, NamespacedHost, NoEndpoint, ServiceState, Snapshot, Workload, WorkloadUid};
 use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
@@ -115,6 +115,7 @@ impl Balancers {
             building: Mutex::default(),
             turn: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
+            ejecting: Mutex::default(),
             counts: self.counts.clone(),
         });
         Ok(self.slots.write().entry(key.clone()).or_insert(slot).clone())
@@ -188,6 +189,9 @@ pub struct Slot {
     turn: AtomicU64,
     /// When the last ejection ends, in nanoseconds.
     ejected_until: AtomicU64,
+    /// Held while an endpoint is ejected, and while ejections are taken back, so that they are counted and made by the policy that holds.
+    /// Never held across an await.
+    ejecting: Mutex<()>,
     counts: Arc<Counts>,
 }
 
@@ -237,7 +241,7 @@ impl Slot {
                     true => old,
                     false => {
                         let new = self.key.build(sources, Some(&old), self.now())?;
-                        self.built.store(new.clone());
+                        self.replace(&old, new.clone());
                         new
                     }
                 }
@@ -246,6 +250,17 @@ impl Slot {
         match &built.policy().invalid {
             Some(reason) => Err(Unresolved::Policy(reason.clone())),
             None => Ok(built),
+        }
+    }
+
+    /// Ejections end when the settings change that led to them.
+    fn replace(&self, old: &Balancer, new: Arc<Balancer>) {
+        let _one = self.ejecting.lock();
+        let ends_ejections = old.outlier_settings() != new.outlier_settings();
+        self.built.store(new.clone());
+        if ends_ejections {
+            new.hosts().iter().for_each(|host| host.state.readmit());
+            self.ejected_until.store(0, Ordering::Relaxed);
         }
     }
 
@@ -275,30 +290,43 @@ impl Slot {
             active: Some(host.state.open()),
             state: host.state.clone(),
             slot: self.clone(),
-            balancer: balancer.clone(),
             since: now,
             is_learned: false,
         };
         Ok(Chosen { endpoint: host.endpoint.clone(), trial })
     }
 
-    fn learn(&self, balancer: &Balancer, host: &HostState, since: Duration, outcome: Outcome) {
+    /// Takes the end of a request. The policy of this moment counts, not the one by which the endpoint was chosen.
+    fn learn(&self, host: &HostState, since: Duration, outcome: Outcome) {
         let now = self.now();
         host.observe(now, now.saturating_sub(since), outcome);
-        let Some(outliers) = &balancer.policy().outliers else { return };
-        if !host.handle_outcome(&outliers.settings, outcome) || host.is_ejected(now) {
+        let built = self.built.load();
+        let Some(settings) = built.outlier_settings() else { return };
+        if !host.handle_outcome(settings, outcome) || host.is_ejected(now) {
             return;
         }
-        let (ejected, total) = balancer.ejected(now);
-        if !may_eject(&outliers.settings, ejected, total) {
+        if let Some(until) = self.eject(host, settings, now) {
+            let time = until.saturating_sub(now);
+            tracing::info!(service = %self.key.host, port = self.key.port, ?outcome, ?time, "an endpoint is ejected");
+        }
+    }
+
+    /// Ejects an endpoint if these settings still hold; says until when.
+    fn eject(&self, host: &HostState, settings: &OutlierSettings, now: Duration) -> Option<Duration> {
+        let _one = self.ejecting.lock();
+        let built = self.built.load();
+        if built.outlier_settings() != Some(settings) {
+            return None;
+        }
+        let (ejected, total) = built.ejected(now);
+        if !may_eject(settings, ejected, total) {
             self.counts.ejections_withheld.fetch_add(1, Ordering::Relaxed);
-            return;
+            return None;
         }
-        let until = host.eject(&outliers.settings, now);
+        let until = host.eject(settings, now);
         self.ejected_until.fetch_max(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         self.counts.ejections.fetch_add(1, Ordering::Relaxed);
-        let time = until.saturating_sub(now);
-        tracing::info!(service = %self.key.host, port = self.key.port, ?outcome, ?time, "an endpoint is ejected");
+        Some(until)
     }
 }
 
@@ -307,7 +335,6 @@ impl Slot {
 #[derive(Debug)]
 pub struct Trial {
     slot: Arc<Slot>,
-    balancer: Arc<Balancer>,
     state: Arc<HostState>,
     active: Option<Active>,
     since: Duration,
@@ -318,7 +345,7 @@ impl Trial {
     /// The endpoint gave an answer, or none: what is given back counts the request until its end.
     pub fn end(mut self, outcome: Outcome) -> Option<Active> {
         self.is_learned = true;
-        self.slot.learn(&self.balancer, &self.state, self.since, outcome);
+        self.slot.learn(&self.state, self.since, outcome);
         self.active.take()
     }
 

@@ -36,6 +36,23 @@ fn pod(name: &str, last: u8, region: &str, version: &str) -> Update {
     }
 }
 
+/// The policies of the service, with a subset.
+fn policies(generation: u64, settings: l7::PortSettings) -> BackendPolicies {
+    let subset = l7::Subset {
+        name: "v2".to_owned(),
+        labels: [("version".to_owned(), "v2".to_owned())].into(),
+        settings: Vec::new(),
+    };
+    let policy = l7::BackendPolicy {
+        object: Some(l7::ObjectName { namespace: "shop".to_owned(), ..l7::ObjectName::default() }),
+        host: "web".to_owned(),
+        settings: vec![settings],
+        subsets: vec![subset],
+        ..l7::BackendPolicy::default()
+    };
+    BackendPolicies::new(generation, [&policy])
+}
+
 struct World {
     directory: Directory,
     reader: Reader,
@@ -58,19 +75,7 @@ impl World {
         let service = Update::Address { name: "shop/web".to_owned(), address };
         let updates = pods.into_iter().chain([service, pod("waypoint", 200, "here", "")]);
         assert!(directory.apply(updates).is_empty());
-        let subset = l7::Subset {
-            name: "v2".to_owned(),
-            labels: [("version".to_owned(), "v2".to_owned())].into(),
-            settings: Vec::new(),
-        };
-        let policy = l7::BackendPolicy {
-            object: Some(l7::ObjectName { namespace: "shop".to_owned(), ..l7::ObjectName::default() }),
-            host: "web".to_owned(),
-            settings: vec![settings],
-            subsets: vec![subset],
-            ..l7::BackendPolicy::default()
-        };
-        let policies = BackendPolicies::new(1, [&policy]);
+        let policies = policies(1, settings);
         Self { directory, reader, balancers: Balancers::default(), policies }
     }
 
@@ -193,4 +198,32 @@ fn a_distribution_gives_each_locality_its_share() {
     };
     let share = (0..2000).filter(near).count();
     assert!((1500..1700).contains(&share), "{share}");
+}
+
+#[test]
+fn ejections_end_when_their_settings_change() {
+    let pods = || [pod("a", 1, "here", ""), pod("b", 2, "here", "")];
+    let looser = l7::OutlierDetection { consecutive_5xx: 100, ..ejecting(100, 0).outlier_detection.unwrap() };
+    let looser = l7::PortSettings { outlier_detection: Some(looser), ..ejecting(100, 0) };
+    for changed in [l7::PortSettings::default(), looser] {
+        let mut world = World::new(pods(), ejecting(100, 0));
+        world.eject("a");
+        assert_eq!(world.chosen(None), names(["b"]));
+        world.policies = policies(2, changed);
+        assert_eq!(world.chosen(None), names(["a", "b"]));
+        assert_eq!(world.balancers.ejected(), 0);
+        // They do not come back with the settings either.
+        world.policies = policies(3, ejecting(100, 0));
+        assert_eq!(world.chosen(None), names(["a", "b"]));
+    }
+}
+
+#[test]
+fn a_request_that_outlives_the_settings_ejects_nothing() {
+    let mut world = World::new([pod("a", 1, "here", ""), pod("b", 2, "here", "")], ejecting(100, 0));
+    let chosen = world.choose(None).unwrap();
+    world.policies = policies(2, l7::PortSettings::default());
+    world.choose(None).unwrap();
+    chosen.trial.end(Outcome::Answer(503));
+    assert_eq!(world.balancers.ejected(), 0);
 }
