@@ -100,7 +100,7 @@ pub async fn send(
     let (mut response, returned) = match deadline {
         Some(deadline) => match tokio::time::timeout_at(deadline, all).await {
             Ok(answered) => answered?,
-            Err(_) => learn(sending.trial.take(), Err(Failure::Timeout))?,
+            Err(_) => sending.learn(Err(Failure::Timeout))?,
         },
         None => all.await?,
     };
@@ -273,7 +273,12 @@ impl Sending<'_> {
             Some(limit) => timeout(limit, trying).await.unwrap_or(Err(Failure::TryTimeout)),
             None => trying.await,
         };
-        learn(self.trial.take(), outcome)
+        self.learn(outcome)
+    }
+
+    fn learn(&mut self, outcome: Result<HeadOfAnswer, Failure>) -> Result<HeadOfAnswer, Failure> {
+        let awaited = self.source.as_ref().map(Source::awaited).unwrap_or_default();
+        learn(self.trial.take(), awaited, outcome)
     }
 
     fn choose(&mut self) -> Result<Chosen, Failure> {
@@ -343,12 +348,14 @@ impl Sending<'_> {
     }
 }
 
-/// Tells a try how it ended. A failure that is the client's, or the waypoint's own, says nothing of the endpoint.
+/// Tells a try how it ended, which waited for the client for `awaited`. A failure that is the client's, or the waypoint's own, says nothing
+/// of the endpoint.
 ///
 /// # Errors
 /// Those of the outcome.
 pub fn learn(
     trial: Option<Trial>,
+    awaited: Duration,
     mut outcome: Result<HeadOfAnswer, Failure>,
 ) -> Result<HeadOfAnswer, Failure> {
     let Some(trial) = trial else { return outcome };
@@ -359,8 +366,7 @@ pub fn learn(
             let status = of_grpc.unwrap_or(response.status());
             returned.active = trial.end(Outcome::Answer(status.as_u16()));
         }
-        Err(failure) if failure.is_of_endpoint() => drop(trial.end(Outcome::LocalFailure)),
-        Err(_) => trial.disregard(),
+        Err(failure) => trial.fail(failure, awaited),
     }
     outcome
 }
@@ -541,7 +547,9 @@ pub async fn pass_through(
                 return report.finish(relayed.map_err(|error| error.to_string()));
             }
             Err(failure) => {
-                drop(trial.map(|trial| trial.end(Outcome::LocalFailure)));
+                if let Some(trial) = trial {
+                    trial.fail(&failure, Duration::ZERO);
+                }
                 tried.extend(chosen.workload.as_ref().map(|workload| workload.uid.clone()));
                 last = Some(failure);
             }

@@ -13,7 +13,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 
 use crate::exchange::Held;
 use crate::upstream::Returned;
@@ -41,6 +41,24 @@ const COPY_QUEUE: usize = 64;
 pub struct Copied {
     frames: mpsc::Receiver<Bytes>,
     broken: Arc<AtomicBool>,
+}
+
+/// Tells whether a copy broke off. It outlives the copy.
+#[derive(Debug, Clone)]
+pub struct CopyState(Arc<AtomicBool>);
+
+impl Copied {
+    /// What becomes of it.
+    pub fn state(&self) -> CopyState {
+        CopyState(self.broken.clone())
+    }
+}
+
+impl CopyState {
+    /// Whether the original broke off, or the copy was given up.
+    pub fn is_broken(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 #[derive(Debug)]
@@ -88,6 +106,29 @@ struct State {
     /// Whether the timer runs for the frame that is awaited now.
     waiting: bool,
     late: bool,
+    awaited: Awaited,
+}
+
+/// How long a try has waited for the client.
+#[derive(Debug, Default, Clone, Copy)]
+struct Awaited {
+    before: Duration,
+    since: Option<Instant>,
+}
+
+impl Awaited {
+    fn start(&mut self, now: Instant) {
+        self.since.get_or_insert(now);
+    }
+
+    fn stop(&mut self, now: Instant) {
+        self.before = self.total(now);
+        self.since = None;
+    }
+
+    fn total(&self, now: Instant) -> Duration {
+        self.before + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
 }
 
 /// One try's view of a [`Source`].
@@ -116,6 +157,7 @@ impl Source {
             timer: None,
             waiting: false,
             late: false,
+            awaited: Awaited::default(),
         };
         Self(Arc::new(Mutex::new(state)))
     }
@@ -125,6 +167,7 @@ impl Source {
         let mut state = self.0.lock();
         state.room?;
         state.attempt += 1;
+        state.awaited = Awaited::default();
         Some(Replay { source: self.clone(), attempt: state.attempt, at: 0, trailers_sent: false })
     }
 
@@ -169,6 +212,11 @@ impl Source {
         self.0.lock().late
     }
 
+    /// How long the present try has waited for the client so far.
+    pub fn awaited(&self) -> Duration {
+        self.0.lock().awaited.total(Instant::now())
+    }
+
     /// Whether the client's body broke off.
     pub fn is_broken(&self) -> bool {
         self.0.lock().broken
@@ -186,10 +234,14 @@ impl State {
     /// The next frame of the client. Fails when that takes too long.
     fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         if let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) {
-            self.waiting = false;
+            if std::mem::take(&mut self.waiting) {
+                self.awaited.stop(Instant::now());
+            }
             return Poll::Ready(frame.map(|frame| frame.map_err(io::Error::other)));
         }
-        let due = tokio::time::Instant::now() + self.silence;
+        let now = Instant::now();
+        self.awaited.start(now);
+        let due = now + self.silence;
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
         if !std::mem::replace(&mut self.waiting, true) {
             timer.as_mut().reset(due);
@@ -453,3 +505,7 @@ impl Body for ResponseBody {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "body_tests.rs"]
+mod tests;

@@ -291,7 +291,7 @@ async fn exchange(
             Ok(sender) => sender,
             Err(failure) => {
                 tried.extend(workload);
-                if let Err(failure) = learn(trial, Err(failure)) {
+                if let Err(failure) = learn(trial, Duration::ZERO, Err(failure)) {
                     last = failure;
                 }
                 continue;
@@ -303,7 +303,7 @@ async fn exchange(
             returned = unsent;
             failure
         });
-        match (learn(trial, outcome), returned) {
+        match (learn(trial, Duration::ZERO, outcome), returned) {
             (Ok(answered), _) => return Ok(answered),
             (Err(failure), None) => return Err(failure),
             (Err(failure), Some(unsent)) => {

@@ -1,6 +1,8 @@
 //! Why a request is answered by the waypoint and not by an endpoint: whose fault it is, and what that means for status,
 //! `response_flags` and another try.
 
+use std::time::Duration;
+
 use ambit_token::Rejection;
 use http::StatusCode;
 
@@ -128,11 +130,34 @@ impl Failure {
     }
 
     /// Whether the endpoint is to blame, as far as one can tell: there was no connection, no answer, or none in time.
-    pub fn is_of_endpoint(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect(_) | Self::RefusedStream | Self::Reset(_) | Self::TryTimeout | Self::Timeout
-        )
+    ///
+    /// A try that `took` so long waited for the client's body for the part `awaited` of that. A client that takes half of the time for its
+    /// body must not make an endpoint seem slow.
+    pub fn is_of_endpoint(&self, took: Duration, awaited: Duration) -> bool {
+        match self {
+            Self::Connect(_) | Self::RefusedStream | Self::Reset(_) => true,
+            Self::TryTimeout | Self::Timeout => awaited < took / 2,
+            Self::Malformed(_)
+            | Self::HeadTooLarge
+            | Self::HeadTimeout
+            | Self::BodyTimeout
+            | Self::TargetTooLong
+            | Self::Method(_)
+            | Self::NoRoute
+            | Self::InvalidRoute { .. }
+            | Self::Unauthenticated(_)
+            | Self::InvalidPolicy(_)
+            | Self::Denied(_)
+            | Self::BodyTooLarge
+            | Self::Authorizer { .. }
+            | Self::UnknownService(_)
+            | Self::NoEndpoint(_)
+            | Self::Unavailable(_)
+            | Self::Overflow
+            | Self::RequestBody(_)
+            | Self::Fault(_)
+            | Self::FaultGrpc(_) => false,
+        }
     }
 
     /// The value of `response_flags`, by the names that Envoy gave them.
@@ -217,5 +242,25 @@ pub fn grpc_status_of(status: StatusCode) -> u8 {
         404 => 12,
         429 | 502 | 503 | 504 => 14,
         _ => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_client_is_not_blamed_on_the_endpoint() {
+        let second = Duration::from_secs(1);
+        for timeout in [Failure::TryTimeout, Failure::Timeout] {
+            assert!(timeout.is_of_endpoint(10 * second, Duration::ZERO));
+            assert!(timeout.is_of_endpoint(10 * second, 4 * second));
+            assert!(!timeout.is_of_endpoint(10 * second, 5 * second));
+            assert!(!timeout.is_of_endpoint(10 * second, 10 * second));
+        }
+        assert!(Failure::Connect(String::new()).is_of_endpoint(second, second));
+        assert!(!Failure::RequestBody(String::new()).is_of_endpoint(second, Duration::ZERO));
+        assert!(!Failure::Overflow.is_of_endpoint(second, Duration::ZERO));
+        assert!(!Failure::Unavailable(String::new()).is_of_endpoint(second, Duration::ZERO));
     }
 }

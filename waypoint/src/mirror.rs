@@ -91,14 +91,23 @@ async fn copy(
     let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
     let key = Key { workload, address: chosen.address, http2 };
     let (parts, ()) = head.into_parts();
+    let state = match &body {
+        RequestBody::Copy(copied) => Some(copied.state()),
+        RequestBody::Empty | RequestBody::Replay(_) | RequestBody::Whole(_) | RequestBody::Call(_) => None,
+    };
     let answered = match sender(worker, &key, &chosen).await {
         Ok(sender) => {
             let sent = dispatch(worker, &key, sender, Request::from_parts(parts, body)).await;
-            sent.map_err(|(failure, _)| failure)
+            // A copy that broke off breaks the endpoint's connection, which is not to blame.
+            let blame = |failure: Failure| match state.is_some_and(|state| state.is_broken()) {
+                true => Failure::RequestBody(failure.to_string()),
+                false => failure,
+            };
+            sent.map_err(|(failure, _)| blame(failure))
         }
         Err(failure) => Err(failure),
     };
-    let (response, returned) = learn(trial, answered)?;
+    let (response, returned) = learn(trial, Duration::ZERO, answered)?;
     let mut answer = std::pin::pin!(response.into_body());
     // Read to its end, so that the connection can be used again.
     while let Some(frame) = std::future::poll_fn(|cx| answer.as_mut().poll_frame(cx)).await {

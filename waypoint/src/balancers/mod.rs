@@ -24,6 +24,7 @@ use self::balancer::{Balancer, Choosing};
 use self::host::{Active, HostState};
 use crate::backend_policies::BackendPolicies;
 use crate::balance::Endpoint;
+use crate::failure::Failure;
 
 /// What a slot is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -349,9 +350,13 @@ impl Trial {
         self.active.take()
     }
 
-    /// It ended for a reason that says nothing of the endpoint.
-    pub fn disregard(mut self) {
+    /// It failed, having waited for the client for `awaited`. A failure that is not the endpoint's says nothing of it.
+    pub fn fail(mut self, failure: &Failure, awaited: Duration) {
         self.is_learned = true;
+        let took = self.slot.now().saturating_sub(self.since);
+        if failure.is_of_endpoint(took, awaited) {
+            self.slot.learn(&self.state, self.since, Outcome::LocalFailure);
+        }
     }
 }
 

@@ -227,3 +227,15 @@ fn a_request_that_outlives_the_settings_ejects_nothing() {
     chosen.trial.end(Outcome::Answer(503));
     assert_eq!(world.balancers.ejected(), 0);
 }
+
+#[test]
+fn what_is_not_the_endpoints_fault_ejects_nothing() {
+    let world = World::new([pod("a", 1, "here", "")], ejecting(100, 0));
+    let fail = |failure, awaited| world.choose(None).unwrap().trial.fail(&failure, awaited);
+    fail(Failure::Unavailable("no certificate".to_owned()), Duration::ZERO);
+    fail(Failure::RequestBody("broken".to_owned()), Duration::ZERO);
+    fail(Failure::Timeout, Duration::MAX);
+    assert_eq!(world.balancers.ejected(), 0);
+    fail(Failure::Connect("refused".to_owned()), Duration::ZERO);
+    assert_eq!(world.balancers.ejected(), 1);
+}
