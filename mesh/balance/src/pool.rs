@@ -8,6 +8,8 @@ use crate::hash::{Table, TableKind};
 const DRAWS: usize = 12;
 /// Draws at most so often for another candidate to compare with.
 const MORE_DRAWS: usize = 4;
+/// Places of a table that are looked at before all endpoints are.
+const PLACES: usize = 32;
 /// Endpoints that an adaptive choice compares.
 const ADAPTIVE_CANDIDATES: usize = 8;
 /// Of so many adaptive choices one is a trial of whichever endpoint is drawn.
@@ -101,7 +103,7 @@ impl Pool {
         rng: &mut impl Rng,
     ) -> Option<usize> {
         if let (Some(table), Some(key)) = (&self.table, key) {
-            return table.walk(key).find(|at| members.is_usable(*at));
+            return self.by_key(table, members, key);
         }
         match self.algorithm {
             Algorithm::RoundRobin => self.in_turn(members, turn, rng),
@@ -113,6 +115,25 @@ impl Pool {
                 self.cheapest(members, ADAPTIVE_CANDIDATES, rng, |at| members.adaptive_cost(at))
             }
         }
+    }
+
+    /// The first usable endpoint of the table from the place of the key on. Each endpoint is asked at most once beyond the first places: a
+    /// table has far more places than endpoints.
+    fn by_key(&self, table: &Table, members: &impl Members, key: u64) -> Option<usize> {
+        if let Some(at) = table.walk(key).take(PLACES).find(|at| members.is_usable(*at)) {
+            return Some(at);
+        }
+        let usable: Vec<bool> =
+            (0..self.len()).map(|at| self.has_weight(at) && members.is_usable(at)).collect();
+        if !usable.contains(&true) {
+            return None;
+        }
+        table.walk(key).skip(PLACES).find(|at| usable.get(*at).copied().unwrap_or(false))
+    }
+
+    fn has_weight(&self, at: usize) -> bool {
+        let before = at.checked_sub(1).and_then(|before| self.cumulative.get(before));
+        self.cumulative.get(at) > Some(before.unwrap_or(&0))
     }
 
     fn in_turn(&self, members: &impl Members, turn: u64, rng: &mut impl Rng) -> Option<usize> {

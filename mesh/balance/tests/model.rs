@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "a test fails by panicking")]
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use ambit_balance::{Algorithm, Members, Pool, TableKind, hash};
@@ -137,6 +138,44 @@ fn draws_are_in_proportion_to_weights() {
         for (count, weight) in counts.iter().zip([1, 2, 5]) {
             let expected = 5000 * weight;
             assert!(count.abs_diff(expected) < expected / 5, "{algorithm:?}: {counts:?}");
+        }
+    }
+}
+
+/// Endpoints that count how often they are asked, and of which one, if any, is usable.
+struct Counting {
+    asked: Cell<usize>,
+    usable: Option<usize>,
+}
+
+impl Members for Counting {
+    fn is_usable(&self, at: usize) -> bool {
+        self.asked.set(self.asked.get() + 1);
+        Some(at) == self.usable
+    }
+    fn peak_cost(&self, _: usize) -> f64 {
+        1.0
+    }
+    fn adaptive_cost(&self, _: usize) -> f64 {
+        1.0
+    }
+    fn active(&self, _: usize) -> u32 {
+        0
+    }
+    fn warmth(&self, _: usize) -> f64 {
+        1.0
+    }
+}
+
+/// However large the table is.
+#[test]
+fn a_hashed_choice_asks_each_endpoint_a_few_times_at_most() {
+    for kind in [TableKind::Ring(1 << 20), TableKind::Maglev(1 << 20)] {
+        let pool = Pool::new(Algorithm::ConsistentHash(kind), &named(&[1, 3, 1000, 1]));
+        for usable in [None, Some(0), Some(3)] {
+            let members = Counting { asked: Cell::new(0), usable };
+            assert_eq!(pool.choose(&members, 0, Some(hash(b"key")), &mut StdRng::seed_from_u64(0)), usable);
+            assert!(members.asked.get() <= 40, "{kind:?} {usable:?}: {}", members.asked.get());
         }
     }
 }

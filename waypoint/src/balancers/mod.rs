@@ -184,7 +184,7 @@ pub struct Slot {
     /// When the balancers' time began.
     started: Instant,
     built: ArcSwap<Balancer>,
-    /// Held while a new balancer is built, so that it is built once. Never held across an await.
+    /// Held while a new balancer is built, so that it is built once. Nobody waits for it.
     building: Mutex<()>,
     /// Counts the choices.
     turn: AtomicU64,
@@ -221,7 +221,7 @@ impl Slot {
         self.built.load_full()
     }
 
-    /// The balancer of the present state.
+    /// The balancer of the present state, or the one before it while another request builds that.
     ///
     /// # Errors
     /// [`Unresolved`].
@@ -235,23 +235,30 @@ impl Slot {
         };
         let built = match is_current(&built) {
             true => Arc::clone(&built),
-            false => {
-                let _one = self.building.lock();
-                let old = self.built.load_full();
-                match is_current(&old) {
-                    true => old,
-                    false => {
-                        let new = self.key.build(sources, Some(&old), self.now())?;
-                        self.replace(&old, new.clone());
-                        new
-                    }
-                }
-            }
+            false => match self.building.try_lock() {
+                Some(_one) => self.rebuild(sources, is_current)?,
+                // A large table takes its time: until it is there the last one counts.
+                None => Arc::clone(&built),
+            },
         };
         match &built.policy().invalid {
             Some(reason) => Err(Unresolved::Policy(reason.clone())),
             None => Ok(built),
         }
+    }
+
+    fn rebuild(
+        &self,
+        sources: &Sources<'_>,
+        is_current: impl Fn(&Balancer) -> bool,
+    ) -> Result<Arc<Balancer>, Unresolved> {
+        let old = self.built.load_full();
+        if is_current(&old) {
+            return Ok(old);
+        }
+        let new = self.key.build(sources, Some(&old), self.now())?;
+        self.replace(&old, new.clone());
+        Ok(new)
     }
 
     /// Ejections end when the settings change that led to them.

@@ -79,15 +79,21 @@ impl World {
         Self { directory, reader, balancers: Balancers::default(), policies }
     }
 
-    fn choose(&self, subset: Option<&str>) -> Result<Chosen, NoEndpoint> {
+    /// The slot of the port or a subset, and its balancer.
+    fn current(&self, subset: Option<&str>) -> Result<(Arc<Slot>, Arc<Balancer>), Unresolved> {
         let snapshot = self.reader.snapshot();
         let own = snapshot.workload(OWN).unwrap();
         let sources = Sources { snapshot: &snapshot, own, policies: &self.policies };
         let host = NamespacedHost { namespace: "shop".into(), hostname: "web".into() };
         let key = SlotKey { host, port: 80, subset: subset.map(Into::into) };
-        let slot = self.balancers.find(&key, &sources).unwrap();
-        let balancer = slot.current(&sources).unwrap();
-        slot.choose(&balancer, &snapshot, &[], None)
+        let slot = self.balancers.find(&key, &sources)?;
+        let balancer = slot.current(&sources)?;
+        Ok((slot, balancer))
+    }
+
+    fn choose(&self, subset: Option<&str>) -> Result<Chosen, NoEndpoint> {
+        let (slot, balancer) = self.current(subset).unwrap();
+        slot.choose(&balancer, &self.reader.snapshot(), &[], None)
     }
 
     /// The names of those that are chosen.
@@ -238,4 +244,17 @@ fn what_is_not_the_endpoints_fault_ejects_nothing() {
     assert_eq!(world.balancers.ejected(), 0);
     fail(Failure::Connect("refused".to_owned()), Duration::ZERO);
     assert_eq!(world.balancers.ejected(), 1);
+}
+
+#[test]
+fn nobody_waits_while_another_request_builds_the_balancer() {
+    let mut world = World::new([pod("a", 1, "here", "")], l7::PortSettings::default());
+    let (slot, before) = world.current(None).unwrap();
+    world.policies = policies(2, ejecting(100, 0));
+    let building = slot.building.lock();
+    let (_, meanwhile) = world.current(None).unwrap();
+    assert!(Arc::ptr_eq(&before, &meanwhile));
+    drop(building);
+    let (_, after) = world.current(None).unwrap();
+    assert!(after.outlier_settings().is_some());
 }
