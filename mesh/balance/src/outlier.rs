@@ -57,8 +57,12 @@ pub struct Ejection {
 }
 
 impl Ejection {
-    /// Takes the end of a request; true if the endpoint should be ejected.
-    pub fn handle_outcome(&mut self, settings: &OutlierSettings, outcome: Outcome) -> bool {
+    /// Takes the end of a request at `now`; true if the endpoint should be ejected. Nothing counts while it is: those are requests that
+    /// were under way before, or that had no other endpoint.
+    pub fn handle_outcome(&mut self, settings: &OutlierSettings, now: Duration, outcome: Outcome) -> bool {
+        if self.is_ejected(now) {
+            return false;
+        }
         let count = |counter: &mut u32, fails: bool, limit: u32| {
             *counter = if fails { counter.saturating_add(1) } else { 0 };
             limit > 0 && *counter >= limit
@@ -127,7 +131,7 @@ mod tests {
 
     fn ejects(settings: &OutlierSettings, outcomes: &[Outcome]) -> bool {
         let mut state = Ejection::default();
-        outcomes.iter().fold(false, |_, outcome| state.handle_outcome(settings, *outcome))
+        outcomes.iter().fold(false, |_, outcome| state.handle_outcome(settings, Duration::ZERO, *outcome))
     }
 
     #[test]
@@ -143,6 +147,19 @@ mod tests {
         assert!(ejects(&split, &[Answer(503), LocalFailure, LocalFailure]));
         assert!(!ejects(&split, &[LocalFailure, Answer(404), LocalFailure]));
         assert!(!ejects(&off, &[LocalFailure; 50]));
+    }
+
+    #[test]
+    fn failures_during_an_ejection_do_not_count() {
+        let at = Duration::from_secs;
+        let mut state = Ejection::default();
+        state.eject(&SETTINGS, at(0));
+        for second in 1..30 {
+            assert!(!state.handle_outcome(&SETTINGS, at(second), Outcome::Answer(500)));
+        }
+        assert!(!state.handle_outcome(&SETTINGS, at(30), Outcome::Answer(500)));
+        assert!(!state.handle_outcome(&SETTINGS, at(31), Outcome::Answer(500)));
+        assert!(state.handle_outcome(&SETTINGS, at(32), Outcome::Answer(500)));
     }
 
     #[test]

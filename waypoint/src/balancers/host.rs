@@ -89,8 +89,8 @@ impl HostState {
     }
 
     /// Takes the end of a request; true if the endpoint should be ejected.
-    pub fn handle_outcome(&self, settings: &OutlierSettings, outcome: Outcome) -> bool {
-        self.learned.lock().ejection.handle_outcome(settings, outcome)
+    pub fn handle_outcome(&self, settings: &OutlierSettings, now: Duration, outcome: Outcome) -> bool {
+        self.learned.lock().ejection.handle_outcome(settings, now, outcome)
     }
 
     /// Ejects it; says until when.

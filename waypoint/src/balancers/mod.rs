@@ -310,7 +310,7 @@ impl Slot {
         host.observe(now, now.saturating_sub(since), outcome);
         let built = self.built.load();
         let Some(settings) = built.outlier_settings() else { return };
-        if !host.handle_outcome(settings, outcome) || host.is_ejected(now) {
+        if !host.handle_outcome(settings, now, outcome) {
             return;
         }
         if let Some(until) = self.eject(host, settings, now) {
@@ -323,7 +323,8 @@ impl Slot {
     fn eject(&self, host: &HostState, settings: &OutlierSettings, now: Duration) -> Option<Duration> {
         let _one = self.ejecting.lock();
         let built = self.built.load();
-        if built.outlier_settings() != Some(settings) {
+        // Another request may have ejected it meanwhile.
+        if built.outlier_settings() != Some(settings) || host.is_ejected(now) {
             return None;
         }
         let (ejected, total) = built.ejected(now);

@@ -258,3 +258,29 @@ fn nobody_waits_while_another_request_builds_the_balancer() {
     let (_, after) = world.current(None).unwrap();
     assert!(after.outlier_settings().is_some());
 }
+
+#[test]
+fn ejections_keep_to_their_limit_when_all_endpoints_fail_at_once() {
+    const PODS: u8 = 8;
+    let pods = || (1..=PODS).map(|at| pod(&format!("p{at}"), at, "here", ""));
+    for _ in 0..50 {
+        let world = World::new(pods(), ejecting(25, 0));
+        let mut trials = BTreeMap::new();
+        for _ in 0..300 {
+            let chosen = world.choose(None).unwrap();
+            let name = chosen.endpoint.workload.as_ref().unwrap().name.to_string();
+            trials.entry(name).or_insert_with(Vec::new).push(chosen.trial);
+        }
+        let trials: Vec<Trial> = trials.into_values().filter_map(|mut trials| trials.pop()).collect();
+        let at_once = &std::sync::Barrier::new(trials.len());
+        std::thread::scope(|scope| {
+            for trial in trials {
+                scope.spawn(move || {
+                    at_once.wait();
+                    trial.end(Outcome::Answer(503));
+                });
+            }
+        });
+        assert_eq!(world.balancers.ejected(), 2);
+    }
+}
