@@ -311,7 +311,7 @@ async fn maintain(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
             Removed::TooMany => HashSet::new(),
         };
         seen = snapshot.revision();
-        proxy.balancers.sweep(&snapshot);
+        proxy.balancers.sweep(&snapshot, &proxy.published.load().backends);
         let now = std::time::SystemTime::now();
         for worker in workers.states() {
             worker.upstreams.sweep(proxy.settings.limits.upstream_idle.get(), |uid| gone.contains(uid));

@@ -43,6 +43,8 @@ pub struct Balancers {
     started: Instant,
     /// The lock guards the map; it is held for look-ups. There are no more slots than ports and subsets of services.
     slots: RwLock<HashMap<SlotKey, Arc<Slot>>>,
+    /// The state of the policies at the last [`sweep`](Self::sweep).
+    swept: AtomicU64,
     /// Counts.
     pub counts: Arc<Counts>,
 }
@@ -90,7 +92,12 @@ impl std::fmt::Display for Unresolved {
 
 impl Default for Balancers {
     fn default() -> Self {
-        Self { started: Instant::now(), slots: RwLock::default(), counts: Arc::default() }
+        Self {
+            started: Instant::now(),
+            slots: RwLock::default(),
+            swept: AtomicU64::default(),
+            counts: Arc::default(),
+        }
     }
 }
 
@@ -122,11 +129,19 @@ impl Balancers {
         Ok(self.slots.write().entry(key.clone()).or_insert(slot).clone())
     }
 
-    /// Forgets slots whose service is gone.
-    pub fn sweep(&self, snapshot: &Snapshot) {
-        let is_known = |key: &SlotKey| snapshot.service(key.host.as_ref()).is_some();
-        if self.slots.read().keys().any(|key| !is_known(key)) {
-            self.slots.write().retain(|key, _| is_known(key));
+    /// Forgets slots whose service, port or subset is gone. Requests that are under way keep theirs.
+    pub fn sweep(&self, snapshot: &Snapshot, policies: &BackendPolicies) {
+        // Services change far more often than policies, and a look-up among these costs more.
+        let generation = policies.generation();
+        let subsets = self.swept.swap(generation, Ordering::Relaxed) != generation;
+        let is_known = |key: &SlotKey| {
+            key.has_port(snapshot) && (!subsets || key.subset.is_none() || key.has_subset(policies))
+        };
+        let keys: Vec<SlotKey> = self.slots.read().keys().cloned().collect();
+        let gone: Vec<SlotKey> = keys.into_iter().filter(|key| !is_known(key)).collect();
+        if !gone.is_empty() {
+            let mut slots = self.slots.write();
+            gone.iter().for_each(|key| _ = slots.remove(key));
         }
     }
 
@@ -143,6 +158,15 @@ impl Balancers {
 }
 
 impl SlotKey {
+    fn has_port(&self, snapshot: &Snapshot) -> bool {
+        let service = snapshot.service(self.host.as_ref());
+        service.is_some_and(|service| service.ports.get(self.port).is_some())
+    }
+
+    fn has_subset(&self, policies: &BackendPolicies) -> bool {
+        policies.find(&self.host, self.port, self.subset.as_deref()).is_ok()
+    }
+
     fn state(&self, snapshot: &Snapshot) -> Result<ServiceState, Unresolved> {
         let host = HostRef { namespace: &self.host.namespace, hostname: &self.host.hostname };
         snapshot.service_state(host).ok_or(Unresolved::Service)

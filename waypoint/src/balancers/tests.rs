@@ -36,6 +36,20 @@ fn pod(name: &str, last: u8, region: &str, version: &str) -> Update {
     }
 }
 
+/// The service with these ports.
+fn service(ports: &[u32]) -> Update {
+    let port = |port: &u32| wire::Port { service_port: *port, target_port: 8080, ..wire::Port::default() };
+    let service = wire::Service {
+        name: "web".to_owned(),
+        namespace: "shop".to_owned(),
+        hostname: "web".to_owned(),
+        ports: ports.iter().map(port).collect(),
+        ..wire::Service::default()
+    };
+    let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+    Update::Address { name: "shop/web".to_owned(), address }
+}
+
 /// The policies of the service, with a subset.
 fn policies(generation: u64, settings: l7::PortSettings) -> BackendPolicies {
     let subset = l7::Subset {
@@ -63,17 +77,7 @@ struct World {
 impl World {
     fn new(pods: impl IntoIterator<Item = Update>, settings: l7::PortSettings) -> Self {
         let (mut directory, reader) = Directory::new();
-        let port = wire::Port { service_port: 80, target_port: 8080, ..wire::Port::default() };
-        let service = wire::Service {
-            name: "web".to_owned(),
-            namespace: "shop".to_owned(),
-            hostname: "web".to_owned(),
-            ports: vec![port],
-            ..wire::Service::default()
-        };
-        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
-        let service = Update::Address { name: "shop/web".to_owned(), address };
-        let updates = pods.into_iter().chain([service, pod("waypoint", 200, "here", "")]);
+        let updates = pods.into_iter().chain([service(&[80]), pod("waypoint", 200, "here", "")]);
         assert!(directory.apply(updates).is_empty());
         let policies = policies(1, settings);
         Self { directory, reader, balancers: Balancers::default(), policies }
@@ -283,4 +287,21 @@ fn ejections_keep_to_their_limit_when_all_endpoints_fail_at_once() {
         });
         assert_eq!(world.balancers.ejected(), 2);
     }
+}
+
+#[test]
+fn slots_of_ports_and_subsets_that_are_gone_are_forgotten() {
+    let mut world = World::new([pod("a", 1, "here", "v2")], l7::PortSettings::default());
+    let keys = |world: &World| {
+        world.balancers.sweep(&world.reader.snapshot(), &world.policies);
+        let subset = |slot: Arc<Slot>| slot.key().subset.as_deref().map(str::to_owned);
+        world.balancers.all().into_iter().map(subset).collect::<BTreeSet<_>>()
+    };
+    world.current(None).unwrap();
+    world.current(Some("v2")).unwrap();
+    assert_eq!(keys(&world), [None, Some("v2".to_owned())].into());
+    world.policies = BackendPolicies::new(2, []);
+    assert_eq!(keys(&world), [None].into());
+    assert!(world.directory.apply([service(&[81])]).is_empty());
+    assert_eq!(keys(&world), [].into());
 }
