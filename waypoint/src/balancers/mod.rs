@@ -281,12 +281,12 @@ impl Slot {
             return Ok(old);
         }
         let new = self.key.build(sources, Some(&old), self.now())?;
-        self.replace(&old, new.clone());
+        self.replace(&old, &new);
         Ok(new)
     }
 
     /// Ejections end when the settings change that led to them.
-    fn replace(&self, old: &Balancer, new: Arc<Balancer>) {
+    fn replace(&self, old: &Balancer, new: &Arc<Balancer>) {
         let _one = self.ejecting.lock();
         let ends_ejections = old.outlier_settings() != new.outlier_settings();
         self.built.store(new.clone());
