@@ -289,6 +289,18 @@ impl<'a> Reader<'a> {
         pods.map(|pod| pod.service_account.clone()).filter(|account| !account.is_empty()).collect()
     }
 
+    /// The first of the pods with these labels in a namespace that no node proxy serves.
+    pub(super) fn uncaptured_pod(&self, namespace: &Arc<str>, labels: &Labels) -> Option<&'a NamespacedName> {
+        for (key, value) in labels.iter() {
+            self.depend(Dependency::Label(key.clone(), value.clone()));
+        }
+        let members = self.store.members.selected(Some(namespace), labels).into_iter();
+        let pods =
+            members.filter(|(_, kind)| *kind == Kind::Pod).filter_map(|(id, _)| self.store.pods.get(&id));
+        let mut serving = pods.filter(|pod| !pod.finished && !pod.addresses.is_empty());
+        serving.find(|pod| !pod.captured).map(|pod| &pod.meta.id)
+    }
+
     /// Whether a ReferenceGrant of `to`'s namespace allows objects of `kind` in `from` to refer to it.
     pub(super) fn is_granted(&self, kind: Kind, from: &Arc<str>, to: &ObjectRef) -> bool {
         self.depend(Dependency::Grants(to.name.namespace.clone()));

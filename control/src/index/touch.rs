@@ -157,10 +157,11 @@ impl Index {
         self.touch_labelled(old.as_ref(), new);
     }
 
-    /// Marks what lists the addresses of pods by their labels.
+    /// Marks what reads pods by their labels.
     fn touch_labelled(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>) {
         let listed = |pod: &Pod| {
-            (pod.meta.labels.clone(), pod.addresses.clone(), pod.finished, pod.service_account.clone())
+            let account = pod.service_account.clone();
+            (pod.meta.labels.clone(), pod.addresses.clone(), pod.finished, pod.captured, account)
         };
         if old.map(|pod| listed(pod)) == new.map(|pod| listed(pod)) {
             return;

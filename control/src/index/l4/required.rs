@@ -13,7 +13,7 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::workloads::Memberships;
 use super::{Finding, authorization, waypoints};
-use crate::object::{Choice, Labels, NamespacedName, Pod, WaypointBinding};
+use crate::object::{Choice, Labels, NamespacedName, Pod, Service, WaypointBinding};
 
 /// Who may connect to what requires a waypoint: principals of the waypoint and its canary.
 type Principals = BTreeSet<String>;
@@ -72,21 +72,25 @@ fn of_gateway(
 }
 
 /// Says what a demand of a Service comes to.
-pub(in crate::index) fn report(
-    reader: &Reader<'_>,
-    namespace: &Arc<str>,
-    labels: &Labels,
-    binding: &WaypointBinding,
-) {
+pub(in crate::index) fn report(reader: &Reader<'_>, service: &Service) {
     const CONDITION: &str = "ambit.dev/WaypointRequired";
-    match demanded(reader, namespace, labels, binding) {
+    let (namespace, binding) = (&service.meta.id.namespace, &service.waypoint);
+    let demanded = demanded(reader, namespace, &service.meta.labels, binding);
+    // Policies of pods are enforced by node proxies.
+    let uncaptured = || reader.uncaptured_pod(namespace, service.selector.as_ref()?);
+    match demanded.map(|demanded| (demanded, uncaptured())) {
         None => {}
-        Some(Ok(principals)) => {
+        Some((_, Some(pod))) => {
+            let message =
+                format!("pod {pod} is not captured: nothing keeps others from connecting to its ports");
+            reader.find(Finding::new(CONDITION, false, "NotCaptured", message));
+        }
+        Some((Ok(principals), None)) => {
             let from = principals.into_iter().collect::<Vec<_>>().join(", ");
             let message = format!("pods accept connections to its ports from {from} only");
             reader.find(Finding::new(CONDITION, true, "Enforced", message));
         }
-        Some(Err((reason, message))) => {
+        Some((Err((reason, message)), None)) => {
             let message = format!("{message}: pods accept no connection to its ports");
             reader.find(Finding::new(CONDITION, false, reason, message));
         }

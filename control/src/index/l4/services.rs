@@ -25,7 +25,7 @@ pub(in crate::index) fn of_service(
         &service.waypoint,
         Destination::Service,
     );
-    required::report(reader, &id.namespace, &service.meta.labels, &service.waypoint);
+    required::report(reader, service);
     let namespace = reader.namespace(&id.namespace);
     let network = namespace.and_then(|n| n.network.as_ref()).unwrap_or(&reader.settings.network);
     let affinity = service.affinity.map(|timeout| wire::number(wire::SESSION_AFFINITY, timeout));

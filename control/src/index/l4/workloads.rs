@@ -27,9 +27,11 @@ pub(in crate::index) fn of_pod(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
     let tunnel = gateway.and_then(|g| g.application_tunnel);
     let native_tunnel = pod.native_tunnel || (tunnel.is_none() && is_waypoint(reader, gateway));
     let has_tunnel = (pod.captured || native_tunnel) && !pod.host_network;
-    let services = memberships(reader, pod);
-    let of_subsets = wire::subset_labels(reader, &services, labels);
+    let mut services = memberships(reader, pod);
+    // What requires its waypoint does so until the pod is gone.
     let required = required::policy(reader, id, &services);
+    leave(reader, pod, &mut services);
+    let of_subsets = wire::subset_labels(reader, &services, labels);
     let message = api::Workload {
         name: id.name.to_string(),
         namespace: id.namespace.to_string(),
@@ -206,13 +208,10 @@ fn memberships(reader: &Reader<'_>, pod: &Pod) -> Memberships {
     let mut services = Memberships::new();
     for service in reader.store.service_selectors.selecting(&id.namespace, labels) {
         let Some(service) = reader.store.services.get(&service) else { continue };
-        // What takes unready endpoints would take this one too; it is leaving.
-        if !(service.publish_not_ready && pod.terminating) {
-            join(reader, &mut services, service, |port| match &port.target {
-                TargetPort::Number(number) => Some(*number),
-                TargetPort::Name(name) => pod.port(name),
-            });
-        }
+        join(reader, &mut services, service, |port| match &port.target {
+            TargetPort::Number(number) => Some(*number),
+            TargetPort::Name(name) => pod.port(name),
+        });
     }
     for slice in super::endpoints::slices_of_pod(reader, pod) {
         super::endpoints::join_slice(reader, &mut services, slice);
@@ -223,6 +222,24 @@ fn memberships(reader: &Reader<'_>, pod: &Pod) -> Memberships {
     services
 }
 
+/// Removes the services that a terminating pod leaves at once: those that take unready endpoints would take it too.
+fn leave(reader: &Reader<'_>, pod: &Pod, services: &mut Memberships) {
+    if !pod.terminating {
+        return;
+    }
+    let (id, labels) = (&pod.meta.id, &pod.meta.labels);
+    for service in reader.store.service_selectors.selecting(&id.namespace, labels) {
+        if reader.store.services.get(&service).is_some_and(|service| service.publish_not_ready) {
+            services.remove(&key(reader, &service));
+        }
+    }
+}
+
+/// The key of a Service among memberships.
+fn key(reader: &Reader<'_>, service: &NamespacedName) -> String {
+    format!("{}/{}", service.namespace, reader.settings.host_of_service(service))
+}
+
 /// Adds a service's ports as far as the workload has their targets.
 pub(in crate::index) fn join(
     reader: &Reader<'_>,
@@ -230,8 +247,7 @@ pub(in crate::index) fn join(
     service: &Service,
     target: impl Fn(&crate::object::ServicePort) -> Option<u16>,
 ) {
-    let host = reader.settings.host_of_service(&service.meta.id);
-    let list = services.entry(format!("{}/{host}", service.meta.id.namespace)).or_default();
+    let list = services.entry(key(reader, &service.meta.id)).or_default();
     for port in &service.ports {
         let known = list.ports.iter().any(|p| p.service_port == u32::from(port.number));
         if let Some(target) = target(port).filter(|_| !known) {
