@@ -318,7 +318,7 @@ async fn maintain(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
             if !gone.is_empty() {
                 worker.tunnels.evict(|key: &TunnelKey| gone.contains(&key.destination), InFlight::Finish);
             }
-            worker.tunnels.retain(|peer| proxy.trust.recheck(peer, now).is_ok());
+            worker.tunnels.retain(|peer| proxy.trust.recheck_open(peer, now).is_ok());
         }
     }
 }

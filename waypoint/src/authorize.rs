@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
+use ambit_identity::{PeerCertificate, PeerError, Trust};
 use ambit_policy::{HttpRequest, Token, Verdict};
 use http::request::Parts;
 use http::{HeaderMap, Method};
@@ -14,6 +15,9 @@ use crate::external::Authorizer;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
+
+/// How long connections of a client that lost its root may go on, as at node proxies.
+const FINISH_TIME: Duration = Duration::from_secs(2);
 
 /// Checks that the client is still trusted, as its certificate may have been revoked since its tunnel was opened, and that
 /// policies allow the request.
@@ -109,18 +113,51 @@ pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> 
             return failure;
         }
         drop(published);
-        let expiry = inbound.certificate.not_after().duration_since(SystemTime::now()).unwrap_or_default();
         tokio::select! {
             Ok(()) = policies.changed() => {}
             Ok(()) = trust.changed() => {}
-            // Certificates are valid to the end of their last second.
-            () = tokio::time::sleep(expiry + Duration::from_secs(1)) => {}
+            () = passed(inbound.certificate.open_until()) => {}
         }
     }
 }
 
-/// The same for a connection whose bytes are passed on unread. No token is looked for in them, so where tokens are to be verified
-/// nothing is passed on: a client could send a request that is not recognised as one.
+/// Waits until the client's certificate has expired: what is open may finish, and the next request is to come on another
+/// connection.
+pub async fn expired(certificate: &PeerCertificate) {
+    passed(certificate.not_after()).await;
+}
+
+/// Waits until nothing that the client has open may stay: its certificate expired and the time to move is over, it was
+/// revoked, or its root was taken out and the time to finish is over.
+pub async fn distrusted(trust: &Trust, certificate: &PeerCertificate) -> PeerError {
+    let mut changes = trust.subscribe();
+    loop {
+        match trust.recheck_open(certificate, SystemTime::now()) {
+            Ok(()) => {}
+            Err(error) if error.is_expiry() || matches!(error, PeerError::Revoked { .. }) => return error,
+            Err(_) => {
+                // The root may be back by then.
+                tokio::time::sleep(FINISH_TIME).await;
+                if let Err(error) = trust.recheck_open(certificate, SystemTime::now()) {
+                    return error;
+                }
+            }
+        }
+        tokio::select! {
+            Ok(()) = changes.changed() => {}
+            () = passed(certificate.open_until()) => {}
+        }
+    }
+}
+
+/// Waits until a second is over: certificates are valid to the end of their last one.
+async fn passed(last: SystemTime) {
+    let left = last.duration_since(SystemTime::now()).unwrap_or_default();
+    tokio::time::sleep(left + Duration::from_secs(1)).await;
+}
+
+/// As [`authorize`], for a connection whose bytes are passed on unread. No token is looked for in them, so where tokens are to be
+/// verified nothing is passed on: a client could send a request that is not recognised as one.
 ///
 /// # Errors
 /// [`Failure::Denied`].
@@ -134,7 +171,9 @@ fn decide(
     request: Option<&HttpRequest<'_>>,
 ) -> Result<(), Failure> {
     let proxy = &inbound.worker.proxy;
-    let rechecked = proxy.trust.recheck(&inbound.certificate, SystemTime::now());
+    // The tunnel was accepted with a certificate that was valid. Expired since, it is good for what the tunnel carries until
+    // the client has had time to open another.
+    let rechecked = proxy.trust.recheck_open(&inbound.certificate, SystemTime::now());
     rechecked.map_err(|error| Failure::Denied(error.to_string()))?;
     if request.is_none() && published.policies.needs_requests(&inbound.destination) {
         return Err(Failure::Denied(
@@ -172,8 +211,78 @@ fn remote_ip(client: IpAddr, is_trusted_forwarder: bool, headers: &HeaderMap) ->
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use std::time::Instant;
+
+    use ambit_identity::Usage;
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+
     use super::*;
+
+    /// A client whose certificate is valid from `from` to `until`, and what trusts its issuer.
+    fn client(from: SystemTime, until: SystemTime) -> (Trust, PeerCertificate) {
+        let key = KeyPair::generate().unwrap();
+        let mut parameters = CertificateParams::default();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let trust = Trust::new("cluster.local".parse().unwrap(), Vec::new());
+        trust.set_roots(parameters.self_signed(&key).unwrap().pem().as_bytes()).unwrap();
+        let issuer = Issuer::new(parameters, key);
+        let mut leaf = CertificateParams::default();
+        leaf.subject_alt_names =
+            vec![SanType::URI("spiffe://cluster.local/ns/shop/sa/client".try_into().unwrap())];
+        (leaf.not_before, leaf.not_after) = (from.into(), until.into());
+        let leaf = leaf.signed_by(&KeyPair::generate().unwrap(), &issuer).unwrap();
+        let peer = PeerCertificate::from_chain(&[leaf.der().clone()], Usage::Client).unwrap();
+        (trust, peer)
+    }
+
+    #[test]
+    fn an_expired_client_keeps_what_is_open_for_one_renewal() {
+        let hour = Duration::from_secs(3600);
+        let now = SystemTime::now();
+        let (trust, peer) = client(now - hour, now + hour);
+        let last = peer.not_after();
+        assert!(trust.recheck(&peer, last + Duration::from_secs(1)).is_err());
+        trust.recheck_open(&peer, last).unwrap();
+        trust.recheck_open(&peer, last + Duration::from_secs(1)).unwrap();
+        trust.recheck_open(&peer, last + hour).unwrap();
+        assert!(trust.recheck_open(&peer, last + hour + Duration::from_secs(1)).unwrap_err().is_expiry());
+        // Expiry does not hide that its root was taken out.
+        let (others, _) = client(now - hour, now + hour);
+        assert!(!others.recheck_open(&peer, last + Duration::from_secs(1)).unwrap_err().is_expiry());
+        assert!(!others.recheck_open(&peer, now).unwrap_err().is_expiry());
+    }
+
+    #[tokio::test]
+    async fn an_expired_client_is_asked_to_leave_before_it_is_cut() {
+        let now = SystemTime::now();
+        let (trust, peer) = client(now - Duration::from_secs(4), now);
+        let asked = async {
+            expired(&peer).await;
+            Instant::now()
+        };
+        let cut = async {
+            let error = distrusted(&trust, &peer).await;
+            (Instant::now(), error)
+        };
+        let (asked, (cut, error)) = tokio::join!(asked, cut);
+        assert!(error.is_expiry(), "{error}");
+        assert!(cut.duration_since(asked) > Duration::from_secs(1), "{:?}", cut.duration_since(asked));
+        assert!(SystemTime::now() > peer.open_until());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_lost_its_root_has_time_to_finish() {
+        let now = SystemTime::now();
+        let hour = Duration::from_secs(3600);
+        let (_, peer) = client(now - hour, now + hour);
+        let (others, _) = client(now - hour, now + hour);
+        let start = Instant::now();
+        let error = distrusted(&others, &peer).await;
+        assert!(!error.is_expiry(), "{error}");
+        assert!(start.elapsed() >= FINISH_TIME);
+    }
 
     #[test]
     fn a_forwarders_claim_counts_only_if_it_is_trusted() {

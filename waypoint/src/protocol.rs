@@ -21,7 +21,7 @@ use crate::client_stream::ClientStream;
 use crate::failure::Failure;
 use crate::io::ReadAhead;
 use crate::report::Record;
-use crate::{attempt, client_hello, exchange, matching};
+use crate::{attempt, authorize, client_hello, exchange, matching};
 
 /// RFC 9113 §3.4: how every HTTP/2 connection begins.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -144,7 +144,10 @@ async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTrans
         activity.handle_bytes(Instant::now());
     }
     let (stream, remains) = ClientStream::new(first, transport, Some(activity.clone()));
-    let ended = http1_connection(inbound.clone(), stream).await;
+    // Dropped with what remains, the tunnel is reset.
+    let Some(ended) = while_trusted(&inbound, http1_connection(inbound.clone(), stream)).await else {
+        return;
+    };
     let (source, tallies) = (inbound.source, &inbound.worker.proxy.tallies);
     if let Err(error) = &ended {
         tracing::debug!(%source, %error, "an HTTP/1 connection ended");
@@ -177,6 +180,29 @@ async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTrans
     }
 }
 
+/// Serves a connection for as long as its client is trusted. `None` if it was cut for that: its stream has been dropped.
+async fn while_trusted<T>(inbound: &Inbound, connection: impl Future<Output = T>) -> Option<T> {
+    let trust = &inbound.worker.proxy.trust;
+    tokio::select! {
+        ended = connection => Some(ended),
+        error = authorize::distrusted(trust, &inbound.certificate) => {
+            tracing::info!(source = %inbound.source, to = %inbound.default_host, %error, "an HTTP connection is closed");
+            inbound.worker.proxy.tallies.count_closed(&inbound.activity);
+            None
+        }
+    }
+}
+
+/// Waits until a client's connection is to take its last request: in a drain, or once the client's certificate has expired.
+async fn leaving(inbound: &Inbound) {
+    let mut drain = inbound.worker.proxy.drain.clone();
+    tokio::select! {
+        () = drain.draining() => {}
+        // contracts.md, section 5: an expired client has the time of one renewal to move.
+        () = authorize::expired(&inbound.certificate) => {}
+    }
+}
+
 /// Serves one connection. When this returns, the stream has been dropped.
 async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper::Result<()> {
     let limits = &inbound.worker.proxy.settings.limits;
@@ -188,13 +214,12 @@ async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
         .max_headers(limits.headers)
         .max_buf_size(limits.head_size)
         .half_close(true);
-    let mut drain = inbound.worker.proxy.drain.clone();
-    let activity = inbound.activity.clone();
+    let (activity, leaver) = (inbound.activity.clone(), inbound.clone());
     // RFC 9112 §9.6: a request may be on its way to a connection that is idle here, and would be lost. So the next answer says
     // that it is the last, and only who asks for nothing is closed without one. hyper closes a connection whose head it has
     // read in part: that request would be lost too.
     let closing = async move {
-        drain.draining().await;
+        leaving(&leaver).await;
         activity.close_after_next();
         tokio::time::sleep(IDLE_AT_DRAIN).await;
         activity.head_is_read().await;
@@ -215,7 +240,9 @@ async fn serve_http2(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTrans
     let activity = inbound.activity.clone();
     // Its deadlines are watched below: bytes of HTTP/2 are no sign of a request.
     let (stream, remains) = ClientStream::new(first, transport, None);
-    let ended = http2_connection(inbound.clone(), stream).await;
+    let Some(ended) = while_trusted(&inbound, http2_connection(inbound.clone(), stream)).await else {
+        return;
+    };
     if let Err(error) = ended {
         tracing::debug!(source = %inbound.source, %error, "an HTTP/2 connection ended");
     }
@@ -242,7 +269,7 @@ async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
     let (activity, source) = (inbound.activity.clone(), inbound.source);
-    let mut drain = inbound.worker.proxy.drain.clone();
+    let leaver = inbound.clone();
     let service = service_fn(move |request| exchange::handle(inbound.clone(), request));
     let connection = server.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
@@ -254,7 +281,7 @@ async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
         }
         let close = tokio::select! {
             ended = connection.as_mut() => return ended,
-            () = drain.draining(), if !closing => true,
+            () = leaving(&leaver), if !closing => true,
             () = activity.idle(), if !closing => true,
             () = activity.changed() => activity.is_used_up(),
         };

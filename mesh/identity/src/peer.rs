@@ -108,6 +108,12 @@ impl PeerCertificate {
         Duration::from_secs(lifetime / 2)
     }
 
+    /// How long connections that are open may stay: an expired peer has the time of one renewal to move them to a
+    /// connection with its new certificate.
+    pub fn open_until(&self) -> SystemTime {
+        self.not_after() + self.renewal_time()
+    }
+
     pub(crate) fn usage(&self) -> Usage {
         self.0.usage
     }

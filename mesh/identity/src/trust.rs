@@ -226,6 +226,17 @@ impl Trust {
         Ok(())
     }
 
+    /// Whether what is open with a peer may stay open at `now`: as [`recheck`](Self::recheck), but expiry of the peer's own
+    /// certificate counts only from [`PeerCertificate::open_until`] on. Nothing new may be accepted on the word of this.
+    ///
+    /// # Errors
+    /// As for [`recheck`](Self::recheck).
+    pub fn recheck_open(&self, peer: &PeerCertificate, now: SystemTime) -> Result<(), PeerError> {
+        let expiry = peer.not_after();
+        let in_grace = now > expiry && now <= peer.open_until();
+        self.recheck(peer, if in_grace { expiry } else { now })
+    }
+
     /// Notified of every change of roots or revocations; the number counts changes. Expiry does not count as a change of trust:
     /// see [`PeerCertificate::not_after`].
     pub fn subscribe(&self) -> watch::Receiver<u64> {
