@@ -26,7 +26,7 @@ use crate::accept::Inbound;
 use crate::answer::grpc_status;
 use crate::authorize::{AllowedRequest, denied_later};
 use crate::backend_policies::HashKey;
-use crate::balance::{Chosen, Endpoint, Target, endpoint};
+use crate::balance::{Chosen, Endpoint, Target, endpoint, guard};
 use crate::balancers::Trial;
 use crate::balancers::balancer::Balancer;
 use crate::balancers::key::{Hashed, of_address, of_request};
@@ -409,10 +409,12 @@ pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sen
 /// Opens a byte stream to an endpoint: HBONE, with the identity of that workload, or plain TCP outside the mesh.
 ///
 /// # Errors
-/// [`Failure::Connect`], [`Failure::Unavailable`].
+/// [`Failure::Connect`], [`Failure::NoEndpoint`], [`Failure::Unavailable`].
 pub async fn connect(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint, Failure> {
     let proxy = &worker.proxy;
     let failed = |error: &dyn std::fmt::Display| Failure::Connect(format!("{}: {error}", chosen.address));
+    let dialled = chosen.tunnel.as_ref().map_or(chosen.address, |(hbone, _)| *hbone);
+    guard(proxy, dialled)?;
     let Some((hbone, expected)) = &chosen.tunnel else {
         let stream = TcpStream::connect(chosen.address).await.map_err(|error| failed(&error))?;
         stream.set_nodelay(true).map_err(|error| failed(&error))?;

@@ -1,8 +1,9 @@
 //! Step 7: which backend of the rule gets a request, by weight, and which endpoint of it, as its policy balances.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ambit_api::is_local;
 use ambit_directory::{
     AppProtocol, Authority, ClientRole, HostRef, Load, NamespacedHost, Question, Route, Service, Snapshot,
     Workload, WorkloadUid, resolve,
@@ -222,7 +223,29 @@ fn address(
             )));
         }
     };
+    if !is_elsewhere(endpoint.address.ip(), question.client) {
+        return Err(Failure::NoEndpoint(format!("{} is the waypoint's own address", endpoint.address)));
+    }
     Ok(Chosen { endpoint: Arc::new(endpoint), trial: None })
+}
+
+/// Whether an address leads away from the waypoint `own`. Who writes a ServiceEntry must not reach what listens here for
+/// the pod alone, and a request that the waypoint sends to itself would come back for ever.
+pub fn is_elsewhere(address: IpAddr, own: &Workload) -> bool {
+    !is_local(address) && !own.has_address(address)
+}
+
+/// The same at the last moment, for an address that is about to be dialled.
+///
+/// # Errors
+/// [`Failure::NoEndpoint`], [`Failure::Unavailable`].
+pub fn guard(proxy: &Proxy, address: SocketAddr) -> Result<(), Failure> {
+    let published = proxy.published.load();
+    let own = own_workload(proxy, &published.directory)?;
+    match is_elsewhere(address.ip(), own) {
+        true => Ok(()),
+        false => Err(Failure::NoEndpoint(format!("{address} is the waypoint's own address"))),
+    }
 }
 
 fn own_workload<'a>(proxy: &Proxy, snapshot: &'a Snapshot) -> Result<&'a Arc<Workload>, Failure> {
@@ -238,5 +261,50 @@ struct InProgress<'a>(&'a Proxy);
 impl Load for InProgress<'_> {
     fn connections(&self, workload: &WorkloadUid) -> u32 {
         self.0.loads.get(workload)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ambit_api::workload as wire;
+    use ambit_directory::{Directory, Update};
+
+    use super::*;
+
+    #[test]
+    fn nothing_is_sent_to_the_waypoint_itself() {
+        let (mut directory, reader) = Directory::new();
+        let uid = "c//Pod/shop/waypoint";
+        let own = wire::Workload {
+            uid: uid.to_owned(),
+            name: "waypoint".to_owned(),
+            namespace: "shop".to_owned(),
+            addresses: vec![vec![10, 0, 0, 9].into()],
+            ..wire::Workload::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Workload(own)) };
+        assert!(directory.apply([Update::Address { name: uid.to_owned(), address }]).is_empty());
+        let own = reader.load().workload(uid).unwrap().clone();
+        for address in ["10.0.0.8", "172.16.0.1", "fd00::1", "240.240.0.1"] {
+            assert!(is_elsewhere(address.parse().unwrap(), &own), "{address}");
+        }
+        for address in [
+            "10.0.0.9",
+            "::ffff:10.0.0.9",
+            "127.0.0.1",
+            "127.8.0.1",
+            "::1",
+            "::ffff:127.0.0.1",
+            "0.0.0.0",
+            "0.1.2.3",
+            "::",
+            "169.254.169.254",
+            "fe80::1",
+            "255.255.255.255",
+            "224.0.0.1",
+            "ff02::1",
+        ] {
+            assert!(!is_elsewhere(address.parse().unwrap(), &own), "{address}");
+        }
     }
 }

@@ -5,8 +5,10 @@
 //! by byte. The meaning of a message is defined by the crates that use it.
 
 mod authority;
+mod scope;
 
 pub use authority::{Authority, AuthorityError};
+pub use scope::is_local;
 
 /// Declares one generated module; generated code carries no documentation of ours.
 macro_rules! generated {

@@ -16,7 +16,7 @@ use rand::{Rng, RngExt};
 use super::host::HostState;
 use super::locality;
 use crate::backend_policies::{Found, HashKey, Outliers, PortPolicy};
-use crate::balance::Endpoint;
+use crate::balance::{Endpoint, is_elsewhere};
 
 /// Points of the ring that keeps clients of a service with session affinity on one endpoint.
 const AFFINITY_RING: usize = 1024;
@@ -94,6 +94,7 @@ impl Balancer {
     ) -> Self {
         let policy = found.policy.clone();
         let mut candidates = state.candidates(&own, port);
+        candidates.retain(|candidate| is_elsewhere(candidate.address.ip(), &own));
         if let Some(labels) = &found.labels {
             let wanted = || labels.iter().map(|(name, value)| (&**name, &**value));
             candidates.retain(|candidate| candidate.workload.has_labels(wanted()));

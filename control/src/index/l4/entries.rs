@@ -173,7 +173,21 @@ fn endpoints(
         }
     }
     losses.find(reader, "ambit.dev/EndpointsAccepted", "AddressTaken");
+    find_local(reader, &entry.endpoints, "ambit.dev/EndpointsAccepted");
     resources
+}
+
+/// Reports addresses that waypoints never dial: they name another host for each that dials them.
+fn find_local<'a>(
+    reader: &Reader<'_>,
+    described: impl IntoIterator<Item = &'a WorkloadSpec>,
+    condition: &'static str,
+) {
+    let mut losses = Losses::default();
+    for address in described.into_iter().filter_map(WorkloadSpec::ip).filter(|ip| ambit_api::is_local(*ip)) {
+        losses.other(format!("{address} is local to whoever dials it: waypoints send nothing there"));
+    }
+    losses.find(reader, condition, "AddressLocal");
 }
 
 /// An endpoint that the entry lists; `part` distinguishes it from the others. Whether it is found by its address is up to
@@ -240,6 +254,7 @@ pub(in crate::index) fn of_workload_entry(
         Standing::LeftOut(address, owner) => losses.address(*address, owner),
     }
     losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    find_local(reader, [&entry.spec], "ambit.dev/AddressesAccepted");
     if matches!(standing, Standing::LeftOut(..)) {
         return Vec::new();
     }
