@@ -307,7 +307,7 @@ fn is_normal(path: &str) -> bool {
     let dots = || path.split('/').any(|segment| segment == "." || segment == "..");
     path.starts_with('/')
         && !path.contains("//")
-        && path.bytes().all(|byte| byte != b'%' && byte != b'\\' && byte.is_ascii())
+        && path.bytes().all(|byte| byte.is_ascii() && !b"%\\\"^{|}".contains(&byte))
         && (!path.contains("/.") || !dots())
 }
 

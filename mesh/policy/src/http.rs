@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
+use ambit_api::security::{StringMatch, string_match::MatchType};
 use ambit_api::{HTTP_MATCH_TYPE_URL, l7, security};
 use http::HeaderMap;
 use http::header::HeaderName;
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use crate::compile::{Action, CompileError, Field, Place};
 use crate::matcher::{Nets, Texts};
+use crate::normal::compared;
 use crate::path::{Paths, Template};
 use crate::token::Token;
 
@@ -230,14 +232,25 @@ fn attribute(source: &l7::AttributeMatch, place: Place<'_>) -> Result<AttributeM
     })
 }
 
+/// A text for paths as paths of requests are compared.
+fn as_compared(text: &StringMatch) -> StringMatch {
+    let match_type = text.match_type.as_ref().map(|match_type| match match_type {
+        MatchType::Exact(path) => MatchType::Exact(compared(path).into_owned()),
+        MatchType::Prefix(path) => MatchType::Prefix(compared(path).into_owned()),
+        MatchType::Suffix(path) => MatchType::Suffix(compared(path).into_owned()),
+        MatchType::Presence(()) => MatchType::Presence(()),
+    });
+    StringMatch { match_type }
+}
+
 fn paths(source: &[l7::PolicyPath], place: Place<'_>) -> Result<Paths, CompileError> {
     use l7::policy_path::Kind;
     let (mut texts, mut templates) = (Vec::new(), Vec::new());
     for path in source {
         match &path.kind {
-            Some(Kind::Text(text)) => texts.push(text.clone()),
+            Some(Kind::Text(text)) => texts.push(as_compared(text)),
             Some(Kind::Template(text)) => {
-                let template = Template::parse(text);
+                let template = Template::parse(&compared(text));
                 templates.push(template.map_err(|error| place.extension(&error.to_string()))?);
             }
             None => return Err(place.extension("a path of no kind")),
@@ -248,8 +261,6 @@ fn paths(source: &[l7::PolicyPath], place: Place<'_>) -> Result<Paths, CompileEr
 
 #[cfg(test)]
 mod tests {
-    use ambit_api::security::string_match::MatchType;
-
     use super::*;
 
     fn texts(match_type: MatchType) -> Texts {

@@ -2,6 +2,11 @@
 //!
 //! RFC 3986 §6.2.2: what needs no encoding is decoded, escapes are in capitals, dot segments are removed; beyond that slashes
 //! that follow one another are one. An encoded slash or backslash stays as it is: it is part of a segment.
+//!
+//! Delimiters such as `:` and `;` stay as they were written, as an application may tell `%3B` from `;`. Policies do not: see
+//! [`compared`].
+
+use std::borrow::Cow;
 
 use ambit_api::security::{StringMatch, string_match::MatchType};
 
@@ -37,9 +42,9 @@ pub fn normal_path(path: &str) -> Option<String> {
 /// it is not clear what it is meant for.
 pub fn normal_text(text: &StringMatch) -> Option<StringMatch> {
     let match_type = match text.match_type.as_ref()? {
-        MatchType::Exact(path) => MatchType::Exact(normal_path(&encode(path)?)?),
-        MatchType::Prefix(path) => MatchType::Prefix(normal_prefix(&encode(path)?)?),
-        MatchType::Suffix(path) => MatchType::Suffix(normal_suffix(&encode(path)?)?),
+        MatchType::Exact(path) => MatchType::Exact(normal_path(readable(path)?)?),
+        MatchType::Prefix(path) => MatchType::Prefix(normal_prefix(readable(path)?)?),
+        MatchType::Suffix(path) => MatchType::Suffix(normal_suffix(readable(path)?)?),
         MatchType::Presence(()) => MatchType::Presence(()),
     };
     Some(StringMatch { match_type: Some(match_type) })
@@ -53,7 +58,7 @@ pub fn normal_template(template: &str) -> Option<String> {
     for segment in rest.split('/') {
         let segment = match Template::is_template(segment) {
             true => segment.to_owned(),
-            false => decode(&encode(segment)?)?,
+            false => decode(readable(segment)?)?,
         };
         is_directory = matches!(segment.as_str(), "" | ".");
         match segment.as_str() {
@@ -87,18 +92,36 @@ fn normal_suffix(suffix: &str) -> Option<String> {
     Some(normal)
 }
 
-/// Writes as escapes what clients can't send as it is. `None` for what begins a query or fragment, and for control characters.
-fn encode(path: &str) -> Option<String> {
-    let mut encoded = String::with_capacity(path.len());
-    for letter in path.chars() {
-        match letter {
-            '?' | '#' => return None,
-            letter if letter.is_ascii_control() => return None,
-            ' ' | '<' | '>' | '`' => encoded.push_str(&format!("%{:02X}", u32::from(letter))),
-            letter => encoded.push(letter),
+/// `None` for what begins a query or fragment, and for control characters.
+fn readable(path: &str) -> Option<&str> {
+    (!path.contains(|letter: char| matches!(letter, '?' | '#') || letter.is_ascii_control())).then_some(path)
+}
+
+/// A path in normal form as policies compare it: what a segment may have as it is (RFC 3986 §3.3: `:`, `@` and sub-delims, and
+/// brackets, which clients send too) is compared as such, however the client wrote it. An encoded slash stays encoded.
+pub(crate) fn compared(path: &str) -> Cow<'_, str> {
+    const AS_WRITTEN: &[u8] = b":@!$&'()*+,;=[]";
+    if !path.contains('%') {
+        return Cow::Borrowed(path);
+    }
+    let mut compared = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((before, behind)) = rest.split_once('%') {
+        compared.push_str(before);
+        let byte = behind.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match (byte, behind.get(2..)) {
+            (Some(byte), Some(after)) if AS_WRITTEN.contains(&byte) => {
+                compared.push(char::from(byte));
+                rest = after;
+            }
+            _ => {
+                compared.push('%');
+                rest = behind;
+            }
         }
     }
-    Some(encoded)
+    compared.push_str(rest);
+    Cow::Owned(compared)
 }
 
 fn decode(segment: &str) -> Option<String> {
@@ -123,8 +146,8 @@ fn decode(segment: &str) -> Option<String> {
                 }
                 rest = rest.get(3..)?;
             }
-            // RFC 3986 §2.1: other letters are written as escapes.
-            letter if !letter.is_ascii() => {
+            // RFC 3986 §2.1: other letters are written as escapes, also those that lenient clients send as they are.
+            letter if !letter.is_ascii() || " \"<>^`{|}".contains(letter) => {
                 let mut bytes = [0; 4];
                 for byte in letter.encode_utf8(&mut bytes).bytes() {
                     decoded.push_str(&format!("%{byte:02X}"));
@@ -157,6 +180,9 @@ mod tests {
             (exact("/a%2fb"), Some(exact("/a%2Fb"))),
             (exact("/a b"), Some(exact("/a%20b"))),
             (exact("/ä"), Some(exact("/%C3%A4"))),
+            (exact("/a{b|c}^\"<>`"), Some(exact("/a%7Bb%7Cc%7D%5E%22%3C%3E%60"))),
+            (exact("/a%7bb"), Some(exact("/a%7Bb"))),
+            (exact("/a:b%3ac"), Some(exact("/a:b%3Ac"))),
             (exact("/../a"), None),
             (exact("a"), None),
             (exact("/a?b=c"), None),
@@ -182,6 +208,24 @@ mod tests {
             let text = StringMatch { match_type: Some(written.clone()) };
             let wanted = normal.map(|match_type| StringMatch { match_type: Some(match_type) });
             assert_eq!(normal_text(&text), wanted, "{written:?}");
+        }
+    }
+
+    #[test]
+    fn delimiters_are_compared_however_they_are_written() {
+        for (path, wanted) in [
+            ("/a:b", "/a:b"),
+            ("/a%3Ab%40c%3Bd", "/a:b@c;d"),
+            ("/%21%24%26%27%28%29%2A%2B%2C%3D%5B%5D", "/!$&'()*+,=[]"),
+            ("/a%2Fb%5Cc%25%3F%23", "/a%2Fb%5Cc%25%3F%23"),
+            // Decoded once.
+            ("/a%253A", "/a%253A"),
+            ("/%C3%A4%3A", "/%C3%A4:"),
+            ("/%+A", "/%+A"),
+            ("/%3", "/%3"),
+            ("/%", "/%"),
+        ] {
+            assert_eq!(compared(path), wanted, "{path}");
         }
     }
 

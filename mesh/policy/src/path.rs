@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::matcher::Texts;
+use crate::normal::compared;
 
 /// Stands for one segment.
 const ONE: &str = "{*}";
@@ -123,7 +124,7 @@ impl From<Template> for String {
     }
 }
 
-/// Paths, one of which must match.
+/// Paths in the form of [`compared`], one of which must match.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Paths {
@@ -138,14 +139,32 @@ impl Paths {
         self.texts.is_empty() && self.templates.is_empty()
     }
 
+    /// `path` in normal form.
     pub(crate) fn matches(&self, path: &str) -> bool {
-        self.texts.matches(Some(path)) || self.templates.iter().any(|template| template.matches(path))
+        let path = compared(path);
+        self.texts.matches(Some(&path)) || self.templates.iter().any(|template| template.matches(&path))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::matcher::Pattern;
+
+    #[test]
+    fn an_escaped_delimiter_is_no_way_around_a_path() {
+        let texts = Texts::new(vec!["/jobs:export".into()], vec![Pattern::Prefix("/user@".into())]);
+        let templates = Box::new([Template::parse("/v1/{*}/keys;all").unwrap()]);
+        let paths = Paths { texts, templates };
+        for path in
+            ["/jobs:export", "/jobs%3Aexport", "/user@a", "/user%40a", "/v1/a/keys;all", "/v1/a/keys%3Ball"]
+        {
+            assert!(paths.matches(path), "{path}");
+        }
+        for path in ["/jobs%253Aexport", "/jobs", "/v1/a/keys%2Fall"] {
+            assert!(!paths.matches(path), "{path}");
+        }
+    }
 
     #[test]
     fn a_template_matches_by_segments() {
