@@ -386,24 +386,29 @@ fn backoff(base: Duration, retries: u32, random: u32) -> Duration {
     half + half.mul_f64(f64::from(random) / f64::from(u32::MAX))
 }
 
-/// A connection to an endpoint: one that waits, or a new one.
+/// A connection to an endpoint: one that waits, or a new one. Waiting for another request's dial has the limit of a dial.
 ///
 /// # Errors
-/// [`Failure::Connect`], [`Failure::Overflow`], [`Failure::Unavailable`].
+/// [`Failure::Connect`], [`Failure::NoEndpoint`], [`Failure::Overflow`], [`Failure::Unavailable`].
 pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sender, Failure> {
     let limits = &worker.proxy.settings.limits;
-    let dial = match worker.upstreams.find(key, limits.connections_per_endpoint).await {
+    let limit = limits.connect_timeout.get();
+    let timed_out = || Failure::Connect(format!("{} did not answer within {limit:?}", chosen.address));
+    let found = timeout(limit, worker.upstreams.find(key, limits.connections_per_endpoint)).await;
+    let mut dial = match found.map_err(|_| timed_out())? {
         Found::Sender(sender) => return Ok(sender),
         Found::Full => return Err(Failure::Overflow),
+        Found::Failed(failure) => return Err(failure),
         Found::Dial(dial) => dial,
     };
     let connecting = async {
         let io = connect(worker, chosen).await?;
-        worker.upstreams.connect(key, dial, io).await.map_err(|error| Failure::Connect(error.to_string()))
+        let connected = worker.upstreams.connect(key, &mut dial, io).await;
+        connected.map_err(|error| Failure::Connect(error.to_string()))
     };
-    let limit = limits.connect_timeout.get();
-    let timed_out = || Failure::Connect(format!("{} did not answer within {limit:?}", chosen.address));
-    timeout(limit, connecting).await.unwrap_or_else(|_| Err(timed_out()))
+    let connected = timeout(limit, connecting).await.unwrap_or_else(|_| Err(timed_out()));
+    dial.finish(connected.as_ref().map(drop).map_err(Clone::clone));
+    connected
 }
 
 /// Opens a byte stream to an endpoint: HBONE, with the identity of that workload, or plain TCP outside the mesh.

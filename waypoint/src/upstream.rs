@@ -15,9 +15,11 @@ use ambit_directory::WorkloadUid;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::balancers::host::Active;
 use crate::body::RequestBody;
+use crate::failure::Failure;
 use crate::io::Endpoint;
 
 /// Streams of an HTTP/2 connection before another one is opened.
@@ -46,7 +48,18 @@ struct Slot {
     shared: Vec<Shared>,
     /// HTTP/1 connections, in use or not.
     open: Arc<AtomicUsize>,
-    dialling: Arc<tokio::sync::Mutex<()>>,
+    /// The dial that others wait for, with HTTP/2.
+    dialling: Option<watch::Receiver<DialOutcome>>,
+}
+
+/// How a dial ended; `None` while it goes on. Its channel closes without an outcome where the dial was given up.
+type DialOutcome = Option<Result<(), Failure>>;
+
+impl Slot {
+    /// The dial that is under way.
+    fn dialling(&self) -> Option<&watch::Receiver<DialOutcome>> {
+        self.dialling.as_ref().filter(|dial| dial.borrow().is_none() && dial.has_changed().is_ok())
+    }
 }
 
 #[derive(Debug)]
@@ -139,17 +152,35 @@ impl Returned {
 pub enum Found {
     /// A connection.
     Sender(Sender),
-    /// None; one may be dialled. Holds others off that want the same, where they could share it.
+    /// None; one may be dialled. Others that could share it wait for its outcome.
     Dial(Dial),
+    /// None: the dial of another request failed, which this one waited for.
+    Failed(Failure),
     /// There are as many as may be.
     Full,
 }
 
-/// The permission to dial.
+/// The permission to dial. Dropped without an outcome, it goes to one of those that wait.
 #[derive(Debug)]
 pub struct Dial {
     open: Option<Open>,
-    _turn: Option<tokio::sync::OwnedMutexGuard<()>>,
+    waiters: Option<watch::Sender<DialOutcome>>,
+}
+
+impl Dial {
+    /// Tells those that wait how the dial ended.
+    pub fn finish(self, outcome: Result<(), Failure>) {
+        if let Some(waiters) = self.waiters {
+            waiters.send_replace(Some(outcome));
+        }
+    }
+}
+
+/// What a request for an HTTP/2 connection does next.
+enum Turn {
+    Use(Sender),
+    Dial(Dial),
+    Wait(watch::Receiver<DialOutcome>),
 }
 
 impl Upstreams {
@@ -178,44 +209,50 @@ impl Upstreams {
         if slot.open.load(Ordering::Relaxed) >= limit {
             return Found::Full;
         }
-        Found::Dial(Dial { open: Some(Open::new(&slot.open)), _turn: None })
+        Found::Dial(Dial { open: Some(Open::new(&slot.open)), waiters: None })
     }
 
     async fn find_shared(&self, key: &Key) -> Found {
-        let (found, dialling) = self.least_busy(key);
-        if let Some(sender) = found {
-            return Found::Sender(sender);
-        }
-        let turn = dialling.lock_owned().await;
-        // Somebody else may have dialled in the meantime.
-        match self.least_busy(key).0 {
-            Some(sender) => Found::Sender(sender),
-            None => Found::Dial(Dial { open: None, _turn: Some(turn) }),
+        loop {
+            let mut waiting = match self.turn(key) {
+                Turn::Use(sender) => return Found::Sender(sender),
+                Turn::Dial(dial) => return Found::Dial(dial),
+                Turn::Wait(waiting) => waiting,
+            };
+            // Without an outcome its request was given up, and the next one dials.
+            if waiting.changed().await.is_ok()
+                && let Some(Err(failure)) = &*waiting.borrow()
+            {
+                return Found::Failed(failure.clone());
+            }
         }
     }
 
-    fn least_busy(&self, key: &Key) -> (Option<Sender>, Arc<tokio::sync::Mutex<()>>) {
+    fn turn(&self, key: &Key) -> Turn {
         let mut slots = self.0.lock();
         let slot = slots.entry(key.clone()).or_default();
         slot.shared.retain(|shared| !shared.sender.is_closed());
         let full = slot.shared.len() >= MAX_HTTP2;
         let load = |shared: &&mut Shared| shared.streams.load(Ordering::Relaxed);
         let least = slot.shared.iter_mut().min_by_key(load);
-        let usable = least.filter(|least| full || least.streams.load(Ordering::Relaxed) < BUSY);
-        let sender = usable.map(|shared| {
+        if let Some(shared) = least.filter(|least| full || least.streams.load(Ordering::Relaxed) < BUSY) {
             shared.used = Instant::now();
             shared.streams.fetch_add(1, Ordering::Relaxed);
-            Sender::Http2(shared.sender.clone(), Stream(shared.streams.clone()))
-        });
-        (sender, slot.dialling.clone())
+            return Turn::Use(Sender::Http2(shared.sender.clone(), Stream(shared.streams.clone())));
+        }
+        if let Some(dialling) = slot.dialling() {
+            return Turn::Wait(dialling.clone());
+        }
+        let (waiters, waiting) = watch::channel(None);
+        slot.dialling = Some(waiting);
+        Turn::Dial(Dial { open: None, waiters: Some(waiters) })
     }
 
-    /// Makes an HTTP connection of a byte stream.
+    /// Makes an HTTP connection of a byte stream. Those that wait for the dial learn of it by [`Dial::finish`].
     ///
     /// # Errors
     /// The endpoint does not speak HTTP/2.
-    pub async fn connect(&self, key: &Key, dial: Dial, io: Endpoint) -> hyper::Result<Sender> {
-        let Dial { open, _turn } = dial;
+    pub async fn connect(&self, key: &Key, dial: &mut Dial, io: Endpoint) -> hyper::Result<Sender> {
         if key.http2 {
             let mut builder = http2::Builder::new(TokioExecutor::new());
             builder
@@ -242,7 +279,7 @@ impl Upstreams {
                 tracing::debug!(%error, "an HTTP/1 connection to an endpoint ended");
             }
         });
-        let open = open.unwrap_or_else(|| Open::new(&Arc::default()));
+        let open = dial.open.take().unwrap_or_else(|| Open::new(&Arc::default()));
         Ok(Sender::Http1(sender, open))
     }
 
@@ -259,7 +296,8 @@ impl Upstreams {
                 let busy = shared.streams.load(Ordering::Relaxed) > 0;
                 !shared.sender.is_closed() && (busy || fresh(shared.used))
             });
-            !slot.idle.is_empty() || !slot.shared.is_empty() || slot.open.load(Ordering::Relaxed) > 0
+            let is_used = slot.dialling().is_some() || slot.open.load(Ordering::Relaxed) > 0;
+            !slot.idle.is_empty() || !slot.shared.is_empty() || is_used
         });
     }
 
@@ -281,4 +319,57 @@ pub async fn ready(sender: &mut http2::SendRequest<RequestBody>) -> hyper::Resul
         Poll::Pending => Poll::Pending,
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+
+    fn key() -> Key {
+        Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true }
+    }
+
+    fn now<T>(finding: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+        finding.poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    fn dial(found: Poll<Found>) -> Dial {
+        match found {
+            Poll::Ready(Found::Dial(dial)) => dial,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn one_failed_dial_fails_all_that_wait_for_it() {
+        let (upstreams, key) = (Upstreams::default(), key());
+        let first = dial(now(pin!(upstreams.find(&key, 1))));
+        let (mut second, mut third) = (pin!(upstreams.find(&key, 1)), pin!(upstreams.find(&key, 1)));
+        assert!(now(second.as_mut()).is_pending() && now(third.as_mut()).is_pending());
+        // A sweep forgets no dial that is under way.
+        upstreams.sweep(Duration::ZERO, |_| false);
+        assert!(now(pin!(upstreams.find(&key, 1))).is_pending());
+        first.finish(Err(Failure::Connect("refused".to_owned())));
+        for waiting in [second, third] {
+            assert!(matches!(now(waiting), Poll::Ready(Found::Failed(Failure::Connect(_)))));
+        }
+        // What comes later dials anew.
+        drop(dial(now(pin!(upstreams.find(&key, 1)))));
+    }
+
+    #[test]
+    fn a_dial_that_is_given_up_goes_to_one_that_waits() {
+        let (upstreams, key) = (Upstreams::default(), key());
+        let first = dial(now(pin!(upstreams.find(&key, 1))));
+        let (mut second, mut third) = (pin!(upstreams.find(&key, 1)), pin!(upstreams.find(&key, 1)));
+        assert!(now(second.as_mut()).is_pending() && now(third.as_mut()).is_pending());
+        drop(first);
+        let next = dial(now(second.as_mut()));
+        assert!(now(third.as_mut()).is_pending());
+        next.finish(Err(Failure::Connect("refused".to_owned())));
+        assert!(matches!(now(third.as_mut()), Poll::Ready(Found::Failed(_))));
+    }
 }
