@@ -129,7 +129,7 @@ impl Failure {
         matches!(self, Self::Malformed(_) | Self::RequestBody(_) | Self::BodyTimeout)
     }
 
-    /// Whether the endpoint is to blame, as far as one can tell: there was no connection, no answer, or none in time.
+    /// Whether the endpoint is to blame, as far as that shows: there was no connection, no answer, or none in time.
     ///
     /// A try that `took` so long waited for the client's body for the part `awaited` of that. A client that takes half of the time for its
     /// body must not make an endpoint seem slow.

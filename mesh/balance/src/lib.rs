@@ -1,7 +1,7 @@
 //! Which endpoint gets a request, and which is avoided for a while.
 //!
 //! Pure: no sockets, no clock and no randomness of its own. Time is an argument (a [`Duration`](std::time::Duration) since any fixed
-//! moment), and so are random numbers. The waypoint keeps one [`Pool`] for the endpoints of a service or subset and tells it how requests
+//! moment), and so are random numbers. The waypoint keeps one [`Pool`] for the endpoints of a service or subset and reports to it how requests
 //! ended. Knows neither services nor workloads: endpoints are numbers.
 
 mod cost;

@@ -51,10 +51,10 @@ pub(crate) async fn set_mode(cluster: &Cluster, namespace: &str, ambient: bool) 
     wait_until_enrolled(cluster, namespace, ambient).await
 }
 
-/// Waits until every running pod of a namespace is in the mesh, or none is.
+/// Waits until every running pod of a namespace is in the mesh, or none is. Waypoints are not captured themselves.
 pub(crate) async fn wait_until_enrolled(cluster: &Cluster, namespace: &str, ambient: bool) -> Outcome {
     let wanted = if ambient { Some("enabled") } else { None };
-    let pods = ["pods", "--namespace", namespace];
+    let pods = ["pods", "--namespace", namespace, "--selector", "!gateway.networking.k8s.io/gateway-name"];
     wait::until(&format!("pods of {namespace} are enrolled: {ambient}"), SOON, async || {
         let pods = cluster.kubectl().list(&pods).await.map_err(|error| error.to_string())?;
         let redirection =
