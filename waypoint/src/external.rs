@@ -1,6 +1,6 @@
 //! The second part of step 5: external authorizers are asked about the requests that policies with the action CUSTOM match.
 //!
-//! [`grpc`] and [`http`] are the two ways of asking. An authorizer that does not answer denies, unless its settings say otherwise.
+//! `grpc` and `http` are the two ways of asking. An authorizer that does not answer denies, unless its settings say otherwise.
 
 mod grpc;
 mod http;

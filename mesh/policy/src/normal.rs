@@ -3,8 +3,8 @@
 //! RFC 3986 §6.2.2: what needs no encoding is decoded, escapes are in capitals, dot segments are removed; beyond that slashes
 //! that follow one another are one. An encoded slash or backslash stays as it is: it is part of a segment.
 //!
-//! Delimiters such as `:` and `;` stay as they were written, as an application may tell `%3B` from `;`. Policies do not: see
-//! [`compared`].
+//! Delimiters such as `:` and `;` stay as they were written, as an application may distinguish `%3B` from `;`. Policies do
+//! not: see [`compared`].
 
 use std::borrow::Cow;
 

@@ -117,6 +117,7 @@ fn further_settings_are_those_of_the_programs() {
                 "commands",
                 "deployedWaypointClasses",
                 "listen",
+                "meshConfig",
                 "metrics",
                 "network",
                 "readiness",
