@@ -98,6 +98,12 @@ async fn exercise(cluster: &Cluster) -> Outcome {
         let none = |list: &Value| list["items"].as_array().is_some_and(Vec::is_empty);
         kubectl.wait_for(SOON, &[part, "--namespace", NAMESPACE], none).await?;
     }
+    // A Gateway that becomes another controller's.
+    let class = "{\"spec\": {\"gatewayClassName\": \"of-another\"}}";
+    let patch = ["patch", "gateway", "waypoint", "--namespace", NAMESPACE, "--type=merge", "--patch", class];
+    kubectl.run(&patch).await?;
+    let none = |list: &Value| list["items"].as_array().is_some_and(Vec::is_empty);
+    kubectl.wait_for(SOON, &["deployments", "--namespace", NAMESPACE], none).await?;
     Ok(())
 }
 
@@ -277,6 +283,21 @@ apiVersion: gateway.networking.k8s.io/v1
 kind: GRPCRoute
 metadata: {name: bound, namespace: rights}
 spec:
+  parentRefs: [{group: "", kind: Service, name: bound, port: 80}]
+  rules: [{backendRefs: [{name: bound, port: 80}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: bound, namespace: rights}
+spec:
+  parentRefs: [{group: "", kind: Service, name: bound, port: 80}]
+  rules: [{backendRefs: [{name: bound, port: 80}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TLSRoute
+metadata: {name: bound, namespace: rights}
+spec:
+  hostnames: [bound.example.com]
   parentRefs: [{group: "", kind: Service, name: bound, port: 80}]
   rules: [{backendRefs: [{name: bound, port: 80}]}]
 ---
