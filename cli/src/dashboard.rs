@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::cluster::{
-    Access, CONTROL_ADMIN, Cluster, Component, PROXY_ADMIN, PodName, block_on, is_ready, pods_of,
+    Access, CONTROL_ADMIN, Cluster, Component, PROXY_ADMIN, PodName, is_ready, pods_of, until_interrupted,
 };
 use crate::output::print;
 use crate::proxies;
@@ -46,19 +46,15 @@ pub(crate) struct Options {
 /// # Errors
 /// When there is no such page or the port is taken.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    block_on(async {
+    until_interrupted(async {
         let cluster = options.access.connect().await?;
         let (pod, port, path) = find(&cluster, options).await?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, options.port));
         let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))?;
         print(&format!("open http://{}{path}\n", listener.local_addr()?));
-        let interrupted = tokio::signal::ctrl_c();
-        tokio::select! {
-            outcome = serve(&listener, &cluster, &pod, port) => outcome?,
-            _ = interrupted => {}
-        }
-        Ok(ExitCode::SUCCESS)
-    })
+        serve(&listener, &cluster, &pod, port).await
+    })?;
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn find(cluster: &Cluster, options: &Options) -> anyhow::Result<(PodName, u16, &'static str)> {

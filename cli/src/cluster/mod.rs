@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use ambit_control::api_server::{CallError, call};
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -135,18 +135,26 @@ where
     }
 }
 
-/// Runs a command's future to its end, or to Ctrl-C.
+/// Runs a command's future to its end; Ctrl-C ends it as an error.
 ///
 /// # Errors
 /// That of the command.
 pub(crate) fn block_on<T>(command: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    until_interrupted(command)?.context("interrupted")
+}
+
+/// Runs a command's future to its end, or to Ctrl-C: then there is no outcome.
+///
+/// # Errors
+/// That of the command.
+pub(crate) fn until_interrupted<T>(
+    command: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<Option<T>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async {
         tokio::select! {
-            // The command first: Ctrl-C may be how it ends.
-            biased;
-            outcome = Box::pin(command) => outcome,
-            _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+            outcome = Box::pin(command) => outcome.map(Some),
+            interrupted = tokio::signal::ctrl_c() => Ok(interrupted.map(|()| None)?),
         }
     });
     runtime.shutdown_background();
