@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::vec;
 
+use ambit_api::is_local;
 use hyper_util::client::legacy::connect::dns::{GaiResolver, Name};
 use ipnet::IpNet;
 use tower::Service;
@@ -58,20 +59,6 @@ fn meant(address: IpAddr) -> IpAddr {
         [0, 0, 0, 0, 0, 0 | 0xffff, ..] if v6 != Ipv6Addr::LOCALHOST && !v6.is_unspecified() => embedded(),
         [0x64, 0xff9b, 0, 0, 0, 0, ..] => embedded(),
         _ => address,
-    }
-}
-
-/// Whether an address is one of this host or link, of many hosts, or of none.
-fn is_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => {
-            // RFC 1122 §3.2.1.3: 0.0.0.0/8 is this network.
-            let is_this = v4.octets().first() == Some(&0);
-            is_this || v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast()
-        }
-        IpAddr::V6(v6) => {
-            v6.is_loopback() || v6.is_unspecified() || v6.is_multicast() || v6.is_unicast_link_local()
-        }
     }
 }
 

@@ -247,17 +247,11 @@ fn foreign(source: SocketAddr, destination: IpAddr) -> Option<SocketAddr> {
 /// contracts.md, section 5: an expired peer keeps its tunnels for the time of one renewal, so that they can move to a
 /// connection with the new certificate. One that is revoked or lost its root has no such time.
 pub fn peer_reason(trust: &Trust, peer: &PeerCertificate, now: SystemTime) -> Option<CutReason> {
-    match trust.recheck(peer, now) {
+    match trust.recheck_open(peer, now) {
         Ok(()) => None,
         Err(PeerError::Revoked { .. }) => Some(CutReason::Revoked),
-        Err(error) if !error.is_expiry() => Some(CutReason::Untrusted),
-        Err(_) if now > peer.not_after() + peer.renewal_time() => Some(CutReason::Expired),
-        // Expiry may not be all that is wrong.
-        Err(_) => match trust.recheck(peer, peer.not_after()) {
-            Ok(()) => None,
-            Err(PeerError::Revoked { .. }) => Some(CutReason::Revoked),
-            Err(_) => Some(CutReason::Untrusted),
-        },
+        Err(error) if error.is_expiry() && now > peer.open_until() => Some(CutReason::Expired),
+        Err(_) => Some(CutReason::Untrusted),
     }
 }
 
