@@ -30,16 +30,23 @@ pub fn fault(rule: &l7::Rule) -> Option<String> {
     self::rule(&nobody, 0, rule, faults).invalid.map(|reason| reason.to_string())
 }
 
-/// Compiles a route.
-pub(crate) fn route(route: &l7::Route) -> Compiled {
-    let object = route.object.clone().unwrap_or_default();
+/// The name of a route, and what orders it among others of the same precedence: when it was created, unknown last; then
+/// namespace and name.
+pub(crate) fn name_and_age(object: Option<&l7::ObjectName>, created: i64) -> (Arc<RouteName>, i64, Arc<str>) {
+    let object = object.cloned().unwrap_or_default();
     let name = Arc::new(RouteName {
         kind: object.kind.into(),
         namespace: object.namespace.into(),
         name: object.name.into(),
     });
-    let created = if route.created == 0 { i64::MAX } else { route.created };
-    let order_by: Arc<str> = format!("{}/{}", name.namespace, name.name).into();
+    let created = if created == 0 { i64::MAX } else { created };
+    let order_by = format!("{}/{}", name.namespace, name.name).into();
+    (name, created, order_by)
+}
+
+/// Compiles a route.
+pub(crate) fn route(route: &l7::Route) -> Compiled {
+    let (name, created, order_by) = name_and_age(route.object.as_ref(), route.created);
     let mut entries = Vec::new();
     for (at, source) in (0_u32..).zip(&route.rules) {
         let everything = [l7::Match::default()];

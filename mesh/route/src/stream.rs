@@ -137,14 +137,7 @@ impl Entry {
 
 /// One entry for each match of each rule; with the order of Gateway API one for each name.
 fn entries(route: &l7::StreamRoute) -> Vec<Entry> {
-    let object = route.object.clone().unwrap_or_default();
-    let name = Arc::new(RouteName {
-        kind: object.kind.into(),
-        namespace: object.namespace.into(),
-        name: object.name.into(),
-    });
-    let created = if route.created == 0 { i64::MAX } else { route.created };
-    let order_by: Arc<str> = format!("{}/{}", name.namespace, name.name).into();
+    let (name, created, order_by) = compile::name_and_age(route.object.as_ref(), route.created);
     let closes = route.order() == l7::Order::Specific;
     let mut entries = Vec::new();
     for (at, source) in (0_u32..).zip(&route.rules) {
