@@ -8,9 +8,9 @@ use std::net::SocketAddr;
 
 use ambit_net::sockdiag::{self, Kind};
 use ambit_net::{SocketStock, connect};
-use ambit_node::{Agent, AgentConfig, PodSpec, PodState};
-use common::pair;
+use ambit_node::{Agent, AgentConfig, PodState};
 use common::traffic::SOON;
+use common::{pair, spec};
 
 /// Has socket(2) refuse sockets of sock_diag(7) to this thread and those that it starts.
 #[allow(unsafe_code, reason = "no library of ours installs seccomp filters")]
@@ -54,18 +54,7 @@ fn a_pod_is_captured_where_the_kernel_lists_no_sockets() {
         let driver = tokio::spawn(driver);
         let weaknesses = agent.health().weaknesses;
         assert!(weaknesses.iter().any(|weak| weak.remedy.contains("inet_diag")), "{weaknesses:?}");
-        let spec = PodSpec {
-            uid: "a".into(),
-            name: "reviews".into(),
-            namespace: "shop".into(),
-            service_account: "reviews".into(),
-            ips: pod.addresses().to_vec(),
-            netns: Some(pod.netns.clone()),
-            netns_path: None,
-            sandbox: None,
-            options: Default::default(),
-        };
-        agent.enrol(spec).await.expect("enrolled without listing sockets");
+        agent.enrol(spec("a", &pod)).await.expect("enrolled without listing sockets");
         assert_eq!(agent.status("a").unwrap().state, PodState::Pending);
         // Nothing listens on that port: the connection is captured.
         let to = SocketAddr::new(outside.v4.into(), 9080);

@@ -6,9 +6,9 @@ mod common;
 use std::net::SocketAddr;
 
 use ambit_net::{SocketStock, connect};
-use ambit_node::{Agent, AgentConfig, PodSpec, PodState};
-use common::pair;
+use ambit_node::{Agent, AgentConfig, PodState};
 use common::traffic::SOON;
+use common::{pair, spec};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -34,20 +34,9 @@ fn a_pod_is_captured_where_settings_are_read_only() {
             AgentConfig::new(directory.path().join("ztunnel.sock"), directory.path().join("registry"));
         let (agent, driver) = Agent::start(config).await.unwrap();
         let driver = tokio::spawn(driver);
-        let spec = PodSpec {
-            uid: "a".into(),
-            name: "reviews".into(),
-            namespace: "shop".into(),
-            service_account: "reviews".into(),
-            ips: pod.addresses().to_vec(),
-            netns: Some(pod.netns.clone()),
-            netns_path: None,
-            sandbox: None,
-            options: Default::default(),
-        };
         let weaknesses = agent.health().weaknesses;
         assert!(weaknesses.iter().any(|weak| weak.missing.contains("tcp_fwmark_accept")), "{weaknesses:?}");
-        agent.enrol(spec).await.expect("enrolled without the settings");
+        agent.enrol(spec("a", &pod)).await.expect("enrolled without the settings");
         assert_eq!(agent.status("a").unwrap().state, PodState::Pending);
         let to = SocketAddr::new(outside.v4.into(), 9080);
         connect(&SocketStock::new(pod.netns.clone(), None), to, SOON).await.expect("held for the proxy");

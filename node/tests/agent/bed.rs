@@ -12,15 +12,12 @@ use ambit_api::workload::zds::{
 };
 use ambit_net::seqpacket::SeqPacket;
 use ambit_net::{Netns, SocketStock, connect};
-use ambit_node::redirect::Options;
 use ambit_node::zds::MAX_PACKET;
 use ambit_node::{Agent, AgentConfig, PodSpec, PodState, Reconciled};
 use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-
-use crate::common::Host;
 
 pub(crate) const SOON: Duration = Duration::from_secs(5);
 
@@ -126,20 +123,6 @@ impl Proxy {
         let mut buffer = [0; MAX_PACKET];
         let heard = tokio::time::timeout(Duration::from_millis(300), self.socket.recv(&mut buffer)).await;
         assert!(heard.is_err(), "{heard:?}");
-    }
-}
-
-pub(crate) fn spec(uid: &str, pod: &Host) -> PodSpec {
-    PodSpec {
-        uid: uid.into(),
-        name: format!("reviews-{uid}"),
-        namespace: "shop".into(),
-        service_account: "reviews".into(),
-        ips: pod.addresses().to_vec(),
-        netns: Some(pod.netns.clone()),
-        netns_path: None,
-        sandbox: None,
-        options: Options::default(),
     }
 }
 

@@ -7,9 +7,9 @@ use ambit_net::listen::{Options as SocketOptions, listen_tcp};
 use ambit_node::redirect::{self, Options, Stage, plan};
 use ambit_node::{AgentError, ErrorKind, PodSpec, PodState, nft};
 
-use crate::bed::{Running, dial, lasting_path, spec, state};
+use crate::bed::{Running, dial, lasting_path, state};
 use crate::common::traffic::{listen, set};
-use crate::common::{Host, eventually, pair};
+use crate::common::{Host, eventually, pair, spec};
 
 /// Options that no kernel accepts: a rule has at most 128 expressions (`NFT_RULE_MAXEXPRS`).
 fn impossible() -> Options {

@@ -8,9 +8,9 @@ use ambit_node::probes::HOST_TABLE;
 use ambit_node::redirect::{PROBE_V4, PROBE_V6};
 use ambit_node::{PodState, nft};
 
-use crate::bed::{Running, dial, lasting_path, spec, state};
+use crate::bed::{Running, dial, lasting_path, state};
 use crate::common::traffic::{accept, listen, talk};
-use crate::common::{eventually, pair};
+use crate::common::{eventually, pair, spec};
 
 const KUBELET: u32 = 0;
 /// A user of no process of the system.

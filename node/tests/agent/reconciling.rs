@@ -14,8 +14,8 @@ use ambit_telemetry::Registry;
 use rtnetlink::LinkUnspec;
 use tokio::time::Instant;
 
-use crate::bed::{Running, SOON, lasting_path, spec, state};
-use crate::common::{Host, eventually, netlink, pair};
+use crate::bed::{Running, SOON, lasting_path, state};
+use crate::common::{Host, eventually, netlink, pair, spec};
 
 /// Pods of one node that start at a time.
 const MANY: u8 = 100;

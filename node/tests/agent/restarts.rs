@@ -10,9 +10,9 @@ use ambit_node::nft;
 use ambit_node::redirect::{self, Options, Stage, plan};
 use ambit_node::{PodSpec, PodState};
 
-use crate::bed::{Running, SOON, dial, lasting_path, spec, state};
+use crate::bed::{Running, SOON, dial, lasting_path, state};
 use crate::common::traffic::listen;
-use crate::common::{eventually, pair};
+use crate::common::{eventually, pair, spec};
 
 #[tokio::test]
 async fn a_restarted_agent_takes_listeners_back() {

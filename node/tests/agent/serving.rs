@@ -15,8 +15,8 @@ use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-use crate::bed::{Proxy, Running, SOON, dial, spec, state};
-use crate::common::{eventually, pair};
+use crate::bed::{Proxy, Running, SOON, dial, state};
+use crate::common::{eventually, pair, spec};
 
 #[tokio::test]
 async fn a_pod_is_pending_with_rules_in_until_a_proxy_serves_it() {

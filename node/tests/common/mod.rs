@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use ambit_net::Netns;
+use ambit_node::PodSpec;
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::link::LinkFlags;
 use rtnetlink::packet_route::route::RouteMessage;
@@ -23,6 +24,21 @@ pub(crate) struct Host {
 impl Host {
     pub(crate) fn addresses(&self) -> [IpAddr; 2] {
         [self.v4.into(), self.v6.into()]
+    }
+}
+
+/// The pod `reviews-UID` of the namespace `shop`.
+pub(crate) fn spec(uid: &str, pod: &Host) -> PodSpec {
+    PodSpec {
+        uid: uid.into(),
+        name: format!("reviews-{uid}"),
+        namespace: "shop".into(),
+        service_account: "reviews".into(),
+        ips: pod.addresses().to_vec(),
+        netns: Some(pod.netns.clone()),
+        netns_path: None,
+        sandbox: None,
+        options: Default::default(),
     }
 }
 
