@@ -1,4 +1,4 @@
-//! Everything that is shown on a real Kubernetes: one cluster, one build, cases in their order.
+//! Everything that is shown on a real Kubernetes: one cluster, one build, cases in the order of their [`Stage`]s.
 //!
 //! The first case that runs starts the cluster, the last ends it. What failed leaves its programs' logs in
 //! `target/cluster/failed`. `AMBIT_CLUSTER=NAME` runs the cases on a cluster that `ambit-cluster up NAME` started.
@@ -31,11 +31,12 @@ mod uninstall;
 #[path = "cases/waypoint.rs"]
 mod waypoint;
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use ambit_cluster::{Cluster, Options};
@@ -46,37 +47,81 @@ use tokio::sync::OnceCell;
 /// What a case gives back.
 type Outcome = Result<(), Box<dyn Error>>;
 
-/// The cluster of all cases.
+/// When a case runs. Cases of one stage run in the order in which they are added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// On the cluster, then on the mesh.
+    Mesh,
+    /// Judges what the programs did in every case of the mesh.
+    Review,
+    /// Removes the mesh, and what needs a cluster without one.
+    Removal,
+}
+
+/// What all cases share.
 struct Shared {
     runtime: Runtime,
     cluster: OnceCell<Result<Cluster, String>>,
+    /// Cases of [`Stage::Mesh`] that have not passed yet.
+    pending: Mutex<BTreeSet<String>>,
 }
 
-/// Cases, in the order in which they run.
+impl Shared {
+    fn pending(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The cases.
 struct Cases {
     shared: Arc<Shared>,
-    trials: Vec<Trial>,
+    trials: Vec<(Stage, Trial)>,
 }
 
 impl Cases {
+    /// Adds a case of [`Stage::Mesh`].
     fn add<F>(&mut self, name: &str, case: F)
     where
         F: AsyncFnOnce(&Cluster) -> Outcome + Send + 'static,
     {
-        let shared = Arc::clone(&self.shared);
-        self.trials.push(Trial::test(name, move || {
+        self.add_to(Stage::Mesh, name, case);
+    }
+
+    /// Adds a case of a stage.
+    fn add_to<F>(&mut self, stage: Stage, name: &str, case: F)
+    where
+        F: AsyncFnOnce(&Cluster) -> Outcome + Send + 'static,
+    {
+        let (shared, own) = (Arc::clone(&self.shared), name.to_owned());
+        if stage == Stage::Mesh {
+            shared.pending().insert(own.clone());
+        }
+        let trial = Trial::test(name, move || {
             let cluster = shared.runtime.block_on(shared.cluster.get_or_init(start)).as_ref();
             let cluster = cluster.map_err(|error| Failed::from(format!("no cluster: {error}")))?;
             let began = Instant::now();
             let run = || shared.runtime.block_on(case(cluster)).map_err(|error| error.to_string());
             let outcome = catch_unwind(AssertUnwindSafe(run));
             eprint!("{} s ", began.elapsed().as_secs());
-            if !matches!(outcome, Ok(Ok(()))) {
+            if matches!(outcome, Ok(Ok(()))) {
+                shared.pending().remove(&own);
+            } else {
                 show(cluster);
+                if stage == Stage::Review {
+                    eprintln!("cases that have not passed before: {:?}", shared.pending());
+                }
                 shared.runtime.block_on(restore(cluster));
             }
             outcome.unwrap_or_else(|panic| resume_unwind(panic)).map_err(Failed::from)
-        }));
+        });
+        self.trials.push((stage, trial));
+    }
+
+    /// The cases in the order in which they run.
+    fn in_order(mut self) -> (Arc<Shared>, Vec<Trial>) {
+        // Stable: the order within a stage stays.
+        self.trials.sort_by_key(|(stage, _)| *stage);
+        (self.shared, self.trials.into_iter().map(|(_, trial)| trial).collect())
     }
 }
 
@@ -116,7 +161,7 @@ fn main() -> ExitCode {
     // Cases stop nodes and programs under each other's feet otherwise.
     arguments.test_threads = Some(1);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let shared = Arc::new(Shared { runtime, cluster: OnceCell::new() });
+    let shared = Arc::new(Shared { runtime, cluster: OnceCell::new(), pending: Mutex::default() });
     let mut cases = Cases { shared, trials: Vec::new() };
     bed::add(&mut cases);
     mesh::add(&mut cases);
@@ -127,9 +172,9 @@ fn main() -> ExitCode {
     rights::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);
-    let Cases { shared, trials } = cases;
+    let (shared, trials) = cases.in_order();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    let Shared { runtime, cluster } = Arc::into_inner(shared).expect("every case has ended");
+    let Shared { runtime, cluster, .. } = Arc::into_inner(shared).expect("every case has ended");
     if let Some(Ok(cluster)) = cluster.into_inner() {
         if conclusion.has_failed() {
             keep_logs(&cluster);

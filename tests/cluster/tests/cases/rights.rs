@@ -1,5 +1,5 @@
-//! Least rights: by the API server's audit log, every right that the chart gives was used by one of the cases so far or by this
-//! one, and none was missing.
+//! Least rights: by the API server's audit log, every right that the chart gives was used by one of the cases before or by this
+//! one, and none was missing. It runs after every other case of the mesh.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use ambit_cluster::{Cluster, mesh, wait};
 use serde_json::Value;
 
-use super::{Cases, Outcome};
+use super::{Cases, Outcome, Stage};
 
 /// How soon the rights that the objects of this case need are used: some are looked at once a minute.
 const SOON: Duration = Duration::from_secs(240);
@@ -17,7 +17,7 @@ const NAMESPACE: &str = "rights";
 const KINDS: &str = "clusterrolebindings,rolebindings,clusterroles,roles";
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("every_right_is_used_and_none_is_missing", least_rights);
+    cases.add_to(Stage::Review, "every_right_is_used_and_none_is_missing", least_rights);
 }
 
 /// A right: whose, to what, how. `name` is empty where any name will do.

@@ -6,7 +6,7 @@ use ambit_cluster::{Cluster, mesh, wait};
 
 use super::apps::{Apps, MARKER};
 use super::mesh::{set_mode, wait_until_enrolled};
-use super::{Cases, Outcome, cli};
+use super::{Cases, Outcome, Stage, cli};
 
 /// How soon nodes are clean on a busy machine.
 const SOON: Duration = Duration::from_secs(240);
@@ -20,7 +20,7 @@ const HOST_FILES: &str = "ls /opt/cni/bin/ambit-cni /etc/cni/net.d/*ambit* 2>/de
 const POD_RULES: &str = "for ns in /run/netns/*; do nsenter --net=$ns nft list tables | grep ambit; done";
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("uninstalling_leaves_nothing", uninstall);
+    cases.add_to(Stage::Removal, "uninstalling_leaves_nothing", uninstall);
 }
 
 async fn uninstall(cluster: &Cluster) -> Outcome {
