@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use ambit_cluster::layout::Layout;
+use ambit_cluster::layout::{self, Layout};
 use ambit_cluster::{Cluster, Options, cluster, conformance, keeper, mesh, node};
 use clap::Parser;
 
@@ -124,9 +124,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 mesh::install(&cluster, &mesh::SETTINGS).await?;
                 mesh::install_bookinfo(&cluster).await?;
             }
-            let bin = cluster.layout().bin();
+            let (programs, ambit) = (cluster.layout().bin(), layout::built()?);
             println!("export KUBECONFIG={}", cluster.kubectl().kubeconfig().display());
-            println!("export PATH={}:$PATH", bin.display());
+            println!("export PATH={}:{}:$PATH", programs.display(), ambit.display());
         }
         Command::Down { name } => match Cluster::attach(&name) {
             Ok(cluster) => cluster.down().await?,
