@@ -196,7 +196,7 @@ impl Collector for Families {
             for series in &all {
                 let Histogram { buckets, sum } = read(series);
                 let counts = buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed));
-                let bounds = BOUNDS.into_iter().chain([f64::MAX]);
+                let bounds = BOUNDS.into_iter().chain([f64::INFINITY]);
                 let buckets: Vec<(f64, u64)> = bounds.zip(counts).collect();
                 let count = buckets.iter().map(|(_, count)| count).sum();
                 let sum = sum.load(Ordering::Relaxed) as f64 / 1e3;
@@ -234,6 +234,8 @@ mod tests {
             line.unwrap().rsplit(' ').next().unwrap().to_owned()
         };
         assert_eq!((bucket("le=\"0.5\"").as_str(), bucket("le=\"1.0\"").as_str()), ("0", "1"));
+        // Without it, Prometheus computes no quantile.
+        assert_eq!(bucket("le=\"+Inf\""), "1");
     }
 
     #[test]
