@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use crate::output::Paint;
+use crate::output::Palette;
 
 /// How much a finding matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -82,7 +82,7 @@ pub(crate) fn gravest(sections: &[Section]) -> Option<Level> {
 }
 
 /// Sections for people, the findings of each below its title.
-pub(crate) fn render(sections: &[Section], paint: Paint) -> String {
+pub(crate) fn render(sections: &[Section], paint: Palette) -> String {
     let mut text = String::new();
     for Section { title, findings } in sections {
         let mark = match findings.iter().map(|finding| finding.level).min() {
@@ -97,7 +97,7 @@ pub(crate) fn render(sections: &[Section], paint: Paint) -> String {
     text
 }
 
-fn render_one(finding: &Finding, paint: Paint, text: &mut String) {
+fn render_one(finding: &Finding, paint: Palette, text: &mut String) {
     let Finding { level, subject, problem, symptom, remedy } = finding;
     let _ = writeln!(text, "    {} {}: {problem}", mark(*level, paint), paint.bold(subject));
     if !symptom.is_empty() {
@@ -108,7 +108,7 @@ fn render_one(finding: &Finding, paint: Paint, text: &mut String) {
     }
 }
 
-fn mark(level: Level, paint: Paint) -> String {
+fn mark(level: Level, paint: Palette) -> String {
     match level {
         Level::Error => paint.red("✗"),
         Level::Warning => paint.yellow("!"),
@@ -130,7 +130,7 @@ mod tests {
         ];
         let expected = "✗ nodes\n    ✗ node n1: no plugin\n      shows as: pods in the clear\n      \
                         remedy:   set platform\n    – node n2: old\n✓ version\n";
-        assert_eq!(render(&sections, Paint::new(false)), expected);
+        assert_eq!(render(&sections, Palette::new(false)), expected);
         assert_eq!(gravest(&sections), Some(Level::Error));
     }
 }

@@ -7,7 +7,7 @@ use kube::{Api, ResourceExt};
 use serde::Serialize;
 
 use crate::cluster::{Cluster, list};
-use crate::output::{Paint, table};
+use crate::output::{Palette, table};
 
 /// The class of Ambit's waypoints.
 pub(crate) const CLASS: &str = "ambit-waypoint";
@@ -125,7 +125,7 @@ pub(crate) async fn waypoints(
 }
 
 /// Waypoints for people.
-pub(crate) fn render(waypoints: &[Waypoint], paint: Paint) -> String {
+pub(crate) fn render(waypoints: &[Waypoint], paint: Palette) -> String {
     let row = |w: &Waypoint| {
         [w.namespace.clone(), w.name.clone(), w.serves.clone(), w.addresses.join(","), w.state()]
     };

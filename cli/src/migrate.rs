@@ -19,7 +19,7 @@ use crate::analyze::{self, Item, Report, cluster_settings, judge, read_cluster};
 use crate::cluster::{Access, Cluster, block_on};
 use crate::enrolment::{self, Namespaces};
 use crate::finding::{Finding, Level, Section, gravest, render};
-use crate::output::{Format, Paint, Wait, emit};
+use crate::output::{Format, Palette, Wait, emit};
 
 /// Commands for clusters that run Istio's ambient mode.
 #[derive(Debug, Subcommand)]
@@ -83,7 +83,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     Ok(if is_error { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn show(found: &Differences, paint: Paint) -> String {
+fn show(found: &Differences, paint: Palette) -> String {
     format!(
         "{}\n{}\n{}",
         render(&found.settings, paint),
@@ -282,6 +282,6 @@ mod tests {
             ],
             ..facts()
         };
-        insta::assert_snapshot!(render(&differences(&facts), Paint::new(false)));
+        insta::assert_snapshot!(render(&differences(&facts), Palette::new(false)));
     }
 }

@@ -8,8 +8,8 @@ use kube::core::{Selector, SelectorExt};
 
 use crate::finding::Finding;
 
-/// Where tunnels arrive (contracts.md, section 1).
-const HBONE: i32 = 15008;
+/// Where tunnels arrive.
+const HBONE: i32 = ambit_api::ports::INBOUND_HBONE as i32;
 
 /// Directions in which a policy lets no tunnel pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,10 +29,10 @@ pub(crate) enum Format {
 pub(crate) fn emit<T: Serialize>(
     format: Format,
     value: &T,
-    table: impl FnOnce(Paint) -> String,
+    table: impl FnOnce(Palette) -> String,
 ) -> anyhow::Result<()> {
     match format {
-        Format::Table => print(&table(Paint::detect())),
+        Format::Table => print(&table(Palette::detect())),
         Format::Json => print(&format!("{}\n", serde_json::to_string_pretty(value)?)),
         Format::Yaml => print(&serde_saphyr::to_string(value)?),
     }
@@ -49,19 +49,19 @@ pub(crate) fn print(text: &str) {
 
 /// Colours, where there is a terminal.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Paint {
+pub(crate) struct Palette {
     on: bool,
 }
 
-impl Paint {
+impl Palette {
     /// Colours or none.
-    pub(crate) fn new(on: bool) -> Paint {
-        Paint { on }
+    pub(crate) fn new(on: bool) -> Palette {
+        Palette { on }
     }
 
     /// Colours if standard output is a terminal and `NO_COLOR` is not set.
-    pub(crate) fn detect() -> Paint {
-        Paint { on: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+    pub(crate) fn detect() -> Palette {
+        Palette { on: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
     }
 
     /// For what is well.
@@ -96,7 +96,7 @@ impl Paint {
 
 /// Rows below a heading, in columns as wide as their widest cell. Empty cells show as `-`.
 pub(crate) fn table<const N: usize>(
-    paint: Paint,
+    paint: Palette,
     heading: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
 ) -> String {
@@ -195,7 +195,7 @@ mod tests {
 
     #[test]
     fn empty_cells_show_as_a_dash() {
-        let text = table(Paint::new(false), ["A", "B"], [[String::new(), "b".to_owned()]]);
+        let text = table(Palette::new(false), ["A", "B"], [[String::new(), "b".to_owned()]]);
         assert_eq!(text, "A  B\n-  b\n");
     }
 
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn colours_are_only_where_they_are_wanted() {
-        assert_eq!(Paint::new(false).red("x"), "x");
-        assert_eq!(Paint::new(true).red("x"), "\x1b[31mx\x1b[0m");
+        assert_eq!(Palette::new(false).red("x"), "x");
+        assert_eq!(Palette::new(true).red("x"), "\x1b[31mx\x1b[0m");
     }
 }

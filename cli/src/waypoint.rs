@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use ambit_api::ports::INBOUND_HBONE;
 use ambit_control::api_server::{FIELD_MANAGER, call};
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
@@ -174,7 +175,7 @@ fn manifest(wanted: &Wanted, namespace: Option<&str>) -> Value {
         For::All => "all",
         For::None => "none",
     };
-    let mut listener = json!({ "name": "mesh", "port": 15008, "protocol": "HBONE" });
+    let mut listener = json!({ "name": "mesh", "port": INBOUND_HBONE, "protocol": "HBONE" });
     if wanted.allow_all_namespaces {
         listener["allowedRoutes"] = json!({ "namespaces": { "from": "All" } });
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_api::ports;
 use ambit_ca::{AuthorityConfig, NodeProxy};
 use ambit_identity::TrustDomain;
 use ambit_runtime::configuration::common::LogFormat;
@@ -166,7 +167,7 @@ impl Default for ControlSettings {
         let index = index::Settings::default();
         Self {
             sources: Vec::new(),
-            listen: (Ipv4Addr::UNSPECIFIED, 15012).into(),
+            listen: (Ipv4Addr::UNSPECIFIED, ports::CONTROL_PLANE).into(),
             server_names: None,
             ca_dir: None,
             max_certificate_lifetime: Span::from_secs(AuthorityConfig::DEFAULT_MAX_LIFETIME.as_secs()),

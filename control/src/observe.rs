@@ -119,7 +119,7 @@ impl Observed {
         let help = "PodCertificateRequests that were denied or failed";
         counter(registry, ("pod_certificates_refused", help), written, |m| &m.certificates_refused);
         let help = "Writes that waited because somebody else keeps changing the object";
-        counter(registry, ("writes_held", help), &written.brakes, |m| &m.held);
+        counter(registry, ("writes_held", help), &written.backoffs, |m| &m.held);
         let statuses = self.statuses.clone();
         gauge(registry, ("statuses_pending", "Objects whose status is to be looked at"), move || {
             statuses.len() as u64

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use ambit_api::ports;
 use ambit_runtime::configuration::common::LogFormat;
 use ambit_runtime::configuration::{self, ForeignVariable, Settings};
 use ambit_telemetry::logging;
@@ -135,9 +136,9 @@ impl Default for NodeSettings {
             own_list: false,
             kubelet_uid: 0,
             remove_taint: true,
-            metrics: (Ipv4Addr::UNSPECIFIED, 15020).into(),
-            readiness: (Ipv4Addr::UNSPECIFIED, 15021).into(),
-            admin: (Ipv4Addr::LOCALHOST, 15000).into(),
+            metrics: (Ipv4Addr::UNSPECIFIED, ports::METRICS).into(),
+            readiness: (Ipv4Addr::UNSPECIFIED, ports::READINESS).into(),
+            admin: (Ipv4Addr::LOCALHOST, ports::ADMIN).into(),
             log_level: "info".into(),
             log_format: LogFormat::Text,
         }

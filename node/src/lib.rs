@@ -26,7 +26,6 @@ pub mod enrol;
 pub mod kubernetes;
 pub mod listeners;
 pub mod nft;
-pub mod ports;
 pub mod probes;
 pub mod redirect;
 pub mod registry;

@@ -15,8 +15,8 @@ use ambit_net::sockdiag::{self, Kind};
 use ambit_net::{Netns, NetnsError, NetnsId, PROXY_MARK, pidfd};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::ports;
 use crate::redirect::Options;
+use ambit_api::ports;
 
 /// Requests that may wait for the task.
 const QUEUE: usize = 1024;

@@ -70,6 +70,14 @@ impl<B: Bed> Trials<B> {
     }
 }
 
+/// Adds functions to [`Trials`], each as a test named `subject::function`.
+#[macro_export]
+macro_rules! add_trials {
+    ($trials:expr, $subject:literal: $($test:ident),* $(,)?) => {
+        $($trials.add(concat!($subject, "::", stringify!($test)), async |bed| $test(bed).await);)*
+    };
+}
+
 impl<B: Bed> Default for Trials<B> {
     fn default() -> Self {
         Self::new()

@@ -348,7 +348,7 @@ impl Sending<'_> {
     }
 }
 
-/// Tells a try how it ended, which waited for the client for `awaited`. A failure that is the client's, or the waypoint's own, says nothing
+/// Reports to a try how it ended, which waited for the client for `awaited`. A failure that is the client's, or the waypoint's own, says nothing
 /// of the endpoint.
 ///
 /// # Errors

@@ -43,7 +43,7 @@ pub struct Copied {
     broken: Arc<AtomicBool>,
 }
 
-/// Tells whether a copy broke off. It outlives the copy.
+/// Says whether a copy broke off. It outlives the copy.
 #[derive(Debug, Clone)]
 pub struct CopyState(Arc<AtomicBool>);
 

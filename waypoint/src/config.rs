@@ -2,6 +2,7 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 
+use ambit_api::ports;
 use ambit_runtime::configuration::proxy::{Certificates, ProxySettings};
 use ambit_runtime::configuration::{ConfigError, ForeignVariable, Settings, Span};
 use schemars::JsonSchema;
@@ -72,7 +73,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             proxy: ProxySettings { drain_timeout: Span::from_secs(60), ..ProxySettings::default() },
-            listen_address: (Ipv6Addr::UNSPECIFIED, 15008).into(),
+            listen_address: (Ipv6Addr::UNSPECIFIED, ports::INBOUND_HBONE).into(),
             service_account: "waypoint".into(),
             trusted_forwarders: Vec::new(),
             certificates: Certificates::default(),

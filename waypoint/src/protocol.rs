@@ -297,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_bytes_tell_what_is_spoken() {
+    fn first_bytes_distinguish_protocols() {
         for (bytes, spoken) in [
             (&b"GET / HTTP/1.1\r\n"[..], Some(Spoken::Http1)),
             (b"M-SEARCH * HTTP/1.1\r\n", Some(Spoken::Http1)),

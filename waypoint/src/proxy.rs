@@ -206,7 +206,7 @@ pub struct Proxy {
     pub loads: Loads<WorkloadUid>,
     /// The endpoints of services, and what is known of them.
     pub balancers: Balancers,
-    /// Tells when nothing new is to be taken.
+    /// Notifies when nothing new is to be taken.
     pub drain: Drain,
     /// Accepts and serves the tunnel connections of other proxies.
     pub server: Server,

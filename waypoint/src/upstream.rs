@@ -168,7 +168,7 @@ pub struct Dial {
 }
 
 impl Dial {
-    /// Tells those that wait how the dial ended.
+    /// Reports to those that wait how the dial ended.
     pub fn finish(self, outcome: Result<(), Failure>) {
         if let Some(waiters) = self.waiters {
             waiters.send_replace(Some(outcome));

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use crate::config::SameNode;
 use crate::connection::error::ConnectionError;
 use crate::connection::report::Reporter;
-use crate::directory::ondemand::Demander;
+use crate::directory::ondemand::OnDemandClient;
 use crate::dns::DnsProxy;
 use crate::outbound::hostnames::{Addresses, Hostnames, LOOKUP_DESCRIPTORS};
 use crate::outbound::tunnels::TunnelKey;
@@ -120,11 +120,11 @@ pub struct Proxy {
     /// What pods and peers may hold.
     pub shares: Shares,
     /// Where resources come on demand: whom to ask.
-    pub demander: Option<Demander>,
+    pub on_demand: Option<OnDemandClient>,
     /// Whether the control plane's first state was applied. Before that nothing is let in or out: an
     /// empty directory knows neither policies nor who must be reached through a tunnel.
     pub synced: watch::Receiver<bool>,
-    /// Tells when nothing new is to be taken.
+    /// Notifies when nothing new is to be taken.
     pub drain: Drain,
     /// Accepts and serves the tunnel connections of other proxies.
     pub server: Server,
@@ -187,9 +187,9 @@ impl Proxy {
         if let Some(workload) = own(&self.directory.load(), pod) {
             return Ok(workload);
         }
-        if let (Some(demander), Some(pinned)) = (&self.demander, pod.pinned()) {
+        if let (Some(on_demand), Some(pinned)) = (&self.on_demand, pod.pinned()) {
             // What is waited for below is the same.
-            if let Err(error) = demander.demand_pinned(pinned, limit).await {
+            if let Err(error) = on_demand.demand_pinned(pinned, limit).await {
                 tracing::warn!(pod = pod.uid(), %error, "the control plane can't be asked for a pod of this node");
             }
         }

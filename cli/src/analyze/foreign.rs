@@ -227,7 +227,7 @@ mod tests {
         assert!(!judged("v1", "ConfigMap"));
     }
     #[test]
-    fn withdrawn_kinds_and_those_of_linkerd_are_told_their_modern_form() {
+    fn withdrawn_kinds_and_those_of_linkerd_have_their_modern_form_named() {
         for (api_version, kind, form) in [
             ("authentication.istio.io/v1alpha1", "Policy", "PeerAuthentication"),
             ("authentication.istio.io/v1alpha1", "MeshPolicy", "in the root namespace"),

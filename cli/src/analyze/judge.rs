@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{foreign, remedies};
 use crate::finding::{Finding, Level};
-use crate::output::Paint;
+use crate::output::Palette;
 
 /// Where an object is written.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -174,7 +174,7 @@ fn twice(object: &Object, first: &Place, place: &Place) -> Report {
 }
 
 /// Reports for people: one line each as compilers print them, and what to do below.
-pub(crate) fn render(reports: &[Report], paint: Paint) -> String {
+pub(crate) fn render(reports: &[Report], paint: Palette) -> String {
     let mut text = String::new();
     for Report { place, object, level, reason, message, remedy, .. } in reports {
         let place =
@@ -260,7 +260,7 @@ spec: {clusterIP: 10.0.0.3, ports: [{port: 80}]}
     #[test]
     fn objects_without_their_effect_are_named_with_file_and_line() {
         let reports = judge(items(MANIFESTS), Settings::default(), false);
-        insta::assert_snapshot!(render(&reports, Paint::new(false)));
+        insta::assert_snapshot!(render(&reports, Palette::new(false)));
     }
 
     #[test]
@@ -277,6 +277,6 @@ spec: {clusterIP: 10.0.0.3, ports: [{port: 80}]}
         let mut items = items(MANIFESTS);
         items.iter_mut().for_each(|item| item.is_context = true);
         assert_eq!(judge(items, Settings::default(), true), []);
-        assert!(render(&[], Paint::new(false)).contains("every object"));
+        assert!(render(&[], Palette::new(false)).contains("every object"));
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::facts::{AgentReport, Cni, Facts};
 use super::*;
 use crate::cluster::PodName;
-use crate::output::Paint;
+use crate::output::Palette;
 
 fn object<T: DeserializeOwned>(value: Value) -> T {
     serde_json::from_value(value).unwrap_or_else(|error| panic!("an object of the API: {error}"))
@@ -105,7 +105,7 @@ fn installed() -> Facts {
 /// What is said, without what is well.
 fn said(facts: &Facts) -> String {
     let wrong: Vec<Section> = sections(facts).into_iter().filter(|s| !s.findings.is_empty()).collect();
-    render(&wrong, Paint::new(false))
+    render(&wrong, Palette::new(false))
 }
 
 #[test]

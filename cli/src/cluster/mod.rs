@@ -16,8 +16,8 @@ use kube::{Api, Client, Config};
 pub(crate) use admin::{get, post};
 pub(crate) use pods::{Component, PodName, is_ready, node_of, pods_of};
 
-/// Ports of the admin interfaces of node proxies and waypoints (contracts.md, section 1).
-pub(crate) const PROXY_ADMIN: u16 = 15000;
+/// Ports of the admin interfaces of node proxies and waypoints.
+pub(crate) const PROXY_ADMIN: u16 = ambit_api::ports::ADMIN;
 /// Port of the control plane's admin interface, as the chart sets it.
 pub(crate) const CONTROL_ADMIN: u16 = 8080;
 

@@ -5,10 +5,10 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{Dump, Kind};
-use crate::output::{Paint, bytes, duration, table};
+use crate::output::{Palette, bytes, duration, table};
 
 /// What proxies know, for people.
-pub(super) fn render(kind: Kind, dumps: &[Dump], now: OffsetDateTime, paint: Paint) -> String {
+pub(super) fn render(kind: Kind, dumps: &[Dump], now: OffsetDateTime, paint: Palette) -> String {
     let all = || dumps.iter().flat_map(|dump| dump.entries.iter().map(move |entry| (dump, entry)));
     match kind {
         Kind::Workloads => table(
@@ -191,7 +191,7 @@ mod tests {
     fn shown(kind: Kind, entries: &Value) -> String {
         let entries = entries.as_array().cloned().unwrap_or_default();
         let dump = Dump { proxy: "ambit-system/ztunnel-x".into(), node: "n1".into(), entries };
-        render(kind, &[dump], datetime!(2026-01-01 12:00 UTC), Paint::new(false))
+        render(kind, &[dump], datetime!(2026-01-01 12:00 UTC), Palette::new(false))
     }
 
     #[test]

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::cluster::{Cluster, Component, is_ready, node_of};
 use crate::enrolment::{self, Namespaces};
 use crate::gateways::{self, Waypoint};
-use crate::output::{Paint, table};
+use crate::output::{Palette, table};
 
 /// Label by which a namespace names its waypoint.
 const USE_WAYPOINT: &str = "istio.io/use-waypoint";
@@ -102,7 +102,7 @@ fn is_running(pod: &Pod) -> bool {
 }
 
 /// The mesh for people.
-pub(super) fn render(overview: &Overview, paint: Paint) -> String {
+pub(super) fn render(overview: &Overview, paint: Palette) -> String {
     let Overview { components, namespaces, waypoints } = overview;
     let join = |set: &BTreeSet<String>| set.iter().map(String::as_str).collect::<Vec<_>>().join(",");
     let mut text = table(
@@ -172,7 +172,8 @@ mod tests {
             programmed: Some(true),
             message: String::new(),
         };
-        let shown = render(&overview("ambit-system", &namespaces, &pods, vec![waypoint]), Paint::new(false));
+        let shown =
+            render(&overview("ambit-system", &namespaces, &pods, vec![waypoint]), Palette::new(false));
         insta::assert_snapshot!(shown);
     }
 }

@@ -16,7 +16,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::cluster::{Cluster, Component, PROXY_ADMIN, PodName, get, is_ready, node_of, pods_of};
 use crate::config::{binds, expiry, text, waypoint};
 use crate::enrolment;
-use crate::output::{Paint, duration};
+use crate::output::{Palette, duration};
 use crate::proxies::{self, Proxy, Role};
 
 /// Names of the policies that PeerAuthentications become.
@@ -315,7 +315,7 @@ fn is_converted(policy: &Policy) -> bool {
 }
 
 /// The status for people: one screen.
-pub(super) fn render(status: &PodStatus, now: OffsetDateTime, paint: Paint) -> String {
+pub(super) fn render(status: &PodStatus, now: OffsetDateTime, paint: Palette) -> String {
     let mut text = String::new();
     let of_node = if status.node.is_empty() { String::new() } else { format!(" on {}", status.node) };
     let _ = writeln!(
@@ -368,7 +368,7 @@ pub(super) fn render(status: &PodStatus, now: OffsetDateTime, paint: Paint) -> S
     text
 }
 
-fn add_verdict(status: &PodStatus, paint: Paint, text: &mut String) {
+fn add_verdict(status: &PodStatus, paint: Palette, text: &mut String) {
     let (line, remedy) = match &status.verdict {
         Verdict::Protected => {
             (paint.green("✓ protected: TCP with other pods of the mesh is encrypted and authenticated"), None)

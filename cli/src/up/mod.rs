@@ -30,7 +30,7 @@ use crate::remote::{self, Endpoint};
 use expectations::Expectations;
 use forward::Forward;
 use proof::Proof;
-use screen::{News, Screen};
+use screen::{Messages, Screen};
 
 /// How often the table is drawn.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -198,7 +198,7 @@ async fn once(
     let mut proof = Proof::new();
     proof.note("every workload is ready and captured", ready);
     proof.run(cluster, expectations, forward).await;
-    screen.draw(&news(cluster).await, &flows::read(cluster).await, Some(&proof));
+    screen.draw(&messages(cluster).await, &flows::read(cluster).await, Some(&proof));
     if proof.holds() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -225,14 +225,14 @@ async fn stay(
             done = &mut proving, if proof.is_none() => proof = Some(done),
             _ = refresh.tick() => {
                 let flows = flows::read(cluster).await;
-                screen.draw(&news(cluster).await, &flows, proof.as_ref());
+                screen.draw(&messages(cluster).await, &flows, proof.as_ref());
             }
         }
     }
 }
 
-async fn news(cluster: &Cluster) -> News {
-    News { troubles: troubles(cluster).await, notes: cluster.ignored() }
+async fn messages(cluster: &Cluster) -> Messages {
+    Messages { troubles: troubles(cluster).await, notes: cluster.ignored() }
 }
 
 /// Problems, one line each.

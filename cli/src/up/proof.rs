@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
+use ambit_api::ports::INBOUND_HBONE;
 use ambit_local::{Captured, Cluster, Pod, PodOptions, State};
 use anyhow::{Context, anyhow, bail, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,8 +23,6 @@ const LISTEN_FOR: Duration = Duration::from_secs(4);
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Interval between two tests of the condition.
 pub(super) const POLL: Duration = Duration::from_millis(200);
-/// Port of HBONE (contracts.md, section 1).
-const HBONE: u16 = 15008;
 /// Port of the plaintext sample.
 const SAMPLE_PORT: u16 = 8099;
 /// Namespace of the pods that send the sample, which are not in the mesh.
@@ -252,14 +251,16 @@ fn judge_capture(
     let tunnelled: usize = captured
         .packets
         .iter()
-        .filter(|packet| packet.tcp && [packet.source.port(), packet.destination.port()].contains(&HBONE))
+        .filter(|packet| {
+            packet.tcp && [packet.source.port(), packet.destination.port()].contains(&INBOUND_HBONE)
+        })
         .map(|packet| packet.payload.len())
         .sum();
     if tunnelled == 0 {
-        return Err(NoTraffic(format!("nothing crossed the wire on port {HBONE}")).into());
+        return Err(NoTraffic(format!("nothing crossed the wire on port {INBOUND_HBONE}")).into());
     }
     Ok(format!(
-        "{} packets listened to, {tunnelled} bytes on port {HBONE}; {} words found only in a sample sent in the clear",
+        "{} packets listened to, {tunnelled} bytes on port {INBOUND_HBONE}; {} words found only in a sample sent in the clear",
         captured.packets.len(),
         words.len()
     ))

@@ -3,14 +3,14 @@
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 
-use crate::output::{Paint, Wait, aligned, bytes, print};
+use crate::output::{Palette, Wait, aligned, bytes, print};
 use crate::up::flows::{Connections, Flows};
 use crate::up::proof::{Outcome, Proof};
 use crate::up::requests::{AllRequests, Requests};
 
 /// Messages in addition to the flows, one line each.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct News {
+pub(crate) struct Messages {
     /// Problems.
     pub(crate) troubles: Vec<String>,
     /// Parts of the manifests that have no effect here.
@@ -72,10 +72,10 @@ impl Screen {
     }
 
     /// Shows problems, ignored parts of the manifests, flows and checks.
-    pub(crate) fn draw(&mut self, news: &News, flows: &Flows, proof: Option<&Proof>) {
+    pub(crate) fn draw(&mut self, messages: &Messages, flows: &Flows, proof: Option<&Proof>) {
         self.end();
-        let News { troubles, notes } = news;
-        let paint = Paint::new(self.terminal);
+        let Messages { troubles, notes } = messages;
+        let paint = Palette::new(self.terminal);
         let mut text = String::new();
         for line in troubles {
             let _ = writeln!(text, "{}", paint.red(&format!("! {line}")));
@@ -116,7 +116,7 @@ impl Screen {
     }
 }
 
-fn add_connections(text: &mut String, flows: &Connections, paint: Paint) {
+fn add_connections(text: &mut String, flows: &Connections, paint: Palette) {
     let mut rows = vec![
         ["SOURCE", "DESTINATION", "SERVICE", "MTLS", "CONNECTIONS", "REFUSED", "BYTES OUT", "BYTES BACK"]
             .map(str::to_owned),
@@ -141,7 +141,7 @@ fn add_connections(text: &mut String, flows: &Connections, paint: Paint) {
     add_table(text, &rows, paint);
 }
 
-fn add_table<const COLUMNS: usize>(text: &mut String, rows: &[[String; COLUMNS]], paint: Paint) {
+fn add_table<const COLUMNS: usize>(text: &mut String, rows: &[[String; COLUMNS]], paint: Palette) {
     for (index, line) in aligned(rows).into_iter().enumerate() {
         let line = if index == 0 { paint.bold(&line) } else { line };
         let _ = writeln!(text, "{line}");
@@ -149,7 +149,7 @@ fn add_table<const COLUMNS: usize>(text: &mut String, rows: &[[String; COLUMNS]]
 }
 
 /// What waypoints report, if there are any.
-fn add_requests(text: &mut String, requests: &AllRequests, paint: Paint) {
+fn add_requests(text: &mut String, requests: &AllRequests, paint: Palette) {
     if requests.is_empty() {
         return;
     }
@@ -194,7 +194,7 @@ fn milliseconds(value: f64) -> String {
     if value < 10.0 { format!("{value:.1} ms") } else { format!("{value:.0} ms") }
 }
 
-fn add_identities(text: &mut String, flows: &Connections, paint: Paint) {
+fn add_identities(text: &mut String, flows: &Connections, paint: Palette) {
     let identities: std::collections::BTreeMap<String, &str> = flows
         .keys()
         .flat_map(|pair| [&pair.source, &pair.destination])
@@ -210,7 +210,7 @@ fn add_identities(text: &mut String, flows: &Connections, paint: Paint) {
     }
 }
 
-fn add_proof(text: &mut String, proof: &Proof, paint: Paint) {
+fn add_proof(text: &mut String, proof: &Proof, paint: Palette) {
     let _ = writeln!(text);
     for check in &proof.checks {
         let (mark, detail) = match &check.outcome {

@@ -6,7 +6,6 @@
 //! already, and a replica that takes the lease over puts everything right.
 
 mod allocation;
-mod brake;
 pub(crate) mod classes;
 mod conditions;
 pub mod deployments;
@@ -20,6 +19,7 @@ pub mod roots;
 mod routes;
 pub(crate) mod status;
 pub(crate) mod trust_bundle;
+mod write_backoff;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -38,5 +38,5 @@ pub struct WriteMetrics {
     /// PodCertificateRequests denied or failed.
     pub(crate) certificates_refused: AtomicU64,
     /// Of objects that others change back.
-    pub(crate) brakes: Arc<brake::BrakeMetrics>,
+    pub(crate) backoffs: Arc<write_backoff::WriteBackoffMetrics>,
 }

@@ -64,13 +64,13 @@ impl PodCertificateSigner {
         while leads.wait_for(|leads| *leads).await.is_ok() {
             let mut lost = leads.clone();
             tokio::select! {
-                () = self.lead() => {}
+                () = self.run_as_leader() => {}
                 _ = lost.wait_for(|leads| !*leads) => {}
             }
         }
     }
 
-    async fn lead(&self) {
+    async fn run_as_leader(&self) {
         let mut backoff = Backoff::default();
         loop {
             match served_version(&self.client, &KIND).await {

@@ -36,18 +36,18 @@ pub(super) enum Work {
 }
 
 impl StatusQueue {
-    /// Runs what `lead` gives each time `leads` becomes true, until it is false again; ends with its sender. The queue is open
+    /// Runs what `run_as_leader` gives each time `leads` becomes true, until it is false again; ends with its sender. The queue is open
     /// meanwhile.
     pub(super) async fn while_leading<F: Future<Output = ()>>(
         &self,
         mut leads: watch::Receiver<bool>,
-        lead: impl Fn() -> F,
+        run_as_leader: impl Fn() -> F,
     ) {
         while leads.wait_for(|leads| *leads).await.is_ok() {
             let mut lost = leads.clone();
             self.open();
             tokio::select! {
-                () = lead() => {}
+                () = run_as_leader() => {}
                 _ = lost.wait_for(|leads| !*leads) => {}
             }
             self.close();

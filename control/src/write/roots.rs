@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::WriteMetrics;
-use super::brake::Brake;
+use super::write_backoff::WriteBackoff;
 use crate::api_server::{Backoff, FIELD_MANAGER, call};
 
 /// Name of the ConfigMap.
@@ -87,18 +87,18 @@ impl RootsWriter {
         while leads.wait_for(|leads| *leads).await.is_ok() {
             let mut lost = leads.clone();
             tokio::select! {
-                () = self.lead() => {}
+                () = self.run_as_leader() => {}
                 _ = lost.wait_for(|leads| !*leads) => {}
             }
         }
     }
 
-    async fn lead(&mut self) {
+    async fn run_as_leader(&mut self) {
         let mut events = config_maps(&self.client);
         let mut roots_changed = self.authority.subscribe();
         let (mut present, mut is_listed, mut backoff) = (Present::new(), false, Backoff::default());
         let (mut failures, mut next_round) = (Failures::default(), None);
-        let mut brake = Brake::new(self.metrics.brakes.clone());
+        let mut write_backoff = WriteBackoff::new(self.metrics.backoffs.clone());
         loop {
             let due = async {
                 match next_round {
@@ -133,13 +133,15 @@ impl RootsWriter {
             failures.retain(&wrong);
             let now = Instant::now();
             // Those that are right again need not be looked at.
-            brake.take_due(now);
-            wrong.retain(|namespace| failures.may_be_tried(namespace, now) && brake.admits(namespace, now));
+            write_backoff.take_due(now);
+            wrong.retain(|namespace| {
+                failures.may_be_tried(namespace, now) && write_backoff.admits(namespace, now)
+            });
             let is_more = wrong.len() > ROUND;
             for namespace in self.write(wrong, &roots, &mut present, &mut failures).await {
-                brake.wrote(&namespace, Instant::now());
+                write_backoff.wrote(&namespace, Instant::now());
             }
-            let later = failures.next().into_iter().chain(brake.next()).min();
+            let later = failures.next().into_iter().chain(write_backoff.next()).min();
             next_round = if is_more { Some(Instant::now()) } else { later };
         }
     }

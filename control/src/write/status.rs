@@ -20,11 +20,11 @@ use tokio::time::Instant;
 
 use super::WriteMetrics;
 use super::allocation::Allocator;
-use super::brake::Brake;
 use super::conditions;
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
 use super::routes;
+use super::write_backoff::WriteBackoff;
 use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::kind::Kind;
 use crate::object::{NamespacedName, ObjectRef, Route};
@@ -60,7 +60,7 @@ pub(crate) struct StatusWriter {
     /// Guards the allocations for one plan; never held across an await.
     allocator: Mutex<Allocator>,
     /// Guards the times of writes alone; never held across an await.
-    brake: Mutex<Brake<ObjectRef>>,
+    backoff: Mutex<WriteBackoff<ObjectRef>>,
     versions: Mutex<HashMap<Kind, &'static str>>,
 }
 
@@ -71,24 +71,24 @@ impl StatusWriter {
         queue: Arc<StatusQueue>,
         metrics: Arc<WriteMetrics>,
     ) -> Self {
-        let brake = Mutex::new(Brake::new(metrics.brakes.clone()));
+        let backoff = Mutex::new(WriteBackoff::new(metrics.backoffs.clone()));
         Self {
             client,
             findings,
             queue,
             metrics,
             allocator: Mutex::default(),
-            brake,
+            backoff,
             versions: Mutex::default(),
         }
     }
 
     /// Writes while `leads` is true; ends with its sender. Starts after everything that is there was taken.
     pub(crate) async fn run(self, leads: watch::Receiver<bool>) {
-        self.queue.while_leading(leads, || self.lead()).await;
+        self.queue.while_leading(leads, || self.run_as_leader()).await;
     }
 
-    async fn lead(&self) {
+    async fn run_as_leader(&self) {
         *self.allocator.lock() = Allocator::default();
         let mut retries = Retries::default();
         self.reconcile_kinds(KINDS, &mut retries).await;
@@ -99,7 +99,7 @@ impl StatusWriter {
                     Work::Objects(objects) => self.reconcile_objects(objects, &mut retries).await,
                 },
                 () = self.held_is_due() => {
-                    let due = self.brake.lock().take_due(Instant::now());
+                    let due = self.backoff.lock().take_due(Instant::now());
                     self.queue.push(due);
                 }
                 () = retries.due() => {
@@ -112,9 +112,9 @@ impl StatusWriter {
         }
     }
 
-    /// Waits until a write that the brake holds is due. Writes are held only by the task that waits here.
+    /// Waits until a write that the backoff holds is due. Writes are held only by the task that waits here.
     async fn held_is_due(&self) {
-        let next = self.brake.lock().next();
+        let next = self.backoff.lock().next();
         match next {
             Some(at) => tokio::time::sleep_until(at).await,
             None => std::future::pending().await,
@@ -224,13 +224,13 @@ impl StatusWriter {
         let api: Api<DynamicObject> =
             Api::namespaced_with(self.client.clone(), &object.name.namespace, resource);
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
-        if !self.brake.lock().admits(&object, Instant::now()) {
+        if !self.backoff.lock().admits(&object, Instant::now()) {
             return Ok(());
         }
         match call(api.patch_status(&object.name.name, &parameters, &Patch::Merge(patch))).await {
             Ok(_) => {
                 self.metrics.written.fetch_add(1, Ordering::Relaxed);
-                self.brake.lock().wrote(&object, Instant::now());
+                self.backoff.lock().wrote(&object, Instant::now());
                 Ok(())
             }
             // Somebody else wrote meanwhile: it is looked at again.

@@ -82,7 +82,7 @@ async fn node_proxy(server: &ApiServer, node: &str) -> String {
 const REVIEWS: &str = "spiffe://cluster.local/ns/shop/sa/reviews";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_proxy_is_told_of_what_the_api_server_has() {
+async fn a_node_proxy_gets_what_the_api_server_has() {
     let server = ApiServer::start().await;
     server.apply_value(namespace("shop")).await;
     server.apply_value(service("reviews", 9080)).await;

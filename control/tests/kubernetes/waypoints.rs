@@ -73,7 +73,7 @@ fn parameters(deployment: &str) -> Value {
 }
 
 /// Waits until a condition of the Gateway has this status and reason, and returns the Gateway.
-async fn standing(server: &ApiServer, condition: &str, status: &str, reason: &str) -> Value {
+async fn condition_of(server: &ApiServer, condition: &str, status: &str, reason: &str) -> Value {
     until(&format!("{condition} is {status} {reason}"), async || {
         let gateway = server.get(GATEWAY.0, GATEWAY.1, "shop", "waypoint").await?;
         let conditions = gateway["status"]["conditions"].as_array()?;
@@ -114,8 +114,8 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
     server.apply_value(parameters("spec: {template: {spec: {nodeSelector: {pool: mesh}}}}")).await;
     let reference = json!({ "group": "", "kind": "ConfigMap", "name": "parameters" });
     server.apply_value(gateway(&json!({ "labels": { "team": "a" }, "parametersRef": reference }))).await;
-    standing(&server, "Accepted", "True", "Accepted").await;
-    let waiting = standing(&server, "Programmed", "False", "Pending").await;
+    condition_of(&server, "Accepted", "True", "Accepted").await;
+    let waiting = condition_of(&server, "Programmed", "False", "Pending").await;
     assert_eq!(waiting["status"].get("addresses").cloned().unwrap_or(json!([])), json!([]));
     let found = deployment(&server, |_| true).await;
     let pod = &found["spec"]["template"];
@@ -135,7 +135,7 @@ async fn a_gateway_is_deployed_and_its_status_follows() {
         .set_status(json!({ "apiVersion": DEPLOYMENT.0, "kind": DEPLOYMENT.1,
         "metadata": { "name": "waypoint", "namespace": "shop" }, "status": available }))
         .await;
-    let serving = standing(&server, "Programmed", "True", "Programmed").await;
+    let serving = condition_of(&server, "Programmed", "True", "Programmed").await;
     let service = server.get("v1", "Service", "shop", "waypoint").await.unwrap();
     assert_eq!(serving["status"]["addresses"][0]["value"], service["spec"]["clusterIP"]);
     assert_eq!(serving["status"]["listeners"][0]["name"], "mesh");
@@ -164,7 +164,7 @@ async fn a_gateway_that_changes_its_class_keeps_nothing_of_ours() {
         .set_status(json!({ "apiVersion": DEPLOYMENT.0, "kind": DEPLOYMENT.1,
         "metadata": { "name": "waypoint", "namespace": "shop" }, "status": available }))
         .await;
-    standing(&server, "Programmed", "True", "Programmed").await;
+    condition_of(&server, "Programmed", "True", "Programmed").await;
 
     let mut others = gateway(&json!({}));
     others["spec"]["gatewayClassName"] = "istio-waypoint".into();
@@ -192,7 +192,7 @@ async fn a_gateway_that_changes_its_class_keeps_nothing_of_ours() {
     // And back.
     server.apply_value(gateway(&json!({}))).await;
     deployment(&server, |_| true).await;
-    standing(&server, "Programmed", "False", "Pending").await;
+    condition_of(&server, "Programmed", "False", "Pending").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -245,17 +245,17 @@ async fn objects_of_others_and_forbidden_parameters_are_refused() {
     server.apply_value(foreign).await;
     server.apply_value(gateway(&json!({}))).await;
     let _replica = replica(&server, &template).await;
-    standing(&server, "Programmed", "False", "Invalid").await;
+    condition_of(&server, "Programmed", "False", "Invalid").await;
     let untouched = server.get("v1", "Service", "shop", "waypoint").await.unwrap();
     assert_eq!(untouched["spec"]["selector"], json!({ "app": "other" }));
     assert_eq!(server.get(DEPLOYMENT.0, DEPLOYMENT.1, "shop", "waypoint").await, None);
     server.delete("v1", "Service", "shop", "waypoint").await;
-    standing(&server, "Programmed", "False", "Pending").await;
+    condition_of(&server, "Programmed", "False", "Pending").await;
 
     server.apply_value(parameters("spec: {template: {spec: {hostNetwork: true}}}")).await;
     let reference = json!({ "group": "", "kind": "ConfigMap", "name": "parameters" });
     server.apply_value(gateway(&json!({ "parametersRef": reference }))).await;
-    standing(&server, "Accepted", "False", "InvalidParameters").await;
+    condition_of(&server, "Accepted", "False", "InvalidParameters").await;
     let found = deployment(&server, |_| true).await;
     assert_eq!(found["spec"]["template"]["spec"].get("hostNetwork"), None);
 }

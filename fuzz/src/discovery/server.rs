@@ -53,7 +53,7 @@ fn converse(data: &[u8]) {
         if !poll(&mut answers, &mut subscriber) {
             return;
         }
-        subscriber.is_told(&world);
+        subscriber.holds_what_it_asked_for(&world);
     }
 }
 
@@ -172,7 +172,7 @@ impl Subscriber {
     }
 
     /// It holds everything that it asked for, as it is; nothing that it holds is gone.
-    fn is_told(&self, world: &World) {
+    fn holds_what_it_asked_for(&self, world: &World) {
         let Some((all, names)) = self.asked.as_ref().filter(|_| !self.is_garbled) else { return };
         for name in world.live.keys() {
             let version = world.store.version(ADDRESS_TYPE_URL, name).expect("a live resource");

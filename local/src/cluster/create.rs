@@ -17,7 +17,7 @@ use crate::cluster::shared::{Node, Shared};
 use crate::dns::CLUSTER_DOMAIN;
 use crate::error::{Error, Result};
 use crate::kubelet::configuration::Configuration;
-use crate::kubelet::container::{ConfigurationReader, Surroundings};
+use crate::kubelet::container::{ConfigurationReader, PodContext};
 use crate::kubelet::lifecycle;
 use crate::kubelet::probe::Prober;
 use crate::kubelet::status::{self, Redirection};
@@ -225,7 +225,7 @@ async fn live(shared: Arc<Shared>, pod: Pod, run: Option<Arc<Object>>) {
         }
         let work = async {
             if let Some(object) = run {
-                let around = surroundings(&shared, &pod);
+                let around = context(&shared, &pod);
                 lifecycle::run(object, Arc::clone(&shared.programs), around).await;
             }
             stopped(&pod).await;
@@ -247,11 +247,11 @@ async fn live(shared: Arc<Shared>, pod: Pod, run: Option<Arc<Object>>) {
     leave(&shared, &pod).await;
 }
 
-fn surroundings(shared: &Arc<Shared>, pod: &Pod) -> Surroundings {
+fn context(shared: &Arc<Shared>, pod: &Pod) -> PodContext {
     let (of, namespace) = (Arc::clone(shared), pod.namespace().to_owned());
     let own = &pod.inner.sandbox;
     let node = shared.nodes.get(pod.node()).map_or(own, |node| &node.attached.sandbox);
-    Surroundings {
+    PodContext {
         pod: pod.to_string().into(),
         prober: Prober { node: node.clone(), pod: own.clone(), address: pod.ip().into() },
         view: Arc::clone(&pod.inner.view),

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ambit_api::ports;
 use serde_json::{Map, Value, json};
 
 use crate::addresses::CONTROL_V4;
@@ -22,11 +23,6 @@ pub const SYSTEM_NAMESPACE: &str = "ambit-system";
 pub const CLUSTER_ID: &str = "Kubernetes";
 /// DNS name in the control plane's certificate.
 const CONTROL_NAME: &str = "ambit-control.ambit-system.svc";
-/// Where the control plane serves xDS and certificates.
-pub(crate) const CONTROL_PORT: u16 = 15012;
-const METRICS_PORT: u16 = 15020;
-const READINESS_PORT: u16 = 15021;
-const ADMIN_PORT: u16 = 15000;
 
 /// Locations of the programs, and settings that tests and users change.
 #[derive(Debug, Clone, Default)]
@@ -85,16 +81,16 @@ impl MeshOptions {
         let directory = &shared.directory;
         let jwks = directory.join("jwks.json");
         replace(&jwks, shared.signer.jwks().as_bytes())?;
-        let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS_PORT));
-        let readiness = SocketAddr::from((Ipv4Addr::LOCALHOST, READINESS_PORT));
-        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ADMIN_PORT));
+        let metrics = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::METRICS));
+        let readiness = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::READINESS));
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::ADMIN));
         let mut command = Command::new(&self.control);
         // The published copy of an object overrides the one in the manifests, because the cluster has completed it.
         for source in [&directory.join("objects")].into_iter().chain(&self.manifests) {
             command = command.arg("--source").arg(format!("dir:{}", source.display()));
         }
         command = command
-            .args(["--listen", &format!("0.0.0.0:{CONTROL_PORT}")])
+            .args(["--listen", &format!("0.0.0.0:{}", ports::CONTROL_PLANE)])
             .arg("--ca-dir")
             .arg(directory.join("ca"))
             .arg("--jwks")
@@ -159,9 +155,9 @@ impl MeshOptions {
         }
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let listeners = Listeners {
-            readiness: at(READINESS_PORT),
-            metrics: at(METRICS_PORT),
-            admin: Some(at(ADMIN_PORT)),
+            readiness: at(ports::READINESS),
+            metrics: at(ports::METRICS),
+            admin: Some(at(ports::ADMIN)),
         };
         let label = format!("{name} of {}", node.name);
         let program = Program::new(label, pod.inner.sandbox.clone(), command, listeners);
@@ -179,7 +175,7 @@ impl MeshOptions {
         set("node", json!(pod.node_name()));
         set("clusterId", json!(CLUSTER_ID));
         set("trustDomain", json!(shared.trust_domain));
-        set("controlPlane", json!(SocketAddr::new(IpAddr::V4(CONTROL_V4), CONTROL_PORT).to_string()));
+        set("controlPlane", json!(SocketAddr::new(IpAddr::V4(CONTROL_V4), ports::CONTROL_PLANE).to_string()));
         set("controlPlaneRoot", json!(root_file(shared)));
         set("workloadRoot", json!(root_file(shared)));
         set("controlPlaneServerName", json!(CONTROL_NAME));

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ::http::Method;
+use ambit_api::ports;
 use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
 
 use crate::addresses::CONTROL_V4;
 use crate::cluster::Cluster;
-use crate::cluster::mesh::{CONTROL_PORT, root_file};
+use crate::cluster::mesh::root_file;
 use crate::cluster::shared::Shared;
 use crate::error::{Error, Result};
 use crate::http;
@@ -28,9 +29,6 @@ const REPLICAS: &str = "local.ambit.dev/replicas";
 /// Says whose gateway a pod or Service is (Gateway API, GEP-1762).
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
-/// Where a waypoint shows its metrics.
-const METRICS_PORT: u16 = 15020;
-
 impl Cluster {
     /// The pods of waypoints.
     #[must_use]
@@ -45,7 +43,7 @@ impl Cluster {
     /// # Errors
     /// When it does not answer.
     pub async fn waypoint_metrics(&self, pod: &Pod) -> Result<Metrics> {
-        let at = SocketAddr::new(IpAddr::V4(pod.ip()), METRICS_PORT);
+        let at = SocketAddr::new(IpAddr::V4(pod.ip()), ports::METRICS);
         let (_, text) = http::request(&pod.inner.sandbox, at, Method::GET, "/metrics").await?;
         Ok(Metrics::parse(&String::from_utf8_lossy(&text)))
     }
@@ -142,7 +140,7 @@ fn service(gateway: &Key) -> Value {
         "metadata": metadata(gateway),
         "spec": {
             "selector": { GATEWAY_NAME: gateway.name },
-            "ports": [{ "name": "mesh", "port": 15008, "appProtocol": "hbone" }],
+            "ports": [{ "name": "mesh", "port": ports::INBOUND_HBONE, "appProtocol": "hbone" }],
         },
     })
 }
@@ -165,7 +163,7 @@ fn deployment(
         |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let value = |name: &str, value: String| json!({ "name": name, "value": value });
     let root = root_file(shared).display().to_string();
-    let control = SocketAddr::new(IpAddr::V4(CONTROL_V4), CONTROL_PORT).to_string();
+    let control = SocketAddr::new(IpAddr::V4(CONTROL_V4), ports::CONTROL_PLANE).to_string();
     let mut variables = vec![
         field("POD_NAME", "metadata.name"),
         field("POD_NAMESPACE", "metadata.namespace"),
@@ -195,9 +193,9 @@ fn deployment(
                         "name": "waypoint",
                         "image": PROGRAM,
                         "env": variables,
-                        "ports": [{ "name": "mesh", "containerPort": 15008 }],
+                        "ports": [{ "name": "mesh", "containerPort": ports::INBOUND_HBONE }],
                         "readinessProbe": {
-                            "httpGet": { "path": "/healthz/ready", "port": 15021 },
+                            "httpGet": { "path": "/healthz/ready", "port": ports::READINESS },
                             "periodSeconds": 1,
                         },
                     }],

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::kubelet::configuration::Configuration;
-use crate::kubelet::plan::{Programs, Unplannable};
+use crate::kubelet::plan::{PlanError, Programs};
 use crate::kubelet::probe::{Probe, Prober};
 use crate::kubelet::status::{ContainerView, PodView, State, explain};
 use crate::process::{Command, Process};
@@ -80,7 +80,7 @@ impl Planned {
         configuration: &Configuration,
         index: usize,
         restart: Restart,
-    ) -> Result<Self, Unplannable> {
+    ) -> Result<Self, PlanError> {
         let probe = |probe: &Option<_>| probe.as_ref().map(|probe| Probe::read(container, probe)).transpose();
         let lifecycle = container.lifecycle.as_ref();
         Ok(Self {
@@ -108,7 +108,7 @@ impl std::fmt::Debug for ConfigurationReader {
 
 /// What all containers of a pod share.
 #[derive(Debug, Clone)]
-pub(crate) struct Surroundings {
+pub(crate) struct PodContext {
     /// `namespace/name` of the pod, for messages.
     pub(crate) pod: Arc<str>,
     /// How probes are asked; holds the pod's sandbox.
@@ -123,7 +123,7 @@ pub(crate) struct Surroundings {
     pub(crate) stop: watch::Receiver<Option<Duration>>,
 }
 
-impl Surroundings {
+impl PodContext {
     /// Changes what is known of the container at `index`, where init containers count after the others.
     pub(crate) fn update(&self, index: usize, change: impl FnOnce(&mut ContainerView)) {
         self.view.send_modify(|view| {
@@ -147,7 +147,7 @@ impl Surroundings {
 }
 
 /// Runs a container until it has ended for good or the pod was stopped. Returns its last exit code.
-pub(crate) async fn run(planned: Planned, around: Surroundings) -> Option<i32> {
+pub(crate) async fn run(planned: Planned, around: PodContext) -> Option<i32> {
     let mut delay = FIRST_DELAY;
     loop {
         let began = Instant::now();
@@ -191,7 +191,7 @@ struct Outcome {
     stopped: bool,
 }
 
-async fn run_once(planned: &Planned, around: &Surroundings) -> Outcome {
+async fn run_once(planned: &Planned, around: &PodContext) -> Outcome {
     let name = format!("{}/{}", around.pod, planned.name);
     let started = Process::start(name, &around.prober.pod, planned.command.clone()).await;
     let process = match started {
@@ -225,7 +225,7 @@ async fn run_once(planned: &Planned, around: &Surroundings) -> Outcome {
 }
 
 /// Asks the probes of a running container. Returns only when one says that it must be restarted.
-async fn probe(planned: &Planned, around: &Surroundings) -> String {
+async fn probe(planned: &Planned, around: &PodContext) -> String {
     let prober = &around.prober;
     if let Some(startup) = &planned.startup
         && let Err(why) = startup.decide(prober).await
@@ -266,7 +266,7 @@ async fn probe(planned: &Planned, around: &Surroundings) -> String {
     }
 }
 
-async fn before_stop(planned: &Planned, around: &Surroundings, grace: Duration) {
+async fn before_stop(planned: &Planned, around: &PodContext, grace: Duration) {
     let Some(handler) = &planned.pre_stop else { return };
     if let Some(sleep) = &handler.sleep {
         let wanted = Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0));

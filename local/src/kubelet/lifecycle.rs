@@ -7,8 +7,8 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::kubelet::container::{self, Planned, Restart, Surroundings};
-use crate::kubelet::plan::{CONFIGURATION_FAULT, Programs, Unplannable};
+use crate::kubelet::container::{self, Planned, PodContext, Restart};
+use crate::kubelet::plan::{CONFIGURATION_FAULT, PlanError, Programs};
 use crate::kubelet::status::{ContainerView, PodView, State, explain};
 
 /// What a pod without a grace period of its own gets, as in Kubernetes.
@@ -51,10 +51,10 @@ fn is_sidecar(container: &Container) -> bool {
 
 /// Runs the pod's containers. Returns when all have ended for good, or all are stopped after the pod was asked
 /// to stop. Sidecars stop last.
-pub(crate) async fn run(pod: Arc<Pod>, programs: Arc<Programs>, around: Surroundings) {
+pub(crate) async fn run(pod: Arc<Pod>, programs: Arc<Programs>, around: PodContext) {
     let Some(spec) = &pod.spec else { return };
     let stop_sidecars = watch::Sender::new(None);
-    let beside = Surroundings { stop: stop_sidecars.subscribe(), ..around.clone() };
+    let beside = PodContext { stop: stop_sidecars.subscribe(), ..around.clone() };
     let mut sidecars = JoinSet::new();
     if initialize(&pod, &programs, &around, &beside, &mut sidecars).await {
         around.view.send_modify(|view| view.initialized = true);
@@ -82,8 +82,8 @@ pub(crate) async fn run(pod: Arc<Pod>, programs: Arc<Programs>, around: Surround
 async fn initialize(
     pod: &Arc<Pod>,
     programs: &Arc<Programs>,
-    around: &Surroundings,
-    beside: &Surroundings,
+    around: &PodContext,
+    beside: &PodContext,
     sidecars: &mut JoinSet<()>,
 ) -> bool {
     let Some(spec) = &pod.spec else { return false };
@@ -115,12 +115,12 @@ async fn initialize(
     true
 }
 
-async fn run_sidecar(planned: Planned, around: Surroundings) {
+async fn run_sidecar(planned: Planned, around: PodContext) {
     container::run(planned, around).await;
 }
 
 /// Waits until a sidecar has started. False when the pod is stopped first.
-async fn started(around: &Surroundings, position: usize) -> bool {
+async fn started(around: &PodContext, position: usize) -> bool {
     let mut view = around.view.subscribe();
     let has_started =
         |view: &PodView| view.init_containers.get(position).is_some_and(|container| container.started);
@@ -131,7 +131,7 @@ async fn started(around: &Surroundings, position: usize) -> bool {
 }
 
 /// The message for an init container that failed for good.
-fn failure_of(around: &Surroundings, position: usize, name: &str) -> String {
+fn failure_of(around: &PodContext, position: usize, name: &str) -> String {
     let view = around.view.borrow();
     let state = view.init_containers.get(position).map(|container| &container.state);
     match state {
@@ -142,7 +142,7 @@ fn failure_of(around: &Surroundings, position: usize, name: &str) -> String {
     }
 }
 
-async fn join(tasks: &mut JoinSet<()>, around: &Surroundings) {
+async fn join(tasks: &mut JoinSet<()>, around: &PodContext) {
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {
             tracing::error!(pod = &*around.pod, %error, "the task of a container failed");
@@ -159,7 +159,7 @@ async fn plan(
     container: &Container,
     index: usize,
     restart: Restart,
-    around: &Surroundings,
+    around: &PodContext,
 ) -> Option<Planned> {
     let mut last = String::new();
     loop {
@@ -168,7 +168,7 @@ async fn plan(
             Ok(planned) => return Some(planned),
             Err(unplannable) => unplannable,
         };
-        let Unplannable { reason, message } = unplannable;
+        let PlanError { reason, message } = unplannable;
         if message != last {
             tracing::warn!(pod = &*around.pod, container = container.name, reason, message, "cannot run");
             last.clone_from(&message);
@@ -184,7 +184,7 @@ async fn plan(
     }
 }
 
-fn fail(around: &Surroundings, why: String) {
+fn fail(around: &PodContext, why: String) {
     if around.stop.borrow().is_none() {
         around.view.send_modify(|view| view.failure = Some(why));
     }

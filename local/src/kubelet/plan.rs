@@ -25,14 +25,14 @@ pub(crate) struct Programs {
 
 /// Why a container can't be run, in the words of a container's waiting state.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Unplannable {
+pub(crate) struct PlanError {
     /// One word, such as `ImageNotFound`.
     pub(crate) reason: &'static str,
     /// A sentence.
     pub(crate) message: String,
 }
 
-impl Unplannable {
+impl PlanError {
     fn configuration(message: String) -> Self {
         Self { reason: CONFIGURATION_FAULT, message }
     }
@@ -61,7 +61,7 @@ impl Programs {
         pod: &Pod,
         container: &Container,
         configuration: &Configuration,
-    ) -> Result<Command, Unplannable> {
+    ) -> Result<Command, PlanError> {
         let environment = environment(pod, container, configuration)?;
         let expand = |text: &String| expand(text, &environment);
         let mut words = container.command.iter().flatten().map(expand);
@@ -81,9 +81,9 @@ impl Programs {
         Ok(command)
     }
 
-    fn image_program(&self, container: &Container) -> Result<PathBuf, Unplannable> {
+    fn image_program(&self, container: &Container) -> Result<PathBuf, PlanError> {
         let image = container.image.as_deref().unwrap_or_default();
-        self.of_image(image).ok_or_else(|| Unplannable {
+        self.of_image(image).ok_or_else(|| PlanError {
             reason: "ImageNotFound",
             message: format!(
                 "no program stands for image {image:?}: there is none of that name in {}; name one with --image {}=PROGRAM",
@@ -107,7 +107,7 @@ fn environment(
     pod: &Pod,
     container: &Container,
     configuration: &Configuration,
-) -> Result<BTreeMap<String, String>, Unplannable> {
+) -> Result<BTreeMap<String, String>, PlanError> {
     let mut environment = BTreeMap::new();
     for source in container.env_from.iter().flatten() {
         let prefix = source.prefix.as_deref().unwrap_or_default();
@@ -119,7 +119,7 @@ fn environment(
             None if optional == Some(true) => {}
             None => {
                 let message = format!("container {}: there is no {} {name}", container.name, kind.name());
-                return Err(Unplannable::configuration(message));
+                return Err(PlanError::configuration(message));
             }
         }
     }
@@ -145,12 +145,11 @@ fn value_of(
     pod: &Pod,
     variable: &EnvVar,
     configuration: &Configuration,
-) -> Result<Option<String>, Unplannable> {
+) -> Result<Option<String>, PlanError> {
     let Some(source) = &variable.value_from else {
         return Ok(Some(variable.value.clone().unwrap_or_default()));
     };
-    let fault =
-        |message: String| Unplannable::configuration(format!("variable {}: {message}", variable.name));
+    let fault = |message: String| PlanError::configuration(format!("variable {}: {message}", variable.name));
     if let Some(field) = &source.field_ref {
         let value = field_of(pod, &field.field_path);
         return value.map(Some).ok_or_else(|| fault(format!("no field {}", field.field_path)));

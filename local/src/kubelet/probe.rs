@@ -17,7 +17,7 @@ use tokio::net::TcpSocket;
 
 use crate::addresses::{PROBE_V4, PROBE_V6};
 use crate::error::Error;
-use crate::kubelet::plan::Unplannable;
+use crate::kubelet::plan::PlanError;
 use crate::process::{Command, Process};
 use crate::sandbox::Sandbox;
 
@@ -62,7 +62,7 @@ impl Probe {
     ///
     /// # Errors
     /// When it asks in a way that is not known here, or names a port that the container does not have.
-    pub(crate) fn read(container: &Container, probe: &Specification) -> Result<Self, Unplannable> {
+    pub(crate) fn read(container: &Container, probe: &Specification) -> Result<Self, PlanError> {
         let seconds = |value: Option<i32>, default: u32| {
             Duration::from_secs(u64::from(
                 value.and_then(|value| u32::try_from(value).ok()).unwrap_or(default),
@@ -155,8 +155,8 @@ impl Tally {
 }
 
 impl Check {
-    fn read(container: &Container, probe: &Specification) -> Result<Self, Unplannable> {
-        let refuse = |message: String| Unplannable { reason: "CreateContainerConfigError", message };
+    fn read(container: &Container, probe: &Specification) -> Result<Self, PlanError> {
+        let refuse = |message: String| PlanError { reason: "CreateContainerConfigError", message };
         if let Some(http) = &probe.http_get {
             if http.scheme.as_deref().is_some_and(|scheme| scheme != "HTTP") {
                 return Err(refuse(format!("a probe of container {} speaks HTTPS", container.name)));
@@ -288,7 +288,7 @@ mod tests {
         serde_saphyr::from_str("{name: c, ports: [{name: http, containerPort: 9080}]}").expect("a container")
     }
 
-    fn read(yaml: &str) -> Result<Probe, Unplannable> {
+    fn read(yaml: &str) -> Result<Probe, PlanError> {
         Probe::read(&container(), &serde_saphyr::from_str(yaml).expect("a probe's shape"))
     }
 

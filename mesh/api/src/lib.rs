@@ -1,10 +1,11 @@
-//! The mesh's wire contracts as types, and nothing else.
+//! The mesh's wire contracts as types and numbers, and nothing else.
 //!
 //! Every message and service is generated from `proto/`; [`Authority`] is written by hand, as CONNECT carries it as text. Field names and numbers are the contract
 //! that lets each part of the mesh be replaced by its counterpart; `tests/golden.rs` checks them byte
 //! by byte. The meaning of a message is defined by the crates that use it.
 
 mod authority;
+pub mod ports;
 mod scope;
 
 pub use authority::{Authority, AuthorityError};

@@ -4,7 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::HBONE_PORT;
+use ambit_api::ports::INBOUND_HBONE;
+
 use crate::endpoints::{Endpoint, Known};
 use crate::name::HostRef;
 use crate::route::Expected;
@@ -88,7 +89,7 @@ impl ServiceState {
         let port = endpoint.target_port(service, port)?;
         let tunnel = match workload.tunnel {
             TunnelProtocol::Hbone if !workload.is_same(client) => {
-                Some((SocketAddr::new(ip, HBONE_PORT), expected(workload, Some(service))))
+                Some((SocketAddr::new(ip, INBOUND_HBONE), expected(workload, Some(service))))
             }
             TunnelProtocol::Hbone | TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => None,
         };

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
+use ambit_api::ports::INBOUND_HBONE;
 use ambit_api::workload as wire;
 use ambit_identity::SpiffeId;
 use ambit_policy::{PolicyList, PolicyName};
@@ -18,7 +19,7 @@ use crate::service::{
 use crate::workload::{
     ApplicationTunnel, Label, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType,
 };
-use crate::{HBONE_PORT, SESSION_AFFINITY_EXTENSION, WAYPOINT_FAILURE_OPEN_EXTENSION};
+use crate::{SESSION_AFFINITY_EXTENSION, WAYPOINT_FAILURE_OPEN_EXTENSION};
 
 /// Control planes leave out the trust domain when it is this one.
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -258,7 +259,7 @@ fn gateway(
         None => return Err(InvalidResource::Missing { field }),
     };
     let hbone_mtls_port = match port(field, source.hbone_mtls_port)? {
-        0 => HBONE_PORT,
+        0 => INBOUND_HBONE,
         port => port,
     };
     Ok(Gateway { destination, hbone_mtls_port })

@@ -55,5 +55,3 @@ pub const SESSION_AFFINITY_EXTENSION: &str = "ambit.dev/session-affinity";
 /// Name of the [`Extension`](ambit_api::workload::Extension) of a service or workload whose owner allows the direct way while its waypoint is
 /// missing (kubernetes.md, annotation `ambit.dev/waypoint-failure: open`). Its presence is what counts; it needs no `config`.
 pub const WAYPOINT_FAILURE_OPEN_EXTENSION: &str = "ambit.dev/waypoint-failure-open";
-/// Port of inbound HBONE (contracts.md, section 1).
-pub const HBONE_PORT: u16 = 15008;

@@ -4,10 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ambit_api::Authority;
+use ambit_api::ports::INBOUND_HBONE;
 use rand::Rng;
 use smallvec::SmallVec;
 
-use crate::HBONE_PORT;
 use crate::choose::Load;
 use crate::endpoints::Known;
 use crate::name::{AddressRef, Demand, NamespacedHost, NetworkAddress, WorkloadUid};
@@ -328,7 +328,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
                     workload: workload_arc,
                     service: service.cloned(),
                     address,
-                    hbone: SocketAddr::new(ip, HBONE_PORT),
+                    hbone: SocketAddr::new(ip, INBOUND_HBONE),
                     waypoint_bypassed,
                 };
                 // One that ends its tunnels itself has no proxy on the node that could take its part.

@@ -4,10 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ambit_api::Authority;
+use ambit_api::ports::INBOUND_HBONE;
 use ambit_identity::SpiffeId;
 use smallvec::SmallVec;
 
-use crate::HBONE_PORT;
 use crate::name::{Demand, NamespacedHost, WorkloadUid};
 use crate::service::{GatewayDestination, Service};
 use crate::workload::{TunnelProtocol, Workload};
@@ -133,7 +133,7 @@ impl Lookup {
         let address = SocketAddr::new(ip.to_canonical(), port);
         match workload.tunnel {
             TunnelProtocol::Hbone => {
-                let hbone = SocketAddr::new(address.ip(), HBONE_PORT);
+                let hbone = SocketAddr::new(address.ip(), INBOUND_HBONE);
                 Route::Tunnel(Tunnel { workload, service, address, hbone, expected, waypoint_bypassed })
             }
             TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => {

@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
-use crate::driver::{Upkeep, Verdict};
+use crate::driver::{Maintenance, Verdict};
 use crate::error::is_rejection;
 use crate::load::{Lease, Load};
 use crate::overhead::{Meter, Tally};
@@ -62,12 +62,12 @@ pub struct Connection {
 /// progress; dropping it breaks them all.
 pub struct Driver<IO> {
     connection: h2::client::Connection<Paced<TlsStream<IO>>, Bytes>,
-    upkeep: Upkeep,
+    maintenance: Maintenance,
 }
 
 impl<IO> std::fmt::Debug for Driver<IO> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Driver").field("upkeep", &self.upkeep).finish_non_exhaustive()
+        f.debug_struct("Driver").field("maintenance", &self.maintenance).finish_non_exhaustive()
     }
 }
 
@@ -125,8 +125,9 @@ where
         .map_err(|error| OpenError::Tls { address, source: Arc::new(crate::tunnel::io_error(error)) })?;
     let load = Load::new(Instant::now());
     let ping = connection.ping_pong();
-    let upkeep = Upkeep::new(&settings.connection, window, ping, Arc::clone(&load), Arc::clone(&tally));
-    Ok((Connection { sender, peer, address, load, tally }, Driver { connection, upkeep }))
+    let maintenance =
+        Maintenance::new(&settings.connection, window, ping, Arc::clone(&load), Arc::clone(&tally));
+    Ok((Connection { sender, peer, address, load, tally }, Driver { connection, maintenance }))
 }
 
 impl Connection {
@@ -319,20 +320,20 @@ where
     pub async fn run(mut self, on_idle: impl FnOnce()) -> DriverEnd {
         let mut on_idle = Some(on_idle);
         poll_fn(|cx| {
-            while let Poll::Ready(verdict) = self.upkeep.poll(cx) {
+            while let Poll::Ready(verdict) = self.maintenance.poll(cx) {
                 match verdict {
                     Verdict::Tick => {}
                     Verdict::PingTimeout => return Poll::Ready(DriverEnd::PingTimeout),
                     Verdict::Overhead(count) => return Poll::Ready(DriverEnd::Overhead(count)),
                     Verdict::Idle => {
-                        self.upkeep.closing();
+                        self.maintenance.closing();
                         if let Some(on_idle) = on_idle.take() {
                             on_idle();
                         }
                     }
                 }
             }
-            if let Some(window) = self.upkeep.changed_window(cx) {
+            if let Some(window) = self.maintenance.changed_window(cx) {
                 self.connection.set_target_window_size(window);
             }
             Pin::new(&mut self.connection).poll(cx).map(|ended| match ended {

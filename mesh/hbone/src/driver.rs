@@ -28,7 +28,7 @@ pub(crate) enum Verdict {
 
 /// The I/O around [`Keepalive`] and [`Window`], polled by the task that owns the connection.
 #[derive(Debug)]
-pub(crate) struct Upkeep {
+pub(crate) struct Maintenance {
     keepalive: Keepalive,
     window: Window,
     overhead: Overhead,
@@ -37,16 +37,16 @@ pub(crate) struct Upkeep {
     load: Arc<Load>,
 }
 
-impl Upkeep {
+impl Maintenance {
     pub(crate) fn new(
         settings: &ConnectionSettings,
         window: Window,
         ping: Option<PingPong>,
         load: Arc<Load>,
         tally: Arc<Tally>,
-    ) -> Upkeep {
+    ) -> Maintenance {
         let now = Instant::now();
-        Upkeep {
+        Maintenance {
             keepalive: Keepalive::new(
                 settings.ping_interval,
                 settings.ping_timeout,

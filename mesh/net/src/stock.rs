@@ -31,13 +31,13 @@ pub struct SocketStock(Arc<Shared>);
 struct Shared {
     inside: Netns,
     mark: Option<u32>,
-    v4: Shelf,
-    v6: Shelf,
+    v4: FamilyStock,
+    v6: FamilyStock,
 }
 
 /// The sockets of one family. The lock guards the list for the length of a push or pop.
 #[derive(Debug)]
-struct Shelf {
+struct FamilyStock {
     family: Family,
     sockets: Mutex<Vec<OwnedFd>>,
     target: AtomicUsize,
@@ -47,7 +47,7 @@ struct Shelf {
     asked: AtomicU64,
 }
 
-impl Shelf {
+impl FamilyStock {
     fn new(family: Family) -> Self {
         Self {
             family,
@@ -79,8 +79,12 @@ impl SocketStock {
     /// A stock for `inside`; with a mark, sockets are transparent too (see [`socket::tcp`]). The
     /// first sockets are created when the first one is taken.
     pub fn new(inside: Netns, mark: Option<u32>) -> Self {
-        let shared =
-            Arc::new(Shared { inside, mark, v4: Shelf::new(Family::V4), v6: Shelf::new(Family::V6) });
+        let shared = Arc::new(Shared {
+            inside,
+            mark,
+            v4: FamilyStock::new(Family::V4),
+            v6: FamilyStock::new(Family::V6),
+        });
         STOCKS.lock().push(Arc::downgrade(&shared));
         Self(shared)
     }
@@ -111,18 +115,18 @@ impl SocketStock {
 
     /// Takes a socket if there is one. Never waits.
     pub fn try_take(&self, family: Family) -> Option<Socket> {
-        let shelf = self.0.shelf(family);
-        shelf.taken.fetch_add(1, Ordering::Relaxed);
+        let stock = self.0.stock(family);
+        stock.taken.fetch_add(1, Ordering::Relaxed);
         let (taken, left) = {
-            let mut sockets = shelf.sockets.lock();
+            let mut sockets = stock.sockets.lock();
             (sockets.pop(), sockets.len())
         };
-        let target = shelf.target.load(Ordering::Relaxed);
+        let target = stock.target.load(Ordering::Relaxed);
         if taken.is_none() {
-            shelf.target.store((target * 2).min(MAX_STOCK), Ordering::Relaxed);
+            stock.target.store((target * 2).min(MAX_STOCK), Ordering::Relaxed);
         }
         if left <= target / 2 {
-            shelf.note_refill();
+            stock.note_refill();
             self.refill(family);
         }
         taken.map(Socket::from)
@@ -138,28 +142,28 @@ impl SocketStock {
         self.len() == 0
     }
 
-    /// Asks the helper thread to fill the shelf to its target, unless it was asked already.
+    /// Asks the helper thread to fill the stock to its target, unless it was asked already.
     fn refill(&self, family: Family) {
-        if self.0.shelf(family).refilling.swap(true, Ordering::AcqRel) {
+        if self.0.stock(family).refilling.swap(true, Ordering::AcqRel) {
             return;
         }
         let shared = Arc::clone(&self.0);
         let asked = self.0.inside.submit(move |entered| {
-            let shelf = shared.shelf(family);
+            let stock = shared.stock(family);
             match entered {
-                Ok(()) => shared.fill(shelf),
+                Ok(()) => shared.fill(stock),
                 Err(error) => tracing::warn!(%error, "socket stock not refilled"),
             }
-            shelf.refilling.store(false, Ordering::Release);
+            stock.refilling.store(false, Ordering::Release);
         });
         if asked.is_err() {
-            self.0.shelf(family).refilling.store(false, Ordering::Release);
+            self.0.stock(family).refilling.store(false, Ordering::Release);
         }
     }
 }
 
 impl Shared {
-    fn shelf(&self, family: Family) -> &Shelf {
+    fn stock(&self, family: Family) -> &FamilyStock {
         match family {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
@@ -167,11 +171,11 @@ impl Shared {
     }
 
     /// Runs inside the namespace.
-    fn fill(&self, shelf: &Shelf) {
-        let missing = shelf.target.load(Ordering::Relaxed).saturating_sub(shelf.sockets.lock().len());
+    fn fill(&self, stock: &FamilyStock) {
+        let missing = stock.target.load(Ordering::Relaxed).saturating_sub(stock.sockets.lock().len());
         for _ in 0..missing {
-            match socket::tcp(shelf.family, self.mark) {
-                Ok(socket) => shelf.sockets.lock().push(socket.into()),
+            match socket::tcp(stock.family, self.mark) {
+                Ok(socket) => stock.sockets.lock().push(socket.into()),
                 Err(error) => {
                     tracing::warn!(netns = %self.inside.id(), %error, "socket stock not refilled");
                     return;
@@ -187,11 +191,11 @@ pub(crate) fn trim_idle() {
     let mut stocks = STOCKS.lock();
     stocks.retain(|stock| stock.strong_count() > 0);
     for shared in stocks.iter().filter_map(Weak::upgrade) {
-        for shelf in [&shared.v4, &shared.v6] {
-            if shelf.taken.swap(0, Ordering::Relaxed) == 0 {
-                shelf.target.store(INITIAL, Ordering::Relaxed);
+        for stock in [&shared.v4, &shared.v6] {
+            if stock.taken.swap(0, Ordering::Relaxed) == 0 {
+                stock.target.store(INITIAL, Ordering::Relaxed);
                 let surplus = {
-                    let mut sockets = shelf.sockets.lock();
+                    let mut sockets = stock.sockets.lock();
                     let keep = sockets.len().min(IDLE);
                     sockets.split_off(keep)
                 };

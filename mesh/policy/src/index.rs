@@ -123,7 +123,7 @@ impl Posting {
 
 /// A policy and where its rules are filed.
 #[derive(Debug)]
-struct Filed {
+struct IndexedPolicy {
     policy: Arc<Policy>,
     keys: Vec<Key>,
     unkeyed: bool,
@@ -132,7 +132,7 @@ struct Filed {
 /// Rules of policies of one action and scope. Cloning is cheap, and a clone never changes.
 #[derive(Clone, Default)]
 pub(crate) struct RuleIndex {
-    filed: Map<u32, Arc<Filed>>,
+    filed: Map<u32, Arc<IndexedPolicy>>,
     postings: Map<u64, Posting>,
     unkeyed: Arc<Vec<RuleAt>>,
     /// For each kind of demand the lengths in use, each with the number of keys, so that no look-up is made in vain.
@@ -152,7 +152,7 @@ impl RuleIndex {
         }
         let slot = self.next_slot;
         self.next_slot = slot.wrapping_add(1);
-        let mut filed = Filed { policy: Arc::clone(policy), keys: Vec::new(), unkeyed: false };
+        let mut filed = IndexedPolicy { policy: Arc::clone(policy), keys: Vec::new(), unkeyed: false };
         for (position, rule) in (0u32..).zip(policy.rules()) {
             let at = RuleAt { slot, rule: position };
             match self.discriminator(rule) {

@@ -77,7 +77,7 @@ impl Drain {
 pub trait Drainable {
     /// Accepts nothing new. May be called again.
     fn stop_accepting(&mut self);
-    /// Tells peers to open nothing new. May be called again.
+    /// Asks peers to open nothing new. May be called again.
     fn notify_peers(&mut self);
     /// Number of connections that are open or being opened.
     fn open(&self) -> usize;

@@ -191,7 +191,7 @@ impl<W: Send + Sync + 'static> Workers<W> {
             };
             let lag = handle.lag.clone();
             members.push(Member { handle, state });
-            let (mut stopped, death) = (stop.subscribe(), DeathNotice { index, death: death.clone() });
+            let (mut stopped, death) = (stop.subscribe(), ExitGuard { index, death: death.clone() });
             let body = move || {
                 let _notice = death;
                 runtime.block_on(async {
@@ -288,12 +288,12 @@ impl<W: Send + Sync + 'static> Workers<W> {
     }
 }
 
-struct DeathNotice {
+struct ExitGuard {
     index: usize,
     death: mpsc::Sender<usize>,
 }
 
-impl Drop for DeathNotice {
+impl Drop for ExitGuard {
     fn drop(&mut self) {
         // The supervisor is gone when the program ends anyway.
         self.death.try_send(self.index).ok();
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn seats_are_counted_round() {
+    fn indices_wrap_around() {
         let (workers, supervisor) = Workers::start(2, |handle| handle.index()).unwrap();
         let indices: HashSet<_> =
             (0..4).filter_map(|n| workers.get(n)).map(|(handle, _)| handle.index()).collect();

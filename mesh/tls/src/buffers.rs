@@ -33,13 +33,13 @@ impl Size {
 }
 
 #[derive(Default)]
-struct Shelf {
+struct FreeList {
     small: Vec<Box<[u8]>>,
     large: Vec<Box<[u8]>>,
     large_used: Option<Instant>,
 }
 
-impl Shelf {
+impl FreeList {
     fn of(&mut self, size: Size) -> &mut Vec<Box<[u8]>> {
         match size {
             Size::Small => &mut self.small,
@@ -49,7 +49,7 @@ impl Shelf {
 }
 
 thread_local! {
-    static SHELF: RefCell<Shelf> = RefCell::new(Shelf::default());
+    static FREE_LIST: RefCell<FreeList> = RefCell::new(FreeList::default());
 }
 
 /// A first-in, first-out buffer whose memory returns to its worker when it is dropped.
@@ -63,7 +63,7 @@ pub(crate) struct Buffer {
 impl Buffer {
     /// Takes an empty buffer from the worker, or allocates one.
     pub(crate) fn take(size: Size) -> Buffer {
-        let kept = SHELF.with_borrow_mut(|shelf| shelf.of(size).pop());
+        let kept = FREE_LIST.with_borrow_mut(|free_list| free_list.of(size).pop());
         let bytes = kept.unwrap_or_else(|| vec![0; size.bytes()].into_boxed_slice());
         Buffer { bytes, size, start: 0, end: 0 }
     }
@@ -126,12 +126,12 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
         // A thread that is ending keeps no buffers.
-        let _ = SHELF.try_with(|shelf| {
-            let mut shelf = shelf.borrow_mut();
+        let _ = FREE_LIST.try_with(|free_list| {
+            let mut free_list = free_list.borrow_mut();
             if self.size == Size::Large {
-                shelf.large_used = Some(Instant::now());
+                free_list.large_used = Some(Instant::now());
             }
-            let kept = shelf.of(self.size);
+            let kept = free_list.of(self.size);
             if kept.len() < KEPT {
                 kept.push(bytes);
             }
@@ -141,10 +141,10 @@ impl Drop for Buffer {
 
 /// Frees this worker's large buffers if none was used for two seconds. Called from a periodic task of the worker.
 pub fn trim(now: Instant) {
-    SHELF.with_borrow_mut(|shelf| {
-        if shelf.large_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR) {
-            shelf.large = Vec::new();
-            shelf.large_used = None;
+    FREE_LIST.with_borrow_mut(|free_list| {
+        if free_list.large_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR) {
+            free_list.large = Vec::new();
+            free_list.large_used = None;
         }
     });
 }
@@ -174,7 +174,7 @@ mod tests {
         std::thread::spawn(|| {
             let all: Vec<_> = (0..2 * KEPT).map(|_| Buffer::take(Size::Large)).collect();
             drop(all);
-            let kept = || SHELF.with_borrow(|shelf| shelf.large.len());
+            let kept = || FREE_LIST.with_borrow(|free_list| free_list.large.len());
             assert_eq!(kept(), KEPT);
             trim(Instant::now());
             assert_eq!(kept(), KEPT);

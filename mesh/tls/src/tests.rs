@@ -233,7 +233,7 @@ async fn keys_are_updated_when_the_peer_does_and_when_ours_is_worn() {
 }
 
 #[tokio::test]
-async fn the_peer_learns_of_our_end_and_we_tell_its_end_from_a_cut() {
+async fn our_end_is_sent_and_the_peers_end_is_no_cut() {
     let configs = configs(SUITES[0]);
     let (mut ours, mut theirs) = accepted(&configs, WIRE).await;
     theirs.write_all(b"last").await.unwrap();

@@ -57,7 +57,7 @@ pub async fn run(agent: Agent, source: Source, listed: Vec<watch::Receiver<bool>
 }
 
 /// A whole reconciliation, which ends with the pods that it was for.
-type Whole = Pin<Box<dyn Future<Output = Wanted> + Send>>;
+type FullReconciliation = Pin<Box<dyn Future<Output = Wanted> + Send>>;
 
 /// The pods that are to be enrolled, by uid.
 type Wanted = BTreeMap<String, WantedPod>;
@@ -83,7 +83,7 @@ impl Sync {
         let mut changes = self.source.changes();
         let mut ticks = interval(WHOLE);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut whole: Option<Whole> = None;
+        let mut whole: Option<FullReconciliation> = None;
         loop {
             tokio::select! {
                 _ = ticks.tick(), if whole.is_none() => {
@@ -117,7 +117,7 @@ impl Sync {
     }
 
     /// Begins to bring the whole node in line with the index.
-    fn start_whole(&mut self) -> Whole {
+    fn start_whole(&mut self) -> FullReconciliation {
         self.progress.forget_waiting();
         let as_of = Instant::now();
         let (wanted, outside) = self.source.with(|index| (index.wanted(as_of), index.outside()));
@@ -156,7 +156,7 @@ impl Sync {
 }
 
 /// Waits for a reconciliation, for ever where there is none.
-async fn wait_for(whole: &mut Option<Whole>) -> Wanted {
+async fn wait_for(whole: &mut Option<FullReconciliation>) -> Wanted {
     match whole {
         Some(whole) => whole.await,
         None => std::future::pending().await,

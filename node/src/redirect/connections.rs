@@ -10,7 +10,7 @@ use ambit_net::conntrack::Conntrack;
 use ambit_net::sockdiag::{self, Kind};
 use ambit_net::{MARK_MASK, Netns, NetnsError, PROXY_CONNMARK, PROXY_MARK};
 
-use crate::ports;
+use ambit_api::ports;
 
 /// Why connections could not be entered into tracking, or removed from it.
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use super::plan::{COMPLETE, Options, OtherProtocols, PROBE_V4, PROBE_V6, TABLE};
 use crate::nft::{Action, Chain, ChainKind, Compare, Hook, HookPoint, Match, Protocol, Rule, Table};
-use crate::ports;
+use ambit_api::ports;
 
 /// The zone of the proxy's own DNS questions, in the direction of the question.
 const DNS_ZONE: u16 = 1;

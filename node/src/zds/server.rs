@@ -1,4 +1,4 @@
-//! The unix socket that node proxies dial, and the conversation with each of them.
+//! The unix socket that node proxies dial, and the session with each of them.
 
 use std::collections::HashMap;
 use std::io;
@@ -39,7 +39,7 @@ pub struct ZdsError {
     pub source: io::Error,
 }
 
-/// Why a conversation with a proxy ended.
+/// Why a session with a proxy ended.
 #[derive(Debug, thiserror::Error)]
 enum Ended {
     #[error("{attempt}: {source}")]
@@ -206,7 +206,7 @@ pub struct Times {
 }
 
 impl Server {
-    /// Listens at `path`. Events that nobody takes hold the conversations up.
+    /// Listens at `path`. Events that nobody takes hold the sessions up.
     pub fn bind(
         path: &Path,
         listeners: ListenerHolder,
@@ -228,34 +228,34 @@ impl Server {
         if open.wait_for(|open| *open).await.is_err() {
             return;
         }
-        let mut conversations = JoinSet::new();
+        let mut sessions = JoinSet::new();
         let mut alone_since = Some(Instant::now());
         let mut released = false;
         loop {
             let close_at = alone_since.map(|since| since + self.times.hold_for);
             tokio::select! {
                 accepted = self.listener.accept() => match accepted {
-                    Ok(_) if conversations.len() >= MAX_PROXIES => {
+                    Ok(_) if sessions.len() >= MAX_PROXIES => {
                         tracing::warn!("node proxy turned away: {MAX_PROXIES} are connected");
                     }
                     Ok(socket) => {
-                        let conversation = Conversation {
+                        let session = Session {
                             socket,
                             pods: self.pods.clone(),
                             listeners: self.listeners.clone(),
                             handover: self.times.handover,
                             events: self.events.clone(),
                         };
-                        conversations.spawn(conversation.run());
+                        sessions.spawn(session.run());
                     }
                     Err(error) => {
                         tracing::warn!(%error, "cannot accept a node proxy");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
-                Some(ended) = conversations.join_next() => {
+                Some(ended) = sessions.join_next() => {
                     if let Err(error) = ended {
-                        tracing::error!(%error, "conversation with a node proxy died");
+                        tracing::error!(%error, "session with a node proxy died");
                     }
                 }
                 () = wait_until(close_at) => {
@@ -266,7 +266,7 @@ impl Server {
                     released = true;
                 }
             }
-            if !conversations.is_empty() {
+            if !sessions.is_empty() {
                 alone_since = None;
                 released = false;
             } else if !released && alone_since.is_none() {
@@ -283,8 +283,8 @@ async fn wait_until(at: Option<Instant>) {
     }
 }
 
-/// The conversation with one proxy.
-struct Conversation {
+/// The session with one proxy.
+struct Session {
     socket: SeqPacket,
     pods: ServedPods,
     listeners: ListenerHolder,
@@ -312,7 +312,7 @@ impl From<Arc<NetnsError>> for Unsent {
     }
 }
 
-/// Tells the hub that a proxy is gone, however its conversation ends.
+/// Reports to the hub that a proxy is gone, however its session ends.
 struct Connected {
     id: ProxyId,
     pods: ServedPods,
@@ -328,7 +328,7 @@ impl Drop for Connected {
     }
 }
 
-impl Conversation {
+impl Session {
     async fn run(self) {
         let reason = match self.talk().await {
             Ok(never) => match never {},

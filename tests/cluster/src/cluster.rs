@@ -1,4 +1,4 @@
-//! A running cluster, seen by its owner or by anybody else on this machine: requests to its keeper.
+//! A running cluster, seen by its owner or by anybody else on this machine: requests to its supervisor.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -11,11 +11,11 @@ use tokio::process::{Child, Command};
 
 use crate::error::{Error, Result};
 use crate::image::{self, Image};
-use crate::keeper;
 use crate::kubectl::Kubectl;
 use crate::layout::Layout;
 use crate::programs;
 use crate::request::{Answer, LONGEST, Request};
+use crate::supervisor;
 use crate::wait;
 
 /// How long a start may take on a machine that does other things too.
@@ -54,7 +54,7 @@ pub struct Cluster {
     name: String,
     layout: Layout,
     kubectl: Kubectl,
-    /// The keeper, whose standard input is the lifeline of an owned cluster.
+    /// The supervisor, whose standard input is the lifeline of an owned cluster.
     owned: Option<Child>,
 }
 
@@ -87,7 +87,7 @@ impl Cluster {
         }
         let log = run.join("log");
         fs::create_dir_all(&log).map_err(Error::system(format!("make {}", log.display())))?;
-        let mut child = start_keeper(&options, &images, &log.join("keeper"))?;
+        let mut child = start_supervisor(&options, &images, &log.join("supervisor"))?;
         let kubectl = Kubectl::new(&layout, &options.name);
         let mut this = Self { name: options.name, layout, kubectl, owned: None };
         let started = this.wait_until_ready(&mut child).await;
@@ -98,7 +98,7 @@ impl Cluster {
             Ok(()) => Ok(this),
             Err(error) => {
                 let message = format!("{error}\nlogs: {}", log.display());
-                this.end_keeper().await?;
+                this.end_supervisor().await?;
                 Err(Error::Refused { cluster: this.name, message })
             }
         }
@@ -110,7 +110,7 @@ impl Cluster {
     /// When there is none of this name.
     pub fn attach(name: impl Into<String>) -> Result<Self> {
         let (name, layout) = (name.into(), Layout::find());
-        if !layout.run(&name).join("keeper.sock").exists() {
+        if !layout.run(&name).join("supervisor.sock").exists() {
             return Err(Error::Refused { cluster: name, message: "it does not run".to_owned() });
         }
         let kubectl = Kubectl::new(&layout, &name);
@@ -140,9 +140,9 @@ impl Cluster {
     /// # Errors
     /// [`Error::Deadline`] when something of it stays.
     pub async fn down(mut self) -> Result<()> {
-        self.end_keeper().await?;
+        self.end_supervisor().await?;
         let layout = self.layout.clone();
-        wait::until("the keeper has ended", END, async || match keeper::clean(&layout, &self.name) {
+        wait::until("the supervisor has ended", END, async || match supervisor::clean(&layout, &self.name) {
             Ok(true) => Ok(()),
             Ok(false) => Err("it still runs".to_owned()),
             Err(error) => Err(error.to_string()),
@@ -242,13 +242,13 @@ impl Cluster {
         self.ask(&Request::Load { archives }).await.map(drop)
     }
 
-    /// Kills the keeper of an owned cluster without any warning, as the kernel might.
+    /// Kills the supervisor of an owned cluster without any warning, as the kernel might.
     ///
     /// # Errors
     /// When it does not end.
-    pub async fn kill_keeper(mut self) -> Result<()> {
+    pub async fn kill_supervisor(mut self) -> Result<()> {
         match self.owned.take() {
-            Some(mut child) => child.kill().await.map_err(Error::system("kill the keeper")),
+            Some(mut child) => child.kill().await.map_err(Error::system("kill the supervisor")),
             None => Err(self.refused("it is not this process's")),
         }
     }
@@ -257,7 +257,7 @@ impl Cluster {
         let (mut last, mut fatal) = (String::new(), None);
         let waited = wait::until("the cluster is up", START, async || {
             if let Ok(Some(status)) = child.try_wait() {
-                fatal = Some(format!("the keeper ended: {status}"));
+                fatal = Some(format!("the supervisor ended: {status}"));
                 return Ok(());
             }
             match self.exchange(&Request::Ready).await {
@@ -282,9 +282,9 @@ impl Cluster {
         fatal.map_or(Ok(()), |message| Err(self.refused(&message)))
     }
 
-    /// Asks the keeper to end, and closes the lifeline.
-    async fn end_keeper(&mut self) -> Result<()> {
-        // Fails when the keeper never listened; then the lifeline or the kill ends it.
+    /// Asks the supervisor to end, and closes the lifeline.
+    async fn end_supervisor(&mut self) -> Result<()> {
+        // Fails when the supervisor never listened; then the lifeline or the kill ends it.
         let asked = self.exchange(&Request::Down).await.is_ok();
         if let Some(mut child) = self.owned.take() {
             drop(child.stdin.take());
@@ -293,8 +293,8 @@ impl Cluster {
             }
             let ended = tokio::time::timeout(END, child.wait()).await;
             ended
-                .map_err(|_| self.refused("the keeper does not end"))?
-                .map_err(Error::system("end the keeper"))?;
+                .map_err(|_| self.refused("the supervisor does not end"))?
+                .map_err(Error::system("end the supervisor"))?;
         }
         Ok(())
     }
@@ -307,8 +307,8 @@ impl Cluster {
     }
 
     async fn exchange(&self, request: &Request) -> Result<(Answer, Vec<std::os::fd::OwnedFd>)> {
-        let path = self.layout.run(&self.name).join("keeper.sock");
-        let fault = || Error::system(format!("ask the keeper at {}", path.display()));
+        let path = self.layout.run(&self.name).join("supervisor.sock");
+        let fault = || Error::system(format!("ask the supervisor at {}", path.display()));
         let socket = SeqPacket::connect(&path).map_err(fault())?;
         let packet = serde_json::to_vec(request).map_err(|error| self.refused(&error.to_string()))?;
         socket.send(&packet, &[]).await.map_err(fault())?;
@@ -334,22 +334,22 @@ pub fn prepare(layout: &Layout) -> Result<Vec<PathBuf>> {
     image::own(layout)?.iter().map(|image| image::build(layout, image)).collect()
 }
 
-/// Removes what clusters left whose keeper is dead.
+/// Removes what clusters left whose supervisor is dead.
 ///
 /// # Errors
 /// When something can't be removed.
 pub fn clean_dead(layout: &Layout) -> Result<()> {
     for name in layout.clusters() {
-        keeper::clean(layout, &name)?;
+        supervisor::clean(layout, &name)?;
     }
     Ok(())
 }
 
-fn start_keeper(options: &Options, images: &[PathBuf], log: &Path) -> Result<Child> {
+fn start_supervisor(options: &Options, images: &[PathBuf], log: &Path) -> Result<Child> {
     let attempt = format!("start {}", options.program.display());
     let file = File::create(log).map_err(Error::system(format!("make {}", log.display())))?;
     let mut command = Command::new(&options.program);
-    command.args(["keep", "--name", &options.name]);
+    command.args(["supervise", "--name", &options.name]);
     command.args(["--number", &options.number.to_string(), "--nodes", &options.nodes.to_string()]);
     for image in images {
         command.arg("--image").arg(image);

@@ -47,7 +47,7 @@ pub enum Error {
         /// Why.
         reason: rcgen::Error,
     },
-    /// The keeper refused a request, or speaks another language.
+    /// The supervisor refused a request, or speaks another language.
     #[error("cluster {cluster}: {message}")]
     Refused {
         /// The cluster.

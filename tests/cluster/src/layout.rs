@@ -65,7 +65,7 @@ impl Layout {
         self.target.join("cluster/images")
     }
 
-    /// What a running cluster shows to others: its kubeconfig, logs and the keeper's socket.
+    /// What a running cluster shows to others: its kubeconfig, logs and the supervisor's socket.
     #[must_use]
     pub fn run(&self, cluster: &str) -> PathBuf {
         self.target.join("cluster/run").join(cluster)
@@ -79,12 +79,12 @@ impl Layout {
         format!("ambit-{cluster}-{:08x}", hasher.finish() & 0xffff_ffff)
     }
 
-    /// The lock that a running keeper holds.
+    /// The lock that a running supervisor holds.
     fn lock_file(&self, cluster: &str) -> PathBuf {
         self.target.join("cluster/run").join(format!("{cluster}.lock"))
     }
 
-    /// Takes a cluster's lock; `None` when its keeper runs.
+    /// Takes a cluster's lock; `None` when its supervisor runs.
     ///
     /// # Errors
     /// When the lock file can't be made.

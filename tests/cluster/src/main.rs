@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use ambit_cluster::layout::{self, Layout};
-use ambit_cluster::{Cluster, Options, cluster, conformance, keeper, mesh, node};
+use ambit_cluster::{Cluster, Options, cluster, conformance, mesh, node, supervisor};
 use clap::Parser;
 
 /// The name of the cluster that people use.
@@ -79,7 +79,7 @@ enum Command {
         node: String,
     },
     #[command(hide = true)]
-    Keep(keeper::Options),
+    Supervise(supervisor::Options),
     #[command(hide = true)]
     Node { file: PathBuf },
     #[command(hide = true)]
@@ -92,7 +92,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     // The stages make namespaces, which a process of one thread must do.
     let outcome = match Command::parse() {
-        Command::Keep(options) => keeper::enter(&options).map_err(anyhow::Error::from),
+        Command::Supervise(options) => supervisor::enter(&options).map_err(anyhow::Error::from),
         Command::Node { file } => node::enter(&file).map_err(anyhow::Error::from),
         Command::NodeFirst { file } => node::run_first(&file).map_err(anyhow::Error::from),
         command => tokio::runtime::Builder::new_multi_thread()
@@ -144,7 +144,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Crash { name, node } => Cluster::attach(name)?.crash(&node).await?,
         Command::Boot { name, node } => Cluster::attach(name)?.boot(&node).await?,
-        Command::Keep(_) | Command::Node { .. } | Command::NodeFirst { .. } => {}
+        Command::Supervise(_) | Command::Node { .. } | Command::NodeFirst { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! What a cluster's keeper is asked over its socket, and what it answers: one JSON packet each, with descriptors.
+//! What a cluster's supervisor is asked over its socket, and what it answers: one JSON packet each, with descriptors.
 
 use std::path::PathBuf;
 

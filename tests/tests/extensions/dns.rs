@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ambit_local::Pod;
+use ambit_tests::add_trials;
 use ambit_tests::beds::Trials;
 use ambit_tests::{dns, wait};
 use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
@@ -176,12 +177,8 @@ async fn names_are_found_where_resources_come_on_demand(bed: &Extensions) {
 }
 
 pub(crate) fn add(trials: &mut Trials<Extensions>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("dns::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "dns":
         short_names_lead_to_services_by_the_search_path,
         a_headless_service_leads_to_its_pods_in_both_families,
         srv_records_name_port_and_target,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ambit_hbone::{Endpoints, Incoming, Server, ServerSettings, WindowBudget};
 use ambit_identity::{Trust, WorkloadCertificate};
 use ambit_local::{Pod, PodOptions};
+use ambit_tests::add_trials;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
 use parking_lot::Mutex;
@@ -231,12 +232,8 @@ async fn an_application_that_asks_for_it_gets_a_proxy_header_with_the_clients_id
 }
 
 pub(crate) fn add(trials: &mut Trials<Extensions>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("networks::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "networks":
         a_service_in_another_network_is_reached_by_a_tunnel_inside_a_tunnel,
         a_gateway_that_is_somebody_else_gets_nothing,
         an_application_that_asks_for_it_gets_a_proxy_header_with_the_clients_identity,

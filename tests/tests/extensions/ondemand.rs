@@ -1,6 +1,7 @@
 //! A node proxy that requests only resources that its pods dial.
 
 use ambit_local::{Pod, PodOptions};
+use ambit_tests::add_trials;
 use ambit_tests::apps::{self, App, Running};
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
@@ -81,12 +82,8 @@ async fn what_nobody_knows_is_reached_in_the_clear_and_policies_hold_all_the_sam
 }
 
 pub(crate) fn add(trials: &mut Trials<Extensions>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("ondemand::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "ondemand":
         what_is_dialled_is_asked_for_and_followed_from_then_on,
         a_pod_that_is_dialled_by_its_address_is_asked_for,
         what_nobody_knows_is_reached_in_the_clear_and_policies_hold_all_the_same,

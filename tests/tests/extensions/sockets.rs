@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use ambit_tests::add_trials;
 use ambit_tests::apps::exchange;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
@@ -105,7 +106,7 @@ async fn ipv6_is_carried_from_end_to_end(bed: &Extensions) {
 }
 
 /// As between nodes: both ends authenticated by TLS, nothing handed over.
-async fn within_a_node_that_is_told_to_connections_take_a_tunnel(bed: &Extensions) {
+async fn connections_within_a_node_take_a_tunnel_if_configured(bed: &Extensions) {
     let ztunnel = bed.cluster.ztunnel(0).unwrap();
     let before = ztunnel.metrics().await.unwrap();
     for ipv6 in [false, true] {
@@ -127,15 +128,11 @@ async fn within_a_node_that_is_told_to_connections_take_a_tunnel(bed: &Extension
 }
 
 pub(crate) fn add(trials: &mut Trials<Extensions>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("sockets::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "sockets":
         socks5_reaches_names_and_addresses_through_the_mesh,
         socks5_says_why_a_connection_can_not_be_had,
         ipv6_is_carried_from_end_to_end,
-        within_a_node_that_is_told_to_connections_take_a_tunnel,
+        connections_within_a_node_take_a_tunnel_if_configured,
     );
 }

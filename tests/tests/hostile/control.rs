@@ -7,6 +7,7 @@ use ambit_identity::{
     CertificateRequest, ControlPlane, ControlPlaneConfig, GrpcIssuer, IssueError, Issuer, SpiffeId,
 };
 use ambit_local::token::{AUDIENCE, Subject, TokenSigner};
+use ambit_tests::add_trials;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
 
@@ -186,12 +187,8 @@ async fn a_malformed_manifest_counts_by_its_text_and_is_reported(bed: &Hostile) 
 }
 
 pub(crate) fn add(trials: &mut Trials<Hostile>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("control::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "control":
         a_node_gets_no_certificate_of_another_nodes_pod,
         a_token_that_claims_another_node_than_its_pods_gets_nothing,
         a_pods_own_token_gets_no_other_identity,

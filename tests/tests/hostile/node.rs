@@ -6,6 +6,7 @@ use ambit_api::workload::zds::workload_response::Payload;
 use ambit_api::workload::zds::{WorkloadResponse, ZdsHello};
 use ambit_local::PodOptions;
 use ambit_net::seqpacket::{SeqPacket, SeqPacketListener};
+use ambit_tests::add_trials;
 use ambit_tests::apps::{self, App, exchange};
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
@@ -71,12 +72,8 @@ async fn a_proxy_that_hears_nonsense_refuses_it_and_serves_its_pods_as_before(be
 }
 
 pub(crate) fn add(trials: &mut Trials<Hostile>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("node::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "node":
         an_agent_that_hears_nonsense_hangs_up_and_serves_its_proxy_as_before,
         a_proxy_that_hears_nonsense_refuses_it_and_serves_its_pods_as_before,
     );

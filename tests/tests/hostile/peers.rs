@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ambit_identity::TlsSettings;
+use ambit_tests::add_trials;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
 use http::StatusCode;
@@ -260,12 +261,8 @@ async fn a_tls_record_of_nonsense_to_the_tunnel_port_is_refused(bed: &Hostile) {
 }
 
 pub(crate) fn add(trials: &mut Trials<Hostile>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("peers::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "peers":
         a_right_certificate_is_let_in,
         a_peer_without_a_certificate_is_refused,
         a_peer_of_another_trust_domain_is_refused_even_if_our_root_signed_it,

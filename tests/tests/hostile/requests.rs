@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_tests::add_trials;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
 use bytes::Bytes;
@@ -249,12 +250,8 @@ async fn a_peer_that_never_asks_is_no_burden(bed: &Hostile) {
 }
 
 pub(crate) fn add(trials: &mut Trials<Hostile>) {
-    macro_rules! add {
-        ($($test:ident),* $(,)?) => {
-            $(trials.add(concat!("requests::", stringify!($test)), async |bed| $test(bed).await);)*
-        };
-    }
-    add!(
+    add_trials!(
+        trials, "requests":
         a_friend_is_let_in_and_an_enemy_is_answered_with_401,
         a_peer_that_opens_and_resets_without_end_is_disconnected,
         a_flood_of_headers_is_refused,

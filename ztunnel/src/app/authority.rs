@@ -36,16 +36,16 @@ pub(super) fn issuer(
             })?
         }
         (None, Some(control_plane)) => control_plane,
-        (None, None) => return Ok(Arc::new(Nobody)),
+        (None, None) => return Ok(Arc::new(NoAuthority)),
     };
     Ok(Arc::new(GrpcIssuer::impersonating(server)))
 }
 
 /// Issues nothing: pods are served in plaintext and between each other on this node.
-struct Nobody;
+struct NoAuthority;
 
 #[async_trait]
-impl Issuer for Nobody {
+impl Issuer for NoAuthority {
     async fn issue(&self, identity: &SpiffeId, _: &str, _: Duration) -> Result<Vec<String>, IssueError> {
         Err(IssueError::Unavailable {
             address: "(none)".to_owned(),

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::connection::report::Reporter;
-use crate::directory::ondemand::{Bounds, Demander};
+use crate::directory::ondemand::{Bounds, OnDemandClient};
 use crate::directory::{feed, local};
 use crate::dns::resolv_conf::ResolvConf;
 use crate::dns::{self, DnsProxy};
@@ -124,8 +124,8 @@ async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()
     let stop = Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
     tasks.spawn("idle memory", idle_memory::watch(program.workers.clone(), collect));
-    if let Some(demander) = program.proxy.demander.clone() {
-        tasks.spawn("names demanded", demander.expire());
+    if let Some(on_demand) = program.proxy.on_demand.clone() {
+        tasks.spawn("names demanded", on_demand.expire());
     }
     crate::connection::review::start(&program.proxy, &program.workers, &mut tasks);
     let agent = tokio::spawn({
@@ -237,10 +237,10 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
         local: LocalPods::default(),
         connections: Connections::new(count),
         loads: Loads::default(),
-        demander: discovery
+        on_demand: discovery
             .as_ref()
             .filter(|_| config.xds.on_demand)
-            .map(|discovery| Demander::new(discovery.clone(), Bounds::default())),
+            .map(|discovery| OnDemandClient::new(discovery.clone(), Bounds::default())),
         synced: synced(discovery.as_ref()),
         drain: drain.clone(),
         server: Server::new(server_settings(config), trust.clone(), budget.clone()),

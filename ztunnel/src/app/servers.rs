@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::Requests;
 use super::{Parts, Program, dump};
-use crate::directory::ondemand::{self, Demander};
+use crate::directory::ondemand::{self, OnDemandClient};
 use crate::proxy::{Proxy, ProxyMetrics, Tally};
 use ambit_runtime::tasks::Tasks;
 use ambit_runtime::{observe, servers};
@@ -80,8 +80,8 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     if let Some(client) = &parts.discovery {
         observe::discovery(registry, client);
     }
-    if let Some(demander) = &program.proxy.demander {
-        demands(registry, demander);
+    if let Some(on_demand) = &program.proxy.on_demand {
+        demands(registry, on_demand);
     }
     observe::certificates(registry, &parts.certificates);
     observe::workers(registry, &program.workers);
@@ -153,10 +153,10 @@ fn ejections(registry: &Registry, proxy: &Arc<Proxy>) {
     registry.gauge_from("ambit_endpoints_ejected_now", "Endpoints and nodes that pods leave out now", now);
 }
 
-fn demands(registry: &Registry, demander: &Demander) {
+fn demands(registry: &Registry, on_demand: &OnDemandClient) {
     let register = |name: &str, help: &str, tally: fn(&ondemand::ProxyMetrics) -> &Tally| {
-        let demander = demander.clone();
-        registry.counter_from(name, help, move || tally(demander.tallies()).get());
+        let on_demand = on_demand.clone();
+        registry.counter_from(name, help, move || tally(on_demand.tallies()).get());
     };
     register("ambit_demands", "Times the control plane was asked for what a pod dialled", |t| &t.demands);
     register("ambit_demands_unanswered", "Demands that the control plane did not answer in time", |t| {
@@ -168,7 +168,7 @@ fn demands(registry: &Registry, demander: &Demander) {
     register("ambit_demands_given_up", "Demanded names unsubscribed, unused or beyond a pod's share", |t| {
         &t.given_up
     });
-    let demander = demander.clone();
-    let names = move || i64::try_from(demander.names()).unwrap_or(i64::MAX);
+    let on_demand = on_demand.clone();
+    let names = move || i64::try_from(on_demand.names()).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_demanded_names", "Names subscribed because pods dialled them", names);
 }

@@ -85,7 +85,7 @@ impl Question {
         within(response, limit)
     }
 
-    /// Tells the client that there is no answer.
+    /// Answers the client that there is none.
     pub fn fail(&self, code: ResponseCode) -> Option<Vec<u8>> {
         self.response(code).to_vec().ok()
     }

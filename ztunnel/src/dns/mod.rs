@@ -75,7 +75,7 @@ impl Settings {
 #[derive(Debug)]
 pub struct Client {
     uid: Arc<str>,
-    /// On whose account sockets towards resolvers are.
+    /// On resolvers_of account sockets towards resolvers are.
     holder: Holder,
     namespace: Arc<str>,
     network: Arc<str>,
@@ -109,7 +109,7 @@ impl DnsProxy {
         Self { shared: Arc::new(Shared { settings, directory, shares, metrics, in_flight, foreign }) }
     }
 
-    /// The pod `uid` in `namespace` and `network`, whose questions are forwarded with `sockets` on the account of `holder`.
+    /// The pod `uid` in `namespace` and `network`, resolvers_of questions are forwarded with `sockets` on the account of `holder`.
     pub fn client(
         &self,
         uid: &Arc<str>,

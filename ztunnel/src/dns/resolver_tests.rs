@@ -282,7 +282,7 @@ fn srv_of_a_headless_service_lists_endpoints_and_ports() {
 }
 
 #[test]
-fn srv_of_a_port_that_only_its_name_tells_is_left_to_resolvers() {
+fn srv_of_a_port_known_by_name_only_is_left_to_resolvers() {
     assert_eq!(resolve("_metrics._tcp.reviews.shop.svc.cluster.local.", RecordType::SRV), Outcome::Forward);
     assert_eq!(resolve("_sip._udp.reviews.shop.svc.cluster.local.", RecordType::SRV), Outcome::Forward);
 }

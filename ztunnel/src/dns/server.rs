@@ -49,12 +49,12 @@ struct ClientQuery {
 /// A datagram that resolvers are to answer.
 struct ForResolvers {
     asked: ClientQuery,
-    whose: Whose,
-    leave: Leave,
+    resolver: ResolverKind,
+    permit: ForwardPermit,
 }
 
 /// Whose resolvers are asked.
-enum Whose {
+enum ResolverKind {
     /// The cluster's.
     Cluster {
         /// Largest response that the client takes, in bytes.
@@ -66,12 +66,12 @@ enum Whose {
 
 impl ForResolvers {
     async fn ask(self, shared: Arc<Shared>, socket: Arc<UdpSocket>) {
-        let Self { asked: ClientQuery { client, query, original, peer }, whose, leave } = self;
-        let (response, limit) = match whose {
-            Whose::Cluster { limit } => {
+        let Self { asked: ClientQuery { client, query, original, peer }, resolver, permit } = self;
+        let (response, limit) = match resolver {
+            ResolverKind::Cluster { limit } => {
                 (shared.forward(&client, &query, original, Transport::Udp).await, limit)
             }
-            Whose::Foreign(resolver) => (shared.pass(&client, &query, resolver).await, MAX_UDP),
+            ResolverKind::Foreign(address) => (shared.pass(&client, &query, address).await, MAX_UDP),
         };
         if let Some(response) = response {
             if response.len() <= limit {
@@ -81,12 +81,12 @@ impl ForResolvers {
                 send(&socket, &cut, peer);
             }
         }
-        drop(leave);
+        drop(permit);
     }
 }
 
-/// Leave for one question to be with resolvers: of the pod and of the process, and the socket that it takes.
-struct Leave {
+/// Permit to forward one question: of the pod and of the process, and the socket that it takes.
+struct ForwardPermit {
     _of_pod: OwnedSemaphorePermit,
     _of_process: OwnedSemaphorePermit,
     _socket: Taken,
@@ -101,25 +101,25 @@ enum Limited {
 
 impl Shared {
     /// `None` if too much is with resolvers, which is counted.
-    fn leave(&self, client: &Client, peer: IpAddr, which: Limited) -> Option<Leave> {
+    fn permit_forward(&self, client: &Client, peer: IpAddr, which: Limited) -> Option<ForwardPermit> {
         let (of_pod, of_process) = match which {
             Limited::Cluster => (&client.in_flight, &self.in_flight),
             Limited::Foreign => (&client.foreign, &self.foreign),
         };
         let permit = |of: &Arc<Semaphore>| Arc::clone(of).try_acquire_owned().ok();
-        let leave = permit(of_pod).zip(permit(of_process)).and_then(|(of_pod, of_process)| {
+        let permit = permit(of_pod).zip(permit(of_process)).and_then(|(of_pod, of_process)| {
             let taken = self.shares.descriptors.take(&client.holder, 1);
             let socket = taken
                 .inspect_err(|refusal| {
                     self.shares.report(*refusal, "dns", &client.holder, &client.uid, peer);
                 })
                 .ok()?;
-            Some(Leave { _of_pod: of_pod, _of_process: of_process, _socket: socket })
+            Some(ForwardPermit { _of_pod: of_pod, _of_process: of_process, _socket: socket })
         });
-        if leave.is_none() {
+        if permit.is_none() {
             self.metrics.refused.inc();
         }
-        leave
+        permit
     }
 
     /// Decides on a message for the cluster's resolvers.
@@ -165,9 +165,9 @@ impl Shared {
     fn handle_datagram(&self, asked: ClientQuery, socket: &UdpSocket) -> Option<ForResolvers> {
         if let Some(resolver) = asked.original.filter(|_| !self.is_own(asked.original)) {
             self.metrics.foreign.inc();
-            // Without leave it is lost, as datagrams may be: nobody but the resolver answers for it.
-            let leave = self.leave(&asked.client, asked.peer.ip(), Limited::Foreign)?;
-            return Some(ForResolvers { asked, whose: Whose::Foreign(resolver), leave });
+            // Without a permit it is lost, as datagrams may be: nobody but the resolver answers for it.
+            let permit = self.permit_forward(&asked.client, asked.peer.ip(), Limited::Foreign)?;
+            return Some(ForResolvers { asked, resolver: ResolverKind::Foreign(resolver), permit });
         }
         let limit = match self.react(&asked.client, &asked.query, Transport::Udp) {
             Reaction::Send(response) => {
@@ -177,13 +177,13 @@ impl Shared {
             Reaction::Ignore => return None,
             Reaction::Forward(question) => question.udp_limit,
         };
-        let Some(leave) = self.leave(&asked.client, asked.peer.ip(), Limited::Cluster) else {
+        let Some(permit) = self.permit_forward(&asked.client, asked.peer.ip(), Limited::Cluster) else {
             if let Some(response) = failure(&asked.query) {
                 send(socket, &response, asked.peer);
             }
             return None;
         };
-        Some(ForResolvers { asked, whose: Whose::Cluster { limit }, leave })
+        Some(ForResolvers { asked, resolver: ResolverKind::Cluster { limit }, permit })
     }
 
     /// Passes a datagram on to a resolver outside the cluster. `None` if that does not answer: its client waits for as
@@ -282,9 +282,9 @@ impl DnsProxy {
     /// the resolver that the client dialled.
     pub async fn serve_tcp(&self, client: Arc<Client>, stream: TcpStream, original: Option<SocketAddr>) {
         let peer = stream.peer_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |peer| peer.ip());
-        let Some(leave) = self.shared.leave(&client, peer, Limited::Cluster) else { return };
+        let Some(permit) = self.shared.permit_forward(&client, peer, Limited::Cluster) else { return };
         self.converse(&client, stream, original).await;
-        drop(leave);
+        drop(permit);
     }
 
     async fn converse(&self, client: &Client, mut stream: TcpStream, original: Option<SocketAddr>) {

@@ -186,7 +186,7 @@ impl Dial<'_> {
         tried: &[WorkloadUid],
     ) -> Result<Route, ConnectionError> {
         let proxy = &self.worker.proxy;
-        let Some(demander) = &proxy.demander else {
+        let Some(on_demand) = &proxy.on_demand else {
             return Ok(resolve(
                 &proxy.directory.load(),
                 &self.question(destination, tried),
@@ -201,7 +201,7 @@ impl Dial<'_> {
                 resolve_on_demand(&proxy.directory.load(), &question, &load, &mut rand::rng())
             };
             for name in names.iter().filter(|name| name.is_known) {
-                demander.note_use(self.pod.shared_uid(), &name.demand.to_string());
+                on_demand.note_use(self.pod.shared_uid(), &name.demand.to_string());
             }
             let is_asked = |name: &Demand| answers.iter().any(|(asked, _)| asked == name);
             let next = names.into_iter().find(|name| !name.is_known && !is_asked(&name.demand));
@@ -210,7 +210,7 @@ impl Dial<'_> {
             };
             let name = demand.to_string();
             let found =
-                demander.demand(self.pod.shared_uid(), &name, proxy.settings.limits.directory_wait).await;
+                on_demand.demand(self.pod.shared_uid(), &name, proxy.settings.limits.directory_wait).await;
             let found = found.map_err(|reason| ConnectionError::Undetermined { name, reason })?;
             answers.push((demand, found));
         }

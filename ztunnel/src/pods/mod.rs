@@ -304,7 +304,7 @@ impl Pods {
             netns: netns.id(),
             info: info.clone(),
             identity,
-            pinned: self.0.proxy.demander.as_ref().map(|demander| demander.pin(workload.as_str())),
+            pinned: self.0.proxy.on_demand.as_ref().map(|on_demand| on_demand.pin(workload.as_str())),
             workload,
             stock,
             certificates,

@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
+use ambit_api::ports;
 use ambit_api::workload::zds::Listener;
 use ambit_net::listen::{self, Options};
 use ambit_net::{Netns, NetnsError, PROXY_MARK};
@@ -35,11 +36,11 @@ impl Role {
     /// The role's port.
     pub const fn port(self) -> u16 {
         match self {
-            Self::Outbound => 15001,
-            Self::Passthrough => 15006,
-            Self::Inbound => 15008,
-            Self::Dns => 15053,
-            Self::Socks5 => 15080,
+            Self::Outbound => ports::OUTBOUND,
+            Self::Passthrough => ports::INBOUND_PLAINTEXT,
+            Self::Inbound => ports::INBOUND_HBONE,
+            Self::Dns => ports::DNS,
+            Self::Socks5 => ports::SOCKS5,
         }
     }
 

@@ -186,7 +186,7 @@ impl Mesh {
         pod
     }
 
-    /// Tells the control plane of the pod as it is now, and waits until every ztunnel knows; not where they know only
+    /// Publishes the pod to the control plane as it is now, and waits until every ztunnel knows; not where they know only
     /// what is demanded.
     pub(crate) async fn announce(&self, pod: &Pod) {
         self.control.workload(pod.workload.clone());

@@ -60,7 +60,7 @@ fn facts() -> Facts {
 }
 
 fn shown(facts: &Facts) -> String {
-    render(&explain(facts), datetime!(2026-01-01 12:00 UTC), Paint::new(false))
+    render(&explain(facts), datetime!(2026-01-01 12:00 UTC), Palette::new(false))
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ambit_api::workload as api;
 
 use super::outputs::{Resource, ResourceType};
-use super::ownership::{self, Losses};
+use super::ownership::{self, LostClaims};
 use super::reader::Reader;
 use super::store::{is_addressable, service_of};
 use super::wire;
@@ -23,11 +23,11 @@ pub(in crate::index) fn of_slice(reader: &Reader<'_>, id: &NamespacedName) -> Ve
     let strangers = slice.endpoints.iter().filter(|endpoint| !has_pod(reader, endpoint));
     let network = workloads::network(reader, &slice.id.namespace, None);
     let mut resources: Vec<(ResourceType, Resource)> = Vec::new();
-    let mut losses = Losses::default();
+    let mut lost = LostClaims::default();
     for endpoint in strangers {
         let Some(first) = endpoint.addresses.first() else { continue };
         if let Some((address, owner)) = ownership::of_pod_or_service(reader, &network, &endpoint.addresses) {
-            losses.address(address, &owner);
+            lost.address(address, &owner);
             continue;
         }
         let message = workload(reader, slice, endpoint, &first.to_string(), services.clone());
@@ -37,7 +37,7 @@ pub(in crate::index) fn of_slice(reader: &Reader<'_>, id: &NamespacedName) -> Ve
             resources.push(wire::workload_resource(message, &[]));
         }
     }
-    losses.find(reader, "ambit.dev/EndpointsAccepted", "AddressTaken");
+    lost.find(reader, "ambit.dev/EndpointsAccepted", "AddressTaken");
     resources
 }
 

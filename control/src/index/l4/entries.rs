@@ -7,7 +7,7 @@ use ambit_api::workload as api;
 use ipnet::IpNet;
 
 use super::outputs::{Resource, ResourceType};
-use super::ownership::{self, Losses, Standing};
+use super::ownership::{self, EndpointClaim, LostClaims};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
 use super::workloads::{self, Memberships};
@@ -27,12 +27,12 @@ pub(in crate::index) fn of_service_entry(
 ) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.service_entries.get(id) else { return Vec::new() };
     if !entry.foreign_namespaces.is_empty() {
-        let mut losses = Losses::default();
-        losses.other(format!(
+        let mut lost = LostClaims::default();
+        lost.other(format!(
             "exportTo names {}: node proxies know `*` and `.` only",
             entry.foreign_namespaces.join(", ")
         ));
-        losses.find(reader, "ambit.dev/ExportAccepted", "NamespacesUnsupported");
+        lost.find(reader, "ambit.dev/ExportAccepted", "NamespacesUnsupported");
     }
     if entry.visibility == Visibility::Hidden {
         return Vec::new();
@@ -56,21 +56,21 @@ pub(in crate::index) fn of_service_entry(
 
 /// The hosts that the entry offers. Of several entries of a namespace the oldest has a host, and a Service its own.
 fn hosts_in_force<'a>(reader: &Reader<'_>, entry: &'a ServiceEntry) -> Vec<&'a Arc<str>> {
-    let (mut hosts, mut losses) = (Vec::new(), Losses::default());
+    let (mut hosts, mut lost) = (Vec::new(), LostClaims::default());
     for host in &entry.hosts {
         if hosts.contains(&host) {
             continue;
         }
         if reader.settings.covers_cluster_names(host) {
-            losses.other(format!("host {host} covers names of the cluster's own domain"));
+            lost.other(format!("host {host} covers names of the cluster's own domain"));
             continue;
         }
         match reader.host_owner(entry, host) {
             None => hosts.push(host),
-            Some(owner) => losses.host(host, owner),
+            Some(owner) => lost.host(host, owner),
         }
     }
-    losses.find(reader, "ambit.dev/HostsAccepted", "HostTaken");
+    lost.find(reader, "ambit.dev/HostsAccepted", "HostTaken");
     hosts
 }
 
@@ -80,16 +80,16 @@ fn addresses_in_force<'a>(
     entry: &'a ServiceEntry,
     network: &Arc<str>,
 ) -> Vec<(Option<&'a Arc<str>>, IpNet)> {
-    let mut losses = Losses::default();
+    let mut lost = LostClaims::default();
     let own = entry.addresses.iter().map(|block| (None, *block));
     let allocated = entry.allocated.iter().map(|(of, block)| (Some(of).filter(|of| !of.is_empty()), *block));
     let in_force = own.chain(allocated).filter(|(_, block)| {
         let owner = ownership::of_virtual_address(reader, network, entry, *block);
-        owner.iter().for_each(|owner| losses.address(block.addr(), owner));
+        owner.iter().for_each(|owner| lost.address(block.addr(), owner));
         owner.is_none()
     });
     let in_force = in_force.collect();
-    losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    lost.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
     in_force
 }
 
@@ -141,16 +141,15 @@ fn endpoints(
 ) -> Vec<(ResourceType, Resource)> {
     let id = &entry.meta.id;
     let mut resources: Vec<(ResourceType, Resource)> = Vec::new();
-    let mut losses = Losses::default();
+    let mut lost = LostClaims::default();
     for endpoint in &entry.endpoints {
         let network = workloads::network(reader, &id.namespace, endpoint.network.as_ref());
-        let standing =
-            ownership::of_endpoint(reader, &network, Kind::ServiceEntry, &entry.meta, &ips(endpoint));
-        match &standing {
-            Standing::Found => {}
-            Standing::Unlisted(address, owner) => losses.unlisted(*address, owner),
-            Standing::LeftOut(address, owner) => {
-                losses.address(*address, owner);
+        let claim = ownership::of_endpoint(reader, &network, Kind::ServiceEntry, &entry.meta, &ips(endpoint));
+        match &claim {
+            EndpointClaim::Found => {}
+            EndpointClaim::Unlisted(address, owner) => lost.unlisted(*address, owner),
+            EndpointClaim::LeftOut(address, owner) => {
+                lost.address(*address, owner);
                 continue;
             }
         }
@@ -164,15 +163,15 @@ fn endpoints(
             // Of those that are reached through the gateway of their network there is one in each.
             EntryAddress::Unknown => network.to_string(),
         };
-        let is_found = matches!(standing, Standing::Found);
+        let is_found = matches!(claim, EndpointClaim::Found);
         let (kind, resource) = listed(reader, entry, endpoint, &part, services, is_found);
         if resources.iter().any(|(_, other)| other.name == resource.name) {
-            losses.other(format!("endpoint {part} is listed twice, of which the first counts"));
+            lost.other(format!("endpoint {part} is listed twice, of which the first counts"));
         } else {
             resources.push((kind, resource));
         }
     }
-    losses.find(reader, "ambit.dev/EndpointsAccepted", "AddressTaken");
+    lost.find(reader, "ambit.dev/EndpointsAccepted", "AddressTaken");
     find_local(reader, &entry.endpoints, "ambit.dev/EndpointsAccepted");
     resources
 }
@@ -183,11 +182,11 @@ fn find_local<'a>(
     described: impl IntoIterator<Item = &'a WorkloadSpec>,
     condition: &'static str,
 ) {
-    let mut losses = Losses::default();
+    let mut lost = LostClaims::default();
     for address in described.into_iter().filter_map(WorkloadSpec::ip).filter(|ip| ambit_api::is_local(*ip)) {
-        losses.other(format!("{address} is local to whoever dials it: waypoints send nothing there"));
+        lost.other(format!("{address} is local to whoever dials it: waypoints send nothing there"));
     }
-    losses.find(reader, condition, "AddressLocal");
+    lost.find(reader, condition, "AddressLocal");
 }
 
 /// An endpoint that the entry lists; `part` distinguishes it from the others. Whether it is found by its address is up to
@@ -245,17 +244,16 @@ pub(in crate::index) fn of_workload_entry(
 ) -> Vec<(ResourceType, Resource)> {
     let Some(entry) = reader.store.workload_entries.get(id) else { return Vec::new() };
     let network = workloads::network(reader, &id.namespace, entry.spec.network.as_ref());
-    let mut losses = Losses::default();
-    let standing =
-        ownership::of_endpoint(reader, &network, Kind::WorkloadEntry, &entry.meta, &ips(&entry.spec));
-    match &standing {
-        Standing::Found => {}
-        Standing::Unlisted(address, owner) => losses.unlisted(*address, owner),
-        Standing::LeftOut(address, owner) => losses.address(*address, owner),
+    let mut lost = LostClaims::default();
+    let claim = ownership::of_endpoint(reader, &network, Kind::WorkloadEntry, &entry.meta, &ips(&entry.spec));
+    match &claim {
+        EndpointClaim::Found => {}
+        EndpointClaim::Unlisted(address, owner) => lost.unlisted(*address, owner),
+        EndpointClaim::LeftOut(address, owner) => lost.address(*address, owner),
     }
-    losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    lost.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
     find_local(reader, [&entry.spec], "ambit.dev/AddressesAccepted");
-    if matches!(standing, Standing::LeftOut(..)) {
+    if matches!(claim, EndpointClaim::LeftOut(..)) {
         return Vec::new();
     }
     let labels = &entry.meta.labels;
@@ -275,7 +273,7 @@ pub(in crate::index) fn of_workload_entry(
         created: wire::created(&entry.meta),
         ..described(reader, &id.namespace, id.name.to_string(), uid, &entry.spec, services)
     };
-    let workload = resource(message, &ips(&entry.spec), matches!(standing, Standing::Found));
+    let workload = resource(message, &ips(&entry.spec), matches!(claim, EndpointClaim::Found));
     required.map(|(_, policy)| policy).into_iter().chain([workload]).collect()
 }
 
@@ -444,18 +442,18 @@ pub(in crate::index) fn of_remote_gateway(
 
 /// The addresses of a gateway of another cluster that nobody else owns.
 fn gateway_addresses(reader: &Reader<'_>, gateway: &Gateway, network: &Arc<str>) -> Vec<IpAddr> {
-    let mut losses = Losses::default();
+    let mut lost = LostClaims::default();
     let mut in_force = Vec::new();
     for address in gateway.requested_ips() {
         match ownership::of_gateway(reader, network, &gateway.meta, address) {
-            Some(owner) => losses.address(address, &owner),
+            Some(owner) => lost.address(address, &owner),
             // In our own network it would only capture an address: nobody needs a gateway into it.
             None if *network == reader.settings.network => {
-                losses.other(format!("{address}: {network:?} is this cluster's own network"));
+                lost.other(format!("{address}: {network:?} is this cluster's own network"));
             }
             None => in_force.push(address),
         }
     }
-    losses.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
+    lost.find(reader, "ambit.dev/AddressesAccepted", "AddressTaken");
     in_force
 }

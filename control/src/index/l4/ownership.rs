@@ -24,12 +24,12 @@ use crate::object::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::index) struct Owner {
     object: ObjectRef,
-    title: Title,
+    reason: OwnershipReason,
 }
 
 /// Why an address belongs to its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Title {
+enum OwnershipReason {
     /// It is the pod's, Service's or node's own.
     Own,
     /// It is that of the pod's node.
@@ -39,25 +39,25 @@ enum Title {
 }
 
 impl Owner {
-    fn new(kind: Kind, name: &NamespacedName, title: Title) -> Owner {
-        Owner { object: ObjectRef { kind, name: name.clone() }, title }
+    fn new(kind: Kind, name: &NamespacedName, reason: OwnershipReason) -> Owner {
+        Owner { object: ObjectRef { kind, name: name.clone() }, reason }
     }
 }
 
 impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Owner { object, title } = self;
-        match title {
-            Title::Own => write!(f, "{object}"),
-            Title::OfNode => write!(f, "the node of {object}"),
-            Title::Older => write!(f, "{object}, which is older"),
+        let Owner { object, reason } = self;
+        match reason {
+            OwnershipReason::Own => write!(f, "{object}"),
+            OwnershipReason::OfNode => write!(f, "the node of {object}"),
+            OwnershipReason::Older => write!(f, "{object}, which is older"),
         }
     }
 }
 
 /// What becomes of an endpoint, by its addresses.
 #[derive(Debug)]
-pub(in crate::index) enum Standing {
+pub(in crate::index) enum EndpointClaim {
     /// It is found by its addresses.
     Found,
     /// It is an endpoint of its services, but not found by its addresses: this one belongs to a node or an older object.
@@ -73,16 +73,16 @@ pub(in crate::index) fn of_endpoint(
     kind: Kind,
     claimant: &Meta,
     addresses: &[IpAddr],
-) -> Standing {
+) -> EndpointClaim {
     if let Some((address, owner)) = of_pod_or_service(reader, network, addresses) {
-        return Standing::LeftOut(address, owner);
+        return EndpointClaim::LeftOut(address, owner);
     }
     let shared = addresses.iter().find_map(|address| {
         let owner = node(reader, network, *address)
             .or_else(|| older_claim(reader, network, kind, claimant, *address))?;
         Some((*address, owner))
     });
-    shared.map_or(Standing::Found, |(address, owner)| Standing::Unlisted(address, owner))
+    shared.map_or(EndpointClaim::Found, |(address, owner)| EndpointClaim::Unlisted(address, owner))
 }
 
 /// The owner of one of these addresses, if that is a pod or a Service, with the address.
@@ -134,11 +134,11 @@ fn pod_or_service(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> O
     let pod =
         pods.find(|pod| workloads::network(reader, &pod.meta.id.namespace, pod.network.as_ref()) == *network);
     if let Some(pod) = pod {
-        return Some(Owner::new(Kind::Pod, &pod.meta.id, Title::Own));
+        return Some(Owner::new(Kind::Pod, &pod.meta.id, OwnershipReason::Own));
     }
     let mut services = reader.services_at(address);
     let service = services.find(|id| workloads::network(reader, &id.namespace, None) == *network)?;
-    Some(Owner::new(Kind::Service, service, Title::Own))
+    Some(Owner::new(Kind::Service, service, OwnershipReason::Own))
 }
 
 /// The node whose address it is, or a pod that shares the address with its node.
@@ -146,12 +146,12 @@ fn node(reader: &Reader<'_>, network: &Arc<str>, address: IpAddr) -> Option<Owne
     if *network == reader.settings.network
         && let Some(node) = reader.nodes_at(address).next()
     {
-        return Some(Owner::new(Kind::Node, node, Title::Own));
+        return Some(Owner::new(Kind::Node, node, OwnershipReason::Own));
     }
     let mut pods = reader.host_pods_at(address);
     let pod = pods
         .find(|pod| workloads::network(reader, &pod.meta.id.namespace, pod.network.as_ref()) == *network)?;
-    Some(Owner::new(Kind::Pod, &pod.meta.id, Title::OfNode))
+    Some(Owner::new(Kind::Pod, &pod.meta.id, OwnershipReason::OfNode))
 }
 
 /// The oldest object that claims an address, if it is older than `claimant` and of another namespace. Objects of the
@@ -170,7 +170,7 @@ fn older_claim(
     let (seniority, oldest) = claims.min()?;
     let is_older = (seniority, oldest.kind) < (claimant.seniority(), kind);
     (is_older && oldest.name.namespace != claimant.id.namespace)
-        .then(|| Owner::new(oldest.kind, &oldest.name, Title::Older))
+        .then(|| Owner::new(oldest.kind, &oldest.name, OwnershipReason::Older))
 }
 
 /// The metadata of an object that claims an address in a network for everybody.
@@ -211,13 +211,13 @@ fn claim<'a>(
 
 /// Collects what an object claims and does not get, for one finding.
 #[derive(Debug, Default)]
-pub(in crate::index) struct Losses {
+pub(in crate::index) struct LostClaims {
     texts: Vec<String>,
     /// The first owner.
     parent: Option<ObjectRef>,
 }
 
-impl Losses {
+impl LostClaims {
     pub(in crate::index) fn address(&mut self, address: IpAddr, owner: &Owner) {
         self.texts.push(format!("{address} belongs to {owner}"));
         self.parent.get_or_insert_with(|| owner.object.clone());
@@ -239,11 +239,11 @@ impl Losses {
         self.texts.push(text);
     }
 
-    /// Reports the losses, if there are any.
+    /// Reports what was not granted, if anything.
     pub(in crate::index) fn find(self, reader: &Reader<'_>, condition: &'static str, reason: &'static str) {
         /// More than these say nothing new.
         const SHOWN: usize = 8;
-        let Losses { texts, parent } = self;
+        let LostClaims { texts, parent } = self;
         if texts.is_empty() {
             return;
         }

@@ -40,7 +40,7 @@ impl Waypoints {
 }
 
 /// How a named gateway answers.
-enum Standing {
+enum GatewayState {
     Ready(api::GatewayAddress),
     /// It is not for this kind of destination, so it does not concern it.
     NotConcerned,
@@ -70,23 +70,23 @@ pub(in crate::index) fn resolve(
     // A canary stands beside the waypoint of its own object or, on an object without one, beside the namespace's.
     let inherited = in_force.and_then(|b| b.canary.as_ref());
     let canary = binding.canary.as_ref().or(inherited);
-    let primary = match standing(reader, namespace, name, destination) {
-        Standing::Ready(address) => {
+    let primary = match gateway_state(reader, namespace, name, destination) {
+        GatewayState::Ready(address) => {
             reader.find(bound(name, true, "WaypointAccepted", format!("bound to waypoint {name}")));
             address
         }
-        Standing::NotConcerned => {
+        GatewayState::NotConcerned => {
             if of_object {
                 let message = format!("waypoint {name} is not for this kind of destination");
                 reader.find(bound(name, false, "AttachmentNotApplicable", message));
             }
             return Waypoints::default();
         }
-        Standing::Missing(message) => {
+        GatewayState::Missing(message) => {
             reader.find(bound(name, false, "WaypointMissing", message));
             nowhere(name)
         }
-        Standing::NotReady(reason, message) => {
+        GatewayState::NotReady(reason, message) => {
             reader.find(bound(name, false, reason, message));
             nowhere(name)
         }
@@ -116,7 +116,7 @@ fn weighted(
         reader.find(canary_finding(&canary.gateway, "WeightInvalid", message));
         return Vec::new();
     };
-    let Standing::Ready(address) = standing(reader, namespace, &canary.gateway, destination) else {
+    let GatewayState::Ready(address) = gateway_state(reader, namespace, &canary.gateway, destination) else {
         let message = format!("canary waypoint {} is not ready and gets no connections", canary.gateway);
         reader.find(canary_finding(&canary.gateway, "NotReady", message));
         return Vec::new();
@@ -150,24 +150,24 @@ pub(in crate::index) fn usable(
     namespace: &Arc<str>,
     gateway: &NamespacedName,
 ) -> Result<(), String> {
-    match standing(reader, namespace, gateway, Destination::Service) {
-        Standing::Ready(_) => Ok(()),
-        Standing::NotConcerned => Err(format!("waypoint {gateway} is not for services")),
-        Standing::Missing(message) | Standing::NotReady(_, message) => Err(message),
+    match gateway_state(reader, namespace, gateway, Destination::Service) {
+        GatewayState::Ready(_) => Ok(()),
+        GatewayState::NotConcerned => Err(format!("waypoint {gateway} is not for services")),
+        GatewayState::Missing(message) | GatewayState::NotReady(_, message) => Err(message),
     }
 }
 
-fn standing(
+fn gateway_state(
     reader: &Reader<'_>,
     namespace: &Arc<str>,
     name: &NamespacedName,
     destination: Destination,
-) -> Standing {
+) -> GatewayState {
     let Some(gateway) = reader.gateway(name) else {
-        return Standing::Missing(format!("Gateway {name} does not exist"));
+        return GatewayState::Missing(format!("Gateway {name} does not exist"));
     };
     let not_ready =
-        |message: &str| Standing::NotReady("WaypointNotReady", format!("Gateway {name} {message}"));
+        |message: &str| GatewayState::NotReady("WaypointNotReady", format!("Gateway {name} {message}"));
     if !reader.settings.waypoint_classes.contains(&gateway.class) {
         return not_ready("is not of a waypoint's class");
     }
@@ -175,21 +175,21 @@ fn standing(
         (WaypointFor::All, _)
         | (WaypointFor::Service, Destination::Service)
         | (WaypointFor::Workload, Destination::Workload) => {}
-        _ => return Standing::NotConcerned,
+        _ => return GatewayState::NotConcerned,
     }
     let Some(allowed) = &gateway.hbone else {
         return not_ready("has no listener on port 15008 with protocol HBONE");
     };
     if name.namespace != *namespace && !is_allowed(reader, allowed, namespace) {
         let message = format!("Gateway {name} does not allow namespace {namespace}");
-        return Standing::NotReady("NotAllowedByWaypoint", message);
+        return GatewayState::NotReady("NotAllowedByWaypoint", message);
     }
     match gateway.addresses.first() {
         Some(AddressValue::Ip(address)) => {
-            Standing::Ready(wire::gateway_at(&network(reader, gateway), *address))
+            GatewayState::Ready(wire::gateway_at(&network(reader, gateway), *address))
         }
         Some(AddressValue::Hostname(host)) => {
-            Standing::Ready(wire::gateway_hostname(&gateway.meta.id.namespace, host))
+            GatewayState::Ready(wire::gateway_hostname(&gateway.meta.id.namespace, host))
         }
         None => not_ready("has no address yet"),
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ambit_api::l7;
+use ambit_api::ports::INBOUND_HBONE;
 use ambit_api::workload::{self as api, address, gateway_address};
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -15,9 +16,6 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::workloads::Memberships;
 use crate::object::{AppProtocol, IpFamilies, Kind, Labels, Meta, NamespacedName};
-
-/// Port of HBONE, at waypoints and at gateways between networks (contracts.md, section 1).
-pub(in crate::index) const HBONE_PORT: u32 = 15008;
 
 /// Extension of a service with `sessionAffinity: ClientIP`; its value is a `UInt32Value`, the timeout in seconds.
 pub(in crate::index) const SESSION_AFFINITY: &str = "ambit.dev/session-affinity";
@@ -62,7 +60,7 @@ pub(in crate::index) fn gateway_hostname(namespace: &str, hostname: &str) -> api
     let host = api::NamespacedHostname { namespace: namespace.to_owned(), hostname: hostname.to_owned() };
     api::GatewayAddress {
         destination: Some(gateway_address::Destination::Hostname(host)),
-        hbone_mtls_port: HBONE_PORT,
+        hbone_mtls_port: INBOUND_HBONE.into(),
     }
 }
 
@@ -70,7 +68,7 @@ pub(in crate::index) fn gateway_hostname(namespace: &str, hostname: &str) -> api
 pub(in crate::index) fn gateway_at(network: &str, address: IpAddr) -> api::GatewayAddress {
     api::GatewayAddress {
         destination: Some(gateway_address::Destination::Address(network_address(network, address))),
-        hbone_mtls_port: HBONE_PORT,
+        hbone_mtls_port: INBOUND_HBONE.into(),
     }
 }
 

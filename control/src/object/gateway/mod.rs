@@ -10,14 +10,12 @@ pub(super) mod stream;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ambit_api::ports::INBOUND_HBONE;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use serde::Deserialize;
 
 use super::core::cluster::NETWORK;
 use super::meta::{Invalid, Labels, Meta, annotation};
-
-/// The HBONE port of waypoints and of gateways between networks (contracts.md, section 1).
-const HBONE_PORT: i32 = 15008;
 
 /// What a waypoint is for (label `istio.io/waypoint-for`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,7 +219,8 @@ impl TryFrom<Manifest> for Gateway {
     fn try_from(manifest: Manifest) -> Result<Gateway, Invalid> {
         let Manifest { metadata, spec, status } = manifest;
         let meta = Meta::read(&metadata)?;
-        let hbone = spec.listeners.into_iter().find(|l| l.port == HBONE_PORT && l.protocol == "HBONE");
+        let hbone =
+            spec.listeners.into_iter().find(|l| l.port == i32::from(INBOUND_HBONE) && l.protocol == "HBONE");
         let tunnel = annotation(&metadata, "ambient.istio.io/waypoint-inbound-binding");
         Ok(Gateway {
             class: spec.gateway_class_name.into(),

@@ -8,7 +8,7 @@ use super::virtual_service::ReadRule;
 use super::virtual_service_http::{Http, Match, Text};
 
 /// Why two matches are not one.
-enum Apart {
+enum JoinFailure {
     /// No request can match both.
     Disjoint,
     /// A request may match both, which can't be said in one match.
@@ -43,8 +43,8 @@ fn join(root: &Http, leaf: &Http) -> Option<(Http, Option<String>)> {
                 for root in roots {
                     match both(root, leaf) {
                         Ok(both) => matches.push(both),
-                        Err(Apart::Disjoint) => {}
-                        Err(Apart::Inexpressible(why)) => {
+                        Err(JoinFailure::Disjoint) => {}
+                        Err(JoinFailure::Inexpressible(why)) => {
                             matches.push(root.clone());
                             reason.get_or_insert(why);
                         }
@@ -82,9 +82,9 @@ fn join(root: &Http, leaf: &Http) -> Option<(Http, Option<String>)> {
 }
 
 /// A match that holds where both hold.
-fn both(root: &Match, leaf: &Match) -> Result<Match, Apart> {
+fn both(root: &Match, leaf: &Match) -> Result<Match, JoinFailure> {
     if root.uri.is_some() && leaf.uri.is_some() && root.ignore_uri_case != leaf.ignore_uri_case {
-        return Err(Apart::Inexpressible("root and delegate differ in `ignoreUriCase`".to_owned()));
+        return Err(JoinFailure::Inexpressible("root and delegate differ in `ignoreUriCase`".to_owned()));
     }
     let ignores_case = if leaf.uri.is_some() { leaf.ignore_uri_case } else { root.ignore_uri_case };
     Ok(Match {
@@ -99,7 +99,7 @@ fn both(root: &Match, leaf: &Match) -> Result<Match, Apart> {
         query_params: narrow_all("queryParams", &root.query_params, &leaf.query_params)?,
         port: same(root.port, leaf.port, &0)?,
         source_labels: either("sourceLabels", &root.source_labels, &leaf.source_labels)
-            .map_err(|_| Apart::Disjoint)?,
+            .map_err(|_| JoinFailure::Disjoint)?,
         source_namespace: same(root.source_namespace.clone(), leaf.source_namespace.clone(), &String::new())?,
         gateways: common(&root.gateways, &leaf.gateways)?,
         stat_prefix: if leaf.stat_prefix.is_empty() {
@@ -111,12 +111,12 @@ fn both(root: &Match, leaf: &Match) -> Result<Match, Apart> {
 }
 
 /// The gateways of both; a list without any stands for all.
-fn common(root: &[String], leaf: &[String]) -> Result<Vec<String>, Apart> {
+fn common(root: &[String], leaf: &[String]) -> Result<Vec<String>, JoinFailure> {
     if root.is_empty() || leaf.is_empty() {
         return Ok([root, leaf].concat());
     }
     let both: Vec<String> = root.iter().filter(|gateway| leaf.contains(gateway)).cloned().collect();
-    if both.is_empty() { Err(Apart::Disjoint) } else { Ok(both) }
+    if both.is_empty() { Err(JoinFailure::Disjoint) } else { Ok(both) }
 }
 
 /// What a text must be to be like both.
@@ -125,7 +125,7 @@ fn narrow(
     root: Option<&Text>,
     leaf: Option<&Text>,
     ignores_case: bool,
-) -> Result<Option<Text>, Apart> {
+) -> Result<Option<Text>, JoinFailure> {
     let (root, leaf) = match (root, leaf) {
         (None, other) | (other, None) => return Ok(other.cloned()),
         (Some(root), Some(leaf)) => (root, leaf),
@@ -145,17 +145,17 @@ fn narrow(
         ((_, Some(inner)), (_, Some(outer))) => fold(inner).starts_with(&fold(outer)).then_some(root),
         _ => {
             let why = format!("root and delegate both match `{field}`, one of them by a pattern");
-            return Err(Apart::Inexpressible(why));
+            return Err(JoinFailure::Inexpressible(why));
         }
     };
-    narrower.cloned().map(Some).ok_or(Apart::Disjoint)
+    narrower.cloned().map(Some).ok_or(JoinFailure::Disjoint)
 }
 
 fn narrow_all(
     field: &str,
     root: &BTreeMap<String, Text>,
     leaf: &BTreeMap<String, Text>,
-) -> Result<BTreeMap<String, Text>, Apart> {
+) -> Result<BTreeMap<String, Text>, JoinFailure> {
     let mut all = root.clone();
     for (name, text) in leaf {
         let narrowed = narrow(field, root.get(name), Some(text), false)?;
@@ -169,22 +169,24 @@ fn either<T: Clone + PartialEq>(
     field: &str,
     root: &BTreeMap<String, T>,
     leaf: &BTreeMap<String, T>,
-) -> Result<BTreeMap<String, T>, Apart> {
+) -> Result<BTreeMap<String, T>, JoinFailure> {
     let mut all = root.clone();
     for (name, value) in leaf {
         if root.get(name).is_some_and(|known| known != value) {
-            return Err(Apart::Inexpressible(format!("root and delegate differ in `{field}` of {name}")));
+            return Err(JoinFailure::Inexpressible(format!(
+                "root and delegate differ in `{field}` of {name}"
+            )));
         }
         all.insert(name.clone(), value.clone());
     }
     Ok(all)
 }
 
-fn same<T: PartialEq>(root: T, leaf: T, none: &T) -> Result<T, Apart> {
+fn same<T: PartialEq>(root: T, leaf: T, none: &T) -> Result<T, JoinFailure> {
     if root == *none || root == leaf {
         return Ok(leaf);
     }
-    if leaf == *none { Ok(root) } else { Err(Apart::Disjoint) }
+    if leaf == *none { Ok(root) } else { Err(JoinFailure::Disjoint) }
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ pub(super) enum Served {
 
 /// Why the API server's answer to where a kind is served does not count.
 #[derive(Debug, thiserror::Error)]
-enum Uncertain {
+enum DiscoveryError {
     /// There is no answer.
     #[error(transparent)]
     Call(#[from] CallError),
@@ -68,9 +68,9 @@ pub(super) async fn find(client: &Client, kind: Kind, has_objects: bool) -> Serv
     }
 }
 
-fn certain(answer: Result<Served, CallError>, info: &KindInfo) -> Result<Served, Uncertain> {
+fn certain(answer: Result<Served, CallError>, info: &KindInfo) -> Result<Served, DiscoveryError> {
     match answer? {
-        Served::Absent if info.is_built_in() => Err(Uncertain::BuiltInAbsent),
+        Served::Absent if info.is_built_in() => Err(DiscoveryError::BuiltInAbsent),
         served => Ok(served),
     }
 }
@@ -115,8 +115,8 @@ mod tests {
     #[test]
     fn a_kind_of_kubernetes_itself_is_never_absent() {
         let look = |kind: Kind| certain(Ok(Served::Absent), &kind.info());
-        assert!(matches!(look(Kind::Pod), Err(Uncertain::BuiltInAbsent)));
-        assert!(matches!(look(Kind::ReplicaSet), Err(Uncertain::BuiltInAbsent)));
+        assert!(matches!(look(Kind::Pod), Err(DiscoveryError::BuiltInAbsent)));
+        assert!(matches!(look(Kind::ReplicaSet), Err(DiscoveryError::BuiltInAbsent)));
         assert!(matches!(look(Kind::ServiceEntry), Ok(Served::Absent)));
     }
 }

@@ -33,7 +33,7 @@ pub(super) struct KindWatch {
     client: Client,
     out: mpsc::Sender<Event>,
     metrics: Arc<SourceMetrics>,
-    /// Told once, when everything that is there at the start was sent.
+    /// Sent once, when everything that is there at the start was sent.
     pending: Option<Arc<Pending>>,
     known: KnownObjects,
     /// Lists as part of the watch (Kubernetes 1.34 and later), until the server refuses that.

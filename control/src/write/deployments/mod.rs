@@ -25,17 +25,17 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::WriteMetrics;
-use super::brake::Brake;
 use super::classes::{self, Owned};
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
 use super::status::{list_all, now};
+use super::write_backoff::WriteBackoff;
 use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::kind::Kind;
 use crate::object::{NamespacedName, ObjectRef};
 use crate::source::kubernetes::served_version;
 use plan::{Part, WaypointGateway};
-use status::Standing;
+use status::DeploymentState;
 pub use template::{Template, TemplateError};
 
 /// Field manager of a number of pods that is an autoscaler's to change.
@@ -56,7 +56,7 @@ pub(crate) struct WaypointWriter {
     queue: Arc<StatusQueue>,
     metrics: Arc<WriteMetrics>,
     /// Guards when which object may be written again; held for one question.
-    brake: Mutex<Brake<String>>,
+    backoff: Mutex<WriteBackoff<String>>,
 }
 
 /// Why a Gateway could not be looked at to the end.
@@ -91,16 +91,16 @@ impl WaypointWriter {
         queue: Arc<StatusQueue>,
         metrics: Arc<WriteMetrics>,
     ) -> Self {
-        let brake = Mutex::new(Brake::new(metrics.brakes.clone()));
-        Self { client, template, classes, queue, metrics, brake }
+        let backoff = Mutex::new(WriteBackoff::new(metrics.backoffs.clone()));
+        Self { client, template, classes, queue, metrics, backoff }
     }
 
     /// Writes while `leads` is true; ends with its sender.
     pub(crate) async fn run(self, leads: watch::Receiver<bool>) {
-        self.queue.while_leading(leads, || self.lead()).await;
+        self.queue.while_leading(leads, || self.run_as_leader()).await;
     }
 
-    async fn lead(&self) {
+    async fn run_as_leader(&self) {
         let mut retries = Retries::default();
         let mut due = tokio::time::interval(INTERVAL);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -190,14 +190,14 @@ impl WaypointWriter {
             Owned::ByOthers => return self.leave(name, &waypoint, &gateway).await,
             Owned::Absent => return Err(Fault::NoClass(class.to_owned())),
         }
-        let (standing, fault) = match self.deploy(name, &waypoint).await {
-            Ok(standing) => (standing, None),
+        let (state, fault) = match self.deploy(name, &waypoint).await {
+            Ok(state) => (state, None),
             Err(Fault::Call(error)) if error.is_unavailable() || error.is_conflict() => {
                 return Err(error.into());
             }
-            Err(fault) => (Standing::Refused(fault.to_string()), Some(fault)),
+            Err(fault) => (DeploymentState::Refused(fault.to_string()), Some(fault)),
         };
-        if let Some(status) = status::plan(&gateway, &standing, &now()) {
+        if let Some(status) = status::plan(&gateway, &state, &now()) {
             self.write_status(&api, name, &gateway, status).await?;
         }
         fault.map_or(Ok(()), Err)
@@ -250,14 +250,18 @@ impl WaypointWriter {
     }
 
     /// Makes the parts of a waypoint what they must be.
-    async fn deploy(&self, name: &NamespacedName, waypoint: &WaypointGateway) -> Result<Standing, Fault> {
+    async fn deploy(
+        &self,
+        name: &NamespacedName,
+        waypoint: &WaypointGateway,
+    ) -> Result<DeploymentState, Fault> {
         let parameters = match self.parameters(name, waypoint).await? {
             Ok(parameters) => parameters,
-            Err(reason) => return Ok(Standing::Invalid(reason)),
+            Err(reason) => return Ok(DeploymentState::Invalid(reason)),
         };
         let parts = match plan::manifests(waypoint, &self.template, parameters.as_ref()) {
             Ok(parts) => parts,
-            Err(reason) => return Ok(Standing::Invalid(reason)),
+            Err(reason) => return Ok(DeploymentState::Invalid(reason)),
         };
         let (mut address, mut serves) = (None, false);
         for (part, manifest) in parts {
@@ -274,7 +278,7 @@ impl WaypointWriter {
                 Part::ServiceAccount | Part::PodDisruptionBudget | Part::HorizontalPodAutoscaler => {}
             }
         }
-        Ok(Standing::Deployed { address, serves })
+        Ok(DeploymentState::Deployed { address, serves })
     }
 
     /// The parameters that a Gateway names; the inner error says what is wrong with them.
@@ -319,7 +323,7 @@ impl WaypointWriter {
             (present, Some(mut manifest)) => {
                 let object = format!("{} {name}", resource.kind);
                 // It is looked at again with every Gateway.
-                if !self.brake.lock().admits(&object, Instant::now()) {
+                if !self.backoff.lock().admits(&object, Instant::now()) {
                     return Ok(present.unwrap_or_default());
                 }
                 if let Some(uid) = uid {
@@ -338,7 +342,7 @@ impl WaypointWriter {
                 let parameters = PatchParams::apply(FIELD_MANAGER).force();
                 let written = call(api.patch(&name.name, &parameters, &Patch::Apply(manifest))).await?;
                 self.metrics.written.fetch_add(1, Ordering::Relaxed);
-                self.brake.lock().wrote(&object, Instant::now());
+                self.backoff.lock().wrote(&object, Instant::now());
                 tracing::info!(gateway = %name, kind = resource.kind, "written for a waypoint");
                 Ok(serde_json::to_value(written).unwrap_or_default())
             }

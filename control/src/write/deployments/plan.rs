@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
+use ambit_api::ports;
 use kube::core::{ApiResource, GroupVersionKind};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -260,7 +261,7 @@ fn service_spec(gateway: &WaypointGateway) -> Value {
     json!({
         "selector": selector(gateway),
         "ipFamilyPolicy": "PreferDualStack",
-        "ports": [{ "name": "mesh", "port": 15008, "targetPort": 15008, "appProtocol": "hbone" }],
+        "ports": [{ "name": "mesh", "port": ports::INBOUND_HBONE, "targetPort": ports::INBOUND_HBONE, "appProtocol": "hbone" }],
     })
 }
 
@@ -280,38 +281,40 @@ fn deployment_spec(gateway: &WaypointGateway) -> Value {
     let mount = |name: &str, path: &str| json!({ "name": name, "mountPath": path, "readOnly": true });
     let token = json!({ "path": "istio-token", "audience": "istio-ca", "expirationSeconds": 43200 });
     json!({
-        "selector": { "matchLabels": selector(gateway) },
-        // The next pod serves before one ends, and requests find a waypoint all the time.
-        "strategy": { "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
-        "template": {
-            "metadata": { "annotations": gateway.spec.infrastructure.annotations },
-            "spec": {
-                "serviceAccountName": gateway.metadata.name,
-                "automountServiceAccountToken": false,
-                "containers": [{
-                    "name": "waypoint",
-                    "env": [
-                        field("POD_NAME", "metadata.name"),
-                        field("POD_NAMESPACE", "metadata.namespace"),
-                        field("INSTANCE_IP", "status.podIP"),
-                        field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
-                    ],
-                    "ports": [port("mesh", 15008), port("http-metrics", 15020), port("readiness", 15021)],
-                    "readinessProbe": {
-                        "httpGet": { "path": "/healthz/ready", "port": "readiness" }, "periodSeconds": 3,
-                    },
-                    "volumeMounts": [
-                        mount("root-certificate", "/var/run/secrets/istio"),
-                        mount("token", "/var/run/secrets/tokens"),
-                    ],
-                }],
-                "volumes": [
-                    { "name": "root-certificate", "configMap": { "name": "istio-ca-root-cert" } },
-                    { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
-                ],
-            },
-        },
-    })
+           "selector": { "matchLabels": selector(gateway) },
+           // The next pod serves before one ends, and requests find a waypoint all the time.
+           "strategy": { "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+           "template": {
+               "metadata": { "annotations": gateway.spec.infrastructure.annotations },
+               "spec": {
+                   "serviceAccountName": gateway.metadata.name,
+                   "automountServiceAccountToken": false,
+                   "containers": [{
+                       "name": "waypoint",
+                       "env": [
+                           field("POD_NAME", "metadata.name"),
+                           field("POD_NAMESPACE", "metadata.namespace"),
+                           field("INSTANCE_IP", "status.podIP"),
+                           field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
+                       ],
+                       "ports": [
+    port("mesh", ports::INBOUND_HBONE), port("http-metrics", ports::METRICS), port("readiness", ports::READINESS),
+    ],
+                       "readinessProbe": {
+                           "httpGet": { "path": "/healthz/ready", "port": "readiness" }, "periodSeconds": 3,
+                       },
+                       "volumeMounts": [
+                           mount("root-certificate", "/var/run/secrets/istio"),
+                           mount("token", "/var/run/secrets/tokens"),
+                       ],
+                   }],
+                   "volumes": [
+                       { "name": "root-certificate", "configMap": { "name": "istio-ca-root-cert" } },
+                       { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
+                   ],
+               },
+           },
+       })
 }
 
 fn with_hash(mut manifest: Value) -> Value {

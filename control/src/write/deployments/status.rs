@@ -1,19 +1,20 @@
 //! The status of a waypoint's Gateway: what it must be, from how its deployment stands. Pure.
 
+use ambit_api::ports::INBOUND_HBONE;
 use serde_json::{Value, json};
 
 use crate::api_server::FIELD_MANAGER;
 use crate::write::conditions::{self, Condition};
 
 /// The listener of a waypoint (kubernetes.md, "Which waypoint").
-const HBONE: (&str, u64) = ("HBONE", 15008);
+const HBONE: (&str, u64) = ("HBONE", INBOUND_HBONE as u64);
 
 /// The reason of a condition that no controller has written yet.
 const PENDING: &str = "Pending";
 
 /// How the deployment of a waypoint stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum DeploymentState {
     /// The Gateway cannot be what it wants to be.
     Invalid(String),
     /// An object of the waypoint could not be made.
@@ -29,11 +30,11 @@ pub(super) enum Standing {
 
 /// `status` of a Gateway, if it must differ from what it is. Conditions of others stay. An address stays once it was
 /// written: that a waypoint serves no longer changes its endpoints alone.
-pub(super) fn plan(gateway: &Value, standing: &Standing, now: &str) -> Option<Value> {
+pub(super) fn plan(gateway: &Value, state: &DeploymentState, now: &str) -> Option<Value> {
     let generation = gateway["metadata"]["generation"].as_i64();
     let has_hbone = listeners(gateway).any(is_hbone);
-    let accepted = match standing {
-        Standing::Invalid(message) => Condition::new("Accepted", false, "InvalidParameters", message),
+    let accepted = match state {
+        DeploymentState::Invalid(message) => Condition::new("Accepted", false, "InvalidParameters", message),
         _ if !has_hbone => Condition::new(
             "Accepted",
             false,
@@ -44,21 +45,23 @@ pub(super) fn plan(gateway: &Value, standing: &Standing, now: &str) -> Option<Va
     };
     let is_accepted = accepted.met;
     let present = &gateway["status"]["addresses"];
-    let addresses = match standing {
-        Standing::Deployed { address: Some(address), serves }
+    let addresses = match state {
+        DeploymentState::Deployed { address: Some(address), serves }
             if is_accepted && (*serves || is_address(present, address)) =>
         {
             json!([{ "type": "IPAddress", "value": address }])
         }
         // What runs goes on to serve: neither bad parameters nor a refused write stop it.
-        Standing::Invalid(_) | Standing::Refused(_) | Standing::Deployed { address: None, .. }
+        DeploymentState::Invalid(_)
+        | DeploymentState::Refused(_)
+        | DeploymentState::Deployed { address: None, .. }
             if has_hbone && present.is_array() =>
         {
             present.clone()
         }
         _ => json!([]),
     };
-    let programmed = programmed(standing, is_accepted);
+    let programmed = programmed(state, is_accepted);
     let wanted = [accepted, programmed.clone()];
     let present = gateway["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
     let status = json!({
@@ -109,17 +112,17 @@ pub(super) fn without_ours(gateway: &Value, now: &str) -> Option<Value> {
     differs.then(|| json!({ "conditions": conditions, "listeners": listeners, "addresses": addresses }))
 }
 
-fn programmed(standing: &Standing, is_accepted: bool) -> Condition {
+fn programmed(state: &DeploymentState, is_accepted: bool) -> Condition {
     let not = |reason, message: &str| Condition::new("Programmed", false, reason, message);
-    match standing {
-        Standing::Invalid(message) => not("Invalid", message),
+    match state {
+        DeploymentState::Invalid(message) => not("Invalid", message),
         _ if !is_accepted => not("Invalid", "the Gateway is not accepted"),
-        Standing::Refused(message) => not("Invalid", message),
-        Standing::Deployed { address: None, .. } => {
+        DeploymentState::Refused(message) => not("Invalid", message),
+        DeploymentState::Deployed { address: None, .. } => {
             not("AddressNotAssigned", "the Service of the waypoint has no address yet")
         }
-        Standing::Deployed { serves: false, .. } => not("Pending", "no pod of the waypoint is ready"),
-        Standing::Deployed { address: Some(_), serves: true } => {
+        DeploymentState::Deployed { serves: false, .. } => not("Pending", "no pod of the waypoint is ready"),
+        DeploymentState::Deployed { address: Some(_), serves: true } => {
             Condition::new("Programmed", true, "Programmed", "the waypoint serves")
         }
     }
@@ -184,8 +187,8 @@ mod tests {
         })
     }
 
-    fn deployed(address: Option<&str>, serves: bool) -> Standing {
-        Standing::Deployed { address: address.map(str::to_owned), serves }
+    fn deployed(address: Option<&str>, serves: bool) -> DeploymentState {
+        DeploymentState::Deployed { address: address.map(str::to_owned), serves }
     }
 
     fn reason(status: &Value, condition: &str) -> String {
@@ -197,7 +200,7 @@ mod tests {
 
     #[test]
     fn the_address_comes_with_the_first_pod_and_stays() {
-        let plan_of = |status: &Value, standing| plan(&gateway("HBONE", status), &standing, "t");
+        let plan_of = |status: &Value, state| plan(&gateway("HBONE", status), &state, "t");
         let waiting = plan_of(&json!({}), deployed(Some("10.0.0.1"), false)).unwrap();
         assert_eq!(
             (reason(&waiting, "Programmed"), &waiting["addresses"]),
@@ -216,16 +219,16 @@ mod tests {
 
     #[test]
     fn each_standing_has_its_conditions() {
-        for (protocol, standing, accepted, programmed) in [
+        for (protocol, state, accepted, programmed) in [
             ("HBONE", deployed(None, false), "True Accepted", "False AddressNotAssigned"),
-            ("HBONE", Standing::Refused("r".to_owned()), "True Accepted", "False Invalid"),
-            ("HBONE", Standing::Invalid("i".to_owned()), "False InvalidParameters", "False Invalid"),
+            ("HBONE", DeploymentState::Refused("r".to_owned()), "True Accepted", "False Invalid"),
+            ("HBONE", DeploymentState::Invalid("i".to_owned()), "False InvalidParameters", "False Invalid"),
             ("HTTP", deployed(Some("10.0.0.1"), true), "False ListenersNotValid", "False Invalid"),
         ] {
-            let status = plan(&gateway(protocol, &json!({})), &standing, "t").unwrap();
-            assert_eq!(reason(&status, "Accepted"), accepted, "{standing:?}");
-            assert_eq!(reason(&status, "Programmed"), programmed, "{standing:?}");
-            assert_eq!(status["addresses"], json!([]), "{standing:?}");
+            let status = plan(&gateway(protocol, &json!({})), &state, "t").unwrap();
+            assert_eq!(reason(&status, "Accepted"), accepted, "{state:?}");
+            assert_eq!(reason(&status, "Programmed"), programmed, "{state:?}");
+            assert_eq!(status["addresses"], json!([]), "{state:?}");
         }
     }
 

@@ -30,7 +30,7 @@ use tokio::time::timeout;
 
 pub use incoming::{Incoming, NotAnswered};
 
-use crate::driver::{Upkeep, Verdict};
+use crate::driver::{Maintenance, Verdict};
 use crate::load::Load;
 use crate::overhead::{Meter, Tally};
 use crate::paced::Paced;
@@ -223,7 +223,7 @@ fn log_panic(ended: Result<(), JoinError>) {
 
 struct Serving<'a, IO> {
     connection: H2<IO>,
-    upkeep: Upkeep,
+    maintenance: Maintenance,
     peer: Arc<Peer>,
     malformed: Option<OnMalformed>,
     shared: &'a Shared,
@@ -244,7 +244,7 @@ where
         let load = Load::new(Instant::now());
         let ping = connection.ping_pong();
         Serving {
-            upkeep: Upkeep::new(&settings.connection, window, ping, Arc::clone(&load), tally),
+            maintenance: Maintenance::new(&settings.connection, window, ping, Arc::clone(&load), tally),
             connection,
             peer,
             malformed,
@@ -276,7 +276,7 @@ where
             let within = self.shared.settings.abandoned_period;
             return Poll::Ready(Err(ServeError::Abandoned { peer: self.identity(), count, within }));
         }
-        while let Poll::Ready(verdict) = self.upkeep.poll(cx) {
+        while let Poll::Ready(verdict) = self.maintenance.poll(cx) {
             match verdict {
                 Verdict::Tick => {
                     self.check_peer();
@@ -293,7 +293,7 @@ where
                 }
             }
         }
-        if let Some(window) = self.upkeep.changed_window(cx) {
+        if let Some(window) = self.maintenance.changed_window(cx) {
             self.connection.set_target_window_size(window);
         }
         match Pin::new(&mut self.connection).poll_accept(cx) {
@@ -320,7 +320,7 @@ where
     /// Sends GOAWAY; requests in flight finish.
     fn close(&mut self) {
         self.closing = true;
-        self.upkeep.closing();
+        self.maintenance.closing();
         self.connection.graceful_shutdown();
     }
 

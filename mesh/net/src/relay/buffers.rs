@@ -31,14 +31,14 @@ const fn allocation(tier: Tier) -> usize {
 }
 
 #[derive(Default)]
-struct Shelf {
+struct FreeList {
     idle: Vec<BytesMut>,
     steady: Vec<BytesMut>,
     bulk: Vec<BytesMut>,
     bulk_used: Option<Instant>,
 }
 
-impl Shelf {
+impl FreeList {
     fn tier(&mut self, tier: Tier) -> &mut Vec<BytesMut> {
         match tier {
             Tier::Idle => &mut self.idle,
@@ -49,14 +49,14 @@ impl Shelf {
 }
 
 thread_local! {
-    static SHELF: RefCell<Shelf> = RefCell::new(Shelf::default());
+    static FREE_LIST: RefCell<FreeList> = RefCell::new(FreeList::default());
 }
 
 /// Takes an empty buffer with room for at least one read of `tier`.
 pub fn take(tier: Tier) -> BytesMut {
     let size = tier.read_size();
-    SHELF.with_borrow_mut(|shelf| {
-        let kept = shelf.tier(tier);
+    FREE_LIST.with_borrow_mut(|free_list| {
+        let kept = free_list.tier(tier);
         let free = kept
             .iter_mut()
             .rposition(|buffer| buffer.capacity() >= size || buffer.try_reclaim(allocation(tier)));
@@ -72,11 +72,11 @@ pub fn take(tier: Tier) -> BytesMut {
 /// `now` is when it was last used; only the largest tier needs it.
 pub fn give_back(tier: Tier, mut buffer: BytesMut, now: Option<Instant>) {
     buffer.clear();
-    SHELF.with_borrow_mut(|shelf| {
+    FREE_LIST.with_borrow_mut(|free_list| {
         if tier == Tier::Bulk && now.is_some() {
-            shelf.bulk_used = now;
+            free_list.bulk_used = now;
         }
-        let kept = shelf.tier(tier);
+        let kept = free_list.tier(tier);
         if kept.len() < KEPT {
             kept.push(buffer);
             return;
@@ -94,18 +94,19 @@ pub fn give_back(tier: Tier, mut buffer: BytesMut, now: Option<Instant>) {
 /// Frees this worker's large buffers if none was used for two seconds. Called from a periodic task
 /// of the worker.
 pub fn trim(now: Instant) {
-    SHELF.with_borrow_mut(|shelf| {
-        let stale = shelf.bulk_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR);
+    FREE_LIST.with_borrow_mut(|free_list| {
+        let stale =
+            free_list.bulk_used.is_none_or(|used| now.saturating_duration_since(used) >= LARGE_KEPT_FOR);
         if stale {
-            shelf.bulk = Vec::new();
-            shelf.bulk_used = None;
+            free_list.bulk = Vec::new();
+            free_list.bulk_used = None;
         }
     });
 }
 
 /// Bytes of memory that this worker keeps allocated for the largest tier.
 pub fn bulk_bytes_kept() -> usize {
-    SHELF.with_borrow(|shelf| shelf.bulk.len() * allocation(Tier::Bulk))
+    FREE_LIST.with_borrow(|free_list| free_list.bulk.len() * allocation(Tier::Bulk))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use ambit_api::ports;
 use ambit_identity::{
     CipherPreference, ControlPlaneConfig, SpiffeIdError, StoreConfig, TlsSettings, TrustConfig, TrustDomain,
 };
@@ -85,9 +86,9 @@ impl Default for ProxySettings {
             workload_root: None,
             control_plane_server_name: "ambit-control.ambit-system.svc".into(),
             token_file: "/var/run/secrets/tokens/istio-token".into(),
-            admin_address: (Ipv4Addr::LOCALHOST, 15000).into(),
-            metrics_address: (Ipv4Addr::UNSPECIFIED, 15020).into(),
-            readiness_address: (Ipv4Addr::UNSPECIFIED, 15021).into(),
+            admin_address: (Ipv4Addr::LOCALHOST, ports::ADMIN).into(),
+            metrics_address: (Ipv4Addr::UNSPECIFIED, ports::METRICS).into(),
+            readiness_address: (Ipv4Addr::UNSPECIFIED, ports::READINESS).into(),
             workers: 0,
             drain_timeout: Span::from_secs(600),
             access_log: AccessLog::default(),

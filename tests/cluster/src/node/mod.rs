@@ -51,7 +51,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads the configuration that the keeper wrote.
+    /// Reads the configuration that the supervisor wrote.
     ///
     /// # Errors
     /// When the file can't be read.

@@ -15,7 +15,7 @@ pub(crate) fn add(cases: &mut Cases) {
     cases.add("pods_on_two_nodes_talk_through_a_service", talk);
     cases.add("a_crashed_node_boots_with_its_pods", crash_and_boot);
     cases.add("a_node_that_is_cut_off_hears_nothing", cut_off);
-    cases.add("a_killed_keeper_leaves_nothing_behind", killed_keeper);
+    cases.add("a_killed_supervisor_leaves_nothing_behind", killed_supervisor);
 }
 
 async fn talk(cluster: &Cluster) -> Outcome {
@@ -64,8 +64,8 @@ async fn cut_off(cluster: &Cluster) -> Outcome {
     Ok(())
 }
 
-/// A second cluster beside the first, of another name, whose keeper gets no chance to clean up.
-async fn killed_keeper(_: &Cluster) -> Outcome {
+/// A second cluster beside the first, of another name, whose supervisor gets no chance to clean up.
+async fn killed_supervisor(_: &Cluster) -> Outcome {
     let layout = Layout::find();
     let name = "killed";
     let options = Options { number: 1, nodes: 1, ..Options::new(name, program()) };
@@ -76,7 +76,7 @@ async fn killed_keeper(_: &Cluster) -> Outcome {
         names.filter(|group| group.to_string_lossy().starts_with(&layout.cgroup_prefix(name))).count()
     };
     assert_eq!(groups(), 1);
-    second.kill_keeper().await?;
+    second.kill_supervisor().await?;
     wait::until("nothing is left", SOON, async || {
         cluster::clean_dead(&layout).map_err(|error| error.to_string())?;
         if groups() == 0 && !layout.run(name).exists() { Ok(()) } else { Err("something is left".to_owned()) }

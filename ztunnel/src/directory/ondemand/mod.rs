@@ -50,7 +50,7 @@ pub struct ProxyMetrics {
 
 /// Asks through a client that has subscribed to addresses on demand. Clones share what is asked for.
 #[derive(Clone)]
-pub struct Demander(Arc<Shared>);
+pub struct OnDemandClient(Arc<Shared>);
 
 struct Shared {
     client: Client,
@@ -76,13 +76,13 @@ struct OwnName {
 
 /// Keeps the resource of a pod of this node subscribed until it is dropped.
 pub struct Pinned {
-    demander: Demander,
+    on_demand: OnDemandClient,
     name: String,
 }
 
-impl std::fmt::Debug for Demander {
+impl std::fmt::Debug for OnDemandClient {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Demander")
+        f.write_str("OnDemandClient")
     }
 }
 
@@ -94,11 +94,11 @@ impl std::fmt::Debug for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.demander.unpin(&self.name);
+        self.on_demand.unpin(&self.name);
     }
 }
 
-impl Demander {
+impl OnDemandClient {
     /// Nothing is demanded yet.
     pub fn new(client: Client, bounds: Bounds) -> Self {
         let state = State { names: Names::new(bounds), ..State::default() };
@@ -113,7 +113,7 @@ impl Demander {
     pub async fn demand(&self, pod: &Arc<str>, name: &str, limit: Duration) -> Result<Found, DemandFailure> {
         self.0.tallies.demands.add(1);
         let demanded = self.start(pod, name).inspect_err(|_| self.0.tallies.refused.add(1))?;
-        let waiting = Waiting { demander: self, pod, name };
+        let waiting = Waiting { on_demand: self, pod, name };
         let answered = tokio::time::timeout(limit, demanded.answer()).await;
         drop(waiting);
         let found = answered.map_err(|_| {
@@ -148,7 +148,7 @@ impl Demander {
         let own = state.own.entry(name.to_owned()).or_default();
         own.pods += 1;
         self.demand_own(name, own);
-        Pinned { demander: self.clone(), name: name.to_owned() }
+        Pinned { on_demand: self.clone(), name: name.to_owned() }
     }
 
     /// Waits for the control plane's word on the resource of a pod of this node, at most `limit`.
@@ -190,7 +190,7 @@ impl Demander {
         }
     }
 
-    /// Tells the client to give names up, unless they are in use again or are those of our own pods.
+    /// Releases names at the client, unless they are in use again or are those of our own pods.
     fn release(&self, state: &mut State, names: impl IntoIterator<Item = String>) {
         for name in names {
             if state.names.is_used(&name) || state.own.contains_key(&name) {
@@ -216,13 +216,13 @@ impl Demander {
 
 /// A connection that waits; also one that is dropped while it does.
 struct Waiting<'a> {
-    demander: &'a Demander,
+    on_demand: &'a OnDemandClient,
     pod: &'a Arc<str>,
     name: &'a str,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.demander.0.state.lock().names.handle_answered(self.pod, self.name);
+        self.on_demand.0.state.lock().names.handle_answered(self.pod, self.name);
     }
 }

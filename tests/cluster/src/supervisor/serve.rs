@@ -1,4 +1,4 @@
-//! Answers requests on the keeper's socket.
+//! Answers requests on the supervisor's socket.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -12,8 +12,8 @@ use crate::layout::Layout;
 use crate::request::{Answer, LONGEST, Request};
 
 /// Serves until somebody asks for the end.
-pub(crate) async fn serve(keeper: Arc<RunningCluster>, layout: &Layout) -> Result<()> {
-    let path = layout.run(&keeper.name).join("keeper.sock");
+pub(crate) async fn serve(supervisor: Arc<RunningCluster>, layout: &Layout) -> Result<()> {
+    let path = layout.run(&supervisor.name).join("supervisor.sock");
     let attempt = format!("listen at {}", path.display());
     let listener = SeqPacketListener::bind(&path).map_err(Error::system(attempt.clone()))?;
     let end = Arc::new(Notify::new());
@@ -21,7 +21,7 @@ pub(crate) async fn serve(keeper: Arc<RunningCluster>, layout: &Layout) -> Resul
         tokio::select! {
             client = listener.accept() => {
                 let client = client.map_err(Error::system(attempt.clone()))?;
-                tokio::spawn(converse(client, Arc::clone(&keeper), Arc::clone(&end)));
+                tokio::spawn(converse(client, Arc::clone(&supervisor), Arc::clone(&end)));
             }
             () = end.notified() => return Ok(()),
         }
@@ -29,7 +29,7 @@ pub(crate) async fn serve(keeper: Arc<RunningCluster>, layout: &Layout) -> Resul
 }
 
 /// Answers one client until it hangs up.
-async fn converse(client: SeqPacket, keeper: Arc<RunningCluster>, end: Arc<Notify>) {
+async fn converse(client: SeqPacket, supervisor: Arc<RunningCluster>, end: Arc<Notify>) {
     let mut buffer = vec![0; LONGEST];
     while let Ok(received) = client.recv(&mut buffer).await
         && received.len > 0
@@ -40,7 +40,7 @@ async fn converse(client: SeqPacket, keeper: Arc<RunningCluster>, end: Arc<Notif
                 end.notify_one();
                 (Answer::Done, None)
             }
-            Ok(request) => handle(&keeper, request)
+            Ok(request) => handle(&supervisor, request)
                 .await
                 .unwrap_or_else(|error| (Answer::Failed { message: error.to_string() }, None)),
             Err(error) => (Answer::Failed { message: error.to_string() }, None),
@@ -53,35 +53,35 @@ async fn converse(client: SeqPacket, keeper: Arc<RunningCluster>, end: Arc<Notif
     }
 }
 
-async fn handle(keeper: &RunningCluster, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
-    let network = &keeper.network;
+async fn handle(supervisor: &RunningCluster, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
+    let network = &supervisor.network;
     match request {
-        Request::Ready => return Ok((progress(keeper), None)),
+        Request::Ready => return Ok((progress(supervisor), None)),
         Request::Network { place } => {
             let namespace = network.sandbox(&place)?.network();
             let descriptor = namespace.try_clone_to_owned().map_err(Error::system("share a namespace"))?;
             return Ok((Answer::Done, Some(descriptor)));
         }
         Request::Link { place, up } => network.set_link(&place, up).await?,
-        Request::Crash { node } => keeper.nodes.crash(&node).await?,
-        Request::Boot { node } => keeper.nodes.boot(network, &node).await?,
-        Request::Stop { program } => keeper.control_plane.stop(&program).await?,
-        Request::Start { program } => keeper.control_plane.start(network, &program).await?,
+        Request::Crash { node } => supervisor.nodes.crash(&node).await?,
+        Request::Boot { node } => supervisor.nodes.boot(network, &node).await?,
+        Request::Stop { program } => supervisor.control_plane.stop(&program).await?,
+        Request::Start { program } => supervisor.control_plane.start(network, &program).await?,
         Request::Run { node, command } => {
-            return Ok((keeper.nodes.run(network, &node, &command).await?, None));
+            return Ok((supervisor.nodes.run(network, &node, &command).await?, None));
         }
-        Request::Load { archives } => load(keeper, &archives).await?,
+        Request::Load { archives } => load(supervisor, &archives).await?,
         Request::Down => {}
     }
     Ok((Answer::Done, None))
 }
 
-async fn load(keeper: &RunningCluster, archives: &[std::path::PathBuf]) -> Result<()> {
-    for node in keeper.nodes.names().await {
+async fn load(supervisor: &RunningCluster, archives: &[std::path::PathBuf]) -> Result<()> {
+    for node in supervisor.nodes.names().await {
         for archive in archives {
             let archive = archive.display().to_string();
             let import = ["ctr", "--namespace", "k8s.io", "images", "import", &archive].map(str::to_owned);
-            match keeper.nodes.run(&keeper.network, &node, &import).await? {
+            match supervisor.nodes.run(&supervisor.network, &node, &import).await? {
                 Answer::Ran { code: 0, .. } => {}
                 other => {
                     return Err(Error::program(format!("import {archive} on {node}"), format!("{other:?}")));
@@ -92,8 +92,8 @@ async fn load(keeper: &RunningCluster, archives: &[std::path::PathBuf]) -> Resul
     Ok(())
 }
 
-fn progress(keeper: &RunningCluster) -> Answer {
-    match &*keeper.progress.borrow() {
+fn progress(supervisor: &RunningCluster) -> Answer {
+    match &*supervisor.progress.borrow() {
         Progress::Starting(step) => Answer::Starting { step: step.clone() },
         Progress::Ready => Answer::Done,
         Progress::Failed(message) => Answer::Failed { message: message.clone() },

@@ -16,20 +16,20 @@ const COREDNS: &str = include_str!("../../manifests/coredns.yaml");
 const START: Duration = Duration::from_secs(240);
 
 /// Applies the manifest.
-pub(crate) async fn apply(keeper: &RunningCluster, plan: Plan) -> Result<()> {
+pub(crate) async fn apply(supervisor: &RunningCluster, plan: Plan) -> Result<()> {
     let file = PathBuf::from(isolate::DIRECTORY).join("coredns.yaml");
     let manifest = COREDNS.replace("CLUSTER_DNS", &plan.dns().to_string());
     fs::write(&file, manifest).map_err(Error::system(format!("write {}", file.display())))?;
     let path = file.display().to_string();
-    kubectl(keeper, &["apply", "--server-side", "--filename", &path]).await.map(drop)
+    kubectl(supervisor, &["apply", "--server-side", "--filename", &path]).await.map(drop)
 }
 
 /// Waits until every node is ready and names are resolved.
-pub(crate) async fn wait_until_ready(keeper: &RunningCluster, plan: Plan) -> Result<()> {
+pub(crate) async fn wait_until_ready(supervisor: &RunningCluster, plan: Plan) -> Result<()> {
     let wanted = usize::from(plan.nodes);
     wait::until("all nodes are ready", START, async || {
         let args = ["get", "nodes", "--no-headers"];
-        let nodes = kubectl(keeper, &args).await.map_err(|error| error.to_string())?;
+        let nodes = kubectl(supervisor, &args).await.map_err(|error| error.to_string())?;
         let ready = nodes.lines().filter(|line| line.split_whitespace().nth(1) == Some("Ready")).count();
         if ready == wanted { Ok(()) } else { Err(nodes) }
     })
@@ -38,11 +38,11 @@ pub(crate) async fn wait_until_ready(keeper: &RunningCluster, plan: Plan) -> Res
     let args = ["rollout", "status", "--namespace", "kube-system", "deployment/coredns", &patience];
     // Only the call ends after a shorter time, so that it can be tried again.
     wait::until("CoreDNS is ready", START, async || {
-        kubectl(keeper, &args).await.map(drop).map_err(|error| error.to_string())
+        kubectl(supervisor, &args).await.map(drop).map_err(|error| error.to_string())
     })
     .await
 }
 
-async fn kubectl(keeper: &RunningCluster, args: &[&str]) -> Result<String> {
-    keeper.control_plane.kubectl(keeper.network.control(), args).await
+async fn kubectl(supervisor: &RunningCluster, args: &[&str]) -> Result<String> {
+    supervisor.control_plane.kubectl(supervisor.network.control(), args).await
 }

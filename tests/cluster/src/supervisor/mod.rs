@@ -1,4 +1,4 @@
-//! The keeper of a cluster: the process that holds its namespaces and processes, and answers requests about them.
+//! The supervisor of a cluster: the process that holds its namespaces and processes, and answers requests about them.
 //!
 //! It runs in the three stages of [`ambit_local::isolate`]. The outermost process holds the cluster's lock, waits for
 //! the rest to end and removes what the kernel does not: control groups and the files that others read. If even that
@@ -35,7 +35,7 @@ use nodes::Nodes;
 /// Size limit of the file system in memory that holds everything of the cluster.
 const MEMORY: &str = "size=75%,mode=755";
 
-/// What a keeper is started with.
+/// What a supervisor is started with.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// Name of the cluster.
@@ -79,7 +79,7 @@ pub(crate) struct RunningCluster {
 /// Runs the stage that this process is. Call it before any thread is started.
 ///
 /// # Errors
-/// When the kernel refuses a namespace, or another keeper of this name runs.
+/// When the kernel refuses a namespace, or another supervisor of this name runs.
 pub fn enter(options: &Options) -> Result<ExitCode> {
     match isolate::stage() {
         isolate::Stage::Supervisor => supervise(options),
@@ -92,7 +92,7 @@ pub fn enter(options: &Options) -> Result<ExitCode> {
     }
 }
 
-/// Removes what a dead keeper of this name left. Returns whether no keeper of this name runs.
+/// Removes what a dead supervisor of this name left. Returns whether no supervisor of this name runs.
 ///
 /// # Errors
 /// When the lock or the files can't be reached.
@@ -155,10 +155,10 @@ async fn run(options: &Options) -> Result<()> {
     let kubeconfig = authority.portable_kubeconfig("admin", &format!("https://127.0.0.1:{port}"))?;
     pki::write_private(&layout.run(&options.name).join("kubeconfig"), &kubeconfig)?;
     let (progress, _) = watch::channel(Progress::Starting("starting programs".to_owned()));
-    let keeper =
+    let supervisor =
         Arc::new(RunningCluster { name: options.name.clone(), network, control_plane, nodes, progress });
     let starting = async {
-        bring_up(&keeper, plan, start).await;
+        bring_up(&supervisor, plan, start).await;
         std::future::pending::<()>().await;
     };
     let ended = async {
@@ -168,7 +168,7 @@ async fn run(options: &Options) -> Result<()> {
         }
     };
     tokio::select! {
-        served = serve::serve(Arc::clone(&keeper), &layout) => served?,
+        served = serve::serve(Arc::clone(&supervisor), &layout) => served?,
         () = ended => tracing::info!("the owner is gone"),
         () = starting => {}
     }
@@ -176,26 +176,26 @@ async fn run(options: &Options) -> Result<()> {
 }
 
 /// Starts everything in its order and reports each step.
-async fn bring_up(keeper: &RunningCluster, plan: Plan, start: Instant) {
+async fn bring_up(supervisor: &RunningCluster, plan: Plan, start: Instant) {
     let step = |text: &str| {
         tracing::info!(after = ?start.elapsed(), "{text}");
-        keeper.progress.send_replace(Progress::Starting(text.to_owned()));
+        supervisor.progress.send_replace(Progress::Starting(text.to_owned()));
     };
     let attempt = async {
         step("starting nodes and the API server");
-        keeper.control_plane.start_all(&keeper.network).await?;
+        supervisor.control_plane.start_all(&supervisor.network).await?;
         for node in plan.node_names() {
-            keeper.nodes.boot(&keeper.network, &node).await?;
+            supervisor.nodes.boot(&supervisor.network, &node).await?;
         }
-        keeper.control_plane.wait_until_ready(&keeper.network).await?;
+        supervisor.control_plane.wait_until_ready(&supervisor.network).await?;
         step("applying CoreDNS");
-        base::apply(keeper, plan).await?;
+        base::apply(supervisor, plan).await?;
         step("waiting for the nodes and CoreDNS");
-        base::wait_until_ready(keeper, plan).await
+        base::wait_until_ready(supervisor, plan).await
     };
     let outcome = attempt.await;
     tracing::info!(after = ?start.elapsed(), ?outcome, "the start has ended");
-    keeper.progress.send_replace(match outcome {
+    supervisor.progress.send_replace(match outcome {
         Ok(()) => Progress::Ready,
         Err(error) => Progress::Failed(error.to_string()),
     });

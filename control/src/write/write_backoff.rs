@@ -21,18 +21,18 @@ const QUIET: Duration = Duration::from_secs(300);
 /// Objects that are remembered; of more, those that were written longest ago are forgotten.
 const CAPACITY: usize = 8192;
 
-/// Counters of brakes.
+/// Counters of backoffs.
 #[derive(Debug, Default)]
-pub(crate) struct BrakeMetrics {
+pub(crate) struct WriteBackoffMetrics {
     /// Writes that waited.
     pub(crate) held: AtomicU64,
 }
 
 /// The writes of objects, and when each may be written again.
 #[derive(Debug)]
-pub(super) struct Brake<K> {
+pub(super) struct WriteBackoff<K> {
     objects: BTreeMap<K, Writes>,
-    metrics: Arc<BrakeMetrics>,
+    metrics: Arc<WriteBackoffMetrics>,
 }
 
 #[derive(Debug)]
@@ -57,8 +57,8 @@ impl Writes {
     }
 }
 
-impl<K: Ord + Clone + std::fmt::Display> Brake<K> {
-    pub(super) fn new(metrics: Arc<BrakeMetrics>) -> Self {
+impl<K: Ord + Clone + std::fmt::Display> WriteBackoff<K> {
+    pub(super) fn new(metrics: Arc<WriteBackoffMetrics>) -> Self {
         Self { objects: BTreeMap::new(), metrics }
     }
 
@@ -121,18 +121,18 @@ impl<K: Ord + Clone + std::fmt::Display> Brake<K> {
 mod tests {
     use super::*;
 
-    fn brake() -> Brake<&'static str> {
-        Brake::new(Arc::default())
+    fn backoff() -> WriteBackoff<&'static str> {
+        WriteBackoff::new(Arc::default())
     }
 
-    /// Writes as often as the brake admits within `time`, looking every 100 ms.
-    fn writes(brake: &mut Brake<&'static str>, begin: Instant, time: Duration) -> usize {
+    /// Writes as often as the backoff admits within `time`, looking every 100 ms.
+    fn writes(backoff: &mut WriteBackoff<&'static str>, begin: Instant, time: Duration) -> usize {
         let looks = u32::try_from(time.as_millis() / 100).unwrap();
         let mut count = 0;
         for look in 0..looks {
             let now = begin + Duration::from_millis(100) * look;
-            if brake.admits(&"contended", now) {
-                brake.wrote(&"contended", now);
+            if backoff.admits(&"contended", now) {
+                backoff.wrote(&"contended", now);
                 count += 1;
             }
         }
@@ -141,44 +141,44 @@ mod tests {
 
     #[test]
     fn a_contended_object_is_written_ever_more_seldom() {
-        let (mut brake, begin) = (brake(), Instant::now());
-        assert_eq!(writes(&mut brake, begin, Duration::from_secs(60)), 9);
-        let later = writes(&mut brake, begin + Duration::from_secs(60), Duration::from_secs(600));
+        let (mut backoff, begin) = (backoff(), Instant::now());
+        assert_eq!(writes(&mut backoff, begin, Duration::from_secs(60)), 9);
+        let later = writes(&mut backoff, begin + Duration::from_secs(60), Duration::from_secs(600));
         assert!((3..=6).contains(&later), "{later}");
-        assert!(brake.admits(&"other", begin), "others are not held up");
-        assert!(brake.metrics.held.load(Ordering::Relaxed) > 5);
+        assert!(backoff.admits(&"other", begin), "others are not held up");
+        assert!(backoff.metrics.held.load(Ordering::Relaxed) > 5);
     }
 
     #[test]
     fn an_object_left_alone_is_written_at_once_again() {
-        let (mut brake, begin) = (brake(), Instant::now());
-        writes(&mut brake, begin, Duration::from_secs(60));
+        let (mut backoff, begin) = (backoff(), Instant::now());
+        writes(&mut backoff, begin, Duration::from_secs(60));
         let later = begin + Duration::from_secs(60) + QUIET + LONGEST;
-        assert_eq!(writes(&mut brake, later, Duration::from_millis(500)), FREE as usize);
+        assert_eq!(writes(&mut backoff, later, Duration::from_millis(500)), FREE as usize);
     }
 
     #[test]
     fn a_held_write_comes_when_it_is_due() {
-        let (mut brake, begin) = (brake(), Instant::now());
+        let (mut backoff, begin) = (backoff(), Instant::now());
         for _ in 0..FREE {
-            brake.wrote(&"contended", begin);
+            backoff.wrote(&"contended", begin);
         }
-        assert_eq!(brake.next(), None, "nothing waits");
-        assert!(!brake.admits(&"contended", begin));
-        let due = brake.next().unwrap();
+        assert_eq!(backoff.next(), None, "nothing waits");
+        assert!(!backoff.admits(&"contended", begin));
+        let due = backoff.next().unwrap();
         assert_eq!(due, begin + FIRST);
-        assert!(brake.take_due(begin).is_empty());
-        assert_eq!(brake.take_due(due), ["contended"]);
-        assert_eq!(brake.next(), None);
+        assert!(backoff.take_due(begin).is_empty());
+        assert_eq!(backoff.take_due(due), ["contended"]);
+        assert_eq!(backoff.next(), None);
     }
 
     #[test]
     fn the_objects_remembered_are_bounded() {
-        let mut brake = Brake::<String>::new(Arc::default());
+        let mut backoff = WriteBackoff::<String>::new(Arc::default());
         let begin = Instant::now();
         for n in 0..CAPACITY * 2 {
-            brake.wrote(&n.to_string(), begin + Duration::from_millis(n as u64));
+            backoff.wrote(&n.to_string(), begin + Duration::from_millis(n as u64));
         }
-        assert!(brake.objects.len() <= CAPACITY);
+        assert!(backoff.objects.len() <= CAPACITY);
     }
 }
