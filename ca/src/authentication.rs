@@ -47,7 +47,7 @@ impl From<AuthenticationError> for tonic::Status {
     }
 }
 
-/// What a caller shows (contracts.md §5).
+/// What a caller shows (certificate contract).
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
     bearer: String,

@@ -87,17 +87,17 @@ pub struct AuthorityConfig {
 impl AuthorityConfig {
     /// Default of [`max_lifetime`](Self::max_lifetime). A change of roots takes at least the longest lifetime that was given.
     pub const DEFAULT_MAX_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
-    /// The most that [`max_lifetime`](Self::max_lifetime) may be (contracts.md §5).
+    /// The most that [`max_lifetime`](Self::max_lifetime) may be (certificate contract).
     pub const MAX_LIFETIME: Duration = Duration::from_secs(90 * 24 * 60 * 60);
     /// The least time for which a new root is published, unless [`root_propagation`](Self::root_propagation) is set.
     pub const LEAST_PROPAGATION: Duration = Duration::from_secs(300);
 
-    /// Defaults of contracts.md §5 for the [files](FileStore) in `directory`.
+    /// Defaults of the certificate contract for the [files](FileStore) in `directory`.
     pub fn new(trust_domain: TrustDomain, directory: PathBuf) -> Self {
         Self::with_store(trust_domain, Arc::new(FileStore::new(directory)))
     }
 
-    /// Defaults of contracts.md §5 for what `store` keeps.
+    /// Defaults of the certificate contract for what `store` keeps.
     pub fn with_store(trust_domain: TrustDomain, store: Arc<dyn AuthorityStore>) -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         Self {

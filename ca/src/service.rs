@@ -135,7 +135,7 @@ impl From<Denied> for Status {
     }
 }
 
-/// The identity that is signed for `caller`: its own, or the one it may ask for (contracts.md §5).
+/// The identity that is signed for `caller`: its own, or the one it may ask for (certificate contract).
 ///
 /// # Errors
 /// [`Denied`] saying which condition does not hold.

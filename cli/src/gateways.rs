@@ -56,7 +56,7 @@ impl Waypoint {
         })
     }
 
-    /// Whether it is used: it counts once it has an address (kubernetes.md, "Which waypoint").
+    /// Whether it is used: it counts once it has an address.
     pub(crate) fn is_ready(&self) -> bool {
         !self.addresses.is_empty() && self.programmed != Some(false)
     }

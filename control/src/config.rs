@@ -208,7 +208,7 @@ impl Settings for ControlSettings {
         "Turns Kubernetes objects into configuration for the mesh's proxies, and issues their certificates";
 
     fn validate(&self) -> Result<(), ConfigError> {
-        // contracts.md, section 5: maximum 90 days; below ten seconds renewal can't keep up.
+        // Certificate contract: maximum 90 days; below ten seconds renewal can't keep up.
         if !(Duration::from_secs(10)..=AuthorityConfig::MAX_LIFETIME)
             .contains(&self.max_certificate_lifetime.get())
         {

@@ -10,7 +10,7 @@ pub(crate) fn render(streams: &[StreamStatus], cluster_id: &str, version: &str) 
 
 fn proxy(stream: &StreamStatus, cluster_id: &str, version: &str) -> Value {
     let StreamStatus { node, identity, batch, nacks } = stream;
-    // contracts.md, section 4: `TYPE~ADDRESS~POD.NAMESPACE~DOMAIN`.
+    // xDS contract: `TYPE~ADDRESS~POD.NAMESPACE~DOMAIN`.
     let mut parts = node.split('~');
     let (kind, _, name) = (parts.next(), parts.next(), parts.next());
     let batch = batch.to_string();

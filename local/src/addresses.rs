@@ -29,7 +29,7 @@ pub const CONTROL_V4: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 2);
 pub const CONTROL_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x172, 0x18, 0, 0, 0, 0, 2);
 /// VIP of the cluster DNS, where pods' resolv.conf points.
 pub const DNS_V4: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
-/// Source of kubelet's probes, exempt from capture (contracts.md, section 1).
+/// Source of kubelet's probes, exempt from capture (redirection contract).
 pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// Source of kubelet's IPv6 probes.
 pub const PROBE_V6: Ipv6Addr = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);

@@ -20,7 +20,7 @@ use crate::kubelet::status::{PodView, Redirection};
 use crate::process::{Command, Process};
 use crate::sandbox::Sandbox;
 
-/// The label that says whether a namespace or pod is in the mesh (kubernetes.md, "Who is in the mesh").
+/// The label that says whether a namespace or pod is in the mesh.
 pub const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 /// The annotation by which the node agent's state is published.
 pub const REDIRECTION: &str = "ambient.istio.io/redirection";

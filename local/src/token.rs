@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// The issuer that an API server of a cluster named `cluster.local` has.
 pub const ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
-/// The audience of tokens for the CA (contracts.md, section 5).
+/// The audience of tokens for the CA (certificate contract).
 pub const AUDIENCE: &str = "istio-ca";
 
 /// The subject of a token.

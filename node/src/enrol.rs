@@ -1,6 +1,6 @@
 //! Which pods are enrolled, and with which options: decided from labels, annotations and the runtime alone.
 //!
-//! kubernetes.md, "Who is in the mesh". Pure; the sources of pods call it for every change.
+//! Pure; the sources of pods call it for every change.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

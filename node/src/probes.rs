@@ -1,5 +1,5 @@
 //! Rules in the host's network namespace: kubelet's connections to enrolled pods leave with the source address that
-//! stands for probes (contracts.md, section 1), so that probes work under STRICT and default-deny.
+//! stands for probes (redirection contract), so that probes work under STRICT and default-deny.
 //!
 //! The agent keeps the set of pods; one task brings the table in line with it. A host process of kubelet's user counts as
 //! kubelet.

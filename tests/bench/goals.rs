@@ -1,4 +1,4 @@
-//! What quality.md asks of the L4 data path, and whether a report meets it.
+//! The goals of the L4 data path, and whether a report meets it.
 
 use crate::load::Work;
 use crate::report::{Order, Path, Report, Row, Sample, Steady};

@@ -1,4 +1,4 @@
-//! `ambit-bench`: the L4 figures of quality.md, taken for no mesh, a raw relay and Ambit in one run.
+//! `ambit-bench`: the L4 figures of docs/benchmarks.md, taken for no mesh, a raw relay and Ambit in one run.
 //!
 //! Called by `make bench`. It brings up a local cluster of two nodes, runs the same clients and servers over each
 //! path in alternation, and writes Markdown and JSON. `serve`, `drive` and `relay` are its own child processes.

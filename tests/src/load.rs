@@ -36,7 +36,7 @@ pub struct Shape {
 }
 
 impl Default for Shape {
-    /// The 200 requests a second of quality.md: 100 on new connections, 100 on ten kept ones.
+    /// 200 requests a second: 100 on new connections, 100 on ten kept ones.
     fn default() -> Self {
         Self { new_per_second: 100, kept_per_second: 100, kept_connections: 10, reopen: false }
     }

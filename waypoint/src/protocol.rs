@@ -198,7 +198,7 @@ async fn leaving(inbound: &Inbound) {
     let mut drain = inbound.worker.proxy.drain.clone();
     tokio::select! {
         () = drain.draining() => {}
-        // contracts.md, section 5: an expired client has the time of one renewal to move.
+        // Certificate contract: an expired client has the time of one renewal to move.
         () = authorize::expired(&inbound.certificate) => {}
     }
 }

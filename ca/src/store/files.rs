@@ -1,4 +1,4 @@
-//! The store as files of one directory (contracts.md §5): `ca-cert.pem`, `ca-key.pem`, `cert-chain.pem`,
+//! The store as files of one directory (certificate contract): `ca-cert.pem`, `ca-key.pem`, `cert-chain.pem`,
 //! `root-cert.pem`, `ca-crl.pem`; or `tls.crt`, `tls.key`, `ca.crt` of a `kubernetes.io/tls` Secret. The record of
 //! rotations is `rotation.json` beside them.
 //!

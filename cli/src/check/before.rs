@@ -13,7 +13,7 @@ use crate::network_policy;
 const OLDEST: u32 = 33;
 /// The oldest kernel: nftables with what the rules of pods use.
 const KERNEL: (u32, u32) = (5, 9);
-/// Seconds by which clocks may differ, as certificates are dated back (contracts.md, section 5).
+/// Seconds by which clocks may differ, as certificates are dated back (certificate contract).
 const SKEW: i64 = 120;
 /// Seconds from which a difference is worth a warning.
 const DRIFT: i64 = 10;

@@ -16,7 +16,7 @@ use crate::cluster::{Cluster, Component, PROXY_ADMIN, PodName, get, is_ready};
 use crate::enrolment::{self, Namespaces};
 use crate::output::Wait;
 
-/// Name of the ConfigMap with the mesh's roots in each namespace (contracts.md, section 5).
+/// Name of the ConfigMap with the mesh's roots in each namespace (certificate contract).
 pub(super) const ROOTS: &str = "istio-ca-root-cert";
 
 /// Everything that checks look at.

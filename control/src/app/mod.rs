@@ -1,6 +1,8 @@
 //! The control plane, put together: sources → index → tables → the TLS port, beside the CA.
 
 mod credentials;
+mod error;
+mod servers;
 mod worker;
 
 use std::net::SocketAddr;
@@ -8,28 +10,25 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_ca::{Authenticator, Authority, AuthorityError, CertificateService, IssuancePolicy, JwtError};
-use ambit_telemetry::http::{metrics_router, readiness_router, serve, text};
+use ambit_ca::{Authenticator, Authority, CertificateService, IssuancePolicy};
 use ambit_telemetry::{Readiness, ReadinessTask, Registry, Target, logging};
 use ambit_xds::{Server, ServerConfig};
 use anyhow::Context;
-use http::StatusCode;
 use kube::Client;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tonic::service::Routes;
 
-use crate::api_server::{ConnectError, connect};
+use crate::api_server::connect;
 use crate::config::Config;
-use crate::keys::{Keys, RootsError, Wanted};
-use crate::observe::{Findings, Observed, OnKubernetes, VERSION};
+use crate::keys::{Keys, Wanted};
+use crate::observe::{Findings, Observed, OnKubernetes};
 use crate::serve::admission::TokenAdmission;
 use crate::serve::live_pods::LivePods;
 use crate::serve::port::{self, PortLimits};
 use crate::serve::publish::Published;
-use crate::source::files::{Directories, WatchError};
+use crate::source::files::Directories;
 use crate::source::kubernetes::ApiServer;
 use crate::source::{Event, SourceName};
 use crate::write::classes::ClassWriter;
@@ -39,6 +38,8 @@ use crate::write::pod_certificates::PodCertificateSigner;
 use crate::write::roots::{Namespaces, RootsWriter};
 use crate::write::status::StatusWriter;
 use crate::write::trust_bundle::TrustBundleWriter;
+pub use error::AppError;
+use servers::{listen, serve_admin, serve_metrics};
 use worker::{IndexWorker, Input};
 
 /// The task that serves the port.
@@ -53,61 +54,6 @@ const FIRST_KEYS: Duration = Duration::from_secs(10);
 const INPUTS: usize = 64;
 /// Descriptors for everything but the connections of the port.
 const OWN_FILES: u64 = 128;
-
-/// Why the control plane does not run.
-#[derive(Debug, thiserror::Error)]
-pub enum AppError {
-    /// An address cannot be listened on.
-    #[error("cannot listen on {address} for {purpose}")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// What was to be served.
-        purpose: &'static str,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The certificate authority cannot start.
-    #[error(transparent)]
-    Authority(#[from] AuthorityError),
-    /// The key set of callers cannot be used.
-    #[error(transparent)]
-    Tokens(#[from] JwtError),
-    /// The port's own certificate cannot be made.
-    #[error(transparent)]
-    Serving(#[from] ambit_ca::serving::ServingError),
-    /// The roots of servers of key sets cannot be used.
-    #[error(transparent)]
-    KeySets(#[from] RootsError),
-    /// A source cannot be watched.
-    #[error(transparent)]
-    Source(#[from] WatchError),
-    /// The API server's client cannot be made.
-    #[error(transparent)]
-    ApiServer(#[from] ConnectError),
-    /// A setting is missing that the sources need.
-    #[error("{0} must be given")]
-    Unset(&'static str),
-    /// The roots cannot be written out.
-    #[error("cannot write the roots to {path}")]
-    Roots {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The index's thread cannot be started.
-    #[error("cannot start the index's thread")]
-    Thread(#[source] std::io::Error),
-    /// Something without which the program cannot work ended.
-    #[error("{name} ended: {reason}")]
-    Died {
-        /// What ended.
-        name: &'static str,
-        /// How.
-        reason: String,
-    },
-}
 
 /// Runs the program until SIGTERM or SIGINT.
 ///
@@ -315,61 +261,6 @@ impl App {
         }
         Ok(())
     }
-}
-
-async fn listen(address: SocketAddr, purpose: &'static str) -> Result<TcpListener, AppError> {
-    let listener =
-        TcpListener::bind(address).await.map_err(|source| AppError::Listen { address, purpose, source })?;
-    let address = listener.local_addr().unwrap_or(address);
-    tracing::info!(%address, purpose, "listening");
-    Ok(listener)
-}
-
-/// Serves metrics and readiness, from the start on.
-async fn serve_metrics(
-    tasks: &mut Tasks,
-    config: &Config,
-    registry: &Registry,
-    readiness: &Readiness,
-) -> Result<Option<SocketAddr>, AppError> {
-    if let Some(address) = config.readiness {
-        let listener = listen(address, "readiness").await?;
-        tasks.spawn("the readiness server", serve(listener, readiness_router(readiness)));
-    }
-    let Some(address) = config.metrics else { return Ok(None) };
-    let listener = listen(address, "metrics").await?;
-    let address = listener.local_addr().unwrap_or(address);
-    let router = metrics_router(registry).get("/version", async |_| text(StatusCode::OK, VERSION));
-    tasks.spawn("the metrics server", serve(listener, router));
-    Ok(Some(address))
-}
-
-async fn serve_admin(
-    tasks: &mut Tasks,
-    config: &Config,
-    observed: &Observed,
-    logging: Option<&logging::Logging>,
-    quit: watch::Sender<bool>,
-) -> Result<(), AppError> {
-    let addresses = [("the admin interface", config.admin), ("commands", config.commands)];
-    for (purpose, address) in addresses {
-        let Some(address) = address else { continue };
-        let mut admin = observed.admin();
-        if address.ip().is_loopback() {
-            let quit = quit.clone();
-            admin = admin.on_quit(move || {
-                quit.send_replace(true);
-            });
-            if let Some(logging) = logging {
-                admin = admin.logging(logging.level.clone());
-            }
-        } else {
-            tracing::info!(%address, "the admin interface takes no commands here: others than this host reach it");
-        }
-        let listener = listen(address, purpose).await?;
-        tasks.spawn(purpose, serve(listener, admin.into_router()));
-    }
-    Ok(())
 }
 
 /// The two services, and everything that they count.

@@ -53,7 +53,7 @@ pub struct Settings {
     pub authorizers: BTreeMap<Arc<str>, l7_api::ExternalAuthorizer>,
 }
 
-/// What a DENY rule does at L4 that names only what L4 cannot see (contracts.md, section 4).
+/// What a DENY rule does at L4 that names only what L4 cannot see (xDS contract).
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
 )]

@@ -58,7 +58,7 @@ impl ResourceType {
 /// A resource for proxies, encoded once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource {
-    /// Its name (contracts.md, section 4).
+    /// Its name (xDS contract).
     pub name: Arc<str>,
     /// Further names that it may be asked for by: `<network>/<ip>`.
     pub aliases: Vec<Arc<str>>,

@@ -16,7 +16,7 @@ pub struct PodPlacement {
 }
 
 impl PodPlacement {
-    /// The placement of a pod that has not finished and is bound to a node (contracts.md, section 5).
+    /// The placement of a pod that has not finished and is bound to a node (certificate contract).
     pub(super) fn of(pod: &Pod) -> Option<PodPlacement> {
         (pod.is_live() && !pod.node.is_empty()).then(|| PodPlacement {
             node: pod.node.clone(),

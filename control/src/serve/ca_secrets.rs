@@ -1,4 +1,4 @@
-//! The certificate authority's key and record as Secrets of the system namespace (contracts.md, section 5).
+//! The certificate authority's key and record as Secrets of the system namespace (certificate contract).
 //!
 //! `cacerts` is a plugged-in CA and is only read; without it, `istio-ca-secret` holds the self-signed one. Either may have
 //! the keys of a `kubernetes.io/tls` Secret, as cert-manager writes them. The record of rotations is always in

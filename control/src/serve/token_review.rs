@@ -1,4 +1,4 @@
-//! Callers authenticated by the API server: it reviews their service account tokens (contracts.md, section 5).
+//! Callers authenticated by the API server: it reviews their service account tokens (certificate contract).
 //!
 //! Answers are kept for a while, so that a proxy that asks for the certificates of all its pods is reviewed once. While
 //! the API server is away, a token that it accepted before stays accepted until it expires. What cannot be a token for us

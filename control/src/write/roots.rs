@@ -1,4 +1,4 @@
-//! The CA's roots in every namespace: ConfigMap `istio-ca-root-cert` (contracts.md, section 5).
+//! The CA's roots in every namespace: ConfigMap `istio-ca-root-cert` (certificate contract).
 //!
 //! Only the holder of the lease writes. It watches the ConfigMaps of that name, so what others change or delete is put
 //! right, and what is right is not written again. One that another controller keeps changing back is written ever more seldom.

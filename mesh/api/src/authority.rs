@@ -8,7 +8,7 @@ use std::sync::Arc;
 /// Longest host name accepted (RFC 1035 §2.3.4).
 const MAX_HOST: usize = 253;
 
-/// The original destination of a tunnelled connection (contracts.md, section 2).
+/// The original destination of a tunnelled connection (HBONE contract).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Authority {
     /// An address: of a workload and its target port, or the VIP that the client dialled.

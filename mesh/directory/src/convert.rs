@@ -99,7 +99,7 @@ fn labels(source: &wire::Workload, texts: &mut Interner) -> Result<Box<[Label]>,
     Ok(labels.labels.iter().map(|(name, value)| (texts.intern(name), texts.intern(value))).collect())
 }
 
-/// contracts.md, section 4: the uid of a pod is `<cluster>//Pod/<namespace>/<name>`. Other uids may end in a text of their author's, so the
+/// xDS contract: the uid of a pod is `<cluster>//Pod/<namespace>/<name>`. Other uids may end in a text of their author's, so the
 /// whole beginning counts.
 fn is_pod(source: &wire::Workload) -> bool {
     let after_cluster = source.uid.strip_prefix(source.cluster_id.as_str());

@@ -47,7 +47,7 @@ pub enum InboundRefusal {
 impl Snapshot {
     /// Where a CONNECT for `authority` ends that came in at the address `local` of `workload`.
     ///
-    /// contracts.md, section 2, "Inbound check": the authority's IP must be the local address unless this pod is the target's waypoint or has an
+    /// HBONE contract, "Inbound check": the authority's IP must be the local address unless this pod is the target's waypoint or has an
     /// application tunnel.
     ///
     /// # Errors

@@ -53,5 +53,5 @@ pub use writer::{Directory, Reader, Update};
 /// hold is always kept.
 pub const SESSION_AFFINITY_EXTENSION: &str = "ambit.dev/session-affinity";
 /// Name of the [`Extension`](ambit_api::workload::Extension) of a service or workload whose owner allows the direct way while its waypoint is
-/// missing (kubernetes.md, annotation `ambit.dev/waypoint-failure: open`). Its presence is what counts; it needs no `config`.
+/// missing (annotation `ambit.dev/waypoint-failure: open`). Its presence is what counts; it needs no `config`.
 pub const WAYPOINT_FAILURE_OPEN_EXTENSION: &str = "ambit.dev/waypoint-failure-open";

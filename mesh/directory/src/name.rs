@@ -14,7 +14,7 @@ use serde::{Serialize, Serializer};
 pub struct WorkloadUid(Arc<str>);
 
 impl WorkloadUid {
-    /// The uid of a pod (contracts.md, section 4).
+    /// The uid of a pod (xDS contract).
     pub fn of_pod(cluster: &str, namespace: &str, name: &str) -> Self {
         Self(format!("{cluster}//Pod/{namespace}/{name}").into())
     }
@@ -147,7 +147,7 @@ impl Equivalent<NetworkAddress> for AddressRef<'_> {
     }
 }
 
-/// A resource that the directory lacks and the control plane may have; displayed, the name to subscribe to (contracts.md, section 4).
+/// A resource that the directory lacks and the control plane may have; displayed, the name to subscribe to (xDS contract).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Demand {
     /// `<network>/<ip>`: the workload or service there.

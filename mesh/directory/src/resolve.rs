@@ -338,7 +338,7 @@ impl<'a, L: Load, R: Rng> Resolver<'a, '_, L, R> {
         }
     }
 
-    /// Into the network of `workload`. contracts.md, section 2, "Double HBONE": the entry is by service, and the other network chooses who
+    /// Into the network of `workload`. HBONE contract, "Double HBONE": the entry is by service, and the other network chooses who
     /// answers.
     fn through_gateway(
         &mut self,

@@ -163,7 +163,7 @@ pub struct LoadBalancing {
 
 /// Something that an endpoint may share with the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[allow(missing_docs, reason = "the names are those of the wire (contracts.md, section 4)")]
+#[allow(missing_docs, reason = "the names are those of the wire (xDS contract)")]
 pub enum Scope {
     Region,
     Zone,
@@ -199,7 +199,7 @@ pub enum HealthPolicy {
 
 /// The families of address that a service has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
-#[allow(missing_docs, reason = "the names are those of the wire (contracts.md, section 4)")]
+#[allow(missing_docs, reason = "the names are those of the wire (xDS contract)")]
 pub enum IpFamilies {
     #[default]
     Automatic,

@@ -51,7 +51,7 @@ pub(crate) enum NoProxy {
     Unavailable(NoEndpoint),
 }
 
-/// Identities expected of `workload` when it was reached as an endpoint of `service` (contracts.md, section 2).
+/// Identities expected of `workload` when it was reached as an endpoint of `service` (HBONE contract).
 pub(crate) fn expected(workload: &Workload, service: Option<&Service>) -> Expected {
     let mut expected = Expected::new();
     expected.push(workload.identity.clone());

@@ -226,7 +226,7 @@ pub struct ApplicationTunnel {
 /// Where something is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
-#[allow(missing_docs, reason = "the names are those of the wire (contracts.md, section 4)")]
+#[allow(missing_docs, reason = "the names are those of the wire (xDS contract)")]
 pub struct Locality {
     pub region: Arc<str>,
     pub zone: Arc<str>,

@@ -193,7 +193,7 @@ impl Directory {
         error.map_or(Ok(()), Err)
     }
 
-    /// contracts.md, section 4: a workload's resource name is its uid, a service's `<namespace>/<hostname>`.
+    /// xDS contract: a workload's resource name is its uid, a service's `<namespace>/<hostname>`.
     pub(crate) fn remove_address(&mut self, name: &str) {
         if let Some(workload) = self.next.workloads.remove(name) {
             self.withdraw(&workload);

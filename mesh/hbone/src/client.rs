@@ -185,7 +185,7 @@ impl Connection {
         })?;
         let (response, send, lease) = answered?;
         let (head, recv) = response.into_parts();
-        // contracts.md §2: a client treats all but 200 as failure.
+        // HBONE contract: a client treats all but 200 as failure.
         if head.status != StatusCode::OK {
             return Err(OpenError::Refused {
                 address: self.address,
@@ -346,7 +346,7 @@ where
 }
 
 /// Opens a tunnel inside another one (double HBONE): a second TLS and a second CONNECT, for a destination in another
-/// network (contracts.md, section 2).
+/// network (HBONE contract).
 ///
 /// The inner connection carries this tunnel only; it runs as a task of the current runtime, ends
 /// with the tunnel, and otherwise with an unanswered PING. For a connection that several tunnels share, give

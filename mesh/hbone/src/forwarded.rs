@@ -8,7 +8,7 @@ use http::HeaderValue;
 /// Longest header that is looked at.
 const MAX_LENGTH: usize = 1024;
 
-/// `for="ip:port"`, and `;host=<service host>` when it is known (contracts.md, section 2).
+/// `for="ip:port"`, and `;host=<service host>` when it is known (HBONE contract).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Forwarded {
     /// The application's client. Port 0 if the header gave none.

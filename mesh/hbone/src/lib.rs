@@ -1,4 +1,4 @@
-//! The tunnel: HTTP/2 CONNECT over mutual TLS, client, server and pool (contracts.md, section 2).
+//! The tunnel: HTTP/2 CONNECT over mutual TLS, client, server and pool (HBONE contract).
 //!
 //! - [`Pool`]: a worker's connections to other proxies; [`Pool::open`] yields a [`Tunnel`];
 //! - [`Server`]: the other end, which hands each CONNECT to a handler as [`Incoming`];

@@ -9,7 +9,7 @@ const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 
-/// A request for a tunnel: its destination, and the client for which it is opened (contracts.md, section 2).
+/// A request for a tunnel: its destination, and the client for which it is opened (HBONE contract).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectRequest {
     /// The original destination.
@@ -30,7 +30,7 @@ pub enum RequestError {
     /// Another method than CONNECT.
     #[error("method {0} is not CONNECT")]
     Method(Method),
-    /// Extended CONNECT or a request in another form (contracts.md: no `:scheme`, no `:path`).
+    /// Extended CONNECT or a request in another form (HBONE contract: no `:scheme`, no `:path`).
     #[error("a CONNECT with scheme, path or protocol")]
     Form,
     /// No authority, or not a destination.

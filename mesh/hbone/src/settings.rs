@@ -1,6 +1,6 @@
 //! Sizes and limits of tunnel connections: of every connection, of a client's, of a server's, and of a pool.
 //!
-//! The defaults are those of contracts.md, section 2, and quality.md.
+//! The defaults are those of the HBONE contract and of the benchmarks.
 
 use std::time::Duration;
 

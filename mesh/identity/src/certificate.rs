@@ -72,7 +72,7 @@ pub struct CertificateRequest {
 }
 
 impl CertificateRequest {
-    /// Makes an ECDSA P-256 key and a request with empty subject and one URI SAN (contracts.md §5).
+    /// Makes an ECDSA P-256 key and a request with empty subject and one URI SAN (certificate contract).
     ///
     /// # Errors
     /// [`CertificateMaterialError::Request`] if the cryptography fails.
@@ -221,7 +221,7 @@ fn parse(identity: &SpiffeId, pems: &[impl AsRef<str>]) -> Result<Parsed, Certif
     let mut info = None;
     let mut count = 0;
     for (element, pem) in pems.iter().enumerate() {
-        // contracts.md §5: roots come last; during a rotation there are several, in one element.
+        // Certificate contract: roots come last; during a rotation there are several, in one element.
         let is_roots = element > 0 && element + 1 == pems.len();
         for der in CertificateDer::pem_slice_iter(pem.as_ref().as_bytes()) {
             let der = der?;

@@ -145,7 +145,7 @@ impl ControlPlane {
     }
 }
 
-/// Interceptor that adds `authorization` and `clusterid` (contracts.md §5).
+/// Interceptor that adds `authorization` and `clusterid` (certificate contract).
 #[derive(Debug, Clone)]
 pub struct Credentials {
     token_file: Option<Arc<Path>>,

@@ -14,7 +14,7 @@ use prost_types::{Struct, Value};
 use crate::control_plane::ControlPlane;
 use crate::spiffe::SpiffeId;
 
-/// Metadata key under which a node proxy names the identity that it asks for (contracts.md §5).
+/// Metadata key under which a node proxy names the identity that it asks for (certificate contract).
 pub const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
 
 /// Why a certificate was not issued.

@@ -40,7 +40,7 @@ pub struct RenewalPolicy {
     pub max_backoff: Duration,
     /// Longest delay after failures while a connection waits.
     pub max_backoff_waited: Duration,
-    /// Part of the lifetime after which a certificate is renewed (contracts.md §5: half).
+    /// Part of the lifetime after which a certificate is renewed (certificate contract: half).
     pub renew_after: f64,
     /// Jitter around that point and of back-offs, as a part of the whole, 0 to 0.5.
     pub jitter: f64,

@@ -16,7 +16,7 @@ use crate::spiffe::SpiffeId;
 use crate::trust::Trust;
 use crate::verify::{ClientVerifier, ExpectedServer, ServerVerifier};
 
-/// ALPN of the tunnel (contracts.md §2).
+/// ALPN of the tunnel (HBONE contract).
 const ALPN_H2: &[u8] = b"h2";
 
 /// Which AES key length is offered first; both are always accepted.
@@ -37,7 +37,7 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// The cryptography that these settings allow: TLS 1.3 suites and groups of contracts.md §2, nothing else.
+    /// The cryptography that these settings allow: TLS 1.3 suites and groups of the HBONE contract, nothing else.
     pub fn provider(self) -> Arc<CryptoProvider> {
         static AES_128_FIRST: LazyLock<Arc<CryptoProvider>> =
             LazyLock::new(|| provider(CipherPreference::Aes128First));

@@ -36,9 +36,9 @@ pub use netns::{Netns, NetnsError, NetnsId};
 pub use socket::{Family, original_dst};
 pub use stock::SocketStock;
 
-/// The mark that every socket of the node proxy in a pod bears (contracts.md, section 1).
+/// The mark that every socket of the node proxy in a pod bears (redirection contract).
 pub const PROXY_MARK: u32 = 0x539;
-/// The connection mark of connections that came from the node proxy (contracts.md, section 1).
+/// The connection mark of connections that came from the node proxy (redirection contract).
 pub const PROXY_CONNMARK: u32 = 0x111;
 /// The bits of a packet or connection mark that belong to the mesh.
 pub const MARK_MASK: u32 = 0xfff;

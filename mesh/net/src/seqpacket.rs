@@ -1,6 +1,6 @@
 //! Packets with descriptors over unix `SOCK_SEQPACKET` sockets.
 //!
-//! The node agent listens, the node proxy dials (contracts.md, section 3). A packet arrives completely or not
+//! The node agent listens, the node proxy dials (ZDS contract). A packet arrives completely or not
 //! at all. Its descriptors arrive with it, close-on-exec.
 
 use std::io::{self, IoSlice, IoSliceMut};

@@ -3,15 +3,15 @@
 //! What cannot be read is an error here, so nothing is left to check per connection. A caller that must go on without the
 //! policy uses [`Policy::closed`], which fails in the safe direction.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use ambit_api::security;
-use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::http::{HttpMatch, HttpRequest};
-use crate::matcher::{Nets, Pattern, Ports, ServiceAccount, ServiceAccounts, Texts};
+use crate::matcher::{Nets, Ports, ServiceAccount, ServiceAccounts, Texts};
 use crate::name::PolicyName;
+use crate::place::Place;
 use crate::request::Request;
 
 /// Which workloads a policy applies to.
@@ -149,7 +149,7 @@ pub enum CompileError {
 
 /// What of a policy is evaluated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layer {
+pub(crate) enum Layer {
     /// What a connection shows. Extensions are passed over.
     Connection,
     /// What an HTTP request shows too.
@@ -216,7 +216,7 @@ impl Policy {
     /// What stands in for a policy that [`Policy::compile`] rejects: an ALLOW that allows nothing, or a DENY that denies everything,
     /// for the workloads that the policy was meant for (of an unknown scope: its namespace; of an unknown action: DENY).
     ///
-    /// style.md, "Bad objects": a DENY that can't be read denies; an ALLOW that can't be read allows nothing.
+    /// A DENY that can't be read denies; an ALLOW that can't be read allows nothing.
     pub fn closed(source: &security::Authorization) -> Self {
         let (action, rules): (_, Box<[Rule]>) = match security::Action::try_from(source.action) {
             Ok(security::Action::Allow) => (Action::Allow, Box::from([])),
@@ -446,94 +446,4 @@ fn accounts(source: &[security::ServiceAccountMatch]) -> ServiceAccounts {
         service_account: account.service_account.as_str().into(),
     });
     ServiceAccounts::new(accounts.collect())
-}
-
-/// Where in which policy something is read.
-#[derive(Clone, Copy)]
-pub(crate) struct Place<'a> {
-    policy: &'a PolicyName,
-    rule: usize,
-    pub(crate) action: Action,
-    layer: Layer,
-}
-
-impl Place<'_> {
-    pub(crate) fn extension(self, what: &str) -> CompileError {
-        CompileError::Extension { policy: self.policy.clone(), rule: self.rule, what: what.to_owned() }
-    }
-
-    pub(crate) fn texts(self, source: &[security::StringMatch], field: Field) -> Result<Texts, CompileError> {
-        use security::string_match::MatchType;
-        // contracts.md, section 4: principals compare without `spiffe://`.
-        let plain = |text: &str| -> Box<str> {
-            match field {
-                Field::Principals => text.strip_prefix("spiffe://").unwrap_or(text).into(),
-                Field::Hosts => text.to_ascii_lowercase().into(),
-                _ => text.into(),
-            }
-        };
-        let (mut exact, mut patterns) = (Vec::new(), Vec::new());
-        for value in source {
-            match &value.match_type {
-                Some(MatchType::Exact(text)) => exact.push(plain(text)),
-                Some(MatchType::Prefix(text)) => patterns.push(Pattern::Prefix(plain(text))),
-                Some(MatchType::Suffix(text)) if field == Field::Hosts => {
-                    patterns.push(Pattern::Suffix(plain(text)));
-                }
-                Some(MatchType::Suffix(text)) => patterns.push(Pattern::Suffix(text.as_str().into())),
-                Some(MatchType::Presence(())) => patterns.push(Pattern::Presence),
-                None => {
-                    return Err(CompileError::Comparison {
-                        policy: self.policy.clone(),
-                        rule: self.rule,
-                        field,
-                    });
-                }
-            }
-        }
-        Ok(Texts::new(exact, patterns))
-    }
-
-    pub(crate) fn nets(self, source: &[security::Address], field: Field) -> Result<Nets, CompileError> {
-        let nets = source.iter().map(|address| {
-            net(&address.address, address.length).ok_or_else(|| CompileError::Address {
-                policy: self.policy.clone(),
-                rule: self.rule,
-                field,
-                bytes: address.address.len(),
-                length: address.length,
-            })
-        });
-        Ok(Nets::new(&nets.collect::<Result<Vec<_>, _>>()?))
-    }
-
-    fn ports(self, source: &[u32]) -> Result<Ports, CompileError> {
-        let ports = source.iter().map(|&port| {
-            u16::try_from(port).map_err(|_| CompileError::Port {
-                policy: self.policy.clone(),
-                rule: self.rule,
-                field: Field::DestinationPorts,
-                port,
-            })
-        });
-        Ok(Ports::new(ports.collect::<Result<_, _>>()?))
-    }
-}
-
-/// The network of an address of 4 or 16 bytes; one mapped into IPv6 becomes the IPv4 network, as requests are.
-fn net(bytes: &[u8], length: u32) -> Option<IpNet> {
-    let mut length = u8::try_from(length).ok()?;
-    let address = if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
-        IpAddr::from(v4)
-    } else {
-        let v6 = Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?);
-        match (v6.to_ipv4_mapped(), length.checked_sub(96)) {
-            (Some(v4), Some(within_v4)) => {
-                length = within_v4;
-                v4.into()
-            }
-            _ => v6.into(),
-        }
-    };
-    Some(IpNet::new(address, length).ok()?.trunc())
 }

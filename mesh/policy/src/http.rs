@@ -12,10 +12,11 @@ use http::header::HeaderName;
 use prost::Message;
 use serde::Serialize;
 
-use crate::compile::{Action, CompileError, Field, Place};
+use crate::compile::{Action, CompileError, Field};
 use crate::matcher::{Nets, Texts};
 use crate::normal::compared;
 use crate::path::{Paths, Template};
+use crate::place::Place;
 use crate::token::Token;
 
 /// An HTTP request that asks to be let through.

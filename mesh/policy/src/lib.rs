@@ -13,6 +13,7 @@ mod matcher;
 mod name;
 mod normal;
 mod path;
+mod place;
 mod request;
 mod set;
 mod token;

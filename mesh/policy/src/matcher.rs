@@ -1,6 +1,6 @@
 //! The value sets that a match is made of: texts, service accounts, networks and ports.
 //!
-//! A set matches when one of its values does (contracts.md, section 4: values of a field are OR'ed). Whether an empty set means
+//! A set matches when one of its values does (xDS contract: values of a field are OR'ed). Whether an empty set means
 //! "any" or "none" is the match's business, not the set's.
 
 use std::net::IpAddr;

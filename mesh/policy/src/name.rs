@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-/// `<namespace>/<name>`: the resource name of a policy (contracts.md, section 4).
+/// `<namespace>/<name>`: the resource name of a policy (xDS contract).
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct PolicyName(Arc<str>);

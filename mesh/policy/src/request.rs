@@ -103,7 +103,7 @@ impl Verdict {
 
 /// Decides `request` by walking over `policies`, all of which apply. For a handful of policies; [`crate::PolicySet`] is for all others.
 ///
-/// contracts.md, section 4: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
+/// xDS contract: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
 pub fn evaluate<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Request<'_>) -> Verdict {
     evaluate_http(policies, request, None)
 }

@@ -153,7 +153,7 @@ impl PolicySet {
 
     /// Decides `request` to a workload of `namespace` that lists `listed`. A listed name that is unknown is no policy.
     ///
-    /// contracts.md, section 4: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
+    /// xDS contract: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
     pub fn evaluate(&self, namespace: &str, listed: &PolicyList, request: &Request<'_>) -> Verdict {
         let subject = Subject {
             set: self,

@@ -1,4 +1,4 @@
-//! Compiled and indexed policies decide as a naive reading of contracts.md, section 4, does, whatever the policies, the order in which they came
+//! Compiled and indexed policies decide as a naive reading of the xDS contract does, whatever the policies, the order in which they came
 //! and went, and the connection.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]

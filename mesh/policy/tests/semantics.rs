@@ -1,4 +1,4 @@
-//! What policies mean (contracts.md, section 4), case by case.
+//! What policies mean (xDS contract), case by case.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

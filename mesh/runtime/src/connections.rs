@@ -127,7 +127,7 @@ impl Connection {
     /// Counts the bytes that moved since the last call.
     pub fn report_bytes(&self) {
         if let Some(metrics) = self.metrics.get() {
-            // What dashboards call sent is what the server sent: contracts.md, section 6.
+            // Metrics contract: what dashboards call sent is what the server sent.
             metrics.report(self.counters.received(), self.counters.sent());
         }
     }

@@ -80,7 +80,7 @@ impl Key {
         let (algorithm, key, iv) = match secrets {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&aead::AES_128_GCM, key, iv),
             ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&aead::AES_256_GCM, key, iv),
-            // contracts.md §2: these two suites only.
+            // HBONE contract: these two suites only.
             _ => return Err(RecordError::Secrets),
         };
         let key = UnboundKey::new(algorithm, key.as_ref()).map_err(|_| RecordError::Secrets)?;
@@ -110,7 +110,7 @@ impl Sealer {
     ///
     /// # Errors
     ///
-    /// [`RecordError::Secrets`] if they are of a suite that the mesh does not speak (contracts.md §2).
+    /// [`RecordError::Secrets`] if they are of a suite that the mesh does not speak (HBONE contract).
     pub fn new(secrets: (u64, ConnectionTrafficSecrets)) -> Result<Sealer, RecordError> {
         Key::new(secrets).map(Sealer)
     }
@@ -212,7 +212,7 @@ impl Opener {
     ///
     /// # Errors
     ///
-    /// [`RecordError::Secrets`] if they are of a suite that the mesh does not speak (contracts.md §2).
+    /// [`RecordError::Secrets`] if they are of a suite that the mesh does not speak (HBONE contract).
     pub fn new(secrets: (u64, ConnectionTrafficSecrets)) -> Result<Opener, RecordError> {
         Key::new(secrets).map(Opener)
     }

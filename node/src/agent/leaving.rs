@@ -6,7 +6,8 @@ use std::time::Duration;
 use ambit_net::Netns;
 use tokio::time::Instant;
 
-use super::pod::{Pod, PodTask, RETRY_FIRST, Retry, Search, find_again};
+use super::pod::{Pod, PodTask, RETRY_FIRST, Retry};
+use super::search::{Search, find_again};
 use super::{AgentError, PodState, PodStatus, Shared};
 use crate::redirect::{self, Stage, connections, is_mesh};
 

@@ -12,6 +12,7 @@ mod leaving;
 mod metrics;
 mod pod;
 mod reconcile;
+mod search;
 mod status;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -79,7 +80,7 @@ pub struct AgentConfig {
 }
 
 impl AgentConfig {
-    /// The defaults of contracts.md and kubernetes.md, with the given socket and registry.
+    /// The defaults of the ZDS contract, with the given socket and registry.
     pub fn new(zds_socket: impl Into<PathBuf>, registry: impl Into<PathBuf>) -> Self {
         Self {
             zds_socket: zds_socket.into(),

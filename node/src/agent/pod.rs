@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::leaving::Leaving;
+use super::search::{Search, find_again, holds_all};
 use super::{AgentError, PodSpec, PodState, PodStatus, Shared};
 use crate::discovery::{self, Found};
 use crate::redirect::{self, Fault, FormerSettings, Options, Stage, connections, is_mesh};
@@ -109,47 +110,6 @@ pub(super) async fn restore(shared: Arc<Shared>, record: Record) -> Option<PodTa
     shared.served.upsert(&uid, pod.to_serve());
     shared.set_status(&uid, pod.status());
     shared.task(&uid, Some(pod)).1
-}
-
-/// Where the namespace of a record is.
-pub(super) enum Search {
-    Found(Netns),
-    /// Neither a process nor a path has it any more.
-    Gone,
-    /// It was not found, and may exist.
-    Unknown,
-}
-
-impl Search {
-    fn found(self) -> Option<Netns> {
-        match self {
-            Self::Found(netns) => Some(netns),
-            Self::Gone | Self::Unknown => None,
-        }
-    }
-}
-
-/// Looks for the namespace of a record: at its path, then anywhere on the node.
-pub(super) async fn find_again(shared: &Shared, record: &Record) -> Search {
-    if let Some(path) = &record.netns_path
-        && let Ok(netns) = Netns::open(path)
-        && netns.id() == record.netns
-        // An inode is used again; an address in the namespace proves whose it is.
-        && holds_all(&netns, record).await
-    {
-        return Search::Found(netns);
-    }
-    let walk = shared.config.discovery.walk().await;
-    for found in walk.namespaces {
-        if found.netns.id() == record.netns && holds_all(&found.netns, record).await {
-            return Search::Found(found.netns);
-        }
-    }
-    if walk.complete { Search::Gone } else { Search::Unknown }
-}
-
-async fn holds_all(netns: &Netns, record: &Record) -> bool {
-    discovery::addresses(netns).await.is_ok_and(|held| record.ips.iter().all(|ip| held.contains(ip)))
 }
 
 impl Pod {
@@ -341,7 +301,7 @@ impl PodTask {
         Ok(found.netns)
     }
 
-    /// kubernetes.md, "The node": a namespace is paired with a pod only if it holds that pod's addresses.
+    /// A namespace is paired with a pod only if it holds that pod's addresses.
     async fn require_own_namespace(&self, netns: &Netns, spec: &PodSpec) -> Result<(), AgentError> {
         let uid = self.uid.clone();
         if self.shared.host_netns.contains(&netns.id()) {

@@ -18,7 +18,7 @@ pub const ROUTE_PRIORITY: u32 = 31;
 /// The routing table of answers to the proxy: "ambt". Programs that look for a free table count from 100 (the CNI plugin
 /// sbr) or use small numbers (Tailscale 52, kube-router 77 to 79, Cilium 2004 and 2005).
 pub const ROUTE_TABLE: u32 = 0x616d_6274;
-/// Stands for kubelet probes after translation on the host (contracts.md, section 1).
+/// Stands for kubelet probes after translation on the host (redirection contract).
 pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The same for IPv6.
 pub const PROBE_V6: Ipv6Addr = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);

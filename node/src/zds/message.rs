@@ -6,7 +6,7 @@ use ambit_api::workload::zds::{
 };
 use prost::Message;
 
-/// Bytes that a packet to a proxy has at most (contracts.md, section 3).
+/// Bytes that a packet to a proxy has at most (ZDS contract).
 pub const MAX_PACKET: usize = 1024;
 
 /// A packet that cannot be sent or not be understood.
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn packets_are_the_contract_byte_for_byte() {
-        // contracts.md, section 3: request field 1 = add {uid 1, info 2}, 2 = del {uid 2}, 3 = sent, 5 = keep {uid 1}.
+        // ZDS contract: request field 1 = add {uid 1, info 2}, 2 = del {uid 2}, 3 = sent, 5 = keep {uid 1}.
         let info = WorkloadInfo { name: "p".into(), namespace: "n".into(), service_account: "s".into() };
         let listeners = vec![Listener { port: 15001, udp: false, ipv6: true }];
         assert_eq!(

@@ -1,4 +1,4 @@
-//! The ZDS server: sends node proxies the pods to serve (contracts.md, section 3).
+//! The ZDS server: sends node proxies the pods to serve (ZDS contract).
 //!
 //! [`hub`] decides what to send to each proxy, without I/O; [`Server`] sends it. The agent changes pods through
 //! [`ServedPods`].

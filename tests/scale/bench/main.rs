@@ -1,4 +1,4 @@
-//! `ambit-bench-control`: the figures of quality.md beside the data path: control plane, policies, directory, certificates.
+//! `ambit-bench-control`: the figures of docs/benchmarks-control.md: control plane, policies, directory, certificates.
 //!
 //! Called by `make bench`; writes Markdown and JSON. It starts `ambit-control`, which must have been built with the same profile.
 

@@ -1,4 +1,4 @@
-//! Meshes of the size that quality.md names, for benchmarks and guards: directories, policies, clusters of objects.
+//! Meshes of the size that the goals name, for benchmarks and guards: directories, policies, clusters of objects.
 //!
 //! `ambit-bench-control` (`bench/`) measures with them, `ambit-guard` (`guard/`) counts instructions. The meshes are pure functions of numbers, so
 //! that two runs work on the same.

@@ -1,4 +1,4 @@
-//! A node proxy at our node agent's socket, by hand (contracts.md, section 3).
+//! A node proxy at our node agent's socket, by hand (ZDS contract).
 
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;

@@ -1,4 +1,4 @@
-//! Callers at our certificate authority, and our node proxy as a caller (contracts.md, section 5).
+//! Callers at our certificate authority, and our node proxy as a caller (certificate contract).
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! A server of HBONE at our node proxy, by hand: what a CONNECT of it looks like (contracts.md, section 2).
+//! A server of HBONE at our node proxy, by hand: what a CONNECT of it looks like (HBONE contract).
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;

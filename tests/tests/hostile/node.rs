@@ -14,7 +14,7 @@ use prost::Message;
 
 use crate::{Hostile, PORT};
 
-/// Longer than any message may be (contracts.md, section 3).
+/// Longer than any message may be (ZDS contract).
 const TOO_LONG: usize = 8 * 1024;
 /// How long a node proxy may take to dial an agent that came back.
 const REDIAL: Duration = Duration::from_secs(20);

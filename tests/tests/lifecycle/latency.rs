@@ -1,4 +1,4 @@
-//! What the mesh adds to a request at the load of quality.md.
+//! What the mesh adds to a request at 200 requests a second.
 
 use std::net::SocketAddr;
 use std::time::Duration;

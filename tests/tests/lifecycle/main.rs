@@ -1,4 +1,4 @@
-//! The mesh while it changes, under the load of quality.md: 200 requests a second on new and kept connections.
+//! The mesh while it changes, under load: 200 requests a second on new and kept connections.
 //!
 //! Namespaces are labelled and unlabelled, node proxies killed, replaced, starved and missing, agents stopped and
 //! nodes rebooted, endpoints die and addresses change hands, the control plane is stopped, certificates and roots are

@@ -1,4 +1,4 @@
-//! The environment that Istio's chart gives its node proxy, as settings of ours (contracts.md, section 7).
+//! The environment that Istio's chart gives its node proxy, as settings of ours.
 //!
 //! These variables override the file and are overridden by Ambit's own. What has no effect here is collected, to be
 //! named in one warning at start.

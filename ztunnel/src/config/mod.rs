@@ -27,7 +27,7 @@ pub struct Config {
     pub proxy: ProxySettings,
     /// Name of the node that this proxy serves; decides who is "on the same node".
     pub node: String,
-    /// The node agent's socket (contracts.md, section 3).
+    /// The node agent's socket.
     pub zds_socket: PathBuf,
     /// How a connection between two pods of this node is carried.
     pub same_node: SameNode,

@@ -196,7 +196,7 @@ impl ConnectionError {
         }
     }
 
-    /// What an HBONE client is answered (contracts.md, section 2).
+    /// What an HBONE client is answered (HBONE contract).
     pub fn status(&self) -> StatusCode {
         match self {
             Self::NotHere(_) | Self::Loop(_) | Self::Malformed(_) | Self::Socks5(_) => {
@@ -209,7 +209,7 @@ impl ConnectionError {
         }
     }
 
-    /// The label `response_flags` (contracts.md, section 7).
+    /// The label `response_flags` (observability contract).
     pub fn response_flags(&self) -> ResponseFlags {
         match self {
             Self::Denied(_) | Self::Cut(CutReason::Policy(_)) => ResponseFlags::Denied,

@@ -206,7 +206,7 @@ impl ConnectionReport {
         }
         self.connection.report_bytes();
         let counters = &self.connection.counters;
-        // What dashboards call sent is what the server sent: contracts.md, section 6.
+        // Metrics contract: what dashboards call sent is what the server sent.
         let bytes = (counters.received(), counters.sent());
         self.reporter.write(&self.record, bytes, self.record.since.elapsed(), error);
     }

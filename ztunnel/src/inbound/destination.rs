@@ -244,7 +244,7 @@ fn foreign(source: SocketAddr, destination: IpAddr) -> Option<SocketAddr> {
 
 /// Why a connection to or from this peer must be closed now, if it must.
 ///
-/// contracts.md, section 5: an expired peer keeps its tunnels for the time of one renewal, so that they can move to a
+/// Certificate contract: an expired peer keeps its tunnels for the time of one renewal, so that they can move to a
 /// connection with the new certificate. One that is revoked or lost its root has no such time.
 pub fn peer_reason(trust: &Trust, peer: &PeerCertificate, now: SystemTime) -> Option<CutReason> {
     match trust.recheck_open(peer, now) {

@@ -1,4 +1,4 @@
-//! PROXY protocol v2 header of an application tunnel (contracts.md, section 2).
+//! PROXY protocol v2 header of an application tunnel (HBONE contract).
 //!
 //! Written once, before the first byte to an application that asked for it. Ambit never reads one.
 
@@ -10,7 +10,7 @@ const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 const VERSION_PROXY: u8 = 0x21;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
-/// The TLV that carries the client's SPIFFE id (contracts.md, section 2).
+/// The TLV that carries the client's SPIFFE id (HBONE contract).
 const TLV_PEER_IDENTITY: u8 = 0xD0;
 
 /// Encodes the header: `source` is the client's address, `destination` the HBONE target, `identity`

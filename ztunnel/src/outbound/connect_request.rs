@@ -1,4 +1,4 @@
-//! What a CONNECT says: where to, for whom, and who the client is (contracts.md, section 2).
+//! What a CONNECT says: where to, for whom, and who the client is (HBONE contract).
 
 use ambit_directory::{Authority, Service, Workload};
 use ambit_hbone::{Baggage, ConnectRequest, Forwarded, TraceParent, WorkloadKind};
@@ -20,7 +20,7 @@ impl Dial<'_> {
     }
 }
 
-/// What a workload says of itself (contracts.md, section 2).
+/// What a workload says of itself (HBONE contract).
 pub fn baggage(workload: &Workload) -> Baggage {
     use ambit_directory::WorkloadType;
     let kind = match workload.workload_type {

@@ -4,6 +4,7 @@
 //! A pod that can't be started is tried again until it can, is replaced or leaves.
 
 mod listening;
+mod pod;
 pub mod sockets;
 
 use std::collections::{HashMap, HashSet};
@@ -13,21 +14,21 @@ use std::time::Duration;
 use ambit_api::workload::zds::WorkloadInfo;
 use ambit_directory::WorkloadUid;
 use ambit_hbone::InFlight;
-use ambit_identity::{CertificateError, CertificateStore, SpiffeId, SpiffeIdError};
+use ambit_identity::{CertificateError, SpiffeId, SpiffeIdError};
 use ambit_net::{Netns, NetnsError, NetnsId, PROXY_MARK, SocketStock};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::directory::ondemand::Pinned;
 use crate::outbound::ejections::EjectedEndpoints;
 use crate::proxy::{Proxy, Worker};
 use crate::zds::client::{PodDescriptors, PodSet};
 use ambit_runtime::drain::Drain;
-use ambit_runtime::shares::{PodShares, Taken};
+use ambit_runtime::shares::PodShares;
 use ambit_runtime::workers::Workers;
 pub use listening::accept_shortages;
 use listening::{ListenerContext, ListenerTask};
+pub use pod::Pod;
 pub use sockets::Role;
 use sockets::{PodSockets, SocketId, SocketsError};
 
@@ -39,95 +40,6 @@ const LEAVE_GRACE: Duration = Duration::from_secs(10);
 /// Descriptors that a served pod takes without a connection: its namespace, up to twelve listeners, connection tracking,
 /// and some ready-made sockets.
 const POD_DESCRIPTORS: u64 = 20;
-
-/// One pod: who it is and where its sockets are made. Lives as long as a connection of it does.
-#[derive(Debug)]
-pub struct Pod {
-    uid: Arc<str>,
-    netns: NetnsId,
-    info: WorkloadInfo,
-    identity: SpiffeId,
-    workload: WorkloadUid,
-    /// Where resources come on demand: keeps the pod's own.
-    pinned: Option<Pinned>,
-    stock: SocketStock,
-    certificates: CertificateStore,
-    dns: Arc<crate::dns::Client>,
-    shares: PodShares,
-    ejected: EjectedEndpoints,
-    /// For the pod's listeners and what else it costs without a connection.
-    _descriptors: Taken,
-    left: watch::Sender<bool>,
-}
-
-impl Pod {
-    /// The pod's Kubernetes uid.
-    pub fn uid(&self) -> &str {
-        &self.uid
-    }
-
-    /// As [`Pod::uid`], to keep.
-    pub fn shared_uid(&self) -> &Arc<str> {
-        &self.uid
-    }
-
-    /// The network namespace that the pod had when its proxy started.
-    pub(crate) fn netns(&self) -> NetnsId {
-        self.netns
-    }
-
-    /// Where resources come on demand: the pod's own.
-    pub fn pinned(&self) -> Option<&Pinned> {
-        self.pinned.as_ref()
-    }
-
-    /// Name, namespace and service account as the node agent gave them.
-    pub fn info(&self) -> &WorkloadInfo {
-        &self.info
-    }
-
-    /// Who the pod is on the wire.
-    pub fn identity(&self) -> &SpiffeId {
-        &self.identity
-    }
-
-    /// The pod's name in the directory.
-    pub fn workload(&self) -> &WorkloadUid {
-        &self.workload
-    }
-
-    /// The pod as one that asks DNS questions.
-    pub fn dns(&self) -> &Arc<crate::dns::Client> {
-        &self.dns
-    }
-
-    /// What the pod and its peers hold.
-    pub fn shares(&self) -> &PodShares {
-        &self.shares
-    }
-
-    /// What the pod could not reach lately.
-    pub fn ejected(&self) -> &EjectedEndpoints {
-        &self.ejected
-    }
-
-    /// Resolves when the pod has left and peers must be notified.
-    pub async fn leaving(&self) {
-        // The sender lives as long as `self`.
-        self.left.subscribe().wait_for(|left| *left).await.ok();
-    }
-
-    /// Sockets in the pod's namespace.
-    pub fn stock(&self) -> &SocketStock {
-        &self.stock
-    }
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        self.certificates.release(&self.identity);
-    }
-}
 
 /// Which workloads are pods of this node that we serve. Read per connection without a lock.
 #[derive(Debug, Default)]

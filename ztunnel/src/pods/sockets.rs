@@ -14,7 +14,7 @@ use ambit_net::listen::{self, Options};
 use ambit_net::{Netns, NetnsError, PROXY_MARK};
 use socket2::{SockRef, Type};
 
-/// What a listener's connections are for. The ports are those of contracts.md, section 1.
+/// What a listener's connections are for. The ports are those of the redirection contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     /// 15001: connections that the pod opens.

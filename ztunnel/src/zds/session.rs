@@ -1,4 +1,4 @@
-//! What the node agent's packets mean (contracts.md, section 3): decoding and bookkeeping, no I/O.
+//! What the node agent's packets mean (ZDS contract): decoding and bookkeeping, no I/O.
 //!
 //! `client` feeds it packets and the descriptors that came with them and does what it answers.
 
@@ -11,7 +11,7 @@ use ambit_api::workload::zds::{
 };
 use prost::Message;
 
-/// Most bytes of a message to the proxy (contracts.md, section 3).
+/// Most bytes of a message to the proxy (ZDS contract).
 pub const MAX_MESSAGE: usize = 1024;
 /// Most descriptors that one packet can carry: the namespace, and every port over two families.
 pub const MAX_DESCRIPTORS: usize = 17;

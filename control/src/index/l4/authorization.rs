@@ -1,7 +1,7 @@
 //! AuthorizationPolicies as the node proxy enforces them.
 //!
 //! What L4 cannot see never matches in an ALLOW and is dropped from a DENY; a DENY rule with nothing left has no effect
-//! at L4, unless the mesh is set to deny then (contracts.md, section 4). A policy that could not be read fails closed.
+//! at L4, unless the mesh is set to deny then (xDS contract). A policy that could not be read fails closed.
 
 use std::sync::Arc;
 
@@ -80,7 +80,7 @@ pub(in crate::index) fn policy_resource(message: &api::Authorization) -> (Resour
 
 /// A rule that matches every connection.
 pub(in crate::index) fn everything() -> api::Rule {
-    // contracts.md, section 4: an empty clause matches.
+    // xDS contract: an empty clause matches.
     api::Rule { clauses: vec![api::Clause::default()] }
 }
 
@@ -310,7 +310,7 @@ impl Translator<'_> {
         patterns.iter().map(principal).collect()
     }
 
-    /// contracts.md, section 4: principals compare without their scheme, and `cluster.local/…` stands for the mesh's own
+    /// xDS contract: principals compare without their scheme, and `cluster.local/…` stands for the mesh's own
     /// trust domain, whatever its name.
     fn principal(&self, text: &str) -> String {
         let bare = text.strip_prefix("spiffe://").unwrap_or(text);
@@ -320,7 +320,7 @@ impl Translator<'_> {
         }
     }
 
-    /// contracts.md, section 4: at L4 a trust domain is the beginning of a principal.
+    /// xDS contract: at L4 a trust domain is the beginning of a principal.
     fn trust_domains(&self, patterns: &[TrustDomainPattern]) -> Vec<api::StringMatch> {
         let trust_domain = |pattern: &TrustDomainPattern| match pattern {
             TrustDomainPattern::Exact(text) => Pattern::Prefix(self.principal(&format!("{text}/"))),

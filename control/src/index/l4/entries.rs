@@ -335,7 +335,7 @@ fn memberships(reader: &Reader<'_>, entry: &WorkloadEntry) -> Memberships {
         let Some(service) = reader.store.services.get(&service) else { continue };
         workloads::join(reader, &mut services, service, |port| {
             let own = |name: &Arc<str>| entry.spec.ports.get(name).copied();
-            // kubernetes.md, "From objects to resources": a named target port is looked up by that name only.
+            // A named target port is looked up by that name only.
             match &port.target {
                 TargetPort::Number(number) => Some(own(&port.name).unwrap_or(*number)),
                 TargetPort::Name(name) => own(name),

@@ -1,4 +1,4 @@
-//! Which waypoint stands before a service or workload (kubernetes.md, "Which waypoint").
+//! Which waypoint stands before a service or workload.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Names and encodings that several kinds of resources share (contracts.md, section 4).
+//! Names and encodings that several kinds of resources share (xDS contract).
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -67,7 +67,7 @@ fn translated(translator: &Translator<'_>, rule: &Rule, unknown: &mut Vec<String
 }
 
 /// What is left of an alternative that asks only for what nobody knows. On the wire it would never match
-/// (contracts.md, section 4), but a DENY takes it for met.
+/// (xDS contract), but a DENY takes it for met.
 fn is_empty(fields: &security::Match) -> bool {
     *fields == security::Match::default()
 }

@@ -1,4 +1,4 @@
-//! Which waypoint an object asks for, from its labels and annotations (kubernetes.md, "Which waypoint").
+//! Which waypoint an object asks for, from its labels and annotations.
 
 use std::sync::Arc;
 

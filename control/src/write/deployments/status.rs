@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::api_server::FIELD_MANAGER;
 use crate::write::conditions::{self, Condition};
 
-/// The listener of a waypoint (kubernetes.md, "Which waypoint").
+/// The listener of a waypoint.
 const HBONE: (&str, u64) = ("HBONE", INBOUND_HBONE as u64);
 
 /// The reason of a condition that no controller has written yet.

@@ -135,7 +135,7 @@ impl Incoming {
         }
     }
 
-    /// Answers with a failure: 400, 401 or 503 by contracts.md, section 2.
+    /// Answers with a failure: 400, 401 or 503 by the HBONE contract.
     pub fn refuse(mut self, status: StatusCode) {
         if let Some(open) = self.open.take() {
             answer(open.respond, status);

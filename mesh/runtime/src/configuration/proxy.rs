@@ -187,7 +187,7 @@ impl Certificates {
     /// # Errors
     /// [`ConfigError::Value`] naming the key whose value can't work.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        // contracts.md, section 5: maximum 90 days; below a minute renewal can't keep up.
+        // Certificate contract: maximum 90 days; below a minute renewal can't keep up.
         match self.lifetime.get().as_secs() {
             60..=7_776_000 => Ok(()),
             _ => Err(ConfigError::value("certificates.lifetime", "is not between one minute and 90 days")),

@@ -109,7 +109,7 @@ impl Fields for RequestEntry {
     }
 }
 
-/// The known fields, in the order of contracts.md, section 7.
+/// The known fields, in the order of the observability contract.
 fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
     let Entry {
         source,

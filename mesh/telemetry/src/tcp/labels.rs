@@ -48,7 +48,7 @@ impl Security {
     }
 }
 
-/// Why a connection failed, in the values of Istio's node proxy (contracts.md, section 7).
+/// Why a connection failed, in the values of Istio's node proxy (observability contract).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ResponseFlags {
     /// The connection did not fail.

@@ -67,7 +67,7 @@ impl ClientConfig {
 }
 
 /// Node metadata by which a client says that it waits for the last part of a state that comes in several answers
-/// (contracts.md, section 4).
+/// (xDS contract).
 pub const PARTIAL_STATE: &str = "AMBIT_PARTIAL_STATE";
 
 /// The node message of a ztunnel: id `ztunnel~<ip>~<pod>.<ns>~<ns>.svc.cluster.local`.

@@ -120,7 +120,7 @@ impl Subscription {
         let (subscribe, unsubscribe) = match &self.mode {
             // An empty first request means all resources; every known server understands that form.
             Mode::Wildcard => (Vec::new(), Vec::new()),
-            // contracts.md, section 4: the form of istio's ztunnel. istiod sends everything to one that only unsubscribes.
+            // xDS contract: the form of istio's ztunnel. istiod sends everything to one that only unsubscribes.
             Mode::OnDemand(names) => (all().chain(names.keys().cloned()).collect(), all().collect()),
         };
         DeltaDiscoveryRequest {

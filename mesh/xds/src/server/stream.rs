@@ -251,7 +251,7 @@ impl Stream {
         };
         let hold_removals = (index + 1..self.subscriptions.len()).any(|other| behind(&other));
         let more_elsewhere = hold_removals || (0..index).any(|other| behind(&other));
-        // contracts.md, section 4: other clients are ready after the first answer of each type.
+        // xDS contract: other clients are ready after the first answer of each type.
         let is_opening =
             self.subscriptions.get(index).and_then(Option::as_ref).is_some_and(Subscription::is_opening);
         let in_one = is_opening && !self.takes_partial_state;
