@@ -282,7 +282,7 @@ proptest! {
         let mut renewals = Renewals::new(policy, 42);
         let (mut now, mut was_set_back) = (at(0.0), false);
         let mut holds: HashMap<usize, usize> = HashMap::new();
-        let mut flight: Vec<SpiffeId> = Vec::new();
+        let mut in_flight: Vec<SpiffeId> = Vec::new();
         let mut valid: HashMap<SpiffeId, SystemTime> = HashMap::new();
         for step in steps {
             match step {
@@ -300,13 +300,13 @@ proptest! {
                     }
                 }
                 Step::Want(number) => renewals.want(&id(number), now).unwrap(),
-                Step::Succeed(lifetime) => if let Some(identity) = flight.pop() {
+                Step::Succeed(lifetime) => if let Some(identity) = in_flight.pop() {
                     let end = now + Duration::from_secs(lifetime);
                     if renewals.handle_issued(&identity, end, now) {
                         valid.insert(identity, end);
                     }
                 }
-                Step::Fail => if let Some(identity) = flight.pop() {
+                Step::Fail => if let Some(identity) = in_flight.pop() {
                     renewals.handle_failed(&identity, now);
                 }
                 Step::Pass(seconds) => now += Duration::from_secs(seconds),
@@ -316,11 +316,11 @@ proptest! {
                 }
             }
             while let Some((identity, urgency)) = renewals.poll_start(now) {
-                prop_assert!(!flight.contains(&identity), "{identity} is asked for twice at once");
+                prop_assert!(!in_flight.contains(&identity), "{identity} is asked for twice at once");
                 let is_valid = valid.get(&identity).is_some_and(|end| *end > now);
                 // What had expired when it became due may be valid again by a clock that was set back.
                 prop_assert!(is_valid == (urgency == Urgency::Renewal) || (is_valid && was_set_back));
-                flight.push(identity);
+                in_flight.push(identity);
             }
             while let Some(identity) = renewals.poll_dropped() {
                 let number: usize = identity.service_account()[3..].parse().unwrap();
@@ -329,7 +329,7 @@ proptest! {
             }
             let (waited, background) = renewals.running();
             prop_assert!(waited <= 1 && background <= 2);
-            prop_assert_eq!(waited + background, flight.len());
+            prop_assert_eq!(waited + background, in_flight.len());
             for number in holds.keys() {
                 let (_, next) = renewals.progress(&id(*number)).expect("a held identity is known");
                 let is_valid = valid.get(&id(*number)).is_some_and(|end| *end > now);
