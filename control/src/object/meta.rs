@@ -26,6 +26,16 @@ impl Invalid {
     }
 }
 
+/// A manifest of which only the metadata must be there.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Manifest<S> {
+    /// Name, labels and what else all objects have.
+    pub(crate) metadata: ObjectMeta,
+    /// What the kind is about.
+    #[serde(default)]
+    pub(crate) spec: S,
+}
+
 /// Labels, or a selector by equality; cheap to clone. In the order of their keys, and no larger than they are: every pod has some.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Labels(Arc<[(Arc<str>, Arc<str>)]>);

@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 
 use super::authorization::Selector;
-use super::meta::{Invalid, Labels, Meta};
+use super::meta::{self, Invalid, Labels, Meta};
 
 /// A mutual TLS mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -41,16 +40,11 @@ pub struct PeerAuthentication {
 }
 
 /// The manifest, strictly.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Manifest {
-    metadata: ObjectMeta,
-    #[serde(default)]
-    spec: Spec,
-}
+pub(crate) type Manifest = meta::Manifest<Spec>;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Spec {
+pub(crate) struct Spec {
     selector: Option<Selector>,
     mtls: Option<Mtls>,
     port_level_mtls: BTreeMap<u16, Mtls>,

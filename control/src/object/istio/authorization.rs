@@ -10,12 +10,11 @@ use std::sync::Arc;
 
 use ambit_policy::Template;
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 
 use super::NamespacedName;
 use super::condition::Condition;
-use super::meta::{Invalid, Labels, Meta, annotation};
+use super::meta::{self, Invalid, Labels, Meta, annotation};
 
 /// What a policy does with connections that its rules match.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -308,16 +307,11 @@ pub struct AuthorizationPolicy {
 }
 
 /// The manifest, strictly.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Manifest {
-    metadata: ObjectMeta,
-    #[serde(default)]
-    spec: Spec,
-}
+pub(crate) type Manifest = meta::Manifest<Spec>;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Spec {
+pub(crate) struct Spec {
     selector: Option<Selector>,
     target_ref: Option<TargetRef>,
     target_refs: Vec<TargetRef>,

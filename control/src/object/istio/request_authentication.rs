@@ -8,12 +8,11 @@ use std::time::Duration;
 use ambit_api::l7;
 use http::header::HeaderName;
 use http::uri::Uri;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::authorization::{PolicyTarget, Selector, TargetRef, salvaged_targets};
-use super::meta::{Invalid, Labels, Meta};
+use super::meta::{self, Invalid, Labels, Meta};
 use super::virtual_service_http::duration;
 
 /// How long fetching keys may take where a rule does not say (Istio's default).
@@ -91,16 +90,11 @@ pub struct RequestAuthentication {
 }
 
 /// The manifest, strictly.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Manifest {
-    metadata: ObjectMeta,
-    #[serde(default)]
-    spec: Spec,
-}
+pub(crate) type Manifest = meta::Manifest<Spec>;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Spec {
+pub(crate) struct Spec {
     selector: Option<Selector>,
     target_ref: Option<TargetRef>,
     target_refs: Vec<TargetRef>,
