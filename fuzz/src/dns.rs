@@ -108,7 +108,7 @@ fn response_to(query: &[u8], bytes: &[u8]) -> Message {
     response
 }
 
-/// A query and what a resolver made of it. What is passed on bears the query's id and question; what is cut stays readable.
+/// A query and what a resolver made of it. What is passed on carries the query's id and question; what is cut stays readable.
 pub(crate) fn answer(data: &[u8]) {
     let parts = cut(data);
     let (query, response) = (parts[0], parts.get(1).copied().unwrap_or_default());

@@ -1,4 +1,4 @@
-//! Identities and the certificates that bear them.
+//! Identities and the certificates that carry them.
 
 use std::sync::LazyLock;
 use std::time::{Duration, SystemTime};

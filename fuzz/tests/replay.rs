@@ -39,7 +39,7 @@ fn every_input_holds_what_its_target_promises() {
 #[test]
 fn every_target_has_inputs_and_every_input_a_target() {
     let known: BTreeSet<String> = ambit_fuzz::targets().iter().map(|(name, _)| (*name).to_owned()).collect();
-    assert_eq!(known.len(), ambit_fuzz::targets().len(), "two targets bear one name");
+    assert_eq!(known.len(), ambit_fuzz::targets().len(), "two targets have one name");
     let kept = std::fs::read_dir(corpus()).unwrap();
     let kept: BTreeSet<String> = kept.map(|it| it.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(kept, known);

@@ -27,19 +27,19 @@ impl Metrics {
         Self { samples: text.lines().filter_map(sample).collect() }
     }
 
-    /// Samples of one name that bear all of the given labels.
+    /// Samples of one name that carry all of the given labels.
     pub fn select<'a>(
         &'a self,
         name: &'a str,
         labels: &'a [(&'a str, &'a str)],
     ) -> impl Iterator<Item = &'a Sample> {
-        let bears = |sample: &Sample| {
+        let matches = |sample: &Sample| {
             labels.iter().all(|(key, value)| sample.labels.get(*key).map(String::as_str) == Some(*value))
         };
-        self.samples.iter().filter(move |sample| sample.name == name && bears(sample))
+        self.samples.iter().filter(move |sample| sample.name == name && matches(sample))
     }
 
-    /// Sum of the samples of one name that bear all of the given labels; 0 when there are none.
+    /// Sum of the samples of one name that carry all of the given labels; 0 when there are none.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         self.select(name, labels).map(|sample| sample.value).sum()

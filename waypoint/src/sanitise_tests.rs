@@ -245,7 +245,7 @@ proptest! {
     }
 }
 
-/// Sixteen bytes in base64 are 22 letters, of which the last bears two bits, and two signs of padding.
+/// Sixteen bytes in base64 are 22 letters, of which the last carries two bits, and two signs of padding.
 #[test]
 fn a_websocket_key_is_base64_of_sixteen_bytes() {
     assert_eq!(websocket_key(0), "AAAAAAAAAAAAAAAAAAAAAA==");

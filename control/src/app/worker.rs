@@ -130,7 +130,7 @@ impl IndexWorker {
             placements,
             findings,
         } = index.apply(changes);
-        // A proxy that hears of a pod may ask for its certificate at once.
+        // A proxy that learns of a pod may ask for its certificate at once.
         self.live_pods.apply(placements);
         self.published.publish([
             (ResourceType::Authorization, policies),

@@ -69,7 +69,7 @@ impl Labels {
 
 impl<K: Into<Arc<str>>, V: Into<Arc<str>>> FromIterator<(K, V)> for Labels {
     fn from_iter<I: IntoIterator<Item = (K, V)>>(pairs: I) -> Labels {
-        // Of a key that is there twice the last value counts.
+        // The last value of a repeated key counts.
         let sorted: BTreeMap<Arc<str>, Arc<str>> =
             pairs.into_iter().map(|(key, value)| (key.into(), value.into())).collect();
         Labels(sorted.into_iter().collect())

@@ -1,7 +1,7 @@
 //! Startup, liveness and readiness probes, asked from the node as a kubelet asks them.
 //!
-//! HTTP and TCP probes leave the node with the source address that stands for kubelets (redirection contract
-//! ), so they reach a pod past its redirection whatever the policies say.
+//! HTTP and TCP probes leave the node with the source address that stands for kubelets (redirection contract),
+//! so they reach a pod past its redirection whatever the policies say.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! Resources that are there on demand only, and are dropped when nothing demands them any more.
 //!
 //! The control plane sends nothing more about a name that is unsubscribed, so what stays would grow old: an address that is used again by
-//! another workload would be taken for its former holder. A service that is demanded brings the workloads behind it (xDS contract
-//! ), and these go with it.
+//! another workload would be taken for its former holder. A service that is demanded brings the workloads behind it (xDS contract),
+//! and these go with it.
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -106,7 +106,7 @@ impl Directory {
     }
 
     /// Applies `updates` in order and publishes the result if it differs. What cannot be read is returned, to be nacked; the rest is applied.
-    /// Of a rejected workload or service the last good form stays; in place of a rejected policy stands one that refuses ([`Policy::closed`]).
+    /// A rejected workload or service keeps its last good form; a rejected policy is replaced by one that refuses ([`Policy::closed`]).
     pub fn apply(&mut self, updates: impl IntoIterator<Item = Update>) -> Vec<Rejected> {
         let before = self.next.revision;
         let mut rejected = Vec::new();
@@ -137,7 +137,7 @@ impl Directory {
     pub(crate) fn publish(&mut self, before: Revision) {
         self.refresh();
         if self.next.revision != before {
-            // Within one publication everything bears the same number, whatever the number of changes.
+            // Within one publication everything carries the same number, whatever the number of changes.
             self.shared.snapshot.store(Arc::new(self.next.clone()));
             self.shared.revision.send_replace(self.next.revision);
         }

@@ -34,8 +34,8 @@ impl WorkloadKind {
     }
 }
 
-/// What the `baggage` header of a CONNECT, or of its answer, says about the sender (HBONE contract
-/// ). Absent members are empty.
+/// What the `baggage` header of a CONNECT, or of its answer, says about the sender (HBONE contract).
+/// Absent members are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Baggage {
     /// `k8s.cluster.name`

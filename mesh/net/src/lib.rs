@@ -36,7 +36,7 @@ pub use netns::{Netns, NetnsError, NetnsId};
 pub use socket::{Family, original_dst};
 pub use stock::SocketStock;
 
-/// The mark that every socket of the node proxy in a pod bears (redirection contract).
+/// The mark that every socket of the node proxy in a pod carries (redirection contract).
 pub const PROXY_MARK: u32 = 0x539;
 /// The connection mark of connections that came from the node proxy (redirection contract).
 pub const PROXY_CONNMARK: u32 = 0x111;

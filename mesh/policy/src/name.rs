@@ -1,4 +1,4 @@
-//! Names of policies, and the lists of them that workloads bear.
+//! Names of policies, and the lists of them that workloads carry.
 
 use std::borrow::Borrow;
 use std::fmt;

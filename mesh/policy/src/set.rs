@@ -23,7 +23,7 @@ pub struct Stamp(u64);
 #[derive(Debug)]
 struct Entry {
     policy: Arc<Policy>,
-    /// Of the set, when this policy was put in; never used twice.
+    /// The set's revision when this policy was put in; never used twice.
     revision: u64,
     slot: u32,
 }
@@ -51,7 +51,7 @@ struct Namespace {
 struct Group {
     enforced: Layer,
     dry_run: Layer,
-    /// Of the set, when this group last changed.
+    /// The set's revision when this group last changed.
     revision: u64,
 }
 

@@ -36,7 +36,7 @@ pub struct TlsStream<IO> {
     /// Plaintext that came with the handshake.
     early: Vec<u8>,
     incoming: Option<Buffer>,
-    /// Of the first record of `incoming`, when it was opened where it lies: content left, and what follows it.
+    /// The first record of `incoming`, when it was opened in place: bytes of content left, and bytes that follow it.
     opened: (usize, usize),
     sizing: Sizing,
     idle_records: u32,

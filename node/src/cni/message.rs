@@ -41,9 +41,9 @@ pub struct Sandbox {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", tag = "command")]
 pub enum Request {
-    /// A sandbox starts. The packet bears the descriptor of its network namespace.
+    /// A sandbox starts. The packet carries the descriptor of its network namespace.
     Add(Sandbox),
-    /// Is the sandbox's pod as it should be? The packet bears the descriptor.
+    /// Is the sandbox's pod as it should be? The packet carries the descriptor.
     Check(Sandbox),
     /// A sandbox has ended.
     Del(Sandbox),

@@ -75,7 +75,7 @@ pub async fn run(environment: Environment, input: impl Read, mut output: impl Wr
     succeeded && written.is_ok()
 }
 
-/// The version that the configuration names, for answers that must bear the same.
+/// The version that the configuration names, for answers that must carry the same.
 fn version_of(text: &str) -> String {
     let config: Option<Value> = serde_json::from_str(text).ok();
     let version = config.and_then(|config| Some(config.get(spec::VERSION)?.as_str()?.to_owned()));

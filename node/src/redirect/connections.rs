@@ -114,7 +114,7 @@ fn addresses(entry: &sockdiag::Entry) -> Pair {
     (canonical(entry.local), canonical(entry.remote))
 }
 
-/// A socket of both families lists IPv4 addresses as IPv6 ones (RFC 4291 §2.5.5.2); packets bear the former.
+/// A socket of both families lists IPv4 addresses as IPv6 ones (RFC 4291 §2.5.5.2); packets carry the former.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

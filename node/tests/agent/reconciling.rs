@@ -176,7 +176,7 @@ async fn a_deleted_pod_whose_processes_run_stays_captured() {
     assert_eq!((running.agent.status(POD), done.cleaned), (None, vec![]));
     assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
 
-    // Of a pod that runs outside the mesh, what an agent left behind is removed.
+    // What an agent left behind in a pod that runs outside the mesh is removed.
     let outside = HashSet::from([POD.to_owned()]);
     let done = running.agent.reconcile(vec![], &outside, Instant::now()).await;
     live.kill().unwrap();

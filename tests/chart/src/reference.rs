@@ -21,7 +21,7 @@ struct Line<'a> {
     comment: String,
 }
 
-/// The values of a `values.yaml`, in its order. A value is what bears a comment and holds nothing that bears one; what
+/// The values of a `values.yaml`, in its order. A value is what carries a comment and holds nothing that carries one; what
 /// holds values is a group.
 ///
 /// # Errors

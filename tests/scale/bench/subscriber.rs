@@ -183,7 +183,7 @@ struct Answer<'a> {
     resources: usize,
     type_url: &'a [u8],
     nonce: &'a [u8],
-    /// Of the last resource, there or gone.
+    /// The name of the last resource, sent or removed.
     name: &'a [u8],
 }
 

@@ -151,8 +151,8 @@ async fn a_clock_set_past_every_certificate_and_back_is_survived() {
         })
         .await;
         eprintln!("set {what}: as before after {:?}", set.elapsed());
-        // Of the older connections, those on tunnels whose certificates are not valid by the clock may be closed (certificate contract
-        // ). One that was opened since then stays.
+        // Of the older connections, those on tunnels whose certificates are not valid by the clock may be closed (certificate contract).
+        // One that was opened since then stays.
         let mut kept = bed.echo(bed.vip(ECHO)).await;
         for _ in 0..20 {
             assert_eq!(ping(&mut kept, what).await.expect("an open connection goes on"), what);

@@ -92,7 +92,7 @@ pub struct Certificates {
     pub authority: Option<String>,
     /// PEM file with the roots that the authority's own certificate must chain to. None: those of the control plane.
     pub authority_root: Option<PathBuf>,
-    /// DNS name that the authority's certificate must bear. None: the host of its address.
+    /// DNS name that the authority's certificate must carry. None: the host of its address.
     pub authority_server_name: Option<String>,
 }
 

@@ -1,6 +1,6 @@
 //! Everything that can end a connection badly, split by whose fault it is.
 //!
-//! One mapping gives the status that an HBONE client gets, one the flags that metrics bear. The text
+//! One mapping gives the status that an HBONE client gets, one the flags that metrics carry. The text
 //! is what the access log says.
 
 use std::io;
@@ -75,7 +75,7 @@ pub enum ConnectionError {
     /// The pod or the peer holds as much as it may.
     #[error(transparent)]
     Limit(#[from] LimitExceeded),
-    /// The client bears an address that is not its workload's, and no address of that is known.
+    /// The client carries an address that is not its workload's, and no address of that is known.
     #[error("{0} is not an address of the client, and none is known")]
     ForeignSource(std::net::IpAddr),
     /// The control plane hasn't sent its first state yet.

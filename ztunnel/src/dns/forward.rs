@@ -53,7 +53,7 @@ pub(super) struct Forwarder<'a> {
 }
 
 impl Forwarder<'_> {
-    /// Asks the resolvers in turn until one answers. The answer bears the id of `query`.
+    /// Asks the resolvers in turn until one answers. The answer carries the id of `query`.
     pub(super) async fn ask(
         &self,
         query: &[u8],

@@ -235,7 +235,7 @@ impl Authorized {
     }
 }
 
-/// The source to bear towards the application: the client's, unless the application couldn't answer it.
+/// The source to carry towards the application: the client's, unless the application couldn't answer it.
 fn foreign(source: SocketAddr, destination: IpAddr) -> Option<SocketAddr> {
     let ip = source.ip();
     let usable = ip.is_ipv4() == destination.is_ipv4() && !ip.is_loopback() && ip != destination;

@@ -171,7 +171,7 @@ impl OutboundRequest {
         }
     }
 
-    /// A pod chooses the address that its socket bears: `::1` without any privilege, any other with NET_ADMIN. Policies,
+    /// A pod chooses the address that its socket carries: `::1` without any privilege, any other with NET_ADMIN. Policies,
     /// logs and the application get an address of the workload instead, as they do of a tunnel from another node. False if it
     /// has none.
     fn correct_source(&mut self, client: &Workload) -> bool {

@@ -140,7 +140,7 @@ struct TwoNetworks {
     client: crate::mesh::Pod,
     service: SocketAddr,
     reports: tokio::sync::mpsc::UnboundedReceiver<String>,
-    /// Of the service's certificate.
+    /// The serial number of the service's certificate.
     serial: String,
 }
 

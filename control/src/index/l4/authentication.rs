@@ -1,7 +1,7 @@
 //! PeerAuthentication as policies: a workload that is STRICT lists a DENY of peers without identity.
 //!
-//! One such policy for all ports always exists; ports of their own make one for their workloads. Workload
-//! stands over namespace over mesh, and of several on a level the oldest counts.
+//! One such policy for all ports always exists; a workload with settings for single ports has one of its own.
+//! A workload's object overrides its namespace's, which overrides the mesh's; on each level the oldest counts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -118,7 +118,7 @@ impl Files {
     }
 
     /// Whether content would take objects away or leave something unread: what half-written files do. That a file of pods is gone is what it
-    /// seems: they are written by programs, which replace files in one step, and their peers wait to hear of it.
+    /// seems: they are written by programs, which replace files in one step, and their peers wait to learn of it.
     pub(super) fn would_lose(&self, id: &FileId, content: &Content) -> bool {
         let old = self.files.get(id);
         let documents = match content {

@@ -34,7 +34,7 @@ pub struct ProxySettings {
     /// PEM file with the roots that workloads are verified against; watched. None: the roots that come with each issued
     /// certificate.
     pub workload_root: Option<PathBuf>,
-    /// DNS name that the control plane's certificate must bear.
+    /// DNS name that the control plane's certificate must carry.
     pub control_plane_server_name: String,
     /// File with the service account token (audience `istio-ca`), read again before each use.
     pub token_file: PathBuf,

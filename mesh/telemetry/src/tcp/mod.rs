@@ -33,7 +33,7 @@ pub struct Series {
     sent: AtomicU64,
     received: AtomicU64,
     failed: [AtomicU64; FLAGS.len()],
-    /// Looked up since the last sweep.
+    /// Whether it was looked up since the last sweep.
     touched: AtomicBool,
 }
 

@@ -26,7 +26,7 @@ pub(crate) struct Entry {
     pub(crate) name: Arc<str>,
     pub(crate) aliases: Box<[Arc<str>]>,
     pub(crate) parents: Box<[Arc<str>]>,
-    /// Of the content: equal content has an equal version in every control plane.
+    /// The version of the content: equal content has an equal version in every control plane.
     pub(crate) version: Arc<str>,
     /// The `Resource` message as a field of an answer, tag and length included.
     pub(crate) field: Bytes,

@@ -61,7 +61,7 @@ async fn least_rights(cluster: &Cluster) -> Outcome {
     })
     .await;
     let (_, refused) = read_log(cluster)?;
-    // The API server may hear of a role a moment after the program that has it started.
+    // The API server may learn of a role a moment after the program that has it started.
     let missing = refused.iter().filter(|refused| !given.iter().any(|right| right.covers(refused)));
     let missing: BTreeSet<String> = missing.map(Right::text).collect();
     assert!(missing.is_empty(), "refused: {missing:#?}");

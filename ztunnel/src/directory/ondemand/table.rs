@@ -31,10 +31,10 @@ impl Default for Bounds {
 /// A limit that is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
-    /// Of the pod.
+    /// The pod's.
     #[error("the pod waits for {0} other names already")]
     Pod(usize),
-    /// Of the node.
+    /// The node's.
     #[error("the node's pods use {0} names already")]
     Node(usize),
 }
