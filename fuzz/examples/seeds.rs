@@ -5,10 +5,16 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a generator that can't go on ends")]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use ambit_api::core::{HeaderValue, HeaderValueOption};
 use ambit_api::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use ambit_api::external_auth::check_response::HttpResponse;
+use ambit_api::external_auth::{CheckResponse, DeniedHttpResponse, HttpStatus, OkHttpResponse};
+use ambit_api::security::StringMatch;
+use ambit_api::security::string_match::MatchType;
 use ambit_api::workload::zds::{WorkloadInfo, ZdsHello};
-use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, rpc};
+use ambit_api::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, l7, rpc};
 use ambit_control::index::{Index, ResourceType, Settings};
 use ambit_control::object::Change;
 use ambit_control::source;
@@ -45,6 +51,8 @@ fn main() {
     identity(&seeds);
     credentials(&seeds);
     objects(&seeds);
+    requests(&seeds);
+    waypoint(&seeds);
 }
 
 fn tunnel(seeds: &Seeds) {
@@ -261,6 +269,16 @@ fn credentials(seeds: &Seeds) {
     seeds.put("token-keys", "kinds", keys);
 }
 
+/// What the control plane makes of a case of its translation.
+fn index_of(case: &str) -> Index {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("../control/tests/translation/cases");
+    let text = std::fs::read_to_string(cases.join(case).join("objects.yaml")).unwrap();
+    let (objects, _problems) = source::parse(Path::new("objects.yaml"), &text);
+    let mut index = Index::new(Settings::default());
+    index.apply(objects.into_iter().map(Change::Apply));
+    index
+}
+
 /// The cases of the control plane's translation: as text, and as what became of them.
 fn objects(seeds: &Seeds) {
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("../control/tests/translation/cases");
@@ -367,4 +385,146 @@ fn tls_records(seeds: &Seeds) {
     seeds.put("tls-record", "alerts", join(&[vec![21, 2, 80], vec![21, 1, 90], vec![21], vec![23]]));
     let forged = [&[0, 23, 3, 3, 0, 24][..], &[5; 24]].concat();
     seeds.put("tls-record", "forged", join(&[forged, vec![0, 23, 3, 3, 0, 0], vec![0, 20, 3, 3, 0, 1, 1]]));
+}
+
+/// The head of a request.
+const PLAIN: &str =
+    "1\nGET\n/shop/items?who=me&who=you\nhost: Web.shop.svc:80\ncookie: a=b; c=d\nend-user: jason";
+
+fn requests(seeds: &Seeds) {
+    for (name, path) in [
+        ("plain", "/a/b.c"),
+        ("dots", "/a/./b/../c//d/"),
+        ("escapes", "/%41%2e%2E/%2f%5c/%7e"),
+        ("above", "/../a"),
+        ("bad", "/%zz\\"),
+    ] {
+        seeds.put("http-path", name, path);
+    }
+    for (name, bytes) in [
+        ("http1", &b"GET / HTTP/1.1\r\n"[..]),
+        ("http2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        ("almost", b"PRI * HTTP/1.1\r\n"),
+        ("tls", b"\x16\x03\x01\x02\x00\x01"),
+        ("long", b"AVERYLONGMETHODINDEED / HTTP/1.1"),
+    ] {
+        seeds.put("http-sniff", name, bytes);
+    }
+    let heads = [
+        ("plain", PLAIN),
+        (
+            "absolute",
+            "1\nGET\nhttp://web.shop/a%2e\nhost: web.shop\nconnection: x-a, close\nx-a: 1\nte: trailers, gzip",
+        ),
+        ("http10", "0\nPOST\n/\ncontent-length: 3"),
+        ("http2", "2\nPOST\nhttp://[fd00::1]:80/pkg.Svc/Call\ncontent-type: application/grpc+proto"),
+        ("websocket", "websocket\nCONNECT\nhttps://web.shop/ws\nsec-websocket-version: 13"),
+        ("upgrade", "1\nGET\n/ws\nhost: web\nconnection: Upgrade\nupgrade: websocket"),
+        ("two-hosts", "1\nGET\n/\nhost: a\nhost: b"),
+        (
+            "forwarded",
+            "1\nGET\n/\nhost: a.\nx-forwarded-for: 1.2.3.4, ::1\nx-forwarded-proto: https\nforwarded: for=x",
+        ),
+        ("options", "1\nOPTIONS\n*\nhost: a"),
+    ];
+    for (name, head) in heads {
+        seeds.put("http-request", name, head);
+    }
+    for case in ["l7-routes", "l7-virtual-services", "l7-policies", "l7-deny"] {
+        let index = index_of(case);
+        let of_requests = index.resources().into_iter().filter_map(|((kind, _), resource)| match kind {
+            ResourceType::Route => Some(("http-route", resource.body.to_vec())),
+            ResourceType::Policy => {
+                let policy = l7::Policy::decode(&*resource.body).unwrap();
+                Some(("http-policy", policy.authorization?.encode_to_vec()))
+            }
+            _ => None,
+        });
+        for (number, (target, body)) in of_requests.take(12).enumerate() {
+            seeds.put(target, &format!("{case}-{number}"), join(&[body, PLAIN.as_bytes().to_vec()]));
+        }
+    }
+}
+
+fn waypoint(seeds: &Seeds) {
+    for (name, server_name) in [("named", "Web.shop.example"), ("address", "10.0.0.1")] {
+        seeds.put("client-hello", name, client_hello(server_name));
+    }
+    seeds.put("client-hello", "strange", [22, 3, 1, 0, 4, 9, 9, 9, 9]);
+    let field = |key: &str, value: &str| HeaderValueOption {
+        header: Some(HeaderValue { key: key.to_owned(), value: value.to_owned(), ..HeaderValue::default() }),
+        ..HeaderValueOption::default()
+    };
+    let fields = vec![field("x-user", "jason"), field("Host", "elsewhere"), field("a b", "c")];
+    let ok = HttpResponse::OkResponse(OkHttpResponse {
+        headers: fields.clone(),
+        headers_to_remove: vec!["cookie".to_owned(), "content-length".to_owned()],
+        response_headers_to_add: fields.clone(),
+    });
+    let denied = HttpResponse::DeniedResponse(DeniedHttpResponse {
+        status: Some(HttpStatus { code: 101 }),
+        headers: fields,
+        body: "no".to_owned(),
+    });
+    for (name, code, http_response) in [
+        ("allowed", 0, Some(ok.clone())),
+        ("contradicting", 7, Some(ok)),
+        ("denied", 7, Some(denied)),
+        ("bare", 16, None),
+    ] {
+        let status = Some(rpc::Status { code, ..rpc::Status::default() });
+        let answer = CheckResponse { status, http_response };
+        let input = join(&[answer.encode_to_vec(), PLAIN.as_bytes().to_vec()]);
+        seeds.put("authorizer-answer", &format!("grpc-{name}"), [&b"g"[..], &input].concat());
+    }
+    let any = StringMatch { match_type: Some(MatchType::Prefix("x-".to_owned())) };
+    let check = l7::HttpCheck {
+        to_upstream: vec![any.clone()],
+        to_downstream_on_allow: vec![any],
+        ..l7::HttpCheck::default()
+    };
+    for (name, head) in [
+        ("allowed", "200\nx-user: a\nx-user: b\ntransfer-encoding: chunked"),
+        ("redirected", "302\nlocation: /login\nset-cookie: a=b"),
+        ("failed", "503"),
+        ("switching", "101\nupgrade: websocket"),
+    ] {
+        let parts = [head.as_bytes().to_vec(), PLAIN.as_bytes().to_vec(), check.encode_to_vec()];
+        seeds.put("authorizer-answer", &format!("http-{name}"), [&b"h"[..], &join(&parts)].concat());
+    }
+    for case in [
+        "l7-deny",
+        "l7-destination-rules",
+        "l7-external-authorizers",
+        "l7-policies",
+        "l7-request-authentication",
+        "l7-routes",
+        "l7-streams",
+    ] {
+        let index = index_of(case);
+        let resources = index.resources().into_iter().filter_map(|((kind, _), resource)| {
+            let letter = match kind {
+                ResourceType::BackendPolicy => b'b',
+                ResourceType::Policy => b'p',
+                ResourceType::Route => b'r',
+                ResourceType::StreamRoute => b's',
+                ResourceType::Address | ResourceType::Authorization | ResourceType::Gateway => return None,
+            };
+            Some([&[letter][..], &resource.body].concat())
+        });
+        let parts: Vec<Vec<u8>> = [PLAIN.as_bytes().to_vec()].into_iter().chain(resources.take(12)).collect();
+        seeds.put("waypoint-config", case, join(&parts));
+    }
+}
+
+/// The beginning of a client's TLS.
+fn client_hello(name: &str) -> Vec<u8> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let config = config.unwrap().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+    let name = rustls_pki_types::ServerName::try_from(name.to_owned()).unwrap();
+    let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    bytes
 }

@@ -18,9 +18,11 @@ mod objects;
 pub mod pieces;
 mod proxy_protocol;
 mod request_token;
+mod requests;
 mod socks5;
 mod tls;
 mod tunnel;
+mod waypoint;
 mod zds;
 
 /// A function of bytes that panics when something does not hold.
@@ -30,14 +32,21 @@ pub type Target = fn(&[u8]);
 pub fn targets() -> &'static [(&'static str, Target)] {
     &[
         ("admin-query", config::admin_query),
+        ("authorizer-answer", waypoint::authorizer_answer),
         ("baggage", tunnel::baggage),
         ("certificate", identity::certificate),
         ("certificate-request", credentials::certificate_request),
+        ("client-hello", waypoint::client_hello),
         ("connect", tunnel::connect),
         ("directory", directory::directory),
         ("dns-answer", dns::answer),
         ("dns-question", dns::question),
         ("forwarded", tunnel::forwarded),
+        ("http-path", requests::path),
+        ("http-policy", requests::policy),
+        ("http-request", requests::request),
+        ("http-route", requests::route),
+        ("http-sniff", requests::sniff),
         ("issuer-keys", request_token::issuer_keys),
         ("objects", objects::objects),
         ("proxy-protocol", proxy_protocol::header),
@@ -52,6 +61,7 @@ pub fn targets() -> &'static [(&'static str, Target)] {
         ("token-keys", credentials::key_set),
         ("traceparent", tunnel::traceparent),
         ("trust-roots", identity::roots),
+        ("waypoint-config", waypoint::config),
         ("xds-client", discovery::client),
         ("xds-server", discovery::server),
         ("zds-agent", zds::agent),

@@ -42,14 +42,19 @@ pub async fn read(stream: &mut TunnelStream, first: &mut BytesMut, limit: Durati
     timeout(limit, reading).await.ok().flatten()
 }
 
+/// What bytes are the beginning of.
 #[derive(Debug, PartialEq, Eq)]
-enum Parsed {
+pub enum Parsed {
+    /// Of TLS, and its beginning is whole.
     Hello(ClientHello),
+    /// Of something else.
     NoTls,
+    /// There are too few.
     Incomplete,
 }
 
-fn parse(first: &[u8]) -> Parsed {
+/// Reads the first bytes of a connection.
+pub fn parse(first: &[u8]) -> Parsed {
     match first.first() {
         None => return Parsed::Incomplete,
         Some(&HANDSHAKE) => {}

@@ -2,8 +2,8 @@
 //!
 //! `grpc` and `http` are the two ways of asking. An authorizer that does not answer denies, unless its settings say otherwise.
 
-mod grpc;
-mod http;
+pub mod grpc;
+pub mod http;
 
 use std::io;
 use std::sync::Arc;
@@ -61,14 +61,16 @@ struct Body {
 }
 
 /// What an authorizer says.
-enum Verdict {
+pub enum Verdict {
+    /// The request goes on, changed.
     Allowed(Changes),
+    /// The client gets this answer.
     Denied(Denial),
 }
 
 /// What changes by it.
 #[derive(Default)]
-struct Changes {
+pub struct Changes {
     removed: Vec<HeaderName>,
     request: Vec<Field>,
     response: Vec<Field>,
@@ -90,7 +92,7 @@ struct Field {
 }
 
 /// The answer to a request that is denied.
-struct Denial {
+pub struct Denial {
     status: StatusCode,
     fields: Vec<Field>,
     body: Bytes,
@@ -199,14 +201,9 @@ pub async fn check(
         let body = authorizer.read(source).await?;
         let question = Question { inbound, sane, parts, body };
         match authorizer.ask(&question).await {
-            Ok(Verdict::Allowed(Changes { removed, request, response })) => {
+            Ok(Verdict::Allowed(changes)) => {
                 tallies.allowed.fetch_add(1, Ordering::Relaxed);
-                for name in removed.iter().filter(|name| !is_framing(name)) {
-                    parts.headers.remove(name);
-                }
-                let writable = request.iter().filter(|field| !is_framing(&field.name));
-                writable.for_each(|field| field.apply(&mut parts.headers));
-                additions.0.extend(response.into_iter().filter(|field| !is_framing(&field.name)));
+                additions.0.extend(changes.apply(&mut parts.headers).0);
             }
             Ok(Verdict::Denied(denial)) => {
                 tallies.denied.fetch_add(1, Ordering::Relaxed);
@@ -246,8 +243,22 @@ impl Field {
     }
 }
 
+impl Changes {
+    /// Changes a request, and returns what its response gets.
+    pub fn apply(self, headers: &mut HeaderMap) -> Additions {
+        let Self { removed, request, response } = self;
+        for name in removed.iter().filter(|name| !is_framing(name)) {
+            headers.remove(name);
+        }
+        let writable = request.iter().filter(|field| !is_framing(&field.name));
+        writable.for_each(|field| field.apply(headers));
+        Additions(response.into_iter().filter(|field| !is_framing(&field.name)).collect())
+    }
+}
+
 impl Denial {
-    fn answer(self) -> Answered {
+    /// The answer that the client gets.
+    pub fn answer(self) -> Answered {
         let mut response = Response::new(ResponseBody::full(self.body));
         *response.status_mut() = self.status;
         let writable = self.fields.iter().filter(|field| !is_framing(&field.name));
@@ -257,7 +268,7 @@ impl Denial {
 }
 
 /// Fields that frame a message, or say where it goes: no authorizer writes them.
-fn is_framing(name: &HeaderName) -> bool {
+pub fn is_framing(name: &HeaderName) -> bool {
     const MORE: [&str; 6] =
         ["connection", "keep-alive", "proxy-connection", "te", "upgrade", "x-forwarded-client-cert"];
     [CONTENT_LENGTH, HOST, TRANSFER_ENCODING].contains(name) || MORE.contains(&name.as_str())

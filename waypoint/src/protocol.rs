@@ -34,9 +34,12 @@ const FIRST_READ: usize = 1024;
 
 /// What the first bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Spoken {
+pub enum Spoken {
+    /// HTTP/1.
     Http1,
+    /// HTTP/2.
     Http2,
+    /// Bytes that are passed on unread.
     Other,
 }
 
@@ -115,7 +118,7 @@ async fn detect(stream: &mut TunnelStream, http_declared: bool, limit: Duration)
 }
 
 /// What bytes are the beginning of; `None` while there are too few.
-fn classify(first: &[u8], http_declared: bool) -> Option<Spoken> {
+pub fn classify(first: &[u8], http_declared: bool) -> Option<Spoken> {
     if first.is_empty() {
         return None;
     }

@@ -133,7 +133,8 @@ fn request(question: &Question<'_>, body: Option<&l7::CheckedBody>) -> CheckRequ
     }
 }
 
-fn verdict(answer: CheckResponse) -> Verdict {
+/// What an answer says.
+pub fn verdict(answer: CheckResponse) -> Verdict {
     // google.rpc.Code.OK; an answer without a status is one, as in Envoy.
     let is_allowed = answer.status.is_none_or(|status| status.code == 0);
     match answer.http_response {

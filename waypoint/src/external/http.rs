@@ -16,7 +16,7 @@ use crate::body::RequestBody;
 
 /// How an authorizer is asked by HTTP.
 #[derive(Debug)]
-pub(super) struct Check {
+pub struct Check {
     path_prefix: String,
     include: Vec<StringMatch>,
     additional: Vec<(HeaderName, HeaderValue)>,
@@ -26,7 +26,8 @@ pub(super) struct Check {
 }
 
 impl Check {
-    pub(super) fn new(source: &l7::HttpCheck) -> Self {
+    /// Compiles what the control plane says.
+    pub fn new(source: &l7::HttpCheck) -> Self {
         let additional = source.additional.iter().filter_map(|(name, value)| {
             Some((HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?))
         });
@@ -52,15 +53,22 @@ impl Check {
         let body = Limited::new(body, MAX_ANSWER).collect().await;
         let body = body.map_err(|error| error.to_string())?.to_bytes();
         returned.give_back();
-        let (status, headers) = (parts.status, parts.headers);
-        if status.is_server_error() {
+        self.verdict(parts.status, &parts.headers, body)
+    }
+
+    /// What an answer says.
+    ///
+    /// # Errors
+    /// It says nothing of the request: the authorizer failed, or wants to speak another protocol.
+    pub fn verdict(&self, status: StatusCode, headers: &HeaderMap, body: Bytes) -> Result<Verdict, String> {
+        if status.is_server_error() || status.is_informational() {
             return Err(format!("the answer is {status}"));
         }
         if status == StatusCode::OK {
             return Ok(Verdict::Allowed(Changes {
                 removed: Vec::new(),
-                request: fields(&headers, |name| is_any(&self.to_upstream, name)),
-                response: fields(&headers, |name| is_any(&self.to_downstream_on_allow, name)),
+                request: fields(headers, |name| is_any(&self.to_upstream, name)),
+                response: fields(headers, |name| is_any(&self.to_downstream_on_allow, name)),
             }));
         }
         let always = [LOCATION, WWW_AUTHENTICATE];
@@ -69,7 +77,7 @@ impl Check {
                 || always.contains(name)
                 || is_any(&self.to_downstream_on_deny, name)
         };
-        Ok(Verdict::Denied(Denial { status, fields: fields(&headers, is_shown), body }))
+        Ok(Verdict::Denied(Denial { status, fields: fields(headers, is_shown), body }))
     }
 
     fn request(&self, question: &Question<'_>) -> Option<Request<RequestBody>> {
