@@ -14,76 +14,69 @@ pub(super) fn render(kind: Kind, dumps: &[Dump], now: OffsetDateTime, paint: Pal
         Kind::Workloads => table(
             paint,
             ["NAMESPACE", "NAME", "ADDRESSES", "NODE", "PROTOCOL", "STATUS", "WAYPOINT", "POLICIES"],
-            all().map(|(_, w)| {
-                let fields = ["namespace", "name", "workloadIps", "node", "protocol", "status"]
-                    .map(|key| text(&w[key]));
-                let [namespace, name, addresses, node, protocol, status] = fields;
-                [
-                    namespace,
-                    name,
-                    addresses,
-                    node,
-                    protocol,
-                    status,
-                    waypoint(w),
-                    text(&w["authorizationPolicies"]),
-                ]
-            }),
+            all().map(|(_, entry)| workload(entry)),
         ),
         Kind::Services => table(
             paint,
             ["NAMESPACE", "HOST", "ADDRESSES", "PORTS", "WAYPOINT", "ENDPOINTS"],
-            all().map(|(_, s)| {
-                let [namespace, host, addresses] = ["namespace", "hostname", "vips"].map(|key| text(&s[key]));
-                [
-                    namespace,
-                    host,
-                    addresses,
-                    ports(&s["ports"]),
-                    waypoint(s),
-                    count(&s["endpoints"]).to_string(),
-                ]
-            }),
+            all().map(|(_, entry)| service(entry)),
         ),
         Kind::Policies => table(
             paint,
             ["NAMESPACE", "NAME", "SCOPE", "ACTION", "RULES", "DRY RUN"],
-            all().map(|(_, p)| {
-                let fields = ["namespace", "name", "scope", "action"].map(|key| text(&p[key]));
-                let [namespace, name, scope, action] = fields;
-                let name = name.rsplit('/').next().unwrap_or_default().to_owned();
-                let dry_run = if p["dryRun"] == true { "yes" } else { "" };
-                [namespace, name, scope, action, count(&p["rules"]).to_string(), dry_run.to_owned()]
-            }),
+            all().map(|(_, entry)| policy(entry)),
         ),
         Kind::Certificates => table(
             paint,
             ["NODE", "IDENTITY", "STATE", "SERIAL", "EXPIRES IN", "ISSUED", "FAILURES"],
-            all().map(|(dump, c)| certificate(&dump.node, c, now)),
+            all().map(|(dump, entry)| certificate(&dump.node, entry, now)),
         ),
         Kind::Connections => table(
             paint,
             ["NODE", "DIRECTION", "SOURCE", "DESTINATION", "WORKLOAD", "PEER", "AGE", "SENT", "RECEIVED"],
-            all().map(|(dump, c)| {
-                let fields =
-                    ["direction", "source", "destination", "workload", "peer"].map(|key| text(&c[key]));
-                let [direction, source, destination, workload, peer] = fields;
-                let size = |key: &str| bytes(c[key].as_f64().unwrap_or(0.0));
-                let age = duration(c["seconds"].as_i64().unwrap_or(0));
-                let node = dump.node.clone();
-                [node, direction, source, destination, workload, peer, age, size("sent"), size("received")]
-            }),
+            all().map(|(dump, entry)| connection(&dump.node, entry)),
         ),
         Kind::Routes => table(
             paint,
             ["WAYPOINT", "KIND", "NAMESPACE", "NAME", "FOR", "RULES"],
-            all().map(|(dump, r)| {
-                let [kind, namespace, name, rules] =
-                    ["kind", "namespace", "name", "rules"].map(|key| text(&r[key]));
-                [dump.proxy.clone(), kind, namespace, name, targets(&r["targets"]), rules]
-            }),
+            all().map(|(dump, entry)| route(&dump.proxy, entry)),
         ),
     }
+}
+
+fn workload(entry: &Value) -> [String; 8] {
+    let fields = ["namespace", "name", "workloadIps", "node", "protocol", "status"];
+    let [namespace, name, addresses, node, protocol, status] = fields.map(|key| text(&entry[key]));
+    let policies = text(&entry["authorizationPolicies"]);
+    [namespace, name, addresses, node, protocol, status, waypoint(entry), policies]
+}
+
+fn service(entry: &Value) -> [String; 6] {
+    let [namespace, host, addresses] = ["namespace", "hostname", "vips"].map(|key| text(&entry[key]));
+    let endpoints = count(&entry["endpoints"]).to_string();
+    [namespace, host, addresses, ports(&entry["ports"]), waypoint(entry), endpoints]
+}
+
+fn policy(entry: &Value) -> [String; 6] {
+    let fields = ["namespace", "name", "scope", "action"];
+    let [namespace, name, scope, action] = fields.map(|key| text(&entry[key]));
+    let name = name.rsplit('/').next().unwrap_or_default().to_owned();
+    let dry_run = if entry["dryRun"] == true { "yes" } else { "" };
+    [namespace, name, scope, action, count(&entry["rules"]).to_string(), dry_run.to_owned()]
+}
+
+fn connection(node: &str, entry: &Value) -> [String; 9] {
+    let fields = ["direction", "source", "destination", "workload", "peer"];
+    let [direction, source, destination, workload, peer] = fields.map(|key| text(&entry[key]));
+    let size = |key: &str| bytes(entry[key].as_f64().unwrap_or(0.0));
+    let age = duration(entry["seconds"].as_i64().unwrap_or(0));
+    [node.to_owned(), direction, source, destination, workload, peer, age, size("sent"), size("received")]
+}
+
+fn route(proxy: &str, entry: &Value) -> [String; 6] {
+    let fields = ["kind", "namespace", "name", "rules"];
+    let [kind, namespace, name, rules] = fields.map(|key| text(&entry[key]));
+    [proxy.to_owned(), kind, namespace, name, targets(&entry["targets"]), rules]
 }
 
 /// Whether a policy binds a workload: it is for all, for the namespace, or listed by the workload.
