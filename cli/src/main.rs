@@ -21,6 +21,7 @@ mod status;
 mod uninstall;
 mod up;
 mod waypoint;
+mod why;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,8 @@ enum Command {
     Check(check::Options),
     /// Shows the mesh, or whether and how a pod is protected.
     Status(status::Options),
+    /// Explains what becomes of a request or connection: every proxy's decision, step by step.
+    Why(why::Options),
     /// Names every object that has no effect or another than it says, in files or in a cluster.
     Analyze(analyze::Options),
     /// Makes, lists and deletes waypoints.
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
     let outcome = match Command::parse() {
         Command::Check(options) => check::run(&options),
         Command::Status(options) => status::run(&options),
+        Command::Why(options) => why::run(&options),
         Command::Analyze(options) => analyze::run(&options),
         Command::Migrate(command) => migrate::run(&command),
         Command::Waypoint(command) => waypoint::run(&command),

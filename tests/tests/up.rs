@@ -326,6 +326,56 @@ async fn exec_logs_and_dump_reach_a_running_mesh() {
     assert_eq!(ambit(&up, &["dump", "node-1"], "").await.0, Some(1), "no mesh runs");
 }
 
+/// Asks `ambit why` of the mesh of `up`, and demands a line that has every one of `wanted`.
+async fn explains(up: &Up, args: &[&str], code: i32, wanted: &[&[&str]]) {
+    let args = [&["why", "--local", "-n", "bookinfo"], args].concat();
+    let (ended, text) = ambit(up, &args, "").await;
+    assert_eq!(ended, Some(code), "{args:?}: {text}");
+    for parts in wanted {
+        let is_wanted = |line: &str| parts.iter().all(|part| line.contains(part));
+        assert!(text.lines().any(is_wanted), "{args:?}: {parts:?} is not in one line of\n{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn why_leads_to_each_planted_fault() {
+    // A rule that jason's requests should match, and a waypoint without pods.
+    let (directory, _) = changed("routes.yaml", "value: jason", "value: jasn");
+    let file = directory.path().join("ratings.yaml");
+    let ratings = fs::read_to_string(&file).unwrap();
+    fs::write(&file, ratings.replace("use-waypoint: waypoint", "use-waypoint: absent")).unwrap();
+    let waypoint = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: absent, namespace: bookinfo,\
+                    \n  annotations: {local.ambit.dev/replicas: '0'}}\nspec: {gatewayClassName: ambit-waypoint,\
+                    \n  listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n";
+    fs::write(directory.path().join("absent.yaml"), waypoint).unwrap();
+    let mut up = Up::start(directory.path(), false);
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
+    let passes: &[&[&str]] = &[
+        &["✓ bookinfo/reviews-v", "port 9080 gets it, encrypted and authenticated"],
+        &["→ HTTPRoute/bookinfo/reviews, rule 2: matches"],
+        &["· HTTPRoute/bookinfo/reviews, rule 1: header end-user: \"jasn\" is wanted"],
+        &["→ AuthorizationPolicy/bookinfo/reviews-viewer (ALLOW): matches and decides"],
+        &["→ policy bookinfo/only-through-the-waypoint (ALLOW): matches and decides"],
+    ];
+    explains(&up, &["productpage-v1", "http://reviews:9080/reviews/0", "-H", "end-user: jason"], 0, passes)
+        .await;
+    let denied: &[&[&str]] = &[
+        &["✗ waypoint bookinfo/waypoint", "answers 403"],
+        &["· AuthorizationPolicy/bookinfo/reviews-viewer (ALLOW): does not match: methods"],
+    ];
+    explains(&up, &["productpage-v1", "http://reviews:9080/reviews/0", "-X", "DELETE"], 1, denied).await;
+    let missing: &[&[&str]] =
+        &[&["✗ node proxy of bookinfo/reviews-v1", "refuses it (resolve): waypoint", "absent"]];
+    explains(&up, &["reviews-v1", "http://ratings:9080/ratings/0"], 1, missing).await;
+    // Past the waypoint, by the Service of one version.
+    let direct: &[&[&str]] =
+        &[&["refuses it (authorize)", "denied: policies that allow apply, and none matches"]];
+    explains(&up, &["productpage-v1", "reviews-v1:9080"], 1, direct).await;
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0));
+    up.assert_gone(&BTreeSet::new()).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn programs_of_the_mesh_that_die_are_restarted() {
     let mut up = Up::start(&manifests(), false);

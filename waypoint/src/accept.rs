@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 
 use crate::activity::{Activity, Bounds};
 use crate::protocol;
-use crate::proxy::Worker;
+use crate::proxy::{Published, Worker};
 use crate::report::RecentSeries;
 use crate::sanitise::Claims;
 
@@ -227,9 +227,18 @@ async fn tunnel(
 /// What an authority stands for, if that is bound to this waypoint.
 fn destination(worker: &Worker, certificate: &PeerCertificate, authority: &Authority) -> Option<Destination> {
     let published = worker.proxy.published.load();
-    let snapshot = &published.directory;
-    let namespace = certificate.identity().namespace();
     let network = &worker.proxy.settings.network;
+    find(&published, network, certificate.identity().namespace(), authority)
+}
+
+/// What a client in `namespace` means by an authority, if that is bound to this waypoint.
+pub fn find(
+    published: &Published,
+    network: &str,
+    namespace: &str,
+    authority: &Authority,
+) -> Option<Destination> {
+    let snapshot = &published.directory;
     let service = match authority {
         Authority::Address(address) => snapshot.service_at(network, address.ip(), namespace),
         Authority::Host { host, .. } => snapshot.service_named(host, namespace),

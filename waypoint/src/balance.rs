@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ambit_api::is_local;
 use ambit_directory::{
@@ -48,19 +49,14 @@ pub struct Balanced {
 pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failure> {
     let proxy = &inbound.worker.proxy;
     let Some(Routed { rule, .. }) = routed else {
-        let (authority, balanced) = match &inbound.destination {
+        let authority = match &inbound.destination {
             Destination::Service { service, port, .. } => {
-                let key = SlotKey { host: service.host.clone(), port: *port, subset: None };
-                let balanced = if service.ports.get(*port).is_some() {
-                    Some(balanced(proxy, published, &key).map_err(|why| failure(why, &key))?)
-                } else {
-                    return Err(Failure::NoEndpoint(format!("service {} has no port {port}", service.host)));
-                };
-                (Authority::Host { host: service.host.hostname.clone(), port: *port }, balanced)
+                return of_service(proxy, published, service, *port);
             }
-            Destination::Workload { address, .. } => (Authority::Address(*address), None),
+            Destination::Workload { address, .. } => Authority::Address(*address),
         };
-        return Ok(Target { authority, backend: None, protocol: inbound.destination.protocol(), balanced });
+        let protocol = inbound.destination.protocol();
+        return Ok(Target { authority, backend: None, protocol, balanced: None });
     };
     let invalid =
         |reason: &str| Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_owned() };
@@ -71,6 +67,29 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
     let drawn = rule.backends.choose(rand::rng().random_range(0..total));
     let backend = drawn.ok_or_else(|| invalid("no backend gets requests"))?;
     of_backend(proxy, published, backend).map_err(|reason| invalid(&reason))
+}
+
+/// A port of a service as a target.
+///
+/// # Errors
+/// [`Failure::NoEndpoint`], [`Failure::InvalidPolicy`], [`Failure::UnknownService`].
+pub fn of_service(
+    proxy: &Proxy,
+    published: &Published,
+    service: &Service,
+    port: u16,
+) -> Result<Target, Failure> {
+    let Some(mapping) = service.ports.get(port) else {
+        return Err(Failure::NoEndpoint(format!("service {} has no port {port}", service.host)));
+    };
+    let key = SlotKey { host: service.host.clone(), port, subset: None };
+    let balanced = balanced(proxy, published, &key).map_err(|why| failure(why, &key))?;
+    Ok(Target {
+        authority: Authority::Host { host: service.host.hostname.clone(), port },
+        backend: None,
+        protocol: mapping.app_protocol,
+        balanced: Some(balanced),
+    })
 }
 
 /// The target that a backend is.
@@ -121,6 +140,11 @@ fn failure(why: Unresolved, key: &SlotKey) -> Failure {
 }
 
 impl Balanced {
+    /// The time that ejections are measured by.
+    pub fn now(&self) -> Duration {
+        self.slot.now()
+    }
+
     /// The endpoints in their present state.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ pub mod client_stream;
 pub mod config;
 pub mod dump;
 pub mod exchange;
+pub mod explain;
 pub mod external;
 pub mod failure;
 pub mod feed;

@@ -95,6 +95,11 @@ impl Policies {
         self.tokens(destination).any(|rule| !is_declared || rule.needs_request())
     }
 
+    /// The policies that allow or deny at a destination.
+    pub fn applying(&self, destination: &Destination) -> impl Iterator<Item = &Policy> {
+        self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy)
+    }
+
     /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
     pub fn decide(
         &self,
@@ -138,7 +143,8 @@ impl Policies {
     }
 }
 
-fn request<'a>(destination: &Destination, client: &'a SpiffeId, source: IpAddr) -> Request<'a> {
+/// A request as policies see what of it every connection shows.
+pub fn request<'a>(destination: &Destination, client: &'a SpiffeId, source: IpAddr) -> Request<'a> {
     Request {
         peer: Some(Peer {
             principal: client.principal(),

@@ -8,6 +8,7 @@ pub mod config;
 pub mod connection;
 pub mod directory;
 pub mod dns;
+pub mod explain;
 pub mod inbound;
 pub mod outbound;
 pub mod pods;

@@ -14,13 +14,37 @@ use super::protocol::{LONGEST_PACKET, Reply, Request};
 
 /// Sends a request to the mesh of `ambit up` with process id `mesh`, or to the only one, and follows it to its end.
 pub(super) fn ask(mesh: Option<u32>, request: &Request) -> anyhow::Result<ExitCode> {
-    let path = choose(mesh, directory::meshes()?)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let socket = SeqPacket::connect(&path)
-            .with_context(|| format!("connect to the mesh at {}", path.display()))?;
-        follow(&socket, request).await
-    })
+    runtime.block_on(async { follow(&connect(mesh)?, request).await })
+}
+
+/// Sends a request to such a mesh; returns the whole text of its answer.
+pub(super) async fn fetch(mesh: Option<u32>, request: &Request) -> anyhow::Result<String> {
+    let socket = connect(mesh)?;
+    send(&socket, request, &[]).await?;
+    let mut buffer = vec![0; LONGEST_PACKET];
+    let mut whole = String::new();
+    loop {
+        match receive(&socket, &mut buffer).await? {
+            Reply::Text(text) => whole.push_str(&text),
+            Reply::Done { .. } => return Ok(whole),
+            Reply::Failed(message) => bail!(message),
+        }
+    }
+}
+
+fn connect(mesh: Option<u32>) -> anyhow::Result<SeqPacket> {
+    let path = choose(mesh, directory::meshes()?)?;
+    SeqPacket::connect(&path).with_context(|| format!("connect to the mesh at {}", path.display()))
+}
+
+async fn receive(socket: &SeqPacket, buffer: &mut [u8]) -> anyhow::Result<Reply> {
+    let length = socket.recv(buffer).await.context("read the answer of the mesh")?.len;
+    let packet = buffer.get(..length).unwrap_or_default();
+    if packet.is_empty() {
+        bail!("the mesh has ended");
+    }
+    serde_json::from_slice(packet).context("read the answer of the mesh")
 }
 
 fn choose(wanted: Option<u32>, meshes: Vec<(u32, PathBuf)>) -> anyhow::Result<PathBuf> {
@@ -46,13 +70,8 @@ async fn follow(socket: &SeqPacket, request: &Request) -> anyhow::Result<ExitCod
     let mut buffer = vec![0; LONGEST_PACKET];
     loop {
         tokio::select! {
-            received = socket.recv(&mut buffer) => {
-                let length = received.context("read the answer of the mesh")?.len;
-                let packet = buffer.get(..length).unwrap_or_default();
-                if packet.is_empty() {
-                    bail!("the mesh has ended");
-                }
-                match serde_json::from_slice(packet).context("read the answer of the mesh")? {
+            reply = receive(socket, &mut buffer) => {
+                match reply? {
                     Reply::Text(text) => {
                         if !print(&text) {
                             return Ok(ExitCode::SUCCESS);

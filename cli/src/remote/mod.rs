@@ -1,4 +1,4 @@
-//! Commands for a mesh that `ambit up` runs in another terminal: `ambit exec`, `ambit logs`, `ambit dump`.
+//! Commands for a mesh that `ambit up` runs in another terminal: `ambit exec`, `ambit logs`, `ambit dump`, and `ambit why --local`.
 //!
 //! `ambit up` listens on a socket of the user's; each command is one connection to it. A packet is one JSON message.
 
@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 pub(crate) use directory::Endpoint;
+pub(crate) use protocol::Asked;
 pub(crate) use server::serve;
 
 use protocol::{Request, Target};
@@ -93,6 +94,14 @@ pub(crate) fn exec(options: &Exec) -> anyhow::Result<ExitCode> {
 pub(crate) fn logs(options: &Logs) -> anyhow::Result<ExitCode> {
     let request = Request::Logs { target: options.container.target(), follow: options.follow };
     client::ask(options.mesh.mesh, &request)
+}
+
+/// What a proxy of a mesh of `ambit up` answers to a `GET` at its admin server; `mesh` is the process id of one of several.
+///
+/// # Errors
+/// When no mesh runs, it has no such proxy, or the answer is no success.
+pub(crate) async fn admin(mesh: Option<u32>, proxy: Asked, path: &str) -> anyhow::Result<String> {
+    client::fetch(mesh, &Request::Admin { proxy, path: path.to_owned() }).await
 }
 
 /// Prints the configuration of a node's proxy as JSON.

@@ -16,6 +16,16 @@ pub(super) struct Target {
     pub(super) container: Option<String>,
 }
 
+/// A proxy to ask.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Asked {
+    /// The proxies of nodes, one after the other until one answers with success.
+    Nodes,
+    /// The waypoint that is this pod.
+    Waypoint { namespace: String, pod: String },
+}
+
 /// A request of a command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -26,6 +36,8 @@ pub(super) enum Request {
     Logs { target: Target, follow: bool },
     /// Prints the configuration of a node's proxy.
     Dump { node: String },
+    /// Asks the admin server of a proxy, which answers in pieces.
+    Admin { proxy: Asked, path: String },
     /// Passes a signal on to the command of [`Request::Exec`].
     Signal { number: i32 },
 }

@@ -9,7 +9,7 @@ use ambit_net::seqpacket::{Received, SeqPacket, SeqPacketListener};
 use anyhow::{Context, anyhow, bail};
 use tokio::sync::Semaphore;
 
-use super::protocol::{LONGEST_PACKET, Reply, Request, Target, pieces};
+use super::protocol::{Asked, LONGEST_PACKET, Reply, Request, Target, pieces};
 
 /// Connections at once; others wait.
 const CONNECTIONS: usize = 64;
@@ -63,6 +63,7 @@ async fn answer(socket: &SeqPacket, cluster: &Weak<Cluster>) -> anyhow::Result<(
             }
         }
         Request::Dump { node } => dump(socket, cluster, &node).await,
+        Request::Admin { proxy, path } => admin(socket, cluster, &proxy, &path).await,
         Request::Signal { .. } => bail!("there is no command to signal"),
     }
 }
@@ -156,6 +157,35 @@ async fn dump(socket: &SeqPacket, cluster: &Weak<Cluster>, node: &str) -> anyhow
     let index = index.with_context(|| format!("there is no node {node}; there are {}", names.join(", ")))?;
     let dump = cluster.ztunnel(index)?.config_dump().await?;
     send_text(socket, &format!("{}\n", serde_json::to_string_pretty(&dump)?)).await?;
+    send(socket, &Reply::Done { code: 0 }).await
+}
+
+/// Passes on what a proxy's admin server answers to a `GET`.
+async fn admin(socket: &SeqPacket, cluster: &Weak<Cluster>, proxy: &Asked, path: &str) -> anyhow::Result<()> {
+    let cluster = cluster.upgrade().context("the mesh is ending")?;
+    let mut answer = None;
+    match proxy {
+        Asked::Nodes => {
+            for index in 0..cluster.nodes() {
+                let answered = cluster.ztunnel(index)?.admin("GET", path).await?;
+                let is_success = answered.0 == 200;
+                answer = Some(answered);
+                if is_success {
+                    break;
+                }
+            }
+        }
+        Asked::Waypoint { namespace, pod } => {
+            let pod = cluster
+                .find_pod(namespace, pod)
+                .with_context(|| format!("there is no pod {namespace}/{pod}"))?;
+            answer = Some(cluster.waypoint_admin(&pod, path).await?);
+        }
+    }
+    match answer.context("the mesh has no node")? {
+        (200, text) => send_text(socket, &text).await?,
+        (status, text) => bail!("{path} answered {status}: {}", text.trim()),
+    }
     send(socket, &Reply::Done { code: 0 }).await
 }
 

@@ -2,7 +2,7 @@
 //! as the control plane deploys them in Kubernetes; and the Gateway's status, which says where it is reached.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ::http::Method;
 use ambit_api::ports;
@@ -46,6 +46,18 @@ impl Cluster {
         let at = SocketAddr::new(IpAddr::V4(pod.ip()), ports::METRICS);
         let (_, text) = http::request(&pod.inner.sandbox, at, Method::GET, "/metrics").await?;
         Ok(Metrics::parse(&String::from_utf8_lossy(&text)))
+    }
+}
+
+impl Cluster {
+    /// `GET` of a path at the admin server of a waypoint's pod; returns status and text.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn waypoint_admin(&self, pod: &Pod, path: &str) -> Result<(u16, String)> {
+        let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), ports::ADMIN);
+        let (status, text) = http::request(&pod.inner.sandbox, at, Method::GET, path).await?;
+        Ok((status.as_u16(), String::from_utf8_lossy(&text).into_owned()))
     }
 }
 

@@ -270,6 +270,12 @@ impl Policy {
         self.rules.iter().any(|rule| rule.matches(&request))
     }
 
+    /// For people: the field that is not met, of each rule; `None` if a rule matches.
+    pub fn unmet(&self, request: &Request<'_>, http: Option<&HttpRequest<'_>>) -> Option<Vec<&'static str>> {
+        let request = Facts { http, ..Facts::of(request) };
+        self.rules.iter().map(|rule| rule.unmet(&request)).collect()
+    }
+
     pub(crate) fn rules(&self) -> &[Rule] {
         &self.rules
     }
@@ -325,6 +331,17 @@ impl Rule {
 
     pub(crate) fn matches(&self, request: &Facts<'_>) -> bool {
         self.clauses.iter().all(|clause| clause.matches(request))
+    }
+
+    fn unmet(&self, request: &Facts<'_>) -> Option<&'static str> {
+        let failing = self.clauses.iter().find(|clause| !clause.matches(request))?;
+        Some(
+            failing
+                .matches
+                .iter()
+                .find_map(|candidate| candidate.unmet(request))
+                .unwrap_or("a match without fields"),
+        )
     }
 }
 
@@ -421,22 +438,38 @@ impl Match {
     }
 
     fn matches(&self, request: &Facts<'_>) -> bool {
-        if self.is_empty() {
-            return false;
+        !self.is_empty() && self.unmet(request).is_none()
+    }
+
+    /// The field that is not met, as AuthorizationPolicy names it; `None` if all are.
+    fn unmet(&self, request: &Facts<'_>) -> Option<&'static str> {
+        let texts = |wanted: &Texts, unwanted: &Texts, value| {
+            (wanted.is_empty() || wanted.matches(value)) && !unwanted.matches(value)
+        };
+        let nets = |wanted: &Nets, unwanted: &Nets, address| {
+            (wanted.is_empty() || wanted.matches(address)) && !unwanted.matches(address)
+        };
+        let accounts = &self.service_accounts;
+        let ports = &self.destination_ports;
+        if !texts(&self.principals, &self.not_principals, request.principal) {
+            Some("principals")
+        } else if !texts(&self.namespaces, &self.not_namespaces, request.namespace) {
+            Some("namespaces")
+        } else if !(accounts.is_empty() || accounts.matches(request.service_account))
+            || self.not_service_accounts.matches(request.service_account)
+        {
+            Some("serviceAccounts")
+        } else if !nets(&self.source_ips, &self.not_source_ips, request.source_ip) {
+            Some("ipBlocks")
+        } else if !nets(&self.destination_ips, &self.not_destination_ips, request.destination_ip) {
+            Some("destination.ip")
+        } else if !(ports.is_empty() || ports.matches(request.destination_port))
+            || self.not_destination_ports.matches(request.destination_port)
+        {
+            Some("ports")
+        } else {
+            self.http.as_ref().and_then(|http| http.unmet(request.http))
         }
-        (self.principals.is_empty() || self.principals.matches(request.principal))
-            && (self.namespaces.is_empty() || self.namespaces.matches(request.namespace))
-            && (self.service_accounts.is_empty() || self.service_accounts.matches(request.service_account))
-            && (self.source_ips.is_empty() || self.source_ips.matches(request.source_ip))
-            && (self.destination_ips.is_empty() || self.destination_ips.matches(request.destination_ip))
-            && (self.destination_ports.is_empty() || self.destination_ports.matches(request.destination_port))
-            && !self.not_principals.matches(request.principal)
-            && !self.not_namespaces.matches(request.namespace)
-            && !self.not_service_accounts.matches(request.service_account)
-            && !self.not_source_ips.matches(request.source_ip)
-            && !self.not_destination_ips.matches(request.destination_ip)
-            && !self.not_destination_ports.matches(request.destination_port)
-            && self.http.as_ref().is_none_or(|http| http.matches(request.http))
     }
 }
 

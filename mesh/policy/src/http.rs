@@ -68,6 +68,20 @@ enum Reading {
 }
 
 impl Attribute {
+    /// The field or condition of an AuthorizationPolicy that it stands for.
+    fn field(&self) -> &'static str {
+        match self {
+            Self::Host => "hosts",
+            Self::Method => "methods",
+            Self::RequestPrincipal => "requestPrincipals",
+            Self::RequestAudience => "request.auth.audiences",
+            Self::RequestPresenter => "request.auth.presenter",
+            Self::ServerName => "connection.sni",
+            Self::Header(_) => "request.headers",
+            Self::Claim(_) => "request.auth.claims",
+        }
+    }
+
     /// Whether one of `texts` matches the attribute of `request`; one that is not there matches nothing.
     fn matches(&self, texts: &Texts, request: &HttpRequest<'_>, reading: Reading) -> bool {
         let token = request.token;
@@ -175,21 +189,28 @@ impl HttpMatch {
             && not_remote_ips.is_empty()
     }
 
-    /// Whether it matches. Of a connection whose requests nobody reads, what is demanded counts as met by a DENY and as not met
-    /// by an ALLOW.
-    pub(crate) fn matches(&self, request: Option<&HttpRequest<'_>>) -> bool {
+    /// The field that is not met, as AuthorizationPolicy names it; `None` if it matches. Of a connection whose requests nobody
+    /// reads, what is demanded counts as met by a DENY and as not met by an ALLOW.
+    pub(crate) fn unmet(&self, request: Option<&HttpRequest<'_>>) -> Option<&'static str> {
         let denies = self.action == Action::Deny;
-        let Some(request) = request else { return denies };
+        let Some(request) = request else { return (!denies).then_some("HTTP") };
         // What matches makes a DENY deny; what may not match makes an ALLOW deny.
         let (values, not_values) =
             if denies { (Reading::Any, Reading::Whole) } else { (Reading::Whole, Reading::Any) };
-        self.attributes.iter().all(|wanted| {
+        let is_unmet = |wanted: &&AttributeMatch| {
             let matches = |texts, reading| wanted.attribute.matches(texts, request, reading);
-            (wanted.values.is_empty() || matches(&wanted.values, values))
-                && !matches(&wanted.not_values, not_values)
-        }) && (self.paths.is_empty() || self.paths.matches(request.path))
-            && !self.not_paths.matches(request.path)
-            && self.remote_ip_matches(request.remote_ip, denies)
+            !(wanted.values.is_empty() || matches(&wanted.values, values))
+                || matches(&wanted.not_values, not_values)
+        };
+        if let Some(unmet) = self.attributes.iter().find(is_unmet) {
+            return Some(unmet.attribute.field());
+        }
+        let is_path = (self.paths.is_empty() || self.paths.matches(request.path))
+            && !self.not_paths.matches(request.path);
+        if !is_path {
+            return Some("paths");
+        }
+        (!self.remote_ip_matches(request.remote_ip, denies)).then_some("remoteIpBlocks")
     }
 
     fn remote_ip_matches(&self, address: Option<IpAddr>, denies: bool) -> bool {

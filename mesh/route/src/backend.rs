@@ -51,6 +51,12 @@ impl Backends {
         self.cumulative.get(at).map(|(_, backend)| backend)
     }
 
+    /// Those that get requests, with their weights, in order.
+    pub fn weighted(&self) -> impl Iterator<Item = (u64, &Backend)> {
+        let before = std::iter::once(0).chain(self.cumulative.iter().map(|(sum, _)| *sum));
+        self.cumulative.iter().zip(before).map(|((sum, backend), before)| (sum - before, backend))
+    }
+
     /// Those that get requests, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Backend> {
         self.cumulative.iter().map(|(_, backend)| backend)

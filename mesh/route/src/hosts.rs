@@ -38,6 +38,20 @@ impl<T: Default> Hosts<T> {
         exact.into_iter().chain(below).chain([&self.any])
     }
 
+    /// What is there for hosts that are not this one, by the host as a route writes it, in the order of names.
+    pub(crate) fn others(&self, host: &str) -> Vec<(String, &T)> {
+        let exact = self.exact.iter().filter(|(name, _)| ***name != *host);
+        let exact = exact.map(|(name, found)| (name.to_string(), found));
+        let below = self.below.iter().filter(|(suffix, _)| {
+            // As `matching`: at least one label comes before the suffix.
+            !host.match_indices('.').any(|(at, _)| host.get(at..) == Some(&***suffix))
+        });
+        let below = below.map(|(suffix, found)| (format!("*{suffix}"), found));
+        let mut others: Vec<(String, &T)> = exact.chain(below).collect();
+        others.sort_by(|(one, _), (other, _)| one.cmp(other));
+        others
+    }
+
     pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.exact.values_mut().chain(self.below.values_mut()).chain([&mut self.any])
     }

@@ -3,6 +3,7 @@
 //! - [`Table`]: every route by what it is attached to; [`Table::routes`] finds those of a service and port;
 //! - [`StreamTable`]: every route for connections that are passed on unread;
 //! - [`RouteSet::find`]: the rule of a request, by the precedence of Gateway API or by declaration;
+//! - [`RouteSet::candidates`]: why a request follows its rule, for people;
 //! - [`Rule`]: what to do with the request: [`Filter`]s, [`Backends`], timeouts, retries;
 //! - [`filter`]: what filters make of a request or response, as pure functions over `http`'s types.
 //!
@@ -12,6 +13,7 @@
 mod backend;
 mod compile;
 mod conditions;
+mod explain;
 mod field;
 pub mod filter;
 mod hosts;
@@ -21,6 +23,7 @@ mod table;
 
 pub use backend::{Backend, Backends};
 pub use compile::fault;
+pub use explain::Candidate;
 pub use field::{FieldMatch, StringMatch};
 pub use filter::Filter;
 pub use rule::{Retry, RouteName, Rule, Timeouts};

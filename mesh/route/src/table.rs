@@ -137,9 +137,9 @@ impl Ports {
 /// The routes for one port of a service.
 #[derive(Debug, Default)]
 pub struct RouteSet {
-    specific: Hosts<Paths>,
-    has_specific: bool,
-    declared: Hosts<Vec<(PathMatch, Entry)>>,
+    pub(crate) specific: Hosts<Paths>,
+    pub(crate) has_specific: bool,
+    pub(crate) declared: Hosts<Vec<(PathMatch, Entry)>>,
     has_declared: bool,
 }
 
@@ -154,11 +154,11 @@ pub(crate) struct Entry {
 
 /// Entries by path.
 #[derive(Debug, Default)]
-struct Paths {
-    exact: HashMap<Box<str>, Vec<Entry>>,
+pub(crate) struct Paths {
+    pub(crate) exact: HashMap<Box<str>, Vec<Entry>>,
     /// Those that are tried one by one.
-    patterns: Vec<(PathMatch, Entry)>,
-    prefix: HashMap<Box<str>, Vec<Entry>>,
+    pub(crate) patterns: Vec<(PathMatch, Entry)>,
+    pub(crate) prefix: HashMap<Box<str>, Vec<Entry>>,
     /// The longest prefix: no longer part of a path needs a look.
     longest: usize,
 }

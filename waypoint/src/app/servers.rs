@@ -10,8 +10,8 @@ use ambit_telemetry::logging::Logging;
 use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
-use crate::dump;
 use crate::proxy::{External, Limited, Tallies};
+use crate::{dump, explain};
 
 /// Starts the three servers.
 ///
@@ -38,6 +38,7 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
         .section("routes", move || serde_json::to_value(&published.load().routes_dump))
         .section("balancers", move || serde_json::to_value(dump::balancers(&proxy.balancers)));
+    let admin = explain::routes(admin, &program.proxy);
     servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
 }
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::Requests;
 use super::{Parts, Program, dump};
 use crate::directory::ondemand::{self, OnDemandClient};
+use crate::explain;
 use crate::proxy::{Proxy, ProxyMetrics, Tally};
 use ambit_runtime::tasks::Tasks;
 use ambit_runtime::{observe, servers};
@@ -51,6 +52,7 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .section("certificates", move || Ok(dump::certificates(&certificates.list())))
         .section("connections", move || serde_json::to_value(proxy.connections.summaries()))
         .section("pods", move || Ok(pod_dump(&pods)));
+    let admin = explain::routes(admin, &program.proxy);
     servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
 }
 

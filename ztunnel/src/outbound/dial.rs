@@ -4,13 +4,13 @@
 //! `outbound` calls it for every connection of a pod; `attempt` connects. Nothing of the application is read here.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
 use ambit_directory::{
-    Authority, ClientRole, Demand, Dependency, Load, Question, Route, Workload, WorkloadUid, resolve,
-    resolve_on_demand,
+    Authority, ClientRole, Demand, Dependencies, Dependency, Load, Question, Route, Workload, WorkloadUid,
+    resolve, resolve_on_demand,
 };
 use ambit_hbone::{OpenError, Tunnel};
 use ambit_net::relay::Counters;
@@ -244,6 +244,19 @@ impl Dial<'_> {
         let source = End { workload: Some(self.client.clone()), ..End::default() };
         AccessRecord::outbound(source, self.source, &self.dialled, self.since)
     }
+}
+
+/// Where a connection of a pod would go now, and what that depends on. Nothing is asked of the control plane.
+pub fn preview(proxy: &Proxy, pod: &Pod, client: &Workload, destination: Authority) -> (Route, Dependencies) {
+    let source = client.address_like(destination.address().map(|address| address.ip()));
+    let question = Question {
+        client,
+        role: ClientRole::Workload,
+        source: source.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        destination,
+        exclude: &[],
+    };
+    resolve_on_demand(&proxy.directory.load(), &question, &SeenByPod { proxy, pod }, &mut rand::rng())
 }
 
 /// What endpoint choice asks: the connections of this node, and what the pod could not reach.

@@ -17,7 +17,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ambit_directory::{Authority, Workload};
+use ambit_directory::{Authority, Snapshot, Workload};
 use ambit_net::original_dst;
 use ambit_net::relay::{Counters, Side};
 use ambit_net::socket::reset_on_close;
@@ -108,19 +108,9 @@ fn own_address(worker: &Worker, pod: &Pod, peer: SocketAddr) -> SocketAddr {
 /// DNS, else the name itself, which then is refused as unknown.
 async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str, port: u16) -> Authority {
     let name = name.trim_end_matches('.').to_ascii_lowercase();
-    let namespace = &pod.info().namespace;
-    let domain = &worker.proxy.settings.cluster_domain;
-    let candidates = [
-        name.clone(),
-        format!("{name}.{namespace}.svc.{domain}"),
-        format!("{name}.svc.{domain}"),
-        format!("{name}.{domain}"),
-    ];
     let known = {
         let snapshot = worker.proxy.directory.load();
-        candidates.into_iter().find(|name| {
-            snapshot.service_named(name, namespace).is_some() || !snapshot.workloads_named(name).is_empty()
-        })
+        known_name(&snapshot, &pod.info().namespace, &worker.proxy.settings.cluster_domain, &name)
     };
     if let Some(hostname) = known {
         return Authority::Host { host: hostname.into(), port };
@@ -135,6 +125,19 @@ async fn name_of(worker: &Worker, pod: &Pod, pod_address: SocketAddr, name: &str
             Authority::Host { host: name.into(), port }
         }
     }
+}
+
+/// The name of the mesh that a pod in `namespace` means by `name` (in lower case), with Kubernetes' search path.
+pub(crate) fn known_name(snapshot: &Snapshot, namespace: &str, domain: &str, name: &str) -> Option<String> {
+    let candidates = [
+        name.to_owned(),
+        format!("{name}.{namespace}.svc.{domain}"),
+        format!("{name}.svc.{domain}"),
+        format!("{name}.{domain}"),
+    ];
+    candidates.into_iter().find(|name| {
+        snapshot.service_named(name, namespace).is_some() || !snapshot.workloads_named(name).is_empty()
+    })
 }
 
 impl OutboundRequest {

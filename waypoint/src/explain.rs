@@ -1,0 +1,467 @@
+//! How this waypoint would decide about a request: `/explain/request` of the admin server, for `ambit why`.
+//!
+//! The steps are those of a real request, by the functions that it meets; nothing is sent, and no authorizer is asked.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ambit_api::Authority;
+use ambit_directory::WorkloadUid;
+use ambit_explain::{Considered, Explanation, Next, Workload as Named};
+use ambit_identity::SpiffeId;
+use ambit_policy::{Action, HttpRequest, Policy, Token};
+use ambit_route::{Backend, Filter, RequestHead, Rule};
+use ambit_telemetry::Admin;
+use ambit_telemetry::http::{Query, Reply, reply, text};
+use ambit_token::rules;
+use http::request::Parts;
+use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
+
+use crate::accept::{self, Destination};
+use crate::balance;
+use crate::failure::Failure;
+use crate::policies;
+use crate::proxy::{Proxy, Published};
+use crate::sanitise::{self, Claims, Sane};
+
+/// A parameter that is missing or can't be read.
+#[derive(Debug, thiserror::Error)]
+#[error("parameter {name}: {what}")]
+struct ParameterError {
+    name: &'static str,
+    what: String,
+}
+
+/// A request to explain.
+struct Asked {
+    client: SpiffeId,
+    source: IpAddr,
+    destination: Authority,
+    parts: Parts,
+}
+
+/// Adds the route.
+///
+/// `GET /explain/request?from=SPIFFE_ID&source=ADDRESS&to=HOST:PORT&method=GET&path=/&host=HOST&headers=NAME: VALUE`: what would be done with a
+/// request; `headers` has one field a line.
+pub fn routes(admin: Admin, proxy: &Arc<Proxy>) -> Admin {
+    let proxy = proxy.clone();
+    admin.get("/explain/request", move |query| {
+        let answer = answer(&proxy, &query);
+        async move { answer }
+    })
+}
+
+fn answer(proxy: &Proxy, query: &Query) -> Reply {
+    let explained = Asked::read(query).map(|asked| explain(proxy, asked));
+    match explained.map(|explanation| serde_json::to_vec(&explanation)) {
+        Ok(Ok(body)) => reply(StatusCode::OK, "application/json", body.into()),
+        Ok(Err(error)) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+    }
+}
+
+impl Asked {
+    fn read(query: &Query) -> Result<Self, ParameterError> {
+        let client = parse("from", parameter(query, "from")?)?;
+        let source = parse("source", query.get("source").unwrap_or("0.0.0.0"))?;
+        let destination: Authority = parse("to", parameter(query, "to")?)?;
+        let method: Method = parse("method", query.get("method").unwrap_or("GET"))?;
+        let path = query.get("path").unwrap_or("/");
+        let host = query.get("host").map_or_else(|| destination.to_string(), str::to_owned);
+        let wrong = |error: http::Error| ParameterError { name: "path", what: format!("{path:?}: {error}") };
+        let request = Request::builder().method(method).uri(path).header(http::header::HOST, host);
+        let (mut parts, ()) = request.body(()).map_err(wrong)?.into_parts();
+        for line in query.get("headers").unwrap_or_default().lines() {
+            let wrong = |what: String| ParameterError { name: "headers", what: format!("{line:?}: {what}") };
+            let (name, value) = line.split_once(':').ok_or_else(|| wrong("it has no colon".to_owned()))?;
+            let name: HeaderName = name
+                .trim()
+                .parse()
+                .map_err(|error: http::header::InvalidHeaderName| wrong(error.to_string()))?;
+            let value: HeaderValue = value
+                .trim()
+                .parse()
+                .map_err(|error: http::header::InvalidHeaderValue| wrong(error.to_string()))?;
+            parts.headers.append(name, value);
+        }
+        Ok(Self { client, source, destination, parts })
+    }
+}
+
+fn parameter<'q>(query: &'q Query, name: &'static str) -> Result<&'q str, ParameterError> {
+    query.get(name).ok_or_else(|| ParameterError { name, what: "it is missing".to_owned() })
+}
+
+fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(
+    name: &'static str,
+    value: &str,
+) -> Result<T, ParameterError> {
+    value.parse().map_err(|error: T::Err| ParameterError { name, what: format!("{value:?}: {error}") })
+}
+
+fn explain(proxy: &Proxy, asked: Asked) -> Explanation {
+    let published = proxy.published.load_full();
+    let Asked { client, source, destination, mut parts } = asked;
+    let mut explanation = Explanation::begin();
+    let network = &proxy.settings.network;
+    let Some(found) = accept::find(&published, network, client.namespace(), &destination) else {
+        let text = format!("{destination} is nothing that is bound to this waypoint");
+        return failed(explanation, "accept", &Failure::Unavailable(text));
+    };
+    explanation.passes(
+        "accept",
+        format!("{destination} is bound to this waypoint: {}", found.host()),
+        Vec::new(),
+    );
+    let host = found.host();
+    let claims = Claims {
+        client: source,
+        trusted: false,
+        default_host: &host,
+        target_size: proxy.settings.limits.target_size,
+    };
+    let written = parts.uri.path().to_owned();
+    let sane = match sanitise::sanitise(&mut parts, &claims) {
+        Ok(sane) => sane,
+        Err(failure) => return failed(explanation, "sanitise", &failure),
+    };
+    if parts.uri.path() != written {
+        explanation.warns("sanitise", format!("the path is read as {}", parts.uri.path()), Vec::new());
+    }
+    let request = Seen { published: &published, destination: &found, client: &client, source, sane: &sane };
+    let matched = request.matched(&parts);
+    let token = match request.token(&mut parts) {
+        Ok(token) => token,
+        Err(failure) => return failed(explanation, "authenticate", &failure),
+    };
+    let explanation = request.authorize(explanation, &parts, token.as_ref());
+    if explanation.refusal().is_some() {
+        return explanation;
+    }
+    let rule = match matched {
+        Matched::Straight => None,
+        Matched::None(considered) => {
+            let text = Failure::NoRoute.to_string();
+            return explanation.refuses("match", text, considered).goes(answered(&Failure::NoRoute));
+        }
+        Matched::Rule(rule, considered) => Some((rule, considered)),
+    };
+    forward(proxy, &request, rule, explanation)
+}
+
+/// A request in the form in which it is decided about.
+struct Seen<'a> {
+    published: &'a Published,
+    destination: &'a Destination,
+    client: &'a SpiffeId,
+    source: IpAddr,
+    sane: &'a Sane,
+}
+
+enum Matched {
+    /// No route is attached.
+    Straight,
+    /// Routes are attached, and none matches.
+    None(Vec<Considered>),
+    Rule(Arc<Rule>, Vec<Considered>),
+}
+
+impl Seen<'_> {
+    fn matched(&self, parts: &Parts) -> Matched {
+        let Some(service) = self.destination.service() else { return Matched::Straight };
+        let (host, port) = (&service.host, self.destination.port());
+        let client = self.client.namespace();
+        let Some(routes) = self.published.routes.routes(&host.namespace, &host.hostname, port, client) else {
+            return Matched::Straight;
+        };
+        let head = RequestHead {
+            method: &parts.method,
+            host: &self.sane.host,
+            path: parts.uri.path(),
+            query: parts.uri.query(),
+            headers: &parts.headers,
+            scheme: self.sane.scheme,
+            authority: &self.sane.authority,
+            port,
+            client_namespace: client,
+            client_address: self.source.to_canonical(),
+        };
+        let found = routes.find(&head).map(|matched| matched.rule.clone());
+        let considered = routes.candidates(&head).into_iter().map(|candidate| {
+            let object = rule_name(&candidate.rule);
+            let counts = found.as_ref().is_some_and(|rule| Arc::ptr_eq(rule, &candidate.rule));
+            match candidate.unmet {
+                None if counts => Considered::counts(object, "matches and comes first"),
+                None => Considered::passed_over(object, "matches too, and comes later"),
+                Some(unmet) => Considered::passed_over(object, unmet),
+            }
+        });
+        let considered = considered.collect();
+        match found {
+            Some(rule) => Matched::Rule(rule, considered),
+            None => Matched::None(considered),
+        }
+    }
+
+    fn token(&self, parts: &mut Parts) -> Result<Option<Token>, Failure> {
+        let mut tokens = self.published.policies.tokens(self.destination).peekable();
+        if tokens.peek().is_none() {
+            return Ok(None);
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        rules::authenticate(tokens, &mut parts.headers, &mut parts.uri, now).map_err(Failure::Unauthenticated)
+    }
+
+    fn authorize(&self, mut explanation: Explanation, parts: &Parts, token: Option<&Token>) -> Explanation {
+        let Self { published, destination, client, source, sane } = *self;
+        let http = HttpRequest {
+            authority: &sane.authority,
+            host: &sane.host,
+            method: parts.method.as_str(),
+            path: parts.uri.path(),
+            headers: &parts.headers,
+            remote_ip: Some(source),
+            server_name: None,
+            token,
+        };
+        if let Some(principal) = token.and_then(Token::principal) {
+            explanation.passes("authenticate", format!("the token of {principal} is valid"), Vec::new());
+        }
+        for authorizer in published.policies.authorizers(destination, client, source, &http) {
+            let text = format!("the external authorizer {} would be asked", authorizer.name());
+            explanation.warns("authorize", text, Vec::new());
+        }
+        let verdict = published.policies.decide(destination, client, source, Some(&http));
+        let request = policies::request(destination, client, source);
+        let mut applying: Vec<&Policy> = published.policies.applying(destination).collect();
+        applying.sort_by_key(|policy| (policy.action() == Action::Allow, policy.name().clone()));
+        let considered = applying.iter().map(|policy| {
+            let object = policy_name(policy);
+            match policy.unmet(&request, Some(&http)) {
+                None if verdict.by() == Some(policy.name()) => {
+                    Considered::counts(object, "matches and decides")
+                }
+                None => Considered::passed_over(object, "matches"),
+                Some(unmet) if unmet.is_empty() => {
+                    Considered::passed_over(object, "has no rule, so it matches nothing")
+                }
+                Some(unmet) => {
+                    Considered::passed_over(object, format!("does not match: {}", unmet.join(", ")))
+                }
+            }
+        });
+        let considered = considered.collect();
+        let text = format!("{client}: {}", verdict.decision);
+        if !verdict.allowed() {
+            let failure = Failure::Denied(text);
+            return explanation
+                .refuses("authorize", failure.to_string(), considered)
+                .goes(answered(&failure));
+        }
+        if verdict.dry_run_differs() {
+            explanation.warns("authorize", format!("{text}; a dry-run policy would deny it"), considered);
+        } else {
+            explanation.passes("authorize", text, considered);
+        }
+        explanation
+    }
+}
+
+/// Filters, backends and endpoints.
+fn forward(
+    proxy: &Proxy,
+    request: &Seen<'_>,
+    rule: Option<(Arc<Rule>, Vec<Considered>)>,
+    mut explanation: Explanation,
+) -> Explanation {
+    let Some((rule, considered)) = rule else {
+        explanation.passes("match", "no route is attached: the request goes straight on", Vec::new());
+        return match straight(proxy, request) {
+            Ok((considered, next)) => endpoints(explanation, considered, next),
+            Err(failure) => failed(explanation, "balance", &failure),
+        };
+    };
+    let name = rule_name(&rule);
+    if let Some(reason) = &rule.invalid {
+        let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() };
+        return explanation.refuses("match", failure.to_string(), considered).goes(answered(&failure));
+    }
+    explanation.passes("match", name, considered);
+    for filter in &rule.filters {
+        match filter_effect(filter) {
+            (text, Some(status)) => {
+                return explanation
+                    .refuses("filters", text, Vec::new())
+                    .goes(Next::Answer { status: status.as_u16() });
+            }
+            (text, None) => explanation.passes("filters", text, Vec::new()),
+        }
+    }
+    split(proxy, request, &rule, explanation)
+}
+
+fn split(proxy: &Proxy, request: &Seen<'_>, rule: &Rule, mut explanation: Explanation) -> Explanation {
+    let total = rule.backends.total();
+    let shares: Vec<Considered> = rule
+        .backends
+        .weighted()
+        .map(|(weight, backend)| share(proxy, request.published, weight, total, backend))
+        .collect();
+    let Some(first) = rule.backends.iter().next() else {
+        let reason = "no backend gets requests".to_owned();
+        let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason };
+        return failed(explanation, "split", &failure);
+    };
+    let faulty =
+        rule.backends.iter().any(|backend| balance::of_backend(proxy, request.published, backend).is_err());
+    let text =
+        format!("{} of {} backends can take it", shares.iter().filter(|it| it.counts).count(), shares.len());
+    match faulty {
+        true => explanation.warns("split", text, shares),
+        false => explanation.passes("split", text, shares),
+    }
+    let usable =
+        rule.backends.iter().find_map(|backend| balance::of_backend(proxy, request.published, backend).ok());
+    let Some(target) = usable else {
+        let reason = balance::of_backend(proxy, request.published, first).err().unwrap_or_default();
+        let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason };
+        return failed(explanation, "split", &failure);
+    };
+    match hosts(proxy, &target) {
+        Ok((considered, next)) => endpoints(explanation, considered, next),
+        Err(failure) => failed(explanation, "balance", &failure),
+    }
+}
+
+fn share(proxy: &Proxy, published: &Published, weight: u64, total: u64, backend: &Backend) -> Considered {
+    let subset = backend.subset.as_deref().map(|subset| format!(", subset {subset}")).unwrap_or_default();
+    let object = format!("{}:{}{subset}", backend.hostname, backend.port);
+    let part = format!("{weight} of {total}");
+    match balance::of_backend(proxy, published, backend) {
+        Ok(_) => Considered::counts(object, part),
+        Err(reason) => Considered::passed_over(object, format!("{part}, answered with 500: {reason}")),
+    }
+}
+
+type Hosts = (Vec<Considered>, Option<Next>);
+
+/// The endpoints of a destination without routes.
+fn straight(proxy: &Proxy, request: &Seen<'_>) -> Result<Hosts, Failure> {
+    match request.destination {
+        Destination::Workload { workload, address } => {
+            let next = Next::Workload {
+                workload: named(&workload.uid, &workload.namespace, &workload.name, &workload.node),
+                address: *address,
+                tunnel: true,
+                identity: Some(proxy.identity.to_string()),
+            };
+            Ok((Vec::new(), Some(next)))
+        }
+        Destination::Service { service, port, .. } => {
+            let target = balance::of_service(proxy, request.published, service, *port)?;
+            hosts(proxy, &target)
+        }
+    }
+}
+
+/// The endpoints of a target, and the first that may get the request now.
+fn hosts(proxy: &Proxy, target: &balance::Target) -> Result<Hosts, Failure> {
+    let Some(balanced) = &target.balanced else { return Ok((Vec::new(), None)) };
+    let balancer = balanced.current(proxy)?;
+    let now = balanced.now();
+    let some_ready = balancer.hosts().iter().any(|host| !host.is_terminating && !host.state.is_ejected(now));
+    let mut next = None;
+    let mut all: Vec<_> = balancer.hosts().iter().collect();
+    all.sort_by_key(|host| (host.is_terminating, host.level, host.endpoint.address));
+    let considered = all.into_iter().map(|host| {
+        let uid = host.endpoint.workload.as_ref().map(|workload| workload.uid.to_string());
+        let object = format!("endpoint {} ({})", uid.unwrap_or_default(), host.endpoint.address);
+        if host.is_terminating && some_ready {
+            return Considered::passed_over(object, "it terminates: only while nothing else is left");
+        }
+        if host.state.is_ejected(now) && some_ready {
+            return Considered::passed_over(object, "it is ejected for its failures");
+        }
+        next.get_or_insert_with(|| of_endpoint(proxy, &host.endpoint));
+        let level = if host.level > 0 { format!(", {} levels away", host.level) } else { String::new() };
+        Considered::counts(object, format!("{} requests in progress{level}", host.state.active()))
+    });
+    let considered = considered.collect();
+    Ok((considered, next))
+}
+
+fn of_endpoint(proxy: &Proxy, endpoint: &balance::Endpoint) -> Next {
+    match &endpoint.workload {
+        Some(workload) => Next::Workload {
+            workload: named(&workload.uid, &workload.namespace, &workload.name, &workload.node),
+            address: endpoint.address,
+            tunnel: endpoint.tunnel.is_some(),
+            identity: endpoint.tunnel.is_some().then(|| proxy.identity.to_string()),
+        },
+        None => Next::Outside { address: endpoint.address.to_string() },
+    }
+}
+
+fn endpoints(mut explanation: Explanation, considered: Vec<Considered>, next: Option<Next>) -> Explanation {
+    match next {
+        Some(next) => {
+            let usable = considered.iter().filter(|it| it.counts).count();
+            explanation.passes("balance", format!("{usable} endpoints may get it"), considered);
+            explanation.goes(next)
+        }
+        None => {
+            let failure = Failure::NoEndpoint("none is known, or none is ready".to_owned());
+            explanation.refuses("balance", failure.to_string(), considered).goes(answered(&failure))
+        }
+    }
+}
+
+/// What a filter does, and the answer if it answers.
+fn filter_effect(filter: &Filter) -> (String, Option<StatusCode>) {
+    match filter {
+        Filter::RequestHeaders(_) => ("changes headers of the request".to_owned(), None),
+        Filter::ResponseHeaders(_) => ("changes headers of the response".to_owned(), None),
+        Filter::Redirect(redirect) => ("answers with a redirection".to_owned(), Some(redirect.status)),
+        Filter::Rewrite(_) => ("rewrites host or path".to_owned(), None),
+        Filter::Mirror(_) => ("sends a copy elsewhere".to_owned(), None),
+        Filter::Cors(_) => ("answers for other origins (CORS)".to_owned(), None),
+        Filter::Fault(_) => ("delays or answers a share of the requests (fault)".to_owned(), None),
+        Filter::Respond(status, _) => (format!("answers {status}"), Some(*status)),
+    }
+}
+
+fn named(uid: &WorkloadUid, namespace: &str, name: &str, node: &str) -> Named {
+    Named {
+        uid: uid.to_string(),
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        node: node.to_owned(),
+    }
+}
+
+/// A rule by its route, and by its name or number there.
+fn rule_name(rule: &Rule) -> String {
+    match &*rule.name {
+        "" => format!("{}, rule {}", rule.route, rule.index + 1),
+        name => format!("{}, rule {name}", rule.route),
+    }
+}
+
+fn policy_name(policy: &Policy) -> String {
+    let action = match policy.action() {
+        Action::Allow => "ALLOW",
+        Action::Deny => "DENY",
+    };
+    let dry_run = if policy.dry_run() { ", dry run" } else { "" };
+    format!("AuthorizationPolicy/{} ({action}{dry_run})", policy.name())
+}
+
+fn failed(explanation: Explanation, step: &str, failure: &Failure) -> Explanation {
+    explanation.refuses(step, failure.to_string(), Vec::new()).goes(answered(failure))
+}
+
+fn answered(failure: &Failure) -> Next {
+    Next::Answer { status: failure.status().as_u16() }
+}
