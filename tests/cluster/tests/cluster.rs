@@ -24,6 +24,8 @@ mod disruption;
 mod mesh;
 #[path = "cases/node.rs"]
 mod node;
+#[path = "cases/nodes.rs"]
+mod nodes;
 #[path = "cases/rights.rs"]
 mod rights;
 #[path = "cases/uninstall.rs"]
@@ -168,6 +170,7 @@ fn main() -> ExitCode {
     cli::add(&mut cases);
     waypoint::add(&mut cases);
     certificates::add(&mut cases);
+    nodes::add(&mut cases);
     disruption::add(&mut cases);
     rights::add(&mut cases);
     uninstall::add(&mut cases);

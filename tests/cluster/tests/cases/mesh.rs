@@ -68,6 +68,22 @@ pub(crate) async fn wait_until_enrolled(cluster: &Cluster, namespace: &str, ambi
     Ok(())
 }
 
+/// Waits until nothing of a request can be read on the wire of both nodes.
+pub(crate) async fn wait_until_tunnelled(cluster: &Cluster, apps: &Apps) -> Outcome {
+    // Until both proxies know both pods as enrolled, requests go through in the clear.
+    wait::until("requests are tunnelled", SOON, async || {
+        let capture = cluster.capture(&["n1", "n2"]).await.map_err(|error| error.to_string())?;
+        apps.request(cluster).await.map_err(|error| error.to_string())?;
+        let captured = capture.stop().await.map_err(|error| error.to_string())?;
+        match captured.find(MARKER.as_bytes()).as_slice() {
+            [] => Ok(()),
+            clear => Err(format!("{clear:?}")),
+        }
+    })
+    .await?;
+    Ok(())
+}
+
 /// One request, seen on the wire of both nodes: all of it in the tunnel, nothing readable.
 pub(crate) async fn expect_tunnelled_request(cluster: &Cluster, apps: &Apps) -> Outcome {
     let capture = cluster.capture(&["n1", "n2"]).await?;
@@ -83,17 +99,7 @@ pub(crate) async fn expect_tunnelled_request(cluster: &Cluster, apps: &Apps) -> 
 async fn label(cluster: &Cluster) -> Outcome {
     let apps = Apps::start(cluster, "label", ("n1", "n2")).await?;
     set_mode(cluster, "label", true).await?;
-    // Until both proxies know both pods as enrolled, requests go through in the clear.
-    wait::until("requests are tunnelled", SOON, async || {
-        let capture = cluster.capture(&["n1", "n2"]).await.map_err(|error| error.to_string())?;
-        apps.request(cluster).await.map_err(|error| error.to_string())?;
-        let captured = capture.stop().await.map_err(|error| error.to_string())?;
-        match captured.find(MARKER.as_bytes()).as_slice() {
-            [] => Ok(()),
-            clear => Err(format!("{clear:?}")),
-        }
-    })
-    .await?;
+    wait_until_tunnelled(cluster, &apps).await?;
     expect_tunnelled_request(cluster, &apps).await?;
     // The receiving proxy saw the client's own identity.
     let log = proxy_log(cluster, "n2").await?;
