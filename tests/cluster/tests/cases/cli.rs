@@ -150,6 +150,14 @@ fn command(cluster: &Cluster, args: &[&str]) -> Result<Command, String> {
     if program.exists() { Ok(command) } else { Err(format!("{}: run `make build`", program.display())) }
 }
 
+/// What a command says that is to refuse.
+pub(crate) async fn refusal(cluster: &Cluster, args: &[&str]) -> Result<String, String> {
+    match run(cluster, args).await {
+        Ok(said) => Err(format!("{args:?} did it: {said}")),
+        Err(said) => Ok(said),
+    }
+}
+
 /// What a command prints; a failure is an error.
 pub(crate) async fn run(cluster: &Cluster, args: &[&str]) -> Result<String, String> {
     let ran = command(cluster, args)?.output().await.map_err(|error| error.to_string())?;

@@ -25,7 +25,7 @@ async fn own_list(cluster: &Cluster) -> Outcome {
     let own = on(cluster, "n1", &format!("cat {OWN_LIST}")).await?;
     assert!(own.contains("ambit-cni"), "{own}");
 
-    // As a boot does: the list comes without our entry, with a setting that it did not have.
+    // As its owner does at a boot: the list is written anew, with a setting that it did not have.
     let rewrite = format!(
         "sed 's/\"cniVersion\"/\"disableCheck\": true, \"cniVersion\"/' {MAIN_LIST} > /tmp/list && mv /tmp/list {MAIN_LIST}"
     );

@@ -1,8 +1,10 @@
 //! The end of the mesh: nothing of it stays on nodes, in pods or in the API server, and pods go on.
 
+use std::fs;
 use std::time::Duration;
 
 use ambit_cluster::{Cluster, mesh, wait};
+use tokio::process::Command;
 
 use super::apps::{Apps, MARKER};
 use super::mesh::{set_mode, wait_until_enrolled};
@@ -29,6 +31,7 @@ async fn uninstall(cluster: &Cluster) -> Outcome {
     set_mode(cluster, "leave", true).await?;
     assert!(on_nodes(cluster, HOST_FILES).await?.contains("ambit"), "nothing to remove");
     assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "nothing to remove");
+    refuse_umbrella(cluster).await?;
     // Proxies that roll need an agent to become ready, so what earlier cases set differently is put back first.
     mesh::install(cluster, &mesh::SETTINGS).await?;
     let plan = cli::run(cluster, &["uninstall"]).await?;
@@ -53,6 +56,33 @@ async fn uninstall(cluster: &Cluster) -> Outcome {
     .await?;
     assert!(answer.contains(MARKER), "{answer}");
     Ok(apps.stop(cluster).await?)
+}
+
+/// The release of a chart of which Ambit is a dependency holds more than Ambit, and is not uninstalled.
+async fn refuse_umbrella(cluster: &Cluster) -> Outcome {
+    let directory = cluster.layout().images().join("umbrella");
+    let charts = directory.join("charts");
+    if directory.exists() {
+        fs::remove_dir_all(&directory)?;
+    }
+    fs::create_dir_all(&charts)?;
+    fs::create_dir(directory.join("templates"))?;
+    fs::write(directory.join("Chart.yaml"), "apiVersion: v2\nname: platform\nversion: 1.0.0\n")?;
+    fs::write(
+        directory.join("templates/more.yaml"),
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: more}\n",
+    )?;
+    let chart = cluster.layout().repository().join("charts/ambit");
+    let copied = Command::new("cp").arg("--recursive").arg(&chart).arg(&charts).status().await?;
+    assert!(copied.success(), "copy {}", chart.display());
+    let directory = directory.display().to_string();
+    let settings = mesh::SETTINGS.map(|setting| format!("ambit.{setting}")).join(",");
+    let upgrade = ["upgrade", mesh::RELEASE, &directory, "--namespace", mesh::NAMESPACE, "--set", &settings];
+    cluster.kubectl().helm(&upgrade).await?;
+    let said = cli::refusal(cluster, &["uninstall", "--yes"]).await?;
+    assert!(said.contains("holds more than Ambit, such as platform/"), "{said}");
+    assert!(on_nodes(cluster, POD_RULES).await?.contains("ambit"), "it was to do nothing");
+    Ok(())
 }
 
 /// What a command prints on both nodes.
