@@ -10,7 +10,8 @@ BIN := $(BUILD_DIR)/$(PROFILE)
 TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
 # Linking one takes minutes, so only those that are measured or measure.
-BENCH_PROGRAMS := ztunnel ambit-control ambit-bench ambit-bench-control
+BENCH_PROGRAMS := ztunnel ambit-control ambit-bench
+BENCH_CONTROL_PROGRAMS := ambit-control ambit-cluster ambit-bench-control
 
 # What images are made of, and the programs in them. Their SBOM is in the programs themselves, put there by `cargo auditable`.
 IMAGE_PROFILE ?= release
@@ -19,7 +20,7 @@ IMAGE_PROGRAMS := ambit-control ztunnel ambit-node ambit-cni ambit-waypoint ambi
 AUDITABLE_VERSION := 0.7.7
 AUDITABLE2CDX_VERSION := 0.1.0
 
-.PHONY: help build demo cluster cluster-programs cluster-down conformance test guard bench soak fuzz lint fmt deny doc release images crds packages clean
+.PHONY: help build demo cluster cluster-programs cluster-down conformance test guard bench bench-control soak fuzz lint fmt deny doc release images crds packages clean
 
 help: ## what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -52,9 +53,12 @@ packages: ## the Debian packages whose programs the tests send through the tunne
 guard: packages ## instruction counts of the hot functions against their limits; AMBIT_GUARD_WRITE=1 sets these anew
 	$(CARGO) test --profile $(PROFILE) -p ambit-scale --test guard -- --nocapture
 
-bench: ## the figures of this machine: L4 beside no mesh and a raw relay; control plane, policies, directory, certificates
-	$(CARGO) build --release -p ztunnel -p ambit-control -p ambit-tests -p ambit-scale $(BENCH_PROGRAMS:%=--bin %)
+bench: bench-control ## the figures of this machine: L4 beside no mesh and a raw relay, and those of bench-control
+	$(CARGO) build --release -p ztunnel -p ambit-control -p ambit-tests $(BENCH_PROGRAMS:%=--bin %)
 	$(BUILD_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
+
+bench-control: packages ## control plane on a directory and on a real API server, policies, directory, certificates; needs root and Go
+	$(CARGO) build --release -p ambit-control -p ambit-cluster -p ambit-scale $(BENCH_CONTROL_PROGRAMS:%=--bin %)
 	$(BUILD_DIR)/release/ambit-bench-control --out docs/benchmarks-control.md --json $(TARGET_DIR)/benchmarks-control.json
 
 soak: build ## the slowest tests, then half an hour of mixed load with restarts and rotations; needs root

@@ -30,7 +30,7 @@ pub struct Options {
     pub name: String,
     /// Its number; see [`crate::plan::Plan`].
     pub number: u8,
-    /// How many nodes it has.
+    /// How many nodes it has; without any, only etcd and the API server run.
     pub nodes: u8,
     /// Images that its nodes have from the start, beside the test bed's own.
     pub images: Vec<Image>,

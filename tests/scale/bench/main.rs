@@ -1,9 +1,11 @@
 //! `ambit-bench-control`: the figures of docs/benchmarks-control.md: control plane, policies, directory, certificates.
 //!
-//! Called by `make bench`; writes Markdown and JSON. It starts `ambit-control`, which must have been built with the same profile.
+//! Called by `make bench-control`; writes Markdown and JSON. It starts `ambit-control` and `ambit-cluster`, which must have been built
+//! with the same profile.
 
 #![allow(missing_docs, reason = "a program; its modules document themselves")]
 
+mod api_server;
 mod certificates;
 mod control;
 mod directory;
@@ -12,8 +14,9 @@ mod program;
 mod report;
 mod subscriber;
 mod tokens;
+mod world;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ambit_scale::machine;
 use anyhow::{Context, Result};
@@ -43,6 +46,27 @@ struct Arguments {
     /// The control plane's program (default: beside this one).
     #[arg(long)]
     control: Option<PathBuf>,
+    /// The program that starts the API server (default: beside this one).
+    #[arg(long)]
+    cluster: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn control(&self) -> Result<PathBuf> {
+        program(self.control.as_deref(), "ambit-control")
+    }
+
+    fn cluster(&self) -> Result<PathBuf> {
+        program(self.cluster.as_deref(), "ambit-cluster")
+    }
+}
+
+/// A program that is given, or the one of this name beside this program.
+fn program(given: Option<&Path>, name: &str) -> Result<PathBuf> {
+    match given {
+        Some(path) => Ok(path.to_owned()),
+        None => Ok(std::env::current_exe().context("finding this program")?.with_file_name(name)),
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,7 +75,10 @@ enum Part {
     Directory,
     Policies,
     Certificates,
+    /// Of objects in files.
     Control,
+    /// Of objects in an API server; needs root and what `make cluster` needs.
+    ApiServer,
 }
 
 /// Everything one run found out.
@@ -85,11 +112,9 @@ fn main() -> Result<()> {
 
 fn measure(part: Part, arguments: &Arguments) -> Result<Section> {
     match part {
-        Part::Control => {
-            let beside = || Ok(std::env::current_exe()?.with_file_name("ambit-control"));
-            let program = arguments.control.clone().map_or_else(beside, Ok::<_, std::io::Error>)?;
-            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-            runtime.block_on(control::measure(&program))
+        Part::Control => runtime()?.block_on(control::measure_directory(&arguments.control()?)),
+        Part::ApiServer => {
+            runtime()?.block_on(control::measure_api_server(&arguments.control()?, &arguments.cluster()?))
         }
         Part::Policies => policies::measure(),
         Part::Directory => directory::measure(),
@@ -97,10 +122,14 @@ fn measure(part: Part, arguments: &Arguments) -> Result<Section> {
     }
 }
 
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting a runtime")
+}
+
 impl Report {
     fn markdown(&self) -> String {
         let mut page = String::from("# Benchmarks: control plane, policies, directory, certificates\n\n");
-        page.push_str("Written by `make bench` (`ambit-bench-control`); the data path has [a page of its own](benchmarks.md).\n\n");
+        page.push_str("Written by `make bench-control` (`ambit-bench-control`); the data path has [a page of its own](benchmarks.md).\n\n");
         page.push_str(&format!("Machine: {}. Date: {}.\n", self.machine, self.date));
         for section in &self.sections {
             page.push('\n');

@@ -1,4 +1,4 @@
-//! `ambit-control` as a process over a directory of objects.
+//! `ambit-control` as a process, with keys of its own.
 
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ambit_scale::machine;
 use ambit_scale::objects::NODES;
-use ambit_scale::{machine, objects};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
@@ -20,47 +20,23 @@ const FIRST_CALLER: Ipv4Addr = Ipv4Addr::new(127, 1, 0, 1);
 /// By then it must be ready.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A cluster's objects and keys on disk.
-pub(crate) struct World {
+/// The control plane's own files: its authority, its roots, and the key set of its callers' tokens.
+pub(crate) struct Keys {
     directory: tempfile::TempDir,
     signer: Signer,
 }
 
-impl World {
-    /// Writes every object of the large cluster.
-    pub(crate) fn write() -> Result<Self> {
+impl Keys {
+    /// Makes the key of the callers' tokens.
+    pub(crate) fn new() -> Result<Self> {
         let directory = tempfile::tempdir().context("making a directory")?;
-        let world = Self { directory, signer: Signer::new()? };
-        std::fs::create_dir(world.path("objects")).context("making the directory of objects")?;
-        for file in objects::everything() {
-            std::fs::write(world.object(&file.name), file.text).with_context(|| file.name.clone())?;
-        }
-        std::fs::write(world.path("jwks.json"), &world.signer.jwks).context("writing the key set")?;
-        Ok(world)
+        let keys = Self { directory, signer: Signer::new()? };
+        std::fs::write(keys.path("jwks.json"), &keys.signer.jwks).context("writing the key set")?;
+        Ok(keys)
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
-    }
-
-    fn object(&self, name: &str) -> PathBuf {
-        self.path("objects").join(name)
-    }
-
-    /// Puts an object in place at once, as careful writers do; the time is taken just before.
-    pub(crate) fn put(&self, file: &objects::File) -> Result<Instant> {
-        let draft = self.path(&file.name);
-        std::fs::write(&draft, &file.text).context("writing an object")?;
-        let now = Instant::now();
-        std::fs::rename(draft, self.object(&file.name)).context("putting an object in place")?;
-        Ok(now)
-    }
-
-    /// Takes an object away; the time is taken just before.
-    pub(crate) fn take(&self, file: &objects::File) -> Result<Instant> {
-        let now = Instant::now();
-        std::fs::remove_file(self.object(&file.name)).context("removing an object")?;
-        Ok(now)
     }
 
     /// The proxy of a node, counted from 0, at an address of its own (127.1.0.1 and up).
@@ -86,19 +62,17 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// Starts the program and waits until it serves.
-    pub(crate) fn start(program: &Path, world: &World) -> Result<Self> {
+    /// Starts the program over a source and waits until it serves.
+    pub(crate) fn start(program: &Path, source: &str, keys: &Keys) -> Result<Self> {
         let start = Instant::now();
         let mut child = Command::new(program)
-            .arg("--source")
-            .arg(format!("dir:{}", world.path("objects").display()))
-            .args(["--listen", "127.0.0.1:0", "--log-format", "json"])
+            .args(["--source", source, "--listen", "127.0.0.1:0", "--log-format", "json"])
             .arg("--ca-dir")
-            .arg(world.path("ca"))
+            .arg(keys.path("ca"))
             .arg("--jwks")
-            .arg(world.path("jwks.json"))
+            .arg(keys.path("jwks.json"))
             .arg("--root-out")
-            .arg(world.roots())
+            .arg(keys.roots())
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;

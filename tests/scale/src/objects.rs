@@ -30,12 +30,29 @@ pub fn pod_name(number: u32) -> String {
     format!("app-{}-5d4b8f7c9-{number:05}", number % SERVICES)
 }
 
+/// The service account of a service's pods.
+pub fn account_of(service: u32) -> String {
+    format!("sa-{}", service % 20)
+}
+
 /// Every object: namespaces and services as YAML, nodes and pods as JSON.
 pub fn everything() -> impl Iterator<Item = File> {
-    let namespaces = (0..NAMESPACES).map(namespace);
-    let nodes = (0..NODES).map(node);
-    let services = (0..SERVICES).map(service);
-    namespaces.chain(nodes).chain(services).chain((0..PODS).map(pod))
+    namespaces().chain(nodes()).chain(services()).chain((0..PODS).map(pod))
+}
+
+/// The namespaces, as YAML.
+pub fn namespaces() -> impl Iterator<Item = File> {
+    (0..NAMESPACES).map(namespace)
+}
+
+/// The nodes, as JSON.
+pub fn nodes() -> impl Iterator<Item = File> {
+    (0..NODES).map(node)
+}
+
+/// The services, as YAML.
+pub fn services() -> impl Iterator<Item = File> {
+    (0..SERVICES).map(service)
 }
 
 fn namespace(number: u32) -> File {
@@ -84,7 +101,7 @@ pub fn pod(number: u32) -> File {
                 "uid": format!("r-{service}"), "controller": true }],
         },
         "spec": {
-            "serviceAccountName": format!("sa-{}", service % 20), "nodeName": format!("node-{}", number % NODES),
+            "serviceAccountName": account_of(service), "nodeName": format!("node-{}", number % NODES),
             "containers": [{ "name": "app", "image": format!("registry.example/app-{service}:1.0"),
                 "ports": [{ "name": "http", "containerPort": 8080, "protocol": "TCP" }],
                 "resources": { "requests": { "cpu": "100m", "memory": "64Mi" } } }],

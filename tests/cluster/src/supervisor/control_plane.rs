@@ -16,8 +16,10 @@ use crate::pki::{self, Authority, Subject};
 use crate::plan::{Plan, SERVICES_PREFIX};
 use crate::wait;
 
-/// Programs in the order in which they start.
-const PROGRAMS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"];
+/// What serves the API, in the order in which it starts.
+const SERVERS: [&str; 2] = ["etcd", "kube-apiserver"];
+/// What works on its objects: not started on a cluster without nodes, whose pods nobody would run.
+const CONTROLLERS: [&str; 2] = ["kube-controller-manager", "kube-scheduler"];
 /// The API server records what the mesh's own service accounts do, so that a case can compare it with their rights.
 const AUDIT_POLICY: &str = "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules:\n\
                             - {level: Metadata, userGroups: [\"system:serviceaccounts:ambit-system\"]}\n- {level: None}\n";
@@ -32,6 +34,7 @@ const CALL: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub(crate) struct ControlPlane {
     commands: BTreeMap<&'static str, Command>,
+    controllers: &'static [&'static str],
     running: Mutex<BTreeMap<String, Process>>,
     kubectl: PathBuf,
     kubeconfig: PathBuf,
@@ -62,6 +65,7 @@ impl ControlPlane {
         ]);
         Ok(Self {
             commands,
+            controllers: if plan.nodes == 0 { &[] } else { &CONTROLLERS },
             running: Mutex::default(),
             kubectl: layout.program("kubectl"),
             kubeconfig: directory.join("admin.kubeconfig"),
@@ -70,7 +74,7 @@ impl ControlPlane {
 
     /// Starts every program.
     pub(crate) async fn start_all(&self, network: &Network) -> Result<()> {
-        for program in PROGRAMS {
+        for program in SERVERS.iter().chain(self.controllers) {
             self.start(network, program).await?;
         }
         Ok(())
@@ -97,7 +101,7 @@ impl ControlPlane {
     /// Waits until the API server answers. The scheduler and the controllers try again by themselves.
     pub(crate) async fn wait_until_ready(&self, network: &Network) -> Result<()> {
         wait::until("the API server is ready", START, async || {
-            for program in ["kube-controller-manager", "kube-scheduler"] {
+            for program in self.controllers {
                 // They end when the API server was not there within their own patience.
                 self.start(network, program).await.map_err(|error| error.to_string())?;
             }

@@ -44,7 +44,7 @@ pub struct Options {
     /// Its number: clusters of different numbers share no address range.
     #[arg(long, default_value_t = 0)]
     pub number: u8,
-    /// How many nodes it has.
+    /// How many nodes it has; without any, only etcd and the API server run.
     #[arg(long, default_value_t = 2)]
     pub nodes: u8,
     /// Image archives to import on every node.
@@ -188,6 +188,9 @@ async fn bring_up(supervisor: &RunningCluster, plan: Plan, start: Instant) {
             supervisor.nodes.boot(&supervisor.network, &node).await?;
         }
         supervisor.control_plane.wait_until_ready(&supervisor.network).await?;
+        if plan.nodes == 0 {
+            return Ok(());
+        }
         step("applying CoreDNS");
         base::apply(supervisor, plan).await?;
         step("waiting for the nodes and CoreDNS");
