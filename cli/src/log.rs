@@ -1,5 +1,6 @@
 //! `ambit log`: what Ambit's programs write, and how much.
 
+use std::collections::VecDeque;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -16,6 +17,8 @@ use crate::proxies;
 
 /// Lines that wait to be printed.
 const WAITING: usize = 256;
+/// Lines of a proxy's log among which those about a pod are looked for: other pods of the node may have many more.
+const SEARCHED: i64 = 50_000;
 
 /// Options of `ambit log`.
 #[derive(Debug, Args)]
@@ -30,8 +33,8 @@ pub(crate) struct Options {
     /// Continue with lines that are written from now on.
     #[arg(short, long)]
     follow: bool,
-    /// Lines of each pod to begin with.
-    #[arg(long, default_value_t = 100)]
+    /// Lines of each pod to begin with; of those about a pod of an application, as many as there are with --follow.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(i64).range(0..))]
     tail: i64,
     /// Set the level instead, as `debug` or `info,ztunnel=debug`, until the program ends.
     #[arg(long, value_name = "LEVEL", conflicts_with = "follow")]
@@ -106,18 +109,33 @@ async fn show(cluster: &Cluster, options: &Options, logs: Logs) -> anyhow::Resul
     let Logs { pods, about } = logs;
     let prefixed = pods.len() > 1;
     let (lines, mut printed) = mpsc::channel::<String>(WAITING);
-    let params = LogParams { follow: options.follow, tail_lines: Some(options.tail), ..LogParams::default() };
+    let tail_lines = if about.is_some() { options.tail.max(SEARCHED) } else { options.tail };
+    let params = LogParams { follow: options.follow, tail_lines: Some(tail_lines), ..LogParams::default() };
+    // Of lines that are looked for, the last are wanted, and which these are is known at the end.
+    let kept = if about.is_some() && !options.follow { usize::try_from(options.tail).ok() } else { None };
     let read = pods.into_iter().map(move |pod| {
         let (lines, params, about) = (lines.clone(), params.clone(), about.clone());
         async move {
             let api: Api<Pod> = Api::namespaced(cluster.client.clone(), &pod.namespace);
             let stream = api.log_stream(&pod.name, &params).await.with_context(|| format!("log of {pod}"))?;
             let mut stream = std::pin::pin!(stream.lines());
+            let mut last = VecDeque::new();
             while let Some(line) = stream.try_next().await.with_context(|| format!("log of {pod}"))? {
                 if about.as_ref().is_some_and(|pod| !concerns(&line, pod)) {
                     continue;
                 }
                 let line = if prefixed { format!("{}: {line}\n", pod.name) } else { format!("{line}\n") };
+                match kept {
+                    Some(kept) => {
+                        last.push_back(line);
+                        last.drain(..last.len().saturating_sub(kept));
+                    }
+                    // Nobody prints any more.
+                    None if lines.send(line).await.is_err() => break,
+                    None => {}
+                }
+            }
+            for line in last {
                 if lines.send(line).await.is_err() {
                     break;
                 }
