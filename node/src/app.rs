@@ -5,6 +5,7 @@
 
 mod admin;
 mod lock;
+mod probe;
 mod uninstall;
 
 use std::net::SocketAddr;
@@ -42,9 +43,8 @@ pub fn main(task: Task) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let (config, uninstall) = match task {
-        Task::Agent(config) => (config, None),
-        Task::Uninstall { config, wait } => (config, Some(wait)),
+    let config = match &task {
+        Task::Agent(config) | Task::Probe(config) | Task::Uninstall { config, .. } => config,
     };
     let logging = logging::init(config.log_format, &config.log_level, Target::Stderr)?;
     let registry = Registry::new();
@@ -53,11 +53,17 @@ pub fn main(task: Task) -> anyhow::Result<()> {
     // Every enrolled pod has its namespace and a dozen listeners open.
     ambit_net::process::raise_file_limit();
     let outcome = runtime.block_on(async {
-        // Alone on the node: two agents would take each other's sockets and rules.
-        let _lock = lock::acquire(&config.lock).await?;
-        match uninstall {
-            None => Box::pin(agent(config, registry, &logging)).await,
-            Some(wait) => Box::pin(uninstall::run(config, wait)).await,
+        // Who changes the node is alone on it: two agents would take each other's sockets and rules.
+        match task {
+            Task::Agent(config) => {
+                let _lock = lock::acquire(&config.lock).await?;
+                Box::pin(agent(config, registry, &logging)).await
+            }
+            Task::Uninstall { config, wait } => {
+                let _lock = lock::acquire(&config.lock).await?;
+                Box::pin(uninstall::run(config, wait)).await
+            }
+            Task::Probe(config) => Box::pin(probe::run(config)).await,
         }
     });
     runtime.shutdown_background();

@@ -33,6 +33,8 @@ pub enum Task {
         /// Whether to stay and answer readiness when it is done.
         wait: bool,
     },
+    /// Try out what an agent of this configuration would need.
+    Probe(Config),
 }
 
 /// The agent's configuration.
@@ -178,8 +180,9 @@ pub fn from_environment(arguments: impl IntoIterator<Item = OsString>) -> Result
             let config = configuration::from_matches(matches)?;
             Ok(Task::Uninstall { config: resolve(config), wait: matches.get_flag("wait") })
         }
+        Some(("probe", matches)) => Ok(Task::Probe(resolve(configuration::from_matches(matches)?))),
         Some((_, matches)) => Ok(Task::Agent(resolve(configuration::from_matches(matches)?))),
-        None => Err(command().error(ErrorKind::MissingSubcommand, "agent or uninstall").into()),
+        None => Err(command().error(ErrorKind::MissingSubcommand, "agent, uninstall or probe").into()),
     }
 }
 
@@ -196,6 +199,10 @@ fn command() -> Command {
                 .action(ArgAction::SetTrue)
                 .help("Stay when it is done, and answer readiness"),
         );
+    let probe = Command::new("probe").about(
+        "Tries out what the agent needs on this node and serves what it found at the admin address; the CNI directories are those of \
+         the host",
+    );
     Command::new(NodeSettings::PROGRAM)
         .version(env!("CARGO_PKG_VERSION"))
         .about(NodeSettings::ABOUT)
@@ -203,6 +210,7 @@ fn command() -> Command {
         .arg_required_else_help(true)
         .subcommand(configuration::with_flags::<NodeSettings>(agent))
         .subcommand(configuration::with_flags::<NodeSettings>(uninstall))
+        .subcommand(configuration::with_flags::<NodeSettings>(probe))
 }
 
 /// The reference page of all settings, in Markdown.

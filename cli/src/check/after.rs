@@ -204,7 +204,13 @@ pub(super) fn agents(facts: &Facts) -> Vec<Finding> {
             }
         }
     }
-    for (weakness, nodes) in weaknesses {
+    findings.extend(self::weaknesses(weaknesses));
+    findings
+}
+
+/// Findings about guarantees that do not hold, each with the nodes where it does not.
+pub(super) fn weaknesses(found: BTreeMap<&Weakness, Vec<String>>) -> Vec<Finding> {
+    let finding = |(weakness, nodes): (&Weakness, Vec<String>)| {
         let Weakness { missing, guarantee, remedy } = weakness;
         let subject = format!("node {}", nodes.join(", "));
         let problem = format!("not guaranteed: {guarantee}");
@@ -213,9 +219,9 @@ pub(super) fn agents(facts: &Facts) -> Vec<Finding> {
         } else {
             Finding::warning(subject, problem)
         };
-        findings.push(finding.shows(format!("missing: {missing}")).remedy(format!("needed: {remedy}")));
-    }
-    findings
+        finding.shows(format!("missing: {missing}")).remedy(format!("needed: {remedy}"))
+    };
+    found.into_iter().map(finding).collect()
 }
 
 fn of_report(node: &str, report: &AgentReport) -> Vec<Finding> {

@@ -12,6 +12,7 @@ use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use serde::Deserialize;
 
+use super::probe::Probes;
 use crate::cluster::{Cluster, Component, PROXY_ADMIN, PodName, get, is_ready};
 use crate::enrolment::{self, Namespaces};
 use crate::output::Wait;
@@ -52,6 +53,8 @@ pub(super) struct Facts {
     pub(super) roots: BTreeMap<String, String>,
     /// What the ready node agents report, by node and pod, or why that can't be had.
     pub(super) agents: BTreeMap<PodName, Result<AgentReport, String>>,
+    /// What was tried out on nodes; `None` where that was not asked for.
+    pub(super) probes: Option<Probes>,
     /// What could not be read, and why.
     pub(super) unread: Vec<(&'static str, String)>,
 }

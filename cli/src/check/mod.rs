@@ -1,11 +1,13 @@
 //! `ambit check`: what is wrong with the cluster before Ambit is installed, and with Ambit after.
 //!
-//! [`facts`] reads the cluster; [`before`] and [`after`] are checks, each a function of the facts; the result is printed.
+//! [`facts`] reads the cluster, and [`probe`] tries out its nodes where that is asked for; [`before`] and [`after`] are checks, each a
+//! function of the facts; the result is printed.
 
 mod after;
 mod before;
 mod facts;
 mod platform;
+mod probe;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +32,8 @@ pub(crate) struct Options {
     /// Fail on warnings too.
     #[arg(long)]
     strict: bool,
+    #[command(flatten)]
+    probe: probe::ProbeOptions,
 }
 
 /// A check: what it is about, and what it finds.
@@ -62,11 +66,14 @@ const AFTER: [Check; 6] = [
 /// # Errors
 /// When the cluster can't be reached.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    let facts = block_on(async {
+    let mut facts = block_on(async {
         let cluster = options.access.connect().await?;
         let wait = Wait::start("reading the cluster");
         facts::read(&cluster, &wait).await
     })?;
+    if options.probe.probe {
+        facts.probes = Some(probe::run(&options.access, &facts.nodes, &options.probe)?);
+    }
     let sections = sections(&facts);
     emit(options.output, &sections, |paint| {
         format!("{}\n{}\n", render(&sections, paint), summary(&sections, facts.is_installed()))
@@ -82,6 +89,10 @@ fn sections(facts: &Facts) -> Vec<Section> {
         .chain(after)
         .map(|(title, check)| Section { title: (*title).to_owned(), findings: check(facts) })
         .collect();
+    if let Some(probes) = &facts.probes {
+        let title = "nodes have what the agent needs".to_owned();
+        sections.push(Section { title, findings: probe::findings(probes) });
+    }
     if !facts.unread.is_empty() {
         let finding = |(what, why): &(&str, String)| {
             Finding::warning(*what, format!("can't be read: {why}"))

@@ -40,7 +40,7 @@ pub(super) const PLATFORMS: [Platform; 5] = [
 ];
 
 /// A cluster with the usual paths.
-const USUAL: Platform = Platform { name: "", bin_dir: BIN, conf_dir: CONF };
+pub(super) const USUAL: Platform = Platform { name: "", bin_dir: BIN, conf_dir: CONF };
 
 /// The platform of a node, from what its kubelet and its cloud say of it.
 pub(super) fn of_node(node: &Node) -> Platform {

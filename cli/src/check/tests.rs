@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::facts::{AgentReport, Cni, Facts};
+use super::probe::{NodeProbe, Report};
 use super::*;
 use crate::cluster::PodName;
 use crate::output::Palette;
@@ -151,6 +152,37 @@ fn an_installation_for_another_platform_is_explained() {
         ..AgentReport::default()
     };
     facts.agents = facts.agents.into_keys().map(|pod| (pod, Ok(report.clone()))).collect();
+    insta::assert_snapshot!(said(&facts));
+}
+
+#[test]
+fn nodes_that_lack_something_are_explained_by_their_probes() {
+    let mut facts = cluster();
+    let report = |value: Value| object::<Report>(value);
+    let well = json!({ "weaknesses": [], "cniProblems": [] });
+    let read_only = json!({
+        "missing": "write /proc/sys/net/ipv4/conf/all/route_localnet: Read-only file system",
+        "guarantee": "connections of the pod to itself are captured",
+        "remedy": "CAP_SYS_ADMIN and no AppArmor profile, so that the agent can make its /proc/sys writable",
+    });
+    let no_nftables = json!({
+        "missing": "write rules: Operation not supported", "guarantee": "pods can be enrolled",
+        "remedy": "CAP_NET_ADMIN and the kernel modules nf_tables, nft_nat, nft_redir, nft_ct and nf_conntrack",
+    });
+    let unreachable = Some(("n2".to_owned(), "no answer".to_owned()));
+    let found = |value: Value| NodeProbe { report: report(value), unreachable: None };
+    let probes = [
+        ("n1", Ok(NodeProbe { unreachable, ..found(well) })),
+        (
+            "n2",
+            Ok(found(
+                json!({ "weaknesses": [read_only], "cniProblems": ["no network configuration in /etc/cni/net.d yet"] }),
+            )),
+        ),
+        ("n3", Ok(found(json!({ "weaknesses": [read_only, no_nftables], "cniProblems": [] })))),
+        ("n4", Err("ErrImagePull: not found".to_owned())),
+    ];
+    facts.probes = Some(probes.map(|(node, found)| (node.to_owned(), found)).into());
     insta::assert_snapshot!(said(&facts));
 }
 

@@ -142,6 +142,14 @@ impl Installation {
         Ok(written)
     }
 
+    /// The configuration that the plugin would be chained into.
+    ///
+    /// # Errors
+    /// As for [`Installation::install`], of the configuration.
+    pub fn find_network(&self) -> Result<PathBuf, InstallError> {
+        self.main_network().map(|main| main.path)
+    }
+
     /// Takes the entry, wherever it is, and the program off the host. Returns the paths that were changed.
     pub fn remove(&self) -> Result<Vec<PathBuf>, InstallError> {
         let mut changed = Vec::new();
