@@ -26,6 +26,8 @@ mod mesh;
 mod node;
 #[path = "cases/nodes.rs"]
 mod nodes;
+#[path = "cases/prometheus.rs"]
+mod prometheus;
 #[path = "cases/rights.rs"]
 mod rights;
 #[path = "cases/uninstall.rs"]
@@ -166,11 +168,13 @@ fn main() -> ExitCode {
     let shared = Arc::new(Shared { runtime, cluster: OnceCell::new(), pending: Mutex::default() });
     let mut cases = Cases { shared, trials: Vec::new() };
     bed::add(&mut cases);
+    nodes::add_before_mesh(&mut cases);
     mesh::add(&mut cases);
     cli::add(&mut cases);
     waypoint::add(&mut cases);
     certificates::add(&mut cases);
     nodes::add(&mut cases);
+    prometheus::add(&mut cases);
     disruption::add(&mut cases);
     rights::add(&mut cases);
     uninstall::add(&mut cases);

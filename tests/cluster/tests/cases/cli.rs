@@ -56,11 +56,32 @@ async fn look(cluster: &Cluster) -> Outcome {
     let (_, dumps) = json(cluster, &["config", "workloads", &pod]).await?;
     assert_eq!(dumps[0]["entries"][0]["protocol"], "HBONE", "{dumps}");
 
+    logs(cluster).await?;
     cluster.kubectl().apply(BLOCKS).await?;
     let (code, sections) = json(cluster, &["check"]).await?;
     assert_eq!(code, 1);
     assert!(sections.to_string().contains("NetworkPolicy looked-at/web"), "{sections}");
     Ok(apps.stop(cluster).await?)
+}
+
+/// The log of both replicas of the control plane, and its level.
+async fn logs(cluster: &Cluster) -> Outcome {
+    let pods = ["pods", "--namespace", mesh::NAMESPACE, "--selector", "app.kubernetes.io/name=ambit-control"];
+    let pods = cluster.kubectl().list(&pods).await?;
+    let names: Vec<_> = pods.iter().filter_map(|pod| pod["metadata"]["name"].as_str()).collect();
+    assert!(names.len() > 1, "{names:?}");
+    for args in [&["log", "control", "--tail", "20"][..], &["log", "control", "--level", "debug"]] {
+        let said = run(cluster, args).await?;
+        assert!(names.iter().all(|name| said.contains(name)), "{args:?}: {said}");
+    }
+    let more = async || run(cluster, &["log", "control", "--tail", "1000"]).await;
+    wait::until("debug lines are written", SOON, async || {
+        let said = more().await?;
+        if said.contains("DEBUG") { Ok(()) } else { Err(said) }
+    })
+    .await?;
+    run(cluster, &["log", "control", "--reset"]).await?;
+    Ok(())
 }
 
 async fn name_objects(cluster: &Cluster) -> Outcome {
@@ -167,7 +188,7 @@ pub(crate) async fn run(cluster: &Cluster, args: &[&str]) -> Result<String, Stri
 }
 
 /// Exit code and result of a command.
-async fn json(cluster: &Cluster, args: &[&str]) -> Result<(i32, Value), String> {
+pub(crate) async fn json(cluster: &Cluster, args: &[&str]) -> Result<(i32, Value), String> {
     let ran = command(cluster, &[args, &["--output", "json"]].concat())?.output().await;
     let ran = ran.map_err(|error| error.to_string())?;
     let output = String::from_utf8_lossy(&ran.stdout);
