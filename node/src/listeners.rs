@@ -12,7 +12,7 @@ use std::sync::Arc;
 use ambit_api::workload::zds;
 use ambit_net::listen::{Options as SocketOptions, bind_udp, listen_tcp};
 use ambit_net::sockdiag::{self, Kind};
-use ambit_net::{Netns, NetnsError, NetnsId, PROXY_MARK, pidfd};
+use ambit_net::{MARK_MASK, Netns, NetnsError, NetnsId, PROXY_MARK, pidfd};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::redirect::Options;
@@ -259,11 +259,48 @@ async fn hold(mut queue: mpsc::Receiver<Request>) {
 }
 
 async fn open(inside: &Netns, options: &Options, proxies: &[i32]) -> Answer {
-    match bind(inside, options).await {
-        Ok(bound) => Ok(Arc::new(bound)),
-        Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) && !proxies.is_empty() => {
-            take_back(inside, options, proxies).await.map(Arc::new).map_err(Arc::new)
-        }
-        Err(error) => Err(Arc::new(error)),
+    let error = match bind(inside, options).await {
+        Ok(bound) => return Ok(Arc::new(bound)),
+        Err(error) => error,
+    };
+    if error.raw_os_error() != Some(libc::EADDRINUSE) {
+        return Err(Arc::new(error));
     }
+    if let Some(taken) = taken_by_others(inside, options).await {
+        return Err(Arc::new(taken));
+    }
+    match proxies.is_empty() {
+        true => Err(Arc::new(error)),
+        false => take_back(inside, options, proxies).await.map(Arc::new).map_err(Arc::new),
+    }
+}
+
+/// The error to report where a socket that is not a proxy's has one of the addresses: nobody will hand it over. `None` where
+/// that is not known; the kernel may not list sockets.
+async fn taken_by_others(inside: &Netns, options: &Options) -> Option<NetnsError> {
+    let tcp = sockdiag::list(inside, Kind::TcpListeners).await.ok()?;
+    let udp = sockdiag::list(inside, Kind::Udp).await.ok()?;
+    let wanted = wanted(options);
+    let taken = wanted.iter().find(|listen| {
+        let open = if listen.udp { &udp } else { &tcp };
+        open.iter().any(|entry| is_others(entry) && is_in_the_way(entry.local, listen))
+    })?;
+    let Listen { port, udp, .. } = taken;
+    let protocol = if *udp { "UDP" } else { "TCP" };
+    let reason = format!("a process of the pod has {protocol} port {port}, which is the proxy's");
+    // No EADDRINUSE: that says that a proxy may hand it over.
+    let source = io::Error::new(io::ErrorKind::AddrInUse, reason);
+    Some(NetnsError::Socket { attempt: "bind the proxy's listeners".into(), id: inside.id(), source })
+}
+
+/// contracts.md, section 1: sockets of proxies bear the mark, which others can't set without privilege.
+fn is_others(entry: &sockdiag::Entry) -> bool {
+    entry.mark & MARK_MASK != PROXY_MARK
+}
+
+/// Whether a socket at `local` keeps another from being bound.
+fn is_in_the_way(local: SocketAddr, wanted: &Listen) -> bool {
+    let ip = local.ip();
+    local.port() == wanted.port
+        && (ip == wanted.address || ip.is_unspecified() || wanted.address.is_unspecified())
 }

@@ -76,6 +76,22 @@ async fn a_pod_whose_listeners_cannot_be_taken_back_is_kept() {
     again.obey_add("a").await;
 }
 
+/// A process of a pod that has a port of the proxy hands it over to nobody.
+#[tokio::test]
+async fn a_port_that_an_application_has_delays_no_snapshot() {
+    let ((_, pod), (_outside, other)) = (pair().await, pair().await);
+    let application = listen(&pod.netns, SocketAddr::new(pod.v4.into(), 15008)).await;
+    let running = Running::start(|config| config.handover = SOON * 10).await;
+    running.agent.enrol(spec("a", &pod)).await.unwrap();
+    running.agent.enrol(spec("b", &other)).await.unwrap();
+    let mut proxy = running.proxy(true).await;
+    proxy.obey_add("b").await;
+    assert!(matches!(proxy.obey().await, Payload::Keep(keep) if keep.uid == "a"));
+    assert!(matches!(proxy.obey().await, Payload::SnapshotSent(_)));
+    drop(application);
+    proxy.obey_add("a").await;
+}
+
 /// A proxy that starts while the agent is replaced may dial the new agent before its predecessor does, which ends once its
 /// successor is ready.
 #[tokio::test]
