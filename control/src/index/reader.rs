@@ -289,16 +289,24 @@ impl<'a> Reader<'a> {
         pods.map(|pod| pod.service_account.clone()).filter(|account| !account.is_empty()).collect()
     }
 
-    /// The first of the pods with these labels in a namespace that no node proxy serves.
-    pub(super) fn uncaptured_pod(&self, namespace: &Arc<str>, labels: &Labels) -> Option<&'a NamespacedName> {
+    /// The first of the pods and WorkloadEntries with these labels in a namespace that no proxy of the mesh serves.
+    pub(super) fn uncaptured_member(&self, namespace: &Arc<str>, labels: &Labels) -> Option<ObjectRef> {
         for (key, value) in labels.iter() {
             self.depend(Dependency::Label(key.clone(), value.clone()));
         }
-        let members = self.store.members.selected(Some(namespace), labels).into_iter();
-        let pods =
-            members.filter(|(_, kind)| *kind == Kind::Pod).filter_map(|(id, _)| self.store.pods.get(&id));
-        let mut serving = pods.filter(|pod| !pod.finished && !pod.addresses.is_empty());
-        serving.find(|pod| !pod.captured).map(|pod| &pod.meta.id)
+        let is_uncaptured = |(id, kind): &(NamespacedName, Kind)| match kind {
+            Kind::Pod => {
+                let pod = self.store.pods.get(id);
+                pod.is_some_and(|pod| !pod.finished && !pod.addresses.is_empty() && !pod.captured)
+            }
+            Kind::WorkloadEntry => {
+                let entry = self.store.workload_entries.get(id);
+                entry.is_some_and(|entry| !entry.captured && !entry.native_tunnel)
+            }
+            _ => false,
+        };
+        let mut members = self.store.members.selected(Some(namespace), labels).into_iter();
+        members.find(is_uncaptured).map(|(name, kind)| ObjectRef { kind, name })
     }
 
     /// Whether a ReferenceGrant of `to`'s namespace allows objects of `kind` in `from` to refer to it.

@@ -76,13 +76,13 @@ pub(in crate::index) fn report(reader: &Reader<'_>, service: &Service) {
     const CONDITION: &str = "ambit.dev/WaypointRequired";
     let (namespace, binding) = (&service.meta.id.namespace, &service.waypoint);
     let demanded = demanded(reader, namespace, &service.meta.labels, binding);
-    // Policies of pods are enforced by node proxies.
-    let uncaptured = || reader.uncaptured_pod(namespace, service.selector.as_ref()?);
+    // Policies of workloads are enforced by their proxies.
+    let uncaptured = || reader.uncaptured_member(namespace, service.selector.as_ref()?);
     match demanded.map(|demanded| (demanded, uncaptured())) {
         None => {}
-        Some((_, Some(pod))) => {
+        Some((_, Some(member))) => {
             let message =
-                format!("pod {pod} is not captured: nothing keeps others from connecting to its ports");
+                format!("{member} is not captured: nothing keeps others from connecting to its ports");
             reader.find(Finding::new(CONDITION, false, "NotCaptured", message));
         }
         Some((Ok(principals), None)) => {
