@@ -6,6 +6,7 @@ mod authorization;
 pub(super) mod backend_policies;
 pub(super) mod gateways;
 pub(super) mod hosts;
+mod paths;
 pub(super) mod policies;
 pub(super) mod request_authentications;
 pub(super) mod routes;

@@ -8,7 +8,8 @@ use prost::Message;
 use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{Finding, views};
+use super::virtual_services::HONOURED;
+use super::{Finding, paths, views};
 use crate::object::{
     BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, TargetKind,
 };
@@ -30,6 +31,7 @@ pub(in crate::index) fn of_route(
                 targets.extend(attached);
                 reader.find(condition(parent, "Accepted", true, "Accepted", "attached".to_owned()));
                 report_references(reader, parent, &rules);
+                report_paths(reader, parent, &rules);
             }
             Err(NotAttached(reason, message)) => {
                 reader.find(condition(parent, "Accepted", false, reason, message));
@@ -111,6 +113,17 @@ fn report_references(reader: &Reader<'_>, parent: &ParentRef, rules: &[l7::Rule]
         }
     };
     reader.find(finding);
+}
+
+/// Names paths that no request has.
+fn report_paths(reader: &Reader<'_>, parent: &ParentRef, rules: &[l7::Rule]) {
+    let named = |(at, rule)| {
+        paths::faults(rule).map(move |fault| format!("rules[{at}].matches: {fault}")).collect::<Vec<_>>()
+    };
+    let faults: Vec<String> = rules.iter().enumerate().flat_map(named).collect();
+    if !faults.is_empty() {
+        reader.find(condition(parent, HONOURED, false, "NeverMatches", faults.join("; ")));
+    }
 }
 
 fn condition(

@@ -13,7 +13,7 @@ use prost::Message;
 use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{Finding, hosts, l4, views};
+use super::{Finding, hosts, l4, paths, views};
 use crate::object::{
     Destination, Kind, Labels, NamespacedName, ObjectRef, ReadRule, ReadTcp, Referents, Route, RouteProtocol,
     ServiceEntry, VirtualService, Visibility, WaypointBinding, joined,
@@ -24,7 +24,7 @@ const ACCEPTED: &str = "ambit.dev/WaypointAccepted";
 /// Whether all that its rules refer to is there, and all rules can be followed.
 const RESOLVED: &str = "ambit.dev/ResolvedRefs";
 /// Whether every field has an effect.
-const HONOURED: &str = "ambit.dev/FieldsHonoured";
+pub(super) const HONOURED: &str = "ambit.dev/FieldsHonoured";
 
 /// The resource of a VirtualService that counts for something.
 pub(in crate::index) fn of_virtual_service(
@@ -121,6 +121,7 @@ fn resource(
             let mirrors = rules.iter().flat_map(|(at, rule)| mirrors(rule).map(|backend| (*at, backend)));
             let of_rules = rules.iter().map(|(at, rule)| (*at, &rule.invalid, &rule.backends));
             report_faults(reader, part, of_rules, mirrors);
+            report_paths(reader, &rules);
             let message = l7::Route {
                 object,
                 created,
@@ -148,6 +149,14 @@ fn resource(
         unhealthy: false,
     };
     Some((kind, resource))
+}
+
+/// Names paths that no request has. A rule for several ports is there for each of them.
+fn report_paths(reader: &Reader<'_>, rules: &[(usize, l7::Rule)]) {
+    let faults = rules.iter().flat_map(|(at, rule)| paths::faults(rule).map(move |fault| (*at, fault)));
+    for (at, fault) in faults.collect::<BTreeSet<_>>() {
+        reader.find(Finding::new(HONOURED, false, "NeverMatches", format!("http[{at}].match: {fault}")));
+    }
 }
 
 /// The roots of the waypoints whose requests the VirtualServices that send requests to a host decide about.
