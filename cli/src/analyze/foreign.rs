@@ -9,7 +9,7 @@ use crate::network_policy;
 type Row = (&'static str, &'static [&'static str], &'static str, &'static str);
 
 /// Kinds of meshes that are not read, by group; the first row of a kind counts.
-const TABLE: [Row; 26] = [
+const TABLE: [Row; 28] = [
     (
         "networking.istio.io",
         &["EnvoyFilter"],
@@ -89,6 +89,12 @@ const TABLE: [Row; 26] = [
         "write an AuthorizationPolicy (security.istio.io/v1)",
     ),
     (
+        "authorization.istio.io",
+        &[],
+        "it has no effect, and limits nobody: Istio never had this group",
+        "write an AuthorizationPolicy (security.istio.io/v1)",
+    ),
+    (
         "config.istio.io",
         &["RouteRule"],
         "it has no effect: the kind was removed from Istio too",
@@ -142,6 +148,12 @@ const TABLE: [Row; 26] = [
         &["ServiceProfile"],
         "it has no effect in this mesh: it is read by Linkerd alone",
         "write an HTTPRoute with `timeouts` and `retry`",
+    ),
+    (
+        "linkerd.io",
+        &["ServiceEntry"],
+        "it has no effect: Linkerd never had this kind",
+        "write a ServiceEntry of networking.istio.io/v1 with `hosts`, `ports`, `location: MESH_EXTERNAL` and `resolution`",
     ),
     (
         "workload.linkerd.io",
@@ -233,6 +245,8 @@ mod tests {
             ("authentication.istio.io/v1alpha1", "MeshPolicy", "in the root namespace"),
             ("rbac.istio.io/v1alpha1", "ServiceRole", "AuthorizationPolicy"),
             ("rbac.istio.io/v1alpha1", "ClusterRbacConfig", "empty spec"),
+            ("authorization.istio.io/v1alpha1", "AuthorizationPolicy", "security.istio.io/v1"),
+            ("linkerd.io/v1alpha1", "ServiceEntry", "networking.istio.io/v1"),
             ("config.istio.io/v1alpha2", "EgressRule", "ServiceEntry"),
             ("networking.istio.io/v1alpha3", "Gateway", "gateway.networking.k8s.io"),
             ("policy.linkerd.io/v1beta3", "Server", "AuthorizationPolicy"),
