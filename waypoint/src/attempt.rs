@@ -5,14 +5,14 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ambit_balance::Outcome;
 use ambit_directory::{AppProtocol, WorkloadUid};
 use ambit_hbone::client::Target as TunnelTarget;
 use ambit_hbone::{ConnectRequest, TunnelStream};
 use ambit_route::{Retry, Timeouts};
-use http::header::{CONTENT_LENGTH, HOST, SET_COOKIE};
+use http::header::{CONTENT_LENGTH, HOST, HeaderMap, RETRY_AFTER, SET_COOKIE};
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
@@ -47,6 +47,10 @@ use crate::{mirror, upgrade};
 const BACKOFF: Duration = Duration::from_millis(25);
 /// The longest wait before another try.
 const MAX_BACKOFF: Duration = Duration::from_millis(250);
+/// The longest wait that an endpoint may ask for; one that asks for more is the client's to follow.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Connections that may close under a request that they did not take before that counts as a try.
+const MAX_MOVES: u32 = 3;
 
 /// Sends a request and waits for the head of its answer.
 ///
@@ -215,11 +219,19 @@ impl Sending<'_> {
                 worker.proxy.tallies.retries_over_budget.fetch_add(1, Ordering::Relaxed);
                 return outcome;
             };
-            // The answer that is not wanted frees its connection or stream.
-            drop(outcome);
+            let asked = outcome
+                .as_ref()
+                .ok()
+                .and_then(|(answer, _)| retry_after(answer.headers(), SystemTime::now()));
             let pause = backoff(self.retry.backoff.unwrap_or(BACKOFF), retries, rand::random());
-            if self.deadline.is_some_and(|deadline| Instant::now() + pause >= deadline) {
-                return Err(Failure::Timeout);
+            let pause = pause.max(asked.unwrap_or_default());
+            let too_late = self.deadline.is_some_and(|deadline| Instant::now() + pause >= deadline);
+            match outcome {
+                // The client learns from the endpoint how long to wait.
+                Ok(_) if too_late || pause > MAX_RETRY_AFTER => return outcome,
+                Err(_) if too_late => return Err(Failure::Timeout),
+                // The answer that is not wanted frees its connection or stream.
+                Ok(_) | Err(_) => drop(outcome),
             }
             tokio::time::sleep(pause).await;
             retries += 1;
@@ -255,7 +267,7 @@ impl Sending<'_> {
         let any = conditions.server_error;
         match failure {
             Failure::Connect(_) => conditions.connect_failure || any || conditions.gateway_error,
-            Failure::RefusedStream => conditions.refused_stream || any,
+            Failure::RefusedStream | Failure::GoneAway => conditions.refused_stream || any,
             Failure::Reset(_) | Failure::TryTimeout => conditions.reset || any || conditions.gateway_error,
             _ => false,
         }
@@ -301,12 +313,17 @@ impl Sending<'_> {
             http2: self.http2,
         };
         let mut request = Some(self.request()?);
+        let mut moves = 0;
         // A connection that was kept may close before the request is on it: that is nobody's fault, and no retry.
         loop {
             let sender = sender(worker, &key, chosen).await?;
             let Some(taken) = request.take() else { return Err(Failure::Reset("sent already".to_owned())) };
             match dispatch(worker, &key, sender, taken).await {
                 Ok(answered) => return Ok(answered),
+                Err((Failure::GoneAway, None)) if moves < MAX_MOVES && self.can_repeat() => {
+                    moves += 1;
+                    request = Some(self.request()?);
+                }
                 Err((failure, None)) => return Err(self.blame(failure)),
                 Err((_, Some(unsent))) => request = Some(*unsent),
             }
@@ -386,6 +403,15 @@ fn backoff(base: Duration, retries: u32, random: u32) -> Duration {
     half + half.mul_f64(f64::from(random) / f64::from(u32::MAX))
 }
 
+/// How long an answer asks to wait (RFC 9110 §10.2.3): in seconds, or until a date.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    match text.parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(now).ok(),
+    }
+}
+
 /// A connection to an endpoint: one that waits, or a new one. Waiting for another request's dial has the limit of a dial.
 ///
 /// # Errors
@@ -431,10 +457,13 @@ pub async fn connect(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint,
     let certificate = proxy.certificates.certificate(&proxy.identity).await;
     let certificate = certificate.map_err(|error| Failure::Unavailable(error.to_string()))?;
     let tls = certificate.client_tls();
-    let key = TunnelKey { destination: workload.uid.clone(), address: *hbone };
+    let crossing = chosen.crossing.as_deref();
+    let destination = crossing.map_or(&workload.uid, |crossing| &crossing.gateway).clone();
+    let key = TunnelKey { destination, address: *hbone };
     let source = SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, 0)).ip();
     let target = TunnelTarget { address: *hbone, source, tls: &tls, expected };
-    let request = ConnectRequest::new(chosen.address);
+    let authority = crossing.map_or(chosen.address.into(), |crossing| crossing.authority.clone());
+    let mut request = ConnectRequest::new(authority);
     let address = *hbone;
     let dial = move || async move {
         let stream = TcpStream::connect(address).await?;
@@ -442,7 +471,12 @@ pub async fn connect(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint,
         Ok(stream)
     };
     let tunnel = worker.tunnels.open(&key, target, &request, dial).await.map_err(|error| failed(&error))?;
-    Ok(io::Endpoint::Tunnel(tunnel.into_stream()))
+    let Some(crossing) = crossing else { return Ok(io::Endpoint::Tunnel(tunnel.into_stream())) };
+    request.forwarded_network = Some(crossing.network.to_string());
+    let target = TunnelTarget { address: *hbone, source, tls: &tls, expected: &crossing.expected };
+    let settings = &worker.tunnels.settings().client;
+    let inner = Box::pin(ambit_hbone::client::open_within(tunnel, target, &request, settings)).await;
+    Ok(io::Endpoint::Tunnel(inner.map_err(|error| failed(&error))?.into_stream()))
 }
 
 /// A request that never left.
@@ -451,7 +485,7 @@ pub type Unsent = Option<Box<Request<RequestBody>>>;
 /// Sends a request on a connection. One that never left comes back.
 ///
 /// # Errors
-/// [`Failure::Reset`], [`Failure::RefusedStream`].
+/// [`Failure::Reset`], [`Failure::RefusedStream`], [`Failure::GoneAway`].
 pub async fn dispatch(
     worker: &Worker,
     key: &Key,
@@ -489,11 +523,15 @@ fn failure(error: &hyper::Error) -> Failure {
     use std::error::Error as _;
     let mut cause = error.source();
     while let Some(inner) = cause {
-        // RFC 9113 §8.7: the server says that it did nothing.
-        if let Some(error) = inner.downcast_ref::<h2::Error>()
-            && error.reason() == Some(h2::Reason::REFUSED_STREAM)
-        {
-            return Failure::RefusedStream;
+        if let Some(error) = inner.downcast_ref::<h2::Error>() {
+            // RFC 9113 §6.8: streams above the last one that a GOAWAY names are not processed; h2 ends no others with it.
+            if error.is_go_away() && error.is_remote() {
+                return Failure::GoneAway;
+            }
+            // RFC 9113 §8.7: the server says that it did nothing.
+            if error.reason() == Some(h2::Reason::REFUSED_STREAM) {
+                return Failure::RefusedStream;
+            }
         }
         cause = inner.source();
     }
@@ -564,4 +602,25 @@ pub async fn pass_through(
     }
     let failure = last.map_or_else(|| "no endpoint".to_owned(), |failure| failure.to_string());
     report.finish(Err(failure));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_may_ask_for_a_wait_in_seconds_or_until_a_date() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_770);
+        for (text, wait) in [
+            ("2", Some(2)),
+            (" 120 ", Some(120)),
+            ("Sun, 06 Nov 1994 08:49:37 GMT", Some(7)),
+            ("Sun, 06 Nov 1994 08:49:20 GMT", None),
+            ("soon", None),
+            ("-1", None),
+        ] {
+            let headers = HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static(text))]);
+            assert_eq!(retry_after(&headers, now), wait.map(Duration::from_secs), "{text}");
+        }
+    }
 }

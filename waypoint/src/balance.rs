@@ -169,12 +169,31 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Where its proxy listens, and who must answer there; none outside the mesh.
     pub tunnel: Option<(SocketAddr, SmallVec<[SpiffeId; 1]>)>,
+    /// The second tunnel inside that one, where it leads into another network.
+    pub crossing: Option<Box<Crossing>>,
+}
+
+/// What a tunnel to the gateway of another network carries (contracts.md, section 2, "Double HBONE").
+#[derive(Debug, Clone)]
+pub struct Crossing {
+    /// The gateway's workload.
+    pub gateway: WorkloadUid,
+    /// The service and its port: which endpoint answers is the other network's choice.
+    pub authority: Authority,
+    /// Who must answer inside.
+    pub expected: SmallVec<[SpiffeId; 1]>,
+    /// The waypoint's own network.
+    pub network: Arc<str>,
 }
 
 impl Endpoint {
     /// Its identity, as far as one is expected.
     pub fn identity(&self) -> Option<&SpiffeId> {
-        self.tunnel.as_ref().and_then(|(_, expected)| expected.first())
+        match (&self.crossing, &self.tunnel) {
+            (Some(crossing), _) => crossing.expected.first(),
+            (None, Some((_, expected))) => expected.first(),
+            (None, None) => None,
+        }
     }
 }
 
@@ -202,11 +221,53 @@ pub fn endpoint(
     let Some(balanced) = &target.balanced else { return address(proxy, source, target, tried) };
     let balancer = balanced.current(proxy)?;
     let chosen = balanced.slot.choose(&balancer, &proxy.published.load().directory, tried, key);
-    let chosen = chosen.map_err(|why| {
-        let SlotKey { host, port, .. } = balanced.slot.key();
-        Failure::NoEndpoint(format!("service {host}, port {port}: {why}"))
-    })?;
-    Ok(Chosen { endpoint: chosen.endpoint, trial: Some(chosen.trial) })
+    let why = match chosen {
+        Ok(chosen) => return Ok(Chosen { endpoint: chosen.endpoint, trial: Some(chosen.trial) }),
+        Err(why) => why,
+    };
+    let slot = balanced.slot.key();
+    if let Some(endpoint) = in_another_network(proxy, source, slot, tried)? {
+        return Ok(Chosen { endpoint: Arc::new(endpoint), trial: None });
+    }
+    let SlotKey { host, port, .. } = slot;
+    Err(Failure::NoEndpoint(format!("service {host}, port {port}: {why}")))
+}
+
+/// An endpoint of a service in another network, for when this one has none. Subsets stay in their network: labels are not
+/// known across.
+fn in_another_network(
+    proxy: &Proxy,
+    source: SocketAddr,
+    SlotKey { host, port, subset }: &SlotKey,
+    tried: &[WorkloadUid],
+) -> Result<Option<Endpoint>, Failure> {
+    if subset.is_some() {
+        return Ok(None);
+    }
+    let published = proxy.published.load();
+    let question = Question {
+        client: own_workload(proxy, &published.directory)?,
+        role: ClientRole::Waypoint,
+        source: source.ip(),
+        destination: Authority::Host { host: host.hostname.clone(), port: *port },
+        exclude: tried,
+    };
+    match resolve(&published.directory, &question, &InProgress(proxy), &mut rand::rng()) {
+        // The name may be another's in the waypoint's own namespace.
+        Route::DoubleHbone(route) if route.service.host == *host => Ok(Some(Endpoint {
+            workload: Some(route.workload),
+            service: Some(route.service),
+            address: route.hbone,
+            tunnel: Some((route.hbone, route.expected)),
+            crossing: Some(Box::new(Crossing {
+                gateway: route.gateway.uid.clone(),
+                authority: route.authority,
+                expected: route.inner_expected,
+                network: route.network,
+            })),
+        })),
+        _ => Ok(None),
+    }
 }
 
 /// An address that was dialled.
@@ -231,12 +292,14 @@ fn address(
             service: route.service,
             address: route.address,
             tunnel: Some((route.hbone, route.expected)),
+            crossing: None,
         },
         Route::Plain(route) | Route::Own(route) => Endpoint {
             workload: route.workload,
             service: route.service,
             address: route.address,
             tunnel: None,
+            crossing: None,
         },
         Route::Refuse(refusal) => return Err(Failure::NoEndpoint(refusal.to_string())),
         Route::Unknown(unknown) => return Err(Failure::UnknownService(unknown.authority.to_string())),

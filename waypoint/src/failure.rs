@@ -76,6 +76,9 @@ pub enum Failure {
     /// The endpoint refused the stream without looking at it.
     #[error("the endpoint refused the stream")]
     RefusedStream,
+    /// The endpoint closes the connection and has not looked at the request.
+    #[error("the endpoint closed the connection before the request")]
+    GoneAway,
     /// The connection broke before there was an answer.
     #[error("the endpoint's connection broke: {0}")]
     Reset(String),
@@ -117,6 +120,7 @@ impl Failure {
             | Self::Connect(_)
             | Self::Overflow
             | Self::RefusedStream
+            | Self::GoneAway
             | Self::Reset(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::TryTimeout | Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
             Self::Fault(status) => *status,
@@ -154,6 +158,7 @@ impl Failure {
             | Self::NoEndpoint(_)
             | Self::Unavailable(_)
             | Self::Overflow
+            | Self::GoneAway
             | Self::RequestBody(_)
             | Self::Fault(_)
             | Self::FaultGrpc(_) => false,
@@ -175,7 +180,7 @@ impl Failure {
             Self::Unavailable(_) => "LR",
             Self::Connect(_) => "UF",
             Self::Overflow => "UO",
-            Self::RefusedStream => "UR",
+            Self::RefusedStream | Self::GoneAway => "UR",
             Self::Reset(_) => "UC",
             Self::TryTimeout | Self::Timeout => "UT",
             Self::Fault(_) | Self::FaultGrpc(_) => "FI",
@@ -199,7 +204,7 @@ impl Failure {
             Self::Authorizer { .. } => "authorization is not possible\n",
             Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
             Self::Unavailable(_) => "not available\n",
-            Self::Connect(_) | Self::Overflow | Self::RefusedStream | Self::Reset(_) => {
+            Self::Connect(_) | Self::Overflow | Self::RefusedStream | Self::GoneAway | Self::Reset(_) => {
                 "upstream connect error or reset before headers\n"
             }
             Self::TryTimeout | Self::Timeout => "upstream request timeout\n",

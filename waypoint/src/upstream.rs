@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
@@ -52,6 +53,19 @@ struct Slot {
     dialling: Option<watch::Receiver<DialOutcome>>,
 }
 
+/// The connections to one endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Connections {
+    /// Of HTTP/1, waiting for a request.
+    pub idle: usize,
+    /// Of HTTP/1, with a request.
+    pub busy: usize,
+    /// Of HTTP/2.
+    pub shared: usize,
+    /// Requests on those.
+    pub streams: usize,
+}
+
 /// How a dial ended; `None` while it goes on. Its channel closes without an outcome where the dial was given up.
 type DialOutcome = Option<Result<(), Failure>>;
 
@@ -66,7 +80,16 @@ impl Slot {
 struct Shared {
     sender: http2::SendRequest<RequestBody>,
     streams: Arc<AtomicUsize>,
+    /// Streams that the endpoint allows.
+    most: Arc<AtomicUsize>,
     used: Instant,
+}
+
+impl Shared {
+    /// Whether one more stream would wait for others.
+    fn is_busy(&self) -> bool {
+        self.streams.load(Ordering::Relaxed) >= self.most.load(Ordering::Relaxed).min(BUSY)
+    }
 }
 
 /// A connection that a request may use.
@@ -235,7 +258,7 @@ impl Upstreams {
         let full = slot.shared.len() >= MAX_HTTP2;
         let load = |shared: &&mut Shared| shared.streams.load(Ordering::Relaxed);
         let least = slot.shared.iter_mut().min_by_key(load);
-        if let Some(shared) = least.filter(|least| full || least.streams.load(Ordering::Relaxed) < BUSY) {
+        if let Some(shared) = least.filter(|least| full || !least.is_busy()) {
             shared.used = Instant::now();
             shared.streams.fetch_add(1, Ordering::Relaxed);
             return Turn::Use(Sender::Http2(shared.sender.clone(), Stream(shared.streams.clone())));
@@ -258,18 +281,29 @@ impl Upstreams {
             builder
                 .timer(TokioTimer::new())
                 .adaptive_window(false)
+                // RFC 9113 §6.5.2: how many streams the endpoint allows is known from its SETTINGS. Until then one is sent; more
+                // might be refused.
+                .initial_max_send_streams(1)
                 .initial_stream_window_size(1 << 20)
                 .initial_connection_window_size(4 << 20)
                 .keep_alive_interval(Duration::from_secs(30))
                 .keep_alive_timeout(Duration::from_secs(20));
-            let (sender, connection) = builder.handshake(TokioIo::new(io)).await?;
+            let (sender, mut connection) = builder.handshake(TokioIo::new(io)).await?;
+            let most = Arc::new(AtomicUsize::new(1));
+            let allowed = most.clone();
             tokio::spawn(async move {
-                if let Err(error) = connection.await {
+                let driven = poll_fn(|cx| {
+                    let ended = Pin::new(&mut connection).poll(cx);
+                    allowed.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                    ended
+                });
+                if let Err(error) = driven.await {
                     tracing::debug!(%error, "an HTTP/2 connection to an endpoint ended");
                 }
             });
             let streams = Arc::new(AtomicUsize::new(1));
-            let shared = Shared { sender: sender.clone(), streams: streams.clone(), used: Instant::now() };
+            let used = Instant::now();
+            let shared = Shared { sender: sender.clone(), streams: streams.clone(), most, used };
             self.0.lock().entry(key.clone()).or_default().shared.push(shared);
             return Ok(Sender::Http2(sender, Stream(streams)));
         }
@@ -299,6 +333,22 @@ impl Upstreams {
             let is_used = slot.dialling().is_some() || slot.open.load(Ordering::Relaxed) > 0;
             !slot.idle.is_empty() || !slot.shared.is_empty() || is_used
         });
+    }
+
+    /// What there is to each endpoint.
+    pub fn pools(&self) -> Vec<(Key, Connections)> {
+        let slots = self.0.lock();
+        let pools = slots.iter().map(|(key, slot)| {
+            let streams = slot.shared.iter().map(|shared| shared.streams.load(Ordering::Relaxed));
+            let connections = Connections {
+                idle: slot.idle.len(),
+                busy: slot.open.load(Ordering::Relaxed),
+                shared: slot.shared.len(),
+                streams: streams.sum(),
+            };
+            (key.clone(), connections)
+        });
+        pools.collect()
     }
 
     /// How many connections wait or are shared.
@@ -332,7 +382,7 @@ mod tests {
         Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true }
     }
 
-    fn now<T>(finding: std::pin::Pin<&mut impl Future<Output = T>>) -> Poll<T> {
+    fn now<T>(finding: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
         finding.poll(&mut Context::from_waker(Waker::noop()))
     }
 

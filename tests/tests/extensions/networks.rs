@@ -6,6 +6,7 @@ use ambit_hbone::{Endpoints, Incoming, Server, ServerSettings, WindowBudget};
 use ambit_identity::{Trust, WorkloadCertificate};
 use ambit_local::{Pod, PodOptions};
 use ambit_tests::add_trials;
+use ambit_tests::apps::{self, App};
 use ambit_tests::beds::Trials;
 use ambit_tests::wait;
 use parking_lot::Mutex;
@@ -123,6 +124,33 @@ async fn a_service_in_another_network_is_reached_by_a_tunnel_inside_a_tunnel(bed
     assert_eq!(line["dst.hbone_addr"], "east.shop.svc.cluster.local:80", "{line}");
     assert_eq!(line["dst.workload"], "east", "{line}");
     assert_eq!(line["src.workload"], "client", "{line}");
+    a_waypoint_leads_there_too(bed, &gateway).await;
+}
+
+/// A service behind a waypoint here, whose endpoints are all in the other network.
+async fn a_waypoint_leads_there_too(bed: &Extensions, gateway: &Gateway) {
+    let address = (bed.east.ip(), PORT + 2).into();
+    let _running = apps::run(&bed.east, address, App::Http("east".to_owned())).await.unwrap();
+    bed.cluster
+        .apply(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: waypoint, namespace: shop}\n\
+             spec: {gatewayClassName: ambit-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n---\n\
+             apiVersion: v1\nkind: Service\n\
+             metadata: {name: east-http, namespace: shop, labels: {istio.io/use-waypoint: waypoint}}\n\
+             spec: {selector: {app: east}, ports: [{name: http, port: 80, targetPort: 8082}]}\n",
+        )
+        .await
+        .unwrap();
+    let to = bed.vip("east-http", false);
+    let asked = "spiffe://cluster.local/ns/shop/sa/waypoint for east-http.shop.svc.cluster.local:80";
+    wait::for_ok("requests pass the waypoint into the other network", wait::SOON * 2, || async {
+        let mut stream =
+            bed.client.connect_within(to, wait::SOON).await.map_err(|error| error.to_string())?;
+        apps::get(&mut stream).await.map_err(|error| error.to_string())?;
+        let all = gateway.asked.lock().clone();
+        if all.iter().any(|one| one == asked) { Ok(()) } else { Err(format!("{all:?}")) }
+    })
+    .await;
 }
 
 /// The same way with a gateway that is authentic, but somebody else: not one byte is sent.

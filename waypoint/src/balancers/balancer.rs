@@ -126,6 +126,7 @@ impl Balancer {
                     service: Some(state.service().clone()),
                     address: candidate.address,
                     tunnel: candidate.tunnel,
+                    crossing: None,
                 }),
             }
         };

@@ -437,7 +437,12 @@ pub(in crate::index) fn of_remote_gateway(
         created: wire::created(&gateway.meta),
         ..api::Workload::default()
     };
-    vec![wire::workload_resource(message, &addresses)]
+    let (kind, mut resource) = wire::workload_resource(message, &addresses);
+    // Whatever a waypoint is for may have endpoints in that network.
+    let classes = &reader.settings.waypoint_classes;
+    let waypoints = classes.iter().flat_map(|class| reader.gateways_of_class(class));
+    resource.parents.extend(waypoints.map(|waypoint| super::l7::views::root(&waypoint.meta.id)));
+    vec![(kind, resource)]
 }
 
 /// The addresses of a gateway of another cluster that nobody else owns.
