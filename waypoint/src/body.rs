@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep};
 
 use crate::exchange::Held;
+use crate::messages::Messages;
 use crate::upstream::Returned;
 
 /// The body of a request on its way to an endpoint.
@@ -98,6 +99,8 @@ struct State {
     /// Number of the try that may read. Those before it have been given up.
     attempt: u32,
     received: u64,
+    /// Those of a gRPC call.
+    messages: Option<Messages>,
     broken: bool,
     copies: Vec<Copy>,
     /// How long the client may be silent.
@@ -151,6 +154,7 @@ impl Source {
             room: Some(room),
             attempt: 0,
             received: 0,
+            messages: None,
             broken: false,
             copies: Vec::new(),
             silence,
@@ -160,6 +164,17 @@ impl Source {
             awaited: Awaited::default(),
         };
         Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// Counts the messages of a gRPC call too; to be asked for before any of the body is read.
+    pub fn counting_messages(self) -> Self {
+        self.0.lock().messages = Some(Messages::default());
+        self
+    }
+
+    /// How many messages of a gRPC call have come.
+    pub fn messages(&self) -> u64 {
+        self.0.lock().messages.map_or(0, |messages| messages.count())
     }
 
     /// The body for another try, from its beginning; `None` if a part is lost.
@@ -263,10 +278,11 @@ impl State {
                 None => self.end(),
                 Some(Ok(frame)) => {
                     if let Some(data) = frame.data_ref() {
-                        self.received += data.len() as u64;
+                        let data = data.clone();
+                        self.count(&data);
                         // Whatever the room: it has to be sent.
                         self.room = self.room.map(|room| room.saturating_sub(data.len()));
-                        self.kept.push(data.clone());
+                        self.kept.push(data);
                     } else if let Some(trailers) = frame.trailers_ref() {
                         self.trailers = Some(trailers.clone());
                         self.end();
@@ -277,6 +293,13 @@ impl State {
                     return Poll::Ready(Err(error));
                 }
             }
+        }
+    }
+
+    fn count(&mut self, data: &Bytes) {
+        self.received += data.len() as u64;
+        if let Some(messages) = &mut self.messages {
+            messages.feed(data);
         }
     }
 
@@ -318,8 +341,8 @@ impl Replay {
             }
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
-                    state.received += data.len() as u64;
                     let data = data.clone();
+                    state.count(&data);
                     state.keep(&data);
                     self.at = state.kept.len();
                 } else if let Some(trailers) = frame.trailers_ref() {

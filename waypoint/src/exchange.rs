@@ -60,8 +60,10 @@ async fn steps(
     let matched = matching::find(&published, inbound, &sane, &parts);
     record.set_route(matched.as_ref().ok().and_then(Option::as_ref));
     let limits = &inbound.worker.proxy.settings.limits;
-    let source =
-        (!body.is_end_stream()).then(|| Source::new(body, limits.retry_buffer, limits.body_timeout.get()));
+    let source = (!body.is_end_stream()).then(|| {
+        let source = Source::new(body, limits.retry_buffer, limits.body_timeout.get());
+        if sane.grpc { source.counting_messages() } else { source }
+    });
     let token = authenticate::authenticate(&published, inbound, &mut parts)?;
     let authorizers = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref());
     let additions = match external::check(&authorizers, inbound, &sane, &mut parts, source.as_ref()).await? {
@@ -72,6 +74,10 @@ async fn steps(
         }
     };
     authorize::authorize(&published, inbound, &sane, &parts, token.as_ref())?;
+    if published.forwards_client_identity {
+        let identity = inbound.certificate.identity();
+        sanitise::forward_identity(&mut parts.headers, &inbound.worker.proxy.identity, identity);
+    }
     // Only who is allowed learns which routes there are.
     let routed = matched?;
     if let Some(asked) = AllowedRequest::keep(&sane, &parts, token) {

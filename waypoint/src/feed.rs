@@ -87,6 +87,8 @@ impl Applier {
         if changed.gateways {
             let addresses = self.gateways.values().flat_map(|gateway| &gateway.addresses);
             next.addresses = addresses.filter_map(destination).collect();
+            next.forwards_client_identity =
+                self.gateways.values().any(|gateway| gateway.forwards_client_identity);
         }
         if changed.gateways || changed.policies {
             let is_own = |gateway: &str| self.gateways.contains_key(gateway);

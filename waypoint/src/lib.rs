@@ -27,6 +27,7 @@ pub mod feed;
 pub mod filters;
 pub mod io;
 pub mod matching;
+pub mod messages;
 pub mod mirror;
 pub mod policies;
 pub mod protocol;

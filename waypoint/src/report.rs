@@ -24,6 +24,7 @@ use crate::balance::Endpoint;
 use crate::body::{ResponseBody, Source};
 use crate::failure::Failure;
 use crate::matching::Routed;
+use crate::messages::Messages;
 use crate::sanitise::{Sane, is_grpc};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -106,6 +107,8 @@ pub struct Record {
     code: u16,
     grpc_status: Option<u8>,
     sent: u64,
+    /// Those of the answer to a gRPC call.
+    messages: Option<Messages>,
     flags: &'static str,
     error: Option<String>,
     reported: bool,
@@ -145,6 +148,7 @@ impl Record {
             code: 0,
             grpc_status: None,
             sent: 0,
+            messages: None,
             flags: "-",
             error: None,
             reported: false,
@@ -204,12 +208,18 @@ impl Record {
     pub fn set_answer(&mut self, response: &Response<ResponseBody>) {
         self.code = response.status().as_u16();
         self.grpc_status = grpc_status(response.headers());
+        let content_type = response.headers().get(http::header::CONTENT_TYPE);
+        let speaks_grpc = self.grpc && content_type.is_some_and(|value| is_grpc(value.as_bytes()));
+        self.messages = speaks_grpc.then(Messages::default);
     }
 
     /// A part of its answer.
     pub fn add_frame(&mut self, frame: &Frame<Bytes>) {
         if let Some(data) = frame.data_ref() {
             self.sent += data.len() as u64;
+            if let Some(messages) = &mut self.messages {
+                messages.feed(data);
+            }
         } else if let Some(trailers) = frame.trailers_ref() {
             self.grpc_status = grpc_status(trailers).or(self.grpc_status);
         }
@@ -230,7 +240,12 @@ impl Record {
         let outcome = Outcome { code: self.code, grpc_status, flags: self.flags };
         let retries = self.attempts.saturating_sub(1);
         let reporter = self.inbound.worker.reporter.clone();
-        self.series(outcome).count(duration, received, self.sent, retries);
+        let series = self.series(outcome);
+        series.count(duration, received, self.sent, retries);
+        if self.grpc {
+            let sent = self.messages.map_or(0, |messages| messages.count());
+            series.count_messages(self.body.as_ref().map_or(0, Source::messages), sent);
+        }
         if reporter.log.is_enabled() {
             reporter.log.log_request(self.entry(duration, received, grpc_status));
         }

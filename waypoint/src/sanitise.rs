@@ -2,9 +2,10 @@
 
 use std::net::IpAddr;
 
+use ambit_identity::SpiffeId;
 use ambit_policy::normal_path;
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, FORWARDED, HOST, HeaderMap, HeaderName, SEC_WEBSOCKET_KEY, TE,
+    CONNECTION, CONTENT_LENGTH, EXPECT, FORWARDED, HOST, HeaderMap, HeaderName, SEC_WEBSOCKET_KEY, TE,
     TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
@@ -83,6 +84,11 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
     }
     let trailers = accepts_trailers(&parts.headers);
     remove_hop_by_hop(&mut parts.headers)?;
+    // RFC 9110 §10.1.1: the client is asked for its body here, as soon as it is wanted.
+    if parts.headers.get(EXPECT).is_some_and(|wanted| wanted.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    {
+        parts.headers.remove(EXPECT);
+    }
     if trailers {
         parts.headers.insert(TE, HeaderValue::from_static("trailers"));
     }
@@ -268,6 +274,13 @@ fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> &'static 
         headers.insert(X_REQUEST_ID, id);
     }
     scheme
+}
+
+/// Tells the endpoint who the client is, in the form of Envoy: the proxy's own identity, and the client's.
+pub fn forward_identity(headers: &mut HeaderMap, own: &SpiffeId, client: &SpiffeId) {
+    if let Ok(certificate) = HeaderValue::try_from(format!("By={own};URI={client}")) {
+        headers.insert(XFCC, certificate);
+    }
 }
 
 /// RFC 9562 §5.4: a UUID of random bits.

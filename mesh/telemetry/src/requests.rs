@@ -82,12 +82,15 @@ pub struct RequestSeries {
     request_bytes: Histogram,
     response_bytes: Histogram,
     retries: AtomicU64,
+    request_messages: AtomicU64,
+    response_messages: AtomicU64,
 }
 
 impl RequestSeries {
     fn new(key: Key) -> Self {
         let [duration, request_bytes, response_bytes] = Default::default();
-        Self { key, duration, request_bytes, response_bytes, retries: AtomicU64::new(0) }
+        let [retries, request_messages, response_messages] = Default::default();
+        Self { key, duration, request_bytes, response_bytes, retries, request_messages, response_messages }
     }
 
     /// Counts a request that ended, which was sent again `retries` times.
@@ -98,6 +101,12 @@ impl RequestSeries {
         self.duration.observe(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX));
         self.request_bytes.observe(request_bytes.saturating_mul(1000));
         self.response_bytes.observe(response_bytes.saturating_mul(1000));
+    }
+
+    /// Counts the messages of a gRPC call that ended.
+    pub fn count_messages(&self, of_request: u64, of_response: u64) {
+        self.request_messages.fetch_add(of_request, Ordering::Relaxed);
+        self.response_messages.fetch_add(of_response, Ordering::Relaxed);
     }
 }
 
@@ -154,6 +163,19 @@ impl RequestMetrics {
 #[derive(Debug)]
 struct Families(Arc<Inner>);
 
+type ReadCounter = fn(&RequestSeries) -> &AtomicU64;
+
+/// Counters that only some requests have: series of zero are left out.
+const COUNTERS: [(&str, &str, ReadCounter); 3] = [
+    (
+        "ambit_request_retries",
+        "How often requests were sent again, each with the labels of its request.",
+        |series| &series.retries,
+    ),
+    ("istio_request_messages", "Messages of gRPC calls from clients.", |series| &series.request_messages),
+    ("istio_response_messages", "Messages of gRPC calls to clients.", |series| &series.response_messages),
+];
+
 type ReadHistogram = fn(&RequestSeries) -> &Histogram;
 
 const HISTOGRAMS: [(&str, &str, ReadHistogram); 3] = [
@@ -179,16 +201,13 @@ impl Collector for Families {
                 series.duration.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum();
             family.encode_family(&series.key)?.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
         }
-        let mut family = encoder.encode_descriptor(
-            "ambit_request_retries",
-            "How often requests were sent again, each with the labels of its request.",
-            None,
-            MetricType::Counter,
-        )?;
-        for series in &all {
-            let count = series.retries.load(Ordering::Relaxed);
-            if count > 0 {
-                family.encode_family(&series.key)?.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+        for (name, help, read) in COUNTERS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for series in &all {
+                let count = read(series).load(Ordering::Relaxed);
+                if count > 0 {
+                    family.encode_family(&series.key)?.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+                }
             }
         }
         for (name, help, read) in HISTOGRAMS {
@@ -220,6 +239,7 @@ mod tests {
         let outcome = Outcome { code: 503, grpc_status: None, flags: "UF" };
         let labels = Labels::unknown(Reporter::Waypoint);
         metrics.series(&labels, outcome).count(Duration::from_micros(700), 0, 12, 2);
+        metrics.series(&labels, outcome).count_messages(3, 0);
         let text = registry.encode();
         let total = text.lines().find(|line| line.starts_with("istio_requests_total{")).unwrap();
         for part in ["reporter=\"waypoint\"", "response_code=\"503\"", "response_flags=\"UF\"", "} 1"] {
@@ -227,6 +247,9 @@ mod tests {
         }
         let retries = text.lines().find(|line| line.starts_with("ambit_request_retries_total{")).unwrap();
         assert!(retries.contains("response_code=\"503\"") && retries.ends_with("} 2"), "{retries}");
+        let messages = text.lines().find(|line| line.starts_with("istio_request_messages_total{")).unwrap();
+        assert!(messages.ends_with("} 3"), "{messages}");
+        assert!(!text.contains("istio_response_messages_total{"), "{text}");
         let bucket = |bound: &str| {
             let line = text.lines().find(|line| {
                 line.starts_with("istio_request_duration_milliseconds_bucket{") && line.contains(bound)

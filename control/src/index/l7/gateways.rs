@@ -32,6 +32,7 @@ pub(in crate::index) fn of_gateway(
     let message = l7::Gateway {
         object: Some(object_name(Kind::Gateway, id)),
         addresses: gateway.addresses.iter().map(address).collect(),
+        forwards_client_identity: gateway.forwards_client_identity,
     };
     let resource = Resource {
         name: id.to_string().into(),

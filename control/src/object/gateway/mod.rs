@@ -136,6 +136,8 @@ pub struct Gateway {
     pub trust_domain: Option<Arc<str>>,
     /// How its pods want their connections.
     pub application_tunnel: Option<ApplicationTunnel>,
+    /// Whether it tells endpoints who the client is (annotation `ambient.istio.io/xfcc-include-client-identity`).
+    pub forwards_client_identity: bool,
 }
 
 impl Gateway {
@@ -237,6 +239,8 @@ impl TryFrom<Manifest> for Gateway {
             service_account: annotation(&metadata, "gateway.istio.io/service-account").map(Arc::from),
             trust_domain: annotation(&metadata, "gateway.istio.io/trust-domain").map(Arc::from),
             application_tunnel: tunnel.map(application_tunnel).transpose()?,
+            forwards_client_identity: annotation(&metadata, "ambient.istio.io/xfcc-include-client-identity")
+                == Some("true"),
             meta,
         })
     }
