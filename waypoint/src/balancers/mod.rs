@@ -208,7 +208,7 @@ pub struct Slot {
     /// When the balancers' time began.
     started: Instant,
     built: ArcSwap<Balancer>,
-    /// Held while a new balancer is built, so that it is built once. Nobody waits for it.
+    /// Held while a new balancer is built, so that it is built once. Only who has no endpoint otherwise waits for it.
     building: Mutex<()>,
     /// Counts the choices.
     turn: AtomicU64,
@@ -245,7 +245,7 @@ impl Slot {
         self.built.load_full()
     }
 
-    /// The balancer of the present state, or the one before it while another request builds that.
+    /// The balancer of the present state, or the one before it, if it has endpoints, while another request builds that.
     ///
     /// # Errors
     /// [`Unresolved`].
@@ -261,6 +261,11 @@ impl Slot {
             true => Arc::clone(&built),
             false => match self.building.try_lock() {
                 Some(_one) => self.rebuild(sources, is_current)?,
+                // A service that had no endpoint before may have one now.
+                None if built.hosts().is_empty() => {
+                    let _one = self.building.lock();
+                    self.rebuild(sources, is_current)?
+                }
                 // A large table takes its time: until it is there the last one counts.
                 None => Arc::clone(&built),
             },

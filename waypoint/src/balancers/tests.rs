@@ -150,6 +150,27 @@ fn a_subset_is_of_the_endpoints_with_its_labels() {
     assert_eq!(world.chosen(None), names(["a", "b"]));
 }
 
+/// Another worker builds the balancer of the new state meanwhile.
+#[test]
+fn a_service_that_had_no_endpoint_waits_for_the_new_state() {
+    let mut world = World::new([], l7::PortSettings::default());
+    let (slot, before) = world.current(None).unwrap();
+    assert!(before.hosts().is_empty());
+    assert!(world.directory.apply([pod("a", 1, "here", "")]).is_empty());
+    let building = slot.building.lock();
+    std::thread::scope(|scope| {
+        let (starting, started) = std::sync::mpsc::channel();
+        let world = &world;
+        let waiting = scope.spawn(move || {
+            starting.send(()).unwrap();
+            world.chosen(None)
+        });
+        started.recv().unwrap();
+        drop(building);
+        assert_eq!(waiting.join().unwrap(), names(["a"]));
+    });
+}
+
 #[test]
 fn an_ejected_endpoint_stays_so_when_others_come() {
     let mut world = World::new([pod("a", 1, "here", ""), pod("b", 2, "here", "")], ejecting(100, 0));
