@@ -116,6 +116,13 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     };
     if outcome.is_ok() {
         let limit = parts.config.proxy.drain_timeout.get();
+        let minimum = parts.config.drain_minimum.get().min(limit);
+        tracing::info!(?minimum, "asked to stop: going on as before for a while");
+        tokio::select! {
+            () = tokio::time::sleep(minimum) => {}
+            () = stop.wait(|| ()) => {}
+        }
+        let limit = limit - minimum;
         tracing::info!(?limit, "stopping: nothing new is accepted, requests in progress may finish");
         match drain::finish(&mut running, limit, stop.wait(|| ())).await {
             Drained::Finished => tracing::info!("stopped: every connection has finished"),

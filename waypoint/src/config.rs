@@ -17,6 +17,9 @@ pub struct Config {
     pub proxy: ProxySettings,
     /// Where HBONE is served.
     pub listen_address: SocketAddr,
+    /// How long a waypoint that was asked to stop goes on as before, for peers that have yet to learn of it: a part of
+    /// `drainTimeout`. Asked again, it drains at once.
+    pub drain_minimum: Span,
     /// Service account of the waypoint's own pod: the name of its Gateway.
     pub service_account: String,
     /// SPIFFE ids of clients whose `x-forwarded-for`, `x-forwarded-proto` and `forwarded` are kept and added to, such as
@@ -74,6 +77,7 @@ impl Default for Config {
         Self {
             proxy: ProxySettings { drain_timeout: Span::from_secs(60), ..ProxySettings::default() },
             listen_address: (Ipv6Addr::UNSPECIFIED, ports::INBOUND_HBONE).into(),
+            drain_minimum: Span::from_secs(5),
             service_account: "waypoint".into(),
             trusted_forwarders: Vec::new(),
             certificates: Certificates::default(),

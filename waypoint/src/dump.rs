@@ -4,6 +4,7 @@ use ambit_api::l7;
 use serde::Serialize;
 
 use crate::balancers::{Balancers, Slot};
+use crate::upstream::Upstreams;
 
 /// A route as it shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -62,6 +63,37 @@ struct EndpointSummary {
     /// Seconds until it is used again, if it is ejected.
     #[serde(skip_serializing_if = "Option::is_none")]
     ejected_for_seconds: Option<f64>,
+}
+
+/// The connections of one worker to an endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolSummary {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workload: Option<String>,
+    address: String,
+    protocol: &'static str,
+    worker: usize,
+    /// Connections without a request that wait for one.
+    idle: usize,
+    /// Connections that are used.
+    used: usize,
+    /// Requests in progress.
+    requests: usize,
+}
+
+/// The connections of a worker as they show; keys without any are left out.
+pub fn pools(worker: usize, upstreams: &Upstreams) -> impl Iterator<Item = PoolSummary> + use<> {
+    let pools = upstreams.pools().into_iter().map(move |(key, connections)| PoolSummary {
+        workload: key.workload.map(|uid| uid.to_string()),
+        address: key.address.to_string(),
+        protocol: if key.http2 { "HTTP/2" } else { "HTTP/1.1" },
+        worker,
+        idle: connections.idle,
+        used: connections.busy + connections.shared,
+        requests: connections.busy + connections.streams,
+    });
+    pools.filter(|pool| pool.idle + pool.used > 0)
 }
 
 /// Endpoints as they show, by service.

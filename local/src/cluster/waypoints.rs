@@ -186,6 +186,8 @@ fn deployment(
         value("AUTH_TOKEN", token.display().to_string()),
         value("AMBIT_WAYPOINT_WORKLOAD_ROOT", root),
         value("AMBIT_WAYPOINT_TRUST_DOMAIN", shared.trust_domain.clone()),
+        // Peers on one machine learn soon, and nobody wants to wait for the end of a mesh.
+        value("AMBIT_WAYPOINT_DRAIN_MINIMUM", "1s".to_owned()),
     ];
     variables.extend(env.iter().map(|(name, text)| value(name, text.clone())));
     let labels = json!({ GATEWAY_NAME: gateway.name, "istio.io/dataplane-mode": "none" });

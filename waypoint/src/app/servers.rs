@@ -34,7 +34,15 @@ pub(super) async fn start(
 fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) -> Admin {
     let (directory, published) = (parts.directory.clone(), parts.published.clone());
     let proxy = program.proxy.clone();
+    let workers = Arc::clone(&program.workers);
+    let pools = move || {
+        let all = workers.states().flat_map(|worker| dump::pools(worker.index, &worker.upstreams));
+        let mut all: Vec<_> = all.collect();
+        all.sort();
+        serde_json::to_value(all)
+    };
     let admin = Admin::new()
+        .section("pools", pools)
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
         .section("routes", move || serde_json::to_value(&published.load().routes_dump))
         .section("balancers", move || serde_json::to_value(dump::balancers(&proxy.balancers)));
