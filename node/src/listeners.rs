@@ -293,7 +293,7 @@ async fn taken_by_others(inside: &Netns, options: &Options) -> Option<NetnsError
     Some(NetnsError::Socket { attempt: "bind the proxy's listeners".into(), id: inside.id(), source })
 }
 
-/// contracts.md, section 1: sockets of proxies bear the mark, which others can't set without privilege.
+/// Redirection contract: sockets of proxies bear the mark, which others can't set without privilege.
 fn is_others(entry: &sockdiag::Entry) -> bool {
     entry.mark & MARK_MASK != PROXY_MARK
 }

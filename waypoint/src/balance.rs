@@ -173,7 +173,7 @@ pub struct Endpoint {
     pub crossing: Option<Box<Crossing>>,
 }
 
-/// What a tunnel to the gateway of another network carries (contracts.md, section 2, "Double HBONE").
+/// What a tunnel to the gateway of another network carries (HBONE contract, "Double HBONE").
 #[derive(Debug, Clone)]
 pub struct Crossing {
     /// The gateway's workload.

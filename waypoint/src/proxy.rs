@@ -31,7 +31,7 @@ pub struct Published {
     pub directory: Arc<Snapshot>,
     /// Where the waypoint is reached: what is bound to it names one of these.
     pub addresses: Arc<[GatewayDestination]>,
-    /// Whether endpoints are told who the client is.
+    /// Whether endpoints learn who the client is.
     pub forwards_client_identity: bool,
     /// The routes of what is bound to it.
     pub routes: Arc<Table>,

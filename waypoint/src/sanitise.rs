@@ -276,7 +276,7 @@ fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> &'static 
     scheme
 }
 
-/// Tells the endpoint who the client is, in the form of Envoy: the proxy's own identity, and the client's.
+/// Says to the endpoint who the client is, in the form of Envoy: the proxy's own identity, and the client's.
 pub fn forward_identity(headers: &mut HeaderMap, own: &SpiffeId, client: &SpiffeId) {
     if let Ok(certificate) = HeaderValue::try_from(format!("By={own};URI={client}")) {
         headers.insert(XFCC, certificate);

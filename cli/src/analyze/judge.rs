@@ -263,13 +263,6 @@ spec: {clusterIP: 10.0.0.3, ports: [{port: 80}]}
         insta::assert_snapshot!(render(&reports, Palette::new(false)));
     }
 
-    /// Documents as old tutorials and answers on the web have them.
-    #[test]
-    fn fields_of_old_tutorials_are_named_with_their_modern_form() {
-        let reports = judge(items(include_str!("old-tutorials.yaml")), Settings::default(), false);
-        insta::assert_snapshot!(render(&reports, Paint::new(false)));
-    }
-
     #[test]
     fn a_waypoint_without_an_address_counts_only_where_statuses_do() {
         let of = |is_complete| judge(items(MANIFESTS), Settings::default(), is_complete);

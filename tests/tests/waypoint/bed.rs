@@ -8,6 +8,7 @@ use ambit_local::{Cluster, Pod, PodOptions};
 use ambit_tests::beds::Bed;
 use ambit_tests::wait::{self, SOON};
 use parking_lot::Mutex;
+use tokio::net::TcpStream;
 
 use crate::http::{self, Answer, Server};
 
@@ -112,8 +113,21 @@ impl Waypoints {
         self.serve(options.label("version", version), &name, answer).await
     }
 
-    /// A service bound to the waypoint; its port 80 has this name.
-    pub(crate) async fn bind(&self, name: &str, port: &str) -> SocketAddr {
+    /// A pod that serves connections by hand, selected by services of its name.
+    pub(crate) async fn by_hand<F: Future<Output = std::io::Result<()>> + Send + 'static>(
+        &self,
+        name: &str,
+        serve: impl Fn(TcpStream) -> F + Send + 'static,
+    ) {
+        let options = PodOptions::new("shop", name).service_account(name).label("app", name).node(1);
+        let pod = self.cluster.pod(options).await.expect("a pod");
+        let address = SocketAddr::new(pod.ip().into(), PORT);
+        let server = http::accept(&pod, address, serve).await.expect("a free port");
+        self.running.lock().push(server);
+    }
+
+    /// A service that is to be bound to the waypoint; its port 80 has this name.
+    pub(crate) async fn expose(&self, name: &str, port: &str) -> SocketAddr {
         self.apply(&format!(
             "apiVersion: v1\nkind: Service\n\
              metadata: {{name: {name}, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
@@ -122,7 +136,12 @@ impl Waypoints {
         .await;
         let vips = self.cluster.service_ips("shop", name);
         let vip = vips.into_iter().find(IpAddr::is_ipv4).expect("a virtual address");
-        let to = SocketAddr::new(vip, 80);
+        SocketAddr::new(vip, 80)
+    }
+
+    /// A service bound to the waypoint; its port 80 has this name.
+    pub(crate) async fn bind(&self, name: &str, port: &str) -> SocketAddr {
+        let to = self.expose(name, port).await;
         // Through the waypoint: it names the client.
         wait::until("the service is bound", SOON, || async {
             http::get(&self.cli, to, "/", "").await.is_ok_and(|answer| {
@@ -174,6 +193,18 @@ impl Waypoints {
     /// What the waypoint has written.
     pub(crate) fn logs(&self) -> Vec<String> {
         self.pods().iter().flat_map(Pod::logs).collect()
+    }
+
+    /// The waypoint's connections to an application's pods, as its admin server shows them.
+    pub(crate) async fn connections_to(&self, app: &str) -> u64 {
+        let pod = self.pods().into_iter().find(Pod::is_ready).expect("a waypoint");
+        let to = SocketAddr::from(([127, 0, 0, 1], 15000));
+        let dump = http::get(&pod, to, "/config_dump", "").await.expect("a dump").body;
+        let dump: serde_json::Value = serde_json::from_str(&dump).expect("JSON");
+        let pools = dump["pools"].as_array().expect("pools").iter();
+        let is_its =
+            |pool: &&serde_json::Value| pool["workload"].as_str().is_some_and(|uid| uid.contains(app));
+        pools.filter(is_its).filter_map(|pool| Some(pool["used"].as_u64()? + pool["idle"].as_u64()?)).sum()
     }
 
     /// A scrape of the waypoint's metrics.

@@ -1,6 +1,7 @@
 //! Changes under load: a waypoint's pods are replaced, and its routes change, while requests go on.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ambit_local::{Pod, PodOptions};
@@ -13,30 +14,44 @@ use crate::bed::{GATEWAY_NAME, PORT, Waypoints};
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("replacing a waypoint's pods loses no request", async |bed| replaced(bed).await);
+    trials.add("a waypoint that is asked to stop answers for a moment more", async |bed| lasting(bed).await);
     trials.add("changing routes loses no request", async |bed| rerouted(bed).await);
+    trials.add("replacing waypoint, endpoints and routes at once loses no request", async |bed| {
+        replaced_all(bed).await;
+    });
 }
 
-/// A service behind a waypoint of its own of two pods.
-async fn service(bed: &Waypoints, name: &str) -> (apps::Running, SocketAddr) {
+/// A waypoint of two pods.
+async fn waypoint(bed: &Waypoints, name: &str) {
     bed.apply(&format!(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
          metadata: {{name: {name}, namespace: shop, annotations: {{local.ambit.dev/replicas: '2'}}}}\n\
          spec: {{gatewayClassName: ambit-waypoint, listeners: [{{name: mesh, port: 15008, protocol: HBONE}}]}}\n"
     ))
     .await;
+}
+
+/// A service behind a waypoint of its own.
+async fn service(bed: &Waypoints, name: &str) -> (apps::Running, SocketAddr) {
+    waypoint(bed, name).await;
     let pod = format!("{name}-app");
     let options = PodOptions::new("shop", &pod).service_account(&pod).label("app", &pod).node(1);
     let server = bed.cluster.pod(options).await.expect("a pod");
     let address = SocketAddr::new(server.ip().into(), PORT);
     let running = apps::run(&server, address, App::Http(name.to_owned())).await.expect("a free port");
+    (running, bind(bed, name, &pod, PORT).await)
+}
+
+/// The service of an application, behind a waypoint; requests pass.
+async fn bind(bed: &Waypoints, name: &str, app: &str, port: u16) -> SocketAddr {
     bed.apply(&format!(
         "apiVersion: v1\nkind: Service\n\
-         metadata: {{name: {pod}, namespace: shop, labels: {{istio.io/use-waypoint: {name}}}}}\n\
-         spec: {{selector: {{app: {pod}}}, ports: [{{name: http, port: 80, targetPort: {PORT}}}]}}\n"
+         metadata: {{name: {app}, namespace: shop, labels: {{istio.io/use-waypoint: {name}}}}}\n\
+         spec: {{selector: {{app: {app}}}, ports: [{{name: http, port: 80, targetPort: {port}}}]}}\n"
     ))
     .await;
     ready(bed, name).await;
-    let vip = bed.cluster.service_ips("shop", &pod).into_iter().next().expect("a virtual address");
+    let vip = bed.cluster.service_ips("shop", app).into_iter().next().expect("a virtual address");
     let to = SocketAddr::new(vip, 80);
     wait::until("requests pass the waypoint", SOON, || async {
         let answered = match bed.cli.connect(to).await {
@@ -47,7 +62,7 @@ async fn service(bed: &Waypoints, name: &str) -> (apps::Running, SocketAddr) {
         answered && lines.iter().any(|line| line.contains("\taccess") && line.contains("response_code=200"))
     })
     .await;
-    (running, to)
+    to
 }
 
 fn pods(bed: &Waypoints, gateway: &str) -> Vec<Pod> {
@@ -75,20 +90,96 @@ async fn replaced(bed: &Waypoints) {
     load.finish().await.assert_all_answered();
 }
 
+async fn replaced_all(bed: &Waypoints) {
+    waypoint(bed, "restless").await;
+    let endpoints = async |generation: u32| {
+        bed.apply(&format!(
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: restless-app, namespace: shop}}\nspec:\n  \
+             replicas: 3\n  selector: {{matchLabels: {{app: restless-app}}}}\n  template:\n    \
+             metadata: {{labels: {{app: restless-app}}}}\n    spec:\n      containers:\n      \
+             - name: productpage\n        image: bookinfo\n        args: [productpage]\n        \
+             env: [{{name: GENERATION, value: '{generation}'}}]\n        \
+             ports: [{{containerPort: 9080}}]\n        \
+             readinessProbe: {{httpGet: {{path: /health, port: 9080}}, periodSeconds: 1}}\n        \
+             lifecycle: {{preStop: {{sleep: {{seconds: 1}}}}}}\n"
+        ))
+        .await;
+        bed.cluster.wait_ready("shop", "restless-app", Duration::from_secs(60)).await.expect("endpoints");
+    };
+    endpoints(1).await;
+    let to = bind(bed, "restless", "restless-app", 9080).await;
+    let load =
+        Load::start(&bed.cli, to, &Shape { reopen: true, ..Shape::default() }).await.expect("connections");
+    load.more(100).await;
+    let finished = AtomicBool::new(false);
+    let routes = async {
+        let mut round = 0;
+        while !finished.load(Ordering::Relaxed) {
+            route(bed, "restless-app", round).await;
+            round += 1;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        round
+    };
+    let replacements = async {
+        for (generation, old) in (2..).zip(pods(bed, "restless")) {
+            let replaced = async {
+                bed.cluster.delete_pod(&old).await.expect("its end");
+                ready(bed, "restless").await;
+            };
+            tokio::join!(replaced, endpoints(generation));
+            load.more(100).await;
+        }
+        finished.store(true, Ordering::Relaxed);
+    };
+    let (rounds, ()) = tokio::join!(routes, replacements);
+    load.finish().await.assert_all_answered();
+    assert!(rounds > 2, "routes changed {rounds} times");
+}
+
+/// Routes that differ in each round.
+async fn route(bed: &Waypoints, app: &str, round: u32) {
+    let backend = format!("backendRefs: [{{name: {app}, port: 80}}]");
+    bed.route(
+        app,
+        &format!(
+            "  - matches: [{{path: {{type: PathPrefix, value: /}}, headers: [{{name: x, value: '{round}'}}]}}]\n    \
+             {backend}\n  - {backend}\n"
+        ),
+    )
+    .await;
+}
+
+/// Peers learn after a moment only that a waypoint leaves. What they send to it until then is answered.
+async fn lasting(bed: &Waypoints) {
+    let (_running, to) = service(bed, "lasting").await;
+    for old in pods(bed, "lasting") {
+        let says = |text: &str| old.logs().iter().any(|line| line.contains(text));
+        let asking = async {
+            wait::until("the waypoint is asked to stop", SOON, || async { says("asked to stop") }).await;
+            let mut answered = 0;
+            while !says("nothing new is accepted") {
+                let answer = crate::http::get(&bed.cli, to, "/", "").await;
+                if !says("nothing new is accepted") {
+                    assert_eq!(answer.expect("an answer").status, 200);
+                    answered += 1;
+                }
+            }
+            answered
+        };
+        let (deleted, answered) = tokio::join!(bed.cluster.delete_pod(&old), asking);
+        deleted.expect("its end");
+        assert!(answered > 0, "nothing was asked in its last moments");
+        ready(bed, "lasting").await;
+    }
+}
+
 async fn rerouted(bed: &Waypoints) {
     let (_running, to) = service(bed, "rerouted").await;
     let shape = Shape { reopen: true, ..Shape::default() };
     let load = Load::start(&bed.cli, to, &shape).await.expect("kept connections");
     for round in 0..20 {
-        let backend = "backendRefs: [{name: rerouted-app, port: 80}]";
-        bed.route(
-            "rerouted-app",
-            &format!(
-                "  - matches: [{{path: {{type: PathPrefix, value: /}}, headers: [{{name: x, value: '{round}'}}]}}]\n    \
-                 {backend}\n  - {backend}\n"
-            ),
-        )
-        .await;
+        route(bed, "rerouted-app", round).await;
         load.more(20).await;
     }
     let tally = load.finish().await;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use ambit_tests::beds::Trials;
 
-use crate::bed::Waypoints;
+use crate::bed::{WAYPOINT, Waypoints};
 use crate::http::{self, Client};
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
@@ -114,6 +114,15 @@ async fn claims(bed: &Waypoints) {
     assert_eq!(answer.sent("x-forwarded-proto"), Some("http"));
     assert_eq!(answer.sent("x-forwarded-client-cert"), None);
     assert!(answer.sent("x-request-id").is_some());
+    // Endpoints of a Gateway that asks for it learn who the client is.
+    let asked = "{name: waypoint, namespace: shop, annotations: {ambient.istio.io/xfcc-include-client-identity: 'true'}}";
+    bed.apply(&WAYPOINT.replace("{name: waypoint, namespace: shop}", asked)).await;
+    let id = |account: &str| format!("spiffe://cluster.local/ns/shop/sa/{account}");
+    let claimed = format!("By={};URI={}", id("waypoint"), id("cli"));
+    let xfcc = |answer: &http::Response| answer.sent("x-forwarded-client-cert").map(str::to_owned);
+    bed.eventually(to, "/", headers, |answer| xfcc(answer).as_ref() == Some(&claimed)).await;
+    bed.apply(WAYPOINT).await;
+    bed.eventually(to, "/", headers, |answer| xfcc(answer).is_none()).await;
 }
 
 async fn upgrades(bed: &Waypoints) {

@@ -49,6 +49,22 @@ pub(crate) async fn serve(pod: &Pod, address: SocketAddr, name: &str, answer: An
     })))
 }
 
+/// Serves connections by hand.
+pub(crate) async fn accept<F: Future<Output = io::Result<()>> + Send + 'static>(
+    pod: &Pod,
+    address: SocketAddr,
+    serve: impl Fn(TcpStream) -> F + Send + 'static,
+) -> io::Result<Server> {
+    let listener = pod.listen(address).await?;
+    Ok(Server(tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let serving = serve(stream);
+            // A proxy that gives up a connection is the test's business.
+            tokio::spawn(async move { drop(serving.await) });
+        }
+    })))
+}
+
 async fn connection(mut stream: TcpStream, name: &str, answer: &Answer) -> io::Result<()> {
     let mut read = Vec::new();
     while let Some(head) = head(&mut stream, &mut read).await? {
@@ -62,7 +78,7 @@ async fn connection(mut stream: TcpStream, name: &str, answer: &Answer) -> io::R
     Ok(())
 }
 
-async fn head(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<Option<String>> {
+pub(crate) async fn head(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<Option<String>> {
     loop {
         if let Some(at) = read.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
             let rest = read.split_off(at + 4);
@@ -84,7 +100,11 @@ pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// A message's body and its trailers.
-async fn body(stream: &mut TcpStream, read: &mut Vec<u8>, head: &str) -> io::Result<(Vec<u8>, String)> {
+pub(crate) async fn body(
+    stream: &mut TcpStream,
+    read: &mut Vec<u8>,
+    head: &str,
+) -> io::Result<(Vec<u8>, String)> {
     if header(head, "transfer-encoding").is_some_and(|coding| coding.contains("chunked")) {
         let mut whole = Vec::new();
         loop {
@@ -200,6 +220,15 @@ impl Client {
     /// Sends bytes and waits for nothing.
     pub(crate) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes).await
+    }
+
+    /// All bytes until the other end closes the connection.
+    pub(crate) async fn rest(&mut self) -> io::Result<Vec<u8>> {
+        let limit = Duration::from_secs(20);
+        let mut all = std::mem::take(&mut self.read);
+        let reading = self.stream.read_to_end(&mut all);
+        tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        Ok(all)
     }
 
     /// So many bytes, of whatever is spoken.

@@ -2,6 +2,8 @@
 //! that reset their requests or flood the waypoint with frames.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ambit_local::Pod;
@@ -22,6 +24,9 @@ pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("HTTP/2 from a client reaches an HTTP/1.1 server", async |bed| to_http1(bed).await);
     trials.add("WebSocket over HTTP/2 joins both connections", async |bed| websocket(bed).await);
     trials.add("a connection is idle again after its last WebSocket", async |bed| websocket_ends(bed).await);
+    trials.add("an HTTP/2 connection ends after its last request", async |bed| used_up(bed).await);
+    trials.add("an endpoint gets no more streams than it allows", async |bed| few_streams(bed).await);
+    trials.add("requests that GOAWAY leaves out move to a new connection", async |bed| moved(bed).await);
     trials.add("a client that resets its requests is cut", async |bed| rapid_reset(bed).await);
     trials.add("a flood of CONTINUATION frames ends its connection", async |bed| continuation(bed).await);
 }
@@ -122,16 +127,156 @@ async fn grpc(bed: &Waypoints) {
     wait::for_ok("a call passes", SOON, || async {
         let (requests, _task) = client(&bed.cli, to).await;
         let (response, body, trailers) =
-            call(&requests, request(Method::POST, "/shop.Cart/Get", &headers), b"message").await?;
+            call(&requests, request(Method::POST, "/shop.Cart/Get", &headers), b"\0\0\0\0\x07message")
+                .await?;
         let status = trailers.as_ref().and_then(|trailers| trailers.get("grpc-status").cloned());
         match (response.status().as_u16(), &body[..], status) {
-            (200, b"message", Some(status)) if status == "5" => Ok(()),
+            (200, b"\0\0\0\0\x07message", Some(status)) if status == "5" => Ok(()),
             other => Err(Box::<dyn std::error::Error>::from(format!("{other:?}"))),
         }
     })
     .await;
     let line = crate::thin::log_line(bed, "path=\"/shop.Cart/Get\"").await;
     assert!(line.contains("protocol=\"HTTP/2\""), "{line}");
+    // The message is one, and no more: the server repeats what it got.
+    let metrics = bed.metrics().await;
+    for family in ["istio_request_messages_total{", "istio_response_messages_total{"] {
+        let counts =
+            |line: &&str| line.starts_with(family) && line.contains("grpcsvc") && line.ends_with("} 1");
+        assert!(metrics.lines().any(|line| counts(&line)), "{family} {metrics}");
+    }
+}
+
+/// A service of HTTP/2 whose endpoint answers through the waypoint.
+async fn reached(bed: &Waypoints, name: &str) -> SocketAddr {
+    let to = bed.expose(name, "http2").await;
+    let path = format!("/reached/{name}");
+    wait::until("requests pass the waypoint", SOON, || async {
+        let (requests, _task) = client(&bed.cli, to).await;
+        let answer = call(&requests, request(Method::GET, &path, &[]), b"").await;
+        let passed = |line: &String| line.contains(&path) && line.contains("response_code=200");
+        answer.is_ok() && bed.logs().iter().any(passed)
+    })
+    .await;
+    to
+}
+
+async fn few_streams(bed: &Waypoints) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counted = connections.clone();
+    bed.by_hand("fewstreams", move |stream| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        async move {
+            let mut server = h2::server::Builder::new();
+            let Ok(mut connection) = server.max_concurrent_streams(2).handshake::<_, Bytes>(stream).await
+            else {
+                return Ok(());
+            };
+            while let Some(Ok((_, mut respond))) = connection.accept().await {
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    // A client that has gone away is the test's business.
+                    drop(respond.send_response(Response::new(()), true));
+                });
+            }
+            Ok(())
+        }
+    })
+    .await;
+    let to = reached(bed, "fewstreams").await;
+    let (requests, _task) = client(&bed.cli, to).await;
+    let path = |at: usize| format!("/few/{at}");
+    let calls = (0..32).map(|at| call(&requests, request(Method::GET, &path(at), &[]), b""));
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer.unwrap().0.status(), 200);
+    }
+    assert!(connections.load(Ordering::Relaxed) > 1, "all requests waited for one connection");
+    let tries = bed.logs().into_iter().filter(|line| line.contains("path=\"/few/"));
+    for line in tries {
+        assert!(line.contains("attempts=1"), "an endpoint refused a stream: {line}");
+    }
+}
+
+/// Answers every request; closes the connection after the first one if `once`.
+async fn agree(stream: tokio::net::TcpStream, once: bool) -> std::io::Result<()> {
+    let Ok(mut connection) = h2::server::handshake(stream).await else { return Ok(()) };
+    while let Some(Ok((_, mut respond))) = connection.accept().await {
+        // A client that has gone away is the test's business.
+        drop(respond.send_response(Response::new(()), true));
+        if once {
+            connection.graceful_shutdown();
+        }
+    }
+    Ok(())
+}
+
+/// Takes the first of two requests, and says so in GOAWAY. `settled` is set when the first has come and SETTINGS are acknowledged.
+async fn leave(mut stream: tokio::net::TcpStream, settled: &AtomicBool) -> std::io::Result<()> {
+    let frame = |kind: u8, flags: u8, id: u8, payload: &[u8]| {
+        let length = u8::try_from(payload.len()).unwrap();
+        [&[0, 0, length, kind, flags, 0, 0, 0, id], payload].concat()
+    };
+    let mut preface = [0; 24];
+    stream.read_exact(&mut preface).await?;
+    stream.write_all(&frame(4, 0, 0, &[])).await?;
+    let (mut heads, mut acknowledged) = (0, false);
+    while heads < 2 {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; length as usize];
+        stream.read_exact(&mut payload).await?;
+        match head[3] {
+            1 => heads += 1,
+            4 if head[4] == 0 => stream.write_all(&frame(4, 1, 0, &[])).await?,
+            4 => acknowledged = true,
+            _ => {}
+        }
+        settled.fetch_or(heads == 1 && acknowledged, Ordering::Relaxed);
+    }
+    stream.write_all(&frame(7, 0, 0, &[0, 0, 0, 1, 0, 0, 0, 0])).await?;
+    // `:status: 200`, and the end of the stream.
+    stream.write_all(&frame(1, 5, 1, &[0x88])).await?;
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.map(drop)
+}
+
+async fn moved(bed: &Waypoints) {
+    // Connections from the one that is left on.
+    let (leaving, connections) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (left, counted) = (leaving.clone(), connections.clone());
+    let settled = Arc::new(AtomicBool::new(false));
+    let first_settled = settled.clone();
+    bed.by_hand("moved", move |stream| {
+        let number = left.load(Ordering::Relaxed).then(|| counted.fetch_add(1, Ordering::Relaxed));
+        let settled = first_settled.clone();
+        async move {
+            match number {
+                Some(0) => leave(stream, &settled).await,
+                _ => agree(stream, number.is_none()).await,
+            }
+        }
+    })
+    .await;
+    let to = reached(bed, "moved").await;
+    wait::until("the first connections are gone", SOON, || async { bed.connections_to("/moved").await == 0 })
+        .await;
+    leaving.store(true, Ordering::Relaxed);
+    let (requests, _task) = client(&bed.cli, to).await;
+    let first = call(&requests, request(Method::POST, "/moved/1", &[]), b"body");
+    let second = async {
+        wait::until("the first request is sent", SOON, || async { settled.load(Ordering::Relaxed) }).await;
+        call(&requests, request(Method::POST, "/moved/2", &[]), b"body").await
+    };
+    let (first, second) = tokio::join!(first, second);
+    for answer in [first, second] {
+        assert_eq!(answer.unwrap().0.status(), 200);
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 2);
+    for path in ["/moved/1", "/moved/2"] {
+        let line = crate::thin::log_line(bed, &format!("path=\"{path}\"")).await;
+        assert!(line.contains("attempts=1"), "a request that was not processed counts as tried: {line}");
+    }
 }
 
 async fn grpc_error(bed: &Waypoints) {
@@ -161,9 +306,25 @@ async fn to_http1(bed: &Waypoints) {
     }
 }
 
+async fn used_up(bed: &Waypoints) {
+    let to = bed.service("usedup2").await;
+    let stream = bed.cli.connect(to).await.unwrap();
+    let (requests, connection) = h2::client::handshake(stream).await.unwrap();
+    let ended = tokio::spawn(connection);
+    for count in 0..crate::limits::LAST {
+        let answer = call(&requests, request(Method::GET, "/", &[]), b"").await;
+        assert_eq!(answer.unwrap().0.status(), 200, "{count}");
+    }
+    // GOAWAY ends it without an error.
+    let ended = tokio::time::timeout(SOON, ended).await.expect("an end in time").unwrap();
+    assert!(ended.is_ok(), "{ended:?}");
+    let more = call(&requests, request(Method::GET, "/", &[]), b"").await;
+    assert!(more.is_err(), "a request beyond the last one was answered");
+}
+
 /// A server of WebSockets that says that it is ready.
 fn chat() -> http1::Answer {
-    std::sync::Arc::new(|_, head, body| match http1::header(head, "sec-websocket-key") {
+    Arc::new(|_, head, body| match http1::header(head, "sec-websocket-key") {
         Some(key) if key.len() == 24 && head.starts_with("GET /chat ") => {
             b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
               sec-websocket-accept: x\r\n\r\nready"

@@ -2,6 +2,7 @@
 
 use ambit_tests::beds::Trials;
 use ambit_tests::wait::{self, SOON};
+use tokio::io::AsyncWriteExt;
 
 use crate::bed::Waypoints;
 use crate::http::{self, Client};
@@ -97,22 +98,41 @@ async fn continues(bed: &Waypoints) {
     let answer = client.send(b"hello").await.unwrap();
     assert_eq!(answer.status, 200);
     assert!(answer.body.ends_with("hello"), "{}", answer.body);
+    assert_eq!(answer.sent("expect"), None);
+    // Whoever is refused is not asked for a body.
+    let rule = "  - matches: [{path: {value: /open}}]\n    backendRefs: [{name: continues, port: 80}]\n";
+    bed.route("continues", rule).await;
+    bed.eventually(to, "/", "", |answer| answer.status == 404).await;
+    let mut client = Client::connect(&bed.cli, to).await.unwrap();
+    assert_eq!(client.send(head).await.unwrap().status, 404);
 }
 
 async fn trailers(bed: &Waypoints) {
-    let answer: http::Answer = std::sync::Arc::new(|_, head, body| {
-        if http::header(head, "trailer").is_none() {
-            return http::mirror()("trailers", head, body);
+    // Answers with the trailers of the request, and one of its own.
+    let answer = async |mut stream: tokio::net::TcpStream| {
+        let mut read = Vec::new();
+        while let Some(head) = http::head(&mut stream, &mut read).await? {
+            let (body, trailers) = http::body(&mut stream, &mut read, &head).await?;
+            if http::header(&head, "trailer").is_none() {
+                stream.write_all(&http::mirror()("trailers", &head, &body)).await?;
+                continue;
+            }
+            let answer = format!(
+                "HTTP/1.1 200 OK\r\ntrailer: x-sum, x-mine\r\ntransfer-encoding: chunked\r\n\r\n\
+                 5\r\nhello\r\n0\r\nx-sum: 42\r\n{trailers}\r\n"
+            );
+            stream.write_all(answer.as_bytes()).await?;
         }
-        b"HTTP/1.1 200 OK\r\ntrailer: x-sum\r\ntransfer-encoding: chunked\r\n\r\n\
-          5\r\nhello\r\n0\r\nx-sum: 42\r\n\r\n"
-            .to_vec()
-    });
-    let to = bed.service_with("trailers", answer).await;
+        Ok(())
+    };
+    bed.by_hand("trailers", answer).await;
+    let to = bed.bind("trailers", "http").await;
     let mut client = Client::connect(&bed.cli, to).await.unwrap();
     let request = b"POST / HTTP/1.1\r\nhost: a\r\nte: trailers\r\nconnection: te\r\ntrailer: x-mine\r\n\
                     transfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nx-mine: 7\r\n\r\n";
     let answer = client.send(request).await.unwrap();
     assert_eq!((answer.status, answer.body.as_str()), (200, "hello"));
     assert_eq!(http::header(&answer.trailers, "x-sum"), Some("42"));
+    // What the client sent came back.
+    assert_eq!(http::header(&answer.trailers, "x-mine"), Some("7"));
 }

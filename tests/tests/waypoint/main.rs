@@ -18,12 +18,14 @@ mod http;
 mod http2;
 mod limits;
 mod policy;
+mod programs;
 mod required;
 mod resilience;
 mod routing;
 mod streams;
 mod tasks;
 mod thin;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -43,6 +45,8 @@ fn main() -> ExitCode {
     tasks::add(&mut trials);
     limits::add(&mut trials);
     http2::add(&mut trials);
+    wire::add(&mut trials);
+    programs::add(&mut trials);
     drain::add(&mut trials);
     trials.run()
 }

@@ -59,6 +59,16 @@ async fn matches(bed: &Waypoints) {
     assert_eq!(answer.server(), "matching-v2");
 }
 
+/// Who answers how many of 500 requests.
+async fn shares(client: &mut http::Client) -> BTreeMap<String, u32> {
+    let mut counts = BTreeMap::new();
+    for _ in 0..500 {
+        let answer = client.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        *counts.entry(answer.server().to_owned()).or_insert(0) += 1;
+    }
+    counts
+}
+
 async fn splits(bed: &Waypoints) {
     let to = two(bed, "split").await;
     bed.route(
@@ -67,15 +77,15 @@ async fn splits(bed: &Waypoints) {
     )
     .await;
     bed.eventually(to, "/", "", |answer| answer.server().starts_with("split-v")).await;
-    let mut counts = BTreeMap::new();
     let mut client = http::Client::connect(&bed.cli, to).await.unwrap();
-    for _ in 0..500 {
-        let answer = client.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
-        *counts.entry(answer.server().to_owned()).or_insert(0) += 1;
-    }
+    let counts = shares(&mut client).await;
     let second = counts["split-v2"];
-    // Five per cent beside 150 of 500; chance alone strays by ten.
-    assert!((115..=185).contains(&second), "{counts:?}");
+    // 30 per cent within five. Chance alone strays that far once in seventy runs, so the same again may decide.
+    let again = match (125..=175).contains(&second) {
+        true => second,
+        false => shares(&mut client).await["split-v2"],
+    };
+    assert!((125..=175).contains(&again), "{counts:?}, then {again}");
 }
 
 async fn filters(bed: &Waypoints) {

@@ -136,7 +136,7 @@ pub struct Gateway {
     pub trust_domain: Option<Arc<str>>,
     /// How its pods want their connections.
     pub application_tunnel: Option<ApplicationTunnel>,
-    /// Whether it tells endpoints who the client is (annotation `ambient.istio.io/xfcc-include-client-identity`).
+    /// Whether it reports to endpoints who the client is (annotation `ambient.istio.io/xfcc-include-client-identity`).
     pub forwards_client_identity: bool,
 }
 
