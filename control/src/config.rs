@@ -130,6 +130,9 @@ struct ControlSettings {
     /// `gatewayClassName`s of waypoints.
     #[schemars(extend("x-flag" = "waypoint-class"))]
     waypoint_classes: Vec<String>,
+    /// `gatewayClassName`s of gateways for clients outside the mesh.
+    #[schemars(extend("x-flag" = "gateway-class"))]
+    gateway_classes: Vec<String>,
     /// File with the template of waypoints' manifests, which the chart makes of its `waypoint` values. None: none are deployed.
     waypoint_template: Option<PathBuf>,
     /// `gatewayClassName`s of waypoints that are deployed, whose GatewayClass is made.
@@ -185,6 +188,7 @@ impl Default for ControlSettings {
             system_namespace: index.root_namespace.to_string(),
             root_namespace: None,
             waypoint_classes: index.waypoint_classes.iter().map(ToString::to_string).collect(),
+            gateway_classes: index.gateway_classes.iter().map(ToString::to_string).collect(),
             waypoint_template: None,
             deployed_waypoint_classes: vec!["ambit-waypoint".into()],
             l7_deny_at_l4: index.l7_deny_at_l4,
@@ -266,6 +270,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         system_namespace: system,
         root_namespace,
         waypoint_classes,
+        gateway_classes,
         waypoint_template,
         deployed_waypoint_classes,
         l7_deny_at_l4,
@@ -285,6 +290,9 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
     let jwks = needed(&sources, jwks, "jwks")?;
     let trust_domain = TrustDomain::new(&trust_domain).map_err(|error| invalid("trustDomain", error))?;
     let proxies = trusted_node_proxies.unwrap_or_else(|| vec![format!("{system}/ztunnel")]);
+    if let Some(both) = gateway_classes.iter().find(|class| waypoint_classes.contains(class)) {
+        return Err(invalid("gatewayClasses", format!("{both} is among waypointClasses too")));
+    }
     if let Some(unknown) = deployed_waypoint_classes.iter().find(|class| !waypoint_classes.contains(class)) {
         return Err(invalid("deployedWaypointClasses", format!("{unknown} is not among waypointClasses")));
     }
@@ -314,6 +322,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
             cluster_domain: cluster_domain.into(),
             root_namespace: root_namespace.unwrap_or_else(|| system.clone()).into(),
             waypoint_classes: waypoint_classes.into_iter().map(Arc::from).collect(),
+            gateway_classes: gateway_classes.into_iter().map(Arc::from).collect(),
             l7_deny_at_l4,
             authorizers: mesh_config.as_deref().map(read_mesh_config).transpose()?.unwrap_or_default(),
         },

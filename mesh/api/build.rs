@@ -11,6 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "status.proto",
         "l7.proto",
         "l7_backend.proto",
+        "l7_gateway.proto",
         "l7_policy.proto",
         "external_auth.proto",
         "l7_stream.proto",

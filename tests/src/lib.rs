@@ -10,6 +10,7 @@ pub mod apps;
 pub mod beds;
 pub mod credentials;
 pub mod dns;
+pub mod http;
 pub mod load;
 pub mod usage;
 pub mod wait;

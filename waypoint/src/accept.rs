@@ -4,18 +4,17 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use ambit_directory::{AppProtocol, Service, Vip, Workload};
 use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
-use ambit_identity::PeerCertificate;
+use ambit_identity::{PeerCertificate, SpiffeId};
 use ambit_runtime::peers::{End, peer_labels};
 use ambit_runtime::workers::{ConnectionGuard, WorkerHandle};
 use ambit_telemetry::tcp::PeerLabels;
 use http::StatusCode;
 use tokio::net::TcpStream;
 
-use crate::activity::{Activity, Bounds};
+use crate::activity::Activity;
 use crate::protocol;
 use crate::proxy::{Published, Worker};
 use crate::report::RecentSeries;
@@ -40,6 +39,11 @@ pub enum Destination {
         /// Its address and port.
         address: SocketAddr,
     },
+    /// A port of the gateway: each request's host says which listener it is for.
+    Listener {
+        /// The address and port that the connection came to.
+        address: SocketAddr,
+    },
 }
 
 impl Destination {
@@ -47,7 +51,7 @@ impl Destination {
     pub fn service(&self) -> Option<&Arc<Service>> {
         match self {
             Self::Service { service, .. } => Some(service),
-            Self::Workload { .. } => None,
+            Self::Workload { .. } | Self::Listener { .. } => None,
         }
     }
 
@@ -55,7 +59,7 @@ impl Destination {
     pub fn port(&self) -> u16 {
         match self {
             Self::Service { port, .. } => *port,
-            Self::Workload { address, .. } => address.port(),
+            Self::Workload { address, .. } | Self::Listener { address } => address.port(),
         }
     }
 
@@ -63,7 +67,7 @@ impl Destination {
     /// 0.0.0.0 for one that has none.
     pub fn address(&self) -> IpAddr {
         match self {
-            Self::Workload { address, .. } => address.ip(),
+            Self::Workload { address, .. } | Self::Listener { address } => address.ip(),
             Self::Service { dialled: Some(address), .. } => *address,
             Self::Service { service, .. } => {
                 let mut addresses = service.vips.iter().filter_map(|vip| match vip {
@@ -86,6 +90,8 @@ impl Destination {
                 let mut of_port = ports.filter(|port| port.target_port == address.port());
                 of_port.next().map(|mapping| mapping.app_protocol).unwrap_or_default()
             }
+            // The host of each request is read from it.
+            Self::Listener { .. } => AppProtocol::Http11,
         }
     }
 
@@ -93,18 +99,18 @@ impl Destination {
     pub fn host(&self) -> String {
         match self {
             Self::Service { service, .. } => service.host.hostname.to_string(),
-            Self::Workload { address, .. } => address.to_string(),
+            Self::Workload { address, .. } | Self::Listener { address } => address.to_string(),
         }
     }
 }
 
-/// A tunnel to a destination that is bound here. Its requests share it.
+/// A tunnel to a destination that is bound here, or a connection of a client outside the mesh. Its requests share it.
 #[derive(Debug)]
 pub struct Inbound {
     /// The worker that carries it.
     pub worker: Arc<Worker>,
-    /// The client's certificate.
-    pub certificate: PeerCertificate,
+    /// The client's certificate of the mesh; `None` for one outside of it.
+    pub certificate: Option<PeerCertificate>,
     /// The client's address: its node's proxy dials from it.
     pub source: SocketAddr,
     /// Where it goes.
@@ -123,10 +129,20 @@ pub struct Inbound {
     pub activity: Arc<Activity>,
     /// Counts it for the drain, upgraded connections included.
     #[expect(dead_code, reason = "held to be dropped")]
-    counted: ConnectionGuard,
+    pub(crate) counted: ConnectionGuard,
 }
 
 impl Inbound {
+    /// Who the client is, if it proved that.
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        self.certificate.as_ref().map(PeerCertificate::identity)
+    }
+
+    /// The client's namespace, by its identity; empty if it has none.
+    pub fn client_namespace(&self) -> &str {
+        self.identity().map_or("", SpiffeId::namespace)
+    }
+
     /// What requests are completed with, and whose claims count.
     pub fn claims(&self) -> Claims<'_> {
         Claims {
@@ -195,14 +211,7 @@ async fn tunnel(
         identity: Some(certificate.identity().clone()),
         baggage: request.baggage.clone().map(Arc::<Baggage>::new),
     };
-    let limits = &worker.proxy.settings.limits;
-    let bounds = Bounds {
-        idle: limits.idle_timeout.get(),
-        head: limits.head_timeout.get(),
-        requests: limits.requests_per_connection,
-        abandoned: limits.abandoned_requests,
-    };
-    let activity = Arc::new(Activity::new(bounds, Instant::now()));
+    let activity = Arc::new(worker.proxy.settings.limits.activity());
     let trusted = &worker.proxy.settings.trusted_forwarders;
     let inbound = Inbound {
         trusted_forwarder: trusted.iter().any(|trusted| trusted == certificate.identity().as_str()),
@@ -210,7 +219,7 @@ async fn tunnel(
         recent_series: RecentSeries::default(),
         default_host: destination.host().into(),
         worker,
-        certificate,
+        certificate: Some(certificate),
         source,
         destination,
         client,

@@ -23,17 +23,18 @@ use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
 use ambit_runtime::loads::Loads;
 use ambit_runtime::stop::Requests;
 use ambit_runtime::tasks::Tasks;
-use ambit_runtime::workers::Workers;
+use ambit_runtime::workers::{WorkerHandle, Workers};
 use ambit_telemetry::logging::{self, Logging};
 use ambit_telemetry::{LogWriter, Readiness, Registry, RequestMetrics, Target, TcpMetrics};
 use anyhow::Context;
+use tokio::net::TcpStream;
 
 use crate::balancers::Balancers;
 use crate::config::Config;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
-use crate::{accept, feed};
+use crate::{accept, feed, gateway};
 
 /// Bytes of tunnel windows beyond each connection's first ones, for the whole process.
 const WINDOW_BUDGET: u64 = 256 << 20;
@@ -80,7 +81,7 @@ struct Program {
 async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
     let (signal, drain) = drain::channel();
-    let listener = listen(config.listen_address)?;
+    let listener = listen(config.listen_address).context("listenAddress")?;
     let parts = parts(config, &mut tasks).await?;
     let proxy = Arc::new(proxy(&parts, drain.clone()));
     let (workers, mut supervisor) = Workers::start(parts.config.proxy.worker_count(), |handle| Worker {
@@ -100,7 +101,12 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     let readiness = readiness(&parts, &mut tasks);
     let stop = Requests::new();
     servers::start(&parts, &program, logging, &readiness, &stop, &mut tasks).await?;
-    tasks.spawn_once("accepting", accept_all(listener, program.workers.clone(), drain));
+    let workers = program.workers.clone();
+    tasks.spawn_once(
+        "accepting",
+        accept_all(listener, workers, drain.clone(), "tunnel connection", accept::serve),
+    );
+    tasks.spawn_once("listeners", gateway::run(program.proxy.clone(), program.workers.clone(), drain));
     tasks.spawn("maintenance", maintain(program.proxy.clone(), program.workers.clone()));
     tracing::info!(
         identity = %parts.identity,
@@ -137,7 +143,7 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
 }
 
 /// Listens on an address; on all of IPv4 where `[::]` is asked for and there is no IPv6.
-fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+pub(crate) fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     let fallback = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
     let listener = match TcpListener::bind(address) {
         Err(error) if address.ip().is_unspecified() && address.is_ipv6() => {
@@ -146,7 +152,7 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
         }
         bound => bound,
     };
-    listener.with_context(|| format!("listen on listenAddress {address}"))
+    listener.with_context(|| format!("listen on {address}"))
 }
 
 async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
@@ -274,7 +280,16 @@ fn readiness(parts: &Parts, tasks: &mut Tasks) -> Readiness {
 }
 
 /// Accepts until the drain, each connection for the least loaded worker.
-async fn accept_all(listener: TcpListener, workers: Arc<Workers<Worker>>, mut drain: Drain) {
+pub(crate) async fn accept_all<F, T>(
+    listener: TcpListener,
+    workers: Arc<Workers<Worker>>,
+    mut drain: Drain,
+    name: &'static str,
+    serve: F,
+) where
+    F: Fn(Arc<Worker>, WorkerHandle, TcpStream, SocketAddr) -> T + Clone + Send + 'static,
+    T: Future<Output = ()> + Send + 'static,
+{
     let mut acceptor = match Acceptor::new(listener) {
         Ok(acceptor) => acceptor,
         Err(error) => return tracing::error!(%error, "the listener can't be registered"),
@@ -287,8 +302,9 @@ async fn accept_all(listener: TcpListener, workers: Arc<Workers<Worker>>, mut dr
         match accepted {
             Ok((stream, peer)) => {
                 let Some(home) = workers.in_turn() else { return };
-                workers.place(home, "tunnel connection", stream, (), move |handle, worker, stream| {
-                    accept::serve(worker, handle, stream, peer)
+                let serve = serve.clone();
+                workers.place(home, name, stream, (), move |handle, worker, stream| {
+                    serve(worker, handle, stream, peer)
                 });
             }
             Err(error) => {

@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use ambit_balance::Outcome;
 use ambit_directory::{AppProtocol, WorkloadUid};
+use ambit_hbone::ConnectRequest;
 use ambit_hbone::client::Target as TunnelTarget;
-use ambit_hbone::{ConnectRequest, TunnelStream};
 use ambit_route::{Retry, Timeouts};
 use http::header::{CONTENT_LENGTH, HOST, HeaderMap, RETRY_AFTER, SET_COOKIE};
 use http::request::Parts;
@@ -19,6 +19,7 @@ use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use smallvec::SmallVec;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -542,7 +543,7 @@ fn failure(error: &hyper::Error) -> Failure {
 pub async fn pass_through(
     inbound: &Arc<Inbound>,
     tls: Option<ClientHello>,
-    mut client: io::ReadAhead<TunnelStream>,
+    mut client: io::ReadAhead<impl AsyncRead + AsyncWrite + Unpin>,
 ) {
     let worker = &inbound.worker;
     let mut report = worker.reporter.connection(inbound);

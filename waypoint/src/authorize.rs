@@ -42,9 +42,8 @@ pub fn authorizers(
     parts: &Parts,
     token: Option<&Token>,
 ) -> Vec<Arc<Authorizer>> {
-    let identity = inbound.certificate.identity();
     let request = request(inbound, sane, Head::of(parts), token);
-    published.policies.authorizers(&inbound.destination, identity, inbound.source.ip(), &request)
+    published.policies.authorizers(&inbound.destination, inbound.identity(), inbound.source.ip(), &request)
 }
 
 /// What of a request's head policies ask for.
@@ -116,8 +115,16 @@ pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> 
         tokio::select! {
             Ok(()) = policies.changed() => {}
             Ok(()) = trust.changed() => {}
-            () = passed(inbound.certificate.open_until()) => {}
+            () = open_until(inbound.certificate.as_ref()) => {}
         }
+    }
+}
+
+/// Waits until what a client has open must be closed because its certificate has expired; without one that never is.
+async fn open_until(certificate: Option<&PeerCertificate>) {
+    match certificate {
+        Some(certificate) => passed(certificate.open_until()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -173,14 +180,16 @@ fn decide(
     let proxy = &inbound.worker.proxy;
     // The tunnel was accepted with a certificate that was valid. Expired since, it is good for what the tunnel carries until
     // the client has had time to open another.
-    let rechecked = proxy.trust.recheck_open(&inbound.certificate, SystemTime::now());
-    rechecked.map_err(|error| Failure::Denied(error.to_string()))?;
+    if let Some(certificate) = &inbound.certificate {
+        let rechecked = proxy.trust.recheck_open(certificate, SystemTime::now());
+        rechecked.map_err(|error| Failure::Denied(error.to_string()))?;
+    }
     if request.is_none() && published.policies.needs_requests(&inbound.destination) {
         return Err(Failure::Denied(
             "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),
         ));
     }
-    let identity = inbound.certificate.identity();
+    let identity = inbound.identity();
     let verdict = published.policies.decide(&inbound.destination, identity, inbound.source.ip(), request);
     note_dry_run(inbound, &verdict);
     if verdict.allowed() { Ok(()) } else { Err(Failure::Denied(verdict.decision.to_string())) }
@@ -190,7 +199,7 @@ fn note_dry_run(inbound: &Inbound, verdict: &Verdict) {
     if verdict.dry_run_differs() {
         inbound.worker.proxy.tallies.dry_run_differs.fetch_add(1, Ordering::Relaxed);
         tracing::info!(
-            source = %inbound.source, peer = %inbound.certificate.identity(), to = %inbound.default_host,
+            source = %inbound.source, peer = inbound.identity().map(tracing::field::display), to = %inbound.default_host,
             decision = ?verdict.decision, dry_run = ?verdict.dry_run, "a dry-run policy would decide otherwise"
         );
     }

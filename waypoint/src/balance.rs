@@ -45,7 +45,7 @@ pub struct Balanced {
 /// Draws the backend of a rule; without a rule it is the destination itself.
 ///
 /// # Errors
-/// [`Failure::InvalidRoute`], [`Failure::InvalidPolicy`], [`Failure::UnknownService`].
+/// [`Failure::InvalidRoute`], [`Failure::InvalidPolicy`], [`Failure::UnknownService`], [`Failure::NoRoute`].
 pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failure> {
     let proxy = &inbound.worker.proxy;
     let Some(Routed { rule, .. }) = routed else {
@@ -54,6 +54,8 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
                 return of_service(proxy, published, service, *port);
             }
             Destination::Workload { address, .. } => Authority::Address(*address),
+            // A gateway sends on what a route sends, and nothing else.
+            Destination::Listener { .. } => return Err(Failure::NoRoute),
         };
         let protocol = inbound.destination.protocol();
         return Ok(Target { authority, backend: None, protocol, balanced: None });

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use ambit_hbone::TunnelStream;
 use bytes::BytesMut;
 use rustls::server::Acceptor;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::timeout;
 
 /// RFC 8446 §5.1: the type of a record with a handshake.
@@ -24,7 +23,11 @@ pub struct ClientHello {
 
 /// Reads on until the beginning is whole; `first` has what was read before and gets the rest. `None` for what is no TLS or
 /// does not come in time.
-pub async fn read(stream: &mut TunnelStream, first: &mut BytesMut, limit: Duration) -> Option<ClientHello> {
+pub async fn read(
+    stream: &mut (impl AsyncRead + Unpin),
+    first: &mut BytesMut,
+    limit: Duration,
+) -> Option<ClientHello> {
     let reading = async {
         loop {
             match parse(first) {

@@ -1,9 +1,9 @@
-//! The byte stream of a client's HTTP connection: a tunnel that is closed as a whole, with the bytes that were read ahead
-//! and the deadlines of its connection.
+//! The byte stream of a client's HTTP connection, which is closed as a whole, with the bytes that were read ahead and the
+//! deadlines of its connection.
 //!
-//! Dropping a tunnel resets it, and the reset would overtake an answer that was written last. So the tunnel is handed back
+//! Dropping it resets it, and the reset would overtake an answer that was written last. So what carries it is handed back
 //! to its [`Remains`] while those exist: their owner decides how it ends. An upgraded connection outlives them; then
-//! the tunnel is shut down by a task of its own.
+//! it is shut down by a task of its own.
 
 use std::io;
 use std::pin::Pin;
@@ -11,46 +11,46 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use ambit_hbone::TunnelTransport;
 use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::{Sleep, sleep_until};
 
 use crate::activity::Activity;
+use crate::client::Client;
 
-/// A client's tunnel as the transport of HTTP.
+/// What carries a client's HTTP.
 #[derive(Debug)]
 pub struct ClientStream {
     first: Bytes,
-    transport: Option<TunnelTransport>,
+    transport: Option<Client>,
     /// Whose deadlines end a read that waits; none where another part of the program watches them.
     activity: Option<Arc<Activity>>,
     timer: Option<Pin<Box<Sleep>>>,
-    remains: Weak<Mutex<Option<TunnelTransport>>>,
+    remains: Weak<Mutex<Option<Client>>>,
 }
 
 /// What is left of a [`ClientStream`] that was dropped before its end.
 #[derive(Debug, Default)]
-pub struct Remains(Arc<Mutex<Option<TunnelTransport>>>);
+pub struct Remains(Arc<Mutex<Option<Client>>>);
 
 impl Remains {
-    /// The tunnel, if the stream was dropped and its tunnel has not been shut down.
-    pub fn take(&self) -> Option<TunnelTransport> {
+    /// What carried the stream, if that was dropped and has not been shut down.
+    pub fn take(&self) -> Option<Client> {
         self.0.lock().take()
     }
 }
 
 impl ClientStream {
     /// `first` comes before what `transport` still gives.
-    pub fn new(first: Bytes, transport: TunnelTransport, activity: Option<Arc<Activity>>) -> (Self, Remains) {
+    pub fn new(first: Bytes, transport: Client, activity: Option<Arc<Activity>>) -> (Self, Remains) {
         let remains = Remains::default();
         let handed_back = Arc::downgrade(&remains.0);
         let stream = Self { first, transport: Some(transport), activity, timer: None, remains: handed_back };
         (stream, remains)
     }
 
-    fn io(self: Pin<&mut Self>) -> io::Result<Pin<&mut TunnelTransport>> {
+    fn io(self: Pin<&mut Self>) -> io::Result<Pin<&mut Client>> {
         self.get_mut().transport.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::BrokenPipe.into())
     }
 

@@ -1,12 +1,15 @@
 //! The waypoint's configuration: one typed value, built once at start and never changed.
 
 use std::net::{Ipv6Addr, SocketAddr};
+use std::time::Instant;
 
 use ambit_api::ports;
 use ambit_runtime::configuration::proxy::{Certificates, ProxySettings};
 use ambit_runtime::configuration::{ConfigError, ForeignVariable, Settings, Span};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::activity::{Activity, Bounds};
 
 /// Everything that can be set. Every key has a default, so an empty file is a valid one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -107,6 +110,19 @@ impl Default for Limits {
             retry_budget: 20,
             connections_per_endpoint: 1024,
         }
+    }
+}
+
+impl Limits {
+    /// The state of a client's connection that nothing was asked on yet.
+    pub fn activity(&self) -> Activity {
+        let bounds = Bounds {
+            idle: self.idle_timeout.get(),
+            head: self.head_timeout.get(),
+            requests: self.requests_per_connection,
+            abandoned: self.abandoned_requests,
+        };
+        Activity::new(bounds, Instant::now())
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ambit_api::l7;
 use ambit_api::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, BACKEND_POLICY_TYPE_URL, GATEWAY_TYPE_URL, POLICY_TYPE_URL,
-    ROUTE_TYPE_URL, STREAM_ROUTE_TYPE_URL,
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, BACKEND_POLICY_TYPE_URL, GATEWAY_TYPE_URL, LISTENER_TYPE_URL,
+    POLICY_TYPE_URL, ROUTE_TYPE_URL, STREAM_ROUTE_TYPE_URL,
 };
 use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress, Reader};
 use ambit_identity::ControlPlane;
@@ -18,6 +18,7 @@ use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 use crate::backend_policies::BackendPolicies;
 use crate::config::Config;
 use crate::dump;
+use crate::listeners::Listeners;
 use crate::policies::Policies;
 use crate::proxy::{Publication, Published};
 
@@ -26,6 +27,7 @@ enum Change {
     Backend(Update<l7::BackendPolicy>),
     Directory(Box<ambit_directory::Update>),
     Gateway(Update<l7::Gateway>),
+    Listener(Update<l7::Listener>),
     Policy(Update<l7::Policy>),
     Route(Update<l7::Route>),
     StreamRoute(Update<l7::StreamRoute>),
@@ -53,6 +55,7 @@ pub fn subscribe(
         .wildcard(BACKEND_POLICY_TYPE_URL, Change::Backend)
         .wildcard(ADDRESS_TYPE_URL, move |update| in_directory(address(update)))
         .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
+        .wildcard(LISTENER_TYPE_URL, Change::Listener)
         .wildcard(POLICY_TYPE_URL, Change::Policy)
         .wildcard(ROUTE_TYPE_URL, Change::Route)
         .wildcard(STREAM_ROUTE_TYPE_URL, Change::StreamRoute);
@@ -69,6 +72,7 @@ struct Applier {
     published: Arc<Publication>,
     backends: BTreeMap<String, l7::BackendPolicy>,
     gateways: BTreeMap<String, l7::Gateway>,
+    listeners: BTreeMap<String, l7::Listener>,
     policies: BTreeMap<String, l7::Policy>,
     routes: BTreeMap<String, l7::Route>,
     stream_routes: BTreeMap<String, l7::StreamRoute>,
@@ -76,8 +80,8 @@ struct Applier {
 
 impl Applier {
     fn new(directory: Directory, reader: Reader, published: Arc<Publication>) -> Self {
-        let (backends, gateways, policies, routes, stream_routes) = Default::default();
-        Self { directory, reader, published, backends, gateways, policies, routes, stream_routes }
+        let (backends, gateways, listeners, policies, routes, stream_routes) = Default::default();
+        Self { directory, reader, published, backends, gateways, listeners, policies, routes, stream_routes }
     }
 
     /// What is in force now, with what a batch did to it.
@@ -89,6 +93,9 @@ impl Applier {
             next.addresses = addresses.filter_map(destination).collect();
             next.forwards_client_identity =
                 self.gateways.values().any(|gateway| gateway.forwards_client_identity);
+        }
+        if changed.listeners {
+            next.listeners = Arc::new(Listeners::new(&self.listeners));
         }
         if changed.gateways || changed.policies {
             let is_own = |gateway: &str| self.gateways.contains_key(gateway);
@@ -116,6 +123,7 @@ impl Applier {
 struct Changed {
     backends: bool,
     gateways: bool,
+    listeners: bool,
     policies: bool,
     routes: bool,
     stream_routes: bool,
@@ -123,7 +131,7 @@ struct Changed {
 
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
-        let Self { directory, backends, gateways, policies, routes, stream_routes, .. } = self;
+        let Self { directory, backends, gateways, listeners, policies, routes, stream_routes, .. } = self;
         let mut changed = Changed::default();
         let updates = batch.filter_map(|change| match change {
             Change::Directory(update) => Some(*update),
@@ -133,6 +141,10 @@ impl Handler<Change> for Applier {
             }
             Change::Gateway(update) => {
                 changed.gateways |= apply(gateways, update);
+                None
+            }
+            Change::Listener(update) => {
+                changed.listeners |= apply(listeners, update);
                 None
             }
             Change::Policy(update) => {

@@ -1,5 +1,5 @@
 //! The waypoint: terminates HBONE for the services and workloads bound to it, decides each request, and opens HBONE to the
-//! endpoint that it chose.
+//! endpoint that it chose. As a gateway it takes its clients' connections from outside the mesh instead ([`gateway`]).
 //!
 //! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
 //! [`authorize`] (after [`authenticate`] and [`external`]), [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
@@ -15,6 +15,7 @@ pub mod backend_policies;
 pub mod balance;
 pub mod balancers;
 pub mod body;
+pub mod client;
 pub mod client_hello;
 pub mod client_stream;
 pub mod config;
@@ -25,7 +26,9 @@ pub mod external;
 pub mod failure;
 pub mod feed;
 pub mod filters;
+pub mod gateway;
 pub mod io;
+pub mod listeners;
 pub mod matching;
 pub mod messages;
 pub mod mirror;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ambit_route::{ConnectionHead, RequestHead, Rule, StreamMatched};
 use http::request::Parts;
 
-use crate::accept::Inbound;
+use crate::accept::{Destination, Inbound};
 use crate::balance::{self, Target};
 use crate::client_hello::ClientHello;
 use crate::failure::Failure;
@@ -24,18 +24,27 @@ pub struct Routed {
 /// Finds the rule; `None` where no route is attached, and the request goes straight to its destination.
 ///
 /// # Errors
-/// [`Failure::NoRoute`] where routes are attached and none matches; [`Failure::InvalidRoute`].
+/// [`Failure::NoRoute`] where routes are attached and none matches, and where the request came to a gateway, which has no
+/// destination of its own; [`Failure::InvalidRoute`].
 pub fn find(
     published: &Published,
     inbound: &Inbound,
     sane: &Sane,
     parts: &Parts,
 ) -> Result<Option<Routed>, Failure> {
-    let Some(service) = inbound.destination.service() else { return Ok(None) };
-    let (host, port) = (&service.host, inbound.destination.port());
-    let client = inbound.certificate.identity().namespace();
-    let Some(routes) = published.routes.routes(&host.namespace, &host.hostname, port, client) else {
-        return Ok(None);
+    let (port, client) = (inbound.destination.port(), inbound.client_namespace());
+    let routes = match &inbound.destination {
+        Destination::Workload { .. } => return Ok(None),
+        Destination::Service { service, .. } => {
+            let host = &service.host;
+            let routes = published.routes.routes(&host.namespace, &host.hostname, port, client);
+            let Some(routes) = routes else { return Ok(None) };
+            routes
+        }
+        Destination::Listener { .. } => {
+            let listener = published.listeners.find(port, &sane.host).ok_or(Failure::NoRoute)?;
+            published.routes.of_listener(&listener.name).ok_or(Failure::NoRoute)?
+        }
     };
     let head = RequestHead {
         method: &parts.method,
@@ -79,7 +88,7 @@ pub fn connection(
     let head = ConnectionHead {
         port: inbound.destination.port(),
         destination: inbound.destination.address(),
-        client_namespace: inbound.certificate.identity().namespace(),
+        client_namespace: inbound.client_namespace(),
         client_address: inbound.source.ip().to_canonical(),
         tls: tls.map(|hello| ambit_route::ClientHello { server_name: hello.server_name.as_deref() }),
     };

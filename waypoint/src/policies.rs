@@ -100,11 +100,12 @@ impl Policies {
         self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy)
     }
 
-    /// Decides about a request of the client `client` at address `source`; `http` is `None` for bytes that are passed on unread.
+    /// Decides about a request of the client `client`, as far as it proved who it is, at address `source`; `http` is `None` for bytes
+    /// that are passed on unread.
     pub fn decide(
         &self,
         destination: &Destination,
-        client: &SpiffeId,
+        client: Option<&SpiffeId>,
         source: IpAddr,
         http: Option<&HttpRequest<'_>>,
     ) -> Verdict {
@@ -122,7 +123,7 @@ impl Policies {
     pub fn authorizers(
         &self,
         destination: &Destination,
-        client: &SpiffeId,
+        client: Option<&SpiffeId>,
         source: IpAddr,
         http: &HttpRequest<'_>,
     ) -> Vec<Arc<Authorizer>> {
@@ -144,9 +145,9 @@ impl Policies {
 }
 
 /// A request as policies see what of it every connection shows.
-pub fn request<'a>(destination: &Destination, client: &'a SpiffeId, source: IpAddr) -> Request<'a> {
+pub fn request<'a>(destination: &Destination, client: Option<&'a SpiffeId>, source: IpAddr) -> Request<'a> {
     Request {
-        peer: Some(Peer {
+        peer: client.map(|client| Peer {
             principal: client.principal(),
             namespace: client.namespace(),
             service_account: client.service_account(),
@@ -204,7 +205,7 @@ mod tests {
     fn decide(policy: l7::Policy, http: Option<&HttpRequest<'_>>) -> bool {
         let all = BTreeMap::from([("shop/p".to_owned(), policy)]);
         let policies = Policies::new(&all, |gateway| gateway == "shop/waypoint");
-        policies.decide(&workload(), &client(), [10, 0, 0, 1].into(), http).allowed()
+        policies.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), http).allowed()
     }
 
     fn policy(authorization: Option<security::Authorization>) -> l7::Policy {

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_directory::AppProtocol;
-use ambit_hbone::{Tunnel, TunnelStream, TunnelTransport};
+use ambit_hbone::Tunnel;
 use bytes::{Bytes, BytesMut};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use crate::accept::Inbound;
 use crate::activity::Exceeded;
+use crate::client::Client;
 use crate::client_stream::ClientStream;
 use crate::failure::Failure;
 use crate::io::ReadAhead;
@@ -51,19 +52,7 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
     let (spoken, first) = match declared {
         AppProtocol::Tcp | AppProtocol::Tls => (Spoken::Other, Bytes::new()),
         AppProtocol::Http11 | AppProtocol::Http2 | AppProtocol::Grpc => {
-            let limit = limits.head_timeout.get();
-            // RFC 9113 §6.8: a tunnel that was opened before GOAWAY may bring its first request yet, for as long as an idle
-            // connection may bring its last.
-            let mut drain = inbound.worker.proxy.drain.clone();
-            let unused = async move {
-                drain.draining().await;
-                tokio::time::sleep(IDLE_AT_DRAIN).await;
-            };
-            let detected = tokio::select! {
-                detected = detect(&mut stream, true, limit) => detected,
-                () = unused => None,
-            };
-            match detected {
+            match first_request(&inbound, &mut stream).await {
                 Some(detected) => detected,
                 // Nothing was asked, so nothing is answered.
                 None => return drop(stream.shutdown().await),
@@ -75,8 +64,8 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
         },
     };
     match spoken {
-        Spoken::Http1 => serve_http1(inbound, first, stream.into_transport()).await,
-        Spoken::Http2 => serve_http2(inbound, first, stream.into_transport()).await,
+        Spoken::Http1 => serve_http1(inbound, first, Client::tunnel(stream)).await,
+        Spoken::Http2 => serve_http2(inbound, first, Client::tunnel(stream)).await,
         Spoken::Other => {
             let mut first = BytesMut::from(first);
             // On a port of plain TCP the server may be the first to speak.
@@ -90,9 +79,38 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
     }
 }
 
+/// Serves a connection on which HTTP is spoken to its end.
+pub async fn serve_http(inbound: Arc<Inbound>, mut client: Client) {
+    match first_request(&inbound, &mut client).await {
+        Some((Spoken::Http2, first)) => serve_http2(inbound, first, client).await,
+        Some((Spoken::Http1 | Spoken::Other, first)) => serve_http1(inbound, first, client).await,
+        None => drop(client.shutdown().await),
+    }
+}
+
+/// Waits for the first bytes of a connection on which HTTP is spoken; `None` if there are none in time.
+async fn first_request(inbound: &Inbound, stream: &mut (impl AsyncRead + Unpin)) -> Option<(Spoken, Bytes)> {
+    let limit = inbound.worker.proxy.settings.limits.head_timeout.get();
+    // RFC 9113 §6.8: a tunnel that was opened before GOAWAY may bring its first request yet, for as long as an idle
+    // connection may bring its last.
+    let mut drain = inbound.worker.proxy.drain.clone();
+    let unused = async move {
+        drain.draining().await;
+        tokio::time::sleep(IDLE_AT_DRAIN).await;
+    };
+    tokio::select! {
+        detected = detect(stream, true, limit) => detected,
+        () = unused => None,
+    }
+}
+
 /// Reads until it is clear what is spoken. Where HTTP is declared, everything but the preface of HTTP/2 is HTTP/1. `None` if
 /// the client left, or where HTTP is declared said nothing in time.
-async fn detect(stream: &mut TunnelStream, http_declared: bool, limit: Duration) -> Option<(Spoken, Bytes)> {
+async fn detect(
+    stream: &mut (impl AsyncRead + Unpin),
+    http_declared: bool,
+    limit: Duration,
+) -> Option<(Spoken, Bytes)> {
     let mut first = BytesMut::with_capacity(FIRST_READ);
     let reading = async {
         loop {
@@ -141,13 +159,13 @@ pub fn classify(first: &[u8], http_declared: bool) -> Option<Spoken> {
 /// How long an idle HTTP/1 connection stays open in a drain, for a last request.
 const IDLE_AT_DRAIN: Duration = Duration::from_secs(2);
 
-async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTransport) {
+async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: Client) {
     let activity = inbound.activity.clone();
     if !first.is_empty() {
         activity.handle_bytes(Instant::now());
     }
     let (stream, remains) = ClientStream::new(first, transport, Some(activity.clone()));
-    // Dropped with what remains, the tunnel is reset.
+    // Dropped with what remains, the connection is reset.
     let Some(ended) = while_trusted(&inbound, http1_connection(inbound.clone(), stream)).await else {
         return;
     };
@@ -185,10 +203,11 @@ async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTrans
 
 /// Serves a connection for as long as its client is trusted. `None` if it was cut for that: its stream has been dropped.
 async fn while_trusted<T>(inbound: &Inbound, connection: impl Future<Output = T>) -> Option<T> {
+    let Some(certificate) = &inbound.certificate else { return Some(connection.await) };
     let trust = &inbound.worker.proxy.trust;
     tokio::select! {
         ended = connection => Some(ended),
-        error = authorize::distrusted(trust, &inbound.certificate) => {
+        error = authorize::distrusted(trust, certificate) => {
             tracing::info!(source = %inbound.source, to = %inbound.default_host, %error, "an HTTP connection is closed");
             inbound.worker.proxy.tallies.count_closed(&inbound.activity);
             None
@@ -199,10 +218,11 @@ async fn while_trusted<T>(inbound: &Inbound, connection: impl Future<Output = T>
 /// Waits until a client's connection is to take its last request: in a drain, or once the client's certificate has expired.
 async fn leaving(inbound: &Inbound) {
     let mut drain = inbound.worker.proxy.drain.clone();
+    let Some(certificate) = &inbound.certificate else { return drain.draining().await };
     tokio::select! {
         () = drain.draining() => {}
         // Certificate contract: an expired client has the time of one renewal to move.
-        () = authorize::expired(&inbound.certificate) => {}
+        () = authorize::expired(certificate) => {}
     }
 }
 
@@ -239,7 +259,7 @@ async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
     }
 }
 
-async fn serve_http2(inbound: Arc<Inbound>, first: Bytes, transport: TunnelTransport) {
+async fn serve_http2(inbound: Arc<Inbound>, first: Bytes, transport: Client) {
     let activity = inbound.activity.clone();
     // Its deadlines are watched below: bytes of HTTP/2 are no sign of a request.
     let (stream, remains) = ClientStream::new(first, transport, None);

@@ -20,6 +20,7 @@ use crate::balancers::Balancers;
 use crate::config::Limits;
 use crate::dump::RouteSummary;
 use crate::failure::Failure;
+use crate::listeners::Listeners;
 use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
@@ -33,7 +34,9 @@ pub struct Published {
     pub addresses: Arc<[GatewayDestination]>,
     /// Whether endpoints learn who the client is.
     pub forwards_client_identity: bool,
-    /// The routes of what is bound to it.
+    /// Where a gateway takes connections.
+    pub listeners: Arc<Listeners>,
+    /// The routes of what is bound to it, and of its listeners.
     pub routes: Arc<Table>,
     /// Those for connections.
     pub streams: Arc<StreamTable>,
@@ -50,6 +53,7 @@ pub struct Published {
 pub struct Publication {
     current: ArcSwap<Published>,
     policies_changed: watch::Sender<()>,
+    listeners_changed: watch::Sender<()>,
 }
 
 impl Publication {
@@ -65,7 +69,11 @@ impl Publication {
 
     /// Publishes one batch. `decisions` says whether what was allowed may be denied now.
     pub fn publish(&self, published: Published, decisions: bool) {
+        let same_listeners = Arc::ptr_eq(&self.current.load().listeners, &published.listeners);
         self.current.store(Arc::new(published));
+        if !same_listeners {
+            self.listeners_changed.send_replace(());
+        }
         if decisions {
             self.policies_changed.send_replace(());
         }
@@ -74,6 +82,13 @@ impl Publication {
     /// Wakes when something was published that may deny what was allowed.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.policies_changed.subscribe()
+    }
+}
+
+impl Publication {
+    /// Wakes when other listeners were published.
+    pub fn listener_changes(&self) -> watch::Receiver<()> {
+        self.listeners_changed.subscribe()
     }
 }
 
@@ -126,6 +141,8 @@ pub struct Tallies {
     pub mirrors_failed: AtomicU64,
     /// Decisions that a dry-run policy would change.
     pub dry_run_differs: AtomicU64,
+    /// Ports of listeners that can't be opened now.
+    pub closed_listeners: AtomicU64,
 }
 
 /// Counts of requests that external authorizers were asked about.

@@ -18,7 +18,7 @@ use http_body::Frame;
 use hyper::body::Incoming;
 use parking_lot::Mutex;
 
-use crate::accept::Inbound;
+use crate::accept::{Destination, Inbound};
 use crate::answer::grpc_status;
 use crate::balance::Endpoint;
 use crate::body::{ResponseBody, Source};
@@ -323,13 +323,15 @@ fn end_of(endpoint: &Endpoint) -> End {
 }
 
 fn labels(inbound: &Inbound, endpoint: Option<&Endpoint>, protocol: &'static str) -> Labels {
+    let is_gateway = matches!(inbound.destination, Destination::Listener { .. });
+    let is_tunnelled = endpoint.is_some_and(|endpoint| endpoint.tunnel.is_some());
     Labels {
-        reporter: tcp::Reporter::Waypoint,
+        reporter: if is_gateway { tcp::Reporter::Source } else { tcp::Reporter::Waypoint },
         source: inbound.client_labels.clone(),
         destination: peer_labels(&endpoint.map(end_of).unwrap_or_default()),
         service: service(inbound, endpoint).map(|service| service_labels(service)),
         request_protocol: protocol,
-        security: Security::MutualTls,
+        security: if !is_gateway || is_tunnelled { Security::MutualTls } else { Security::Unknown },
     }
 }
 

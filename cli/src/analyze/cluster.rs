@@ -119,6 +119,7 @@ fn of_config(config: &Value, default: Settings) -> Settings {
         cluster_domain: text("clusterDomain", default.cluster_domain),
         root_namespace: text("rootNamespace", default.root_namespace),
         waypoint_classes: default.waypoint_classes,
+        gateway_classes: default.gateway_classes,
         authorizers: default.authorizers,
         l7_deny_at_l4: if config["l7DenyAtL4"] == "deny" { L7DenyAtL4::Deny } else { default.l7_deny_at_l4 },
     }

@@ -350,10 +350,13 @@ fn start_writers(
     let classes = config.deployed_waypoint_classes.clone();
     let (of_classes, of_waypoints) = (client.clone(), client.clone());
     let written = metrics.clone();
-    let writer = ClassWriter { client: of_classes, classes: classes.clone(), metrics: written };
+    let gateway_classes = config.index.gateway_classes.clone();
+    let (waypoints, gateways) = (classes.clone(), gateway_classes.clone());
+    let writer = ClassWriter { client: of_classes, waypoints, gateways, metrics: written };
     tasks.spawn("the writer of classes", writer.run(leads.clone()));
-    let queue = observed.waypoints.clone();
-    let writer = WaypointWriter::new(of_waypoints, template, classes, queue, metrics);
+    let (findings, queue) = (observed.findings.clone(), observed.waypoints.clone());
+    let writer =
+        WaypointWriter::new(of_waypoints, template, classes, gateway_classes, findings, queue, metrics);
     tasks.spawn("the writer of waypoints", writer.run(leads));
 }
 

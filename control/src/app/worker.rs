@@ -68,13 +68,15 @@ impl IndexWorker {
             self.note_namespaces(&changes);
             let (touched, parts) = (statuses_of(&changes), parts_of_waypoints(&changes));
             // One whose class changes is looked at too: what was made for it goes.
-            let were: Vec<bool> = parts.iter().map(|gateway| index.is_waypoint(&gateway.name)).collect();
+            let were: Vec<bool> = parts.iter().map(|gateway| index.runs_gateway(&gateway.name)).collect();
             self.apply(&mut index, changes);
             self.want_keys(&mut index);
             // After the findings, so that whoever looks at the object finds those of now.
             self.statuses.push(touched);
-            let waypoints =
-                parts.into_iter().zip(were).filter(|(gateway, was)| *was || index.is_waypoint(&gateway.name));
+            let waypoints = parts
+                .into_iter()
+                .zip(were)
+                .filter(|(gateway, was)| *was || index.runs_gateway(&gateway.name));
             self.waypoints.push(waypoints.map(|(gateway, _)| gateway));
             if is_synced && !self.synced {
                 self.synced = true;
@@ -125,6 +127,8 @@ impl IndexWorker {
             gateways,
             waypoint_policies,
             backend_policies,
+            listeners,
+            key_pairs,
             routes,
             stream_routes,
             placements,
@@ -138,6 +142,8 @@ impl IndexWorker {
             (ResourceType::Gateway, gateways),
             (ResourceType::Policy, waypoint_policies),
             (ResourceType::BackendPolicy, backend_policies),
+            (ResourceType::KeyPair, key_pairs),
+            (ResourceType::Listener, listeners),
             (ResourceType::Route, routes),
             (ResourceType::StreamRoute, stream_routes),
         ]);
@@ -157,8 +163,7 @@ impl IndexWorker {
         let mut all = self.findings.lock();
         for (object, findings) in changed {
             for finding in findings.iter().filter(|f| !f.met) {
-                let Finding { condition, met: _, reason, message, parent, parent_ref: _, controller } =
-                    finding;
+                let Finding { condition, reason, message, parent, controller, .. } = finding;
                 let parent = parent.as_ref().map(tracing::field::display);
                 tracing::warn!(%object, condition, reason, parent, controller, "{message}");
             }
@@ -168,6 +173,7 @@ impl IndexWorker {
             };
         }
         drop(all);
+        self.waypoints.push(objects.iter().filter(|object| object.kind == Kind::Gateway).cloned());
         self.statuses.push(objects.into_iter().filter(|object| status::KINDS.contains(&object.kind)));
     }
 }

@@ -41,7 +41,7 @@ pub(super) enum Dependency {
     RoutesTo(NamespacedName),
     /// The ReferenceGrants of a namespace.
     Grants(Arc<str>),
-    /// The routes that want to be attached to a Service or ServiceEntry.
+    /// The routes that want to be attached to a Service, ServiceEntry or Gateway.
     RoutesOf(ObjectRef),
     /// Which hosts Services and ServiceEntries have.
     Hosts,

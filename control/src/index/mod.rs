@@ -47,6 +47,8 @@ pub struct Settings {
     pub root_namespace: Arc<str>,
     /// `gatewayClassName`s of waypoints.
     pub waypoint_classes: Vec<Arc<str>>,
+    /// `gatewayClassName`s of gateways for clients outside the mesh.
+    pub gateway_classes: Vec<Arc<str>>,
     /// What a DENY rule does at L4 that names only what L4 cannot see.
     pub l7_deny_at_l4: L7DenyAtL4,
     /// Whom policies may ask about requests, by name.
@@ -67,6 +69,11 @@ pub enum L7DenyAtL4 {
 }
 
 impl Settings {
+    /// Whether Gateways of a class are run by this mesh: as waypoints, or for clients outside of it.
+    pub fn runs(&self, class: &Arc<str>) -> bool {
+        self.waypoint_classes.contains(class) || self.gateway_classes.contains(class)
+    }
+
     /// The host of a Kubernetes service.
     pub fn host_of_service(&self, id: &NamespacedName) -> String {
         format!("{}.{}.svc.{}", id.name, id.namespace, self.cluster_domain)
@@ -114,6 +121,7 @@ impl Default for Settings {
             cluster_domain: "cluster.local".into(),
             root_namespace: "ambit-system".into(),
             waypoint_classes: vec!["ambit-waypoint".into(), "istio-waypoint".into()],
+            gateway_classes: vec!["ambit".into()],
             l7_deny_at_l4: L7DenyAtL4::default(),
             authorizers: BTreeMap::new(),
         }
@@ -138,18 +146,32 @@ pub struct Finding {
     pub parent: Option<ObjectRef>,
     /// The parent of a route that the condition is relative to, as the route refers to it.
     pub parent_ref: Option<ParentRef>,
+    /// The listener that the condition is of.
+    pub listener: Option<ListenerFacts>,
     /// The controller that says so.
     pub controller: &'static str,
 }
 
 impl Finding {
     fn new(condition: &'static str, met: bool, reason: &'static str, message: String) -> Finding {
-        Finding { condition, met, reason, message, parent: None, parent_ref: None, controller: CONTROLLER }
+        let (parent, parent_ref, listener) = (None, None, None);
+        Finding { condition, met, reason, message, parent, parent_ref, listener, controller: CONTROLLER }
     }
 
     fn relative_to(self, kind: Kind, name: &NamespacedName) -> Finding {
         Finding { parent: Some(ObjectRef { kind, name: name.clone() }), ..self }
     }
+}
+
+/// What the status of a listener says beside its conditions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerFacts {
+    /// Its name.
+    pub name: Arc<str>,
+    /// The kinds of routes that can be attached to it.
+    pub kinds: Vec<Kind>,
+    /// How many routes are attached to it.
+    pub attached: usize,
 }
 
 /// What a batch of changes to objects did.
@@ -165,6 +187,10 @@ pub struct Changes {
     pub waypoint_policies: ResourceChanges,
     /// Changes of how waypoints treat endpoints.
     pub backend_policies: ResourceChanges,
+    /// Changes of listeners.
+    pub listeners: ResourceChanges,
+    /// Changes of key pairs.
+    pub key_pairs: ResourceChanges,
     /// Changes of routes.
     pub routes: ResourceChanges,
     /// Changes of routes for connections.
@@ -231,6 +257,7 @@ impl Index {
         let stream_routes = of(ResourceType::StreamRoute);
         let (waypoint_policies, backend_policies) =
             (of(ResourceType::Policy), of(ResourceType::BackendPolicy));
+        let (listeners, key_pairs) = (of(ResourceType::Listener), of(ResourceType::KeyPair));
         let placements = std::mem::take(&mut self.placements).into_iter().collect();
         Changes {
             policies,
@@ -238,6 +265,8 @@ impl Index {
             gateways,
             waypoint_policies,
             backend_policies,
+            listeners,
+            key_pairs,
             routes,
             stream_routes,
             placements,
@@ -255,10 +284,9 @@ impl Index {
         &self.findings
     }
 
-    /// Whether there is a Gateway of this name that is a waypoint.
-    pub fn is_waypoint(&self, id: &NamespacedName) -> bool {
-        let gateway = self.store.gateways.get(id);
-        gateway.is_some_and(|gateway| self.settings.waypoint_classes.contains(&gateway.class))
+    /// Whether there is a Gateway of this name that the mesh runs.
+    pub fn runs_gateway(&self, id: &NamespacedName) -> bool {
+        self.store.gateways.get(id).is_some_and(|gateway| self.settings.runs(&gateway.class))
     }
 
     /// The keys of token issuers that are to be fetched: those of objects that are bound to something. Those that are not

@@ -23,6 +23,10 @@ pub enum ResourceType {
     Policy,
     /// `ambit.l7.BackendPolicy`
     BackendPolicy,
+    /// `ambit.l7.KeyPair`
+    KeyPair,
+    /// `ambit.l7.Listener`
+    Listener,
     /// `ambit.l7.Route`
     Route,
     /// `ambit.l7.StreamRoute`
@@ -31,12 +35,14 @@ pub enum ResourceType {
 
 impl ResourceType {
     /// Every type. A type comes before those whose resources refer to it.
-    pub const ALL: [ResourceType; 7] = [
+    pub const ALL: [ResourceType; 9] = [
         ResourceType::Authorization,
         ResourceType::Address,
         ResourceType::Gateway,
         ResourceType::Policy,
         ResourceType::BackendPolicy,
+        ResourceType::KeyPair,
+        ResourceType::Listener,
         ResourceType::Route,
         ResourceType::StreamRoute,
     ];
@@ -49,6 +55,8 @@ impl ResourceType {
             ResourceType::Gateway => ambit_api::GATEWAY_TYPE_URL,
             ResourceType::Policy => ambit_api::POLICY_TYPE_URL,
             ResourceType::BackendPolicy => ambit_api::BACKEND_POLICY_TYPE_URL,
+            ResourceType::KeyPair => ambit_api::KEY_PAIR_TYPE_URL,
+            ResourceType::Listener => ambit_api::LISTENER_TYPE_URL,
             ResourceType::Route => ambit_api::ROUTE_TYPE_URL,
             ResourceType::StreamRoute => ambit_api::STREAM_ROUTE_TYPE_URL,
         }

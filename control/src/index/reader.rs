@@ -200,7 +200,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The routes of Gateway API that want to be attached to a Service or ServiceEntry, in order.
+    /// The routes of Gateway API that want to be attached to a Service, ServiceEntry or Gateway, in order.
     pub(super) fn routes_of(&self, parent: &ObjectRef) -> impl Iterator<Item = &'a Route> {
         self.depend(Dependency::RoutesOf(parent.clone()));
         let ids = self.store.routes_by_parent.of(parent);

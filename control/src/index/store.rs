@@ -70,7 +70,7 @@ pub(super) struct Store {
     pub(super) entries_by_host: Reverse<Arc<str>>,
     /// Routes by the Services that they send requests to.
     pub(super) routes_by_backend: Reverse<NamespacedName>,
-    /// Routes by the Services and ServiceEntries that they want to be attached to.
+    /// Routes by the Services, ServiceEntries and Gateways that they want to be attached to.
     pub(super) routes_by_parent: Reverse<ObjectRef, ObjectRef>,
     /// VirtualServices for clients in the mesh, by their hosts.
     pub(super) virtual_services_by_host: Reverse<Arc<str>>,

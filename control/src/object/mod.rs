@@ -21,6 +21,7 @@ pub use self::core::service::{
 pub(crate) use gateway::binding::CANARY_WEIGHT;
 pub use gateway::binding::{Canary, Choice, WaypointBinding};
 pub use gateway::grant::ReferenceGrant;
+pub use gateway::listener::{CertificateRef, Listener, ListenerProtocol, ListenerTls};
 pub use gateway::route::{
     BackendRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, TargetKind,
 };

@@ -1,5 +1,5 @@
-//! What the control plane announces of itself: the GatewayClasses of waypoints and, where the API server has the kind, an
-//! XMesh. They are made where they are absent; their status names the features that are supported.
+//! What the control plane announces of itself: the GatewayClasses of waypoints and gateways and, where the API server has the
+//! kind, an XMesh. They are made where they are absent; their status names the features that are supported.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -57,6 +57,10 @@ const FEATURES: [&str; 10] = [
     "MeshHTTPRouteSchemeRedirect",
 ];
 
+/// What gateways support, likewise.
+const GATEWAY_FEATURES: [&str; 4] =
+    ["GRPCRoute", "GatewayHTTPListenerIsolation", "GatewayPort8080", "HTTPRoute"];
+
 /// Whose a class is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owned {
@@ -71,7 +75,10 @@ pub(super) enum Owned {
 /// Writes the classes.
 pub(crate) struct ClassWriter {
     pub(crate) client: Client,
-    pub(crate) classes: Vec<Arc<str>>,
+    /// Classes of waypoints.
+    pub(crate) waypoints: Vec<Arc<str>>,
+    /// Classes of gateways.
+    pub(crate) gateways: Vec<Arc<str>>,
     pub(crate) metrics: Arc<WriteMetrics>,
 }
 
@@ -114,12 +121,17 @@ impl ClassWriter {
     async fn reconcile(&self) -> Result<bool, CallError> {
         if let Some(version) = served_version(&self.client, &MESH).await? {
             let accepted = "the control plane serves the mesh";
-            self.announce(&MESH, version, MESH_NAME, "The Ambit mesh", accepted).await?;
+            self.announce(&MESH, version, MESH_NAME, "The Ambit mesh", accepted, &FEATURES).await?;
         }
         let Some(version) = served_version(&self.client, &CLASS).await? else { return Ok(false) };
-        for class in &self.classes {
-            let accepted = "the control plane deploys its Gateways";
-            self.announce(&CLASS, version, class, "Waypoints of the Ambit mesh", accepted).await?;
+        let accepted = "the control plane deploys its Gateways";
+        for class in &self.waypoints {
+            let description = "Waypoints of the Ambit mesh";
+            self.announce(&CLASS, version, class, description, accepted, &FEATURES).await?;
+        }
+        for class in &self.gateways {
+            let description = "Gateways into the Ambit mesh";
+            self.announce(&CLASS, version, class, description, accepted, &GATEWAY_FEATURES).await?;
         }
         Ok(true)
     }
@@ -132,6 +144,7 @@ impl ClassWriter {
         name: &str,
         description: &str,
         accepted: &str,
+        features: &[&str],
     ) -> Result<(), CallError> {
         let api = api(&self.client, kind, version);
         let object = match call(api.get_opt(name)).await? {
@@ -151,7 +164,7 @@ impl ClassWriter {
         }
         let resource_version = object.metadata.resource_version.clone();
         let object = serde_json::to_value(object).unwrap_or_default();
-        let Some(status) = plan(&object, accepted, &now()) else { return Ok(()) };
+        let Some(status) = plan(&object, accepted, features, &now()) else { return Ok(()) };
         let patch = json!({ "metadata": { "resourceVersion": resource_version }, "status": status });
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         call(api.patch_status(name, &parameters, &Patch::Merge(patch))).await?;
@@ -161,7 +174,7 @@ impl ClassWriter {
 }
 
 /// `status` of an object of ours, if it must differ from what it is.
-fn plan(object: &Value, accepted: &str, now: &str) -> Option<Value> {
+fn plan(object: &Value, accepted: &str, features: &[&str], now: &str) -> Option<Value> {
     let generation = object["metadata"]["generation"].as_i64();
     let present = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
     // GEP-91: an object whose parameters the controller can't use is not accepted.
@@ -172,7 +185,7 @@ fn plan(object: &Value, accepted: &str, now: &str) -> Option<Value> {
             Condition::new("Accepted", false, "InvalidParameters", message)
         }
     };
-    let features: Vec<Value> = FEATURES.iter().map(|name| json!({ "name": name })).collect();
+    let features: Vec<Value> = features.iter().map(|name| json!({ "name": name })).collect();
     let status = json!({
         "conditions": conditions::merge(present, &[accepted], generation, now),
         "supportedFeatures": features,
@@ -188,21 +201,21 @@ mod tests {
     #[test]
     fn a_class_of_ours_is_accepted_and_names_its_features() {
         let mut class = json!({ "metadata": { "generation": 3 }, "spec": { "controllerName": CONTROLLER } });
-        let status = plan(&class, "it is ours", "t").unwrap();
+        let status = plan(&class, "it is ours", &FEATURES, "t").unwrap();
         let accepted = &status["conditions"][0];
         assert_eq!((&accepted["status"], &accepted["observedGeneration"]), (&json!("True"), &json!(3)));
         assert_eq!(status["supportedFeatures"][0]["name"], "Mesh");
         class["status"] = status;
-        assert_eq!(plan(&class, "it is ours", "t2"), None);
+        assert_eq!(plan(&class, "it is ours", &FEATURES, "t2"), None);
         class["metadata"]["generation"] = 4.into();
         class["spec"]["parametersRef"] = json!({ "group": "", "kind": "ConfigMap", "name": "p" });
-        let refused = plan(&class, "it is ours", "t2").unwrap();
+        let refused = plan(&class, "it is ours", &FEATURES, "t2").unwrap();
         assert_eq!(refused["conditions"][0]["reason"], "InvalidParameters");
         assert_eq!(refused["conditions"][0]["observedGeneration"], 4);
     }
 
     #[test]
     fn features_are_in_order() {
-        assert!(FEATURES.is_sorted());
+        assert!(FEATURES.is_sorted() && GATEWAY_FEATURES.is_sorted());
     }
 }

@@ -114,7 +114,8 @@ mod tests {
 
     fn finding(condition: &'static str, met: bool, message: &str) -> Finding {
         let (reason, message) = ("Why", message.to_owned());
-        Finding { condition, met, reason, message, parent: None, parent_ref: None, controller: CONTROLLER }
+        let (parent, parent_ref, listener) = (None, None, None);
+        Finding { condition, met, reason, message, parent, parent_ref, listener, controller: CONTROLLER }
     }
 
     fn object(conditions: &[Value]) -> Value {

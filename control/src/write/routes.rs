@@ -69,6 +69,7 @@ mod tests {
             message: "because".to_owned(),
             parent: None,
             parent_ref: ParentRef::of_value(parent, &"shop".into()),
+            listener: None,
             controller: CONTROLLER,
         }
     }

@@ -44,6 +44,7 @@ fn translate(case: &Path) -> Value {
     let mut waypoint_policies = Map::new();
     let mut backend_policies = Map::new();
     let mut stream_routes = Map::new();
+    let (mut listeners, mut key_pairs) = (Map::new(), Map::new());
     let (mut gateways, mut routes, mut views) = (Map::new(), Map::new(), Map::new());
     for ((kind, name), resource) in index.resources() {
         let roots: Vec<&str> =
@@ -61,6 +62,9 @@ fn translate(case: &Path) -> Value {
             ResourceType::BackendPolicy => {
                 backend_policies.insert(name.to_string(), render::backend_policy(&resource.body))
             }
+            ResourceType::Listener => listeners.insert(name.to_string(), render::listener(&resource.body)),
+            // What is in it is nobody's business.
+            ResourceType::KeyPair => key_pairs.insert(name.to_string(), json!(!resource.body.is_empty())),
             ResourceType::Route => routes.insert(name.to_string(), render::route(&resource.body)),
             ResourceType::StreamRoute => {
                 stream_routes.insert(name.to_string(), render::stream_route(&resource.body))
@@ -89,6 +93,8 @@ fn translate(case: &Path) -> Value {
     // Most cases are of L4.
     for (name, of_l7) in [
         ("gateways", gateways),
+        ("keyPairs", key_pairs),
+        ("listeners", listeners),
         ("waypointPolicies", waypoint_policies),
         ("backendPolicies", backend_policies),
         ("routes", routes),

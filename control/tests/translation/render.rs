@@ -295,7 +295,23 @@ pub(crate) fn stream_route(body: &[u8]) -> Value {
     ])
 }
 
+/// A listener; the name of the resource says of which gateway it is.
+pub(crate) fn listener(body: &[u8]) -> Value {
+    let listener = l7::Listener::decode(body).unwrap();
+    let tls = listener.tls.as_ref();
+    object([
+        ("port", json!(listener.port)),
+        ("protocol", json!(format!("{:?}", listener.protocol()))),
+        ("hostname", json!(listener.hostname)),
+        ("passthrough", json!(tls.is_some_and(|tls| tls.passthrough))),
+        ("keyPairs", json!(tls.map(|tls| &tls.key_pairs))),
+    ])
+}
+
 fn target(target: &l7::Target) -> Value {
+    if !target.listener.is_empty() {
+        return json!(format!("listener {} {:?}", target.listener, target.hostnames));
+    }
     let port = if target.port == 0 { String::new() } else { format!(":{}", target.port) };
     let clients = match target.client_namespace.as_str() {
         "" => String::new(),

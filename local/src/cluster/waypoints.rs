@@ -1,5 +1,5 @@
-//! What a cluster runs for a Gateway of class `ambit-waypoint`: a service account, a Service and a Deployment of its name,
-//! as the control plane deploys them in Kubernetes; and the Gateway's status, which says where it is reached.
+//! What a cluster runs for a Gateway of class `ambit-waypoint` or `ambit`: a service account, a Service and a Deployment of
+//! its name, as the control plane deploys them in Kubernetes; and the Gateway's status, which says where it is reached.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -20,8 +20,8 @@ use crate::metrics::Metrics;
 use crate::pod::Pod;
 use crate::token::Subject;
 
-/// `gatewayClassName` of waypoints.
-const CLASS: &str = "ambit-waypoint";
+/// `gatewayClassName` of waypoints, and of gateways for clients outside the mesh.
+const CLASSES: [&str; 2] = ["ambit-waypoint", "ambit"];
 /// Name of the program, and of the image that stands for it.
 const PROGRAM: &str = "ambit-waypoint";
 /// Annotation of a Gateway: how many pods its waypoint has here.
@@ -63,8 +63,10 @@ impl Cluster {
 
 /// The Gateways that are run here.
 fn gateways(objects: &BTreeMap<Key, Object>) -> Vec<Key> {
-    let is_waypoint = |object: &Object| object.body["spec"]["gatewayClassName"].as_str() == Some(CLASS);
-    let of_kind = objects.iter().filter(|(key, object)| key.kind == "Gateway" && is_waypoint(object));
+    let is_run = |object: &Object| {
+        object.body["spec"]["gatewayClassName"].as_str().is_some_and(|class| CLASSES.contains(&class))
+    };
+    let of_kind = objects.iter().filter(|(key, object)| key.kind == "Gateway" && is_run(object));
     of_kind.map(|(key, _)| key.clone()).collect()
 }
 
@@ -86,7 +88,7 @@ pub(crate) fn add(
         };
         for (kind, body) in [
             ("ServiceAccount", account(&gateway)),
-            ("Service", service(&gateway)),
+            ("Service", service(&gateway, &ports(objects, &gateway))),
             ("Deployment", deployment(shared, &gateway, replicas(objects, &gateway), env, &token)),
         ] {
             let key = Key::new(kind, &gateway.namespace, &gateway.name);
@@ -145,14 +147,31 @@ fn account(gateway: &Key) -> Value {
     json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(gateway) })
 }
 
-fn service(gateway: &Key) -> Value {
+/// The ports of a gateway's Service: those of its listeners, each once.
+fn ports(objects: &BTreeMap<Key, Object>, gateway: &Key) -> Vec<Value> {
+    let listeners = objects.get(gateway).and_then(|object| object.body["spec"]["listeners"].as_array());
+    let mut ports = BTreeMap::new();
+    for listener in listeners.into_iter().flatten() {
+        let Some(port) = listener["port"].as_u64() else { continue };
+        let hbone = listener["protocol"] == "HBONE";
+        let port = match hbone {
+            true => json!({ "name": "mesh", "port": port, "appProtocol": "hbone" }),
+            // Nothing is known of what passes a port before the gateway has read it.
+            false => json!({ "name": format!("tcp-{port}"), "port": port }),
+        };
+        ports.entry(port["port"].as_u64()).or_insert(port);
+    }
+    ports.into_values().collect()
+}
+
+fn service(gateway: &Key, ports: &[Value]) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata(gateway),
         "spec": {
             "selector": { GATEWAY_NAME: gateway.name },
-            "ports": [{ "name": "mesh", "port": ports::INBOUND_HBONE, "appProtocol": "hbone" }],
+            "ports": ports,
         },
     })
 }
@@ -207,7 +226,6 @@ fn deployment(
                         "name": "waypoint",
                         "image": PROGRAM,
                         "env": variables,
-                        "ports": [{ "name": "mesh", "containerPort": ports::INBOUND_HBONE }],
                         "readinessProbe": {
                             "httpGet": { "path": "/healthz/ready", "port": ports::READINESS },
                             "periodSeconds": 1,

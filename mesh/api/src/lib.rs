@@ -131,6 +131,10 @@ pub const STREAM_ROUTE_TYPE_URL: &str = "type.googleapis.com/ambit.l7.StreamRout
 pub const POLICY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Policy";
 /// Type URL of [`l7::BackendPolicy`] resources.
 pub const BACKEND_POLICY_TYPE_URL: &str = "type.googleapis.com/ambit.l7.BackendPolicy";
+/// Type URL of [`l7::Listener`] resources.
+pub const LISTENER_TYPE_URL: &str = "type.googleapis.com/ambit.l7.Listener";
+/// Type URL of [`l7::KeyPair`] resources.
+pub const KEY_PAIR_TYPE_URL: &str = "type.googleapis.com/ambit.l7.KeyPair";
 /// Name of the extension of a workload that holds the [`l7::WorkloadLabels`] that subsets select by.
 pub const LABELS_EXTENSION: &str = "ambit.dev/labels";
 /// Type URL of the value of [`LABELS_EXTENSION`].

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 /// Something for each host: exact names, all names below one, and all names.
 #[derive(Debug)]
-pub(crate) struct Hosts<T> {
+pub struct Hosts<T> {
     exact: HashMap<Box<str>, T>,
     /// By what follows the `*`, dot included.
     below: HashMap<Box<str>, T>,
@@ -18,8 +18,8 @@ impl<T: Default> Default for Hosts<T> {
 }
 
 impl<T: Default> Hosts<T> {
-    /// The place of a host as a route writes it: `a.b`, `*.b`, or nothing or `*` for all.
-    pub(crate) fn entry(&mut self, host: &str) -> &mut T {
+    /// The place of a host as a route or listener writes it: `a.b`, `*.b`, or nothing or `*` for all.
+    pub fn entry(&mut self, host: &str) -> &mut T {
         let host = host.to_ascii_lowercase();
         match host.strip_prefix('*') {
             Some("") => &mut self.any,
@@ -30,7 +30,7 @@ impl<T: Default> Hosts<T> {
     }
 
     /// What is there for a host of a request (lower case), the most specific first.
-    pub(crate) fn matching<'s, 'h>(&'s self, host: &'h str) -> impl Iterator<Item = &'s T> + use<'s, 'h, T> {
+    pub fn matching<'s, 'h>(&'s self, host: &'h str) -> impl Iterator<Item = &'s T> + use<'s, 'h, T> {
         let labels = host.match_indices('.').filter_map(move |(at, _)| host.get(at..));
         let labels = labels.filter(|_| !self.below.is_empty());
         let below = labels.filter_map(|suffix| self.below.get(suffix));

@@ -26,6 +26,7 @@ pub use compile::fault;
 pub use explain::Candidate;
 pub use field::{FieldMatch, StringMatch};
 pub use filter::Filter;
+pub use hosts::Hosts;
 pub use rule::{Retry, RouteName, Rule, Timeouts};
 pub use stream::{ClientHello, ConnectionHead, StreamMatched, StreamTable, stream_fault};
 pub use table::{Matched, RequestHead, RouteSet, Table};

@@ -50,6 +50,8 @@ pub enum StreamMatched {
 pub struct StreamTable {
     /// The first that matches counts.
     services: HashMap<(Box<str>, Box<str>), Vec<Entry>>,
+    /// Those of the listeners of gateways.
+    listeners: HashMap<Box<str>, Vec<Entry>>,
 }
 
 #[derive(Debug, Clone)]
@@ -74,6 +76,11 @@ impl StreamTable {
         for route in routes {
             let entries = entries(route);
             for target in &route.targets {
+                if !target.listener.is_empty() {
+                    let listener = table.listeners.entry(target.listener.as_str().into()).or_default();
+                    listener.extend(entries.iter().cloned());
+                    continue;
+                }
                 let Ok(port) = u16::try_from(target.port) else { continue };
                 let service = (target.namespace.as_str().into(), target.hostname.to_ascii_lowercase().into());
                 let client = target.client_namespace.as_str();
@@ -85,7 +92,7 @@ impl StreamTable {
                 table.services.entry(service).or_default().extend(of_target);
             }
         }
-        for entries in table.services.values_mut() {
+        for entries in table.services.values_mut().chain(table.listeners.values_mut()) {
             entries.sort_by_cached_key(Entry::precedence);
         }
         table
@@ -98,19 +105,15 @@ impl StreamTable {
 
     /// Where a connection to a service goes.
     pub fn find(&self, namespace: &str, hostname: &str, head: &ConnectionHead<'_>) -> StreamMatched {
-        let mut closes = false;
-        for entry in self.of(namespace, hostname) {
-            let is_for_client =
-                entry.consumer.as_deref().is_none_or(|client| client == head.client_namespace);
-            if !entry.is_for_port(head.port) || !is_for_client {
-                continue;
-            }
-            closes |= entry.closes;
-            if (head.tls.is_some() || !entry.tls_only) && entry.conditions.match_head(head) {
-                return StreamMatched::Rule(entry.rule.clone());
-            }
+        first(self.of(namespace, hostname), head)
+    }
+
+    /// Where a connection to a listener of a gateway goes; without routes it goes nowhere.
+    pub fn find_of_listener(&self, listener: &str, head: &ConnectionHead<'_>) -> StreamMatched {
+        match first(self.listeners.get(listener).map_or(&[], Vec::as_slice), head) {
+            StreamMatched::Straight => StreamMatched::Closed,
+            found => found,
         }
-        if closes { StreamMatched::Closed } else { StreamMatched::Straight }
     }
 
     fn of(&self, namespace: &str, hostname: &str) -> &[Entry] {
@@ -119,6 +122,21 @@ impl StreamTable {
         }
         self.services.get(&(namespace.into(), hostname.into())).map_or(&[], Vec::as_slice)
     }
+}
+
+fn first(entries: &[Entry], head: &ConnectionHead<'_>) -> StreamMatched {
+    let mut closes = false;
+    for entry in entries {
+        let is_for_client = entry.consumer.as_deref().is_none_or(|client| client == head.client_namespace);
+        if !entry.is_for_port(head.port) || !is_for_client {
+            continue;
+        }
+        closes |= entry.closes;
+        if (head.tls.is_some() || !entry.tls_only) && entry.conditions.match_head(head) {
+            return StreamMatched::Rule(entry.rule.clone());
+        }
+    }
+    if closes { StreamMatched::Closed } else { StreamMatched::Straight }
 }
 
 impl Entry {

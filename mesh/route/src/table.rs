@@ -58,6 +58,8 @@ pub struct Table {
     services: HashMap<Service, Ports>,
     /// Routes for the clients of one namespace; they come before all others.
     consumers: HashMap<(Box<str>, Service), Ports>,
+    /// Routes of the listeners of gateways.
+    listeners: HashMap<Box<str>, RouteSet>,
 }
 
 /// The routes of one service.
@@ -76,7 +78,8 @@ impl Table {
         let compiled: Vec<(Vec<l7::Target>, compile::Compiled)> =
             routes.into_iter().map(|route| (route.targets.clone(), compile::route(route))).collect();
         for (targets, _) in &compiled {
-            for target in targets.iter().filter(|target| target.port != 0) {
+            let of_services = targets.iter().filter(|target| target.listener.is_empty());
+            for target in of_services.filter(|target| target.port != 0) {
                 if let Ok(port) = u16::try_from(target.port) {
                     table.ports(target).one.entry(port).or_default();
                 }
@@ -84,9 +87,15 @@ impl Table {
         }
         for (targets, route) in &compiled {
             for target in targets {
-                table.ports(target).insert(target, route);
+                match target.listener.as_str() {
+                    "" => table.ports(target).insert(target, route),
+                    listener => {
+                        table.listeners.entry(listener.into()).or_default().insert(&target.hostnames, route);
+                    }
+                }
             }
         }
+        table.listeners.values_mut().for_each(RouteSet::sort);
         for ports in table.services.values_mut().chain(table.consumers.values_mut()) {
             ports.all.sort();
             ports.one.values_mut().for_each(RouteSet::sort);
@@ -113,6 +122,13 @@ impl Table {
             false => self.consumers.get(&(Box::from(client), service)),
         };
         [own, all].into_iter().flatten().map(|ports| ports.of(port)).find(|routes| !routes.is_empty())
+    }
+}
+
+impl Table {
+    /// The routes of a listener; `None` if there are none.
+    pub fn of_listener(&self, listener: &str) -> Option<&RouteSet> {
+        self.listeners.get(listener)
     }
 }
 

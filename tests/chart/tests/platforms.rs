@@ -54,7 +54,6 @@ fn what_is_switched_off_is_not_there() {
         ("control.autoscaling.enabled=false", "HorizontalPodAutoscaler ambit-control"),
         ("control.podDisruptionBudget.enabled=false", "PodDisruptionBudget ambit-control"),
         ("control.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-control-waypoints"),
-        ("waypoint.classes=null", "ValidatingAdmissionPolicy ambit-control-waypoints"),
         ("networkPolicy.enabled=false", "NetworkPolicy ztunnel"),
         ("node.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-node-pods"),
         ("istioLabels=false", "ConfigMap istio"),

@@ -116,6 +116,7 @@ fn further_settings_are_those_of_the_programs() {
                 "clusterId",
                 "commands",
                 "deployedWaypointClasses",
+                "gatewayClasses",
                 "keySetBlockedCidrs",
                 "listen",
                 "meshConfig",

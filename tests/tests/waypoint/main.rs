@@ -14,7 +14,6 @@ mod bed;
 mod drain;
 mod external;
 mod hardening;
-mod http;
 mod http2;
 mod limits;
 mod policy;
@@ -30,6 +29,7 @@ mod wire;
 use std::process::ExitCode;
 
 use ambit_tests::beds::Trials;
+use ambit_tests::http;
 
 fn main() -> ExitCode {
     let mut trials = Trials::new();

@@ -72,6 +72,10 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
     let help = "Requests without the valid token that they need";
     count("ambit_requests_unauthenticated", help, |t| &t.unauthenticated);
+    let proxy = program.proxy.clone();
+    let closed =
+        move || proxy.tallies.closed_listeners.load(Ordering::Relaxed).try_into().unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_gateway_closed_ports", "Ports of listeners that can't be opened", closed);
     external(parts, program);
     limits(parts, program);
     ejections(parts, program);

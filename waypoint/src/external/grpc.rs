@@ -78,7 +78,7 @@ fn request(question: &Question<'_>, body: Option<&l7::CheckedBody>) -> CheckRequ
     };
     let source = context::Peer {
         address: Some(socket(inbound.source.ip(), inbound.source.port())),
-        principal: inbound.certificate.identity().as_str().to_owned(),
+        principal: inbound.identity().map(|identity| identity.as_str().to_owned()).unwrap_or_default(),
         ..context::Peer::default()
     };
     let destination = context::Peer {

@@ -45,8 +45,8 @@ deployment:
             whenUnsatisfiable: ScheduleAnyway
             matchLabelKeys: [gateway.networking.k8s.io/gateway-name]
             labelSelector:
-              matchLabels:
-                gateway.istio.io/managed: istio.io-mesh-controller
+              matchExpressions:
+                - { key: gateway.networking.k8s.io/gateway-name, operator: Exists }
           {{- end }}
           {{- end }}
         securityContext:

@@ -197,7 +197,7 @@ fn gateway_state(
 
 fn is_allowed(reader: &Reader<'_>, allowed: &AllowedNamespaces, namespace: &Arc<str>) -> bool {
     match allowed {
-        AllowedNamespaces::Same => false,
+        AllowedNamespaces::Nobody | AllowedNamespaces::Same => false,
         AllowedNamespaces::All => true,
         AllowedNamespaces::Selector { .. } => allowed.allows(&reader.namespace_labels(namespace)),
     }

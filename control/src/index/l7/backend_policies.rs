@@ -74,7 +74,7 @@ fn waypoints_of(reader: &Reader<'_>, rule: &DestinationRule, host: &Arc<str>) ->
     let own = &rule.meta.id.namespace;
     let is_wide = *own == reader.settings.root_namespace;
     if host.starts_with('*') {
-        let classes = reader.settings.waypoint_classes.iter();
+        let classes = reader.settings.waypoint_classes.iter().chain(&reader.settings.gateway_classes);
         let gateways = classes.flat_map(|class| reader.gateways_of_class(class));
         let served = gateways.filter(|gateway| is_wide || gateway.meta.id.namespace == *own);
         let mut roots: Roots = served.map(|gateway| views::root(&gateway.meta.id)).collect();

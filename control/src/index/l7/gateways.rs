@@ -1,22 +1,25 @@
-//! Gateways of waypoint classes as resources: what a waypoint must know of itself.
+//! Gateways that the mesh runs as resources: what a waypoint or gateway must know of itself.
 
 use ambit_api::l7;
 use prost::Message;
 
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{l4, views};
+use super::{l4, listeners, views};
 use crate::object::{AddressValue, Kind, NamespacedName};
 
-/// The resource of a waypoint.
+/// The resources of a waypoint or gateway.
 pub(in crate::index) fn of_gateway(
     reader: &Reader<'_>,
     id: &NamespacedName,
-) -> Option<(ResourceType, Resource)> {
-    let gateway = reader.gateway(id)?;
-    if !reader.settings.waypoint_classes.contains(&gateway.class) {
-        return None;
+) -> Vec<(ResourceType, Resource)> {
+    let Some(gateway) = reader.gateway(id) else { return Vec::new() };
+    if !reader.settings.runs(&gateway.class) {
+        return Vec::new();
     }
+    let is_waypoint = reader.settings.waypoint_classes.contains(&gateway.class);
+    // Services are bound to addresses of waypoints only.
+    let addresses = if is_waypoint { &gateway.addresses[..] } else { &[] };
     let network = gateway.network.as_ref().unwrap_or(&reader.settings.network);
     let address = |address: &AddressValue| match address {
         AddressValue::Ip(ip) => l7::GatewayAddress {
@@ -31,7 +34,7 @@ pub(in crate::index) fn of_gateway(
     };
     let message = l7::Gateway {
         object: Some(object_name(Kind::Gateway, id)),
-        addresses: gateway.addresses.iter().map(address).collect(),
+        addresses: addresses.iter().map(address).collect(),
         forwards_client_identity: gateway.forwards_client_identity,
     };
     let resource = Resource {
@@ -41,7 +44,8 @@ pub(in crate::index) fn of_gateway(
         body: message.encode_to_vec().into(),
         unhealthy: false,
     };
-    Some((ResourceType::Gateway, resource))
+    let listeners = if is_waypoint { Vec::new() } else { listeners::of_gateway(reader, gateway) };
+    std::iter::once((ResourceType::Gateway, resource)).chain(listeners).collect()
 }
 
 /// An object as messages name it.

@@ -2,10 +2,12 @@
 //!
 //! A waypoint sees what is below the root of its view: [`views`] says for each resource below which roots it is.
 
+mod attachment;
 mod authorization;
 pub(super) mod backend_policies;
 pub(super) mod gateways;
 pub(super) mod hosts;
+mod listeners;
 mod paths;
 pub(super) mod policies;
 pub(super) mod request_authentications;
@@ -13,4 +15,4 @@ pub(super) mod routes;
 pub(super) mod views;
 pub(super) mod virtual_services;
 
-use super::{Finding, Settings, l4, outputs, reader};
+use super::{Finding, ListenerFacts, Settings, l4, outputs, reader};

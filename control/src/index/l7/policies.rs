@@ -233,8 +233,8 @@ impl Bound {
         class: &Arc<str>,
         name: &NamespacedName,
     ) -> Result<(), String> {
-        if !reader.settings.waypoint_classes.contains(class) {
-            return Err(format!("Gateway {name} of class {class} is no waypoint"));
+        if !reader.settings.runs(class) {
+            return Err(format!("Gateway {name} of class {class} is another controller's"));
         }
         self.gateways.push(name.to_string());
         self.roots.insert(views::root(name));

@@ -9,7 +9,7 @@ use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::virtual_services::HONOURED;
-use super::{Finding, paths, views};
+use super::{Finding, attachment, listeners, paths, views};
 use crate::object::{
     BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, TargetKind,
 };
@@ -143,7 +143,7 @@ fn condition(
 }
 
 /// Why a route is not attached to a parent: a reason of Gateway API, and one sentence.
-struct NotAttached(&'static str, String);
+pub(super) struct NotAttached(pub(super) &'static str, pub(super) String);
 
 /// The port that a parent reference is for, 0 for all of them: by its number, its name (`sectionName`), or both.
 fn port_of<'a>(
@@ -184,6 +184,7 @@ impl Lowering<'_, '_> {
                 true => String::new(),
                 false => self.namespace.to_string(),
             },
+            listener: String::new(),
         };
         let missing = |kind: &str| {
             Err(NotAttached("NoMatchingParent", format!("{kind} {} does not exist", parent.name)))
@@ -199,16 +200,32 @@ impl Lowering<'_, '_> {
                 Some(entry) => port_of(parent, entry.ports.iter().map(|port| (&port.name, port.number)))
                     .map(|port| entry.hosts.iter().map(|host| target(host.to_string(), port)).collect()),
             }),
-            // The listener of a waypoint takes connections of the mesh, not routes: these are attached to services.
-            TargetKind::Gateway => {
-                let gateway = self.reader.gateway(&parent.name)?;
-                let is_ours = self.reader.settings.waypoint_classes.contains(&gateway.class);
-                let message =
-                    format!("{} is a waypoint: attach the route to the services behind it", parent.name);
-                is_ours.then_some(Err(NotAttached("NotAllowedByListeners", message)))
-            }
+            TargetKind::Gateway => self.attach_to_gateway(parent),
             TargetKind::Hostname | TargetKind::Other => None,
         }
+    }
+
+    /// The listeners of a Gateway; `None` if it is another controller's.
+    fn attach_to_gateway(&self, parent: &ParentRef) -> Option<Result<Vec<l7::Target>, NotAttached>> {
+        let gateway = self.reader.gateway(&parent.name)?;
+        if self.reader.settings.waypoint_classes.contains(&gateway.class) {
+            // The listener of a waypoint takes connections of the mesh, not routes: these are attached to services.
+            let message =
+                format!("{} is a waypoint: attach the route to the services behind it", parent.name);
+            return Some(Err(NotAttached("NotAllowedByListeners", message)));
+        }
+        if !self.reader.settings.gateway_classes.contains(&gateway.class) {
+            return None;
+        }
+        let attached = attachment::attach(self.reader, gateway, self.route, parent);
+        Some(attached.map(|attached| {
+            let target = |it: attachment::Attached<'_>| l7::Target {
+                listener: listeners::resource_name(&parent.name, it.listener),
+                hostnames: it.hostnames.iter().map(ToString::to_string).collect(),
+                ..l7::Target::default()
+            };
+            attached.into_iter().map(target).collect()
+        }))
     }
 
     fn rule(&self, rule: &RouteRule) -> l7::Rule {

@@ -1,10 +1,10 @@
-//! Which waypoints see a resource: those that its service is bound to, and those of services whose routes lead to it.
+//! Which waypoints and gateways see a resource: those that its service is bound to, and those whose routes lead to it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::reader::Reader;
-use super::{policies, virtual_services};
+use super::{attachment, policies, virtual_services};
 use crate::object::{
     Choice, Kind, NamespacedName, ObjectRef, Pod, Route, Service, ServiceEntry, TargetKind, WaypointBinding,
 };
@@ -59,7 +59,7 @@ fn of_authorizer(reader: &Reader<'_>, namespace: &Arc<str>, host: &Arc<str>) -> 
     roots
 }
 
-/// Below what a route is: the waypoints of what it is attached to.
+/// Below what a route is: the waypoints of what it is attached to, and the gateways.
 pub(in crate::index) fn of_route(reader: &Reader<'_>, route: &Route) -> Roots {
     let mut roots = Roots::new();
     for parent in &route.parents {
@@ -74,7 +74,14 @@ pub(in crate::index) fn of_route(reader: &Reader<'_>, route: &Route) -> Roots {
                     roots.extend(of_binding(reader, &parent.name.namespace, &entry.waypoint));
                 }
             }
-            TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => {}
+            TargetKind::Gateway => {
+                let gateway = reader.gateway(&parent.name);
+                let gateway = gateway.filter(|it| reader.settings.gateway_classes.contains(&it.class));
+                if gateway.is_some_and(|it| attachment::attach(reader, it, route, parent).is_ok()) {
+                    roots.insert(root(&parent.name));
+                }
+            }
+            TargetKind::Hostname | TargetKind::Other => {}
         }
     }
     roots

@@ -1,9 +1,10 @@
-//! Gateways, as far as a waypoint or the way into another network needs them.
+//! Gateways: waypoints, gateways for clients outside the mesh, and the ways into other networks.
 
 pub(super) mod binding;
 pub(super) mod grant;
 pub(super) mod grpc;
 pub(super) mod http;
+pub(super) mod listener;
 pub(super) mod route;
 pub(super) mod stream;
 
@@ -16,6 +17,7 @@ use serde::Deserialize;
 
 use super::core::cluster::NETWORK;
 use super::meta::{Invalid, Labels, Meta, annotation};
+use listener::Listener;
 
 /// What a waypoint is for (label `istio.io/waypoint-for`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +70,8 @@ impl LabelRequirement {
 /// From which namespaces the gateway may be used (`allowedRoutes.namespaces`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AllowedNamespaces {
+    /// None, not even its own.
+    Nobody,
     /// Its own; the default.
     Same,
     /// Every one.
@@ -85,7 +89,7 @@ impl AllowedNamespaces {
     /// Whether a namespace with these labels, other than the gateway's own, may use it.
     pub fn allows(&self, namespace: &Labels) -> bool {
         match self {
-            AllowedNamespaces::Same => false,
+            AllowedNamespaces::Nobody | AllowedNamespaces::Same => false,
             AllowedNamespaces::All => true,
             AllowedNamespaces::Selector { labels, requirements } => {
                 namespace.satisfy(labels) && requirements.iter().all(|r| r.is_met(namespace))
@@ -124,6 +128,8 @@ pub struct Gateway {
     pub waypoint_for: WaypointFor,
     /// Who may use its HBONE listener; `None` when it has no such listener.
     pub hbone: Option<AllowedNamespaces>,
+    /// Its listeners.
+    pub listeners: Vec<Listener>,
     /// `status.addresses`: where it is reached, once it is ready.
     pub addresses: Vec<AddressValue>,
     /// `spec.addresses`: where a gateway of another network is.
@@ -167,33 +173,26 @@ struct Spec {
     #[serde(default)]
     gateway_class_name: String,
     #[serde(default)]
-    listeners: Vec<Listener>,
+    listeners: Vec<listener::Manifest>,
     #[serde(default)]
     addresses: Vec<Address>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Listener {
-    port: i32,
-    protocol: String,
-    #[serde(default)]
-    allowed_routes: AllowedRoutes,
 }
 
 #[derive(Debug, Default, Deserialize)]
 struct AllowedRoutes {
     #[serde(default)]
     namespaces: RouteNamespaces,
+    #[serde(default)]
+    kinds: Vec<listener::RouteKind>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 struct RouteNamespaces {
     from: Option<Admitted>,
     selector: Option<LabelSelector>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize)]
 enum Admitted {
     Same,
     All,
@@ -222,7 +221,7 @@ impl TryFrom<Manifest> for Gateway {
         let Manifest { metadata, spec, status } = manifest;
         let meta = Meta::read(&metadata)?;
         let hbone =
-            spec.listeners.into_iter().find(|l| l.port == i32::from(INBOUND_HBONE) && l.protocol == "HBONE");
+            spec.listeners.iter().find(|l| l.port == i32::from(INBOUND_HBONE) && l.protocol == "HBONE");
         let tunnel = annotation(&metadata, "ambient.istio.io/waypoint-inbound-binding");
         Ok(Gateway {
             class: spec.gateway_class_name.into(),
@@ -232,7 +231,8 @@ impl TryFrom<Manifest> for Gateway {
                 Some("none") => WaypointFor::None,
                 _ => WaypointFor::Service,
             },
-            hbone: hbone.map(|l| allowed(l.allowed_routes.namespaces)),
+            hbone: hbone.map(|l| allowed(l.allowed_routes.namespaces.clone())),
+            listeners: spec.listeners.into_iter().filter_map(|l| l.read(&meta.id.namespace)).collect(),
             addresses: read_addresses("status.addresses", &status.addresses)?,
             requested: read_addresses("spec.addresses", &spec.addresses)?,
             network: meta.labels.get(NETWORK).map(Arc::from),
@@ -248,7 +248,8 @@ impl TryFrom<Manifest> for Gateway {
 
 fn allowed(namespaces: RouteNamespaces) -> AllowedNamespaces {
     match namespaces.from {
-        None | Some(Admitted::Same | Admitted::None) => AllowedNamespaces::Same,
+        None | Some(Admitted::Same) => AllowedNamespaces::Same,
+        Some(Admitted::None) => AllowedNamespaces::Nobody,
         Some(Admitted::All) => AllowedNamespaces::All,
         // Gateway API: a selector that is missing selects nothing.
         Some(Admitted::Selector) => namespaces.selector.map_or(AllowedNamespaces::Same, read_selector),

@@ -54,13 +54,14 @@ impl Route {
         }
     }
 
-    /// The Services and ServiceEntries that it wants to be attached to.
+    /// The Services, ServiceEntries and Gateways that it wants to be attached to.
     pub fn attaches_to(&self) -> impl Iterator<Item = ObjectRef> {
         self.parents.iter().filter_map(|parent| {
             let kind = match parent.kind {
                 TargetKind::Service => Kind::Service,
                 TargetKind::ServiceEntry => Kind::ServiceEntry,
-                TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => return None,
+                TargetKind::Gateway => Kind::Gateway,
+                TargetKind::Hostname | TargetKind::Other => return None,
             };
             Some(ObjectRef { kind, name: parent.name.clone() })
         })

@@ -1,4 +1,4 @@
-//! Deploys waypoints: for each Gateway of a class that is ours a ServiceAccount, a Deployment, a Service and, where the
+//! Deploys waypoints and gateways: for each Gateway of a class that is ours a ServiceAccount, a Deployment, a Service and, where the
 //! template has them, a PodDisruptionBudget and a HorizontalPodAutoscaler, all of the Gateway's name; and its status.
 //!
 //! What the objects must be is planned by pure functions from the Gateway, the template of the installation and the
@@ -33,8 +33,9 @@ use super::write_backoff::WriteBackoff;
 use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::kind::Kind;
 use crate::object::{NamespacedName, ObjectRef};
+use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
-use plan::{Part, WaypointGateway};
+use plan::{Part, Role, WaypointGateway};
 use status::DeploymentState;
 pub use template::{Template, TemplateError};
 
@@ -53,6 +54,10 @@ pub(crate) struct WaypointWriter {
     template: Template,
     /// Classes whose Gateways are deployed.
     classes: Vec<Arc<str>>,
+    /// Those of them whose Gateways are for clients outside the mesh.
+    gateway_classes: Vec<Arc<str>>,
+    /// What the index says of listeners.
+    findings: Findings,
     queue: Arc<StatusQueue>,
     metrics: Arc<WriteMetrics>,
     /// Guards when which object may be written again; held for one question.
@@ -88,11 +93,14 @@ impl WaypointWriter {
         client: Client,
         template: Template,
         classes: Vec<Arc<str>>,
+        gateway_classes: Vec<Arc<str>>,
+        findings: Findings,
         queue: Arc<StatusQueue>,
         metrics: Arc<WriteMetrics>,
     ) -> Self {
         let backoff = Mutex::new(WriteBackoff::new(metrics.backoffs.clone()));
-        Self { client, template, classes, queue, metrics, backoff }
+        let classes = classes.into_iter().chain(gateway_classes.iter().cloned()).collect();
+        Self { client, template, classes, gateway_classes, findings, queue, metrics, backoff }
     }
 
     /// Writes while `leads` is true; ends with its sender.
@@ -180,6 +188,8 @@ impl WaypointWriter {
         let gateway = serde_json::to_value(gateway).unwrap_or_default();
         // The API server has checked it: what can't be read is no Gateway that it has a definition for.
         let Ok(waypoint) = serde_json::from_value::<WaypointGateway>(gateway.clone()) else { return Ok(()) };
+        let is_gateway = self.gateway_classes.iter().any(|ours| **ours == *waypoint.class());
+        let waypoint = waypoint.with_role(if is_gateway { Role::Gateway } else { Role::Waypoint });
         let class = waypoint.class();
         if !self.is_ours(class) {
             return self.leave(name, &waypoint, &gateway).await;
@@ -197,7 +207,9 @@ impl WaypointWriter {
             }
             Err(fault) => (DeploymentState::Refused(fault.to_string()), Some(fault)),
         };
-        if let Some(status) = status::plan(&gateway, &state, &now()) {
+        let object = ObjectRef { kind: Kind::Gateway, name: name.clone() };
+        let findings = self.findings.lock().get(&object).cloned().unwrap_or_default();
+        if let Some(status) = status::plan(&gateway, waypoint.role(), &state, &findings, &now()) {
             self.write_status(&api, name, &gateway, status).await?;
         }
         fault.map_or(Ok(()), Err)
@@ -263,22 +275,18 @@ impl WaypointWriter {
             Ok(parts) => parts,
             Err(reason) => return Ok(DeploymentState::Invalid(reason)),
         };
-        let (mut address, mut serves) = (None, false);
+        let (mut addresses, mut serves) = (Vec::new(), false);
         for (part, manifest) in parts {
             let object = self.put(name, waypoint, part, manifest).await?;
             match part {
-                Part::Service => {
-                    let ip =
-                        object["spec"]["clusterIP"].as_str().filter(|ip| !ip.is_empty() && *ip != "None");
-                    address = ip.map(str::to_owned);
-                }
+                Part::Service => addresses = status::addresses(&object),
                 Part::Deployment => {
                     serves = object["status"]["availableReplicas"].as_u64().is_some_and(|pods| pods > 0);
                 }
                 Part::ServiceAccount | Part::PodDisruptionBudget | Part::HorizontalPodAutoscaler => {}
             }
         }
-        Ok(DeploymentState::Deployed { address, serves })
+        Ok(DeploymentState::Deployed { addresses, serves })
     }
 
     /// The parameters that a Gateway names; the inner error says what is wrong with them.

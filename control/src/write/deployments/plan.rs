@@ -1,6 +1,6 @@
-//! The objects of a waypoint: what each must be, and whether it is. Pure.
+//! The objects of a waypoint or gateway: what each must be, and whether it is. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
@@ -18,6 +18,10 @@ const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 const GATEWAY_CLASS: &str = "gateway.networking.k8s.io/gateway-class-name";
 /// Label by which Kiali and other tools for Istio recognise waypoints.
 const MANAGED: (&str, &str) = ("gateway.istio.io/managed", "istio.io-mesh-controller");
+/// The same for gateways.
+const MANAGED_GATEWAY: (&str, &str) = ("gateway.istio.io/managed", "istio.io-gateway-controller");
+/// Annotation of a Gateway: the type of its Service.
+const SERVICE_TYPE: &str = "networking.istio.io/service-type";
 const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
 /// Annotation that changes with the manifest, so that fields that it no longer has are removed.
 const MANIFEST_HASH: &str = "ambit.dev/manifest-hash";
@@ -70,6 +74,18 @@ impl Part {
 pub(super) struct WaypointGateway {
     metadata: GatewayMetadata,
     spec: GatewaySpec,
+    #[serde(skip)]
+    role: Role,
+}
+
+/// Whose connections a Gateway takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Those of the mesh.
+    #[default]
+    Waypoint,
+    /// Those of clients outside of it.
+    Gateway,
 }
 
 #[derive(Debug, Deserialize)]
@@ -79,6 +95,8 @@ struct GatewayMetadata {
     uid: String,
     #[serde(default)]
     labels: BTreeMap<String, String>,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -87,6 +105,23 @@ struct GatewaySpec {
     gateway_class_name: String,
     #[serde(default)]
     infrastructure: Infrastructure,
+    #[serde(default)]
+    listeners: Vec<GatewayListener>,
+    #[serde(default)]
+    addresses: Vec<GatewayAddress>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GatewayListener {
+    port: u16,
+}
+
+#[derive(Debug, Deserialize)]
+struct GatewayAddress {
+    #[serde(rename = "type", default)]
+    kind: Option<String>,
+    #[serde(default)]
+    value: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -107,6 +142,39 @@ struct ParametersRef {
 impl WaypointGateway {
     pub(super) fn class(&self) -> &str {
         &self.spec.gateway_class_name
+    }
+
+    pub(super) fn role(&self) -> Role {
+        self.role
+    }
+
+    pub(super) fn with_role(self, role: Role) -> Self {
+        Self { role, ..self }
+    }
+
+    /// The type of a gateway's Service.
+    ///
+    /// # Errors
+    /// When its annotation names none.
+    pub(super) fn service_type(&self) -> Result<&str, String> {
+        match self.metadata.annotations.get(SERVICE_TYPE).map_or("LoadBalancer", String::as_str) {
+            known @ ("LoadBalancer" | "NodePort" | "ClusterIP") => Ok(known),
+            other => Err(format!("{SERVICE_TYPE} is {other:?}, not LoadBalancer, NodePort or ClusterIP")),
+        }
+    }
+
+    /// The address that a gateway is to have; there can be one.
+    ///
+    /// # Errors
+    /// What is wrong with those that it asks for.
+    pub(super) fn wanted_address(&self) -> Result<Option<&str>, String> {
+        let mut addresses = self.spec.addresses.iter().filter(|address| !address.value.is_empty());
+        let Some(first) = addresses.next() else { return Ok(None) };
+        let is_ip = first.kind.as_deref().is_none_or(|kind| kind == "IPAddress");
+        if !is_ip || addresses.next().is_some() {
+            return Err("spec.addresses may have one IPAddress".to_owned());
+        }
+        Ok(Some(&first.value))
     }
 
     /// The ConfigMap with the Gateway's parameters, if it names one.
@@ -149,10 +217,14 @@ impl WaypointGateway {
         let mut all: BTreeMap<&str, &str> =
             copied.map(|(key, value)| (key.as_str(), value.as_str())).collect();
         // Ours come last: by them the mesh recognises what belongs to a waypoint.
-        let class = self.class();
-        let waypoint_for = labels.get(WAYPOINT_FOR).map_or("service", String::as_str);
-        all.extend([(GATEWAY_NAME, name.as_str()), (GATEWAY_CLASS, class), MANAGED]);
-        all.insert(WAYPOINT_FOR, waypoint_for);
+        all.extend([(GATEWAY_NAME, name.as_str()), (GATEWAY_CLASS, self.class())]);
+        match self.role {
+            Role::Waypoint => {
+                let waypoint_for = labels.get(WAYPOINT_FOR).map_or("service", String::as_str);
+                all.extend([MANAGED, (WAYPOINT_FOR, waypoint_for)]);
+            }
+            Role::Gateway => all.extend([MANAGED_GATEWAY]),
+        }
         all
     }
 
@@ -179,7 +251,7 @@ pub(super) fn manifests(
     parameters: Option<&Template>,
 ) -> Result<Vec<(Part, Option<Value>)>, String> {
     if gateway.metadata.name.len() > LONGEST_NAME {
-        return Err(format!("the name of a waypoint has at most {LONGEST_NAME} characters"));
+        return Err(format!("the name of a Gateway has at most {LONGEST_NAME} characters"));
     }
     let none = Template::default();
     let layers = [template, parameters.unwrap_or(&none)];
@@ -197,9 +269,13 @@ pub(super) fn manifests(
     let null = Value::Null;
     let budget = of(Part::PodDisruptionBudget, budget_spec(gateway), budget.map(|b| b.unwrap_or(&null)));
     let scaler = of(Part::HorizontalPodAutoscaler, scaler_spec(gateway), scaler.map(|s| s.unwrap_or(&null)));
+    let service_spec = match gateway.role {
+        Role::Waypoint => service_spec(gateway),
+        Role::Gateway => gateway_service_spec(gateway)?,
+    };
     let parts = [
         of(Part::ServiceAccount, Value::Null, account),
-        of(Part::Service, service_spec(gateway), service),
+        of(Part::Service, service_spec, service),
         (Part::Deployment, deployment),
     ];
     let wanted = parts.into_iter().map(|(part, manifest)| (part, Some(manifest)));
@@ -265,6 +341,28 @@ fn service_spec(gateway: &WaypointGateway) -> Value {
     })
 }
 
+/// The Service of a gateway: the ports of its listeners, each once.
+fn gateway_service_spec(gateway: &WaypointGateway) -> Result<Value, String> {
+    let ports: BTreeSet<u16> = gateway.spec.listeners.iter().map(|listener| listener.port).collect();
+    let port = |port: u16| json!({ "name": format!("port-{port}"), "port": port, "targetPort": port, "protocol": "TCP" });
+    let kind = gateway.service_type()?;
+    let mut spec = json!({
+        "selector": selector(gateway),
+        "type": kind,
+        "ipFamilyPolicy": "PreferDualStack",
+        "ports": ports.into_iter().map(port).collect::<Vec<_>>(),
+    });
+    if let Some(address) = gateway.wanted_address()? {
+        if kind != "LoadBalancer" {
+            return Err(format!(
+                "a Service of type {kind} can't have the address that spec.addresses asks for"
+            ));
+        }
+        spec["loadBalancerIP"] = address.into();
+    }
+    Ok(spec)
+}
+
 fn budget_spec(gateway: &WaypointGateway) -> Value {
     json!({ "selector": { "matchLabels": selector(gateway) } })
 }
@@ -279,42 +377,56 @@ fn deployment_spec(gateway: &WaypointGateway) -> Value {
         |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
     let port = |name: &str, number: u16| json!({ "name": name, "containerPort": number });
     let mount = |name: &str, path: &str| json!({ "name": name, "mountPath": path, "readOnly": true });
+    let (metrics, readiness) = (("http-metrics", ports::METRICS), ("readiness", ports::READINESS));
+    let ports: Vec<Value> = match gateway.role {
+        Role::Waypoint => vec![("mesh", ports::INBOUND_HBONE), metrics, readiness],
+        Role::Gateway => vec![metrics, readiness],
+    }
+    .into_iter()
+    .map(|(name, number)| port(name, number))
+    .collect();
+    let security = match gateway.role {
+        Role::Waypoint => json!({}),
+        // Listeners have ports such as 80; no capability is needed for that in a pod of its own.
+        Role::Gateway => {
+            json!({ "sysctls": [{ "name": "net.ipv4.ip_unprivileged_port_start", "value": "0" }] })
+        }
+    };
     let token = json!({ "path": "istio-token", "audience": "istio-ca", "expirationSeconds": 43200 });
     json!({
-           "selector": { "matchLabels": selector(gateway) },
-           // The next pod serves before one ends, and requests find a waypoint all the time.
-           "strategy": { "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
-           "template": {
-               "metadata": { "annotations": gateway.spec.infrastructure.annotations },
-               "spec": {
-                   "serviceAccountName": gateway.metadata.name,
-                   "automountServiceAccountToken": false,
-                   "containers": [{
-                       "name": "waypoint",
-                       "env": [
-                           field("POD_NAME", "metadata.name"),
-                           field("POD_NAMESPACE", "metadata.namespace"),
-                           field("INSTANCE_IP", "status.podIP"),
-                           field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
-                       ],
-                       "ports": [
-    port("mesh", ports::INBOUND_HBONE), port("http-metrics", ports::METRICS), port("readiness", ports::READINESS),
-    ],
-                       "readinessProbe": {
-                           "httpGet": { "path": "/healthz/ready", "port": "readiness" }, "periodSeconds": 3,
-                       },
-                       "volumeMounts": [
-                           mount("root-certificate", "/var/run/secrets/istio"),
-                           mount("token", "/var/run/secrets/tokens"),
-                       ],
-                   }],
-                   "volumes": [
-                       { "name": "root-certificate", "configMap": { "name": "istio-ca-root-cert" } },
-                       { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
-                   ],
-               },
-           },
-       })
+        "selector": { "matchLabels": selector(gateway) },
+        // The next pod serves before one ends, and requests find a waypoint all the time.
+        "strategy": { "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+        "template": {
+            "metadata": { "annotations": gateway.spec.infrastructure.annotations },
+            "spec": {
+                "serviceAccountName": gateway.metadata.name,
+                "securityContext": security,
+                "automountServiceAccountToken": false,
+                "containers": [{
+                    "name": "waypoint",
+                    "env": [
+                        field("POD_NAME", "metadata.name"),
+                        field("POD_NAMESPACE", "metadata.namespace"),
+                        field("INSTANCE_IP", "status.podIP"),
+                        field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
+                    ],
+                    "ports": ports,
+                    "readinessProbe": {
+                        "httpGet": { "path": "/healthz/ready", "port": "readiness" }, "periodSeconds": 3,
+                    },
+                    "volumeMounts": [
+                        mount("root-certificate", "/var/run/secrets/istio"),
+                        mount("token", "/var/run/secrets/tokens"),
+                    ],
+                }],
+                "volumes": [
+                    { "name": "root-certificate", "configMap": { "name": "istio-ca-root-cert" } },
+                    { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
+                ],
+            },
+        },
+    })
 }
 
 fn with_hash(mut manifest: Value) -> Value {

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_local::Pod;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 /// What a server answers, given its name, the head of the request and the body as it came.
-pub(crate) type Answer = Arc<dyn Fn(&str, &str, &[u8]) -> Vec<u8> + Send + Sync>;
+pub type Answer = Arc<dyn Fn(&str, &str, &[u8]) -> Vec<u8> + Send + Sync>;
 
 /// A server that runs until this is dropped.
-pub(crate) struct Server(JoinHandle<()>);
+#[derive(Debug)]
+pub struct Server(JoinHandle<()>);
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -23,19 +24,22 @@ impl Drop for Server {
 }
 
 /// An answer with this status, headers and body.
-pub(crate) fn answer(status: &str, headers: &str, body: &str) -> Vec<u8> {
+pub fn answer(status: &str, headers: &str, body: &str) -> Vec<u8> {
     format!("HTTP/1.1 {status}\r\n{headers}content-length: {}\r\n\r\n{body}", body.len()).into_bytes()
 }
 
 /// Answers with the server's name, the request's head and its body.
-pub(crate) fn mirror() -> Answer {
+pub fn mirror() -> Answer {
     Arc::new(|name, head, body| {
         answer("200 OK", "", &format!("server: {name}\n{head}{}", String::from_utf8_lossy(body)))
     })
 }
 
 /// Serves HTTP/1.1 at `address` in a pod.
-pub(crate) async fn serve(pod: &Pod, address: SocketAddr, name: &str, answer: Answer) -> io::Result<Server> {
+///
+/// # Errors
+/// When the address is taken.
+pub async fn serve(pod: &Pod, address: SocketAddr, name: &str, answer: Answer) -> io::Result<Server> {
     let listener = pod.listen(address).await?;
     let name = name.to_owned();
     Ok(Server(tokio::spawn(async move {
@@ -78,7 +82,7 @@ async fn connection(mut stream: TcpStream, name: &str, answer: &Answer) -> io::R
     Ok(())
 }
 
-pub(crate) async fn head(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<Option<String>> {
+pub async fn head(stream: &mut (impl AsyncRead + Unpin), read: &mut Vec<u8>) -> io::Result<Option<String>> {
     loop {
         if let Some(at) = read.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
             let rest = read.split_off(at + 4);
@@ -92,7 +96,7 @@ pub(crate) async fn head(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Resu
 }
 
 /// The value of a header; names in lower case.
-pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+pub fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     head.lines().find_map(|line| {
         let (known, value) = line.split_once(':')?;
         known.eq_ignore_ascii_case(name).then(|| value.trim())
@@ -100,8 +104,8 @@ pub(crate) fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// A message's body and its trailers.
-pub(crate) async fn body(
-    stream: &mut TcpStream,
+pub async fn body(
+    stream: &mut (impl AsyncRead + Unpin),
     read: &mut Vec<u8>,
     head: &str,
 ) -> io::Result<(Vec<u8>, String)> {
@@ -130,7 +134,7 @@ pub(crate) async fn body(
     Ok((exactly(stream, read, length).await?, String::new()))
 }
 
-async fn line(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<String> {
+async fn line(stream: &mut (impl AsyncRead + Unpin), read: &mut Vec<u8>) -> io::Result<String> {
     loop {
         if let Some(at) = read.windows(2).position(|bytes| bytes == b"\r\n") {
             let rest = read.split_off(at + 2);
@@ -144,7 +148,11 @@ async fn line(stream: &mut TcpStream, read: &mut Vec<u8>) -> io::Result<String> 
     }
 }
 
-async fn exactly(stream: &mut TcpStream, read: &mut Vec<u8>, length: usize) -> io::Result<Vec<u8>> {
+async fn exactly(
+    stream: &mut (impl AsyncRead + Unpin),
+    read: &mut Vec<u8>,
+    length: usize,
+) -> io::Result<Vec<u8>> {
     while read.len() < length {
         if stream.read_buf(read).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -156,52 +164,79 @@ async fn exactly(stream: &mut TcpStream, read: &mut Vec<u8>, length: usize) -> i
 
 /// A response as it came.
 #[derive(Debug, Clone)]
-pub(crate) struct Response {
-    pub(crate) status: u16,
-    pub(crate) head: String,
-    pub(crate) body: String,
-    pub(crate) trailers: String,
+pub struct Response {
+    /// Its status code.
+    pub status: u16,
+    /// Its head.
+    pub head: String,
+    /// Its body.
+    pub body: String,
+    /// Its trailers.
+    pub trailers: String,
 }
 
 impl Response {
-    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+    /// A header of it.
+    pub fn header(&self, name: &str) -> Option<&str> {
         header(&self.head, name)
     }
 
     /// A header of the request as the server got it.
-    pub(crate) fn sent(&self, name: &str) -> Option<&str> {
+    pub fn sent(&self, name: &str) -> Option<&str> {
         header(&self.body, name)
     }
 
     /// The name of the server that answered.
-    pub(crate) fn server(&self) -> &str {
+    pub fn server(&self) -> &str {
         self.sent("server").unwrap_or_default()
     }
 
     /// The request line as the server got it.
-    pub(crate) fn request_line(&self) -> &str {
+    pub fn request_line(&self) -> &str {
         self.body.lines().nth(1).unwrap_or_default()
     }
 }
 
+/// What bytes are sent and read on.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<IO: AsyncRead + AsyncWrite + Send + Unpin> Stream for IO {}
+
 /// A connection to the mesh.
-pub(crate) struct Client {
-    stream: TcpStream,
+#[expect(missing_debug_implementations, reason = "a stream of any kind")]
+pub struct Client {
+    stream: Box<dyn Stream>,
     read: Vec<u8>,
 }
 
 impl Client {
-    pub(crate) async fn connect(pod: &Pod, to: SocketAddr) -> io::Result<Client> {
-        Ok(Client { stream: pod.connect(to).await?, read: Vec::new() })
+    /// A connection from inside a pod.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn connect(pod: &Pod, to: SocketAddr) -> io::Result<Client> {
+        Ok(Client::over(pod.connect(to).await?))
+    }
+
+    /// A client that speaks over any stream, as one of TLS.
+    pub fn over(stream: impl Stream + 'static) -> Client {
+        Client { stream: Box::new(stream), read: Vec::new() }
     }
 
     /// Sends bytes and reads one response.
-    pub(crate) async fn send(&mut self, request: &[u8]) -> io::Result<Response> {
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub async fn send(&mut self, request: &[u8]) -> io::Result<Response> {
         self.stream.write_all(request).await?;
         self.response().await
     }
 
-    pub(crate) async fn response(&mut self) -> io::Result<Response> {
+    /// Reads one response.
+    ///
+    /// # Errors
+    /// When there is none within 20 s.
+    pub async fn response(&mut self) -> io::Result<Response> {
         let limit = Duration::from_secs(20);
         let reading = async {
             let Some(head) = head(&mut self.stream, &mut self.read).await? else {
@@ -218,7 +253,10 @@ impl Client {
     }
 
     /// Sends bytes and waits for nothing.
-    pub(crate) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes).await
     }
 
@@ -232,14 +270,17 @@ impl Client {
     }
 
     /// So many bytes, of whatever is spoken.
-    pub(crate) async fn bytes(&mut self, count: usize) -> io::Result<Vec<u8>> {
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub async fn bytes(&mut self, count: usize) -> io::Result<Vec<u8>> {
         let reading = exactly(&mut self.stream, &mut self.read, count);
         let limit = Duration::from_secs(20);
         tokio::time::timeout(limit, reading).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// Whether the other end has closed the connection, or does within a moment.
-    pub(crate) async fn is_closed(&mut self) -> bool {
+    pub async fn is_closed(&mut self) -> bool {
         let mut byte = [0];
         let read = tokio::time::timeout(Duration::from_secs(20), self.stream.read(&mut byte)).await;
         matches!(read, Ok(Ok(0) | Err(_)))
@@ -247,12 +288,18 @@ impl Client {
 }
 
 /// One GET on a connection of its own.
-pub(crate) async fn get(pod: &Pod, to: SocketAddr, path: &str, headers: &str) -> io::Result<Response> {
+///
+/// # Errors
+/// When the connection breaks, or there is no answer.
+pub async fn get(pod: &Pod, to: SocketAddr, path: &str, headers: &str) -> io::Result<Response> {
     request(pod, to, "GET", path, headers, "").await
 }
 
 /// One request on a connection of its own.
-pub(crate) async fn request(
+///
+/// # Errors
+/// When the connection breaks, or there is no answer.
+pub async fn request(
     pod: &Pod,
     to: SocketAddr,
     method: &str,
@@ -267,7 +314,10 @@ pub(crate) async fn request(
 }
 
 /// The value of the series of a scrape that begins like this.
-pub(crate) fn metric(scrape: &str, series: &str) -> u64 {
+///
+/// # Panics
+/// When there is none.
+pub fn metric(scrape: &str, series: &str) -> u64 {
     let value = scrape.lines().find_map(|line| line.strip_prefix(series));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or_else(|| panic!("no {series} in {scrape}"))
 }

@@ -1,0 +1,118 @@
+//! A cluster with a client outside the mesh and, in namespace `edge`, which is in the mesh, gateways and services.
+
+use std::error::Error;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ambit_local::{Cluster, Pod, PodOptions};
+use ambit_tests::beds::Bed;
+use ambit_tests::http::{self, Response, Server};
+use ambit_tests::wait::SOON;
+use parking_lot::Mutex;
+
+/// The servers' port.
+const PORT: u16 = 8080;
+/// Says whose a gateway's pod is.
+const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+
+pub(crate) struct Gateways {
+    pub(crate) cluster: Cluster,
+    /// Outside the mesh, on node 0.
+    pub(crate) outside: Pod,
+    running: Mutex<Vec<Server>>,
+}
+
+impl Bed for Gateways {
+    async fn start() -> Result<Self, Box<dyn Error>> {
+        let cluster = Cluster::builder()
+            .nodes(2)
+            .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_UPSTREAM_IDLE", "1s")
+            .start()
+            .await?;
+        cluster.namespace("edge", true).await?;
+        cluster.namespace("outside", false).await?;
+        let outside = cluster.pod(PodOptions::new("outside", "client").node(0)).await?;
+        Ok(Self { cluster, outside, running: Mutex::default() })
+    }
+
+    async fn stop(self) {
+        self.running.lock().clear();
+        self.cluster.shutdown().await;
+    }
+}
+
+impl Gateways {
+    /// A gateway with these listeners (a YAML list in one line), once its pod is ready; where it is reached.
+    pub(crate) async fn gateway(&self, name: &str, listeners: &str) -> IpAddr {
+        self.set_listeners(name, listeners).await;
+        let ready = async || self.cluster.pods_of("edge", GATEWAY_NAME, name).iter().any(Pod::is_ready);
+        let waited = self.cluster.wait_until(name, Duration::from_secs(30), ready).await;
+        waited.unwrap_or_else(|error| panic!("{error}: {:?} {:?}", self.logs(name), self.cluster.problems()));
+        self.cluster.service_ips("edge", name).into_iter().find(IpAddr::is_ipv4).expect("an address")
+    }
+
+    pub(crate) async fn set_listeners(&self, name: &str, listeners: &str) {
+        self.apply(&format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: {name}, namespace: edge}}\n\
+             spec: {{gatewayClassName: ambit, listeners: {listeners}}}\n"
+        ))
+        .await;
+    }
+
+    /// A server in the mesh on node 1, with a service of its name on port 80.
+    pub(crate) async fn service(&self, name: &str) {
+        let options = PodOptions::new("edge", name).service_account(name).label("app", name).node(1);
+        let pod = self.cluster.pod(options).await.expect("a pod");
+        let address = SocketAddr::new(pod.ip().into(), PORT);
+        let server = http::serve(&pod, address, name, http::mirror()).await.expect("a free port");
+        self.running.lock().push(server);
+        self.apply(&format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: edge}}\n\
+             spec: {{selector: {{app: {name}}}, ports: [{{name: http, port: 80, targetPort: {PORT}}}]}}\n"
+        ))
+        .await;
+    }
+
+    /// An HTTPRoute to a service of its name, with these parents and hosts (YAML lists in one line).
+    pub(crate) async fn route(&self, name: &str, parents: &str, hosts: &str) {
+        self.apply(&format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: {name}, namespace: edge}}\n\
+             spec: {{parentRefs: {parents}, hostnames: {hosts}, rules: [{{backendRefs: [{{name: {name}, port: 80}}]}}]}}\n"
+        ))
+        .await;
+    }
+
+    pub(crate) async fn apply(&self, yaml: &str) {
+        self.cluster.apply(yaml).await.expect("manifests that can be applied");
+    }
+
+    /// Asks from outside the mesh until the answer is as wanted.
+    pub(crate) async fn eventually(
+        &self,
+        to: SocketAddr,
+        host: &str,
+        wanted: impl Fn(&Response) -> bool,
+    ) -> Response {
+        let last = Mutex::new(None);
+        let headers = format!("host: {host}\r\n");
+        let asking = async {
+            loop {
+                match http::get(&self.outside, to, "/", &headers).await {
+                    Ok(answer) if wanted(&answer) => return answer,
+                    other => *last.lock() = Some(other),
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        match tokio::time::timeout(SOON, asking).await {
+            Ok(answer) => answer,
+            Err(_) => panic!("the last answer for {host} at {to}: {:?}", last.lock()),
+        }
+    }
+
+    /// What a gateway's pods have written.
+    pub(crate) fn logs(&self, name: &str) -> Vec<String> {
+        self.cluster.pods_of("edge", GATEWAY_NAME, name).iter().flat_map(Pod::logs).collect()
+    }
+}

@@ -1,0 +1,23 @@
+//! Clients outside the mesh reach services in it through a gateway.
+//!
+//! All tests share one cluster of two nodes; each has a Gateway or hosts of its own. Needs root; fails without.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    missing_docs,
+    reason = "a test that can't go on says so and ends"
+)]
+
+mod bed;
+mod thin;
+
+use std::process::ExitCode;
+
+use ambit_tests::beds::Trials;
+
+fn main() -> ExitCode {
+    let mut trials = Trials::new();
+    thin::add(&mut trials);
+    trials.run()
+}
