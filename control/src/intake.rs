@@ -16,7 +16,7 @@ use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway, Invalid, Namespace,
     NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
+    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -181,6 +181,7 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::Node => Object::Node(typed::<core::v1::Node, Node>(document)?),
         Kind::Pod => Object::Pod(typed::<core::v1::Pod, Pod>(document)?),
         Kind::Service => Object::Service(typed::<core::v1::Service, Service>(document)?),
+        Kind::Secret => Object::Secret(typed::<manifest::Secret, Secret>(document)?),
         Kind::EndpointSlice => {
             Object::EndpointSlice(typed::<discovery::v1::EndpointSlice, EndpointSlice>(document)?)
         }

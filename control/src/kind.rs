@@ -15,6 +15,8 @@ pub enum Kind {
     Service,
     /// Checked, without effect on any resource.
     ServiceAccount,
+    /// Certificates of gateways with their keys.
+    Secret,
     /// A part of a service's endpoints.
     EndpointSlice,
     /// Checked, without effect on any resource.
@@ -110,6 +112,11 @@ const NETWORKING: (&str, &[&str]) = ("networking.istio.io", &["v1", "v1beta1", "
 const GATEWAY: (&str, &[&str]) = ("gateway.networking.k8s.io", &["v1", "v1beta1"]);
 
 impl KindInfo {
+    /// The objects of the kind that are read, as a field selector; none: all. Other Secrets are nobody's business here.
+    pub fn field_selector(&self) -> Option<&'static str> {
+        matches!((self.group, self.name), ("", "Secret")).then_some("type=kubernetes.io/tls")
+    }
+
     /// Whether every API server serves the kind, so that a server that does not is starting or is not one.
     pub fn is_built_in(&self) -> bool {
         matches!(self.group, "" | "apps" | "discovery.k8s.io")
@@ -118,12 +125,13 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 21] = [
+    pub const ALL: [Kind; 22] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
         Kind::Service,
         Kind::ServiceAccount,
+        Kind::Secret,
         Kind::EndpointSlice,
         Kind::Deployment,
         Kind::ReplicaSet,
@@ -152,6 +160,7 @@ impl Kind {
             Kind::Pod => core("", "Pod", "pods", Namespaced, Everything),
             Kind::Service => core("", "Service", "services", Namespaced, Everything),
             Kind::ServiceAccount => core("", "ServiceAccount", "serviceaccounts", Namespaced, Metadata),
+            Kind::Secret => core("", "Secret", "secrets", Namespaced, Everything),
             Kind::EndpointSlice => {
                 core("discovery.k8s.io", "EndpointSlice", "endpointslices", Namespaced, Everything)
             }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
@@ -142,8 +142,11 @@ pub async fn get(stream: &mut TcpStream) -> io::Result<String> {
 ///
 /// # Errors
 /// When the connection is reset.
-pub async fn exchange(stream: &mut TcpStream, message: &[u8]) -> io::Result<Vec<u8>> {
-    let (mut reader, mut writer) = stream.split();
+pub async fn exchange(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    message: &[u8],
+) -> io::Result<Vec<u8>> {
+    let (mut reader, mut writer) = tokio::io::split(stream);
     // Both at once: an echo of more than all buffers hold would stop a client that only writes.
     let writing = async {
         writer.write_all(message).await?;

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use ambit_api::l7;
 use ambit_directory::{AppProtocol, Service, Vip, Workload};
 use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
 use ambit_identity::{PeerCertificate, SpiffeId};
@@ -15,6 +16,7 @@ use http::StatusCode;
 use tokio::net::TcpStream;
 
 use crate::activity::Activity;
+use crate::listeners::Listener;
 use crate::protocol;
 use crate::proxy::{Published, Worker};
 use crate::report::RecentSeries;
@@ -39,10 +41,12 @@ pub enum Destination {
         /// Its address and port.
         address: SocketAddr,
     },
-    /// A port of the gateway: each request's host says which listener it is for.
+    /// A port of the gateway.
     Listener {
         /// The address and port that the connection came to.
         address: SocketAddr,
+        /// The listener that took the connection; `None` where each request's host says which one it is for.
+        taken: Option<Arc<Listener>>,
     },
 }
 
@@ -59,7 +63,7 @@ impl Destination {
     pub fn port(&self) -> u16 {
         match self {
             Self::Service { port, .. } => *port,
-            Self::Workload { address, .. } | Self::Listener { address } => address.port(),
+            Self::Workload { address, .. } | Self::Listener { address, .. } => address.port(),
         }
     }
 
@@ -67,7 +71,7 @@ impl Destination {
     /// 0.0.0.0 for one that has none.
     pub fn address(&self) -> IpAddr {
         match self {
-            Self::Workload { address, .. } | Self::Listener { address } => address.ip(),
+            Self::Workload { address, .. } | Self::Listener { address, .. } => address.ip(),
             Self::Service { dialled: Some(address), .. } => *address,
             Self::Service { service, .. } => {
                 let mut addresses = service.vips.iter().filter_map(|vip| match vip {
@@ -90,8 +94,13 @@ impl Destination {
                 let mut of_port = ports.filter(|port| port.target_port == address.port());
                 of_port.next().map(|mapping| mapping.app_protocol).unwrap_or_default()
             }
-            // The host of each request is read from it.
-            Self::Listener { .. } => AppProtocol::Http11,
+            Self::Listener { taken, .. } => match taken.as_ref().map(|listener| listener.protocol) {
+                None | Some(l7::ListenerProtocol::HttpListener | l7::ListenerProtocol::HttpsListener) => {
+                    AppProtocol::Http11
+                }
+                Some(l7::ListenerProtocol::TlsListener) => AppProtocol::Tls,
+                Some(l7::ListenerProtocol::TcpListener | l7::ListenerProtocol::Unknown) => AppProtocol::Tcp,
+            },
         }
     }
 
@@ -99,7 +108,7 @@ impl Destination {
     pub fn host(&self) -> String {
         match self {
             Self::Service { service, .. } => service.host.hostname.to_string(),
-            Self::Workload { address, .. } | Self::Listener { address } => address.to_string(),
+            Self::Workload { address, .. } | Self::Listener { address, .. } => address.to_string(),
         }
     }
 }
@@ -145,7 +154,12 @@ impl Inbound {
 
     /// What requests are completed with, and whose claims count.
     pub fn claims(&self) -> Claims<'_> {
+        let ends_tls = match &self.destination {
+            Destination::Listener { taken, .. } => taken.as_ref().is_some_and(|taken| taken.tls.is_some()),
+            Destination::Service { .. } | Destination::Workload { .. } => false,
+        };
         Claims {
+            ends_tls,
             client: self.source.ip(),
             trusted: self.trusted_forwarder,
             default_host: &self.default_host,

@@ -9,6 +9,9 @@ use ambit_hbone::{TunnelStream, TunnelTransport};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Sleep, sleep};
+use tokio_rustls::server::TlsStream;
+
+use crate::io::ReadAhead;
 
 /// How long a client may take to answer an end with its own.
 const LINGER: Duration = Duration::from_secs(2);
@@ -20,6 +23,8 @@ pub enum Client {
     Tunnel(TunnelTransport),
     /// From outside the mesh.
     Plain(Lingering<TcpStream>),
+    /// From outside the mesh, with TLS that ends here.
+    Tls(Box<Lingering<TlsStream<ReadAhead<TcpStream>>>>),
 }
 
 impl Client {
@@ -31,6 +36,11 @@ impl Client {
     /// A connection from outside the mesh.
     pub fn plain(stream: TcpStream) -> Self {
         Self::Plain(Lingering { io: stream, limit: None })
+    }
+
+    /// A connection from outside the mesh after its handshake.
+    pub fn tls(stream: TlsStream<ReadAhead<TcpStream>>) -> Self {
+        Self::Tls(Box::new(Lingering { io: stream, limit: None }))
     }
 }
 
@@ -70,6 +80,10 @@ macro_rules! each {
         match $self.get_mut() {
             Client::Tunnel($io) => $call,
             Client::Plain(Lingering { io: $io, .. }) => $call,
+            Client::Tls(tls) => {
+                let $io = &mut tls.io;
+                $call
+            }
         }
     };
 }
@@ -93,6 +107,7 @@ impl AsyncWrite for Client {
         match self.get_mut() {
             Self::Tunnel(io) => Pin::new(io).poll_shutdown(cx),
             Self::Plain(io) => io.poll_close(cx),
+            Self::Tls(io) => io.poll_close(cx),
         }
     }
 }

@@ -30,6 +30,9 @@ pub enum Failure {
     /// No rule of the routes matches.
     #[error("no route matches")]
     NoRoute,
+    /// The request's host belongs to another listener than the name that its connection's TLS asked for.
+    #[error("the host of the request is not the one that TLS asked for")]
+    Misdirected,
     /// The rule that matches, or the backend that was drawn, can't be followed.
     #[error("route {route}: {reason}")]
     InvalidRoute {
@@ -109,6 +112,7 @@ impl Failure {
             Self::HeadTimeout | Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::Misdirected => StatusCode::MISDIRECTED_REQUEST,
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Denied(_) => StatusCode::FORBIDDEN,
@@ -148,6 +152,7 @@ impl Failure {
             | Self::TargetTooLong
             | Self::Method(_)
             | Self::NoRoute
+            | Self::Misdirected
             | Self::InvalidRoute { .. }
             | Self::Unauthenticated(_)
             | Self::InvalidPolicy(_)
@@ -171,7 +176,7 @@ impl Failure {
             Self::Malformed(_) | Self::TargetTooLong | Self::HeadTooLarge | Self::Method(_) => "DPE",
             Self::HeadTimeout | Self::BodyTimeout => "SI",
             Self::RequestBody(_) => "DR",
-            Self::NoRoute => "NR",
+            Self::NoRoute | Self::Misdirected => "NR",
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => "NC",
             Self::BodyTooLarge => "DPE",
             Self::Unauthenticated(_) | Self::Denied(_) | Self::Authorizer { .. } => "UAEX",
@@ -196,6 +201,7 @@ impl Failure {
             Self::HeadTimeout | Self::BodyTimeout => "request timeout\n",
             Self::Method(_) => "this method is not allowed\n",
             Self::NoRoute => "no route\n",
+            Self::Misdirected => "misdirected request\n",
             Self::InvalidRoute { .. } => "the route is not valid\n",
             Self::Unauthenticated(rejection) => rejection.message(),
             Self::InvalidPolicy(_) => "the policy of the destination is not valid\n",

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use ambit_api::l7;
 use ambit_api::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, BACKEND_POLICY_TYPE_URL, GATEWAY_TYPE_URL, LISTENER_TYPE_URL,
-    POLICY_TYPE_URL, ROUTE_TYPE_URL, STREAM_ROUTE_TYPE_URL,
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, BACKEND_POLICY_TYPE_URL, GATEWAY_TYPE_URL, KEY_PAIR_TYPE_URL,
+    LISTENER_TYPE_URL, POLICY_TYPE_URL, ROUTE_TYPE_URL, STREAM_ROUTE_TYPE_URL,
 };
 use ambit_directory::{Directory, GatewayDestination, NamespacedHost, NetworkAddress, Reader};
 use ambit_identity::ControlPlane;
@@ -27,6 +27,7 @@ enum Change {
     Backend(Update<l7::BackendPolicy>),
     Directory(Box<ambit_directory::Update>),
     Gateway(Update<l7::Gateway>),
+    KeyPair(Update<l7::KeyPair>),
     Listener(Update<l7::Listener>),
     Policy(Update<l7::Policy>),
     Route(Update<l7::Route>),
@@ -55,6 +56,7 @@ pub fn subscribe(
         .wildcard(BACKEND_POLICY_TYPE_URL, Change::Backend)
         .wildcard(ADDRESS_TYPE_URL, move |update| in_directory(address(update)))
         .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
+        .wildcard(KEY_PAIR_TYPE_URL, Change::KeyPair)
         .wildcard(LISTENER_TYPE_URL, Change::Listener)
         .wildcard(POLICY_TYPE_URL, Change::Policy)
         .wildcard(ROUTE_TYPE_URL, Change::Route)
@@ -72,6 +74,7 @@ struct Applier {
     published: Arc<Publication>,
     backends: BTreeMap<String, l7::BackendPolicy>,
     gateways: BTreeMap<String, l7::Gateway>,
+    key_pairs: BTreeMap<String, l7::KeyPair>,
     listeners: BTreeMap<String, l7::Listener>,
     policies: BTreeMap<String, l7::Policy>,
     routes: BTreeMap<String, l7::Route>,
@@ -80,8 +83,20 @@ struct Applier {
 
 impl Applier {
     fn new(directory: Directory, reader: Reader, published: Arc<Publication>) -> Self {
-        let (backends, gateways, listeners, policies, routes, stream_routes) = Default::default();
-        Self { directory, reader, published, backends, gateways, listeners, policies, routes, stream_routes }
+        let (backends, gateways, key_pairs, listeners) = Default::default();
+        let (policies, routes, stream_routes) = Default::default();
+        Self {
+            directory,
+            reader,
+            published,
+            backends,
+            gateways,
+            key_pairs,
+            listeners,
+            policies,
+            routes,
+            stream_routes,
+        }
     }
 
     /// What is in force now, with what a batch did to it.
@@ -95,7 +110,7 @@ impl Applier {
                 self.gateways.values().any(|gateway| gateway.forwards_client_identity);
         }
         if changed.listeners {
-            next.listeners = Arc::new(Listeners::new(&self.listeners));
+            next.listeners = Arc::new(Listeners::new(&self.listeners, &self.key_pairs));
         }
         if changed.gateways || changed.policies {
             let is_own = |gateway: &str| self.gateways.contains_key(gateway);
@@ -131,7 +146,8 @@ struct Changed {
 
 impl Handler<Change> for Applier {
     fn handle(&mut self, batch: &mut dyn Iterator<Item = Change>) -> Vec<Rejected> {
-        let Self { directory, backends, gateways, listeners, policies, routes, stream_routes, .. } = self;
+        let Self { directory, backends, gateways, key_pairs, listeners, policies, routes, .. } = self;
+        let stream_routes = &mut self.stream_routes;
         let mut changed = Changed::default();
         let updates = batch.filter_map(|change| match change {
             Change::Directory(update) => Some(*update),
@@ -141,6 +157,10 @@ impl Handler<Change> for Applier {
             }
             Change::Gateway(update) => {
                 changed.gateways |= apply(gateways, update);
+                None
+            }
+            Change::KeyPair(update) => {
+                changed.listeners |= apply(key_pairs, update);
                 None
             }
             Change::Listener(update) => {

@@ -5,23 +5,29 @@
 //! request finds no listener, and is answered with 404.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use ambit_api::l7;
 use ambit_runtime::drain::Drain;
 use ambit_runtime::peers::{End, peer_labels};
 use ambit_runtime::workers::{WorkerHandle, Workers};
+use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
-use tokio::task::AbortHandle;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use crate::accept::{Destination, Inbound};
 use crate::app::{accept_all, listen};
 use crate::client::Client;
-use crate::protocol;
+use crate::io::ReadAhead;
+use crate::listeners::{Layer, Listener};
 use crate::proxy::{Proxy, Worker};
+use crate::{attempt, client_hello, protocol};
 
 /// How soon a port that could not be opened is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -105,8 +111,79 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream,
         Err(error) => return tracing::debug!(%peer, %error, "a client left at once"),
     };
     let source = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let inbound = inbound(worker, &handle, source, Destination::Listener { address: local });
-    Box::pin(protocol::serve_http(Arc::new(inbound), Client::plain(stream))).await;
+    let connection = Connection { worker, handle, source, local };
+    let layer = connection.worker.proxy.published.load().listeners.layer(local.port());
+    match layer {
+        Some(Layer::Requests) => {
+            let inbound = connection.inbound(None);
+            Box::pin(protocol::serve_http(inbound, Client::plain(stream))).await;
+        }
+        Some(Layer::Encrypted) => Box::pin(serve_encrypted(connection, stream)).await,
+        Some(Layer::Plain) => {
+            let Some(taken) = connection.listener("") else { return };
+            let stream = ReadAhead::new(Bytes::new(), stream);
+            Box::pin(attempt::pass_through(&connection.inbound(Some(taken)), None, stream)).await;
+        }
+        // The last listener of the port has gone since.
+        None => {}
+    }
+}
+
+/// A connection of a client outside the mesh.
+struct Connection {
+    worker: Arc<Worker>,
+    handle: WorkerHandle,
+    source: SocketAddr,
+    local: SocketAddr,
+}
+
+/// Serves a connection that begins with TLS, by the name that it asks for: passed on unread, or ended here.
+async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
+    let proxy = connection.worker.proxy.clone();
+    let (source, limit) = (connection.source, proxy.settings.limits.handshake_timeout.get());
+    let mut first = BytesMut::new();
+    let Some(hello) = client_hello::read(&mut stream, &mut first, limit).await else {
+        proxy.tallies.failed_handshakes.fetch_add(1, Ordering::Relaxed);
+        return tracing::debug!(%source, "a client does not begin with TLS");
+    };
+    let server_name = hello.server_name.as_deref().unwrap_or_default();
+    let Some(taken) = connection.listener(server_name) else {
+        proxy.tallies.failed_handshakes.fetch_add(1, Ordering::Relaxed);
+        return tracing::debug!(%source, server_name, "no listener is for the name that a client asks for");
+    };
+    let is_http = taken.protocol == l7::ListenerProtocol::HttpsListener;
+    let stream = ReadAhead::new(first.freeze(), stream);
+    let Some(config) = taken.tls.clone() else {
+        let inbound = connection.inbound(Some(taken));
+        return attempt::pass_through(&inbound, Some(hello), stream).await;
+    };
+    let shaken = timeout(limit, TlsAcceptor::from(config).accept(stream)).await;
+    let stream = match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(stream) => stream,
+        Err(error) => {
+            proxy.tallies.failed_handshakes.fetch_add(1, Ordering::Relaxed);
+            return tracing::debug!(%source, %error, "a handshake failed");
+        }
+    };
+    let inbound = connection.inbound(Some(taken));
+    match is_http {
+        true => protocol::serve_http(inbound, Client::tls(stream)).await,
+        false => attempt::pass_through(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await,
+    }
+}
+
+impl Connection {
+    /// The listener for a name, of those that there are now.
+    fn listener(&self, server_name: &str) -> Option<Arc<Listener>> {
+        let published = self.worker.proxy.published.load();
+        published.listeners.find(self.local.port(), server_name).cloned()
+    }
+
+    fn inbound(self, taken: Option<Arc<Listener>>) -> Arc<Inbound> {
+        let Self { worker, handle, source, local } = self;
+        let destination = Destination::Listener { address: local, taken };
+        Arc::new(inbound(worker, &handle, source, destination))
+    }
 }
 
 fn inbound(

@@ -15,6 +15,7 @@ pub mod backend_policies;
 pub mod balance;
 pub mod balancers;
 pub mod body;
+pub mod certificates;
 pub mod client;
 pub mod client_hello;
 pub mod client_stream;

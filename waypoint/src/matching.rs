@@ -25,7 +25,7 @@ pub struct Routed {
 ///
 /// # Errors
 /// [`Failure::NoRoute`] where routes are attached and none matches, and where the request came to a gateway, which has no
-/// destination of its own; [`Failure::InvalidRoute`].
+/// destination of its own; [`Failure::Misdirected`]; [`Failure::InvalidRoute`].
 pub fn find(
     published: &Published,
     inbound: &Inbound,
@@ -41,8 +41,12 @@ pub fn find(
             let Some(routes) = routes else { return Ok(None) };
             routes
         }
-        Destination::Listener { .. } => {
+        Destination::Listener { taken, .. } => {
             let listener = published.listeners.find(port, &sane.host).ok_or(Failure::NoRoute)?;
+            // Gateway API, GEP-3567: the name that TLS asked for and the request's host lead to the same listener.
+            if taken.as_ref().is_some_and(|taken| taken.hostname != listener.hostname) {
+                return Err(Failure::Misdirected);
+            }
             published.routes.of_listener(&listener.name).ok_or(Failure::NoRoute)?
         }
     };
@@ -82,9 +86,6 @@ pub fn connection(
     inbound: &Inbound,
     tls: Option<&ClientHello>,
 ) -> Result<Target, Failure> {
-    let Some(service) = inbound.destination.service() else {
-        return balance::split(published, None, inbound);
-    };
     let head = ConnectionHead {
         port: inbound.destination.port(),
         destination: inbound.destination.address(),
@@ -92,7 +93,17 @@ pub fn connection(
         client_address: inbound.source.ip().to_canonical(),
         tls: tls.map(|hello| ambit_route::ClientHello { server_name: hello.server_name.as_deref() }),
     };
-    let rule = match published.streams.find(&service.host.namespace, &service.host.hostname, &head) {
+    let matched = match &inbound.destination {
+        Destination::Service { service, .. } => {
+            published.streams.find(&service.host.namespace, &service.host.hostname, &head)
+        }
+        Destination::Workload { .. } => StreamMatched::Straight,
+        Destination::Listener { taken: Some(listener), .. } => {
+            published.streams.find_of_listener(&listener.name, &head)
+        }
+        Destination::Listener { taken: None, .. } => StreamMatched::Closed,
+    };
+    let rule = match matched {
         StreamMatched::Rule(rule) => rule,
         StreamMatched::Straight => return balance::split(published, None, inbound),
         StreamMatched::Closed => return Err(Failure::NoRoute),

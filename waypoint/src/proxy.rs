@@ -143,6 +143,8 @@ pub struct Tallies {
     pub dry_run_differs: AtomicU64,
     /// Ports of listeners that can't be opened now.
     pub closed_listeners: AtomicU64,
+    /// Connections from outside the mesh that did not come to an HTTP request or a route because of their TLS.
+    pub failed_handshakes: AtomicU64,
 }
 
 /// Counts of requests that external authorizers were asked about.

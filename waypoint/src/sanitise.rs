@@ -36,6 +36,8 @@ pub struct Claims<'a> {
     pub client: IpAddr,
     /// Whether what it says of other clients is kept.
     pub trusted: bool,
+    /// Whether the client speaks TLS, which ends here.
+    pub ends_tls: bool,
     /// The host of requests that may name none.
     pub default_host: &'a str,
     /// Longest target, in bytes.
@@ -265,7 +267,8 @@ fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> &'static 
     if let Ok(chain) = HeaderValue::try_from(chain) {
         headers.insert(X_FORWARDED_FOR, chain);
     }
-    let secure = headers.get(X_FORWARDED_PROTO).is_some_and(|value| value.as_bytes() == b"https");
+    let claimed = headers.get(X_FORWARDED_PROTO).is_some_and(|value| value.as_bytes() == b"https");
+    let secure = claims.ends_tls || claimed;
     let scheme = if secure { "https" } else { "http" };
     headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
     if !headers.contains_key(X_REQUEST_ID)

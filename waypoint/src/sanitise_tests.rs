@@ -6,7 +6,8 @@ use proptest::prelude::*;
 use super::*;
 
 fn claims(trusted: bool) -> Claims<'static> {
-    Claims { client: [10, 0, 0, 1].into(), trusted, default_host: "svc.example", target_size: 100 }
+    let client = [10, 0, 0, 1].into();
+    Claims { client, trusted, ends_tls: false, default_host: "svc.example", target_size: 100 }
 }
 
 fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Parts {

@@ -378,7 +378,8 @@ async fn start_index(
 ) -> Result<Sources, AppError> {
     let (sources, events) = match client {
         Some(client) => {
-            let (watch, events) = ApiServer::watch(client, &observed.source);
+            let (watch, events) =
+                ApiServer::watch(client, &observed.source, !config.index.gateway_classes.is_empty());
             (Sources::Kubernetes { _watch: watch }, events)
         }
         None => {

@@ -17,6 +17,8 @@ pub(super) enum Dependency {
     Node(Arc<str>),
     /// A replica set's owner.
     ReplicaSet(NamespacedName),
+    /// A Secret.
+    Secret(NamespacedName),
     /// A gateway.
     Gateway(NamespacedName),
     /// The gateways of a class.

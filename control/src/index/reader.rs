@@ -11,7 +11,7 @@ use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
     AuthorizationPolicy, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReplicaSet, Route, Service, ServiceEntry, VirtualService, Visibility,
+    PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service, ServiceEntry, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -72,6 +72,11 @@ impl<'a> Reader<'a> {
     pub(super) fn gateway(&self, id: &NamespacedName) -> Option<&'a Gateway> {
         self.depend(Dependency::Gateway(id.clone()));
         self.store.gateways.get(id).map(AsRef::as_ref)
+    }
+
+    pub(super) fn secret(&self, id: &NamespacedName) -> Option<&'a Secret> {
+        self.depend(Dependency::Secret(id.clone()));
+        self.store.secrets.get(id).map(AsRef::as_ref)
     }
 
     /// The gateways of a class, in order.

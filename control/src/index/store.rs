@@ -11,7 +11,7 @@ use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
     AuthorizationPolicy, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Namespace,
     NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
+    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -23,6 +23,7 @@ pub(super) struct Store {
     pub(super) services: HashMap<NamespacedName, Arc<Service>>,
     pub(super) slices: HashMap<NamespacedName, Arc<EndpointSlice>>,
     pub(super) replica_sets: HashMap<NamespacedName, Arc<ReplicaSet>>,
+    pub(super) secrets: HashMap<NamespacedName, Arc<Secret>>,
     pub(super) policies: HashMap<NamespacedName, Arc<AuthorizationPolicy>>,
     pub(super) authentications: HashMap<NamespacedName, Arc<PeerAuthentication>>,
     pub(super) service_entries: HashMap<NamespacedName, Arc<ServiceEntry>>,

@@ -15,7 +15,7 @@ use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_c
 use crate::object::{
     AuthorizationPolicy, Change, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Labels,
     Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Service, ServiceEntry, VirtualService, WorkloadEntry,
+    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -35,6 +35,7 @@ impl Index {
             Object::Pod(new) => self.take_pod(&id, Some(&new)),
             Object::Service(new) => self.take_service(&id, Some(&new)),
             Object::EndpointSlice(new) => self.take_slice(&id, Some(&new)),
+            Object::Secret(new) => self.take_secret(&id, Some(&new)),
             Object::ReplicaSet(new) => self.take_replica_set(&id, Some(&new)),
             Object::AuthorizationPolicy(new) => self.take_policy(&id, Some(&new)),
             Object::PeerAuthentication(new) => self.take_authentication(&id, Some(&new)),
@@ -61,6 +62,7 @@ impl Index {
             Kind::Pod => self.take_pod(id, None),
             Kind::Service => self.take_service(id, None),
             Kind::EndpointSlice => self.take_slice(id, None),
+            Kind::Secret => self.take_secret(id, None),
             Kind::ReplicaSet => self.take_replica_set(id, None),
             Kind::AuthorizationPolicy => self.take_policy(id, None),
             Kind::PeerAuthentication => self.take_authentication(id, None),
@@ -127,6 +129,13 @@ impl Index {
         let old = replace(&mut self.store.replica_sets, id, new);
         if old.as_ref() != new {
             self.touch_users(&Dependency::ReplicaSet(id.clone()));
+        }
+    }
+
+    fn take_secret(&mut self, id: &NamespacedName, new: Option<&Arc<Secret>>) {
+        let old = replace(&mut self.store.secrets, id, new);
+        if old.as_ref() != new {
+            self.touch_users(&Dependency::Secret(id.clone()));
         }
     }
 

@@ -15,6 +15,7 @@ pub(crate) use self::core::cluster::identity;
 pub use self::core::cluster::{Namespace, Node, ReplicaSet};
 pub use self::core::endpoints::{Endpoint, EndpointSlice};
 pub use self::core::pod::Pod;
+pub use self::core::secret::{KeyPair, Secret};
 pub use self::core::service::{
     AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Visibility,
 };
@@ -48,6 +49,7 @@ pub use crate::kind::Kind;
 
 /// Manifests of the kinds that no library of ours knows.
 pub(crate) mod manifest {
+    pub(crate) use super::core::secret::Manifest as Secret;
     pub(crate) use super::gateway::Manifest as Gateway;
     pub(crate) use super::gateway::grant::Manifest as ReferenceGrant;
     pub(crate) use super::gateway::grpc::Manifest as GrpcRoute;
@@ -120,6 +122,8 @@ pub enum Object {
     Service(Arc<Service>),
     /// A service account, of which only the existence is read.
     ServiceAccount(NamespacedName),
+    /// A certificate with its key.
+    Secret(Arc<Secret>),
     /// Endpoints of a service.
     EndpointSlice(Arc<EndpointSlice>),
     /// A deployment, of which only the existence is read: pods reach it through their owner references.
@@ -163,6 +167,7 @@ impl Object {
             Object::Pod(_) => Kind::Pod,
             Object::Service(_) => Kind::Service,
             Object::ServiceAccount(_) => Kind::ServiceAccount,
+            Object::Secret(_) => Kind::Secret,
             Object::EndpointSlice(_) => Kind::EndpointSlice,
             Object::Deployment(_) => Kind::Deployment,
             Object::ReplicaSet(_) => Kind::ReplicaSet,
@@ -190,6 +195,7 @@ impl Object {
             Object::Pod(o) => o.meta.id.clone(),
             Object::Service(o) => o.meta.id.clone(),
             Object::ServiceAccount(id) | Object::Deployment(id) => id.clone(),
+            Object::Secret(o) => o.id.clone(),
             Object::EndpointSlice(o) => o.id.clone(),
             Object::ReplicaSet(o) => o.id.clone(),
             Object::AuthorizationPolicy(o) => o.id.clone(),

@@ -336,6 +336,23 @@ mod tests {
     }
 
     #[test]
+    fn a_listener_closes_what_none_of_its_routes_matches() {
+        let mut passed = route(l7::Order::Specific, l7::StreamLayer::TlsStream, vec![names(&["*.b"])]);
+        passed.targets = vec![l7::Target { listener: "n/g/tls".into(), ..Default::default() }];
+        let table = StreamTable::new([&passed]);
+        let is_sent =
+            |listener: &str, name: Option<&str>| match table.find_of_listener(listener, &head(443, name)) {
+                StreamMatched::Rule(_) => true,
+                StreamMatched::Closed => false,
+                StreamMatched::Straight => panic!("a listener has no service of its own"),
+            };
+        assert!(is_sent("n/g/tls", Some("a.b")));
+        assert!(!is_sent("n/g/tls", Some("a.c")) && !is_sent("n/g/tls", None));
+        assert!(!is_sent("n/g/other", Some("a.b")));
+        assert_eq!(found(&table, &head(443, Some("a.b"))), "straight");
+    }
+
+    #[test]
     fn the_first_rule_counts_as_declared() {
         let subnet = security::Address { address: vec![10, 96, 0, 0].into(), length: 16 };
         let other = security::Address { address: vec![10, 97, 0, 0].into(), length: 16 };

@@ -11,6 +11,7 @@
 
 mod bed;
 mod thin;
+mod tls;
 
 use std::process::ExitCode;
 
@@ -19,5 +20,6 @@ use ambit_tests::beds::Trials;
 fn main() -> ExitCode {
     let mut trials = Trials::new();
     thin::add(&mut trials);
+    tls::add(&mut trials);
     trials.run()
 }

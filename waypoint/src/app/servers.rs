@@ -76,6 +76,8 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     let closed =
         move || proxy.tallies.closed_listeners.load(Ordering::Relaxed).try_into().unwrap_or(i64::MAX);
     registry.gauge_from("ambit_gateway_closed_ports", "Ports of listeners that can't be opened", closed);
+    let help = "Connections of clients outside the mesh whose TLS failed";
+    count("ambit_gateway_tls_failures", help, |t| &t.failed_handshakes);
     external(parts, program);
     limits(parts, program);
     ejections(parts, program);

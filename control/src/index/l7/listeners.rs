@@ -10,7 +10,7 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, ListenerFacts, attachment, views};
 use crate::object::{
-    Gateway, Kind, Listener, ListenerProtocol, NamespacedName, ObjectRef, Route, TargetKind,
+    CertificateRef, Gateway, Kind, Listener, ListenerProtocol, NamespacedName, ObjectRef, Route, TargetKind,
 };
 
 /// Ports of the program itself.
@@ -41,18 +41,22 @@ pub(super) fn of_gateway(reader: &Reader<'_>, gateway: &Gateway) -> Vec<(Resourc
     let routes: Vec<&Route> = routes_of(reader, &gateway.meta.id);
     for (at, listener) in gateway.listeners.iter().enumerate() {
         let (kinds, unknown) = kinds(listener);
-        let refs = match unknown {
-            Some(kind) => {
-                let message = format!("routes of kind {kind} can't be attached to it");
-                Condition::new("ResolvedRefs", false, "InvalidRouteKinds", message)
-            }
-            None => Condition::new("ResolvedRefs", true, "ResolvedRefs", "every reference is known"),
-        };
+        let certificates = certificates(reader, gateway, listener);
+        let refs = resolved(unknown, certificates.iter().find_map(|found| found.as_ref().err()));
+        let key_pairs: Vec<Resource> = certificates.into_iter().filter_map(Result::ok).collect();
         let conflict = conflict(&gateway.listeners, at);
         let accepted = accepted(listener, conflict.as_ref());
-        let is_served = accepted.met && !kinds.is_empty();
-        if is_served && let Some(resource) = resource(gateway, listener) {
+        let has_certificate = !ends_tls(listener) || !key_pairs.is_empty();
+        let is_served = accepted.met && !kinds.is_empty() && has_certificate;
+        if is_served && let Some(resource) = resource(gateway, listener, &key_pairs) {
             resources.push((ResourceType::Listener, resource));
+            // Several listeners may have the same one.
+            let is_new = |new: &Resource| {
+                let of_pairs = resources.iter().filter(|(kind, _)| *kind == ResourceType::KeyPair);
+                of_pairs.into_iter().all(|(_, known)| known.name != new.name)
+            };
+            let new: Vec<Resource> = key_pairs.into_iter().filter(is_new).collect();
+            resources.extend(new.into_iter().map(|resource| (ResourceType::KeyPair, resource)));
         }
         let programmed = match is_served {
             true => Condition::new("Programmed", true, "Programmed", "the gateway serves it"),
@@ -91,12 +95,11 @@ fn is_attached(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener, rout
 /// The kinds of routes that can be attached to a listener, and the first of those that it names that can't.
 pub(super) fn kinds(listener: &Listener) -> (Vec<Kind>, Option<&Arc<str>>) {
     let fitting: &[Kind] = match listener.protocol {
-        ListenerProtocol::Http => &[Kind::HttpRoute, Kind::GrpcRoute],
-        ListenerProtocol::Https
-        | ListenerProtocol::Tls
-        | ListenerProtocol::Tcp
-        | ListenerProtocol::Hbone
-        | ListenerProtocol::Other(_) => &[],
+        ListenerProtocol::Http | ListenerProtocol::Https => &[Kind::HttpRoute, Kind::GrpcRoute],
+        ListenerProtocol::Tls if ends_tls(listener) => &[Kind::TlsRoute, Kind::TcpRoute],
+        ListenerProtocol::Tls => &[Kind::TlsRoute],
+        ListenerProtocol::Tcp => &[Kind::TcpRoute],
+        ListenerProtocol::Hbone | ListenerProtocol::Other(_) => &[],
     };
     if listener.kinds.is_empty() {
         return (fitting.to_vec(), None);
@@ -108,15 +111,27 @@ pub(super) fn kinds(listener: &Listener) -> (Vec<Kind>, Option<&Arc<str>>) {
     (listener.kinds.iter().filter_map(fits).collect(), unknown)
 }
 
+fn resolved(unknown_kind: Option<&Arc<str>>, fault: Option<&Fault>) -> Condition {
+    match (unknown_kind, fault) {
+        (Some(kind), _) => {
+            let message = format!("routes of kind {kind} can't be attached to it");
+            Condition::new("ResolvedRefs", false, "InvalidRouteKinds", message)
+        }
+        (None, Some(Fault(reason, message))) => {
+            Condition::new("ResolvedRefs", false, reason, message.clone())
+        }
+        (None, None) => Condition::new("ResolvedRefs", true, "ResolvedRefs", "every reference is known"),
+    }
+}
+
 fn accepted(listener: &Listener, conflict: Option<&Condition>) -> Condition {
     let no = |reason, message: String| Condition::new("Accepted", false, reason, message);
     match &listener.protocol {
-        ListenerProtocol::Http => {}
+        ListenerProtocol::Http | ListenerProtocol::Tls | ListenerProtocol::Tcp => {}
+        ListenerProtocol::Https if ends_tls(listener) => {}
         ListenerProtocol::Https => {
-            return no("UnsupportedProtocol", "protocol HTTPS is not supported".into());
+            return no("UnsupportedProtocol", "TLS of protocol HTTPS can't be passed through".into());
         }
-        ListenerProtocol::Tls => return no("UnsupportedProtocol", "protocol TLS is not supported".into()),
-        ListenerProtocol::Tcp => return no("UnsupportedProtocol", "protocol TCP is not supported".into()),
         ListenerProtocol::Hbone => {
             return no("UnsupportedProtocol", "protocol HBONE is for waypoints".into());
         }
@@ -170,7 +185,62 @@ fn layer(protocol: &ListenerProtocol) -> Layer {
     }
 }
 
-fn resource(gateway: &Gateway, listener: &Listener) -> Option<Resource> {
+/// Why a certificate can't be used: a reason of Gateway API, and one sentence.
+struct Fault(&'static str, String);
+
+/// Whether TLS ends at a listener.
+fn ends_tls(listener: &Listener) -> bool {
+    let passes = listener.tls.as_ref().is_some_and(|tls| tls.passthrough);
+    matches!(listener.protocol, ListenerProtocol::Https | ListenerProtocol::Tls) && !passes
+}
+
+/// The certificates that TLS ends with at a listener, each as a resource of its gateway alone.
+fn certificates(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener) -> Vec<Result<Resource, Fault>> {
+    if !ends_tls(listener) {
+        return Vec::new();
+    }
+    let references = listener.tls.as_ref().map(|tls| &tls.certificates[..]).unwrap_or_default();
+    if references.is_empty() {
+        return vec![Err(Fault("InvalidCertificateRef", "it has no tls.certificateRefs".to_owned()))];
+    }
+    references.iter().map(|reference| key_pair(reader, gateway, reference)).collect()
+}
+
+fn key_pair(reader: &Reader<'_>, gateway: &Gateway, reference: &CertificateRef) -> Result<Resource, Fault> {
+    let CertificateRef { is_secret, kind_name, name } = reference;
+    let invalid = |message: String| Err(Fault("InvalidCertificateRef", message));
+    if !is_secret {
+        return invalid(format!("certificates are read from Secrets, not from {kind_name} {name}"));
+    }
+    let own = &gateway.meta.id;
+    let secret = ObjectRef { kind: Kind::Secret, name: name.clone() };
+    // Whether it exists is said only to who may refer to it.
+    if name.namespace != own.namespace && !reader.is_granted(Kind::Gateway, &own.namespace, &secret) {
+        let message = format!("no ReferenceGrant allows a reference to Secret {name}");
+        return Err(Fault("RefNotPermitted", message));
+    }
+    let Some(secret) = reader.secret(name) else {
+        return invalid(format!("there is no Secret {name} of type kubernetes.io/tls"));
+    };
+    let pair = match &secret.key_pair {
+        Ok(pair) => pair,
+        Err(reason) => return invalid(format!("Secret {name} {reason}")),
+    };
+    let message = l7::KeyPair {
+        object: Some(object_name(Kind::Secret, name)),
+        certificates: pair.certificates.to_vec().into(),
+        private_key: pair.private_key.to_vec().into(),
+    };
+    Ok(Resource {
+        name: format!("{own}/{name}").into(),
+        aliases: Vec::new(),
+        parents: vec![views::root(own)],
+        body: message.encode_to_vec().into(),
+        unhealthy: false,
+    })
+}
+
+fn resource(gateway: &Gateway, listener: &Listener, key_pairs: &[Resource]) -> Option<Resource> {
     let protocol = match listener.protocol {
         ListenerProtocol::Http => l7::ListenerProtocol::HttpListener,
         ListenerProtocol::Https => l7::ListenerProtocol::HttpsListener,
@@ -185,7 +255,10 @@ fn resource(gateway: &Gateway, listener: &Listener) -> Option<Resource> {
         port: listener.port.into(),
         protocol: protocol.into(),
         hostname: listener.hostname.as_deref().unwrap_or_default().to_owned(),
-        tls: None,
+        tls: (layer(&listener.protocol) == Layer::Encrypted).then(|| l7::ListenerTls {
+            passthrough: !ends_tls(listener),
+            key_pairs: key_pairs.iter().map(|pair| pair.name.to_string()).collect(),
+        }),
     };
     Some(Resource {
         name: resource_name(id, listener).into(),

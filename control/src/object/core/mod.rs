@@ -3,6 +3,7 @@
 pub(super) mod cluster;
 pub(super) mod endpoints;
 pub(super) mod pod;
+pub(super) mod secret;
 pub(super) mod service;
 
 use super::gateway::binding;

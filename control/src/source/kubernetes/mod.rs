@@ -31,12 +31,19 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Watches every kind. Everything that is there is sent first, then [`Event::Synced`], then changes.
-    pub fn watch(client: &Client, metrics: &Arc<SourceMetrics>) -> (ApiServer, mpsc::Receiver<Event>) {
+    /// Watches every kind; Secrets only where gateways may need them, as the right to read them is given only then. Everything
+    /// that is there is sent first, then [`Event::Synced`], then changes.
+    pub fn watch(
+        client: &Client,
+        metrics: &Arc<SourceMetrics>,
+        secrets: bool,
+    ) -> (ApiServer, mpsc::Receiver<Event>) {
         let (out, changes) = mpsc::channel(BATCHES);
-        let pending = Arc::new(Pending { kinds: AtomicUsize::new(Kind::ALL.len()), out: out.clone() });
+        let kinds: Vec<Kind> =
+            Kind::ALL.into_iter().filter(|kind| secrets || *kind != Kind::Secret).collect();
+        let pending = Arc::new(Pending { kinds: AtomicUsize::new(kinds.len()), out: out.clone() });
         let mut watches = JoinSet::new();
-        for kind in Kind::ALL {
+        for kind in kinds {
             watches.spawn(
                 KindWatch::new(kind, client.clone(), out.clone(), metrics.clone(), pending.clone()).run(),
             );

@@ -249,6 +249,10 @@ fn events(client: &Client, info: &KindInfo, version: &str, lists_by_watch: bool)
     let gvk = GroupVersionKind::gvk(info.group, version, info.name);
     let resource = ApiResource::from_gvk_with_plural(&gvk, info.plural);
     let config = Config::default().timeout(WATCH_SECONDS);
+    let config = match info.field_selector() {
+        Some(selector) => config.fields(selector),
+        None => config,
+    };
     let config = if lists_by_watch { config.streaming_lists() } else { config };
     match info.needed {
         Needed::Everything => watcher(Api::<RawObject>::all_with(client.clone(), &resource), config).boxed(),
