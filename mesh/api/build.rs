@@ -22,6 +22,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".")
         .btree_map(".")
         .boxed(".ambit.l7.Policy.external")
+        // It has a private key.
+        .skip_debug([".ambit.l7.ClientCertificate"])
         .compile_fds(descriptors)?;
     Ok(())
 }

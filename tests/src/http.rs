@@ -9,6 +9,7 @@ use ambit_local::Pod;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
 
 /// What a server answers, given its name, the head of the request and the body as it came.
 pub type Answer = Arc<dyn Fn(&str, &str, &[u8]) -> Vec<u8> + Send + Sync>;
@@ -69,7 +70,40 @@ pub(crate) async fn accept<F: Future<Output = io::Result<()>> + Send + 'static>(
     })))
 }
 
-async fn connection(mut stream: TcpStream, name: &str, answer: &Answer) -> io::Result<()> {
+/// Serves HTTP/1.1 inside TLS. The server's name is followed by lines with what the client asked for: `sni`, `alpn`, and `shown` with the
+/// number of its certificates.
+pub async fn serve_tls(
+    pod: &Pod,
+    address: SocketAddr,
+    name: &str,
+    answer: Answer,
+    config: Arc<rustls::ServerConfig>,
+) -> io::Result<Server> {
+    let listener = pod.listen(address).await?;
+    let name = name.to_owned();
+    Ok(Server(tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (name, answer) = (name.clone(), answer.clone());
+            let acceptor = TlsAcceptor::from(config.clone());
+            tokio::spawn(async move {
+                // A proxy that does not like the certificate is the test's business.
+                let Ok(stream) = acceptor.accept(stream).await else { return };
+                let tls = stream.get_ref().1;
+                let sni = tls.server_name().unwrap_or("-");
+                let alpn = String::from_utf8_lossy(tls.alpn_protocol().unwrap_or(b"-"));
+                let shown = tls.peer_certificates().map_or(0, <[_]>::len);
+                let name = format!("{name}\nsni: {sni}\nalpn: {alpn}\nshown: {shown}");
+                drop(connection(stream, &name, &answer).await);
+            });
+        }
+    })))
+}
+
+async fn connection(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    name: &str,
+    answer: &Answer,
+) -> io::Result<()> {
     let mut read = Vec::new();
     while let Some(head) = head(&mut stream, &mut read).await? {
         let (body, _) = body(&mut stream, &mut read, &head).await?;

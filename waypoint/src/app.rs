@@ -29,6 +29,7 @@ use ambit_telemetry::{LogWriter, Readiness, Registry, RequestMetrics, Target, Tc
 use anyhow::Context;
 use tokio::net::TcpStream;
 
+use crate::backend_tls::TlsClients;
 use crate::balancers::Balancers;
 use crate::config::Config;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
@@ -40,6 +41,8 @@ use crate::{accept, feed, gateway};
 const WINDOW_BUDGET: u64 = 256 << 20;
 /// Label sets of requests that are counted apart.
 const MAX_REQUEST_SERIES: usize = 10_000;
+/// How often the files that policies name are read again.
+const RELOAD_EVERY: Duration = Duration::from_secs(10);
 /// How often unused connections are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
@@ -170,8 +173,11 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
     tasks.spawn("certificates", renewal);
     let (directory, reader) = Directory::new();
     let published = Arc::new(Publication::default());
+    let roots = config.upstream_roots.as_deref();
+    let tls = Arc::new(TlsClients::new(roots).context("the roots of upstreamRoots")?);
+    tasks.spawn("certificates of policies", reload(tls.clone()));
     let (discovery, driver) =
-        feed::subscribe(&config, directory, reader.clone(), published.clone(), control_plane);
+        feed::subscribe(&config, directory, reader.clone(), published.clone(), tls, control_plane);
     tasks.spawn("discovery", driver);
     let (log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     log.register(&registry);
@@ -342,6 +348,17 @@ async fn maintain(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>) {
                 worker.tunnels.evict(|key: &TunnelKey| gone.contains(&key.destination), InFlight::Finish);
             }
             worker.tunnels.retain(|peer| proxy.trust.recheck_open(peer, now).is_ok());
+        }
+    }
+}
+
+/// Reads the files that policies name again and again.
+async fn reload(tls: Arc<TlsClients>) {
+    loop {
+        tokio::time::sleep(RELOAD_EVERY).await;
+        let tls = tls.clone();
+        if tokio::task::spawn_blocking(move || tls.reload()).await.is_err() {
+            return;
         }
     }
 }

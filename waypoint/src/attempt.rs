@@ -27,6 +27,7 @@ use crate::accept::Inbound;
 use crate::answer::grpc_status;
 use crate::authorize::{AllowedRequest, denied_later};
 use crate::backend_policies::HashKey;
+use crate::backend_tls::Alpn;
 use crate::balance::{Chosen, Endpoint, Target, endpoint, guard};
 use crate::balancers::Trial;
 use crate::balancers::balancer::Balancer;
@@ -80,13 +81,13 @@ pub async fn send(
     let upgrade = parts.extensions.remove::<OnUpgrade>();
     let asked = parts.extensions.remove::<AllowedRequest>();
     let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
-    let http2 = form.speaks_http2(target.protocol);
+    let http2 = form.speaks_http2(target);
     mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
     let hashed = match &target.balanced {
         Some(balanced) => hash(&*balanced.current(&inbound.worker.proxy)?, inbound, &parts),
         None => Hashed::default(),
     };
-    let head = head(&form, http2);
+    let head = head(&form, http2, target.tls);
     let mut sending = Sending {
         inbound,
         target,
@@ -139,14 +140,15 @@ pub struct Form<'a> {
 
 impl Form<'_> {
     /// Whether endpoints are spoken to in HTTP/2: as declared, else as the client does. What wants to change the protocol
-    /// can do so in HTTP/1 only.
-    pub fn speaks_http2(&self, declared: AppProtocol) -> bool {
+    /// can do so in HTTP/1 only. Inside TLS, what is not declared is HTTP/1.1, which every server speaks, except gRPC.
+    pub fn speaks_http2(&self, target: &Target) -> bool {
         if self.sane.upgrade.is_some() {
             return false;
         }
-        match declared {
+        match target.protocol {
             AppProtocol::Http2 | AppProtocol::Grpc => true,
             AppProtocol::Http11 => self.sane.grpc,
+            _ if target.tls => self.sane.grpc,
             AppProtocol::Unknown | AppProtocol::Tcp | AppProtocol::Tls => {
                 self.sane.version == Version::HTTP_2
             }
@@ -155,7 +157,7 @@ impl Form<'_> {
 }
 
 /// The request's head in the form that the endpoint's version wants.
-pub fn head(form: &Form<'_>, http2: bool) -> Request<()> {
+pub fn head(form: &Form<'_>, http2: bool, tls: bool) -> Request<()> {
     let Form { parts, sane, host } = form;
     let mut request = Request::new(());
     *request.method_mut() = parts.method.clone();
@@ -167,7 +169,7 @@ pub fn head(form: &Form<'_>, http2: bool) -> Request<()> {
     if http2 {
         let mut uri = parts.uri.clone().into_parts();
         // RFC 9113 §8.3.1; the tunnel encrypts, so the scheme is that of what is in it.
-        uri.scheme = Some(Scheme::HTTP);
+        uri.scheme = Some(if tls { Scheme::HTTPS } else { Scheme::HTTP });
         uri.authority = authority;
         *request.version_mut() = Version::HTTP_2;
         *request.uri_mut() = Uri::from_parts(uri).unwrap_or_else(|_| parts.uri.clone());
@@ -308,11 +310,7 @@ impl Sending<'_> {
 
     async fn exchange(&self, chosen: &Endpoint) -> Result<HeadOfAnswer, Failure> {
         let worker = &self.inbound.worker;
-        let key = Key {
-            workload: chosen.workload.as_ref().map(|workload| workload.uid.clone()),
-            address: chosen.address,
-            http2: self.http2,
-        };
+        let key = chosen.key(self.http2)?;
         let mut request = Some(self.request()?);
         let mut moves = 0;
         // A connection that was kept may close before the request is on it: that is nobody's fault, and no retry.
@@ -429,7 +427,8 @@ pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sen
         Found::Dial(dial) => dial,
     };
     let connecting = async {
-        let io = connect(worker, chosen).await?;
+        let alpn = if key.http2 { Alpn::Http2 } else { Alpn::Http1 };
+        let io = connect(worker, chosen, alpn).await?;
         let connected = worker.upstreams.connect(key, &mut dial, io).await;
         connected.map_err(|error| Failure::Connect(error.to_string()))
     };
@@ -438,11 +437,19 @@ pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sen
     connected
 }
 
-/// Opens a byte stream to an endpoint: HBONE, with the identity of that workload, or plain TCP outside the mesh.
+/// Opens a byte stream to an endpoint: HBONE, with the identity of that workload, or plain TCP outside the mesh; inside it TLS, where
+/// a policy demands it.
 ///
 /// # Errors
-/// [`Failure::Connect`], [`Failure::NoEndpoint`], [`Failure::Unavailable`].
-pub async fn connect(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint, Failure> {
+/// [`Failure::Connect`], [`Failure::InvalidPolicy`], [`Failure::NoEndpoint`], [`Failure::Unavailable`].
+pub async fn connect(worker: &Worker, chosen: &Endpoint, alpn: Alpn) -> Result<io::Endpoint, Failure> {
+    let io = Box::pin(transport(worker, chosen)).await?;
+    let Some(tls) = &chosen.tls else { return Ok(io) };
+    let proxy = &worker.proxy;
+    tls.handshake(io, alpn, (&proxy.certificates, &proxy.identity)).await
+}
+
+async fn transport(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint, Failure> {
     let proxy = &worker.proxy;
     let failed = |error: &dyn std::fmt::Display| Failure::Connect(format!("{}: {error}", chosen.address));
     let dialled = chosen.tunnel.as_ref().map_or(chosen.address, |(hbone, _)| *hbone);
@@ -577,7 +584,7 @@ pub async fn pass_through(
         };
         report.set_endpoint(&chosen);
         let limit = worker.proxy.settings.limits.connect_timeout.get();
-        let connected = timeout(limit, Box::pin(connect(worker, &chosen))).await;
+        let connected = timeout(limit, Box::pin(connect(worker, &chosen, Alpn::None))).await;
         match connected.unwrap_or(Err(Failure::Connect(format!("{} did not answer", chosen.address)))) {
             Ok(mut upstream) => {
                 let active = trial.map(|trial| trial.end(Outcome::Answer(200)));

@@ -14,6 +14,8 @@ use ambit_directory::NamespacedHost;
 use http::HeaderName;
 use serde::Serialize;
 
+use crate::backend_tls::{BackendTls, TlsClients};
+
 /// What a policy says of one port of a service or subset. The default: of services without a policy.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PortPolicy {
@@ -35,6 +37,8 @@ pub struct PortPolicy {
     pub pool: PoolPolicy,
     /// How many retries there may be at once; `None`: the waypoint's own limit.
     pub retry_budget: Option<RetryBudget>,
+    /// TLS to the endpoints, inside the tunnel where there is one.
+    pub tls: Option<Arc<BackendTls>>,
 }
 
 /// What of a request the hash is made of.
@@ -170,9 +174,9 @@ impl Host {
 struct Ports(Vec<(u16, Arc<PortPolicy>)>);
 
 impl Ports {
-    fn read(object: &Arc<str>, all: &[l7::PortSettings]) -> Self {
+    fn read(object: &Arc<str>, all: &[l7::PortSettings], tls: &TlsClients) -> Self {
         let read = |source: &l7::PortSettings| {
-            Some((u16::try_from(source.port).ok()?, Arc::new(policy(object, source))))
+            Some((u16::try_from(source.port).ok()?, Arc::new(policy(object, source, tls))))
         };
         Self(all.iter().filter_map(read).collect())
     }
@@ -191,8 +195,12 @@ impl Ports {
 }
 
 impl BackendPolicies {
-    /// Compiles policies; `generation` must grow from one to the next.
-    pub fn new<'a>(generation: u64, sources: impl IntoIterator<Item = &'a l7::BackendPolicy>) -> Self {
+    /// Compiles policies; `generation` must grow from one to the next. `tls` has the clients of those before.
+    pub fn new<'a>(
+        generation: u64,
+        sources: impl IntoIterator<Item = &'a l7::BackendPolicy>,
+        tls: &TlsClients,
+    ) -> Self {
         let mut sources: Vec<&l7::BackendPolicy> = sources.into_iter().collect();
         let age = |source: &l7::BackendPolicy| if source.created == 0 { i64::MAX } else { source.created };
         let name = |source: &l7::BackendPolicy| {
@@ -200,7 +208,7 @@ impl BackendPolicies {
             (object.namespace, object.name)
         };
         sources.sort_by_cached_key(|source| (age(source), name(source)));
-        let mut rules: Vec<Rule> = sources.into_iter().map(Rule::read).collect();
+        let mut rules: Vec<Rule> = sources.into_iter().map(|source| Rule::read(source, tls)).collect();
         // Stable: the oldest stays the first for its host.
         rules.sort_by(|one, other| {
             let rank = |rule: &Rule| (rule.mesh_wide, rule.host.rank());
@@ -242,7 +250,7 @@ impl BackendPolicies {
 }
 
 impl Rule {
-    fn read(source: &l7::BackendPolicy) -> Self {
+    fn read(source: &l7::BackendPolicy, tls: &TlsClients) -> Self {
         let object = source.object.clone().unwrap_or_default();
         let name: Arc<str> = format!("{}/{}/{}", object.kind, object.namespace, object.name).into();
         let subsets = source.subsets.iter().map(|subset| {
@@ -252,19 +260,19 @@ impl Rule {
                 .map(|(key, value)| (key.as_str().into(), value.as_str().into()))
                 .collect();
             labels.sort_unstable();
-            (subset.name.as_str().into(), (Arc::new(labels), Ports::read(&name, &subset.settings)))
+            (subset.name.as_str().into(), (Arc::new(labels), Ports::read(&name, &subset.settings, tls)))
         });
         Self {
             host: Host::read(&source.host.to_ascii_lowercase()),
             namespace: object.namespace.into(),
             mesh_wide: source.mesh_wide,
-            settings: Ports::read(&name, &source.settings),
+            settings: Ports::read(&name, &source.settings, tls),
             subsets: subsets.collect(),
         }
     }
 }
 
-fn policy(object: &Arc<str>, source: &l7::PortSettings) -> PortPolicy {
+fn policy(object: &Arc<str>, source: &l7::PortSettings, tls: &TlsClients) -> PortPolicy {
     let mut policy = PortPolicy { object: Some(object.clone()), ..PortPolicy::default() };
     let mut invalid = (!source.invalid.is_empty()).then(|| source.invalid.clone());
     if let Some(balancer) = &source.load_balancer {
@@ -281,6 +289,7 @@ fn policy(object: &Arc<str>, source: &l7::PortSettings) -> PortPolicy {
         .retry_budget
         .as_ref()
         .map(|budget| RetryBudget { percent_milli: budget.percent_milli, least: budget.min_concurrency });
+    policy.tls = source.tls.as_ref().and_then(|source| tls.get(source));
     policy.invalid = invalid.map(|reason| format!("{object}: {reason}").into());
     policy
 }
@@ -390,9 +399,13 @@ mod tests {
         }
     }
 
+    fn tls() -> TlsClients {
+        TlsClients::new(None).unwrap()
+    }
+
     fn found(sources: &[l7::BackendPolicy], host: &str, port: u16) -> Option<Algorithm> {
         let service = NamespacedHost { namespace: "shop".into(), hostname: host.into() };
-        BackendPolicies::new(1, sources).find(&service, port, None).unwrap().policy.algorithm
+        BackendPolicies::new(1, sources, &tls()).find(&service, port, None).unwrap().policy.algorithm
     }
 
     #[test]
@@ -432,7 +445,7 @@ mod tests {
             ..source("b", "a", 2, vec![settings(0, l7::Algorithm::RoundRobin)])
         };
         let newer = source("a", "a", 3, vec![settings(0, l7::Algorithm::Random)]);
-        let policies = BackendPolicies::new(1, &[newer, older, only_subsets]);
+        let policies = BackendPolicies::new(1, &[newer, older, only_subsets], &tls());
         let service = NamespacedHost { namespace: "shop".into(), hostname: "a".into() };
         let labels = |subset| policies.find(&service, 80, Some(subset)).map(|found| found.labels.unwrap());
         assert_eq!(policies.find(&service, 80, None).unwrap().policy.algorithm, Some(Algorithm::RoundRobin));
@@ -455,7 +468,7 @@ mod tests {
         };
         for balancer in [unknown, hashed] {
             let settings = l7::PortSettings { load_balancer: Some(balancer), ..l7::PortSettings::default() };
-            assert!(policy(&"DestinationRule/a/b".into(), &settings).invalid.is_some());
+            assert!(policy(&"DestinationRule/a/b".into(), &settings, &tls()).invalid.is_some());
         }
     }
 }

@@ -16,11 +16,13 @@ use smallvec::SmallVec;
 
 use crate::accept::{Destination, Inbound};
 use crate::backend_policies::BackendPolicies;
+use crate::backend_tls::EndpointTls;
 use crate::balancers::balancer::Balancer;
 use crate::balancers::{Slot, SlotKey, Sources, Trial, Unresolved};
 use crate::failure::Failure;
 use crate::matching::Routed;
 use crate::proxy::{Proxy, Published, Worker};
+use crate::upstream::Key;
 
 /// What a request is for: a port of a service or of a part of it, or an address.
 #[derive(Debug, Clone)]
@@ -33,6 +35,8 @@ pub struct Target {
     pub protocol: AppProtocol,
     /// The endpoints of a service.
     pub balanced: Option<Balanced>,
+    /// Whether requests are sent inside TLS to the endpoint, as a policy demands.
+    pub tls: bool,
 }
 
 /// Endpoints to balance over.
@@ -58,7 +62,7 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
             Destination::Listener { .. } => return Err(Failure::NoRoute),
         };
         let protocol = inbound.destination.protocol();
-        return Ok(Target { authority, backend: None, protocol, balanced: None });
+        return Ok(Target { authority, backend: None, protocol, balanced: None, tls: false });
     };
     let invalid =
         |reason: &str| Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_owned() };
@@ -85,12 +89,13 @@ pub fn of_service(
         return Err(Failure::NoEndpoint(format!("service {} has no port {port}", service.host)));
     };
     let key = SlotKey { host: service.host.clone(), port, subset: None };
-    let balanced = balanced(proxy, published, &key).map_err(|why| failure(why, &key))?;
+    let (balanced, tls) = balanced(proxy, published, &key).map_err(|why| failure(why, &key))?;
     Ok(Target {
         authority: Authority::Host { host: service.host.hostname.clone(), port },
         backend: None,
         protocol: mapping.app_protocol,
         balanced: Some(balanced),
+        tls,
     })
 }
 
@@ -112,25 +117,27 @@ pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Re
         port: backend.port,
         subset: backend.subset.clone(),
     };
-    let balanced = balanced(proxy, published, &key).map_err(|why| why.to_string())?;
+    let (balanced, tls) = balanced(proxy, published, &key).map_err(|why| why.to_string())?;
     Ok(Target {
         authority: Authority::Host { host: backend.hostname.clone(), port: backend.port },
         backend: Some(backend.clone()),
         protocol: port.map(|port| port.app_protocol).unwrap_or_default(),
         balanced: Some(balanced),
+        tls,
     })
 }
 
-/// The endpoints of a port or subset.
-fn balanced(proxy: &Proxy, published: &Published, key: &SlotKey) -> Result<Balanced, Unresolved> {
+/// The endpoints of a port or subset, and whether they are sent requests inside TLS.
+fn balanced(proxy: &Proxy, published: &Published, key: &SlotKey) -> Result<(Balanced, bool), Unresolved> {
     let snapshot = &published.directory;
     let own = own_workload(proxy, snapshot).map_err(|_| Unresolved::Service)?;
     let policies = published.backends.clone();
     let sources = Sources { snapshot, own, policies: &policies };
     let slot = proxy.balancers.find(key, &sources)?;
     // A subset that is not known any more, and a policy that can't be followed, are known before anything is sent.
-    slot.current(&sources)?;
-    Ok(Balanced { slot, policies })
+    let balancer = slot.current(&sources)?;
+    let tls = balancer.policy().tls.as_ref().is_some_and(|tls| !tls.is_of_mesh());
+    Ok((Balanced { slot, policies }, tls))
 }
 
 fn failure(why: Unresolved, key: &SlotKey) -> Failure {
@@ -171,6 +178,8 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Where its proxy listens, and who must answer there; none outside the mesh.
     pub tunnel: Option<(SocketAddr, SmallVec<[SpiffeId; 1]>)>,
+    /// TLS that ends at the endpoint itself, as a policy demands.
+    pub tls: Option<EndpointTls>,
     /// The second tunnel inside that one, where it leads into another network.
     pub crossing: Option<Box<Crossing>>,
 }
@@ -189,6 +198,19 @@ pub struct Crossing {
 }
 
 impl Endpoint {
+    /// What its HTTP connections may be shared by.
+    ///
+    /// # Errors
+    /// [`Failure::InvalidPolicy`].
+    pub fn key(&self, http2: bool) -> Result<Key, Failure> {
+        Ok(Key {
+            workload: self.workload.as_ref().map(|workload| workload.uid.clone()),
+            address: self.address,
+            http2,
+            tls: self.tls.as_ref().map(EndpointTls::key).transpose()?,
+        })
+    }
+
     /// Its identity, as far as one is expected.
     pub fn identity(&self) -> Option<&SpiffeId> {
         match (&self.crossing, &self.tunnel) {
@@ -295,6 +317,7 @@ fn address(
             address: route.address,
             tunnel: Some((route.hbone, route.expected)),
             crossing: None,
+            tls: None,
         },
         Route::Plain(route) | Route::Own(route) => Endpoint {
             workload: route.workload,
@@ -302,6 +325,7 @@ fn address(
             address: route.address,
             tunnel: None,
             crossing: None,
+            tls: None,
         },
         Route::Refuse(refusal) => return Err(Failure::NoEndpoint(refusal.to_string())),
         Route::Unknown(unknown) => return Err(Failure::UnknownService(unknown.authority.to_string())),

@@ -1,6 +1,7 @@
 //! The waypoint's configuration: one typed value, built once at start and never changed.
 
 use std::net::{Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use ambit_api::ports;
@@ -28,6 +29,9 @@ pub struct Config {
     /// SPIFFE ids of clients whose `x-forwarded-for`, `x-forwarded-proto` and `forwarded` are kept and added to, such as
     /// that of an ingress gateway. What other clients claim is removed.
     pub trusted_forwarders: Vec<String>,
+    /// PEM file with roots of the servers outside the mesh that DestinationRules and BackendTLSPolicies demand TLS to, beside those
+    /// of Mozilla.
+    pub upstream_roots: Option<PathBuf>,
     /// The waypoint's certificate.
     pub certificates: Certificates,
     /// Bounds of everything that waits or grows.
@@ -83,6 +87,7 @@ impl Default for Config {
             drain_minimum: Span::from_secs(5),
             service_account: "waypoint".into(),
             trusted_forwarders: Vec::new(),
+            upstream_roots: None,
             certificates: Certificates::default(),
             limits: Limits::default(),
         }

@@ -26,7 +26,7 @@ use crate::exchange::Answered;
 use crate::failure::Failure;
 use crate::filters::OnResponse;
 use crate::sanitise::Sane;
-use crate::upstream::{Key, Returned};
+use crate::upstream::Returned;
 
 /// Requests of one worker that wait for authorizers; more are as those that get no answer.
 const MOST: usize = 1024;
@@ -297,7 +297,7 @@ async fn exchange(
                 Err(failure) => return Err(failure),
             };
         let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
-        let key = Key { workload: workload.clone(), address: chosen.address, http2 };
+        let key = chosen.key(http2)?;
         let sender = match sender(worker, &key, &chosen).await {
             Ok(sender) => sender,
             Err(failure) => {

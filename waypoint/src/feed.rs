@@ -16,6 +16,7 @@ use ambit_runtime::feed::{Credentialed, address, policy, rejected};
 use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 
 use crate::backend_policies::BackendPolicies;
+use crate::backend_tls::TlsClients;
 use crate::config::Config;
 use crate::dump;
 use crate::listeners::Listeners;
@@ -40,6 +41,7 @@ pub fn subscribe(
     directory: Directory,
     reader: Reader,
     published: Arc<Publication>,
+    tls: Arc<TlsClients>,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
     let proxy = &config.proxy;
@@ -49,7 +51,7 @@ pub fn subscribe(
         &proxy.pod_namespace,
         proxy.node_metadata(),
     );
-    let applier = Applier::new(directory, reader, published);
+    let applier = Applier::new(directory, reader, published, tls);
     let in_directory = |change| Change::Directory(Box::new(change));
     let builder = Client::builder(ClientConfig::new(node), applier)
         .wildcard(AUTHORIZATION_TYPE_URL, move |update| in_directory(policy(update)))
@@ -72,6 +74,8 @@ struct Applier {
     directory: Directory,
     reader: Reader,
     published: Arc<Publication>,
+    /// Clients of the TLS that policies demand.
+    tls: Arc<TlsClients>,
     backends: BTreeMap<String, l7::BackendPolicy>,
     gateways: BTreeMap<String, l7::Gateway>,
     key_pairs: BTreeMap<String, l7::KeyPair>,
@@ -82,13 +86,14 @@ struct Applier {
 }
 
 impl Applier {
-    fn new(directory: Directory, reader: Reader, published: Arc<Publication>) -> Self {
+    fn new(directory: Directory, reader: Reader, published: Arc<Publication>, tls: Arc<TlsClients>) -> Self {
         let (backends, gateways, key_pairs, listeners) = Default::default();
         let (policies, routes, stream_routes) = Default::default();
         Self {
             directory,
             reader,
             published,
+            tls,
             backends,
             gateways,
             key_pairs,
@@ -118,7 +123,7 @@ impl Applier {
         }
         if changed.backends {
             let generation = next.backends.generation() + 1;
-            next.backends = Arc::new(BackendPolicies::new(generation, self.backends.values()));
+            next.backends = Arc::new(BackendPolicies::new(generation, self.backends.values(), &self.tls));
         }
         if changed.routes {
             next.routes = Arc::new(Table::new(self.routes.values()));
@@ -244,6 +249,10 @@ mod tests {
         Change::Gateway(Update::Upsert { name: "shop/waypoint".to_owned(), resource })
     }
 
+    fn tls() -> Arc<TlsClients> {
+        Arc::new(TlsClients::new(None).unwrap())
+    }
+
     fn is_known(published: &Published) -> bool {
         let host = ambit_directory::HostRef { namespace: "shop", hostname: "web.shop.svc.cluster.local" };
         published.directory.service(host).is_some()
@@ -253,7 +262,7 @@ mod tests {
     fn a_service_is_seen_with_the_policies_of_its_batch() {
         let (directory, reader) = Directory::new();
         let published = Arc::new(Publication::default());
-        let mut applier = Applier::new(directory, reader, published.clone());
+        let mut applier = Applier::new(directory, reader, published.clone(), tls());
         let changes = published.changes();
         let before = published.load_full();
         assert!(applier.handle(&mut [service(), gateway(), policy()].into_iter()).is_empty());
@@ -270,7 +279,7 @@ mod tests {
     fn open_connections_are_asked_again_for_policies_only() {
         let (directory, reader) = Directory::new();
         let published = Arc::new(Publication::default());
-        let mut applier = Applier::new(directory, reader, published.clone());
+        let mut applier = Applier::new(directory, reader, published.clone(), tls());
         let mut changes = published.changes();
         assert!(applier.handle(&mut [service()].into_iter()).is_empty());
         assert!(!changes.has_changed().unwrap());

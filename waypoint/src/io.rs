@@ -8,6 +8,7 @@ use ambit_hbone::TunnelStream;
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
 
 /// A connection to an endpoint.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub enum Endpoint {
     Tunnel(TunnelStream),
     /// To one outside the mesh.
     Plain(TcpStream),
+    /// With TLS to the endpoint inside, as a policy demands.
+    Tls(Box<TlsStream<Endpoint>>),
 }
 
 macro_rules! each {
@@ -23,6 +26,7 @@ macro_rules! each {
         match $self.get_mut() {
             Endpoint::Tunnel($io) => $call,
             Endpoint::Plain($io) => $call,
+            Endpoint::Tls($io) => $call,
         }
     };
 }

@@ -12,6 +12,7 @@ pub mod attempt;
 pub mod authenticate;
 pub mod authorize;
 pub mod backend_policies;
+pub mod backend_tls;
 pub mod balance;
 pub mod balancers;
 pub mod body;

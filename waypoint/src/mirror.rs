@@ -16,7 +16,6 @@ use crate::balance::{self, Chosen};
 use crate::body::{RequestBody, Source};
 use crate::failure::Failure;
 use crate::proxy::Published;
-use crate::upstream::Key;
 
 /// How long a copy may take, its answer included.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -49,8 +48,8 @@ pub fn send(
         };
         let shadow = if mirror.shadow_host { shadow_host(form) } else { None };
         let form = Form { host: shadow.as_ref().or(form.host), ..*form };
-        let http2 = form.speaks_http2(target.protocol);
-        let head = head(&form, http2);
+        let http2 = form.speaks_http2(&target);
+        let head = head(&form, http2, target.tls);
         let body = source.map_or(RequestBody::Empty, |source| RequestBody::Copy(source.copy()));
         let inbound = inbound.clone();
         tokio::spawn(async move {
@@ -88,15 +87,17 @@ async fn copy(
 ) -> Result<(), Failure> {
     let worker = &inbound.worker;
     let Chosen { endpoint: chosen, trial } = balance::endpoint(worker, inbound.source, target, &[], None)?;
-    let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
-    let key = Key { workload, address: chosen.address, http2 };
     let (parts, ()) = head.into_parts();
     let state = match &body {
         RequestBody::Copy(copied) => Some(copied.state()),
         RequestBody::Empty | RequestBody::Replay(_) | RequestBody::Whole(_) | RequestBody::Call(_) => None,
     };
-    let answered = match sender(worker, &key, &chosen).await {
-        Ok(sender) => {
+    let connected = match chosen.key(http2) {
+        Ok(key) => sender(worker, &key, &chosen).await.map(|sender| (key, sender)),
+        Err(failure) => Err(failure),
+    };
+    let answered = match connected {
+        Ok((key, sender)) => {
             let sent = dispatch(worker, &key, sender, Request::from_parts(parts, body)).await;
             // A copy that broke off breaks the endpoint's connection, which is not to blame.
             let blame = |failure: Failure| match state.is_some_and(|state| state.is_broken()) {

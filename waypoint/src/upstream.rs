@@ -18,6 +18,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::backend_tls::TlsKey;
 use crate::balancers::host::Active;
 use crate::body::RequestBody;
 use crate::failure::Failure;
@@ -37,6 +38,8 @@ pub struct Key {
     pub address: SocketAddr,
     /// Whether HTTP/2 is spoken.
     pub http2: bool,
+    /// TLS to the endpoint, if a policy demands it.
+    pub tls: Option<TlsKey>,
 }
 
 /// The connections of one worker. Clones share them.
@@ -379,7 +382,7 @@ mod tests {
     use super::*;
 
     fn key() -> Key {
-        Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true }
+        Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true, tls: None }
     }
 
     fn now<T>(finding: Pin<&mut impl Future<Output = T>>) -> Poll<T> {

@@ -37,6 +37,7 @@ pub use istio::authorization::{
 };
 pub use istio::condition::{Attribute, Condition, HttpAttribute, TextKey};
 pub use istio::destination_rule::DestinationRule;
+pub(crate) use istio::destination_rule::tls::subject_name;
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
 pub use istio::request_authentication::{JwtRule, KeyAddress, KeySource, RequestAuthentication};
 pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};

@@ -108,6 +108,19 @@ mod packages {
 
 /// `ambit.l7`: the configuration of waypoints and gateways.
 pub use packages::ambit::l7;
+
+impl std::fmt::Debug for l7::ClientCertificate {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { chain_file, key_file, chain, key: _ } = self;
+        f.debug_struct("ClientCertificate")
+            .field("chain_file", chain_file)
+            .field("key_file", key_file)
+            .field("chain", &chain.len())
+            .finish_non_exhaustive()
+    }
+}
+
 /// `envoy.config.core.v3`: who a subscriber is, and what external authorizers need.
 pub use packages::envoy::config::core::v3 as core;
 /// `envoy.service.auth.v3`: external authorizers.

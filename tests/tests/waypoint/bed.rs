@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_local::{Cluster, Pod, PodOptions};
@@ -14,6 +15,8 @@ use crate::http::{self, Answer, Server};
 
 /// The servers' port.
 pub(crate) const PORT: u16 = 8080;
+/// That of servers inside TLS.
+pub(crate) const TLS_PORT: u16 = 8443;
 /// Says whose a waypoint's pod is.
 pub(crate) const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
@@ -49,8 +52,8 @@ impl Bed for Waypoints {
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_UPSTREAM_IDLE", "1s")
             .start()
             .await?;
-        for namespace in ["shop", "other"] {
-            cluster.namespace(namespace, true).await?;
+        for (namespace, in_mesh) in [("shop", true), ("other", true), ("outside", false)] {
+            cluster.namespace(namespace, in_mesh).await?;
         }
         let client = |namespace: &str, name: &str| {
             PodOptions::new(namespace, name).service_account(name).label("app", name).node(0)
@@ -96,6 +99,32 @@ impl Waypoints {
     pub(crate) async fn server(&self, app: &str, name: &str, answer: Answer) -> Pod {
         let options = PodOptions::new("shop", name).service_account(app).label("app", app).node(1);
         self.serve(options, name, answer).await
+    }
+
+    /// A pod that serves inside TLS at [`TLS_PORT`], selected by services of the name `app`.
+    pub(crate) async fn tls_server(&self, app: &str, config: Arc<rustls::ServerConfig>) {
+        let options = PodOptions::new("shop", app).service_account(app).label("app", app).node(1);
+        let pod = self.cluster.pod(options).await.expect("a pod");
+        self.keep_tls(&pod, SocketAddr::new(pod.ip().into(), TLS_PORT), app, config).await;
+    }
+
+    /// A server inside TLS outside the mesh, at an address of node 1.
+    pub(crate) async fn tls_outside(
+        &self,
+        port: u16,
+        name: &str,
+        config: Arc<rustls::ServerConfig>,
+    ) -> IpAddr {
+        let options = PodOptions::new("outside", name).host_network().node(1);
+        let pod = self.cluster.pod(options).await.expect("a pod");
+        let address = IpAddr::from(self.cluster.node_addresses(1).expect("node 1").v4);
+        self.keep_tls(&pod, SocketAddr::new(address, port), name, config).await;
+        address
+    }
+
+    async fn keep_tls(&self, pod: &Pod, at: SocketAddr, name: &str, config: Arc<rustls::ServerConfig>) {
+        let server = http::serve_tls(pod, at, name, http::mirror(), config).await.expect("a free port");
+        self.running.lock().push(server);
     }
 
     async fn serve(&self, options: PodOptions, name: &str, answer: Answer) -> Pod {

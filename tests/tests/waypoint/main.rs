@@ -10,6 +10,7 @@
 )]
 
 mod authorization;
+mod backend_tls;
 mod bed;
 mod drain;
 mod external;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     external::add(&mut trials);
     resilience::add(&mut trials);
     streams::add(&mut trials);
+    backend_tls::add(&mut trials);
     tasks::add(&mut trials);
     limits::add(&mut trials);
     http2::add(&mut trials);

@@ -10,12 +10,13 @@ use ambit_api::l7::LocalityPreference;
 use ambit_balance::{
     Algorithm, Level as LevelHealth, Members, OutlierSettings, Pool, TableKind, choose_level, hash,
 };
-use ambit_directory::{Candidate, NoEndpoint, ServiceState, Snapshot, Workload, WorkloadUid};
+use ambit_directory::{Candidate, NoEndpoint, Service, ServiceState, Snapshot, Workload, WorkloadUid};
 use rand::{Rng, RngExt};
 
 use super::host::HostState;
 use super::locality;
 use crate::backend_policies::{Found, HashKey, Outliers, PortPolicy};
+use crate::backend_tls::EndpointTls;
 use crate::balance::{Endpoint, is_elsewhere};
 
 /// Points of the ring that keeps clients of a service with session affinity on one endpoint.
@@ -117,6 +118,7 @@ impl Balancer {
             };
             let fresh = || HostState::new(old.map(|_| now));
             let state_of = known.get(&(&candidate.workload.uid, candidate.address));
+            let tls = endpoint_tls(&policy, state.service(), &candidate);
             Host {
                 state: state_of.map_or_else(fresh, |state| Arc::clone(state)),
                 level,
@@ -127,6 +129,7 @@ impl Balancer {
                     address: candidate.address,
                     tunnel: candidate.tunnel,
                     crossing: None,
+                    tls,
                 }),
             }
         };
@@ -251,6 +254,17 @@ impl Host {
 }
 
 type Known<'a> = HashMap<(&'a WorkloadUid, SocketAddr), &'a Arc<HostState>>;
+
+/// TLS to an endpoint. That of the mesh is there already where there is a tunnel.
+fn endpoint_tls(policy: &PortPolicy, service: &Service, candidate: &Candidate) -> Option<EndpointTls> {
+    let settings = policy.tls.as_ref()?;
+    if settings.is_of_mesh() && candidate.tunnel.is_some() {
+        return None;
+    }
+    let name = settings.server_name().map_or_else(|| service.host.hostname.clone(), Arc::from);
+    let identity = candidate.workload.identity.clone();
+    Some(EndpointTls { settings: settings.clone(), name, identity })
+}
 
 /// What is known of endpoints, by uid and address.
 fn known(old: Option<&Balancer>) -> Known<'_> {

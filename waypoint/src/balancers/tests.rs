@@ -7,6 +7,7 @@ use ambit_directory::{Directory, Reader, Update};
 use prost::Message;
 
 use super::*;
+use crate::backend_tls::TlsClients;
 
 const OWN: &str = "c//Pod/shop/waypoint";
 
@@ -64,7 +65,7 @@ fn policies(generation: u64, settings: l7::PortSettings) -> BackendPolicies {
         subsets: vec![subset],
         ..l7::BackendPolicy::default()
     };
-    BackendPolicies::new(generation, [&policy])
+    BackendPolicies::new(generation, [&policy], &TlsClients::new(None).unwrap())
 }
 
 struct World {
@@ -321,7 +322,7 @@ fn slots_of_ports_and_subsets_that_are_gone_are_forgotten() {
     world.current(None).unwrap();
     world.current(Some("v2")).unwrap();
     assert_eq!(keys(&world), [None, Some("v2".to_owned())].into());
-    world.policies = BackendPolicies::new(2, []);
+    world.policies = BackendPolicies::new(2, [], &TlsClients::new(None).unwrap());
     assert_eq!(keys(&world), [None].into());
     assert!(world.directory.apply([service(&[81])]).is_empty());
     assert_eq!(keys(&world), [].into());

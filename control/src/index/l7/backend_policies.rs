@@ -13,7 +13,7 @@ use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, views};
-use crate::object::{DestinationRule, Kind, NamespacedName, WaypointBinding};
+use crate::object::{DestinationRule, Kind, NamespacedName, ServiceEntry, WaypointBinding, subject_name};
 
 /// Whether waypoints go by it.
 const ACCEPTED: &str = "ambit.dev/WaypointAccepted";
@@ -59,6 +59,7 @@ pub(in crate::index) fn of_rule(reader: &Reader<'_>, id: &NamespacedName) -> Vec
         settings: rule.settings.clone(),
         subsets: if is_pattern { Vec::new() } else { rule.subsets.clone() },
     };
+    let message = with_names_of_entry(reader, message, &host);
     let resource = Resource {
         name: format!("{}/{id}", Kind::DestinationRule).into(),
         aliases: Vec::new(),
@@ -67,6 +68,30 @@ pub(in crate::index) fn of_rule(reader: &Reader<'_>, id: &NamespacedName) -> Vec
         unhealthy: false,
     };
     vec![(ResourceType::BackendPolicy, resource)]
+}
+
+/// Where TLS names no names, the certificate must have one of those of the ServiceEntry, if it names any.
+fn with_names_of_entry(
+    reader: &Reader<'_>,
+    mut policy: l7::BackendPolicy,
+    host: &Arc<str>,
+) -> l7::BackendPolicy {
+    let of_subsets = policy.subsets.iter_mut().flat_map(|subset| &mut subset.settings);
+    let all = policy.settings.iter_mut().chain(of_subsets).filter_map(|settings| settings.tls.as_mut());
+    let mut unnamed: Vec<_> = all.filter(|tls| tls.names.is_empty()).collect();
+    if unnamed.is_empty() {
+        return policy;
+    }
+    let own = policy.object.as_ref().map(|object| object.namespace.clone()).unwrap_or_default();
+    let is_for = |entry: &&ServiceEntry| policy.mesh_wide || *entry.meta.id.namespace == *own;
+    let entries: Vec<&ServiceEntry> = reader.entries_of_host(host).filter(is_for).collect();
+    // What one namespace says of a host is not for that of another.
+    if let [entry] = entries[..] {
+        for tls in &mut unnamed {
+            tls.names = entry.subject_alt_names.iter().map(|name| subject_name(name)).collect();
+        }
+    }
+    policy
 }
 
 /// The roots of the waypoints that send requests to services of the host.

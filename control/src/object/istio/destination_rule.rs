@@ -1,8 +1,9 @@
 //! DestinationRule: how requests to a host are balanced, limited and kept from failing endpoints.
 //!
-//! [`settings`] reads traffic policies; what waypoints can't do of them is listed, and never ignored in silence.
+//! [`settings`] reads traffic policies and [`tls`] their TLS; what waypoints can't do of them is listed, and never ignored in silence.
 
 mod settings;
+pub(in crate::object) mod tls;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Invalid;
+use super::tls::Tls;
 
 /// Parts that a policy may have. `None` and empty: not said.
 #[derive(Debug, Default, Clone, Deserialize)]
@@ -162,12 +163,6 @@ struct OutlierDetection {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct Tls {
-    mode: String,
-}
-
-#[derive(Debug, Default, Clone, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct RetryBudget {
     percent: Option<f64>,
@@ -262,6 +257,11 @@ impl Reading {
         };
         let outlier = port.outlier_detection.as_ref();
         let pool = port.connection_pool.as_ref();
+        let (tls, invalid) = match port.tls.as_ref().map(|tls| self.tls(tls, &format!("{at}.tls"))) {
+            None => (None, String::new()),
+            Some(Ok(tls)) => (Some(tls), String::new()),
+            Some(Err(reason)) => (None, reason),
+        };
         Ok(l7::PortSettings {
             port: port.port.number.into(),
             load_balancer,
@@ -270,7 +270,8 @@ impl Reading {
                 .transpose()?,
             connection_pool: pool.map(|it| self.pool(it, &format!("{at}.connectionPool"))).transpose()?,
             retry_budget: None,
-            invalid: port.tls.as_ref().map(|tls| self.tls(tls, &format!("{at}.tls"))).unwrap_or_default(),
+            invalid,
+            tls,
         })
     }
 
@@ -407,18 +408,6 @@ impl Reading {
             upgrade_to_http2,
         })
     }
-
-    /// Why requests can't be sent; empty if they can. Between workloads of the mesh the tunnel encrypts whatever is said here.
-    fn tls(&mut self, tls: &Tls, at: &str) -> String {
-        match tls.mode.as_str() {
-            "" | "DISABLE" | "ISTIO_MUTUAL" => String::new(),
-            mode => {
-                let reason = format!("{mode} is not supported");
-                self.unsupported(format!("{at}.mode"), reason);
-                format!("a DestinationRule demands TLS to the endpoints ({mode})")
-            }
-        }
-    }
 }
 
 fn overlaid(base: l7::PortSettings, own: &l7::PortSettings) -> l7::PortSettings {
@@ -430,6 +419,7 @@ fn overlaid(base: l7::PortSettings, own: &l7::PortSettings) -> l7::PortSettings 
         retry_budget: own.retry_budget.or(base.retry_budget),
         // A subset's TLS settings replace the rule's, but what is invalid stays so: nothing goes out in the clear by mistake.
         invalid: if own.invalid.is_empty() { base.invalid } else { own.invalid.clone() },
+        tls: own.tls.clone().or(base.tls),
     }
 }
 

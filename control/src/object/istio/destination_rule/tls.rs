@@ -1,0 +1,134 @@
+//! TLS settings of a traffic policy: what waypoints do, and why they can't where they can't.
+
+use std::net::IpAddr;
+
+use ambit_api::l7;
+use serde::Deserialize;
+
+use super::settings::Reading;
+
+/// `ClientTLSSettings`.
+#[derive(Debug, Default, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct Tls {
+    mode: String,
+    client_certificate: String,
+    private_key: String,
+    ca_certificates: String,
+    credential_name: String,
+    subject_alt_names: Vec<String>,
+    sni: String,
+    insecure_skip_verify: Option<bool>,
+    ca_crl: String,
+}
+
+impl Reading {
+    /// What is to be done, or why requests can't be sent.
+    pub(super) fn tls(&mut self, tls: &Tls, at: &str) -> Result<l7::BackendTls, String> {
+        let refused = |reading: &mut Reading, field: &str, reason: &str| {
+            reading.unsupported(format!("{at}.{field}"), reason);
+            Err(format!("a DestinationRule demands TLS to the endpoints, and {field} {reason}"))
+        };
+        let names = || tls.subject_alt_names.iter().map(|name| subject_name(name)).collect();
+        let mode = match tls.mode.as_str() {
+            "" | "DISABLE" => return Ok(l7::BackendTls::default()),
+            "ISTIO_MUTUAL" => {
+                let mode = l7::TlsMode::MeshTls.into();
+                return Ok(l7::BackendTls { mode, names: names(), ..l7::BackendTls::default() });
+            }
+            "SIMPLE" | "MUTUAL" => l7::TlsMode::Tls,
+            mode => return refused(self, "mode", &format!("{mode} is not known")),
+        };
+        if !tls.ca_crl.is_empty() {
+            return refused(self, "caCrl", "is not supported");
+        }
+        if !tls.credential_name.is_empty() {
+            return refused(self, "credentialName", "is not supported");
+        }
+        let is_mutual = tls.mode == "MUTUAL";
+        let has_files = !tls.client_certificate.is_empty() && !tls.private_key.is_empty();
+        if is_mutual && !has_files {
+            return refused(self, "mode", "MUTUAL needs clientCertificate and privateKey, or credentialName");
+        }
+        let certificate = l7::ClientCertificate {
+            chain_file: tls.client_certificate.clone(),
+            key_file: tls.private_key.clone(),
+            ..l7::ClientCertificate::default()
+        };
+        Ok(l7::BackendTls {
+            mode: mode.into(),
+            server_name: tls.sni.to_ascii_lowercase(),
+            names: names(),
+            roots: Some(tls.roots()),
+            certificate: is_mutual.then_some(certificate),
+        })
+    }
+}
+
+impl Tls {
+    fn roots(&self) -> l7::backend_tls::Roots {
+        use l7::backend_tls::Roots;
+        match self.ca_certificates.as_str() {
+            _ if self.insecure_skip_verify == Some(true) => Roots::DangerousAny(true),
+            // Istio's name for the roots of the system.
+            "" | "system" => Roots::System(true),
+            file => Roots::File(file.to_owned()),
+        }
+    }
+}
+
+/// A name as certificates have it: a URI, or a DNS name or an address.
+pub(crate) fn subject_name(name: &str) -> l7::SubjectName {
+    use l7::subject_name::Kind;
+    let is_host = !name.contains("://") || name.parse::<IpAddr>().is_ok();
+    let kind = if is_host { Kind::Host(name.to_ascii_lowercase()) } else { Kind::Uri(name.to_owned()) };
+    l7::SubjectName { kind: Some(kind) }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(tls: serde_json::Value) -> Result<l7::BackendTls, String> {
+        Reading::default().tls(&serde_json::from_value(tls).unwrap(), "spec.trafficPolicy.tls")
+    }
+
+    #[test]
+    fn modes_are_lowered() {
+        use l7::backend_tls::Roots;
+        let mode = |tls| read(tls).map(|tls| (tls.mode(), tls.roots));
+        assert_eq!(mode(json!({"mode": "DISABLE"})), Ok((l7::TlsMode::Plaintext, None)));
+        assert_eq!(mode(json!({"mode": "ISTIO_MUTUAL"})), Ok((l7::TlsMode::MeshTls, None)));
+        let simple = |roots| Ok((l7::TlsMode::Tls, Some(roots)));
+        assert_eq!(mode(json!({"mode": "SIMPLE"})), simple(Roots::System(true)));
+        assert_eq!(
+            mode(json!({"mode": "SIMPLE", "caCertificates": "/ca.pem"})),
+            simple(Roots::File("/ca.pem".to_owned()))
+        );
+        let unverified = json!({"mode": "SIMPLE", "caCertificates": "/ca.pem", "insecureSkipVerify": true});
+        assert_eq!(mode(unverified), simple(Roots::DangerousAny(true)));
+    }
+
+    #[test]
+    fn names_are_hosts_or_uris() {
+        use l7::subject_name::Kind;
+        let tls = json!({"mode": "SIMPLE", "subjectAltNames": ["A.example", "spiffe://td/ns/a/sa/B", "::1"]});
+        let kinds: Vec<Kind> = read(tls).unwrap().names.into_iter().filter_map(|name| name.kind).collect();
+        let host = |name: &str| Kind::Host(name.to_owned());
+        assert_eq!(kinds, [host("a.example"), Kind::Uri("spiffe://td/ns/a/sa/B".to_owned()), host("::1")]);
+    }
+
+    #[test]
+    fn what_can_not_be_done_is_refused() {
+        for tls in [
+            json!({"mode": "MUTUAL"}),
+            json!({"mode": "MUTUAL", "clientCertificate": "/a.pem"}),
+            json!({"mode": "SIMPLE", "caCrl": "/crl.pem"}),
+            json!({"mode": "OTHER"}),
+        ] {
+            assert!(read(tls.clone()).is_err(), "{tls}");
+        }
+    }
+}
