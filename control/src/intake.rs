@@ -14,9 +14,7 @@ use serde_json::Value;
 
 use crate::kind::Kind;
 use crate::object::{
-    AuthorizationPolicy, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway, Invalid, Namespace,
-    NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway, Invalid, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -205,10 +203,10 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::VirtualService => {
             Object::VirtualService(typed::<manifest::VirtualService, VirtualService>(document)?)
         }
-        Kind::DestinationRule => {
-            Object::DestinationRule(typed::<manifest::DestinationRule, DestinationRule>(document)?)
-        }
+        Kind::DestinationRule => return read_destination_rule(document),
         Kind::RequestAuthentication => return read_request_authentication(document),
+        Kind::ConfigMap => Object::ConfigMap(typed::<core::v1::ConfigMap, ConfigMap>(document)?),
+        Kind::BackendTlsPolicy => return read_backend_tls_policy(document),
     })
 }
 
@@ -251,6 +249,24 @@ fn read_request_authentication(document: &impl Document) -> Result<Object, Unrea
         let stand_in =
             loose.and_then(|v| RequestAuthentication::unreadable(&v, mismatch.message.clone()).ok());
         Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::RequestAuthentication) }
+    })
+}
+
+fn read_destination_rule(document: &impl Document) -> Result<Object, Unreadable> {
+    let rule = typed::<manifest::DestinationRule, DestinationRule>(document);
+    rule.map(Object::DestinationRule).map_err(|mismatch| {
+        let loose = document.read::<Value>().ok();
+        let stand_in = loose.and_then(|v| DestinationRule::unreadable(&v, mismatch.message.clone()));
+        Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::DestinationRule) }
+    })
+}
+
+fn read_backend_tls_policy(document: &impl Document) -> Result<Object, Unreadable> {
+    let policy = typed::<manifest::BackendTlsPolicy, BackendTlsPolicy>(document);
+    policy.map(Object::BackendTlsPolicy).map_err(|mismatch| {
+        let loose = document.read::<Value>().ok();
+        let stand_in = loose.and_then(|v| BackendTlsPolicy::unreadable(&v, mismatch.message.clone()).ok());
+        Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::BackendTlsPolicy) }
     })
 }
 

@@ -15,6 +15,8 @@ pub enum Kind {
     Service,
     /// Checked, without effect on any resource.
     ServiceAccount,
+    /// Roots that servers outside the mesh are verified by.
+    ConfigMap,
     /// Certificates of gateways with their keys.
     Secret,
     /// A part of a service's endpoints.
@@ -49,6 +51,8 @@ pub enum Kind {
     DestinationRule,
     /// Which tokens of requests are valid.
     RequestAuthentication,
+    /// TLS to endpoints.
+    BackendTlsPolicy,
 }
 
 /// Where objects of a kind live.
@@ -125,12 +129,13 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 22] = [
+    pub const ALL: [Kind; 24] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
         Kind::Service,
         Kind::ServiceAccount,
+        Kind::ConfigMap,
         Kind::Secret,
         Kind::EndpointSlice,
         Kind::Deployment,
@@ -148,6 +153,7 @@ impl Kind {
         Kind::VirtualService,
         Kind::DestinationRule,
         Kind::RequestAuthentication,
+        Kind::BackendTlsPolicy,
     ];
 
     /// The table.
@@ -160,6 +166,7 @@ impl Kind {
             Kind::Pod => core("", "Pod", "pods", Namespaced, Everything),
             Kind::Service => core("", "Service", "services", Namespaced, Everything),
             Kind::ServiceAccount => core("", "ServiceAccount", "serviceaccounts", Namespaced, Metadata),
+            Kind::ConfigMap => core("", "ConfigMap", "configmaps", Namespaced, Everything),
             Kind::Secret => core("", "Secret", "secrets", Namespaced, Everything),
             Kind::EndpointSlice => {
                 core("discovery.k8s.io", "EndpointSlice", "endpointslices", Namespaced, Everything)
@@ -188,6 +195,9 @@ impl Kind {
             }
             Kind::RequestAuthentication => {
                 extension(SECURITY.0, SECURITY.1, "RequestAuthentication", "requestauthentications")
+            }
+            Kind::BackendTlsPolicy => {
+                extension(GATEWAY.0, &["v1", "v1alpha3"], "BackendTLSPolicy", "backendtlspolicies")
             }
         }
     }

@@ -89,6 +89,15 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         &[&["", ", name: s1"]],
     ));
     texts.extend(combine(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {name: $0, namespace: a}\n\
+         spec: {targetRefs: [{group: $1, kind: $2, name: $3}], validation: {hostname: x, caCertificateRefs: [{group: '', kind: ConfigMap, name: c}]}}",
+        &[&["t1", "t2"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: c, namespace: a}\ndata: {$0: text}",
+        &[&["ca.crt", "other"]],
+    ));
+    texts.extend(combine(
         "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: $0, namespace: $1, $2}\n\
          spec: {$3, http: [{match: [{sourceLabels: {app: x}}], route: [{destination: {host: $4}}]}, {delegate: {name: v3, namespace: a}}]}",
         &[
@@ -264,7 +273,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 19, "{kinds:?}");
+    assert_eq!(kinds.len(), 21, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

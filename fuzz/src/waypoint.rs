@@ -13,6 +13,7 @@ use ambit_route::{ClientHello, ConnectionHead, StreamMatched, StreamTable};
 use ambit_token::rules;
 use ambit_waypoint::accept::Destination;
 use ambit_waypoint::backend_policies::BackendPolicies;
+use ambit_waypoint::backend_tls::TlsClients;
 use ambit_waypoint::client_hello::{Parsed, parse};
 use ambit_waypoint::dump;
 use ambit_waypoint::external::{Verdict, grpc, http, is_framing};
@@ -173,7 +174,8 @@ fn backend_policies(backends: &mut [l7::BackendPolicy]) {
         SERVICE.1.clone_into(&mut backend.host);
         backend.mesh_wide = true;
     }
-    let compiled = BackendPolicies::new(1, &*backends);
+    static TLS: LazyLock<TlsClients> = LazyLock::new(|| TlsClients::new(None).expect("no file to read"));
+    let compiled = BackendPolicies::new(1, &*backends, &TLS);
     let service = NamespacedHost { namespace: SERVICE.0.into(), hostname: SERVICE.1.into() };
     assert!(compiled.find(&service, 80, None).is_ok(), "the service itself is always known");
     for subset in backends.iter().flat_map(|backend| &backend.subsets) {

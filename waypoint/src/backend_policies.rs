@@ -16,6 +16,9 @@ use serde::Serialize;
 
 use crate::backend_tls::{BackendTls, TlsClients};
 
+/// The kind of policies that say nothing but TLS.
+const TLS_POLICY: &str = "BackendTLSPolicy";
+
 /// What a policy says of one port of a service or subset. The default: of services without a policy.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PortPolicy {
@@ -39,6 +42,8 @@ pub struct PortPolicy {
     pub retry_budget: Option<RetryBudget>,
     /// TLS to the endpoints, inside the tunnel where there is one.
     pub tls: Option<Arc<BackendTls>>,
+    /// Whether something is said of TLS, be it that there is none.
+    pub says_tls: bool,
 }
 
 /// What of a request the hash is made of.
@@ -120,6 +125,8 @@ pub struct BackendPolicies {
     generation: u64,
     /// The most specific host first, then the oldest.
     rules: Vec<Rule>,
+    /// BackendTLSPolicies, which say nothing but TLS.
+    tls: Vec<Rule>,
     default: Arc<PortPolicy>,
 }
 
@@ -128,6 +135,8 @@ struct Rule {
     host: Host,
     namespace: Box<str>,
     mesh_wide: bool,
+    /// Whether it is a BackendTLSPolicy.
+    says_tls_only: bool,
     settings: Ports,
     subsets: BTreeMap<Box<str>, (Arc<Labels>, Ports)>,
 }
@@ -182,8 +191,11 @@ impl Ports {
     }
 
     fn of(&self, port: u16) -> Option<&Arc<PortPolicy>> {
-        let named = |wanted: u16| self.0.iter().find(|(port, _)| *port == wanted);
-        named(port).or_else(|| named(0)).map(|(_, policy)| policy)
+        self.named(port).or_else(|| self.named(0))
+    }
+
+    fn named(&self, wanted: u16) -> Option<&Arc<PortPolicy>> {
+        self.0.iter().find(|(port, _)| *port == wanted).map(|(_, policy)| policy)
     }
 
     /// Whether something is said at all.
@@ -208,13 +220,15 @@ impl BackendPolicies {
             (object.namespace, object.name)
         };
         sources.sort_by_cached_key(|source| (age(source), name(source)));
-        let mut rules: Vec<Rule> = sources.into_iter().map(|source| Rule::read(source, tls)).collect();
+        let rules: Vec<Rule> = sources.into_iter().map(|source| Rule::read(source, tls)).collect();
+        let (of_tls, mut rules): (Vec<Rule>, Vec<Rule>) =
+            rules.into_iter().partition(|rule| rule.says_tls_only);
         // Stable: the oldest stays the first for its host.
         rules.sort_by(|one, other| {
             let rank = |rule: &Rule| (rule.mesh_wide, rule.host.rank());
             rank(one).cmp(&rank(other)).then_with(|| one.host.text().cmp(other.host.text()))
         });
-        Self { generation, rules, default: Arc::default() }
+        Self { generation, rules, tls: of_tls, default: Arc::default() }
     }
 
     /// Which state this is.
@@ -238,14 +252,32 @@ impl BackendPolicies {
         let Some(subset) = subset else {
             let said = same.iter().find(|rule| !rule.settings.is_empty());
             let policy = said.and_then(|rule| rule.settings.of(port)).unwrap_or(&self.default);
-            return Ok(Found { policy: policy.clone(), labels: None });
+            return Ok(Found { policy: self.with_tls(policy, service, port), labels: None });
         };
         let (labels, settings) = same
             .iter()
             .find_map(|rule| rule.subsets.get(subset))
             .ok_or_else(|| format!("subset {subset} of {hostname} is not known"))?;
         let policy = settings.of(port).unwrap_or(&self.default);
-        Ok(Found { policy: policy.clone(), labels: Some(labels.clone()) })
+        Ok(Found { policy: self.with_tls(policy, service, port), labels: Some(labels.clone()) })
+    }
+
+    /// The policy with what a BackendTLSPolicy demands, if it says nothing of TLS itself.
+    fn with_tls(&self, policy: &Arc<PortPolicy>, service: &NamespacedHost, port: u16) -> Arc<PortPolicy> {
+        let applies =
+            |rule: &&Rule| *rule.namespace == *service.namespace && rule.host.matches(&service.hostname);
+        let all = || self.tls.iter().filter(applies);
+        let for_port = |port: u16| all().find_map(|rule| rule.settings.named(port));
+        match for_port(port).or_else(|| for_port(0)).filter(|_| !policy.says_tls) {
+            None => policy.clone(),
+            Some(demanded) => Arc::new(PortPolicy {
+                object: policy.object.clone().or_else(|| demanded.object.clone()),
+                tls: demanded.tls.clone(),
+                invalid: policy.invalid.clone().or_else(|| demanded.invalid.clone()),
+                says_tls: true,
+                ..PortPolicy::clone(policy)
+            }),
+        }
     }
 }
 
@@ -265,6 +297,7 @@ impl Rule {
         Self {
             host: Host::read(&source.host.to_ascii_lowercase()),
             namespace: object.namespace.into(),
+            says_tls_only: object.kind == TLS_POLICY,
             mesh_wide: source.mesh_wide,
             settings: Ports::read(&name, &source.settings, tls),
             subsets: subsets.collect(),
@@ -289,6 +322,7 @@ fn policy(object: &Arc<str>, source: &l7::PortSettings, tls: &TlsClients) -> Por
         .retry_budget
         .as_ref()
         .map(|budget| RetryBudget { percent_milli: budget.percent_milli, least: budget.min_concurrency });
+    policy.says_tls = source.tls.is_some();
     policy.tls = source.tls.as_ref().and_then(|source| tls.get(source));
     policy.invalid = invalid.map(|reason| format!("{object}: {reason}").into());
     policy
@@ -452,6 +486,48 @@ mod tests {
         assert_eq!(*labels("v1").unwrap(), [("version".into(), "1".into())]);
         assert_eq!(*labels("v2").unwrap(), [("version".into(), "2".into())]);
         assert_eq!(labels("v3").unwrap_err(), "subset v3 of a is not known");
+    }
+
+    #[test]
+    fn a_destination_rule_that_says_nothing_of_tls_leaves_that_to_another_policy() {
+        let wanted = |mode: l7::TlsMode, name: &str| {
+            let roots = Some(l7::backend_tls::Roots::System(true));
+            l7::BackendTls { mode: mode.into(), server_name: name.into(), roots, ..Default::default() }
+        };
+        let demands = |port: u32, name: &str| {
+            let tls = Some(wanted(l7::TlsMode::Tls, name));
+            l7::PortSettings { port, tls, ..l7::PortSettings::default() }
+        };
+        let demanded = |name: &str, settings: Vec<l7::PortSettings>| {
+            let mut policy = source(name, "a", 1, settings);
+            policy.object.as_mut().unwrap().kind = "BackendTLSPolicy".to_owned();
+            policy
+        };
+        let off = l7::PortSettings {
+            port: 82,
+            tls: Some(wanted(l7::TlsMode::Plaintext, "")),
+            ..l7::PortSettings::default()
+        };
+        let rule = source("r", "a", 1, vec![settings(0, l7::Algorithm::Random), demands(81, "rule"), off]);
+        let broken = l7::PortSettings { port: 83, invalid: "no root".into(), ..l7::PortSettings::default() };
+        let all = [
+            rule,
+            demanded("all", vec![demands(0, "all")]),
+            demanded("port", vec![demands(80, "port")]),
+            demanded("broken", vec![broken]),
+        ];
+        let policies = BackendPolicies::new(1, &all, &tls());
+        let service = NamespacedHost { namespace: "shop".into(), hostname: "a".into() };
+        let found = |port: u16| policies.find(&service, port, None).unwrap().policy;
+        let name = |port: u16| found(port).tls.as_ref().and_then(|tls| tls.server_name().map(str::to_owned));
+        assert_eq!(name(80).as_deref(), Some("port"));
+        assert_eq!(found(80).algorithm, Some(Algorithm::Random));
+        assert_eq!(name(81).as_deref(), Some("rule"));
+        assert_eq!(name(82), None);
+        assert_eq!((name(83), found(83).invalid.is_some()), (None, true));
+        assert_eq!(name(84).as_deref(), Some("all"));
+        let other = NamespacedHost { namespace: "other".into(), hostname: "a".into() };
+        assert!(policies.find(&other, 80, None).unwrap().policy.tls.is_none());
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod verifier;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -29,6 +29,9 @@ use tokio_rustls::TlsConnector;
 use self::verifier::{AnyVerifier, Name, NamedVerifier};
 use crate::failure::Failure;
 use crate::io::Endpoint;
+
+/// Largest file of certificates or a key that is read.
+const MAX_FILE: u64 = 1 << 20;
 
 /// Why TLS can't be spoken as a policy demands. It names files, never what is in them.
 #[derive(Debug, thiserror::Error)]
@@ -380,8 +383,18 @@ fn has_files(source: &l7::BackendTls) -> bool {
     matches!(source.roots, Some(Roots::File(_))) || certificate.is_some_and(|it| !it.chain_file.is_empty())
 }
 
+/// Reads a file that a policy names: whoever writes the policy must not make the waypoint read without end, or wait.
 fn read(file: &str) -> Result<Vec<u8>, TlsError> {
-    std::fs::read(file).map_err(|source| TlsError::Read { file: file.to_owned(), source })
+    let limited = || {
+        if !std::fs::metadata(file)?.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
+        let mut bytes = Vec::new();
+        let read = std::fs::File::open(file)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+        let is_whole = u64::try_from(read).is_ok_and(|read| read <= MAX_FILE);
+        is_whole.then_some(bytes).ok_or_else(|| io::Error::other("it is too large"))
+    };
+    limited().map_err(|source| TlsError::Read { file: file.to_owned(), source })
 }
 
 fn material(source: &l7::BackendTls) -> Result<Material, TlsError> {

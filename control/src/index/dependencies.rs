@@ -59,6 +59,10 @@ pub(super) enum Dependency {
     Label(Arc<str>, Arc<str>),
     /// The policies that ask this provider about requests.
     Asking(Arc<str>),
+    /// A ConfigMap.
+    ConfigMap(NamespacedName),
+    /// The BackendTLSPolicies for a Service or ServiceEntry.
+    TlsPoliciesOf(ObjectRef),
     /// Keys that are fetched.
     Keys(KeyAddress),
 }

@@ -346,12 +346,14 @@ impl Index {
             Kind::VirtualService => l7::virtual_services::of_virtual_service(&reader, id),
             Kind::DestinationRule => l7::backend_policies::of_rule(&reader, id),
             Kind::RequestAuthentication => l7::request_authentications::of_authentication(&reader, id),
+            Kind::BackendTlsPolicy => l7::backend_tls::of_policy(&reader, id),
             // What a gateway gets of a Secret comes with the Gateway.
             Kind::ReferenceGrant
             | Kind::Secret
             | Kind::Namespace
             | Kind::Node
             | Kind::ServiceAccount
+            | Kind::ConfigMap
             | Kind::Deployment
             | Kind::ReplicaSet => Vec::new(),
         };

@@ -10,8 +10,7 @@ use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    AuthorizationPolicy, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service, ServiceEntry, VirtualService, Visibility,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service, ServiceEntry, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -210,6 +209,19 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::RoutesOf(parent.clone()));
         let ids = self.store.routes_by_parent.of(parent);
         ids.filter_map(|id| self.store.routes.get(id)).map(AsRef::as_ref)
+    }
+
+    /// A ConfigMap.
+    pub(super) fn config_map(&self, id: &NamespacedName) -> Option<&'a ConfigMap> {
+        self.depend(Dependency::ConfigMap(id.clone()));
+        self.store.config_maps.get(id).map(AsRef::as_ref)
+    }
+
+    /// The BackendTLSPolicies that name a Service or ServiceEntry, in order.
+    pub(super) fn tls_policies_of(&self, target: &ObjectRef) -> impl Iterator<Item = &'a BackendTlsPolicy> {
+        self.depend(Dependency::TlsPoliciesOf(target.clone()));
+        let ids = self.store.tls_policies_by_target.of(target);
+        ids.filter_map(|id| self.store.backend_tls_policies.get(id)).map(AsRef::as_ref)
     }
 
     /// The policies that ask a provider about requests, in order.

@@ -9,9 +9,7 @@ use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
-    AuthorizationPolicy, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Namespace,
-    NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -34,6 +32,9 @@ pub(super) struct Store {
     pub(super) virtual_services: HashMap<NamespacedName, Arc<VirtualService>>,
     pub(super) destination_rules: HashMap<NamespacedName, Arc<DestinationRule>>,
     pub(super) request_authentications: HashMap<NamespacedName, Arc<RequestAuthentication>>,
+    /// Those that hold roots.
+    pub(super) config_maps: HashMap<NamespacedName, Arc<ConfigMap>>,
+    pub(super) backend_tls_policies: HashMap<NamespacedName, Arc<BackendTlsPolicy>>,
     /// Keys of token issuers, as far as they were fetched.
     pub(super) keys: HashMap<KeyAddress, FetchedKeys>,
 
@@ -81,6 +82,8 @@ pub(super) struct Store {
     pub(super) virtual_services_by_delegate: Reverse<NamespacedName>,
     /// DestinationRules by their host in full.
     pub(super) destination_rules_by_host: Reverse<Arc<str>>,
+    /// BackendTLSPolicies by the Services and ServiceEntries that they name.
+    pub(super) tls_policies_by_target: Reverse<ObjectRef>,
     /// ReferenceGrants by namespace.
     pub(super) grants_by_namespace: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
@@ -219,6 +222,25 @@ impl Store {
             None => self.grants_by_namespace.remove(&id.namespace, id),
         }
         replace(&mut self.grants, id, new)
+    }
+
+    /// Puts a BackendTLSPolicy in place and returns what was there.
+    pub(super) fn set_backend_tls_policy(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<BackendTlsPolicy>>,
+    ) -> Option<Arc<BackendTlsPolicy>> {
+        let old = replace(&mut self.backend_tls_policies, id, new);
+        let targets = |policy: &Arc<BackendTlsPolicy>| -> Vec<ObjectRef> {
+            policy.targets.iter().filter_map(|target| target.object.clone()).collect()
+        };
+        for target in old.iter().flat_map(targets) {
+            self.tls_policies_by_target.remove(&target, id);
+        }
+        for target in new.into_iter().flat_map(targets) {
+            self.tls_policies_by_target.insert(target, id.clone());
+        }
+        old
     }
 
     /// Puts a DestinationRule in place and returns what was there. `host` is the full form of a rule's host.

@@ -13,9 +13,7 @@ use super::l7::request_authentications::FetchedKeys;
 use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
-    AuthorizationPolicy, Change, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Labels,
-    Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry,
+    AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -50,6 +48,8 @@ impl Index {
             Object::VirtualService(new) => self.take_virtual_service(&id, Some(&new)),
             Object::DestinationRule(new) => self.take_destination_rule(&id, Some(&new)),
             Object::RequestAuthentication(new) => self.take_request_authentication(&id, Some(&new)),
+            Object::ConfigMap(new) => self.take_config_map(&id, Some(&new)),
+            Object::BackendTlsPolicy(new) => self.take_backend_tls_policy(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -76,6 +76,8 @@ impl Index {
             Kind::VirtualService => self.take_virtual_service(id, None),
             Kind::DestinationRule => self.take_destination_rule(id, None),
             Kind::RequestAuthentication => self.take_request_authentication(id, None),
+            Kind::ConfigMap => self.take_config_map(id, None),
+            Kind::BackendTlsPolicy => self.take_backend_tls_policy(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -361,6 +363,28 @@ impl Index {
         let old = self.store.set_grant(id, new);
         if old.as_ref() != new {
             self.touch_users(&Dependency::Grants(id.namespace.clone()));
+        }
+    }
+
+    fn take_config_map(&mut self, id: &NamespacedName, new: Option<&Arc<ConfigMap>>) {
+        // Most hold no roots, and need no place.
+        let new = new.filter(|map| map.roots.is_some());
+        let old = replace(&mut self.store.config_maps, id, new);
+        if old.as_ref() != new {
+            self.touch_users(&Dependency::ConfigMap(id.clone()));
+        }
+    }
+
+    fn take_backend_tls_policy(&mut self, id: &NamespacedName, new: Option<&Arc<BackendTlsPolicy>>) {
+        let old = self.store.set_backend_tls_policy(id, new);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::BackendTlsPolicy, id);
+        for target in [old.as_ref(), new].into_iter().flatten().flat_map(|policy| &policy.targets) {
+            if let Some(object) = &target.object {
+                self.touch_users(&Dependency::TlsPoliciesOf(object.clone()));
+            }
         }
     }
 

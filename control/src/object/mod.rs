@@ -19,6 +19,7 @@ pub use self::core::secret::{KeyPair, Secret};
 pub use self::core::service::{
     AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Visibility,
 };
+pub use gateway::backend_tls::{BackendTlsPolicy, ConfigMap, RootsRef, TlsTarget};
 pub(crate) use gateway::binding::CANARY_WEIGHT;
 pub use gateway::binding::{Canary, Choice, WaypointBinding};
 pub use gateway::grant::ReferenceGrant;
@@ -52,6 +53,7 @@ pub use crate::kind::Kind;
 pub(crate) mod manifest {
     pub(crate) use super::core::secret::Manifest as Secret;
     pub(crate) use super::gateway::Manifest as Gateway;
+    pub(crate) use super::gateway::backend_tls::Manifest as BackendTlsPolicy;
     pub(crate) use super::gateway::grant::Manifest as ReferenceGrant;
     pub(crate) use super::gateway::grpc::Manifest as GrpcRoute;
     pub(crate) use super::gateway::http::Manifest as HttpRoute;
@@ -157,6 +159,10 @@ pub enum Object {
     DestinationRule(Arc<DestinationRule>),
     /// Which tokens of requests are valid.
     RequestAuthentication(Arc<RequestAuthentication>),
+    /// One that may hold roots.
+    ConfigMap(Arc<ConfigMap>),
+    /// TLS to endpoints.
+    BackendTlsPolicy(Arc<BackendTlsPolicy>),
 }
 
 impl Object {
@@ -185,6 +191,8 @@ impl Object {
             Object::VirtualService(_) => Kind::VirtualService,
             Object::DestinationRule(_) => Kind::DestinationRule,
             Object::RequestAuthentication(_) => Kind::RequestAuthentication,
+            Object::ConfigMap(_) => Kind::ConfigMap,
+            Object::BackendTlsPolicy(_) => Kind::BackendTlsPolicy,
         }
     }
 
@@ -211,6 +219,8 @@ impl Object {
             Object::VirtualService(o) => o.meta.id.clone(),
             Object::DestinationRule(o) => o.meta.id.clone(),
             Object::RequestAuthentication(o) => o.meta.id.clone(),
+            Object::ConfigMap(o) => o.id.clone(),
+            Object::BackendTlsPolicy(o) => o.meta.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

@@ -6,6 +6,7 @@
 //! already, and a replica that takes the lease over puts everything right.
 
 mod allocation;
+mod ancestors;
 pub(crate) mod classes;
 mod conditions;
 pub mod deployments;

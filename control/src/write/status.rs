@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::WriteMetrics;
 use super::allocation::Allocator;
+use super::ancestors;
 use super::conditions;
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
@@ -32,7 +33,7 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 10] = [
+pub(crate) const KINDS: [Kind; 11] = [
     Kind::Service,
     Kind::AuthorizationPolicy,
     Kind::ServiceEntry,
@@ -43,6 +44,7 @@ pub(crate) const KINDS: [Kind; 10] = [
     Kind::TlsRoute,
     Kind::VirtualService,
     Kind::RequestAuthentication,
+    Kind::BackendTlsPolicy,
 ];
 /// Objects looked at at the same time.
 const CONCURRENT: usize = 8;
@@ -207,6 +209,10 @@ impl StatusWriter {
         if Route::KINDS.contains(&kind) {
             if let Some(parents) = routes::plan(&value, &reference.name.namespace, &findings, &now()) {
                 status.insert("parents".to_owned(), parents.into());
+            }
+        } else if kind == Kind::BackendTlsPolicy {
+            if let Some(ancestors) = ancestors::plan(&value, &findings, &now()) {
+                status.insert("ancestors".to_owned(), ancestors.into());
             }
         } else if let Some(conditions) = conditions::plan(&value, &findings, &now()) {
             status.insert("conditions".to_owned(), conditions.into());

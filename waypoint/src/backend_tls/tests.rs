@@ -217,6 +217,7 @@ fn what_can_not_be_used_is_refused() {
     let bad = [
         demanded(Roots::Pem(Vec::new().into()), &[]),
         demanded(Roots::File("/nowhere".to_owned()), &[]),
+        demanded(Roots::File("/dev/zero".to_owned()), &[]),
         demanded(Roots::System(true), &[host("a b")]),
         demanded(Roots::System(false), &[]),
         l7::BackendTls { roots: None, ..demanded(Roots::System(true), &[]) },

@@ -78,7 +78,8 @@ fn with_names_of_entry(
 ) -> l7::BackendPolicy {
     let of_subsets = policy.subsets.iter_mut().flat_map(|subset| &mut subset.settings);
     let all = policy.settings.iter_mut().chain(of_subsets).filter_map(|settings| settings.tls.as_mut());
-    let mut unnamed: Vec<_> = all.filter(|tls| tls.names.is_empty()).collect();
+    let is_unnamed = |tls: &&mut l7::BackendTls| tls.mode() == l7::TlsMode::Tls && tls.names.is_empty();
+    let mut unnamed: Vec<_> = all.filter(is_unnamed).collect();
     if unnamed.is_empty() {
         return policy;
     }

@@ -5,6 +5,7 @@
 mod attachment;
 mod authorization;
 pub(super) mod backend_policies;
+pub(super) mod backend_tls;
 pub(super) mod gateways;
 pub(super) mod hosts;
 mod listeners;

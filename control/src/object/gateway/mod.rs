@@ -1,5 +1,6 @@
 //! Gateways: waypoints, gateways for clients outside the mesh, and the ways into other networks.
 
+pub(super) mod backend_tls;
 pub(super) mod binding;
 pub(super) mod grant;
 pub(super) mod grpc;

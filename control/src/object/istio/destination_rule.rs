@@ -44,6 +44,24 @@ impl DestinationRule {
         self.subsets.iter().flat_map(|subset| subset.labels.keys()).map(String::as_str).collect()
     }
 
+    /// What stands for a rule that can't be read and says something of TLS: requests to its host are answered with 500, since they
+    /// might go out in the clear. Other rules that can't be read have no effect.
+    pub fn unreadable(object: &Value, reason: String) -> Option<DestinationRule> {
+        let meta = Meta::salvage(object).ok()?;
+        let spec = object.get("spec")?;
+        let host = spec.get("host").and_then(Value::as_str).filter(|host| !host.is_empty())?;
+        let settings = l7::PortSettings { invalid: reason, ..l7::PortSettings::default() };
+        tls::is_named(spec).then(|| DestinationRule {
+            meta,
+            host: host.to_ascii_lowercase().into(),
+            export_to: Vec::new(),
+            selects_clients: false,
+            settings: vec![settings],
+            subsets: Vec::new(),
+            unsupported: Vec::new(),
+        })
+    }
+
     /// Whether proxies in `namespace` see it.
     pub fn is_exported_to(&self, namespace: &str) -> bool {
         let own = &*self.meta.id.namespace;

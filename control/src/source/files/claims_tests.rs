@@ -171,7 +171,7 @@ fn an_unknown_field_in_a_policy_is_reported_with_its_line() {
 #[test]
 fn foreign_kinds_are_ignored_and_misspelt_ones_reported() {
     let mut files = Files::default();
-    let effect = files.apply(&id("f"), content("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a}\n"));
+    let effect = files.apply(&id("f"), content("apiVersion: batch/v1\nkind: CronJob\nmetadata: {name: a}\n"));
     assert_eq!(effect, Effect::default());
     let effect = files.apply(
         &id("f"),

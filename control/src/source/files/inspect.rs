@@ -108,7 +108,7 @@ apiVersion: v1
 kind: List
 items:
   - {apiVersion: v1, kind: Namespace, metadata: {name: shop}}
-  - {apiVersion: v1, kind: ConfigMap, metadata: {name: settings}}
+  - {apiVersion: batch/v1, kind: CronJob, metadata: {name: nightly}}
 ";
 
     #[test]
@@ -135,7 +135,7 @@ items:
             "6: foreign StatefulSet",
             "14: fault AuthorizationPolicy shop/broken, stand-in: true",
             "19: Namespace shop",
-            "20: foreign ConfigMap",
+            "20: foreign CronJob",
         ];
         assert_eq!(shown, expected);
     }

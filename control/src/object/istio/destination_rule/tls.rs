@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use ambit_api::l7;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::settings::Reading;
 
@@ -77,6 +78,15 @@ impl Tls {
     }
 }
 
+/// Whether a value has TLS settings somewhere.
+pub(super) fn is_named(value: &Value) -> bool {
+    match value {
+        Value::Object(fields) => fields.iter().any(|(name, value)| name == "tls" || is_named(value)),
+        Value::Array(items) => items.iter().any(is_named),
+        _ => false,
+    }
+}
+
 /// A name as certificates have it: a URI, or a DNS name or an address.
 pub(crate) fn subject_name(name: &str) -> l7::SubjectName {
     use l7::subject_name::Kind;
@@ -91,7 +101,7 @@ mod tests {
 
     use super::*;
 
-    fn read(tls: serde_json::Value) -> Result<l7::BackendTls, String> {
+    fn read(tls: Value) -> Result<l7::BackendTls, String> {
         Reading::default().tls(&serde_json::from_value(tls).unwrap(), "spec.trafficPolicy.tls")
     }
 
