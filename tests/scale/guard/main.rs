@@ -9,6 +9,7 @@ mod decide;
 mod encode;
 mod records;
 mod resolve;
+mod waypoint;
 
 use anyhow::{Result, bail};
 
@@ -24,6 +25,11 @@ fn main() -> Result<()> {
         Some("records-small") => records::small(),
         Some("xds-encode") => encode::resources(),
         Some("xds-push") => encode::push(),
+        Some("waypoint-match") => waypoint::matching(),
+        Some("waypoint-compile") => waypoint::compile(),
+        Some("waypoint-decide") => waypoint::decide(),
+        Some("waypoint-sanitise") => waypoint::sanitised(),
+        Some("waypoint-fields") => waypoint::fields(),
         other => bail!("no such function: {other:?}"),
     }
 }

@@ -7,3 +7,4 @@ pub mod directory;
 pub mod machine;
 pub mod objects;
 pub mod policies;
+pub mod routes;
