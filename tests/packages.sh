@@ -5,6 +5,7 @@ set -euo pipefail
 need=()
 for pair in postgresql-15:/usr/lib/postgresql/15/bin/postgres postgresql-client-15:/usr/lib/postgresql/15/bin/psql \
     redis-server:/usr/bin/redis-server redis-tools:/usr/bin/redis-cli nginx-light:/usr/sbin/nginx wrk:/usr/bin/wrk nghttp2-client:/usr/bin/h2load \
+    haproxy:/usr/sbin/haproxy python3-venv:/usr/share/doc/python3-venv \
     openssh-server:/usr/sbin/sshd openssh-client:/usr/bin/ssh curl:/usr/bin/curl \
     valgrind:/usr/bin/valgrind etcd-server:/usr/bin/etcd containerd:/usr/bin/containerd runc:/usr/sbin/runc \
     containernetworking-plugins:/usr/lib/cni/ptp nftables:/usr/sbin/nft conntrack:/usr/sbin/conntrack \

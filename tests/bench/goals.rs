@@ -17,7 +17,8 @@ pub(crate) struct Verdict {
 }
 
 impl Verdict {
-    fn at_most(what: impl Into<String>, measured: f64, goal: f64, unit: &'static str) -> Self {
+    /// A demand for no more than the goal.
+    pub(crate) fn at_most(what: impl Into<String>, measured: f64, goal: f64, unit: &'static str) -> Self {
         Self { what: what.into(), measured, goal, at_most: true, unit }
     }
 

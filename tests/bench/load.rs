@@ -54,6 +54,8 @@ pub(crate) struct Outcome {
     pub p50_us: f64,
     /// 99th percentile of the latency of an operation, in microseconds.
     pub p99_us: f64,
+    /// 99.9th percentile of the latency of an operation, in microseconds.
+    pub p999_us: f64,
 }
 
 impl Outcome {
@@ -270,11 +272,12 @@ pub(crate) async fn drive(drive: Drive) -> Result<Outcome> {
     samples.sort_unstable();
     outcome.p50_us = percentile(&samples, 0.50);
     outcome.p99_us = percentile(&samples, 0.99);
+    outcome.p999_us = percentile(&samples, 0.999);
     Ok(outcome)
 }
 
 /// The `q` quantile of sorted nanoseconds, in microseconds.
-fn percentile(sorted: &[u64], q: f64) -> f64 {
+pub(crate) fn percentile(sorted: &[u64], q: f64) -> f64 {
     let index = ((sorted.len() as f64) * q) as usize;
     sorted.get(index.min(sorted.len().saturating_sub(1))).map_or(0.0, |&ns| ns as f64 / 1000.0)
 }

@@ -1,4 +1,5 @@
-//! `ambit-bench`: the L4 figures of docs/benchmarks.md, taken for no mesh, a raw relay and Ambit in one run.
+//! `ambit-bench`: the L4 figures of docs/benchmarks.md, taken for no mesh, a raw relay and Ambit in one run; `ambit-bench l7`: those
+//! of the waypoint beside other proxies.
 //!
 //! Called by `make bench`. It brings up a local cluster of two nodes, runs the same clients and servers over each
 //! path in alternation, and writes Markdown and JSON. `serve`, `drive` and `relay` are its own child processes.
@@ -8,6 +9,7 @@
 mod bed;
 mod crowd;
 mod goals;
+mod l7;
 mod load;
 mod relay;
 mod report;
@@ -83,6 +85,15 @@ enum Part {
     },
     /// A client for one kind of work; prints its outcome as JSON.
     Drive(load::Drive),
+    /// The figures of the waypoint.
+    L7(l7::Run),
+    /// A server for HTTP/1.1, HTTP/2 and gRPC.
+    ServeL7 {
+        #[arg(long)]
+        listen: SocketAddr,
+    },
+    /// A client for HTTP/1.1, HTTP/2 or gRPC; prints its outcome as JSON.
+    DriveL7(l7::load::Drive),
     /// One half of the raw relay.
     Relay {
         #[arg(long, value_enum)]
@@ -106,6 +117,12 @@ fn main() -> Result<()> {
             Some(Part::Hold { server, connections }) => crowd::run(server, connections).await,
             Some(Part::Drive(drive)) => {
                 println!("{}", serde_json::to_string(&load::drive(drive).await?)?);
+                Ok(())
+            }
+            Some(Part::L7(run)) => l7::measure(&run).await,
+            Some(Part::ServeL7 { listen }) => l7::load::serve(listen).await,
+            Some(Part::DriveL7(drive)) => {
+                println!("{}", serde_json::to_string(&l7::load::drive(drive).await?)?);
                 Ok(())
             }
             Some(Part::Relay { side, listen, to, identity }) => {

@@ -453,21 +453,28 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 /// Median and range of a figure over the runs.
-struct Spread {
+pub(crate) struct Spread {
     low: f64,
-    median: f64,
+    /// The median.
+    pub(crate) median: f64,
     high: f64,
 }
 
 impl Spread {
     fn of(samples: &[Sample], figure: impl Fn(&Sample) -> f64) -> Self {
+        Self::of_all(samples, figure)
+    }
+
+    /// Of any samples.
+    pub(crate) fn of_all<T>(samples: &[T], figure: impl Fn(&T) -> f64) -> Self {
         let mut values: Vec<f64> = samples.iter().map(figure).collect();
         values.sort_by(f64::total_cmp);
         let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
         Self { low: at(0), median: at(values.len() / 2), high: at(values.len().saturating_sub(1)) }
     }
 
-    fn show(&self, digits: usize) -> String {
+    /// Median, lowest and highest.
+    pub(crate) fn show(&self, digits: usize) -> String {
         format!("{:.digits$} ({:.digits$}–{:.digits$})", self.median, self.low, self.high)
     }
 }
