@@ -14,7 +14,10 @@ use serde_json::Value;
 
 use crate::kind::Kind;
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway, Invalid, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, manifest,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
+    Gateway, Invalid, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod,
+    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService,
+    WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.

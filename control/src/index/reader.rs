@@ -10,7 +10,9 @@ use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service, ServiceEntry, VirtualService, Visibility,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, Namespace,
+    NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service,
+    ServiceEntry, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.

@@ -9,7 +9,9 @@ use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress,
+    Kind, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
+    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.

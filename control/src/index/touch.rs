@@ -13,7 +13,10 @@ use super::l7::request_authentications::FetchedKeys;
 use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry,
+    AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
+    KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod,
+    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService,
+    WorkloadEntry,
 };
 
 impl Index {
