@@ -250,7 +250,10 @@ pub fn endpoint(
         Err(why) => why,
     };
     let slot = balanced.slot.key();
-    if let Some(endpoint) = in_another_network(proxy, source, slot, tried)? {
+    // TLS that a policy demands ends at the endpoint itself, and who that is the other network decides.
+    if !target.tls
+        && let Some(endpoint) = in_another_network(proxy, source, slot, tried)?
+    {
         return Ok(Chosen { endpoint: Arc::new(endpoint), trial: None });
     }
     let SlotKey { host, port, .. } = slot;
@@ -283,6 +286,7 @@ fn in_another_network(
             service: Some(route.service),
             address: route.hbone,
             tunnel: Some((route.hbone, route.expected)),
+            tls: None,
             crossing: Some(Box::new(Crossing {
                 gateway: route.gateway.uid.clone(),
                 authority: route.authority,

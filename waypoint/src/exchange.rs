@@ -74,8 +74,8 @@ async fn steps(
         }
     };
     authorize::authorize(&published, inbound, &sane, &parts, token.as_ref())?;
-    if published.forwards_client_identity {
-        let identity = inbound.certificate.identity();
+    if let (true, Some(certificate)) = (published.forwards_client_identity, &inbound.certificate) {
+        let identity = certificate.identity();
         sanitise::forward_identity(&mut parts.headers, &inbound.worker.proxy.identity, identity);
     }
     // Only who is allowed learns which routes there are.

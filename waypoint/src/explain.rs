@@ -119,6 +119,7 @@ fn explain(proxy: &Proxy, asked: Asked) -> Explanation {
     let claims = Claims {
         client: source,
         trusted: false,
+        ends_tls: false,
         default_host: &host,
         target_size: proxy.settings.limits.target_size,
     };
@@ -229,12 +230,12 @@ impl Seen<'_> {
         if let Some(principal) = token.and_then(Token::principal) {
             explanation.passes("authenticate", format!("the token of {principal} is valid"), Vec::new());
         }
-        for authorizer in published.policies.authorizers(destination, client, source, &http) {
+        for authorizer in published.policies.authorizers(destination, Some(client), source, &http) {
             let text = format!("the external authorizer {} would be asked", authorizer.name());
             explanation.warns("authorize", text, Vec::new());
         }
-        let verdict = published.policies.decide(destination, client, source, Some(&http));
-        let request = policies::request(destination, client, source);
+        let verdict = published.policies.decide(destination, Some(client), source, Some(&http));
+        let request = policies::request(destination, Some(client), source);
         let mut applying: Vec<&Policy> = published.policies.applying(destination).collect();
         applying.sort_by_key(|policy| (policy.action() == Action::Allow, policy.name().clone()));
         let considered = applying.iter().map(|policy| {
@@ -359,6 +360,8 @@ fn straight(proxy: &Proxy, request: &Seen<'_>) -> Result<Hosts, Failure> {
             };
             Ok((Vec::new(), Some(next)))
         }
+        // A gateway sends on what a route sends, and nothing else.
+        Destination::Listener { .. } => Err(Failure::NoRoute),
         Destination::Service { service, port, .. } => {
             let target = balance::of_service(proxy, request.published, service, *port)?;
             hosts(proxy, &target)

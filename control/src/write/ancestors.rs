@@ -62,6 +62,7 @@ mod tests {
             message: "because".to_owned(),
             parent: Some(ObjectRef { kind: Kind::Gateway, name: NamespacedName::new("shop", gateway) }),
             parent_ref: None,
+            listener: None,
             controller: CONTROLLER,
         }
     }
