@@ -75,6 +75,17 @@ fn is_understood<'a>(resources: impl Iterator<Item = (ResourceType, &'a str, &'a
                 assert_eq!(format!("{}/{}/{}", object.kind, object.namespace, object.name), name);
                 continue;
             }
+            ResourceType::Listener => {
+                let listener = l7::Listener::decode(body).expect("a listener");
+                assert!(name.starts_with(&format!("{}/", listener.gateway)), "{name}");
+                continue;
+            }
+            ResourceType::KeyPair => {
+                let pair = l7::KeyPair::decode(body).expect("a key pair");
+                let object = pair.object.expect("its name");
+                assert!(name.ends_with(&format!("/{}/{}", object.namespace, object.name)), "{name}");
+                continue;
+            }
             ResourceType::Route => {
                 let route = l7::Route::decode(body).expect("a route");
                 // Whatever was written, the table can be made of it.

@@ -209,9 +209,9 @@ fn decide(mut policies: BTreeMap<String, l7::Policy>, head: &[u8]) {
         token: token.as_ref(),
     };
     compiled.needs_requests(&destination);
-    compiled.authorizers(&destination, &client, CLIENT, &http);
+    compiled.authorizers(&destination, Some(&client), CLIENT, &http);
     for http in [Some(&http), None] {
-        let verdict = compiled.decide(&destination, &client, CLIENT, http);
+        let verdict = compiled.decide(&destination, Some(&client), CLIENT, http);
         assert!(!(unreadable && verdict.allowed()), "a policy without content lets through");
     }
 }
