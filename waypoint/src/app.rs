@@ -20,7 +20,9 @@ use ambit_net::accept::Acceptor;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::cut::CutReason;
 use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
+use ambit_runtime::hostnames::Hostnames;
 use ambit_runtime::loads::Loads;
+use ambit_runtime::resolv_conf::ResolvConf;
 use ambit_runtime::stop::Requests;
 use ambit_runtime::tasks::Tasks;
 use ambit_runtime::workers::{WorkerHandle, Workers};
@@ -32,6 +34,7 @@ use tokio::net::TcpStream;
 use crate::backend_tls::TlsClients;
 use crate::balancers::Balancers;
 use crate::config::Config;
+use crate::names::Names;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
@@ -86,7 +89,7 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
     let (signal, drain) = drain::channel();
     let listener = listen(config.listen_address).context("listenAddress")?;
     let parts = parts(config, &mut tasks).await?;
-    let proxy = Arc::new(proxy(&parts, drain.clone()));
+    let proxy = Arc::new(proxy(&parts, names(&parts.config)?, drain.clone()));
     let (workers, mut supervisor) = Workers::start(parts.config.proxy.worker_count(), |handle| Worker {
         proxy: proxy.clone(),
         index: handle.index(),
@@ -216,7 +219,15 @@ fn pool_settings(config: &Config) -> PoolSettings {
     PoolSettings { client, ..PoolSettings::default() }
 }
 
-fn proxy(parts: &Parts, drain: Drain) -> Proxy {
+/// Resolves host names by the resolvers of the waypoint's own pod.
+fn names(config: &Config) -> anyhow::Result<Names> {
+    let own = ResolvConf::of_system();
+    // Hosts are full names, so no search path counts.
+    let hostnames = Hostnames::new(&own.nameservers, &[], "").context("make a resolver of host names")?;
+    Ok(Names::new(hostnames, &config.dynamic_hosts()?))
+}
+
+fn proxy(parts: &Parts, names: Names, drain: Drain) -> Proxy {
     let config = &parts.config;
     let server = ServerSettings {
         connection: connection_settings(config),
@@ -242,6 +253,7 @@ fn proxy(parts: &Parts, drain: Drain) -> Proxy {
         connections: Connections::new(config.proxy.worker_count()),
         loads: Loads::default(),
         balancers: Balancers::default(),
+        names,
         drain,
         server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
         tallies: Tallies::default(),

@@ -43,7 +43,7 @@ use crate::proxy::{Published, TunnelKey, Worker};
 use crate::report::Record;
 use crate::sanitise::Sane;
 use crate::upstream::{Found, Key, Returned, Sender, Used};
-use crate::{mirror, upgrade};
+use crate::{mirror, names, upgrade};
 
 /// The first wait before another try, where the route says none; it doubles with each.
 const BACKOFF: Duration = Duration::from_millis(25);
@@ -73,6 +73,8 @@ pub async fn send(
     if let (Some(routed), Some(backend)) = (routed, &target.backend) {
         filters::on_backend(routed, backend, &mut on_response, &mut parts)?;
     }
+    let asked = on_response.host.as_ref().map_or(&*sane.authority, Authority::as_str);
+    let target = &*target.asking(published, inbound, names::asked_host(asked))?;
     let rule = routed.map(|routed| &routed.rule);
     let timeouts = rule.map(|rule| rule.timeouts).unwrap_or_default();
     let default = Retry::default();
@@ -278,11 +280,15 @@ impl Sending<'_> {
 
     async fn one_try(&mut self) -> Result<HeadOfAnswer, Failure> {
         let Chosen { endpoint: chosen, trial } = self.choose()?;
-        self.record.set_endpoint(&chosen);
         if let Some(workload) = &chosen.workload {
             self.tried.push(workload.uid.clone());
         }
         self.trial = trial;
+        let chosen = match names::locate(&self.inbound.worker, chosen).await {
+            Ok(chosen) => chosen,
+            Err(failure) => return self.learn(Err(failure)),
+        };
+        self.record.set_endpoint(&chosen);
         let trying = self.exchange(&chosen);
         let outcome = match self.timeouts.backend {
             Some(limit) => timeout(limit, trying).await.unwrap_or(Err(Failure::TryTimeout)),
@@ -562,6 +568,11 @@ pub async fn pass_through(
         Ok(target) => target,
         Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
     };
+    let asked = tls.as_ref().and_then(|hello| names::asked_host(hello.server_name.as_deref()?));
+    let target = match target.asking(&published, inbound, asked) {
+        Ok(target) => target,
+        Err(failure) => return report.finish(Err(failure.to_string())),
+    };
     let key = match &target.balanced {
         Some(balanced) => match balanced.current(&worker.proxy) {
             Ok(balancer) => {
@@ -580,6 +591,16 @@ pub async fn pass_through(
             Err(failure) => {
                 last.get_or_insert(failure);
                 break;
+            }
+        };
+        let chosen = match names::locate(worker, chosen).await {
+            Ok(chosen) => chosen,
+            Err(failure) => {
+                if let Some(trial) = trial {
+                    trial.fail(&failure, Duration::ZERO);
+                }
+                last = Some(failure);
+                continue;
             }
         };
         report.set_endpoint(&chosen);

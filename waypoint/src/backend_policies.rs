@@ -489,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn a_destination_rule_that_says_nothing_of_tls_leaves_that_to_another_policy() {
+    fn a_rule_that_says_nothing_of_tls_leaves_that_to_another_policy() {
         let wanted = |mode: l7::TlsMode, name: &str| {
             let roots = Some(l7::backend_tls::Roots::System(true));
             l7::BackendTls { mode: mode.into(), server_name: name.into(), roots, ..Default::default() }

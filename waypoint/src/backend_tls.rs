@@ -150,7 +150,7 @@ struct Material {
     key: Vec<u8>,
 }
 
-/// Configurations for connections that are told apart by `id`.
+/// Configurations, which `id` distinguishes from those of other clients.
 struct Client {
     id: u64,
     http1: Arc<ClientConfig>,
@@ -248,8 +248,8 @@ pub struct EndpointTls {
     pub settings: Arc<BackendTls>,
     /// The name that is asked for.
     pub name: Arc<str>,
-    /// Who may answer, with the mesh's certificates and unless the policy says so.
-    pub identity: SpiffeId,
+    /// Who may answer, with the mesh's certificates and unless the policy says so; none for what is no workload.
+    pub identity: Option<SpiffeId>,
 }
 
 /// What connections with TLS may be shared by.
@@ -300,7 +300,7 @@ impl EndpointTls {
         let certificate = certificate.map_err(|error| Failure::Unavailable(error.to_string()))?;
         let mut expected: Vec<SpiffeId> = self.settings.identities().collect();
         if expected.is_empty() {
-            expected.push(self.identity.clone());
+            expected.extend(self.identity.clone());
         }
         let mut config = ClientConfig::clone(&certificate.client_tls().expecting(&expected));
         config.alpn_protocols = alpn.offered();

@@ -1,6 +1,7 @@
 //! Step 7: which backend of the rule gets a request, by weight, and which endpoint of it, as its policy balances.
 
-use std::net::{IpAddr, SocketAddr};
+use std::borrow::Cow;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use crate::balancers::balancer::Balancer;
 use crate::balancers::{Slot, SlotKey, Sources, Trial, Unresolved};
 use crate::failure::Failure;
 use crate::matching::Routed;
+use crate::names;
 use crate::proxy::{Proxy, Published, Worker};
 use crate::upstream::Key;
 
@@ -37,6 +39,41 @@ pub struct Target {
     pub balanced: Option<Balanced>,
     /// Whether requests are sent inside TLS to the endpoint, as a policy demands.
     pub tls: bool,
+    /// Whether it is for the host that a client asks for: [`Target::asking`] says which.
+    pub is_dynamic: bool,
+    /// That host.
+    pub asked: Option<Arc<str>>,
+}
+
+impl Target {
+    /// The target for a host that a client asks for. It must be covered by the service, and by no other that is more specific: that
+    /// one's policies would not hold.
+    ///
+    /// # Errors
+    /// [`Failure::NoRoute`].
+    pub fn asking(
+        &self,
+        published: &Published,
+        inbound: &Inbound,
+        host: Option<Arc<str>>,
+    ) -> Result<Cow<'_, Self>, Failure> {
+        let Some(balanced) = self.balanced.as_ref().filter(|_| self.is_dynamic) else {
+            return Ok(Cow::Borrowed(self));
+        };
+        let service = &balanced.slot.key().host.hostname;
+        let client = inbound.certificate.identity().namespace();
+        let is_meant = |host: &str| {
+            let meant = published.directory.service_named(host, client);
+            names::covers(service, host) && meant.is_some_and(|meant| meant.host.hostname == *service)
+        };
+        match host.filter(|host| is_meant(host)) {
+            Some(host) => Ok(Cow::Owned(Self { asked: Some(host), ..self.clone() })),
+            None => {
+                tracing::info!(source = %inbound.source, %service, "a host was asked for that the service does not cover");
+                Err(Failure::NoRoute)
+            }
+        }
+    }
 }
 
 /// Endpoints to balance over.
@@ -62,7 +99,15 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
             Destination::Listener { .. } => return Err(Failure::NoRoute),
         };
         let protocol = inbound.destination.protocol();
-        return Ok(Target { authority, backend: None, protocol, balanced: None, tls: false });
+        return Ok(Target {
+            authority,
+            backend: None,
+            protocol,
+            balanced: None,
+            tls: false,
+            is_dynamic: false,
+            asked: None,
+        });
     };
     let invalid =
         |reason: &str| Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_owned() };
@@ -96,6 +141,8 @@ pub fn of_service(
         protocol: mapping.app_protocol,
         balanced: Some(balanced),
         tls,
+        is_dynamic: service.resolves_dynamically,
+        asked: None,
     })
 }
 
@@ -124,6 +171,8 @@ pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Re
         protocol: port.map(|port| port.app_protocol).unwrap_or_default(),
         balanced: Some(balanced),
         tls,
+        is_dynamic: service.resolves_dynamically,
+        asked: None,
     })
 }
 
@@ -180,6 +229,8 @@ pub struct Endpoint {
     pub tunnel: Option<(SocketAddr, SmallVec<[SpiffeId; 1]>)>,
     /// TLS that ends at the endpoint itself, as a policy demands.
     pub tls: Option<EndpointTls>,
+    /// The name that DNS locates it by; its address is that of [`names::locate`] then.
+    pub host: Option<names::Host>,
     /// The second tunnel inside that one, where it leads into another network.
     pub crossing: Option<Box<Crossing>>,
 }
@@ -244,6 +295,10 @@ pub fn endpoint(
     let proxy = &worker.proxy;
     let Some(balanced) = &target.balanced else { return address(proxy, source, target, tried) };
     let balancer = balanced.current(proxy)?;
+    if let Some(asked) = &target.asked {
+        let endpoint = Arc::new(dynamic(&balancer, balanced.slot.key(), asked)?);
+        return Ok(Chosen { endpoint, trial: None });
+    }
     let chosen = balanced.slot.choose(&balancer, &proxy.published.load().directory, tried, key);
     let why = match chosen {
         Ok(chosen) => return Ok(Chosen { endpoint: chosen.endpoint, trial: Some(chosen.trial) }),
@@ -287,6 +342,7 @@ fn in_another_network(
             address: route.hbone,
             tunnel: Some((route.hbone, route.expected)),
             tls: None,
+            host: None,
             crossing: Some(Box::new(Crossing {
                 gateway: route.gateway.uid.clone(),
                 authority: route.authority,
@@ -296,6 +352,27 @@ fn in_another_network(
         })),
         _ => Ok(None),
     }
+}
+
+/// Wherever DNS says that a host is which a client asks for.
+fn dynamic(balancer: &Balancer, key: &SlotKey, asked: &Arc<str>) -> Result<Endpoint, Failure> {
+    let service = balancer.service();
+    let port = service.ports.get(key.port).map(|mapping| mapping.target_port);
+    let no_port = || Failure::NoEndpoint(format!("service {} has no port {}", key.host, key.port));
+    let tls = balancer.policy().tls.as_ref().map(|settings| EndpointTls {
+        settings: settings.clone(),
+        name: settings.server_name().map_or_else(|| asked.clone(), Arc::from),
+        identity: None,
+    });
+    Ok(Endpoint {
+        workload: None,
+        service: Some(service.clone()),
+        address: SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port.ok_or_else(no_port)?),
+        tunnel: None,
+        tls,
+        crossing: None,
+        host: Some(names::Host::asked(asked)),
+    })
 }
 
 /// An address that was dialled.
@@ -322,6 +399,7 @@ fn address(
             tunnel: Some((route.hbone, route.expected)),
             crossing: None,
             tls: None,
+            host: None,
         },
         Route::Plain(route) | Route::Own(route) => Endpoint {
             workload: route.workload,
@@ -330,6 +408,7 @@ fn address(
             tunnel: None,
             crossing: None,
             tls: None,
+            host: None,
         },
         Route::Refuse(refusal) => return Err(Failure::NoEndpoint(refusal.to_string())),
         Route::Unknown(unknown) => return Err(Failure::UnknownService(unknown.authority.to_string())),
@@ -365,11 +444,21 @@ pub fn guard(proxy: &Proxy, address: SocketAddr) -> Result<(), Failure> {
     }
 }
 
-fn own_workload<'a>(proxy: &Proxy, snapshot: &'a Snapshot) -> Result<&'a Arc<Workload>, Failure> {
+pub(crate) fn own_workload<'a>(proxy: &Proxy, snapshot: &'a Snapshot) -> Result<&'a Arc<Workload>, Failure> {
     let own = snapshot.workload(proxy.settings.uid.as_str());
     own.ok_or_else(|| {
         Failure::Unavailable(format!("the waypoint's own workload {} is not known", proxy.settings.uid))
     })
+}
+
+/// An address of the waypoint itself.
+pub(crate) fn own_address(proxy: &Proxy) -> Result<IpAddr, Failure> {
+    let published = proxy.published.load();
+    let own = own_workload(proxy, &published.directory)?;
+    own.addresses
+        .first()
+        .copied()
+        .ok_or_else(|| Failure::Unavailable("the waypoint has no address".to_owned()))
 }
 
 /// Requests in progress stand for connections.

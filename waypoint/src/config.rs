@@ -7,6 +7,7 @@ use std::time::Instant;
 use ambit_api::ports;
 use ambit_runtime::configuration::proxy::{Certificates, ProxySettings};
 use ambit_runtime::configuration::{ConfigError, ForeignVariable, Settings, Span};
+use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,9 @@ pub struct Config {
     /// PEM file with roots of the servers outside the mesh that DestinationRules and BackendTLSPolicies demand TLS to, beside those
     /// of Mozilla.
     pub upstream_roots: Option<PathBuf>,
+    /// Networks, beside public addresses, that a host may be in which a client asks for at a ServiceEntry with the resolution
+    /// DYNAMIC_DNS, as 192.168.0.0/16. Addresses of this host and link, and those of the mesh, are always refused.
+    pub dynamic_host_cidrs: Vec<String>,
     /// The waypoint's certificate.
     pub certificates: Certificates,
     /// Bounds of everything that waits or grows.
@@ -79,6 +83,17 @@ pub struct Limits {
     pub connections_per_endpoint: usize,
 }
 
+impl Config {
+    /// The networks of `dynamic_host_cidrs`.
+    ///
+    /// # Errors
+    /// One that is none.
+    pub fn dynamic_hosts(&self) -> Result<Vec<IpNet>, ConfigError> {
+        let wrong = |text: &String| ConfigError::value("dynamicHostCidrs", format!("{text:?} is no network"));
+        self.dynamic_host_cidrs.iter().map(|text| text.parse().map_err(|_| wrong(text))).collect()
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -88,6 +103,7 @@ impl Default for Config {
             service_account: "waypoint".into(),
             trusted_forwarders: Vec::new(),
             upstream_roots: None,
+            dynamic_host_cidrs: Vec::new(),
             certificates: Certificates::default(),
             limits: Limits::default(),
         }
@@ -152,6 +168,7 @@ impl Settings for Config {
     fn validate(&self) -> Result<(), ConfigError> {
         self.proxy.validate()?;
         self.certificates.validate()?;
+        self.dynamic_hosts()?;
         let wrong = |key: &str, reason: &str| Err(ConfigError::value(key, reason));
         if self.proxy.pod_name.is_empty() {
             return wrong("podName", "is not set; it is the name of the waypoint's own pod");

@@ -25,6 +25,7 @@ use crate::body::{RequestBody, ResponseBody, Source};
 use crate::exchange::Answered;
 use crate::failure::Failure;
 use crate::filters::OnResponse;
+use crate::names;
 use crate::sanitise::Sane;
 use crate::upstream::Returned;
 
@@ -297,9 +298,14 @@ async fn exchange(
                 Err(failure) => return Err(failure),
             };
         let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
-        let key = chosen.key(http2)?;
-        let sender = match sender(worker, &key, &chosen).await {
-            Ok(sender) => sender,
+        let connected = async {
+            let chosen = names::locate(worker, chosen).await?;
+            let key = chosen.key(http2)?;
+            let sender = sender(worker, &key, &chosen).await?;
+            Ok((key, sender))
+        };
+        let (key, sender) = match Box::pin(connected).await {
+            Ok(connected) => connected,
             Err(failure) => {
                 tried.extend(workload);
                 if let Err(failure) = learn(trial, Duration::ZERO, Err(failure)) {

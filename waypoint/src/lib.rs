@@ -34,6 +34,7 @@ pub mod listeners;
 pub mod matching;
 pub mod messages;
 pub mod mirror;
+pub mod names;
 pub mod policies;
 pub mod protocol;
 pub mod proxy;

@@ -74,6 +74,9 @@ pub fn find(
 pub fn needs_client_hello(inbound: &Inbound) -> bool {
     let Some(service) = inbound.destination.service() else { return false };
     let (host, port) = (&service.host, inbound.destination.port());
+    if service.resolves_dynamically {
+        return true;
+    }
     inbound.worker.proxy.published.load().streams.needs_client_hello(&host.namespace, &host.hostname, port)
 }
 

@@ -15,6 +15,7 @@ use crate::attempt::{Form, dispatch, head, learn, sender};
 use crate::balance::{self, Chosen};
 use crate::body::{RequestBody, Source};
 use crate::failure::Failure;
+use crate::names;
 use crate::proxy::Published;
 
 /// How long a copy may take, its answer included.
@@ -91,6 +92,10 @@ async fn copy(
     let state = match &body {
         RequestBody::Copy(copied) => Some(copied.state()),
         RequestBody::Empty | RequestBody::Replay(_) | RequestBody::Whole(_) | RequestBody::Call(_) => None,
+    };
+    let chosen = match names::locate(worker, chosen).await {
+        Ok(chosen) => chosen,
+        Err(failure) => return learn(trial, Duration::ZERO, Err(failure)).map(drop),
     };
     let connected = match chosen.key(http2) {
         Ok(key) => sender(worker, &key, &chosen).await.map(|sender| (key, sender)),

@@ -21,6 +21,7 @@ use crate::config::Limits;
 use crate::dump::RouteSummary;
 use crate::failure::Failure;
 use crate::listeners::Listeners;
+use crate::names::Names;
 use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::upstream::Upstreams;
@@ -229,6 +230,8 @@ pub struct Proxy {
     pub balancers: Balancers,
     /// Notifies when nothing new is to be taken.
     pub drain: Drain,
+    /// Resolves host names.
+    pub names: Names,
     /// Accepts and serves the tunnel connections of other proxies.
     pub server: Server,
     /// Counts.

@@ -18,12 +18,12 @@ use crate::connection::error::ConnectionError;
 use crate::connection::report::Reporter;
 use crate::directory::ondemand::OnDemandClient;
 use crate::dns::DnsProxy;
-use crate::outbound::hostnames::{Addresses, Hostnames, LOOKUP_DESCRIPTORS};
 use crate::outbound::tunnels::TunnelKey;
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pod};
 use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::Drain;
+use ambit_runtime::hostnames::{Addresses, Hostnames, LOOKUP_DESCRIPTORS};
 use ambit_runtime::loads::Loads;
 use ambit_runtime::shares::Shares;
 

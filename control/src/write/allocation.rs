@@ -86,7 +86,7 @@ fn ip_of(address: &Value) -> Option<IpAddr> {
 }
 
 /// The hosts that an address is to be allocated for: none where the author gave addresses or wants none, where the
-/// destination of connections is kept (resolution NONE), and for wildcards, which cannot be resolved.
+/// destination of connections is kept (resolution NONE), and for wildcards, which cannot be resolved unless a waypoint does that (DYNAMIC_DNS).
 fn hosts_without_address(entry: &Value) -> Vec<String> {
     let spec = &entry["spec"];
     let opted_out = entry["metadata"]["labels"][OPT_OUT].as_str() == Some("false");
@@ -97,7 +97,8 @@ fn hosts_without_address(entry: &Value) -> Vec<String> {
     }
     let hosts = spec["hosts"].as_array().into_iter().flatten().filter_map(Value::as_str);
     let mut named: Vec<String> = Vec::new();
-    for host in hosts.filter(|host| !host.contains('*')) {
+    let by_waypoint = spec["resolution"].as_str() == Some("DYNAMIC_DNS");
+    for host in hosts.filter(|host| by_waypoint || !host.contains('*')) {
         if !named.iter().any(|known| known == host) {
             named.push(host.to_owned());
         }
@@ -158,6 +159,8 @@ mod tests {
             *changed.pointer_mut(pointer).unwrap() = value;
             assert_eq!(allocator.plan(&id("a"), &changed), Some(Vec::new()), "{changed}");
         }
+        let wildcard = json!({ "spec": { "hosts": ["*.example"], "resolution": "DYNAMIC_DNS" } });
+        assert_eq!(allocator.plan(&id("c"), &wildcard).map(|addresses| addresses.len()), Some(2));
         let mut out = entry(&["a.example"], &[]);
         out["metadata"] = json!({ "labels": { OPT_OUT: "false" } });
         assert_eq!(allocator.plan(&id("b"), &out), None);

@@ -23,7 +23,7 @@ pub struct ServiceState(Arc<Known>);
 pub struct Candidate {
     /// The workload.
     pub workload: Arc<Workload>,
-    /// Its address and the port that requests go to.
+    /// Its address and the port that requests go to; an unspecified address for a workload that only DNS can locate.
     pub address: SocketAddr,
     /// Where its HBONE listener is and who must answer there; `None`: plain TCP.
     pub tunnel: Option<(SocketAddr, Expected)>,
@@ -62,7 +62,7 @@ impl ServiceState {
     }
 
     /// The endpoints that may get requests of `client` to a port of the service, in no order. Those in other networks, and those known
-    /// by host name only, are left out.
+    /// by neither address nor host name, are left out.
     pub fn candidates(&self, client: &Workload, port: u16) -> Vec<Candidate> {
         self.0.endpoints.iter().filter_map(|endpoint| self.candidate(client, port, endpoint)).collect()
     }
@@ -85,7 +85,8 @@ impl ServiceState {
             Mode::Strict if shared < balancing.preference.len() => return None,
             Mode::Strict => 0,
         };
-        let ip = workload.address_like(family(service, client))?;
+        let known = workload.address_like(family(service, client));
+        let ip = known.or_else(|| workload.is_only_named().then_some(Ipv4Addr::UNSPECIFIED.into()))?;
         let port = endpoint.target_port(service, port)?;
         let tunnel = match workload.tunnel {
             TunnelProtocol::Hbone if !workload.is_same(client) => {

@@ -19,7 +19,7 @@ use crate::service::{
 use crate::workload::{
     ApplicationTunnel, Label, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType,
 };
-use crate::{SESSION_AFFINITY_EXTENSION, WAYPOINT_FAILURE_OPEN_EXTENSION};
+use crate::{DYNAMIC_HOST_EXTENSION, SESSION_AFFINITY_EXTENSION, WAYPOINT_FAILURE_OPEN_EXTENSION};
 
 /// Control planes leave out the trust domain when it is this one.
 const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
@@ -138,6 +138,7 @@ pub(crate) fn service(source: &wire::Service, texts: &mut Interner) -> Result<Se
             Ok(wire::service::Visibility::Namespace) => Visibility::Namespace,
             Err(_) => return Err(unknown("service.visibility", source.visibility)),
         },
+        resolves_dynamically: has_extension(&source.extensions, DYNAMIC_HOST_EXTENSION),
         session_affinity: has_extension(&source.extensions, SESSION_AFFINITY_EXTENSION),
         waypoint_failure_open: has_extension(&source.extensions, WAYPOINT_FAILURE_OPEN_EXTENSION),
         name: texts.intern(&source.name),

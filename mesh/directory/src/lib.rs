@@ -55,3 +55,6 @@ pub const SESSION_AFFINITY_EXTENSION: &str = "ambit.dev/session-affinity";
 /// Name of the [`Extension`](ambit_api::workload::Extension) of a service or workload whose owner allows the direct way while its waypoint is
 /// missing (annotation `ambit.dev/waypoint-failure: open`). Its presence is what counts; it needs no `config`.
 pub const WAYPOINT_FAILURE_OPEN_EXTENSION: &str = "ambit.dev/waypoint-failure-open";
+/// Name of the [`Extension`](ambit_api::workload::Extension) of a service with a wildcard host whose waypoint resolves the host that a client
+/// asks for. Its presence is what counts; it needs no `config`.
+pub const DYNAMIC_HOST_EXTENSION: &str = "ambit.dev/dynamic-host";

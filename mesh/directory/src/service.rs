@@ -36,6 +36,8 @@ pub struct Service {
     pub visibility: Visibility,
     /// Whether a client address stays with an endpoint as long as that is there.
     pub session_affinity: bool,
+    /// Whether its waypoint resolves the host that a client asks for; there are no endpoints then.
+    pub resolves_dynamically: bool,
     /// Whether the direct route is allowed while the waypoint is missing.
     pub waypoint_failure_open: bool,
     /// The waypoint that its traffic must pass.

@@ -91,6 +91,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// Whether only DNS can locate it.
+    pub fn is_only_named(&self) -> bool {
+        self.addresses.is_empty() && !self.hostname.is_empty()
+    }
+
     /// What it makes of the ports of `host`; `None` if it is no endpoint of that service.
     pub fn membership(&self, host: HostRef<'_>) -> Option<&Membership> {
         self.services.iter().find(|membership| membership.host.as_ref() == host)

@@ -3,7 +3,7 @@
 //! [`workers`] run the data path on single-threaded runtimes; [`tasks`] supervise what a program cannot do without;
 //! [`connections`] lists what is open, and [`cut`] closes it; [`loads`] counts connections by endpoint; [`shares`]
 //! bounds what one pod or peer can take; [`stop`] hears who ends the program and [`drain`] orders the end. [`configuration`]
-//! reads file, flags and environment, [`feed`] subscribes to the control plane, [`observe`] and [`peers`]
+//! reads file, flags and environment, [`feed`] subscribes to the control plane, [`hostnames`] asks the resolvers of [`resolv_conf`], [`observe`] and [`peers`]
 //! make metrics, and [`servers`] shows them. Nothing here knows what a proxy decides.
 
 pub mod configuration;
@@ -11,9 +11,11 @@ pub mod connections;
 pub mod cut;
 pub mod drain;
 pub mod feed;
+pub mod hostnames;
 pub mod loads;
 pub mod observe;
 pub mod peers;
+pub mod resolv_conf;
 pub mod servers;
 pub mod shares;
 pub mod stop;

@@ -4,15 +4,18 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ambit_local::Pod;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait::SOON;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
 };
 use rustls::RootCertStore;
-use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_rustls::TlsConnector;
 
 use crate::bed::{TLS_PORT, Waypoints};
 
@@ -36,6 +39,44 @@ impl Authority {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("root.pem"), issuer.pem()).unwrap();
         Self { issuer, directory }
+    }
+
+    /// The file with its root.
+    pub(crate) fn root_file(&self) -> String {
+        self.file("root.pem").display().to_string()
+    }
+
+    /// A BackendTLSPolicy for a ServiceEntry and its host `<name>.example`, with a ConfigMap.
+    pub(crate) fn policy(&self, name: &str) -> String {
+        let root: String = self.issuer.pem().lines().map(|line| format!("    {line}\n")).collect();
+        format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}, namespace: shop}}\ndata:\n  ca.crt: |\n{root}---\n\
+             apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{targetRefs: [{{group: networking.istio.io, kind: ServiceEntry, name: {name}}}], \
+             validation: {{hostname: {name}.example, caCertificateRefs: [{{group: '', kind: ConfigMap, name: {name}}}]}}}}\n"
+        )
+    }
+
+    /// What a server answers inside TLS of the client's own; `None` if there is no connection or its certificate is not accepted.
+    pub(crate) async fn get(&self, client: &Pod, to: SocketAddr, name: &str) -> Option<String> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let asked = ServerName::try_from(name.to_owned()).unwrap();
+        let talk = async {
+            let stream = client.connect(to).await?;
+            let mut stream = TlsConnector::from(Arc::new(config)).connect(asked, stream).await?;
+            stream.write_all(format!("GET / HTTP/1.1\r\nhost: {name}\r\n\r\n").as_bytes()).await?;
+            let mut answer = vec![0; 4096];
+            let length = stream.read(&mut answer).await?;
+            std::io::Result::Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+        };
+        tokio::time::timeout(SOON, talk).await.ok()?.ok()
     }
 
     fn file(&self, name: &str) -> PathBuf {

@@ -44,6 +44,11 @@ impl Bed for Waypoints {
             .control_arg(format!("--mesh-config={}", mesh_config.display()))
             .nodes(2)
             .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
+            // Servers outside the mesh are at addresses of nodes.
+            .waypoint_env(
+                "AMBIT_WAYPOINT_DYNAMIC_HOST_CIDRS",
+                "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10",
+            )
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_HEAD_TIMEOUT", "4s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_BODY_TIMEOUT", "4s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_IDLE_TIMEOUT", "6s")

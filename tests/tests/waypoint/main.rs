@@ -13,6 +13,7 @@ mod authorization;
 mod backend_tls;
 mod bed;
 mod drain;
+mod egress;
 mod external;
 mod hardening;
 mod http2;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
     resilience::add(&mut trials);
     streams::add(&mut trials);
     backend_tls::add(&mut trials);
+    egress::add(&mut trials);
     tasks::add(&mut trials);
     limits::add(&mut trials);
     http2::add(&mut trials);

@@ -10,6 +10,7 @@ use ambit_telemetry::logging::Logging;
 use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
+use crate::names::Counts;
 use crate::proxy::{External, Limited, Tallies};
 use crate::{dump, explain};
 
@@ -81,6 +82,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     external(parts, program);
     limits(parts, program);
     ejections(parts, program);
+    lookups(parts, program);
     count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
         &t.dry_run_differs
     });
@@ -105,6 +107,22 @@ fn ejections(parts: &Parts, program: &Program) {
     let proxy = program.proxy.clone();
     let ejected = move || i64::try_from(proxy.balancers.ejected()).unwrap_or(i64::MAX);
     registry.gauge_from("ambit_outlier_ejected", "Endpoints that are ejected now", ejected);
+}
+
+fn lookups(parts: &Parts, program: &Program) {
+    type Tally = fn(&Counts) -> &AtomicU64;
+    let families: [(&str, Tally); 4] = [
+        ("found", |it| &it.found),
+        ("failed", |it| &it.failed),
+        ("refused", |it| &it.refused),
+        ("overflow", |it| &it.overflow),
+    ];
+    let series = families.map(|(name, tally)| {
+        let proxy = program.proxy.clone();
+        (name.to_owned(), move || tally(&proxy.names.counts).load(Ordering::Relaxed))
+    });
+    let help = "Host names of endpoints outside the mesh that were looked up";
+    parts.registry.counters_from("ambit_host_lookups", help, "outcome", series);
 }
 
 fn external(parts: &Parts, program: &Program) {

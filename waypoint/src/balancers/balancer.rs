@@ -18,6 +18,7 @@ use super::locality;
 use crate::backend_policies::{Found, HashKey, Outliers, PortPolicy};
 use crate::backend_tls::EndpointTls;
 use crate::balance::{Endpoint, is_elsewhere};
+use crate::names;
 
 /// Points of the ring that keeps clients of a service with session affinity on one endpoint.
 const AFFINITY_RING: usize = 1024;
@@ -95,7 +96,9 @@ impl Balancer {
     ) -> Self {
         let policy = found.policy.clone();
         let mut candidates = state.candidates(&own, port);
-        candidates.retain(|candidate| is_elsewhere(candidate.address.ip(), &own));
+        // Those that DNS locates are looked at when they are.
+        let may_dial = |it: &Candidate| it.workload.is_only_named() || is_elsewhere(it.address.ip(), &own);
+        candidates.retain(may_dial);
         if let Some(labels) = &found.labels {
             let wanted = || labels.iter().map(|(name, value)| (&**name, &**value));
             candidates.retain(|candidate| candidate.workload.has_labels(wanted()));
@@ -119,6 +122,8 @@ impl Balancer {
             let fresh = || HostState::new(old.map(|_| now));
             let state_of = known.get(&(&candidate.workload.uid, candidate.address));
             let tls = endpoint_tls(&policy, state.service(), &candidate);
+            let is_named = candidate.workload.is_only_named();
+            let named = is_named.then(|| names::Host::vouched(&candidate.workload.hostname));
             Host {
                 state: state_of.map_or_else(fresh, |state| Arc::clone(state)),
                 level,
@@ -130,6 +135,7 @@ impl Balancer {
                     tunnel: candidate.tunnel,
                     crossing: None,
                     tls,
+                    host: named,
                 }),
             }
         };
@@ -164,6 +170,11 @@ impl Balancer {
     /// Whether it was made of the same.
     pub(super) fn is_same(&self, state: &ServiceState, own: &Arc<Workload>, found: &Found) -> bool {
         self.state.is_same(state) && Arc::ptr_eq(&self.own, own) && self.found == *found
+    }
+
+    /// The service.
+    pub fn service(&self) -> &Arc<Service> {
+        self.state.service()
     }
 
     /// What is said of them.
@@ -262,7 +273,7 @@ fn endpoint_tls(policy: &PortPolicy, service: &Service, candidate: &Candidate) -
         return None;
     }
     let name = settings.server_name().map_or_else(|| service.host.hostname.clone(), Arc::from);
-    let identity = candidate.workload.identity.clone();
+    let identity = Some(candidate.workload.identity.clone());
     Some(EndpointTls { settings: settings.clone(), name, identity })
 }
 

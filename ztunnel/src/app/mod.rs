@@ -26,9 +26,7 @@ use crate::config::Config;
 use crate::connection::report::Reporter;
 use crate::directory::ondemand::{Bounds, OnDemandClient};
 use crate::directory::{feed, local};
-use crate::dns::resolv_conf::ResolvConf;
 use crate::dns::{self, DnsProxy};
-use crate::outbound::hostnames::Hostnames;
 use crate::outbound::tunnels::{pool_settings, server_settings};
 use crate::pods::sockets::OptionalListeners;
 use crate::pods::{LocalPods, Pods};
@@ -36,7 +34,9 @@ use crate::proxy::{Limits, Proxy, ProxyMetrics, Settings, Worker};
 use crate::zds::client::Progress;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::{self, Drain, Drained};
+use ambit_runtime::hostnames::Hostnames;
 use ambit_runtime::loads::Loads;
+use ambit_runtime::resolv_conf::ResolvConf;
 use ambit_runtime::shares::Shares;
 use ambit_runtime::stop::Requests;
 use ambit_runtime::tasks::Tasks;
@@ -50,9 +50,6 @@ const OWN_FILES: u64 = 64;
 
 /// Look-ups of host names at a time.
 const MAX_LOOKUPS: u64 = 256;
-
-/// Where the node's own resolvers are named.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Runs the proxy until it is asked to stop or can't continue.
 ///
@@ -227,7 +224,7 @@ fn store_config(config: &Config) -> StoreConfig {
 
 fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)> {
     let Parts { config, trust, certificates, directory, discovery, budget, open_files, .. } = parts;
-    let (count, resolv_conf) = (config.proxy.worker_count(), resolv_conf());
+    let (count, resolv_conf) = (config.proxy.worker_count(), ResolvConf::of_system());
     let shares = shares(config, count, *open_files);
     let proxy = Arc::new(Proxy {
         settings: settings(config, trust),
@@ -258,17 +255,6 @@ fn assemble(parts: &Parts, drain: Drain) -> anyhow::Result<(Program, Supervisor)
     })?;
     let pods = Pods::new(proxy.clone(), workers.clone(), drain);
     Ok((Program { proxy, workers, pods, pool_counters }, supervisor))
-}
-
-/// The proxy's own `/etc/resolv.conf`.
-fn resolv_conf() -> ResolvConf {
-    match std::fs::read_to_string(RESOLV_CONF) {
-        Ok(text) => ResolvConf::parse(&text),
-        Err(error) => {
-            tracing::warn!(%error, path = RESOLV_CONF, "no resolvers are known but those that pods ask");
-            ResolvConf::default()
-        }
-    }
 }
 
 fn dns(

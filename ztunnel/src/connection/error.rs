@@ -18,8 +18,8 @@ use http::StatusCode;
 
 use crate::directory::ondemand::DemandFailure;
 use crate::outbound::ejections::Unreachable;
-use crate::outbound::hostnames::LookupError;
 use crate::outbound::socks5::{Reply, Socks5Error};
+use ambit_runtime::hostnames::LookupError;
 use ambit_runtime::shares::LimitExceeded;
 
 /// Who has to change something for the failure to go away.

@@ -11,7 +11,6 @@ pub mod message;
 mod metrics;
 mod names;
 mod originals;
-pub mod resolv_conf;
 pub mod resolver;
 #[cfg(test)]
 mod resolver_tests;

@@ -7,7 +7,6 @@ mod attempt;
 pub mod connect_request;
 pub mod dial;
 pub mod ejections;
-pub mod hostnames;
 pub mod socks5;
 pub mod tunnels;
 

@@ -46,7 +46,8 @@ pub(in crate::index) fn of_service_entry(
     let mut resources: Vec<_> =
         hosts.iter().map(|host| service(reader, entry, host, &network, &addresses)).collect();
     resources.extend(endpoints(reader, entry, &hosts));
-    let by_dns = matches!(entry.resolution, Resolution::Dns | Resolution::DnsRoundRobin);
+    let by_dns =
+        matches!(entry.resolution, Resolution::Dns | Resolution::DnsRoundRobin | Resolution::DynamicDns);
     if by_dns && entry.endpoints.is_empty() && entry.selector.is_none() {
         let names = hosts.iter().filter(|host| !host.starts_with('*'));
         resources.extend(names.map(|host| named(reader, entry, host)));
@@ -109,6 +110,8 @@ fn service(
         mode: api::load_balancing::Mode::Passthrough as i32,
         ..api::LoadBalancing::default()
     };
+    let is_dynamic = entry.resolution == Resolution::DynamicDns && host.starts_with("*.");
+    let dynamic = is_dynamic.then(|| wire::marker(wire::DYNAMIC_HOST));
     let port = |port: &EntryPort| api::Port {
         service_port: port.number.into(),
         target_port: port.target.into(),
@@ -121,7 +124,7 @@ fn service(
         addresses: addresses.iter().map(|block| wire::network_block(network, *block)).collect(),
         ports: entry.ports.iter().map(port).collect(),
         subject_alt_names: entry.subject_alt_names.clone(),
-        extensions: waypoints.extensions().collect(),
+        extensions: waypoints.extensions().chain(dynamic).collect(),
         waypoint: waypoints.primary,
         load_balancing: (entry.resolution == Resolution::None).then_some(passthrough),
         ip_families: api::IpFamilies::Automatic as i32,

@@ -20,6 +20,9 @@ use crate::object::{AppProtocol, IpFamilies, Kind, Labels, Meta, NamespacedName}
 /// Extension of a service with `sessionAffinity: ClientIP`; its value is a `UInt32Value`, the timeout in seconds.
 pub(in crate::index) const SESSION_AFFINITY: &str = "ambit.dev/session-affinity";
 
+/// Extension of a service with a wildcard host whose waypoint resolves what clients ask for.
+pub(in crate::index) const DYNAMIC_HOST: &str = "ambit.dev/dynamic-host";
+
 /// Extension of what may be reached directly when its waypoint cannot be.
 pub(in crate::index) const WAYPOINT_FAILURE_OPEN: &str = "ambit.dev/waypoint-failure-open";
 

@@ -1,4 +1,4 @@
-//! Reads an `/etc/resolv.conf`. Pure.
+//! Reads an `/etc/resolv.conf`.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,6 +12,18 @@ pub struct ResolvConf {
 }
 
 impl ResolvConf {
+    /// The proxy's own. One that can't be read is as an empty one.
+    pub fn of_system() -> Self {
+        const PATH: &str = "/etc/resolv.conf";
+        match std::fs::read_to_string(PATH) {
+            Ok(text) => Self::parse(&text),
+            Err(error) => {
+                tracing::warn!(%error, path = PATH, "no resolvers are known");
+                Self::default()
+            }
+        }
+    }
+
     /// Reads a file's text; lines that are not understood are skipped.
     pub fn parse(text: &str) -> Self {
         const DNS_PORT: u16 = 53;
