@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ambit_directory::{Snapshot, Workload};
+use ambit_directory::{Snapshot, TunnelProtocol, Vip, Workload};
 use ambit_runtime::hostnames::{Addresses, Hostnames};
 use ipnet::IpNet;
 use tokio::sync::Semaphore;
@@ -87,11 +87,11 @@ impl Names {
     }
 
     fn may_dial(&self, address: IpAddr, host: &Host, snapshot: &Snapshot, own: &Workload) -> bool {
-        if !is_elsewhere(address, own) || !has_family(own, address) {
+        if !is_elsewhere(address, own) || !has_family(own, address) || is_of_mesh(snapshot, own, address) {
             return false;
         }
         let is_allowed = || self.allowed.iter().any(|network| network.contains(&address));
-        !host.is_asked || (is_public(address) || is_allowed()) && !is_of_mesh(snapshot, own, address)
+        !host.is_asked || is_public(address) || is_allowed()
     }
 }
 
@@ -122,10 +122,13 @@ fn has_family(own: &Workload, address: IpAddr) -> bool {
     own.addresses.iter().any(|own| own.is_ipv4() == address.is_ipv4())
 }
 
-/// Whether the directory knows who is there: what is in the mesh is reached by its own name, where its policies hold.
+/// Whether a pod, a workload of the mesh or a service is there: these are reached by their own names, where their policies hold.
 fn is_of_mesh(snapshot: &Snapshot, own: &Workload, address: IpAddr) -> bool {
-    snapshot.workload_at(&own.network, address).is_some()
-        || snapshot.service_at(&own.network, address, &own.namespace).is_some()
+    let workload = snapshot.workload_at(&own.network, address);
+    let is_its_own = |vip: &Vip| matches!(vip, Vip::Address(vip) if vip.address == address.to_canonical());
+    let service = snapshot.service_at(&own.network, address, &own.namespace);
+    workload.is_some_and(|workload| workload.is_pod || workload.tunnel == TunnelProtocol::Hbone)
+        || service.is_some_and(|service| service.vips.iter().any(is_its_own))
 }
 
 /// Whether an address is one of the public internet (IANA's registries of special-purpose addresses). Nodes, pods and services of

@@ -38,7 +38,7 @@ pub struct Workload {
     pub host_network: bool,
     /// Whether it is a pod, as its uid says: a pod owns its addresses, whatever else claims them.
     #[serde(skip)]
-    pub(crate) is_pod: bool,
+    pub is_pod: bool,
     /// When its object was created, in seconds since the epoch; 0 if that is not known.
     #[serde(skip)]
     pub(crate) created: i64,
