@@ -105,8 +105,10 @@ async fn connection(
     answer: &Answer,
 ) -> io::Result<()> {
     let mut read = Vec::new();
-    while let Some(head) = head(&mut stream, &mut read).await? {
-        let (body, _) = body(&mut stream, &mut read, &head).await?;
+    while let Some(mut head) = head(&mut stream, &mut read).await? {
+        let (body, trailers) = body(&mut stream, &mut read, &head).await?;
+        // Where there are any they are reported with the fields of the head.
+        head.push_str(&trailers);
         let answer = answer(name, &head, &body);
         if answer.is_empty() {
             return Ok(());

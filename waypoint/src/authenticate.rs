@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ambit_policy::Token;
 use ambit_token::rules;
 use http::Method;
-use http::header::{ACCESS_CONTROL_REQUEST_METHOD, ORIGIN};
+use http::header::{ACCESS_CONTROL_REQUEST_METHOD, HeaderName, ORIGIN};
 use http::request::Parts;
 
 use crate::accept::Inbound;
@@ -15,6 +15,11 @@ use crate::proxy::Published;
 /// Removes what the client sent in fields that only a valid token may fill. Before anything is matched by them.
 pub fn remove_outputs(published: &Published, inbound: &Inbound, parts: &mut Parts) {
     rules::remove_outputs(published.policies.tokens(&inbound.destination), &mut parts.headers);
+}
+
+/// The fields that only a valid token may fill.
+pub fn outputs(published: &Published, inbound: &Inbound) -> Vec<HeaderName> {
+    rules::outputs(published.policies.tokens(&inbound.destination)).cloned().collect()
 }
 
 /// The valid token of a request, with which the request is changed as its rule says; `None` where it has none.

@@ -34,6 +34,36 @@ pub fn authorize(
     decide(published, inbound, Some(&request(inbound, sane, Head::of(parts), token)))
 }
 
+/// Checks what no authorizer changes, before one is asked: the client is still trusted, and no policy denies the request whatever
+/// they say.
+///
+/// # Errors
+/// [`Failure::Denied`].
+pub fn authorize_asking(
+    published: &Published,
+    inbound: &Inbound,
+    sane: &Sane,
+    parts: &Parts,
+    token: Option<&Token>,
+) -> Result<(), Failure> {
+    still_trusted(inbound)?;
+    let identity = inbound.certificate.identity();
+    let request = request(inbound, sane, Head::of(parts), token);
+    let (destination, source) = (&inbound.destination, inbound.source.ip());
+    match published.policies.denied_whatever_is_changed(destination, identity, source, &request) {
+        Some(decision) => Err(Failure::Denied(decision.to_string())),
+        None => Ok(()),
+    }
+}
+
+/// The tunnel was accepted with a certificate that was valid. Expired since, it is good for what the tunnel carries until the
+/// client has had time to open another. Clients of a gateway may have none.
+fn still_trusted(inbound: &Inbound) -> Result<(), Failure> {
+    let Some(certificate) = &inbound.certificate else { return Ok(()) };
+    let rechecked = inbound.worker.proxy.trust.recheck_open(certificate, SystemTime::now());
+    rechecked.map_err(|error| Failure::Denied(error.to_string()))
+}
+
 /// The authorizers that policies ask about the request.
 pub fn authorizers(
     published: &Published,
@@ -177,13 +207,7 @@ fn decide(
     inbound: &Inbound,
     request: Option<&HttpRequest<'_>>,
 ) -> Result<(), Failure> {
-    let proxy = &inbound.worker.proxy;
-    // The tunnel was accepted with a certificate that was valid. Expired since, it is good for what the tunnel carries until
-    // the client has had time to open another.
-    if let Some(certificate) = &inbound.certificate {
-        let rechecked = proxy.trust.recheck_open(certificate, SystemTime::now());
-        rechecked.map_err(|error| Failure::Denied(error.to_string()))?;
-    }
+    still_trusted(inbound)?;
     if request.is_none() && published.policies.needs_requests(&inbound.destination) {
         return Err(Failure::Denied(
             "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),

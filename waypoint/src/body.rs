@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::header::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
@@ -88,9 +88,12 @@ impl Drop for Copy {
 #[derive(Debug, Clone)]
 pub struct Source(Arc<Mutex<State>>);
 
-#[derive(Debug)]
+/// Tells which fields of a client's trailers are not passed on.
+type Withheld = Box<dyn Fn(&HeaderName) -> bool + Send>;
+
 struct State {
     incoming: Incoming,
+    withheld: Option<Withheld>,
     kept: Vec<Bytes>,
     trailers: Option<HeaderMap>,
     ended: bool,
@@ -134,6 +137,15 @@ impl Awaited {
     }
 }
 
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State")
+            .field("received", &self.received)
+            .field("ended", &self.ended)
+            .finish_non_exhaustive()
+    }
+}
+
 /// One try's view of a [`Source`].
 #[derive(Debug)]
 pub struct Replay {
@@ -148,6 +160,7 @@ impl Source {
     pub fn new(incoming: Incoming, room: usize, silence: Duration) -> Self {
         let state = State {
             incoming,
+            withheld: None,
             kept: Vec::new(),
             trailers: None,
             ended: false,
@@ -175,6 +188,12 @@ impl Source {
     /// How many messages of a gRPC call have come.
     pub fn messages(&self) -> u64 {
         self.0.lock().messages.map_or(0, |messages| messages.count())
+    }
+
+    /// Names the fields of its trailers that are not passed on: those that only the waypoint may write. To be called before any
+    /// of it is read.
+    pub fn withhold(&self, is_withheld: impl Fn(&HeaderName) -> bool + Send + 'static) {
+        self.0.lock().withheld = Some(Box::new(is_withheld));
     }
 
     /// The body for another try, from its beginning; `None` if a part is lost.
@@ -252,7 +271,7 @@ impl State {
             if std::mem::take(&mut self.waiting) {
                 self.awaited.stop(Instant::now());
             }
-            return Poll::Ready(frame.map(|frame| frame.map_err(io::Error::other)));
+            return Poll::Ready(frame.map(|frame| Ok(self.permitted(frame.map_err(io::Error::other)?))));
         }
         let now = Instant::now();
         self.awaited.start(now);
@@ -264,6 +283,21 @@ impl State {
         ready!(timer.as_mut().poll(cx));
         self.late = true;
         Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())))
+    }
+
+    /// A frame without the trailers that are withheld.
+    fn permitted(&self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        let Some(is_withheld) = &self.withheld else { return frame };
+        match frame.into_trailers() {
+            Ok(trailers) => {
+                let mut permitted = HeaderMap::with_capacity(trailers.len());
+                for (name, value) in trailers.iter().filter(|(name, _)| !is_withheld(name)) {
+                    permitted.append(name, value.clone());
+                }
+                Frame::trailers(permitted)
+            }
+            Err(data) => data,
+        }
     }
 
     fn poll_read_ahead(&mut self, most: usize, cx: &mut Context<'_>) -> Poll<io::Result<(Bytes, bool)>> {

@@ -67,3 +67,24 @@ async fn each_try_counts_its_own_wait_for_the_client() {
     let second = source.replay();
     assert_eq!((source.awaited(), second.is_some()), (Duration::ZERO, true));
 }
+
+/// A client must not write in its trailers what it may not write in its header.
+#[tokio::test]
+async fn withheld_trailers_are_not_passed_on() {
+    let head = "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-user: root\r\nx-sum: 1\r\n\r\n";
+    for is_read_ahead in [false, true] {
+        let (source, _client) = silent(head).await;
+        source.withhold(|name| name == "x-user");
+        if is_read_ahead {
+            assert_eq!(source.read_ahead(10).await.unwrap(), (Bytes::from_static(b"a"), true));
+        }
+        let mut body = RequestBody::Replay(source.replay().unwrap());
+        let mut trailers = None;
+        while let Some(frame) = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+            trailers = frame.unwrap().into_trailers().ok();
+        }
+        let trailers = trailers.unwrap();
+        assert_eq!((trailers.get("x-user"), trailers.len()), (None, 1));
+        assert_eq!(trailers["x-sum"], "1");
+    }
+}

@@ -59,6 +59,9 @@ pub struct Limits {
     pub head_timeout: Span,
     /// How long the body of a request may be silent; then the answer is 408, and the connection is closed.
     pub body_timeout: Span,
+    /// How long the part of a body that an external authorizer sees may take in all; then the answer is 408, and the connection
+    /// is closed.
+    pub authorized_body_timeout: Span,
     /// How long a client's HTTP connection may be without a request; then it is closed, HTTP/2 with GOAWAY.
     pub idle_timeout: Span,
     /// How long to wait for the first bytes on a port whose protocol is not declared; then it is TCP.
@@ -119,6 +122,7 @@ impl Default for Limits {
             upstream_idle: Span::from_secs(60),
             head_timeout: Span::from_secs(10),
             body_timeout: Span::from_secs(300),
+            authorized_body_timeout: Span::from_secs(30),
             idle_timeout: Span::from_secs(3600),
             detect_timeout: Span::from_secs(1),
             head_size: 64 << 10,

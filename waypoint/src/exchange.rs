@@ -11,10 +11,10 @@ use crate::accept::Inbound;
 use crate::activity::OpenRequest;
 use crate::authorize::AllowedRequest;
 use crate::body::{ResponseBody, Source};
-use crate::external::Checked;
+use crate::external::{Authorizer, Checked};
 use crate::failure::Failure;
 use crate::filters::Filtered;
-use crate::proxy::Counted;
+use crate::proxy::{Counted, Published};
 use crate::report::Record;
 use crate::{answer, attempt, authenticate, authorize, balance, external, filters, matching, sanitise};
 
@@ -66,6 +66,13 @@ async fn steps(
     });
     let token = authenticate::authenticate(&published, inbound, &mut parts)?;
     let authorizers = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref());
+    if let Some(source) = &source {
+        withhold_trailers(&published, inbound, &authorizers, source);
+        // Nobody's body is kept who is denied in any case.
+        if authorizers.iter().any(|authorizer| authorizer.reads_bodies()) {
+            authorize::authorize_asking(&published, inbound, &sane, &parts, token.as_ref())?;
+        }
+    }
     let additions = match external::check(&authorizers, inbound, &sane, &mut parts, source.as_ref()).await? {
         Checked::Goes(additions) => additions,
         Checked::Denied(answered, reason) => {
@@ -105,6 +112,22 @@ async fn steps(
         additions.apply(answered.response.headers_mut());
         answered
     })
+}
+
+/// Keeps a client from writing in its trailers what it may not write in its header: claims of its token, and what authorizers say.
+fn withhold_trailers(
+    published: &Published,
+    inbound: &Inbound,
+    authorizers: &[Arc<Authorizer>],
+    source: &Source,
+) {
+    let claims = authenticate::outputs(published, inbound);
+    let authorizers: Vec<Arc<Authorizer>> = authorizers.to_vec();
+    if !claims.is_empty() || !authorizers.is_empty() {
+        source.withhold(move |name| {
+            claims.contains(name) || authorizers.iter().any(|authorizer| authorizer.writes(name))
+        });
+    }
 }
 
 /// What lives as long as the exchange.

@@ -147,6 +147,16 @@ impl Authorizer {
         &self.name
     }
 
+    /// Whether it sees bodies.
+    pub fn reads_bodies(&self) -> bool {
+        self.body.is_some()
+    }
+
+    /// Whether it alone writes this field of requests.
+    pub fn writes(&self, name: &HeaderName) -> bool {
+        self.http.as_ref().is_some_and(|check| check.writes(name))
+    }
+
     async fn ask(&self, question: &Question<'_>) -> Result<Verdict, String> {
         let worker = &question.inbound.worker;
         let counted = worker.requests.authorization(MOST).ok_or("too many requests wait for authorizers")?;
@@ -168,12 +178,13 @@ impl Authorizer {
         balance::of_backend(proxy, &published, &self.backend)
     }
 
-    /// The beginning of the body that the authorizer sees.
-    async fn read(&self, source: Option<&Source>) -> Result<Option<Body>, Failure> {
+    /// The beginning of the body that the authorizer sees. It must come within `budget`.
+    async fn read(&self, source: Option<&Source>, budget: Duration) -> Result<Option<Body>, Failure> {
         let Some(wanted) = &self.body else { return Ok(None) };
         let Some(source) = source else { return Ok(Some(Body { beginning: Bytes::new(), is_whole: true })) };
         let most = usize::try_from(wanted.max_bytes).unwrap_or(usize::MAX);
-        let read = source.read_ahead(most).await;
+        let read = tokio::time::timeout(budget, source.read_ahead(most)).await;
+        let read = read.map_err(|_| Failure::BodyTimeout)?;
         let (beginning, is_whole) = read.map_err(|error| match error.kind() {
             io::ErrorKind::TimedOut => Failure::BodyTimeout,
             _ => Failure::RequestBody(error.to_string()),
@@ -197,9 +208,10 @@ pub async fn check(
     source: Option<&Source>,
 ) -> Result<Checked, Failure> {
     let tallies = &inbound.worker.proxy.tallies.external;
+    let budget = inbound.worker.proxy.settings.limits.authorized_body_timeout.get();
     let mut additions = Additions::default();
     for authorizer in authorizers {
-        let body = authorizer.read(source).await?;
+        let body = authorizer.read(source, budget).await?;
         let question = Question { inbound, sane, parts, body };
         match authorizer.ask(&question).await {
             Ok(Verdict::Allowed(changes)) => {
@@ -261,7 +273,11 @@ impl Denial {
     /// The answer that the client gets.
     pub fn answer(self) -> Answered {
         let mut response = Response::new(ResponseBody::full(self.body));
-        *response.status_mut() = self.status;
+        // RFC 9110 §15.2: an interim status is no answer, and 101 would make a tunnel of the connection.
+        *response.status_mut() = match self.status.is_informational() {
+            true => StatusCode::FORBIDDEN,
+            false => self.status,
+        };
         let writable = self.fields.iter().filter(|field| !is_framing(&field.name));
         writable.for_each(|field| field.apply(response.headers_mut()));
         Answered { response, filters: OnResponse::default(), upgrade: None }

@@ -119,7 +119,7 @@ impl Applier {
         }
         if changed.gateways || changed.policies {
             let is_own = |gateway: &str| self.gateways.contains_key(gateway);
-            next.policies = Arc::new(Policies::new(&self.policies, is_own));
+            next.policies = Arc::new(Policies::new(&self.policies, &next.policies, is_own));
         }
         if changed.backends {
             let generation = next.backends.generation() + 1;

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use ambit_api::{l7, security};
 use ambit_directory::{AppProtocol, NamespacedHost};
 use ambit_identity::SpiffeId;
-use ambit_policy::{HttpRequest, Peer, Policy, Request, Verdict, evaluate_http};
+use ambit_policy::{
+    Decision, HttpRequest, Peer, Policy, Request, Verdict, denied_whatever_is_changed, evaluate_http,
+};
 use ambit_token::{Rule, Rules};
 
 use crate::accept::Destination;
@@ -19,6 +21,8 @@ pub struct Policies {
     /// For everything that is reached through this waypoint.
     everywhere: Group,
     services: HashMap<NamespacedHost, Group>,
+    /// By the name of its resource, what each was compiled from.
+    compiled: BTreeMap<String, (l7::Policy, Compiled)>,
 }
 
 /// Policies for the same.
@@ -40,24 +44,35 @@ impl Group {
     }
 }
 
+/// A policy in the form in which it is enforced. Cheap to clone.
+#[derive(Debug, Clone)]
 enum Compiled {
     Policy(Arc<Policy>),
     Tokens(Rules),
     Custom(Arc<Policy>, Arc<Authorizer>),
 }
 
+impl Compiled {
+    fn new(name: &str, source: &l7::Policy) -> Self {
+        match (&source.authentication, &source.external) {
+            (Some(authentication), _) => Self::Tokens(Rules::new(authentication)),
+            (None, Some(authorizer)) => {
+                Self::Custom(Arc::new(compile(name, source)), Arc::new(Authorizer::new(authorizer)))
+            }
+            (None, None) => Self::Policy(Arc::new(compile(name, source))),
+        }
+    }
+}
+
 impl Policies {
-    /// The policies for what is reached through the gateways whose names `is_own` knows.
-    pub fn new(all: &BTreeMap<String, l7::Policy>, is_own: impl Fn(&str) -> bool) -> Self {
+    /// The policies for what is reached through the gateways whose names `is_own` knows. What is as it was in `before` is not
+    /// compiled again.
+    pub fn new(all: &BTreeMap<String, l7::Policy>, before: &Self, is_own: impl Fn(&str) -> bool) -> Self {
         let mut policies = Self::default();
         for (name, source) in all {
-            let compiled = match (&source.authentication, &source.external) {
-                (Some(authentication), _) => Compiled::Tokens(Rules::new(authentication)),
-                (None, Some(authorizer)) => {
-                    Compiled::Custom(Arc::new(compile(name, source)), Arc::new(Authorizer::new(authorizer)))
-                }
-                (None, None) => Compiled::Policy(Arc::new(compile(name, source))),
-            };
+            let known = before.compiled.get(name).filter(|(compiled, _)| compiled == source);
+            let (source, compiled) =
+                known.cloned().unwrap_or_else(|| (source.clone(), Compiled::new(name, source)));
             if source.gateways.iter().any(|gateway| is_own(gateway)) {
                 policies.everywhere.add(&compiled);
             }
@@ -66,6 +81,7 @@ impl Policies {
                 let service = NamespacedHost { namespace: target.namespace.as_str().into(), hostname };
                 policies.services.entry(service).or_default().add(&compiled);
             }
+            policies.compiled.insert(name.clone(), (source, compiled));
         }
         policies
     }
@@ -117,6 +133,18 @@ impl Policies {
         // Nobody is asked about connections: what would be asked about is denied.
         let custom = self.groups(destination).flat_map(|group| &group.custom).map(|(policy, _)| &**policy);
         evaluate_http(applying.chain(custom), &request, http)
+    }
+
+    /// Why a request is denied whatever authorizers say; `None` where that is not known yet.
+    pub fn denied_whatever_is_changed(
+        &self,
+        destination: &Destination,
+        client: &SpiffeId,
+        source: IpAddr,
+        http: &HttpRequest<'_>,
+    ) -> Option<Decision> {
+        let applying = self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy);
+        denied_whatever_is_changed(applying, &request(destination, client, source), http)
     }
 
     /// The authorizers that policies ask about a request, each once.
@@ -204,7 +232,7 @@ mod tests {
 
     fn decide(policy: l7::Policy, http: Option<&HttpRequest<'_>>) -> bool {
         let all = BTreeMap::from([("shop/p".to_owned(), policy)]);
-        let policies = Policies::new(&all, |gateway| gateway == "shop/waypoint");
+        let policies = Policies::new(&all, &Policies::default(), |gateway| gateway == "shop/waypoint");
         policies.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), http).allowed()
     }
 
@@ -282,13 +310,31 @@ mod tests {
             };
             for source in [of_service, l7::Policy { authentication, ..policy(None) }] {
                 let all = BTreeMap::from([("shop/p".to_owned(), source)]);
-                let policies = Policies::new(&all, |gateway| gateway == "shop/waypoint");
+                let policies =
+                    Policies::new(&all, &Policies::default(), |gateway| gateway == "shop/waypoint");
                 let (undeclared, tcp) =
                     (service(wire::AppProtocol::Unknown), service(wire::AppProtocol::Tcp));
                 assert_eq!(policies.needs_requests(&undeclared), on_undeclared, "{shown}");
                 assert_eq!(policies.needs_requests(&tcp), on_tcp, "{shown}");
             }
         }
+    }
+
+    #[test]
+    fn what_did_not_change_is_not_compiled_again() {
+        let rules = vec![l7::TokenRule { issuer: "https://a".to_owned(), ..l7::TokenRule::default() }];
+        let tokens = l7::Policy { authentication: Some(l7::Authentication { rules }), ..policy(None) };
+        let mut all = BTreeMap::from([("a".to_owned(), tokens), ("b".to_owned(), policy(None))]);
+        let first = |policies: &Policies| std::ptr::from_ref(policies.tokens(&workload()).next().unwrap());
+        let before = Policies::new(&all, &Policies::default(), |_| true);
+        all.remove("b");
+        let after = Policies::new(&all, &before, |_| true);
+        assert_eq!(first(&before), first(&after));
+        assert!(!before.decide(&workload(), &client(), [10, 0, 0, 1].into(), None).allowed());
+        assert!(after.decide(&workload(), &client(), [10, 0, 0, 1].into(), None).allowed());
+        all.get_mut("a").unwrap().authentication.as_mut().unwrap().rules[0].required = true;
+        let changed = Policies::new(&all, &after, |_| true);
+        assert_ne!(first(&after), first(&changed));
     }
 
     #[test]

@@ -276,6 +276,17 @@ impl Policy {
         self.rules.iter().map(|rule| rule.unmet(&request)).collect()
     }
 
+    /// Whether it matches a request whatever an external authorizer makes of it; `None` where that depends on the authorizer.
+    pub(crate) fn settled_match(&self, request: &Request<'_>, http: &HttpRequest<'_>) -> Option<bool> {
+        let request = Facts { http: Some(http), ..Facts::of(request) };
+        let (settled, open): (Vec<&Rule>, Vec<&Rule>) = self.rules.iter().partition(|rule| rule.is_settled());
+        match settled.iter().any(|rule| rule.matches(&request)) {
+            true => Some(true),
+            false if open.is_empty() => Some(false),
+            false => None,
+        }
+    }
+
     pub(crate) fn rules(&self) -> &[Rule] {
         &self.rules
     }
@@ -342,6 +353,12 @@ impl Rule {
                 .find_map(|candidate| candidate.unmet(request))
                 .unwrap_or("a match without fields"),
         )
+    }
+
+    /// Whether nothing that an external authorizer changes decides whether it matches.
+    fn is_settled(&self) -> bool {
+        let mut matches = self.clauses.iter().flat_map(|clause| &clause.matches);
+        matches.all(|candidate| candidate.http.as_ref().is_none_or(|http| http.is_settled()))
     }
 }
 

@@ -189,6 +189,19 @@ impl HttpMatch {
             && not_remote_ips.is_empty()
     }
 
+    /// Whether nothing that an authorizer changes decides it: no header, nothing that is read from one, and no token.
+    pub(crate) fn is_settled(&self) -> bool {
+        let settled = |wanted: &AttributeMatch| match wanted.attribute {
+            Attribute::Host | Attribute::Method | Attribute::ServerName => true,
+            Attribute::RequestPrincipal
+            | Attribute::RequestAudience
+            | Attribute::RequestPresenter
+            | Attribute::Header(_)
+            | Attribute::Claim(_) => false,
+        };
+        self.attributes.iter().all(settled) && self.remote_ips.is_empty() && self.not_remote_ips.is_empty()
+    }
+
     /// The field that is not met, as AuthorizationPolicy names it; `None` if it matches. Of a connection whose requests nobody
     /// reads, what is demanded counts as met by a DENY and as not met by an ALLOW.
     pub(crate) fn unmet(&self, request: Option<&HttpRequest<'_>>) -> Option<&'static str> {

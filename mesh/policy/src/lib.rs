@@ -23,6 +23,6 @@ pub use http::HttpRequest;
 pub use name::{PolicyList, PolicyName};
 pub use normal::{normal_path, normal_template, normal_text};
 pub use path::{Template, TemplateError};
-pub use request::{Decision, Peer, Request, Verdict, evaluate, evaluate_http};
+pub use request::{Decision, Peer, Request, Verdict, denied_whatever_is_changed, evaluate, evaluate_http};
 pub use set::{PolicySet, Stamp};
 pub use token::Token;

@@ -123,6 +123,29 @@ pub fn evaluate_http<'p>(
     }
 }
 
+/// Why a request is denied whatever an external authorizer says and changes, so that none has to be asked; `None` where it may be
+/// allowed. What depends on headers or on the token is left open: authorizers write headers, and send clients to where they get a token.
+pub fn denied_whatever_is_changed<'p>(
+    policies: impl Iterator<Item = &'p Policy>,
+    request: &Request<'_>,
+    http: &HttpRequest<'_>,
+) -> Option<Decision> {
+    let mut default = None;
+    let mut may_be_allowed = false;
+    for policy in policies.filter(|policy| !policy.dry_run()) {
+        let matches = policy.settled_match(request, http);
+        match policy.action() {
+            Action::Deny if matches == Some(true) => return Some(Decision::DeniedBy(policy.name().clone())),
+            Action::Deny => {}
+            Action::Allow => {
+                default = Some(Decision::DeniedByDefault);
+                may_be_allowed |= matches != Some(false);
+            }
+        }
+    }
+    default.filter(|_| !may_be_allowed)
+}
+
 /// Decides by every policy given.
 fn decide<'p>(
     policies: impl Iterator<Item = &'p Policy>,
@@ -144,4 +167,93 @@ fn decide<'p>(
         }
     }
     decision
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use ambit_api::l7::attribute_match::Attribute;
+    use ambit_api::l7::{self, RequestAttribute};
+    use ambit_api::security::string_match::MatchType;
+    use ambit_api::{HTTP_MATCH_TYPE_URL, security};
+    use http::HeaderMap;
+    use prost::Message;
+
+    use super::*;
+
+    /// A rule that is met where the attribute has this value.
+    fn rule(attribute: Attribute, value: &str) -> security::Rule {
+        let values = vec![security::StringMatch { match_type: Some(MatchType::Exact(value.to_owned())) }];
+        let wanted = l7::AttributeMatch { attribute: Some(attribute), values, not_values: Vec::new() };
+        let http = l7::HttpMatch { attributes: vec![wanted], ..l7::HttpMatch::default() };
+        let config =
+            prost_types::Any { type_url: HTTP_MATCH_TYPE_URL.to_owned(), value: http.encode_to_vec() };
+        let extensions = vec![security::Extension { name: "http".to_owned(), config: Some(config) }];
+        let matches = vec![security::Match { extensions, ..security::Match::default() }];
+        security::Rule { clauses: vec![security::Clause { matches }] }
+    }
+
+    fn policy(action: security::Action, rules: Vec<security::Rule>, dry_run: bool) -> Policy {
+        Policy::compile_http(&security::Authorization {
+            name: "p".to_owned(),
+            namespace: "shop".to_owned(),
+            action: action.into(),
+            rules,
+            dry_run,
+            ..security::Authorization::default()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn authorizers_are_not_asked_about_what_is_denied_whatever_they_say() {
+        use security::Action::{Allow, Deny};
+        let method = |value| rule(Attribute::Named(RequestAttribute::Method.into()), value);
+        let header = |value| rule(Attribute::Header("x-role".to_owned()), value);
+        let principal = |value| rule(Attribute::Named(RequestAttribute::RequestPrincipal.into()), value);
+        let named = PolicyName::new("shop", "p");
+        let (by_name, by_default) = (Some(Decision::DeniedBy(named)), Some(Decision::DeniedByDefault));
+        for (policies, expected) in [
+            (vec![], None),
+            (vec![policy(Deny, vec![method("GET")], false)], by_name.clone()),
+            (vec![policy(Deny, vec![method("GET")], true)], None),
+            (vec![policy(Deny, vec![method("POST")], false)], None),
+            (vec![policy(Deny, vec![header("user")], false)], None),
+            (vec![policy(Deny, vec![principal("i/s")], false)], None),
+            (vec![policy(Deny, vec![header("user"), method("GET")], false)], by_name.clone()),
+            (vec![policy(Allow, vec![method("GET")], false)], None),
+            (vec![policy(Allow, vec![method("POST")], false)], by_default.clone()),
+            (vec![policy(Allow, vec![], false)], by_default),
+            (vec![policy(Allow, vec![method("POST"), header("admin")], false)], None),
+            (vec![policy(Allow, vec![method("POST"), principal("i/s")], false)], None),
+            (vec![policy(Allow, vec![], false), policy(Allow, vec![method("GET")], false)], None),
+            (
+                vec![policy(Allow, vec![method("GET")], false), policy(Deny, vec![method("GET")], false)],
+                by_name,
+            ),
+        ] {
+            let headers = HeaderMap::from_iter([(
+                http::HeaderName::from_static("x-role"),
+                http::HeaderValue::from_static("user"),
+            )]);
+            let http = HttpRequest {
+                authority: "a",
+                host: "a",
+                method: "GET",
+                path: "/",
+                headers: &headers,
+                remote_ip: None,
+                server_name: None,
+                token: None,
+            };
+            let request = Request {
+                peer: None,
+                source_ip: [10, 0, 0, 1].into(),
+                destination_ip: [10, 0, 0, 2].into(),
+                destination_port: 80,
+            };
+            let shown = format!("{policies:?}");
+            assert_eq!(denied_whatever_is_changed(policies.iter(), &request, &http), expected, "{shown}");
+        }
+    }
 }

@@ -7,5 +7,5 @@ pub mod keys;
 pub mod location;
 pub mod rules;
 
-pub use keys::{KeySet, KeySetError, TokenError};
+pub use keys::{KeySet, KeySetError, SignedToken, TokenError};
 pub use rules::{Rejection, Rule, Rules};

@@ -1,5 +1,6 @@
 //! Rules for tokens, and what a request is by them: refused, of nobody in particular, or its token's.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use ambit_api::l7;
@@ -8,10 +9,9 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::uri::Uri;
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::keys::{KeySet, TokenError, check_audience, check_times};
+use crate::keys::{KeySet, SignedToken, TokenError, check_audience, check_times};
 use crate::location::{Locations, MAX_TOKENS};
 
 /// What a request is refused for.
@@ -88,34 +88,33 @@ impl Rule {
     }
 
     /// The claims of a token, if it is one that the rule is for and valid at `now`.
-    fn verify(&self, token: &str, now: f64) -> Result<Map<String, Value>, TokenError> {
-        if self.issuer.is_empty() || *issuer(token)? != *self.issuer {
+    fn verify(&self, token: &SignedToken<'_>, now: f64) -> Result<Map<String, Value>, TokenError> {
+        let claims = &token.claims;
+        if self.issuer.is_empty() || claims.get("iss").and_then(Value::as_str) != Some(&self.issuer) {
             return Err(TokenError::Issuer);
         }
-        let claims = self.keys.as_ref().ok_or(TokenError::NoKeys)?.verify(token)?;
-        // The signed claims count, not those read before.
-        if claims.get("iss").and_then(Value::as_str) != Some(&self.issuer) {
-            return Err(TokenError::Issuer);
-        }
-        check_times(&claims, now)?;
+        self.keys.as_ref().ok_or(TokenError::NoKeys)?.verify(token)?;
+        check_times(claims, now)?;
         let audience = claims.get("aud");
         let list = audience.and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let audiences = audience.and_then(Value::as_str).into_iter();
         check_audience(&self.audiences, audiences.chain(list.iter().filter_map(Value::as_str)))?;
-        Ok(claims)
+        Ok(claims.clone())
     }
 
     /// Verifies every token that the request has where the rule looks; the first one counts.
-    fn apply(&self, headers: &HeaderMap, uri: &Uri, now: f64) -> Applied {
-        let tokens = self.locations.tokens(headers, uri);
+    fn apply(&self, tokens: &[String], parsed: &Parsed<'_>, now: f64) -> Applied {
         if tokens.len() > MAX_TOKENS {
             return Applied::Invalid(TokenError::Malformed);
         }
         let mut first = None;
-        for token in tokens {
-            match self.verify(&token, now) {
+        for text in tokens {
+            let token = parsed
+                .get(text.as_str())
+                .map_or(Err(TokenError::Malformed), |token| token.as_ref().map_err(|error| *error));
+            match token.and_then(|token| self.verify(token, now)) {
                 Ok(claims) if first.is_none() => {
-                    first = Some((Token::new(claims, &self.space_delimited), token));
+                    first = Some((Token::new(claims, &self.space_delimited), text.clone()));
                 }
                 Ok(_) => {}
                 Err(error) => return Applied::Invalid(error),
@@ -144,20 +143,25 @@ impl Rule {
     }
 }
 
+/// The tokens of a request, each taken apart once, whatever number of rules looks at it.
+type Parsed<'a> = HashMap<&'a str, Result<SignedToken<'a>, TokenError>>;
+
 enum Applied {
     Missing,
     Invalid(TokenError),
     Valid(Box<Token>, String),
 }
 
+/// The fields that rules write claims to. Clients may not send them, in trailers neither.
+pub fn outputs<'a>(rules: impl Iterator<Item = &'a Rule>) -> impl Iterator<Item = &'a HeaderName> {
+    rules.flat_map(|rule| rule.claim_headers.iter().map(|(name, _)| name).chain(&rule.payload_header))
+}
+
 /// Removes what clients sent in fields that rules write claims to.
 pub fn remove_outputs<'a>(rules: impl Iterator<Item = &'a Rule>, headers: &mut HeaderMap) {
-    for rule in rules {
-        let claims = rule.claim_headers.iter().map(|(name, _)| name);
-        claims.chain(&rule.payload_header).for_each(|name| {
-            headers.remove(name);
-        });
-    }
+    outputs(rules).for_each(|name| {
+        headers.remove(name);
+    });
 }
 
 /// Verifies the tokens of a request at `now`, seconds since the epoch, and changes the request as the rules say. `None`: it has
@@ -175,11 +179,17 @@ pub fn authenticate<'a>(
     uri: &mut Uri,
     now: f64,
 ) -> Result<Option<Token>, Rejection> {
+    let found: Vec<(&Rule, Vec<String>)> =
+        rules.map(|rule| (rule, rule.locations.tokens(headers, uri))).collect();
+    let mut parsed = Parsed::new();
+    for token in found.iter().flat_map(|(_, tokens)| tokens.iter().take(MAX_TOKENS)) {
+        parsed.entry(token).or_insert_with(|| SignedToken::parse(token));
+    }
     let mut valid = Vec::new();
     let mut invalid = None;
-    for rule in rules {
-        match rule.apply(headers, uri, now) {
-            Applied::Valid(claims, token) => valid.push((rule, claims, token)),
+    for (rule, tokens) in &found {
+        match rule.apply(tokens, &parsed, now) {
+            Applied::Valid(claims, token) => valid.push((*rule, claims, token)),
             Applied::Missing if rule.is_required => return Err(Rejection::Missing),
             Applied::Missing => {}
             Applied::Invalid(error) if rule.is_required => return Err(error.into()),
@@ -201,23 +211,6 @@ pub fn authenticate<'a>(
         rule.output(&claims, &token, headers);
         *claims
     }))
-}
-
-#[derive(Deserialize)]
-struct Issuer {
-    #[serde(default)]
-    iss: Option<Value>,
-}
-
-/// Who claims to have issued a token. Not verified: it only finds the rule.
-fn issuer(token: &str) -> Result<String, TokenError> {
-    let payload = token.split('.').nth(1).ok_or(TokenError::Malformed)?;
-    let payload = URL_SAFE_NO_PAD.decode(payload).map_err(|_| TokenError::Malformed)?;
-    let claims: Issuer = serde_json::from_slice(&payload).map_err(|_| TokenError::Malformed)?;
-    match claims.iss {
-        Some(Value::String(issuer)) => Ok(issuer),
-        _ => Err(TokenError::Issuer),
-    }
 }
 
 /// A claim as a header: texts, numbers and truth values as they are, others as JSON in base64 (as Envoy has it).

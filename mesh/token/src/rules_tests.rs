@@ -117,6 +117,35 @@ fn tokens_that_are_not_valid_are_refused() {
     assert!(judged(&rules, &KNOWN.sign(&json!({ "iss": ISSUER }))).is_ok(), "a token may not expire");
 }
 
+/// A key that is parsed once serves every algorithm of its kind.
+#[test]
+fn every_algorithm_is_verified() {
+    use Algorithm::{ES256, ES384, EdDSA, PS256, PS384, PS512, RS256, RS384, RS512};
+    let rsa = rcgen::KeyPair::generate_for(&rcgen::PKCS_RSA_SHA256).unwrap().serialize_pem();
+    let rsa = |algorithm| (algorithm, EncodingKey::from_rsa_pem(rsa.as_bytes()).unwrap());
+    let der = |kind| rcgen::KeyPair::generate_for(kind).unwrap().serialize_der();
+    let others = [
+        (ES256, EncodingKey::from_ec_der(&der(&rcgen::PKCS_ECDSA_P256_SHA256))),
+        (ES384, EncodingKey::from_ec_der(&der(&rcgen::PKCS_ECDSA_P384_SHA384))),
+        (EdDSA, EncodingKey::from_ed_der(&der(&rcgen::PKCS_ED25519))),
+    ];
+    for (algorithm, key) in [RS256, RS384, RS512, PS256, PS384, PS512].map(rsa).into_iter().chain(others) {
+        let signer = Signer { key, algorithm, id: "k" };
+        let mut jwk = signer.jwk();
+        // Without `alg` the key is for each algorithm of its kind.
+        jwk.as_object_mut().unwrap().remove("alg");
+        let jwks = json!({ "keys": [KNOWN.jwk(), jwk] }).to_string().into_bytes().into();
+        let rules = rules(vec![l7::TokenRule { jwks, ..rule() }]);
+        let token = signer.sign(&claims(&json!({})));
+        assert!(judged(&rules, &token).unwrap().is_some(), "{algorithm:?}");
+        let (rest, signature) = token.rsplit_once('.').unwrap();
+        let mut bytes = URL_SAFE_NO_PAD.decode(signature).unwrap();
+        bytes[0] ^= 1;
+        let forged = format!("{rest}.{}", URL_SAFE_NO_PAD.encode(bytes));
+        assert_eq!(judged(&rules, &forged), Err(TokenError::Signature.into()), "{algorithm:?}");
+    }
+}
+
 #[test]
 fn a_changed_payload_is_refused() {
     let (good, bad) = (KNOWN.sign(&claims(&json!({}))), KNOWN.sign(&claims(&json!({ "sub": "root" }))));

@@ -144,7 +144,37 @@ async fn by_grpc(bed: &Waypoints) {
     .await;
     bed.eventually(to, "/secret", "x-ext-authz: allow\r\n", |answer| answer.status == 403).await;
     assert_eq!(http::get(&bed.cli, to, "/open", "x-ext-authz: allow\r\n").await.unwrap().status, 200);
+    bodies(bed, to).await;
     judge.abort();
+}
+
+/// The authorizer of `to` sees bodies.
+async fn bodies(bed: &Waypoints, to: SocketAddr) {
+    bed.apply(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {name: asks-grpc-never, namespace: shop}\n\
+         spec: {targetRefs: [{group: '', kind: Service, name: asks-grpc}], action: DENY, \
+         rules: [{to: [{operation: {paths: [/never]}}]}]}\n",
+    )
+    .await;
+    bed.eventually(to, "/never", "x-ext-authz: allow\r\n", |answer| answer.status == 403).await;
+    // What is denied in any case is denied before its body has come.
+    let head = |path: &str| format!("POST {path} HTTP/1.1\r\nhost: app.example\r\ncontent-length: 8\r\n\r\n");
+    let mut client = http::Client::connect(&bed.cli, to).await.unwrap();
+    assert_eq!(client.send(head("/never").as_bytes()).await.unwrap().status, 403);
+    // One that comes byte by byte is never silent for long, and is late all the same.
+    let mut client = http::Client::connect(&bed.cli, to).await.unwrap();
+    client.write(head("/slow").as_bytes()).await.unwrap();
+    let mut answer = None;
+    for _ in 0..7 {
+        client.write(b"a").await.unwrap();
+        let next = tokio::time::timeout(std::time::Duration::from_secs(1), client.response()).await;
+        if let Ok(response) = next {
+            answer = Some(response.unwrap().status);
+            break;
+        }
+    }
+    assert_eq!(answer, Some(408));
 }
 
 async fn by_http(bed: &Waypoints) {
@@ -157,6 +187,10 @@ async fn by_http(bed: &Waypoints) {
         match (is_right, http::header(head, "x-asked")) {
             (true, Some("allow")) => {
                 http::answer("200 OK", "x-from-authorizer: me\r\nx-allowed: yes\r\nx-kept: back\r\n", "")
+            }
+            (true, Some("allow nobody in particular")) => http::answer("200 OK", "", ""),
+            (true, Some("switch")) => {
+                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n".to_vec()
             }
             (true, _) => http::answer("302 Found", "location: /login\r\n", "log in"),
             (false, _) => http::answer("400 Bad", "", head),
@@ -174,6 +208,24 @@ async fn by_http(bed: &Waypoints) {
     assert_eq!((allowed.status, allowed.sent("x-from-authorizer")), (200, Some("me")), "{allowed:?}");
     assert_eq!((allowed.header("x-allowed"), allowed.header("x-kept")), (Some("yes"), None));
     assert_eq!(allowed.sent("x-kept"), None);
+
+    // What only the authorizer writes, no client does: not in the header, nor in trailers.
+    let headers = "x-asked: allow nobody in particular\r\nx-from-authorizer: client\r\n";
+    let allowed = http::get(&bed.cli, to, "/a?b", headers).await.unwrap();
+    assert_eq!((allowed.status, allowed.sent("x-from-authorizer")), (200, None), "{allowed:?}");
+    let headers = "x-asked: allow nobody in particular\r\ntransfer-encoding: chunked\r\n\
+                   trailer: x-from-authorizer, x-sum\r\n";
+    let chunks = "GET /a?b HTTP/1.1\r\nhost: app.example\r\n".to_owned()
+        + headers
+        + "\r\n1\r\na\r\n0\r\nx-from-authorizer: client\r\nx-sum: 1\r\n\r\n";
+    let mut client = http::Client::connect(&bed.cli, to).await.unwrap();
+    let allowed = client.send(chunks.as_bytes()).await.unwrap();
+    assert_eq!((allowed.status, allowed.sent("x-from-authorizer")), (200, None), "{allowed:?}");
+    assert_eq!(allowed.sent("x-sum"), Some("1"), "{allowed:?}");
+
+    // An authorizer cannot make a tunnel of the client's connection.
+    let switched = http::get(&bed.cli, to, "/a?b", "x-asked: switch\r\n").await.unwrap();
+    assert_eq!((switched.status, switched.header("upgrade")), (403, None), "{switched:?}");
 }
 
 async fn silent(bed: &Waypoints) {

@@ -148,7 +148,6 @@ pub fn verdict(answer: CheckResponse) -> Verdict {
             status: denied
                 .status
                 .and_then(|status| StatusCode::from_u16(u16::try_from(status.code).ok()?).ok())
-                .filter(|status| !status.is_informational())
                 .unwrap_or(StatusCode::FORBIDDEN),
             fields: fields(denied.headers, Write::Replace),
             body: denied.body.into(),

@@ -41,6 +41,18 @@ impl Check {
         }
     }
 
+    /// Whether it writes this field of requests: what the client sent in it is removed. A pattern that is for every field says
+    /// nothing of one.
+    pub(super) fn writes(&self, name: &HeaderName) -> bool {
+        let named = self.to_upstream.iter().filter(|pattern| match &pattern.match_type {
+            Some(MatchType::Exact(text) | MatchType::Prefix(text) | MatchType::Suffix(text)) => {
+                !text.is_empty()
+            }
+            Some(MatchType::Presence(())) | None => false,
+        });
+        is_any(named, name)
+    }
+
     /// Asks, and reads the answer.
     ///
     /// # Errors
@@ -53,7 +65,12 @@ impl Check {
         let body = Limited::new(body, MAX_ANSWER).collect().await;
         let body = body.map_err(|error| error.to_string())?.to_bytes();
         returned.give_back();
-        self.verdict(parts.status, &parts.headers, body)
+        let mut verdict = self.verdict(parts.status, &parts.headers, body)?;
+        if let Verdict::Allowed(changes) = &mut verdict {
+            let sent = question.parts.headers.keys();
+            changes.removed = sent.filter(|name| self.writes(name)).cloned().collect();
+        }
+        Ok(verdict)
     }
 
     /// What an answer says.
@@ -121,9 +138,9 @@ fn fields(headers: &HeaderMap, is_passed: impl Fn(&HeaderName) -> bool) -> Vec<F
     lines.collect()
 }
 
-fn is_any(patterns: &[StringMatch], name: &HeaderName) -> bool {
+fn is_any<'a>(patterns: impl IntoIterator<Item = &'a StringMatch>, name: &HeaderName) -> bool {
     let name = name.as_str();
-    patterns.iter().filter_map(|pattern| pattern.match_type.as_ref()).any(|pattern| match pattern {
+    patterns.into_iter().filter_map(|pattern| pattern.match_type.as_ref()).any(|pattern| match pattern {
         MatchType::Exact(text) => name == text,
         MatchType::Prefix(text) => name.starts_with(text.as_str()),
         MatchType::Suffix(text) => name.ends_with(text.as_str()),

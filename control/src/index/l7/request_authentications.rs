@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ambit_api::l7;
+use ambit_api::{l7, security};
 use ambit_token::keys;
 use bytes::Bytes;
 use prost::Message;
 
 use super::gateways::object_name;
+use super::l4::authorization::{everything, policy_resource};
 use super::outputs::{Resource, ResourceType};
 use super::policies::{Bound, report};
 use super::reader::Reader;
@@ -44,6 +45,15 @@ pub(in crate::index) fn of_authentication(
     id: &NamespacedName,
 ) -> Vec<(ResourceType, Resource)> {
     let Some(authentication) = reader.store.request_authentications.get(id) else { return Vec::new() };
+    if let (true, Err(reason)) = (authentication.lost_targets, &authentication.rules) {
+        report(
+            reader,
+            false,
+            "Unreadable",
+            format!("{reason}: node proxies deny everything in its namespace instead"),
+        );
+        return vec![closed(reader, id)];
+    }
     if authentication.targets.is_empty() {
         let message = "it has no effect without targetRefs: node proxies do not read requests";
         report(reader, false, "NoEffect", message.to_owned());
@@ -80,6 +90,25 @@ pub(in crate::index) fn of_authentication(
         unhealthy: false,
     };
     vec![(ResourceType::Policy, resource)]
+}
+
+/// What stands for one of which nobody knows what it is for: as with such an AuthorizationPolicy, everything of its namespace is
+/// denied, or of the mesh.
+fn closed(reader: &Reader<'_>, id: &NamespacedName) -> (ResourceType, Resource) {
+    let scope = match id.namespace == reader.settings.root_namespace {
+        true => security::Scope::Global,
+        false => security::Scope::Namespace,
+    };
+    policy_resource(&security::Authorization {
+        // No AuthorizationPolicy can have such a name.
+        name: format!("unreadable_request_authentication_{}", id.name),
+        namespace: id.namespace.to_string(),
+        scope: scope.into(),
+        action: security::Action::Deny.into(),
+        rules: vec![everything()],
+        dry_run: false,
+        extensions: Vec::new(),
+    })
 }
 
 /// The rules with their keys; `None` where waypoints deny everything instead.

@@ -85,6 +85,8 @@ pub struct RequestAuthentication {
     pub selector: Option<Labels>,
     /// The gateways and services that it is bound to.
     pub targets: Vec<PolicyTarget>,
+    /// Whether it names targets of which one can't be read, so that nobody knows what it is for.
+    pub lost_targets: bool,
     /// Its rules, or why they could not be read.
     pub rules: Result<Vec<JwtRule>, String>,
 }
@@ -162,6 +164,7 @@ impl TryFrom<Manifest> for RequestAuthentication {
             selector: selector.and_then(Selector::labels),
             targets: targets.into_iter().map(|target| target.read(&meta.id.namespace)).collect(),
             meta,
+            lost_targets: false,
             rules: Ok(rules),
         })
     }
@@ -174,10 +177,11 @@ impl RequestAuthentication {
     /// When it has no name, so that it cannot stand for anything.
     pub(crate) fn unreadable(object: &Value, reason: String) -> Result<RequestAuthentication, Invalid> {
         let meta = Meta::salvage(object)?;
-        let targets = salvaged_targets(object).unwrap_or_default();
+        let targets = salvaged_targets(object);
         Ok(RequestAuthentication {
             selector: None,
-            targets: targets.into_iter().map(|target| target.read(&meta.id.namespace)).collect(),
+            lost_targets: targets.is_none(),
+            targets: targets.into_iter().flatten().map(|target| target.read(&meta.id.namespace)).collect(),
             meta,
             rules: Err(reason),
         })
