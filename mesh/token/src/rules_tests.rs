@@ -124,14 +124,19 @@ fn every_algorithm_is_verified() {
     let rsa = rcgen::KeyPair::generate_for(&rcgen::PKCS_RSA_SHA256).unwrap().serialize_pem();
     let rsa = |algorithm| (algorithm, EncodingKey::from_rsa_pem(rsa.as_bytes()).unwrap());
     let der = |kind| rcgen::KeyPair::generate_for(kind).unwrap().serialize_der();
+    let ed25519 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
     let others = [
         (ES256, EncodingKey::from_ec_der(&der(&rcgen::PKCS_ECDSA_P256_SHA256))),
         (ES384, EncodingKey::from_ec_der(&der(&rcgen::PKCS_ECDSA_P384_SHA384))),
-        (EdDSA, EncodingKey::from_ed_der(&der(&rcgen::PKCS_ED25519))),
+        (EdDSA, EncodingKey::from_ed_der(&ed25519.serialize_der())),
     ];
     for (algorithm, key) in [RS256, RS384, RS512, PS256, PS384, PS512].map(rsa).into_iter().chain(others) {
         let signer = Signer { key, algorithm, id: "k" };
-        let mut jwk = signer.jwk();
+        let mut jwk = match algorithm {
+            EdDSA => json!({ "kty": "OKP", "crv": "Ed25519", "kid": "k",
+                "x": URL_SAFE_NO_PAD.encode(ed25519.public_key_raw()) }),
+            _ => signer.jwk(),
+        };
         // Without `alg` the key is for each algorithm of its kind.
         jwk.as_object_mut().unwrap().remove("alg");
         let jwks = json!({ "keys": [KNOWN.jwk(), jwk] }).to_string().into_bytes().into();
