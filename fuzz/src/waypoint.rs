@@ -191,7 +191,7 @@ fn decide(mut policies: BTreeMap<String, l7::Policy>, head: &[u8]) {
     let unreadable = policies.values().any(|policy| {
         policy.authorization.is_none() && policy.authentication.is_none() && policy.external.is_none()
     });
-    let compiled = Policies::new(&policies, |_| true);
+    let compiled = Policies::new(&policies, &Policies::default(), |_| true);
     let destination = Destination::Service { service: BOUND.clone(), port: 80, dialled: None };
     let client = SpiffeId::new("cluster.local", "shop", "cli").expect("an identity");
     rules::remove_outputs(compiled.tokens(&destination), &mut parts.headers);
