@@ -47,7 +47,7 @@ pub fn authorize_asking(
     token: Option<&Token>,
 ) -> Result<(), Failure> {
     still_trusted(inbound)?;
-    let identity = inbound.certificate.identity();
+    let identity = inbound.identity();
     let request = request(inbound, sane, Head::of(parts), token);
     let (destination, source) = (&inbound.destination, inbound.source.ip());
     match published.policies.denied_whatever_is_changed(destination, identity, source, &request) {

@@ -61,7 +61,7 @@ impl Target {
             return Ok(Cow::Borrowed(self));
         };
         let service = &balanced.slot.key().host.hostname;
-        let client = inbound.certificate.identity().namespace();
+        let client = inbound.identity().map_or("", SpiffeId::namespace);
         let is_meant = |host: &str| {
             let meant = published.directory.service_named(host, client);
             names::covers(service, host) && meant.is_some_and(|meant| meant.host.hostname == *service)

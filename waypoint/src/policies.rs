@@ -139,7 +139,7 @@ impl Policies {
     pub fn denied_whatever_is_changed(
         &self,
         destination: &Destination,
-        client: &SpiffeId,
+        client: Option<&SpiffeId>,
         source: IpAddr,
         http: &HttpRequest<'_>,
     ) -> Option<Decision> {
@@ -330,8 +330,8 @@ mod tests {
         all.remove("b");
         let after = Policies::new(&all, &before, |_| true);
         assert_eq!(first(&before), first(&after));
-        assert!(!before.decide(&workload(), &client(), [10, 0, 0, 1].into(), None).allowed());
-        assert!(after.decide(&workload(), &client(), [10, 0, 0, 1].into(), None).allowed());
+        assert!(!before.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), None).allowed());
+        assert!(after.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), None).allowed());
         all.get_mut("a").unwrap().authentication.as_mut().unwrap().rules[0].required = true;
         let changed = Policies::new(&all, &after, |_| true);
         assert_ne!(first(&after), first(&changed));
