@@ -7,12 +7,13 @@ use ambit_api::workload::{
     Address, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload, address,
 };
 use ambit_directory::{Directory, Snapshot, Update};
+use ambit_runtime::resolv_conf::ResolvConf;
 use hickory_proto::op::{Message, MessageType, ResponseCode};
 use hickory_proto::rr::RData;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use ztunnel::dns::message::{MAX_UDP, Question, Unreadable};
-use ztunnel::dns::resolv_conf::ResolvConf;
+
 use ztunnel::dns::resolver::{Outcome, Resolver};
 use ztunnel::dns::wire;
 

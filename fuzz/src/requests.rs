@@ -57,7 +57,13 @@ fn head(data: &[u8]) -> Option<Parts> {
 }
 
 fn claims(trusted: bool) -> Claims<'static> {
-    Claims { client: CLIENT, trusted, default_host: "web.shop.svc", target_size: TARGET_SIZE }
+    Claims {
+        client: CLIENT,
+        trusted,
+        ends_tls: false,
+        default_host: "web.shop.svc",
+        target_size: TARGET_SIZE,
+    }
 }
 
 /// A head and the form that it was brought into.

@@ -55,7 +55,10 @@ pub async fn serve(pod: &Pod, address: SocketAddr, name: &str, answer: Answer) -
 }
 
 /// Serves connections by hand.
-pub(crate) async fn accept<F: Future<Output = io::Result<()>> + Send + 'static>(
+///
+/// # Errors
+/// When the address can't be listened on.
+pub async fn accept<F: Future<Output = io::Result<()>> + Send + 'static>(
     pod: &Pod,
     address: SocketAddr,
     serve: impl Fn(TcpStream) -> F + Send + 'static,
@@ -72,6 +75,9 @@ pub(crate) async fn accept<F: Future<Output = io::Result<()>> + Send + 'static>(
 
 /// Serves HTTP/1.1 inside TLS. The server's name is followed by lines with what the client asked for: `sni`, `alpn`, and `shown` with the
 /// number of its certificates.
+///
+/// # Errors
+/// When the address can't be listened on.
 pub async fn serve_tls(
     pod: &Pod,
     address: SocketAddr,
@@ -118,6 +124,10 @@ async fn connection(
     Ok(())
 }
 
+/// The head of the next message, without the empty line; `None` at the end of the connection.
+///
+/// # Errors
+/// When the connection breaks.
 pub async fn head(stream: &mut (impl AsyncRead + Unpin), read: &mut Vec<u8>) -> io::Result<Option<String>> {
     loop {
         if let Some(at) = read.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
@@ -140,6 +150,9 @@ pub fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// A message's body and its trailers.
+///
+/// # Errors
+/// When the connection breaks.
 pub async fn body(
     stream: &mut (impl AsyncRead + Unpin),
     read: &mut Vec<u8>,
@@ -297,7 +310,10 @@ impl Client {
     }
 
     /// All bytes until the other end closes the connection.
-    pub(crate) async fn rest(&mut self) -> io::Result<Vec<u8>> {
+    ///
+    /// # Errors
+    /// When the connection breaks, or is not closed in time.
+    pub async fn rest(&mut self) -> io::Result<Vec<u8>> {
         let limit = Duration::from_secs(20);
         let mut all = std::mem::take(&mut self.read);
         let reading = self.stream.read_to_end(&mut all);

@@ -39,7 +39,7 @@ fn request() -> Result<Parts> {
 }
 
 fn claims() -> Claims<'static> {
-    Claims { client: CLIENT, trusted: false, default_host: SERVICE.1, target_size: 16 << 10 }
+    Claims { client: CLIENT, trusted: false, ends_tls: false, default_host: SERVICE.1, target_size: 16 << 10 }
 }
 
 fn sane() -> Result<(Sane, Parts)> {
@@ -188,7 +188,7 @@ pub(crate) fn fields() -> Result<()> {
 #[inline(never)]
 fn guarded_fields(form: &Form<'_>, answers: Vec<HeaderMap>) -> Result<()> {
     for mut answer in answers {
-        black_box(head(black_box(form), false));
+        black_box(head(black_box(form), false, false));
         remove_hop_by_hop(&mut answer)?;
         black_box(answer);
     }
