@@ -345,6 +345,8 @@ fn resources(seeds: &Seeds, name: &str, index: &Index) {
             ResourceType::Gateway
             | ResourceType::Policy
             | ResourceType::BackendPolicy
+            | ResourceType::Listener
+            | ResourceType::KeyPair
             | ResourceType::Route
             | ResourceType::StreamRoute => continue,
         };
@@ -508,7 +510,11 @@ fn waypoint(seeds: &Seeds) {
                 ResourceType::Policy => b'p',
                 ResourceType::Route => b'r',
                 ResourceType::StreamRoute => b's',
-                ResourceType::Address | ResourceType::Authorization | ResourceType::Gateway => return None,
+                ResourceType::Address
+                | ResourceType::Authorization
+                | ResourceType::Gateway
+                | ResourceType::Listener
+                | ResourceType::KeyPair => return None,
             };
             Some([&[letter][..], &resource.body].concat())
         });

@@ -13,7 +13,6 @@ use hickory_proto::rr::RData;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use ztunnel::dns::message::{MAX_UDP, Question, Unreadable};
-
 use ztunnel::dns::resolver::{Outcome, Resolver};
 use ztunnel::dns::wire;
 
