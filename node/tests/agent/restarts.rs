@@ -79,7 +79,7 @@ async fn a_pod_whose_listeners_cannot_be_taken_back_is_kept() {
 /// A process of a pod that has a port of the proxy hands it over to nobody.
 #[tokio::test]
 async fn a_port_that_an_application_has_delays_no_snapshot() {
-    let ((_, pod), (_outside, other)) = (pair().await, pair().await);
+    let ((_outside, pod), (_outside2, other)) = (pair().await, pair().await);
     let application = listen(&pod.netns, SocketAddr::new(pod.v4.into(), 15008)).await;
     let running = Running::start(|config| config.handover = SOON * 10).await;
     running.agent.enrol(spec("a", &pod)).await.unwrap();
