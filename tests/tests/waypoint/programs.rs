@@ -23,7 +23,6 @@ use tonic::transport::Endpoint;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::bed::{PORT, Waypoints};
-use crate::http;
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("nginx serves curl, wrk and h2load in HTTP/1.1", async |bed| {
@@ -207,6 +206,4 @@ async fn chats(bed: &Waypoints) {
     socket.close(None).await.unwrap();
     let end = tokio::time::timeout(SOON, socket.next()).await.unwrap();
     assert!(end.is_none_or(|end| end.is_ok_and(|message| message.is_close())));
-    let answer = http::get(&bed.cli, to, "/plain", "").await.unwrap();
-    assert_eq!(answer.status, 400, "a request that is no WebSocket's: {answer:?}");
 }
