@@ -34,7 +34,7 @@ struct ParameterError {
 }
 
 /// A request to explain.
-struct Asked {
+struct Inquiry {
     client: SpiffeId,
     source: IpAddr,
     destination: Authority,
@@ -54,7 +54,7 @@ pub fn routes(admin: Admin, proxy: &Arc<Proxy>) -> Admin {
 }
 
 fn answer(proxy: &Proxy, query: &Query) -> Reply {
-    let explained = Asked::read(query).map(|asked| explain(proxy, asked));
+    let explained = Inquiry::read(query).map(|asked| explain(proxy, asked));
     match explained.map(|explanation| serde_json::to_vec(&explanation)) {
         Ok(Ok(body)) => reply(StatusCode::OK, "application/json", body.into()),
         Ok(Err(error)) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
@@ -62,7 +62,7 @@ fn answer(proxy: &Proxy, query: &Query) -> Reply {
     }
 }
 
-impl Asked {
+impl Inquiry {
     fn read(query: &Query) -> Result<Self, ParameterError> {
         let client = parse("from", parameter(query, "from")?)?;
         let source = parse("source", query.get("source").unwrap_or("0.0.0.0"))?;
@@ -101,9 +101,9 @@ fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(
     value.parse().map_err(|error: T::Err| ParameterError { name, what: format!("{value:?}: {error}") })
 }
 
-fn explain(proxy: &Proxy, asked: Asked) -> Explanation {
+fn explain(proxy: &Proxy, asked: Inquiry) -> Explanation {
     let published = proxy.published.load_full();
-    let Asked { client, source, destination, mut parts } = asked;
+    let Inquiry { client, source, destination, mut parts } = asked;
     let mut explanation = Explanation::begin();
     let network = &proxy.settings.network;
     let Some(found) = accept::find(&published, network, client.namespace(), &destination) else {

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 pub(crate) use directory::Endpoint;
-pub(crate) use protocol::Asked;
+pub(crate) use protocol::AskedProxy;
 pub(crate) use server::serve;
 
 use protocol::{Request, Target};
@@ -100,7 +100,7 @@ pub(crate) fn logs(options: &Logs) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// When no mesh runs, it has no such proxy, or the answer is no success.
-pub(crate) async fn admin(mesh: Option<u32>, proxy: Asked, path: &str) -> anyhow::Result<String> {
+pub(crate) async fn admin(mesh: Option<u32>, proxy: AskedProxy, path: &str) -> anyhow::Result<String> {
     client::fetch(mesh, &Request::Admin { proxy, path: path.to_owned() }).await
 }
 

@@ -19,7 +19,7 @@ pub(super) struct Target {
 /// A proxy to ask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) enum Asked {
+pub(crate) enum AskedProxy {
     /// The proxies of nodes, one after the other until one answers with success.
     Nodes,
     /// The waypoint that is this pod.
@@ -37,7 +37,7 @@ pub(super) enum Request {
     /// Prints the configuration of a node's proxy.
     Dump { node: String },
     /// Asks the admin server of a proxy, which answers in pieces.
-    Admin { proxy: Asked, path: String },
+    Admin { proxy: AskedProxy, path: String },
     /// Passes a signal on to the command of [`Request::Exec`].
     Signal { number: i32 },
 }

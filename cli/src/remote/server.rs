@@ -9,7 +9,7 @@ use ambit_net::seqpacket::{Received, SeqPacket, SeqPacketListener};
 use anyhow::{Context, anyhow, bail};
 use tokio::sync::Semaphore;
 
-use super::protocol::{Asked, LONGEST_PACKET, Reply, Request, Target, pieces};
+use super::protocol::{AskedProxy, LONGEST_PACKET, Reply, Request, Target, pieces};
 
 /// Connections at once; others wait.
 const CONNECTIONS: usize = 64;
@@ -161,11 +161,16 @@ async fn dump(socket: &SeqPacket, cluster: &Weak<Cluster>, node: &str) -> anyhow
 }
 
 /// Passes on what a proxy's admin server answers to a `GET`.
-async fn admin(socket: &SeqPacket, cluster: &Weak<Cluster>, proxy: &Asked, path: &str) -> anyhow::Result<()> {
+async fn admin(
+    socket: &SeqPacket,
+    cluster: &Weak<Cluster>,
+    proxy: &AskedProxy,
+    path: &str,
+) -> anyhow::Result<()> {
     let cluster = cluster.upgrade().context("the mesh is ending")?;
     let mut answer = None;
     match proxy {
-        Asked::Nodes => {
+        AskedProxy::Nodes => {
             for index in 0..cluster.nodes() {
                 let answered = cluster.ztunnel(index)?.admin("GET", path).await?;
                 let is_success = answered.0 == 200;
@@ -175,7 +180,7 @@ async fn admin(socket: &SeqPacket, cluster: &Weak<Cluster>, proxy: &Asked, path:
                 }
             }
         }
-        Asked::Waypoint { namespace, pod } => {
+        AskedProxy::Waypoint { namespace, pod } => {
             let pod = cluster
                 .find_pod(namespace, pod)
                 .with_context(|| format!("there is no pod {namespace}/{pod}"))?;

@@ -3,9 +3,9 @@
 //! Each proxy is asked what it would do; nothing is sent to the application. The decisions are the proxies' own: here they are only asked
 //! for, in the order of the way, and shown.
 
+mod path;
 mod request;
 mod show;
-mod way;
 
 use std::process::ExitCode;
 
@@ -14,8 +14,8 @@ use clap::Args;
 use crate::cluster::{Access, PodName, block_on};
 use crate::output::{Format, Wait, emit};
 
+use path::Mesh;
 use request::Request;
-use way::Mesh;
 
 /// Options of `ambit why`.
 #[derive(Debug, Args)]
@@ -63,7 +63,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         };
         let client = PodName::parse(client, namespace.as_deref().unwrap_or(&default_namespace));
         let wait = Wait::start("asking the proxies");
-        way::follow(&mesh, &client, &request, &wait).await
+        path::follow(&mesh, &client, &request, &wait).await
     })?;
     emit(*output, &answer, |paint| show::render(&answer, paint))?;
     Ok(if answer.is_refused() { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use ambit_explain::{Considered, Effect, Explanation};
 
-use super::way::{Answer, Hop, Outcome};
+use super::path::{Answer, Hop, Outcome};
 use crate::output::Palette;
 
 /// Objects of a step that are shown; more are counted. `-o json` has all.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::request::Request;
 use crate::cluster::{Cluster, Component, PROXY_ADMIN, PodName, get, is_ready, node_of, pods_of};
 use crate::output::Wait;
-use crate::remote::{self, Asked};
+use crate::remote::{self, AskedProxy};
 
 /// Where the proxies are.
 pub(super) enum Mesh {
@@ -108,60 +108,60 @@ pub(super) async fn follow(
     let source = source.unwrap_or_else(|| "0.0.0.0".to_owned());
     let found = explanation.client.as_ref().map(|client| client.name.clone());
     let client = &found.unwrap_or_else(|| client.to_string());
-    let mut way = Way { hops: Vec::new(), identity, encrypted: true };
-    let mut next = way.add(proxy, explanation);
-    while way.hops.len() < LONGEST {
+    let mut path = Path { hops: Vec::new(), identity, encrypted: true };
+    let mut next = path.add(proxy, explanation);
+    while path.hops.len() < LONGEST {
         match next {
             Next::Waypoint { pod, authority } => {
                 let Some(http) = &request.http else {
-                    return Ok(way.leaves(
+                    return Ok(path.leaves(
                         client,
                         request,
                         format!("waypoint {}/{}", pod.namespace, pod.name),
                     ));
                 };
-                let identity = way.identity.clone().context("a waypoint is asked only with an identity")?;
+                let identity = path.identity.clone().context("a waypoint is asked only with an identity")?;
                 wait.show(&format!("asking waypoint {}/{}", pod.namespace, pod.name));
                 let question = http.question(&authority, &identity, &source);
                 let (proxy, explanation) = mesh.waypoint(&pod, &question).await?;
-                next = way.add(proxy, explanation);
+                next = path.add(proxy, explanation);
             }
             Next::Workload { workload, address, tunnel, identity } => {
-                way.encrypted &= tunnel;
-                way.identity = if tunnel { identity.or(way.identity) } else { None };
+                path.encrypted &= tunnel;
+                path.identity = if tunnel { identity.or(path.identity) } else { None };
                 wait.show(&format!("asking the node of {}/{}", workload.namespace, workload.name));
                 let entered =
-                    mesh.inbound(&workload, address.port(), way.identity.as_deref(), &source).await?;
+                    mesh.inbound(&workload, address.port(), path.identity.as_deref(), &source).await?;
                 let Some((proxy, explanation)) = entered else {
-                    return Ok(way.leaves(
+                    return Ok(path.leaves(
                         client,
                         request,
                         format!("{address}, {}/{}", workload.namespace, workload.name),
                     ));
                 };
                 let refused = explanation.refusal().is_some();
-                let last = way.add(proxy, explanation);
+                let last = path.add(proxy, explanation);
                 let to = format!("{}/{}, port {}", workload.namespace, workload.name, address.port());
                 if refused {
-                    return Ok(way.end(client, request, last));
+                    return Ok(path.end(client, request, last));
                 }
-                let outcome = Outcome::Delivered { to, encrypted: way.encrypted };
-                return Ok(way.finish(client, request, outcome));
+                let outcome = Outcome::Delivered { to, encrypted: path.encrypted };
+                return Ok(path.finish(client, request, outcome));
             }
-            last => return Ok(way.end(client, request, last)),
+            last => return Ok(path.end(client, request, last)),
         }
     }
-    bail!("the way has more than {LONGEST} proxies");
+    bail!("the path has more than {LONGEST} proxies");
 }
 
 /// The proxies so far, and who the next one sees.
-struct Way {
+struct Path {
     hops: Vec<Hop>,
     identity: Option<String>,
     encrypted: bool,
 }
 
-impl Way {
+impl Path {
     fn add(&mut self, proxy: String, explanation: Explanation) -> Next {
         let next = explanation.next.clone();
         self.hops.push(Hop { proxy, explanation });
@@ -200,7 +200,7 @@ impl Mesh {
         let path = format!("/explain/outbound?{}", query.finish());
         match self {
             Mesh::Local(mesh) => {
-                let text = remote::admin(*mesh, Asked::Nodes, &path).await?;
+                let text = remote::admin(*mesh, AskedProxy::Nodes, &path).await?;
                 Ok((format!("node proxy of {client}"), read(&text)?))
             }
             Mesh::Cluster(cluster) => {
@@ -217,7 +217,7 @@ impl Mesh {
         let name = format!("waypoint {}/{}", pod.namespace, pod.name);
         let text = match self {
             Mesh::Local(mesh) => {
-                let asked = Asked::Waypoint { namespace: pod.namespace.clone(), pod: pod.name.clone() };
+                let asked = AskedProxy::Waypoint { namespace: pod.namespace.clone(), pod: pod.name.clone() };
                 remote::admin(*mesh, asked, path).await?
             }
             Mesh::Cluster(cluster) => {
@@ -245,7 +245,7 @@ impl Mesh {
         let path = format!("/explain/inbound?{}", query.finish());
         let is_unserved = |error: &anyhow::Error| format!("{error:#}").contains("serves no pod");
         let answered = match self {
-            Mesh::Local(mesh) => match remote::admin(*mesh, Asked::Nodes, &path).await {
+            Mesh::Local(mesh) => match remote::admin(*mesh, AskedProxy::Nodes, &path).await {
                 Ok(text) => Ok((format!("node proxy of {pod}"), read(&text)?)),
                 Err(error) => Err(error),
             },
