@@ -45,7 +45,15 @@ pub(in crate::index) fn of_virtual_service(
         reader.find(Finding::new(ACCEPTED, false, "NotForMesh", message));
         return Vec::new();
     }
-    Part::ALL.into_iter().filter_map(|part| resource(reader, virtual_service, part)).collect()
+    let mut faults = Vec::new();
+    let resources: Vec<(ResourceType, Resource)> = Part::ALL
+        .into_iter()
+        .filter_map(|part| resource(reader, virtual_service, part, &mut faults))
+        .collect();
+    if !resources.is_empty() {
+        report_faults(reader, faults);
+    }
+    resources
 }
 
 /// The rules of a VirtualService that are decided about together.
@@ -85,11 +93,12 @@ impl Part {
     }
 }
 
-/// The resource of a part of a VirtualService that counts for something.
+/// The resource of a part of a VirtualService that counts for something. What of its rules can't be followed goes to `faults`.
 fn resource(
     reader: &Reader<'_>,
     virtual_service: &VirtualService,
     part: Part,
+    faults: &mut Vec<String>,
 ) -> Option<(ResourceType, Resource)> {
     if !part.is_in(virtual_service) {
         return None;
@@ -103,9 +112,10 @@ fn resource(
     let object = Some(object_name(Kind::VirtualService, id));
     let created = virtual_service.meta.created.unwrap_or_default();
     let targets = attached.targets.into_values().collect();
-    let of_streams = |read: &[ReadTcp], layer: l7::StreamLayer, targets| {
+    let of_streams = |read: &[ReadTcp], layer: l7::StreamLayer, targets, faults: &mut Vec<String>| {
         let rules = stream_rules(reader, virtual_service, read, &attached.ports);
-        report_faults(reader, part, rules.iter().map(|(at, rule)| (*at, &rule.invalid, &rule.backends)), []);
+        let of_rules = rules.iter().map(|(at, rule)| (*at, &rule.invalid, &rule.backends));
+        faults.extend(faults_of(part, of_rules, []));
         l7::StreamRoute {
             object: object.clone(),
             created,
@@ -120,7 +130,7 @@ fn resource(
             let rules = rules(reader, virtual_service, &attached.ports);
             let mirrors = rules.iter().flat_map(|(at, rule)| mirrors(rule).map(|backend| (*at, backend)));
             let of_rules = rules.iter().map(|(at, rule)| (*at, &rule.invalid, &rule.backends));
-            report_faults(reader, part, of_rules, mirrors);
+            faults.extend(faults_of(part, of_rules, mirrors));
             report_paths(reader, &rules);
             let message = l7::Route {
                 object,
@@ -133,11 +143,11 @@ fn resource(
             (ResourceType::Route, "", message.encode_to_vec())
         }
         Part::Tcp => {
-            let message = of_streams(&virtual_service.tcp, l7::StreamLayer::TcpStream, targets);
+            let message = of_streams(&virtual_service.tcp, l7::StreamLayer::TcpStream, targets, faults);
             (ResourceType::StreamRoute, "/tcp", message.encode_to_vec())
         }
         Part::Tls => {
-            let message = of_streams(&virtual_service.tls, l7::StreamLayer::TlsStream, targets);
+            let message = of_streams(&virtual_service.tls, l7::StreamLayer::TlsStream, targets, faults);
             (ResourceType::StreamRoute, "/tls", message.encode_to_vec())
         }
     };
@@ -450,13 +460,12 @@ fn mirrors(rule: &l7::Rule) -> impl Iterator<Item = &l7::Backend> {
     })
 }
 
-/// Names what of the rules can't be followed: each rule with its number, fault and backends, and what else is sent to.
-fn report_faults<'a>(
-    reader: &Reader<'_>,
+/// What of the rules can't be followed: each rule with its number, fault and backends, and what else is sent to.
+fn faults_of<'a>(
     part: Part,
     rules: impl IntoIterator<Item = (usize, &'a String, &'a Vec<l7::Backend>)>,
     others: impl IntoIterator<Item = (usize, &'a l7::Backend)>,
-) {
+) -> Vec<String> {
     let of_rules = rules.into_iter().flat_map(|(at, fault, backends)| {
         std::iter::once(fault).chain(backends.iter().map(|it| &it.invalid)).map(move |fault| (at, fault))
     });
@@ -464,11 +473,16 @@ fn report_faults<'a>(
     let mut faults: Vec<(usize, &String)> =
         of_rules.chain(of_others).filter(|(_, fault)| !fault.is_empty()).collect();
     faults.sort_by_key(|(at, _)| *at);
-    for (at, fault) in &faults {
-        reader.find(Finding::new(RESOLVED, false, "Invalid", format!("{}[{at}]: {fault}", part.name())));
-    }
+    faults.iter().map(|(at, fault)| format!("{}[{at}]: {fault}", part.name())).collect()
+}
+
+/// Says of all parts together whether they can be followed: a condition has one value.
+fn report_faults(reader: &Reader<'_>, faults: Vec<String>) {
     if faults.is_empty() {
         reader.find(Finding::new(RESOLVED, true, "ResolvedRefs", "every rule can be followed".to_owned()));
+    }
+    for fault in faults {
+        reader.find(Finding::new(RESOLVED, false, "Invalid", fault));
     }
 }
 
