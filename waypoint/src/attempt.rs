@@ -2,6 +2,8 @@
 //!
 //! All retries are here: the pools below report what never left and send nothing twice.
 
+mod hedge;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,35 +13,35 @@ use ambit_balance::Outcome;
 use ambit_directory::{AppProtocol, WorkloadUid};
 use ambit_hbone::ConnectRequest;
 use ambit_hbone::client::Target as TunnelTarget;
+use ambit_net::socket::set_probes;
 use ambit_route::{Retry, Timeouts};
-use http::header::{CONTENT_LENGTH, HOST, HeaderMap, RETRY_AFTER, SET_COOKIE};
+use http::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderName, RETRY_AFTER, SET_COOKIE};
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use smallvec::SmallVec;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::accept::Inbound;
 use crate::answer::grpc_status;
-use crate::authorize::{AllowedRequest, denied_later};
-use crate::backend_policies::HashKey;
+use crate::authorize::AllowedRequest;
+use crate::backend_policies::{PoolPolicy, TcpProbes};
 use crate::backend_tls::Alpn;
-use crate::balance::{Chosen, Endpoint, Target, endpoint, guard};
-use crate::balancers::Trial;
+use crate::balance::{Chosen, Endpoint, Target, guard, request_endpoint};
 use crate::balancers::balancer::Balancer;
-use crate::balancers::key::{Hashed, of_address, of_request};
+use crate::balancers::circuit::{Connection, Guard, Turn};
+use crate::balancers::key::{Hashed, of_request};
+use crate::balancers::{Gate, Trial};
 use crate::body::{RequestBody, ResponseBody, Source};
-use crate::client_hello::ClientHello;
 use crate::exchange::Answered;
-use crate::failure::{Failure, status_of_grpc};
+use crate::failure::{Failure, Limit, status_of_grpc};
 use crate::filters::{self, OnResponse};
 use crate::io;
 use crate::matching::Routed;
-use crate::proxy::{Published, TunnelKey, Worker};
+use crate::proxy::{Counted, Published, TunnelKey, Worker};
 use crate::report::Record;
 use crate::sanitise::Sane;
 use crate::upstream::{Found, Key, Returned, Sender, Used};
@@ -53,6 +55,10 @@ const MAX_BACKOFF: Duration = Duration::from_millis(250);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
 /// Connections that may close under a request that they did not take before that counts as a try.
 const MAX_MOVES: u32 = 3;
+/// How long the client of a gRPC call waits (gRPC over HTTP/2, "Requests").
+pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// gRPC's status for a call that took too long.
+const DEADLINE_EXCEEDED: u8 = 4;
 
 /// Sends a request and waits for the head of its answer.
 ///
@@ -82,13 +88,18 @@ pub async fn send(
     let deadline = timeouts.request.map(|limit| Instant::now() + limit);
     let upgrade = parts.extensions.remove::<OnUpgrade>();
     let asked = parts.extensions.remove::<AllowedRequest>();
-    let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
-    let http2 = form.speaks_http2(target);
-    mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
-    let hashed = match &target.balanced {
-        Some(balanced) => hash(&*balanced.current(&inbound.worker.proxy)?, inbound, &parts),
-        None => Hashed::default(),
+    let balancer = match &target.balanced {
+        Some(balanced) => Some(balanced.current(&inbound.worker.proxy)?),
+        None => None,
     };
+    let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
+    let pool = balancer.as_ref().map(|balancer| &balancer.policy().pool);
+    let http2 = form.speaks_http2(target, pool);
+    mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
+    let hashed = balancer.map(|balancer| hash(&balancer, inbound, &parts)).unwrap_or_default();
+    // RFC 9110 §9.2.1: what is asked twice must change nothing.
+    let is_safe = parts.method.is_safe() && source.is_none() && sane.upgrade.is_none();
+    let hedge = timeouts.hedge.filter(|_| is_safe);
     let head = head(&form, http2, target.tls);
     let mut sending = Sending {
         inbound,
@@ -96,12 +107,15 @@ pub async fn send(
         timeouts,
         retry,
         deadline,
+        hedge,
         http2,
         head,
         source,
         key: hashed.key,
         tried: SmallVec::new(),
         trial: None,
+        gate: None,
+        counted: None,
         record,
     };
     let all = Box::pin(sending.tries());
@@ -117,8 +131,7 @@ pub async fn send(
     }
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         // The endpoint's connection is the client's now.
-        let active = returned.active;
-        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), asked, &mut response, active)?;
+        let agreed = upgrade::join(inbound, upgrade, sane.upgrade.as_ref(), asked, &mut response, returned)?;
         let (parts, _) = response.into_parts();
         let response = Response::from_parts(parts, ResponseBody::full(bytes::Bytes::new()));
         return Ok(Answered { response, filters: on_response, upgrade: Some(agreed) });
@@ -141,13 +154,17 @@ pub struct Form<'a> {
 }
 
 impl Form<'_> {
-    /// Whether endpoints are spoken to in HTTP/2: as declared, else as the client does. What wants to change the protocol
-    /// can do so in HTTP/1 only. Inside TLS, what is not declared is HTTP/1.1, which every server speaks, except gRPC.
-    pub fn speaks_http2(&self, target: &Target) -> bool {
+    /// Whether endpoints are spoken to in HTTP/2: as a policy says, else as declared, else as the client does. What wants to change the
+    /// protocol can do so in HTTP/1 only. Inside TLS, what is not declared is HTTP/1.1, which every server speaks, except gRPC.
+    pub fn speaks_http2(&self, target: &Target, pool: Option<&PoolPolicy>) -> bool {
         if self.sane.upgrade.is_some() {
             return false;
         }
         match target.protocol {
+            _ if pool.is_some_and(|pool| pool.use_client_protocol) => {
+                self.sane.grpc || self.sane.version == Version::HTTP_2
+            }
+            _ if pool.is_some_and(|pool| pool.upgrade_to_http2) => true,
             AppProtocol::Http2 | AppProtocol::Grpc => true,
             AppProtocol::Http11 => self.sane.grpc,
             _ if target.tls => self.sane.grpc,
@@ -193,6 +210,8 @@ struct Sending<'a> {
     timeouts: Timeouts,
     retry: &'a Retry,
     deadline: Option<Instant>,
+    /// After how long a second endpoint is asked too.
+    hedge: Option<Duration>,
     http2: bool,
     head: Request<()>,
     source: Option<Source>,
@@ -201,7 +220,19 @@ struct Sending<'a> {
     tried: SmallVec<[WorkloadUid; 4]>,
     /// The try that is under way.
     trial: Option<Trial>,
+    /// How much may go to the endpoints at once.
+    gate: Option<Gate>,
+    /// Counts a try beyond the first.
+    counted: Option<RetryCount>,
     record: &'a mut Record,
+}
+
+/// Counts a try beyond the first until its answer begins.
+enum RetryCount {
+    /// Within the waypoint's own limit.
+    Worker(#[expect(dead_code, reason = "counts until it is dropped")] Counted),
+    /// Within that of a policy.
+    Policy(#[expect(dead_code, reason = "counts until it is dropped")] Guard),
 }
 
 /// The head of an answer, and the connection that it came on.
@@ -219,11 +250,13 @@ impl Sending<'_> {
             if !again || retries >= self.retry.attempts || !self.can_repeat() {
                 return outcome;
             }
-            let worker = &self.inbound.worker;
-            let Some(_counted) = worker.requests.retry(worker.proxy.settings.limits.retry_budget) else {
-                worker.proxy.tallies.retries_over_budget.fetch_add(1, Ordering::Relaxed);
+            self.counted = None;
+            self.counted = self.count_retry();
+            if self.counted.is_none() {
+                let tallies = &self.inbound.worker.proxy.tallies;
+                tallies.retries_over_budget.fetch_add(1, Ordering::Relaxed);
                 return outcome;
-            };
+            }
             let asked = outcome
                 .as_ref()
                 .ok()
@@ -241,6 +274,17 @@ impl Sending<'_> {
             tokio::time::sleep(pause).await;
             retries += 1;
         }
+    }
+
+    /// Counts one more try, if there may be one: as a policy says, else as the waypoint's own settings do.
+    fn count_retry(&self) -> Option<RetryCount> {
+        if let Some(gate) = &self.gate
+            && let Some(most) = gate.circuit.most_retries(gate.pool(), gate.retry_budget)
+        {
+            return gate.circuit.retry(most).map(RetryCount::Policy);
+        }
+        let worker = &self.inbound.worker;
+        worker.requests.retry(worker.proxy.settings.limits.retry_budget).map(RetryCount::Worker)
     }
 
     fn can_repeat(&self) -> bool {
@@ -279,49 +323,56 @@ impl Sending<'_> {
     }
 
     async fn one_try(&mut self) -> Result<HeadOfAnswer, Failure> {
-        let Chosen { endpoint: chosen, trial } = self.choose()?;
+        let Chosen { endpoint: chosen, trial, gate } = self.choose()?;
         if let Some(workload) = &chosen.workload {
             self.tried.push(workload.uid.clone());
         }
-        self.trial = trial;
+        (self.trial, self.gate) = (trial, gate);
         let chosen = match names::locate(&self.inbound.worker, chosen).await {
             Ok(chosen) => chosen,
             Err(failure) => return self.learn(Err(failure)),
         };
         self.record.set_endpoint(&chosen);
-        let trying = self.exchange(&chosen);
-        let outcome = match self.timeouts.backend {
-            Some(limit) => timeout(limit, trying).await.unwrap_or(Err(Failure::TryTimeout)),
-            None => trying.await,
+        let limit = self.timeouts.backend;
+        let outcome = match (self.hedge, limit) {
+            (None, None) => self.exchange(&chosen, self.gate.as_ref()).await,
+            (None, Some(limit)) => within(limit, self.exchange(&chosen, self.gate.as_ref())).await,
+            (Some(after), None) => Box::pin(self.hedged(&chosen, after)).await,
+            (Some(after), Some(limit)) => within(limit, Box::pin(self.hedged(&chosen, after))).await,
         };
         self.learn(outcome)
     }
 
     fn learn(&mut self, outcome: Result<HeadOfAnswer, Failure>) -> Result<HeadOfAnswer, Failure> {
         let awaited = self.source.as_ref().map(Source::awaited).unwrap_or_default();
-        learn(self.trial.take(), awaited, outcome)
+        learn(self.trial.take(), awaited, self.has_deadline(), outcome)
+    }
+
+    /// Whether its client of gRPC waits only so long.
+    fn has_deadline(&self) -> bool {
+        self.head.headers().contains_key(GRPC_TIMEOUT)
     }
 
     fn choose(&mut self) -> Result<Chosen, Failure> {
         let Inbound { worker, source, .. } = &**self.inbound;
-        match endpoint(worker, *source, self.target, &self.tried, self.key) {
+        match request_endpoint(worker, *source, self.target, &self.tried, self.key) {
             // Every endpoint was tried: the first ones again.
             Err(Failure::NoEndpoint(_)) if !self.tried.is_empty() => {
                 self.tried.clear();
-                endpoint(worker, *source, self.target, &self.tried, self.key)
+                request_endpoint(worker, *source, self.target, &self.tried, self.key)
             }
             chosen => chosen,
         }
     }
 
-    async fn exchange(&self, chosen: &Endpoint) -> Result<HeadOfAnswer, Failure> {
+    async fn exchange(&self, chosen: &Endpoint, gate: Option<&Gate>) -> Result<HeadOfAnswer, Failure> {
         let worker = &self.inbound.worker;
-        let key = chosen.key(self.http2)?;
+        let key = chosen.key(self.http2, gate)?;
         let mut request = Some(self.request()?);
         let mut moves = 0;
         // A connection that was kept may close before the request is on it: that is nobody's fault, and no retry.
         loop {
-            let sender = sender(worker, &key, chosen).await?;
+            let sender = sender(worker, &key, chosen, gate).await?;
             let Some(taken) = request.take() else { return Err(Failure::Reset("sent already".to_owned())) };
             match dispatch(worker, &key, sender, taken).await {
                 Ok(answered) => return Ok(answered),
@@ -370,23 +421,35 @@ impl Sending<'_> {
     }
 }
 
+/// One try, which may take so long.
+async fn within(
+    limit: Duration,
+    trying: impl Future<Output = Result<HeadOfAnswer, Failure>>,
+) -> Result<HeadOfAnswer, Failure> {
+    timeout(limit, trying).await.unwrap_or(Err(Failure::TryTimeout))
+}
+
 /// Reports to a try how it ended, which waited for the client for `awaited`. A failure that is the client's, or the waypoint's own, says nothing
-/// of the endpoint.
+/// of the endpoint; nor does it say something that an endpoint did not meet the deadline of a client that `has_deadline`.
 ///
 /// # Errors
 /// Those of the outcome.
 pub fn learn(
     trial: Option<Trial>,
     awaited: Duration,
+    has_deadline: bool,
     mut outcome: Result<HeadOfAnswer, Failure>,
 ) -> Result<HeadOfAnswer, Failure> {
     let Some(trial) = trial else { return outcome };
     match &mut outcome {
         Ok((response, returned)) => {
             // gRPC says how it went in a status of its own.
-            let of_grpc = grpc_status(response.headers()).filter(|status| *status != 0).map(status_of_grpc);
-            let status = of_grpc.unwrap_or(response.status());
-            returned.active = trial.end(Outcome::Answer(status.as_u16()));
+            let of_grpc = grpc_status(response.headers()).filter(|status| *status != 0);
+            returned.active = trial.end(match of_grpc {
+                Some(DEADLINE_EXCEEDED) if has_deadline => Outcome::ClientDeadline,
+                Some(status) => Outcome::Answer(status_of_grpc(status).as_u16()),
+                None => Outcome::Answer(response.status().as_u16()),
+            });
         }
         Err(failure) => trial.fail(failure, awaited),
     }
@@ -417,24 +480,59 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     }
 }
 
-/// A connection to an endpoint: one that waits, or a new one. Waiting for another request's dial has the limit of a dial.
+/// A connection to an endpoint: one that waits, or a new one. Waiting for another request's dial has the limit of a dial; waiting for one
+/// of the connections that a policy allows that of [`Circuit::turn`](crate::balancers::circuit::Circuit::turn).
 ///
 /// # Errors
 /// [`Failure::Connect`], [`Failure::NoEndpoint`], [`Failure::Overflow`], [`Failure::Unavailable`].
-pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sender, Failure> {
+pub async fn sender(
+    worker: &Worker,
+    key: &Key,
+    chosen: &Endpoint,
+    gate: Option<&Gate>,
+) -> Result<Sender, Failure> {
+    let ready = || worker.upstreams.take(key);
+    let is_contended = gate.is_some_and(|gate| !key.http2 && gate.circuit.is_contended());
+    if !is_contended && let Some(sender) = ready() {
+        return Ok(sender);
+    }
+    let Some(gate) = gate else { return dial(worker, key, chosen, None, None).await };
+    let _pending = gate.circuit.pend(gate.pool())?;
+    if key.http2 {
+        return dial(worker, key, chosen, Some(gate), None).await;
+    }
+    match gate.circuit.turn(gate.pool(), ready).await? {
+        Turn::Ready(sender) => Ok(sender),
+        Turn::Connect(counted) => dial(worker, key, chosen, Some(gate), Some(counted)).await,
+    }
+}
+
+async fn dial(
+    worker: &Worker,
+    key: &Key,
+    chosen: &Endpoint,
+    gate: Option<&Gate>,
+    counted: Option<Arc<Connection>>,
+) -> Result<Sender, Failure> {
     let limits = &worker.proxy.settings.limits;
-    let limit = limits.connect_timeout.get();
+    let limit = connect_timeout(worker, gate);
     let timed_out = || Failure::Connect(format!("{} did not answer within {limit:?}", chosen.address));
     let found = timeout(limit, worker.upstreams.find(key, limits.connections_per_endpoint)).await;
     let mut dial = match found.map_err(|_| timed_out())? {
         Found::Sender(sender) => return Ok(sender),
-        Found::Full => return Err(Failure::Overflow),
+        Found::Full => {
+            return Err(match gate {
+                Some(gate) => gate.circuit.refuse(Limit::Connections),
+                None => worker.proxy.balancers.counts.overflows.refuse(Limit::Connections),
+            });
+        }
         Found::Failed(failure) => return Err(failure),
         Found::Dial(dial) => dial,
     };
+    dial.counted = counted.or_else(|| Some(gate?.circuit.share()));
     let connecting = async {
         let alpn = if key.http2 { Alpn::Http2 } else { Alpn::Http1 };
-        let io = connect(worker, chosen, alpn).await?;
+        let io = connect(worker, chosen, gate, alpn).await?;
         let connected = worker.upstreams.connect(key, &mut dial, io).await;
         connected.map_err(|error| Failure::Connect(error.to_string()))
     };
@@ -443,19 +541,30 @@ pub async fn sender(worker: &Worker, key: &Key, chosen: &Endpoint) -> Result<Sen
     connected
 }
 
+/// The budget of one connection, handshakes included.
+pub fn connect_timeout(worker: &Worker, gate: Option<&Gate>) -> Duration {
+    let of_policy = gate.and_then(|gate| gate.pool().connect_timeout);
+    of_policy.unwrap_or(worker.proxy.settings.limits.connect_timeout.get())
+}
+
 /// Opens a byte stream to an endpoint: HBONE, with the identity of that workload, or plain TCP outside the mesh; inside it TLS, where
 /// a policy demands it.
 ///
 /// # Errors
 /// [`Failure::Connect`], [`Failure::InvalidPolicy`], [`Failure::NoEndpoint`], [`Failure::Unavailable`].
-pub async fn connect(worker: &Worker, chosen: &Endpoint, alpn: Alpn) -> Result<io::Endpoint, Failure> {
-    let io = Box::pin(transport(worker, chosen)).await?;
+pub async fn connect(
+    worker: &Worker,
+    chosen: &Endpoint,
+    gate: Option<&Gate>,
+    alpn: Alpn,
+) -> Result<io::Endpoint, Failure> {
+    let io = Box::pin(transport(worker, chosen, gate)).await?;
     let Some(tls) = &chosen.tls else { return Ok(io) };
     let proxy = &worker.proxy;
     tls.handshake(io, alpn, (&proxy.certificates, &proxy.identity)).await
 }
 
-async fn transport(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint, Failure> {
+async fn transport(worker: &Worker, chosen: &Endpoint, gate: Option<&Gate>) -> Result<io::Endpoint, Failure> {
     let proxy = &worker.proxy;
     let failed = |error: &dyn std::fmt::Display| Failure::Connect(format!("{}: {error}", chosen.address));
     let dialled = chosen.tunnel.as_ref().map_or(chosen.address, |(hbone, _)| *hbone);
@@ -463,6 +572,10 @@ async fn transport(worker: &Worker, chosen: &Endpoint) -> Result<io::Endpoint, F
     let Some((hbone, expected)) = &chosen.tunnel else {
         let stream = TcpStream::connect(chosen.address).await.map_err(|error| failed(&error))?;
         stream.set_nodelay(true).map_err(|error| failed(&error))?;
+        if let Some(probes) = gate.and_then(|gate| gate.pool().tcp_keepalive) {
+            let TcpProbes { idle, interval, probes } = probes;
+            set_probes(&stream, idle, interval, probes).map_err(|error| failed(&error))?;
+        }
         return Ok(io::Endpoint::Plain(stream));
     };
     let Some(workload) = &chosen.workload else {
@@ -507,10 +620,10 @@ pub async fn dispatch(
     request: Request<RequestBody>,
 ) -> Result<HeadOfAnswer, (Failure, Unsent)> {
     match sender {
-        Sender::Http1(mut sender, open) => match sender.try_send_request(request).await {
+        Sender::Http1(mut connection) => match connection.sender.try_send_request(request).await {
             Ok(response) => {
                 let (upstreams, key) = (worker.upstreams.clone(), Box::new(key.clone()));
-                let used = Used::Http1 { upstreams, key, sender, open };
+                let used = Used::Http1 { upstreams, key, connection };
                 Ok((response, Returned { used, active: None }))
             }
             Err(mut error) => {
@@ -550,87 +663,6 @@ fn failure(error: &hyper::Error) -> Failure {
         cause = inner.source();
     }
     Failure::Reset(error.to_string())
-}
-
-/// Passes bytes on to an endpoint of the destination, unread.
-pub async fn pass_through(
-    inbound: &Arc<Inbound>,
-    tls: Option<ClientHello>,
-    mut client: io::ReadAhead<impl AsyncRead + AsyncWrite + Unpin>,
-) {
-    let worker = &inbound.worker;
-    let mut report = worker.reporter.connection(inbound);
-    let published = worker.proxy.published.load_full();
-    if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
-        return report.deny(failure.to_string());
-    }
-    let target = match crate::matching::connection(&published, inbound, tls.as_ref()) {
-        Ok(target) => target,
-        Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
-    };
-    let asked = tls.as_ref().and_then(|hello| names::asked_host(hello.server_name.as_deref()?));
-    let target = match target.asking(&published, inbound, asked) {
-        Ok(target) => target,
-        Err(failure) => return report.finish(Err(failure.to_string())),
-    };
-    let key = match &target.balanced {
-        Some(balanced) => match balanced.current(&worker.proxy) {
-            Ok(balancer) => {
-                (balancer.hash_key() == Some(&HashKey::SourceIp)).then(|| of_address(inbound.source.ip()))
-            }
-            Err(failure) => return report.finish(Err(failure.to_string())),
-        },
-        None => None,
-    };
-    let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
-    let mut last = None;
-    for _ in 0..=Retry::default().attempts {
-        let Chosen { endpoint: chosen, trial } = match endpoint(worker, inbound.source, &target, &tried, key)
-        {
-            Ok(chosen) => chosen,
-            Err(failure) => {
-                last.get_or_insert(failure);
-                break;
-            }
-        };
-        let chosen = match names::locate(worker, chosen).await {
-            Ok(chosen) => chosen,
-            Err(failure) => {
-                if let Some(trial) = trial {
-                    trial.fail(&failure, Duration::ZERO);
-                }
-                last = Some(failure);
-                continue;
-            }
-        };
-        report.set_endpoint(&chosen);
-        let limit = worker.proxy.settings.limits.connect_timeout.get();
-        let connected = timeout(limit, Box::pin(connect(worker, &chosen, Alpn::None))).await;
-        match connected.unwrap_or(Err(Failure::Connect(format!("{} did not answer", chosen.address)))) {
-            Ok(mut upstream) => {
-                let active = trial.map(|trial| trial.end(Outcome::Answer(200)));
-                let load = chosen.workload.as_ref().map(|workload| worker.proxy.loads.open(&workload.uid));
-                let relayed = tokio::select! {
-                    relayed = tokio::io::copy_bidirectional(&mut client, &mut upstream) => relayed,
-                    failure = denied_later(inbound, None) => {
-                        drop((active, load));
-                        return report.deny(failure.to_string());
-                    }
-                };
-                drop((active, load));
-                return report.finish(relayed.map_err(|error| error.to_string()));
-            }
-            Err(failure) => {
-                if let Some(trial) = trial {
-                    trial.fail(&failure, Duration::ZERO);
-                }
-                tried.extend(chosen.workload.as_ref().map(|workload| workload.uid.clone()));
-                last = Some(failure);
-            }
-        }
-    }
-    let failure = last.map_or_else(|| "no endpoint".to_owned(), |failure| failure.to_string());
-    report.finish(Err(failure));
 }
 
 #[cfg(test)]

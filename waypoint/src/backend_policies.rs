@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ambit_api::l7;
-use ambit_balance::{Algorithm, OutlierSettings, TableKind};
+use ambit_balance::{Algorithm, Outcome, OutlierSettings, TableKind};
 use ambit_directory::NamespacedHost;
 use http::HeaderName;
 use serde::Serialize;
@@ -67,16 +67,28 @@ pub enum HashKey {
 }
 
 /// Ejection, and when it is given up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outliers {
     /// When an endpoint is ejected.
     pub settings: OutlierSettings,
     /// Per cent of the endpoints that must not be ejected, else ejections are ignored.
     pub min_health: u32,
+    /// Answers with these statuses are failures too.
+    pub codes: Box<[u16]>,
 }
 
-/// Bounds of what is sent at once. `None`: the waypoint's own, or none.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+impl Outliers {
+    /// How a request ended in the eyes of the policy: what it calls a failure is one.
+    pub fn judge(&self, outcome: Outcome) -> Outcome {
+        match outcome {
+            Outcome::Answer(code) if code < 500 && self.codes.contains(&code) => Outcome::Answer(500),
+            Outcome::Answer(_) | Outcome::LocalFailure | Outcome::ClientDeadline => outcome,
+        }
+    }
+}
+
+/// Bounds of what is sent at once, and how connections are made and kept. `None`: the waypoint's own, or none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolPolicy {
     /// Connections to all endpoints.
@@ -95,6 +107,31 @@ pub struct PoolPolicy {
     pub idle_timeout: Option<Duration>,
     /// Whether requests of HTTP/1 clients are sent in HTTP/2.
     pub upgrade_to_http2: bool,
+    /// Whether requests are sent in the version of HTTP that their clients speak.
+    pub use_client_protocol: bool,
+    /// How long a connection that is passed on may be silent.
+    pub stream_idle_timeout: Option<Duration>,
+    /// How old a connection may become.
+    pub max_age: Option<Duration>,
+    /// Requests at once on one HTTP/2 connection.
+    pub max_concurrent_streams: Option<u32>,
+    /// Probes of sockets to endpoints outside the mesh.
+    pub tcp_keepalive: Option<TcpProbes>,
+    /// Time between the PINGs of an HTTP/2 connection.
+    pub ping_interval: Option<Duration>,
+    /// How long the answer to a PING may take.
+    pub ping_timeout: Option<Duration>,
+}
+
+/// Probes of a silent TCP connection. `None`: as the system has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
+pub struct TcpProbes {
+    /// Silence before the first one.
+    pub idle: Option<Duration>,
+    /// Time between them.
+    pub interval: Option<Duration>,
+    /// How many must be lost.
+    pub probes: Option<u32>,
 }
 
 /// Retries at once, in proportion to the requests in progress.
@@ -104,6 +141,14 @@ pub struct RetryBudget {
     pub percent_milli: u32,
     /// So many are always allowed.
     pub least: u32,
+}
+
+impl RetryBudget {
+    /// How many retries there may be while so many requests are in progress.
+    pub fn most(self, active: u32) -> u32 {
+        let share = u64::from(active) * u64::from(self.percent_milli) / 100_000;
+        u32::try_from(share).unwrap_or(u32::MAX).max(self.least)
+    }
 }
 
 /// Labels that an endpoint must have.
@@ -391,6 +436,7 @@ fn outliers(source: &l7::OutlierDetection) -> Outliers {
             max_ejection_percent: source.max_ejection_percent,
         },
         min_health: source.min_health_percent,
+        codes: source.error_codes.iter().filter_map(|code| u16::try_from(*code).ok()).collect(),
     }
 }
 
@@ -406,6 +452,17 @@ fn pool(source: &l7::ConnectionPool) -> PoolPolicy {
         connect_timeout: span(source.connect_timeout_nanos),
         idle_timeout: span(source.idle_timeout_nanos),
         upgrade_to_http2: source.upgrade_to_http2,
+        use_client_protocol: source.use_client_protocol,
+        stream_idle_timeout: span(source.tcp_idle_timeout_nanos),
+        max_age: span(source.max_connection_duration_nanos),
+        max_concurrent_streams: some(source.max_concurrent_streams),
+        tcp_keepalive: source.tcp_keepalive.as_ref().map(|probes| TcpProbes {
+            idle: span(probes.idle_nanos),
+            interval: span(probes.interval_nanos),
+            probes: some(probes.probes),
+        }),
+        ping_interval: span(source.http2_ping_interval_nanos),
+        ping_timeout: span(source.http2_ping_timeout_nanos),
     }
 }
 

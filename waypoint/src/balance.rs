@@ -16,10 +16,10 @@ use rand::RngExt;
 use smallvec::SmallVec;
 
 use crate::accept::{Destination, Inbound};
-use crate::backend_policies::BackendPolicies;
+use crate::backend_policies::{BackendPolicies, PoolPolicy};
 use crate::backend_tls::EndpointTls;
 use crate::balancers::balancer::Balancer;
-use crate::balancers::{Slot, SlotKey, Sources, Trial, Unresolved};
+use crate::balancers::{Gate, Slot, SlotKey, Sources, Trial, Unresolved};
 use crate::failure::Failure;
 use crate::matching::Routed;
 use crate::names;
@@ -73,6 +73,14 @@ impl Target {
                 Err(Failure::NoRoute)
             }
         }
+    }
+}
+
+impl Target {
+    /// What a policy says of the connections to it.
+    pub fn pool(&self, proxy: &Proxy) -> Option<PoolPolicy> {
+        let balancer = self.balanced.as_ref()?.current(proxy).ok()?;
+        Some(balancer.policy().pool)
     }
 }
 
@@ -253,12 +261,13 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`Failure::InvalidPolicy`].
-    pub fn key(&self, http2: bool) -> Result<Key, Failure> {
+    pub fn key(&self, http2: bool, gate: Option<&Gate>) -> Result<Key, Failure> {
         Ok(Key {
             workload: self.workload.as_ref().map(|workload| workload.uid.clone()),
             address: self.address,
             http2,
             tls: self.tls.as_ref().map(EndpointTls::key).transpose()?,
+            shape: gate.and_then(|gate| gate.shape.clone()),
         })
     }
 
@@ -279,6 +288,26 @@ pub struct Chosen {
     pub endpoint: Arc<Endpoint>,
     /// Learns how the request ends; none for an address that was dialled.
     pub trial: Option<Trial>,
+    /// How much may go there at once; none for an address that was dialled.
+    pub gate: Option<Gate>,
+}
+
+/// Chooses an endpoint for a request, which is counted among those in progress.
+///
+/// # Errors
+/// Those of [`endpoint`], and [`Failure::Overflow`].
+pub fn request_endpoint(
+    worker: &Worker,
+    source: SocketAddr,
+    target: &Target,
+    tried: &[WorkloadUid],
+    key: Option<u64>,
+) -> Result<Chosen, Failure> {
+    let mut chosen = endpoint(worker, source, target, tried, key)?;
+    if let (Some(trial), Some(gate)) = (&mut chosen.trial, &chosen.gate) {
+        trial.admit(gate.pool())?;
+    }
+    Ok(chosen)
 }
 
 /// Chooses an endpoint that was not tried, by the hash of the request where it has one.
@@ -297,11 +326,14 @@ pub fn endpoint(
     let balancer = balanced.current(proxy)?;
     if let Some(asked) = &target.asked {
         let endpoint = Arc::new(dynamic(&balancer, balanced.slot.key(), asked)?);
-        return Ok(Chosen { endpoint, trial: None });
+        return Ok(Chosen { endpoint, trial: None, gate: None });
     }
     let chosen = balanced.slot.choose(&balancer, &proxy.published.load().directory, tried, key);
     let why = match chosen {
-        Ok(chosen) => return Ok(Chosen { endpoint: chosen.endpoint, trial: Some(chosen.trial) }),
+        Ok(chosen) => {
+            let (trial, gate) = (Some(chosen.trial), Some(chosen.gate));
+            return Ok(Chosen { endpoint: chosen.endpoint, trial, gate });
+        }
         Err(why) => why,
     };
     let slot = balanced.slot.key();
@@ -309,7 +341,7 @@ pub fn endpoint(
     if !target.tls
         && let Some(endpoint) = in_another_network(proxy, source, slot, tried)?
     {
-        return Ok(Chosen { endpoint: Arc::new(endpoint), trial: None });
+        return Ok(Chosen { endpoint: Arc::new(endpoint), trial: None, gate: None });
     }
     let SlotKey { host, port, .. } = slot;
     Err(Failure::NoEndpoint(format!("service {host}, port {port}: {why}")))
@@ -422,7 +454,7 @@ fn address(
     if !is_elsewhere(endpoint.address.ip(), question.client) {
         return Err(Failure::NoEndpoint(format!("{} is the waypoint's own address", endpoint.address)));
     }
-    Ok(Chosen { endpoint: Arc::new(endpoint), trial: None })
+    Ok(Chosen { endpoint: Arc::new(endpoint), trial: None, gate: None })
 }
 
 /// Whether an address leads away from the waypoint `own`. Who writes a ServiceEntry must not reach what listens here for

@@ -3,6 +3,8 @@
 use ambit_api::l7;
 use serde::Serialize;
 
+use crate::backend_policies::PoolPolicy;
+use crate::balancers::circuit::CircuitSummary;
 use crate::balancers::{Balancers, Slot};
 use crate::upstream::Upstreams;
 
@@ -43,6 +45,11 @@ pub struct BalancerSummary {
     #[serde(skip_serializing_if = "Option::is_none")]
     policy: Option<String>,
     algorithm: String,
+    /// What is under way, and what was refused.
+    circuit: CircuitSummary,
+    /// Limits of connections and requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limits: Option<PoolPolicy>,
     endpoints: Vec<EndpointSummary>,
 }
 
@@ -129,6 +136,8 @@ fn balancer(slot: &Slot) -> BalancerSummary {
         subset: key.subset.as_deref().map(str::to_owned),
         policy: built.policy().object.as_deref().map(str::to_owned),
         algorithm: format!("{:?}", built.algorithm()),
+        circuit: slot.circuit().summary(),
+        limits: Some(built.policy().pool).filter(|pool| *pool != PoolPolicy::default()),
         endpoints: endpoints.collect(),
     }
 }

@@ -304,27 +304,27 @@ async fn exchange(
     let mut last = Failure::Unavailable("it was sent already".to_owned());
     let mut tried = Vec::new();
     for _ in 0..3 {
-        let Chosen { endpoint: chosen, trial } =
-            match balance::endpoint(worker, inbound.source, target, &tried, None) {
+        let Chosen { endpoint: chosen, trial, gate } =
+            match balance::request_endpoint(worker, inbound.source, target, &tried, None) {
                 Ok(chosen) => chosen,
                 Err(Failure::NoEndpoint(_)) if !tried.is_empty() => {
                     tried.clear();
-                    balance::endpoint(worker, inbound.source, target, &tried, None)?
+                    balance::request_endpoint(worker, inbound.source, target, &tried, None)?
                 }
                 Err(failure) => return Err(failure),
             };
         let workload = chosen.workload.as_ref().map(|workload| workload.uid.clone());
         let connected = async {
             let chosen = names::locate(worker, chosen).await?;
-            let key = chosen.key(http2)?;
-            let sender = sender(worker, &key, &chosen).await?;
+            let key = chosen.key(http2, gate.as_ref())?;
+            let sender = sender(worker, &key, &chosen, gate.as_ref()).await?;
             Ok((key, sender))
         };
         let (key, sender) = match Box::pin(connected).await {
             Ok(connected) => connected,
             Err(failure) => {
                 tried.extend(workload);
-                if let Err(failure) = learn(trial, Duration::ZERO, Err(failure)) {
+                if let Err(failure) = learn(trial, Duration::ZERO, false, Err(failure)) {
                     last = failure;
                 }
                 continue;
@@ -336,7 +336,7 @@ async fn exchange(
             returned = unsent;
             failure
         });
-        match (learn(trial, Duration::ZERO, outcome), returned) {
+        match (learn(trial, Duration::ZERO, false, outcome), returned) {
             (Ok(answered), _) => return Ok(answered),
             (Err(failure), None) => return Err(failure),
             (Err(failure), Some(unsent)) => {

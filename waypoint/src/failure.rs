@@ -6,6 +6,27 @@ use std::time::Duration;
 use ambit_token::Rejection;
 use http::StatusCode;
 
+/// What there is too much of at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// Connections.
+    Connections,
+    /// Requests that have no connection yet.
+    Pending,
+    /// Requests in progress.
+    Requests,
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Connections => "connections",
+            Self::Pending => "requests that wait for a connection",
+            Self::Requests => "requests in progress",
+        })
+    }
+}
+
 /// A request that no endpoint answered.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Failure {
@@ -73,9 +94,9 @@ pub enum Failure {
     /// No connection to the endpoint.
     #[error("connect: {0}")]
     Connect(String),
-    /// The connection to the endpoint is full.
-    #[error("too many connections to the endpoint")]
-    Overflow,
+    /// As much is under way to the endpoints as may be.
+    #[error("too many {0}")]
+    Overflow(Limit),
     /// The endpoint refused the stream without looking at it.
     #[error("the endpoint refused the stream")]
     RefusedStream,
@@ -122,7 +143,7 @@ impl Failure {
             | Self::NoEndpoint(_)
             | Self::Unavailable(_)
             | Self::Connect(_)
-            | Self::Overflow
+            | Self::Overflow(_)
             | Self::RefusedStream
             | Self::GoneAway
             | Self::Reset(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -162,7 +183,7 @@ impl Failure {
             | Self::UnknownService(_)
             | Self::NoEndpoint(_)
             | Self::Unavailable(_)
-            | Self::Overflow
+            | Self::Overflow(_)
             | Self::GoneAway
             | Self::RequestBody(_)
             | Self::Fault(_)
@@ -184,7 +205,7 @@ impl Failure {
             Self::NoEndpoint(_) => "UH",
             Self::Unavailable(_) => "LR",
             Self::Connect(_) => "UF",
-            Self::Overflow => "UO",
+            Self::Overflow(_) => "UO",
             Self::RefusedStream | Self::GoneAway => "UR",
             Self::Reset(_) => "UC",
             Self::TryTimeout | Self::Timeout => "UT",
@@ -210,7 +231,7 @@ impl Failure {
             Self::Authorizer { .. } => "authorization is not possible\n",
             Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
             Self::Unavailable(_) => "not available\n",
-            Self::Connect(_) | Self::Overflow | Self::RefusedStream | Self::GoneAway | Self::Reset(_) => {
+            Self::Connect(_) | Self::Overflow(_) | Self::RefusedStream | Self::GoneAway | Self::Reset(_) => {
                 "upstream connect error or reset before headers\n"
             }
             Self::TryTimeout | Self::Timeout => "upstream request timeout\n",
@@ -228,9 +249,13 @@ impl Failure {
     }
 }
 
+/// What proxies call an exchange that its client gave up.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
+
 /// The status of HTTP for one of gRPC (`google.rpc.Code`).
 pub fn status_of_grpc(status: u8) -> StatusCode {
     match status {
+        1 => StatusCode::from_u16(CLIENT_CLOSED_REQUEST).unwrap_or(StatusCode::BAD_REQUEST),
         3 | 9 | 11 => StatusCode::BAD_REQUEST,
         4 => StatusCode::GATEWAY_TIMEOUT,
         5 => StatusCode::NOT_FOUND,
@@ -271,7 +296,7 @@ mod tests {
         }
         assert!(Failure::Connect(String::new()).is_of_endpoint(second, second));
         assert!(!Failure::RequestBody(String::new()).is_of_endpoint(second, Duration::ZERO));
-        assert!(!Failure::Overflow.is_of_endpoint(second, Duration::ZERO));
+        assert!(!Failure::Overflow(Limit::Pending).is_of_endpoint(second, Duration::ZERO));
         assert!(!Failure::Unavailable(String::new()).is_of_endpoint(second, Duration::ZERO));
     }
 }

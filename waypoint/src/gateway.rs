@@ -27,7 +27,7 @@ use crate::client::Client;
 use crate::io::ReadAhead;
 use crate::listeners::{Layer, Listener};
 use crate::proxy::{Proxy, Worker};
-use crate::{attempt, client_hello, protocol};
+use crate::{client_hello, pass_through, protocol};
 
 /// How soon a port that could not be opened is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -122,7 +122,7 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream,
         Some(Layer::Plain) => {
             let Some(taken) = connection.listener("") else { return };
             let stream = ReadAhead::new(Bytes::new(), stream);
-            Box::pin(attempt::pass_through(&connection.inbound(Some(taken)), None, stream)).await;
+            Box::pin(pass_through::serve(&connection.inbound(Some(taken)), None, stream)).await;
         }
         // The last listener of the port has gone since.
         None => {}
@@ -155,7 +155,7 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
     let stream = ReadAhead::new(first.freeze(), stream);
     let Some(config) = taken.tls.clone() else {
         let inbound = connection.inbound(Some(taken));
-        return attempt::pass_through(&inbound, Some(hello), stream).await;
+        return pass_through::serve(&inbound, Some(hello), stream).await;
     };
     let shaken = timeout(limit, TlsAcceptor::from(config).accept(stream)).await;
     let stream = match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
@@ -168,7 +168,7 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
     let inbound = connection.inbound(Some(taken));
     match is_http {
         true => protocol::serve_http(inbound, Client::tls(stream)).await,
-        false => attempt::pass_through(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await,
+        false => pass_through::serve(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await,
     }
 }
 

@@ -2,7 +2,8 @@
 //! endpoint that it chose. As a gateway it takes its clients' connections from outside the mesh instead ([`gateway`]).
 //!
 //! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
-//! [`authorize`] (after [`authenticate`] and [`external`]), [`filters`], [`balance`], [`attempt`], [`answer`]; [`exchange`] leads it through them.
+//! [`authorize`] (after [`authenticate`] and [`external`]), [`filters`], [`balance`], [`attempt`] (or [`pass_through`]), [`answer`];
+//! [`exchange`] leads it through them.
 
 pub mod accept;
 pub mod activity;
@@ -35,6 +36,7 @@ pub mod matching;
 pub mod messages;
 pub mod mirror;
 pub mod names;
+pub mod pass_through;
 pub mod policies;
 pub mod protocol;
 pub mod proxy;

@@ -11,7 +11,7 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use crate::accept::Inbound;
-use crate::attempt::{Form, dispatch, head, learn, sender};
+use crate::attempt::{Form, GRPC_TIMEOUT, dispatch, head, learn, sender};
 use crate::balance::{self, Chosen};
 use crate::body::{RequestBody, Source};
 use crate::failure::Failure;
@@ -49,7 +49,7 @@ pub fn send(
         };
         let shadow = if mirror.shadow_host { shadow_host(form) } else { None };
         let form = Form { host: shadow.as_ref().or(form.host), ..*form };
-        let http2 = form.speaks_http2(&target);
+        let http2 = form.speaks_http2(&target, target.pool(&inbound.worker.proxy).as_ref());
         let head = head(&form, http2, target.tls);
         let body = source.map_or(RequestBody::Empty, |source| RequestBody::Copy(source.copy()));
         let inbound = inbound.clone();
@@ -87,7 +87,9 @@ async fn copy(
     http2: bool,
 ) -> Result<(), Failure> {
     let worker = &inbound.worker;
-    let Chosen { endpoint: chosen, trial } = balance::endpoint(worker, inbound.source, target, &[], None)?;
+    let Chosen { endpoint: chosen, trial, gate } =
+        balance::request_endpoint(worker, inbound.source, target, &[], None)?;
+    let has_deadline = head.headers().contains_key(GRPC_TIMEOUT);
     let (parts, ()) = head.into_parts();
     let state = match &body {
         RequestBody::Copy(copied) => Some(copied.state()),
@@ -95,10 +97,10 @@ async fn copy(
     };
     let chosen = match names::locate(worker, chosen).await {
         Ok(chosen) => chosen,
-        Err(failure) => return learn(trial, Duration::ZERO, Err(failure)).map(drop),
+        Err(failure) => return learn(trial, Duration::ZERO, has_deadline, Err(failure)).map(drop),
     };
-    let connected = match chosen.key(http2) {
-        Ok(key) => sender(worker, &key, &chosen).await.map(|sender| (key, sender)),
+    let connected = match chosen.key(http2, gate.as_ref()) {
+        Ok(key) => sender(worker, &key, &chosen, gate.as_ref()).await.map(|sender| (key, sender)),
         Err(failure) => Err(failure),
     };
     let answered = match connected {
@@ -113,7 +115,7 @@ async fn copy(
         }
         Err(failure) => Err(failure),
     };
-    let (response, returned) = learn(trial, Duration::ZERO, answered)?;
+    let (response, returned) = learn(trial, Duration::ZERO, has_deadline, answered)?;
     let mut answer = std::pin::pin!(response.into_body());
     // Read to its end, so that the connection can be used again.
     while let Some(frame) = std::future::poll_fn(|cx| answer.as_mut().poll_frame(cx)).await {

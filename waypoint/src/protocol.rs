@@ -22,7 +22,7 @@ use crate::client_stream::ClientStream;
 use crate::failure::Failure;
 use crate::io::ReadAhead;
 use crate::report::Record;
-use crate::{attempt, authorize, client_hello, exchange, matching};
+use crate::{authorize, client_hello, exchange, matching, pass_through};
 
 /// RFC 9113 §3.4: how every HTTP/2 connection begins.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -74,7 +74,7 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
                 true => client_hello::read(&mut stream, &mut first, limits.head_timeout.get()).await,
                 false => None,
             };
-            attempt::pass_through(&inbound, tls, ReadAhead::new(first.freeze(), stream)).await;
+            pass_through::serve(&inbound, tls, ReadAhead::new(first.freeze(), stream)).await;
         }
     }
 }

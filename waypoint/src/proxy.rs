@@ -130,6 +130,10 @@ pub struct Tallies {
     pub unbound: AtomicU64,
     /// Requests that were not sent again because too many were.
     pub retries_over_budget: AtomicU64,
+    /// Requests that were sent to a second endpoint beside the first.
+    pub hedges: AtomicU64,
+    /// Those of them that the second one answered first.
+    pub hedges_won: AtomicU64,
     /// Requests that broke the rules of HTTP.
     pub malformed: AtomicU64,
     /// Requests whose token was refused.

@@ -188,6 +188,14 @@ impl Record {
         self.endpoint = Some(endpoint.clone());
     }
 
+    /// It was sent to a second endpoint beside the first; `winner` is that one if its answer counts.
+    pub fn add_hedge(&mut self, winner: Option<&Arc<Endpoint>>) {
+        self.attempts += 1;
+        if let Some(endpoint) = winner {
+            self.endpoint = Some(endpoint.clone());
+        }
+    }
+
     /// Whether its client speaks HTTP/2.
     pub fn is_http2(&self) -> bool {
         self.version == Version::HTTP_2
@@ -357,6 +365,16 @@ impl ConnectionReport {
     /// Where it goes.
     pub fn set_endpoint(&mut self, endpoint: &Arc<Endpoint>) {
         self.endpoint = Some(endpoint.clone());
+    }
+
+    /// Where it goes, as far as that is known.
+    pub fn workload(&self) -> Option<&Arc<Workload>> {
+        self.endpoint.as_ref().and_then(|endpoint| endpoint.workload.as_ref())
+    }
+
+    /// There are as many connections as may be.
+    pub fn overflow(self, reason: String) {
+        Self { flags: tcp::ResponseFlags::Overflow, ..self }.finish(Err(reason));
     }
 
     /// Policy denies it.

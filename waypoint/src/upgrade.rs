@@ -10,8 +10,8 @@ use hyper_util::rt::TokioIo;
 
 use crate::accept::Inbound;
 use crate::authorize::{self, AllowedRequest};
-use crate::balancers::host::Active;
 use crate::failure::Failure;
+use crate::upstream::Returned;
 
 /// Says in a head what is wanted, or agreed on.
 pub fn announce(headers: &mut HeaderMap, protocol: HeaderValue) {
@@ -20,7 +20,7 @@ pub fn announce(headers: &mut HeaderMap, protocol: HeaderValue) {
 }
 
 /// Joins the two connections once the endpoint has agreed to what the client wanted. Bytes pass only after that, and only
-/// while the client is allowed what it `asked` for. Returns what was agreed on. `active` counts the connection at its endpoint
+/// while the client is allowed what it `asked` for. Returns what was agreed on. `returned` counts the connection at its endpoint
 /// until its end.
 ///
 /// # Errors
@@ -31,7 +31,7 @@ pub fn join(
     wanted: Option<&HeaderValue>,
     asked: Option<AllowedRequest>,
     response: &mut Response<Incoming>,
-    active: Option<Active>,
+    returned: Returned,
 ) -> Result<HeaderValue, Failure> {
     let wrong = || Failure::Reset("the endpoint changed to a protocol that was not asked for".to_owned());
     let (client, wanted) = client.zip(wanted).ok_or_else(wrong)?;
@@ -54,7 +54,7 @@ pub fn join(
                 return;
             }
         };
-        drop((open, active));
+        drop((open, returned));
         match joined {
             Ok((received, sent)) => {
                 tracing::debug!(source = %inbound.source, received, sent, "an upgraded connection ended");

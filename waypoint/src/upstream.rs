@@ -1,7 +1,8 @@
 //! HTTP connections to endpoints, of one worker: those of HTTP/1 wait for the next request, those of HTTP/2 carry many.
 //!
 //! A key names a workload by its uid, so an address that is used again never meets an old connection. One lock guards the
-//! index; it is held for look-ups only, and each worker has its own.
+//! index; it is held for look-ups only, and each worker has its own. How many connections there may be of all workers is decided by
+//! a [`Circuit`](crate::balancers::circuit::Circuit), which counts each until its task has ended.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -18,7 +19,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::backend_policies::PoolPolicy;
 use crate::backend_tls::TlsKey;
+use crate::balancers::Shape;
+use crate::balancers::circuit::Connection;
 use crate::balancers::host::Active;
 use crate::body::RequestBody;
 use crate::failure::Failure;
@@ -28,6 +32,10 @@ use crate::io::Endpoint;
 const BUSY: usize = 64;
 /// HTTP/2 connections to one endpoint, of each worker.
 const MAX_HTTP2: usize = 8;
+/// Time between the PINGs of an HTTP/2 connection.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// How long the answer to a PING may take.
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What may share a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -40,6 +48,44 @@ pub struct Key {
     pub http2: bool,
     /// TLS to the endpoint, if a policy demands it.
     pub tls: Option<TlsKey>,
+    /// What its connections have of their own, where a policy says something of connections.
+    pub shape: Option<Arc<Shape>>,
+}
+
+impl Key {
+    fn pool<T>(&self, read: impl FnOnce(&PoolPolicy) -> Option<T>) -> Option<T> {
+        self.shape.as_ref().and_then(|shape| read(&shape.pool))
+    }
+
+    /// Whether a connection takes no more requests: it had its number of them, or is as old as it may become.
+    fn is_worn(&self, worn: &Wear) -> bool {
+        let is_used_up =
+            self.pool(|pool| pool.max_requests_per_connection).is_some_and(|most| worn.uses >= most);
+        is_used_up || self.pool(|pool| pool.max_age).is_some_and(|most| worn.since.elapsed() >= most)
+    }
+
+    /// How long an unused connection is kept.
+    fn idle_timeout(&self, default: Duration) -> Duration {
+        self.pool(|pool| pool.idle_timeout).unwrap_or(default)
+    }
+}
+
+/// How much a connection was used.
+#[derive(Debug, Clone, Copy)]
+struct Wear {
+    since: Instant,
+    uses: u32,
+}
+
+impl Wear {
+    /// A connection with its first request.
+    fn first() -> Self {
+        Self { since: Instant::now(), uses: 1 }
+    }
+
+    fn count(&mut self) {
+        self.uses = self.uses.saturating_add(1);
+    }
 }
 
 /// The connections of one worker. Clones share them.
@@ -48,7 +94,7 @@ pub struct Upstreams(Arc<Mutex<HashMap<Key, Slot>>>);
 
 #[derive(Debug, Default)]
 struct Slot {
-    idle: Vec<(http1::SendRequest<RequestBody>, Instant)>,
+    idle: Vec<Idle>,
     shared: Vec<Shared>,
     /// HTTP/1 connections, in use or not.
     open: Arc<AtomicUsize>,
@@ -73,10 +119,64 @@ pub struct Connections {
 type DialOutcome = Option<Result<(), Failure>>;
 
 impl Slot {
+    /// An HTTP/1 connection without a request.
+    fn take_idle(&mut self, key: &Key) -> Option<Http1> {
+        // The one used last is most likely still open; one that is not ready has not finished with its last request.
+        let mut at = self.idle.len();
+        while at > 0 {
+            at -= 1;
+            let Some(idle) = self.idle.get(at) else { continue };
+            if idle.sender.is_closed() || key.is_worn(&idle.wear) {
+                drop(self.idle.swap_remove(at));
+                continue;
+            }
+            if !idle.sender.is_ready() {
+                continue;
+            }
+            let Idle { sender, mut wear, counted, .. } = self.idle.swap_remove(at);
+            // One that is to close for another request is nobody's any more.
+            if counted.as_ref().is_none_or(|counted| counted.take()) {
+                wear.count();
+                return Some(Http1 { sender, open: Open::new(&self.open), wear, counted });
+            }
+        }
+        None
+    }
+
+    /// Forgets HTTP/2 connections that take no more requests: one that is worn ends with its last stream.
+    fn prune_shared(&mut self, key: &Key) {
+        self.shared.retain(|shared| !shared.sender.is_closed() && !key.is_worn(&shared.wear));
+    }
+
+    /// The HTTP/2 connection with the fewest streams, if one more does not wait for others, or wherever there can be no more connections.
+    fn take_shared(&mut self, key: &Key, is_full: bool) -> Option<(http2::SendRequest<RequestBody>, Stream)> {
+        self.prune_shared(key);
+        let most = key.pool(|pool| pool.max_concurrent_streams);
+        let most = most.map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+        let load = |shared: &&mut Shared| shared.streams.load(Ordering::Relaxed);
+        let least = self.shared.iter_mut().min_by_key(load)?;
+        let is_used_up = least.streams.load(Ordering::Relaxed) >= most;
+        if is_used_up || (!is_full && least.is_busy()) {
+            return None;
+        }
+        least.used = Instant::now();
+        least.wear.count();
+        least.streams.fetch_add(1, Ordering::Relaxed);
+        Some((least.sender.clone(), Stream(least.streams.clone())))
+    }
+
     /// The dial that is under way.
     fn dialling(&self) -> Option<&watch::Receiver<DialOutcome>> {
         self.dialling.as_ref().filter(|dial| dial.borrow().is_none() && dial.has_changed().is_ok())
     }
+}
+
+#[derive(Debug)]
+struct Idle {
+    sender: http1::SendRequest<RequestBody>,
+    since: Instant,
+    wear: Wear,
+    counted: Option<Arc<Connection>>,
 }
 
 #[derive(Debug)]
@@ -86,6 +186,17 @@ struct Shared {
     /// Streams that the endpoint allows.
     most: Arc<AtomicUsize>,
     used: Instant,
+    wear: Wear,
+}
+
+/// An HTTP/1 connection that one request has.
+#[derive(Debug)]
+pub struct Http1 {
+    /// Sends the request.
+    pub sender: http1::SendRequest<RequestBody>,
+    open: Open,
+    wear: Wear,
+    counted: Option<Arc<Connection>>,
 }
 
 impl Shared {
@@ -99,7 +210,7 @@ impl Shared {
 #[derive(Debug)]
 pub enum Sender {
     /// HTTP/1: nobody else uses it meanwhile.
-    Http1(http1::SendRequest<RequestBody>, Open),
+    Http1(Http1),
     /// HTTP/2.
     Http2(http2::SendRequest<RequestBody>, Stream),
 }
@@ -150,9 +261,7 @@ pub enum Used {
         /// Under which key.
         key: Box<Key>,
         /// The connection.
-        sender: http1::SendRequest<RequestBody>,
-        /// Its count.
-        open: Open,
+        connection: Http1,
     },
     /// HTTP/2: only counted.
     Http2(Stream),
@@ -162,10 +271,20 @@ impl Returned {
     /// The answer has ended: the next request may have the connection.
     pub fn give_back(self) {
         match self.used {
-            Used::Http1 { upstreams, key, sender, open } => {
+            Used::Http1 { upstreams, key, connection } => {
+                let Http1 { sender, open, wear, counted } = connection;
                 drop(open);
-                if !sender.is_closed() {
-                    upstreams.0.lock().entry(*key).or_default().idle.push((sender, Instant::now()));
+                if sender.is_closed() || key.is_worn(&wear) {
+                    return;
+                }
+                let offered = counted.clone();
+                if let Some(counted) = &offered {
+                    counted.rest();
+                }
+                let idle = Idle { sender, since: Instant::now(), wear, counted };
+                upstreams.0.lock().entry(*key).or_default().idle.push(idle);
+                if let Some(counted) = offered {
+                    counted.offer();
                 }
             }
             Used::Http2(stream) => drop(stream),
@@ -191,6 +310,8 @@ pub enum Found {
 pub struct Dial {
     open: Option<Open>,
     waiters: Option<watch::Sender<DialOutcome>>,
+    /// Counts the connection until its end.
+    pub counted: Option<Arc<Connection>>,
 }
 
 impl Dial {
@@ -207,40 +328,40 @@ enum Turn {
     Use(Sender),
     Dial(Dial),
     Wait(watch::Receiver<DialOutcome>),
+    Full,
 }
 
 impl Upstreams {
-    /// A connection for a request, or the permission to dial one: at most `limit` of HTTP/1.
+    /// A connection that is there.
+    pub fn take(&self, key: &Key) -> Option<Sender> {
+        let mut slots = self.0.lock();
+        let slot = slots.get_mut(key)?;
+        match key.http2 {
+            true => slot.take_shared(key, false).map(|(sender, stream)| Sender::Http2(sender, stream)),
+            false => slot.take_idle(key).map(Sender::Http1),
+        }
+    }
+
+    /// A connection for a request, or the permission to dial one: at most `limit` to one endpoint.
     pub async fn find(&self, key: &Key, limit: usize) -> Found {
         if key.http2 {
-            return self.find_shared(key).await;
+            return self.find_shared(key, limit).await;
         }
         let mut slots = self.0.lock();
         let slot = slots.entry(key.clone()).or_default();
-        // The one used last is most likely still open; one that is not ready has not finished with its last request.
-        let mut at = slot.idle.len();
-        while at > 0 {
-            at -= 1;
-            let state = slot.idle.get(at).map(|(sender, _)| (sender.is_closed(), sender.is_ready()));
-            match state {
-                Some((true, _)) => drop(slot.idle.swap_remove(at)),
-                Some((false, true)) => {
-                    let (sender, _) = slot.idle.swap_remove(at);
-                    let open = Open::new(&slot.open);
-                    return Found::Sender(Sender::Http1(sender, open));
-                }
-                _ => {}
-            }
+        if let Some(connection) = slot.take_idle(key) {
+            return Found::Sender(Sender::Http1(connection));
         }
         if slot.open.load(Ordering::Relaxed) >= limit {
             return Found::Full;
         }
-        Found::Dial(Dial { open: Some(Open::new(&slot.open)), waiters: None })
+        Found::Dial(Dial { open: Some(Open::new(&slot.open)), waiters: None, counted: None })
     }
 
-    async fn find_shared(&self, key: &Key) -> Found {
+    async fn find_shared(&self, key: &Key, limit: usize) -> Found {
         loop {
-            let mut waiting = match self.turn(key) {
+            let mut waiting = match self.turn(key, limit) {
+                Turn::Full => return Found::Full,
                 Turn::Use(sender) => return Found::Sender(sender),
                 Turn::Dial(dial) => return Found::Dial(dial),
                 Turn::Wait(waiting) => waiting,
@@ -254,24 +375,27 @@ impl Upstreams {
         }
     }
 
-    fn turn(&self, key: &Key) -> Turn {
+    fn turn(&self, key: &Key, limit: usize) -> Turn {
         let mut slots = self.0.lock();
         let slot = slots.entry(key.clone()).or_default();
-        slot.shared.retain(|shared| !shared.sender.is_closed());
-        let full = slot.shared.len() >= MAX_HTTP2;
-        let load = |shared: &&mut Shared| shared.streams.load(Ordering::Relaxed);
-        let least = slot.shared.iter_mut().min_by_key(load);
-        if let Some(shared) = least.filter(|least| full || !least.is_busy()) {
-            shared.used = Instant::now();
-            shared.streams.fetch_add(1, Ordering::Relaxed);
-            return Turn::Use(Sender::Http2(shared.sender.clone(), Stream(shared.streams.clone())));
+        slot.prune_shared(key);
+        // Where a policy limits the streams of a connection, more connections carry what there is.
+        let streams = key.pool(|pool| pool.max_concurrent_streams);
+        let most = if streams.is_some() { limit } else { MAX_HTTP2 };
+        let is_full = slot.shared.len() >= most;
+        let taken = slot.take_shared(key, is_full);
+        if let Some((sender, stream)) = taken {
+            return Turn::Use(Sender::Http2(sender, stream));
+        }
+        if is_full {
+            return Turn::Full;
         }
         if let Some(dialling) = slot.dialling() {
             return Turn::Wait(dialling.clone());
         }
         let (waiters, waiting) = watch::channel(None);
         slot.dialling = Some(waiting);
-        Turn::Dial(Dial { open: None, waiters: Some(waiters) })
+        Turn::Dial(Dial { open: None, waiters: Some(waiters), counted: None })
     }
 
     /// Makes an HTTP connection of a byte stream. Those that wait for the dial learn of it by [`Dial::finish`].
@@ -279,59 +403,84 @@ impl Upstreams {
     /// # Errors
     /// The endpoint does not speak HTTP/2.
     pub async fn connect(&self, key: &Key, dial: &mut Dial, io: Endpoint) -> hyper::Result<Sender> {
+        let counted = dial.counted.take();
         if key.http2 {
-            let mut builder = http2::Builder::new(TokioExecutor::new());
-            builder
-                .timer(TokioTimer::new())
-                .adaptive_window(false)
-                // RFC 9113 §6.5.2: how many streams the endpoint allows is known from its SETTINGS. Until then one is sent; more
-                // might be refused.
-                .initial_max_send_streams(1)
-                .initial_stream_window_size(1 << 20)
-                .initial_connection_window_size(4 << 20)
-                .keep_alive_interval(Duration::from_secs(30))
-                .keep_alive_timeout(Duration::from_secs(20));
-            let (sender, mut connection) = builder.handshake(TokioIo::new(io)).await?;
-            let most = Arc::new(AtomicUsize::new(1));
-            let allowed = most.clone();
-            tokio::spawn(async move {
-                let driven = poll_fn(|cx| {
-                    let ended = Pin::new(&mut connection).poll(cx);
-                    allowed.store(connection.current_max_send_streams(), Ordering::Relaxed);
-                    ended
-                });
-                if let Err(error) = driven.await {
-                    tracing::debug!(%error, "an HTTP/2 connection to an endpoint ended");
-                }
-            });
-            let streams = Arc::new(AtomicUsize::new(1));
-            let used = Instant::now();
-            let shared = Shared { sender: sender.clone(), streams: streams.clone(), most, used };
-            self.0.lock().entry(key.clone()).or_default().shared.push(shared);
-            return Ok(Sender::Http2(sender, Stream(streams)));
+            let (sender, stream) = self.connect_http2(key, counted, io).await?;
+            return Ok(Sender::Http2(sender, stream));
         }
         let (sender, connection) = http1::Builder::new().max_headers(200).handshake(TokioIo::new(io)).await?;
+        let held = counted.clone();
         tokio::spawn(async move {
-            if let Err(error) = connection.with_upgrades().await {
+            let connection = connection.with_upgrades();
+            let ended = match &held {
+                Some(counted) => tokio::select! {
+                    biased;
+                    ended = connection => ended,
+                    () = counted.revoked() => Ok(()),
+                },
+                None => connection.await,
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%error, "an HTTP/1 connection to an endpoint ended");
             }
+            drop(held);
         });
         let open = dial.open.take().unwrap_or_else(|| Open::new(&Arc::default()));
-        Ok(Sender::Http1(sender, open))
+        Ok(Sender::Http1(Http1 { sender, open, wear: Wear::first(), counted }))
+    }
+
+    async fn connect_http2(
+        &self,
+        key: &Key,
+        counted: Option<Arc<Connection>>,
+        io: Endpoint,
+    ) -> hyper::Result<(http2::SendRequest<RequestBody>, Stream)> {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .adaptive_window(false)
+            // RFC 9113 §6.5.2: how many streams the endpoint allows is known from its SETTINGS. Until then one is sent; more
+            // might be refused.
+            .initial_max_send_streams(1)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(4 << 20)
+            .keep_alive_interval(key.pool(|pool| pool.ping_interval).unwrap_or(PING_INTERVAL))
+            .keep_alive_timeout(key.pool(|pool| pool.ping_timeout).unwrap_or(PING_TIMEOUT));
+        let (sender, mut connection) = builder.handshake(TokioIo::new(io)).await?;
+        let most = Arc::new(AtomicUsize::new(1));
+        let allowed = most.clone();
+        tokio::spawn(async move {
+            let driven = poll_fn(|cx| {
+                let ended = Pin::new(&mut connection).poll(cx);
+                allowed.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                ended
+            });
+            if let Err(error) = driven.await {
+                tracing::debug!(%error, "an HTTP/2 connection to an endpoint ended");
+            }
+            drop(counted);
+        });
+        let (streams, used) = (Arc::new(AtomicUsize::new(1)), Instant::now());
+        let wear = Wear::first();
+        let shared = Shared { sender: sender.clone(), streams: streams.clone(), most, used, wear };
+        self.0.lock().entry(key.clone()).or_default().shared.push(shared);
+        Ok((sender, Stream(streams)))
     }
 
     /// Closes what was not used for `idle`, and what leads to workloads that are gone.
     pub fn sweep(&self, idle: Duration, is_gone: impl Fn(&WorkloadUid) -> bool) {
         let now = Instant::now();
-        let fresh = |used: Instant| now.saturating_duration_since(used) < idle;
         self.0.lock().retain(|key, slot| {
+            let idle = key.idle_timeout(idle);
+            let fresh = |used: Instant| now.saturating_duration_since(used) < idle;
             if key.workload.as_ref().is_some_and(&is_gone) {
                 return false;
             }
-            slot.idle.retain(|(sender, used)| !sender.is_closed() && fresh(*used));
+            slot.idle
+                .retain(|idle| !idle.sender.is_closed() && fresh(idle.since) && !key.is_worn(&idle.wear));
             slot.shared.retain(|shared| {
                 let busy = shared.streams.load(Ordering::Relaxed) > 0;
-                !shared.sender.is_closed() && (busy || fresh(shared.used))
+                !shared.sender.is_closed() && (busy || fresh(shared.used)) && !key.is_worn(&shared.wear)
             });
             let is_used = slot.dialling().is_some() || slot.open.load(Ordering::Relaxed) > 0;
             !slot.idle.is_empty() || !slot.shared.is_empty() || is_used
@@ -382,7 +531,7 @@ mod tests {
     use super::*;
 
     fn key() -> Key {
-        Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true, tls: None }
+        Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true, tls: None, shape: None }
     }
 
     fn now<T>(finding: Pin<&mut impl Future<Output = T>>) -> Poll<T> {

@@ -9,8 +9,8 @@ pub enum TableKind {
     Maglev(usize),
 }
 
-/// Greatest number of points or places.
-const MOST: usize = 1 << 20;
+/// Greatest number of points or places. The greatest prime below is one less.
+const MOST: usize = 1 << 17;
 
 /// The table of a set of endpoints. The same set gives the same table in every process, in whatever order it is given.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl Table {
     }
 
     fn maglev(size: usize, endpoints: &[(u64, u32)]) -> Self {
-        let size = prime(size.clamp(endpoints.len().max(3), MOST));
+        let size = prime(size.clamp(endpoints.len().clamp(3, MOST), MOST));
         let mut places: Vec<Option<u32>> = vec![None; size];
         let mut order: Vec<(u64, u32, u32)> =
             (0_u32..).zip(endpoints).map(|(at, (name, weight))| (*name, *weight, at)).collect();

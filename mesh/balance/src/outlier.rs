@@ -31,6 +31,8 @@ pub enum Outcome {
     Answer(u16),
     /// Without an answer: no connection, a reset, a timeout.
     LocalFailure,
+    /// In a way that says nothing of the endpoint: the client gave it too little time.
+    ClientDeadline,
 }
 
 impl Outcome {
@@ -39,6 +41,7 @@ impl Outcome {
         match self {
             Self::Answer(status) => status >= 500,
             Self::LocalFailure => true,
+            Self::ClientDeadline => false,
         }
     }
 }
@@ -68,6 +71,7 @@ impl Ejection {
             limit > 0 && *counter >= limit
         };
         match outcome {
+            Outcome::ClientDeadline => false,
             Outcome::LocalFailure if settings.split_local_origin => {
                 count(&mut self.local_failures, true, settings.consecutive_local_origin)
             }
@@ -110,9 +114,10 @@ impl Ejection {
     }
 }
 
-/// Whether one more of `total` endpoints may be ejected while `ejected` are.
+/// Whether one more of `total` endpoints may be ejected while `ejected` are. The first one always may, unless none may.
 pub fn may_eject(settings: &OutlierSettings, ejected: usize, total: usize) -> bool {
-    ejected * 100 < total * settings.max_ejection_percent as usize
+    let most = settings.max_ejection_percent as usize;
+    most > 0 && (ejected == 0 || (ejected + 1) * 100 <= total * most)
 }
 
 #[cfg(test)]
@@ -136,7 +141,7 @@ mod tests {
 
     #[test]
     fn failures_in_a_row_eject_and_an_answer_between_them_does_not() {
-        use Outcome::{Answer, LocalFailure};
+        use Outcome::{Answer, ClientDeadline, LocalFailure};
         let split = OutlierSettings { split_local_origin: true, ..SETTINGS };
         let off = OutlierSettings { consecutive_5xx: 0, consecutive_gateway_errors: 0, ..SETTINGS };
         assert!(ejects(&SETTINGS, &[Answer(500), Answer(501), Answer(500)]));
@@ -147,6 +152,12 @@ mod tests {
         assert!(ejects(&split, &[Answer(503), LocalFailure, LocalFailure]));
         assert!(!ejects(&split, &[LocalFailure, Answer(404), LocalFailure]));
         assert!(!ejects(&off, &[LocalFailure; 50]));
+        // It neither counts nor ends a series.
+        assert!(!ejects(&SETTINGS, &[ClientDeadline; 50]));
+        let mut state = Ejection::default();
+        let ejected = [Answer(500), Answer(500), ClientDeadline, Answer(500)]
+            .map(|outcome| state.handle_outcome(&SETTINGS, Duration::ZERO, outcome));
+        assert_eq!(ejected, [false, false, false, true]);
     }
 
     #[test]
@@ -182,7 +193,8 @@ mod tests {
     fn only_a_part_may_be_ejected_at_once() {
         assert!(may_eject(&SETTINGS, 0, 1));
         assert!(!may_eject(&SETTINGS, 1, 10));
-        assert!(may_eject(&SETTINGS, 1, 11));
+        assert!(!may_eject(&SETTINGS, 1, 19));
+        assert!(may_eject(&SETTINGS, 1, 20));
         let none = OutlierSettings { max_ejection_percent: 0, ..SETTINGS };
         assert!(!may_eject(&none, 0, 10));
     }

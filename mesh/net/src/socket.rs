@@ -73,6 +73,26 @@ pub fn set_keepalive(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_tcp_keepalive(&keepalive)
 }
 
+/// Turns on keepalive with these times and number of probes; where there is none, the system's count.
+pub fn set_probes(
+    socket: &impl AsFd,
+    idle: Option<Duration>,
+    interval: Option<Duration>,
+    probes: Option<u32>,
+) -> io::Result<()> {
+    let mut keepalive = TcpKeepalive::new();
+    if let Some(idle) = idle {
+        keepalive = keepalive.with_time(idle);
+    }
+    if let Some(interval) = interval {
+        keepalive = keepalive.with_interval(interval);
+    }
+    if let Some(probes) = probes {
+        keepalive = keepalive.with_retries(probes);
+    }
+    SockRef::from(socket).set_tcp_keepalive(&keepalive)
+}
+
 /// Sets the options of an accepted connection: no delay and keepalive.
 pub fn prepare_accepted(socket: &impl AsFd) -> io::Result<()> {
     SockRef::from(socket).set_tcp_nodelay(true)?;

@@ -99,7 +99,11 @@ pub(crate) fn rule(route: &Arc<RouteName>, index: u32, source: &l7::Rule, mut fa
         index,
         filters,
         backends,
-        timeouts: Timeouts { request: span(timeouts.request_nanos), backend: span(timeouts.backend_nanos) },
+        timeouts: Timeouts {
+            request: span(timeouts.request_nanos),
+            backend: span(timeouts.backend_nanos),
+            hedge: span(timeouts.hedge_nanos),
+        },
         retry,
         invalid: invalid.map(Into::into),
     }

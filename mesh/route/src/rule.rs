@@ -53,6 +53,8 @@ pub struct Timeouts {
     pub request: Option<Duration>,
     /// One try.
     pub backend: Option<Duration>,
+    /// After how long without an answer a second endpoint is asked too, if the request is safe.
+    pub hedge: Option<Duration>,
 }
 
 /// When a request is sent again.

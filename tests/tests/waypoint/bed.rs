@@ -43,6 +43,9 @@ impl Bed for Waypoints {
         let cluster = Cluster::builder()
             .control_arg(format!("--mesh-config={}", mesh_config.display()))
             .nodes(2)
+            // The waypoint is on node 1: clients are on the other one before it comes.
+            .node_label(0, "topology.kubernetes.io/region", "region-0")
+            .node_label(1, "topology.kubernetes.io/region", "region-1")
             .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
             // Servers outside the mesh are at addresses of nodes.
             .waypoint_env(
@@ -141,10 +144,10 @@ impl Waypoints {
         pod
     }
 
-    /// A pod `<app>-<version>` that serves, labelled with its version.
-    pub(crate) async fn version(&self, app: &str, version: &str, answer: Answer) -> Pod {
+    /// A pod `<app>-<version>` that serves on a node, labelled with its version.
+    pub(crate) async fn version(&self, app: &str, version: &str, node: usize, answer: Answer) -> Pod {
         let name = format!("{app}-{version}");
-        let options = PodOptions::new("shop", &name).service_account(app).label("app", app).node(1);
+        let options = PodOptions::new("shop", &name).service_account(app).label("app", app).node(node);
         self.serve(options.label("version", version), &name, answer).await
     }
 
@@ -240,6 +243,15 @@ impl Waypoints {
         let is_its =
             |pool: &&serde_json::Value| pool["workload"].as_str().is_some_and(|uid| uid.contains(app));
         pools.filter(is_its).filter_map(|pool| Some(pool["used"].as_u64()? + pool["idle"].as_u64()?)).sum()
+    }
+
+    /// A section of the waypoint's `/config_dump`.
+    pub(crate) async fn dump(&self, section: &str) -> serde_json::Value {
+        let pod = self.pods().into_iter().find(Pod::is_ready).expect("a waypoint");
+        let to = SocketAddr::from(([127, 0, 0, 1], 15000));
+        let dump = http::get(&pod, to, "/config_dump", "").await.expect("a dump").body;
+        let mut dump: serde_json::Value = serde_json::from_str(&dump).expect("JSON");
+        dump[section].take()
     }
 
     /// A scrape of the waypoint's metrics.

@@ -3,7 +3,7 @@
 //!
 //! The first request is repeated until its answer is as expected; the objects are in force then. The others are sent once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -43,6 +43,12 @@ struct Server {
     /// Versions of it: a pod for each, labelled and named by it, in place of one without.
     #[serde(default)]
     versions: Vec<String>,
+    /// The node of each version; by default the second.
+    #[serde(default)]
+    nodes: Vec<usize>,
+    /// Versions that answer 503 to a path that begins with `/failing`.
+    #[serde(default)]
+    failing: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -62,6 +68,9 @@ struct Request {
     /// How often it is sent.
     #[serde(default = "once")]
     count: usize,
+    /// Whether all are sent at once.
+    #[serde(default)]
+    together: bool,
     expect: Expected,
 }
 
@@ -134,8 +143,9 @@ async fn run(bed: &Waypoints, folder: &Path) {
     let mut services = BTreeMap::new();
     for server in case.servers {
         let answer = answering(&server, &got);
-        for version in &server.versions {
-            bed.version(&server.name, version, answer.clone()).await;
+        for (at, version) in server.versions.iter().enumerate() {
+            let node = server.nodes.get(at).copied().unwrap_or(1);
+            bed.version(&server.name, version, node, answer.clone()).await;
         }
         let address = match server.port.as_str() {
             "http" if !server.versions.is_empty() => bed.bind(&server.name, "http").await,
@@ -186,11 +196,16 @@ async fn unread(bed: &Waypoints, name: &str, port: &str, answer: Answer) -> Sock
 fn answering(server: &Server, got: &Got) -> Answer {
     let (statuses, slow, got) = (server.statuses.clone(), Duration::from_millis(server.slow), got.clone());
     let turn = AtomicUsize::new(0);
+    let failing: Vec<String> =
+        server.failing.iter().map(|version| format!("{}-{version}", server.name)).collect();
     Arc::new(move |name, head, body| {
         got.lock().push((name.to_owned(), head.to_owned()));
         if head.contains(" /slow") {
             // The server's own task only.
             std::thread::sleep(slow);
+        }
+        if head.contains(" /failing") && failing.iter().any(|failing| failing == name) {
+            return http::answer("503 Answer", "", &format!("server: {name}\n"));
         }
         let turn = turn.fetch_add(1, Ordering::Relaxed);
         match statuses.get(turn % statuses.len().max(1)).filter(|status| *status != "200") {
@@ -206,15 +221,24 @@ async fn send(bed: &Waypoints, to: SocketAddr, request: &Request, got: &Got) -> 
         request.headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
     let (mut servers, mut statuses) = (BTreeMap::new(), BTreeMap::new());
     let expected = &request.expect;
-    for _ in 0..request.count {
+    let sent = async |_: usize| {
         let before = Instant::now();
-        let answer = http::request(client, to, &request.method, &request.path, &headers, "").await;
+        (http::request(client, to, &request.method, &request.path, &headers, "").await, before.elapsed())
+    };
+    let mut all = VecDeque::new();
+    if request.together {
+        all.extend(futures_util::future::join_all((0..request.count).map(sent)).await);
+    }
+    for at in 0..request.count {
+        let (answer, took) = match all.pop_front() {
+            Some(answered) => answered,
+            None => sent(at).await,
+        };
         let answer = match answer {
             Err(_) if expected.closed => continue,
             Ok(answer) if expected.closed => return Err(format!("an answer: {answer:?}")),
             answer => answer.map_err(|error| error.to_string())?,
         };
-        let took = before.elapsed();
         check(expected, &answer, took).map_err(|problem| format!("{problem}: {answer:?}"))?;
         *servers.entry(answer.server().to_owned()).or_insert(0) += 1;
         *statuses.entry(answer.status).or_insert(0) += 1;

@@ -10,6 +10,7 @@ use ambit_telemetry::logging::Logging;
 use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
+use crate::balancers::circuit::{CircuitSummary, Overflows};
 use crate::names::Counts;
 use crate::proxy::{External, Limited, Tallies};
 use crate::{dump, explain};
@@ -70,6 +71,10 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_request_retries_over_budget", "Requests not sent again because too many were", |t| {
         &t.retries_over_budget
     });
+    let help = "Requests sent to a second endpoint because the first was slow";
+    count("ambit_request_hedges", help, |t| &t.hedges);
+    let help = "Requests sent to a second endpoint that answered first";
+    count("ambit_request_hedges_won", help, |t| &t.hedges_won);
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
     let help = "Requests without the valid token that they need";
     count("ambit_requests_unauthenticated", help, |t| &t.unauthenticated);
@@ -83,6 +88,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     limits(parts, program);
     ejections(parts, program);
     lookups(parts, program);
+    circuits(parts, program);
     count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
         &t.dry_run_differs
     });
@@ -123,6 +129,39 @@ fn lookups(parts: &Parts, program: &Program) {
     });
     let help = "Host names of endpoints outside the mesh that were looked up";
     parts.registry.counters_from("ambit_host_lookups", help, "outcome", series);
+}
+
+fn circuits(parts: &Parts, program: &Program) {
+    type Refused = fn(&Overflows) -> &AtomicU64;
+    let families: [(&str, Refused); 4] = [
+        ("connections", |refused| &refused.connections),
+        ("pending", |refused| &refused.pending),
+        ("requests", |refused| &refused.requests),
+        ("retries", |refused| &refused.retries),
+    ];
+    let series = families.map(|(limit, refused)| {
+        let overflows = program.proxy.balancers.counts.overflows.clone();
+        (limit.to_owned(), move || refused(&overflows).load(Ordering::Relaxed))
+    });
+    let help = "Connections, requests and retries refused because a limit of their destination was reached";
+    parts.registry.counters_from("ambit_upstream_overflows", help, "limit", series);
+    type Open = fn(&CircuitSummary) -> u32;
+    let families: [(&str, Open); 3] = [
+        ("pending", |open| open.pending),
+        ("requests", |open| open.requests),
+        ("retries", |open| open.retries),
+    ];
+    let series = families.map(|(state, open)| {
+        let proxy = program.proxy.clone();
+        let sum = move || {
+            let slots = proxy.balancers.all();
+            slots.iter().map(|slot| i64::from(open(&slot.circuit().summary()))).sum()
+        };
+        (state.to_owned(), sum)
+    });
+    let help =
+        "Requests to endpoints: those without a connection yet, those in progress, and retries among these";
+    parts.registry.gauges_from("ambit_upstream_requests", help, "state", series);
 }
 
 fn external(parts: &Parts, program: &Program) {

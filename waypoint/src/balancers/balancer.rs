@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ambit_api::l7::LocalityPreference;
@@ -14,8 +14,8 @@ use ambit_directory::{Candidate, NoEndpoint, Service, ServiceState, Snapshot, Wo
 use rand::{Rng, RngExt};
 
 use super::host::HostState;
-use super::locality;
-use crate::backend_policies::{Found, HashKey, Outliers, PortPolicy};
+use super::{Shape, locality};
+use crate::backend_policies::{Found, HashKey, Outliers, PoolPolicy, PortPolicy};
 use crate::backend_tls::EndpointTls;
 use crate::balance::{Endpoint, is_elsewhere};
 use crate::names;
@@ -40,6 +40,8 @@ pub struct Balancer {
     levels: Box<[Level]>,
     /// Terminating endpoints, for when there is no other.
     last_resort: Option<Group>,
+    /// What its connections have of their own, once a request has asked for it.
+    shape: OnceLock<Arc<Shape>>,
 }
 
 /// An endpoint.
@@ -154,7 +156,15 @@ impl Balancer {
             hosts: hosts.into(),
             levels,
             last_resort,
+            shape: OnceLock::new(),
         }
+    }
+
+    /// What the connections of the circuit with this number have of their own; none where no policy says anything of connections.
+    pub(super) fn shape(&self, circuit: u64) -> Option<Arc<Shape>> {
+        let pool = self.policy().pool;
+        (pool != PoolPolicy::default())
+            .then(|| self.shape.get_or_init(|| Arc::new(Shape { circuit, pool })).clone())
     }
 
     /// The newest state of the policies that this is of.
@@ -239,7 +249,8 @@ impl Balancer {
 
     /// Whether so many are ejected that ejections are ignored.
     fn is_panicking(&self, now: Duration) -> bool {
-        let Some(Outliers { min_health, .. }) = self.policy().outliers else { return false };
+        let Some(Outliers { min_health, .. }) = &self.policy().outliers else { return false };
+        let min_health = *min_health;
         let (ejected, total) = self.ejected(now);
         min_health > 0 && (total - ejected) * 100 < total * min_health as usize
     }

@@ -7,6 +7,8 @@ use std::time::Duration;
 use ambit_balance::{Cost, Ejection, Estimate, Outcome, OutlierSettings};
 use parking_lot::Mutex;
 
+use super::circuit::Guard;
+
 /// How slow an endpoint seems that gave no answer: one that refuses at once must not look fast.
 const NO_ANSWER: Duration = Duration::from_secs(1);
 /// The share that a new endpoint begins with.
@@ -76,13 +78,13 @@ impl HostState {
     /// Counts a request until the guard is dropped.
     pub fn open(self: &Arc<Self>) -> Active {
         self.active.fetch_add(1, Ordering::Relaxed);
-        Active(self.clone())
+        Active { host: self.clone(), counted: None }
     }
 
     /// Learns from a request that took so long.
     pub fn observe(&self, now: Duration, took: Duration, outcome: Outcome) {
         let took = match outcome {
-            Outcome::Answer(_) => took,
+            Outcome::Answer(_) | Outcome::ClientDeadline => took,
             Outcome::LocalFailure => took.max(NO_ANSWER),
         };
         self.learned.lock().cost.observe(now, took, outcome.is_failure());
@@ -112,11 +114,22 @@ impl HostState {
 
 /// A request in progress at an endpoint.
 #[derive(Debug)]
-pub struct Active(Arc<HostState>);
+pub struct Active {
+    host: Arc<HostState>,
+    /// Its place among the requests of the port or subset.
+    counted: Option<Guard>,
+}
+
+impl Active {
+    /// Keeps its place among the requests of the port or subset.
+    pub fn hold(&mut self, counted: Guard) {
+        self.counted = Some(counted);
+    }
+}
 
 impl Drop for Active {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Ordering::Relaxed);
+        self.host.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -4,6 +4,7 @@
 //! endpoint (latency, errors, ejections) and the slot's counts stay, as long as the endpoint and the service do.
 
 pub mod balancer;
+pub mod circuit;
 pub mod host;
 pub mod key;
 mod locality;
@@ -11,8 +12,8 @@ mod locality;
 mod tests;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use ambit_balance::{Outcome, OutlierSettings, may_eject};
@@ -21,8 +22,9 @@ use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
 
 use self::balancer::{Balancer, Choosing};
+use self::circuit::{Circuit, Overflows};
 use self::host::{Active, HostState};
-use crate::backend_policies::BackendPolicies;
+use crate::backend_policies::{BackendPolicies, PoolPolicy, RetryBudget};
 use crate::balance::Endpoint;
 use crate::failure::Failure;
 
@@ -45,6 +47,8 @@ pub struct Balancers {
     slots: RwLock<HashMap<SlotKey, Arc<Slot>>>,
     /// The state of the policies at the last [`sweep`](Self::sweep).
     swept: AtomicU64,
+    /// Numbers the slots.
+    next: AtomicU64,
     /// Counts.
     pub counts: Arc<Counts>,
 }
@@ -56,6 +60,8 @@ pub struct Counts {
     pub ejections: AtomicU64,
     /// Ejections that did not happen because too many endpoints were ejected.
     pub ejections_withheld: AtomicU64,
+    /// What was refused because too much was under way.
+    pub overflows: Arc<Overflows>,
 }
 
 /// What the state of a balancer depends on.
@@ -96,6 +102,7 @@ impl Default for Balancers {
             started: Instant::now(),
             slots: RwLock::default(),
             swept: AtomicU64::default(),
+            next: AtomicU64::default(),
             counts: Arc::default(),
         }
     }
@@ -124,6 +131,7 @@ impl Balancers {
             turn: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
             ejecting: Mutex::default(),
+            circuit: Circuit::new(self.next.fetch_add(1, Ordering::Relaxed), self.counts.overflows.clone()),
             counts: self.counts.clone(),
         });
         Ok(self.slots.write().entry(key.clone()).or_insert(slot).clone())
@@ -217,7 +225,38 @@ pub struct Slot {
     /// Held while an endpoint is ejected, and while ejections are taken back, so that they are counted and made by the policy that holds.
     /// Never held across an await.
     ejecting: Mutex<()>,
+    circuit: Arc<Circuit>,
     counts: Arc<Counts>,
+}
+
+/// How much may go to the endpoints at once, and what is under way.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    /// What is under way.
+    pub circuit: Arc<Circuit>,
+    /// What the connections of this port or subset have of their own; none where no policy says anything of connections.
+    pub shape: Option<Arc<Shape>>,
+    /// How many retries there may be at once; `None`: the waypoint's own limit.
+    pub retry_budget: Option<RetryBudget>,
+}
+
+/// How connections are made and kept that only requests of one port or subset may share.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// The number of the port's or subset's [`Circuit`].
+    circuit: u64,
+    /// What the policy says.
+    pub pool: PoolPolicy,
+}
+
+/// Where nothing is said.
+static NO_POLICY: LazyLock<PoolPolicy> = LazyLock::new(PoolPolicy::default);
+
+impl Gate {
+    /// What the policy says.
+    pub fn pool(&self) -> &PoolPolicy {
+        self.shape.as_ref().map_or(&NO_POLICY, |shape| &shape.pool)
+    }
 }
 
 /// An endpoint that was chosen, with what chose it.
@@ -227,6 +266,8 @@ pub struct Chosen {
     pub endpoint: Arc<Endpoint>,
     /// Counts the request and learns how it ends.
     pub trial: Trial,
+    /// How much may go there at once.
+    pub gate: Gate,
 }
 
 impl Slot {
@@ -238,6 +279,11 @@ impl Slot {
     /// What it is for.
     pub fn key(&self) -> &SlotKey {
         &self.key
+    }
+
+    /// What is under way.
+    pub fn circuit(&self) -> &Arc<Circuit> {
+        &self.circuit
     }
 
     /// The balancer as it was built last, for admin.
@@ -330,14 +376,20 @@ impl Slot {
             since: now,
             is_learned: false,
         };
-        Ok(Chosen { endpoint: host.endpoint.clone(), trial })
+        let gate = Gate {
+            circuit: self.circuit.clone(),
+            shape: balancer.shape(self.circuit.id()),
+            retry_budget: balancer.policy().retry_budget,
+        };
+        Ok(Chosen { endpoint: host.endpoint.clone(), trial, gate })
     }
 
     /// Takes the end of a request. The policy of this moment counts, not the one by which the endpoint was chosen.
     fn learn(&self, host: &HostState, since: Duration, outcome: Outcome) {
         let now = self.now();
-        host.observe(now, now.saturating_sub(since), outcome);
         let built = self.built.load();
+        let outcome = built.policy().outliers.as_ref().map_or(outcome, |outliers| outliers.judge(outcome));
+        host.observe(now, now.saturating_sub(since), outcome);
         let Some(settings) = built.outlier_settings() else { return };
         if !host.handle_outcome(settings, now, outcome) {
             return;
@@ -385,6 +437,26 @@ impl Trial {
         self.is_learned = true;
         self.slot.learn(&self.state, self.since, outcome);
         self.active.take()
+    }
+
+    /// Counts the request among those of the port or subset, until its end.
+    ///
+    /// # Errors
+    /// [`Failure::Overflow`].
+    pub fn admit(&mut self, pool: &PoolPolicy) -> Result<(), Failure> {
+        match self.slot.circuit.request(pool) {
+            Ok(counted) => {
+                if let Some(active) = &mut self.active {
+                    active.hold(counted);
+                }
+                Ok(())
+            }
+            Err(failure) => {
+                // It was never sent.
+                self.is_learned = true;
+                Err(failure)
+            }
+        }
     }
 
     /// It failed, having waited for the client for `awaited`. A failure that is not the endpoint's says nothing of it.

@@ -7,6 +7,9 @@ use serde_json::Value;
 use super::route::{self, Reference, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, duration};
 use crate::object::meta::Invalid;
 
+/// Annotation: after how long without an answer a second endpoint is asked too, for requests that are safe.
+const HEDGE_AFTER: &str = "ambit.dev/hedge-after";
+
 /// The manifest.
 #[derive(Debug, Deserialize)]
 #[serde(transparent)]
@@ -181,7 +184,16 @@ impl TryFrom<Manifest> for Route {
     fn try_from(Manifest(manifest): Manifest) -> Result<Route, Invalid> {
         // Gateway API: no rules are one that matches everything, and has no backend.
         let default = vec![Value::Object(serde_json::Map::new())];
-        manifest.read(RouteProtocol::Http, default, Rule::lower)
+        let hedge = manifest.annotation(HEDGE_AFTER).map(duration).transpose();
+        let mut route = manifest.read(RouteProtocol::Http, default, Rule::lower)?;
+        for rule in route.rules.iter_mut().filter(|rule| rule.own.invalid.is_empty()) {
+            match &hedge {
+                Ok(None) => {}
+                Ok(Some(nanos)) => rule.own.timeouts.get_or_insert_default().hedge_nanos = *nanos,
+                Err(reason) => rule.own.invalid = format!("annotation {HEDGE_AFTER}: {reason}"),
+            }
+        }
+        Ok(route)
     }
 }
 
@@ -375,7 +387,7 @@ impl Timeouts {
         if request > 0 && backend > request {
             return Err("timeouts.backendRequest is longer than timeouts.request".to_owned());
         }
-        Ok(l7::Timeouts { request_nanos: request, backend_nanos: backend })
+        Ok(l7::Timeouts { request_nanos: request, backend_nanos: backend, hedge_nanos: 0 })
     }
 }
 

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::object::meta::{Invalid, Meta};
+use crate::object::meta::{Invalid, Meta, annotation};
 use crate::object::{Kind, NamespacedName, ObjectRef};
 
 /// A route.
@@ -206,6 +206,11 @@ struct Spec {
 }
 
 impl Manifest {
+    /// An annotation of the route.
+    pub(super) fn annotation(&self, key: &str) -> Option<&str> {
+        annotation(&self.metadata, key)
+    }
+
     /// The route; `lower` makes one of its rules, and a route without any has those of `default`.
     pub(super) fn read<R: DeserializeOwned>(
         self,

@@ -1,7 +1,9 @@
 //! DestinationRule: how requests to a host are balanced, limited and kept from failing endpoints.
 //!
-//! [`settings`] reads traffic policies and [`tls`] their TLS; what waypoints can't do of them is listed, and never ignored in silence.
+//! [`settings`] and [`limits`] read traffic policies and [`tls`] their TLS; what waypoints can't do of them is listed, and never ignored in
+//! silence.
 
+mod limits;
 mod settings;
 pub(in crate::object) mod tls;
 

@@ -273,6 +273,6 @@ impl Http {
         let of_try = self.retries.as_ref().and_then(|retries| retries.per_try_timeout.as_deref());
         let backend_nanos = of_try.map_or(Ok(0), |text| duration("retries.perTryTimeout", text))?;
         let retry = self.retries.as_ref().map(Retries::lower).transpose()?;
-        Ok((l7::Timeouts { request_nanos, backend_nanos }, retry))
+        Ok((l7::Timeouts { request_nanos, backend_nanos, hedge_nanos: 0 }, retry))
     }
 }

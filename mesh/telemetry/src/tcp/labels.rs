@@ -67,10 +67,12 @@ pub enum ResponseFlags {
     Identity,
     /// The peer's certificate was revoked.
     Revoked,
+    /// There are as many connections to the destination as a policy allows.
+    Overflow,
 }
 
 /// All flags, in the order of [`ResponseFlags::index`].
-pub(super) const FLAGS: [ResponseFlags; 8] = [
+pub(super) const FLAGS: [ResponseFlags; 9] = [
     ResponseFlags::None,
     ResponseFlags::Denied,
     ResponseFlags::Connect,
@@ -79,6 +81,7 @@ pub(super) const FLAGS: [ResponseFlags; 8] = [
     ResponseFlags::NetworkPolicy,
     ResponseFlags::Identity,
     ResponseFlags::Revoked,
+    ResponseFlags::Overflow,
 ];
 
 impl ResponseFlags {
@@ -97,6 +100,8 @@ impl ResponseFlags {
             Self::NetworkPolicy => "NETWORK_POLICY",
             Self::Identity => "IDENTITY_ERROR",
             Self::Revoked => "CERT_REVOKED",
+            // As Envoy names it: node proxies have no such limit.
+            Self::Overflow => "UO",
         }
     }
 }

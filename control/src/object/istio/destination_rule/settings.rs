@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Invalid;
+use super::limits::{ConnectionPool, OutlierDetection, RetryBudget};
 use super::tls::Tls;
 
 /// Parts that a policy may have. `None` and empty: not said.
@@ -51,6 +52,8 @@ struct LoadBalancer {
     locality_lb_setting: Option<Locality>,
     warmup_duration_secs: Option<String>,
     warmup: Option<Warmup>,
+    backend_utilization: Option<Value>,
+    zone_aware_lb_setting: Option<Value>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
@@ -117,57 +120,8 @@ struct Failover {
     to: String,
 }
 
-#[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct ConnectionPool {
-    tcp: Tcp,
-    http: Http,
-}
-
-#[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Tcp {
-    max_connections: Option<u32>,
-    connect_timeout: Option<String>,
-    tcp_keepalive: Option<Value>,
-    max_connection_duration: Option<Value>,
-    idle_timeout: Option<String>,
-}
-
-#[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Http {
-    http1_max_pending_requests: Option<u32>,
-    http2_max_requests: Option<u32>,
-    max_requests_per_connection: Option<u32>,
-    max_retries: Option<u32>,
-    idle_timeout: Option<String>,
-    h2_upgrade_policy: String,
-    use_client_protocol: Option<bool>,
-    max_concurrent_streams: Option<Value>,
-}
-
-#[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct OutlierDetection {
-    consecutive_errors: Option<u32>,
-    split_external_local_origin_errors: bool,
-    consecutive_local_origin_failures: Option<u32>,
-    consecutive_gateway_errors: Option<u32>,
-    #[serde(rename = "consecutive5xxErrors")]
-    consecutive_5xx_errors: Option<u32>,
-    interval: Option<String>,
-    base_ejection_time: Option<String>,
-    max_ejection_percent: Option<u32>,
-    min_health_percent: Option<u32>,
-}
-
-#[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct RetryBudget {
-    percent: Option<f64>,
-    min_retry_concurrency: Option<u32>,
-}
+/// The largest table of consistent hashing, a prime.
+const MOST_PLACES: u64 = 131_071;
 
 /// Reads policies and notes what has no effect.
 #[derive(Debug, Default)]
@@ -177,7 +131,7 @@ pub(super) struct Reading {
     unsupported: Vec<String>,
 }
 
-type Read<T> = Result<T, Invalid>;
+pub(super) type Read<T> = Result<T, Invalid>;
 
 impl Reading {
     /// Notes a field without effect.
@@ -196,9 +150,12 @@ impl Reading {
     /// The settings of a rule's own policy.
     pub(super) fn of_all(&mut self, policy: &TrafficPolicy, at: &str) -> Read<Vec<l7::PortSettings>> {
         let all = self.parts(policy, at)?;
+        let retry_budget = all.retry_budget;
         let mut settings = vec![all];
         for (i, port) in policy.port_level_settings.iter().enumerate() {
-            settings.push(self.of_port(port, &format!("{at}.portLevelSettings[{i}]"))?);
+            let port = self.of_port(port, &format!("{at}.portLevelSettings[{i}]"))?;
+            // Ports have no budget of their own.
+            settings.push(l7::PortSettings { retry_budget, ..port });
         }
         Ok(settings)
     }
@@ -241,11 +198,7 @@ impl Reading {
             settings.invalid = "a DestinationRule demands the PROXY protocol".to_owned();
         }
         if let Some(budget) = &policy.retry_budget {
-            let percent = budget.percent.unwrap_or(20.0).clamp(0.0, 100.0);
-            settings.retry_budget = Some(l7::RetryBudget {
-                percent_milli: (percent * 1000.0) as u32,
-                min_concurrency: budget.min_retry_concurrency.unwrap_or(3),
-            });
+            settings.retry_budget = Some(self.retry_budget(budget, &format!("{at}.retryBudget")));
         }
         Ok(settings)
     }
@@ -266,7 +219,7 @@ impl Reading {
             port: port.port.number.into(),
             load_balancer,
             outlier_detection: outlier
-                .map(|it| outliers(it, &format!("{at}.outlierDetection")))
+                .map(|it| self.outliers(it, &format!("{at}.outlierDetection")))
                 .transpose()?,
             connection_pool: pool.map(|it| self.pool(it, &format!("{at}.connectionPool"))).transpose()?,
             retry_budget: None,
@@ -297,6 +250,13 @@ impl Reading {
                 return Err(Invalid::new(format!("{at}.simple"), format!("{other:?} is no load balancer")));
             }
         };
+        let others = [
+            ("backendUtilization", source.backend_utilization.is_some()),
+            ("zoneAwareLbSetting", source.zone_aware_lb_setting.is_some()),
+        ];
+        for (field, _) in others.into_iter().filter(|(_, is_set)| *is_set) {
+            self.unsupported(format!("{at}.{field}"), "not supported");
+        }
         let warmup = source.warmup.as_ref();
         let fine = warmup.is_some_and(|it| it.minimum_percent.is_some() || it.aggression.is_some());
         if fine {
@@ -342,10 +302,35 @@ impl Reading {
         })?;
         let ring = source.ring_hash.as_ref().and_then(|ring| ring.minimum_ring_size);
         let table = match &source.maglev {
-            Some(maglev) => Table::MaglevSize(maglev.table_size.unwrap_or(65_537)),
-            None => Table::RingSize(ring.or(source.minimum_ring_size).unwrap_or(1024)),
+            Some(maglev) => Table::MaglevSize(self.maglev_size(maglev.table_size.unwrap_or(65_537), at)),
+            None => {
+                let size = ring.or(source.minimum_ring_size).unwrap_or(1024);
+                Table::RingSize(self.table_size(size, &format!("{at}.ringHash.minimumRingSize")))
+            }
         };
         Ok(l7::ConsistentHash { key: Some(key), table: Some(table) })
+    }
+
+    /// The number of places of a Maglev table: a prime.
+    fn maglev_size(&mut self, wanted: u64, at: &str) -> u64 {
+        let at = format!("{at}.maglev.tableSize");
+        let size = self.table_size(wanted.max(2), &at);
+        let is_prime = |n: &u64| {
+            (2..).take_while(|divisor| divisor * divisor <= *n).all(|divisor| !n.is_multiple_of(divisor))
+        };
+        let prime = (size..).find(is_prime).unwrap_or(size);
+        if prime != wanted && wanted <= MOST_PLACES {
+            self.unsupported(at, format!("{wanted} is no prime number: {prime} is used"));
+        }
+        prime
+    }
+
+    /// A table is built for each subset in each waypoint: its size is bounded.
+    fn table_size(&mut self, wanted: u64, at: &str) -> u64 {
+        if wanted > MOST_PLACES {
+            self.unsupported(at, format!("{wanted} is more than {MOST_PLACES}, which is used"));
+        }
+        wanted.min(MOST_PLACES)
     }
 
     fn locality(&mut self, source: &Locality, at: &str) -> l7::LocalityPreference {
@@ -373,48 +358,13 @@ impl Reading {
             priority: source.failover_priority.clone(),
         }
     }
-
-    fn pool(&mut self, source: &ConnectionPool, at: &str) -> Read<l7::ConnectionPool> {
-        let ConnectionPool { tcp, http } = source;
-        let without_effect = [
-            ("tcp.tcpKeepalive", tcp.tcp_keepalive.is_some()),
-            ("tcp.maxConnectionDuration", tcp.max_connection_duration.is_some()),
-            ("http.maxConcurrentStreams", http.max_concurrent_streams.is_some()),
-            ("http.useClientProtocol", http.use_client_protocol == Some(true)),
-        ];
-        for (field, _) in without_effect.into_iter().filter(|(_, is_set)| *is_set) {
-            self.unsupported(format!("{at}.{field}"), "not supported");
-        }
-        self.unsupported(at, "waypoints do not follow it yet");
-        let upgrade_to_http2 = match http.h2_upgrade_policy.as_str() {
-            "" | "DEFAULT" | "DO_NOT_UPGRADE" => false,
-            "UPGRADE" => true,
-            other => {
-                return Err(Invalid::new(
-                    format!("{at}.http.h2UpgradePolicy"),
-                    format!("{other:?} is unknown"),
-                ));
-            }
-        };
-        let idle = http.idle_timeout.as_ref().or(tcp.idle_timeout.as_ref());
-        Ok(l7::ConnectionPool {
-            max_connections: tcp.max_connections.unwrap_or_default(),
-            connect_timeout_nanos: nanos(tcp.connect_timeout.as_ref(), &format!("{at}.tcp.connectTimeout"))?,
-            max_pending_requests: http.http1_max_pending_requests.unwrap_or_default(),
-            max_requests: http.http2_max_requests.unwrap_or_default(),
-            max_requests_per_connection: http.max_requests_per_connection.unwrap_or_default(),
-            max_retries: http.max_retries.unwrap_or_default(),
-            idle_timeout_nanos: nanos(idle, &format!("{at}.http.idleTimeout"))?,
-            upgrade_to_http2,
-        })
-    }
 }
 
 fn overlaid(base: l7::PortSettings, own: &l7::PortSettings) -> l7::PortSettings {
     l7::PortSettings {
         port: base.port,
         load_balancer: own.load_balancer.clone().or(base.load_balancer),
-        outlier_detection: own.outlier_detection.or(base.outlier_detection),
+        outlier_detection: own.outlier_detection.clone().or(base.outlier_detection),
         connection_pool: own.connection_pool.or(base.connection_pool),
         retry_budget: own.retry_budget.or(base.retry_budget),
         // A subset's TLS settings replace the rule's, but what is invalid stays so: nothing goes out in the clear by mistake.
@@ -423,29 +373,8 @@ fn overlaid(base: l7::PortSettings, own: &l7::PortSettings) -> l7::PortSettings 
     }
 }
 
-fn outliers(source: &OutlierDetection, at: &str) -> Read<l7::OutlierDetection> {
-    const SECOND: u64 = 1_000_000_000;
-    let or = |text: &Option<String>, field: &str, default: u64| match text {
-        None => Ok(default * SECOND),
-        Some(_) => nanos(text.as_ref(), &format!("{at}.{field}")),
-    };
-    let percent = |value: Option<u32>, field: &str, default: u32| match value.unwrap_or(default) {
-        percent @ 0..=100 => Ok(percent),
-        other => Err(Invalid::new(format!("{at}.{field}"), format!("{other} is no percentage"))),
-    };
-    Ok(l7::OutlierDetection {
-        consecutive_5xx: source.consecutive_5xx_errors.or(source.consecutive_errors).unwrap_or(5),
-        consecutive_gateway_errors: source.consecutive_gateway_errors.unwrap_or_default(),
-        consecutive_local_origin_failures: source.consecutive_local_origin_failures.unwrap_or(5),
-        split_local_origin: source.split_external_local_origin_errors,
-        interval_nanos: or(&source.interval, "interval", 10)?,
-        base_ejection_nanos: or(&source.base_ejection_time, "baseEjectionTime", 30)?,
-        max_ejection_percent: percent(source.max_ejection_percent, "maxEjectionPercent", 10)?,
-        min_health_percent: percent(source.min_health_percent, "minHealthPercent", 0)?,
-    })
-}
-
-fn nanos(text: Option<&String>, at: &str) -> Read<u64> {
+/// Nanoseconds of a duration; 0 where there is none.
+pub(super) fn nanos(text: Option<&String>, at: &str) -> Read<u64> {
     let Some(text) = text else { return Ok(0) };
     duration(text).ok_or_else(|| Invalid::new(at, format!("{text:?} is no duration")))
 }
