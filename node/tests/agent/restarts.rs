@@ -85,8 +85,8 @@ async fn a_port_that_an_application_has_delays_no_snapshot() {
     running.agent.enrol(spec("a", &pod)).await.unwrap();
     running.agent.enrol(spec("b", &other)).await.unwrap();
     let mut proxy = running.proxy(true).await;
-    proxy.obey_add("b").await;
     assert!(matches!(proxy.obey().await, Payload::Keep(keep) if keep.uid == "a"));
+    proxy.obey_add("b").await;
     assert!(matches!(proxy.obey().await, Payload::SnapshotSent(_)));
     drop(application);
     proxy.obey_add("a").await;
