@@ -35,7 +35,8 @@ fn pages_name_tests_and_files_that_exist() {
 /// Groups of labels and annotations.
 const GROUPS: [&str; 3] = ["istio.io/", "ambit.dev/", "gateway.networking.k8s.io/"];
 /// Names between Ambit's own programs, and of what is no label.
-const INTERNAL: [&str; 7] = [
+const INTERNAL: [&str; 8] = [
+    "ambit.dev/dynamic-host",
     "ambit.dev/labels",
     "ambit.dev/load-balancer",
     "ambit.dev/mesh-controller",

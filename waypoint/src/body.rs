@@ -88,7 +88,7 @@ impl Drop for Copy {
 #[derive(Debug, Clone)]
 pub struct Source(Arc<Mutex<State>>);
 
-/// Tells which fields of a client's trailers are not passed on.
+/// Says which fields of a client's trailers are not passed on.
 type Withheld = Box<dyn Fn(&HeaderName) -> bool + Send>;
 
 struct State {
