@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn the_certificate_with_the_most_exact_name_is_shown() {
         let provider = aws_lc_rs::default_provider();
-        let pairs = [&["first.example"][..], &["*.example", "b.other"], &["a.example"]];
+        let pairs = [&["first.shop.example"][..], &["*.shop.example", "b.other"], &["a.shop.example"]];
         let certificates =
             Certificates(pairs.iter().map(|names| read(&pair(names), &provider).unwrap()).collect());
         let shown = |name: Option<&str>| {
@@ -118,11 +118,11 @@ mod tests {
         };
         for (name, wanted) in [
             (None, 0),
-            (Some("first.example"), 0),
-            (Some("A.example"), 2),
-            (Some("b.example"), 1),
-            (Some("b.a.example"), 0),
-            (Some("example"), 0),
+            (Some("first.shop.example"), 0),
+            (Some("A.shop.example"), 2),
+            (Some("b.shop.example"), 1),
+            (Some("b.a.shop.example"), 0),
+            (Some("shop.example"), 0),
             (Some("b.other"), 1),
         ] {
             assert_eq!(shown(name), wanted, "{name:?}");
