@@ -30,7 +30,7 @@ pub(crate) async fn read(cluster: &Cluster) -> anyhow::Result<Vec<Item>> {
         let resource = ApiResource::from_gvk_with_plural(&gvk, info.plural);
         let objects = objects(cluster, &resource, info.needed).await.with_context(|| format!("list {kind}"));
         let objects = match objects {
-            // Without the right to read Secrets, certificates are left out.
+            // Nothing is reported on certificates to a user who may not read Secrets.
             Err(_) if kind == Kind::Secret => Vec::new(),
             objects => objects?,
         };

@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn each_standing_has_its_conditions() {
+    fn each_state_has_its_conditions() {
         for (protocol, state, accepted, programmed) in [
             ("HBONE", deployed(None, false), "True Accepted", "False AddressNotAssigned"),
             ("HBONE", DeploymentState::Refused("r".to_owned()), "True Accepted", "False Invalid"),
