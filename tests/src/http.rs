@@ -130,6 +130,10 @@ async fn connection(
 /// When the connection breaks.
 pub async fn head(stream: &mut (impl AsyncRead + Unpin), read: &mut Vec<u8>) -> io::Result<Option<String>> {
     loop {
+        // A record of TLS: a server that speaks none closes the connection.
+        if read.first() == Some(&0x16) {
+            return Ok(None);
+        }
         if let Some(at) = read.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
             let rest = read.split_off(at + 4);
             let head = std::mem::replace(read, rest);

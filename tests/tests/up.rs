@@ -364,8 +364,11 @@ async fn why_leads_to_each_planted_fault() {
         &["· AuthorizationPolicy/bookinfo/reviews-viewer (ALLOW): does not match: methods"],
     ];
     explains(&up, &["productpage-v1", "http://reviews:9080/reviews/0", "-X", "DELETE"], 1, denied).await;
-    let missing: &[&[&str]] =
-        &[&["✗ node proxy of bookinfo/reviews-v1", "refuses it (resolve): waypoint", "absent"]];
+    let missing: &[&[&str]] = &[&[
+        "✗ node proxy of bookinfo/reviews-v1",
+        "refuses it (resolve): waypoint bookinfo/absent",
+        "is missing",
+    ]];
     explains(&up, &["reviews-v1", "http://ratings:9080/ratings/0"], 1, missing).await;
     // Past the waypoint, by the Service of one version.
     let direct: &[&[&str]] =

@@ -15,7 +15,7 @@ use ambit_hbone::ConnectRequest;
 use ambit_hbone::client::Target as TunnelTarget;
 use ambit_net::socket::set_probes;
 use ambit_route::{Retry, Timeouts};
-use http::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderName, RETRY_AFTER, SET_COOKIE};
+use http::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderName, RETRY_AFTER, SET_COOKIE, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version};
@@ -416,6 +416,9 @@ impl Sending<'_> {
             if !zero {
                 request.headers_mut().remove(CONTENT_LENGTH);
             }
+        } else if !self.http2 && !request.headers().contains_key(CONTENT_LENGTH) {
+            // hyper sends no body of a GET whose length is unknown, unless its coding is named.
+            request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
         Ok(request)
     }

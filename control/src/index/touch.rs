@@ -322,6 +322,11 @@ impl Index {
             return;
         }
         self.touch(Kind::WorkloadEntry, id);
+        for entry in [old.as_ref(), new].into_iter().flatten() {
+            for (key, value) in entry.meta.labels.iter() {
+                self.touch_users(&Dependency::Label(key.clone(), value.clone()));
+            }
+        }
         for address in entry_claims(old.as_ref()).into_iter().chain(entry_claims(new)) {
             self.touch_users(&Dependency::Claims(address));
         }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use ambit_api::Authority;
 use ambit_directory::{
-    ClientRole, Dependencies, Expected, Plain, Question, Route, Service, Snapshot, Tunnel, TunnelProtocol,
-    WaypointTunnel, Workload, WorkloadUid, resolve,
+    ClientRole, Dependencies, Expected, GatewayDestination, Plain, Question, Refusal, Route, Service,
+    Snapshot, Tunnel, TunnelProtocol, WaypointTunnel, Workload, WorkloadUid, resolve,
 };
 use ambit_explain::{Client, Considered, Explanation, Next};
 use ambit_telemetry::http::Query;
@@ -124,7 +124,10 @@ fn of_route(
         explanation.passes("resolve", text, endpoints(snapshot, service, destination.port()));
     }
     match route {
-        Route::Refuse(refusal) => explanation.refuses("resolve", refusal.to_string(), Vec::new()),
+        Route::Refuse(refusal) => {
+            let waypoint = waypoint_of(snapshot, refusal).map(|name| format!("waypoint {name} is missing: "));
+            explanation.refuses("resolve", format!("{}{refusal}", waypoint.unwrap_or_default()), Vec::new())
+        }
         Route::Unknown(unknown) => outside(unknown.passthrough().is_some(), destination, explanation),
         Route::Waypoint(tunnel) => through_waypoint(tunnel, explanation),
         Route::Tunnel(tunnel) => to_workload(tunnel, "through HBONE", explanation),
@@ -182,6 +185,20 @@ fn outside(is_address: bool, destination: &Authority, mut explanation: Explanati
     let text = format!("the mesh knows nothing at {destination}: it is passed through in plain text");
     explanation.warns("resolve", text, Vec::new());
     explanation.goes(Next::Outside { address: destination.to_string() })
+}
+
+/// The service of the waypoint whose lack is the reason of a refusal.
+fn waypoint_of(snapshot: &Snapshot, refusal: &Refusal) -> Option<String> {
+    let (Refusal::WaypointUnknown { waypoint } | Refusal::WaypointUnavailable { waypoint, .. }) = refusal
+    else {
+        return None;
+    };
+    match waypoint {
+        GatewayDestination::Hostname(host) => Some(host.to_string()),
+        GatewayDestination::Address(at) => {
+            snapshot.service_at(&at.network, at.address, "").map(|service| service.host.to_string())
+        }
+    }
 }
 
 fn through_waypoint(tunnel: &WaypointTunnel, mut explanation: Explanation) -> Explanation {
