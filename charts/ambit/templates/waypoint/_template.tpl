@@ -46,7 +46,7 @@ deployment:
             matchLabelKeys: [gateway.networking.k8s.io/gateway-name]
             labelSelector:
               matchExpressions:
-                - { key: gateway.networking.k8s.io/gateway-name, operator: Exists }
+                - { key: gateway.istio.io/managed, operator: Exists }
           {{- end }}
           {{- end }}
         securityContext:
