@@ -1,4 +1,4 @@
-//! TLS to endpoints, as policies demand it. Chains are verified by rustls and webpki; [`verifier`] adds the names that a policy
+//! TLS to endpoints, as policies demand it. Chains are verified by rustls and webpki; `verifier` adds the names that a policy
 //! lists.
 //!
 //! Settings become clients when a policy is compiled, on the control runtime; equal settings share one client. Files are read

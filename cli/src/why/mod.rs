@@ -22,7 +22,7 @@ use request::Request;
 pub(crate) struct Options {
     /// The pod that asks, as NAME or NAMESPACE/NAME.
     client: String,
-    /// What it asks for: http://HOST[:PORT][/PATH], or HOST:PORT or ADDRESS:PORT for a TCP connection.
+    /// What it asks for: the URL of a request (http), or HOST:PORT or ADDRESS:PORT for a TCP connection.
     target: String,
     /// Method of the request.
     #[arg(short = 'X', long, default_value = "GET")]
