@@ -287,6 +287,13 @@ spec:
   rules: [{backendRefs: [{name: bound, port: 80}]}]
 ---
 apiVersion: gateway.networking.k8s.io/v1
+kind: BackendTLSPolicy
+metadata: {name: bound, namespace: rights}
+spec:
+  targetRefs: [{group: "", kind: Service, name: bound}]
+  validation: {hostname: bound.example, wellKnownCACertificates: System}
+---
+apiVersion: gateway.networking.k8s.io/v1
 kind: TCPRoute
 metadata: {name: bound, namespace: rights}
 spec:
