@@ -247,6 +247,11 @@ kind: Service
 metadata: {name: bound, namespace: rights, labels: {istio.io/use-waypoint: gone}}
 spec: {selector: {app: none}, ports: [{port: 80}]}
 ---
+apiVersion: v1
+kind: Service
+metadata: {name: secured, namespace: rights, labels: {istio.io/use-waypoint: waypoint}}
+spec: {selector: {app: none}, ports: [{port: 80}]}
+---
 apiVersion: networking.istio.io/v1
 kind: ServiceEntry
 metadata: {name: entry, namespace: rights}
@@ -288,9 +293,9 @@ spec:
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: BackendTLSPolicy
-metadata: {name: bound, namespace: rights}
+metadata: {name: secured, namespace: rights}
 spec:
-  targetRefs: [{group: "", kind: Service, name: bound}]
+  targetRefs: [{group: "", kind: Service, name: secured}]
   validation: {hostname: bound.example, wellKnownCACertificates: System}
 ---
 apiVersion: gateway.networking.k8s.io/v1
