@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsAcceptor;
 
-/// What a server answers, given its name, the head of the request and the body as it came.
+/// What a server answers, given its name, the head of the request and the body as it came. It may block: each answer has a thread.
 pub type Answer = Arc<dyn Fn(&str, &str, &[u8]) -> Vec<u8> + Send + Sync>;
 
 /// A server that runs until this is dropped.
@@ -115,7 +115,9 @@ async fn connection(
         let (body, trailers) = body(&mut stream, &mut read, &head).await?;
         // Where there are any they are reported with the fields of the head.
         head.push_str(&trailers);
-        let answer = answer(name, &head, &body);
+        // Some answers sleep, which must stop nobody else's task.
+        let (answer, name) = (answer.clone(), name.to_owned());
+        let answer = tokio::task::spawn_blocking(move || answer(&name, &head, &body)).await?;
         if answer.is_empty() {
             return Ok(());
         }

@@ -76,7 +76,6 @@ async fn bodies(bed: &Waypoints) {
 async fn times_out(bed: &Waypoints) {
     let slow: Answer = Arc::new(|name, head, body| {
         if head.starts_with("GET /slow") {
-            // The server's own task only.
             std::thread::sleep(Duration::from_secs(3));
         }
         http::mirror()(name, head, body)
@@ -154,8 +153,7 @@ fn slow(most: &Arc<AtomicUsize>, millis: u64) -> Answer {
     let (now, most) = (AtomicUsize::new(0), most.clone());
     Arc::new(move |name, head, body| {
         most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-        // The server's own task only.
-        tokio::task::block_in_place(|| std::thread::sleep(Duration::from_millis(millis)));
+        std::thread::sleep(Duration::from_millis(millis));
         now.fetch_sub(1, Ordering::SeqCst);
         http::mirror()(name, head, body)
     })
@@ -252,8 +250,7 @@ async fn hedges(bed: &Waypoints) {
             count.fetch_add(1, Ordering::Relaxed);
         }
         if name == "hedged-slow" {
-            // The server's own task only.
-            tokio::task::block_in_place(|| std::thread::sleep(Duration::from_millis(1500)));
+            std::thread::sleep(Duration::from_millis(1500));
         }
         http::mirror()(name, head, body)
     });

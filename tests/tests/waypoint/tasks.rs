@@ -201,7 +201,6 @@ fn answering(server: &Server, got: &Got) -> Answer {
     Arc::new(move |name, head, body| {
         got.lock().push((name.to_owned(), head.to_owned()));
         if head.contains(" /slow") {
-            // The server's own task only.
             std::thread::sleep(slow);
         }
         if head.contains(" /failing") && failing.iter().any(|failing| failing == name) {

@@ -261,7 +261,6 @@ async fn slow_answer(bed: &Waypoints) {
 async fn failed_copies(bed: &Waypoints) {
     let slow: Answer = Arc::new(|name, head, body| {
         if head.starts_with("GET /copied") {
-            // The server's own task only.
             std::thread::sleep(Duration::from_secs(3));
         }
         http::mirror()(name, head, body)
