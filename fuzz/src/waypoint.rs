@@ -9,7 +9,7 @@ use ambit_api::{l7, workload as wire};
 use ambit_directory::{Directory, NamespacedHost, Service, Update};
 use ambit_identity::SpiffeId;
 use ambit_policy::HttpRequest;
-use ambit_route::{ClientHello, ConnectionHead, StreamMatched, StreamTable};
+use ambit_route::{ClientHello, ConnectionHead, StreamMatched, StreamTable, Table};
 use ambit_token::rules;
 use ambit_waypoint::accept::Destination;
 use ambit_waypoint::backend_policies::BackendPolicies;
@@ -18,6 +18,7 @@ use ambit_waypoint::client_hello::{Parsed, parse};
 use ambit_waypoint::dump;
 use ambit_waypoint::external::{Verdict, grpc, http, is_framing};
 use ambit_waypoint::policies::Policies;
+use ambit_waypoint::proxy::Published;
 use prost::Message;
 
 use crate::pieces::cut;
@@ -140,10 +141,23 @@ pub(crate) fn config(data: &[u8]) {
             _ => {}
         }
     }
-    dump::routes(&routes, &streams);
+    let streams_dump = dump::stream_routes(&streams).into();
+    dump::routes(&Published { routes: table_of(&routes).into(), streams_dump, ..Published::default() });
     stream_routes(streams);
     backend_policies(&mut backends);
     decide(policies, head);
+}
+
+/// A table after routes came and went.
+fn table_of(routes: &[l7::Route]) -> Table {
+    let mut table = Table::new(routes);
+    let before = table.clone();
+    for (at, route) in routes.iter().enumerate().step_by(2) {
+        table.remove(&at.to_string());
+        table.insert("last", route);
+    }
+    assert_eq!(before.listed().len(), routes.len());
+    table
 }
 
 fn stream_routes(mut streams: Vec<l7::StreamRoute>) {

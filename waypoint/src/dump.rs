@@ -1,11 +1,13 @@
 //! How routes and endpoints show in the admin server's `/config_dump`: of routes what they are for, not what they say.
 
 use ambit_api::l7;
+use ambit_route::RouteName;
 use serde::Serialize;
 
 use crate::backend_policies::PoolPolicy;
 use crate::balancers::circuit::CircuitSummary;
 use crate::balancers::{Balancers, Slot};
+use crate::proxy::Published;
 use crate::upstream::Upstreams;
 
 /// A route as it shows.
@@ -142,18 +144,27 @@ fn balancer(slot: &Slot) -> BalancerSummary {
     }
 }
 
-/// Routes as they show, in their order.
-pub fn routes<'a>(
-    routes: impl IntoIterator<Item = &'a l7::Route>,
-    streams: impl IntoIterator<Item = &'a l7::StreamRoute>,
-) -> Vec<RouteSummary> {
-    let routes = routes.into_iter().map(|it| route(it.object.as_ref(), &it.targets, it.rules.len()));
-    let streams = streams.into_iter().map(|it| route(it.object.as_ref(), &it.targets, it.rules.len()));
-    routes.chain(streams).collect()
+/// Every route as it shows, those for requests first.
+pub fn routes(published: &Published) -> Vec<RouteSummary> {
+    let routes = published.routes.listed().into_iter().map(|it| route(it.route, it.targets, it.rules));
+    routes.chain(published.streams_dump.iter().cloned()).collect()
 }
 
-fn route(object: Option<&l7::ObjectName>, targets: &[l7::Target], rules: usize) -> RouteSummary {
-    let object = object.cloned().unwrap_or_default();
+/// Routes for connections as they show.
+pub fn stream_routes<'a>(streams: impl IntoIterator<Item = &'a l7::StreamRoute>) -> Vec<RouteSummary> {
+    let summary = |it: &l7::StreamRoute| {
+        let object = it.object.clone().unwrap_or_default();
+        let name = RouteName {
+            kind: object.kind.into(),
+            namespace: object.namespace.into(),
+            name: object.name.into(),
+        };
+        route(&name, &it.targets, it.rules.len())
+    };
+    streams.into_iter().map(summary).collect()
+}
+
+fn route(route: &RouteName, targets: &[l7::Target], rules: usize) -> RouteSummary {
     let target = |target: &l7::Target| TargetSummary {
         namespace: target.namespace.clone(),
         hostname: target.hostname.clone(),
@@ -162,9 +173,9 @@ fn route(object: Option<&l7::ObjectName>, targets: &[l7::Target], rules: usize) 
         client_namespace: target.client_namespace.clone(),
     };
     RouteSummary {
-        kind: object.kind,
-        namespace: object.namespace,
-        name: object.name,
+        kind: route.kind.to_string(),
+        namespace: route.namespace.to_string(),
+        name: route.name.to_string(),
         targets: targets.iter().map(target).collect(),
         rules,
     }
@@ -172,6 +183,10 @@ fn route(object: Option<&l7::ObjectName>, targets: &[l7::Target], rules: usize) 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use ambit_route::Table;
+
     use super::*;
 
     #[test]
@@ -186,7 +201,8 @@ mod tests {
             rules: vec![l7::Rule::default()],
             ..Default::default()
         };
-        let shown = serde_json::to_value(routes([&route], [])).unwrap();
+        let published = Published { routes: Arc::new(Table::new([&route])), ..Published::default() };
+        let shown = serde_json::to_value(routes(&published)).unwrap();
         assert_eq!((&shown[0]["kind"], &shown[0]["rules"]), (&"HTTPRoute".into(), &1.into()));
         assert_eq!(shown[0]["targets"][0]["port"], 80);
     }

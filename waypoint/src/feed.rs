@@ -81,7 +81,8 @@ struct Applier {
     key_pairs: BTreeMap<String, l7::KeyPair>,
     listeners: BTreeMap<String, l7::Listener>,
     policies: BTreeMap<String, l7::Policy>,
-    routes: BTreeMap<String, l7::Route>,
+    /// What of the routes a change does not concern is shared with the published one.
+    routes: Table,
     stream_routes: BTreeMap<String, l7::StreamRoute>,
 }
 
@@ -126,13 +127,11 @@ impl Applier {
             next.backends = Arc::new(BackendPolicies::new(generation, self.backends.values(), &self.tls));
         }
         if changed.routes {
-            next.routes = Arc::new(Table::new(self.routes.values()));
+            next.routes = Arc::new(self.routes.clone());
         }
         if changed.stream_routes {
             next.streams = Arc::new(StreamTable::new(self.stream_routes.values()));
-        }
-        if changed.routes || changed.stream_routes {
-            next.routes_dump = dump::routes(self.routes.values(), self.stream_routes.values()).into();
+            next.streams_dump = dump::stream_routes(self.stream_routes.values()).into();
         }
         self.published.publish(next, changed.gateways || changed.policies);
     }
@@ -177,7 +176,11 @@ impl Handler<Change> for Applier {
                 None
             }
             Change::Route(update) => {
-                changed.routes |= apply(routes, update);
+                match update {
+                    Update::Upsert { name, resource } => routes.insert(&name, &resource),
+                    Update::Remove { name } => routes.remove(&name),
+                }
+                changed.routes = true;
                 None
             }
             Change::StreamRoute(update) => {

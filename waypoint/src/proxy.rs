@@ -45,8 +45,8 @@ pub struct Published {
     pub policies: Arc<Policies>,
     /// How the endpoints of services are treated.
     pub backends: Arc<BackendPolicies>,
-    /// The routes as the admin server shows them.
-    pub routes_dump: Arc<[RouteSummary]>,
+    /// `streams` as the admin server shows them.
+    pub streams_dump: Arc<[RouteSummary]>,
 }
 
 /// Where [`Published`] is read, and where open connections learn that policies have changed.

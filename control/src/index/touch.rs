@@ -339,6 +339,13 @@ impl Index {
             return;
         }
         self.touch(kind, id);
+        // Services and what routes are attached to look at where a route comes from and leads to, not at what it does on the way:
+        // thousands of routes may lead to one service.
+        if let (Some(old), Some(new)) = (&old, new)
+            && old.has_ends_of(new)
+        {
+            return;
+        }
         for route in [old.as_ref(), new].into_iter().flatten() {
             route.services().for_each(|service| self.touch_users(&Dependency::RoutesTo(service)));
             route.attaches_to().for_each(|parent| self.touch_users(&Dependency::RoutesOf(parent)));

@@ -10,16 +10,21 @@ use ambit_api::l7;
 use http::{HeaderName, StatusCode};
 
 use crate::backend::{Backend, Backends};
-use crate::conditions::{Conditions, PathMatch};
+use crate::conditions::Conditions;
 use crate::field::StringMatch;
 use crate::filter::{self, Filter};
+use crate::route_set::Entry;
 use crate::rule::{Retry, RouteName, Rule, Timeouts};
-use crate::table::Entry;
 
 /// A route, ready for the table.
+#[derive(Debug)]
 pub(crate) struct Compiled {
+    pub(crate) name: Arc<RouteName>,
     pub(crate) order: l7::Order,
-    pub(crate) entries: Vec<(PathMatch, Entry)>,
+    pub(crate) targets: Box<[l7::Target]>,
+    /// Number of rules.
+    pub(crate) rules: usize,
+    pub(crate) entries: Box<[Arc<Entry>]>,
 }
 
 /// What of a rule can't be read, if anything.
@@ -56,10 +61,16 @@ pub(crate) fn route(route: &l7::Route) -> Compiled {
         let rule = Arc::new(rule(&name, at, source, faults));
         for (place, (path, conditions)) in (0_u32..).zip(conditions) {
             let seniority = (created, order_by.clone(), at, place);
-            entries.push((path, Entry { conditions, rule: rule.clone(), seniority }));
+            entries.push(Arc::new(Entry { path, conditions, rule: rule.clone(), seniority }));
         }
     }
-    Compiled { order: route.order(), entries }
+    Compiled {
+        name,
+        order: route.order(),
+        targets: route.targets.clone().into(),
+        rules: route.rules.len(),
+        entries: entries.into(),
+    }
 }
 
 fn noted<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {

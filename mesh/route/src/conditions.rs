@@ -4,6 +4,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ambit_api::l7;
 use http::Method;
@@ -16,16 +17,16 @@ use crate::table::RequestHead;
 /// What the path must be.
 #[derive(Debug, Clone)]
 pub(crate) enum PathMatch {
-    Exact(Box<str>),
+    Exact(Arc<str>),
     /// Whole segments, without a slash at its end.
-    Prefix(Box<str>),
+    Prefix(Arc<str>),
     Regex(Regex),
     /// Letters, wherever a segment ends.
-    TextPrefix(Box<str>),
+    TextPrefix(Arc<str>),
     /// As `Exact`, ASCII letters in either case.
-    ExactIgnoringCase(Box<str>),
+    ExactIgnoringCase(Arc<str>),
     /// As `TextPrefix`, ASCII letters in either case.
-    TextPrefixIgnoringCase(Box<str>),
+    TextPrefixIgnoringCase(Arc<str>),
 }
 
 impl PathMatch {

@@ -5,11 +5,12 @@ use std::cmp::Reverse;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::conditions::{Conditions, PathMatch};
+use crate::conditions::PathMatch;
 use crate::field::{FieldMatch, StringMatch};
 use crate::hosts::Hosts;
+use crate::route_set::{Entry, Paths, RouteSet};
 use crate::rule::Rule;
-use crate::table::{Entry, Paths, RequestHead, RouteSet};
+use crate::table::RequestHead;
 
 /// A rule, and what of it a request does not meet.
 #[derive(Debug, Clone)]
@@ -26,16 +27,16 @@ impl RouteSet {
     pub fn candidates(&self, request: &RequestHead<'_>) -> Vec<Candidate> {
         let mut found = Found::default();
         each(&self.specific, request.host, |host, paths| {
-            for (path, entry) in in_order(paths) {
+            for entry in in_order(paths) {
                 let unmet = unmet_host(host, request);
-                found.add(entry, unmet.or_else(|| unmet_of(&path, entry, request)));
+                found.add(entry, unmet.or_else(|| unmet_of(entry, request)));
             }
         });
-        let hidden = self.has_specific.then(|| "routes of Gateway API are attached to the same".to_owned());
+        let hidden = self.has_specific().then(|| "routes of Gateway API are attached to the same".to_owned());
         each(&self.declared, request.host, |host, entries| {
-            for (path, entry) in entries {
+            for entry in entries.iter() {
                 let unmet = hidden.clone().or_else(|| unmet_host(host, request));
-                found.add(entry, unmet.or_else(|| unmet_of(path, entry, request)));
+                found.add(entry, unmet.or_else(|| unmet_of(entry, request)));
             }
         });
         found.0
@@ -54,10 +55,6 @@ fn unmet_host(host: Option<&str>, request: &RequestHead<'_>) -> Option<String> {
     host.map(|host| format!("hostname: {host} is wanted, not {}", request.host))
 }
 
-fn unmet_of(path: &PathMatch, entry: &Entry, request: &RequestHead<'_>) -> Option<String> {
-    unmet(path, &entry.conditions, request)
-}
-
 /// Rules in the order in which they were found.
 #[derive(Default)]
 struct Found(Vec<Candidate>);
@@ -73,23 +70,19 @@ impl Found {
 }
 
 /// Entries in the order in which they are tried: exact paths, patterns, then prefixes from the longest.
-fn in_order(paths: &Paths) -> Vec<(PathMatch, &Entry)> {
+fn in_order(paths: &Paths) -> Vec<&Entry> {
     let mut exact: Vec<_> = paths.exact.iter().collect();
     exact.sort_by_key(|(path, _)| *path);
     let mut prefix: Vec<_> = paths.prefix.iter().collect();
     prefix.sort_by_key(|(path, _)| (Reverse(path.len()), *path));
-    let exact = exact
-        .into_iter()
-        .flat_map(|(path, entries)| entries.iter().map(move |entry| (PathMatch::Exact(path.clone()), entry)));
-    let patterns = paths.patterns.iter().map(|(path, entry)| (path.clone(), entry));
-    let prefix = prefix.into_iter().flat_map(|(path, entries)| {
-        entries.iter().map(move |entry| (PathMatch::Prefix(path.clone()), entry))
-    });
-    exact.chain(patterns).chain(prefix).collect()
+    let exact = exact.into_iter().flat_map(|(_, entries)| entries.iter());
+    let prefix = prefix.into_iter().flat_map(|(_, entries)| entries.iter());
+    exact.chain(&paths.patterns).chain(prefix).map(AsRef::as_ref).collect()
 }
 
 /// What of a match is not met.
-fn unmet(path: &PathMatch, conditions: &Conditions, request: &RequestHead<'_>) -> Option<String> {
+fn unmet_of(entry: &Entry, request: &RequestHead<'_>) -> Option<String> {
+    let Entry { path, conditions, .. } = entry;
     if path.matches(request.path).is_none() {
         return Some(format!("path: {path} is wanted"));
     }

@@ -1,13 +1,14 @@
 //! Rules by the host of a request.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// Something for each host: exact names, all names below one, and all names.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Hosts<T> {
-    exact: HashMap<Box<str>, T>,
+    exact: HashMap<Arc<str>, T>,
     /// By what follows the `*`, dot included.
-    below: HashMap<Box<str>, T>,
+    below: HashMap<Arc<str>, T>,
     any: T,
 }
 
@@ -51,8 +52,28 @@ impl<T: Default> Hosts<T> {
         others.sort_by(|(one, _), (other, _)| one.cmp(other));
         others
     }
+}
 
-    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.exact.values_mut().chain(self.below.values_mut()).chain([&mut self.any])
+impl<T: Clone + Default> Hosts<Arc<T>> {
+    /// Changes what is there for a host as [`entry`](Self::entry) has it, and forgets it when it is empty.
+    pub(crate) fn change(
+        &mut self,
+        host: &str,
+        is_empty: impl FnOnce(&T) -> bool,
+        change: impl FnOnce(&mut T),
+    ) {
+        let host = host.to_ascii_lowercase();
+        let (of_names, name) = match host.strip_prefix('*') {
+            Some("") => return change(Arc::make_mut(&mut self.any)),
+            Some(suffix) => (&mut self.below, suffix),
+            None if host.is_empty() => return change(Arc::make_mut(&mut self.any)),
+            None => (&mut self.exact, host.as_str()),
+        };
+        let Some(known) = of_names.get_mut(name) else { return };
+        let known = Arc::make_mut(known);
+        change(known);
+        if is_empty(known) {
+            of_names.remove(name);
+        }
     }
 }

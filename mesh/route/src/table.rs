@@ -1,9 +1,9 @@
 //! All routes, by what they are attached to, in an order in which the first match counts.
 //!
 //! A look-up costs one hash of the path and one for each of its prefixes by segment, however many routes there are;
-//! only patterns are tried one by one.
+//! only patterns are tried one by one. A change of a route compiles that route alone: a copy of a table shares all that the
+//! change does not concern.
 
-use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -11,10 +11,9 @@ use std::sync::Arc;
 use ambit_api::l7;
 use http::{HeaderMap, Method};
 
-use crate::compile;
-use crate::conditions::{Conditions, PathMatch};
-use crate::hosts::Hosts;
-use crate::rule::Rule;
+use crate::compile::{self, Compiled};
+use crate::route_set::RouteSet;
+use crate::rule::{RouteName, Rule};
 
 /// What of a request decides about its rule.
 #[derive(Debug, Clone, Copy)]
@@ -50,24 +49,45 @@ pub struct Matched<'a> {
     pub prefix: usize,
 }
 
-type Service = (Box<str>, Box<str>);
+/// Something for each service, by namespace and host.
+type Services<T> = HashMap<Arc<str>, HashMap<Arc<str>, T>>;
 
-/// Every route.
-#[derive(Debug, Default)]
+/// Every route. A copy is cheap.
+#[derive(Debug, Clone, Default)]
 pub struct Table {
-    services: HashMap<Service, Ports>,
-    /// Routes for the clients of one namespace; they come before all others.
-    consumers: HashMap<(Box<str>, Service), Ports>,
+    services: Services<Arc<Ports>>,
+    /// Routes for the clients of one namespace, by that; they come before all others.
+    consumers: HashMap<Arc<str>, Services<Arc<Ports>>>,
     /// Routes of the listeners of gateways.
-    listeners: HashMap<Box<str>, RouteSet>,
+    listeners: HashMap<Arc<str>, Arc<RouteSet>>,
+    /// Every route by the name of its resource.
+    routes: HashMap<Arc<str>, Arc<Compiled>>,
+}
+
+/// A route of a table, for people.
+#[derive(Debug, Clone, Copy)]
+pub struct Listed<'a> {
+    /// The object.
+    pub route: &'a RouteName,
+    /// What it is attached to.
+    pub targets: &'a [l7::Target],
+    /// Number of rules.
+    pub rules: usize,
 }
 
 /// The routes of one service.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Ports {
     all: RouteSet,
     /// Ports that routes name, with the routes of all ports too.
-    one: HashMap<u16, RouteSet>,
+    one: HashMap<u16, Port>,
+}
+
+#[derive(Debug, Clone)]
+struct Port {
+    routes: RouteSet,
+    /// Targets that name the port.
+    targets: usize,
 }
 
 impl Table {
@@ -75,226 +95,157 @@ impl Table {
     /// is first by name.
     pub fn new<'a>(routes: impl IntoIterator<Item = &'a l7::Route>) -> Self {
         let mut table = Self::default();
-        let compiled: Vec<(Vec<l7::Target>, compile::Compiled)> =
-            routes.into_iter().map(|route| (route.targets.clone(), compile::route(route))).collect();
-        for (targets, _) in &compiled {
-            let of_services = targets.iter().filter(|target| target.listener.is_empty());
-            for target in of_services.filter(|target| target.port != 0) {
-                if let Ok(port) = u16::try_from(target.port) {
-                    table.ports(target).one.entry(port).or_default();
-                }
-            }
-        }
-        for (targets, route) in &compiled {
-            for target in targets {
-                match target.listener.as_str() {
-                    "" => table.ports(target).insert(target, route),
-                    listener => {
-                        table.listeners.entry(listener.into()).or_default().insert(&target.hostnames, route);
-                    }
-                }
-            }
-        }
-        table.listeners.values_mut().for_each(RouteSet::sort);
-        for ports in table.services.values_mut().chain(table.consumers.values_mut()) {
-            ports.all.sort();
-            ports.one.values_mut().for_each(RouteSet::sort);
+        for (at, route) in routes.into_iter().enumerate() {
+            table.insert(&at.to_string(), route);
         }
         table
     }
 
-    fn ports(&mut self, target: &l7::Target) -> &mut Ports {
-        let service = (target.namespace.as_str().into(), target.hostname.to_ascii_lowercase().into());
+    /// Puts a route into the table, in place of the one that had the name of its resource before.
+    pub fn insert(&mut self, name: &str, route: &l7::Route) {
+        self.remove(name);
+        let compiled = Arc::new(compile::route(route));
+        for target in &compiled.targets {
+            self.attach(target, &compiled);
+        }
+        self.routes.insert(name.into(), compiled);
+    }
+
+    /// Takes the route with this name of its resource out of the table, if it is there.
+    pub fn remove(&mut self, name: &str) {
+        let Some(compiled) = self.routes.remove(name) else { return };
+        for target in &compiled.targets {
+            self.detach(target, &compiled);
+        }
+    }
+
+    /// Every route, in the order of their objects.
+    pub fn listed(&self) -> Vec<Listed<'_>> {
+        let routes = self.routes.values();
+        let listed = routes.map(|it| Listed { route: &it.name, targets: &it.targets, rules: it.rules });
+        let mut listed: Vec<_> = listed.collect();
+        listed.sort_by(|one, other| one.route.cmp(other.route));
+        listed
+    }
+
+    fn attach(&mut self, target: &l7::Target, route: &Compiled) {
+        if !target.listener.is_empty() {
+            let routes = self.listeners.entry(target.listener.as_str().into()).or_default();
+            Arc::make_mut(routes).insert(&target.hostnames, route);
+            return;
+        }
+        let services = match target.client_namespace.as_str() {
+            "" => &mut self.services,
+            client => self.consumers.entry(client.into()).or_default(),
+        };
+        let of_namespace = services.entry(target.namespace.as_str().into()).or_default();
+        let ports = of_namespace.entry(target.hostname.to_ascii_lowercase().into()).or_default();
+        Arc::make_mut(ports).insert(target, route);
+    }
+
+    fn detach(&mut self, target: &l7::Target, route: &Compiled) {
+        if !target.listener.is_empty() {
+            change(
+                &mut self.listeners,
+                &target.listener,
+                |routes| routes.is_empty(),
+                |routes| {
+                    Arc::make_mut(routes).remove(&target.hostnames, route);
+                },
+            );
+            return;
+        }
+        let of_services = |services: &mut Services<Arc<Ports>>| {
+            change(services, &target.namespace, HashMap::is_empty, |of_namespace| {
+                let host = target.hostname.to_ascii_lowercase();
+                change(
+                    of_namespace,
+                    &host,
+                    |ports| ports.is_empty(),
+                    |ports| {
+                        Arc::make_mut(ports).remove(target, route);
+                    },
+                );
+            });
+        };
         match target.client_namespace.as_str() {
-            "" => self.services.entry(service).or_default(),
-            client => self.consumers.entry((client.into(), service)).or_default(),
+            "" => of_services(&mut self.services),
+            client => change(&mut self.consumers, client, HashMap::is_empty, of_services),
         }
     }
 
     /// The routes for a port of a service, as a client in `client` (empty: unknown) has them; `None` if there are none, and
     /// requests go straight to the service.
     pub fn routes(&self, namespace: &str, hostname: &str, port: u16, client: &str) -> Option<&RouteSet> {
-        let service = (Box::from(namespace), Box::from(hostname));
-        let all = self.services.get(&service);
         // GEP-1426: a consumer's own routes replace the producer's for its requests.
-        let own = match self.consumers.is_empty() || client.is_empty() {
-            true => None,
-            false => self.consumers.get(&(Box::from(client), service)),
-        };
+        let own = self.consumers.get(client).filter(|_| !client.is_empty());
+        let own = own.and_then(|services| services.get(namespace)?.get(hostname));
+        let all = self.services.get(namespace).and_then(|hosts| hosts.get(hostname));
         [own, all].into_iter().flatten().map(|ports| ports.of(port)).find(|routes| !routes.is_empty())
+    }
+
+    /// The routes of a listener; `None` if there are none.
+    pub fn of_listener(&self, listener: &str) -> Option<&RouteSet> {
+        self.listeners.get(listener).map(AsRef::as_ref)
     }
 }
 
-impl Table {
-    /// The routes of a listener; `None` if there are none.
-    pub fn of_listener(&self, listener: &str) -> Option<&RouteSet> {
-        self.listeners.get(listener)
+/// Changes what a map has for `key`, and forgets it when it is empty.
+fn change<T>(
+    map: &mut HashMap<Arc<str>, T>,
+    key: &str,
+    is_empty: impl FnOnce(&T) -> bool,
+    change: impl FnOnce(&mut T),
+) {
+    let Some(value) = map.get_mut(key) else { return };
+    change(value);
+    if is_empty(value) {
+        map.remove(key);
     }
 }
 
 impl Ports {
     fn of(&self, port: u16) -> &RouteSet {
-        self.one.get(&port).unwrap_or(&self.all)
+        self.one.get(&port).map_or(&self.all, |port| &port.routes)
     }
 
-    fn insert(&mut self, target: &l7::Target, route: &compile::Compiled) {
+    fn is_empty(&self) -> bool {
+        self.all.is_empty() && self.one.is_empty()
+    }
+
+    fn insert(&mut self, target: &l7::Target, route: &Compiled) {
         match u16::try_from(target.port) {
             Ok(0) => {
                 self.all.insert(&target.hostnames, route);
-                self.one.values_mut().for_each(|port| port.insert(&target.hostnames, route));
+                self.one.values_mut().for_each(|port| port.routes.insert(&target.hostnames, route));
             }
-            Ok(port) => self.one.entry(port).or_default().insert(&target.hostnames, route),
+            Ok(port) => {
+                let of_all = || Port { routes: self.all.clone(), targets: 0 };
+                let port = self.one.entry(port).or_insert_with(of_all);
+                port.targets += 1;
+                port.routes.insert(&target.hostnames, route);
+            }
             // No port at all: no request comes there.
             Err(_) => {}
         }
     }
-}
 
-/// The routes for one port of a service.
-#[derive(Debug, Default)]
-pub struct RouteSet {
-    pub(crate) specific: Hosts<Paths>,
-    pub(crate) has_specific: bool,
-    pub(crate) declared: Hosts<Vec<(PathMatch, Entry)>>,
-    has_declared: bool,
-}
-
-/// One match of one rule.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) conditions: Conditions,
-    pub(crate) rule: Arc<Rule>,
-    /// Age and name of the route, then the places of rule and match in it.
-    pub(crate) seniority: (i64, Arc<str>, u32, u32),
-}
-
-/// Entries by path.
-#[derive(Debug, Default)]
-pub(crate) struct Paths {
-    pub(crate) exact: HashMap<Box<str>, Vec<Entry>>,
-    /// Those that are tried one by one.
-    pub(crate) patterns: Vec<(PathMatch, Entry)>,
-    pub(crate) prefix: HashMap<Box<str>, Vec<Entry>>,
-    /// The longest prefix: no longer part of a path needs a look.
-    longest: usize,
-}
-
-impl Entry {
-    fn matches(&self, request: &RequestHead<'_>) -> bool {
-        self.conditions.matches(request)
-    }
-
-    /// Gateway API, HTTPRouteMatch: after the path a method counts, then the number of headers, then that of query
-    /// parameters, then the route's age, its name, and the order of its rules.
-    fn precedence(&self) -> impl Ord + use<> {
-        let Conditions { method, headers, query, .. } = &self.conditions;
-        let specific = (method.is_none(), Reverse(headers.len()), Reverse(query.len()));
-        (specific, self.seniority.clone())
-    }
-}
-
-impl RouteSet {
-    fn is_empty(&self) -> bool {
-        // Routes without rules are routes: they answer 404.
-        !self.has_specific && !self.has_declared
-    }
-
-    fn insert(&mut self, hostnames: &[String], route: &compile::Compiled) {
-        let hosts: Vec<&str> = match hostnames {
-            [] => vec!["*"],
-            hosts => hosts.iter().map(String::as_str).collect(),
-        };
-        for host in hosts {
-            match route.order {
-                l7::Order::Specific => {
-                    self.has_specific = true;
-                    let paths = self.specific.entry(host);
-                    route.entries.iter().for_each(|(path, entry)| paths.insert(path, entry));
-                }
-                l7::Order::Declared => {
-                    self.has_declared = true;
-                    self.declared.entry(host).extend(route.entries.iter().cloned());
+    fn remove(&mut self, target: &l7::Target, route: &Compiled) {
+        match u16::try_from(target.port) {
+            Ok(0) => {
+                self.all.remove(&target.hostnames, route);
+                self.one.values_mut().for_each(|port| port.routes.remove(&target.hostnames, route));
+            }
+            Ok(number) => {
+                let Some(port) = self.one.get_mut(&number) else { return };
+                port.targets -= 1;
+                if port.targets == 0 {
+                    self.one.remove(&number);
+                } else {
+                    port.routes.remove(&target.hostnames, route);
                 }
             }
+            Err(_) => {}
         }
     }
-
-    fn sort(&mut self) {
-        self.specific.values_mut().for_each(Paths::sort);
-        for declared in self.declared.values_mut() {
-            declared.sort_by(|(_, one), (_, other)| one.seniority.cmp(&other.seniority));
-        }
-    }
-
-    /// The rule that a request follows; `None`: no rule matches, and the answer is 404.
-    ///
-    /// Routes of Gateway API come first. Where there is one, routes that go by declaration have no effect.
-    pub fn find(&self, request: &RequestHead<'_>) -> Option<Matched<'_>> {
-        if self.has_specific {
-            return self.specific.matching(request.host).find_map(|paths| paths.find(request));
-        }
-        self.declared.matching(request.host).flatten().find_map(|(path, entry)| {
-            let prefix = path.matches(request.path)?;
-            entry.matches(request).then_some(Matched { rule: &entry.rule, prefix })
-        })
-    }
-}
-
-impl Paths {
-    fn insert(&mut self, path: &PathMatch, entry: &Entry) {
-        let entry = entry.clone();
-        match path {
-            PathMatch::Exact(path) => self.exact.entry(path.clone()).or_default().push(entry),
-            PathMatch::Regex(_)
-            | PathMatch::TextPrefix(_)
-            | PathMatch::ExactIgnoringCase(_)
-            | PathMatch::TextPrefixIgnoringCase(_) => self.patterns.push((path.clone(), entry)),
-            PathMatch::Prefix(prefix) => {
-                self.longest = self.longest.max(prefix.len());
-                self.prefix.entry(prefix.clone()).or_default().push(entry);
-            }
-        }
-    }
-
-    fn sort(&mut self) {
-        for entries in self.exact.values_mut().chain(self.prefix.values_mut()) {
-            entries.sort_by_cached_key(Entry::precedence);
-        }
-        self.patterns.sort_by_cached_key(|(path, entry)| (Reverse(path.length()), entry.precedence()));
-    }
-
-    fn find(&self, request: &RequestHead<'_>) -> Option<Matched<'_>> {
-        let path = request.path;
-        let first = |entries: &'_ Vec<Entry>, prefix: usize| {
-            let at = entries.iter().position(|entry| entry.matches(request))?;
-            Some((at, prefix))
-        };
-        // Gateway API: an exact path comes before all others. Patterns are left to the implementation: they come next.
-        if let Some(entries) = self.exact.get(path)
-            && let Some((at, prefix)) = first(entries, path.len())
-        {
-            return entries.get(at).map(|entry| Matched { rule: &entry.rule, prefix });
-        }
-        let by_pattern = self.patterns.iter().find_map(|(pattern, entry)| {
-            let prefix = pattern.matches(path)?;
-            entry.matches(request).then_some(Matched { rule: &entry.rule, prefix })
-        });
-        if by_pattern.is_some() {
-            return by_pattern;
-        }
-        if self.prefix.is_empty() {
-            return None;
-        }
-        segments(path).skip_while(|prefix| prefix.len() > self.longest).find_map(|prefix| {
-            let entries = self.prefix.get(prefix)?;
-            let (at, prefix) = first(entries, prefix.len())?;
-            entries.get(at).map(|entry| Matched { rule: &entry.rule, prefix })
-        })
-    }
-}
-
-/// The prefixes of a path that end with a segment, the longest first, without the slash at their end; last the empty one.
-fn segments(path: &str) -> impl Iterator<Item = &str> {
-    let whole = std::iter::once(path);
-    whole.chain(path.rmatch_indices('/').filter_map(move |(at, _)| path.get(..at)))
 }

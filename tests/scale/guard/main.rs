@@ -26,6 +26,7 @@ fn main() -> Result<()> {
         Some("xds-encode") => encode::resources(),
         Some("xds-push") => encode::push(),
         Some("waypoint-match") => waypoint::matching(),
+        Some("waypoint-change") => waypoint::change(),
         Some("waypoint-compile") => waypoint::compile(),
         Some("waypoint-decide") => waypoint::decide(),
         Some("waypoint-sanitise") => waypoint::sanitised(),

@@ -82,12 +82,30 @@ fn guarded_match(table: &Table, head: &RequestHead<'_>) -> u32 {
     (0..CALLS).filter(found).map(|_| 1).sum()
 }
 
-/// Routes become a table, as after each change of one of them.
+/// Routes become a table, as when a waypoint starts.
 pub(crate) fn compile() -> Result<()> {
     let routes: Vec<l7::Route> = (0..ROUTES / 10).map(route).collect();
     let table = guarded_compile(&routes);
     ensure!(table.routes(SERVICE.0, SERVICE.1, 80, "").is_some(), "no routes");
     Ok(())
+}
+
+/// One of 10,000 routes changes, while requests go by the table before.
+pub(crate) fn change() -> Result<()> {
+    let routes: Vec<l7::Route> = (0..ROUTES).map(route).collect();
+    let mut table = Table::new(&routes);
+    let name = (ROUTES / 2).to_string();
+    let changed = route(ROUTES / 2);
+    let before = table.clone();
+    let after = guarded_change(&mut table, &name, &changed);
+    ensure!(before.listed().len() == after.listed().len(), "a route is missing");
+    Ok(())
+}
+
+#[inline(never)]
+fn guarded_change(table: &mut Table, name: &str, route: &l7::Route) -> Table {
+    table.insert(black_box(name), black_box(route));
+    table.clone()
 }
 
 #[inline(never)]

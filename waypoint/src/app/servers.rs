@@ -46,7 +46,7 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
     let admin = Admin::new()
         .section("pools", pools)
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
-        .section("routes", move || serde_json::to_value(&published.load().routes_dump))
+        .section("routes", move || serde_json::to_value(dump::routes(&published.load())))
         .section("balancers", move || serde_json::to_value(dump::balancers(&proxy.balancers)));
     let admin = explain::routes(admin, &program.proxy);
     servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)

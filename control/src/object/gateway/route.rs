@@ -1,6 +1,7 @@
 //! Routes of Gateway API, whatever their protocol: what is theirs alone is in its final form already, and what refers to
 //! other objects waits for the index.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use ambit_api::l7;
@@ -71,6 +72,17 @@ impl Route {
     pub fn is_consumer_of(&self, service: &NamespacedName) -> bool {
         let is_service = |parent: &ParentRef| parent.kind == TargetKind::Service && parent.name == *service;
         !self.parents.is_empty() && self.parents.iter().all(is_service)
+    }
+
+    /// Whether it wants to be attached to the same as another, with the same hosts, and refers to the same Services.
+    pub fn has_ends_of(&self, other: &Route) -> bool {
+        let services = |route: &Route| route.services().collect::<BTreeSet<_>>();
+        self.meta.id == other.meta.id
+            && self.meta.created == other.meta.created
+            && self.protocol == other.protocol
+            && self.parents == other.parents
+            && self.hostnames == other.hostnames
+            && services(self) == services(other)
     }
 
     /// The Services that it refers to.
