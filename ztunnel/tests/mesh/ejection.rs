@@ -2,13 +2,20 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
+use ambit_api::workload::gateway_address::Destination;
+use ambit_api::workload::{GatewayAddress, NetworkAddress, Port, Service, TunnelProtocol};
+use ambit_hbone::{Endpoints, Server, ServerSettings, WindowBudget};
+use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain};
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::{JoinHandle, JoinSet};
 
-use crate::mesh::{LIMIT, Mesh, Pod, Ztunnel, echo, ping};
+use crate::control::TRUST_DOMAIN;
+use crate::mesh::{LIMIT, Mesh, Pod, Ztunnel, bytes, echo, eventually, ping};
 use crate::routing::{VIP, greet, greeted};
 
 /// A count of a node proxy.
@@ -30,7 +37,7 @@ async fn unreachable_endpoints_cost_part_of_a_budget_and_are_ejected() {
         let mut gone = alive.clone();
         gone.workload.uid = gone.workload.uid.replace("alive", name);
         gone.workload.name = name.into();
-        gone.workload.addresses = vec![crate::mesh::bytes(IpAddr::from(address))];
+        gone.workload.addresses = vec![bytes(IpAddr::from(address))];
         cut_off.push(gone);
     }
     let [gone_a, gone_b] = &mut cut_off[..] else { unreachable!() };
@@ -85,6 +92,102 @@ async fn a_port_that_drops_packets_harms_no_other_connection() {
     assert_eq!(count(&mesh.nodes[0].ztunnel, "ambit_endpoints_ejected_total").await, 0);
     let metrics = mesh.nodes[1].ztunnel.metrics().await;
     assert!(!metrics.contains("response_flags=\"H2_HANDSHAKE_FAILURE\""), "{metrics}");
+}
+
+/// Serves HBONE as a waypoint does, in a pod outside the mesh: tunnels to `good` echo, others are never answered, as
+/// where the destination's port drops packets.
+async fn serve_waypoint(mesh: &Mesh, waypoint: &Pod, good: IpAddr) -> JoinHandle<()> {
+    let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
+    trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
+    let id = SpiffeId::new(TRUST_DOMAIN, "default", "waypoint").unwrap();
+    let request = CertificateRequest::new(&id).unwrap();
+    let chain = mesh.control.sign(request.csr_pem(), &id, Duration::from_secs(3600));
+    let certificate = Arc::new(request.complete(&chain, &trust, TlsSettings::default()).unwrap());
+    let listener = waypoint.net.listen(waypoint.net.v4.into(), 15008).await;
+    tokio::spawn(async move {
+        let server = Server::new(ServerSettings::default(), trust, WindowBudget::new(0));
+        let mut connections = JoinSet::new();
+        while let Ok((socket, remote)) = listener.accept().await {
+            let (server, certificate) = (server.clone(), certificate.clone());
+            connections.spawn(async move {
+                let endpoints = Endpoints { local: socket.local_addr().unwrap(), remote };
+                let Ok(accepted) = server.accept(socket, endpoints, certificate.server_config()).await else {
+                    return;
+                };
+                let serving =
+                    server.serve(accepted, std::future::pending(), move |mut incoming| async move {
+                        if incoming.request().authority.address().is_none_or(|to| to.ip() != good) {
+                            // Until the client gives up.
+                            incoming.within(std::future::pending::<()>()).await.ok();
+                            return;
+                        }
+                        let (mut read, mut write) =
+                            tokio::io::split(incoming.accept(None).unwrap().into_stream());
+                        if tokio::io::copy(&mut read, &mut write).await.is_ok() {
+                            write.shutdown().await.ok();
+                        }
+                    });
+                serving.await.ok();
+            });
+        }
+    })
+}
+
+/// Behind a waypoint, a destination that drops packets delays the answer to CONNECT. The waypoint can be reached.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destination_that_drops_packets_ejects_no_waypoint() {
+    let mesh = Mesh::start(1, json!({ "limits": { "connectTimeout": "1s" } })).await;
+    let client = mesh.pod(0, "client", "client").await;
+    let mut waypoint = mesh.uncaptured_pod(1, "waypoint", "waypoint").await;
+    waypoint.workload.tunnel_protocol = TunnelProtocol::Hbone.into();
+    waypoint.workload.native_tunnel = true;
+    mesh.announce(&waypoint).await;
+    let through = GatewayAddress {
+        destination: Some(Destination::Address(NetworkAddress {
+            network: String::new(),
+            address: bytes(waypoint.net.v4.into()),
+            length: None,
+        })),
+        hbone_mtls_port: 15008,
+    };
+    let [good, stuck] = [[10, 96, 0, 1], [10, 96, 0, 2]].map(|vip| SocketAddr::new(vip.into(), 80));
+    for (name, vip) in [("good", good.ip()), ("stuck", stuck.ip())] {
+        mesh.control.service(Service {
+            name: name.into(),
+            namespace: "default".into(),
+            hostname: format!("{name}.default.svc.cluster.local"),
+            addresses: vec![NetworkAddress { network: String::new(), address: bytes(vip), length: None }],
+            ports: vec![Port { service_port: 80, target_port: 8080, app_protocol: 0 }],
+            waypoint: Some(through.clone()),
+            ..Service::default()
+        });
+        mesh.wait("the service is known", |dump| dump["services"].to_string().contains(name)).await;
+    }
+    let serving = serve_waypoint(&mesh, &waypoint, good.ip()).await;
+    let mut held = client.net.dial(good).await.unwrap();
+    assert_eq!(ping(&mut held, b"before").await.unwrap(), b"before");
+    let waiting = (0..30).map(|_| async {
+        let mut stream = client.net.dial(stuck).await.unwrap();
+        tokio::time::timeout(LIMIT, stream.read_u8()).await.expect("given up").unwrap_err();
+    });
+    let others = async {
+        for _ in 0..15 {
+            let mut new = client.net.dial(good).await.unwrap();
+            assert_eq!(ping(&mut new, b"beside").await.unwrap(), b"beside");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::join!(futures_util::future::join_all(waiting), others);
+    assert_eq!(ping(&mut held, b"after").await.unwrap(), b"after");
+    let ztunnel = &mesh.nodes[0].ztunnel;
+    assert_eq!(count(ztunnel, "ambit_endpoints_ejected_total").await, 0);
+    // One that cannot be reached is ejected.
+    serving.abort();
+    eventually("the waypoint is ejected", async || {
+        drop(client.net.dial(good).await.unwrap().read_u8().await);
+        count(ztunnel, "ambit_endpoints_ejected_total").await > 0
+    })
+    .await;
 }
 
 /// A pod decides what its own namespace lets out. What it can't reach says nothing to other pods of its node.
