@@ -1,7 +1,8 @@
 //! Whether memory and descriptors were flat: functions of series of samples.
 //!
 //! Two views. Under load, the life of a process after its warm-up is cut into windows, and the medians of the first
-//! and the last are compared: that finds what is lost with every connection or request. At rest, before and after
+//! and the last are compared: that finds what is lost with every connection or request. Growth that is no more than
+//! how far the samples scatter is noise: how many connections are open at a sample is chance. At rest, before and after
 //! the load, the same processes' roles must hold the same number of descriptors: that finds a single one lost with
 //! each restart, which no share of the whole would show.
 
@@ -87,24 +88,37 @@ fn trend(samples: &[f64], floor: f64) -> Option<Trend> {
     if samples.len() < FEWEST {
         return None;
     }
-    let medians: Vec<f64> = (0..WINDOWS).map(|nth| median(window(samples, nth))).collect();
+    let medians: Vec<f64> = (0..WINDOWS).map(|nth| median(window(samples, nth, WINDOWS))).collect();
     let (first, last) = (*medians.first()?, *medians.last()?);
     let monotone = medians.windows(2).all(|pair| matches!(pair, [before, after] if after > before));
     let grown = last - first;
     let share = if monotone { MONOTONE_SHARE } else { SHARE };
-    Some(Trend { first, last, monotone, flat: grown <= floor || grown <= first * share })
+    let flat = grown <= floor || grown <= first * share || is_noise(samples);
+    Some(Trend { first, last, monotone, flat })
 }
 
-fn window(samples: &[f64], nth: usize) -> &[f64] {
-    let (from, to) = (samples.len() * nth / WINDOWS, samples.len() * (nth + 1) / WINDOWS);
+/// Whether the middle samples, between the quartiles, of a life's first half overlap with those of its second.
+fn is_noise(samples: &[f64]) -> bool {
+    let (first, second) = (window(samples, 0, 2), window(samples, 1, 2));
+    quantile(second, 1, 4) <= quantile(first, 3, 4)
+}
+
+/// The `nth` of `windows` equal parts.
+fn window(samples: &[f64], nth: usize, windows: usize) -> &[f64] {
+    let (from, to) = (samples.len() * nth / windows, samples.len() * (nth + 1) / windows);
     samples.get(from..to).unwrap_or_default()
 }
 
 /// The median of some numbers; 0 of none.
 pub(crate) fn median(numbers: &[f64]) -> f64 {
+    quantile(numbers, 1, 2)
+}
+
+/// The number that `part` of `whole` of them are below; 0 of none.
+fn quantile(numbers: &[f64], part: usize, whole: usize) -> f64 {
     let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+    sorted.get(sorted.len() * part / whole).copied().unwrap_or(0.0)
 }
 
 #[cfg(test)]
@@ -150,6 +164,28 @@ mod tests {
     #[test]
     fn a_descriptor_lost_in_a_thousand_connections_is_found() {
         let leak = |at: f64| Usage { descriptors: (at * 50.0 / 1000.0) as u64, ..Usage::default() };
+        assert!(!Judgement::of(&life(leak), 120.0, true).flat());
+    }
+
+    /// A run of minutes has few samples, and under load two of them may differ by half.
+    #[test]
+    fn a_healthy_life_of_few_samples_is_flat() {
+        let mut state = 1_u64;
+        let mut chance = move || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) % 60
+        };
+        let grew = (0..1000).filter(|_| {
+            let samples: Vec<f64> = (0..FEWEST).map(|_| 110.0 + chance() as f64).collect();
+            !trend(&samples, DESCRIPTORS_FLOOR).unwrap().flat
+        });
+        assert!(grew.count() <= 5, "of a thousand");
+    }
+
+    #[test]
+    fn a_leak_within_noise_is_found_in_time() {
+        let leak =
+            |at: f64| Usage { descriptors: (at / 20.0) as u64 + at as u64 * 31 % 40, ..Usage::default() };
         assert!(!Judgement::of(&life(leak), 120.0, true).flat());
     }
 
