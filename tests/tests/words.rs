@@ -17,7 +17,7 @@ const WORDS: [(&str, &str); 5] = [
 ];
 
 /// Not used as names in code. In prose, these are ordinary words.
-const NAMES: [(&str, &str); 32] = [
+const NAMES: [(&str, &str); 33] = [
     ("Story", "AccessRecord"),
     ("Telling", "ConnectionReport"),
     ("Flight", "Dial"),
@@ -48,6 +48,7 @@ const NAMES: [(&str, &str); 32] = [
     ("Insistent", "RetryingClient"),
     ("take_off", "start_dial"),
     ("courtesies", "what it holds"),
+    ("ear", "listener, receiver"),
     ("way", "route, tunnel, target"),
     ("ways", "routes, tunnels, targets"),
 ];

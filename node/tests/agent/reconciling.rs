@@ -1,7 +1,7 @@
 //! `Agent::reconcile`: the node in line with the pods that are to be enrolled.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
@@ -11,11 +11,10 @@ use ambit_node::discovery::Discovery;
 use ambit_node::redirect::{self, Options, Stage, plan};
 use ambit_node::{AgentError, PodSpec, PodState, nft};
 use ambit_telemetry::Registry;
-use rtnetlink::LinkUnspec;
 use tokio::time::Instant;
 
 use crate::bed::{Running, SOON, lasting_path, state};
-use crate::common::{Host, eventually, netlink, pair, spec};
+use crate::common::{bare, eventually, pair, spec};
 
 /// Pods of one node that start at a time.
 const MANY: u8 = 100;
@@ -258,17 +257,6 @@ async fn a_pod_takes_over_the_namespace_of_its_predecessor() {
     assert_eq!(done.enrolled, 1);
     assert_eq!(running.agent.status("old"), None);
     assert_eq!(redirect::verify(&pod.netns, &plan(&Options::default(), Stage::In)).await.unwrap(), []);
-}
-
-/// A pod's namespace with nothing but an address.
-async fn bare(number: u8) -> Host {
-    let netns = Netns::create().unwrap();
-    let v4 = Ipv4Addr::new(10, 78, 0, number);
-    let (link, driver) = netlink(&netns).await;
-    link.link().set(LinkUnspec::new_with_index(1).up().build()).execute().await.unwrap();
-    link.address().add(1, v4.into(), 32).execute().await.unwrap();
-    driver.abort();
-    Host { netns, v4, v6: std::net::Ipv6Addr::LOCALHOST }
 }
 
 #[tokio::test]

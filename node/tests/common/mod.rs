@@ -96,6 +96,17 @@ async fn configure(here: &Host, there: &Host) {
     driver.abort();
 }
 
+/// A pod's namespace with nothing but an address.
+pub(crate) async fn bare(number: u8) -> Host {
+    let netns = Netns::create().unwrap();
+    let v4 = Ipv4Addr::new(10, 78, 0, number);
+    let (link, driver) = netlink(&netns).await;
+    link.link().set(LinkUnspec::new_with_index(1).up().build()).execute().await.unwrap();
+    link.address().add(1, v4.into(), 32).execute().await.unwrap();
+    driver.abort();
+    Host { netns, v4, v6: Ipv6Addr::LOCALHOST }
+}
+
 /// A netlink handle inside a namespace.
 pub(crate) async fn netlink(inside: &Netns) -> (Handle, tokio::task::JoinHandle<()>) {
     let runtime = tokio::runtime::Handle::current();
