@@ -4,6 +4,7 @@
 //! reports bytes and asks for the deadline, [`exchange`](crate::exchange) reports requests and their ends.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -13,6 +14,10 @@ use tokio::sync::Notify;
 pub const ABANDONED_PERIOD: Duration = Duration::from_secs(10);
 /// A request that waited longer than this does not count as abandoned: its client lost patience with a slow endpoint.
 const EARLY: Duration = Duration::from_secs(1);
+
+/// How often [`Activity::quiet`] looks within its limit, and the shortest time between two looks.
+const QUIET_LOOKS: u32 = 10;
+const SHORTEST_LOOK: Duration = Duration::from_millis(10);
 
 /// Bounds of one connection.
 #[derive(Debug, Clone, Copy)]
@@ -45,6 +50,8 @@ pub struct Activity {
     state: Mutex<State>,
     changed: Notify,
     head_read: Notify,
+    /// Reads and writes that moved bytes.
+    moves: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -89,7 +96,13 @@ impl Activity {
             abandoned: (now, 0),
             exceeded: None,
         };
-        Self { bounds, state: Mutex::new(state), changed: Notify::new(), head_read: Notify::new() }
+        Self {
+            bounds,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            head_read: Notify::new(),
+            moves: AtomicU64::new(0),
+        }
     }
 
     /// Bytes came from the client.
@@ -98,6 +111,11 @@ impl Activity {
         if matches!(state.phase, Phase::Idle { .. }) {
             state.phase = Phase::Head { since: now };
         }
+    }
+
+    /// Bytes moved, in either direction.
+    pub fn count_move(&self) {
+        self.moves.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The head of a request was read.
@@ -194,6 +212,23 @@ impl Activity {
         self.changed.notified().await;
     }
 
+    /// Waits until no request is open and no byte has moved for `limit`: an answer that its client takes slowly is still on its
+    /// way when its request has ended.
+    pub async fn quiet(&self, limit: Duration) {
+        let pause = (limit / QUIET_LOOKS).max(SHORTEST_LOOK);
+        let (mut since, mut seen) = (tokio::time::Instant::now(), None);
+        loop {
+            let moves = self.moves.load(Ordering::Relaxed);
+            let is_open = self.state.lock().open > 0;
+            if is_open || seen != Some(moves) {
+                (since, seen) = (tokio::time::Instant::now(), Some(moves));
+            } else if since.elapsed() >= limit {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
     /// Waits until the connection was without a request for too long.
     pub async fn idle(&self) {
         loop {
@@ -281,6 +316,24 @@ mod tests {
         assert_eq!(activity.deadline(), None);
         drop(upgraded);
         assert!(activity.deadline().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_quiet_without_requests_and_bytes_only() {
+        let activity = Arc::new(Activity::new(bounds(), Instant::now()));
+        let start = tokio::time::Instant::now();
+        let request = activity.start_request(Instant::now());
+        let ending = async {
+            tokio::time::sleep(30 * SECOND).await;
+            drop(request);
+            for _ in 0..5 {
+                tokio::time::sleep(6 * SECOND).await;
+                activity.count_move();
+            }
+        };
+        tokio::join!(ending, activity.quiet(10 * SECOND));
+        let after = start.elapsed();
+        assert!(after >= 70 * SECOND && after <= 72 * SECOND, "{after:?}");
     }
 
     #[test]

@@ -206,7 +206,11 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
 }
 
 fn connection_settings(config: &Config) -> ConnectionSettings {
-    ConnectionSettings { idle_timeout: config.limits.pool_idle.get(), ..ConnectionSettings::default() }
+    ConnectionSettings {
+        idle_timeout: config.limits.pool_idle.get(),
+        drain_idle: config.proxy.drain_idle.get(),
+        ..ConnectionSettings::default()
+    }
 }
 
 fn pool_settings(config: &Config) -> PoolSettings {
@@ -243,6 +247,7 @@ fn proxy(parts: &Parts, names: Names, drain: Drain) -> Proxy {
                 &config.proxy.pod_name,
             ),
             trusted_forwarders: config.trusted_forwarders.clone(),
+            drain_idle: config.proxy.drain_idle.get(),
             limits: config.limits.clone(),
         },
         directory: parts.directory.clone(),

@@ -24,8 +24,9 @@ use crate::client::Client;
 pub struct ClientStream {
     first: Bytes,
     transport: Option<Client>,
-    /// Whose deadlines end a read that waits; none where another part of the program watches them.
-    activity: Option<Arc<Activity>>,
+    activity: Arc<Activity>,
+    /// Whether the deadlines of the connection end a read that waits. They do not where another part of the program watches them.
+    has_deadlines: bool,
     timer: Option<Pin<Box<Sleep>>>,
     remains: Weak<Mutex<Option<Client>>>,
 }
@@ -42,11 +43,25 @@ impl Remains {
 }
 
 impl ClientStream {
-    /// `first` comes before what `transport` still gives.
-    pub fn new(first: Bytes, transport: Client, activity: Option<Arc<Activity>>) -> (Self, Remains) {
+    /// `first` comes before what `transport` still gives. A read that waits fails once a bound of `activity` has been passed.
+    pub fn new(first: Bytes, transport: Client, activity: Arc<Activity>) -> (Self, Remains) {
         let remains = Remains::default();
         let handed_back = Arc::downgrade(&remains.0);
-        let stream = Self { first, transport: Some(transport), activity, timer: None, remains: handed_back };
+        let stream = Self {
+            first,
+            transport: Some(transport),
+            activity,
+            has_deadlines: true,
+            timer: None,
+            remains: handed_back,
+        };
+        (stream, remains)
+    }
+
+    /// The same without deadlines: bytes are counted only.
+    pub fn without_deadlines(first: Bytes, transport: Client, activity: Arc<Activity>) -> (Self, Remains) {
+        let (mut stream, remains) = Self::new(first, transport, activity);
+        stream.has_deadlines = false;
         (stream, remains)
     }
 
@@ -56,7 +71,10 @@ impl ClientStream {
 
     /// Called while nothing can be read: fails once a bound of the connection has been passed.
     fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(activity) = &self.activity else { return Poll::Pending };
+        if !self.has_deadlines {
+            return Poll::Pending;
+        }
+        let activity = &self.activity;
         let Some(due) = activity.deadline() else { return Poll::Pending };
         let due = due.into();
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
@@ -107,16 +125,21 @@ impl AsyncRead for ClientStream {
         if Pin::new(transport).poll_read(cx, buf)?.is_pending() {
             return this.poll_deadline(cx);
         }
-        if let Some(activity) = this.activity.as_ref().filter(|_| buf.filled().len() > before) {
-            activity.handle_bytes(Instant::now());
+        if buf.filled().len() > before {
+            this.activity.count_move();
+            if this.has_deadlines {
+                this.activity.handle_bytes(Instant::now());
+            }
         }
         Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for ClientStream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.io()?.poll_write(cx, buf)
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = ready!(self.as_mut().io()?.poll_write(cx, buf))?;
+        self.activity.count_move();
+        Poll::Ready(Ok(written))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -164,7 +164,7 @@ async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: Client) {
     if !first.is_empty() {
         activity.handle_bytes(Instant::now());
     }
-    let (stream, remains) = ClientStream::new(first, transport, Some(activity.clone()));
+    let (stream, remains) = ClientStream::new(first, transport, activity.clone());
     // Dropped with what remains, the connection is reset.
     let Some(ended) = while_trusted(&inbound, http1_connection(inbound.clone(), stream)).await else {
         return;
@@ -262,7 +262,7 @@ async fn http1_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
 async fn serve_http2(inbound: Arc<Inbound>, first: Bytes, transport: Client) {
     let activity = inbound.activity.clone();
     // Its deadlines are watched below: bytes of HTTP/2 are no sign of a request.
-    let (stream, remains) = ClientStream::new(first, transport, None);
+    let (stream, remains) = ClientStream::without_deadlines(first, transport, activity.clone());
     let Some(ended) = while_trusted(&inbound, http2_connection(inbound.clone(), stream)).await else {
         return;
     };
@@ -292,11 +292,13 @@ async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
         .keep_alive_interval(Duration::from_secs(30))
         .keep_alive_timeout(Duration::from_secs(20));
     let (activity, source) = (inbound.activity.clone(), inbound.source);
-    let leaver = inbound.clone();
+    let (leaver, limit) = (inbound.clone(), inbound.worker.proxy.settings.drain_idle);
     let service = service_fn(move |request| exchange::handle(inbound.clone(), request));
     let connection = server.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let mut closing = false;
+    // A client that reads only when it asks for something leaves GOAWAY unanswered.
+    let mut quiet = std::pin::pin!(activity.quiet(limit));
     loop {
         if activity.exceeded() == Some(Exceeded::Abandoned) {
             tracing::warn!(%source, "a client reset too many requests");
@@ -307,6 +309,7 @@ async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
             () = leaving(&leaver), if !closing => true,
             () = activity.idle(), if !closing => true,
             () = activity.changed() => activity.is_used_up(),
+            () = quiet.as_mut(), if closing => return Ok(()),
         };
         if close && !closing {
             closing = true;

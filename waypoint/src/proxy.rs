@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use ambit_directory::{Gateway, GatewayDestination, Reader, Service, Snapshot, Workload, WorkloadUid};
 use ambit_hbone::{Pool, Server};
@@ -119,6 +120,8 @@ pub struct Settings {
     pub uid: WorkloadUid,
     /// Clients whose claims about other clients are kept.
     pub trusted_forwarders: Vec<String>,
+    /// How long a client's HTTP/2 connection that carries nothing may continue in a drain.
+    pub drain_idle: Duration,
     /// Bounds.
     pub limits: Limits,
 }

@@ -326,7 +326,7 @@ where
                     Verdict::PingTimeout => return Poll::Ready(DriverEnd::PingTimeout),
                     Verdict::Overhead(count) => return Poll::Ready(DriverEnd::Overhead(count)),
                     Verdict::Idle => {
-                        self.maintenance.closing();
+                        self.maintenance.closing(None);
                         if let Some(on_idle) = on_idle.take() {
                             on_idle();
                         }

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -18,7 +19,7 @@ use crate::windows::Window;
 pub(crate) enum Verdict {
     /// The timer has fired: periodic checks are due.
     Tick,
-    /// No tunnel for the idle time.
+    /// No tunnel for the idle time, or for the limit of a connection that is closing.
     Idle,
     /// A PING went unanswered.
     PingTimeout,
@@ -67,10 +68,12 @@ impl Maintenance {
         self.window.change(self.load.received(), self.load.held())
     }
 
-    /// The connection is closing: from now on only an unanswered PING ends it early.
-    pub(crate) fn closing(&mut self) {
-        self.keepalive.handle_closing();
-        self.timer.as_mut().reset(Instant::now());
+    /// The connection is closing: from now on only an unanswered PING ends it early, or no tunnel for `limit`, which is
+    /// [`Verdict::Idle`] again.
+    pub(crate) fn closing(&mut self, limit: Option<Duration>) {
+        let now = Instant::now();
+        self.keepalive.handle_closing(limit, now.into_std(), self.load.opened());
+        self.timer.as_mut().reset(now);
     }
 
     /// Sends PINGs as they fall due; ready when the connection's task has something to do.

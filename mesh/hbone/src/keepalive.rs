@@ -15,12 +15,15 @@ pub(crate) enum Action {
     Idle,
 }
 
+/// The shortest time for which a connection that is closing is waited for.
+const SHORTEST_CLOSING: Duration = Duration::from_millis(10);
+
 /// The state of one connection. `now` must not go back.
 #[derive(Debug)]
 pub(crate) struct Keepalive {
     interval: Duration,
     timeout: Duration,
-    /// `None` once the connection is closing.
+    /// `None` if the connection is closing and waits for its peer without limit.
     idle: Option<Duration>,
     next_ping: Instant,
     unanswered: Option<Instant>,
@@ -44,9 +47,10 @@ impl Keepalive {
         self.unanswered.is_some()
     }
 
-    /// The connection is closing: from now on only an unanswered PING ends it early.
-    pub(crate) fn handle_closing(&mut self) {
-        self.idle = None;
+    /// The connection is closing: from now on only an unanswered PING ends it early, or no tunnel for `limit`.
+    pub(crate) fn handle_closing(&mut self, limit: Option<Duration>, now: Instant, opened: u64) {
+        self.idle = limit.map(|limit| limit.max(SHORTEST_CLOSING));
+        self.quiet = Some((now, opened));
     }
 
     /// Makes a PING due now, unless one is unanswered.
@@ -134,9 +138,26 @@ mod tests {
     fn a_connection_that_is_closing_is_still_probed() {
         let start = Instant::now();
         let mut state = keepalive(start);
-        state.handle_closing();
+        state.handle_closing(None, start, 0);
         assert_eq!(state.poll(start + 400 * SECOND, 0, 0), Action::Ping);
         assert_eq!(state.poll(start + 400 * SECOND, 0, 0), Action::Wait(start + 420 * SECOND));
         assert_eq!(state.poll(start + 420 * SECOND, 0, 0), Action::Dead);
+    }
+
+    #[test]
+    fn a_connection_that_is_closing_has_its_limit_from_its_last_tunnel() {
+        let start = Instant::now();
+        let mut state = Keepalive::new(1000 * SECOND, SECOND, 300 * SECOND, start);
+        // It was without tunnels for long before.
+        let closing = start + 290 * SECOND;
+        state.handle_closing(Some(10 * SECOND), closing, 0);
+        assert_eq!(state.poll(closing, 0, 0), Action::Wait(closing + 10 * SECOND));
+        assert_eq!(state.poll(closing + 9 * SECOND, 1, 1), Action::Wait(closing + 19 * SECOND));
+        assert_eq!(state.poll(closing + 19 * SECOND, 1, 1), Action::Wait(closing + 29 * SECOND));
+        assert_eq!(state.poll(closing + 20 * SECOND, 0, 1), Action::Wait(closing + 30 * SECOND));
+        assert_eq!(state.poll(closing + 30 * SECOND, 0, 1), Action::Idle);
+        state.handle_closing(Some(Duration::ZERO), closing + 30 * SECOND, 1);
+        let soon = closing + 30 * SECOND + SHORTEST_CLOSING;
+        assert_eq!(state.poll(closing + 30 * SECOND, 0, 1), Action::Wait(soon));
     }
 }

@@ -9,6 +9,10 @@ use std::time::Duration;
 pub struct ConnectionSettings {
     /// How long a connection without tunnels is kept.
     pub idle_timeout: Duration,
+    /// How long an accepted connection that is closing may be without tunnels: a peer that leaves GOAWAY unanswered is
+    /// waited for that long. Tunnels in flight, and bytes of ended ones that the peer has yet to take, keep it open. At least
+    /// 10 ms.
+    pub drain_idle: Duration,
     /// How often a PING is sent.
     pub ping_interval: Duration,
     /// How long a PING may go unanswered before the connection is closed.
@@ -38,6 +42,7 @@ impl Default for ConnectionSettings {
     fn default() -> ConnectionSettings {
         ConnectionSettings {
             idle_timeout: Duration::from_secs(300),
+            drain_idle: Duration::from_secs(10),
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
             stream_window: 4 * 1024 * 1024,

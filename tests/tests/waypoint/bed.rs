@@ -56,6 +56,7 @@ impl Bed for Waypoints {
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_BODY_TIMEOUT", "4s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_AUTHORIZED_BODY_TIMEOUT", "3s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_IDLE_TIMEOUT", "6s")
+            .waypoint_env("AMBIT_WAYPOINT_DRAIN_IDLE", "1s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_REQUESTS_PER_CONNECTION", &crate::limits::LAST.to_string())
             // A tunnel is in the log of the server's node when it has ended.
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_UPSTREAM_IDLE", "1s")

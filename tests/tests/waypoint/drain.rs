@@ -1,20 +1,25 @@
 //! Changes under load: a waypoint's pods are replaced, and its routes change, while requests go on.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ambit_local::{Pod, PodOptions};
 use ambit_tests::apps::{self, App};
 use ambit_tests::beds::Trials;
 use ambit_tests::load::{Load, Shape};
 use ambit_tests::wait::{self, SOON};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use tokio::net::TcpStream;
 
 use crate::bed::{GATEWAY_NAME, PORT, Waypoints};
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("replacing a waypoint's pods loses no request", async |bed| replaced(bed).await);
     trials.add("a waypoint that is asked to stop answers for a moment more", async |bed| lasting(bed).await);
+    trials.add("idle tunnels do not delay the end of a waypoint", async |bed| idling(bed).await);
     trials.add("changing routes loses no request", async |bed| rerouted(bed).await);
     trials.add("replacing waypoint, endpoints and routes at once loses no request", async |bed| {
         replaced_all(bed).await;
@@ -168,6 +173,70 @@ async fn lasting(bed: &Waypoints) {
         deleted.expect("its end");
         ready(bed, "lasting").await;
     }
+}
+
+/// An idle HTTP/2 connection of a client that reads only when it asks for something: it leaves PING and GOAWAY unanswered.
+type Idle = (h2::client::SendRequest<Bytes>, h2::client::Connection<TcpStream, Bytes>);
+
+async fn idle(bed: &Waypoints, to: SocketAddr) -> Idle {
+    let stream = bed.cli.connect(to).await.expect("a connection");
+    let (mut requests, mut connection) = h2::client::handshake(stream).await.expect("HTTP/2");
+    let request = http::Request::get("http://app.example/").body(()).expect("a request");
+    let (response, _) = requests.send_request(request, true).expect("sent");
+    let body = async {
+        let (head, mut body) = response.await.expect("an answer").into_parts();
+        assert_eq!(head.status, 200);
+        while let Some(data) = body.data().await {
+            data.expect("a body");
+        }
+    };
+    tokio::select! {
+        () = body => (requests, connection),
+        ended = &mut connection => panic!("the connection ended: {ended:?}"),
+    }
+}
+
+/// Ends all pods of a waypoint at once.
+async fn end_all(bed: &Waypoints, gateway: &str) {
+    let old = pods(bed, gateway);
+    for deleted in join_all(old.iter().map(|pod| bed.cluster.delete_pod(pod))).await {
+        deleted.expect("its end");
+    }
+}
+
+/// Who has nothing to say is waited for a moment, who waits for an answer as long as it takes.
+async fn idling(bed: &Waypoints) {
+    waypoint(bed, "idling").await;
+    let (asked, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (seen, wanted) = (asked.clone(), answered.clone());
+    let slow: crate::http::Answer = Arc::new(move |_, head, _| {
+        if head.starts_with("GET /slow") {
+            seen.store(true, Ordering::Relaxed);
+            while !wanted.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        crate::http::answer("200 OK", "", "at last")
+    });
+    bed.server("idling-app", "idling-app", slow).await;
+    let to = bind(bed, "idling", "idling-app", PORT).await;
+    let _idle = join_all((0..8).map(|_| idle(bed, to))).await;
+    let start = Instant::now();
+    end_all(bed, "idling").await;
+    assert!(start.elapsed() < Duration::from_secs(12), "ended after {:?}", start.elapsed());
+    ready(bed, "idling").await;
+    let busy = crate::http::get(&bed.cli, to, "/slow", "");
+    let ending = async {
+        wait::until("the request is on its way", SOON, || async { asked.load(Ordering::Relaxed) }).await;
+        let releasing = async {
+            // Several times `drainIdle` and `drainMinimum`.
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            answered.store(true, Ordering::Relaxed);
+        };
+        tokio::join!(end_all(bed, "idling"), releasing)
+    };
+    let (answer, _) = tokio::join!(busy, ending);
+    assert_eq!(answer.expect("an answer").status, 200);
 }
 
 async fn rerouted(bed: &Waypoints) {

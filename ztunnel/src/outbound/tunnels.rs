@@ -49,5 +49,9 @@ pub(crate) fn server_settings(config: &Config) -> ServerSettings {
 }
 
 fn connection_settings(config: &Config) -> ConnectionSettings {
-    ConnectionSettings { idle_timeout: config.limits.pool_idle.get(), ..ConnectionSettings::default() }
+    ConnectionSettings {
+        idle_timeout: config.limits.pool_idle.get(),
+        drain_idle: config.proxy.drain_idle.get(),
+        ..ConnectionSettings::default()
+    }
 }

@@ -120,6 +120,49 @@ async fn after_the_drain_time_connections_are_cut() {
     assert!(line["error"].to_string().contains("drain"), "{line}");
 }
 
+/// A process that stands still until this is dropped.
+struct Stopped(nix::unistd::Pid);
+
+impl Stopped {
+    fn new(ztunnel: &Ztunnel) -> Self {
+        let pid = nix::unistd::Pid::from_raw(ztunnel.child.id().unwrap().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        Self(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It may have ended.
+        nix::sys::signal::kill(self.0, nix::sys::signal::Signal::SIGCONT).ok();
+    }
+}
+
+/// A peer that leaves GOAWAY unanswered and has nothing open is not waited for. Who is busy has the whole time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_tunnels_do_not_delay_the_end_of_a_proxy() {
+    let mut mesh = Mesh::start(3, json!({ "drainTimeout": "60s", "drainIdle": "300ms" })).await;
+    let (client, address, _seen) = pair(&mesh).await;
+    let talker = mesh.pod(2, "talker", "client").await;
+    let mut ended = client.net.dial(address).await.unwrap();
+    assert_eq!(exchange(&mut ended, b"once").await.unwrap(), b"once");
+    let is_over =
+        |line: &serde_json::Value| line["direction"] == "inbound" && line["src.workload"] == "client";
+    mesh.nodes[1].ztunnel.logged("the end of the tunnel", is_over).await;
+    let mut busy = talker.net.dial(address).await.unwrap();
+    assert_eq!(ping(&mut busy, b"before").await.unwrap(), b"before");
+    let _stopped = Stopped::new(&mesh.nodes[0].ztunnel);
+    mesh.nodes[1].ztunnel.terminate();
+    for _ in 0..10 {
+        assert_eq!(ping(&mut busy, b"meanwhile").await.unwrap(), b"meanwhile");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(exchange(&mut busy, b"end").await.unwrap(), b"end");
+    let start = std::time::Instant::now();
+    assert!(mesh.nodes[1].ztunnel.exited().await.success());
+    assert!(start.elapsed() < Duration::from_secs(5), "waited {:?} for a silent peer", start.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn draining_keeps_open_connections_and_ends_readiness() {
     let mesh = Mesh::start(2, json!({})).await;

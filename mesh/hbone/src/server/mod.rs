@@ -170,8 +170,9 @@ impl Server {
     ///
     /// Each CONNECT is handed to `handler`, which runs as a task of its own. A request that is not a CONNECT to a
     /// destination is answered with 400 here. When `drain` is ready the peer gets GOAWAY: it opens
-    /// no more tunnels, those in flight finish. Dropping this future cuts the connection, its tunnels and
-    /// its handlers.
+    /// no more tunnels, those in flight finish; a peer that does not answer is waited for only
+    /// [`drain_idle`](crate::ConnectionSettings::drain_idle) after the last. Dropping this future cuts the connection, its
+    /// tunnels and its handlers.
     ///
     /// # Errors
     ///
@@ -281,6 +282,11 @@ where
                 Verdict::Tick => {
                     self.check_peer();
                 }
+                // The peer has not answered GOAWAY. What ended tunnels still have to send is waited for.
+                Verdict::Idle if self.closing && !self.connection.has_streams() => {
+                    return Poll::Ready(Ok(None));
+                }
+                Verdict::Idle if self.closing => self.wait_for_peer(),
                 Verdict::Idle => self.close(),
                 Verdict::PingTimeout => {
                     let limit = self.shared.settings.connection.ping_timeout;
@@ -320,8 +326,12 @@ where
     /// Sends GOAWAY; requests in flight finish.
     fn close(&mut self) {
         self.closing = true;
-        self.maintenance.closing();
+        self.wait_for_peer();
         self.connection.graceful_shutdown();
+    }
+
+    fn wait_for_peer(&mut self) {
+        self.maintenance.closing(Some(self.shared.settings.connection.drain_idle));
     }
 
     fn start<H, F>(

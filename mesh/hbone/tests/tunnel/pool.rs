@@ -479,6 +479,32 @@ async fn silencing(node: SocketAddr) -> (SocketAddr, Arc<Notify>) {
 }
 
 #[tokio::test]
+async fn a_drained_connection_without_tunnels_is_not_waited_for() {
+    let world = World::new();
+    let drain_idle = Duration::from_millis(200);
+    let settings = server_with(ConnectionSettings { drain_idle, ..ConnectionSettings::default() });
+    let node = Node::start(&world, "server", settings).await;
+    let target = echo().await;
+    let (address, silence) = silencing(node.address).await;
+    let idle = Client::new(&world, "client", PoolSettings::default());
+    drop(idle.open(address, target).await.unwrap());
+    until("the tunnel's end", || idle.pool.tunnels() == 0).await;
+    let busy = Client::new(&world, "client", PoolSettings::default());
+    let (mut socket, _task) = busy.application(node.address, target).await;
+    silence.notify_one();
+    let start = Instant::now();
+    node.drain();
+    until("the end of the silent one", || node.seen.connections_ended() == 1).await;
+    assert!(start.elapsed() < Duration::from_secs(5), "after {:?}", start.elapsed());
+    tokio::time::sleep(drain_idle * 3).await;
+    socket.write_all(b"x").await.unwrap();
+    soon("the echo", socket.read_u8()).await.unwrap();
+    drop(socket);
+    until("the end of the busy one", || node.seen.connections_ended() == 2).await;
+    assert!(node.seen.ended.lock().iter().all(Result::is_ok));
+}
+
+#[tokio::test]
 async fn a_silent_connection_takes_no_new_tunnel_and_keeps_open_ones() {
     let world = World::new();
     let node = Node::start(&world, "server", ServerSettings::default()).await;

@@ -48,6 +48,9 @@ pub struct ProxySettings {
     pub workers: u16,
     /// How long open connections may continue after the proxy was asked to stop.
     pub drain_timeout: Span,
+    /// How long a client's connection that carries nothing may continue after the proxy was asked to stop. It is asked to close
+    /// at once; this is for clients that do not answer. At most `drainTimeout` counts.
+    pub drain_idle: Span,
     /// The access log.
     pub access_log: AccessLog,
     /// Certificate revocation list (PEM or DER); watched. None: nothing is revoked.
@@ -91,6 +94,7 @@ impl Default for ProxySettings {
             readiness_address: (Ipv4Addr::UNSPECIFIED, ports::READINESS).into(),
             workers: 0,
             drain_timeout: Span::from_secs(600),
+            drain_idle: Span::from_secs(10),
             access_log: AccessLog::default(),
             crl_file: None,
             pod_name: String::new(),
