@@ -16,8 +16,8 @@ use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
     Gateway, Invalid, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod,
-    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService,
-    WorkloadEntry, manifest,
+    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy,
+    VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -210,6 +210,7 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::RequestAuthentication => return read_request_authentication(document),
         Kind::ConfigMap => Object::ConfigMap(typed::<core::v1::ConfigMap, ConfigMap>(document)?),
         Kind::BackendTlsPolicy => return read_backend_tls_policy(document),
+        Kind::TrafficPolicy => return read_traffic_policy(document),
     })
 }
 
@@ -270,6 +271,19 @@ fn read_backend_tls_policy(document: &impl Document) -> Result<Object, Unreadabl
         let loose = document.read::<Value>().ok();
         let stand_in = loose.and_then(|v| BackendTlsPolicy::unreadable(&v, mismatch.message.clone()).ok());
         Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::BackendTlsPolicy) }
+    })
+}
+
+fn read_traffic_policy(document: &impl Document) -> Result<Object, Unreadable> {
+    let policy = typed::<manifest::TrafficPolicy, TrafficPolicy>(document);
+    policy.map(Object::TrafficPolicy).map_err(|mismatch| {
+        let loose = document.read::<Value>().ok();
+        let reason = match &mismatch.field {
+            Some(field) => format!("{field}: {}", mismatch.message),
+            None => mismatch.message.clone(),
+        };
+        let stand_in = loose.and_then(|v| TrafficPolicy::unreadable(&v, &reason).ok());
+        Unreadable { mismatch, stand_in: stand_in.map(Arc::new).map(Object::TrafficPolicy) }
     })
 }
 

@@ -53,6 +53,8 @@ pub enum Kind {
     RequestAuthentication,
     /// TLS to endpoints.
     BackendTlsPolicy,
+    /// How many requests there may be, and which.
+    TrafficPolicy,
 }
 
 /// Where objects of a kind live.
@@ -129,7 +131,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 24] = [
+    pub const ALL: [Kind; 25] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -154,6 +156,7 @@ impl Kind {
         Kind::DestinationRule,
         Kind::RequestAuthentication,
         Kind::BackendTlsPolicy,
+        Kind::TrafficPolicy,
     ];
 
     /// The table.
@@ -199,6 +202,7 @@ impl Kind {
             Kind::BackendTlsPolicy => {
                 extension(GATEWAY.0, &["v1", "v1alpha3"], "BackendTLSPolicy", "backendtlspolicies")
             }
+            Kind::TrafficPolicy => extension("ambit.dev", &["v1alpha1"], "TrafficPolicy", "trafficpolicies"),
         }
     }
 
@@ -239,7 +243,9 @@ mod tests {
         let built_in = Kind::ALL.into_iter().filter(|kind| kind.info().is_built_in());
         assert!(built_in.eq(Kind::ALL.into_iter().take_while(|kind| *kind <= Kind::ReplicaSet)));
         for info in Kind::ALL.map(Kind::info) {
-            assert_eq!(info.versions.first(), Some(&"v1"), "{info:?}");
+            // Ambit's own kinds are not stable yet.
+            let preferred = if info.group == "ambit.dev" { "v1alpha1" } else { "v1" };
+            assert_eq!(info.versions.first(), Some(&preferred), "{info:?}");
             assert_eq!(info.plural, info.plural.to_lowercase(), "{info:?}");
         }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use ambit_control::index::{Changes, Index, PodPlacement, Resource, ResourceChanges, ResourceType, Settings};
-use ambit_control::object::{Change, NamespacedName, Object, ObjectRef};
+use ambit_control::object::{Change, NamespacedName, Object, ObjectRef, TrafficPolicy};
 use ambit_control::source;
 use proptest::prelude::*;
 
@@ -82,6 +82,21 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
         "apiVersion: gateway.networking.k8s.io/v1\nkind: $0\nmetadata: {name: r, namespace: $1}\n\
          spec: {parentRefs: [{group: $2, kind: $3, name: $4, namespace: a}], rules: [{backendRefs: [{name: $5, namespace: a, port: 80}]}]}",
         &[&["HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute"], &["a", "b"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"], &["s1", "s2"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: $0, namespace: a}\n\
+         spec: {targetRefs: [{group: $1, sectionName: $2}], conditions: [{expression: $3}]}",
+        &[
+            &["t1", "t2"],
+            &[
+                "'', kind: Service, name: s1",
+                "networking.istio.io, kind: ServiceEntry, name: se1",
+                "gateway.networking.k8s.io, kind: HTTPRoute, name: r",
+                "gateway.networking.k8s.io, kind: Gateway, name: w",
+            ],
+            &["''", "http"],
+            &["'true'", "'false'"],
+        ],
     ));
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: ReferenceGrant\nmetadata: {name: g, namespace: a}\n\
@@ -179,8 +194,15 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
          status: {addresses: [$5]}",
         &[&["a", "b"], &["all", "service"], &["l: v", "topology.istio.io/network: n2"], &["ambit-waypoint", "ambit-remote", "other"], &["Same", "All", "Selector"], &["", "{value: 10.9.0.1}"]],
     ));
-    texts.iter().map(|text| parse(text)).collect()
+    let readable = texts.iter().map(|text| parse(text));
+    readable.chain([lost_policy("a"), lost_policy("ambit-system")]).collect()
 });
+
+/// A TrafficPolicy of which nobody knows what it is for.
+fn lost_policy(namespace: &str) -> Object {
+    let manifest = serde_json::json!({ "metadata": { "name": "t1", "namespace": namespace }, "spec": {} });
+    Object::TrafficPolicy(Arc::new(TrafficPolicy::unreadable(&manifest, "it has no targets").unwrap()))
+}
 
 fn parse(text: &str) -> Object {
     let (mut objects, problems) = source::parse(Path::new("pool.yaml"), text);
@@ -273,7 +295,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 21, "{kinds:?}");
+    assert_eq!(kinds.len(), 22, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

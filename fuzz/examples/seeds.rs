@@ -53,6 +53,22 @@ fn main() {
     objects(&seeds);
     requests(&seeds);
     waypoint(&seeds);
+    traffic(&seeds);
+}
+
+fn traffic(seeds: &Seeds) {
+    for (name, text) in [
+        ("method", "request.method in ['GET', \"HEAD\"] && !request.path.startsWith('/admin')"),
+        ("header", "'x-user' in request.headers && request.headers['x-user'] == r'anna'"),
+        ("claims", "has(request.auth.claims.groups) && 'a' in request.auth.claims.groups"),
+        ("numbers", "size(request.path) + 2 * -3 >= 1 || 1.5e3 < 2u % 3u || destination.port != 0x50"),
+        ("choice", "source.namespace == 'shop' ? request.query.a == '1' : false"),
+        ("literals", "{'a': [1, null, b'x'], true: '''long'''}['a'][0] == int('1')"),
+        ("loop", "[1, 2].all(x, x > 0)"),
+        ("deep", "((((((!(!(-(-(1)))) == 1))))))"),
+    ] {
+        seeds.put("traffic-expression", name, text);
+    }
 }
 
 fn tunnel(seeds: &Seeds) {

@@ -21,6 +21,7 @@ mod request_token;
 mod requests;
 mod socks5;
 mod tls;
+mod traffic;
 mod tunnel;
 mod waypoint;
 mod zds;
@@ -60,6 +61,7 @@ pub fn targets() -> &'static [(&'static str, Target)] {
         ("token-claims", credentials::claims),
         ("token-keys", credentials::key_set),
         ("traceparent", tunnel::traceparent),
+        ("traffic-expression", traffic::expression),
         ("trust-roots", identity::roots),
         ("waypoint-config", waypoint::config),
         ("xds-client", discovery::client),

@@ -2,7 +2,7 @@
 
 use ambit_token::Rejection;
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HeaderName, SEC_WEBSOCKET_ACCEPT, WWW_AUTHENTICATE};
+use http::header::{CONTENT_TYPE, HeaderName, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Response, StatusCode, Version};
 
 use crate::body::ResponseBody;
@@ -63,6 +63,7 @@ fn of_failure(failure: &Failure, grpc: bool) -> Response<ResponseBody> {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(GRPC_STATUS, HeaderValue::from(u16::from(failure.grpc_status())));
         headers.insert(GRPC_MESSAGE, HeaderValue::from_static(failure.message().trim_end()));
+        say_when(headers, failure);
         return response;
     }
     let mut response = Response::new(ResponseBody::full(Bytes::from_static(failure.message().as_bytes())));
@@ -71,6 +72,7 @@ fn of_failure(failure: &Failure, grpc: bool) -> Response<ResponseBody> {
     if failure.ends_connection() {
         response.headers_mut().insert(http::header::CONNECTION, HeaderValue::from_static("close"));
     }
+    say_when(response.headers_mut(), failure);
     if let Failure::Unauthenticated(rejection) = failure {
         // RFC 6750 §3.1: no error is named to who sent no token.
         let challenge = match rejection {
@@ -83,6 +85,15 @@ fn of_failure(failure: &Failure, grpc: bool) -> Response<ResponseBody> {
         response.headers_mut().insert(http::header::ALLOW, HeaderValue::from_static("GET, HEAD, POST"));
     }
     response
+}
+
+/// RFC 6585 §4: a client over its rate learns when to come again, in whole seconds.
+fn say_when(headers: &mut HeaderMap, failure: &Failure) {
+    if let Failure::RateLimited(refusal) = failure {
+        let wait = refusal.retry_after;
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    }
 }
 
 /// gRPC's own status, from a response's head or trailers.

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use ambit_identity::{PeerCertificate, PeerError, Trust};
 use ambit_policy::{HttpRequest, Token, Verdict};
+use ambit_route::Rule;
 use http::request::Parts;
 use http::{HeaderMap, Method};
 
@@ -15,12 +16,13 @@ use crate::external::Authorizer;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
+use crate::traffic::{self, Asked};
 
 /// How long connections of a client that lost its root may go on, as at node proxies.
 const FINISH_TIME: Duration = Duration::from_secs(2);
 
-/// Checks that the client is still trusted, as its certificate may have been revoked since its tunnel was opened, and that
-/// policies allow the request.
+/// Checks that the client is still trusted, as its certificate may have been revoked since its tunnel was opened, that
+/// policies allow the request, and that the conditions of those for its destination and its rule hold.
 ///
 /// # Errors
 /// [`Failure::Denied`].
@@ -30,8 +32,9 @@ pub fn authorize(
     sane: &Sane,
     parts: &Parts,
     token: Option<&Token>,
+    rule: Option<&Rule>,
 ) -> Result<(), Failure> {
-    decide(published, inbound, Some(&request(inbound, sane, Head::of(parts), token)))
+    decide(published, inbound, Some(Asked { sane, head: Head::of(parts), token, rule }))
 }
 
 /// Checks what no authorizer changes, before one is asked: the client is still trusted, and no policy denies the request whatever
@@ -78,15 +81,22 @@ pub fn authorizers(
 
 /// What of a request's head policies ask for.
 #[derive(Clone, Copy)]
-struct Head<'a> {
-    method: &'a Method,
-    path: &'a str,
-    headers: &'a HeaderMap,
+pub struct Head<'a> {
+    /// The method.
+    pub method: &'a Method,
+    /// The path.
+    pub path: &'a str,
+    /// The query.
+    pub query: Option<&'a str>,
+    /// The headers.
+    pub headers: &'a HeaderMap,
 }
 
 impl<'a> Head<'a> {
-    fn of(parts: &'a Parts) -> Self {
-        Self { method: &parts.method, path: parts.uri.path(), headers: &parts.headers }
+    /// That of a request.
+    pub fn of(parts: &'a Parts) -> Self {
+        let (path, query) = (parts.uri.path(), parts.uri.query());
+        Self { method: &parts.method, path, query, headers: &parts.headers }
     }
 }
 
@@ -114,16 +124,20 @@ pub struct AllowedRequest {
     sane: Sane,
     method: Method,
     path: Box<str>,
+    query: Option<Box<str>>,
     headers: HeaderMap,
     token: Option<Token>,
+    rule: Option<Arc<Rule>>,
 }
 
 impl AllowedRequest {
     /// Keeps a request that wants to change to another protocol: its connection may outlive the policies that allowed it.
-    pub fn keep(sane: &Sane, parts: &Parts, token: Option<Token>) -> Option<Self> {
+    pub fn keep(sane: &Sane, parts: &Parts, token: Option<&Token>, rule: Option<&Arc<Rule>>) -> Option<Self> {
         sane.upgrade.as_ref()?;
         let (method, path) = (parts.method.clone(), parts.uri.path().into());
-        Some(Self { sane: sane.clone(), method, path, headers: parts.headers.clone(), token })
+        let (query, headers) = (parts.uri.query().map(Into::into), parts.headers.clone());
+        let (token, rule) = (token.cloned(), rule.cloned());
+        Some(Self { sane: sane.clone(), method, path, query, headers, token, rule })
     }
 }
 
@@ -135,10 +149,11 @@ pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> 
     loop {
         // What changed since the first decision is seen here: the changes to come are listened for already.
         let published = proxy.published.load_full();
-        let request = asked.map(|AllowedRequest { sane, method, path, headers, token }| {
-            request(inbound, sane, Head { method, path, headers }, token.as_ref())
+        let asked = asked.map(|AllowedRequest { sane, method, path, query, headers, token, rule }| {
+            let head = Head { method, path, query: query.as_deref(), headers };
+            Asked { sane, head, token: token.as_ref(), rule: rule.as_deref() }
         });
-        if let Err(failure) = decide(&published, inbound, request.as_ref()) {
+        if let Err(failure) = decide(&published, inbound, asked) {
             return failure;
         }
         drop(published);
@@ -202,21 +217,22 @@ pub fn authorize_connection(published: &Published, inbound: &Inbound) -> Result<
     decide(published, inbound, None)
 }
 
-fn decide(
-    published: &Published,
-    inbound: &Inbound,
-    request: Option<&HttpRequest<'_>>,
-) -> Result<(), Failure> {
+fn decide(published: &Published, inbound: &Inbound, asked: Option<Asked<'_>>) -> Result<(), Failure> {
     still_trusted(inbound)?;
+    let request = asked.map(|Asked { sane, head, token, .. }| request(inbound, sane, head, token));
     if request.is_none() && published.policies.needs_requests(&inbound.destination) {
         return Err(Failure::Denied(
             "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),
         ));
     }
     let identity = inbound.identity();
-    let verdict = published.policies.decide(&inbound.destination, identity, inbound.source.ip(), request);
+    let verdict =
+        published.policies.decide(&inbound.destination, identity, inbound.source.ip(), request.as_ref());
     note_dry_run(inbound, &verdict);
-    if verdict.allowed() { Ok(()) } else { Err(Failure::Denied(verdict.decision.to_string())) }
+    if !verdict.allowed() {
+        return Err(Failure::Denied(verdict.decision.to_string()));
+    }
+    traffic::check(published, inbound, asked)
 }
 
 fn note_dry_run(inbound: &Inbound, verdict: &Verdict) {
@@ -231,7 +247,7 @@ fn note_dry_run(inbound: &Inbound, verdict: &Verdict) {
 
 /// The address of the first client: the peer's own, or what a trusted forwarder says of it in the entry of `X-Forwarded-For`
 /// before the one that stands for the forwarder itself. `None` where that can't be read.
-fn remote_ip(client: IpAddr, is_trusted_forwarder: bool, headers: &HeaderMap) -> Option<IpAddr> {
+pub(crate) fn remote_ip(client: IpAddr, is_trusted_forwarder: bool, headers: &HeaderMap) -> Option<IpAddr> {
     if !is_trusted_forwarder {
         return Some(client);
     }

@@ -13,7 +13,7 @@ use crate::authorize::AllowedRequest;
 use crate::body::{ResponseBody, Source};
 use crate::external::{Authorizer, Checked};
 use crate::failure::Failure;
-use crate::filters::Filtered;
+use crate::filters::{Filtered, Limits};
 use crate::proxy::{Counted, Published};
 use crate::report::Record;
 use crate::{answer, attempt, authenticate, authorize, balance, external, filters, matching, sanitise};
@@ -80,17 +80,20 @@ async fn steps(
             return Ok(*answered);
         }
     };
-    authorize::authorize(&published, inbound, &sane, &parts, token.as_ref())?;
+    let rule = matched.as_ref().ok().and_then(Option::as_ref).map(|routed| &routed.rule);
+    authorize::authorize(&published, inbound, &sane, &parts, token.as_ref(), rule.map(|rule| &**rule))?;
     if let (true, Some(certificate)) = (published.forwards_client_identity, &inbound.certificate) {
         let identity = certificate.identity();
         sanitise::forward_identity(&mut parts.headers, &inbound.worker.proxy.identity, identity);
     }
     // Only who is allowed learns which routes there are.
     let routed = matched?;
-    if let Some(asked) = AllowedRequest::keep(&sane, &parts, token) {
+    let rule = routed.as_ref().map(|routed| &routed.rule);
+    if let Some(asked) = AllowedRequest::keep(&sane, &parts, token.as_ref(), rule) {
         parts.extensions.insert(asked);
     }
-    let on_response = match filters::on_request(routed.as_ref(), inbound, &sane, &mut parts).await? {
+    let limits = Limits { published: &published, token: token.as_ref() };
+    let on_response = match filters::on_request(routed.as_ref(), inbound, &sane, &mut parts, limits).await? {
         Filtered::Goes(on_response) => on_response,
         Filtered::Answered(answered) => return Ok(*answered),
     };

@@ -2,6 +2,8 @@
 //!
 //! The steps are those of a real request, by the functions that it meets; nothing is sent, and no authorizer is asked.
 
+mod traffic;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,6 +20,7 @@ use ambit_token::rules;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
 
+use self::traffic::Applying;
 use crate::accept::{self, Destination};
 use crate::balance;
 use crate::failure::Failure;
@@ -141,6 +144,12 @@ fn explain(proxy: &Proxy, asked: Inquiry) -> Explanation {
     if explanation.refusal().is_some() {
         return explanation;
     }
+    let found = matched.rule().cloned();
+    let applying = Applying::find(&request, &parts, token.as_ref(), found.as_deref());
+    let explanation = applying.conditions(explanation);
+    if explanation.refusal().is_some() {
+        return explanation;
+    }
     let rule = match matched {
         Matched::Straight => None,
         Matched::None(considered) => {
@@ -149,7 +158,7 @@ fn explain(proxy: &Proxy, asked: Inquiry) -> Explanation {
         }
         Matched::Rule(rule, considered) => Some((rule, considered)),
     };
-    forward(proxy, &request, rule, explanation)
+    forward(proxy, &request, rule, &applying, explanation)
 }
 
 /// A request in the form in which it is decided about.
@@ -167,6 +176,15 @@ enum Matched {
     /// Routes are attached, and none matches.
     None(Vec<Considered>),
     Rule(Arc<Rule>, Vec<Considered>),
+}
+
+impl Matched {
+    fn rule(&self) -> Option<&Arc<Rule>> {
+        match self {
+            Self::Rule(rule, _) => Some(rule),
+            Self::Straight | Self::None(_) => None,
+        }
+    }
 }
 
 impl Seen<'_> {
@@ -275,10 +293,15 @@ fn forward(
     proxy: &Proxy,
     request: &Seen<'_>,
     rule: Option<(Arc<Rule>, Vec<Considered>)>,
+    applying: &Applying<'_>,
     mut explanation: Explanation,
 ) -> Explanation {
     let Some((rule, considered)) = rule else {
         explanation.passes("match", "no route is attached: the request goes straight on", Vec::new());
+        let explanation = applying.limits(explanation);
+        if explanation.refusal().is_some() {
+            return explanation;
+        }
         return match straight(proxy, request) {
             Ok((considered, next)) => endpoints(explanation, considered, next),
             Err(failure) => failed(explanation, "balance", &failure),
@@ -290,6 +313,10 @@ fn forward(
         return explanation.refuses("match", failure.to_string(), considered).goes(answered(&failure));
     }
     explanation.passes("match", name, considered);
+    let mut explanation = applying.limits(explanation);
+    if explanation.refusal().is_some() {
+        return explanation;
+    }
     for filter in &rule.filters {
         match filter_effect(filter) {
             (text, Some(status)) => {

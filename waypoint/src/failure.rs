@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use ambit_token::Rejection;
+use ambit_traffic::Refusal;
 use http::StatusCode;
 
 /// What there is too much of at once.
@@ -71,6 +72,9 @@ pub enum Failure {
     /// Policy denies it.
     #[error("{0}")]
     Denied(String),
+    /// There were more requests than a TrafficPolicy allows.
+    #[error("{0}")]
+    RateLimited(Box<Refusal>),
     /// The body is larger than what an authorizer has to see.
     #[error("the body is larger than an authorizer takes")]
     BodyTooLarge,
@@ -137,6 +141,7 @@ impl Failure {
             Self::Unauthenticated(_) => StatusCode::UNAUTHORIZED,
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Denied(_) => StatusCode::FORBIDDEN,
+            Self::RateLimited(refusal) => refusal.status,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Authorizer { status, .. } => *status,
             Self::UnknownService(_)
@@ -178,6 +183,7 @@ impl Failure {
             | Self::Unauthenticated(_)
             | Self::InvalidPolicy(_)
             | Self::Denied(_)
+            | Self::RateLimited(_)
             | Self::BodyTooLarge
             | Self::Authorizer { .. }
             | Self::UnknownService(_)
@@ -201,6 +207,7 @@ impl Failure {
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => "NC",
             Self::BodyTooLarge => "DPE",
             Self::Unauthenticated(_) | Self::Denied(_) | Self::Authorizer { .. } => "UAEX",
+            Self::RateLimited(_) => "RL",
             Self::UnknownService(_) => "NC",
             Self::NoEndpoint(_) => "UH",
             Self::Unavailable(_) => "LR",
@@ -227,6 +234,7 @@ impl Failure {
             Self::Unauthenticated(rejection) => rejection.message(),
             Self::InvalidPolicy(_) => "the policy of the destination is not valid\n",
             Self::Denied(_) => "RBAC: access denied\n",
+            Self::RateLimited(_) => "local_rate_limited\n",
             Self::BodyTooLarge => "the body is too large\n",
             Self::Authorizer { .. } => "authorization is not possible\n",
             Self::UnknownService(_) | Self::NoEndpoint(_) => "no healthy upstream\n",
@@ -244,6 +252,8 @@ impl Failure {
         match self {
             Self::Timeout | Self::TryTimeout | Self::HeadTimeout | Self::BodyTimeout => 4,
             Self::FaultGrpc(status) => *status,
+            // RESOURCE_EXHAUSTED, which clients do not take for a failure of the server's.
+            Self::RateLimited(_) => 8,
             other => grpc_status_of(other.status()),
         }
     }

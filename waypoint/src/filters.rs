@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ambit_policy::Token;
 use ambit_route::filter::{Abort, Cors, HeaderChange, Mirror, NoPath, Origin};
 use ambit_route::{Filter, Rule};
 use bytes::Bytes;
@@ -11,11 +12,14 @@ use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
 
 use crate::accept::Inbound;
+use crate::authorize::Head;
 use crate::body::ResponseBody;
 use crate::exchange::Answered;
 use crate::failure::Failure;
 use crate::matching::Routed;
+use crate::proxy::Published;
 use crate::sanitise::Sane;
+use crate::traffic::{self, Asked};
 
 /// What filters leave to be done.
 #[derive(Debug, Default)]
@@ -41,33 +45,59 @@ pub enum Filtered {
     Answered(Box<Answered>),
 }
 
-/// Applies the filters of the rule.
+/// What rate limits are asked with beside the request.
+#[derive(Clone, Copy)]
+pub struct Limits<'a> {
+    /// What is in force.
+    pub published: &'a Published,
+    /// The request's token.
+    pub token: Option<&'a Token>,
+}
+
+impl Limits<'_> {
+    fn take(
+        &self,
+        routed: Option<&Routed>,
+        inbound: &Inbound,
+        sane: &Sane,
+        parts: &Parts,
+    ) -> Result<(), Failure> {
+        let rule = routed.map(|routed| &*routed.rule);
+        traffic::limit(
+            self.published,
+            inbound,
+            Asked { sane, head: Head::of(parts), token: self.token, rule },
+        )
+    }
+}
+
+/// Applies rate limits and the filters of the rule. Faults at the beginning of the rule come before the limits, so that limits see the
+/// request as it came.
 ///
 /// # Errors
-/// [`Failure::Fault`], [`Failure::FaultGrpc`], [`Failure::InvalidRoute`].
+/// [`Failure::Fault`], [`Failure::FaultGrpc`], [`Failure::InvalidRoute`]; [`Failure::RateLimited`], [`Failure::Denied`].
 pub async fn on_request(
     routed: Option<&Routed>,
     inbound: &Inbound,
     sane: &Sane,
     parts: &mut Parts,
+    limits: Limits<'_>,
 ) -> Result<Filtered, Failure> {
     let mut on_response = OnResponse::default();
+    let filters = routed.map_or(&[][..], |routed| &routed.rule.filters);
+    let faults = filters.iter().take_while(|filter| matches!(filter, Filter::Fault(_))).count();
+    let (faults, filters) = filters.split_at(faults);
+    for filter in faults {
+        fault(filter).await?;
+    }
+    limits.take(routed, inbound, sane, parts)?;
     let Some(routed) = routed else { return Ok(Filtered::Goes(on_response)) };
     on_response.rule = Some(routed.rule.clone());
     // Each filter sees what the ones before it made; a redirection refers to the request as it came.
     let mut prefix = routed.prefix;
-    for filter in &routed.rule.filters {
+    for filter in filters {
         match filter {
-            Filter::Fault(fault) => {
-                if let Some(delay) = fault.delay(rand::random()) {
-                    tokio::time::sleep(delay).await;
-                }
-                match fault.abort(rand::random()) {
-                    Some(Abort::Http(status)) => return Err(Failure::Fault(status)),
-                    Some(Abort::Grpc(status)) => return Err(Failure::FaultGrpc(status)),
-                    None => {}
-                }
-            }
+            Filter::Fault(_) => fault(filter).await?,
             Filter::Cors(cors) => {
                 let Some(origin) = parts.headers.get(ORIGIN).cloned() else { continue };
                 if cors.forward_unmatched && !cors.allows(&origin) {
@@ -114,6 +144,19 @@ pub async fn on_request(
         }
     }
     Ok(Filtered::Goes(on_response))
+}
+
+/// Delays or ends a request where the filter is a fault.
+async fn fault(filter: &Filter) -> Result<(), Failure> {
+    let Filter::Fault(fault) = filter else { return Ok(()) };
+    if let Some(delay) = fault.delay(rand::random()) {
+        tokio::time::sleep(delay).await;
+    }
+    match fault.abort(rand::random()) {
+        Some(Abort::Http(status)) => Err(Failure::Fault(status)),
+        Some(Abort::Grpc(status)) => Err(Failure::FaultGrpc(status)),
+        None => Ok(()),
+    }
 }
 
 /// Applies the filters of the backend that was drawn. Those that answer have no place there.

@@ -2,7 +2,7 @@
 //! endpoint that it chose. As a gateway it takes its clients' connections from outside the mesh instead ([`gateway`]).
 //!
 //! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
-//! [`authorize`] (after [`authenticate`] and [`external`]), [`filters`], [`balance`], [`attempt`] (or [`pass_through`]), [`answer`];
+//! [`authorize`] (after [`authenticate`] and [`external`]; then the conditions of [`traffic`]), [`filters`] (with its rate limits), [`balance`], [`attempt`] (or [`pass_through`]), [`answer`];
 //! [`exchange`] leads it through them.
 
 pub mod accept;
@@ -42,5 +42,6 @@ pub mod protocol;
 pub mod proxy;
 pub mod report;
 pub mod sanitise;
+pub mod traffic;
 pub mod upgrade;
 pub mod upstream;

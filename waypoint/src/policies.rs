@@ -11,9 +11,11 @@ use ambit_policy::{
     Decision, HttpRequest, Peer, Policy, Request, Verdict, denied_whatever_is_changed, evaluate_http,
 };
 use ambit_token::{Rule, Rules};
+use ambit_traffic::TrafficPolicy;
 
 use crate::accept::Destination;
 use crate::external::Authorizer;
+use crate::traffic::TrafficPolicies;
 
 /// Policies by what they are for, compiled. Immutable; built anew when one changes.
 #[derive(Debug, Default)]
@@ -21,6 +23,7 @@ pub struct Policies {
     /// For everything that is reached through this waypoint.
     everywhere: Group,
     services: HashMap<NamespacedHost, Group>,
+    traffic: TrafficPolicies,
     /// By the name of its resource, what each was compiled from.
     compiled: BTreeMap<String, (l7::Policy, Compiled)>,
 }
@@ -40,6 +43,8 @@ impl Group {
             Compiled::Policy(policy) => self.policies.push(policy.clone()),
             Compiled::Tokens(rules) => self.tokens.push(rules.clone()),
             Compiled::Custom(policy, authorizer) => self.custom.push((policy.clone(), authorizer.clone())),
+            // They have a place of their own.
+            Compiled::Traffic(_) => {}
         }
     }
 }
@@ -50,10 +55,23 @@ enum Compiled {
     Policy(Arc<Policy>),
     Tokens(Rules),
     Custom(Arc<Policy>, Arc<Authorizer>),
+    Traffic(Arc<TrafficPolicy>),
 }
 
 impl Compiled {
-    fn new(name: &str, source: &l7::Policy) -> Self {
+    /// `before` is what the policy was before it changed.
+    fn new(name: &str, source: &l7::Policy, before: Option<&Self>) -> Self {
+        if let Some(traffic) = &source.traffic {
+            let before = match before {
+                Some(Self::Traffic(before)) => Some(&**before),
+                _ => None,
+            };
+            return Self::Traffic(Arc::new(TrafficPolicy::compile(
+                object_name(name, source),
+                traffic,
+                before,
+            )));
+        }
         match (&source.authentication, &source.external) {
             (Some(authentication), _) => Self::Tokens(Rules::new(authentication)),
             (None, Some(authorizer)) => {
@@ -70,9 +88,19 @@ impl Policies {
     pub fn new(all: &BTreeMap<String, l7::Policy>, before: &Self, is_own: impl Fn(&str) -> bool) -> Self {
         let mut policies = Self::default();
         for (name, source) in all {
-            let known = before.compiled.get(name).filter(|(compiled, _)| compiled == source);
-            let (source, compiled) =
-                known.cloned().unwrap_or_else(|| (source.clone(), Compiled::new(name, source)));
+            let known = before.compiled.get(name);
+            let (source, compiled) = match known {
+                Some((same, compiled)) if same == source => (same.clone(), compiled.clone()),
+                other => {
+                    let before = other.map(|(_, compiled)| compiled);
+                    (source.clone(), Compiled::new(name, source, before))
+                }
+            };
+            if let (Compiled::Traffic(policy), Some(traffic)) = (&compiled, &source.traffic) {
+                policies.traffic.add(&source, traffic, policy, &is_own);
+                policies.compiled.insert(name.clone(), (source, compiled));
+                continue;
+            }
             if source.gateways.iter().any(|gateway| is_own(gateway)) {
                 policies.everywhere.add(&compiled);
             }
@@ -96,12 +124,18 @@ impl Policies {
         self.groups(destination).flat_map(|group| &group.tokens).flat_map(Rules::iter)
     }
 
+    /// The TrafficPolicies.
+    pub fn traffic(&self) -> &TrafficPolicies {
+        &self.traffic
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         let Group { policies, tokens, custom } = &self.everywhere;
         [policies.is_empty(), tokens.is_empty(), custom.is_empty(), self.services.is_empty()]
             .iter()
             .all(|it| *it)
+            && self.traffic.is_empty()
     }
 
     /// Whether bytes that are passed on unread could get around the rules for tokens. Where nothing is declared, what is passed on
@@ -183,6 +217,14 @@ pub fn request<'a>(destination: &Destination, client: Option<&'a SpiffeId>, sour
         source_ip: source,
         destination_ip: destination.address(),
         destination_port: destination.port(),
+    }
+}
+
+/// `<namespace>/<name>` of the object that a policy was made from.
+fn object_name(name: &str, source: &l7::Policy) -> Arc<str> {
+    match &source.object {
+        Some(object) => format!("{}/{}", object.namespace, object.name).into(),
+        None => name.into(),
     }
 }
 

@@ -25,6 +25,7 @@ use crate::listeners::Listeners;
 use crate::names::Names;
 use crate::policies::Policies;
 use crate::report::Reporter;
+use crate::traffic::Refusals;
 use crate::upstream::Upstreams;
 
 /// What the control plane says of this waypoint, at one moment. A request keeps the one that it began with.
@@ -145,6 +146,8 @@ pub struct Tallies {
     pub external: External,
     /// Requests that passed a limit.
     pub limited: Limited,
+    /// Requests that TrafficPolicies refused.
+    pub traffic: Refusals,
     /// Copies of requests that could not be delivered.
     pub mirrors_failed: AtomicU64,
     /// Decisions that a dry-run policy would change.

@@ -9,7 +9,8 @@ use crate::cluster::{Component, PodName, is_ready, node_of};
 use crate::finding::Finding;
 
 /// Definitions without which a part of the mesh's API is missing, and the value of the chart that adds them.
-const DEFINITIONS: [(&str, &str); 7] = [
+const DEFINITIONS: [(&str, &str); 8] = [
+    ("trafficpolicies.ambit.dev", "crds.ambit"),
     ("gateways.gateway.networking.k8s.io", "crds.gatewayApi"),
     ("gatewayclasses.gateway.networking.k8s.io", "crds.gatewayApi"),
     ("httproutes.gateway.networking.k8s.io", "crds.gatewayApi"),

@@ -63,6 +63,10 @@ pub(super) enum Dependency {
     ConfigMap(NamespacedName),
     /// The BackendTLSPolicies for a Service or ServiceEntry.
     TlsPoliciesOf(ObjectRef),
+    /// The TrafficPolicies for something.
+    TrafficPoliciesOf(ObjectRef),
+    /// A route.
+    Route(ObjectRef),
     /// Keys that are fetched.
     Keys(KeyAddress),
 }

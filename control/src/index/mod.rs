@@ -347,6 +347,7 @@ impl Index {
             Kind::DestinationRule => l7::backend_policies::of_rule(&reader, id),
             Kind::RequestAuthentication => l7::request_authentications::of_authentication(&reader, id),
             Kind::BackendTlsPolicy => l7::backend_tls::of_policy(&reader, id),
+            Kind::TrafficPolicy => l7::traffic_policies::of_policy(&reader, id),
             // What a gateway gets of a Secret comes with the Gateway.
             Kind::ReferenceGrant
             | Kind::Secret

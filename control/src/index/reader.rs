@@ -12,7 +12,7 @@ use super::{Finding, Settings};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, Namespace,
     NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service,
-    ServiceEntry, VirtualService, Visibility,
+    ServiceEntry, TrafficPolicy, VirtualService, Visibility,
 };
 
 /// The objects, for the time of one computation.
@@ -224,6 +224,19 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::TlsPoliciesOf(target.clone()));
         let ids = self.store.tls_policies_by_target.of(target);
         ids.filter_map(|id| self.store.backend_tls_policies.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The TrafficPolicies that name something, in order.
+    pub(super) fn traffic_policies_of(&self, target: &ObjectRef) -> impl Iterator<Item = &'a TrafficPolicy> {
+        self.depend(Dependency::TrafficPoliciesOf(target.clone()));
+        let ids = self.store.traffic_policies_by_target.of(target);
+        ids.filter_map(|id| self.store.traffic_policies.get(id)).map(AsRef::as_ref)
+    }
+
+    /// A route of Gateway API.
+    pub(super) fn route(&self, id: &ObjectRef) -> Option<&'a Route> {
+        self.depend(Dependency::Route(id.clone()));
+        self.store.routes.get(id).map(AsRef::as_ref)
     }
 
     /// The policies that ask a provider about requests, in order.

@@ -11,7 +11,8 @@ use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress,
     Kind, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService, WorkloadEntry, WorkloadSpec,
+    RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService,
+    WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -37,6 +38,7 @@ pub(super) struct Store {
     /// Those that hold roots.
     pub(super) config_maps: HashMap<NamespacedName, Arc<ConfigMap>>,
     pub(super) backend_tls_policies: HashMap<NamespacedName, Arc<BackendTlsPolicy>>,
+    pub(super) traffic_policies: HashMap<NamespacedName, Arc<TrafficPolicy>>,
     /// Keys of token issuers, as far as they were fetched.
     pub(super) keys: HashMap<KeyAddress, FetchedKeys>,
 
@@ -86,6 +88,8 @@ pub(super) struct Store {
     pub(super) destination_rules_by_host: Reverse<Arc<str>>,
     /// BackendTLSPolicies by the Services and ServiceEntries that they name.
     pub(super) tls_policies_by_target: Reverse<ObjectRef>,
+    /// TrafficPolicies by what they name.
+    pub(super) traffic_policies_by_target: Reverse<ObjectRef>,
     /// ReferenceGrants by namespace.
     pub(super) grants_by_namespace: Reverse<Arc<str>>,
     /// Gateways by the network that they lead into.
@@ -241,6 +245,22 @@ impl Store {
         }
         for target in new.into_iter().flat_map(targets) {
             self.tls_policies_by_target.insert(target, id.clone());
+        }
+        old
+    }
+
+    /// Puts a TrafficPolicy in place and returns what was there.
+    pub(super) fn set_traffic_policy(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<TrafficPolicy>>,
+    ) -> Option<Arc<TrafficPolicy>> {
+        let old = replace(&mut self.traffic_policies, id, new);
+        for target in old.iter().flat_map(|policy| policy.known_targets()) {
+            self.traffic_policies_by_target.remove(&target.object, id);
+        }
+        for target in new.into_iter().flat_map(|policy| policy.known_targets()) {
+            self.traffic_policies_by_target.insert(target.object.clone(), id.clone());
         }
         old
     }

@@ -15,8 +15,8 @@ use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_c
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
     KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod,
-    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, VirtualService,
-    WorkloadEntry,
+    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy,
+    VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -53,6 +53,7 @@ impl Index {
             Object::RequestAuthentication(new) => self.take_request_authentication(&id, Some(&new)),
             Object::ConfigMap(new) => self.take_config_map(&id, Some(&new)),
             Object::BackendTlsPolicy(new) => self.take_backend_tls_policy(&id, Some(&new)),
+            Object::TrafficPolicy(new) => self.take_traffic_policy(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -81,6 +82,7 @@ impl Index {
             Kind::RequestAuthentication => self.take_request_authentication(id, None),
             Kind::ConfigMap => self.take_config_map(id, None),
             Kind::BackendTlsPolicy => self.take_backend_tls_policy(id, None),
+            Kind::TrafficPolicy => self.take_traffic_policy(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -339,6 +341,7 @@ impl Index {
             return;
         }
         self.touch(kind, id);
+        self.touch_users(&Dependency::Route(reference));
         // Services and what routes are attached to look at where a route comes from and leads to, not at what it does on the way:
         // thousands of routes may lead to one service.
         if let (Some(old), Some(new)) = (&old, new)
@@ -400,6 +403,17 @@ impl Index {
             if let Some(object) = &target.object {
                 self.touch_users(&Dependency::TlsPoliciesOf(object.clone()));
             }
+        }
+    }
+
+    fn take_traffic_policy(&mut self, id: &NamespacedName, new: Option<&Arc<TrafficPolicy>>) {
+        let old = self.store.set_traffic_policy(id, new);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::TrafficPolicy, id);
+        for target in [old.as_ref(), new].into_iter().flatten().flat_map(|policy| policy.known_targets()) {
+            self.touch_users(&Dependency::TrafficPoliciesOf(target.object.clone()));
         }
     }
 

@@ -7,6 +7,7 @@ mod core;
 mod gateway;
 mod istio;
 mod meta;
+mod traffic_policy;
 
 use std::fmt;
 use std::sync::Arc;
@@ -46,6 +47,7 @@ pub use istio::virtual_service_delegate::joined;
 pub use istio::virtual_service_http::{Http, Referents};
 pub use istio::virtual_service_tcp::{ReadTcp, Tcp};
 pub use meta::{Invalid, Labels, Meta, Owner, OwnerKind};
+pub use traffic_policy::{TrafficPolicy, TrafficTarget};
 
 pub use crate::kind::Kind;
 
@@ -66,6 +68,7 @@ pub(crate) mod manifest {
     };
     pub(crate) use super::istio::request_authentication::Manifest as RequestAuthentication;
     pub(crate) use super::istio::virtual_service::Manifest as VirtualService;
+    pub(crate) use super::traffic_policy::Manifest as TrafficPolicy;
 }
 
 /// The namespace of objects that name none, as `kubectl` has it.
@@ -163,6 +166,8 @@ pub enum Object {
     ConfigMap(Arc<ConfigMap>),
     /// TLS to endpoints.
     BackendTlsPolicy(Arc<BackendTlsPolicy>),
+    /// How many requests there may be, and which.
+    TrafficPolicy(Arc<TrafficPolicy>),
 }
 
 impl Object {
@@ -193,6 +198,7 @@ impl Object {
             Object::RequestAuthentication(_) => Kind::RequestAuthentication,
             Object::ConfigMap(_) => Kind::ConfigMap,
             Object::BackendTlsPolicy(_) => Kind::BackendTlsPolicy,
+            Object::TrafficPolicy(_) => Kind::TrafficPolicy,
         }
     }
 
@@ -221,6 +227,7 @@ impl Object {
             Object::RequestAuthentication(o) => o.meta.id.clone(),
             Object::ConfigMap(o) => o.id.clone(),
             Object::BackendTlsPolicy(o) => o.meta.id.clone(),
+            Object::TrafficPolicy(o) => o.meta.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

@@ -30,10 +30,12 @@ pub(super) fn plan(policy: &Value, findings: &[Finding], now: &str) -> Option<Ve
         }
     }
     for (ancestor, wanted) in by_ancestor {
-        let reference = json!({
-            "group": ancestor.kind.group(), "kind": ancestor.kind.as_str(),
-            "namespace": &*ancestor.name.namespace, "name": &*ancestor.name.name,
+        let mut reference = json!({
+            "group": ancestor.kind.group(), "kind": ancestor.kind.as_str(), "name": &*ancestor.name.name,
         });
+        if ancestor.kind.is_namespaced() {
+            reference["namespace"] = (*ancestor.name.namespace).into();
+        }
         let is_present =
             |entry: &&Value| entry["controllerName"] == CONTROLLER && entry["ancestorRef"] == reference;
         let known = present.iter().find(is_present).and_then(|entry| entry["conditions"].as_array());

@@ -33,7 +33,7 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 11] = [
+pub(crate) const KINDS: [Kind; 12] = [
     Kind::Service,
     Kind::AuthorizationPolicy,
     Kind::ServiceEntry,
@@ -45,6 +45,7 @@ pub(crate) const KINDS: [Kind; 11] = [
     Kind::VirtualService,
     Kind::RequestAuthentication,
     Kind::BackendTlsPolicy,
+    Kind::TrafficPolicy,
 ];
 /// Objects looked at at the same time.
 const CONCURRENT: usize = 8;
@@ -210,7 +211,7 @@ impl StatusWriter {
             if let Some(parents) = routes::plan(&value, &reference.name.namespace, &findings, &now()) {
                 status.insert("parents".to_owned(), parents.into());
             }
-        } else if kind == Kind::BackendTlsPolicy {
+        } else if matches!(kind, Kind::BackendTlsPolicy | Kind::TrafficPolicy) {
             if let Some(ancestors) = ancestors::plan(&value, &findings, &now()) {
                 status.insert("ancestors".to_owned(), ancestors.into());
             }

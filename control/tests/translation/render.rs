@@ -247,13 +247,45 @@ pub(crate) fn waypoint_policy(body: &[u8]) -> Value {
     let enforced = policy.authorization.map(|policy| authorization(&policy.encode_to_vec()));
     let tokens = policy.authentication.map(|rules| list(&rules.rules, |rule| json!(format!("{rule:?}"))));
     let asked = policy.external.map_or(Value::Null, |authorizer| json!(format!("{authorizer:?}")));
-    let enforced = match (enforced, tokens) {
-        (None, None) => ("authorization", json!("denies everything")),
-        (_, Some(tokens)) => ("tokens", tokens),
-        (Some(enforced), None) => ("authorization", enforced),
+    let enforced = match (enforced, tokens, policy.traffic.as_ref()) {
+        (_, _, Some(demands)) => ("traffic", traffic(demands)),
+        (None, None, None) => ("authorization", json!("denies everything")),
+        (_, Some(tokens), None) => ("tokens", tokens),
+        (Some(enforced), None, None) => ("authorization", enforced),
     };
     let (targets, gateways) = (list(&policy.targets, target), json!(policy.gateways));
     object([("targets", targets), ("gateways", gateways), enforced, ("asked", asked)])
+}
+
+fn traffic(demands: &l7::Traffic) -> Value {
+    let limit = |it: &l7::RateLimit| {
+        object([
+            ("name", json!(it.name)),
+            (
+                "rate",
+                json!(format!(
+                    "{} in {} ms, {} at once",
+                    it.requests,
+                    it.interval_nanos / 1_000_000,
+                    it.burst
+                )),
+            ),
+            ("keys", list(&it.keys, |key| json!(format!("{:?}", key.kind)))),
+            ("when", json!(it.when)),
+            ("status", json!(it.status)),
+        ])
+    };
+    let route = |it: &l7::RouteTarget| {
+        let rule = if it.rule.is_empty() { String::new() } else { format!(" rule {}", it.rule) };
+        json!(format!("{}/{}/{}{rule}", it.kind, it.namespace, it.name))
+    };
+    let condition = |it: &l7::Condition| json!(format!("{}: {}", it.name, it.expression));
+    object([
+        ("routes", list(&demands.routes, route)),
+        ("rateLimits", list(&demands.rate_limits, limit)),
+        ("conditions", list(&demands.conditions, condition)),
+        ("invalid", json!(demands.invalid)),
+    ])
 }
 
 pub(crate) fn route(body: &[u8]) -> Value {

@@ -4,8 +4,8 @@ use ambit_chart::{Object, template};
 
 const PLATFORMS: [&str; 8] = ["gke", "eks", "aks", "openshift", "k3s", "microk8s", "kind", "minikube"];
 
-/// The CRDs are those of others (`charts/crds.sh`); a hundred thousand lines show nothing.
-const WITHOUT_CRDS: &str = "crds.gatewayApi=false,crds.istio=false";
+/// Most CRDs are those of others (`charts/crds.sh`); a hundred thousand lines show nothing.
+const WITHOUT_CRDS: &str = "crds.ambit=false,crds.gatewayApi=false,crds.istio=false";
 
 fn golden(objects: &[Object]) -> String {
     let mut texts: Vec<String> = objects.iter().map(|object| object.text.clone()).collect();
@@ -58,6 +58,7 @@ fn what_is_switched_off_is_not_there() {
         ("node.admissionPolicy=false", "ValidatingAdmissionPolicy ambit-node-pods"),
         ("istioLabels=false", "ConfigMap istio"),
         ("crds.istio=false", "CustomResourceDefinition serviceentries.networking.istio.io"),
+        ("crds.ambit=false", "CustomResourceDefinition trafficpolicies.ambit.dev"),
         ("crds.gatewayApi=false", "CustomResourceDefinition gateways.gateway.networking.k8s.io"),
     ] {
         assert!(has(&usual, id), "{id} is there by default");

@@ -26,6 +26,7 @@ mod routing;
 mod streams;
 mod tasks;
 mod thin;
+mod traffic;
 mod wire;
 
 use std::process::ExitCode;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
     routing::add(&mut trials);
     hardening::add(&mut trials);
     policy::add(&mut trials);
+    traffic::add(&mut trials);
     authorization::add(&mut trials);
     required::add(&mut trials);
     external::add(&mut trials);

@@ -13,6 +13,7 @@ use super::{Parts, Program};
 use crate::balancers::circuit::{CircuitSummary, Overflows};
 use crate::names::Counts;
 use crate::proxy::{External, Limited, Tallies};
+use crate::traffic::Refusals;
 use crate::{dump, explain};
 
 /// Starts the three servers.
@@ -86,6 +87,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_gateway_tls_failures", help, |t| &t.failed_handshakes);
     external(parts, program);
     limits(parts, program);
+    traffic(parts, program);
     ejections(parts, program);
     lookups(parts, program);
     circuits(parts, program);
@@ -174,6 +176,22 @@ fn external(parts: &Parts, program: &Program) {
     });
     let help = "Requests that external authorizers were asked about";
     parts.registry.counters_from("ambit_external_authorizations", help, "outcome", series);
+}
+
+fn traffic(parts: &Parts, program: &Program) {
+    type Tally = fn(&Refusals) -> &AtomicU64;
+    let families: [(&str, Tally); 4] = [
+        ("rate_limited", |it| &it.rate_limited),
+        ("table_full", |it| &it.table_full),
+        ("condition", |it| &it.condition),
+        ("failed", |it| &it.failed),
+    ];
+    let series = families.map(|(name, tally)| {
+        let proxy = program.proxy.clone();
+        (name.to_owned(), move || tally(&proxy.tallies.traffic).load(Ordering::Relaxed))
+    });
+    let help = "Requests and connections that TrafficPolicies refused";
+    parts.registry.counters_from("ambit_traffic_policy_refusals", help, "reason", series);
 }
 
 fn limits(parts: &Parts, program: &Program) {

@@ -202,7 +202,7 @@ fn lowered(
 
 /// What is said of a policy at one of its waypoints.
 fn report(reader: &Reader<'_>, root: &str, demanded: &Demanded) {
-    let Some(ancestor) = gateway_of(root) else { return };
+    let Some(ancestor) = views::gateway_of(root) else { return };
     let accepted = match demanded.tls {
         Some(_) => about(&ancestor, ACCEPTED, true, "Accepted", "followed for requests".to_owned()),
         None if demanded.unresolved.as_ref().is_some_and(|(reason, _)| *reason == "Invalid") => {
@@ -228,13 +228,8 @@ fn report(reader: &Reader<'_>, root: &str, demanded: &Demanded) {
 fn ancestors(reader: &Reader<'_>, target: &TlsTarget) -> Vec<ObjectRef> {
     let Some(object) = &target.object else { return Vec::new() };
     let roots = offered(reader, object).map(|offered| offered.roots).unwrap_or_default();
-    let gateways: BTreeSet<ObjectRef> = roots.iter().filter_map(|root| gateway_of(root)).collect();
+    let gateways: BTreeSet<ObjectRef> = roots.iter().filter_map(|root| views::gateway_of(root)).collect();
     if gateways.is_empty() { vec![object.clone()] } else { gateways.into_iter().collect() }
-}
-
-fn gateway_of(root: &str) -> Option<ObjectRef> {
-    let (namespace, name) = root.strip_prefix("Gateway/")?.split_once('/')?;
-    Some(ObjectRef { kind: Kind::Gateway, name: NamespacedName::new(namespace, name) })
 }
 
 fn about(

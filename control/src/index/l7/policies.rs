@@ -42,6 +42,7 @@ pub(in crate::index) fn of_policy(
         authorization,
         authentication: None,
         external: authorizer(reader, policy).ok().filter(|_| !policy.dry_run).cloned().map(Box::new),
+        traffic: None,
     };
     let resource = Resource {
         name: policy.id.to_string().into(),

@@ -81,6 +81,7 @@ pub(in crate::index) fn of_authentication(
         authorization: None,
         authentication: enforced,
         external: None,
+        traffic: None,
     };
     let resource = Resource {
         name: format!("{}/{id}", Kind::RequestAuthentication).into(),

@@ -14,6 +14,12 @@ pub fn root_of_view(gateway: &str) -> Arc<str> {
     format!("Gateway/{gateway}").into()
 }
 
+/// The gateway whose root this is.
+pub(in crate::index) fn gateway_of(root: &str) -> Option<ObjectRef> {
+    let (namespace, name) = root.strip_prefix("Gateway/")?.split_once('/')?;
+    Some(ObjectRef { kind: Kind::Gateway, name: NamespacedName::new(namespace, name) })
+}
+
 type Roots = BTreeSet<Arc<str>>;
 
 /// Below what a Service is.

@@ -314,7 +314,7 @@ impl From<Reference> for BackendRef {
 }
 
 /// A length of time as Gateway API writes it: `1h`, `1m30s`, `500ms` (GEP-2257). In nanoseconds.
-pub(super) fn duration(text: &str) -> Result<u64, String> {
+pub(in crate::object) fn duration(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no duration");
     let mut rest = text;
     let mut millis = 0_u64;

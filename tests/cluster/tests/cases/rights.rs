@@ -298,6 +298,13 @@ spec:
   targetRefs: [{group: "", kind: Service, name: secured}]
   validation: {hostname: bound.example, wellKnownCACertificates: System}
 ---
+apiVersion: ambit.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: secured, namespace: rights}
+spec:
+  targetRefs: [{group: "", kind: Service, name: secured}]
+  conditions: [{expression: request.method == 'GET'}]
+---
 apiVersion: gateway.networking.k8s.io/v1
 kind: TCPRoute
 metadata: {name: bound, namespace: rights}
