@@ -77,6 +77,7 @@ pub(crate) struct Happened {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Rest {
     name: String,
+    pid: Option<u32>,
     usage: Option<Usage>,
 }
 
@@ -90,7 +91,7 @@ impl Rest {
             anonymous: 0,
             ..usage
         });
-        Self { name, usage }
+        Self { name, pid, usage }
     }
 
     /// The lesser of this and another look at the same part; a process that is gone holds nothing that counts.
@@ -108,7 +109,7 @@ impl Rest {
 
     /// The comparison with a later look at the same part.
     pub(crate) fn until(&self, after: &Self) -> Rested {
-        Rested { name: self.name.clone(), before: self.usage, after: after.usage }
+        Rested { name: self.name.clone(), pid: after.pid, before: self.usage, after: after.usage }
     }
 }
 
@@ -116,6 +117,8 @@ impl Rest {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Rested {
     name: String,
+    /// The process after the load; before, it may have been another one.
+    pid: Option<u32>,
     before: Option<Usage>,
     after: Option<Usage>,
 }
@@ -221,7 +224,11 @@ impl Report {
             FailureText { text, late }
         };
         let series = processes.all();
-        let judge = |series: &Series| Judgement::of(series, warm_up.as_secs_f64(), series.name != OWN);
+        let judge = |series: &Series| {
+            let judgement = Judgement::of(series, warm_up.as_secs_f64(), series.name != OWN);
+            let is_at_rest = rest.iter().any(|rested| rested.pid == Some(series.pid) && rested.flat());
+            if is_at_rest { judgement.at_rest() } else { judgement }
+        };
         Self {
             date,
             machine,
@@ -392,7 +399,7 @@ impl Report {
             page,
             "\nAt rest, before and after the load:\n\n| part | descriptors | threads |\n| --- | ---: | ---: |"
         )?;
-        for Rested { name, before, after } in &self.rest {
+        for Rested { name, before, after, .. } in &self.rest {
             let (Some(before), Some(after)) = (before, after) else {
                 writeln!(page, "| {name} | gone | gone |")?;
                 continue;
