@@ -6,11 +6,8 @@
 mod bed;
 mod common;
 
-use std::net::IpAddr;
-
-use ambit_node::{PodSpec, PodState};
-use bed::{Payload, Proxy, Running};
-use common::{Host, bare, eventually, spec};
+use bed::{Payload, Proxy, Running, enrol_all};
+use common::{Host, bare, eventually};
 
 /// Pods that come at once.
 const MANY: u8 = 100;
@@ -45,22 +42,8 @@ impl Usage {
 
 /// Has all pods enrolled and served, and then none. Returns the most threads at a time.
 async fn come_and_go(running: &Running, proxy: &mut Proxy, pods: &[Host]) -> usize {
-    let desired = pods.iter().enumerate().map(|(index, pod)| {
-        let ips = vec![IpAddr::from(pod.v4)];
-        PodSpec { ips, ..spec(&format!("pod-{index}"), pod) }
-    });
     let mut threads = 0;
-    let (done, ()) = tokio::join!(running.reconcile(desired.collect()), async {
-        for _ in pods {
-            assert!(matches!(proxy.obey().await, Payload::Add(_)));
-            threads = threads.max(Usage::now().threads);
-        }
-    });
-    assert_eq!((done.enrolled, done.failed.len()), (pods.len(), 0));
-    eventually("all are enabled", async || {
-        running.agent.statuses().values().all(|status| status.state == PodState::Enabled)
-    })
-    .await;
+    enrol_all(running, proxy, pods, || threads = threads.max(Usage::now().threads)).await;
     let (_, ()) = tokio::join!(running.reconcile(vec![]), async {
         for _ in pods {
             assert!(matches!(proxy.obey().await, Payload::Del(_)));

@@ -19,6 +19,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::common::{Host, eventually, spec};
+
 pub(crate) const SOON: Duration = Duration::from_secs(5);
 
 /// An agent with a directory of its own.
@@ -124,6 +126,25 @@ impl Proxy {
         let heard = tokio::time::timeout(Duration::from_millis(300), self.socket.recv(&mut buffer)).await;
         assert!(heard.is_err(), "{heard:?}");
     }
+}
+
+/// Has pods that only have an address enrolled, all at once, and served. `seen` is called after each.
+pub(crate) async fn enrol_all(running: &Running, proxy: &mut Proxy, pods: &[Host], mut seen: impl FnMut()) {
+    let desired = pods.iter().enumerate().map(|(index, pod)| {
+        let ips = vec![pod.v4.into()];
+        PodSpec { ips, ..spec(&format!("pod-{index}"), pod) }
+    });
+    let (done, ()) = tokio::join!(running.reconcile(desired.collect()), async {
+        for _ in pods {
+            assert!(matches!(proxy.obey().await, Payload::Add(_)));
+            seen();
+        }
+    });
+    assert_eq!((done.enrolled, done.failed.len()), (pods.len(), 0));
+    eventually("all are enabled", async || {
+        running.agent.statuses().values().all(|status| status.state == PodState::Enabled)
+    })
+    .await;
 }
 
 pub(crate) async fn dial(from: &Netns, to: SocketAddr) -> std::io::Result<TcpStream> {

@@ -1,7 +1,6 @@
 //! `Agent::reconcile`: the node in line with the pods that are to be enrolled.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use ambit_node::{AgentError, PodSpec, PodState, nft};
 use ambit_telemetry::Registry;
 use tokio::time::Instant;
 
-use crate::bed::{Running, SOON, lasting_path, state};
+use crate::bed::{Running, SOON, enrol_all, lasting_path, state};
 use crate::common::{bare, eventually, pair, spec};
 
 /// Pods of one node that start at a time.
@@ -269,20 +268,7 @@ async fn a_hundred_pods_that_start_together_are_all_enrolled() {
     let mut proxy = running.proxy(true).await;
     proxy.obey_snapshot().await;
     let began = Instant::now();
-    let desired = pods.iter().enumerate().map(|(index, pod)| {
-        let ips = vec![IpAddr::from(pod.v4)];
-        PodSpec { ips, ..spec(&format!("pod-{index}"), pod) }
-    });
-    let (done, ()) = tokio::join!(running.reconcile(desired.collect()), async {
-        for _ in 0..MANY {
-            assert!(matches!(proxy.obey().await, Payload::Add(_)));
-        }
-    });
-    assert_eq!((done.enrolled, done.failed.len()), (usize::from(MANY), 0));
-    eventually("all are enabled", async || {
-        running.agent.statuses().values().all(|status| status.state == PodState::Enabled)
-    })
-    .await;
+    enrol_all(&running, &mut proxy, &pods, || ()).await;
     assert!(began.elapsed() < ALL_UP, "it took {:?}", began.elapsed());
     let registry = Registry::new();
     running.agent.register_metrics(&registry);

@@ -24,7 +24,7 @@ use tokio::io::AsyncReadExt;
 use crate::control::TRUST_DOMAIN;
 use crate::mesh::{LIMIT, Mesh, Pod, echo, exchange, ping};
 
-fn trust(mesh: &Mesh) -> Trust {
+pub(crate) fn trust(mesh: &Mesh) -> Trust {
     let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
     trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
     trust
@@ -34,7 +34,7 @@ fn id(account: &str) -> SpiffeId {
     SpiffeId::new(TRUST_DOMAIN, "default", account).unwrap()
 }
 
-fn certificate(mesh: &Mesh, account: &str, lifetime: Duration) -> WorkloadCertificate {
+pub(crate) fn certificate(mesh: &Mesh, account: &str, lifetime: Duration) -> WorkloadCertificate {
     let request = CertificateRequest::new(&id(account)).unwrap();
     let chain = mesh.control.sign(request.csr_pem(), &id(account), lifetime);
     request.complete(&chain, &trust(mesh), TlsSettings::default()).unwrap()

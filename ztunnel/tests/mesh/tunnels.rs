@@ -2,15 +2,15 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ambit_api::workload::gateway_address::Destination;
 use ambit_api::workload::{ApplicationTunnel, GatewayAddress, NetworkAddress, application_tunnel};
 use ambit_hbone::{Baggage, Endpoints, Server, ServerSettings, WindowBudget, WorkloadKind};
-use ambit_identity::{CertificateRequest, SpiffeId, TlsSettings, Trust, TrustDomain};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::control::TRUST_DOMAIN;
+use crate::identity::{certificate, trust};
 use crate::mesh::{LIMIT, Mesh, bytes, echo, exchange, ping};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -53,14 +53,8 @@ async fn gateway(
     listener: tokio::net::TcpListener,
     report: tokio::sync::mpsc::UnboundedSender<String>,
 ) -> String {
-    let trust = Trust::new(TrustDomain::new(TRUST_DOMAIN).unwrap(), Vec::new());
-    trust.set_roots(&std::fs::read(&mesh.control.root_file).unwrap()).unwrap();
-    let certificate = |account: &str| {
-        let id = SpiffeId::new(TRUST_DOMAIN, "default", account).unwrap();
-        let request = CertificateRequest::new(&id).unwrap();
-        let chain = mesh.control.sign(request.csr_pem(), &id, std::time::Duration::from_secs(3600));
-        Arc::new(request.complete(&chain, &trust, TlsSettings::default()).unwrap())
-    };
+    let trust = trust(mesh);
+    let certificate = |account: &str| Arc::new(certificate(mesh, account, Duration::from_secs(3600)));
     let (outer, inner) = (certificate("gateway"), certificate("server"));
     let serial = inner.info().serial.clone();
     tokio::spawn(async move {
