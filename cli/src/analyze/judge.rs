@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use ambit_control::index::{Finding as Condition, Index, Settings};
-use ambit_control::object::{Change, Object, ObjectRef};
+use ambit_control::object::{Change, Kind, Object, ObjectRef};
 use ambit_control::source::files::inspect::Content;
 use serde::Serialize;
 use serde_json::Value;
@@ -98,8 +98,11 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
     for (object, findings) in index.findings() {
         let Some((place, false)) = places.get(object) else { continue };
         // What can't be read was reported with its line.
-        let is_new =
-            |finding: &Condition| finding.reason != "Unreadable" && (is_complete || !is_status(finding));
+        let is_unreadable = |finding: &Condition| {
+            finding.reason == "Unreadable"
+                || object.kind == Kind::TrafficPolicy && finding.reason == "Invalid"
+        };
+        let is_new = |finding: &Condition| !is_unreadable(finding) && (is_complete || !is_status(finding));
         let counts = |finding: &&Condition| !finding.met && is_new(finding);
         reports.extend(
             findings.iter().filter(counts).map(|finding| of_condition(object, finding, place.clone())),

@@ -9,6 +9,7 @@ mod pod_certificates;
 mod replica;
 mod rotation;
 mod statuses;
+mod traffic_policies;
 mod waypoints;
 
 use serde_json::{Value, json};

@@ -12,6 +12,7 @@
 mod bed;
 mod thin;
 mod tls;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -21,5 +22,6 @@ fn main() -> ExitCode {
     let mut trials = Trials::new();
     thin::add(&mut trials);
     tls::add(&mut trials);
+    traffic::add(&mut trials);
     trials.run()
 }
