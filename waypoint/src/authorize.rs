@@ -16,7 +16,7 @@ use crate::external::Authorizer;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
-use crate::traffic::{self, Asked};
+use crate::traffic::{self, RequestView};
 
 /// How long connections of a client that lost its root may go on, as at node proxies.
 const FINISH_TIME: Duration = Duration::from_secs(2);
@@ -34,7 +34,7 @@ pub fn authorize(
     token: Option<&Token>,
     rule: Option<&Rule>,
 ) -> Result<(), Failure> {
-    decide(published, inbound, Some(Asked { sane, head: Head::of(parts), token, rule }))
+    decide(published, inbound, Some(RequestView { sane, head: Head::of(parts), token, rule }))
 }
 
 /// Checks what no authorizer changes, before one is asked: the client is still trusted, and no policy denies the request whatever
@@ -151,7 +151,7 @@ pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> 
         let published = proxy.published.load_full();
         let asked = asked.map(|AllowedRequest { sane, method, path, query, headers, token, rule }| {
             let head = Head { method, path, query: query.as_deref(), headers };
-            Asked { sane, head, token: token.as_ref(), rule: rule.as_deref() }
+            RequestView { sane, head, token: token.as_ref(), rule: rule.as_deref() }
         });
         if let Err(failure) = decide(&published, inbound, asked) {
             return failure;
@@ -217,9 +217,9 @@ pub fn authorize_connection(published: &Published, inbound: &Inbound) -> Result<
     decide(published, inbound, None)
 }
 
-fn decide(published: &Published, inbound: &Inbound, asked: Option<Asked<'_>>) -> Result<(), Failure> {
+fn decide(published: &Published, inbound: &Inbound, asked: Option<RequestView<'_>>) -> Result<(), Failure> {
     still_trusted(inbound)?;
-    let request = asked.map(|Asked { sane, head, token, .. }| request(inbound, sane, head, token));
+    let request = asked.map(|RequestView { sane, head, token, .. }| request(inbound, sane, head, token));
     if request.is_none() && published.policies.needs_requests(&inbound.destination) {
         return Err(Failure::Denied(
             "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),

@@ -19,7 +19,7 @@ use crate::failure::Failure;
 use crate::matching::Routed;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
-use crate::traffic::{self, Asked};
+use crate::traffic::{self, RequestView};
 
 /// What filters leave to be done.
 #[derive(Debug, Default)]
@@ -66,7 +66,7 @@ impl Limits<'_> {
         traffic::limit(
             self.published,
             inbound,
-            Asked { sane, head: Head::of(parts), token: self.token, rule },
+            RequestView { sane, head: Head::of(parts), token: self.token, rule },
         )
     }
 }

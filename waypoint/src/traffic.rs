@@ -135,7 +135,7 @@ impl Refusals {
 
 /// A request as TrafficPolicies are asked about it.
 #[derive(Clone, Copy)]
-pub struct Asked<'a> {
+pub struct RequestView<'a> {
     /// Its form.
     pub sane: &'a Sane,
     /// Method, path, query and headers.
@@ -150,9 +150,9 @@ pub struct Asked<'a> {
 pub fn facts<'a>(
     source: SourceFacts<'a>,
     destination: &'a Destination,
-    asked: Option<Asked<'a>>,
+    asked: Option<RequestView<'a>>,
 ) -> Facts<'a> {
-    let request = asked.map(|Asked { sane, head, token, .. }| RequestFacts {
+    let request = asked.map(|RequestView { sane, head, token, .. }| RequestFacts {
         method: head.method.as_str(),
         path: head.path,
         query: head.query,
@@ -170,7 +170,7 @@ pub fn facts<'a>(
     Facts { request, source, destination: DestinationFacts { host, namespace, port: destination.port() } }
 }
 
-fn of_inbound<'a>(inbound: &'a Inbound, asked: Option<Asked<'a>>) -> Facts<'a> {
+fn of_inbound<'a>(inbound: &'a Inbound, asked: Option<RequestView<'a>>) -> Facts<'a> {
     let peer_address = inbound.source.ip();
     let address = match &asked {
         Some(asked) => remote_ip(peer_address, inbound.trusted_forwarder, asked.head.headers),
@@ -207,7 +207,11 @@ pub fn listener<'a>(
 ///
 /// # Errors
 /// [`Failure::Denied`].
-pub fn check(published: &Published, inbound: &Inbound, asked: Option<Asked<'_>>) -> Result<(), Failure> {
+pub fn check(
+    published: &Published,
+    inbound: &Inbound,
+    asked: Option<RequestView<'_>>,
+) -> Result<(), Failure> {
     let traffic = published.policies.traffic();
     if traffic.is_empty() {
         return Ok(());
@@ -232,7 +236,7 @@ pub fn check(published: &Published, inbound: &Inbound, asked: Option<Asked<'_>>)
 ///
 /// # Errors
 /// [`Failure::RateLimited`]; [`Failure::Denied`] where it can't be said whether a limit concerns the request.
-pub fn limit(published: &Published, inbound: &Inbound, asked: Asked<'_>) -> Result<(), Failure> {
+pub fn limit(published: &Published, inbound: &Inbound, asked: RequestView<'_>) -> Result<(), Failure> {
     let traffic = published.policies.traffic();
     if traffic.is_empty() {
         return Ok(());
@@ -266,7 +270,7 @@ fn denied(inbound: &Inbound, denial: &Denial) -> Failure {
     Failure::Denied(denial.to_string())
 }
 
-/// A rule as rate limits tell it from others.
+/// A rule as rate limits distinguish it.
 pub fn route_id(rule: &Rule) -> RouteId<'_> {
     let RouteName { kind, namespace, name } = &*rule.route;
     RouteId { kind, namespace, name, rule: rule.index }

@@ -10,7 +10,7 @@ use super::Seen;
 use crate::authorize::Head;
 use crate::failure::Failure;
 use crate::proxy::Published;
-use crate::traffic::{self, Applied, Asked};
+use crate::traffic::{self, Applied, RequestView};
 
 /// The policies that apply to a request, and what they see of it.
 pub(super) struct Applying<'a> {
@@ -36,7 +36,7 @@ impl<'a> Applying<'a> {
             address: Some(source),
             peer_address: source,
         };
-        let asked = Asked { sane, head: Head::of(parts), token, rule };
+        let asked = RequestView { sane, head: Head::of(parts), token, rule };
         Self { policies, facts: traffic::facts(client, destination, Some(asked)), rule }
     }
 
