@@ -1,6 +1,7 @@
 //! The command `ambit`.
 
 mod analyze;
+mod authz;
 mod check;
 mod cluster;
 mod config;
@@ -9,6 +10,7 @@ mod enrolment;
 mod finding;
 mod gateways;
 mod log;
+mod mesh;
 mod migrate;
 mod network_policy;
 mod output;
@@ -18,6 +20,7 @@ mod reference;
 mod remote;
 mod selftest;
 mod status;
+mod tap;
 mod uninstall;
 mod up;
 mod waypoint;
@@ -37,8 +40,13 @@ enum Command {
     Status(status::Options),
     /// Explains what becomes of a request or connection: every proxy's decision, step by step.
     Why(why::Options),
+    /// Follows connections and requests while they happen, and says why they are denied or fail.
+    Tap(tap::Options),
     /// Names every object that has no effect or another than it says, in files or in a cluster.
     Analyze(analyze::Options),
+    /// Policies from the traffic that proxies observed: writes them, or says what they would change.
+    #[command(subcommand)]
+    Authz(authz::Command),
     /// Makes, lists and deletes waypoints.
     #[command(subcommand)]
     Waypoint(waypoint::Command),
@@ -79,6 +87,8 @@ fn main() -> ExitCode {
         Command::Check(options) => check::run(&options),
         Command::Status(options) => status::run(&options),
         Command::Why(options) => why::run(&options),
+        Command::Tap(options) => tap::run(&options),
+        Command::Authz(command) => authz::run(&command),
         Command::Analyze(options) => analyze::run(&options),
         Command::Migrate(command) => migrate::run(&command),
         Command::Waypoint(command) => waypoint::run(&command),

@@ -30,6 +30,7 @@ pub use addresses::Addresses;
 pub use capture::{Capture, Captured, DEFAULT_LIMIT, Packet};
 pub use cluster::{CLUSTER_ID, Cluster, ClusterBuilder, PATIENCE, Program, SYSTEM_NAMESPACE, Ztunnel};
 pub use error::{Error, Result};
+pub use http::Stream;
 pub use kubelet::container::exit_code;
 pub use kubelet::status::{ContainerView, PodView, Redirection, State};
 pub use manifest::Key;

@@ -339,8 +339,13 @@ async fn explains(up: &Up, args: &[&str], code: i32, wanted: &[&[&str]]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn why_leads_to_each_planted_fault() {
-    // A rule that jason's requests should match, and a waypoint without pods.
-    let (directory, _) = changed("routes.yaml", "value: jason", "value: jasn");
+    // A route that takes jason's requests before the one that is meant for them, and a waypoint without pods.
+    let (directory, _) = changed("routes.yaml", "value: jason", "value: jason");
+    let shadow = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: a-shadow, namespace: bookinfo}\n\
+                  spec:\n  parentRefs: [{group: '', kind: Service, name: reviews, port: 9080}]\n  rules:\n  \
+                  - matches: [{headers: [{name: end-user, value: jason}]}]\n    \
+                  backendRefs: [{name: reviews-v1, port: 9080}]\n";
+    fs::write(directory.path().join("shadow.yaml"), shadow).unwrap();
     let file = directory.path().join("ratings.yaml");
     let ratings = fs::read_to_string(&file).unwrap();
     fs::write(&file, ratings.replace("use-waypoint: waypoint", "use-waypoint: absent")).unwrap();
@@ -352,8 +357,8 @@ async fn why_leads_to_each_planted_fault() {
     up.read_until(|line| line.contains("no program of the mesh has ended")).await;
     let passes: &[&[&str]] = &[
         &["✓ bookinfo/reviews-v", "port 9080 gets it, encrypted and authenticated"],
-        &["→ HTTPRoute/bookinfo/reviews, rule 2: matches"],
-        &["· HTTPRoute/bookinfo/reviews, rule 1: header end-user: \"jasn\" is wanted"],
+        &["→ HTTPRoute/bookinfo/a-shadow, rule 1: matches and comes first"],
+        &["· HTTPRoute/bookinfo/reviews, rule 1: matches too, and comes later"],
         &["→ AuthorizationPolicy/bookinfo/reviews-viewer (ALLOW): matches and decides"],
         &["→ policy bookinfo/only-through-the-waypoint (ALLOW): matches and decides"],
     ];
@@ -370,10 +375,138 @@ async fn why_leads_to_each_planted_fault() {
         "is missing",
     ]];
     explains(&up, &["reviews-v1", "http://ratings:9080/ratings/0"], 1, missing).await;
+    // The same by what happens: who was denied, what failed, and the route that a request followed.
+    let denied = tap(&["--denied", "-X", "DELETE", "--why"]);
+    let denied = ambit_during(&up, &denied, PRODUCTPAGE, "DELETE /reviews/0").await;
+    assert!(denied.contains("403 denied") && denied.contains("none matches"), "{denied}");
+    let failed = tap(&["--status", "failed", "--source", "bookinfo/reviews-v2", "--why"]);
+    let failed = ambit_during(&up, &failed, PRODUCTPAGE, "GET /reviews/0").await;
+    assert!(failed.contains("why: no route to") && failed.contains("no endpoint is known"), "{failed}");
+    let followed = tap(&["--path", "/reviews/1", "-o", "json"]);
+    let request = "GET /reviews/1 HTTP/1.1\\r\\nend-user: jason\\r\\nx-rest:";
+    let followed = ambit_during(&up, &followed, PRODUCTPAGE, request).await;
+    let followed: serde_json::Value = serde_json::from_str(&followed).expect("one record");
+    assert_eq!(followed["route"], "HTTPRoute/bookinfo/a-shadow", "{followed}");
     // Past the waypoint, by the Service of one version.
     let direct: &[&[&str]] =
         &[&["refuses it (authorize)", "denied: policies that allow apply, and none matches"]];
     explains(&up, &["productpage-v1", "reviews-v1:9080"], 1, direct).await;
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0));
+    up.assert_gone(&BTreeSet::new()).await;
+}
+
+const PRODUCTPAGE: &str = "bookinfo/productpage-v1";
+
+/// The arguments of `ambit tap` for one record.
+fn tap<'a>(filter: &[&'a str]) -> Vec<&'a str> {
+    [&["tap", "--local", "--count", "1", "--for", "60s"], filter].concat()
+}
+
+/// Runs `ambit` with arguments while a pod sends a request again and again; its output.
+async fn ambit_during(up: &Up, args: &[&str], pod: &str, request: &str) -> String {
+    let script = format!(
+        "exec 3<>/dev/tcp/reviews/9080; printf '{request} HTTP/1.1\\r\\nhost: reviews\\r\\nconnection: close\\r\\n\\r\\n' >&3; cat <&3"
+    );
+    let sending = async {
+        loop {
+            ambit(up, &["exec", pod, "--", "/bin/bash", "-c", &script], "").await;
+        }
+    };
+    tokio::select! {
+        (code, text) = ambit(up, args, "") => {
+            assert_eq!(code, Some(0), "{args:?}: {text}");
+            text
+        }
+        () = sending => unreachable!("it sends until the other ends"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tap_follows_live_requests_and_says_why_one_is_denied() {
+    let mut up = Up::start(&manifests(), false);
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
+    let pod = PRODUCTPAGE;
+    let args = [
+        "tap", "--local", "--path", "/reviews", "--status", "ok", "--count", "3", "--for", "60s", "-o",
+        "json",
+    ];
+    let seen = ambit_during(&up, &args, pod, "GET /reviews/0").await;
+    let seen: Vec<serde_json::Value> =
+        seen.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    assert_eq!(seen.len(), 3, "{seen:?}");
+    for record in &seen {
+        assert_eq!(record["response_code"], 200, "{record}");
+        assert!(record["proxy"].as_str().unwrap().starts_with("waypoint bookinfo/waypoint"), "{record}");
+        assert_eq!(record["src.identity"].as_str().unwrap().rsplit('/').next(), Some("bookinfo-productpage"));
+    }
+    let args = ["tap", "--local", "--denied", "-X", "DELETE", "--why", "--count", "1", "--for", "60s"];
+    let denied = ambit_during(&up, &args, pod, "DELETE /reviews/0").await;
+    for wanted in
+        ["DELETE http://reviews/reviews/0", "403 denied", "why: ", "none matches", "ambit why -X DELETE"]
+    {
+        assert!(denied.contains(wanted), "{wanted} is not in\n{denied}");
+    }
+    let args = [
+        "tap",
+        "--local",
+        "--direction",
+        "inbound",
+        "--destination",
+        "bookinfo/reviews-v1",
+        "--count",
+        "1",
+        "--for",
+        "60s",
+    ];
+    let inbound = ambit_during(&up, &args, pod, "GET /reviews/0").await;
+    assert!(inbound.contains("inbound") && inbound.contains("node node-"), "{inbound}");
+    let (code, _) = ambit(&up, &["tap", "--local", "--code", "9xx"], "").await;
+    assert_eq!(code, Some(1), "a filter that can't be read ends it");
+    up.interrupt();
+    assert_eq!(up.end().await.0, Some(0));
+    up.assert_gone(&BTreeSet::new()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_are_suggested_and_judged_by_what_was_observed() {
+    let mut up = Up::start(&manifests(), false);
+    up.read_until(|line| line.contains("no program of the mesh has ended")).await;
+    let suggest = ["authz", "suggest", "bookinfo", "--local", "--enforce"];
+    wait::until("the demo's requests are among the flows", LIMIT, || async {
+        let (_, text) = ambit(&up, &suggest, "").await;
+        ["allow-reviews-requests", "allow-ratings-requests", "allow-details-requests"]
+            .iter()
+            .all(|name| text.contains(name))
+    })
+    .await;
+    let (code, suggested) = ambit(&up, &suggest, "").await;
+    assert_eq!(code, Some(0), "{suggested}");
+    for wanted in [
+        "kind: Service",
+        "cluster.local/ns/bookinfo/sa/bookinfo-productpage",
+        "/reviews/{*}",
+        "GET",
+        "cluster.local/ns/bookinfo/sa/waypoint",
+        "matchLabels",
+    ] {
+        assert!(suggested.contains(wanted), "{wanted} is not in\n{suggested}");
+    }
+    assert!(!suggested.contains("sa/bookinfo-intruder"), "who was denied is not allowed: {suggested}");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("policies.yaml");
+    fs::write(&file, &suggested).unwrap();
+    let diff = ["authz", "diff", "--local", "-n", "bookinfo", "-f", file.to_str().unwrap()];
+    let (code, text) = ambit(&up, &diff, "").await;
+    assert_eq!(code, Some(0), "beside the demo's own policies they deny nothing: {text}");
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-ratings, namespace: bookinfo}\n\
+                spec:\n  targetRefs: [{group: '', kind: Service, name: ratings}]\n  action: DENY\n\
+                \x20 rules: [{to: [{operation: {methods: [GET]}}]}]\n";
+    fs::write(&file, deny).unwrap();
+    let (code, text) = ambit(&up, &diff, "").await;
+    assert_eq!(code, Some(1), "{text}");
+    let parts = ["bookinfo/reviews-v", "GET ratings.bookinfo.svc", "denied by policy bookinfo/no-ratings"];
+    assert!(text.lines().any(|line| parts.iter().all(|part| line.contains(part))), "{text}");
     up.interrupt();
     assert_eq!(up.end().await.0, Some(0));
     up.assert_gone(&BTreeSet::new()).await;

@@ -20,6 +20,7 @@ use ambit_net::accept::Acceptor;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::cut::CutReason;
 use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
+use ambit_runtime::flows::{FlowCounter, Flows, Observer};
 use ambit_runtime::hostnames::Hostnames;
 use ambit_runtime::loads::Loads;
 use ambit_runtime::resolv_conf::ResolvConf;
@@ -75,7 +76,9 @@ struct Parts {
     reporter: Arc<Reporter>,
     budget: WindowBudget,
     pool_counters: Arc<PoolCounters>,
+    flows: Flows,
     _access_writer: Option<LogWriter>,
+    _flow_counter: Option<FlowCounter>,
 }
 
 /// The parts put together.
@@ -184,6 +187,9 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
     tasks.spawn("discovery", driver);
     let (log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     log.register(&registry);
+    let (log, flows, flow_counter) =
+        Flows::observe(log, config.proxy.flows.clone(), Observer::Waypoint).context("count flows")?;
+    flows.register(&registry);
     let reporter = Arc::new(Reporter {
         requests: RequestMetrics::register(&registry, MAX_REQUEST_SERIES),
         connections: TcpMetrics::register(&registry, ambit_telemetry::tcp::DEFAULT_MAX_SERIES),
@@ -201,7 +207,9 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
         reporter,
         budget: WindowBudget::new(WINDOW_BUDGET),
         pool_counters: Arc::default(),
+        flows,
         _access_writer: access_writer,
+        _flow_counter: flow_counter,
     })
 }
 

@@ -76,7 +76,7 @@ async fn steps(
     let additions = match external::check(&authorizers, inbound, &sane, &mut parts, source.as_ref()).await? {
         Checked::Goes(additions) => additions,
         Checked::Denied(answered, reason) => {
-            record.fail("UAEX", reason);
+            record.fail(crate::failure::DENIED, reason);
             return Ok(*answered);
         }
     };

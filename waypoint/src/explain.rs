@@ -1,7 +1,9 @@
 //! How this waypoint would decide about a request: `/explain/request` of the admin server, for `ambit why`.
 //!
-//! The steps are those of a real request, by the functions that it meets; nothing is sent, and no authorizer is asked.
+//! The steps are those of a real request, by the functions that it meets; nothing is sent, and no authorizer is asked. [`connection`] does the
+//! same for connections that are passed on unread.
 
+mod connection;
 mod traffic;
 
 use std::net::IpAddr;
@@ -48,16 +50,22 @@ struct Inquiry {
 ///
 /// `GET /explain/request?from=SPIFFE_ID&source=ADDRESS&to=HOST:PORT&method=GET&path=/&host=HOST&headers=NAME: VALUE`: what would be done with a
 /// request; `headers` has one field a line.
+/// `GET /explain/connection?from=SPIFFE_ID&source=ADDRESS&to=HOST:PORT&server-name=NAME`: what would be done with a connection on which no HTTP
+/// is spoken; with `server-name` it begins with TLS.
 pub fn routes(admin: Admin, proxy: &Arc<Proxy>) -> Admin {
-    let proxy = proxy.clone();
-    admin.get("/explain/request", move |query| {
-        let answer = answer(&proxy, &query);
-        async move { answer }
-    })
+    let (of_requests, of_connections) = (proxy.clone(), proxy.clone());
+    admin
+        .get("/explain/request", move |query| {
+            let answer = answer(Inquiry::read(&query).map(|asked| explain(&of_requests, asked)));
+            async move { answer }
+        })
+        .get("/explain/connection", move |query| {
+            let answer = answer(connection::explain(&of_connections, &query));
+            async move { answer }
+        })
 }
 
-fn answer(proxy: &Proxy, query: &Query) -> Reply {
-    let explained = Inquiry::read(query).map(|asked| explain(proxy, asked));
+fn answer(explained: Result<Explanation, ParameterError>) -> Reply {
     match explained.map(|explanation| serde_json::to_vec(&explanation)) {
         Ok(Ok(body)) => reply(StatusCode::OK, "application/json", body.into()),
         Ok(Err(error)) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
@@ -252,40 +260,45 @@ impl Seen<'_> {
             let text = format!("the external authorizer {} would be asked", authorizer.name());
             explanation.warns("authorize", text, Vec::new());
         }
-        let verdict = published.policies.decide(destination, Some(client), source, Some(&http));
-        let request = policies::request(destination, Some(client), source);
-        let mut applying: Vec<&Policy> = published.policies.applying(destination).collect();
-        applying.sort_by_key(|policy| (policy.action() == Action::Allow, policy.name().clone()));
-        let considered = applying.iter().map(|policy| {
-            let object = policy_name(policy);
-            match policy.unmet(&request, Some(&http)) {
-                None if verdict.by() == Some(policy.name()) => {
-                    Considered::counts(object, "matches and decides")
-                }
-                None => Considered::passed_over(object, "matches"),
-                Some(unmet) if unmet.is_empty() => {
-                    Considered::passed_over(object, "has no rule, so it matches nothing")
-                }
-                Some(unmet) => {
-                    Considered::passed_over(object, format!("does not match: {}", unmet.join(", ")))
-                }
-            }
-        });
-        let considered = considered.collect();
-        let text = format!("{client}: {}", verdict.decision);
-        if !verdict.allowed() {
-            let failure = Failure::Denied(text);
-            return explanation
-                .refuses("authorize", failure.to_string(), considered)
-                .goes(answered(&failure));
-        }
-        if verdict.dry_run_differs() {
-            explanation.warns("authorize", format!("{text}; a dry-run policy would deny it"), considered);
-        } else {
-            explanation.passes("authorize", text, considered);
-        }
-        explanation
+        decided(published, destination, (client, source), Some(&http), explanation)
     }
+}
+
+/// The decision of the policies about a request, or with `None` about a connection that is passed on unread.
+fn decided(
+    published: &Published,
+    destination: &Destination,
+    (client, source): (&SpiffeId, IpAddr),
+    http: Option<&HttpRequest<'_>>,
+    mut explanation: Explanation,
+) -> Explanation {
+    let verdict = published.policies.decide(destination, Some(client), source, http);
+    let request = policies::request(destination, Some(client), source);
+    let mut applying: Vec<&Policy> = published.policies.applying(destination).collect();
+    applying.sort_by_key(|policy| (policy.action() == Action::Allow, policy.name().clone()));
+    let considered = applying.iter().map(|policy| {
+        let object = policy_name(policy);
+        match policy.unmet(&request, http) {
+            None if verdict.by() == Some(policy.name()) => Considered::counts(object, "matches and decides"),
+            None => Considered::passed_over(object, "matches"),
+            Some(unmet) if unmet.is_empty() => {
+                Considered::passed_over(object, "has no rule, so it matches nothing")
+            }
+            Some(unmet) => Considered::passed_over(object, format!("does not match: {}", unmet.join(", "))),
+        }
+    });
+    let considered = considered.collect();
+    let text = format!("{client}: {}", verdict.decision);
+    if !verdict.allowed() {
+        let failure = Failure::Denied(text);
+        return explanation.refuses("authorize", failure.to_string(), considered).goes(answered(&failure));
+    }
+    if verdict.dry_run_differs() {
+        explanation.warns("authorize", format!("{text}; a dry-run policy would deny it"), considered);
+    } else {
+        explanation.passes("authorize", text, considered);
+    }
+    explanation
 }
 
 /// Filters, backends and endpoints.
@@ -302,10 +315,7 @@ fn forward(
         if explanation.refusal().is_some() {
             return explanation;
         }
-        return match straight(proxy, request) {
-            Ok((considered, next)) => endpoints(explanation, considered, next),
-            Err(failure) => failed(explanation, "balance", &failure),
-        };
+        return straight_on(proxy, request.published, request.destination, explanation);
     };
     let name = rule_name(&rule);
     if let Some(reason) = &rule.invalid {
@@ -327,33 +337,44 @@ fn forward(
             (text, None) => explanation.passes("filters", text, Vec::new()),
         }
     }
-    split(proxy, request, &rule, explanation)
+    split(proxy, request.published, &rule, explanation)
 }
 
-fn split(proxy: &Proxy, request: &Seen<'_>, rule: &Rule, mut explanation: Explanation) -> Explanation {
+/// Where no route is attached.
+fn straight_on(
+    proxy: &Proxy,
+    published: &Published,
+    destination: &Destination,
+    explanation: Explanation,
+) -> Explanation {
+    match straight(proxy, published, destination) {
+        Ok((considered, next)) => endpoints(explanation, considered, next),
+        Err(failure) => failed(explanation, "balance", &failure),
+    }
+}
+
+fn split(proxy: &Proxy, published: &Published, rule: &Rule, mut explanation: Explanation) -> Explanation {
     let total = rule.backends.total();
     let shares: Vec<Considered> = rule
         .backends
         .weighted()
-        .map(|(weight, backend)| share(proxy, request.published, weight, total, backend))
+        .map(|(weight, backend)| share(proxy, published, weight, total, backend))
         .collect();
     let Some(first) = rule.backends.iter().next() else {
         let reason = "no backend gets requests".to_owned();
         let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason };
         return failed(explanation, "split", &failure);
     };
-    let faulty =
-        rule.backends.iter().any(|backend| balance::of_backend(proxy, request.published, backend).is_err());
+    let faulty = rule.backends.iter().any(|backend| balance::of_backend(proxy, published, backend).is_err());
     let text =
         format!("{} of {} backends can take it", shares.iter().filter(|it| it.counts).count(), shares.len());
     match faulty {
         true => explanation.warns("split", text, shares),
         false => explanation.passes("split", text, shares),
     }
-    let usable =
-        rule.backends.iter().find_map(|backend| balance::of_backend(proxy, request.published, backend).ok());
+    let usable = rule.backends.iter().find_map(|backend| balance::of_backend(proxy, published, backend).ok());
     let Some(target) = usable else {
-        let reason = balance::of_backend(proxy, request.published, first).err().unwrap_or_default();
+        let reason = balance::of_backend(proxy, published, first).err().unwrap_or_default();
         let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason };
         return failed(explanation, "split", &failure);
     };
@@ -376,8 +397,8 @@ fn share(proxy: &Proxy, published: &Published, weight: u64, total: u64, backend:
 type Hosts = (Vec<Considered>, Option<Next>);
 
 /// The endpoints of a destination without routes.
-fn straight(proxy: &Proxy, request: &Seen<'_>) -> Result<Hosts, Failure> {
-    match request.destination {
+fn straight(proxy: &Proxy, published: &Published, destination: &Destination) -> Result<Hosts, Failure> {
+    match destination {
         Destination::Workload { workload, address } => {
             let next = Next::Workload {
                 workload: named(&workload.uid, &workload.namespace, &workload.name, &workload.node),
@@ -390,7 +411,7 @@ fn straight(proxy: &Proxy, request: &Seen<'_>) -> Result<Hosts, Failure> {
         // A gateway sends on what a route sends, and nothing else.
         Destination::Listener { .. } => Err(Failure::NoRoute),
         Destination::Service { service, port, .. } => {
-            let target = balance::of_service(proxy, request.published, service, *port)?;
+            let target = balance::of_service(proxy, published, service, *port)?;
             hosts(proxy, &target)
         }
     }

@@ -7,6 +7,9 @@ use ambit_token::Rejection;
 use ambit_traffic::Refusal;
 use http::StatusCode;
 
+/// The `response_flags` of a request that policy, an authorizer or its token denied.
+pub const DENIED: &str = "UAEX";
+
 /// What there is too much of at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
@@ -206,7 +209,7 @@ impl Failure {
             Self::NoRoute | Self::Misdirected => "NR",
             Self::InvalidRoute { .. } | Self::InvalidPolicy(_) => "NC",
             Self::BodyTooLarge => "DPE",
-            Self::Unauthenticated(_) | Self::Denied(_) | Self::Authorizer { .. } => "UAEX",
+            Self::Unauthenticated(_) | Self::Denied(_) | Self::Authorizer { .. } => DENIED,
             Self::RateLimited(_) => "RL",
             Self::UnknownService(_) => "NC",
             Self::NoEndpoint(_) => "UH",

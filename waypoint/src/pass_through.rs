@@ -51,7 +51,7 @@ pub async fn serve(
     }
     let target = match crate::matching::connection(&published, inbound, tls.as_ref()) {
         Ok(target) => target,
-        Err(failure) => return tracing::info!(source = %inbound.source, %failure, "not passed on"),
+        Err(failure) => return report.finish(Err(failure.to_string())),
     };
     let asked = tls.as_ref().and_then(|hello| names::asked_host(hello.server_name.as_deref()?));
     let target = match target.asking(&published, inbound, asked) {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ambit_directory::{Service, Workload};
-use ambit_runtime::peers::{End, party, peer_labels, service_labels};
-use ambit_telemetry::access::{AccessLog, Direction, Entry, Party, RequestEntry};
+use ambit_runtime::peers::{End, dialled, party, peer_labels, service_labels};
+use ambit_telemetry::access::{AccessLog, Dialled, Direction, Entry, Party, RequestEntry, Status};
 use ambit_telemetry::tcp::{self, Labels, Security};
 use ambit_telemetry::{Outcome, RequestMetrics, RequestSeries, TcpMetrics};
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use crate::accept::{Destination, Inbound};
 use crate::answer::grpc_status;
 use crate::balance::Endpoint;
 use crate::body::{ResponseBody, Source};
-use crate::failure::Failure;
+use crate::failure::{DENIED, Failure};
 use crate::matching::Routed;
 use crate::messages::Messages;
 use crate::sanitise::{Sane, is_grpc};
@@ -281,6 +281,12 @@ impl Record {
             source: party(&inbound.client, inbound.source),
             destination: destination(self.endpoint.as_deref()),
             service: service(inbound, self.endpoint.as_deref()).map(|service| service.host.hostname.clone()),
+            dialled: dialled_at(inbound),
+            status: match (self.flags, &self.error) {
+                (DENIED, _) => Status::Denied,
+                (_, Some(_)) => Status::Failed,
+                (_, None) => Status::Ok,
+            },
             protocol: match self.version {
                 Version::HTTP_10 => "HTTP/1.0",
                 Version::HTTP_2 => "HTTP/2",
@@ -312,6 +318,11 @@ impl Drop for Record {
             self.report();
         }
     }
+}
+
+/// What was dialled.
+fn dialled_at(inbound: &Inbound) -> Dialled {
+    dialled(inbound.destination.service().map(|service| &**service), inbound.destination.port())
 }
 
 /// The service that a request reached: that of its endpoint, else the one that was dialled.
@@ -407,7 +418,13 @@ impl ConnectionReport {
             destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
             hbone_addr: None,
             service: service(&inbound, endpoint.as_deref()).map(|service| service.host.hostname.clone()),
+            dialled: dialled_at(&inbound),
             direction: Direction::Inbound,
+            status: match (&ended, flags) {
+                (Ok(_), _) => Status::Ok,
+                (Err(_), tcp::ResponseFlags::Denied) => Status::Denied,
+                (Err(_), _) => Status::Failed,
+            },
             bytes_sent: sent,
             bytes_received: received,
             duration: since.elapsed(),

@@ -16,7 +16,7 @@ const DEEPEST: usize = 32;
 ///
 /// # Errors
 /// When a file can't be read.
-pub(super) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Item>> {
+pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Item>> {
     let mut items = Vec::new();
     for path in paths {
         if path.as_os_str() == "-" {
@@ -33,6 +33,13 @@ pub(super) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Item>> {
         }
     }
     Ok(items)
+}
+
+/// The documents of a text that is called `name`.
+pub(crate) fn read_text(name: &str, text: &str) -> Vec<Item> {
+    let mut items = Vec::new();
+    add(Path::new(name), text, &mut items);
+    items
 }
 
 fn add(file: &Path, text: &str, items: &mut Vec<Item>) {

@@ -20,6 +20,7 @@ use crate::finding::Level;
 use crate::output::{Format, Wait, emit};
 
 pub(crate) use cluster::{read as read_cluster, settings as cluster_settings};
+pub(crate) use files::{read as read_files, read_text};
 pub(crate) use judge::{Item, Report, judge, render};
 
 /// Options of `ambit analyze`.

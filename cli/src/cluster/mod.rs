@@ -13,7 +13,7 @@ use kube::api::ListParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 
-pub(crate) use admin::{get, post};
+pub(crate) use admin::{get, lines, post};
 pub(crate) use pods::{Component, PodName, is_ready, node_of, pods_of};
 
 /// Ports of the admin interfaces of node proxies and waypoints.

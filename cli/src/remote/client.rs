@@ -8,8 +8,10 @@ use std::process::ExitCode;
 use ambit_net::seqpacket::SeqPacket;
 use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 
 use super::directory;
+use super::lines::Lines;
 use super::protocol::{LONGEST_PACKET, Reply, Request};
 
 /// Sends a request to the mesh of `ambit up` with process id `mesh`, or to the only one, and follows it to its end.
@@ -28,6 +30,31 @@ pub(super) async fn fetch(mesh: Option<u32>, request: &Request) -> anyhow::Resul
         match receive(&socket, &mut buffer).await? {
             Reply::Text(text) => whole.push_str(&text),
             Reply::Done { .. } => return Ok(whole),
+            Reply::Failed(message) => bail!(message),
+        }
+    }
+}
+
+/// Sends a request whose answer goes on, and passes on its lines for as long as somebody takes them.
+pub(super) async fn stream(
+    mesh: Option<u32>,
+    request: &Request,
+    taken: &mpsc::Sender<String>,
+) -> anyhow::Result<()> {
+    let socket = connect(mesh)?;
+    send(&socket, request, &[]).await?;
+    let mut buffer = vec![0; LONGEST_PACKET];
+    let mut lines = Lines::default();
+    loop {
+        match receive(&socket, &mut buffer).await? {
+            Reply::Text(text) => {
+                for line in lines.feed(text.as_bytes()) {
+                    if taken.send(line).await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            Reply::Done { .. } => return Ok(()),
             Reply::Failed(message) => bail!(message),
         }
     }

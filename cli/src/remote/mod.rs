@@ -1,17 +1,22 @@
-//! Commands for a mesh that `ambit up` runs in another terminal: `ambit exec`, `ambit logs`, `ambit dump`, and `ambit why --local`.
+//! Commands for a mesh that `ambit up` runs in another terminal: `ambit exec`, `ambit logs`, `ambit dump`, and the other commands with
+//! `--local`.
 //!
 //! `ambit up` listens on a socket of the user's; each command is one connection to it. A packet is one JSON message.
 
 mod client;
 mod directory;
+mod lines;
 mod protocol;
 mod server;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Args;
+use tokio::sync::mpsc;
 
 pub(crate) use directory::Endpoint;
+pub(crate) use lines::Lines;
 pub(crate) use protocol::AskedProxy;
 pub(crate) use server::serve;
 
@@ -102,6 +107,36 @@ pub(crate) fn logs(options: &Logs) -> anyhow::Result<ExitCode> {
 /// When no mesh runs, it has no such proxy, or the answer is no success.
 pub(crate) async fn admin(mesh: Option<u32>, proxy: AskedProxy, path: &str) -> anyhow::Result<String> {
     client::fetch(mesh, &Request::Admin { proxy, path: path.to_owned() }).await
+}
+
+/// The proxies of a mesh of `ambit up`.
+///
+/// # Errors
+/// When no mesh runs.
+pub(crate) async fn proxies(mesh: Option<u32>) -> anyhow::Result<Vec<AskedProxy>> {
+    let text = client::fetch(mesh, &Request::Proxies).await?;
+    serde_json::from_str(&text).context("read the proxies of the mesh")
+}
+
+/// Passes on the lines of an answer of a proxy's admin server that goes on, for as long as somebody takes them.
+///
+/// # Errors
+/// When no mesh runs, it has no such proxy, or the answer is no success.
+pub(crate) async fn admin_lines(
+    mesh: Option<u32>,
+    proxy: AskedProxy,
+    path: &str,
+    taken: &mpsc::Sender<String>,
+) -> anyhow::Result<()> {
+    client::stream(mesh, &Request::Stream { proxy, path: path.to_owned() }, taken).await
+}
+
+/// The objects that the control plane of a mesh of `ambit up` reads, as manifests.
+///
+/// # Errors
+/// When no mesh runs.
+pub(crate) async fn manifests(mesh: Option<u32>) -> anyhow::Result<String> {
+    client::fetch(mesh, &Request::Manifests).await
 }
 
 /// Prints the configuration of a node's proxy as JSON.

@@ -22,6 +22,8 @@ pub(super) struct Target {
 pub(crate) enum AskedProxy {
     /// The proxies of nodes, one after the other until one answers with success.
     Nodes,
+    /// The proxy of this node.
+    Node { name: String },
     /// The waypoint that is this pod.
     Waypoint { namespace: String, pod: String },
 }
@@ -38,6 +40,12 @@ pub(super) enum Request {
     Dump { node: String },
     /// Asks the admin server of a proxy, which answers in pieces.
     Admin { proxy: AskedProxy, path: String },
+    /// Lists the proxies, as JSON.
+    Proxies,
+    /// Asks the admin server of a proxy, whose answer goes on until the caller leaves; it is passed on in whole lines.
+    Stream { proxy: AskedProxy, path: String },
+    /// Prints the objects that the control plane reads, as manifests.
+    Manifests,
     /// Passes a signal on to the command of [`Request::Exec`].
     Signal { number: i32 },
 }

@@ -4,11 +4,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use ambit_local::{Cluster, Command, Pod, Process};
+use ambit_local::{Cluster, Command, Pod, Process, Ztunnel};
 use ambit_net::seqpacket::{Received, SeqPacket, SeqPacketListener};
 use anyhow::{Context, anyhow, bail};
 use tokio::sync::Semaphore;
 
+use super::lines::Lines;
 use super::protocol::{AskedProxy, LONGEST_PACKET, Reply, Request, Target, pieces};
 
 /// Connections at once; others wait.
@@ -64,6 +65,16 @@ async fn answer(socket: &SeqPacket, cluster: &Weak<Cluster>) -> anyhow::Result<(
         }
         Request::Dump { node } => dump(socket, cluster, &node).await,
         Request::Admin { proxy, path } => admin(socket, cluster, &proxy, &path).await,
+        Request::Proxies => {
+            send_text(socket, &serde_json::to_string(&proxies(cluster)?)?).await?;
+            send(socket, &Reply::Done { code: 0 }).await
+        }
+        Request::Stream { proxy, path } => tokio::select! {
+            // The caller sends nothing more, so this is the end of its connection.
+            _ = socket.recv(&mut buffer) => Ok(()),
+            streamed = stream(socket, cluster, &proxy, &path) => streamed,
+        },
+        Request::Manifests => manifests(socket, cluster).await,
         Request::Signal { .. } => bail!("there is no command to signal"),
     }
 }
@@ -152,10 +163,7 @@ async fn print_logs(socket: &SeqPacket, pod: &Pod, target: &Target, follow: bool
 
 async fn dump(socket: &SeqPacket, cluster: &Weak<Cluster>, node: &str) -> anyhow::Result<()> {
     let cluster = cluster.upgrade().context("the mesh is ending")?;
-    let names = cluster.node_names();
-    let index = names.iter().position(|name| name == node);
-    let index = index.with_context(|| format!("there is no node {node}; there are {}", names.join(", ")))?;
-    let dump = cluster.ztunnel(index)?.config_dump().await?;
+    let dump = ztunnel(&cluster, node)?.config_dump().await?;
     send_text(socket, &format!("{}\n", serde_json::to_string_pretty(&dump)?)).await?;
     send(socket, &Reply::Done { code: 0 }).await
 }
@@ -180,11 +188,9 @@ async fn admin(
                 }
             }
         }
+        AskedProxy::Node { name } => answer = Some(ztunnel(&cluster, name)?.admin("GET", path).await?),
         AskedProxy::Waypoint { namespace, pod } => {
-            let pod = cluster
-                .find_pod(namespace, pod)
-                .with_context(|| format!("there is no pod {namespace}/{pod}"))?;
-            answer = Some(cluster.waypoint_admin(&pod, path).await?);
+            answer = Some(cluster.waypoint_admin(&waypoint(&cluster, namespace, pod)?, path).await?);
         }
     }
     match answer.context("the mesh has no node")? {
@@ -192,6 +198,87 @@ async fn admin(
         (status, text) => bail!("{path} answered {status}: {}", text.trim()),
     }
     send(socket, &Reply::Done { code: 0 }).await
+}
+
+fn proxies(cluster: &Weak<Cluster>) -> anyhow::Result<Vec<AskedProxy>> {
+    let cluster = cluster.upgrade().context("the mesh is ending")?;
+    let nodes = cluster.node_names().into_iter().map(|name| AskedProxy::Node { name });
+    let waypoints = cluster.waypoints();
+    let waypoints = waypoints.iter().map(|pod| AskedProxy::Waypoint {
+        namespace: pod.namespace().to_owned(),
+        pod: pod.name().to_owned(),
+    });
+    Ok(nodes.chain(waypoints).collect())
+}
+
+/// Passes on the pieces of a proxy's answer as they come.
+async fn stream(
+    socket: &SeqPacket,
+    cluster: &Weak<Cluster>,
+    proxy: &AskedProxy,
+    path: &str,
+) -> anyhow::Result<()> {
+    let (status, mut answer) = {
+        let cluster = cluster.upgrade().context("the mesh is ending")?;
+        match proxy {
+            AskedProxy::Nodes => bail!("one proxy must be named"),
+            AskedProxy::Node { name } => ztunnel(&cluster, name)?.admin_stream(path).await?,
+            AskedProxy::Waypoint { namespace, pod } => {
+                cluster.waypoint_admin_stream(&waypoint(&cluster, namespace, pod)?, path).await?
+            }
+        }
+    };
+    let mut lines = Lines::default();
+    let mut error = String::new();
+    while let Some(bytes) = answer.next().await? {
+        if status != 200 {
+            error.push_str(&String::from_utf8_lossy(&bytes));
+            continue;
+        }
+        for line in lines.feed(&bytes) {
+            send_text(socket, &format!("{line}\n")).await?;
+        }
+    }
+    if status != 200 {
+        bail!("{path} answered {status}: {}", error.trim());
+    }
+    send(socket, &Reply::Done { code: 0 }).await
+}
+
+/// Sends every object that the control plane reads: those of the manifests, then those that the cluster made or completed.
+async fn manifests(socket: &SeqPacket, cluster: &Weak<Cluster>) -> anyhow::Result<()> {
+    let (written, directory) = {
+        let cluster = cluster.upgrade().context("the mesh is ending")?;
+        (cluster.manifests(), cluster.directory().join("objects"))
+    };
+    let read = move || {
+        let mut all: String = written.iter().map(|object| format!("---\n{object}\n")).collect();
+        let mut files = std::fs::read_dir(&directory)?.collect::<Result<Vec<_>, _>>()?;
+        files.sort_by_key(std::fs::DirEntry::file_name);
+        let is_manifest = |path: &std::path::Path| {
+            matches!(path.extension().and_then(|it| it.to_str()), Some("yaml" | "yml" | "json"))
+        };
+        for path in files.iter().map(std::fs::DirEntry::path).filter(|path| is_manifest(path)) {
+            all.push_str("---\n");
+            all.push_str(&std::fs::read_to_string(path)?);
+            all.push('\n');
+        }
+        std::io::Result::Ok(all)
+    };
+    let all = tokio::task::spawn_blocking(read).await?.context("read the objects of the mesh")?;
+    send_text(socket, &all).await?;
+    send(socket, &Reply::Done { code: 0 }).await
+}
+
+fn ztunnel(cluster: &Cluster, node: &str) -> anyhow::Result<Ztunnel> {
+    let names = cluster.node_names();
+    let index = names.iter().position(|name| name == node);
+    let index = index.with_context(|| format!("there is no node {node}; there are {}", names.join(", ")))?;
+    Ok(cluster.ztunnel(index)?)
+}
+
+fn waypoint(cluster: &Cluster, namespace: &str, pod: &str) -> anyhow::Result<Pod> {
+    cluster.find_pod(namespace, pod).with_context(|| format!("there is no pod {namespace}/{pod}"))
 }
 
 async fn send_text(socket: &SeqPacket, text: &str) -> anyhow::Result<()> {

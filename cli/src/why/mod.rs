@@ -30,6 +30,9 @@ pub(crate) struct Options {
     /// A header field of the request; may be repeated.
     #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
     headers: Vec<String>,
+    /// The connection begins with TLS that asks for this name; for HOST:PORT.
+    #[arg(long, value_name = "NAME")]
+    server_name: Option<String>,
     /// Namespace of the pod.
     #[arg(short, long)]
     namespace: Option<String>,
@@ -51,8 +54,9 @@ pub(crate) struct Options {
 /// # Errors
 /// When the cluster or a proxy can't be reached, or the request can't be read.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    let Options { client, target, method, headers, namespace, local, mesh, output, access } = options;
-    let request = Request::parse(target, method.clone(), headers)?;
+    let Options { client, target, method, headers, server_name, namespace, local, mesh, output, access } =
+        options;
+    let request = Request::parse(target, method.clone(), headers, server_name.as_deref())?;
     let answer = block_on(async {
         let (mesh, default_namespace) = if *local {
             (Mesh::Local(*mesh), "default".to_owned())

@@ -113,16 +113,9 @@ pub(super) async fn follow(
     while path.hops.len() < LONGEST {
         match next {
             Next::Waypoint { pod, authority } => {
-                let Some(http) = &request.http else {
-                    return Ok(path.leaves(
-                        client,
-                        request,
-                        format!("waypoint {}/{}", pod.namespace, pod.name),
-                    ));
-                };
                 let identity = path.identity.clone().context("a waypoint is asked only with an identity")?;
                 wait.show(&format!("asking waypoint {}/{}", pod.namespace, pod.name));
-                let question = http.question(&authority, &identity, &source);
+                let question = request.question(&authority, &identity, &source);
                 let (proxy, explanation) = mesh.waypoint(&pod, &question).await?;
                 next = path.add(proxy, explanation);
             }

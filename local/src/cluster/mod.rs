@@ -268,6 +268,13 @@ impl Cluster {
         tokio::time::timeout(limit, waiting).await.map_err(deadline)
     }
 
+    /// All objects of the manifests, as they were written. What the cluster completes of them is in [`Cluster::directory`].
+    #[must_use]
+    pub fn manifests(&self) -> Vec<serde_json::Value> {
+        let all = self.shared.objects.lock().all();
+        all.into_values().map(|object| object.body).collect()
+    }
+
     /// All objects of a kind, as they were written.
     #[must_use]
     pub fn objects(&self, kind: &str) -> Vec<serde_json::Value> {

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use parking_lot::Mutex;
 
 use crate::error::{Error, Result};
-use crate::http;
+use crate::http::{self, Stream};
 use crate::metrics::Metrics;
 use crate::process::{Command, Process};
 use crate::sandbox::Sandbox;
@@ -242,6 +242,18 @@ impl Program {
             .map_err(|_| Error::Unknown(format!("HTTP method {method}")))?;
         let (status, text) = self.ask(admin, method, path).await?;
         Ok((status.as_u16(), String::from_utf8_lossy(&text).into_owned()))
+    }
+
+    /// A `GET` of its admin server whose answer goes on; returns status and answer.
+    ///
+    /// # Errors
+    /// When it has no admin server or does not answer.
+    pub async fn admin_stream(&self, path: &str) -> Result<(u16, Stream)> {
+        let name = &self.inner.name;
+        let admin =
+            self.inner.listeners.admin.ok_or_else(|| Error::Unknown(format!("admin server of {name}")))?;
+        let (status, stream) = http::stream(&self.inner.sandbox, admin, path).await?;
+        Ok((status.as_u16(), stream))
     }
 
     /// Its configuration dump.

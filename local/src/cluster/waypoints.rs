@@ -14,7 +14,7 @@ use crate::cluster::Cluster;
 use crate::cluster::mesh::root_file;
 use crate::cluster::shared::Shared;
 use crate::error::{Error, Result};
-use crate::http;
+use crate::http::{self, Stream};
 use crate::manifest::{Key, Object};
 use crate::metrics::Metrics;
 use crate::pod::Pod;
@@ -58,6 +58,18 @@ impl Cluster {
         let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), ports::ADMIN);
         let (status, text) = http::request(&pod.inner.sandbox, at, Method::GET, path).await?;
         Ok((status.as_u16(), String::from_utf8_lossy(&text).into_owned()))
+    }
+}
+
+impl Cluster {
+    /// `GET` of a path at the admin server of a waypoint's pod whose answer goes on; returns status and answer.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn waypoint_admin_stream(&self, pod: &Pod, path: &str) -> Result<(u16, Stream)> {
+        let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), ports::ADMIN);
+        let (status, stream) = http::stream(&pod.inner.sandbox, at, path).await?;
+        Ok((status.as_u16(), stream))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Routes for connections whose bytes are passed on unread, by what they are attached to.
 
+mod explain;
+
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -369,5 +371,48 @@ mod tests {
         assert_eq!(found(&table, &head(80, Some("other"))), "2");
         assert_eq!(found(&table, &head(80, None)), "2");
         assert_eq!(found(&StreamTable::new(&both[1..]), &head(80, Some("other"))), "straight");
+    }
+
+    /// Every condition alone, and both orders.
+    #[test]
+    fn the_first_candidate_without_anything_unmet_is_the_one_that_is_found() {
+        let subnet = security::Address { address: vec![10, 97, 0, 0].into(), length: 16 };
+        let matches = vec![
+            l7::StreamMatch { port: 90, ..Default::default() },
+            l7::StreamMatch { destination_subnets: vec![subnet], ..Default::default() },
+            l7::StreamMatch { source_namespace: "b".into(), ..Default::default() },
+            l7::StreamMatch { clients: Some(l7::Clients::default()), ..Default::default() },
+            names(&["*.c", "a.b.c"]),
+            l7::StreamMatch::default(),
+        ];
+        for order in [l7::Order::Declared, l7::Order::Specific] {
+            for layer in [l7::StreamLayer::TcpStream, l7::StreamLayer::TlsStream] {
+                let table = StreamTable::new([&route(order, layer, matches.clone())]);
+                for (port, name) in [(80, None), (80, Some("x.c")), (80, Some("other")), (81, Some("x.c"))] {
+                    let candidates = table.candidates("n", "h", &head(port, name));
+                    let first = candidates.iter().find(|candidate| candidate.unmet.is_none());
+                    let first = first.map(|candidate| candidate.rule.name.to_string());
+                    let wanted = Some(found(&table, &head(port, name)));
+                    let wanted = wanted.filter(|name| !["straight", "closed"].contains(&name.as_str()));
+                    assert_eq!(first, wanted, "{candidates:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_candidate_lacks_is_named() {
+        let tls = route(l7::Order::Specific, l7::StreamLayer::TlsStream, vec![names(&["a.b"])]);
+        let table = StreamTable::new([&tls]);
+        for (port, name, wanted) in [
+            (80, None, Some("TLS is wanted, and the client does not begin with it")),
+            (80, Some("c.d"), Some("server name: a.b is wanted, not c.d")),
+            (80, Some(""), Some("server name: a.b is wanted, not none")),
+            (81, Some("a.b"), Some("port 80 is wanted")),
+            (80, Some("a.b"), None),
+        ] {
+            let candidates = table.candidates("n", "h", &head(port, name));
+            assert_eq!(candidates[0].unmet.as_deref(), wanted);
+        }
     }
 }

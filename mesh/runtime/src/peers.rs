@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ambit_directory::{Service, Workload};
 use ambit_hbone::Baggage;
 use ambit_identity::SpiffeId;
-use ambit_telemetry::access::Party;
+use ambit_telemetry::access::{Dialled, Party};
 use ambit_telemetry::tcp::{Peer, PeerLabels, ServiceLabels};
 
 /// What is known of one side of a connection.
@@ -85,5 +85,15 @@ pub fn party(end: &End, address: SocketAddr) -> Party {
         workload: end.workload.as_ref().map(|workload| workload.name.clone()).or_else(name),
         namespace: end.workload.as_ref().map(|workload| workload.namespace.clone()).or_else(namespace),
         identity: end.identity.as_ref().map(|identity| identity.shared().clone()),
+        owner: end.workload.as_ref().map(|workload| workload.workload_name.clone()).or_else(name),
+    }
+}
+
+/// What was dialled, for the access log's observers.
+pub fn dialled(service: Option<&Service>, port: u16) -> Dialled {
+    Dialled {
+        namespace: service.map(|service| service.host.namespace.clone()),
+        host: service.map(|service| service.host.hostname.clone()),
+        port,
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use ambit_telemetry::logging::Logging;
-use ambit_telemetry::{Admin, Readiness, Registry, http};
+use ambit_telemetry::{AccessLog, Admin, Readiness, Registry, http};
 use serde::Serialize;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -48,16 +48,17 @@ async fn listen(key: &'static str, address: SocketAddr) -> Result<TcpListener, L
     TcpListener::bind(address).await.map_err(|source| ListenError { key, address, source })
 }
 
-/// Adds to `admin` what every proxy shows and takes: configuration, version, levels of the log, requests to stop.
+/// Adds to `admin` what every proxy shows and takes: configuration, version, levels of the log, taps, requests to stop.
 pub fn with_common_routes<C: Serialize + Send + Sync + 'static>(
     admin: Admin,
     config: C,
     version: &'static str,
-    logging: &Logging,
+    (logging, access_log): (&Logging, &AccessLog),
     stop: &Requests,
 ) -> Admin {
     let (quit, drain) = (stop.clone(), stop.clone());
     admin
+        .taps(access_log.taps().clone())
         .section("config", move || serde_json::to_value(&config))
         .section("version", move || Ok(json!({ "version": version })))
         .logging(logging.level.clone())

@@ -7,13 +7,15 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ::http::header::{ALLOW, CONTENT_TYPE};
 use ::http::{HeaderValue, Method, Request, Response, StatusCode};
 use bytes::Bytes;
-use http_body_util::Full;
-use hyper::body::Incoming;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Body, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -31,11 +33,13 @@ const MAX_CONNECTIONS: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Limit on a whole connection; profiles are the longest.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(600);
+/// Limit on a connection with a reply that has no end.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Pause after a failed accept, as when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// An answer.
-pub type Reply = Response<Full<Bytes>>;
+pub type Reply = Response<UnsyncBoxBody<Bytes, Infallible>>;
 type Handling = Pin<Box<dyn Future<Output = Reply> + Send>>;
 type Handler = Arc<dyn Fn(Query) -> Handling + Send + Sync>;
 
@@ -53,6 +57,11 @@ impl Query {
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
+
+    /// All parameters, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
 }
 
 /// A plain-text reply.
@@ -62,9 +71,24 @@ pub fn text(status: StatusCode, body: impl Into<String>) -> Reply {
 
 /// A reply with any body.
 pub fn reply(status: StatusCode, content_type: &'static str, body: Bytes) -> Reply {
-    let mut response = Response::new(Full::new(body));
+    let mut response = Response::new(Full::new(body).boxed_unsync());
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// Marks a reply whose body has no end of its own.
+#[derive(Clone, Copy)]
+struct Endless;
+
+/// A reply whose body goes on until the client leaves, or for an hour. A handler bounds how many there are at once.
+pub fn stream(
+    content_type: &'static str,
+    body: impl Body<Data = Bytes, Error = Infallible> + Send + 'static,
+) -> Reply {
+    let mut response = Response::new(body.boxed_unsync());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response.extensions_mut().insert(Endless);
     response
 }
 
@@ -217,11 +241,14 @@ impl Clients {
 }
 
 async fn converse(stream: TcpStream, router: Arc<Router>) {
+    let streams = Arc::new(AtomicBool::new(false));
+    let has_stream = streams.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let router = Arc::clone(&router);
+        let (router, has_stream) = (Arc::clone(&router), Arc::clone(&has_stream));
         async move {
             let uri = request.uri();
             let reply = router.answer(request.method(), uri.path(), uri.query().unwrap_or_default()).await;
+            has_stream.store(reply.extensions().get::<Endless>().is_some(), Ordering::Relaxed);
             Ok::<_, Infallible>(reply)
         }
     });
@@ -230,10 +257,17 @@ async fn converse(stream: TcpStream, router: Arc<Router>) {
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(16 << 10)
         .serve_connection(TokioIo::new(stream), service);
-    match tokio::time::timeout(CONNECTION_TIMEOUT, connection).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!(%error, "an admin connection failed"),
-        Err(_) => debug!("an admin connection took too long"),
+    let limit = async {
+        tokio::time::sleep(CONNECTION_TIMEOUT).await;
+        if streams.load(Ordering::Relaxed) {
+            tokio::time::sleep(STREAM_TIMEOUT - CONNECTION_TIMEOUT).await;
+        }
+    };
+    tokio::select! {
+        ended = connection => if let Err(error) = ended {
+            debug!(%error, "an admin connection failed");
+        },
+        () = limit => debug!("an admin connection took too long"),
     }
 }
 

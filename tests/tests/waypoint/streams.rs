@@ -114,6 +114,31 @@ async fn by_name(bed: &Waypoints) {
     // No route is for these.
     assert_eq!(greeted(&bed.cli, to, &hello("other.test")).await, None);
     assert_eq!(greeted(&bed.cli, to, b"no TLS at all").await, None);
+    explains(bed, to).await;
+}
+
+/// What `ambit why` learns of the same connections.
+async fn explains(bed: &Waypoints, to: SocketAddr) {
+    let waypoint = bed.cluster.waypoints().into_iter().find(|pod| pod.namespace() == "shop").unwrap();
+    let client = bed.cli.spiffe_id();
+    for (name, step, text, considered) in [
+        ("&server-name=a.example", "balance", "endpoints may get it", ""),
+        ("&server-name=a.example", "match", "TLSRoute/shop/one, rule 1", ""),
+        ("&server-name=b.example", "match", "TLSRoute/shop/any", "a.example is wanted, not b.example"),
+        ("&server-name=other.test", "match", "no route matches", "*.example is wanted, not other.test"),
+        ("", "match", "no route matches", "TLS is wanted"),
+    ] {
+        let path = format!("/explain/connection?from={client}&source={}&to={to}{name}", bed.cli.ip());
+        let (status, answer) = bed.cluster.waypoint_admin(&waypoint, &path).await.unwrap();
+        assert_eq!(status, 200, "{answer}");
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        let found = answer["steps"].as_array().unwrap().iter().find(|it| it["step"] == step);
+        let found = found.unwrap_or_else(|| panic!("{name}: no step {step} in {answer}"));
+        assert!(found["text"].as_str().unwrap().contains(text), "{name}: {answer}");
+        assert!(found["considered"].to_string().contains(considered), "{name}: {answer}");
+        let passes = answer["next"]["to"] == "workload";
+        assert_eq!(passes, name.ends_with(".example"), "{name}: {answer}");
+    }
 }
 
 async fn declared(bed: &Waypoints) {

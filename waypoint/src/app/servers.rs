@@ -49,8 +49,9 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .section("directory", move || serde_json::to_value(&*directory.snapshot()))
         .section("routes", move || serde_json::to_value(dump::routes(&published.load())))
         .section("balancers", move || serde_json::to_value(dump::balancers(&proxy.balancers)));
-    let admin = explain::routes(admin, &program.proxy);
-    servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
+    let admin = parts.flows.route(explain::routes(admin, &program.proxy));
+    let logs = (logging, &parts.reporter.log);
+    servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logs, stop)
 }
 
 fn register(parts: &Parts, program: &Program, logging: &Logging) {

@@ -34,6 +34,7 @@ use crate::proxy::{Limits, Proxy, ProxyMetrics, Settings, Worker};
 use crate::zds::client::Progress;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::{self, Drain, Drained};
+use ambit_runtime::flows::{FlowCounter, Flows, Observer};
 use ambit_runtime::hostnames::Hostnames;
 use ambit_runtime::loads::Loads;
 use ambit_runtime::resolv_conf::ResolvConf;
@@ -97,10 +98,17 @@ struct Parts {
     /// None without a control plane.
     discovery: Option<ambit_xds::Client>,
     access_log: AccessLog,
+    flows: Flows,
     tcp_metrics: TcpMetrics,
     budget: WindowBudget,
     /// Descriptors that the process may open.
     open_files: u64,
+}
+
+/// The threads that write what the data path reports, for as long as the program runs.
+struct Writers {
+    _access_log: Option<LogWriter>,
+    _flows: Option<FlowCounter>,
 }
 
 /// The parts put together.
@@ -114,7 +122,7 @@ struct Program {
 async fn serve(config: Config, open_files: u64, logging: &Logging, collect: fn()) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
     let (signal, drain) = drain::channel();
-    let (parts, _access_writer) = parts(config, open_files, &mut tasks).await?;
+    let (parts, _writers) = parts(config, open_files, &mut tasks).await?;
     let (program, mut supervisor) = assemble(&parts, drain)?;
     let (progress, seen) = watch::channel(Progress::default());
     let readiness = readiness(&parts, seen.clone(), &mut tasks);
@@ -164,11 +172,7 @@ async fn end(supervisor: Supervisor) {
     }
 }
 
-async fn parts(
-    config: Config,
-    open_files: u64,
-    tasks: &mut Tasks,
-) -> anyhow::Result<(Parts, Option<LogWriter>)> {
+async fn parts(config: Config, open_files: u64, tasks: &mut Tasks) -> anyhow::Result<(Parts, Writers)> {
     let registry = Registry::new();
     let control_plane = authority::control_plane(&config)?;
     let trust = trust(&config, tasks).await?;
@@ -194,6 +198,9 @@ async fn parts(
     };
     let (access_log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     access_log.register(&registry);
+    let (access_log, flows, flow_counter) =
+        Flows::observe(access_log, config.proxy.flows.clone(), Observer::Node).context("count flows")?;
+    flows.register(&registry);
     let tcp_metrics = TcpMetrics::register(&registry, ambit_telemetry::tcp::DEFAULT_MAX_SERIES);
     let budget = WindowBudget::new(WINDOW_BUDGET);
     let parts = Parts {
@@ -204,11 +211,12 @@ async fn parts(
         directory: reader,
         discovery,
         access_log,
+        flows,
         tcp_metrics,
         budget,
         open_files,
     };
-    Ok((parts, access_writer))
+    Ok((parts, Writers { _access_log: access_writer, _flows: flow_counter }))
 }
 
 async fn trust(config: &Config, tasks: &mut Tasks) -> anyhow::Result<Trust> {

@@ -52,8 +52,9 @@ fn routes(parts: &Parts, program: &Program, logging: &Logging, stop: &Requests) 
         .section("certificates", move || Ok(dump::certificates(&certificates.list())))
         .section("connections", move || serde_json::to_value(proxy.connections.summaries()))
         .section("pods", move || Ok(pod_dump(&pods)));
-    let admin = explain::routes(admin, &program.proxy);
-    servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logging, stop)
+    let admin = parts.flows.route(explain::routes(admin, &program.proxy));
+    let logs = (logging, &parts.access_log);
+    servers::with_common_routes(admin, parts.config.clone(), env!("CARGO_PKG_VERSION"), logs, stop)
 }
 
 fn pod_dump(proxy: &Proxy) -> Value {

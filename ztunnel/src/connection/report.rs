@@ -12,15 +12,15 @@ use std::time::{Duration, Instant};
 use ambit_directory::{Authority, Service};
 use ambit_hbone::Baggage;
 use ambit_identity::SpiffeId;
-use ambit_telemetry::access::{self, AccessLog, Entry};
-use ambit_telemetry::tcp::{Labels, Security, Series};
+use ambit_telemetry::access::{self, AccessLog, Entry, Status};
+use ambit_telemetry::tcp::{Labels, ResponseFlags, Security, Series};
 use ambit_telemetry::{TcpMetrics, tcp};
 use parking_lot::Mutex;
 
 use crate::connection::error::ConnectionError;
 use ambit_runtime::connections::{Direction, Open};
 pub use ambit_runtime::peers::End;
-use ambit_runtime::peers::{party, peer_labels, service_labels};
+use ambit_runtime::peers::{dialled, party, peer_labels, service_labels};
 
 /// Pairs of workloads whose counters are cached; above this number the cache is cleared.
 const MAX_PAIRS: usize = 512;
@@ -144,7 +144,7 @@ impl Reporter {
     /// Reports a connection that failed before it was open.
     pub fn failed(&self, record: &AccessRecord, error: &ConnectionError) {
         self.series(record).fail(error.response_flags());
-        self.write(record, (0, 0), record.since.elapsed(), Some(error.to_string()));
+        self.write(record, (0, 0), record.since.elapsed(), Some((status(error), error.to_string())));
     }
 
     fn series(&self, record: &AccessRecord) -> Arc<Series> {
@@ -162,20 +162,29 @@ impl Reporter {
         series
     }
 
-    fn write(&self, record: &AccessRecord, bytes: (u64, u64), duration: Duration, error: Option<String>) {
+    fn write(
+        &self,
+        record: &AccessRecord,
+        bytes: (u64, u64),
+        duration: Duration,
+        failure: Option<(Status, String)>,
+    ) {
         if !self.log.is_enabled() {
             return;
         }
         let (bytes_sent, bytes_received) = bytes;
+        let (status, error) = failure.map_or((Status::Ok, None), |(status, error)| (status, Some(error)));
         self.log.log(Entry {
             source: party(&record.source, record.source_address),
             destination: party(&record.destination, record.destination_address),
             hbone_addr: record.hbone_address.clone(),
             service: record.service.as_ref().map(|service| service.host.hostname.clone()),
+            dialled: dialled(record.service.as_deref(), 0),
             direction: match record.direction {
                 Direction::Inbound => access::Direction::Inbound,
                 Direction::Outbound => access::Direction::Outbound,
             },
+            status,
             bytes_sent,
             bytes_received,
             duration,
@@ -197,10 +206,10 @@ pub struct ConnectionReport {
 impl ConnectionReport {
     /// The connection ended.
     pub fn finish(mut self, outcome: &Result<(), ConnectionError>) {
-        self.write(outcome.as_ref().err().map(ToString::to_string));
+        self.write(outcome.as_ref().err().map(|error| (status(error), error.to_string())));
     }
 
-    fn write(&mut self, error: Option<String>) {
+    fn write(&mut self, failure: Option<(Status, String)>) {
         if std::mem::replace(&mut self.reported, true) {
             return;
         }
@@ -208,13 +217,20 @@ impl ConnectionReport {
         let counters = &self.connection.counters;
         // Metrics contract: what dashboards call sent is what the server sent.
         let bytes = (counters.received(), counters.sent());
-        self.reporter.write(&self.record, bytes, self.record.since.elapsed(), error);
+        self.reporter.write(&self.record, bytes, self.record.since.elapsed(), failure);
     }
 }
 
 impl Drop for ConnectionReport {
     fn drop(&mut self) {
-        self.write(Some("cancelled".to_owned()));
+        self.write(Some((Status::Failed, "cancelled".to_owned())));
+    }
+}
+
+fn status(error: &ConnectionError) -> Status {
+    match error.response_flags() {
+        ResponseFlags::Denied => Status::Denied,
+        _ => Status::Failed,
     }
 }
 

@@ -5,6 +5,7 @@
 //! the reference page.
 
 pub mod common;
+pub mod flows;
 mod keys;
 pub mod proxy;
 mod span;

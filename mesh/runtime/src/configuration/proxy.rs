@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::common::{AccessLog, Cipher, LogFormat};
+use super::flows::FlowSettings;
 use super::{ConfigError, Span};
 
 /// Settings of every proxy. A program's configuration flattens them among its own.
@@ -53,6 +54,8 @@ pub struct ProxySettings {
     pub drain_idle: Span,
     /// The access log.
     pub access_log: AccessLog,
+    /// The flows that the proxy remembers.
+    pub flows: FlowSettings,
     /// Certificate revocation list (PEM or DER); watched. None: nothing is revoked.
     pub crl_file: Option<PathBuf>,
     /// Name of the proxy's own pod, part of its xDS node id.
@@ -96,6 +99,7 @@ impl Default for ProxySettings {
             drain_timeout: Span::from_secs(600),
             drain_idle: Span::from_secs(10),
             access_log: AccessLog::default(),
+            flows: FlowSettings::default(),
             crl_file: None,
             pod_name: String::new(),
             pod_namespace: "default".into(),
@@ -172,7 +176,7 @@ impl ProxySettings {
         if !self.control_plane.is_empty() && !is_address(&self.control_plane) {
             return Err(ConfigError::value("controlPlane", "is not host:port"));
         }
-        Ok(())
+        self.flows.validate()
     }
 }
 

@@ -62,6 +62,8 @@ impl Fields for RequestEntry {
             source,
             destination,
             service,
+            dialled: _,
+            status: _,
             protocol,
             method,
             authority,
@@ -116,18 +118,21 @@ fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
         destination,
         hbone_addr,
         service,
+        dialled: _,
         direction,
+        status: _,
         bytes_sent,
         bytes_received,
         duration,
         error,
     } = entry;
-    let Party { addr: source_addr, workload, namespace, identity } = source;
+    let Party { addr: source_addr, workload, namespace, identity, owner: _ } = source;
     let Party {
         addr: destination_addr,
         workload: destination_workload,
         namespace: destination_namespace,
         identity: destination_identity,
+        owner: _,
     } = destination;
     let direction = match direction {
         Direction::Inbound => "inbound",
@@ -197,6 +202,7 @@ fn put(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Dialled, Status};
     use super::*;
     use std::time::Duration;
 
@@ -207,11 +213,14 @@ mod tests {
                 workload: Some("sleep-1".into()),
                 namespace: Some("default".into()),
                 identity: Some("spiffe://cluster.local/ns/default/sa/sleep".into()),
+                owner: None,
             },
             destination: Party { addr: Some("10.0.0.2:15008".parse().unwrap()), ..Party::default() },
             hbone_addr: Some("10.0.0.2:9080".into()),
             service: Some("reviews.default.svc.cluster.local".into()),
+            dialled: Dialled::default(),
             direction: Direction::Outbound,
+            status: Status::Ok,
             bytes_sent: 12,
             bytes_received: 34,
             duration: Duration::from_millis(5),

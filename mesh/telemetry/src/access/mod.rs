@@ -1,9 +1,12 @@
 //! The access log: one line a connection, when it ends.
 //!
 //! A proxy fills an [`Entry`] (shared strings, no formatting) and hands it over; the writer's thread
-//! renders it. Nothing waits for the disk.
+//! renders it. The same records go to whoever taps them ([`Taps`]) and to the program's observer of them. Nothing waits for the
+//! disk, for a tap or for the observer.
 
+mod filter;
 mod format;
+mod tap;
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,6 +16,9 @@ use std::time::{Duration, SystemTime};
 
 use crate::Registry;
 use crate::sink::{LogWriter, Render, Sink, Target};
+
+pub use filter::{Filter, FilterError};
+pub use tap::{Tap, TapLines, Taps, TooManyTaps};
 
 /// How lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +67,41 @@ pub struct Party {
     pub namespace: Option<Arc<str>>,
     /// `spiffe://…`, where the peer was authenticated.
     pub identity: Option<Arc<str>>,
+    /// Name of what the pod belongs to, such as its Deployment. Not part of a line.
+    pub owner: Option<Arc<str>>,
+}
+
+/// What a client dialled, before routes and endpoints. Not part of a line.
+#[derive(Debug, Clone, Default)]
+pub struct Dialled {
+    /// Namespace of the service.
+    pub namespace: Option<Arc<str>>,
+    /// Host name of the service; `None` where an address was dialled.
+    pub host: Option<Arc<str>>,
+    /// The port; 0 if it is not known.
+    pub port: u16,
+}
+
+/// How a connection or request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// As its ends wanted; for a request, with whatever answer an endpoint gave.
+    Ok,
+    /// Policy denied it.
+    Denied,
+    /// It failed otherwise.
+    Failed,
+}
+
+impl Status {
+    /// As filters and taps name it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Denied => "denied",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 /// A connection that ended.
@@ -74,8 +115,12 @@ pub struct Entry {
     pub hbone_addr: Option<Arc<str>>,
     /// Host name of the service dialled.
     pub service: Option<Arc<str>>,
+    /// What was dialled.
+    pub dialled: Dialled,
     /// The direction.
     pub direction: Direction,
+    /// How it ended.
+    pub status: Status,
     /// Bytes from client to server for outbound, as the reporting proxy counts them.
     pub bytes_sent: u64,
     /// Bytes the other way.
@@ -93,8 +138,12 @@ pub struct RequestEntry {
     pub source: Party,
     /// The endpoint that answered, or was tried last.
     pub destination: Party,
-    /// Host name of the service dialled.
+    /// Host name of the service of that endpoint, or of the one dialled.
     pub service: Option<Arc<str>>,
+    /// What was dialled.
+    pub dialled: Dialled,
+    /// How it ended.
+    pub status: Status,
     /// `HTTP/1.1`, `HTTP/2`, ...
     pub protocol: &'static str,
     /// The method.
@@ -127,34 +176,75 @@ pub struct RequestEntry {
     pub error: Option<String>,
 }
 
-/// The access log. Cheap to clone; a disabled one does nothing.
-#[derive(Debug, Clone)]
+/// What ended, and when.
+#[derive(Debug)]
+pub struct Record {
+    /// What ended.
+    pub ended: Ended,
+    /// When.
+    pub time: SystemTime,
+}
+
+/// What a record is of.
+#[derive(Debug)]
+pub enum Ended {
+    /// A connection.
+    Connection(Entry),
+    /// A request.
+    Request(RequestEntry),
+}
+
+impl Record {
+    /// How it ended.
+    pub fn status(&self) -> Status {
+        match &self.ended {
+            Ended::Connection(entry) => entry.status,
+            Ended::Request(entry) => entry.status,
+        }
+    }
+
+    fn render(&self, format: Format, line: &mut Vec<u8>) {
+        match (&self.ended, format) {
+            (Ended::Connection(entry), Format::Tab) => format::tab(entry, self.time, line),
+            (Ended::Connection(entry), Format::Json) => format::json(entry, self.time, line),
+            (Ended::Request(entry), Format::Tab) => format::tab(entry, self.time, line),
+            (Ended::Request(entry), Format::Json) => format::json(entry, self.time, line),
+        }
+    }
+}
+
+/// What is done with every record beside writing and tapping it. Must not block.
+type Observe = Arc<dyn Fn(&Arc<Record>) + Send + Sync>;
+
+/// The access log. Cheap to clone; one that is disabled, not observed and not tapped does nothing.
+#[derive(Clone, Default)]
 pub struct AccessLog {
     writer: Option<(Sink<Line>, Format)>,
+    observer: Option<Observe>,
+    taps: Taps,
 }
 
-/// An entry on its way to the writer.
+impl std::fmt::Debug for AccessLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { writer, observer, taps } = self;
+        f.debug_struct("AccessLog")
+            .field("writer", writer)
+            .field("observed", &observer.is_some())
+            .field("taps", taps)
+            .finish()
+    }
+}
+
+/// A record on its way to the writer.
 #[derive(Debug)]
 struct Line {
-    entry: LineOf,
-    time: SystemTime,
+    record: Arc<Record>,
     format: Format,
-}
-
-#[derive(Debug)]
-enum LineOf {
-    Connection(Box<Entry>),
-    Request(Box<RequestEntry>),
 }
 
 impl Render for Line {
     fn render(&self, line: &mut Vec<u8>) {
-        match (&self.entry, self.format) {
-            (LineOf::Connection(entry), Format::Tab) => format::tab(&**entry, self.time, line),
-            (LineOf::Connection(entry), Format::Json) => format::json(&**entry, self.time, line),
-            (LineOf::Request(entry), Format::Tab) => format::tab(&**entry, self.time, line),
-            (LineOf::Request(entry), Format::Json) => format::json(&**entry, self.time, line),
-        }
+        self.record.render(self.format, line);
     }
 }
 
@@ -163,37 +253,59 @@ impl AccessLog {
     pub fn start(config: Config) -> io::Result<(Self, LogWriter)> {
         let Config { format, target, queue } = config;
         let (sink, writer) = Sink::spawn("access-log", target, queue)?;
-        Ok((Self { writer: Some((sink, format)) }, writer))
+        Ok((Self { writer: Some((sink, format)), ..Self::disabled() }, writer))
     }
 
     /// A log that writes nothing.
     pub fn disabled() -> Self {
-        Self { writer: None }
+        Self::default()
     }
 
-    /// Whether entries are written. A caller need not build them otherwise.
+    /// The same log, whose records `observe` sees too, on the thread that made them. It must not block.
+    #[must_use]
+    pub fn observed_by(self, observe: impl Fn(&Arc<Record>) + Send + Sync + 'static) -> Self {
+        Self { observer: Some(Arc::new(observe)), ..self }
+    }
+
+    /// Those who follow the records while the program runs.
+    pub fn taps(&self) -> &Taps {
+        &self.taps
+    }
+
+    /// Whether anybody wants entries. A caller need not build them otherwise.
     pub fn is_enabled(&self) -> bool {
-        self.writer.is_some()
+        self.writer.is_some() || self.observer.is_some() || self.taps.is_open()
     }
 
     /// Logs a connection that ended now. Never blocks.
     pub fn log(&self, entry: Entry) {
-        self.send(LineOf::Connection(Box::new(entry)));
+        self.send(Ended::Connection(entry));
     }
 
     /// Logs a request that ended now. Never blocks.
     pub fn log_request(&self, entry: RequestEntry) {
-        self.send(LineOf::Request(Box::new(entry)));
+        self.send(Ended::Request(entry));
     }
 
-    fn send(&self, entry: LineOf) {
+    fn send(&self, ended: Ended) {
+        if !self.is_enabled() {
+            return;
+        }
+        let record = Arc::new(Record { ended, time: SystemTime::now() });
+        if self.taps.is_open() {
+            self.taps.offer(&record);
+        }
+        if let Some(observe) = &self.observer {
+            observe(&record);
+        }
         if let Some((sink, format)) = &self.writer {
-            sink.send(Line { entry, time: SystemTime::now(), format: *format });
+            sink.send(Line { record, format: *format });
         }
     }
 
-    /// Registers `ambit_access_log_dropped_total` and `ambit_access_log_failed_writes_total`.
+    /// Registers `ambit_access_log_dropped_total` and `ambit_access_log_failed_writes_total`, and the metrics of taps.
     pub fn register(&self, registry: &Registry) {
+        self.taps.register(registry);
         let Some((sink, _)) = &self.writer else { return };
         let read = |counter: fn(&crate::sink::SinkMetrics) -> &AtomicU64| {
             let metrics = Arc::clone(sink.metrics());

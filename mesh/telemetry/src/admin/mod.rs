@@ -11,7 +11,8 @@ use serde_json::{Map, Value};
 use tracing::warn;
 
 use crate::LevelHandle;
-use crate::http::{Query, Reply, Router, reply, text};
+use crate::access::{Filter, Taps};
+use crate::http::{Query, Reply, Router, reply, stream, text};
 
 pub use profile::ProfileError;
 
@@ -77,6 +78,21 @@ impl Admin {
         self.router = self.router.post("/drain_listeners", move |_| {
             drain();
             async { text(StatusCode::OK, "draining\n") }
+        });
+        self
+    }
+
+    /// `GET /tap`: the records of the access log from now on, one JSON object a line, those that the parameters choose
+    /// ([`Filter::parse`]). 429 while there are too many.
+    #[must_use]
+    pub fn taps(mut self, taps: Taps) -> Self {
+        self.router = self.router.get("/tap", move |query| {
+            let reply = match Filter::parse(&query).map(|filter| taps.open(filter)) {
+                Ok(Ok(tap)) => stream("application/x-ndjson", tap.into_lines()),
+                Ok(Err(error)) => text(StatusCode::TOO_MANY_REQUESTS, format!("{error}\n")),
+                Err(error) => text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+            };
+            async move { reply }
         });
         self
     }
