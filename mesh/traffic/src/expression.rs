@@ -388,6 +388,9 @@ mod tests {
                 assert!(with_facts(|facts| expression.holds(facts)) == Ok(true), "{text}");
             }
         }
+        for text in [of("1 + ", 500, "1 == 1"), format!("request.headers{} == 1", ".a".repeat(20))] {
+            assert_eq!(Expression::compile(&text), Err(ExpressionError::TooDeep), "{text}");
+        }
         let alternatives = (0..60).map(|at| format!("request.path == '/{at}'"));
         let many = alternatives.collect::<Vec<_>>().join(" || ");
         assert_eq!(holds(&many), Ok(false), "alternatives are balanced");
