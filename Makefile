@@ -42,8 +42,9 @@ cluster: cluster-programs ## a real two-node Kubernetes with Ambit and Bookinfo,
 cluster-down: ## ends it and removes everything of it
 	$(BIN)/ambit-cluster down
 
-conformance: cluster-programs ## the mesh profiles of Gateway API's conformance suite, with a report in docs/conformance; needs root and Go
-	$(BIN)/ambit-cluster conformance --report docs/conformance/gateway-api-1.7.0-mesh.yaml
+conformance: cluster-programs ## the mesh and gateway profiles of Gateway API's conformance suite, with reports in docs/conformance; needs root and Go
+	$(BIN)/ambit-cluster conformance --suite mesh --report docs/conformance/gateway-api-1.7.0-mesh.yaml
+	$(BIN)/ambit-cluster conformance --suite gateways --report docs/conformance/gateway-api-1.7.0-gateway.yaml
 
 test: cluster-programs ## every test; needs root
 	@test "$$(id -u)" = 0 || { echo "make test needs root: the namespace tests make network namespaces" >&2; exit 1; }

@@ -15,9 +15,9 @@ use serde_json::Value;
 use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
-    Gateway, Invalid, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod,
-    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy,
-    VirtualService, WorkloadEntry, manifest,
+    Gateway, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication,
+    Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry,
+    TrafficPolicy, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -196,6 +196,7 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
             Object::WorkloadEntry(typed::<manifest::WorkloadEntry, WorkloadEntry>(document)?)
         }
         Kind::Gateway => Object::Gateway(typed::<manifest::Gateway, Gateway>(document)?),
+        Kind::ListenerSet => Object::ListenerSet(typed::<manifest::ListenerSet, ListenerSet>(document)?),
         Kind::HttpRoute => Object::HttpRoute(typed::<manifest::HttpRoute, Route>(document)?),
         Kind::GrpcRoute => Object::GrpcRoute(typed::<manifest::GrpcRoute, Route>(document)?),
         Kind::TcpRoute => Object::TcpRoute(typed::<manifest::TcpRoute, Route>(document)?),

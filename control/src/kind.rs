@@ -35,6 +35,8 @@ pub enum Kind {
     WorkloadEntry,
     /// A waypoint, or the way into another network.
     Gateway,
+    /// Listeners that are added to a gateway.
+    ListenerSet,
     /// Where HTTP requests go.
     HttpRoute,
     /// Where gRPC calls go.
@@ -131,7 +133,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 25] = [
+    pub const ALL: [Kind; 26] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -147,6 +149,7 @@ impl Kind {
         Kind::ServiceEntry,
         Kind::WorkloadEntry,
         Kind::Gateway,
+        Kind::ListenerSet,
         Kind::HttpRoute,
         Kind::GrpcRoute,
         Kind::TcpRoute,
@@ -185,6 +188,7 @@ impl Kind {
             Kind::ServiceEntry => extension(NETWORKING.0, NETWORKING.1, "ServiceEntry", "serviceentries"),
             Kind::WorkloadEntry => extension(NETWORKING.0, NETWORKING.1, "WorkloadEntry", "workloadentries"),
             Kind::Gateway => extension(GATEWAY.0, GATEWAY.1, "Gateway", "gateways"),
+            Kind::ListenerSet => extension(GATEWAY.0, &["v1"], "ListenerSet", "listenersets"),
             Kind::HttpRoute => extension(GATEWAY.0, GATEWAY.1, "HTTPRoute", "httproutes"),
             Kind::GrpcRoute => extension(GATEWAY.0, GATEWAY.1, "GRPCRoute", "grpcroutes"),
             Kind::TcpRoute => extension(GATEWAY.0, &["v1", "v1alpha2"], "TCPRoute", "tcproutes"),

@@ -25,6 +25,7 @@ use smallvec::SmallVec;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::accept::Destination;
 use crate::accept::Inbound;
 use crate::answer::grpc_status;
 use crate::authorize::AllowedRequest;
@@ -92,7 +93,8 @@ pub async fn send(
         Some(balanced) => Some(balanced.current(&inbound.worker.proxy)?),
         None => None,
     };
-    let form = Form { parts: &parts, sane, host: on_response.host.as_ref() };
+    let at_gateway = matches!(inbound.destination, Destination::Listener { .. });
+    let form = Form { parts: &parts, sane, host: on_response.host.as_ref(), at_gateway };
     let pool = balancer.as_ref().map(|balancer| &balancer.policy().pool);
     let http2 = form.speaks_http2(target, pool);
     mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
@@ -151,11 +153,14 @@ pub struct Form<'a> {
     pub sane: &'a Sane,
     /// Another host, if a filter says so.
     pub host: Option<&'a Authority>,
+    /// Whether the client speaks to a gateway, not to the endpoint that it has in mind: its protocol says nothing of that.
+    pub at_gateway: bool,
 }
 
 impl Form<'_> {
     /// Whether endpoints are spoken to in HTTP/2: as a policy says, else as declared, else as the client does. What wants to change the
-    /// protocol can do so in HTTP/1 only. Inside TLS, what is not declared is HTTP/1.1, which every server speaks, except gRPC.
+    /// protocol can do so in HTTP/1 only. Inside TLS and at gateways, what is not declared is HTTP/1.1, which every server speaks,
+    /// except gRPC.
     pub fn speaks_http2(&self, target: &Target, pool: Option<&PoolPolicy>) -> bool {
         if self.sane.upgrade.is_some() {
             return false;
@@ -167,7 +172,7 @@ impl Form<'_> {
             _ if pool.is_some_and(|pool| pool.upgrade_to_http2) => true,
             AppProtocol::Http2 | AppProtocol::Grpc => true,
             AppProtocol::Http11 => self.sane.grpc,
-            _ if target.tls => self.sane.grpc,
+            _ if target.tls || self.at_gateway => self.sane.grpc,
             AppProtocol::Unknown | AppProtocol::Tcp | AppProtocol::Tls => {
                 self.sane.version == Version::HTTP_2
             }
@@ -177,7 +182,7 @@ impl Form<'_> {
 
 /// The request's head in the form that the endpoint's version wants.
 pub fn head(form: &Form<'_>, http2: bool, tls: bool) -> Request<()> {
-    let Form { parts, sane, host } = form;
+    let Form { parts, sane, host, at_gateway: _ } = form;
     let mut request = Request::new(());
     *request.method_mut() = parts.method.clone();
     *request.headers_mut() = parts.headers.clone();

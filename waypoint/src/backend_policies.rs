@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::backend_tls::{BackendTls, TlsClients};
 
 /// The kind of policies that say nothing but TLS.
-const TLS_POLICY: &str = "BackendTLSPolicy";
+pub(crate) const TLS_POLICY: &str = "BackendTLSPolicy";
 
 /// What a policy says of one port of a service or subset. The default: of services without a policy.
 #[derive(Debug, Clone, Default, PartialEq)]

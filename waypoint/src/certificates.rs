@@ -7,16 +7,19 @@ use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
+
+use crate::client_verifier;
 
 /// What is spoken after the handshake of an HTTPS listener, the preferred one first.
 const HTTP: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// The TLS of a listener with these key pairs; `None` if none of them can be used.
+/// The TLS of a listener with these key pairs; `None` if none of them can be used, or no root that clients are to be verified by.
 pub fn server_config<'a>(
     pairs: impl IntoIterator<Item = (&'a str, &'a l7::KeyPair)>,
     is_http: bool,
+    validation: Option<&l7::ClientValidation>,
 ) -> Option<Arc<ServerConfig>> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut certificates = Certificates::default();
@@ -29,9 +32,13 @@ pub fn server_config<'a>(
     if certificates.0.is_empty() {
         return None;
     }
+    let verifier = validation.map(|validation| client_verifier::of(validation, &provider)).transpose();
+    let verifier = verifier.inspect_err(|error| tracing::error!(%error, "clients can't be verified")).ok()?;
     let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let builder = builder.inspect_err(|error| tracing::error!(%error, "TLS can't be set up")).ok()?;
-    let mut config = builder.with_no_client_auth().with_cert_resolver(Arc::new(certificates));
+    let builder =
+        builder.with_client_cert_verifier(verifier.unwrap_or_else(WebPkiClientVerifier::no_client_auth));
+    let mut config = builder.with_cert_resolver(Arc::new(certificates));
     if is_http {
         config.alpn_protocols = HTTP.map(<[u8]>::to_vec).to_vec();
     }
@@ -134,8 +141,8 @@ mod tests {
         let (one, other) = (pair(&["a.example"]), pair(&["b.example"]));
         let mixed = l7::KeyPair { private_key: other.private_key, ..one.clone() };
         let empty = l7::KeyPair::default();
-        assert!(server_config([("mixed", &mixed), ("empty", &empty)], true).is_none());
-        let config = server_config([("mixed", &mixed), ("one", &one)], true).unwrap();
+        assert!(server_config([("mixed", &mixed), ("empty", &empty)], true, None).is_none());
+        let config = server_config([("mixed", &mixed), ("one", &one)], true, None).unwrap();
         assert_eq!(config.alpn_protocols, HTTP);
     }
 }

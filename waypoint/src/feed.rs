@@ -1,5 +1,6 @@
 //! From discovery to the directory and the table of routes: each batch of the control plane is applied as one switch.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use ambit_route::{StreamTable, Table};
 use ambit_runtime::feed::{Credentialed, address, policy, rejected};
 use ambit_xds::{Client, ClientConfig, Handler, Rejected, Update};
 
-use crate::backend_policies::BackendPolicies;
+use crate::backend_policies::{BackendPolicies, TLS_POLICY};
 use crate::backend_tls::TlsClients;
 use crate::config::Config;
 use crate::dump;
@@ -105,6 +106,16 @@ impl Applier {
         }
     }
 
+    /// What the gateway shows to endpoints.
+    fn client_certificate(&self) -> Option<l7::ClientCertificate> {
+        let pair = self.gateways.values().find_map(|gateway| self.key_pairs.get(&gateway.client_key_pair))?;
+        Some(l7::ClientCertificate {
+            chain: pair.certificates.clone(),
+            key: pair.private_key.clone(),
+            ..l7::ClientCertificate::default()
+        })
+    }
+
     /// What is in force now, with what a batch did to it.
     fn publish(&self, changed: Changed) {
         let mut next = Published::clone(&self.published.load());
@@ -122,9 +133,13 @@ impl Applier {
             let is_own = |gateway: &str| self.gateways.contains_key(gateway);
             next.policies = Arc::new(Policies::new(&self.policies, &next.policies, is_own));
         }
-        if changed.backends {
+        let shown = self.client_certificate();
+        if changed.backends || changed.gateways || (changed.listeners && shown.is_some()) {
             let generation = next.backends.generation() + 1;
-            next.backends = Arc::new(BackendPolicies::new(generation, self.backends.values(), &self.tls));
+            let sources: Vec<_> =
+                self.backends.values().map(|policy| with_certificate(policy, shown.as_ref())).collect();
+            next.backends =
+                Arc::new(BackendPolicies::new(generation, sources.iter().map(AsRef::as_ref), &self.tls));
         }
         if changed.routes {
             next.routes = Arc::new(self.routes.clone());
@@ -135,6 +150,20 @@ impl Applier {
         }
         self.published.publish(next, changed.gateways || changed.policies);
     }
+}
+
+/// A policy with what the gateway shows to endpoints, where the policy is a BackendTLSPolicy.
+fn with_certificate<'p>(
+    policy: &'p l7::BackendPolicy,
+    certificate: Option<&l7::ClientCertificate>,
+) -> Cow<'p, l7::BackendPolicy> {
+    let is_tls = policy.object.as_ref().is_some_and(|object| object.kind == TLS_POLICY);
+    let Some(certificate) = certificate.filter(|_| is_tls) else { return Cow::Borrowed(policy) };
+    let mut policy = policy.clone();
+    for tls in policy.settings.iter_mut().filter_map(|settings| settings.tls.as_mut()) {
+        tls.certificate.get_or_insert_with(|| certificate.clone());
+    }
+    Cow::Owned(policy)
 }
 
 /// What a batch has changed beside the directory.

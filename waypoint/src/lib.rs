@@ -21,6 +21,7 @@ pub mod certificates;
 pub mod client;
 pub mod client_hello;
 pub mod client_stream;
+pub mod client_verifier;
 pub mod config;
 pub mod dump;
 pub mod exchange;

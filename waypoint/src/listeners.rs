@@ -61,7 +61,7 @@ impl Listeners {
                     key_pairs.get_key_value(name).map(|(name, pair)| (name.as_str(), pair))
                 });
                 let is_http = source.protocol() == l7::ListenerProtocol::HttpsListener;
-                tls = server_config(pairs, is_http);
+                tls = server_config(pairs, is_http, ends.client_validation.as_ref());
                 if tls.is_none() {
                     continue;
                 }
@@ -117,7 +117,11 @@ mod tests {
     #[test]
     fn tls_without_a_certificate_is_not_served() {
         let protocol = l7::ListenerProtocol::HttpsListener.into();
-        let tls = Some(l7::ListenerTls { key_pairs: vec!["gone".to_owned()], passthrough: false });
+        let tls = Some(l7::ListenerTls {
+            key_pairs: vec!["gone".to_owned()],
+            passthrough: false,
+            client_validation: None,
+        });
         let https = l7::Listener { port: 443, protocol, tls, ..l7::Listener::default() };
         let all = BTreeMap::from([("https".to_owned(), https)]);
         assert_eq!(Listeners::new(&all, &BTreeMap::new()).layer(443), None);

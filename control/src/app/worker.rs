@@ -173,7 +173,8 @@ impl IndexWorker {
             };
         }
         drop(all);
-        self.waypoints.push(objects.iter().filter(|object| object.kind == Kind::Gateway).cloned());
+        let of_gateways = |object: &&ObjectRef| matches!(object.kind, Kind::Gateway | Kind::ListenerSet);
+        self.waypoints.push(objects.iter().filter(of_gateways).cloned());
         self.statuses.push(objects.into_iter().filter(|object| status::KINDS.contains(&object.kind)));
     }
 }
@@ -185,11 +186,13 @@ fn statuses_of(changes: &[Change]) -> Vec<ObjectRef> {
 }
 
 /// The Gateways whose deployment may have to be looked at, if they are waypoints: those that changed, and those of whose
-/// name something changed that a waypoint consists of.
+/// name something changed that a waypoint consists of; and the ListenerSets that changed.
 fn parts_of_waypoints(changes: &[Change]) -> Vec<ObjectRef> {
     let is_part = |change: &&Change| {
         matches!(change.kind(), Kind::Gateway | Kind::Service | Kind::ServiceAccount | Kind::Deployment)
     };
     let parts = changes.iter().filter(is_part);
-    parts.map(|change| ObjectRef { kind: Kind::Gateway, name: change.reference().name }).collect()
+    let gateways = parts.map(|change| ObjectRef { kind: Kind::Gateway, name: change.reference().name });
+    let sets = changes.iter().filter(|change| change.kind() == Kind::ListenerSet).map(Change::reference);
+    gateways.chain(sets).collect()
 }

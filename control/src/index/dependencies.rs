@@ -21,6 +21,10 @@ pub(super) enum Dependency {
     Secret(NamespacedName),
     /// A gateway.
     Gateway(NamespacedName),
+    /// A ListenerSet.
+    ListenerSet(NamespacedName),
+    /// The ListenerSets of a gateway.
+    ListenerSetsOf(NamespacedName),
     /// The gateways of a class.
     GatewayClass(Arc<str>),
     /// The gateways into a network.
@@ -43,7 +47,7 @@ pub(super) enum Dependency {
     RoutesTo(NamespacedName),
     /// The ReferenceGrants of a namespace.
     Grants(Arc<str>),
-    /// The routes that want to be attached to a Service, ServiceEntry or Gateway.
+    /// The routes that want to be attached to a Service, ServiceEntry, Gateway or ListenerSet.
     RoutesOf(ObjectRef),
     /// Which hosts Services and ServiceEntries have.
     Hosts,

@@ -148,14 +148,25 @@ pub struct Finding {
     pub parent_ref: Option<ParentRef>,
     /// The listener that the condition is of.
     pub listener: Option<ListenerFacts>,
+    /// The ListenerSets of the Gateway that the condition is of.
+    pub listener_sets: Option<ListenerSetFacts>,
     /// The controller that says so.
     pub controller: &'static str,
 }
 
 impl Finding {
     fn new(condition: &'static str, met: bool, reason: &'static str, message: String) -> Finding {
-        let (parent, parent_ref, listener) = (None, None, None);
-        Finding { condition, met, reason, message, parent, parent_ref, listener, controller: CONTROLLER }
+        Finding {
+            condition,
+            met,
+            reason,
+            message,
+            parent: None,
+            parent_ref: None,
+            listener: None,
+            listener_sets: None,
+            controller: CONTROLLER,
+        }
     }
 
     fn relative_to(self, kind: Kind, name: &NamespacedName) -> Finding {
@@ -172,6 +183,17 @@ pub struct ListenerFacts {
     pub kinds: Vec<Kind>,
     /// How many routes are attached to it.
     pub attached: usize,
+}
+
+/// What the ListenerSets of a Gateway add to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ListenerSetFacts {
+    /// Those that name the Gateway, whether they are attached or not.
+    pub all: Vec<NamespacedName>,
+    /// How many are attached: at least one listener of them is served.
+    pub attached: usize,
+    /// The ports of their listeners.
+    pub ports: BTreeSet<u16>,
 }
 
 /// What a batch of changes to objects did.
@@ -340,6 +362,7 @@ impl Index {
                 let remote = entries::of_remote_gateway(&reader, id);
                 remote.into_iter().chain(l7::gateways::of_gateway(&reader, id)).collect()
             }
+            Kind::ListenerSet => l7::listener_sets::of_set(&reader, id),
             Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
                 l7::routes::of_route(&reader, producer)
             }

@@ -10,8 +10,8 @@ use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, Namespace,
-    NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, ListenerSet,
+    Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service,
     ServiceEntry, TrafficPolicy, VirtualService, Visibility,
 };
 
@@ -73,6 +73,21 @@ impl<'a> Reader<'a> {
     pub(super) fn gateway(&self, id: &NamespacedName) -> Option<&'a Gateway> {
         self.depend(Dependency::Gateway(id.clone()));
         self.store.gateways.get(id).map(AsRef::as_ref)
+    }
+
+    pub(super) fn listener_set(&self, id: &NamespacedName) -> Option<&'a ListenerSet> {
+        self.depend(Dependency::ListenerSet(id.clone()));
+        self.store.listener_sets.get(id).map(AsRef::as_ref)
+    }
+
+    /// The ListenerSets that name a gateway as their parent, the senior first.
+    pub(super) fn listener_sets_of(&self, gateway: &NamespacedName) -> Vec<&'a ListenerSet> {
+        self.depend(Dependency::ListenerSetsOf(gateway.clone()));
+        let ids = self.store.listener_sets_by_gateway.of(gateway);
+        let mut sets: Vec<&ListenerSet> =
+            ids.filter_map(|id| self.store.listener_sets.get(id)).map(AsRef::as_ref).collect();
+        sets.sort_by_key(|set| set.meta.seniority());
+        sets
     }
 
     pub(super) fn secret(&self, id: &NamespacedName) -> Option<&'a Secret> {

@@ -10,8 +10,8 @@ use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress,
-    Kind, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet,
-    RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService,
+    Kind, ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant,
+    ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService,
     WorkloadEntry, WorkloadSpec,
 };
 
@@ -30,6 +30,7 @@ pub(super) struct Store {
     pub(super) service_entries: HashMap<NamespacedName, Arc<ServiceEntry>>,
     pub(super) workload_entries: HashMap<NamespacedName, Arc<WorkloadEntry>>,
     pub(super) gateways: HashMap<NamespacedName, Arc<Gateway>>,
+    pub(super) listener_sets: HashMap<NamespacedName, Arc<ListenerSet>>,
     pub(super) routes: HashMap<ObjectRef, Arc<Route>>,
     pub(super) grants: HashMap<NamespacedName, Arc<ReferenceGrant>>,
     pub(super) virtual_services: HashMap<NamespacedName, Arc<VirtualService>>,
@@ -92,6 +93,8 @@ pub(super) struct Store {
     pub(super) traffic_policies_by_target: Reverse<ObjectRef>,
     /// ReferenceGrants by namespace.
     pub(super) grants_by_namespace: Reverse<Arc<str>>,
+    /// ListenerSets by their gateway.
+    pub(super) listener_sets_by_gateway: Reverse<NamespacedName>,
     /// Gateways by the network that they lead into.
     pub(super) gateways_by_network: Reverse<Arc<str>>,
 }
@@ -361,6 +364,22 @@ impl Store {
         match new.and_then(|e| e.selector.as_ref()) {
             Some(selector) => self.entry_selectors.apply(id, selector, false),
             None => self.entry_selectors.delete(id),
+        }
+        old
+    }
+
+    /// Puts a ListenerSet in place and returns what was there.
+    pub(super) fn set_listener_set(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<ListenerSet>>,
+    ) -> Option<Arc<ListenerSet>> {
+        let old = replace(&mut self.listener_sets, id, new);
+        if let Some(gateway) = old.as_ref().and_then(|set| set.gateway.as_ref()) {
+            self.listener_sets_by_gateway.remove(gateway, id);
+        }
+        if let Some(gateway) = new.and_then(|set| set.gateway.clone()) {
+            self.listener_sets_by_gateway.insert(gateway, id.clone());
         }
         old
     }

@@ -14,9 +14,9 @@ use super::placements::PodPlacement;
 use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
-    KeyAddress, Kind, Labels, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication, Pod,
-    ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy,
-    VirtualService, WorkloadEntry,
+    KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
+    ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -43,6 +43,7 @@ impl Index {
             Object::ServiceEntry(new) => self.take_service_entry(&id, Some(&new)),
             Object::WorkloadEntry(new) => self.take_workload_entry(&id, Some(&new)),
             Object::Gateway(new) => self.take_gateway(&id, Some(&new)),
+            Object::ListenerSet(new) => self.take_listener_set(&id, Some(&new)),
             Object::HttpRoute(new) => self.take_route(Kind::HttpRoute, &id, Some(&new)),
             Object::GrpcRoute(new) => self.take_route(Kind::GrpcRoute, &id, Some(&new)),
             Object::TcpRoute(new) => self.take_route(Kind::TcpRoute, &id, Some(&new)),
@@ -73,6 +74,7 @@ impl Index {
             Kind::ServiceEntry => self.take_service_entry(id, None),
             Kind::WorkloadEntry => self.take_workload_entry(id, None),
             Kind::Gateway => self.take_gateway(id, None),
+            Kind::ListenerSet => self.take_listener_set(id, None),
             Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
                 self.take_route(kind, id, None);
             }
@@ -458,6 +460,18 @@ impl Index {
             if let Some(entry) = self.store.service_entries.get(&entry).cloned() {
                 self.touch_selected(Some(&entry.meta.id.namespace), entry.selector.iter());
             }
+        }
+    }
+
+    fn take_listener_set(&mut self, id: &NamespacedName, new: Option<&Arc<ListenerSet>>) {
+        let old = self.store.set_listener_set(id, new);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::ListenerSet, id);
+        self.touch_users(&Dependency::ListenerSet(id.clone()));
+        for gateway in [old.as_ref(), new].into_iter().flatten().filter_map(|set| set.gateway.clone()) {
+            self.touch_users(&Dependency::ListenerSetsOf(gateway));
         }
     }
 

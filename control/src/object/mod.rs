@@ -25,9 +25,11 @@ pub(crate) use gateway::binding::CANARY_WEIGHT;
 pub use gateway::binding::{Canary, Choice, WaypointBinding};
 pub use gateway::grant::ReferenceGrant;
 pub use gateway::listener::{CertificateRef, Listener, ListenerProtocol, ListenerTls};
+pub use gateway::listener_set::ListenerSet;
 pub use gateway::route::{
     BackendRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, TargetKind,
 };
+pub use gateway::tls::{ClientValidation, GatewayTls};
 pub use gateway::{
     AddressValue, AllowedNamespaces, ApplicationTunnel, Gateway, LabelRequirement, Requirement, WaypointFor,
 };
@@ -59,6 +61,7 @@ pub(crate) mod manifest {
     pub(crate) use super::gateway::grant::Manifest as ReferenceGrant;
     pub(crate) use super::gateway::grpc::Manifest as GrpcRoute;
     pub(crate) use super::gateway::http::Manifest as HttpRoute;
+    pub(crate) use super::gateway::listener_set::Manifest as ListenerSet;
     pub(crate) use super::gateway::stream::{TcpManifest as TcpRoute, TlsManifest as TlsRoute};
     pub(crate) use super::istio::authentication::Manifest as PeerAuthentication;
     pub(crate) use super::istio::authorization::Manifest as AuthorizationPolicy;
@@ -146,6 +149,8 @@ pub enum Object {
     WorkloadEntry(Arc<WorkloadEntry>),
     /// A gateway: a waypoint, or the way into another network.
     Gateway(Arc<Gateway>),
+    /// Listeners that are added to a gateway.
+    ListenerSet(Arc<ListenerSet>),
     /// Where HTTP requests go.
     HttpRoute(Arc<Route>),
     /// Where gRPC calls go.
@@ -188,6 +193,7 @@ impl Object {
             Object::ServiceEntry(_) => Kind::ServiceEntry,
             Object::WorkloadEntry(_) => Kind::WorkloadEntry,
             Object::Gateway(_) => Kind::Gateway,
+            Object::ListenerSet(_) => Kind::ListenerSet,
             Object::HttpRoute(_) => Kind::HttpRoute,
             Object::GrpcRoute(_) => Kind::GrpcRoute,
             Object::TcpRoute(_) => Kind::TcpRoute,
@@ -218,6 +224,7 @@ impl Object {
             Object::ServiceEntry(o) => o.meta.id.clone(),
             Object::WorkloadEntry(o) => o.meta.id.clone(),
             Object::Gateway(o) => o.meta.id.clone(),
+            Object::ListenerSet(o) => o.meta.id.clone(),
             Object::HttpRoute(o) | Object::GrpcRoute(o) | Object::TcpRoute(o) | Object::TlsRoute(o) => {
                 o.meta.id.clone()
             }

@@ -65,6 +65,7 @@ mod tests {
             parent: Some(ObjectRef { kind: Kind::Gateway, name: NamespacedName::new("shop", gateway) }),
             parent_ref: None,
             listener: None,
+            listener_sets: None,
             controller: CONTROLLER,
         }
     }

@@ -13,14 +13,14 @@ use tokio::sync::watch;
 
 use super::WriteMetrics;
 use super::conditions::{self, Condition};
-use super::status::now;
+use super::status::{list_all, now};
 use crate::api_server::{CallError, FIELD_MANAGER, call};
 use crate::index::CONTROLLER;
 use crate::kind::{KindInfo, Needed, Scope};
 use crate::source::kubernetes::served_version;
 
 /// How often they are compared.
-const INTERVAL: Duration = Duration::from_secs(30);
+const INTERVAL: Duration = Duration::from_secs(15);
 /// How soon a class whose kind is not installed yet, or that could not be written, is tried again.
 const SOON: Duration = Duration::from_secs(3);
 
@@ -58,8 +58,57 @@ const FEATURES: [&str; 10] = [
 ];
 
 /// What gateways support, likewise.
-const GATEWAY_FEATURES: [&str; 4] =
-    ["GRPCRoute", "GatewayHTTPListenerIsolation", "GatewayPort8080", "HTTPRoute"];
+const GATEWAY_FEATURES: [&str; 49] = [
+    "BackendTLSPolicy",
+    "BackendTLSPolicySANValidation",
+    "GRPCRoute",
+    "GRPCRouteNamedRouteRule",
+    "GRPCRouteRequestHeaderModifier",
+    "Gateway",
+    "GatewayAddressEmpty",
+    "GatewayBackendClientCertificate",
+    "GatewayFrontendClientCertificateValidation",
+    "GatewayFrontendClientCertificateValidationInsecureFallback",
+    "GatewayHTTPListenerIsolation",
+    "GatewayHTTPSListenerDetectMisdirectedRequests",
+    "GatewayInfrastructure",
+    "GatewayPort8080",
+    "GatewayRouteHostnameIntersectionPrecedence",
+    "GatewayStaticAddresses",
+    "HTTPRoute",
+    "HTTPRoute303RedirectStatusCode",
+    "HTTPRoute307RedirectStatusCode",
+    "HTTPRoute308RedirectStatusCode",
+    "HTTPRouteBackendProtocolH2C",
+    "HTTPRouteBackendProtocolWebSocket",
+    "HTTPRouteBackendRequestHeaderModification",
+    "HTTPRouteBackendTimeout",
+    "HTTPRouteBackendURLRewrite",
+    "HTTPRouteCORS",
+    "HTTPRouteDestinationPortMatching",
+    "HTTPRouteHostRewrite",
+    "HTTPRouteMethodMatching",
+    "HTTPRouteNamedRouteRule",
+    "HTTPRouteParentRefPort",
+    "HTTPRoutePathRedirect",
+    "HTTPRoutePathRewrite",
+    "HTTPRoutePortRedirect",
+    "HTTPRouteQueryParamMatching",
+    "HTTPRouteRequestMirror",
+    "HTTPRouteRequestMultipleMirrors",
+    "HTTPRouteRequestPercentageMirror",
+    "HTTPRouteRequestTimeout",
+    "HTTPRouteResponseHeaderModification",
+    "HTTPRouteRetryCodes",
+    "HTTPRouteRetryConnectionError",
+    "HTTPRouteSchemeRedirect",
+    "ListenerSet",
+    "ReferenceGrant",
+    "TCPRoute",
+    "TLSRoute",
+    "TLSRouteModeMixed",
+    "TLSRouteModeTerminate",
+];
 
 /// Whose a class is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,20 +169,37 @@ impl ClassWriter {
     /// Looks at every object; false where the kind of classes is not installed.
     async fn reconcile(&self) -> Result<bool, CallError> {
         if let Some(version) = served_version(&self.client, &MESH).await? {
-            let accepted = "the control plane serves the mesh";
-            self.announce(&MESH, version, MESH_NAME, "The Ambit mesh", accepted, &FEATURES).await?;
+            let accepted = Condition::new("Accepted", true, "Accepted", "the control plane serves the mesh");
+            self.announce(&MESH, version, MESH_NAME, "The Ambit mesh", &accepted, &FEATURES).await?;
         }
         let Some(version) = served_version(&self.client, &CLASS).await? else { return Ok(false) };
-        let accepted = "the control plane deploys its Gateways";
+        let message = "the control plane deploys its Gateways";
+        let accepted = Condition::new("Accepted", true, "Accepted", message);
         for class in &self.waypoints {
             let description = "Waypoints of the Ambit mesh";
-            self.announce(&CLASS, version, class, description, accepted, &FEATURES).await?;
+            self.announce(&CLASS, version, class, description, &accepted, &FEATURES).await?;
         }
         for class in &self.gateways {
             let description = "Gateways into the Ambit mesh";
-            self.announce(&CLASS, version, class, description, accepted, &GATEWAY_FEATURES).await?;
+            self.announce(&CLASS, version, class, description, &accepted, &GATEWAY_FEATURES).await?;
         }
+        self.refuse_others(version).await?;
         Ok(true)
+    }
+
+    /// Tells classes that name this controller, but are not among those that it is set up for, that they have no effect.
+    async fn refuse_others(&self, version: &str) -> Result<(), CallError> {
+        let api = api(&self.client, &CLASS, version);
+        let message = "it is not among the classes that the control plane is set up for";
+        let refused = Condition::new("Accepted", false, "Unsupported", message);
+        for class in list_all(api.clone()).await? {
+            let name = class.metadata.name.clone().unwrap_or_default();
+            let is_known = self.waypoints.iter().chain(&self.gateways).any(|known| **known == *name);
+            if !is_known {
+                self.write_status(&api, &name, class, &refused, &[]).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes an object if it is absent, and writes the status of one that is ours.
@@ -143,7 +209,7 @@ impl ClassWriter {
         version: &str,
         name: &str,
         description: &str,
-        accepted: &str,
+        accepted: &Condition,
         features: &[&str],
     ) -> Result<(), CallError> {
         let api = api(&self.client, kind, version);
@@ -159,6 +225,18 @@ impl ClassWriter {
                 call(api.patch(name, &parameters, &Patch::Apply(manifest))).await?
             }
         };
+        self.write_status(&api, name, object, accepted, features).await
+    }
+
+    /// Writes the status of an object that is ours, if it differs.
+    async fn write_status(
+        &self,
+        api: &Api<DynamicObject>,
+        name: &str,
+        object: DynamicObject,
+        accepted: &Condition,
+        features: &[&str],
+    ) -> Result<(), CallError> {
         if owner_of(&object.data) != Owned::ByUs {
             return Ok(());
         }
@@ -174,13 +252,13 @@ impl ClassWriter {
 }
 
 /// `status` of an object of ours, if it must differ from what it is.
-fn plan(object: &Value, accepted: &str, features: &[&str], now: &str) -> Option<Value> {
+fn plan(object: &Value, accepted: &Condition, features: &[&str], now: &str) -> Option<Value> {
     let generation = object["metadata"]["generation"].as_i64();
     let present = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
     // GEP-91: an object whose parameters the controller can't use is not accepted.
-    let accepted = match object["spec"]["parametersRef"].is_null() {
-        true => Condition::new("Accepted", true, "Accepted", accepted),
-        false => {
+    let accepted = match accepted.met && !object["spec"]["parametersRef"].is_null() {
+        false => accepted.clone(),
+        true => {
             let message = "parameters are not supported: the chart's `waypoint` values are for all";
             Condition::new("Accepted", false, "InvalidParameters", message)
         }
@@ -190,7 +268,10 @@ fn plan(object: &Value, accepted: &str, features: &[&str], now: &str) -> Option<
         "conditions": conditions::merge(present, &[accepted], generation, now),
         "supportedFeatures": features,
     });
-    let is_present = |field: &str| object["status"][field] == status[field];
+    let is_present = |field: &str| {
+        let present = object["status"].get(field).cloned().unwrap_or_else(|| json!([]));
+        present == status[field]
+    };
     (!is_present("conditions") || !is_present("supportedFeatures")).then_some(status)
 }
 
@@ -200,18 +281,25 @@ mod tests {
 
     #[test]
     fn a_class_of_ours_is_accepted_and_names_its_features() {
+        let ours = Condition::new("Accepted", true, "Accepted", "it is ours");
         let mut class = json!({ "metadata": { "generation": 3 }, "spec": { "controllerName": CONTROLLER } });
-        let status = plan(&class, "it is ours", &FEATURES, "t").unwrap();
+        let status = plan(&class, &ours, &FEATURES, "t").unwrap();
         let accepted = &status["conditions"][0];
         assert_eq!((&accepted["status"], &accepted["observedGeneration"]), (&json!("True"), &json!(3)));
         assert_eq!(status["supportedFeatures"][0]["name"], "Mesh");
         class["status"] = status;
-        assert_eq!(plan(&class, "it is ours", &FEATURES, "t2"), None);
+        assert_eq!(plan(&class, &ours, &FEATURES, "t2"), None);
         class["metadata"]["generation"] = 4.into();
         class["spec"]["parametersRef"] = json!({ "group": "", "kind": "ConfigMap", "name": "p" });
-        let refused = plan(&class, "it is ours", &FEATURES, "t2").unwrap();
+        let refused = plan(&class, &ours, &FEATURES, "t2").unwrap();
         assert_eq!(refused["conditions"][0]["reason"], "InvalidParameters");
         assert_eq!(refused["conditions"][0]["observedGeneration"], 4);
+        let unknown = Condition::new("Accepted", false, "Unsupported", "it is unknown");
+        let refused = plan(&class, &unknown, &[], "t2").unwrap();
+        assert_eq!(refused["conditions"][0]["reason"], "Unsupported");
+        class["status"] = refused;
+        class["status"].as_object_mut().unwrap().remove("supportedFeatures");
+        assert_eq!(plan(&class, &unknown, &[], "t3"), None);
     }
 
     #[test]

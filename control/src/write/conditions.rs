@@ -115,7 +115,17 @@ mod tests {
     fn finding(condition: &'static str, met: bool, message: &str) -> Finding {
         let (reason, message) = ("Why", message.to_owned());
         let (parent, parent_ref, listener) = (None, None, None);
-        Finding { condition, met, reason, message, parent, parent_ref, listener, controller: CONTROLLER }
+        Finding {
+            condition,
+            met,
+            reason,
+            message,
+            parent,
+            parent_ref,
+            listener,
+            listener_sets: None,
+            controller: CONTROLLER,
+        }
     }
 
     fn object(conditions: &[Value]) -> Value {

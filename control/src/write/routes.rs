@@ -70,6 +70,7 @@ mod tests {
             parent: None,
             parent_ref: ParentRef::of_value(parent, &"shop".into()),
             listener: None,
+            listener_sets: None,
             controller: CONTROLLER,
         }
     }

@@ -337,6 +337,10 @@ pub(crate) fn listener(body: &[u8]) -> Value {
         ("hostname", json!(listener.hostname)),
         ("passthrough", json!(tls.is_some_and(|tls| tls.passthrough))),
         ("keyPairs", json!(tls.map(|tls| &tls.key_pairs))),
+        (
+            "insecureFallback",
+            json!(tls.and_then(|tls| tls.client_validation.as_ref().map(|it| it.allow_insecure_fallback))),
+        ),
     ])
 }
 

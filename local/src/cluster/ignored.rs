@@ -10,6 +10,7 @@ use crate::manifest::{Key, Object};
 /// Kinds that have an effect here, or whose absence of effect is reported elsewhere.
 const HONOURED: &[&str] = &[
     "AuthorizationPolicy",
+    "BackendTLSPolicy",
     "ConfigMap",
     "CronJob",
     "DaemonSet",
@@ -21,6 +22,7 @@ const HONOURED: &[&str] = &[
     "GatewayClass",
     "HTTPRoute",
     "Job",
+    "ListenerSet",
     "Namespace",
     "Node",
     "PeerAuthentication",
@@ -28,11 +30,14 @@ const HONOURED: &[&str] = &[
     "ReferenceGrant",
     "ReplicaSet",
     "ReplicationController",
+    "RequestAuthentication",
     "Secret",
     "Service",
     "ServiceAccount",
     "ServiceEntry",
     "StatefulSet",
+    "TCPRoute",
+    "TLSRoute",
     "VirtualService",
     "WorkloadEntry",
 ];

@@ -159,11 +159,18 @@ fn account(gateway: &Key) -> Value {
     json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(gateway) })
 }
 
-/// The ports of a gateway's Service: those of its listeners, each once.
+/// The ports of a gateway's Service: those of its listeners and of its ListenerSets, each once.
 fn ports(objects: &BTreeMap<Key, Object>, gateway: &Key) -> Vec<Value> {
-    let listeners = objects.get(gateway).and_then(|object| object.body["spec"]["listeners"].as_array());
+    let is_parent = |key: &Key, body: &Value| {
+        let parent = &body["spec"]["parentRef"];
+        let namespace = parent["namespace"].as_str().unwrap_or(&key.namespace);
+        parent["name"] == gateway.name && namespace == gateway.namespace
+    };
+    let sets = objects.iter().filter(|(key, set)| key.kind == "ListenerSet" && is_parent(key, &set.body));
+    let all = objects.get(gateway).into_iter().chain(sets.map(|(_, set)| set));
+    let listeners = all.flat_map(|object| object.body["spec"]["listeners"].as_array().into_iter().flatten());
     let mut ports = BTreeMap::new();
-    for listener in listeners.into_iter().flatten() {
+    for listener in listeners {
         let Some(port) = listener["port"].as_u64() else { continue };
         let hbone = listener["protocol"] == "HBONE";
         let port = match hbone {

@@ -298,6 +298,8 @@ impl Cors {
             (http::header::ACCESS_CONTROL_ALLOW_METHODS, methods),
             (http::header::ACCESS_CONTROL_ALLOW_HEADERS, fields),
             (http::header::ACCESS_CONTROL_MAX_AGE, self.max_age.clone()),
+            // Browsers ignore it here; Gateway API's conformance suite asks for it.
+            (http::header::ACCESS_CONTROL_EXPOSE_HEADERS, self.expose.clone()),
         ] {
             if let Some(value) = value {
                 headers.insert(name, value);

@@ -119,11 +119,18 @@ impl Kubectl {
         self.run(&args).await
     }
 
+    /// A program with arguments, to be started by the caller; it ends with its handle.
+    #[must_use]
+    pub fn command(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        command.args(args).env("KUBECONFIG", &self.kubeconfig).kill_on_drop(true);
+        command
+    }
+
     async fn call(&self, program: &str, args: &[&str], input: Option<&str>) -> Result<String> {
         let name = format!("{program} {}", args.join(" "));
         let fault = |message: String| Error::program(name.clone(), message);
-        let mut command = Command::new(self.bin.join(program));
-        command.args(args).env("KUBECONFIG", &self.kubeconfig).kill_on_drop(true);
+        let mut command = self.command(program, args);
         command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| fault(error.to_string()))?;

@@ -34,9 +34,21 @@ enum Command {
         #[arg(default_value = DEFAULT)]
         name: String,
     },
-    /// Runs the mesh profiles of Gateway API's conformance suite on a cluster of its own, and writes the report.
+    /// Runs profiles of Gateway API's conformance suite on a cluster of its own, and writes the report.
     Conformance {
-        /// The report, YAML; beside it goes the log of the tests.
+        /// Which profiles.
+        #[arg(long, value_enum, default_value_t = conformance::Suite::Mesh)]
+        suite: conformance::Suite,
+        /// Runs one test, by its short name, and writes no report.
+        #[arg(long, value_name = "TEST")]
+        only: Option<String>,
+        /// Features to test beside those that the control plane announces.
+        #[arg(long, value_delimiter = ',')]
+        features: Vec<String>,
+        /// A running cluster to use instead, which must have number `--number`.
+        #[arg(long, value_name = "NAME")]
+        on: Option<String>,
+        /// The report, YAML.
         #[arg(long, default_value = "target/conformance.yaml")]
         report: PathBuf,
         /// Number of the cluster.
@@ -132,8 +144,10 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
             Ok(cluster) => cluster.down().await?,
             Err(_) => cluster::clean_dead(&Layout::find())?,
         },
-        Command::Conformance { report, number } => {
-            conformance::run(std::env::current_exe()?, number, &report).await?;
+        Command::Conformance { suite, only, features, on, report, number } => {
+            let program = std::env::current_exe()?;
+            let options = conformance::Options { program, number, suite, only, features, on, report };
+            conformance::run(options).await?;
         }
         Command::Load { name, archives } => Cluster::attach(name)?.load_archives(archives).await?,
         Command::On { name, node, command } => {

@@ -75,6 +75,27 @@ impl Plan {
         self.service(10)
     }
 
+    /// First address of the range of load balancers.
+    #[must_use]
+    pub fn load_balancers(self) -> Ipv4Addr {
+        self.load_balancer(0)
+    }
+
+    /// Addresses that the load balancer gives to Services that ask for none.
+    pub fn dynamic_load_balancers(self) -> impl Iterator<Item = Ipv4Addr> {
+        (1..200).map(move |host| self.load_balancer(host))
+    }
+
+    /// An address that a Service gets only by asking for it.
+    #[must_use]
+    pub fn static_load_balancer(self) -> Ipv4Addr {
+        self.load_balancer(200)
+    }
+
+    fn load_balancer(self, host: u8) -> Ipv4Addr {
+        Ipv4Addr::new(172, 31, self.number, host)
+    }
+
     fn service(self, host: u8) -> Ipv4Addr {
         let [first, second, third, _] = self.services().octets();
         Ipv4Addr::new(first, second, third, host)

@@ -32,6 +32,8 @@ const DEBIAN: [(&str, &str); 8] = [
 /// Programs that are built together.
 #[derive(Debug)]
 struct Module {
+    /// The name of its stamp.
+    name: &'static str,
     /// Folder below `go/`.
     folder: &'static str,
     /// What Go is to do with the packages: `build`, or `test -c` for a suite of tests.
@@ -51,6 +53,7 @@ fn modules() -> [Module; 2] {
     );
     [
         Module {
+            name: "kubernetes",
             folder: "kubernetes",
             action: &["build"],
             packages: &[
@@ -65,6 +68,7 @@ fn modules() -> [Module; 2] {
             link: kubernetes,
         },
         Module {
+            name: "addons",
             folder: "addons",
             action: &["build"],
             packages: &["helm.sh/helm/v4/cmd/helm", "./coredns"],
@@ -87,27 +91,37 @@ pub fn build(layout: &Layout) -> Result<()> {
 }
 
 /// Builds the conformance suite of Gateway API and the servers that it talks to, if they are missing or older than their
-/// sources: `conformance.test`, `client` and `server`.
+/// sources: `conformance.test`, `echo-basic`, `client` and `server`.
 ///
 /// # Errors
 /// As for [`build`].
 pub fn build_conformance(layout: &Layout) -> Result<()> {
     require_installed()?;
     let suite = Module {
+        name: "conformance",
         folder: "conformance",
         action: &["test", "-c"],
         packages: &["sigs.k8s.io/gateway-api/conformance"],
         sources: &[],
         link: "-s -w".to_owned(),
     };
+    let basic = Module {
+        name: "echo-basic",
+        folder: "conformance",
+        action: &["build"],
+        packages: &["sigs.k8s.io/gateway-api-conformance-images/echo-basic"],
+        sources: &[],
+        link: "-s -w".to_owned(),
+    };
     let echo = Module {
+        name: "echo",
         folder: "echo",
         action: &["build"],
         packages: &["istio.io/istio/pkg/test/echo/cmd/client", "istio.io/istio/pkg/test/echo/cmd/server"],
         sources: &[],
         link: "-s -w".to_owned(),
     };
-    [suite, echo].iter().try_for_each(|module| build_module(layout, module))
+    [suite, basic, echo].iter().try_for_each(|module| build_module(layout, module))
 }
 
 /// Fails when this process is not root's or a program that a cluster needs is missing.
@@ -138,7 +152,7 @@ fn go() -> Command {
 
 fn build_module(layout: &Layout, module: &Module) -> Result<()> {
     let folder = layout.source("go").join(module.folder);
-    let stamp = layout.bin().join(format!(".{}.stamp", module.folder));
+    let stamp = layout.bin().join(format!(".{}.stamp", module.name));
     let wanted = built_from(&folder, module)?;
     if fs::read_to_string(&stamp).is_ok_and(|built| built == wanted) {
         return Ok(());

@@ -194,7 +194,7 @@ fn guarded_sanitise(requests: Vec<Parts>) -> u32 {
 /// The head that is sent on is made, and the fields of an answer are cleaned.
 pub(crate) fn fields() -> Result<()> {
     let (sane, parts) = sane()?;
-    let form = Form { parts: &parts, sane: &sane, host: None };
+    let form = Form { parts: &parts, sane: &sane, host: None, at_gateway: false };
     let mut answer = HeaderMap::new();
     for name in ["content-type", "content-length", "server", "date", "cache-control", "set-cookie"] {
         answer.insert(name, "0".parse()?);

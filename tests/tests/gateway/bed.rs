@@ -46,10 +46,24 @@ impl Gateways {
     /// A gateway with these listeners (a YAML list in one line), once its pod is ready; where it is reached.
     pub(crate) async fn gateway(&self, name: &str, listeners: &str) -> IpAddr {
         self.set_listeners(name, listeners).await;
+        self.reached(name).await
+    }
+
+    async fn reached(&self, name: &str) -> IpAddr {
         let ready = async || self.cluster.pods_of("edge", GATEWAY_NAME, name).iter().any(Pod::is_ready);
         let waited = self.cluster.wait_until(name, Duration::from_secs(30), ready).await;
         waited.unwrap_or_else(|error| panic!("{error}: {:?} {:?}", self.logs(name), self.cluster.problems()));
         self.cluster.service_ips("edge", name).into_iter().find(IpAddr::is_ipv4).expect("an address")
+    }
+
+    /// A gateway with more than listeners in its `spec`, as [`Gateways::gateway`].
+    pub(crate) async fn gateway_with(&self, name: &str, spec: &str) -> IpAddr {
+        self.apply(&format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: {name}, namespace: edge}}\n\
+             spec:\n  gatewayClassName: ambit\n{spec}"
+        ))
+        .await;
+        self.reached(name).await
     }
 
     pub(crate) async fn set_listeners(&self, name: &str, listeners: &str) {

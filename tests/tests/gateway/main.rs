@@ -10,6 +10,8 @@
 )]
 
 mod bed;
+mod client_certificates;
+mod sets;
 mod thin;
 mod tls;
 mod traffic;
@@ -23,5 +25,7 @@ fn main() -> ExitCode {
     thin::add(&mut trials);
     tls::add(&mut trials);
     traffic::add(&mut trials);
+    client_certificates::add(&mut trials);
+    sets::add(&mut trials);
     trials.run()
 }

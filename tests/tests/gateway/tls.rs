@@ -24,15 +24,15 @@ pub(crate) fn add(trials: &mut Trials<Gateways>) {
 }
 
 /// A certificate for a name that signs itself.
-struct Certificate {
-    pem: String,
+pub(crate) struct Certificate {
+    pub(crate) pem: String,
     key: String,
     der: CertificateDer<'static>,
     key_der: Vec<u8>,
 }
 
 impl Certificate {
-    fn new(names: &[&str]) -> Certificate {
+    pub(crate) fn new(names: &[&str]) -> Certificate {
         let key = rcgen::KeyPair::generate().unwrap();
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let certificate = rcgen::CertificateParams::new(names).unwrap().self_signed(&key).unwrap();
@@ -44,7 +44,7 @@ impl Certificate {
         }
     }
 
-    fn secret(&self, namespace: &str, name: &str) -> String {
+    pub(crate) fn secret(&self, namespace: &str, name: &str) -> String {
         let indented = |text: &str| text.replace('\n', "\n    ");
         format!(
             "apiVersion: v1\nkind: Secret\nmetadata: {{name: {name}, namespace: {namespace}}}\ntype: kubernetes.io/tls\n\
@@ -63,13 +63,32 @@ async fn dial(
     trusted: &[&Certificate],
     alpn: &[&[u8]],
 ) -> io::Result<TlsStream<TcpStream>> {
+    dial_as(bed, to, name, trusted, alpn, None).await
+}
+
+/// The same with a certificate of the client's own.
+async fn dial_as(
+    bed: &Gateways,
+    to: SocketAddr,
+    name: &str,
+    trusted: &[&Certificate],
+    alpn: &[&[u8]],
+    own: Option<&Certificate>,
+) -> io::Result<TlsStream<TcpStream>> {
     let mut roots = rustls::RootCertStore::empty();
     for certificate in trusted {
         roots.add(certificate.der.clone()).map_err(io::Error::other)?;
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let mut config = config.map_err(io::Error::other)?.with_root_certificates(roots).with_no_client_auth();
+    let config = config.map_err(io::Error::other)?.with_root_certificates(roots);
+    let mut config = match own {
+        None => config.with_no_client_auth(),
+        Some(own) => {
+            let key = PrivateKeyDer::try_from(own.key_der.clone()).map_err(io::Error::other)?;
+            config.with_client_auth_cert(vec![own.der.clone()], key).map_err(io::Error::other)?
+        }
+    };
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
     TlsConnector::from(Arc::new(config)).connect(name, bed.outside.connect(to).await?).await
@@ -78,10 +97,20 @@ async fn dial(
 async fn get(
     bed: &Gateways,
     to: SocketAddr,
-    (name, host): (&str, &str),
+    names: (&str, &str),
     trusted: &[&Certificate],
 ) -> io::Result<Response> {
-    let stream = dial(bed, to, name, trusted, &[b"http/1.1"]).await?;
+    get_as(bed, to, names, trusted, None).await
+}
+
+pub(crate) async fn get_as(
+    bed: &Gateways,
+    to: SocketAddr,
+    (name, host): (&str, &str),
+    trusted: &[&Certificate],
+    own: Option<&Certificate>,
+) -> io::Result<Response> {
+    let stream = dial_as(bed, to, name, trusted, &[b"http/1.1"], own).await?;
     Client::over(stream).send(format!("GET / HTTP/1.1\r\nhost: {host}\r\n\r\n").as_bytes()).await
 }
 

@@ -1,11 +1,11 @@
-//! Which listeners of a Gateway a route is attached to. Pure but for the labels of namespaces.
+//! Which listeners of a Gateway or ListenerSet a route is attached to. Pure but for the labels of namespaces.
 
 use std::sync::Arc;
 
-use super::listeners::kinds;
+use super::listeners::{Owner, kinds};
 use super::reader::Reader;
 use super::routes::NotAttached;
-use crate::object::{AllowedNamespaces, Gateway, Listener, ParentRef, Route};
+use crate::object::{AllowedNamespaces, Listener, ParentRef, Route};
 
 /// A listener that a route is attached to.
 pub(super) struct Attached<'g> {
@@ -14,31 +14,31 @@ pub(super) struct Attached<'g> {
     pub(super) hostnames: Vec<Arc<str>>,
 }
 
-/// The listeners of `gateway` that `route` is attached to by `parent`, which names that Gateway.
+/// The listeners of `owner` that `route` is attached to by `parent`, which names that object.
 ///
 /// # Errors
 /// The condition that keeps it from the listener that comes closest.
 pub(super) fn attach<'g>(
     reader: &Reader<'_>,
-    gateway: &'g Gateway,
+    owner: Owner<'g>,
     route: &Route,
     parent: &ParentRef,
 ) -> Result<Vec<Attached<'g>>, NotAttached> {
-    let name = &gateway.meta.id;
+    let name = owner.object();
     let is_meant = |listener: &&Listener| {
         parent.section.as_ref().is_none_or(|section| *section == listener.name)
             && parent.port.is_none_or(|port| port == listener.port)
     };
-    let meant: Vec<&Listener> = gateway.listeners.iter().filter(is_meant).collect();
+    let meant: Vec<&Listener> = owner.listeners().iter().filter(is_meant).collect();
     if meant.is_empty() {
-        let message = format!("Gateway {name} has no such listener");
+        let message = format!("{name} has no such listener");
         return Err(NotAttached("NoMatchingParent", message));
     }
     let admitting: Vec<&Listener> =
-        meant.into_iter().filter(|listener| admits(reader, gateway, listener, route)).collect();
+        meant.into_iter().filter(|listener| admits(reader, owner, listener, route)).collect();
     if admitting.is_empty() {
         let message = format!(
-            "no listener of Gateway {name} takes routes of kind {} from namespace {}",
+            "no listener of {name} takes routes of kind {} from namespace {}",
             route.kind(),
             route.meta.id.namespace
         );
@@ -50,38 +50,30 @@ pub(super) fn attach<'g>(
     });
     let attached: Vec<Attached<'g>> = attached.collect();
     if attached.is_empty() {
-        let message = format!("no listener of Gateway {name} is for a host of the route");
+        let message = format!("no listener of {name} is for a host of the route");
         return Err(NotAttached("NoMatchingListenerHostname", message));
     }
     Ok(attached)
 }
 
 /// Whether a listener takes routes of this kind from the route's namespace.
-fn admits(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener, route: &Route) -> bool {
+fn admits(reader: &Reader<'_>, owner: Owner<'_>, listener: &Listener, route: &Route) -> bool {
     let namespace = &route.meta.id.namespace;
     let from = match &listener.namespaces {
         AllowedNamespaces::Nobody => false,
         AllowedNamespaces::All => true,
-        AllowedNamespaces::Same => *namespace == gateway.meta.id.namespace,
+        AllowedNamespaces::Same => namespace == owner.namespace(),
         allowed @ AllowedNamespaces::Selector { .. } => allowed.allows(&reader.namespace_labels(namespace)),
     };
     from && kinds(listener).0.contains(&route.kind())
 }
 
-/// The hosts that a listener and a route have in common: of two that overlap the more specific one. Without any: all hosts.
-/// `None`: they have nothing in common.
+/// The hosts of a route that overlap with that of a listener, as the route has them: by these routes take precedence, and no
+/// request comes to a listener for another host than its own. Without any: all hosts. `None`: they have nothing in common.
 fn common_hosts(listener: Option<&Arc<str>>, route: &[Arc<str>]) -> Option<Vec<Arc<str>>> {
-    let Some(own) = listener else { return Some(route.to_vec()) };
-    if route.is_empty() {
-        return Some(vec![own.clone()]);
-    }
-    let common = route.iter().filter_map(|host| {
-        if covers(own, host) {
-            return Some(host.clone());
-        }
-        covers(host, own).then(|| own.clone())
-    });
-    let common: Vec<Arc<str>> = common.collect();
+    let Some(own) = listener.filter(|_| !route.is_empty()) else { return Some(route.to_vec()) };
+    let overlaps = |host: &&Arc<str>| covers(own, host) || covers(host, own);
+    let common: Vec<Arc<str>> = route.iter().filter(overlaps).cloned().collect();
     (!common.is_empty()).then_some(common)
 }
 
@@ -98,15 +90,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hosts_of_listener_and_route_meet_in_the_more_specific_one() {
+    fn hosts_of_a_route_count_where_they_overlap_with_the_listener() {
         for (listener, route, common) in [
             (None, &[][..], Some(&[][..])),
             (None, &["a.b"][..], Some(&["a.b"][..])),
-            (Some("a.b"), &[], Some(&["a.b"])),
+            (Some("a.b"), &[], Some(&[])),
             (Some("a.b"), &["a.b", "c.b"], Some(&["a.b"])),
-            (Some("a.b"), &["*.b"], Some(&["a.b"])),
+            (Some("a.b"), &["*.b"], Some(&["*.b"])),
             (Some("*.b"), &["a.b", "c.a.b", "b", "*.a.b"], Some(&["a.b", "c.a.b", "*.a.b"])),
-            (Some("*.a.b"), &["*.b"], Some(&["*.a.b"])),
+            (Some("*.a.b"), &["*.b"], Some(&["*.b"])),
             (Some("a.b"), &["c.b"], None),
             (Some("*.b"), &["b"], None),
             (Some("a.b"), &["*.a.b"], None),

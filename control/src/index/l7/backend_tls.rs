@@ -90,7 +90,7 @@ fn demanded(reader: &Reader<'_>, policy: &BackendTlsPolicy) -> Demanded {
     Demanded { tls, unresolved }
 }
 
-fn roots_in<'r>(reader: &Reader<'r>, id: &NamespacedName) -> Result<&'r str, &'static str> {
+pub(super) fn roots_in<'r>(reader: &Reader<'r>, id: &NamespacedName) -> Result<&'r str, &'static str> {
     let map = reader.config_map(id).ok_or("it does not exist")?;
     let roots = map.roots.as_deref().ok_or("it has no key ca.crt")?;
     check_roots(roots).map(|()| roots)

@@ -5,7 +5,7 @@ use prost::Message;
 
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{l4, listeners, views};
+use super::{l4, listener_sets, listeners, views};
 use crate::object::{AddressValue, Kind, NamespacedName};
 
 /// The resources of a waypoint or gateway.
@@ -32,10 +32,12 @@ pub(in crate::index) fn of_gateway(
             l7::GatewayAddress { hostname, namespace, ..l7::GatewayAddress::default() }
         }
     };
+    let shown = (!is_waypoint).then(|| listeners::client_key_pair(reader, gateway)).flatten();
     let message = l7::Gateway {
         object: Some(object_name(Kind::Gateway, id)),
         addresses: addresses.iter().map(address).collect(),
         forwards_client_identity: gateway.forwards_client_identity,
+        client_key_pair: shown.as_ref().map(|pair| pair.name.to_string()).unwrap_or_default(),
     };
     let resource = Resource {
         name: id.to_string().into(),
@@ -44,8 +46,18 @@ pub(in crate::index) fn of_gateway(
         body: message.encode_to_vec().into(),
         unhealthy: false,
     };
-    let listeners = if is_waypoint { Vec::new() } else { listeners::of_gateway(reader, gateway) };
-    std::iter::once((ResourceType::Gateway, resource)).chain(listeners).collect()
+    let listeners = match is_waypoint {
+        true => Vec::new(),
+        false => {
+            listener_sets::report(reader, gateway);
+            let conflicts = listeners::conflicts(&gateway.listeners);
+            listeners::of_owner(reader, listeners::Owner::gateway(gateway), conflicts)
+        }
+    };
+    // A listener may have the same one.
+    let is_known = |pair: &Resource| listeners.iter().any(|(_, known)| known.name == pair.name);
+    let shown = shown.filter(|pair| !is_known(pair)).map(|pair| (ResourceType::KeyPair, pair));
+    std::iter::once((ResourceType::Gateway, resource)).chain(shown).chain(listeners).collect()
 }
 
 /// An object as messages name it.

@@ -1,4 +1,4 @@
-//! Listeners of gateways as resources, and what their statuses say.
+//! Listeners of gateways as resources, and what their statuses say: those of Gateways, and those that ListenerSets add.
 
 use std::sync::Arc;
 
@@ -8,9 +8,10 @@ use prost::Message;
 use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{Finding, ListenerFacts, attachment, views};
+use super::{Finding, ListenerFacts, attachment, backend_tls, views};
 use crate::object::{
-    CertificateRef, Gateway, Kind, Listener, ListenerProtocol, NamespacedName, ObjectRef, Route, TargetKind,
+    CertificateRef, Gateway, Kind, Listener, ListenerProtocol, ListenerSet, ObjectRef, ParentRef, Route,
+    TargetKind,
 };
 
 /// Ports of the program itself.
@@ -30,25 +31,84 @@ impl Condition {
     }
 }
 
-/// The name of a listener's resource.
-pub(super) fn resource_name(gateway: &NamespacedName, listener: &Listener) -> String {
-    format!("{gateway}/{}", listener.name)
+/// The listeners of a Gateway itself, or those that a ListenerSet adds to it.
+#[derive(Clone, Copy)]
+pub(super) struct Owner<'o> {
+    pub(super) gateway: &'o Gateway,
+    set: Option<&'o ListenerSet>,
 }
 
-/// The resources of the listeners that are served; reports how each stands.
-pub(super) fn of_gateway(reader: &Reader<'_>, gateway: &Gateway) -> Vec<(ResourceType, Resource)> {
+impl<'o> Owner<'o> {
+    pub(super) fn gateway(gateway: &'o Gateway) -> Self {
+        Self { gateway, set: None }
+    }
+
+    pub(super) fn set(gateway: &'o Gateway, set: &'o ListenerSet) -> Self {
+        Self { gateway, set: Some(set) }
+    }
+
+    /// The object that has the listeners.
+    pub(super) fn object(self) -> ObjectRef {
+        match self.set {
+            None => ObjectRef { kind: Kind::Gateway, name: self.gateway.meta.id.clone() },
+            Some(set) => ObjectRef { kind: Kind::ListenerSet, name: set.meta.id.clone() },
+        }
+    }
+
+    pub(super) fn listeners(self) -> &'o [Listener] {
+        self.set.map_or(&self.gateway.listeners, |set| &set.listeners)
+    }
+
+    pub(super) fn namespace(self) -> &'o Arc<str> {
+        &self.set.map_or(&self.gateway.meta, |set| &set.meta).id.namespace
+    }
+
+    /// Whether a route means this object by a parent reference.
+    fn is_parent(self, parent: &ParentRef) -> bool {
+        match self.set {
+            None => parent.kind == TargetKind::Gateway && parent.name == self.gateway.meta.id,
+            Some(set) => parent.kind == TargetKind::ListenerSet && parent.name == set.meta.id,
+        }
+    }
+
+    /// What the names of its resources begin with.
+    fn prefix(self) -> String {
+        let gateway = &self.gateway.meta.id;
+        self.set.map_or_else(|| gateway.to_string(), |set| format!("{gateway}/{}", set.meta.id))
+    }
+
+    /// The name of a listener's resource.
+    pub(super) fn resource_name(self, listener: &Listener) -> String {
+        format!("{}/{}", self.prefix(), listener.name)
+    }
+}
+
+/// What stands against a listener beside others: the reason, and one sentence.
+pub(super) struct Conflict(&'static str, String);
+
+/// The resources of the listeners that are served; reports how each stands. `conflicts` has what is in the way of each.
+pub(super) fn of_owner(
+    reader: &Reader<'_>,
+    owner: Owner<'_>,
+    conflicts: Vec<Option<Conflict>>,
+) -> Vec<(ResourceType, Resource)> {
     let mut resources = Vec::new();
-    let routes: Vec<&Route> = routes_of(reader, &gateway.meta.id);
-    for (at, listener) in gateway.listeners.iter().enumerate() {
+    let routes: Vec<&Route> = reader.routes_of(&owner.object()).collect();
+    for (listener, conflict) in owner.listeners().iter().zip(conflicts) {
         let (kinds, unknown) = kinds(listener);
-        let certificates = certificates(reader, gateway, listener);
-        let refs = resolved(unknown, certificates.iter().find_map(|found| found.as_ref().err()));
+        let certificates = certificates(reader, owner, listener);
+        let validation = client_validation(reader, owner.gateway, listener);
+        let of_validation = validation.as_ref().and_then(|validation| validation.fault.as_ref());
+        let of_certificates = certificates.iter().find_map(|found| found.as_ref().err());
+        let fault = of_validation.or(of_certificates);
+        let refs = resolved(unknown, fault);
         let key_pairs: Vec<Resource> = certificates.into_iter().filter_map(Result::ok).collect();
-        let conflict = conflict(&gateway.listeners, at);
-        let accepted = accepted(listener, conflict.as_ref());
+        let conflict =
+            conflict.map(|Conflict(reason, message)| Condition::new("Conflicted", true, reason, message));
+        let accepted = accepted(listener, conflict.as_ref(), validation.as_ref());
         let has_certificate = !ends_tls(listener) || !key_pairs.is_empty();
         let is_served = accepted.met && !kinds.is_empty() && has_certificate;
-        if is_served && let Some(resource) = resource(gateway, listener, &key_pairs) {
+        if is_served && let Some(resource) = resource(owner, listener, &key_pairs, validation) {
             resources.push((ResourceType::Listener, resource));
             // Several listeners may have the same one.
             let is_new = |new: &Resource| {
@@ -58,11 +118,14 @@ pub(super) fn of_gateway(reader: &Reader<'_>, gateway: &Gateway) -> Vec<(Resourc
             let new: Vec<Resource> = key_pairs.into_iter().filter(is_new).collect();
             resources.extend(new.into_iter().map(|resource| (ResourceType::KeyPair, resource)));
         }
-        let programmed = match is_served {
-            true => Condition::new("Programmed", true, "Programmed", "the gateway serves it"),
-            false => Condition::new("Programmed", false, "Invalid", "it is not served"),
+        let programmed = match (is_served, &conflict) {
+            (true, _) => Condition::new("Programmed", true, "Programmed", "the gateway serves it"),
+            (false, Some(conflict)) => {
+                Condition::new("Programmed", false, conflict.reason, "it is not served")
+            }
+            (false, None) => Condition::new("Programmed", false, "Invalid", "it is not served"),
         };
-        let attached = routes.iter().filter(|route| is_attached(reader, gateway, listener, route)).count();
+        let attached = routes.iter().filter(|route| is_attached(reader, owner, listener, route)).count();
         let facts = ListenerFacts { name: listener.name.clone(), kinds, attached };
         for Condition { name, met, reason, message } in
             [accepted, refs, programmed].into_iter().chain(conflict)
@@ -78,17 +141,25 @@ pub(super) fn of_gateway(reader: &Reader<'_>, gateway: &Gateway) -> Vec<(Resourc
     resources
 }
 
-fn routes_of<'a>(reader: &Reader<'a>, gateway: &NamespacedName) -> Vec<&'a Route> {
-    let gateway = ObjectRef { kind: Kind::Gateway, name: gateway.clone() };
-    reader.routes_of(&gateway).collect()
+/// The ports of the listeners that are served, one for each.
+pub(super) fn served_ports(
+    reader: &Reader<'_>,
+    owner: Owner<'_>,
+    conflicts: &[Option<Conflict>],
+) -> Vec<u16> {
+    let is_served = |(listener, conflict): &(&Listener, &Option<Conflict>)| {
+        let can_be = conflict.is_none()
+            && accepted(listener, None, client_validation(reader, owner.gateway, listener).as_ref()).met
+            && !kinds(listener).0.is_empty();
+        can_be && (!ends_tls(listener) || certificates(reader, owner, listener).iter().any(Result::is_ok))
+    };
+    let served = owner.listeners().iter().zip(conflicts).filter(is_served);
+    served.map(|(listener, _)| listener.port).collect()
 }
 
-fn is_attached(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener, route: &Route) -> bool {
-    let parents = route
-        .parents
-        .iter()
-        .filter(|parent| parent.kind == TargetKind::Gateway && parent.name == gateway.meta.id);
-    let mut attached = parents.filter_map(|parent| attachment::attach(reader, gateway, route, parent).ok());
+fn is_attached(reader: &Reader<'_>, owner: Owner<'_>, listener: &Listener, route: &Route) -> bool {
+    let parents = route.parents.iter().filter(|parent| owner.is_parent(parent));
+    let mut attached = parents.filter_map(|parent| attachment::attach(reader, owner, route, parent).ok());
     attached.any(|attached| attached.iter().any(|attached| attached.listener.name == listener.name))
 }
 
@@ -124,7 +195,7 @@ fn resolved(unknown_kind: Option<&Arc<str>>, fault: Option<&Fault>) -> Condition
     }
 }
 
-fn accepted(listener: &Listener, conflict: Option<&Condition>) -> Condition {
+fn accepted(listener: &Listener, conflict: Option<&Condition>, validation: Option<&Validation>) -> Condition {
     let no = |reason, message: String| Condition::new("Accepted", false, reason, message);
     match &listener.protocol {
         ListenerProtocol::Http | ListenerProtocol::Tls | ListenerProtocol::Tcp => {}
@@ -144,26 +215,50 @@ fn accepted(listener: &Listener, conflict: Option<&Condition>) -> Condition {
     }
     match conflict {
         Some(Condition { reason, message, .. }) => no(reason, message.clone()),
+        None if validation.is_some_and(|validation| validation.roots.is_empty()) => {
+            no("NoValidCACertificate", "no root for certificates of clients can be used".to_owned())
+        }
         None => Condition::new("Accepted", true, "Accepted", "it can be served"),
     }
 }
 
-/// What keeps a listener from standing beside another one of its Gateway. Neither is served then, as Gateway API demands.
-fn conflict(listeners: &[Listener], at: usize) -> Option<Condition> {
-    let own = listeners.get(at)?;
-    let others = listeners.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, other)| other);
-    let on_port = others.filter(|other| other.port == own.port);
-    for other in on_port {
-        let reason = match (layer(&own.protocol), layer(&other.protocol)) {
-            (one, another) if one != another => "ProtocolConflict",
-            (Layer::Plain, _) => "ProtocolConflict",
-            _ if own.hostname == other.hostname => "HostnameConflict",
-            _ => continue,
-        };
+/// What keeps listeners of a Gateway from standing beside each other. Neither of two is served then, as Gateway API demands.
+pub(super) fn conflicts(listeners: &[Listener]) -> Vec<Option<Conflict>> {
+    let conflict = |(at, own): (usize, &Listener)| {
+        let others = listeners.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, other)| other);
+        let (reason, other) = others.into_iter().find_map(|other| Some((clash(own, other)?, other)))?;
         let message = format!("listener {} is in the way on port {}", other.name, own.port);
-        return Some(Condition::new("Conflicted", true, reason, message));
+        Some(Conflict(reason, message))
+    };
+    listeners.iter().enumerate().map(conflict).collect()
+}
+
+/// What keeps listeners of a ListenerSet from standing beside those that come before them. Nothing is said of these: they may
+/// be others' (Gateway API, `ListenerSetSpec`).
+pub(super) fn conflicts_with<'o>(
+    before: &mut Vec<&'o Listener>,
+    listeners: &'o [Listener],
+) -> Vec<Option<Conflict>> {
+    let mut conflict = |own: &'o Listener| {
+        let Some(reason) = before.iter().find_map(|other| clash(own, other)) else {
+            before.push(own);
+            return None;
+        };
+        Some(Conflict(reason, format!("another listener of the Gateway is in the way on port {}", own.port)))
+    };
+    listeners.iter().map(&mut conflict).collect()
+}
+
+/// Why two listeners can't stand beside each other.
+fn clash(own: &Listener, other: &Listener) -> Option<&'static str> {
+    if own.port != other.port {
+        return None;
     }
-    None
+    match (layer(&own.protocol), layer(&other.protocol)) {
+        (one, another) if one != another => Some("ProtocolConflict"),
+        (Layer::Plain, _) => Some("ProtocolConflict"),
+        _ => (own.hostname == other.hostname).then_some("HostnameConflict"),
+    }
 }
 
 /// What listeners of one port must have in common.
@@ -195,7 +290,7 @@ fn ends_tls(listener: &Listener) -> bool {
 }
 
 /// The certificates that TLS ends with at a listener, each as a resource of its gateway alone.
-fn certificates(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener) -> Vec<Result<Resource, Fault>> {
+fn certificates(reader: &Reader<'_>, owner: Owner<'_>, listener: &Listener) -> Vec<Result<Resource, Fault>> {
     if !ends_tls(listener) {
         return Vec::new();
     }
@@ -203,19 +298,19 @@ fn certificates(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener) -> 
     if references.is_empty() {
         return vec![Err(Fault("InvalidCertificateRef", "it has no tls.certificateRefs".to_owned()))];
     }
-    references.iter().map(|reference| key_pair(reader, gateway, reference)).collect()
+    references.iter().map(|reference| key_pair(reader, owner, reference)).collect()
 }
 
-fn key_pair(reader: &Reader<'_>, gateway: &Gateway, reference: &CertificateRef) -> Result<Resource, Fault> {
+fn key_pair(reader: &Reader<'_>, owner: Owner<'_>, reference: &CertificateRef) -> Result<Resource, Fault> {
     let CertificateRef { is_secret, kind_name, name } = reference;
     let invalid = |message: String| Err(Fault("InvalidCertificateRef", message));
     if !is_secret {
         return invalid(format!("certificates are read from Secrets, not from {kind_name} {name}"));
     }
-    let own = &gateway.meta.id;
+    let own = owner.namespace();
     let secret = ObjectRef { kind: Kind::Secret, name: name.clone() };
     // Whether it exists is said only to who may refer to it.
-    if name.namespace != own.namespace && !reader.is_granted(Kind::Gateway, &own.namespace, &secret) {
+    if name.namespace != *own && !reader.is_granted(owner.object().kind, own, &secret) {
         let message = format!("no ReferenceGrant allows a reference to Secret {name}");
         return Err(Fault("RefNotPermitted", message));
     }
@@ -232,15 +327,80 @@ fn key_pair(reader: &Reader<'_>, gateway: &Gateway, reference: &CertificateRef) 
         private_key: pair.private_key.to_vec().into(),
     };
     Ok(Resource {
-        name: format!("{own}/{name}").into(),
+        name: format!("{}/{name}", owner.prefix()).into(),
         aliases: Vec::new(),
-        parents: vec![views::root(own)],
+        parents: vec![views::root(&owner.gateway.meta.id)],
         body: message.encode_to_vec().into(),
         unhealthy: false,
     })
 }
 
-fn resource(gateway: &Gateway, listener: &Listener, key_pairs: &[Resource]) -> Option<Resource> {
+/// What is asked of certificates of clients.
+struct Validation {
+    /// In PEM; empty if none of the references leads to any.
+    roots: String,
+    allow_insecure_fallback: bool,
+    /// What is wrong with a reference.
+    fault: Option<Fault>,
+}
+
+/// What the Gateway asks of clients of a listener.
+fn client_validation(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener) -> Option<Validation> {
+    let asked = gateway.tls.validation(listener.port)?;
+    if listener.protocol != ListenerProtocol::Https {
+        return None;
+    }
+    let own = &gateway.meta.id.namespace;
+    let (mut roots, mut fault) = (String::new(), None);
+    for reference in &asked.roots {
+        let name = &reference.name;
+        let object = ObjectRef { kind: Kind::ConfigMap, name: name.clone() };
+        let found = if !reference.is_config_map {
+            let message = format!("roots are read from ConfigMaps, not from {} {name}", reference.kind_name);
+            Err(Fault("InvalidCACertificateKind", message))
+        } else if name.namespace != *own && !reader.is_granted(Kind::Gateway, own, &object) {
+            Err(Fault("RefNotPermitted", format!("no ReferenceGrant allows a reference to {object}")))
+        } else {
+            let invalid = |problem| Fault("InvalidCACertificateRef", format!("{object}: {problem}"));
+            backend_tls::roots_in(reader, name).map_err(invalid)
+        };
+        match found {
+            Ok(pem) => {
+                roots.push_str(pem);
+                roots.push('\n');
+            }
+            Err(problem) => _ = fault.get_or_insert(problem),
+        }
+    }
+    Some(Validation { roots, allow_insecure_fallback: asked.allow_insecure_fallback, fault })
+}
+
+/// The key pair that a gateway shows to endpoints, reported with its conditions.
+pub(super) fn client_key_pair(reader: &Reader<'_>, gateway: &Gateway) -> Option<Resource> {
+    let insecure = "InsecureFrontendValidationMode";
+    if gateway.tls.has_insecure_fallback() {
+        let message = "clients without a valid certificate may connect where one is asked for";
+        reader.find(Finding::new(insecure, true, "ConfigurationChanged", message.to_owned()));
+    }
+    let reference = gateway.tls.client_certificate.as_ref()?;
+    let found = key_pair(reader, Owner::gateway(gateway), reference);
+    let finding = match &found {
+        Ok(_) => Finding::new("ResolvedRefs", true, "ResolvedRefs", "every reference is known".to_owned()),
+        Err(Fault(reason, message)) => {
+            let reason = if *reason == "RefNotPermitted" { reason } else { "InvalidClientCertificateRef" };
+            Finding::new("ResolvedRefs", false, reason, format!("tls.backend: {message}"))
+        }
+    };
+    reader.find(finding);
+    found.ok()
+}
+
+fn resource(
+    owner: Owner<'_>,
+    listener: &Listener,
+    key_pairs: &[Resource],
+    validation: Option<Validation>,
+) -> Option<Resource> {
     let protocol = match listener.protocol {
         ListenerProtocol::Http => l7::ListenerProtocol::HttpListener,
         ListenerProtocol::Https => l7::ListenerProtocol::HttpsListener,
@@ -248,9 +408,10 @@ fn resource(gateway: &Gateway, listener: &Listener, key_pairs: &[Resource]) -> O
         ListenerProtocol::Tcp => l7::ListenerProtocol::TcpListener,
         ListenerProtocol::Hbone | ListenerProtocol::Other(_) => return None,
     };
-    let id = &gateway.meta.id;
+    let id = &owner.gateway.meta.id;
+    let object = owner.object();
     let message = l7::Listener {
-        object: Some(object_name(Kind::Gateway, id)),
+        object: Some(object_name(object.kind, &object.name)),
         gateway: id.to_string(),
         port: listener.port.into(),
         protocol: protocol.into(),
@@ -258,10 +419,14 @@ fn resource(gateway: &Gateway, listener: &Listener, key_pairs: &[Resource]) -> O
         tls: (layer(&listener.protocol) == Layer::Encrypted).then(|| l7::ListenerTls {
             passthrough: !ends_tls(listener),
             key_pairs: key_pairs.iter().map(|pair| pair.name.to_string()).collect(),
+            client_validation: validation.map(|validation| l7::ClientValidation {
+                roots: validation.roots.into_bytes().into(),
+                allow_insecure_fallback: validation.allow_insecure_fallback,
+            }),
         }),
     };
     Some(Resource {
-        name: resource_name(id, listener).into(),
+        name: owner.resource_name(listener).into(),
         aliases: Vec::new(),
         parents: vec![views::root(id)],
         body: message.encode_to_vec().into(),

@@ -8,6 +8,7 @@ pub(super) mod backend_policies;
 pub(super) mod backend_tls;
 pub(super) mod gateways;
 pub(super) mod hosts;
+pub(super) mod listener_sets;
 mod listeners;
 mod paths;
 pub(super) mod policies;
@@ -17,4 +18,4 @@ pub(super) mod traffic_policies;
 pub(super) mod views;
 pub(super) mod virtual_services;
 
-use super::{Finding, ListenerFacts, Settings, l4, outputs, reader};
+use super::{Finding, ListenerFacts, ListenerSetFacts, Settings, l4, outputs, reader};

@@ -9,7 +9,7 @@ use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::virtual_services::HONOURED;
-use super::{Finding, attachment, listeners, paths, views};
+use super::{Finding, attachment, listener_sets, listeners, paths, views};
 use crate::object::{
     BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, TargetKind,
 };
@@ -136,6 +136,7 @@ fn condition(
     let kind = match parent.kind {
         TargetKind::ServiceEntry => Kind::ServiceEntry,
         TargetKind::Gateway => Kind::Gateway,
+        TargetKind::ListenerSet => Kind::ListenerSet,
         TargetKind::Service | TargetKind::Hostname | TargetKind::Other => Kind::Service,
     };
     let finding = Finding::new(condition, met, reason, message).relative_to(kind, &parent.name);
@@ -201,6 +202,10 @@ impl Lowering<'_, '_> {
                     .map(|port| entry.hosts.iter().map(|host| target(host.to_string(), port)).collect()),
             }),
             TargetKind::Gateway => self.attach_to_gateway(parent),
+            TargetKind::ListenerSet => {
+                let owner = listener_sets::attached_by_name(self.reader, &parent.name)?;
+                Some(owner.and_then(|owner| self.attach_to_listeners(owner, parent)))
+            }
             TargetKind::Hostname | TargetKind::Other => None,
         }
     }
@@ -217,15 +222,21 @@ impl Lowering<'_, '_> {
         if !self.reader.settings.gateway_classes.contains(&gateway.class) {
             return None;
         }
-        let attached = attachment::attach(self.reader, gateway, self.route, parent);
-        Some(attached.map(|attached| {
-            let target = |it: attachment::Attached<'_>| l7::Target {
-                listener: listeners::resource_name(&parent.name, it.listener),
-                hostnames: it.hostnames.iter().map(ToString::to_string).collect(),
-                ..l7::Target::default()
-            };
-            attached.into_iter().map(target).collect()
-        }))
+        Some(self.attach_to_listeners(listeners::Owner::gateway(gateway), parent))
+    }
+
+    fn attach_to_listeners(
+        &self,
+        owner: listeners::Owner<'_>,
+        parent: &ParentRef,
+    ) -> Result<Vec<l7::Target>, NotAttached> {
+        let attached = attachment::attach(self.reader, owner, self.route, parent)?;
+        let target = |it: attachment::Attached<'_>| l7::Target {
+            listener: owner.resource_name(it.listener),
+            hostnames: it.hostnames.iter().map(ToString::to_string).collect(),
+            ..l7::Target::default()
+        };
+        Ok(attached.into_iter().map(target).collect())
     }
 
     fn rule(&self, rule: &RouteRule) -> l7::Rule {
@@ -279,7 +290,11 @@ impl Lowering<'_, '_> {
         let name = to.name_in(self.namespace);
         match to.kind {
             TargetKind::Service => {}
-            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => {
+            TargetKind::ServiceEntry
+            | TargetKind::Hostname
+            | TargetKind::Gateway
+            | TargetKind::ListenerSet
+            | TargetKind::Other => {
                 return Err(format!("backends of kind {} are not supported", to.kind_name));
             }
         }

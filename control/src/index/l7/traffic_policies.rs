@@ -170,7 +170,7 @@ fn of_gateway(reader: &Reader<'_>, target: &TrafficTarget) -> Result<Place, Refu
     let listener = listener.ok_or_else(|| no_section(target, "listener"))?;
     match reader.settings.gateway_classes.contains(&gateway.class) {
         true => place.targets.push(l7::Target {
-            listener: super::listeners::resource_name(name, listener),
+            listener: super::listeners::Owner::gateway(gateway).resource_name(listener),
             ..l7::Target::default()
         }),
         // A waypoint has one way in.

@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::listeners::Owner;
 use super::reader::Reader;
-use super::{attachment, policies, virtual_services};
+use super::{attachment, listener_sets, policies, virtual_services};
 use crate::object::{
-    Choice, Kind, NamespacedName, ObjectRef, Pod, Route, Service, ServiceEntry, TargetKind, WaypointBinding,
+    Choice, Kind, NamespacedName, ObjectRef, ParentRef, Pod, Route, Service, ServiceEntry, TargetKind,
+    WaypointBinding,
 };
 
 /// The root of the view of the waypoint `<namespace>/<name>`: the name that its resources have among their parents.
@@ -83,14 +85,27 @@ pub(in crate::index) fn of_route(reader: &Reader<'_>, route: &Route) -> Roots {
             TargetKind::Gateway => {
                 let gateway = reader.gateway(&parent.name);
                 let gateway = gateway.filter(|it| reader.settings.gateway_classes.contains(&it.class));
-                if gateway.is_some_and(|it| attachment::attach(reader, it, route, parent).is_ok()) {
-                    roots.insert(root(&parent.name));
-                }
+                let owner = gateway.map(Owner::gateway);
+                roots.extend(owner.and_then(|owner| of_listeners(reader, owner, route, parent)));
+            }
+            TargetKind::ListenerSet => {
+                let owner = listener_sets::attached_by_name(reader, &parent.name).and_then(Result::ok);
+                roots.extend(owner.and_then(|owner| of_listeners(reader, owner, route, parent)));
             }
             TargetKind::Hostname | TargetKind::Other => {}
         }
     }
     roots
+}
+
+/// The root of the gateway of listeners that a route is attached to.
+fn of_listeners(
+    reader: &Reader<'_>,
+    owner: Owner<'_>,
+    route: &Route,
+    parent: &ParentRef,
+) -> Option<Arc<str>> {
+    attachment::attach(reader, owner, route, parent).is_ok().then(|| root(&owner.gateway.meta.id))
 }
 
 /// The roots of the waypoints that something in `namespace` with this binding is bound to, canary included.

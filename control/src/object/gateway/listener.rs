@@ -99,7 +99,7 @@ struct Tls {
 }
 
 #[derive(Debug, Deserialize)]
-struct Certificate {
+pub(super) struct Certificate {
     group: Option<String>,
     kind: Option<String>,
     namespace: Option<String>,
@@ -136,19 +136,24 @@ impl Manifest {
 
 impl Tls {
     fn read(self, namespace: &Arc<str>) -> ListenerTls {
-        let certificates =
-            self.certificate_refs.into_iter().map(|Certificate { group, kind, namespace: of, name }| {
-                let kind = kind.unwrap_or_else(|| "Secret".to_owned());
-                let is_core = group.is_none_or(|group| group.is_empty() || group == "core");
-                CertificateRef {
-                    is_secret: is_core && kind == "Secret",
-                    kind_name: kind.into(),
-                    name: NamespacedName::new(of.map_or_else(|| namespace.clone(), Arc::from), name),
-                }
-            });
+        let certificates = self.certificate_refs.into_iter().map(|certificate| certificate.read(namespace));
         ListenerTls {
             passthrough: self.mode.as_deref() == Some("Passthrough"),
             certificates: certificates.collect(),
+        }
+    }
+}
+
+impl Certificate {
+    /// What is meant in an object of `namespace`.
+    pub(super) fn read(self, namespace: &Arc<str>) -> CertificateRef {
+        let Certificate { group, kind, namespace: of, name } = self;
+        let kind = kind.unwrap_or_else(|| "Secret".to_owned());
+        let is_core = group.is_none_or(|group| group.is_empty() || group == "core");
+        CertificateRef {
+            is_secret: is_core && kind == "Secret",
+            kind_name: kind.into(),
+            name: NamespacedName::new(of.map_or_else(|| namespace.clone(), Arc::from), name),
         }
     }
 }

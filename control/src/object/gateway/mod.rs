@@ -6,8 +6,10 @@ pub(super) mod grant;
 pub(super) mod grpc;
 pub(super) mod http;
 pub(super) mod listener;
+pub(super) mod listener_set;
 pub(super) mod route;
 pub(super) mod stream;
+pub(super) mod tls;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use serde::Deserialize;
 use super::core::cluster::NETWORK;
 use super::meta::{Invalid, Labels, Meta, annotation};
 use listener::Listener;
+use tls::GatewayTls;
 
 /// What a waypoint is for (label `istio.io/waypoint-for`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +134,10 @@ pub struct Gateway {
     pub hbone: Option<AllowedNamespaces>,
     /// Its listeners.
     pub listeners: Vec<Listener>,
+    /// From which namespaces ListenerSets may add listeners.
+    pub listener_sets: AllowedNamespaces,
+    /// What is asked of certificates of clients, and what is shown to endpoints.
+    pub tls: GatewayTls,
     /// `status.addresses`: where it is reached, once it is ready.
     pub addresses: Vec<AddressValue>,
     /// `spec.addresses`: where a gateway of another network is.
@@ -176,7 +183,17 @@ struct Spec {
     #[serde(default)]
     listeners: Vec<listener::Manifest>,
     #[serde(default)]
+    tls: tls::Manifest,
+    #[serde(default)]
+    allowed_listeners: AllowedListeners,
+    #[serde(default)]
     addresses: Vec<Address>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct AllowedListeners {
+    #[serde(default)]
+    namespaces: RouteNamespaces,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -233,6 +250,12 @@ impl TryFrom<Manifest> for Gateway {
                 _ => WaypointFor::Service,
             },
             hbone: hbone.map(|l| allowed(l.allowed_routes.namespaces.clone())),
+            tls: spec.tls.read(&meta.id.namespace),
+            // Gateway API: without the field nobody may.
+            listener_sets: match spec.allowed_listeners.namespaces {
+                RouteNamespaces { from: None, .. } => AllowedNamespaces::Nobody,
+                namespaces => allowed(namespaces),
+            },
             listeners: spec.listeners.into_iter().filter_map(|l| l.read(&meta.id.namespace)).collect(),
             addresses: read_addresses("status.addresses", &status.addresses)?,
             requested: read_addresses("spec.addresses", &spec.addresses)?,

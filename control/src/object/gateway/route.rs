@@ -55,13 +55,14 @@ impl Route {
         }
     }
 
-    /// The Services, ServiceEntries and Gateways that it wants to be attached to.
+    /// The Services, ServiceEntries, Gateways and ListenerSets that it wants to be attached to.
     pub fn attaches_to(&self) -> impl Iterator<Item = ObjectRef> {
         self.parents.iter().filter_map(|parent| {
             let kind = match parent.kind {
                 TargetKind::Service => Kind::Service,
                 TargetKind::ServiceEntry => Kind::ServiceEntry,
                 TargetKind::Gateway => Kind::Gateway,
+                TargetKind::ListenerSet => Kind::ListenerSet,
                 TargetKind::Hostname | TargetKind::Other => return None,
             };
             Some(ObjectRef { kind, name: parent.name.clone() })
@@ -90,7 +91,11 @@ impl Route {
         let references = self.rules.iter().flat_map(RouteRule::references);
         references.filter_map(|reference| match reference.kind {
             TargetKind::Service => Some(reference.name_in(&self.meta.id.namespace)),
-            TargetKind::ServiceEntry | TargetKind::Hostname | TargetKind::Gateway | TargetKind::Other => None,
+            TargetKind::ServiceEntry
+            | TargetKind::Hostname
+            | TargetKind::Gateway
+            | TargetKind::ListenerSet
+            | TargetKind::Other => None,
         })
     }
 }
@@ -161,6 +166,8 @@ pub enum TargetKind {
     Hostname,
     /// A Gateway.
     Gateway,
+    /// A ListenerSet.
+    ListenerSet,
     /// Anything else.
     Other,
 }
@@ -172,6 +179,7 @@ impl TargetKind {
             ("networking.istio.io", "ServiceEntry") => TargetKind::ServiceEntry,
             ("networking.istio.io", "Hostname") => TargetKind::Hostname,
             ("gateway.networking.k8s.io", "Gateway") => TargetKind::Gateway,
+            ("gateway.networking.k8s.io", "ListenerSet") => TargetKind::ListenerSet,
             _ => TargetKind::Other,
         }
     }

@@ -5,6 +5,7 @@
 //! Gateway's own parameters. Objects of the same name that were not made for the Gateway are never touched. Kubernetes
 //! deletes the objects with the Gateway that owns them.
 
+mod listener_sets;
 mod overlay;
 mod plan;
 mod status;
@@ -117,9 +118,12 @@ impl WaypointWriter {
                 _ = due.tick() => self.reconcile_everything(&mut retries).await,
                 work = self.queue.take(TOGETHER) => match work {
                     Work::Everything => self.reconcile_everything(&mut retries).await,
-                    Work::Objects(gateways) => {
+                    Work::Objects(objects) => {
+                        let (sets, gateways): (Vec<_>, Vec<_>) =
+                            objects.into_iter().partition(|object| object.kind == Kind::ListenerSet);
                         let gateways = gateways.into_iter().map(|gateway| gateway.name).collect();
                         self.reconcile_gateways(gateways, &mut retries).await;
+                        self.reconcile_sets(sets, &mut retries).await;
                     }
                 },
                 () = retries.due() => {
@@ -189,7 +193,12 @@ impl WaypointWriter {
         // The API server has checked it: what can't be read is no Gateway that it has a definition for.
         let Ok(waypoint) = serde_json::from_value::<WaypointGateway>(gateway.clone()) else { return Ok(()) };
         let is_gateway = self.gateway_classes.iter().any(|ours| **ours == *waypoint.class());
-        let waypoint = waypoint.with_role(if is_gateway { Role::Gateway } else { Role::Waypoint });
+        let object = ObjectRef { kind: Kind::Gateway, name: name.clone() };
+        let findings = self.findings.lock().get(&object).cloned().unwrap_or_default();
+        let sets = findings.iter().find_map(|finding| finding.listener_sets.clone()).unwrap_or_default();
+        let waypoint = waypoint
+            .with_role(if is_gateway { Role::Gateway } else { Role::Waypoint })
+            .with_added_ports(sets.ports);
         let class = waypoint.class();
         if !self.is_ours(class) {
             return self.leave(name, &waypoint, &gateway).await;
@@ -207,11 +216,11 @@ impl WaypointWriter {
             }
             Err(fault) => (DeploymentState::Refused(fault.to_string()), Some(fault)),
         };
-        let object = ObjectRef { kind: Kind::Gateway, name: name.clone() };
-        let findings = self.findings.lock().get(&object).cloned().unwrap_or_default();
         if let Some(status) = status::plan(&gateway, waypoint.role(), &state, &findings, &now()) {
             self.write_status(&api, name, &gateway, status).await?;
         }
+        // Whether their listeners serve depends on the Gateway.
+        self.queue.push(sets.all.into_iter().map(|name| ObjectRef { kind: Kind::ListenerSet, name }));
         fault.map_or(Ok(()), Err)
     }
 
@@ -271,6 +280,14 @@ impl WaypointWriter {
             Ok(parameters) => parameters,
             Err(reason) => return Ok(DeploymentState::Invalid(reason)),
         };
+        let asked = match waypoint.role() {
+            Role::Waypoint => Ok(Vec::new()),
+            Role::Gateway => waypoint.wanted_addresses(),
+        };
+        let asked = match asked {
+            Ok(asked) => asked,
+            Err(reason) => return Ok(DeploymentState::Unaddressable(reason)),
+        };
         let parts = match plan::manifests(waypoint, &self.template, parameters.as_ref()) {
             Ok(parts) => parts,
             Err(reason) => return Ok(DeploymentState::Invalid(reason)),
@@ -286,7 +303,9 @@ impl WaypointWriter {
                 Part::ServiceAccount | Part::PodDisruptionBudget | Part::HorizontalPodAutoscaler => {}
             }
         }
-        Ok(DeploymentState::Deployed { addresses, serves })
+        let withheld = asked.into_iter().find(|asked| addresses.iter().all(|known| known != asked));
+        let withheld = withheld.map(str::to_owned);
+        Ok(DeploymentState::Deployed { addresses, withheld, serves })
     }
 
     /// The parameters that a Gateway names; the inner error says what is wrong with them.
@@ -364,7 +383,12 @@ impl WaypointWriter {
 
     /// Gateways as the server has them; `None` where the kind is not installed.
     async fn gateways(&self) -> Result<Option<ApiResource>, CallError> {
-        let info = Kind::Gateway.info();
+        self.resource(Kind::Gateway).await
+    }
+
+    /// A kind as the server has it; `None` where it is not installed.
+    async fn resource(&self, kind: Kind) -> Result<Option<ApiResource>, CallError> {
+        let info = kind.info();
         let version = served_version(&self.client, &info).await?;
         Ok(version.map(|version| {
             let gvk = GroupVersionKind::gvk(info.group, version, info.name);

@@ -22,6 +22,8 @@ const MANAGED: (&str, &str) = ("gateway.istio.io/managed", "istio.io-mesh-contro
 const MANAGED_GATEWAY: (&str, &str) = ("gateway.istio.io/managed", "istio.io-gateway-controller");
 /// Annotation of a Gateway: the type of its Service.
 const SERVICE_TYPE: &str = "networking.istio.io/service-type";
+/// The type of a gateway's Service unless its annotation names another one.
+const LOAD_BALANCER: &str = "LoadBalancer";
 const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
 /// Annotation that changes with the manifest, so that fields that it no longer has are removed.
 const MANIFEST_HASH: &str = "ambit.dev/manifest-hash";
@@ -76,6 +78,9 @@ pub(super) struct WaypointGateway {
     spec: GatewaySpec,
     #[serde(skip)]
     role: Role,
+    /// Ports of listeners that are not its own.
+    #[serde(skip)]
+    added_ports: BTreeSet<u16>,
 }
 
 /// Whose connections a Gateway takes.
@@ -152,29 +157,41 @@ impl WaypointGateway {
         Self { role, ..self }
     }
 
+    /// With the ports of listeners that ListenerSets add.
+    pub(super) fn with_added_ports(self, added_ports: BTreeSet<u16>) -> Self {
+        Self { added_ports, ..self }
+    }
+
     /// The type of a gateway's Service.
     ///
     /// # Errors
     /// When its annotation names none.
     pub(super) fn service_type(&self) -> Result<&str, String> {
-        match self.metadata.annotations.get(SERVICE_TYPE).map_or("LoadBalancer", String::as_str) {
-            known @ ("LoadBalancer" | "NodePort" | "ClusterIP") => Ok(known),
+        match self.metadata.annotations.get(SERVICE_TYPE).map_or(LOAD_BALANCER, String::as_str) {
+            known @ (LOAD_BALANCER | "NodePort" | "ClusterIP") => Ok(known),
             other => Err(format!("{SERVICE_TYPE} is {other:?}, not LoadBalancer, NodePort or ClusterIP")),
         }
     }
 
-    /// The address that a gateway is to have; there can be one.
+    /// The addresses that a gateway is to have. Its Service asks its load balancer for the first.
     ///
     /// # Errors
     /// What is wrong with those that it asks for.
-    pub(super) fn wanted_address(&self) -> Result<Option<&str>, String> {
-        let mut addresses = self.spec.addresses.iter().filter(|address| !address.value.is_empty());
-        let Some(first) = addresses.next() else { return Ok(None) };
-        let is_ip = first.kind.as_deref().is_none_or(|kind| kind == "IPAddress");
-        if !is_ip || addresses.next().is_some() {
-            return Err("spec.addresses may have one IPAddress".to_owned());
+    pub(super) fn wanted_addresses(&self) -> Result<Vec<&str>, String> {
+        let asked: Vec<&GatewayAddress> =
+            self.spec.addresses.iter().filter(|address| !address.value.is_empty()).collect();
+        let is_ip = |kind: Option<&str>| kind.is_none_or(|kind| kind == "IPAddress");
+        if let Some(other) = asked.iter().find(|address| !is_ip(address.kind.as_deref())) {
+            let kind = other.kind.as_deref().unwrap_or_default();
+            return Err(format!("an address of type {kind} can't be asked for, only an IPAddress"));
         }
-        Ok(Some(&first.value))
+        let kind = self.service_type().unwrap_or_default();
+        if !asked.is_empty() && kind != LOAD_BALANCER {
+            return Err(format!(
+                "a Service of type {kind} can't have the address that spec.addresses asks for"
+            ));
+        }
+        Ok(asked.into_iter().map(|address| address.value.as_str()).collect())
     }
 
     /// The ConfigMap with the Gateway's parameters, if it names one.
@@ -343,7 +360,8 @@ fn service_spec(gateway: &WaypointGateway) -> Value {
 
 /// The Service of a gateway: the ports of its listeners, each once.
 fn gateway_service_spec(gateway: &WaypointGateway) -> Result<Value, String> {
-    let ports: BTreeSet<u16> = gateway.spec.listeners.iter().map(|listener| listener.port).collect();
+    let own = gateway.spec.listeners.iter().map(|listener| listener.port);
+    let ports: BTreeSet<u16> = own.chain(gateway.added_ports.iter().copied()).collect();
     let port = |port: u16| json!({ "name": format!("port-{port}"), "port": port, "targetPort": port, "protocol": "TCP" });
     let kind = gateway.service_type()?;
     let mut spec = json!({
@@ -352,13 +370,8 @@ fn gateway_service_spec(gateway: &WaypointGateway) -> Result<Value, String> {
         "ipFamilyPolicy": "PreferDualStack",
         "ports": ports.into_iter().map(port).collect::<Vec<_>>(),
     });
-    if let Some(address) = gateway.wanted_address()? {
-        if kind != "LoadBalancer" {
-            return Err(format!(
-                "a Service of type {kind} can't have the address that spec.addresses asks for"
-            ));
-        }
-        spec["loadBalancerIP"] = address.into();
+    if let Some(address) = gateway.wanted_addresses()?.first() {
+        spec["loadBalancerIP"] = (*address).into();
     }
     Ok(spec)
 }

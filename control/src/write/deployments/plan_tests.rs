@@ -172,3 +172,26 @@ fn parameters_come_from_config_maps_alone() {
     assert_eq!(named("ConfigMap"), Ok(Some("p".to_owned())));
     assert!(named("Secret").is_err());
 }
+
+#[test]
+fn a_gateway_asks_its_load_balancer_for_the_first_of_its_addresses() {
+    let service = |annotations: &Value, addresses: &Value| {
+        let gateway = json!({
+            "metadata": { "name": "web", "namespace": "edge", "uid": "u1", "annotations": annotations },
+            "spec": { "gatewayClassName": "ambit", "listeners": [{ "port": 80 }], "addresses": addresses },
+        });
+        let gateway = serde_json::from_value::<WaypointGateway>(gateway).unwrap().with_role(Role::Gateway);
+        let gateway = gateway.with_added_ports(BTreeSet::from([80, 8080]));
+        gateway.wanted_addresses()?;
+        Ok::<_, String>(part(&gateway, &Template::default(), None, Part::Service).unwrap()["spec"].clone())
+    };
+    let ip = |value: &str| json!({ "type": "IPAddress", "value": value });
+    let both = service(&json!({}), &json!([ip("192.0.2.1"), ip("192.0.2.2")])).unwrap();
+    assert_eq!(both["loadBalancerIP"], "192.0.2.1");
+    let ports: Vec<_> = both["ports"].as_array().unwrap().iter().map(|port| port["port"].clone()).collect();
+    assert_eq!(ports, [80, 8080], "with those of ListenerSets");
+    // An address without a value leaves the choice to the load balancer (GatewayAddressEmpty).
+    assert!(service(&json!({}), &json!([{ "type": "IPAddress" }])).unwrap()["loadBalancerIP"].is_null());
+    assert!(service(&json!({}), &json!([{ "type": "example.com/odd", "value": "x" }])).is_err());
+    assert!(service(&json!({ SERVICE_TYPE: "ClusterIP" }), &json!([ip("192.0.2.1")])).is_err());
+}

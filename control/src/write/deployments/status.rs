@@ -15,6 +15,9 @@ use crate::write::conditions::{self, Condition};
 /// The listener of a waypoint.
 const HBONE: (&str, u64) = ("HBONE", INBOUND_HBONE as u64);
 
+/// Conditions of a gateway that the index finds.
+const OF_FINDINGS: [&str; 2] = ["ResolvedRefs", "InsecureFrontendValidationMode"];
+
 /// The reason of a condition that no controller has written yet.
 const PENDING: &str = "Pending";
 
@@ -23,12 +26,16 @@ const PENDING: &str = "Pending";
 pub(super) enum DeploymentState {
     /// The Gateway cannot be what it wants to be.
     Invalid(String),
+    /// It asks for addresses that it can't have.
+    Unaddressable(String),
     /// An object of the waypoint could not be made.
     Refused(String),
     /// All objects are there.
     Deployed {
         /// The addresses of the Service, once it has some.
         addresses: Vec<String>,
+        /// An address that it asks for and has not got.
+        withheld: Option<String>,
         /// Whether a pod serves.
         serves: bool,
     },
@@ -48,6 +55,9 @@ pub(super) fn plan(
         (DeploymentState::Invalid(message), _) => {
             Condition::new("Accepted", false, "InvalidParameters", message)
         }
+        (DeploymentState::Unaddressable(message), _) => {
+            Condition::new("Accepted", false, "UnsupportedAddress", message)
+        }
         (_, Role::Waypoint) => accepted_waypoint(gateway),
         (_, Role::Gateway) => accepted_gateway(findings),
     };
@@ -58,7 +68,7 @@ pub(super) fn plan(
     };
     let present = &gateway["status"]["addresses"];
     let addresses = match state {
-        DeploymentState::Deployed { addresses, serves }
+        DeploymentState::Deployed { addresses, serves, .. }
             if is_accepted
                 && !addresses.is_empty()
                 && (*serves || addresses.iter().all(|address| is_address(present, address))) =>
@@ -71,10 +81,20 @@ pub(super) fn plan(
         _ => json!([]),
     };
     let programmed = programmed(state, is_accepted);
-    let wanted = [accepted, programmed.clone()];
-    let present = gateway["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let status = json!({
-        "conditions": conditions::merge(present, &wanted, generation, now),
+    let mut wanted = vec![accepted, programmed.clone()];
+    let of_gateway_itself =
+        |finding: &&Finding| finding.listener.is_none() && OF_FINDINGS.contains(&finding.condition);
+    wanted.extend(findings.iter().filter(of_gateway_itself).map(Condition::from));
+    let mut present =
+        gateway["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default().to_vec();
+    // Those that nothing speaks for any more go.
+    let is_stale = |condition: &Value| {
+        let is_it = |name: &&str| condition["type"] == **name && wanted.iter().all(|it| it.name != *name);
+        role == Role::Gateway && OF_FINDINGS.iter().any(is_it)
+    };
+    present.retain(|condition| !is_stale(condition));
+    let mut status = json!({
+        "conditions": conditions::merge(&present, &wanted, generation, now),
         "addresses": addresses,
         "listeners": listeners(gateway)
             .map(|listener| {
@@ -90,7 +110,14 @@ pub(super) fn plan(
         let present = gateway["status"].get(field).cloned().unwrap_or_else(|| json!([]));
         present != status[field]
     });
-    differs.then_some(status)
+    let sets = findings.iter().find_map(|finding| finding.listener_sets.as_ref());
+    let attached = sets.map_or(0, |sets| sets.attached);
+    let known = gateway["status"]["attachedListenerSets"].as_u64().unwrap_or_default();
+    let counts_differ = u64::try_from(attached) != Ok(known);
+    if counts_differ {
+        status["attachedListenerSets"] = attached.into();
+    }
+    (differs || counts_differ).then_some(status)
 }
 
 fn accepted_waypoint(gateway: &Value) -> Condition {
@@ -172,9 +199,14 @@ pub(super) fn without_ours(gateway: &Value, now: &str) -> Option<Value> {
 fn programmed(state: &DeploymentState, is_accepted: bool) -> Condition {
     let not = |reason, message: &str| Condition::new("Programmed", false, reason, message);
     match state {
-        DeploymentState::Invalid(message) => not("Invalid", message),
+        DeploymentState::Invalid(message) | DeploymentState::Unaddressable(message) => {
+            not("Invalid", message)
+        }
         _ if !is_accepted => not("Invalid", "the Gateway is not accepted"),
         DeploymentState::Refused(message) => not("Invalid", message),
+        DeploymentState::Deployed { withheld: Some(address), .. } => {
+            not("AddressNotUsable", &format!("the Service of the Gateway has not got address {address}"))
+        }
         DeploymentState::Deployed { addresses, .. } if addresses.is_empty() => {
             not("AddressNotAssigned", "the Service of the Gateway has no address yet")
         }
@@ -202,6 +234,40 @@ struct Found {
     conditions: [Condition; 4],
     kinds: Vec<Value>,
     attached: usize,
+}
+
+/// `status` of a ListenerSet, if it must differ from what it is. `programmed` is the condition of its Gateway.
+pub(super) fn of_set(set: &Value, findings: &[Finding], programmed: &Condition, now: &str) -> Option<Value> {
+    let accepted = findings.iter().find(|finding| finding.listener.is_none()).map(Condition::from)?;
+    let generation = set["metadata"]["generation"].as_i64();
+    let own = match (accepted.met, programmed.met) {
+        (true, true) => Condition::new("Programmed", true, "Programmed", "the gateway serves its listeners"),
+        (true, false) => Condition::new("Programmed", false, "ParentNotProgrammed", &programmed.message),
+        (false, _) => Condition::new("Programmed", false, accepted.reason, &accepted.message),
+    };
+    let present = set["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let is_attached = findings.iter().any(|finding| finding.listener.is_some());
+    let listeners = listeners(set).filter(|_| is_attached).map(|listener| {
+        let found = of_gateway(listener, findings, programmed);
+        listener_status(set, listener, found, generation, now)
+    });
+    let status = json!({
+        "listeners": listeners.collect::<Vec<_>>(),
+        "conditions": conditions::merge(present, &[accepted, own], generation, now),
+    });
+    let differs = ["conditions", "listeners"].into_iter().any(|field| {
+        let present = set["status"].get(field).cloned().unwrap_or_else(|| json!([]));
+        present != status[field]
+    });
+    differs.then_some(status)
+}
+
+/// Whether a Gateway says of itself that it serves.
+pub(super) fn is_programmed(gateway: &Value) -> Condition {
+    let conditions = gateway["status"]["conditions"].as_array().into_iter().flatten();
+    let own = conditions.into_iter().find(|condition| condition["type"] == "Programmed");
+    let met = own.is_some_and(|own| own["status"] == "True");
+    Condition::new("Programmed", met, "Pending", "the Gateway does not serve yet")
 }
 
 /// The condition of a listener that nothing is in the way of.
@@ -277,157 +343,5 @@ fn listener_status(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::index::{CONTROLLER, ListenerFacts};
-
-    fn gateway(protocol: &str, status: &Value) -> Value {
-        json!({
-            "metadata": { "generation": 2 },
-            "spec": { "listeners": [{ "name": "mesh", "protocol": protocol, "port": 15008 }] },
-            "status": status,
-        })
-    }
-
-    fn deployed(address: Option<&str>, serves: bool) -> DeploymentState {
-        DeploymentState::Deployed { addresses: address.map(str::to_owned).into_iter().collect(), serves }
-    }
-
-    fn plan(gateway: &Value, state: &DeploymentState, now: &str) -> Option<Value> {
-        super::plan(gateway, Role::Waypoint, state, &[], now)
-    }
-
-    #[test]
-    fn listeners_of_a_gateway_say_what_the_index_found() {
-        let facts = |name: &str, attached| ListenerFacts {
-            name: name.into(),
-            kinds: vec![Kind::HttpRoute],
-            attached,
-        };
-        let finding = |name: &str, condition, met, reason| Finding {
-            condition,
-            met,
-            reason,
-            message: "because".to_owned(),
-            parent: None,
-            parent_ref: None,
-            listener: Some(facts(name, 3)),
-            controller: CONTROLLER,
-        };
-        let findings = [
-            finding("good", "Accepted", true, "Accepted"),
-            finding("good", "ResolvedRefs", true, "ResolvedRefs"),
-            finding("good", "Programmed", true, "Programmed"),
-            finding("bad", "Accepted", false, "HostnameConflict"),
-            finding("bad", "Programmed", false, "Invalid"),
-            finding("bad", "Conflicted", true, "HostnameConflict"),
-        ];
-        let gateway = json!({
-            "metadata": { "generation": 2 },
-            "spec": { "listeners": [{ "name": "good" }, { "name": "bad" }] },
-        });
-        let of = |status: &Value, at: usize, condition: &str| reason(&status["listeners"][at], condition);
-        let waiting = deployed(Some("10.0.0.1"), false);
-        let status = super::plan(&gateway, Role::Gateway, &waiting, &findings, "t").unwrap();
-        assert_eq!(reason(&status, "Accepted"), "True ListenersNotValid");
-        assert_eq!(of(&status, 0, "Programmed"), "False Pending");
-        let serving = DeploymentState::Deployed {
-            addresses: vec!["10.0.0.1".into(), "lb.example".into()],
-            serves: true,
-        };
-        let status = super::plan(&gateway, Role::Gateway, &serving, &findings, "t").unwrap();
-        assert_eq!(status["addresses"][1], json!({ "type": "Hostname", "value": "lb.example" }));
-        assert_eq!(
-            (&status["listeners"][0]["attachedRoutes"], of(&status, 0, "Programmed")),
-            (&json!(3), "True Programmed".into())
-        );
-        assert_eq!(status["listeners"][0]["supportedKinds"][0]["kind"], "HTTPRoute");
-        assert_eq!(of(&status, 0, "Conflicted"), "False NoConflicts");
-        assert_eq!(of(&status, 1, "Accepted"), "False HostnameConflict");
-        assert_eq!(
-            (of(&status, 1, "Programmed"), of(&status, 1, "Conflicted")),
-            ("False Invalid".into(), "True HostnameConflict".into())
-        );
-        let none = super::plan(&gateway, Role::Gateway, &serving, &findings[3..], "t").unwrap();
-        assert_eq!(
-            (reason(&none, "Accepted"), &none["addresses"]),
-            ("False ListenersNotValid".into(), &json!([]))
-        );
-    }
-
-    fn reason(status: &Value, condition: &str) -> String {
-        let conditions = status["conditions"].as_array().unwrap();
-        let found = conditions.iter().find(|found| found["type"] == condition).unwrap();
-        assert_eq!(found["observedGeneration"], 2);
-        format!("{} {}", found["status"].as_str().unwrap(), found["reason"].as_str().unwrap())
-    }
-
-    #[test]
-    fn the_address_comes_with_the_first_pod_and_stays() {
-        let plan_of = |status: &Value, state| plan(&gateway("HBONE", status), &state, "t");
-        let waiting = plan_of(&json!({}), deployed(Some("10.0.0.1"), false)).unwrap();
-        assert_eq!(
-            (reason(&waiting, "Programmed"), &waiting["addresses"]),
-            ("False Pending".to_owned(), &json!([]))
-        );
-        let serving = plan_of(&waiting, deployed(Some("10.0.0.1"), true)).unwrap();
-        assert_eq!(reason(&serving, "Programmed"), "True Programmed");
-        assert_eq!(serving["addresses"][0]["value"], "10.0.0.1");
-        assert_eq!(plan_of(&serving, deployed(Some("10.0.0.1"), true)), None);
-        let away = plan_of(&serving, deployed(Some("10.0.0.1"), false)).unwrap();
-        assert_eq!(
-            (reason(&away, "Programmed"), &away["addresses"]),
-            ("False Pending".to_owned(), &serving["addresses"])
-        );
-    }
-
-    #[test]
-    fn each_state_has_its_conditions() {
-        for (protocol, state, accepted, programmed) in [
-            ("HBONE", deployed(None, false), "True Accepted", "False AddressNotAssigned"),
-            ("HBONE", DeploymentState::Refused("r".to_owned()), "True Accepted", "False Invalid"),
-            ("HBONE", DeploymentState::Invalid("i".to_owned()), "False InvalidParameters", "False Invalid"),
-            ("HTTP", deployed(Some("10.0.0.1"), true), "False ListenersNotValid", "False Invalid"),
-        ] {
-            let status = plan(&gateway(protocol, &json!({})), &state, "t").unwrap();
-            assert_eq!(reason(&status, "Accepted"), accepted, "{state:?}");
-            assert_eq!(reason(&status, "Programmed"), programmed, "{state:?}");
-            assert_eq!(status["addresses"], json!([]), "{state:?}");
-        }
-    }
-
-    #[test]
-    fn a_gateway_that_is_not_ours_any_more_keeps_what_others_wrote() {
-        let mut left = gateway("HBONE", &json!({}));
-        left["status"] = plan(&left, &deployed(Some("10.0.0.1"), true), "t").unwrap();
-        assert_eq!(without_ours(&left, "t2"), None, "nothing says that it is ours");
-        left["metadata"]["managedFields"] = json!([{
-            "manager": FIELD_MANAGER, "operation": "Update", "subresource": "status",
-            "fieldsV1": { "f:status": {
-                "f:addresses": {}, "f:listeners": { "k:{\"name\":\"mesh\"}": {} },
-                "f:conditions": { "k:{\"type\":\"Programmed\"}": {} },
-            } },
-        }]);
-        let status = without_ours(&left, "t2").unwrap();
-        assert_eq!((&status["addresses"], &status["listeners"]), (&json!([]), &json!([])));
-        let conditions = status["conditions"].as_array().unwrap();
-        assert_eq!(conditions[0]["status"], "True", "another controller accepts it");
-        assert_eq!(
-            (&conditions[1]["status"], &conditions[1]["reason"]),
-            (&json!("Unknown"), &json!("Pending"))
-        );
-        left["status"] = status;
-        assert_eq!(without_ours(&left, "t3"), None, "once");
-    }
-
-    #[test]
-    fn conditions_of_others_stay_and_those_of_the_definition_are_replaced() {
-        let foreign = json!({ "type": "Other", "status": "True" });
-        let initial = json!({ "type": "Accepted", "status": "Unknown", "reason": "Pending" });
-        let status = json!({ "conditions": [initial, foreign] });
-        let status = plan(&gateway("HBONE", &status), &deployed(None, false), "t").unwrap();
-        assert_eq!(status["conditions"][1], foreign);
-        assert_eq!(status["conditions"].as_array().unwrap().len(), 3);
-        assert_eq!(reason(&status, "Accepted"), "True Accepted");
-    }
-}
+#[path = "status_tests.rs"]
+mod tests;

@@ -32,6 +32,9 @@ use control_plane::ControlPlane;
 use network::Network;
 use nodes::Nodes;
 
+pub(crate) use forward::API_PORT;
+pub(crate) use network::CONTROL;
+
 /// Size limit of the file system in memory that holds everything of the cluster.
 const MEMORY: &str = "size=75%,mode=755";
 

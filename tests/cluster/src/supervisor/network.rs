@@ -41,6 +41,10 @@ impl Network {
             route(&place, Ipv4Addr::UNSPECIFIED, 0, plan.control()).await?;
             nodes.insert(name, place);
         }
+        if plan.nodes > 0 {
+            // As a router would that balances over one node.
+            route(&control, plan.load_balancers(), SEGMENT_PREFIX, plan.node(1)).await?;
+        }
         for (index, target) in (1..).zip(plan.node_names()) {
             for (name, place) in nodes.iter().chain([(&CONTROL.to_owned(), &control)]) {
                 if *name != target {

@@ -334,4 +334,17 @@ spec:
   gatewayClassName: ambit-waypoint
   infrastructure: {parametersRef: {group: "", kind: ConfigMap, name: scaled}}
   listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+# Nothing is deployed for a Gateway of so long a name.
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: gggggggggggggggggggggggggggggggggggggggggggggggggggggggggggggggg, namespace: rights}
+spec: {gatewayClassName: ambit, listeners: [{name: http, port: 80, protocol: HTTP}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: ListenerSet
+metadata: {name: added, namespace: rights}
+spec:
+  parentRef: {name: gggggggggggggggggggggggggggggggggggggggggggggggggggggggggggggggg}
+  listeners: [{name: http, port: 81, protocol: HTTP}]
 "#;
