@@ -63,6 +63,7 @@ pub async fn serve(
         Err(failure @ Failure::Overflow(_)) => return report.overflow(failure.to_string()),
         Err(failure) => return report.finish(Err(failure.to_string())),
     };
+    report.set_open();
     relay(inbound, client, upstream, report).await;
 }
 

@@ -362,13 +362,21 @@ pub struct ConnectionReport {
     since: Instant,
     /// What a failure is counted as.
     flags: tcp::ResponseFlags,
+    /// Whether the observer of the log had it when it opened.
+    is_open: bool,
 }
 
 impl Reporter {
     /// Begins the report of a connection that is passed on.
     pub fn connection(&self, inbound: &Arc<Inbound>) -> ConnectionReport {
         let flags = tcp::ResponseFlags::Connect;
-        ConnectionReport { inbound: inbound.clone(), endpoint: None, since: Instant::now(), flags }
+        ConnectionReport {
+            inbound: inbound.clone(),
+            endpoint: None,
+            since: Instant::now(),
+            flags,
+            is_open: false,
+        }
     }
 }
 
@@ -383,6 +391,15 @@ impl ConnectionReport {
         self.endpoint.as_ref().and_then(|endpoint| endpoint.workload.as_ref())
     }
 
+    /// It is open: bytes are passed on.
+    pub fn set_open(&mut self) {
+        let log = &self.inbound.worker.reporter.log;
+        if log.is_observed() {
+            log.observe_open(entry_of_connection(&self.inbound, self.endpoint.as_deref(), Status::Ok));
+            self.is_open = true;
+        }
+    }
+
     /// There are as many connections as may be.
     pub fn overflow(self, reason: String) {
         Self { flags: tcp::ResponseFlags::Overflow, ..self }.finish(Err(reason));
@@ -395,7 +412,7 @@ impl ConnectionReport {
 
     /// It ended: with the bytes from the client and those to it, or with a reason.
     pub fn finish(self, ended: Result<(u64, u64), String>) {
-        let Self { inbound, endpoint, since, flags } = self;
+        let Self { inbound, endpoint, since, flags, is_open } = self;
         let reporter = &inbound.worker.reporter;
         let series = reporter.connections.series(&labels(&inbound, endpoint.as_deref(), "tcp"));
         let (received, sent) = match &ended {
@@ -411,25 +428,39 @@ impl ConnectionReport {
         if !reporter.log.is_enabled() {
             return;
         }
-        let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
-        let destination = endpoint.as_deref().map(|endpoint| party(&end_of(endpoint), endpoint.address));
+        let status = match (&ended, flags) {
+            (Ok(_), _) => Status::Ok,
+            (Err(_), tcp::ResponseFlags::Denied) => Status::Denied,
+            (Err(_), _) => Status::Failed,
+        };
+        let entry = entry_of_connection(&inbound, endpoint.as_deref(), status);
         reporter.log.log(Entry {
-            source: party(&inbound.client, inbound.source),
-            destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
-            hbone_addr: None,
-            service: service(&inbound, endpoint.as_deref()).map(|service| service.host.hostname.clone()),
-            dialled: dialled_at(&inbound),
-            direction: Direction::Inbound,
-            status: match (&ended, flags) {
-                (Ok(_), _) => Status::Ok,
-                (Err(_), tcp::ResponseFlags::Denied) => Status::Denied,
-                (Err(_), _) => Status::Failed,
-            },
             bytes_sent: sent,
             bytes_received: received,
             duration: since.elapsed(),
             error: ended.err(),
+            was_observed: is_open,
+            ..entry
         });
+    }
+}
+
+fn entry_of_connection(inbound: &Inbound, endpoint: Option<&Endpoint>, status: Status) -> Entry {
+    let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
+    let destination = endpoint.map(|endpoint| party(&end_of(endpoint), endpoint.address));
+    Entry {
+        source: party(&inbound.client, inbound.source),
+        destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
+        hbone_addr: None,
+        service: service(inbound, endpoint).map(|service| service.host.hostname.clone()),
+        dialled: dialled_at(inbound),
+        direction: Direction::Inbound,
+        status,
+        bytes_sent: 0,
+        bytes_received: 0,
+        duration: Duration::ZERO,
+        error: None,
+        was_observed: false,
     }
 }
 

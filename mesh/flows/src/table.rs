@@ -38,6 +38,8 @@ pub enum Outcome {
     Denied,
     /// It was not denied, and failed.
     Failed,
+    /// It failed after it was counted as allowed.
+    FailedLater,
 }
 
 /// One end.
@@ -293,6 +295,7 @@ fn count(row: &mut Flow, outcome: Outcome, now: u64) {
             row.allowed += 1;
             row.failed += 1;
         }
+        Outcome::FailedLater => row.failed += 1,
     }
 }
 

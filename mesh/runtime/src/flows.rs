@@ -186,7 +186,9 @@ fn count(shared: &Shared, records: &Receiver<Arc<Record>>, observer: Observer, s
             let mut table = shared.table.lock();
             for _ in 0..TURN {
                 let Some(record) = next.take() else { break };
-                table.observe(&observation(&record, observer), seconds(record.time));
+                if let Some(seen) = observation(&record, observer) {
+                    table.observe(&seen, seconds(record.time));
+                }
                 drop(record);
                 next = records.try_recv().ok();
             }
@@ -209,17 +211,21 @@ fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// What a record says of a flow.
-fn observation(record: &Record, observer: Observer) -> Observation<'_> {
-    let outcome = match record.status() {
-        Status::Ok => Outcome::Allowed,
-        Status::Denied => Outcome::Denied,
-        Status::Failed => Outcome::Failed,
+/// What a record says of a flow. Connections are counted when they open; their end adds only what went wrong.
+fn observation(record: &Record, observer: Observer) -> Option<Observation<'_>> {
+    let was_counted =
+        !record.is_open && matches!(&record.ended, Ended::Connection(entry) if entry.was_observed);
+    let outcome = match (record.status(), was_counted) {
+        (Status::Ok, true) => return None,
+        (Status::Ok, false) => Outcome::Allowed,
+        (Status::Denied, _) => Outcome::Denied,
+        (Status::Failed, true) => Outcome::FailedLater,
+        (Status::Failed, false) => Outcome::Failed,
     };
-    match &record.ended {
+    Some(match &record.ended {
         Ended::Connection(entry) => of_connection(entry, observer, outcome),
         Ended::Request(entry) => of_request(entry, outcome),
-    }
+    })
 }
 
 fn of_connection(entry: &Entry, observer: Observer, outcome: Outcome) -> Observation<'_> {

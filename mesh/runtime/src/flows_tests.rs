@@ -36,6 +36,7 @@ fn entry(status: Status) -> Entry {
         bytes_received: 2,
         duration: Duration::ZERO,
         error: None,
+        was_observed: false,
     }
 }
 
@@ -72,6 +73,19 @@ fn connections_of_a_node_are_counted_by_workload_and_port() {
     assert_eq!(&*flow.source.identity, "spiffe://td/ns/shop/sa/cli");
     assert_eq!(report.lost, Lost::default());
     drop(counter);
+}
+
+#[test]
+fn a_connection_is_counted_when_it_opens_and_not_again_at_its_end() {
+    let (log, flows, _counter) = Flows::observe(AccessLog::disabled(), settings(), Observer::Node).unwrap();
+    assert!(log.is_observed());
+    for status in [Status::Ok, Status::Failed, Status::Denied] {
+        log.observe_open(entry(Status::Ok));
+        log.log(Entry { was_observed: true, ..entry(status) });
+    }
+    let report = counted(&flows, 4);
+    let [flow] = report.flows.as_slice() else { panic!("{report:?}") };
+    assert_eq!((flow.allowed, flow.denied, flow.failed), (3, 1, 1));
 }
 
 #[test]

@@ -133,6 +133,9 @@ impl Reporter {
     pub fn open(self: &Arc<Self>, record: AccessRecord, connection: &Open) -> ConnectionReport {
         let counted = self.series(&record).open();
         connection.set_metrics(counted);
+        if self.log.is_observed() {
+            self.log.observe_open(entry(&record, (0, 0), Duration::ZERO, None));
+        }
         ConnectionReport {
             reporter: self.clone(),
             record,
@@ -144,7 +147,7 @@ impl Reporter {
     /// Reports a connection that failed before it was open.
     pub fn failed(&self, record: &AccessRecord, error: &ConnectionError) {
         self.series(record).fail(error.response_flags());
-        self.write(record, (0, 0), record.since.elapsed(), Some((status(error), error.to_string())));
+        self.write(record, (0, 0), Some((status(error), error.to_string())), false);
     }
 
     fn series(&self, record: &AccessRecord) -> Arc<Series> {
@@ -166,30 +169,40 @@ impl Reporter {
         &self,
         record: &AccessRecord,
         bytes: (u64, u64),
-        duration: Duration,
         failure: Option<(Status, String)>,
+        was_open: bool,
     ) {
         if !self.log.is_enabled() {
             return;
         }
-        let (bytes_sent, bytes_received) = bytes;
-        let (status, error) = failure.map_or((Status::Ok, None), |(status, error)| (status, Some(error)));
-        self.log.log(Entry {
-            source: party(&record.source, record.source_address),
-            destination: party(&record.destination, record.destination_address),
-            hbone_addr: record.hbone_address.clone(),
-            service: record.service.as_ref().map(|service| service.host.hostname.clone()),
-            dialled: dialled(record.service.as_deref(), 0),
-            direction: match record.direction {
-                Direction::Inbound => access::Direction::Inbound,
-                Direction::Outbound => access::Direction::Outbound,
-            },
-            status,
-            bytes_sent,
-            bytes_received,
-            duration,
-            error,
-        });
+        let entry = entry(record, bytes, record.since.elapsed(), failure);
+        self.log.log(Entry { was_observed: was_open && self.log.is_observed(), ..entry });
+    }
+}
+
+fn entry(
+    record: &AccessRecord,
+    (bytes_sent, bytes_received): (u64, u64),
+    duration: Duration,
+    failure: Option<(Status, String)>,
+) -> Entry {
+    let (status, error) = failure.map_or((Status::Ok, None), |(status, error)| (status, Some(error)));
+    Entry {
+        source: party(&record.source, record.source_address),
+        destination: party(&record.destination, record.destination_address),
+        hbone_addr: record.hbone_address.clone(),
+        service: record.service.as_ref().map(|service| service.host.hostname.clone()),
+        dialled: dialled(record.service.as_deref(), 0),
+        direction: match record.direction {
+            Direction::Inbound => access::Direction::Inbound,
+            Direction::Outbound => access::Direction::Outbound,
+        },
+        status,
+        bytes_sent,
+        bytes_received,
+        duration,
+        error,
+        was_observed: false,
     }
 }
 
@@ -217,7 +230,7 @@ impl ConnectionReport {
         let counters = &self.connection.counters;
         // Metrics contract: what dashboards call sent is what the server sent.
         let bytes = (counters.received(), counters.sent());
-        self.reporter.write(&self.record, bytes, self.record.since.elapsed(), failure);
+        self.reporter.write(&self.record, bytes, failure, true);
     }
 }
 

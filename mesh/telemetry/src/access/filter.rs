@@ -241,8 +241,9 @@ mod tests {
             bytes_received: 0,
             duration: Duration::ZERO,
             error: Some("denied by policy data/p".into()),
+            was_observed: false,
         });
-        Record { ended, time: SystemTime::UNIX_EPOCH }
+        Record { ended, is_open: false, time: SystemTime::UNIX_EPOCH }
     }
 
     fn request() -> Record {
@@ -268,7 +269,7 @@ mod tests {
             duration: Duration::ZERO,
             error: None,
         });
-        Record { ended, time: SystemTime::UNIX_EPOCH }
+        Record { ended, is_open: false, time: SystemTime::UNIX_EPOCH }
     }
 
     #[test]

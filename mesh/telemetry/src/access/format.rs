@@ -125,6 +125,7 @@ fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
         bytes_received,
         duration,
         error,
+        was_observed: _,
     } = entry;
     let Party { addr: source_addr, workload, namespace, identity, owner: _ } = source;
     let Party {
@@ -225,6 +226,7 @@ mod tests {
             bytes_received: 34,
             duration: Duration::from_millis(5),
             error: None,
+            was_observed: false,
         }
     }
 

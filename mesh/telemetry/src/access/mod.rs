@@ -129,6 +129,8 @@ pub struct Entry {
     pub duration: Duration,
     /// Why it failed; a failed connection is logged at level `error`.
     pub error: Option<String>,
+    /// Whether [`AccessLog::observe_open`] had it when it opened. Not part of a line.
+    pub was_observed: bool,
 }
 
 /// A request that ended, as a waypoint or gateway saw it.
@@ -179,8 +181,10 @@ pub struct RequestEntry {
 /// What ended, and when.
 #[derive(Debug)]
 pub struct Record {
-    /// What ended.
+    /// What ended, or opened.
     pub ended: Ended,
+    /// It is a connection that has just opened: only the observer gets such a record.
+    pub is_open: bool,
     /// When.
     pub time: SystemTime,
 }
@@ -277,6 +281,19 @@ impl AccessLog {
         self.writer.is_some() || self.observer.is_some() || self.taps.is_open()
     }
 
+    /// Whether there is an observer.
+    pub fn is_observed(&self) -> bool {
+        self.observer.is_some()
+    }
+
+    /// Shows a connection that opened now to the observer: it may be open for days. Never blocks.
+    pub fn observe_open(&self, entry: Entry) {
+        if let Some(observe) = &self.observer {
+            let ended = Ended::Connection(entry);
+            observe(&Arc::new(Record { ended, is_open: true, time: SystemTime::now() }));
+        }
+    }
+
     /// Logs a connection that ended now. Never blocks.
     pub fn log(&self, entry: Entry) {
         self.send(Ended::Connection(entry));
@@ -291,7 +308,7 @@ impl AccessLog {
         if !self.is_enabled() {
             return;
         }
-        let record = Arc::new(Record { ended, time: SystemTime::now() });
+        let record = Arc::new(Record { ended, is_open: false, time: SystemTime::now() });
         if self.taps.is_open() {
             self.taps.offer(&record);
         }

@@ -197,6 +197,7 @@ mod tests {
             bytes_received: 0,
             duration: Duration::ZERO,
             error: None,
+            was_observed: false,
         }
     }
 
