@@ -223,7 +223,9 @@ fn decide(mut policies: BTreeMap<String, l7::Policy>, head: &[u8]) {
         token: token.as_ref(),
     };
     compiled.needs_requests(&destination);
-    compiled.authorizers(&destination, Some(&client), CLIENT, &http);
+    compiled.authorizers(&destination, Some(&client), CLIENT, &http, false);
+    compiled.authorizers(&destination, Some(&client), CLIENT, &http, true);
+    let _audited = compiled.audits(&destination, Some(&client), CLIENT, &http).count();
     for http in [Some(&http), None] {
         let verdict = compiled.decide(&destination, Some(&client), CLIENT, http);
         assert!(!(unreadable && verdict.allowed()), "a policy without content lets through");

@@ -2,6 +2,7 @@
 //!
 //! All retries are here: the pools below report what never left and send nothing twice.
 
+mod budget;
 mod hedge;
 
 use std::net::SocketAddr;
@@ -25,8 +26,8 @@ use smallvec::SmallVec;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::accept::Destination;
-use crate::accept::Inbound;
+pub use self::budget::ConnectBudget;
+use crate::accept::{Destination, Inbound};
 use crate::answer::grpc_status;
 use crate::authorize::AllowedRequest;
 use crate::backend_policies::{PoolPolicy, TcpProbes};
@@ -118,6 +119,8 @@ pub async fn send(
         trial: None,
         gate: None,
         counted: None,
+        answered: None,
+        connects: ConnectBudget::new(inbound.worker.proxy.settings.limits.connect_budget.get()),
         record,
     };
     let all = Box::pin(sending.tries());
@@ -128,6 +131,12 @@ pub async fn send(
         },
         None => all.await?,
     };
+    if let (Some(routed), Some(backend), Some(endpoint)) = (routed, &target.backend, &sending.answered)
+        && let Some(session) = &routed.session
+        && session.answer(&routed.rule, (backend, endpoint), response.headers_mut())
+    {
+        inbound.worker.proxy.tallies.sessions_moved.fetch_add(1, Ordering::Relaxed);
+    }
     if let Some(cookie) = hashed.cookie {
         response.headers_mut().append(SET_COOKIE, cookie);
     }
@@ -229,6 +238,10 @@ struct Sending<'a> {
     gate: Option<Gate>,
     /// Counts a try beyond the first.
     counted: Option<RetryCount>,
+    /// The endpoint of the try whose answer counts.
+    answered: Option<Arc<Endpoint>>,
+    /// What is left of the time for connections.
+    connects: ConnectBudget,
     record: &'a mut Record,
 }
 
@@ -252,7 +265,7 @@ impl Sending<'_> {
                 Ok((response, _)) => self.is_retriable_answer(response),
                 Err(failure) => self.is_retriable(failure),
             };
-            if !again || retries >= self.retry.attempts || !self.can_repeat() {
+            if !again || retries >= self.retry.attempts || !self.can_repeat() || self.connects.is_spent() {
                 return outcome;
             }
             self.counted = None;
@@ -338,6 +351,7 @@ impl Sending<'_> {
             Err(failure) => return self.learn(Err(failure)),
         };
         self.record.set_endpoint(&chosen);
+        self.answered = Some(chosen.clone());
         let limit = self.timeouts.backend;
         let outcome = match (self.hedge, limit) {
             (None, None) => self.exchange(&chosen, self.gate.as_ref()).await,
@@ -377,7 +391,7 @@ impl Sending<'_> {
         let mut moves = 0;
         // A connection that was kept may close before the request is on it: that is nobody's fault, and no retry.
         loop {
-            let sender = sender(worker, &key, chosen, gate).await?;
+            let sender = sender(worker, &key, chosen, gate, &self.connects).await?;
             let Some(taken) = request.take() else { return Err(Failure::Reset("sent already".to_owned())) };
             match dispatch(worker, &key, sender, taken).await {
                 Ok(answered) => return Ok(answered),
@@ -498,20 +512,21 @@ pub async fn sender(
     key: &Key,
     chosen: &Endpoint,
     gate: Option<&Gate>,
+    budget: &ConnectBudget,
 ) -> Result<Sender, Failure> {
     let ready = || worker.upstreams.take(key);
     let is_contended = gate.is_some_and(|gate| !key.http2 && gate.circuit.is_contended());
     if !is_contended && let Some(sender) = ready() {
         return Ok(sender);
     }
-    let Some(gate) = gate else { return dial(worker, key, chosen, None, None).await };
+    let Some(gate) = gate else { return dial(worker, key, chosen, None, None, budget).await };
     let _pending = gate.circuit.pend(gate.pool())?;
     if key.http2 {
-        return dial(worker, key, chosen, Some(gate), None).await;
+        return dial(worker, key, chosen, Some(gate), None, budget).await;
     }
     match gate.circuit.turn(gate.pool(), ready).await? {
         Turn::Ready(sender) => Ok(sender),
-        Turn::Connect(counted) => dial(worker, key, chosen, Some(gate), Some(counted)).await,
+        Turn::Connect(counted) => dial(worker, key, chosen, Some(gate), Some(counted), budget).await,
     }
 }
 
@@ -521,9 +536,13 @@ async fn dial(
     chosen: &Endpoint,
     gate: Option<&Gate>,
     counted: Option<Arc<Connection>>,
+    budget: &ConnectBudget,
 ) -> Result<Sender, Failure> {
     let limits = &worker.proxy.settings.limits;
-    let limit = connect_timeout(worker, gate);
+    let limit = budget
+        .limit(connect_timeout(worker, gate))
+        .ok_or_else(|| Failure::Connect(format!("no time is left for a connection to {}", chosen.address)))?;
+    let _spending = budget.spend();
     let timed_out = || Failure::Connect(format!("{} did not answer within {limit:?}", chosen.address));
     let found = timeout(limit, worker.upstreams.find(key, limits.connections_per_endpoint)).await;
     let mut dial = match found.map_err(|_| timed_out())? {

@@ -67,16 +67,37 @@ fn still_trusted(inbound: &Inbound) -> Result<(), Failure> {
     rechecked.map_err(|error| Failure::Denied(error.to_string()))
 }
 
-/// The authorizers that policies ask about the request.
+/// The authorizers that policies ask about the request: those whose answers count, or those of dry-run policies.
 pub fn authorizers(
     published: &Published,
     inbound: &Inbound,
     sane: &Sane,
     parts: &Parts,
     token: Option<&Token>,
+    dry_run: bool,
 ) -> Vec<Arc<Authorizer>> {
     let request = request(inbound, sane, Head::of(parts), token);
-    published.policies.authorizers(&inbound.destination, inbound.identity(), inbound.source.ip(), &request)
+    let (identity, source) = (inbound.identity(), inbound.source.ip());
+    published.policies.authorizers(&inbound.destination, identity, source, &request, dry_run)
+}
+
+/// The policies with the action AUDIT that match the request, counted, separated by commas; none where none does.
+pub fn audits(
+    published: &Published,
+    inbound: &Inbound,
+    sane: &Sane,
+    parts: &Parts,
+    token: Option<&Token>,
+) -> Option<String> {
+    let request = request(inbound, sane, Head::of(parts), token);
+    let (identity, source) = (inbound.identity(), inbound.source.ip());
+    let mut names = String::new();
+    for policy in published.policies.audits(&inbound.destination, identity, source, &request) {
+        inbound.worker.proxy.tallies.audited.fetch_add(1, Ordering::Relaxed);
+        let separator = if names.is_empty() { "" } else { "," };
+        names.push_str(&format!("{separator}{}", policy.name()));
+    }
+    (!names.is_empty()).then_some(names)
 }
 
 /// What of a request's head policies ask for.

@@ -19,11 +19,12 @@ use crate::accept::{Destination, Inbound};
 use crate::backend_policies::{BackendPolicies, PoolPolicy};
 use crate::backend_tls::EndpointTls;
 use crate::balancers::balancer::Balancer;
-use crate::balancers::{Gate, Slot, SlotKey, Sources, Trial, Unresolved};
+use crate::balancers::{Gate, Slot, SlotKey, Sources, Trial, Unresolved, Wanted};
 use crate::failure::Failure;
 use crate::matching::Routed;
 use crate::names;
 use crate::proxy::{Proxy, Published, Worker};
+use crate::session::{BackendId, EndpointId};
 use crate::upstream::Key;
 
 /// What a request is for: a port of a service or of a part of it, or an address.
@@ -43,6 +44,8 @@ pub struct Target {
     pub is_dynamic: bool,
     /// That host.
     pub asked: Option<Arc<str>>,
+    /// The endpoint that the client's session is at.
+    pub session: Option<EndpointId>,
 }
 
 impl Target {
@@ -97,7 +100,7 @@ pub struct Balanced {
 /// [`Failure::InvalidRoute`], [`Failure::InvalidPolicy`], [`Failure::UnknownService`], [`Failure::NoRoute`].
 pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) -> Result<Target, Failure> {
     let proxy = &inbound.worker.proxy;
-    let Some(Routed { rule, .. }) = routed else {
+    let Some(routed @ Routed { rule, .. }) = routed else {
         let authority = match &inbound.destination {
             Destination::Service { service, port, .. } => {
                 return of_service(proxy, published, service, *port);
@@ -115,10 +118,14 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
             tls: false,
             is_dynamic: false,
             asked: None,
+            session: None,
         });
     };
     let invalid =
         |reason: &str| Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_owned() };
+    if let Some(target) = of_session(proxy, published, routed) {
+        return Ok(target);
+    }
     let total = rule.backends.total();
     if total == 0 {
         return Err(invalid("no backend gets requests"));
@@ -126,6 +133,16 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
     let drawn = rule.backends.choose(rand::rng().random_range(0..total));
     let backend = drawn.ok_or_else(|| invalid("no backend gets requests"))?;
     of_backend(proxy, published, backend).map_err(|reason| invalid(&reason))
+}
+
+/// The backend that the client's session is at, as long as that has endpoints.
+fn of_session(proxy: &Proxy, published: &Published, routed: &Routed) -> Option<Target> {
+    let token = routed.session.as_ref()?.token?;
+    let rule = &routed.rule;
+    let backend = rule.backends.of_sessions().find(|it| BackendId::new(rule, it) == token.backend)?;
+    let target = of_backend(proxy, published, backend).ok()?;
+    let balancer = target.balanced.as_ref()?.current(proxy).ok()?;
+    (!balancer.hosts().is_empty()).then(|| Target { session: Some(token.endpoint), ..target })
 }
 
 /// A port of a service as a target.
@@ -151,6 +168,7 @@ pub fn of_service(
         tls,
         is_dynamic: service.resolves_dynamically,
         asked: None,
+        session: None,
     })
 }
 
@@ -181,6 +199,7 @@ pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Re
         tls,
         is_dynamic: service.resolves_dynamically,
         asked: None,
+        session: None,
     })
 }
 
@@ -257,6 +276,12 @@ pub struct Crossing {
 }
 
 impl Endpoint {
+    /// What sessions name it by; none for what is not one of the endpoints of a service here.
+    pub fn session_id(&self) -> Option<EndpointId> {
+        let workload = self.workload.as_ref().filter(|_| self.crossing.is_none())?;
+        Some(EndpointId::new(&workload.uid, self.address.port()))
+    }
+
     /// What its HTTP connections may be shared by.
     ///
     /// # Errors
@@ -328,7 +353,12 @@ pub fn endpoint(
         let endpoint = Arc::new(dynamic(&balancer, balanced.slot.key(), asked)?);
         return Ok(Chosen { endpoint, trial: None, gate: None });
     }
-    let chosen = balanced.slot.choose(&balancer, &proxy.published.load().directory, tried, key);
+    let chosen = balanced.slot.choose(
+        &balancer,
+        &proxy.published.load().directory,
+        tried,
+        Wanted { key, session: target.session.as_ref() },
+    );
     let why = match chosen {
         Ok(chosen) => {
             let (trial, gate) = (Some(chosen.trial), Some(chosen.gate));

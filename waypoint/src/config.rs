@@ -48,6 +48,8 @@ pub struct Config {
 pub struct Limits {
     /// Budget of one connection to an endpoint, handshakes included.
     pub connect_timeout: Span,
+    /// Budget of all connections of one request or connection to endpoints, retries included: endpoints that drop packets do not multiply waits.
+    pub connect_budget: Span,
     /// Budget of a TLS plus HTTP/2 handshake, either side.
     pub handshake_timeout: Span,
     /// How long an unused HBONE connection is kept.
@@ -117,6 +119,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connect_timeout: Span::from_secs(5),
+            connect_budget: Span::from_secs(10),
             handshake_timeout: Span::from_secs(5),
             pool_idle: Span::from_secs(120),
             upstream_idle: Span::from_secs(60),

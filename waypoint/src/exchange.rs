@@ -65,7 +65,9 @@ async fn steps(
         if sane.grpc { source.counting_messages() } else { source }
     });
     let token = authenticate::authenticate(&published, inbound, &mut parts)?;
-    let authorizers = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref());
+    let authorizers = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref(), false);
+    record.set_audits(authorize::audits(&published, inbound, &sane, &parts, token.as_ref()));
+    let tried_out = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref(), true);
     if let Some(source) = &source {
         withhold_trailers(&published, inbound, &authorizers, source);
         // Nobody's body is kept who is denied in any case.
@@ -82,6 +84,7 @@ async fn steps(
     };
     let rule = matched.as_ref().ok().and_then(Option::as_ref).map(|routed| &routed.rule);
     authorize::authorize(&published, inbound, &sane, &parts, token.as_ref(), rule.map(|rule| &**rule))?;
+    external::try_out(&tried_out, inbound, &sane, &parts);
     if let (true, Some(certificate)) = (published.forwards_client_identity, &inbound.certificate) {
         let identity = certificate.identity();
         sanitise::forward_identity(&mut parts.headers, &inbound.worker.proxy.identity, identity);

@@ -256,9 +256,17 @@ impl Seen<'_> {
         if let Some(principal) = token.and_then(Token::principal) {
             explanation.passes("authenticate", format!("the token of {principal} is valid"), Vec::new());
         }
-        for authorizer in published.policies.authorizers(destination, Some(client), source, &http) {
-            let text = format!("the external authorizer {} would be asked", authorizer.name());
-            explanation.warns("authorize", text, Vec::new());
+        for dry_run in [false, true] {
+            let effect = if dry_run { ", and its answer would not count (dry run)" } else { "" };
+            let asked = published.policies.authorizers(destination, Some(client), source, &http, dry_run);
+            for authorizer in asked {
+                let text = format!("the external authorizer {} would be asked{effect}", authorizer.name());
+                explanation.warns("authorize", text, Vec::new());
+            }
+        }
+        for policy in published.policies.audits(destination, Some(client), source, &http) {
+            let text = format!("AuthorizationPolicy/{} (AUDIT) matches: logged and counted", policy.name());
+            explanation.passes("authorize", text, Vec::new());
         }
         decided(published, destination, (client, source), Some(&http), explanation)
     }

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 
 use crate::accept::Inbound;
-use crate::attempt::{dispatch, learn, sender};
+use crate::attempt::{ConnectBudget, dispatch, learn, sender};
 use crate::balance::{self, Chosen, Target};
 use crate::body::{RequestBody, ResponseBody, Source};
 use crate::exchange::Answered;
@@ -240,6 +240,38 @@ pub async fn check(
     Ok(Checked::Goes(additions))
 }
 
+/// Asks the authorizers of dry-run policies about a request that is allowed without them. It waits for none of them; what would have
+/// denied it is logged and counted. They see no body: reading it would delay the request.
+pub fn try_out(authorizers: &[Arc<Authorizer>], inbound: &Arc<Inbound>, sane: &Sane, parts: &Parts) {
+    for authorizer in authorizers {
+        let mut head = Request::new(());
+        *head.method_mut() = parts.method.clone();
+        *head.uri_mut() = parts.uri.clone();
+        *head.version_mut() = parts.version;
+        *head.headers_mut() = parts.headers.clone();
+        let (parts, ()) = head.into_parts();
+        let (authorizer, inbound, sane) = (authorizer.clone(), inbound.clone(), sane.clone());
+        // How many there are at once is bounded where they ask.
+        tokio::spawn(async move {
+            let question = Question { inbound: &inbound, sane: &sane, parts: &parts, body: None };
+            let reason = match Box::pin(authorizer.ask(&question)).await {
+                Ok(Verdict::Allowed(_)) => return,
+                Ok(Verdict::Denied(denial)) => format!("it denies with {}", denial.status),
+                Err(reason) if authorizer.fail_open => {
+                    tracing::debug!(authorizer = %authorizer.name, reason, "an authorizer of a dry-run policy did not answer");
+                    return;
+                }
+                Err(reason) => reason,
+            };
+            inbound.worker.proxy.tallies.dry_run_differs.fetch_add(1, Ordering::Relaxed);
+            tracing::info!(
+                source = %inbound.source, to = %inbound.default_host, authorizer = %authorizer.name, reason,
+                "a dry-run policy would decide otherwise"
+            );
+        });
+    }
+}
+
 impl Field {
     fn apply(&self, headers: &mut HeaderMap) {
         let is_there = headers.contains_key(&self.name);
@@ -303,6 +335,7 @@ async fn exchange(
     let mut request = Some(request);
     let mut last = Failure::Unavailable("it was sent already".to_owned());
     let mut tried = Vec::new();
+    let connects = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
     for _ in 0..3 {
         let Chosen { endpoint: chosen, trial, gate } =
             match balance::request_endpoint(worker, inbound.source, target, &tried, None) {
@@ -317,7 +350,7 @@ async fn exchange(
         let connected = async {
             let chosen = names::locate(worker, chosen).await?;
             let key = chosen.key(http2, gate.as_ref())?;
-            let sender = sender(worker, &key, &chosen, gate.as_ref()).await?;
+            let sender = sender(worker, &key, &chosen, gate.as_ref(), &connects).await?;
             Ok((key, sender))
         };
         let (key, sender) = match Box::pin(connected).await {

@@ -31,7 +31,7 @@ enum Change {
     Gateway(Update<l7::Gateway>),
     KeyPair(Update<l7::KeyPair>),
     Listener(Update<l7::Listener>),
-    Policy(Update<l7::Policy>),
+    Policy(Box<Update<l7::Policy>>),
     Route(Update<l7::Route>),
     StreamRoute(Update<l7::StreamRoute>),
 }
@@ -61,7 +61,7 @@ pub fn subscribe(
         .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
         .wildcard(KEY_PAIR_TYPE_URL, Change::KeyPair)
         .wildcard(LISTENER_TYPE_URL, Change::Listener)
-        .wildcard(POLICY_TYPE_URL, Change::Policy)
+        .wildcard(POLICY_TYPE_URL, |update| Change::Policy(Box::new(update)))
         .wildcard(ROUTE_TYPE_URL, Change::Route)
         .wildcard(STREAM_ROUTE_TYPE_URL, Change::StreamRoute);
     let (client, driver) = builder.build(Credentialed(control_plane));
@@ -201,7 +201,7 @@ impl Handler<Change> for Applier {
                 None
             }
             Change::Policy(update) => {
-                changed.policies |= apply(policies, update);
+                changed.policies |= apply(policies, *update);
                 None
             }
             Change::Route(update) => {
@@ -273,7 +273,7 @@ mod tests {
 
     fn policy() -> Change {
         let resource = l7::Policy { gateways: vec!["shop/waypoint".to_owned()], ..l7::Policy::default() };
-        Change::Policy(Update::Upsert { name: "shop/deny".to_owned(), resource })
+        Change::Policy(Box::new(Update::Upsert { name: "shop/deny".to_owned(), resource }))
     }
 
     fn gateway() -> Change {

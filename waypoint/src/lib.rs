@@ -43,6 +43,7 @@ pub mod protocol;
 pub mod proxy;
 pub mod report;
 pub mod sanitise;
+pub mod session;
 pub mod traffic;
 pub mod upgrade;
 pub mod upstream;

@@ -1,6 +1,7 @@
 //! Step 4: the rule of a request.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use ambit_route::{ConnectionHead, RequestHead, Rule, StreamMatched};
 use http::request::Parts;
@@ -11,6 +12,7 @@ use crate::client_hello::ClientHello;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
+use crate::session::Session;
 
 /// The rule that a request follows.
 #[derive(Debug, Clone)]
@@ -19,6 +21,8 @@ pub struct Routed {
     pub rule: Arc<Rule>,
     /// How much of the path matched.
     pub prefix: usize,
+    /// The client's session, if the rule keeps clients on their endpoints.
+    pub session: Option<Session>,
 }
 
 /// Finds the rule; `None` where no route is attached, and the request goes straight to its destination.
@@ -67,7 +71,11 @@ pub fn find(
         let route = matched.rule.route.to_string();
         return Err(Failure::InvalidRoute { route, reason: reason.to_string() });
     }
-    Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix }))
+    let session = matched.rule.session.as_ref().map(|persistence| {
+        let path = (parts.uri.path(), matched.common);
+        Session::read(persistence, &parts.headers, path, sane.scheme, SystemTime::now())
+    });
+    Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix, session }))
 }
 
 /// Whether the name that a client's TLS asks for decides where its connection goes.
@@ -114,5 +122,5 @@ pub fn connection(
     if let Some(reason) = &rule.invalid {
         return Err(Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() });
     }
-    balance::split(published, Some(&Routed { rule, prefix: 0 }), inbound)
+    balance::split(published, Some(&Routed { rule, prefix: 0, session: None }), inbound)
 }

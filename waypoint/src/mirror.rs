@@ -11,7 +11,7 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use crate::accept::Inbound;
-use crate::attempt::{Form, GRPC_TIMEOUT, dispatch, head, learn, sender};
+use crate::attempt::{ConnectBudget, Form, GRPC_TIMEOUT, dispatch, head, learn, sender};
 use crate::balance::{self, Chosen};
 use crate::body::{RequestBody, Source};
 use crate::failure::Failure;
@@ -100,7 +100,10 @@ async fn copy(
         Err(failure) => return learn(trial, Duration::ZERO, has_deadline, Err(failure)).map(drop),
     };
     let connected = match chosen.key(http2, gate.as_ref()) {
-        Ok(key) => sender(worker, &key, &chosen, gate.as_ref()).await.map(|sender| (key, sender)),
+        Ok(key) => {
+            let budget = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
+            sender(worker, &key, &chosen, gate.as_ref(), &budget).await.map(|sender| (key, sender))
+        }
         Err(failure) => Err(failure),
     };
     let answered = match connected {

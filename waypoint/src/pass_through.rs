@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::accept::Inbound;
-use crate::attempt::{connect, connect_timeout};
+use crate::attempt::{ConnectBudget, connect, connect_timeout};
 use crate::authorize::denied_later;
 use crate::backend_policies::{HashKey, PoolPolicy};
 use crate::backend_tls::Alpn;
@@ -83,6 +83,7 @@ async fn dial(
     };
     let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
     let mut last = None;
+    let connects = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
     for _ in 0..=Retry::default().attempts {
         let chosen = match endpoint(worker, inbound.source, target, &tried, key) {
             Ok(chosen) => chosen,
@@ -107,8 +108,10 @@ async fn dial(
         let pool = gate.map(|gate| *gate.pool()).unwrap_or_default();
         // A connection does not wait: what is too much is closed.
         let counted = gate.map(|gate| gate.circuit.stream(&pool)).transpose()?;
-        let limit = connect_timeout(worker, gate);
+        let Some(limit) = connects.limit(connect_timeout(worker, gate)) else { break };
+        let spending = connects.spend();
         let connected = timeout(limit, Box::pin(connect(worker, &chosen, gate, Alpn::None))).await;
+        drop(spending);
         match connected.unwrap_or(Err(Failure::Connect(format!("{} did not answer", chosen.address)))) {
             Ok(io) => {
                 let active = trial.and_then(|trial| trial.end(Outcome::Answer(200)));

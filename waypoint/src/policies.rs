@@ -35,6 +35,8 @@ struct Group {
     tokens: Vec<Rules>,
     /// Policies that match what authorizers are asked about, and whom.
     custom: Vec<(Arc<Policy>, Arc<Authorizer>)>,
+    /// Policies that only report what they match. Each is a DENY that nothing is denied by.
+    audits: Vec<Arc<Policy>>,
 }
 
 impl Group {
@@ -43,6 +45,7 @@ impl Group {
             Compiled::Policy(policy) => self.policies.push(policy.clone()),
             Compiled::Tokens(rules) => self.tokens.push(rules.clone()),
             Compiled::Custom(policy, authorizer) => self.custom.push((policy.clone(), authorizer.clone())),
+            Compiled::Audit(policy) => self.audits.push(policy.clone()),
             // They have a place of their own.
             Compiled::Traffic(_) => {}
         }
@@ -56,11 +59,15 @@ enum Compiled {
     Tokens(Rules),
     Custom(Arc<Policy>, Arc<Authorizer>),
     Traffic(Arc<TrafficPolicy>),
+    Audit(Arc<Policy>),
 }
 
 impl Compiled {
     /// `before` is what the policy was before it changed.
     fn new(name: &str, source: &l7::Policy, before: Option<&Self>) -> Self {
+        if let Some(audit) = &source.audit {
+            return Self::Audit(Arc::new(read(name, audit)));
+        }
         if let Some(traffic) = &source.traffic {
             let before = match before {
                 Some(Self::Traffic(before)) => Some(&**before),
@@ -131,10 +138,16 @@ impl Policies {
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        let Group { policies, tokens, custom } = &self.everywhere;
-        [policies.is_empty(), tokens.is_empty(), custom.is_empty(), self.services.is_empty()]
-            .iter()
-            .all(|it| *it)
+        let Group { policies, tokens, custom, audits } = &self.everywhere;
+        [
+            policies.is_empty(),
+            tokens.is_empty(),
+            custom.is_empty(),
+            audits.is_empty(),
+            self.services.is_empty(),
+        ]
+        .iter()
+        .all(|it| *it)
             && self.traffic.is_empty()
     }
 
@@ -181,16 +194,18 @@ impl Policies {
         denied_whatever_is_changed(applying, &request(destination, client, source), http)
     }
 
-    /// The authorizers that policies ask about a request, each once.
+    /// The authorizers that policies ask about a request, each once: those whose answers count, or those of dry-run policies.
     pub fn authorizers(
         &self,
         destination: &Destination,
         client: Option<&SpiffeId>,
         source: IpAddr,
         http: &HttpRequest<'_>,
+        dry_run: bool,
     ) -> Vec<Arc<Authorizer>> {
         let mut asked: Vec<Arc<Authorizer>> = Vec::new();
-        let mut custom = self.groups(destination).flat_map(|group| &group.custom).peekable();
+        let custom = self.groups(destination).flat_map(|group| &group.custom);
+        let mut custom = custom.filter(|(policy, _)| policy.dry_run() == dry_run).peekable();
         if custom.peek().is_none() {
             return asked;
         }
@@ -198,12 +213,30 @@ impl Policies {
         for (policy, authorizer) in custom {
             let is_new = asked.iter().all(|known| known.name() != authorizer.name());
             // The policy is a DENY for who can't ask: what it denies is asked about.
-            if is_new && !evaluate_http(std::iter::once(&**policy), &request, Some(http)).allowed() {
+            if is_new && denies(policy, &request, http) {
                 asked.push(authorizer.clone());
             }
         }
         asked
     }
+
+    /// The policies that only report a request, of those that match it.
+    pub fn audits(
+        &self,
+        destination: &Destination,
+        client: Option<&SpiffeId>,
+        source: IpAddr,
+        http: &HttpRequest<'_>,
+    ) -> impl Iterator<Item = &Policy> {
+        let audits = self.groups(destination).flat_map(|group| &group.audits).map(|policy| &**policy);
+        audits.filter(move |policy| denies(policy, &request(destination, client, source), http))
+    }
+}
+
+/// Whether a DENY matches a request, in force or not.
+fn denies(policy: &Policy, request: &Request<'_>, http: &HttpRequest<'_>) -> bool {
+    let verdict = evaluate_http(std::iter::once(policy), request, Some(http));
+    !verdict.dry_run.unwrap_or(verdict.decision).allowed()
 }
 
 /// A request as policies see what of it every connection shows.
@@ -239,6 +272,10 @@ fn compile(name: &str, source: &l7::Policy) -> Policy {
             ..security::Authorization::default()
         });
     };
+    read(name, authorization)
+}
+
+fn read(name: &str, authorization: &security::Authorization) -> Policy {
     Policy::compile_http(authorization).unwrap_or_else(|error| {
         tracing::warn!(name, %error, "a policy can't be read, so it allows nothing");
         Policy::closed(authorization)

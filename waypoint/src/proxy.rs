@@ -138,6 +138,8 @@ pub struct Tallies {
     pub hedges: AtomicU64,
     /// Those of them that the second one answered first.
     pub hedges_won: AtomicU64,
+    /// Clients whose session went to another endpoint than before.
+    pub sessions_moved: AtomicU64,
     /// Requests that broke the rules of HTTP.
     pub malformed: AtomicU64,
     /// Requests whose token was refused.
@@ -150,6 +152,8 @@ pub struct Tallies {
     pub traffic: Refusals,
     /// Copies of requests that could not be delivered.
     pub mirrors_failed: AtomicU64,
+    /// Requests that policies with the action AUDIT match, once for each.
+    pub audited: AtomicU64,
     /// Decisions that a dry-run policy would change.
     pub dry_run_differs: AtomicU64,
     /// Ports of listeners that can't be opened now.

@@ -99,6 +99,7 @@ pub struct Record {
     path: Box<str>,
     grpc: bool,
     route: Option<Arc<ambit_route::RouteName>>,
+    audited_by: Option<Box<str>>,
     request_id: Option<Box<str>>,
     user_agent: Option<Box<str>>,
     body: Option<Source>,
@@ -140,6 +141,7 @@ impl Record {
             path: Box::default(),
             grpc: false,
             route: None,
+            audited_by: None,
             request_id: None,
             user_agent: None,
             body: None,
@@ -175,6 +177,11 @@ impl Record {
     /// Which rule it follows.
     pub fn set_route(&mut self, routed: Option<&Routed>) {
         self.route = routed.map(|routed| routed.rule.route.clone());
+    }
+
+    /// The policies that only report it, if any does.
+    pub fn set_audits(&mut self, policies: Option<String>) {
+        self.audited_by = policies.map(Into::into);
     }
 
     /// Its body, to be counted.
@@ -299,6 +306,7 @@ impl Record {
             grpc_status,
             flags: self.flags,
             route: self.route.as_ref().map(|route| route.to_string().into()),
+            audited_by: self.audited_by.take(),
             attempts: self.attempts,
             request_id: self.request_id.take(),
             user_agent: self.user_agent.take(),

@@ -183,9 +183,10 @@ fn enforce(policy: &mut security::Authorization, enforced: &BTreeSet<NamespacedN
 }
 
 fn at_waypoint(policy: l7::Policy, enforced: &BTreeSet<NamespacedName>) -> Option<AtWaypoint> {
-    let l7::Policy { targets, gateways, authorization, authentication, external, object, traffic } = policy;
-    // Tokens and rates are not among what is observed, and conditions of TrafficPolicies look at headers most often.
-    if authentication.is_some() || traffic.is_some() {
+    let l7::Policy { targets, gateways, authorization, authentication, external, object, traffic, audit } =
+        policy;
+    // Tokens and rates are not among what is observed, and conditions of TrafficPolicies look at headers most often. Audits decide nothing.
+    if authentication.is_some() || traffic.is_some() || audit.is_some() {
         return None;
     }
     let object = object.unwrap_or_default();
@@ -197,12 +198,13 @@ fn at_waypoint(policy: l7::Policy, enforced: &BTreeSet<NamespacedName>) -> Optio
     });
     enforce(&mut source, enforced);
     let compiled = authorization.is_some().then(|| Policy::compile_http(&source).ok()).flatten();
+    let is_external = external.is_some() && !source.dry_run;
     Some(AtWaypoint {
         policy: compiled.unwrap_or_else(|| Policy::closed(&source)),
         source,
         targets: targets.into_iter().map(|it| (it.namespace, it.hostname.to_ascii_lowercase())).collect(),
         gateways,
-        is_external: external.is_some(),
+        is_external,
     })
 }
 

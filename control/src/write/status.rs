@@ -33,7 +33,7 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 12] = [
+pub(crate) const KINDS: [Kind; 13] = [
     Kind::Service,
     Kind::AuthorizationPolicy,
     Kind::ServiceEntry,
@@ -43,6 +43,7 @@ pub(crate) const KINDS: [Kind; 12] = [
     Kind::TcpRoute,
     Kind::TlsRoute,
     Kind::VirtualService,
+    Kind::DestinationRule,
     Kind::RequestAuthentication,
     Kind::BackendTlsPolicy,
     Kind::TrafficPolicy,

@@ -18,6 +18,7 @@ async fn condition(server: &ApiServer, (version, kind): (&str, &str), name: &str
 
 const SERVICE: (&str, &str) = ("v1", "Service");
 const POLICY: (&str, &str) = ("security.istio.io/v1", "AuthorizationPolicy");
+const RULE: (&str, &str) = ("networking.istio.io/v1", "DestinationRule");
 const ENTRY: (&str, &str) = ("networking.istio.io/v1", "ServiceEntry");
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,6 +66,26 @@ async fn conditions_are_written_beside_foreign_ones_and_follow() {
     condition(&server, POLICY, "later", "ZtunnelAccepted").await;
     assert_eq!(version().await, before);
     drop(next);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn destination_rules_say_what_waypoints_make_of_them() {
+    let server = ApiServer::start().await;
+    server.apply_value(namespace("shop")).await;
+    server.apply_value(definition("networking.istio.io", "DestinationRule", "destinationrules")).await;
+    server.apply_value(service("reviews", 9080)).await;
+    let rule = |host: &str| json!({ "apiVersion": RULE.0, "kind": RULE.1, "metadata": { "name": "rule", "namespace": "shop" }, "spec": { "host": host } });
+    server.apply_value(rule("reviews")).await;
+    let _replica = Replica::start(&server).await;
+    let accepted = condition(&server, RULE, "rule", "ambit.dev/WaypointAccepted").await;
+    assert_eq!((&accepted["status"], &accepted["reason"]), (&json!("False"), &json!("NoEffect")));
+    assert_eq!(accepted["observedGeneration"], 1);
+    server.apply_value(rule("nobody")).await;
+    until("the new generation is observed", async || {
+        let accepted = condition(&server, RULE, "rule", "ambit.dev/WaypointAccepted").await;
+        (accepted["observedGeneration"] == 2).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

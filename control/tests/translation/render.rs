@@ -254,7 +254,8 @@ pub(crate) fn waypoint_policy(body: &[u8]) -> Value {
         (Some(enforced), None, None) => ("authorization", enforced),
     };
     let (targets, gateways) = (list(&policy.targets, target), json!(policy.gateways));
-    object([("targets", targets), ("gateways", gateways), enforced, ("asked", asked)])
+    let audited = policy.audit.map_or(Value::Null, |policy| authorization(&policy.encode_to_vec()));
+    object([("targets", targets), ("gateways", gateways), enforced, ("asked", asked), ("audited", audited)])
 }
 
 fn traffic(demands: &l7::Traffic) -> Value {
@@ -365,6 +366,7 @@ fn rule(rule: &l7::Rule) -> Value {
         ("backends", list(&rule.backends, backend)),
         ("timeouts", json!(rule.timeouts.as_ref().map(|it| format!("{it:?}")))),
         ("retry", json!(rule.retry.as_ref().map(|it| format!("{it:?}")))),
+        ("session", json!(rule.session.as_ref().map(|it| format!("{it:?}")))),
         ("invalid", json!(rule.invalid)),
     ])
 }

@@ -26,18 +26,24 @@ pub struct Backend {
 pub struct Backends {
     /// With the sum of the weights up to and including each. Those without weight are left out.
     cumulative: Box<[(u64, Backend)]>,
+    /// Those without weight, which sessions that began before go on with.
+    weightless: Box<[Backend]>,
 }
 
 impl Backends {
-    /// Of backends with their weights. One without weight gets no request.
+    /// Of backends with their weights. One without weight gets no request but those of sessions.
     pub fn new(weighted: impl IntoIterator<Item = (u32, Backend)>) -> Self {
         let mut sum = 0_u64;
-        let weighted = weighted.into_iter().filter(|(weight, _)| *weight > 0);
-        let cumulative = weighted.map(|(weight, backend)| {
+        let (mut cumulative, mut weightless) = (Vec::new(), Vec::new());
+        for (weight, backend) in weighted {
+            if weight == 0 {
+                weightless.push(backend);
+                continue;
+            }
             sum += u64::from(weight);
-            (sum, backend)
-        });
-        Self { cumulative: cumulative.collect() }
+            cumulative.push((sum, backend));
+        }
+        Self { cumulative: cumulative.into(), weightless: weightless.into() }
     }
 
     /// The sum of all weights; 0 if no backend gets requests.
@@ -55,6 +61,11 @@ impl Backends {
     pub fn weighted(&self) -> impl Iterator<Item = (u64, &Backend)> {
         let before = std::iter::once(0).chain(self.cumulative.iter().map(|(sum, _)| *sum));
         self.cumulative.iter().zip(before).map(|((sum, backend), before)| (sum - before, backend))
+    }
+
+    /// All of them, those without weight last: a session keeps its backend whatever the weights are (GEP-1619, "Traffic Splitting").
+    pub fn of_sessions(&self) -> impl Iterator<Item = &Backend> {
+        self.iter().chain(&self.weightless)
     }
 
     /// Those that get requests, in order.

@@ -15,6 +15,7 @@ use crate::field::StringMatch;
 use crate::filter::{self, Filter};
 use crate::route_set::Entry;
 use crate::rule::{Retry, RouteName, Rule, Timeouts};
+use crate::session;
 
 /// A route, ready for the table.
 #[derive(Debug)]
@@ -98,6 +99,7 @@ pub(crate) fn rule(route: &Arc<RouteName>, index: u32, source: &l7::Rule, mut fa
     let filters: Vec<Result<Filter, String>> = filters.collect();
     let filters = filters.into_iter().filter_map(|filter| noted(filter, &mut faults)).collect();
     let retry = source.retry.as_ref().and_then(|source| noted(retry(source), &mut faults));
+    let session = source.session.as_ref().and_then(|source| noted(session::compile(source), &mut faults));
     let invalid = match source.invalid.as_str() {
         "" => faults.into_iter().next(),
         reason => Some(reason.to_owned()),
@@ -116,6 +118,7 @@ pub(crate) fn rule(route: &Arc<RouteName>, index: u32, source: &l7::Rule, mut fa
             hedge: span(timeouts.hedge_nanos),
         },
         retry,
+        session: session.map(Box::new),
         invalid: invalid.map(Into::into),
     }
 }

@@ -12,6 +12,7 @@ use regex::Regex;
 
 use crate::compile::{header_name, string_match};
 use crate::field::{FieldMatch, StringMatch, whole};
+use crate::session::literal_prefix;
 use crate::table::RequestHead;
 
 /// What the path must be.
@@ -20,7 +21,8 @@ pub(crate) enum PathMatch {
     Exact(Arc<str>),
     /// Whole segments, without a slash at its end.
     Prefix(Arc<str>),
-    Regex(Regex),
+    /// With the length of the text that it begins with, by segments.
+    Regex(Regex, usize),
     /// Letters, wherever a segment ends.
     TextPrefix(Arc<str>),
     /// As `Exact`, ASCII letters in either case.
@@ -46,7 +48,7 @@ impl PathMatch {
             (Some(Kind::Prefix(path)), false) => Self::prefix(path),
             (Some(Kind::TextPrefix(path)), false) => Self::TextPrefix(path.as_str().into()),
             (Some(Kind::TextPrefix(path)), true) => Self::TextPrefixIgnoringCase(path.as_str().into()),
-            (Some(Kind::Regex(pattern)), _) => Self::Regex(whole(pattern)?),
+            (Some(Kind::Regex(pattern)), _) => Self::Regex(whole(pattern)?, literal_prefix(pattern)),
         })
     }
 
@@ -56,7 +58,7 @@ impl PathMatch {
         match self {
             Self::Exact(wanted) => whole(**wanted == *path),
             Self::ExactIgnoringCase(wanted) => whole(wanted.eq_ignore_ascii_case(path)),
-            Self::Regex(regex) => whole(regex.is_match(path)),
+            Self::Regex(regex, _) => whole(regex.is_match(path)),
             Self::Prefix(prefix) => {
                 let rest = path.strip_prefix(&**prefix)?;
                 (rest.is_empty() || rest.starts_with('/')).then_some(prefix.len())
@@ -69,10 +71,22 @@ impl PathMatch {
         }
     }
 
+    /// How much of every path that it matches is the same, by whole segments.
+    pub(crate) fn common(&self, path: &str) -> usize {
+        let text =
+            |prefix: &str| path.get(..prefix.len()).and_then(|same| same.rfind('/')).unwrap_or_default();
+        match self {
+            Self::Exact(_) | Self::ExactIgnoringCase(_) => path.len(),
+            Self::Regex(_, literal) => (*literal).min(path.len()),
+            Self::Prefix(prefix) => prefix.len(),
+            Self::TextPrefix(prefix) | Self::TextPrefixIgnoringCase(prefix) => text(prefix),
+        }
+    }
+
     /// Its length as written, which orders patterns.
     pub(crate) fn length(&self) -> usize {
         match self {
-            Self::Regex(regex) => regex.as_str().len(),
+            Self::Regex(regex, _) => regex.as_str().len(),
             Self::Exact(path)
             | Self::Prefix(path)
             | Self::TextPrefix(path)

@@ -104,7 +104,7 @@ impl fmt::Display for PathMatch {
             Self::Exact(path) => write!(f, "exactly {path}"),
             Self::Prefix(prefix) if prefix.is_empty() => f.write_str("prefix /"),
             Self::Prefix(prefix) | Self::TextPrefix(prefix) => write!(f, "prefix {prefix}"),
-            Self::Regex(regex) => write!(f, "pattern {}", regex.as_str()),
+            Self::Regex(regex, _) => write!(f, "pattern {}", regex.as_str()),
             Self::ExactIgnoringCase(path) => write!(f, "{path} in either case"),
             Self::TextPrefixIgnoringCase(prefix) => write!(f, "prefix {prefix} in either case"),
         }

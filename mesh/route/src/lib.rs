@@ -19,6 +19,7 @@ pub mod filter;
 mod hosts;
 mod route_set;
 mod rule;
+mod session;
 mod stream;
 mod table;
 
@@ -30,5 +31,6 @@ pub use filter::Filter;
 pub use hosts::Hosts;
 pub use route_set::RouteSet;
 pub use rule::{Retry, RouteName, Rule, Timeouts};
+pub use session::{SessionCarrier, SessionPersistence};
 pub use stream::{ClientHello, ConnectionHead, StreamMatched, StreamTable, stream_fault};
 pub use table::{Listed, Matched, RequestHead, Table};

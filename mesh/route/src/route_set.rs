@@ -52,6 +52,10 @@ impl Entry {
         self.conditions.matches(request)
     }
 
+    fn matched(&self, request: &RequestHead<'_>, prefix: usize) -> Matched<'_> {
+        Matched { rule: &self.rule, prefix, common: self.path.common(request.path) }
+    }
+
     fn is_of(&self, route: &Compiled) -> bool {
         Arc::ptr_eq(&self.rule.route, &route.name)
     }
@@ -151,7 +155,7 @@ impl RouteSet {
         }
         self.declared.matching(request.host).flat_map(|entries| entries.iter()).find_map(|entry| {
             let prefix = entry.path.matches(request.path)?;
-            entry.matches(request).then_some(Matched { rule: &entry.rule, prefix })
+            entry.matches(request).then_some(entry.matched(request, prefix))
         })
     }
 }
@@ -167,7 +171,7 @@ impl Paths {
         };
         match &entry.path {
             PathMatch::Exact(path) => add(&mut self.exact, path),
-            PathMatch::Regex(_)
+            PathMatch::Regex(..)
             | PathMatch::TextPrefix(_)
             | PathMatch::ExactIgnoringCase(_)
             | PathMatch::TextPrefixIgnoringCase(_) => place(&mut self.patterns, entry, Entry::by_length),
@@ -191,7 +195,7 @@ impl Paths {
             match &entry.path {
                 PathMatch::Exact(path) => take(&mut self.exact, path),
                 PathMatch::Prefix(prefix) => take(&mut self.prefix, prefix),
-                PathMatch::Regex(_)
+                PathMatch::Regex(..)
                 | PathMatch::TextPrefix(_)
                 | PathMatch::ExactIgnoringCase(_)
                 | PathMatch::TextPrefixIgnoringCase(_) => has_pattern = true,
@@ -212,7 +216,7 @@ impl Paths {
         }
         let by_pattern = self.patterns.iter().find_map(|entry| {
             let prefix = entry.path.matches(path)?;
-            entry.matches(request).then_some(Matched { rule: &entry.rule, prefix })
+            entry.matches(request).then_some(entry.matched(request, prefix))
         });
         if by_pattern.is_some() {
             return by_pattern;
@@ -228,7 +232,7 @@ impl Paths {
 
 fn first<'e>(entries: &'e Entries, request: &RequestHead<'_>, prefix: usize) -> Option<Matched<'e>> {
     let entry = entries.iter().find(|entry| entry.matches(request))?;
-    Some(Matched { rule: &entry.rule, prefix })
+    Some(entry.matched(request, prefix))
 }
 
 /// The prefixes of a path that end with a segment, the longest first, without the slash at their end; last the empty one.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use crate::{Backends, Filter};
+use crate::{Backends, Filter, SessionPersistence};
 
 /// The object that a rule comes from.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -42,6 +42,8 @@ pub struct Rule {
     pub timeouts: Timeouts,
     /// When they are sent again.
     pub retry: Option<Retry>,
+    /// How clients keep their endpoint.
+    pub session: Option<Box<SessionPersistence>>,
     /// Why the rule can't be followed. Its requests are answered with 500.
     pub invalid: Option<Arc<str>>,
 }

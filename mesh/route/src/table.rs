@@ -47,6 +47,8 @@ pub struct Matched<'a> {
     pub rule: &'a Arc<Rule>,
     /// Length of the prefix of the path that matched, without a slash at its end; the whole path unless it was a prefix.
     pub prefix: usize,
+    /// How much of the path all paths share that match in this way, by whole segments.
+    pub common: usize,
 }
 
 /// Something for each service, by namespace and host.

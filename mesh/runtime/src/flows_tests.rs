@@ -107,6 +107,7 @@ fn a_waypoint_counts_what_was_dialled_and_not_the_endpoint() {
         grpc_status: None,
         flags: "-",
         route: None,
+        audited_by: None,
         attempts: 1,
         request_id: None,
         user_agent: None,

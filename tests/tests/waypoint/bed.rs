@@ -125,11 +125,28 @@ impl Waypoints {
         name: &str,
         config: Arc<rustls::ServerConfig>,
     ) -> IpAddr {
-        let options = PodOptions::new("outside", name).host_network().node(1);
-        let pod = self.cluster.pod(options).await.expect("a pod");
-        let address = IpAddr::from(self.cluster.node_addresses(1).expect("node 1").v4);
+        let pod = self.host_pod(name).await;
+        let address = self.node_address();
         self.keep_tls(&pod, SocketAddr::new(address, port), name, config).await;
         address
+    }
+
+    /// A server outside the mesh, at an address of node 1.
+    pub(crate) async fn outside(&self, port: u16, name: &str, answer: Answer) {
+        let pod = self.host_pod(name).await;
+        let at = SocketAddr::new(self.node_address(), port);
+        let server = http::serve(&pod, at, name, answer).await.expect("a free port");
+        self.running.lock().push(server);
+    }
+
+    async fn host_pod(&self, name: &str) -> Pod {
+        let options = PodOptions::new("outside", name).host_network().node(1);
+        self.cluster.pod(options).await.expect("a pod")
+    }
+
+    /// Where servers outside the mesh are.
+    pub(crate) fn node_address(&self) -> IpAddr {
+        self.cluster.node_addresses(1).expect("node 1").v4.into()
     }
 
     async fn keep_tls(&self, pod: &Pod, at: SocketAddr, name: &str, config: Arc<rustls::ServerConfig>) {

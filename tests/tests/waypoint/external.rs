@@ -35,6 +35,15 @@ extensionProviders:
     includeAdditionalHeadersInCheck: {x-fixed: value}
     headersToUpstreamOnAllow: [x-from-authorizer]
     headersToDownstreamOnAllow: [x-allowed]
+- name: dry
+  envoyExtAuthzHttp:
+    service: asked-dry.shop.svc.cluster.local
+    port: 80
+    timeout: 2s
+    includeRequestHeadersInCheck: [x-asked]
+    headersToUpstreamOnAllow: [x-from-authorizer]
+- name: task
+  envoyExtAuthzHttp: {service: asked-task.shop.svc.cluster.local, port: 80, timeout: 2s, includeRequestHeadersInCheck: [x-ext-authz]}
 - name: silent
   envoyExtAuthzHttp: {service: silent.shop.svc.cluster.local, port: 80, timeout: 300ms, statusOnError: '503'}
 - name: open
@@ -44,6 +53,7 @@ extensionProviders:
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("an authorizer is asked by gRPC", async |bed| by_grpc(bed).await);
     trials.add("an authorizer is asked by HTTP", async |bed| by_http(bed).await);
+    trials.add("a dry-run policy asks an authorizer and changes nothing", async |bed| dry_run(bed).await);
     trials.add("an authorizer that does not answer denies", async |bed| silent(bed).await);
 }
 
@@ -88,7 +98,7 @@ impl Authorization for Judge {
 }
 
 /// A Service that is bound to no waypoint.
-async fn service(bed: &Waypoints, name: &str, port: &str) {
+pub(crate) async fn service(bed: &Waypoints, name: &str, port: &str) {
     bed.apply(&format!(
         "apiVersion: v1\nkind: Service\n\
          metadata: {{name: {name}, namespace: shop, labels: {{istio.io/use-waypoint: none}}}}\n\
@@ -226,6 +236,42 @@ async fn by_http(bed: &Waypoints) {
     // An authorizer cannot make a tunnel of the client's connection.
     let switched = http::get(&bed.cli, to, "/a?b", "x-asked: switch\r\n").await.unwrap();
     assert_eq!((switched.status, switched.header("upgrade")), (403, None), "{switched:?}");
+}
+
+async fn dry_run(bed: &Waypoints) {
+    let asked = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = asked.clone();
+    let judge: http::Answer = std::sync::Arc::new(move |_, head, _| {
+        count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        match http::header(head, "x-asked") {
+            Some("allow") => http::answer("200 OK", "x-from-authorizer: me\r\n", ""),
+            _ => http::answer("403 Forbidden", "", "no"),
+        }
+    });
+    bed.server("asked-dry", "asked-dry", judge).await;
+    service(bed, "asked-dry", "http").await;
+    let to = bed.service("asks-dry").await;
+    bed.apply(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {name: asks-dry, namespace: shop, annotations: {istio.io/dry-run: 'true'}}\n\
+         spec: {targetRefs: [{group: '', kind: Service, name: asks-dry}], action: CUSTOM, \
+         provider: {name: dry}, rules: [{}]}\n",
+    )
+    .await;
+    let differs = async || http::metric(&bed.metrics().await, "ambit_policy_dry_run_differs_total ");
+    let before = differs().await;
+    wait::until("a refusal is counted", SOON, || async {
+        let answer = http::get(&bed.cli, to, "/", "").await.unwrap();
+        assert_eq!((answer.status, answer.server()), (200, "asks-dry"), "{answer:?}");
+        differs().await > before
+    })
+    .await;
+    // What it allows it does not change either.
+    let before = asked.load(std::sync::atomic::Ordering::Relaxed);
+    let answer = http::get(&bed.cli, to, "/", "x-asked: allow\r\n").await.unwrap();
+    assert_eq!((answer.status, answer.sent("x-from-authorizer")), (200, None), "{answer:?}");
+    wait::until("it is asked", SOON, || async { asked.load(std::sync::atomic::Ordering::Relaxed) > before })
+        .await;
 }
 
 async fn silent(bed: &Waypoints) {

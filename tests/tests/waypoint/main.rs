@@ -23,6 +23,7 @@ mod programs;
 mod required;
 mod resilience;
 mod routing;
+mod sessions;
 mod streams;
 mod tasks;
 mod thin;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     let mut trials = Trials::new();
     thin::add(&mut trials);
     routing::add(&mut trials);
+    sessions::add(&mut trials);
     hardening::add(&mut trials);
     policy::add(&mut trials);
     traffic::add(&mut trials);

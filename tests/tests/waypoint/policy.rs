@@ -11,6 +11,7 @@ use crate::http::{self, Client};
 use crate::thin::log_line;
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
+    trials.add("a policy that audits reports and decides nothing", async |bed| audits(bed).await);
     trials.add("a policy that can't be enforced denies", async |bed| cannot_be_enforced(bed).await);
     trials.add("a policy denies bytes that are passed on", async |bed| passed_on(bed).await);
     trials.add("what is not recognised as HTTP passes no rules for tokens", async |bed| {
@@ -34,7 +35,6 @@ async fn status(pod: &Pod, to: SocketAddr, method: &str, path: &str) -> u16 {
 
 async fn cannot_be_enforced(bed: &Waypoints) {
     let (to, beside) = (bed.service("custom").await, bed.service("beside").await);
-    policy(bed, "custom", "audit", "action: AUDIT, rules: [{}]").await;
     policy(bed, "custom", "custom", "action: CUSTOM, provider: {name: opa}, rules: [{}]").await;
     let answer = bed.eventually(to, "/denied", "", |answer| answer.status == 403).await;
     assert_eq!(answer.body, "RBAC: access denied\n");
@@ -53,6 +53,31 @@ async fn cannot_be_enforced(bed: &Waypoints) {
     assert_eq!(status(&bed.cli, beside, "GET", "/").await, 200);
     bed.cluster.delete("AuthorizationPolicy", "shop", "custom").await.unwrap();
     bed.eventually(to, "/", "", |answer| answer.status == 200).await;
+}
+
+/// A policy with the action AUDIT names what it matches, whether that is allowed or not, and decides nothing.
+async fn audits(bed: &Waypoints) {
+    let to = bed.service("audited").await;
+    let rules = "rules: [{to: [{operation: {paths: [/seen]}}]}]";
+    policy(bed, "audited", "audit", &format!("action: AUDIT, {rules}")).await;
+    let counted = async || http::metric(&bed.metrics().await, "ambit_policy_audited_requests_total ");
+    wait::until("requests are reported", SOON, || async {
+        assert_eq!(status(&bed.cli, to, "GET", "/seen").await, 200);
+        counted().await > 0
+    })
+    .await;
+    let line = log_line(bed, "audited_by=\"shop/audit\"").await;
+    assert!(line.contains("path=\"/seen\"") && line.contains("response_code=200"), "{line}");
+    let before = counted().await;
+    assert_eq!(status(&bed.cli, to, "GET", "/other").await, 200);
+    assert_eq!(counted().await, before);
+    policy(bed, "audited", "audited-deny", "action: DENY, rules: [{to: [{operation: {methods: [POST]}}]}]")
+        .await;
+    wait::until("the denial is in force", SOON, || async {
+        status(&bed.cli, to, "POST", "/seen").await == 403
+    })
+    .await;
+    assert!(counted().await > before);
 }
 
 async fn passed_on(bed: &Waypoints) {

@@ -1,7 +1,9 @@
 //! What the tasks of Istio's documentation show, as cases in folders below `tasks`: `objects.yaml` is applied, `case.yaml` has
-//! the servers, the requests and their expected answers.
+//! the servers, the requests and their expected answers. `NODE` in the objects stands for the address of the node that servers outside
+//! the mesh are on.
 //!
-//! The first request is repeated until its answer is as expected; the objects are in force then. The others are sent once.
+//! The first request, and each that is for objects which come into force later, is repeated until its answer is as expected. The others
+//! are sent once.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
@@ -17,6 +19,7 @@ use parking_lot::Mutex;
 use serde::Deserialize;
 
 use crate::bed::{PORT, Waypoints};
+use crate::external;
 use crate::http::{self, Answer};
 
 #[derive(Debug, Deserialize)]
@@ -49,13 +52,21 @@ struct Server {
     /// Versions that answer 503 to a path that begins with `/failing`.
     #[serde(default)]
     failing: Vec<String>,
+    /// The port that it has outside the mesh, where it is no service.
+    outside: Option<u16>,
+    /// A line of the head without which it answers 403, as an authorizer does. Its service is bound to no waypoint.
+    #[serde(default)]
+    allows: String,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Request {
     /// The service.
+    #[serde(default)]
     to: String,
+    /// The address that is dialled, in place of the service's.
+    at: Option<SocketAddr>,
     #[serde(default = "get")]
     method: String,
     #[serde(default = "root")]
@@ -68,6 +79,9 @@ struct Request {
     /// How often it is sent.
     #[serde(default = "once")]
     count: usize,
+    /// Whether it is repeated until the answer is as expected, as the first one is.
+    #[serde(default)]
+    eventually: bool,
     /// Whether all are sent at once.
     #[serde(default)]
     together: bool,
@@ -143,6 +157,15 @@ async fn run(bed: &Waypoints, folder: &Path) {
     let mut services = BTreeMap::new();
     for server in case.servers {
         let answer = answering(&server, &got);
+        if let Some(port) = server.outside {
+            bed.outside(port, &server.name, answer).await;
+            continue;
+        }
+        if !server.allows.is_empty() {
+            bed.server(&server.name, &server.name, answer).await;
+            external::service(bed, &server.name, "http").await;
+            continue;
+        }
         for (at, version) in server.versions.iter().enumerate() {
             let node = server.nodes.get(at).copied().unwrap_or(1);
             bed.version(&server.name, version, node, answer.clone()).await;
@@ -154,9 +177,9 @@ async fn run(bed: &Waypoints, folder: &Path) {
         };
         services.insert(server.name, address);
     }
-    bed.apply(&objects).await;
+    bed.apply(&objects.replace("NODE", &bed.node_address().to_string())).await;
     for (at, request) in case.requests.iter().enumerate() {
-        let to = services[&request.to];
+        let to = request.at.unwrap_or_else(|| services[&request.to]);
         let last = Mutex::new(String::new());
         let sent = async || match send(bed, to, request, &got).await {
             Ok(()) => true,
@@ -165,8 +188,8 @@ async fn run(bed: &Waypoints, folder: &Path) {
                 false
             }
         };
-        let fine = match at {
-            0 => {
+        let fine = match at == 0 || request.eventually {
+            true => {
                 let limit = tokio::time::timeout(SOON * 2, async {
                     while !sent().await {
                         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -174,7 +197,7 @@ async fn run(bed: &Waypoints, folder: &Path) {
                 });
                 limit.await.is_ok()
             }
-            _ => sent().await,
+            false => sent().await,
         };
         assert!(fine, "{}: request {at}, {request:?}: {}\n{:?}", folder.display(), last.lock(), bed.logs());
     }
@@ -196,10 +219,14 @@ async fn unread(bed: &Waypoints, name: &str, port: &str, answer: Answer) -> Sock
 fn answering(server: &Server, got: &Got) -> Answer {
     let (statuses, slow, got) = (server.statuses.clone(), Duration::from_millis(server.slow), got.clone());
     let turn = AtomicUsize::new(0);
+    let allows = server.allows.clone();
     let failing: Vec<String> =
         server.failing.iter().map(|version| format!("{}-{version}", server.name)).collect();
     Arc::new(move |name, head, body| {
         got.lock().push((name.to_owned(), head.to_owned()));
+        if !allows.is_empty() && !head.lines().any(|line| line == allows) {
+            return http::answer("403 Forbidden", "", "not allowed\n");
+        }
         if head.contains(" /slow") {
             std::thread::sleep(slow);
         }

@@ -77,6 +77,8 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_request_hedges", help, |t| &t.hedges);
     let help = "Requests sent to a second endpoint that answered first";
     count("ambit_request_hedges_won", help, |t| &t.hedges_won);
+    let help = "Clients whose session went to another endpoint than before";
+    count("ambit_sessions_moved", help, |t| &t.sessions_moved);
     count("ambit_requests_malformed", "Requests that broke the rules of HTTP", |t| &t.malformed);
     let help = "Requests without the valid token that they need";
     count("ambit_requests_unauthenticated", help, |t| &t.unauthenticated);
@@ -95,6 +97,8 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_policy_dry_run_differs", "Decisions that a dry-run policy would change", |t| {
         &t.dry_run_differs
     });
+    let help = "Requests that policies with the action AUDIT match";
+    count("ambit_policy_audited_requests", help, |t| &t.audited);
     count("ambit_mirrors_failed", "Copies of requests that could not be delivered", |t| &t.mirrors_failed);
     let workers = Arc::clone(&program.workers);
     let open = move || {

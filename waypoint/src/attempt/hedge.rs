@@ -54,6 +54,7 @@ impl Sending<'_> {
         let loser = if is_second {
             self.inbound.worker.proxy.tallies.hedges_won.fetch_add(1, Ordering::Relaxed);
             self.gate = gate;
+            self.answered = Some(endpoint);
             std::mem::replace(&mut self.trial, trial)
         } else {
             trial

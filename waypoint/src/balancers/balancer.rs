@@ -14,11 +14,12 @@ use ambit_directory::{Candidate, NoEndpoint, Service, ServiceState, Snapshot, Wo
 use rand::{Rng, RngExt};
 
 use super::host::HostState;
-use super::{Shape, locality};
+use super::{Shape, Wanted, locality};
 use crate::backend_policies::{Found, HashKey, Outliers, PoolPolicy, PortPolicy};
 use crate::backend_tls::EndpointTls;
 use crate::balance::{Endpoint, is_elsewhere};
 use crate::names;
+use crate::session::EndpointId;
 
 /// Points of the ring that keeps clients of a service with session affinity on one endpoint.
 const AFFINITY_RING: usize = 1024;
@@ -42,6 +43,8 @@ pub struct Balancer {
     last_resort: Option<Group>,
     /// What its connections have of their own, once a request has asked for it.
     shape: OnceLock<Arc<Shape>>,
+    /// Places in `hosts` by the names that sessions have for them, once one has asked.
+    by_session: OnceLock<HashMap<EndpointId, usize>>,
 }
 
 /// An endpoint.
@@ -76,8 +79,8 @@ pub struct Choosing<'a> {
     pub snapshot: &'a Snapshot,
     /// Endpoints that were tried.
     pub tried: &'a [WorkloadUid],
-    /// The hash of the request, with consistent hashing.
-    pub key: Option<u64>,
+    /// What the request says of its endpoint.
+    pub wanted: Wanted<'a>,
     /// Counts the choices.
     pub turn: u64,
     /// The time.
@@ -157,6 +160,7 @@ impl Balancer {
             levels,
             last_resort,
             shape: OnceLock::new(),
+            by_session: OnceLock::new(),
         }
     }
 
@@ -225,6 +229,9 @@ impl Balancer {
     pub fn choose(&self, choosing: &Choosing<'_>, rng: &mut impl Rng) -> Result<&Host, NoEndpoint> {
         let heeds_ejections = choosing.some_ejected && !self.is_panicking(choosing.now);
         let view = View { balancer: self, choosing, heeds_ejections };
+        if let Some(host) = choosing.wanted.session.and_then(|id| self.host_of_session(id, &view)) {
+            return Ok(host);
+        }
         let first = match self.levels.len() {
             0 | 1 => 0,
             _ if !heeds_ejections => 0,
@@ -245,6 +252,16 @@ impl Balancer {
         }
         let last = || self.last_resort.as_ref().and_then(|group| group.choose(&view, rng));
         chosen.or_else(last).and_then(|at| self.hosts.get(at)).ok_or_else(|| self.why_none(choosing))
+    }
+
+    /// The endpoint that a session is at, if it can be used and is not about to go.
+    fn host_of_session(&self, id: &EndpointId, view: &View<'_>) -> Option<&Host> {
+        let by_session = self.by_session.get_or_init(|| {
+            let named = self.hosts.iter().enumerate().filter(|(_, host)| !host.is_terminating);
+            named.filter_map(|(at, host)| Some((host.endpoint.session_id()?, at))).collect()
+        });
+        let host = self.hosts.get(*by_session.get(id)?)?;
+        view.is_usable(host).then_some(host)
     }
 
     /// Whether so many are ejected that ejections are ignored.
@@ -405,7 +422,7 @@ impl Group {
 
     fn choose(&self, view: &View<'_>, rng: &mut impl Rng) -> Option<usize> {
         let in_group = InGroup { view, group: self };
-        let at = self.pool.choose(&in_group, view.choosing.turn, view.choosing.key, rng)?;
+        let at = self.pool.choose(&in_group, view.choosing.turn, view.choosing.wanted.key, rng)?;
         self.members.get(at).copied()
     }
 }
@@ -421,6 +438,16 @@ impl View<'_> {
     fn is_healthy(&self, at: usize) -> bool {
         let host = self.balancer.hosts.get(at);
         host.is_some_and(|host| !self.heeds_ejections || !host.state.is_ejected(self.choosing.now))
+    }
+}
+
+impl View<'_> {
+    /// Whether an endpoint may be chosen: it was not tried, is not ejected, and is nobody else's.
+    fn is_usable(&self, host: &Host) -> bool {
+        let Some(workload) = host.workload() else { return false };
+        !(self.choosing.tried.contains(&workload.uid)
+            || self.heeds_ejections && host.state.is_ejected(self.choosing.now)
+            || self.choosing.snapshot.claims_a_pods_place(workload))
     }
 }
 
@@ -441,12 +468,7 @@ impl InGroup<'_> {
 
 impl Members for InGroup<'_> {
     fn is_usable(&self, at: usize) -> bool {
-        let choosing = self.view.choosing;
-        let Some(host) = self.host(at) else { return false };
-        let Some(workload) = host.workload() else { return false };
-        !(choosing.tried.contains(&workload.uid)
-            || self.view.heeds_ejections && host.state.is_ejected(choosing.now)
-            || choosing.snapshot.claims_a_pods_place(workload))
+        self.host(at).is_some_and(|host| self.view.is_usable(host))
     }
 
     fn peak_cost(&self, at: usize) -> f64 {

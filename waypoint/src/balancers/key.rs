@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ambit_balance::hash;
-use http::HeaderValue;
 use http::header::COOKIE;
 use http::request::Parts;
+use http::{HeaderMap, HeaderValue};
 
 use crate::backend_policies::HashKey;
 
@@ -33,7 +33,7 @@ pub fn of_request(by: &HashKey, parts: &Parts, source: IpAddr, random: impl FnOn
             let value = form_urlencoded::parse(query.as_bytes()).find(|(known, _)| **known == **name);
             known(value.map(|(_, value)| hash(value.as_bytes())))
         }
-        HashKey::Cookie { name, path, lifetime } => match (cookie(parts, name), lifetime) {
+        HashKey::Cookie { name, path, lifetime } => match (cookies(&parts.headers, name).next(), lifetime) {
             (Some(value), _) => known(Some(hash(value.as_bytes()))),
             (None, None) => Hashed::default(),
             (None, Some(lifetime)) => {
@@ -55,11 +55,11 @@ pub fn of_address(source: IpAddr) -> u64 {
     }
 }
 
-/// RFC 6265 §5.4: one or more lines of `name=value`, separated by semicolons.
-fn cookie<'p>(parts: &'p Parts, name: &str) -> Option<&'p str> {
-    let lines = parts.headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
-    let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.split_once('='));
-    pairs.find(|(known, _)| known.trim() == name).map(|(_, value)| value.trim().trim_matches('"'))
+/// The values of a cookie. RFC 6265 §5.4: one or more lines of `name=value`, separated by semicolons.
+pub fn cookies<'p>(headers: &'p HeaderMap, name: &'p str) -> impl Iterator<Item = &'p str> {
+    let lines = headers.get_all(COOKIE).iter().filter_map(|line| line.to_str().ok());
+    let pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.split_once('='));
+    pairs.filter(move |(known, _)| known.trim() == name).map(|(_, value)| value.trim().trim_matches('"'))
 }
 
 /// RFC 6265 §4.1. `None` if the name or path can't be in a header.

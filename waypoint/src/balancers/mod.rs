@@ -27,6 +27,7 @@ use self::host::{Active, HostState};
 use crate::backend_policies::{BackendPolicies, PoolPolicy, RetryBudget};
 use crate::balance::Endpoint;
 use crate::failure::Failure;
+use crate::session::EndpointId;
 
 /// What a slot is for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -270,6 +271,15 @@ pub struct Chosen {
     pub gate: Gate,
 }
 
+/// What a request says of the endpoint that it wants.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted<'a> {
+    /// Its hash, with consistent hashing.
+    pub key: Option<u64>,
+    /// The endpoint that its client's session is at.
+    pub session: Option<&'a EndpointId>,
+}
+
 impl Slot {
     /// The time that its balancers go by.
     pub fn now(&self) -> Duration {
@@ -356,14 +366,14 @@ impl Slot {
         balancer: &Arc<Balancer>,
         snapshot: &Snapshot,
         tried: &[WorkloadUid],
-        key: Option<u64>,
+        wanted: Wanted<'_>,
     ) -> Result<Chosen, NoEndpoint> {
         let now = self.now();
         let last_ejection = Duration::from_nanos(self.ejected_until.load(Ordering::Relaxed));
         let choosing = Choosing {
             snapshot,
             tried,
-            key,
+            wanted,
             turn: self.turn.fetch_add(1, Ordering::Relaxed),
             now,
             some_ejected: now < last_ejection,

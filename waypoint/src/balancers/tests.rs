@@ -98,7 +98,7 @@ impl World {
 
     fn choose(&self, subset: Option<&str>) -> Result<Chosen, NoEndpoint> {
         let (slot, balancer) = self.current(subset).unwrap();
-        slot.choose(&balancer, &self.reader.snapshot(), &[], None)
+        slot.choose(&balancer, &self.reader.snapshot(), &[], Wanted::default())
     }
 
     /// The names of those that are chosen.
@@ -326,4 +326,30 @@ fn slots_of_ports_and_subsets_that_are_gone_are_forgotten() {
     assert_eq!(keys(&world), [None].into());
     assert!(world.directory.apply([service(&[81])]).is_empty());
     assert_eq!(keys(&world), [].into());
+}
+
+/// Where it is, near or far, and what else is said of its endpoint does not count.
+#[test]
+fn a_session_keeps_its_endpoint_while_that_is_usable() {
+    let mut world = World::new([pod("a", 1, "here", ""), pod("b", 2, "far", "")], ejecting(100, 0));
+    let asked = |world: &World, tried: &[WorkloadUid], port: u16| {
+        let uid = WorkloadUid::from("c//Pod/shop/b");
+        let (slot, balancer) = world.current(None).unwrap();
+        let session = EndpointId::new(&uid, port);
+        let wanted = Wanted { key: Some(7), session: Some(&session) };
+        let chosen =
+            (0..50).filter_map(|_| slot.choose(&balancer, &world.reader.snapshot(), tried, wanted).ok());
+        chosen.map(|it| it.endpoint.workload.as_ref().unwrap().name.to_string()).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(asked(&world, &[], 8080), names(["b"]));
+    assert_eq!(asked(&world, &["c//Pod/shop/b".into()], 8080), names(["a"]));
+    assert_eq!(asked(&world, &[], 9090), names(["a"]));
+    let gone = Update::AddressRemoved { name: "c//Pod/shop/b".to_owned() };
+    assert!(world.directory.apply([gone]).is_empty());
+    assert_eq!(asked(&world, &[], 8080), names(["a"]));
+    assert!(world.directory.apply([pod("b", 2, "far", "")]).is_empty());
+    world.eject("a");
+    assert_eq!(asked(&world, &[], 8080), names(["b"]));
+    world.eject("b");
+    assert_eq!(asked(&world, &[], 8080), BTreeSet::new());
 }

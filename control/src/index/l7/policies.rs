@@ -21,10 +21,6 @@ pub(in crate::index) fn of_policy(
     policy: &AuthorizationPolicy,
 ) -> Vec<(ResourceType, Resource)> {
     let (PolicyBody::Rules { action, .. } | PolicyBody::Unreadable { action, .. }) = &policy.body;
-    if *action == Action::Audit {
-        report(reader, false, "UnsupportedAction", "AUDIT has no effect".to_owned());
-        return Vec::new();
-    }
     let mut bound = Bound::default();
     let faults: Vec<String> =
         policy.targets.iter().filter_map(|target| bound.add(reader, &policy.id, target).err()).collect();
@@ -34,14 +30,21 @@ pub(in crate::index) fn of_policy(
     if bound.roots.is_empty() {
         return Vec::new();
     }
-    let authorization = enforced(reader, policy, faults.is_empty());
+    let (authorization, audit) = match action {
+        Action::Audit => (
+            Some(authorization(policy, security::Action::Deny, Vec::new())),
+            audited(reader, policy, faults.is_empty()),
+        ),
+        Action::Allow | Action::Deny | Action::Custom => (enforced(reader, policy, faults.is_empty()), None),
+    };
     let message = l7::Policy {
         object: Some(object_name(Kind::AuthorizationPolicy, &policy.id)),
         targets: bound.targets,
         gateways: bound.gateways,
         authorization,
         authentication: None,
-        external: authorizer(reader, policy).ok().filter(|_| !policy.dry_run).cloned().map(Box::new),
+        external: authorizer(reader, policy).ok().cloned().map(Box::new),
+        audit,
         traffic: None,
     };
     let resource = Resource {
@@ -80,14 +83,6 @@ fn enforced(
     let action = match action {
         Action::Allow => security::Action::Allow,
         Action::Deny => security::Action::Deny,
-        Action::Audit | Action::Custom if policy.dry_run => {
-            say(
-                false,
-                "UnsupportedAction",
-                "external authorizers are not asked by dry-run policies: no effect".to_owned(),
-            );
-            return Some(authorization(policy, security::Action::Deny, vec![everything()]));
-        }
         Action::Custom => match authorizer(reader, policy) {
             // What is not known counts as met, and is asked about.
             Ok(authorizer) => {
@@ -102,10 +97,15 @@ fn enforced(
                     PolicyBody::Unreadable { reason, .. } => reason.clone(),
                     PolicyBody::Rules { .. } => reason,
                 };
+                if policy.dry_run {
+                    say(false, "ProviderNotFound", format!("{reason}: nothing is logged"));
+                    return Some(authorization(policy, security::Action::Deny, Vec::new()));
+                }
                 say(false, "Denies", format!("{reason}: everything is denied instead"));
                 return None;
             }
         },
+        // It is reported, not enforced.
         Action::Audit => return None,
     };
     let rules = match (&policy.body, action) {
@@ -127,6 +127,38 @@ fn enforced(
         }
     };
     Some(authorization(policy, action, rules))
+}
+
+/// What waypoints report by a policy with the action AUDIT.
+fn audited(
+    reader: &Reader<'_>,
+    policy: &AuthorizationPolicy,
+    attached: bool,
+) -> Option<security::Authorization> {
+    let (met, reason, message, rules) = match &policy.body {
+        PolicyBody::Unreadable { reason, .. } => {
+            (false, "Unreadable", format!("{reason}: nothing is reported by it"), Vec::new())
+        }
+        PolicyBody::Rules { rules, .. } => {
+            let (rules, unknown) =
+                super::authorization::rules(reader, &policy.id.namespace, security::Action::Deny, rules);
+            match unknown.first() {
+                None => {
+                    (true, "Accepted", "reported by waypoints: logged and counted only".to_owned(), rules)
+                }
+                Some(key) => {
+                    let message =
+                        format!("waypoints do not know {key}: it counts as met, so more is reported");
+                    (false, "UnsupportedValue", message, rules)
+                }
+            }
+        }
+    };
+    if attached {
+        report(reader, met, reason, message);
+    }
+    let audit = authorization(policy, security::Action::Deny, rules);
+    Some(security::Authorization { dry_run: false, ..audit })
 }
 
 /// Whether some Service or ServiceEntry has this host.

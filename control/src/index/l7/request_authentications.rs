@@ -82,6 +82,7 @@ pub(in crate::index) fn of_authentication(
         authentication: enforced,
         external: None,
         traffic: None,
+        audit: None,
     };
     let resource = Resource {
         name: format!("{}/{id}", Kind::RequestAuthentication).into(),

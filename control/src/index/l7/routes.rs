@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use ambit_api::l7;
+use aws_lc_rs::digest::{SHA256, digest};
 use prost::Message;
 
 use super::gateways::object_name;
@@ -22,7 +23,8 @@ pub(in crate::index) fn of_route(
     let Some(route) = reader.store.routes.get(reference) else { return Vec::new() };
     let namespace = &route.meta.id.namespace;
     let lowering = Lowering { reader, route, namespace };
-    let rules: Vec<l7::Rule> = route.rules.iter().map(|rule| lowering.rule(rule)).collect();
+    let rules: Vec<l7::Rule> =
+        route.rules.iter().enumerate().map(|(at, rule)| lowering.rule(at, rule)).collect();
     let mut targets = Vec::new();
     for parent in &route.parents {
         let Some(attached) = lowering.attach(parent) else { continue };
@@ -239,8 +241,11 @@ impl Lowering<'_, '_> {
         Ok(attached.into_iter().map(target).collect())
     }
 
-    fn rule(&self, rule: &RouteRule) -> l7::Rule {
+    fn rule(&self, at: usize, rule: &RouteRule) -> l7::Rule {
         let mut lowered = rule.own.clone();
+        if let Some(session) = lowered.session.as_mut().filter(|session| session.name.is_empty()) {
+            session.name = self.session_name(at, &rule.own.name);
+        }
         lowered.filters = self.filters(&rule.filters);
         let backends = rule.backends.iter().map(|backend| l7::Backend {
             weight: backend.weight,
@@ -252,6 +257,15 @@ impl Lowering<'_, '_> {
             lowered.invalid = ambit_route::fault(&lowered).unwrap_or_default();
         }
         lowered
+    }
+
+    /// The name of the sessions of a rule that names none. It is the rule's alone, and says nothing of it.
+    fn session_name(&self, at: usize, name: &str) -> String {
+        let rule = if name.is_empty() { at.to_string() } else { name.to_owned() };
+        let rule = format!("{}/{}/{rule}", self.route.kind(), self.route.meta.id);
+        let hash = digest(&SHA256, rule.as_bytes());
+        let hex: String = hash.as_ref().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        format!("ambit-session-{hex}")
     }
 
     fn filters(&self, filters: &[RouteFilter]) -> Vec<l7::Filter> {

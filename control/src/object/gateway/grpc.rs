@@ -2,10 +2,10 @@
 
 use ambit_api::l7;
 use serde::Deserialize;
-use serde_json::Value;
 
 use super::http::{Backend, FieldMatch, Filter, escape, lower_backends, lower_fields, lower_filters};
 use super::route::{self, Route, RouteProtocol, RouteRule};
+use super::session::SessionPersistence;
 use crate::object::meta::Invalid;
 
 /// The manifest.
@@ -24,7 +24,7 @@ struct Rule {
     filters: Vec<Filter>,
     #[serde(default)]
     backend_refs: Vec<Backend>,
-    session_persistence: Option<Value>,
+    session_persistence: Option<SessionPersistence>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -60,11 +60,9 @@ impl TryFrom<Manifest> for Route {
 impl Rule {
     fn lower(self) -> Result<RouteRule, String> {
         let Rule { name, matches, filters, backend_refs, session_persistence } = self;
-        if session_persistence.is_some() {
-            return Err("sessionPersistence is not supported".to_owned());
-        }
         let matches = matches.into_iter().map(Match::lower).collect();
-        let own = l7::Rule { name, matches, ..l7::Rule::default() };
+        let session = session_persistence.map(SessionPersistence::lower).transpose()?;
+        let own = l7::Rule { name, matches, session, ..l7::Rule::default() };
         let filters = lower_filters(filters)?;
         Ok(RouteRule { own, filters, backends: lower_backends(backend_refs)? })
     }

@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::route::{self, Reference, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, duration};
+use super::session::SessionPersistence;
 use crate::object::meta::Invalid;
 
 /// Annotation: after how long without an answer a second endpoint is asked too, for requests that are safe.
@@ -28,7 +29,7 @@ struct Rule {
     backend_refs: Vec<Backend>,
     timeouts: Option<Timeouts>,
     retry: Option<Retry>,
-    session_persistence: Option<Value>,
+    session_persistence: Option<SessionPersistence>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -200,14 +201,12 @@ impl TryFrom<Manifest> for Route {
 impl Rule {
     fn lower(self) -> Result<RouteRule, String> {
         let Rule { name, matches, filters, backend_refs, timeouts, retry, session_persistence } = self;
-        if session_persistence.is_some() {
-            return Err("sessionPersistence is not supported".to_owned());
-        }
         let own = l7::Rule {
             name,
             matches: matches.into_iter().map(Match::lower).collect(),
             timeouts: timeouts.map(Timeouts::lower).transpose()?,
             retry: retry.map(Retry::lower).transpose()?,
+            session: session_persistence.map(SessionPersistence::lower).transpose()?,
             ..l7::Rule::default()
         };
         let filters = lower_filters(filters)?;

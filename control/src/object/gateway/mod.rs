@@ -8,6 +8,7 @@ pub(super) mod http;
 pub(super) mod listener;
 pub(super) mod listener_set;
 pub(super) mod route;
+mod session;
 pub(super) mod stream;
 pub(super) mod tls;
 

@@ -159,6 +159,7 @@ impl Http {
             timeouts: Some(timeouts),
             retry,
             invalid: String::new(),
+            session: None,
         })
     }
 

@@ -261,6 +261,7 @@ mod tests {
             grpc_status: None,
             flags: "-",
             route: None,
+            audited_by: None,
             attempts: 1,
             request_id: None,
             user_agent: None,

@@ -162,6 +162,8 @@ pub struct RequestEntry {
     pub flags: &'static str,
     /// The route that was followed.
     pub route: Option<Box<str>>,
+    /// The policies with the action AUDIT that matched, separated by commas.
+    pub audited_by: Option<Box<str>>,
     /// How often it was sent.
     pub attempts: u32,
     /// `x-request-id`.

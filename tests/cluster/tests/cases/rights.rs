@@ -267,6 +267,11 @@ kind: VirtualService
 metadata: {name: bound, namespace: rights}
 spec: {hosts: [bound], http: [{route: [{destination: {host: bound}}]}]}
 ---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: bound, namespace: rights}
+spec: {host: bound}
+---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: policy, namespace: rights}
