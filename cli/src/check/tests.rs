@@ -76,6 +76,7 @@ fn installed() -> Facts {
     report.health.proxies = 1;
     let agent = PodName { namespace: "ambit-system".into(), name: "ambit-node-x".into() };
     let definitions = [
+        "trafficpolicies.ambit.dev",
         "gateways.gateway.networking.k8s.io",
         "gatewayclasses.gateway.networking.k8s.io",
         "httproutes.gateway.networking.k8s.io",

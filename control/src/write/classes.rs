@@ -187,7 +187,7 @@ impl ClassWriter {
         Ok(true)
     }
 
-    /// Tells classes that name this controller, but are not among those that it is set up for, that they have no effect.
+    /// Writes to classes that name this controller, but are not among those that it is set up for, that they have no effect.
     async fn refuse_others(&self, version: &str) -> Result<(), CallError> {
         let api = api(&self.client, &CLASS, version);
         let message = "it is not among the classes that the control plane is set up for";

@@ -77,12 +77,12 @@ async fn destination_rules_say_what_waypoints_make_of_them() {
     let rule = |host: &str| json!({ "apiVersion": RULE.0, "kind": RULE.1, "metadata": { "name": "rule", "namespace": "shop" }, "spec": { "host": host } });
     server.apply_value(rule("reviews")).await;
     let _replica = Replica::start(&server).await;
-    let accepted = condition(&server, RULE, "rule", "ambit.dev/WaypointAccepted").await;
+    let accepted = condition(&server, RULE, "rule", "WaypointAccepted").await;
     assert_eq!((&accepted["status"], &accepted["reason"]), (&json!("False"), &json!("NoEffect")));
     assert_eq!(accepted["observedGeneration"], 1);
     server.apply_value(rule("nobody")).await;
     until("the new generation is observed", async || {
-        let accepted = condition(&server, RULE, "rule", "ambit.dev/WaypointAccepted").await;
+        let accepted = condition(&server, RULE, "rule", "WaypointAccepted").await;
         (accepted["observedGeneration"] == 2).then_some(())
     })
     .await;

@@ -16,7 +16,7 @@ use super::{Finding, views};
 use crate::object::{DestinationRule, Kind, NamespacedName, ServiceEntry, WaypointBinding, subject_name};
 
 /// Whether waypoints go by it.
-const ACCEPTED: &str = "ambit.dev/WaypointAccepted";
+const ACCEPTED: &str = "WaypointAccepted";
 /// Whether every field has an effect.
 const HONOURED: &str = "ambit.dev/FieldsHonoured";
 

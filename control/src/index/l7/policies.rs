@@ -295,5 +295,5 @@ impl Bound {
 }
 
 pub(super) fn report(reader: &Reader<'_>, met: bool, reason: &'static str, message: String) {
-    reader.find(Finding::new("ambit.dev/WaypointAccepted", met, reason, message));
+    reader.find(Finding::new("WaypointAccepted", met, reason, message));
 }

@@ -20,7 +20,7 @@ use crate::object::{
 };
 
 /// Whether it is for services of waypoints, and counts.
-const ACCEPTED: &str = "ambit.dev/WaypointAccepted";
+const ACCEPTED: &str = "WaypointAccepted";
 /// Whether all that its rules refer to is there, and all rules can be followed.
 const RESOLVED: &str = "ambit.dev/ResolvedRefs";
 /// Whether every field has an effect.
