@@ -1,7 +1,7 @@
 //! What a directory of manifests expects `ambit up` to show, by annotations on its services and pods.
 //!
-//! - `ambit.dev/open: "9080/productpage"` on a service: at which port of this machine, and under which path, a
-//!   person opens it;
+//! - `ambit.dev/open: "9080/productpage"` on a service, or on a Gateway for its first listener: at which port of this machine,
+//!   and under which path, a person opens it;
 //! - `ambit.dev/expect-spread: "true"` on a service: connections or requests reach every workload behind it;
 //! - `ambit.dev/expect-unreadable: "Shakespeare,Reviewer1"` on a service: words of its answers that must not
 //!   be readable on the wire;
@@ -37,7 +37,7 @@ pub(crate) struct ServiceName {
 /// All expectations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Expectations {
-    /// The service that can be opened, with port and path.
+    /// The service or Gateway that can be opened, with port and path.
     pub(crate) open: Option<(ServiceName, u16, String)>,
     /// Services that are spread over all workloads behind them.
     pub(crate) spread: Vec<ServiceName>,
@@ -48,7 +48,9 @@ pub(crate) struct Expectations {
 impl Expectations {
     /// Reads the annotations of a cluster's services.
     pub(crate) fn read(cluster: &Cluster) -> Self {
-        Self::of(&cluster.objects("Service"))
+        // The Service of a Gateway has its name.
+        let opened = cluster.objects("Gateway").into_iter().filter(opens);
+        Self::of(&opened.chain(cluster.objects("Service")).collect::<Vec<_>>())
     }
 
     fn of(services: &[Value]) -> Self {
@@ -72,6 +74,11 @@ impl Expectations {
     pub(crate) fn page_path(&self) -> &str {
         self.open.as_ref().map_or("/", |(_, _, path)| path)
     }
+}
+
+/// Whether a person opens an object.
+pub(crate) fn opens(object: &Value) -> bool {
+    object["metadata"]["annotations"][OPEN].as_str().and_then(port_and_path).is_some()
 }
 
 /// The addresses that must not answer a pod.

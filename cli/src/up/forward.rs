@@ -28,11 +28,11 @@ pub(crate) struct Forward {
 }
 
 impl Forward {
-    /// Forwards what the listener accepts to the service that the manifests open, else to the first one.
+    /// Forwards what the listener accepts to the service or Gateway that the manifests open, else to the first service.
     ///
     /// # Errors
     /// When there is no service at all.
-    pub(crate) fn start(
+    pub(crate) fn page(
         listener: TcpListener,
         probe: Option<OwnedFd>,
         cluster: &Arc<Cluster>,
@@ -42,6 +42,20 @@ impl Forward {
             Some((service, _, _)) => service.clone(),
             None => first_service(cluster).context("there is no service that could be opened")?,
         };
+        Self::start(listener, probe, cluster, service, None)
+    }
+
+    /// Forwards what the listener accepts to a port of a service, by default its first.
+    ///
+    /// # Errors
+    /// When the listener can't be used.
+    pub(crate) fn start(
+        listener: TcpListener,
+        probe: Option<OwnedFd>,
+        cluster: &Arc<Cluster>,
+        service: ServiceName,
+        port: Option<u16>,
+    ) -> anyhow::Result<Self> {
         listener.set_nonblocking(true).context("use the open port")?;
         let listener = tokio::net::TcpListener::from_std(listener).context("use the open port")?;
         let address = listener.local_addr().context("use the open port")?;
@@ -57,7 +71,7 @@ impl Forward {
                 let Some(cluster) = cluster.upgrade() else { return };
                 let service = service.clone();
                 tokio::spawn(async move {
-                    if let Err(error) = carry(client, cluster, &service).await {
+                    if let Err(error) = carry(client, cluster, &service, port).await {
                         tracing::warn!("{error:#}");
                     }
                     drop(permit);
@@ -91,9 +105,14 @@ impl Drop for Forward {
     }
 }
 
-async fn carry(mut client: TcpStream, cluster: Arc<Cluster>, service: &ServiceName) -> anyhow::Result<()> {
+async fn carry(
+    mut client: TcpStream,
+    cluster: Arc<Cluster>,
+    service: &ServiceName,
+    port: Option<u16>,
+) -> anyhow::Result<()> {
     let ServiceName { namespace, name } = service;
-    let backends = cluster.backends(namespace, name, None);
+    let backends = cluster.backends(namespace, name, port);
     drop(cluster);
     let (pod, port) = backends.first().with_context(|| format!("no pod of {namespace}/{name} is ready"))?;
     let target = SocketAddr::from((Ipv4Addr::LOCALHOST, *port));

@@ -7,6 +7,7 @@ mod answers;
 mod expectations;
 mod flows;
 mod forward;
+mod gateways;
 mod proof;
 mod requests;
 mod screen;
@@ -50,8 +51,8 @@ pub(crate) struct Options {
     /// Nodes, 1 to 64.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
     nodes: u8,
-    /// Port of this machine's loopback at which the application can be opened; default is the one that a service's
-    /// annotation `ambit.dev/open` names. 0 takes any free one.
+    /// Port of this machine's loopback at which the application can be opened; default is the one that the annotation
+    /// `ambit.dev/open` of a service or Gateway names. 0 takes any free one.
     #[arg(long, value_name = "PORT")]
     open: Option<u16>,
     /// Program that stands for an image; an image without one stands for the program of its name beside `ambit`.
@@ -90,6 +91,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
                 descriptors.push(OwnedFd::from(listener));
                 descriptors.push(isolate::client_socket()?);
             }
+            for listener in gateways::listeners(directory) {
+                let attempt = || format!("open a port for Gateway {}", listener.gateway.name);
+                descriptors.push(OwnedFd::from(gateways::bind(&listener).with_context(attempt)?));
+            }
             Ok(isolate::supervise(&descriptors)?)
         }
         Stage::Init => Ok(isolate::init()?),
@@ -105,14 +110,32 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 
 /// Takes the port before the namespaces are made: it belongs to the user's own network.
 fn listen(options: &Options) -> anyhow::Result<Option<TcpListener>> {
-    let wanted = match options.open {
-        Some(port) => Some(port),
-        None => expectations::port_to_open(&options.directory),
-    };
-    let Some(port) = wanted else { return Ok(None) };
+    let Some(port) = port_to_open(options) else { return Ok(None) };
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let attempt = || format!("open {address} (choose another port with --open PORT, or 0 for any)");
     TcpListener::bind(address).map(Some).with_context(attempt)
+}
+
+fn port_to_open(options: &Options) -> Option<u16> {
+    options.open.or_else(|| expectations::port_to_open(&options.directory))
+}
+
+/// Leads the ports that were taken for Gateways to them.
+fn open_gateways(
+    options: &Options,
+    descriptors: impl Iterator<Item = OwnedFd>,
+    cluster: &Arc<Cluster>,
+    screen: &mut Screen,
+) -> anyhow::Result<Vec<Forward>> {
+    let mut open = Vec::new();
+    for (wanted, descriptor) in gateways::listeners(&options.directory).into_iter().zip(descriptors) {
+        let gateways::Listener { gateway, port, scheme } = wanted;
+        let name = format!("{}/{}", gateway.namespace, gateway.name);
+        let forward = Forward::start(TcpListener::from(descriptor), None, cluster, gateway, Some(port))?;
+        screen.say(&format!("gateway {name} port {port}: {scheme}://{}", forward.address()));
+        open.push(forward);
+    }
+    Ok(open)
 }
 
 async fn up(options: &Options) -> anyhow::Result<ExitCode> {
@@ -137,13 +160,15 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
     let commands = descriptors.next().context("the supervisor passed no socket")?;
     let commands =
         tokio::spawn(remote::serve(SeqPacketListener::from_fd(commands)?, Arc::downgrade(&cluster)));
-    let forward = match descriptors.next() {
+    let page = if port_to_open(options).is_some() { descriptors.next() } else { None };
+    let forward = match page {
         Some(listener) => {
             let listener = TcpListener::from(listener);
-            Some(Forward::start(listener, descriptors.next(), &cluster, &expectations)?)
+            Some(Forward::page(listener, descriptors.next(), &cluster, &expectations)?)
         }
         None => None,
     };
+    let gateways = open_gateways(options, descriptors, &cluster, &mut screen)?;
     if let Some(forward) = &forward {
         screen.say(&format!("open http://{}{}", forward.address(), expectations.page_path()));
     }
@@ -159,7 +184,7 @@ async fn up(options: &Options) -> anyhow::Result<ExitCode> {
         () = &mut ended => ExitCode::SUCCESS,
     };
     screen.end();
-    drop(forward);
+    drop((forward, gateways));
     commands.abort();
     if let Some(cluster) = Arc::into_inner(cluster) {
         cluster.shutdown().await;
