@@ -1,7 +1,7 @@
 //! How this waypoint would decide about a request: `/explain/request` of the admin server, for `ambit why`.
 //!
-//! The steps are those of a real request, by the functions that it meets; nothing is sent, and no authorizer is asked. [`connection`] does the
-//! same for connections that are passed on unread.
+//! The steps are those of a real request, by the functions that it meets; nothing is sent, and no authorizer is asked. Connections that are
+//! passed on unread are explained alike.
 
 mod connection;
 mod traffic;

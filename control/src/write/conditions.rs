@@ -6,7 +6,8 @@ use crate::index::Finding;
 
 /// Conditions of other names are other controllers'.
 fn is_ours(condition: &str) -> bool {
-    matches!(condition, "istio.io/WaypointBound" | "ZtunnelAccepted") || condition.starts_with("ambit.dev/")
+    matches!(condition, "istio.io/WaypointBound" | "ZtunnelAccepted" | "WaypointAccepted")
+        || condition.starts_with("ambit.dev/")
 }
 
 /// `status.conditions` of an object, if it must differ from what it is. Foreign conditions stay where they are; ours that
