@@ -328,8 +328,8 @@ mod tests {
     async fn an_expired_client_is_asked_to_leave_before_it_is_cut() {
         let now = SystemTime::now();
         // It expires soon, not at once: making it may take a moment.
-        let lifetime_half = Duration::from_secs(2);
-        let (trust, peer) = client(now - lifetime_half, now + lifetime_half);
+        let soon = Duration::from_secs(2);
+        let (trust, peer) = client(now - soon, now + soon);
         let asked = async {
             expired(&peer).await;
             Instant::now()

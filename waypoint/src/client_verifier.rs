@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use ambit_api::l7;
-use rustls::crypto::{
-    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
-};
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
@@ -45,18 +43,15 @@ pub fn of(
     let strict = builder.build()?;
     Ok(match source.allow_insecure_fallback {
         false => strict,
-        true => Arc::new(DangerousFallback {
-            algorithms: provider.signature_verification_algorithms,
-            root_hints: strict.root_hint_subjects().into(),
-        }),
+        true => Arc::new(DangerousFallback { strict }),
     })
 }
 
 /// Asks for a certificate and accepts any, and none. Who shows one still proves that it has the key.
 #[derive(Debug)]
 struct DangerousFallback {
-    algorithms: WebPkiSupportedAlgorithms,
-    root_hints: Arc<[DistinguishedName]>,
+    /// Its hints and algorithms; what it makes of certificates does not count.
+    strict: Arc<dyn ClientCertVerifier>,
 }
 
 impl ClientCertVerifier for DangerousFallback {
@@ -65,7 +60,7 @@ impl ClientCertVerifier for DangerousFallback {
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.root_hints
+        self.strict.root_hint_subjects()
     }
 
     fn verify_client_cert(
@@ -83,7 +78,7 @@ impl ClientCertVerifier for DangerousFallback {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.algorithms)
+        self.strict.verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -92,10 +87,10 @@ impl ClientCertVerifier for DangerousFallback {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+        self.strict.verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.strict.supported_verify_schemes()
     }
 }
