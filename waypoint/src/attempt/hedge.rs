@@ -70,7 +70,7 @@ impl Sending<'_> {
     }
 
     /// Another endpoint for the request, within the budget of retries.
-    fn second(&self) -> Option<(Chosen, super::RetryCount)> {
+    fn second(&self) -> Option<(Chosen, super::retry::RetryCount)> {
         let worker = &self.inbound.worker;
         let source = self.inbound.source;
         let chosen = request_endpoint(worker, source, self.target, &self.tried, self.key).ok()?;
