@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::TokenRequest;
@@ -13,16 +14,27 @@ use kube::{Api, Client};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
-use crate::until;
+use crate::{namespace, until};
 
-/// The rights of the control plane, as the chart gives them.
-const RIGHTS: &str = include_str!("rights.yaml");
+/// The account of the control plane and its rights, as the chart gives them.
+static RIGHTS: LazyLock<Vec<Value>> = LazyLock::new(|| {
+    let objects =
+        ambit_chart::template(&["crds.ambit=false,crds.gatewayApi=false,crds.istio=false"]).unwrap();
+    let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"];
+    let is_right = |object: &Value| {
+        kinds.iter().any(|kind| object["kind"] == *kind) && object["metadata"]["name"] == "ambit-control"
+    };
+    let rights: Vec<Value> = objects.into_iter().map(|object| object.value).filter(is_right).collect();
+    assert_eq!(rights.len(), kinds.len(), "{rights:?}");
+    rights
+});
 const ADMIN: &str = "the-test-itself";
 
 /// An API server. Its data outlive [`ApiServer::stop`].
 pub(crate) struct ApiServer {
     directory: tempfile::TempDir,
     ports: [u16; 3],
+    arguments: Vec<String>,
     etcd: Child,
     server: Option<Child>,
     /// May do everything.
@@ -32,6 +44,11 @@ pub(crate) struct ApiServer {
 impl ApiServer {
     /// Starts one with the namespace `ambit-system` and the control plane's rights in it.
     pub(crate) async fn start() -> ApiServer {
+        Self::start_with(&[]).await
+    }
+
+    /// The same with further arguments of the program.
+    pub(crate) async fn start_with(arguments: &[&str]) -> ApiServer {
         let directory = tempfile::tempdir().unwrap();
         let ports = free_ports();
         write_keys(directory.path());
@@ -39,15 +56,21 @@ impl ApiServer {
         let kubeconfig = directory.path().join("admin.kubeconfig");
         write_kubeconfig(directory.path(), &kubeconfig, ports[0], ADMIN);
         let admin = ambit_control::api_server::connect(Some(&kubeconfig)).await.unwrap();
-        let mut server = ApiServer { directory, ports, etcd, server: None, admin };
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut server = ApiServer { directory, ports, arguments, etcd, server: None, admin };
         server.resume().await;
-        server.apply(RIGHTS).await;
+        let metadata = json!({ "name": "istio-ca-secret", "namespace": "ambit-system" });
+        server.apply_value(namespace("ambit-system")).await;
+        server.apply_value(json!({ "apiVersion": "v1", "kind": "Secret", "metadata": metadata })).await;
+        for right in RIGHTS.iter() {
+            server.apply_value(right.clone()).await;
+        }
         server
     }
 
     /// Starts the API server again, and waits until it is ready.
     pub(crate) async fn resume(&mut self) {
-        self.server = Some(start_server(self.directory.path(), self.ports));
+        self.server = Some(start_server(self.directory.path(), self.ports, &self.arguments));
         let admin = self.admin.clone();
         let log = self.directory.path().join("apiserver.log");
         until("the API server is ready", async || {
@@ -273,7 +296,7 @@ fn start_etcd(directory: &Path, ports: [u16; 3]) -> Child {
         .unwrap()
 }
 
-fn start_server(directory: &Path, ports: [u16; 3]) -> Child {
+fn start_server(directory: &Path, ports: [u16; 3], arguments: &[String]) -> Child {
     let file = |flag: &str, name: &str| format!("--{flag}={}", directory.join(name).display());
     program(&binary(), &directory.join("apiserver.log"))
         .arg(format!("--etcd-servers=http://127.0.0.1:{}", ports[1]))
@@ -289,7 +312,8 @@ fn start_server(directory: &Path, ports: [u16; 3]) -> Child {
             file("service-account-key-file", "accounts.pub"),
             file("service-account-signing-key-file", "accounts.key"),
         ])
-        .args(["--authorization-mode=Node,RBAC", "--endpoint-reconciler-type=none"])
+        .args(["--authorization-mode=RBAC", "--endpoint-reconciler-type=none"])
+        .args(arguments)
         .spawn()
         .unwrap()
 }

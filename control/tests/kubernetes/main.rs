@@ -5,7 +5,9 @@
 
 mod api_server;
 mod contention;
+mod istiod;
 mod pod_certificates;
+mod read_back;
 mod replica;
 mod rotation;
 mod statuses;

@@ -14,6 +14,8 @@ use crate::replica::Replica;
 use crate::{namespace, until};
 
 const KIND: (&str, &str) = ("certificates.k8s.io/v1", "PodCertificateRequest");
+/// The version of Kubernetes 1.35 and 1.36.
+const BETA: &str = "certificates.k8s.io/v1beta1";
 
 /// A request as kubelet makes it, for a key of this kind.
 fn request(name: &str, pod: &Pod, algorithm: &'static SignatureAlgorithm) -> Value {
@@ -41,6 +43,49 @@ async fn answered(server: &ApiServer, name: &str) -> Value {
         object["status"]["conditions"].is_array().then(|| object["status"].clone())
     })
     .await
+}
+
+/// An API server as of Kubernetes 1.36, which serves these kinds only where they are turned on, and as beta.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_api_server_is_asked_in_beta_versions() {
+    let server = ApiServer::start_with(&[
+        "--emulated-version=1.36",
+        "--feature-gates=PodCertificateRequest=true,ClusterTrustBundle=true",
+        "--runtime-config=certificates.k8s.io/v1beta1=true",
+    ])
+    .await;
+    server.apply_value(namespace("shop")).await;
+    let replica = Replica::start(&server).await;
+    let bundle = until("the roots as a ClusterTrustBundle", async || {
+        server.get(BETA, "ClusterTrustBundle", "", "ambit.dev:workload:roots").await
+    })
+    .await;
+    assert_eq!(bundle["spec"]["trustBundle"].as_str().unwrap().trim(), replica.roots().trim());
+    let pod = server.run_pod("shop", "reviews-1", "reviews", "n1", "10.9.0.1").await;
+    let mut asked = request("good", &pod, &rcgen::PKCS_ECDSA_P256_SHA256);
+    asked["apiVersion"] = BETA.into();
+    server.apply_value(asked).await;
+    let issued = until("an answer", async || {
+        let object = server.get(BETA, KIND.1, "shop", "good").await?;
+        object["status"]["conditions"][0]["type"].as_str().map(str::to_owned)
+    })
+    .await;
+    assert_eq!(issued, "Issued");
+}
+
+/// The oldest API server that this one's program can be: it has neither kind, and the mesh does without.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_server_without_certificate_kinds_serves_the_mesh() {
+    let server = ApiServer::start_with(&["--emulated-version=1.34"]).await;
+    server.apply_value(namespace("shop")).await;
+    server.run_pod("shop", "reviews-1", "reviews", "n1", "10.9.0.1").await;
+    let proxy = server.run_pod("ambit-system", "ztunnel-1", "ztunnel", "n1", "10.9.0.2").await;
+    let token = server.token("ambit-system", "ztunnel", "istio-ca", Some(&proxy)).await;
+    let replica = Replica::start(&server).await;
+    let (_client, held) = replica.subscribe(&token);
+    until("the first state", async || held.workload("shop", "reviews-1")).await;
+    until("the roots", async || server.get("v1", "ConfigMap", "shop", "istio-ca-root-cert").await).await;
+    replica.ask(&token, "spiffe://cluster.local/ns/shop/sa/reviews").await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,7 +12,7 @@ use crate::{definition, namespace, service, until};
 const GATEWAY: (&str, &str) = ("gateway.networking.k8s.io/v1", "Gateway");
 const CLASS: (&str, &str) = ("gateway.networking.k8s.io/v1", "GatewayClass");
 /// A kind of Gateway API's experimental channel, which the chart does not install.
-const MESH: (&str, &str) = ("gateway.networking.x-k8s.io/v1alpha1", "XMesh");
+pub(crate) const MESH: (&str, &str) = ("gateway.networking.x-k8s.io/v1alpha1", "XMesh");
 const ROUTE: (&str, &str) = ("gateway.networking.k8s.io/v1", "HTTPRoute");
 const DEPLOYMENT: (&str, &str) = ("apps/v1", "Deployment");
 /// The definitions that the chart installs.
@@ -37,20 +37,30 @@ async fn start() -> (ApiServer, NamedTempFile) {
     for definition in DEFINITIONS {
         server.apply(definition).await;
     }
+    server.apply_value(definition_of_mesh()).await;
+    server.apply_value(namespace("shop")).await;
+    (server, template())
+}
+
+/// The definition of [`MESH`], which takes any fields.
+pub(crate) fn definition_of_mesh() -> Value {
     let mut mesh = definition("gateway.networking.x-k8s.io", MESH.1, "xmeshes");
     mesh["spec"]["scope"] = "Cluster".into();
     mesh["spec"]["versions"][0]["name"] = "v1alpha1".into();
     // Kinds in groups of Kubernetes need an approval.
     mesh["metadata"]["annotations"] =
         json!({ "api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api/pull/5371" });
-    server.apply_value(mesh).await;
-    server.apply_value(namespace("shop")).await;
-    let mut template = NamedTempFile::new().unwrap();
-    template.write_all(TEMPLATE.as_bytes()).unwrap();
-    (server, template)
+    mesh
 }
 
-async fn replica(server: &ApiServer, template: &NamedTempFile) -> Replica {
+/// What replicas deploy for waypoints.
+pub(crate) fn template() -> NamedTempFile {
+    let mut template = NamedTempFile::new().unwrap();
+    template.write_all(TEMPLATE.as_bytes()).unwrap();
+    template
+}
+
+pub(crate) async fn replica(server: &ApiServer, template: &NamedTempFile) -> Replica {
     Replica::start_with(server, &["--waypoint-template", template.path().to_str().unwrap()]).await
 }
 
