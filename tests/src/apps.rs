@@ -117,8 +117,26 @@ async fn read_head(stream: &mut TcpStream) -> io::Result<bool> {
 ///
 /// # Errors
 /// When the connection ends, or the answer is not 200 with a length.
-pub async fn get(stream: &mut TcpStream) -> io::Result<String> {
+pub async fn get(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<String> {
+    get_answer(stream).await.map(|answer| answer.body)
+}
+
+/// An answer to a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its body.
+    pub body: String,
+    /// Whether it says that it is the connection's last (RFC 9112 §9.6).
+    pub closes: bool,
+}
+
+/// The same, with what the answer says of the connection.
+///
+/// # Errors
+/// As for [`get`].
+pub async fn get_answer(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<Answer> {
     stream.write_all(b"GET / HTTP/1.1\r\nhost: app\r\n\r\n").await?;
+    stream.flush().await?;
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let byte = stream.read_u8().await?;
@@ -135,7 +153,8 @@ pub async fn get(stream: &mut TcpStream) -> io::Result<String> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, head.clone()))?;
     let mut body = vec![0u8; length];
     stream.read_exact(&mut body).await?;
-    Ok(String::from_utf8_lossy(&body).into_owned())
+    let body = String::from_utf8_lossy(&body).into_owned();
+    Ok(Answer { body, closes: head.contains("\r\nconnection: close\r\n") })
 }
 
 /// Sends `message`, ends the sending half, and gives everything that came back.

@@ -10,6 +10,8 @@ pub mod apps;
 pub mod beds;
 pub mod credentials;
 pub mod dns;
+pub mod frames;
+pub mod h2spec;
 pub mod http;
 pub mod load;
 pub mod usage;

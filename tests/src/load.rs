@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
+use rustls::pki_types::ServerName;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
 
 use ambit_local::Pod;
 
 use crate::apps;
+use crate::http::Stream;
 
 /// How long a single request may take before it counts as failed.
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
@@ -33,12 +35,14 @@ pub struct Shape {
     /// Whether a kept connection that the server closed instead of answering is opened again and the request
     /// repeated once, without counting as a failure, as HTTP clients do (RFC 9112 §9.3.1).
     pub reopen: bool,
+    /// TLS of every connection, and the name that it asks for.
+    pub tls: Option<(Arc<rustls::ClientConfig>, ServerName<'static>)>,
 }
 
 impl Default for Shape {
     /// 200 requests a second: 100 on new connections, 100 on ten kept ones.
     fn default() -> Self {
-        Self { new_per_second: 100, kept_per_second: 100, kept_connections: 10, reopen: false }
+        Self { new_per_second: 100, kept_per_second: 100, kept_connections: 10, reopen: false, tls: None }
     }
 }
 
@@ -79,6 +83,8 @@ pub struct Tally {
     pub kept_failed: u64,
     /// Kept connections that were opened again because the server had closed them instead of answering.
     pub kept_reopened: u64,
+    /// Kept connections that were opened again because an answer said that it was the last.
+    pub kept_renewed: u64,
     /// The first 256 failures.
     pub failures: Vec<Failure>,
     /// Median time from the request to its answer on kept connections, and from the connect on new ones.
@@ -130,6 +136,7 @@ struct Shared {
     new_failed: AtomicU64,
     kept_failed: AtomicU64,
     kept_reopened: AtomicU64,
+    kept_renewed: AtomicU64,
     failures: Mutex<Vec<Failure>>,
     /// Times of the answered requests, of new and of kept connections.
     times: [Mutex<Vec<Duration>>; 2],
@@ -139,9 +146,8 @@ struct Shared {
 }
 
 /// A kept connection.
-#[derive(Debug)]
 struct Open {
-    stream: TcpStream,
+    stream: Box<dyn Stream>,
     asked: Instant,
 }
 
@@ -167,6 +173,7 @@ impl Load {
             new_failed: AtomicU64::new(0),
             kept_failed: AtomicU64::new(0),
             kept_reopened: AtomicU64::new(0),
+            kept_renewed: AtomicU64::new(0),
             failures: Mutex::new(Vec::new()),
             times: Default::default(),
             shape: shape.clone(),
@@ -174,7 +181,7 @@ impl Load {
         });
         let mut tasks = JoinSet::new();
         for _ in 0..shape.kept_connections {
-            let mut open = shared.open(Instant::now()).await?;
+            let mut open = shared.open_kept(Instant::now()).await?;
             apps::get(&mut open.stream).await?;
             let pause = Duration::from_secs(1) * shape.kept_connections / shape.kept_per_second.max(1);
             tasks.spawn(shared.clone().keep(Some(open), pause));
@@ -216,6 +223,7 @@ impl Load {
             new_failed: get(&self.shared.new_failed),
             kept_failed: get(&self.shared.kept_failed),
             kept_reopened: get(&self.shared.kept_reopened),
+            kept_renewed: get(&self.shared.kept_renewed),
             failures: self.shared.failures.lock().clone(),
             medians: Medians { new: median(&self.shared.times[0]), kept: median(&self.shared.times[1]) },
         }
@@ -280,10 +288,19 @@ impl Shared {
         }
     }
 
-    async fn open(&self, asked: Instant) -> io::Result<Open> {
-        let stream = self.pod.connect(self.target).await?;
-        self.kept.lock().push(stream.local_addr()?);
+    async fn open_kept(&self, asked: Instant) -> io::Result<Open> {
+        let (stream, local) = self.connect().await?;
+        self.kept.lock().push(local);
         Ok(Open { stream, asked })
+    }
+
+    /// A connection, and its own address.
+    async fn connect(&self) -> io::Result<(Box<dyn Stream>, SocketAddr)> {
+        let stream = self.pod.connect(self.target).await?;
+        let local = stream.local_addr()?;
+        let Some((config, name)) = &self.shape.tls else { return Ok((Box::new(stream), local)) };
+        let stream = TlsConnector::from(config.clone()).connect(name.clone(), stream).await?;
+        Ok((Box::new(stream), local))
     }
 
     async fn keep(self: Arc<Self>, mut kept: Option<Open>, pause: Duration) {
@@ -302,7 +319,8 @@ impl Shared {
             }
             match outcome {
                 Ok((open, took)) => {
-                    kept = Some(open);
+                    self.kept_renewed.fetch_add(u64::from(open.is_none()), Ordering::Relaxed);
+                    kept = open;
                     self.answered(On::Kept, took);
                 }
                 Err(error) => self.fail(On::Kept, asked, &error),
@@ -310,16 +328,17 @@ impl Shared {
         }
     }
 
-    /// One request on a kept connection, or on one that is opened now to be kept; and how long it took.
-    async fn turn(&self, kept: Option<Open>, asked: Instant) -> io::Result<(Open, Duration)> {
+    /// One request on a kept connection, or on one that is opened now to be kept; and how long it took. The connection is given back
+    /// unless the answer was its last.
+    async fn turn(&self, kept: Option<Open>, asked: Instant) -> io::Result<(Option<Open>, Duration)> {
         within(async {
             let mut open = match kept {
                 Some(open) => open,
-                None => self.open(asked).await?,
+                None => self.open_kept(asked).await?,
             };
             let began = Instant::now();
-            apps::get(&mut open.stream).await?;
-            Ok((open, began.elapsed()))
+            let answer = apps::get_answer(&mut open.stream).await?;
+            Ok(((!answer.closes).then_some(open), began.elapsed()))
         })
         .await
     }
@@ -333,7 +352,7 @@ impl Shared {
             requests.spawn(async move {
                 let asked = Instant::now();
                 let outcome = within(async {
-                    let mut stream = shared.pod.connect(shared.target).await?;
+                    let (mut stream, _) = shared.connect().await?;
                     apps::get(&mut stream).await
                 });
                 match outcome.await {

@@ -3,6 +3,7 @@
 //! [`protocol`](crate::protocol) makes one for each connection, [`ClientStream`](crate::client_stream::ClientStream)
 //! reports bytes and asks for the deadline, [`exchange`](crate::exchange) reports requests and their ends.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,6 +27,8 @@ pub struct Bounds {
     pub idle: Duration,
     /// How long the head of a request may take from its first byte.
     pub head: Duration,
+    /// How long the client may take nothing of what is sent to it.
+    pub write: Duration,
     /// Requests before it is closed.
     pub requests: u64,
     /// Requests that may be abandoned within [`ABANDONED_PERIOD`].
@@ -39,6 +42,8 @@ pub enum Exceeded {
     Idle,
     /// A request's head took too long.
     Head,
+    /// The client took nothing for too long.
+    Write,
     /// Too many requests were abandoned (CVE-2023-44487).
     Abandoned,
 }
@@ -63,6 +68,8 @@ struct State {
     closing: bool,
     /// Start of the current period, and the requests abandoned in it.
     abandoned: (Instant, u32),
+    /// Answers of which a part was handed over and not asked on for since then, by the number of their request.
+    handed: HashMap<u64, Instant>,
     exceeded: Option<Exceeded>,
 }
 
@@ -81,8 +88,11 @@ pub struct OpenUpgrade(Arc<Activity>);
 #[derive(Debug)]
 pub struct OpenRequest {
     activity: Arc<Activity>,
+    number: u64,
     since: Instant,
     answered: bool,
+    /// Whether its answer waits for the client.
+    is_handed: bool,
 }
 
 impl Activity {
@@ -94,6 +104,7 @@ impl Activity {
             requests: 0,
             closing: false,
             abandoned: (now, 0),
+            handed: HashMap::new(),
             exceeded: None,
         };
         Self {
@@ -128,7 +139,8 @@ impl Activity {
         if state.requests >= self.bounds.requests {
             self.changed.notify_one();
         }
-        OpenRequest { activity: self.clone(), since: now, answered: false }
+        let number = state.requests;
+        OpenRequest { activity: self.clone(), number, since: now, answered: false, is_handed: false }
     }
 
     /// Lets the connection have one more answer.
@@ -174,6 +186,32 @@ impl Activity {
     /// Which bound was passed, as the last look found it.
     pub fn exceeded(&self) -> Option<Exceeded> {
         self.state.lock().exceeded
+    }
+
+    /// How long the client may take nothing of what is sent to it.
+    pub fn write_limit(&self) -> Duration {
+        self.bounds.write
+    }
+
+    /// A bound was passed that is watched elsewhere.
+    pub fn exceed(&self, bound: Exceeded) {
+        let mut state = self.state.lock();
+        state.exceeded = state.exceeded.or(Some(bound));
+    }
+
+    /// Waits until an answer has waited for its client for too long. Of HTTP/2: a stream whose client opens no window holds up its
+    /// endpoint, while its connection moves bytes.
+    pub async fn stalled(&self) {
+        let limit = self.bounds.write;
+        loop {
+            let now = Instant::now();
+            let oldest = self.state.lock().handed.values().min().copied();
+            let due = oldest.unwrap_or(now) + limit;
+            if due <= now {
+                return self.exceed(Exceeded::Write);
+            }
+            tokio::time::sleep_until(due.into()).await;
+        }
     }
 
     fn end_request(&self, abandoned: bool, now: Instant) {
@@ -248,6 +286,19 @@ impl OpenRequest {
         self.answered = true;
     }
 
+    /// A part of its answer was handed over, or its head: the rest waits until the client takes that.
+    pub fn hand_over(&mut self, now: Instant) {
+        self.is_handed = true;
+        self.activity.state.lock().handed.insert(self.number, now);
+    }
+
+    /// Its answer waits for the endpoint.
+    pub fn await_endpoint(&mut self) {
+        if std::mem::take(&mut self.is_handed) {
+            self.activity.state.lock().handed.remove(&self.number);
+        }
+    }
+
     /// The connection that it is on.
     pub fn connection(&self) -> &Arc<Activity> {
         &self.activity
@@ -262,6 +313,7 @@ impl Drop for OpenUpgrade {
 
 impl Drop for OpenRequest {
     fn drop(&mut self) {
+        self.await_endpoint();
         let now = Instant::now();
         let early = now.saturating_duration_since(self.since) < EARLY;
         self.activity.end_request(!self.answered && early, now);
@@ -275,7 +327,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn bounds() -> Bounds {
-        Bounds { idle: 60 * SECOND, head: 10 * SECOND, requests: 2, abandoned: 3 }
+        Bounds { idle: 60 * SECOND, head: 10 * SECOND, write: 30 * SECOND, requests: 2, abandoned: 3 }
     }
 
     #[test]
@@ -334,6 +386,25 @@ mod tests {
         tokio::join!(ending, activity.quiet(10 * SECOND));
         let after = start.elapsed();
         assert!(after >= 70 * SECOND && after <= 72 * SECOND, "{after:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_waits_for_its_client_only_so_long() {
+        let now = || tokio::time::Instant::now().into_std();
+        let activity = Arc::new(Activity::new(bounds(), now()));
+        let mut waits_for_endpoint = activity.start_request(now());
+        waits_for_endpoint.hand_over(now());
+        waits_for_endpoint.await_endpoint();
+        let mut ended = activity.start_request(now());
+        ended.hand_over(now());
+        drop(ended);
+        let early = tokio::time::timeout(20 * SECOND, activity.stalled()).await;
+        assert!(early.is_err() && activity.exceeded().is_none());
+        let mut stalled = activity.start_request(now());
+        // As if it had been handed over long ago: the clock of this test is not that of the program.
+        stalled.hand_over(Instant::now().checked_sub(31 * SECOND).unwrap_or_else(Instant::now));
+        tokio::time::timeout(61 * SECOND, activity.stalled()).await.expect("it is seen");
+        assert_eq!(activity.exceeded(), Some(Exceeded::Write));
     }
 
     #[test]

@@ -191,12 +191,26 @@ impl Sending<'_> {
         self.answered = Some(chosen.clone());
         let limit = self.timeouts.backend;
         let outcome = match (self.hedge, limit) {
-            (None, None) => self.exchange(&chosen, self.gate.as_ref()).await,
-            (None, Some(limit)) => within(limit, self.exchange(&chosen, self.gate.as_ref())).await,
+            (None, None) => self.observed(self.exchange(&chosen, self.gate.as_ref())).await,
+            (None, Some(limit)) => {
+                within(limit, self.observed(self.exchange(&chosen, self.gate.as_ref()))).await
+            }
             (Some(after), None) => Box::pin(self.hedged(&chosen, after)).await,
             (Some(after), Some(limit)) => within(limit, Box::pin(self.hedged(&chosen, after))).await,
         };
         self.learn(outcome)
+    }
+
+    /// Waits for the head of an answer. A request that waits for long is shown to the observer of the log meanwhile.
+    async fn observed<T>(&self, waiting: impl Future<Output = T>) -> T {
+        let Some(due) = self.record.observed_at() else { return waiting.await };
+        let mut waiting = std::pin::pin!(waiting);
+        tokio::select! {
+            biased;
+            answered = waiting.as_mut() => return answered,
+            () = sleep_until(due.into()) => self.record.observe_open(),
+        }
+        waiting.await
     }
 
     fn learn(&mut self, outcome: Result<HeadOfAnswer, Failure>) -> Result<HeadOfAnswer, Failure> {

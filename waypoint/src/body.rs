@@ -17,6 +17,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::exchange::Held;
 use crate::messages::Messages;
+use crate::trailers;
 use crate::upstream::Returned;
 
 /// The body of a request on its way to an endpoint.
@@ -287,15 +288,8 @@ impl State {
 
     /// A frame without the trailers that are withheld.
     fn permitted(&self, frame: Frame<Bytes>) -> Frame<Bytes> {
-        let Some(is_withheld) = &self.withheld else { return frame };
         match frame.into_trailers() {
-            Ok(trailers) => {
-                let mut permitted = HeaderMap::with_capacity(trailers.len());
-                for (name, value) in trailers.iter().filter(|(name, _)| !is_withheld(name)) {
-                    permitted.append(name, value.clone());
-                }
-                Frame::trailers(permitted)
-            }
+            Ok(sent) => Frame::trailers(trailers::permitted(sent, self.withheld.as_deref())),
             Err(data) => data,
         }
     }
@@ -454,6 +448,8 @@ pub struct ResponseBody {
     content: Content,
     deadline: Option<Pin<Box<Sleep>>>,
     held: Option<Box<Held>>,
+    /// Runs while the endpoint is waited for, until the observer of the log is to know of the request.
+    long: Option<Pin<Box<Sleep>>>,
 }
 
 #[derive(Debug)]
@@ -466,17 +462,17 @@ enum Content {
 impl ResponseBody {
     /// Of the waypoint's own.
     pub fn full(body: Bytes) -> Self {
-        Self { content: Content::Full(body), deadline: None, held: None }
+        Self { content: Content::Full(body), deadline: None, held: None, long: None }
     }
 
     /// Nothing but trailers.
     pub fn trailers(trailers: HeaderMap) -> Self {
-        Self { content: Content::Trailers(Some(trailers)), deadline: None, held: None }
+        Self { content: Content::Trailers(Some(trailers)), deadline: None, held: None, long: None }
     }
 
     /// An endpoint's. At its end the connection is given back; it must end by `deadline`.
     pub fn upstream(body: Incoming, returned: Option<Returned>, deadline: Option<Pin<Box<Sleep>>>) -> Self {
-        Self { content: Content::Upstream(body, returned), deadline, held: None }
+        Self { content: Content::Upstream(body, returned), deadline, held: None, long: None }
     }
 
     /// Ends the exchange when this body has ended.
@@ -485,7 +481,17 @@ impl ResponseBody {
         if self.is_end_stream() {
             self.end();
         }
+        self.hand_over();
         self
+    }
+
+    /// A part was handed over. In HTTP/2 the client says when it takes more, and nothing is asked for until then.
+    fn hand_over(&mut self) {
+        if let Some(held) = &mut self.held
+            && held.record.is_http2()
+        {
+            held.open.hand_over(std::time::Instant::now());
+        }
     }
 
     fn end(&mut self) {
@@ -499,11 +505,30 @@ impl ResponseBody {
         }
     }
 
+    /// Called while the endpoint is waited for: shows a request that has been in progress for long to the observer of the log.
+    fn poll_long(&mut self, cx: &mut Context<'_>) {
+        let Some(held) = &self.held else { return };
+        let Some(due) = held.record.observed_at() else { return };
+        let timer = self.long.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due.into())));
+        if timer.as_mut().poll(cx).is_ready() {
+            held.record.observe_open();
+            self.long = None;
+        }
+    }
+
     fn broken(&mut self, flags: &'static str, error: &str) {
         if let Some(mut held) = self.held.take() {
             held.record.fail(flags, error.to_owned());
             held.record.finish();
         }
+    }
+}
+
+/// A frame of an endpoint's answer, without the trailers that no endpoint may send.
+fn permitted(frame: Frame<Bytes>) -> Frame<Bytes> {
+    match frame.into_trailers() {
+        Ok(sent) => Frame::trailers(trailers::permitted(sent, None)),
+        Err(data) => data,
     }
 }
 
@@ -518,13 +543,17 @@ impl Body for ResponseBody {
             Content::Full(body) => Some(Ok(Frame::data(std::mem::take(body)))),
             Content::Trailers(trailers) => trailers.take().map(Frame::trailers).map(Ok),
             Content::Upstream(body, _) => match Pin::new(body).poll_frame(cx) {
-                Poll::Ready(frame) => frame.map(|frame| frame.map_err(io::Error::other)),
+                Poll::Ready(frame) => frame.map(|frame| frame.map(permitted).map_err(io::Error::other)),
                 Poll::Pending => {
                     if let Some(deadline) = &mut this.deadline
                         && deadline.as_mut().poll(cx).is_ready()
                     {
                         this.broken("UT", "the request took longer than its route allows");
                         return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
+                    }
+                    this.poll_long(cx);
+                    if let Some(held) = &mut this.held {
+                        held.open.await_endpoint();
                     }
                     return Poll::Pending;
                 }
@@ -540,6 +569,8 @@ impl Body for ResponseBody {
                 // RFC 9113 §8.1: nothing comes after trailers.
                 if frame.is_trailers() || this.is_end_stream() {
                     this.end();
+                } else {
+                    this.hand_over();
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ambit_hbone::{TunnelStream, TunnelTransport};
@@ -35,12 +35,12 @@ impl Client {
 
     /// A connection from outside the mesh.
     pub fn plain(stream: TcpStream) -> Self {
-        Self::Plain(Lingering { io: stream, limit: None })
+        Self::Plain(Lingering { io: stream, limit: None, is_shut_down: false })
     }
 
     /// A connection from outside the mesh after its handshake.
     pub fn tls(stream: TlsStream<ReadAhead<TcpStream>>) -> Self {
-        Self::Tls(Box::new(Lingering { io: stream, limit: None }))
+        Self::Tls(Box::new(Lingering { io: stream, limit: None, is_shut_down: false }))
     }
 }
 
@@ -50,14 +50,21 @@ impl Client {
 pub struct Lingering<IO> {
     io: IO,
     limit: Option<Pin<Box<Sleep>>>,
+    /// Whether our own end was written.
+    is_shut_down: bool,
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Lingering<IO> {
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.limit.is_none() {
-            ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
-        }
         let limit = self.limit.get_or_insert_with(|| Box::pin(sleep(LINGER)));
+        if !self.is_shut_down {
+            // A client that takes nothing is not waited for longer either: the end of TLS has to be written.
+            match Pin::new(&mut self.io).poll_shutdown(cx) {
+                Poll::Ready(outcome) => outcome?,
+                Poll::Pending => return limit.as_mut().poll(cx).map(Ok),
+            }
+            self.is_shut_down = true;
+        }
         let mut unwanted = [0; 1024];
         loop {
             let mut buffer = ReadBuf::new(&mut unwanted);

@@ -14,9 +14,9 @@ use std::time::Instant;
 use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::time::{Sleep, sleep_until};
+use tokio::time::{Sleep, sleep, sleep_until};
 
-use crate::activity::Activity;
+use crate::activity::{Activity, Exceeded};
 use crate::client::Client;
 
 /// What carries a client's HTTP.
@@ -28,6 +28,8 @@ pub struct ClientStream {
     /// Whether the deadlines of the connection end a read that waits. They do not where another part of the program watches them.
     has_deadlines: bool,
     timer: Option<Pin<Box<Sleep>>>,
+    /// Runs while the client takes nothing of what is sent to it.
+    stall: Option<Pin<Box<Sleep>>>,
     remains: Weak<Mutex<Option<Client>>>,
 }
 
@@ -53,6 +55,7 @@ impl ClientStream {
             activity,
             has_deadlines: true,
             timer: None,
+            stall: None,
             remains: handed_back,
         };
         (stream, remains)
@@ -67,6 +70,15 @@ impl ClientStream {
 
     fn io(self: Pin<&mut Self>) -> io::Result<Pin<&mut Client>> {
         self.get_mut().transport.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    }
+
+    /// Called while nothing can be written: fails once the client has taken nothing for too long.
+    fn poll_stall<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        let activity = &self.activity;
+        let timer = self.stall.get_or_insert_with(|| Box::pin(sleep(activity.write_limit())));
+        ready!(timer.as_mut().poll(cx));
+        self.activity.exceed(Exceeded::Write);
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// Called while nothing can be read: fails once a bound of the connection has been passed.
@@ -137,13 +149,18 @@ impl AsyncRead for ClientStream {
 
 impl AsyncWrite for ClientStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(self.as_mut().io()?.poll_write(cx, buf))?;
+        let Poll::Ready(written) = self.as_mut().io()?.poll_write(cx, buf) else {
+            return self.poll_stall(cx);
+        };
+        self.stall = None;
         self.activity.count_move();
-        Poll::Ready(Ok(written))
+        Poll::Ready(written)
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io()?.poll_flush(cx)
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Poll::Ready(flushed) = self.as_mut().io()?.poll_flush(cx) else { return self.poll_stall(cx) };
+        self.stall = None;
+        Poll::Ready(flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

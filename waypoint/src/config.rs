@@ -64,6 +64,8 @@ pub struct Limits {
     /// How long the part of a body that an external authorizer sees may take in all; then the answer is 408, and the connection
     /// is closed.
     pub authorized_body_timeout: Span,
+    /// How long a client may take none of what is sent to it, or nothing of an answer that waits for it; then its connection is cut.
+    pub write_timeout: Span,
     /// How long a client's HTTP connection may be without a request; then it is closed, HTTP/2 with GOAWAY.
     pub idle_timeout: Span,
     /// How long to wait for the first bytes on a port whose protocol is not declared; then it is TCP.
@@ -126,6 +128,7 @@ impl Default for Limits {
             head_timeout: Span::from_secs(10),
             body_timeout: Span::from_secs(300),
             authorized_body_timeout: Span::from_secs(30),
+            write_timeout: Span::from_secs(300),
             idle_timeout: Span::from_secs(3600),
             detect_timeout: Span::from_secs(1),
             head_size: 64 << 10,
@@ -147,6 +150,7 @@ impl Limits {
         let bounds = Bounds {
             idle: self.idle_timeout.get(),
             head: self.head_timeout.get(),
+            write: self.write_timeout.get(),
             requests: self.requests_per_connection,
             abandoned: self.abandoned_requests,
         };

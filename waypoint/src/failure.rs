@@ -37,6 +37,9 @@ pub enum Failure {
     /// The client broke the rules of HTTP.
     #[error("malformed request: {0}")]
     Malformed(&'static str),
+    /// The request's body is in a transfer coding other than chunked.
+    #[error("the transfer coding of the request is not known")]
+    TransferCoding,
     /// The head of a request is too large, or has too many fields.
     #[error("the head of the request is too large")]
     HeadTooLarge,
@@ -135,6 +138,7 @@ impl Failure {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::Malformed(_) | Self::RequestBody(_) => StatusCode::BAD_REQUEST,
+            Self::TransferCoding => StatusCode::NOT_IMPLEMENTED,
             Self::TargetTooLong => StatusCode::URI_TOO_LONG,
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::HeadTimeout | Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -163,7 +167,7 @@ impl Failure {
 
     /// Whether nothing more is read from such a client.
     pub fn ends_connection(&self) -> bool {
-        matches!(self, Self::Malformed(_) | Self::RequestBody(_) | Self::BodyTimeout)
+        matches!(self, Self::Malformed(_) | Self::TransferCoding | Self::RequestBody(_) | Self::BodyTimeout)
     }
 
     /// Whether the endpoint is to blame, as far as that shows: there was no connection, no answer, or none in time.
@@ -175,6 +179,7 @@ impl Failure {
             Self::Connect(_) | Self::RefusedStream | Self::Reset(_) => true,
             Self::TryTimeout | Self::Timeout => awaited < took / 2,
             Self::Malformed(_)
+            | Self::TransferCoding
             | Self::HeadTooLarge
             | Self::HeadTimeout
             | Self::BodyTimeout
@@ -203,7 +208,11 @@ impl Failure {
     /// The value of `response_flags`, by the names that Envoy gave them.
     pub fn flags(&self) -> &'static str {
         match self {
-            Self::Malformed(_) | Self::TargetTooLong | Self::HeadTooLarge | Self::Method(_) => "DPE",
+            Self::Malformed(_)
+            | Self::TransferCoding
+            | Self::TargetTooLong
+            | Self::HeadTooLarge
+            | Self::Method(_) => "DPE",
             Self::HeadTimeout | Self::BodyTimeout => "SI",
             Self::RequestBody(_) => "DR",
             Self::NoRoute | Self::Misdirected => "NR",
@@ -227,6 +236,7 @@ impl Failure {
     pub fn message(&self) -> &'static str {
         match self {
             Self::Malformed(_) | Self::RequestBody(_) => "malformed request\n",
+            Self::TransferCoding => "this transfer coding is not known\n",
             Self::TargetTooLong => "the target is too long\n",
             Self::HeadTooLarge => "the head is too large\n",
             Self::HeadTimeout | Self::BodyTimeout => "request timeout\n",

@@ -116,7 +116,7 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream,
     match layer {
         Some(Layer::Requests) => {
             let inbound = connection.inbound(None);
-            Box::pin(protocol::serve_http(inbound, Client::plain(stream))).await;
+            Box::pin(protocol::serve_http(inbound, None, Client::plain(stream))).await;
         }
         Some(Layer::Encrypted) => Box::pin(serve_encrypted(connection, stream)).await,
         Some(Layer::Plain) => {
@@ -166,8 +166,9 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
         }
     };
     let inbound = connection.inbound(Some(taken));
+    let negotiated = protocol::of_alpn(stream.get_ref().1.alpn_protocol());
     match is_http {
-        true => protocol::serve_http(inbound, Client::tls(stream)).await,
+        true => protocol::serve_http(inbound, negotiated, Client::tls(stream)).await,
         false => pass_through::serve(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await,
     }
 }

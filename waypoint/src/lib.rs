@@ -45,5 +45,6 @@ pub mod report;
 pub mod sanitise;
 pub mod session;
 pub mod traffic;
+pub mod trailers;
 pub mod upgrade;
 pub mod upstream;

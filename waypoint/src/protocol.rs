@@ -79,12 +79,24 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
     }
 }
 
-/// Serves a connection on which HTTP is spoken to its end.
-pub async fn serve_http(inbound: Arc<Inbound>, mut client: Client) {
-    match first_request(&inbound, &mut client).await {
-        Some((Spoken::Http2, first)) => serve_http2(inbound, first, client).await,
-        Some((Spoken::Http1 | Spoken::Other, first)) => serve_http1(inbound, first, client).await,
-        None => drop(client.shutdown().await),
+/// Serves a connection on which HTTP is spoken to its end. What TLS has negotiated is the version, whatever the first bytes look
+/// like (RFC 9113 §3.2).
+pub async fn serve_http(inbound: Arc<Inbound>, negotiated: Option<Spoken>, mut client: Client) {
+    let Some((detected, first)) = first_request(&inbound, &mut client).await else {
+        return drop(client.shutdown().await);
+    };
+    match negotiated.unwrap_or(detected) {
+        Spoken::Http2 => serve_http2(inbound, first, client).await,
+        Spoken::Http1 | Spoken::Other => serve_http1(inbound, first, client).await,
+    }
+}
+
+/// What a protocol is that TLS has negotiated (RFC 7301).
+pub fn of_alpn(protocol: Option<&[u8]>) -> Option<Spoken> {
+    match protocol? {
+        b"h2" => Some(Spoken::Http2),
+        b"http/1.1" | b"http/1.0" => Some(Spoken::Http1),
+        _ => None,
     }
 }
 
@@ -186,6 +198,10 @@ async fn serve_http1(inbound: Arc<Inbound>, first: Bytes, transport: Client) {
         Record::unread(&inbound).refuse(failure);
     }
     let Some(mut transport) = remains.take() else { return };
+    // Who takes nothing takes no end either: dropped, the connection is reset.
+    if exceeded == Some(Exceeded::Write) {
+        return;
+    }
     // A response that broke off must not look as if it had ended: dropped, the tunnel is reset.
     if ended.is_err_and(|error| error.is_user() || error.is_body_write_aborted()) {
         return;
@@ -272,7 +288,7 @@ async fn serve_http2(inbound: Arc<Inbound>, first: Bytes, transport: Client) {
     inbound.worker.proxy.tallies.count_closed(&activity);
     match remains.take() {
         // A client that misbehaves is cut: its tunnel is reset.
-        Some(_) if activity.exceeded() == Some(Exceeded::Abandoned) => {}
+        Some(_) if matches!(activity.exceeded(), Some(Exceeded::Abandoned | Exceeded::Write)) => {}
         Some(mut transport) => drop(transport.shutdown().await),
         None => {}
     }
@@ -299,6 +315,7 @@ async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
     let mut closing = false;
     // A client that reads only when it asks for something leaves GOAWAY unanswered.
     let mut quiet = std::pin::pin!(activity.quiet(limit));
+    let mut stalled = std::pin::pin!(activity.stalled());
     loop {
         if activity.exceeded() == Some(Exceeded::Abandoned) {
             tracing::warn!(%source, "a client reset too many requests");
@@ -310,6 +327,10 @@ async fn http2_connection(inbound: Arc<Inbound>, stream: ClientStream) -> hyper:
             () = activity.idle(), if !closing => true,
             () = activity.changed() => activity.is_used_up(),
             () = quiet.as_mut(), if closing => return Ok(()),
+            () = stalled.as_mut() => {
+                tracing::info!(%source, "a client took nothing of an answer for too long");
+                return Ok(());
+            }
         };
         if close && !closing {
             closing = true;

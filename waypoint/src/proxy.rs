@@ -184,6 +184,8 @@ pub struct Limited {
     pub head_timeout: AtomicU64,
     /// Bodies that were silent for too long.
     pub body_timeout: AtomicU64,
+    /// Connections whose client took nothing for too long.
+    pub write_timeout: AtomicU64,
     /// Connections that were idle for too long.
     pub idle_timeout: AtomicU64,
     /// Connections that had all the requests that they may have.
@@ -196,7 +198,7 @@ impl Tallies {
     /// Counts a request that is refused for what its client did.
     pub fn count_failure(&self, failure: &Failure) {
         let count = match failure {
-            Failure::Malformed(_) | Failure::Method(_) => &self.malformed,
+            Failure::Malformed(_) | Failure::TransferCoding | Failure::Method(_) => &self.malformed,
             Failure::Unauthenticated(_) => &self.unauthenticated,
             Failure::HeadTooLarge => &self.limited.head_size,
             Failure::TargetTooLong => &self.limited.target_size,
@@ -213,6 +215,7 @@ impl Tallies {
             self.limited.requests_per_connection.fetch_add(1, Ordering::Relaxed);
         }
         let count = match activity.exceeded() {
+            Some(Exceeded::Write) => &self.limited.write_timeout,
             Some(Exceeded::Idle) => &self.limited.idle_timeout,
             Some(Exceeded::Abandoned) => &self.limited.abandoned_requests,
             Some(Exceeded::Head) | None => return,

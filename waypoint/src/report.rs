@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ambit_directory::{Service, Workload};
@@ -28,6 +29,9 @@ use crate::messages::Messages;
 use crate::sanitise::{Sane, is_grpc};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// After this time a request in progress is shown to the observer of the log: it may go on for days.
+pub const LONG: Duration = Duration::from_secs(10);
 
 /// Counts and logs.
 #[derive(Debug)]
@@ -112,6 +116,8 @@ pub struct Record {
     messages: Option<Messages>,
     flags: &'static str,
     error: Option<String>,
+    /// Whether the observer of the log had it while it was in progress.
+    was_observed: AtomicBool,
     reported: bool,
 }
 
@@ -153,6 +159,7 @@ impl Record {
             messages: None,
             flags: "-",
             error: None,
+            was_observed: AtomicBool::new(false),
             reported: false,
         }
     }
@@ -240,6 +247,21 @@ impl Record {
         }
     }
 
+    /// When the observer of the log is to have it if it is still in progress then; `None` if there is none, or it has it.
+    pub fn observed_at(&self) -> Option<Instant> {
+        let is_due =
+            self.inbound.worker.reporter.log.is_observed() && !self.was_observed.load(Ordering::Relaxed);
+        is_due.then(|| self.since + LONG)
+    }
+
+    /// It is allowed, and has been in progress for long.
+    pub fn observe_open(&self) {
+        if !self.was_observed.swap(true, Ordering::Relaxed) {
+            let opened = self.of_open(self.authority.clone(), self.path.clone());
+            self.inbound.worker.reporter.log.observe_open_request(opened);
+        }
+    }
+
     /// Its answer has ended.
     pub fn finish(mut self) {
         self.report();
@@ -283,37 +305,56 @@ impl Record {
     }
 
     fn entry(&mut self, duration: Duration, received: u64, grpc_status: Option<u8>) -> RequestEntry {
+        let (authority, path) = (std::mem::take(&mut self.authority), std::mem::take(&mut self.path));
+        RequestEntry {
+            status: match (self.flags, &self.error) {
+                (DENIED, _) => Status::Denied,
+                (_, Some(_)) => Status::Failed,
+                (_, None) => Status::Ok,
+            },
+            grpc_status,
+            route: self.route.as_ref().map(|route| route.to_string().into()),
+            audited_by: self.audited_by.take(),
+            request_id: self.request_id.take(),
+            user_agent: self.user_agent.take(),
+            bytes_received: received,
+            duration,
+            error: self.error.take(),
+            was_observed: self.was_observed.load(Ordering::Relaxed),
+            ..self.of_open(authority, path)
+        }
+    }
+
+    /// What is known while it is in progress.
+    fn of_open(&self, authority: Box<str>, path: Box<str>) -> RequestEntry {
         let inbound = &self.inbound;
         RequestEntry {
             source: party(&inbound.client, inbound.source),
             destination: destination(self.endpoint.as_deref()),
             service: service(inbound, self.endpoint.as_deref()).map(|service| service.host.hostname.clone()),
             dialled: dialled_at(inbound),
-            status: match (self.flags, &self.error) {
-                (DENIED, _) => Status::Denied,
-                (_, Some(_)) => Status::Failed,
-                (_, None) => Status::Ok,
-            },
+            status: Status::Ok,
             protocol: match self.version {
                 Version::HTTP_10 => "HTTP/1.0",
                 Version::HTTP_2 => "HTTP/2",
                 _ => "HTTP/1.1",
             },
             method: self.method.as_str().into(),
-            authority: std::mem::take(&mut self.authority),
-            path: std::mem::take(&mut self.path),
+            authority,
+            path,
             code: self.code,
-            grpc_status,
+            grpc_status: None,
             flags: self.flags,
-            route: self.route.as_ref().map(|route| route.to_string().into()),
-            audited_by: self.audited_by.take(),
+            route: None,
+            audited_by: None,
             attempts: self.attempts,
-            request_id: self.request_id.take(),
-            user_agent: self.user_agent.take(),
+            request_id: None,
+            user_agent: None,
             bytes_sent: self.sent,
-            bytes_received: received,
-            duration,
-            error: self.error.take(),
+            bytes_received: 0,
+            duration: Duration::ZERO,
+            error: None,
+            was_observed: false,
         }
     }
 }

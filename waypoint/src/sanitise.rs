@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use ambit_identity::SpiffeId;
-use ambit_policy::normal_path;
+use ambit_policy::{hides_dots, normal_path};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, EXPECT, FORWARDED, HOST, HeaderMap, HeaderName, SEC_WEBSOCKET_KEY, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -70,6 +70,7 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
     let authority = authority(parts, claims)?;
     let host = host_of(&authority).ok_or(Failure::Malformed("the host is none"))?;
     one_length(&parts.headers)?;
+    known_coding(&parts.headers)?;
     let path = normalised(&parts.uri, &parts.method)?;
     if path.as_str().len() > claims.target_size {
         return Err(Failure::TargetTooLong);
@@ -193,6 +194,21 @@ fn one_length(headers: &HeaderMap) -> Result<(), Failure> {
         return Err(Failure::Malformed("Content-Length is no single number"));
     }
     Ok(())
+}
+
+/// RFC 9112 §6.1: a body in a transfer coding that is not known is answered with 501, and §7.1: chunked is applied once only. hyper looks
+/// at the last coding, and the field is not sent on: the endpoint would take what is coded for the content.
+fn known_coding(headers: &HeaderMap) -> Result<(), Failure> {
+    if !headers.contains_key(TRANSFER_ENCODING) {
+        return Ok(());
+    }
+    let is_text = headers.get_all(TRANSFER_ENCODING).iter().all(|line| line.to_str().is_ok());
+    let mut codings = tokens(headers, &TRANSFER_ENCODING);
+    let is_chunked = codings.next().is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"));
+    match is_text && is_chunked && codings.next().is_none() {
+        true => Ok(()),
+        false => Err(Failure::TransferCoding),
+    }
 }
 
 /// A change to HTTP/2 or TLS would let requests pass unread, without a policy asked: in HTTP/1 it is ignored (RFC 9110 §7.8).
@@ -320,7 +336,7 @@ fn normalised(uri: &http::Uri, method: &Method) -> Result<PathAndQuery, Failure>
 
 /// Whether nothing is to be done, as with nearly all paths.
 fn is_normal(path: &str) -> bool {
-    let dots = || path.split('/').any(|segment| segment == "." || segment == "..");
+    let dots = || path.split('/').any(|segment| matches!(segment, "." | "..") || hides_dots(segment));
     path.starts_with('/')
         && !path.contains("//")
         && path.bytes().all(|byte| byte.is_ascii() && !b"%\\\"^{|}".contains(&byte))

@@ -221,6 +221,31 @@ fn paths_are_normalised_once() {
 }
 
 #[test]
+fn dots_that_only_some_applications_see_are_refused() {
+    for path in ["/a/..;/b", "/a/..%2fb", "/a/..%5Cb", "/a/.;x=1/b", "/a%2f..%2fb"] {
+        assert_eq!(status(http11(path, &[("host", "a")]).1), Some(StatusCode::BAD_REQUEST), "{path}");
+    }
+    assert!(http11("/a;v=1/b..;c", &[("host", "a")]).1.is_ok());
+}
+
+#[test]
+fn only_chunked_alone_is_a_known_transfer_coding() {
+    for (codings, wanted) in [
+        (&["chunked"][..], None),
+        (&["Chunked"], None),
+        (&["gzip, chunked"], Some(StatusCode::NOT_IMPLEMENTED)),
+        (&["gzip", "chunked"], Some(StatusCode::NOT_IMPLEMENTED)),
+        (&["chunked, chunked"], Some(StatusCode::NOT_IMPLEMENTED)),
+        (&["chunked;a"], Some(StatusCode::NOT_IMPLEMENTED)),
+        (&[""], Some(StatusCode::NOT_IMPLEMENTED)),
+    ] {
+        let mut headers = vec![("host", "a")];
+        headers.extend(codings.iter().map(|coding| ("transfer-encoding", *coding)));
+        assert_eq!(status(http11("/", &headers).1), wanted, "{codings:?}");
+    }
+}
+
+#[test]
 fn a_target_that_is_too_long_is_414() {
     let long = format!("/{}", "a".repeat(200));
     assert_eq!(status(http11(&long, &[("host", "a")]).1), Some(StatusCode::URI_TOO_LONG));

@@ -74,9 +74,9 @@ pub struct Flow {
     pub denied: u64,
     /// How many of those that were not denied failed.
     pub failed: u64,
-    /// When the first one ended, in seconds since the epoch.
+    /// When the first one was counted, in seconds since the epoch.
     pub first_seen: u64,
-    /// When the last one ended.
+    /// When the last one was counted.
     pub last_seen: u64,
 }
 

@@ -53,7 +53,7 @@ pub struct ObservedSide<'a> {
     pub identity: &'a str,
 }
 
-/// A connection or request that ended.
+/// A connection that opened, a request that ended or has been in progress for long, or the end of what was counted before.
 #[derive(Debug, Clone, Copy)]
 pub struct Observation<'a> {
     /// What it is.
@@ -110,7 +110,7 @@ impl Table {
         }
     }
 
-    /// Counts what ended at `now`, in seconds since the epoch.
+    /// Counts what was seen at `now`, in seconds since the epoch.
     pub fn observe(&mut self, seen: &Observation<'_>, now: u64) {
         let seen = &Observation { method: known_method(seen), ..*seen };
         let mut pattern = std::mem::take(&mut self.pattern);

@@ -21,7 +21,7 @@ mod token;
 pub use compile::{Action, CompileError, Field, Policy, Scope};
 pub use http::HttpRequest;
 pub use name::{PolicyList, PolicyName};
-pub use normal::{normal_path, normal_template, normal_text};
+pub use normal::{hides_dots, normal_path, normal_template, normal_text};
 pub use path::{Template, TemplateError};
 pub use request::{Decision, Peer, Request, Verdict, denied_whatever_is_changed, evaluate, evaluate_http};
 pub use set::{PolicySet, Stamp};

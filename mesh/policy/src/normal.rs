@@ -12,14 +12,17 @@ use ambit_api::security::{StringMatch, string_match::MatchType};
 
 use crate::path::Template;
 
-/// The normal form of a request's path. `None` for what is no path: a bad escape, NUL, a backslash, or more `..` than there are
-/// segments.
+/// The normal form of a request's path. `None` for what is no path: a bad escape, NUL, a backslash, more `..` than there are
+/// segments, or one that only a reader of encoded slashes or of parameters would see ([`hides_dots`]).
 pub fn normal_path(path: &str) -> Option<String> {
     let rest = path.strip_prefix('/')?;
     let mut segments: Vec<String> = Vec::new();
     let mut is_directory = false;
     for segment in rest.split('/') {
         let segment = decode(segment)?;
+        if hides_dots(&segment) {
+            return None;
+        }
         is_directory = matches!(segment.as_str(), "" | "." | "..");
         match segment.as_str() {
             "" | "." => {}
@@ -36,6 +39,16 @@ pub fn normal_path(path: &str) -> Option<String> {
         normal.push('/');
     }
     Some(normal)
+}
+
+/// Whether a decoded segment has `.` or `..` beside an encoded slash or backslash, or before parameters: `..%2Fadmin`, `..;a=b`.
+/// Applications that decode slashes late or cut parameters off would leave the directory that a policy has seen.
+pub fn hides_dots(segment: &str) -> bool {
+    let mut parts = segment.split("%2F").flat_map(|part| part.split("%5C"));
+    parts.any(|part| {
+        let name = part.split(';').next().and_then(|name| name.split("%3B").next()).unwrap_or_default();
+        matches!(name, "." | "..") && name.len() < segment.len()
+    })
 }
 
 /// A path of a policy in the form that paths of requests have. `None` where no request can have a path like that, or where
@@ -166,6 +179,26 @@ fn decode(segment: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dots_that_only_some_applications_see_are_no_path() {
+        for path in [
+            "/a/..%2fadmin",
+            "/a%2F..%2Fadmin",
+            "/a/..%5cadmin",
+            "/a/%2e%2e%2fadmin",
+            "/a/.%2fb",
+            "/a/..;/admin",
+            "/a/..;x=1/admin",
+            "/a/%2e%2e%3b/admin",
+            "/..;",
+        ] {
+            assert_eq!(normal_path(path), None, "{path}");
+        }
+        for path in ["/a%2Fb", "/a/...%2Fb", "/a;b", "/a/..b;c", "/a%3Bb", "/.well-known/x;y"] {
+            assert_eq!(normal_path(path).as_deref(), Some(path));
+        }
+    }
 
     #[test]
     fn paths_of_policies_take_the_form_of_requests() {

@@ -211,10 +211,14 @@ fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// What a record says of a flow. Connections are counted when they open; their end adds only what went wrong.
+/// What a record says of a flow. Connections are counted when they open, long requests while they are in progress; their end adds only what
+/// went wrong.
 fn observation(record: &Record, observer: Observer) -> Option<Observation<'_>> {
-    let was_counted =
-        !record.is_open && matches!(&record.ended, Ended::Connection(entry) if entry.was_observed);
+    let was_observed = match &record.ended {
+        Ended::Connection(entry) => entry.was_observed,
+        Ended::Request(entry) => entry.was_observed,
+    };
+    let was_counted = !record.is_open && was_observed;
     let outcome = match (record.status(), was_counted) {
         (Status::Ok, true) => return None,
         (Status::Ok, false) => Outcome::Allowed,

@@ -115,11 +115,16 @@ fn a_waypoint_counts_what_was_dialled_and_not_the_endpoint() {
         bytes_received: 0,
         duration: Duration::ZERO,
         error: None,
+        was_observed: false,
     };
     log.log_request(request("/users/1", party("web-v1", "10.0.0.2:8080")));
-    log.log_request(request("/users/2", party("web-v2", "10.0.0.3:8080")));
-    let report = counted(&flows, 3);
-    let [connection, requests] = report.flows.as_slice() else { panic!("{report:?}") };
+    // A long one is counted while it is in progress, and not again at its end.
+    log.observe_open_request(request("/users/2", party("web-v2", "10.0.0.3:8080")));
+    let ended = request("/users/2", party("web-v2", "10.0.0.3:8080"));
+    log.log_request(RequestEntry { was_observed: true, ..ended });
+    log.log_request(request("/last", party("web-v2", "10.0.0.3:8080")));
+    let report = counted(&flows, 4);
+    let [connection, _, requests] = report.flows.as_slice() else { panic!("{report:?}") };
     assert_eq!((connection.kind, connection.port), (Kind::WaypointConnection, 80));
     assert_eq!((requests.kind, requests.port, requests.allowed), (Kind::Request, 80, 2));
     assert_eq!((&*requests.method, &*requests.path), ("GET", "/users/{*}"));

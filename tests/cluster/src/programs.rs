@@ -1,4 +1,4 @@
-//! Builds the programs of Kubernetes, CoreDNS and Helm from the Go modules in `go/`, once.
+//! Builds the programs of Kubernetes, CoreDNS, Helm and h2spec from the Go modules in `go/`, once.
 //!
 //! The versions are those of `go/*/go.mod`, held by the checksums beside them. What was built is remembered by a
 //! stamp with everything that it was built from, so that the second time costs nothing.
@@ -44,7 +44,7 @@ struct Module {
     link: String,
 }
 
-fn modules() -> [Module; 2] {
+fn modules() -> [Module; 3] {
     let [major, minor] = ["1", "37"];
     let version = "k8s.io/component-base/version";
     let kubernetes = format!(
@@ -74,6 +74,14 @@ fn modules() -> [Module; 2] {
             packages: &["helm.sh/helm/v4/cmd/helm", "./coredns"],
             sources: &["coredns/main.go"],
             link: format!("-s -w -X helm.sh/helm/v4/internal/version.version=v{HELM}"),
+        },
+        Module {
+            name: "h2spec",
+            folder: "h2spec",
+            action: &["build"],
+            packages: &["github.com/summerwind/h2spec/cmd/h2spec"],
+            sources: &[],
+            link: "-s -w".to_owned(),
         },
     ]
 }

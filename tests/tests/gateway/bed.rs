@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use ambit_local::{Cluster, Pod, PodOptions};
 use ambit_tests::beds::Bed;
-use ambit_tests::http::{self, Response, Server};
+use ambit_tests::http::{self, Answer, Response, Server};
 use ambit_tests::wait::SOON;
 use parking_lot::Mutex;
 
 /// The servers' port.
 const PORT: u16 = 8080;
 /// Says whose a gateway's pod is.
-const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+pub(crate) const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
 pub(crate) struct Gateways {
     pub(crate) cluster: Cluster,
@@ -28,6 +28,10 @@ impl Bed for Gateways {
             .nodes(2)
             .waypoint_env("AMBIT_WAYPOINT_WORKERS", "2")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_UPSTREAM_IDLE", "1s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_HEAD_TIMEOUT", "4s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_BODY_TIMEOUT", "4s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_HANDSHAKE_TIMEOUT", "4s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_WRITE_TIMEOUT", "4s")
             .start()
             .await?;
         cluster.namespace("edge", true).await?;
@@ -76,10 +80,15 @@ impl Gateways {
 
     /// A server in the mesh on node 1, with a service of its name on port 80.
     pub(crate) async fn service(&self, name: &str) {
+        self.service_with(name, http::mirror()).await;
+    }
+
+    /// The same with another answer.
+    pub(crate) async fn service_with(&self, name: &str, answer: Answer) {
         let options = PodOptions::new("edge", name).service_account(name).label("app", name).node(1);
         let pod = self.cluster.pod(options).await.expect("a pod");
         let address = SocketAddr::new(pod.ip().into(), PORT);
-        let server = http::serve(&pod, address, name, http::mirror()).await.expect("a free port");
+        let server = http::serve(&pod, address, name, answer).await.expect("a free port");
         self.running.lock().push(server);
         self.apply(&format!(
             "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: edge}}\n\

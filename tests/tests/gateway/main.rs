@@ -11,6 +11,11 @@
 
 mod bed;
 mod client_certificates;
+mod drain;
+mod edge;
+mod h2spec;
+mod hostile;
+mod hostile_http2;
 mod sets;
 mod thin;
 mod tls;
@@ -27,5 +32,9 @@ fn main() -> ExitCode {
     traffic::add(&mut trials);
     client_certificates::add(&mut trials);
     sets::add(&mut trials);
+    hostile::add(&mut trials);
+    hostile_http2::add(&mut trials);
+    drain::add(&mut trials);
+    h2spec::add(&mut trials);
     trials.run()
 }

@@ -56,7 +56,7 @@ impl Certificate {
 }
 
 /// A connection from outside with TLS that believes these certificates.
-async fn dial(
+pub(crate) async fn dial(
     bed: &Gateways,
     to: SocketAddr,
     name: &str,
@@ -75,6 +75,17 @@ async fn dial_as(
     alpn: &[&[u8]],
     own: Option<&Certificate>,
 ) -> io::Result<TlsStream<TcpStream>> {
+    let config = client_config(trusted, alpn, own)?;
+    let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
+    TlsConnector::from(Arc::new(config)).connect(name, bed.outside.connect(to).await?).await
+}
+
+/// The TLS of a client that believes these certificates.
+pub(crate) fn client_config(
+    trusted: &[&Certificate],
+    alpn: &[&[u8]],
+    own: Option<&Certificate>,
+) -> io::Result<rustls::ClientConfig> {
     let mut roots = rustls::RootCertStore::empty();
     for certificate in trusted {
         roots.add(certificate.der.clone()).map_err(io::Error::other)?;
@@ -90,8 +101,7 @@ async fn dial_as(
         }
     };
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-    let name = ServerName::try_from(name.to_owned()).map_err(io::Error::other)?;
-    TlsConnector::from(Arc::new(config)).connect(name, bed.outside.connect(to).await?).await
+    Ok(config)
 }
 
 async fn get(

@@ -15,6 +15,7 @@ mod bed;
 mod drain;
 mod egress;
 mod external;
+mod h2spec;
 mod hardening;
 mod http2;
 mod limits;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     tasks::add(&mut trials);
     limits::add(&mut trials);
     http2::add(&mut trials);
+    h2spec::add(&mut trials);
     wire::add(&mut trials);
     programs::add(&mut trials);
     drain::add(&mut trials);

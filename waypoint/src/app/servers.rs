@@ -201,7 +201,7 @@ fn traffic(parts: &Parts, program: &Program) {
 
 fn limits(parts: &Parts, program: &Program) {
     type Tally = fn(&Limited) -> &AtomicU64;
-    let families: [(&str, Tally); 7] = [
+    let families: [(&str, Tally); 8] = [
         ("head_size", |limited| &limited.head_size),
         ("target_size", |limited| &limited.target_size),
         ("head_timeout", |limited| &limited.head_timeout),
@@ -209,6 +209,7 @@ fn limits(parts: &Parts, program: &Program) {
         ("idle_timeout", |limited| &limited.idle_timeout),
         ("requests_per_connection", |limited| &limited.requests_per_connection),
         ("abandoned_requests", |limited| &limited.abandoned_requests),
+        ("write_timeout", |limited| &limited.write_timeout),
     ];
     let series = families.map(|(name, tally)| {
         let proxy = program.proxy.clone();

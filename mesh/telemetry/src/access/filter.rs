@@ -269,6 +269,7 @@ mod tests {
             bytes_received: 0,
             duration: Duration::ZERO,
             error: None,
+            was_observed: false,
         });
         Record { ended, is_open: false, time: SystemTime::UNIX_EPOCH }
     }

@@ -80,6 +80,7 @@ impl Fields for RequestEntry {
             bytes_received,
             duration,
             error,
+            was_observed: _,
         } = self;
         [
             ("src.addr", source.addr.map(Field::Address)),

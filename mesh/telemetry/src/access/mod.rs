@@ -178,6 +178,8 @@ pub struct RequestEntry {
     pub duration: Duration,
     /// Why it failed.
     pub error: Option<String>,
+    /// Whether [`AccessLog::observe_open_request`] had it while it was in progress. Not part of a line.
+    pub was_observed: bool,
 }
 
 /// What ended, and when.
@@ -185,7 +187,7 @@ pub struct RequestEntry {
 pub struct Record {
     /// What ended, or opened.
     pub ended: Ended,
-    /// It is a connection that has just opened: only the observer gets such a record.
+    /// It is a connection that has just opened, or a request in progress: only the observer gets such a record.
     pub is_open: bool,
     /// When.
     pub time: SystemTime,
@@ -292,6 +294,14 @@ impl AccessLog {
     pub fn observe_open(&self, entry: Entry) {
         if let Some(observe) = &self.observer {
             let ended = Ended::Connection(entry);
+            observe(&Arc::new(Record { ended, is_open: true, time: SystemTime::now() }));
+        }
+    }
+
+    /// Shows a request to the observer that has been in progress for long: it may go on for days. Never blocks.
+    pub fn observe_open_request(&self, entry: RequestEntry) {
+        if let Some(observe) = &self.observer {
+            let ended = Ended::Request(entry);
             observe(&Arc::new(Record { ended, is_open: true, time: SystemTime::now() }));
         }
     }
