@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use ambit_control::index::{Finding as Condition, Index, Settings};
+use ambit_api::l7;
+use ambit_control::index::{Finding as Condition, Index, ResourceType, Settings};
 use ambit_control::object::{Change, Kind, Object, ObjectRef};
 use ambit_control::source::files::inspect::Content;
+use prost::Message;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::shadows::{self, Shadowed};
 use super::{foreign, remedies};
 use crate::finding::{Finding, Level};
 use crate::output::Palette;
@@ -108,8 +111,38 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
             findings.iter().filter(counts).map(|finding| of_condition(object, finding, place.clone())),
         );
     }
+    reports.extend(shadows(&index, &places));
     reports.sort();
     reports
+}
+
+/// What is to be said of rules that get no request.
+fn shadows(index: &Index, places: &BTreeMap<ObjectRef, (Option<Place>, bool)>) -> Vec<Report> {
+    let of_routes = index.resources().into_iter().filter(|((kind, _), _)| *kind == ResourceType::Route);
+    // What the control plane has encoded can be decoded.
+    let routes: Vec<l7::Route> =
+        of_routes.filter_map(|(_, resource)| l7::Route::decode(resource.body.as_ref()).ok()).collect();
+    let report = |Shadowed { rule, by }: Shadowed| {
+        let (object, (place, is_context)) =
+            places.iter().find(|(object, _)| object.to_string() == rule.route)?;
+        let place = (!is_context).then(|| place.clone())?;
+        let of_other = if by.route == rule.route { String::new() } else { format!(" of {}", by.route) };
+        Some(Report {
+            place,
+            object: rule.route.clone(),
+            namespace: object.name.namespace.to_string(),
+            level: Level::Warning,
+            reason: "Shadowed",
+            message: format!(
+                "rule {} gets no request: rule {}{of_other} matches all that it matches, and comes first",
+                rule.number, by.number
+            ),
+            remedy:
+                "change the matches of one of them, or delete it; `ambit why` shows the order for a request"
+                    .to_owned(),
+        })
+    };
+    shadows::shadowed(&routes).into_iter().filter_map(report).collect()
 }
 
 /// Whether a finding is of what a controller has not written, which files never hold.

@@ -8,6 +8,7 @@ mod files;
 mod foreign;
 mod judge;
 mod remedies;
+mod shadows;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

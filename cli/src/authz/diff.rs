@@ -4,7 +4,7 @@
 //! waypoint for what a waypoint sees. Of requests with paths that vary one example is decided.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ambit_api::l7::HttpMatch;
@@ -20,6 +20,7 @@ use serde::Serialize;
 
 use super::observed::Observed;
 use super::suggest::namespace_of;
+use super::traffic;
 use super::world::{AtWaypoint, World, name_of};
 use crate::output::{Palette, aligned};
 
@@ -79,14 +80,15 @@ pub(super) fn diff(
                 "{condition}, which is not among what is observed: judged as if there were none"
             ));
         }
+        found.notes.extend(then.left_out.iter().map(|what| format!("left out: {what}")));
         let difference = || Difference {
             source: source(flow),
             target: target(flow),
             count: flow.allowed + flow.denied,
-            now: now.decision.to_string(),
-            then: then.decision.to_string(),
+            now: now.to_string(),
+            then: then.to_string(),
         };
-        match (now.decision.allowed(), then.decision.allowed()) {
+        match (now.allowed(), then.allowed()) {
             (true, false) => found.denied.push(difference()),
             (false, true) => found.allowed.push(difference()),
             (false, false) => found.still_denied += 1,
@@ -101,8 +103,21 @@ pub(super) fn diff(
 /// A decision about a flow.
 struct Judge {
     decision: Decision,
+    /// Why a TrafficPolicy denies what the decision allows.
+    denial: Option<String>,
     /// Policies that look at what flows do not have.
     unseen: BTreeSet<String>,
+    /// Parts of TrafficPolicies about which nothing can be said.
+    left_out: BTreeSet<String>,
+}
+
+impl fmt::Display for Judge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.denial {
+            Some(denial) if self.decision.allowed() => f.write_str(denial),
+            _ => self.decision.fmt(f),
+        }
+    }
 }
 
 impl Judge {
@@ -136,7 +151,12 @@ impl Judge {
         let verdict = snapshot.authorize(workload, identity, IpAddr::V4(Ipv4Addr::UNSPECIFIED), destination);
         let applying = snapshot.policies().applying(&workload.namespace, &workload.policies);
         let sources = applying.filter_map(|policy| world.source(policy.name().as_str()));
-        Ok(Judge { decision: verdict.decision, unseen: sources.filter_map(unseen_at_node).collect() })
+        Ok(Judge {
+            decision: verdict.decision,
+            denial: None,
+            unseen: sources.filter_map(unseen_at_node).collect(),
+            left_out: BTreeSet::new(),
+        })
     }
 
     fn at_waypoint(
@@ -146,8 +166,9 @@ impl Judge {
         identity: Option<&SpiffeId>,
     ) -> Result<Judge, String> {
         let service = flow.service.as_ref().ok_or("it names no service")?;
+        let gateway = gateway_of(snapshot, service);
         let applying: Vec<&AtWaypoint> =
-            world.at_waypoints().iter().filter(|it| applies(it, snapshot, service)).collect();
+            world.at_waypoints().iter().filter(|it| applies(it, gateway.as_deref(), service)).collect();
         let headers = HeaderMap::new();
         let host = flow.example_host.rsplit_once(':').map_or(&*flow.example_host, |(host, _)| host);
         let http = HttpRequest {
@@ -180,33 +201,37 @@ impl Judge {
             )
         }));
         let verdict = evaluate_http(own.iter().map(|it| &it.policy), &request, http);
-        Ok(Judge { decision: verdict.decision, unseen })
+        let traffic = traffic::judge(world, flow, service, gateway.as_deref(), identity);
+        Ok(Judge { decision: verdict.decision, denial: traffic.denial, unseen, left_out: traffic.left_out })
+    }
+
+    fn allowed(&self) -> bool {
+        self.decision.allowed() && self.denial.is_none()
     }
 }
 
 /// Whether a waypoint's policy is for a service: by name, or because it is for the waypoint that the service is bound to.
-fn applies(policy: &AtWaypoint, snapshot: &Snapshot, service: &ServiceName) -> bool {
+fn applies(policy: &AtWaypoint, gateway: Option<&str>, service: &ServiceName) -> bool {
     let is_target = |(namespace, host): &(String, String)| {
         **namespace == *service.namespace && host.eq_ignore_ascii_case(&service.host)
     };
-    if policy.targets.iter().any(is_target) {
-        return true;
-    }
-    let bound = snapshot.service(HostRef { namespace: &service.namespace, hostname: &service.host });
-    let Some(waypoint) = bound.and_then(|service| service.waypoint.as_ref()) else { return false };
-    let gateway = match &waypoint.destination {
+    policy.targets.iter().any(is_target)
+        || gateway.is_some_and(|gateway| policy.gateways.iter().any(|own| own == gateway))
+}
+
+/// The waypoint that a service is bound to, `NAMESPACE/NAME`.
+fn gateway_of(snapshot: &Snapshot, service: &ServiceName) -> Option<String> {
+    let bound = snapshot.service(HostRef { namespace: &service.namespace, hostname: &service.host })?;
+    match &bound.waypoint.as_ref()?.destination {
         GatewayDestination::Hostname(host) => {
             let name = host.hostname.split('.').next().unwrap_or_default();
-            format!("{}/{name}", host.namespace)
+            Some(format!("{}/{name}", host.namespace))
         }
         GatewayDestination::Address(address) => {
-            let Some(service) = snapshot.service_at(&address.network, address.address, "") else {
-                return false;
-            };
-            format!("{}/{}", service.host.namespace, service.name)
+            let service = snapshot.service_at(&address.network, address.address, "")?;
+            Some(format!("{}/{}", service.host.namespace, service.name))
         }
-    };
-    policy.gateways.contains(&gateway)
+    }
 }
 
 /// What a policy of node proxies looks at that flows do not have. Attributes of requests are none of its business.

@@ -81,6 +81,71 @@ fn flows_are_decided_as_the_proxies_would() {
     }
 }
 
+/// A TrafficPolicy of the shop with these targets, and conditions of these expressions.
+fn conditions(targets: &str, expressions: &[&str]) -> String {
+    let conditions: Vec<String> = (0..)
+        .zip(expressions)
+        .map(|(number, expression)| format!("{{name: c{number}, expression: \"{expression}\"}}"))
+        .collect();
+    format!(
+        "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: conditions, namespace: shop}}\n\
+         spec: {{targetRefs: [{targets}], conditions: [{}]}}\n",
+        conditions.join(", ")
+    )
+}
+
+const WEB: &str = "{group: '', kind: Service, name: web}";
+const WAYPOINT: &str = "{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}";
+
+#[test]
+fn conditions_of_traffic_policies_are_judged() {
+    let reads = "request.method in ['GET', 'HEAD'] && request.path.startsWith('/')";
+    let own = "source.namespace == 'shop' && destination.port == 80 && request.host == 'web'";
+    let other = ("other", "scan", "scan");
+    for (flow, now, given, expected) in [
+        (requests(CLI, "GET", "/", (1, 0)), String::new(), conditions(WEB, &[reads]), (0, 0)),
+        (requests(CLI, "POST", "/", (1, 0)), String::new(), conditions(WEB, &[reads]), (1, 0)),
+        (requests(CLI, "POST", "/", (1, 0)), String::new(), conditions(WAYPOINT, &[reads]), (1, 0)),
+        (requests(other, "GET", "/", (1, 0)), String::new(), conditions(WEB, &[reads, own]), (1, 0)),
+        (requests(CLI, "GET", "/", (1, 0)), String::new(), conditions(WEB, &[reads, own]), (0, 0)),
+        // One of the same name takes the place of the mesh's.
+        (requests(CLI, "POST", "/", (0, 1)), conditions(WEB, &[reads]), conditions(WEB, &[own]), (0, 1)),
+        // What is not known is left out.
+        (
+            requests(CLI, "POST", "/", (1, 0)),
+            String::new(),
+            conditions(WEB, &["request.headers['x'] == 'a'"]),
+            (0, 0),
+        ),
+        // A policy that can't be read denies.
+        (requests(CLI, "GET", "/", (1, 0)), String::new(), conditions(WEB, &["request.pth == ''"]), (1, 0)),
+        (connections(CLI, "db", 5432, (1, 0)), String::new(), conditions(WAYPOINT, &["false"]), (0, 0)),
+    ] {
+        let shown = format!("{flow:?} {now} {given}");
+        assert_eq!(counts(flow, &now, &given), expected, "{shown}");
+    }
+}
+
+#[test]
+fn what_traffic_policies_ask_for_in_vain_is_named() {
+    let flow = || observed(vec![requests(CLI, "GET", "/", (1, 0))]);
+    let given = conditions(
+        WEB,
+        &["request.headers['x'] == 'a' || has(request.auth.claims.sub)", "request.method == 'GET'"],
+    );
+    let limited =
+        given.replace("conditions: [", "rateLimits: [{name: few, requests: 1, interval: 1s}], conditions: [");
+    let found = diff(&flow(), &shop("", ""), &shop("", &limited), None);
+    assert!(!found.denies_what_was_allowed());
+    assert_eq!(
+        Vec::from_iter(&found.notes),
+        [
+            "left out: condition c0 of TrafficPolicy shop/conditions looks at headers, tokens, which is not among what is observed",
+            "left out: rate limits of TrafficPolicy shop/conditions",
+        ]
+    );
+}
+
 #[test]
 fn conditions_that_flows_do_not_show_are_named() {
     let given = READERS.replace("methods: [GET]", "methods: [GET]}}]\n    when: [{key: 'request.headers[x-role]', values: [admin]}]\n  - to: [{operation: {methods: [HEAD]");

@@ -9,6 +9,7 @@ mod fixtures;
 mod observed;
 mod rules;
 mod suggest;
+mod traffic;
 mod world;
 
 use std::path::PathBuf;
@@ -53,8 +54,8 @@ pub(crate) struct Suggest {
 /// Options of `ambit authz diff`.
 #[derive(Debug, Args)]
 pub(crate) struct Diff {
-    /// Files or directories with the policies to judge; `-` is standard input. One of the same name takes the place of the mesh's, and a
-    /// dry run is judged as if it were enforced.
+    /// Files or directories with the policies to judge, AuthorizationPolicies and TrafficPolicies; `-` is standard input. One of the same
+    /// name takes the place of the mesh's, and a dry run is judged as if it were enforced.
     #[arg(short, long = "file", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
     /// Only connections and requests to this namespace.
@@ -107,7 +108,7 @@ fn diff(options: &Diff) -> anyhow::Result<ExitCode> {
         let after = World::new(objects, given, settings)?;
         anyhow::Ok((observed, before, after))
     })?;
-    ensure!(after.given() > 0, "the files have no AuthorizationPolicy");
+    ensure!(after.given() > 0, "the files have no AuthorizationPolicy and no TrafficPolicy");
     let differences = diff::diff(&observed, &before, &after, options.namespace.as_deref());
     emit(options.output, &differences, |paint| differences.render(paint))?;
     Ok(if differences.denies_what_was_allowed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })

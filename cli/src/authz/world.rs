@@ -12,6 +12,7 @@ use ambit_control::object::{Change, Kind, NamespacedName, Object, ObjectRef};
 use ambit_control::source::files::inspect::Content;
 use ambit_directory::{Directory, Reader, Snapshot, Update, Workload};
 use ambit_policy::Policy;
+use ambit_traffic::TrafficPolicy;
 use anyhow::Context;
 use prost::Message;
 
@@ -61,12 +62,26 @@ pub(super) struct AtWaypoint {
     pub(super) is_external: bool,
 }
 
+/// A TrafficPolicy at waypoints.
+#[derive(Debug)]
+pub(super) struct TrafficAtWaypoint {
+    /// The policy.
+    pub(super) policy: TrafficPolicy,
+    /// Namespaces, hosts and ports of the services that it is for; port 0: all.
+    pub(super) targets: Vec<(String, String, u32)>,
+    /// Gateways, `NAMESPACE/NAME`: it is for all that is reached through them.
+    pub(super) gateways: Vec<String>,
+    /// Namespaces of the routes that it is for.
+    pub(super) routes: BTreeSet<String>,
+}
+
 /// A mesh, its objects applied.
 pub(super) struct World {
     directory: Reader,
     pods: BTreeMap<WorkloadName, Pods>,
     targets: BTreeMap<(String, String), Target>,
     at_waypoints: Vec<AtWaypoint>,
+    traffic: Vec<TrafficAtWaypoint>,
     /// Policies of node proxies, as they came.
     sources: BTreeMap<String, security::Authorization>,
     given: usize,
@@ -82,6 +97,7 @@ impl World {
         let cluster_id = settings.cluster_id.clone();
         let given: Vec<Object> = given.into_iter().filter_map(object).collect();
         let enforced: BTreeSet<NamespacedName> = given.iter().filter_map(policy_name).collect();
+        let traffic_policies = given.iter().filter(|it| it.reference().kind == Kind::TrafficPolicy).count();
         let objects: Vec<Object> = objects.into_iter().filter_map(object).chain(given).collect();
         let mut index = Index::new(settings);
         index.apply(objects.iter().cloned().map(Change::Apply));
@@ -90,8 +106,9 @@ impl World {
             pods: BTreeMap::new(),
             targets: targets(&objects, &cluster_domain),
             at_waypoints: Vec::new(),
+            traffic: Vec::new(),
             sources: BTreeMap::new(),
-            given: enforced.len(),
+            given: enforced.len() + traffic_policies,
         };
         let mut updates = Vec::new();
         for ((kind, name), resource) in index.resources() {
@@ -110,6 +127,7 @@ impl World {
                 }
                 ResourceType::Policy => {
                     let policy = l7::Policy::decode(body).with_context(read)?;
+                    world.traffic.extend(traffic(&policy));
                     world.at_waypoints.extend(at_waypoint(policy, &enforced));
                 }
                 _ => {}
@@ -124,7 +142,7 @@ impl World {
         Ok(world)
     }
 
-    /// How many AuthorizationPolicies were given.
+    /// How many AuthorizationPolicies and TrafficPolicies were given.
     pub(super) fn given(&self) -> usize {
         self.given
     }
@@ -157,6 +175,11 @@ impl World {
         &self.at_waypoints
     }
 
+    /// The TrafficPolicies at waypoints.
+    pub(super) fn traffic(&self) -> &[TrafficAtWaypoint] {
+        &self.traffic
+    }
+
     /// What a node proxy's policy is made of.
     pub(super) fn source(&self, name: &str) -> Option<&security::Authorization> {
         self.sources.get(name)
@@ -185,7 +208,7 @@ fn enforce(policy: &mut security::Authorization, enforced: &BTreeSet<NamespacedN
 fn at_waypoint(policy: l7::Policy, enforced: &BTreeSet<NamespacedName>) -> Option<AtWaypoint> {
     let l7::Policy { targets, gateways, authorization, authentication, external, object, traffic, audit } =
         policy;
-    // Tokens and rates are not among what is observed, and conditions of TrafficPolicies look at headers most often. Audits decide nothing.
+    // Tokens are not among what is observed, TrafficPolicies are kept apart, and audits decide nothing.
     if authentication.is_some() || traffic.is_some() || audit.is_some() {
         return None;
     }
@@ -205,6 +228,21 @@ fn at_waypoint(policy: l7::Policy, enforced: &BTreeSet<NamespacedName>) -> Optio
         targets: targets.into_iter().map(|it| (it.namespace, it.hostname.to_ascii_lowercase())).collect(),
         gateways,
         is_external,
+    })
+}
+
+fn traffic(policy: &l7::Policy) -> Option<TrafficAtWaypoint> {
+    let source = policy.traffic.as_ref()?;
+    let object = policy.object.clone().unwrap_or_default();
+    let name = format!("{}/{}", object.namespace, object.name);
+    let targets = policy.targets.iter().filter(|target| target.listener.is_empty());
+    Some(TrafficAtWaypoint {
+        policy: TrafficPolicy::compile(name.into(), source, None),
+        targets: targets
+            .map(|it| (it.namespace.clone(), it.hostname.to_ascii_lowercase(), it.port))
+            .collect(),
+        gateways: policy.gateways.clone(),
+        routes: source.routes.iter().map(|route| route.namespace.clone()).collect(),
     })
 }
 

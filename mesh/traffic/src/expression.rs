@@ -3,6 +3,7 @@
 //! An expression is bounded: in its size, in its nesting, and in what it can do. It has no loops (`all`, `exists`, `map`, `filter`
 //! are refused), so that evaluating it costs at most one step for each of its nodes.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, LazyLock};
 
@@ -136,6 +137,13 @@ impl Expression {
         &self.text
     }
 
+    /// The variables that it asks for, by the names that [`Facts`] has them: `request.headers` for any header.
+    pub fn variables(&self) -> BTreeSet<&'static str> {
+        let mut variables = BTreeSet::new();
+        collect(&self.tree, &mut variables);
+        variables
+    }
+
     /// Whether it holds for a request.
     ///
     /// # Errors
@@ -187,6 +195,33 @@ fn check(expression: &IdedExpr, level: usize) -> Result<(), ExpressionError> {
         }),
         Expr::Comprehension(_) => Err(ExpressionError::Loop),
         Expr::Struct(of_type) => Err(ExpressionError::UnknownFunction(of_type.type_name.clone())),
+    }
+}
+
+/// Adds the variables that a checked tree asks for.
+fn collect(expression: &IdedExpr, variables: &mut BTreeSet<&'static str>) {
+    if let Some(Ok(name)) = name_of(expression) {
+        let is_in = |known: &&&'static str| {
+            name.strip_prefix(**known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        return variables.extend(VARIABLES.iter().find(is_in));
+    }
+    let mut inner = |expression| collect(expression, variables);
+    match &expression.expr {
+        Expr::Unspecified | Expr::Literal(_) | Expr::Ident(_) | Expr::Comprehension(_) | Expr::Struct(_) => {}
+        Expr::Select(select) => inner(&select.operand),
+        Expr::Call(call) => {
+            call.target.iter().for_each(|target| inner(target));
+            call.args.iter().for_each(inner);
+        }
+        Expr::List(list) => list.elements.iter().for_each(inner),
+        Expr::Map(map) => map.entries.iter().for_each(|entry| match &entry.expr {
+            EntryExpr::MapEntry(entry) => {
+                inner(&entry.key);
+                inner(&entry.value);
+            }
+            EntryExpr::StructField(field) => inner(&field.value),
+        }),
     }
 }
 
@@ -297,6 +332,25 @@ mod tests {
             assert_eq!(holds(text), Ok(true), "{text}");
         }
         assert_eq!(holds("request.method == 'POST'"), Ok(false));
+    }
+
+    #[test]
+    fn an_expression_says_what_it_asks_for() {
+        for (text, wanted) in [
+            ("true", &[][..]),
+            ("request.method == 'GET' || request.path == '/'", &["request.method", "request.path"]),
+            ("request.headers['x'] == 'a'", &["request.headers"]),
+            ("request.headers.x == 'a' && has(request.query.a)", &["request.headers", "request.query"]),
+            ("has(request.auth.claims.sub)", &["request.auth.claims"]),
+            (
+                "request.auth.claims.org['id'] in ['x', source.namespace]",
+                &["request.auth.claims", "source.namespace"],
+            ),
+            ("size({request.host: [destination.port]}) > int('0')", &["destination.port", "request.host"]),
+        ] {
+            let found = Expression::compile(text).unwrap();
+            assert_eq!(found.variables().into_iter().collect::<Vec<_>>(), wanted, "{text}");
+        }
     }
 
     #[test]

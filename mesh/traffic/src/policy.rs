@@ -138,6 +138,11 @@ impl TrafficPolicy {
         &self.conditions
     }
 
+    /// Why it can't be enforced, and denies everything; `None` if it can.
+    pub fn closed_reason(&self) -> Option<&str> {
+        self.closed.as_deref()
+    }
+
     /// Its rate limits.
     pub fn limits(&self) -> &[Limit] {
         &self.limits

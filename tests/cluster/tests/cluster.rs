@@ -20,12 +20,18 @@ mod certificates;
 mod cli;
 #[path = "cases/disruption.rs"]
 mod disruption;
+#[path = "cases/gateway.rs"]
+mod gateway;
 #[path = "cases/mesh.rs"]
 mod mesh;
 #[path = "cases/node.rs"]
 mod node;
 #[path = "cases/nodes.rs"]
 mod nodes;
+#[path = "cases/observe.rs"]
+mod observe;
+#[path = "cases/planted.rs"]
+mod planted;
 #[path = "cases/prometheus.rs"]
 mod prometheus;
 #[path = "cases/rights.rs"]
@@ -172,10 +178,13 @@ fn main() -> ExitCode {
     mesh::add(&mut cases);
     cli::add(&mut cases);
     waypoint::add(&mut cases);
+    observe::add(&mut cases);
+    planted::add(&mut cases);
     certificates::add(&mut cases);
     nodes::add(&mut cases);
     prometheus::add(&mut cases);
     disruption::add(&mut cases);
+    gateway::add(&mut cases);
     rights::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);

@@ -162,7 +162,7 @@ async fn open_page(cluster: &Cluster, args: &[&str]) -> Result<Value, Box<dyn st
 }
 
 /// The command, for this cluster, with the test bed's Helm.
-fn command(cluster: &Cluster, args: &[&str]) -> Result<Command, String> {
+pub(crate) fn command(cluster: &Cluster, args: &[&str]) -> Result<Command, String> {
     let program = layout::built().map_err(|error| error.to_string())?.join("ambit");
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(&program);
@@ -177,6 +177,12 @@ pub(crate) async fn refusal(cluster: &Cluster, args: &[&str]) -> Result<String, 
         Ok(said) => Err(format!("{args:?} did it: {said}")),
         Err(said) => Ok(said),
     }
+}
+
+/// What a command prints, whether it ends well or not.
+pub(crate) async fn output(cluster: &Cluster, args: &[&str]) -> Result<String, String> {
+    let ran = command(cluster, args)?.output().await.map_err(|error| error.to_string())?;
+    Ok([ran.stdout, ran.stderr].iter().map(|text| String::from_utf8_lossy(text)).collect())
 }
 
 /// What a command prints; a failure is an error.
