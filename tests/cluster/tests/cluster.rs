@@ -20,8 +20,6 @@ mod certificates;
 mod cli;
 #[path = "cases/disruption.rs"]
 mod disruption;
-#[path = "cases/gateway.rs"]
-mod gateway;
 #[path = "cases/mesh.rs"]
 mod mesh;
 #[path = "cases/node.rs"]
@@ -184,7 +182,6 @@ fn main() -> ExitCode {
     nodes::add(&mut cases);
     prometheus::add(&mut cases);
     disruption::add(&mut cases);
-    gateway::add(&mut cases);
     rights::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);

@@ -1,11 +1,10 @@
-//! Live traffic and policies made of it: `ambit tap`, `ambit authz suggest` and `ambit authz diff` on a cluster.
+//! Policies made of observed traffic: `ambit authz suggest` and `ambit authz diff` on a cluster.
 
 use std::fs;
 use std::process::Stdio;
 use std::time::Duration;
 
 use ambit_cluster::{Cluster, wait};
-use serde_json::Value;
 
 use super::apps::{Apps, ROLLOUT};
 use super::cli::{command, run};
@@ -18,7 +17,6 @@ const SOON: Duration = Duration::from_secs(240);
 const NAMESPACE: &str = "observed";
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("tap_shows_live_requests_and_why_they_are_denied", tap);
     cases.add("policies_made_of_traffic_let_in_what_was_seen_and_nothing_else", authz);
 }
 
@@ -55,53 +53,6 @@ pub(crate) async fn during(
         () = sending => Err("unreachable".to_owned()),
     }
 }
-
-async fn tap(cluster: &Cluster) -> Outcome {
-    let namespace = "tapped";
-    let apps = start(cluster, namespace).await?;
-    let client = (namespace, "deployment/client");
-    let url = "http://server/live";
-    let one = ["tap", "--namespace", namespace, "--count", "1", "--for", "120s"];
-    let tap = async |more: &[&str], url: &str| during(cluster, client, url, &[&one, more].concat()).await;
-
-    let record = tap(&["--path", "/live", "--output", "json"], url).await?;
-    let record: Value = serde_json::from_str(record.trim()).map_err(|error| format!("{error}: {record}"))?;
-    assert_eq!((&record["response_code"], &record["status"]), (&200.into(), &"ok".into()), "{record}");
-    assert_eq!(record["dst.service"], "server.tapped.svc.cluster.local", "{record}");
-    // The node proxy of the client records each connection at its end.
-    let outbound = tap(&["--direction", "outbound", "--source", "client"], url).await?;
-    assert!(outbound.contains("outbound") && outbound.contains("tapped/client-"), "{outbound}");
-    // Nobody asked with this method: the command ends without a record.
-    let none = run(cluster, &["tap", "--namespace", namespace, "-X", "DELETE", "--for", "3s"]).await?;
-    assert!(!none.contains("DELETE"), "{none}");
-
-    cluster.kubectl().apply(DENIES).await?;
-    let denied = tap(&["--denied", "--why"], "http://server/secret").await?;
-    for wanted in [
-        "GET http://server/secret",
-        "403 denied",
-        "why: denied by policy tapped/no-secrets",
-        "step by step: ambit why",
-    ] {
-        assert!(denied.contains(wanted), "{wanted} is not in\n{denied}");
-    }
-    // The command that it names gives the same answer.
-    let step = denied.lines().find_map(|line| line.trim().strip_prefix("step by step: ambit "));
-    let step: Vec<&str> = step.ok_or("no command")?.split(' ').collect();
-    let why = super::cli::refusal(cluster, &step).await?;
-    assert!(why.contains("answers 403") && why.contains("tapped/no-secrets"), "{why}");
-    Ok(apps.stop(cluster).await?)
-}
-
-const DENIES: &str = "
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: no-secrets, namespace: tapped}
-spec:
-  targetRefs: [{group: '', kind: Service, name: server}]
-  action: DENY
-  rules: [{to: [{operation: {paths: [/secret]}}]}]
-";
 
 async fn authz(cluster: &Cluster) -> Outcome {
     let kubectl = cluster.kubectl();

@@ -17,10 +17,10 @@ const SOON: Duration = Duration::from_secs(240);
 const NAMESPACE: &str = "planted";
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("the_command_leads_to_each_planted_fault", lead);
+    cases.add("the_command_leads_to_each_planted_fault", explained);
 }
 
-async fn lead(cluster: &Cluster) -> Outcome {
+async fn explained(cluster: &Cluster) -> Outcome {
     let kubectl = cluster.kubectl();
     let apps = Apps::start(cluster, NAMESPACE, ("n1", "n2")).await?;
     set_mode(cluster, NAMESPACE, true).await?;
