@@ -191,9 +191,14 @@ impl Sending<'_> {
         self.answered = Some(chosen.clone());
         let limit = self.timeouts.backend;
         let outcome = match (self.hedge, limit) {
-            (None, None) => self.observed(self.exchange(&chosen, self.gate.as_ref())).await,
-            (None, Some(limit)) => {
-                within(limit, self.observed(self.exchange(&chosen, self.gate.as_ref()))).await
+            (None, limit) => {
+                // Pinned here, so that it is not kept twice in what waits for it.
+                let mut sending = std::pin::pin!(self.exchange(&chosen, self.gate.as_ref()));
+                let waiting = self.observed(sending.as_mut());
+                match limit {
+                    None => waiting.await,
+                    Some(limit) => within(limit, waiting).await,
+                }
             }
             (Some(after), None) => Box::pin(self.hedged(&chosen, after)).await,
             (Some(after), Some(limit)) => within(limit, Box::pin(self.hedged(&chosen, after))).await,
@@ -202,9 +207,8 @@ impl Sending<'_> {
     }
 
     /// Waits for the head of an answer. A request that waits for long is shown to the observer of the log meanwhile.
-    async fn observed<T>(&self, waiting: impl Future<Output = T>) -> T {
+    async fn observed<T>(&self, mut waiting: std::pin::Pin<&mut impl Future<Output = T>>) -> T {
         let Some(due) = self.record.observed_at() else { return waiting.await };
-        let mut waiting = std::pin::pin!(waiting);
         tokio::select! {
             biased;
             answered = waiting.as_mut() => return answered,
