@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use ambit_runtime::configuration::ConfigError;
 
 use crate::index::{self, L7DenyAtL4};
-use crate::mesh_config;
+use crate::mesh_config::{self, MeshSettings};
 use crate::serve::port::PortLimits;
 use crate::source::SourceName;
 use crate::write::deployments::Template;
@@ -142,7 +142,8 @@ struct ControlSettings {
     #[serde(rename = "l7DenyAtL4")]
     l7_deny_at_l4: L7DenyAtL4,
     /// File with the part of Istio's MeshConfig that is followed, which the chart makes of its `meshConfig` value:
-    /// `extensionProviders` of external authorizers. None: policies with the action CUSTOM deny.
+    /// `extensionProviders` of external authorizers, and `defaultConfig.gatewayTopology`. None: policies with the action CUSTOM deny, and
+    /// gateways believe no proxy in front of them.
     mesh_config: Option<PathBuf>,
     /// PEM file with roots of the servers that key sets of RequestAuthentications are fetched from, beside those of Mozilla.
     key_set_roots: Option<PathBuf>,
@@ -296,6 +297,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
     if let Some(unknown) = deployed_waypoint_classes.iter().find(|class| !waypoint_classes.contains(class)) {
         return Err(invalid("deployedWaypointClasses", format!("{unknown} is not among waypointClasses")));
     }
+    let mesh = mesh_config.as_deref().map(read_mesh_config).transpose()?.unwrap_or_default();
     Ok(Config {
         sources,
         listen,
@@ -323,8 +325,10 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
             root_namespace: root_namespace.unwrap_or_else(|| system.clone()).into(),
             waypoint_classes: waypoint_classes.into_iter().map(Arc::from).collect(),
             gateway_classes: gateway_classes.into_iter().map(Arc::from).collect(),
+            ingress_namespace: system.as_str().into(),
             l7_deny_at_l4,
-            authorizers: mesh_config.as_deref().map(read_mesh_config).transpose()?.unwrap_or_default(),
+            authorizers: mesh.authorizers,
+            gateway_topology: mesh.gateway_topology,
         },
         waypoint_template: waypoint_template.as_deref().map(read_template).transpose()?,
         deployed_waypoint_classes: deployed_waypoint_classes.into_iter().map(Arc::from).collect(),
@@ -350,7 +354,7 @@ fn read_template(path: &Path) -> Result<Template, ConfigError> {
     Template::read(path).map_err(|error| invalid("waypointTemplate", format!("{}: {error}", path.display())))
 }
 
-fn read_mesh_config(path: &Path) -> Result<mesh_config::Authorizers, ConfigError> {
+fn read_mesh_config(path: &Path) -> Result<MeshSettings, ConfigError> {
     mesh_config::read(path).map_err(|error| invalid("meshConfig", format!("{}: {error}", path.display())))
 }
 

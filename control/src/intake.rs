@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::{apps, core, discovery};
+use k8s_openapi::api::{apps, core, discovery, networking};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
-    Gateway, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication,
+    Gateway, Ingress, IngressClass, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication,
     Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry,
     TrafficPolicy, VirtualService, WorkloadEntry, manifest,
 };
@@ -187,6 +187,10 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
             Object::EndpointSlice(typed::<discovery::v1::EndpointSlice, EndpointSlice>(document)?)
         }
         Kind::ReplicaSet => Object::ReplicaSet(typed::<apps::v1::ReplicaSet, ReplicaSet>(document)?),
+        Kind::IngressClass => {
+            Object::IngressClass(typed::<networking::v1::IngressClass, IngressClass>(document)?)
+        }
+        Kind::Ingress => Object::Ingress(typed::<networking::v1::Ingress, Ingress>(document)?),
         Kind::ServiceAccount => Object::ServiceAccount(only_name::<core::v1::ServiceAccount>(document)?),
         Kind::Deployment => Object::Deployment(only_name::<apps::v1::Deployment>(document)?),
         Kind::AuthorizationPolicy => return read_policy(document),

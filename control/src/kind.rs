@@ -25,6 +25,10 @@ pub enum Kind {
     Deployment,
     /// The owner between a pod and its deployment.
     ReplicaSet,
+    /// Who serves Ingresses.
+    IngressClass,
+    /// Where requests of clients outside the mesh go.
+    Ingress,
     /// Who may talk to whom.
     AuthorizationPolicy,
     /// Whether plaintext is accepted.
@@ -127,13 +131,13 @@ impl KindInfo {
 
     /// Whether every API server serves the kind, so that a server that does not is starting or is not one.
     pub fn is_built_in(&self) -> bool {
-        matches!(self.group, "" | "apps" | "discovery.k8s.io")
+        matches!(self.group, "" | "apps" | "discovery.k8s.io" | "networking.k8s.io")
     }
 }
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 26] = [
+    pub const ALL: [Kind; 28] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -144,6 +148,8 @@ impl Kind {
         Kind::EndpointSlice,
         Kind::Deployment,
         Kind::ReplicaSet,
+        Kind::IngressClass,
+        Kind::Ingress,
         Kind::AuthorizationPolicy,
         Kind::PeerAuthentication,
         Kind::ServiceEntry,
@@ -179,6 +185,10 @@ impl Kind {
             }
             Kind::Deployment => core("apps", "Deployment", "deployments", Namespaced, Metadata),
             Kind::ReplicaSet => core("apps", "ReplicaSet", "replicasets", Namespaced, Metadata),
+            Kind::IngressClass => {
+                core("networking.k8s.io", "IngressClass", "ingressclasses", Cluster, Everything)
+            }
+            Kind::Ingress => core("networking.k8s.io", "Ingress", "ingresses", Namespaced, Everything),
             Kind::AuthorizationPolicy => {
                 extension(SECURITY.0, SECURITY.1, "AuthorizationPolicy", "authorizationpolicies")
             }
@@ -245,7 +255,7 @@ mod tests {
             Kind::ALL.iter().map(|kind| (kind.group(), kind.info().plural)).collect();
         assert_eq!(resources.len(), Kind::ALL.len());
         let built_in = Kind::ALL.into_iter().filter(|kind| kind.info().is_built_in());
-        assert!(built_in.eq(Kind::ALL.into_iter().take_while(|kind| *kind <= Kind::ReplicaSet)));
+        assert!(built_in.eq(Kind::ALL.into_iter().take_while(|kind| *kind <= Kind::Ingress)));
         for info in Kind::ALL.map(Kind::info) {
             // Ambit's own kinds are not stable yet.
             let preferred = if info.group == "ambit.dev" { "v1alpha1" } else { "v1" };

@@ -1,4 +1,5 @@
-//! The file with the settings of the mesh that Istio calls MeshConfig, of which extension providers are read.
+//! The file with the settings of the mesh that Istio calls MeshConfig, of which extension providers and the topology of gateways are
+//! read.
 //!
 //! A provider of another kind than an external authorizer is skipped: policies that name it deny. Unknown fields are errors.
 
@@ -14,6 +15,8 @@ use http::uri::PathAndQuery;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::object::{GatewayTopology, Topology};
+
 /// How long an authorizer may take where nothing else is said.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest part of a body that authorizers see.
@@ -26,6 +29,22 @@ pub type Authorizers = BTreeMap<Arc<str>, l7::ExternalAuthorizer>;
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct MeshConfig {
     extension_providers: Vec<BTreeMap<String, Value>>,
+    default_config: DefaultConfig,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct DefaultConfig {
+    gateway_topology: GatewayTopology,
+}
+
+/// What is followed of the file.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MeshSettings {
+    /// Whom policies may ask.
+    pub authorizers: Authorizers,
+    /// The proxies in front of every gateway.
+    pub gateway_topology: Topology,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -71,7 +90,7 @@ struct Body {
 ///
 /// # Errors
 /// What can't be read or understood.
-pub(crate) fn read(path: &Path) -> Result<Authorizers, String> {
+pub(crate) fn read(path: &Path) -> Result<MeshSettings, String> {
     let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
     parse(&text)
 }
@@ -80,11 +99,14 @@ pub(crate) fn read(path: &Path) -> Result<Authorizers, String> {
 ///
 /// # Errors
 /// What can't be understood.
-pub fn parse(text: &str) -> Result<Authorizers, String> {
+pub fn parse(text: &str) -> Result<MeshSettings, String> {
     let config: Option<MeshConfig> =
         serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
+    let MeshConfig { extension_providers, default_config } = config.unwrap_or_default();
+    let gateway_topology = default_config.gateway_topology.read();
+    let gateway_topology = gateway_topology.map_err(|problem| format!("gatewayTopology: {problem}"))?;
     let mut authorizers = Authorizers::new();
-    for mut provider in config.unwrap_or_default().extension_providers {
+    for mut provider in extension_providers {
         let name = provider.remove("name").and_then(|name| name.as_str().map(str::to_owned));
         let name = name.filter(|name| !name.is_empty()).ok_or("an extension provider has no name")?;
         let in_provider = |problem: String| format!("extension provider {name}: {problem}");
@@ -106,7 +128,7 @@ pub fn parse(text: &str) -> Result<Authorizers, String> {
             return Err(in_provider("it is there twice".to_owned()));
         }
     }
-    Ok(authorizers)
+    Ok(MeshSettings { authorizers, gateway_topology })
 }
 
 fn grpc(value: Value) -> Result<l7::ExternalAuthorizer, String> {
@@ -252,7 +274,8 @@ mod tests {
              includeRequestBodyInCheck: {maxRequestBytes: 10, allowPartialMessage: true}\n\
              - {name: traces, zipkin: {service: z, port: 1}}\n",
         )
-        .unwrap();
+        .unwrap()
+        .authorizers;
         assert_eq!(read.len(), 2);
         let opa = &read["opa"];
         assert_eq!((opa.namespace.as_str(), opa.hostname.as_str(), opa.port), ("shop", "opa.example", 9000));
@@ -264,7 +287,15 @@ mod tests {
         let check = http.http.as_ref().unwrap();
         assert_eq!((check.path_prefix.as_str(), check.include.len()), ("/check", 2));
         assert!(http.body.as_ref().unwrap().allow_partial);
-        assert!(parse("").unwrap().is_empty());
+        assert_eq!(parse("").unwrap(), MeshSettings::default());
+    }
+
+    #[test]
+    fn the_topology_of_gateways_is_read() {
+        let read = parse("defaultConfig: {gatewayTopology: {numTrustedProxies: 1, proxyProtocol: {}}}").unwrap();
+        assert_eq!((read.gateway_topology.hops, read.gateway_topology.proxy_protocol), (Some(1), true));
+        assert!(parse("defaultConfig: {gatewayTopology: {numTrustedProxy: 1}}").is_err());
+        assert!(parse("defaultConfig: {concurrency: 1}").is_err());
     }
 
     #[test]

@@ -15,7 +15,8 @@ use proptest::prelude::*;
 fn settings() -> Settings {
     let providers =
         "extensionProviders: [{name: asked, envoyExtAuthzGrpc: {service: s1.a.svc.cluster.local, port: 80}}]";
-    Settings { authorizers: ambit_control::mesh_config::parse(providers).unwrap(), ..Settings::default() }
+    let mesh = ambit_control::mesh_config::parse(providers).unwrap();
+    Settings { authorizers: mesh.authorizers, ..Settings::default() }
 }
 
 /// Every combination of one of each alternatives, put into a template at `$0`, `$1`, ….
@@ -194,9 +195,47 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
          status: {addresses: [$5]}",
         &[&["a", "b"], &["all", "service"], &["l: v", "topology.istio.io/network: n2"], &["ambit-waypoint", "ambit-remote", "other"], &["Same", "All", "Selector"], &["", "{value: 10.9.0.1}"]],
     ));
-    let readable = texts.iter().map(|text| parse(text));
+    texts.extend(combine(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: $0, namespace: ambit-system}\n\
+         spec: {gatewayClassName: ambit, listeners: [{name: http, port: 80, protocol: HTTP, hostname: $1}]}\n\
+         status: {addresses: [$2]}",
+        &[&["ambit-ingress", "g"], &["''", "'*.b'"], &["", "{value: 10.9.0.2}"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: networking.k8s.io/v1\nkind: IngressClass\nmetadata: {name: $0, annotations: {ingressclass.kubernetes.io/is-default-class: '$1'}}\n\
+         spec: {controller: $2}",
+        &[
+            &["ambit", "c"],
+            &["true", "false"],
+            &[
+                "ambit.dev/ingress-controller",
+                "other",
+                "ambit.dev/ingress-controller, parameters: {apiGroup: gateway.networking.k8s.io, kind: Gateway, namespace: ambit-system, name: g}",
+            ],
+        ],
+    ));
+    texts.extend(combine(
+        "apiVersion: networking.k8s.io/v1\nkind: Ingress\nmetadata: {name: $0, namespace: $1, $2}\n\
+         spec: {$3 tls: [$4], rules: [{host: $5, http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: s1, port: {number: 80}}}}]}}]}",
+        &[
+            &["i1", "i2"],
+            &["a", "b"],
+            &["annotations: {}", "creationTimestamp: '2026-02-01T00:00:00Z'"],
+            &["", "ingressClassName: ambit,", "ingressClassName: c,"],
+            &["", "{hosts: [a.b], secretName: cert}", "{secretName: cert}"],
+            &["a.b", "'*.b'", "''"],
+        ],
+    ));
+    let readable = texts.iter().map(|text| parse(text)).chain(certificates());
     readable.chain([lost_policy("a"), lost_policy("ambit-system")]).collect()
 });
+
+/// Secrets with a certificate, in the namespaces of the others.
+fn certificates() -> Vec<Object> {
+    let case = include_str!("translation/cases/l7-ingress/objects.yaml");
+    let secret = case.split("---\n").find(|text| text.contains("kind: Secret")).unwrap();
+    ["a", "b"].map(|namespace| parse(&secret.replace("namespace: shop", &format!("namespace: {namespace}")))).into()
+}
 
 /// A TrafficPolicy of which nobody knows what it is for.
 fn lost_policy(namespace: &str) -> Object {
@@ -232,6 +271,8 @@ impl Follower {
         self.take(ResourceType::Authorization, changes.policies);
         self.take(ResourceType::Address, changes.addresses);
         self.take(ResourceType::Gateway, changes.gateways);
+        self.take(ResourceType::Listener, changes.listeners);
+        self.take(ResourceType::KeyPair, changes.key_pairs);
         self.take(ResourceType::Policy, changes.waypoint_policies);
         self.take(ResourceType::BackendPolicy, changes.backend_policies);
         self.take(ResourceType::Route, changes.routes);
@@ -295,7 +336,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 22, "{kinds:?}");
+    assert_eq!(kinds.len(), 25, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

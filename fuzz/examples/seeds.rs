@@ -469,6 +469,10 @@ fn waypoint(seeds: &Seeds) {
         seeds.put("client-hello", name, client_hello(server_name));
     }
     seeds.put("client-hello", "strange", [22, 3, 1, 0, 4, 9, 9, 9, 9]);
+    seeds.put("proxy-header", "text", "PROXY TCP4 192.0.2.1 198.51.100.1 4711 80\r\nGET / HTTP/1.1\r\n");
+    seeds.put("proxy-header", "unknown", "PROXY UNKNOWN\r\n");
+    let binary = *b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xcb\0\x71\x0a\xc0\0\x02\x01\x12\x67\0\x50";
+    seeds.put("proxy-header", "binary", binary);
     let field = |key: &str, value: &str| HeaderValueOption {
         header: Some(HeaderValue { key: key.to_owned(), value: value.to_owned(), ..HeaderValue::default() }),
         ..HeaderValueOption::default()

@@ -50,6 +50,7 @@ pub fn targets() -> &'static [(&'static str, Target)] {
         ("http-sniff", requests::sniff),
         ("issuer-keys", request_token::issuer_keys),
         ("objects", objects::objects),
+        ("proxy-header", waypoint::proxy_header),
         ("proxy-protocol", proxy_protocol::header),
         ("request-token", request_token::request_token),
         ("resolv-conf", dns::resolv_conf),

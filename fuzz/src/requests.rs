@@ -60,6 +60,7 @@ fn claims(trusted: bool) -> Claims<'static> {
     Claims {
         client: CLIENT,
         trusted,
+        proxies: None,
         ends_tls: false,
         default_host: "web.shop.svc",
         target_size: TARGET_SIZE,

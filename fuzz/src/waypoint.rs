@@ -24,6 +24,18 @@ use prost::Message;
 use crate::pieces::cut;
 use crate::requests::{CLIENT, SERVICE, each_draw_chooses, sane};
 
+/// A header says the same whatever follows it, and not a byte of that is a part of it.
+pub(crate) fn proxy_header(data: &[u8]) {
+    use ambit_waypoint::proxy_protocol::{Parsed, parse};
+    let found = parse(data);
+    let Parsed::Header { length, .. } = found else { return };
+    assert_eq!(parse(&data[..length]), found);
+    assert_eq!(parse(&[data, b"GET / HTTP/1.1\r\n"].concat()), found);
+    for end in 0..length {
+        assert_ne!(parse(&data[..end]), found, "{end} of {length}");
+    }
+}
+
 /// What a beginning is, is decided once: while there are too few bytes nothing is said, and more bytes change nothing.
 pub(crate) fn client_hello(data: &[u8]) {
     let mut decided = None;

@@ -16,6 +16,7 @@ const CLUSTER_SCOPED: &[&str] = &[
     "Namespace",
     "Node",
     "GatewayClass",
+    "IngressClass",
     "CustomResourceDefinition",
     "ClusterRole",
     "ClusterRoleBinding",

@@ -16,6 +16,7 @@ use http::StatusCode;
 use tokio::net::TcpStream;
 
 use crate::activity::Activity;
+use crate::clients::Place;
 use crate::listeners::Listener;
 use crate::protocol;
 use crate::proxy::{Published, Worker};
@@ -120,8 +121,11 @@ pub struct Inbound {
     pub worker: Arc<Worker>,
     /// The client's certificate of the mesh; `None` for one outside of it.
     pub certificate: Option<PeerCertificate>,
-    /// The client's address: its node's proxy dials from it.
+    /// The address that the connection comes from: the client's, as its node's proxy dials from it, or that of a load balancer in front of
+    /// a gateway.
     pub source: SocketAddr,
+    /// The client's address, by the PROXY protocol where a load balancer speaks it.
+    pub remote: SocketAddr,
     /// Where it goes.
     pub destination: Destination,
     /// What the client's proxy says of its workload: for metrics and logs, never for a decision.
@@ -139,6 +143,9 @@ pub struct Inbound {
     /// Counts it for the drain, upgraded connections included.
     #[expect(dead_code, reason = "held to be dropped")]
     pub(crate) counted: ConnectionGuard,
+    /// Its place among those of clients outside the mesh.
+    #[expect(dead_code, reason = "held to be dropped")]
+    pub(crate) place: Option<Place>,
 }
 
 impl Inbound {
@@ -153,15 +160,21 @@ impl Inbound {
     }
 
     /// What requests are completed with, and whose claims count.
-    pub fn claims(&self) -> Claims<'_> {
-        let ends_tls = match &self.destination {
-            Destination::Listener { taken, .. } => taken.as_ref().is_some_and(|taken| taken.tls.is_some()),
-            Destination::Service { .. } | Destination::Workload { .. } => false,
+    pub fn claims<'a>(&'a self, published: &'a Published) -> Claims<'a> {
+        let (ends_tls, proxies) = match &self.destination {
+            Destination::Listener { taken, .. } => {
+                (taken.as_ref().is_some_and(|taken| taken.tls.is_some()), Some(&*published.trusted_proxies))
+            }
+            Destination::Service { .. } | Destination::Workload { .. } => (false, None),
+        };
+        let is_trusted = |identity: &SpiffeId| {
+            published.trusted_forwarders.iter().any(|trusted| trusted == identity.as_str())
         };
         Claims {
             ends_tls,
-            client: self.source.ip(),
-            trusted: self.trusted_forwarder,
+            client: self.remote.ip(),
+            trusted: self.trusted_forwarder || self.identity().is_some_and(is_trusted),
+            proxies,
             default_host: &self.default_host,
             target_size: self.worker.proxy.settings.limits.target_size,
         }
@@ -235,10 +248,12 @@ async fn tunnel(
         worker,
         certificate: Some(certificate),
         source,
+        remote: source,
         destination,
         client,
         activity,
         counted,
+        place: None,
     };
     match incoming.accept(None) {
         Ok(tunnel) => Box::pin(protocol::serve(Arc::new(inbound), tunnel)).await,

@@ -34,6 +34,7 @@ use tokio::net::TcpStream;
 
 use crate::backend_tls::TlsClients;
 use crate::balancers::Balancers;
+use crate::clients::Clients;
 use crate::config::Config;
 use crate::names::Names;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
@@ -269,6 +270,7 @@ fn proxy(parts: &Parts, names: Names, drain: Drain) -> Proxy {
         names,
         drain,
         server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
+        clients: Clients::new(&config.limits),
         tallies: Tallies::default(),
     }
 }

@@ -9,6 +9,7 @@ mod head;
 mod hedge;
 mod retry;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -92,7 +93,8 @@ pub async fn send(
     let pool = balancer.as_ref().map(|balancer| &balancer.policy().pool);
     let http2 = form.speaks_http2(target, pool);
     mirror::send(published, inbound, &on_response.mirrors, &form, source.as_ref());
-    let hashed = balancer.map(|balancer| hash(&balancer, inbound, &parts)).unwrap_or_default();
+    let client = sane.remote.unwrap_or(inbound.remote.ip());
+    let hashed = balancer.map(|balancer| hash(&balancer, client, &parts)).unwrap_or_default();
     // RFC 9110 §9.2.1: what is asked twice must change nothing.
     let is_safe = parts.method.is_safe() && source.is_none() && sane.upgrade.is_none();
     let hedge = timeouts.hedge.filter(|_| is_safe);
@@ -334,9 +336,9 @@ pub fn learn(
 }
 
 /// What decides about the endpoint, with consistent hashing.
-fn hash(balancer: &Balancer, inbound: &Inbound, parts: &Parts) -> Hashed {
+fn hash(balancer: &Balancer, client: IpAddr, parts: &Parts) -> Hashed {
     match balancer.hash_key() {
-        Some(by) => of_request(by, parts, inbound.source.ip(), rand::random),
+        Some(by) => of_request(by, parts, client, rand::random),
         None => Hashed::default(),
     }
 }

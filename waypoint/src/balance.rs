@@ -3,12 +3,13 @@
 use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ambit_api::is_local;
 use ambit_directory::{
-    AppProtocol, Authority, ClientRole, HostRef, Load, NamespacedHost, Question, Route, Service, Snapshot,
-    Workload, WorkloadUid, resolve,
+    AppProtocol, Authority, ClientRole, DoubleTunnel, HostRef, Load, NamespacedHost, Question, Route, Service,
+    Snapshot, Vip, Workload, WorkloadUid, resolve,
 };
 use ambit_identity::SpiffeId;
 use ambit_route::Backend;
@@ -46,6 +47,8 @@ pub struct Target {
     pub asked: Option<Arc<str>>,
     /// The endpoint that the client's session is at.
     pub session: Option<EndpointId>,
+    /// Whose routes lead there: that of a gateway may lead through the waypoint of the service.
+    pub role: ClientRole,
 }
 
 impl Target {
@@ -119,6 +122,7 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
             is_dynamic: false,
             asked: None,
             session: None,
+            role: ClientRole::Waypoint,
         });
     };
     let invalid =
@@ -169,6 +173,40 @@ pub fn of_service(
         is_dynamic: service.resolves_dynamically,
         asked: None,
         session: None,
+        role: ClientRole::Waypoint,
+    })
+}
+
+/// Where a request to a service goes that a gateway sends through the service's waypoint, which chooses the endpoint and goes by
+/// policies; `None` for one that it sends straight to an endpoint.
+fn through_waypoint(
+    proxy: &Proxy,
+    published: &Published,
+    service: &Service,
+    backend: &Backend,
+) -> Option<Target> {
+    let has_waypoint = service.waypoint.is_some() || !service.weighted_waypoints.is_empty();
+    if !published.is_gateway() || !service.ingress_use_waypoint || !has_waypoint {
+        return None;
+    }
+    let own = |vip: &Vip| match vip {
+        Vip::Address(address) if address.network == proxy.settings.network => Some(address.address),
+        Vip::Address(_) | Vip::Net { .. } => None,
+    };
+    let authority = match service.vips.iter().find_map(own) {
+        Some(address) => Authority::Address(SocketAddr::new(address, backend.port)),
+        None => Authority::Host { host: backend.hostname.clone(), port: backend.port },
+    };
+    Some(Target {
+        authority,
+        backend: Some(backend.clone()),
+        protocol: service.ports.get(backend.port).map(|port| port.app_protocol).unwrap_or_default(),
+        balanced: None,
+        tls: false,
+        is_dynamic: false,
+        asked: None,
+        session: None,
+        role: ClientRole::Ingress,
     })
 }
 
@@ -180,10 +218,26 @@ pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Re
     if let Some(reason) = &backend.invalid {
         return Err(reason.to_string());
     }
-    let snapshot = &published.directory;
+    let service = service_of(published, backend)?;
+    match through_waypoint(proxy, published, service, backend) {
+        Some(target) => Ok(target),
+        None => of_endpoints(proxy, published, service, backend),
+    }
+}
+
+fn service_of<'p>(published: &'p Published, backend: &Backend) -> Result<&'p Arc<Service>, String> {
     let host = HostRef { namespace: &backend.namespace, hostname: &backend.hostname };
-    let service =
-        snapshot.service(host).ok_or_else(|| format!("service {} is not known", backend.hostname))?;
+    let service = published.directory.service(host);
+    service.ok_or_else(|| format!("service {} is not known", backend.hostname))
+}
+
+/// The endpoints of a backend as the target.
+fn of_endpoints(
+    proxy: &Proxy,
+    published: &Published,
+    service: &Service,
+    backend: &Backend,
+) -> Result<Target, String> {
     let port = service.ports.get(backend.port);
     let key = SlotKey {
         host: NamespacedHost { namespace: backend.namespace.clone(), hostname: backend.hostname.clone() },
@@ -200,6 +254,7 @@ pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Re
         is_dynamic: service.resolves_dynamically,
         asked: None,
         session: None,
+        role: ClientRole::Waypoint,
     })
 }
 
@@ -260,6 +315,8 @@ pub struct Endpoint {
     pub host: Option<names::Host>,
     /// The second tunnel inside that one, where it leads into another network.
     pub crossing: Option<Box<Crossing>>,
+    /// What the waypoint is asked for where the tunnel leads to the waypoint of a service.
+    pub asked_of_waypoint: Option<Authority>,
 }
 
 /// What a tunnel to the gateway of another network carries (HBONE contract, "Double HBONE").
@@ -278,7 +335,8 @@ pub struct Crossing {
 impl Endpoint {
     /// What sessions name it by; none for what is not one of the endpoints of a service here.
     pub fn session_id(&self) -> Option<EndpointId> {
-        let workload = self.workload.as_ref().filter(|_| self.crossing.is_none())?;
+        let is_endpoint = self.crossing.is_none() && self.asked_of_waypoint.is_none();
+        let workload = self.workload.as_ref().filter(|_| is_endpoint)?;
         Some(EndpointId::new(&workload.uid, self.address.port()))
     }
 
@@ -293,6 +351,7 @@ impl Endpoint {
             http2,
             tls: self.tls.as_ref().map(EndpointTls::key).transpose()?,
             shape: gate.and_then(|gate| gate.shape.clone()),
+            asked_of_waypoint: self.asked_of_waypoint.clone(),
         })
     }
 
@@ -347,7 +406,14 @@ pub fn endpoint(
     key: Option<u64>,
 ) -> Result<Chosen, Failure> {
     let proxy = &worker.proxy;
-    let Some(balanced) = &target.balanced else { return address(proxy, source, target, tried) };
+    let Some(balanced) = &target.balanced else {
+        return match resolved(proxy, source, target, tried)? {
+            Resolved::Endpoint(endpoint) => {
+                Ok(Chosen { endpoint: Arc::new(*endpoint), trial: None, gate: None })
+            }
+            Resolved::PastWaypoint(direct) => endpoint(worker, source, &direct, tried, key),
+        };
+    };
     let balancer = balanced.current(proxy)?;
     if let Some(asked) = &target.asked {
         let endpoint = Arc::new(dynamic(&balancer, balanced.slot.key(), asked)?);
@@ -398,21 +464,27 @@ fn in_another_network(
     };
     match resolve(&published.directory, &question, &InProgress(proxy), &mut rand::rng()) {
         // The name may be another's in the waypoint's own namespace.
-        Route::DoubleHbone(route) if route.service.host == *host => Ok(Some(Endpoint {
-            workload: Some(route.workload),
-            service: Some(route.service),
-            address: route.hbone,
-            tunnel: Some((route.hbone, route.expected)),
-            tls: None,
-            host: None,
-            crossing: Some(Box::new(Crossing {
-                gateway: route.gateway.uid.clone(),
-                authority: route.authority,
-                expected: route.inner_expected,
-                network: route.network,
-            })),
-        })),
+        Route::DoubleHbone(route) if route.service.host == *host => Ok(Some(across(route))),
         _ => Ok(None),
+    }
+}
+
+/// The way into another network.
+fn across(route: DoubleTunnel) -> Endpoint {
+    Endpoint {
+        workload: Some(route.workload),
+        service: Some(route.service),
+        address: route.hbone,
+        tunnel: Some((route.hbone, route.expected)),
+        tls: None,
+        host: None,
+        crossing: Some(Box::new(Crossing {
+            gateway: route.gateway.uid.clone(),
+            authority: route.authority,
+            expected: route.inner_expected,
+            network: route.network,
+        })),
+        asked_of_waypoint: None,
     }
 }
 
@@ -433,58 +505,103 @@ fn dynamic(balancer: &Balancer, key: &SlotKey, asked: &Arc<str>) -> Result<Endpo
         tunnel: None,
         tls,
         crossing: None,
+        asked_of_waypoint: None,
         host: Some(names::Host::asked(asked)),
     })
 }
 
-/// An address that was dialled.
-fn address(
+/// Where a target without endpoints of its own leads.
+enum Resolved {
+    Endpoint(Box<Endpoint>),
+    /// The waypoint that it leads to is missing, and the owner of the service allows the direct way.
+    PastWaypoint(Box<Target>),
+}
+
+/// What the directory says of an address that was dialled, and of a service that a gateway sends requests to through its waypoint.
+fn resolved(
     proxy: &Proxy,
     source: SocketAddr,
     target: &Target,
     tried: &[WorkloadUid],
-) -> Result<Chosen, Failure> {
+) -> Result<Resolved, Failure> {
     let published = proxy.published.load();
     let snapshot = &published.directory;
     let question = Question {
         client: own_workload(proxy, snapshot)?,
-        role: ClientRole::Waypoint,
+        role: target.role,
         source: source.ip(),
         destination: target.authority.clone(),
         exclude: tried,
     };
-    let endpoint = match resolve(snapshot, &question, &InProgress(proxy), &mut rand::rng()) {
+    let route = resolve(snapshot, &question, &InProgress(proxy), &mut rand::rng());
+    if let (Some(backend), true) = (&target.backend, is_past_waypoint(&route)) {
+        proxy.tallies.waypoint_bypassed.fetch_add(1, Ordering::Relaxed);
+        let service = service_of(&published, backend).map_err(Failure::UnknownService)?;
+        let direct = of_endpoints(proxy, &published, service, backend).map_err(Failure::NoEndpoint)?;
+        return Ok(Resolved::PastWaypoint(Box::new(direct)));
+    }
+    let endpoint = match route {
         Route::Tunnel(route) | Route::SameNode(route) => Endpoint {
             workload: Some(route.workload),
             service: route.service,
             address: route.address,
             tunnel: Some((route.hbone, route.expected)),
             crossing: None,
+            asked_of_waypoint: None,
             tls: None,
             host: None,
         },
+        Route::Waypoint(route) => Endpoint {
+            workload: Some(route.waypoint),
+            service: route.service,
+            address: route.hbone,
+            tunnel: Some((route.hbone, route.expected)),
+            crossing: None,
+            asked_of_waypoint: Some(route.authority),
+            tls: None,
+            host: None,
+        },
+        Route::DoubleHbone(route) if target.role == ClientRole::Ingress => across(route),
         Route::Plain(route) | Route::Own(route) => Endpoint {
             workload: route.workload,
             service: route.service,
             address: route.address,
             tunnel: None,
             crossing: None,
+            asked_of_waypoint: None,
             tls: None,
             host: None,
         },
         Route::Refuse(refusal) => return Err(Failure::NoEndpoint(refusal.to_string())),
         Route::Unknown(unknown) => return Err(Failure::UnknownService(unknown.authority.to_string())),
-        Route::Lookup(_) | Route::DoubleHbone(_) | Route::Waypoint(_) => {
+        Route::Lookup(_) | Route::DoubleHbone(_) => {
             return Err(Failure::NoEndpoint(format!(
                 "{} needs a route that a waypoint does not support",
                 target.authority
             )));
         }
     };
+    // The name of a service may be another's in the gateway's own namespace.
+    if let (Some(backend), Some(service)) = (&target.backend, &endpoint.service)
+        && (service.host.hostname != backend.hostname || service.host.namespace != backend.namespace)
+    {
+        return Err(Failure::UnknownService(target.authority.to_string()));
+    }
     if !is_elsewhere(endpoint.address.ip(), question.client) {
         return Err(Failure::NoEndpoint(format!("{} is the waypoint's own address", endpoint.address)));
     }
-    Ok(Chosen { endpoint: Arc::new(endpoint), trial: None, gate: None })
+    Ok(Resolved::Endpoint(Box::new(endpoint)))
+}
+
+/// Whether a route leads past a waypoint that is missing, as the owner of the service allows.
+fn is_past_waypoint(route: &Route) -> bool {
+    match route {
+        Route::Tunnel(route) | Route::SameNode(route) => route.waypoint_bypassed,
+        Route::Plain(route) | Route::Own(route) => route.waypoint_bypassed,
+        Route::Lookup(route) => route.waypoint_bypassed,
+        Route::DoubleHbone(route) => route.waypoint_bypassed,
+        Route::Waypoint(_) | Route::Refuse(_) | Route::Unknown(_) => false,
+    }
 }
 
 /// Whether an address leads away from the waypoint `own`. Who writes a ServiceEntry must not reach what listens here for

@@ -88,6 +88,17 @@ pub struct Limits {
     pub retry_budget: u32,
     /// HTTP connections to one endpoint, of each worker.
     pub connections_per_endpoint: usize,
+    /// Connections of clients outside the mesh to a gateway's pod at once; more are closed. The last eighth is kept for addresses with few
+    /// connections.
+    pub client_connections: usize,
+    /// Connections of one address outside the mesh, or of one IPv6 network of 64 bits, to a gateway's pod at once; more are closed. Those of
+    /// the Gateway's trusted proxies are not limited by this.
+    pub connections_per_client: usize,
+    /// Connections of clients outside the mesh to a gateway's pod at once whose client has not begun yet: its PROXY header, TLS handshake
+    /// and the first byte of a request are waited for. More are closed.
+    pub pending_connections: usize,
+    /// Such connections of one address, or of one IPv6 network of 64 bits.
+    pub pending_per_client: usize,
 }
 
 impl Config {
@@ -140,6 +151,10 @@ impl Default for Limits {
             retry_buffer: 64 << 10,
             retry_budget: 20,
             connections_per_endpoint: 1024,
+            client_connections: 50_000,
+            connections_per_client: 10_000,
+            pending_connections: 8_000,
+            pending_per_client: 1_000,
         }
     }
 }
@@ -198,6 +213,15 @@ impl Settings for Config {
         }
         if self.limits.connections_per_endpoint == 0 {
             return wrong("limits.connectionsPerEndpoint", "is 0: no request could ever be sent");
+        }
+        let of_clients = [
+            ("limits.clientConnections", self.limits.client_connections),
+            ("limits.connectionsPerClient", self.limits.connections_per_client),
+            ("limits.pendingConnections", self.limits.pending_connections),
+            ("limits.pendingPerClient", self.limits.pending_per_client),
+        ];
+        if let Some((key, _)) = of_clients.into_iter().find(|(_, limit)| *limit == 0) {
+            return wrong(key, "is 0: no client could ever connect");
         }
         Ok(())
     }

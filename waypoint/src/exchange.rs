@@ -53,9 +53,9 @@ async fn steps(
     record: &mut Record,
 ) -> Result<Answered, Failure> {
     let (mut parts, body) = request.into_parts();
-    let sane = sanitise::sanitise(&mut parts, &inbound.claims())?;
-    record.set_target(&sane, &parts);
     let published = inbound.worker.proxy.published.load_full();
+    let sane = sanitise::sanitise(&mut parts, &inbound.claims(&published))?;
+    record.set_target(&sane, &parts);
     authenticate::remove_outputs(&published, inbound, &mut parts);
     let matched = matching::find(&published, inbound, &sane, &parts);
     record.set_route(matched.as_ref().ok().and_then(Option::as_ref));

@@ -130,6 +130,7 @@ fn explain(proxy: &Proxy, asked: Inquiry) -> Explanation {
     let claims = Claims {
         client: source,
         trusted: false,
+        proxies: None,
         ends_tls: false,
         default_host: &host,
         target_size: proxy.settings.limits.target_size,

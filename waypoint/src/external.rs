@@ -338,11 +338,11 @@ async fn exchange(
     let connects = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
     for _ in 0..3 {
         let Chosen { endpoint: chosen, trial, gate } =
-            match balance::request_endpoint(worker, inbound.source, target, &tried, None) {
+            match balance::request_endpoint(worker, inbound.remote, target, &tried, None) {
                 Ok(chosen) => chosen,
                 Err(Failure::NoEndpoint(_)) if !tried.is_empty() => {
                     tried.clear();
-                    balance::request_endpoint(worker, inbound.source, target, &tried, None)?
+                    balance::request_endpoint(worker, inbound.remote, target, &tried, None)?
                 }
                 Err(failure) => return Err(failure),
             };

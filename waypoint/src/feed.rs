@@ -23,6 +23,7 @@ use crate::dump;
 use crate::listeners::Listeners;
 use crate::policies::Policies;
 use crate::proxy::{Publication, Published};
+use crate::trusted_proxies::TrustedProxies;
 
 /// One change from the control plane.
 enum Change {
@@ -125,6 +126,10 @@ impl Applier {
             next.addresses = addresses.filter_map(destination).collect();
             next.forwards_client_identity =
                 self.gateways.values().any(|gateway| gateway.forwards_client_identity);
+            let trusted = self.gateways.values().find_map(|gateway| gateway.trusted_proxies.as_ref());
+            next.trusted_proxies = Arc::new(trusted.map(TrustedProxies::new).unwrap_or_default());
+            let forwarders = self.gateways.values().flat_map(|gateway| &gateway.trusted_forwarders);
+            next.trusted_forwarders = forwarders.cloned().collect();
         }
         if changed.listeners {
             next.listeners = Arc::new(Listeners::new(&self.listeners, &self.key_pairs));

@@ -24,10 +24,11 @@ use tokio_rustls::TlsAcceptor;
 use crate::accept::{Destination, Inbound};
 use crate::app::{accept_all, listen};
 use crate::client::Client;
+use crate::clients::{Place, Places};
 use crate::io::ReadAhead;
 use crate::listeners::{Layer, Listener};
 use crate::proxy::{Proxy, Worker};
-use crate::{client_hello, pass_through, protocol};
+use crate::{client_hello, pass_through, protocol, proxy_protocol};
 
 /// How soon a port that could not be opened is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -102,7 +103,7 @@ impl Ports {
 }
 
 /// Serves one connection to its end.
-pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream, peer: SocketAddr) {
+pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, mut stream: TcpStream, peer: SocketAddr) {
     if let Err(error) = stream.set_nodelay(true) {
         return tracing::debug!(%peer, %error, "a client left at once");
     }
@@ -111,15 +112,20 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream,
         Err(error) => return tracing::debug!(%peer, %error, "a client left at once"),
     };
     let source = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let connection = Connection { worker, handle, source, local };
+    let Some((remote, Places { open, pending })) = admit(&worker.proxy, &mut stream, source).await else {
+        return;
+    };
+    let connection = Connection { worker, handle, source, remote, local, place: open };
     let layer = connection.worker.proxy.published.load().listeners.layer(local.port());
     match layer {
         Some(Layer::Requests) => {
             let inbound = connection.inbound(None);
-            Box::pin(protocol::serve_http(inbound, None, Client::plain(stream))).await;
+            Box::pin(protocol::serve_http(inbound, None, Client::plain(stream), pending)).await;
         }
-        Some(Layer::Encrypted) => Box::pin(serve_encrypted(connection, stream)).await,
+        Some(Layer::Encrypted) => Box::pin(serve_encrypted(connection, stream, pending)).await,
         Some(Layer::Plain) => {
+            // The server may be the first to speak.
+            drop(pending);
             let Some(taken) = connection.listener("") else { return };
             let stream = ReadAhead::new(Bytes::new(), stream);
             Box::pin(pass_through::serve(&connection.inbound(Some(taken)), None, stream)).await;
@@ -129,16 +135,58 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, stream: TcpStream,
     }
 }
 
+/// Who the client of a connection is, and its places; `None` where there are too many, or where no load balancer says who it is that
+/// should.
+async fn admit(proxy: &Proxy, stream: &mut TcpStream, source: SocketAddr) -> Option<(SocketAddr, Places)> {
+    let trusted = proxy.published.load().trusted_proxies.clone();
+    let refusals = &proxy.tallies.clients;
+    let take = |address: SocketAddr, is_proxy: bool| match proxy.clients.take(address.ip(), is_proxy, refusals)
+    {
+        Ok(places) => Some(places),
+        Err(refused) => {
+            tracing::debug!(%address, ?refused, "a connection is refused: too many are open");
+            None
+        }
+    };
+    let is_proxy = trusted.proxy_protocol || trusted.has_network_of(source.ip());
+    let places = take(source, is_proxy)?;
+    if !trusted.proxy_protocol {
+        return Some((source, places));
+    }
+    let refuse = |reason: &dyn std::fmt::Display| {
+        refusals.proxy_protocol.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!(%source, %reason, "a connection is refused: nobody says who its client is");
+    };
+    if trusted.excludes(source.ip()) {
+        refuse(&"it comes from none of the trusted proxies");
+        return None;
+    }
+    match proxy_protocol::read(stream, proxy.settings.limits.handshake_timeout.get()).await {
+        Ok(None) => Some((source, places)),
+        Ok(Some(client)) => {
+            let client = SocketAddr::new(client.ip().to_canonical(), client.port());
+            drop(places);
+            Some((client, take(client, trusted.has_network_of(client.ip()))?))
+        }
+        Err(error) => {
+            refuse(&error);
+            None
+        }
+    }
+}
+
 /// A connection of a client outside the mesh.
 struct Connection {
     worker: Arc<Worker>,
     handle: WorkerHandle,
     source: SocketAddr,
+    remote: SocketAddr,
     local: SocketAddr,
+    place: Place,
 }
 
 /// Serves a connection that begins with TLS, by the name that it asks for: passed on unread, or ended here.
-async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
+async fn serve_encrypted(connection: Connection, mut stream: TcpStream, pending: Place) {
     let proxy = connection.worker.proxy.clone();
     let (source, limit) = (connection.source, proxy.settings.limits.handshake_timeout.get());
     let mut first = BytesMut::new();
@@ -154,6 +202,7 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
     let is_http = taken.protocol == l7::ListenerProtocol::HttpsListener;
     let stream = ReadAhead::new(first.freeze(), stream);
     let Some(config) = taken.tls.clone() else {
+        drop(pending);
         let inbound = connection.inbound(Some(taken));
         return pass_through::serve(&inbound, Some(hello), stream).await;
     };
@@ -168,8 +217,11 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream) {
     let inbound = connection.inbound(Some(taken));
     let negotiated = protocol::of_alpn(stream.get_ref().1.alpn_protocol());
     match is_http {
-        true => protocol::serve_http(inbound, negotiated, Client::tls(stream)).await,
-        false => pass_through::serve(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await,
+        true => protocol::serve_http(inbound, negotiated, Client::tls(stream), pending).await,
+        false => {
+            drop(pending);
+            pass_through::serve(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await;
+        }
     }
 }
 
@@ -181,33 +233,26 @@ impl Connection {
     }
 
     fn inbound(self, taken: Option<Arc<Listener>>) -> Arc<Inbound> {
-        let Self { worker, handle, source, local } = self;
-        let destination = Destination::Listener { address: local, taken };
-        Arc::new(inbound(worker, &handle, source, destination))
-    }
-}
-
-fn inbound(
-    worker: Arc<Worker>,
-    handle: &WorkerHandle,
-    source: SocketAddr,
-    destination: Destination,
-) -> Inbound {
-    let proxy = &worker.proxy;
-    // Metrics know the gateway as the source, as those of Istio's gateways do: nothing is known of clients outside.
-    let own = proxy.published.load().directory.workload(proxy.settings.uid.as_str()).cloned();
-    let reported = End { workload: own, identity: Some(proxy.identity.clone()), baggage: None };
-    Inbound {
-        certificate: None,
-        trusted_forwarder: false,
-        client_labels: peer_labels(&reported),
-        client: End::default(),
-        recent_series: crate::report::RecentSeries::default(),
-        default_host: destination.host().into(),
-        activity: Arc::new(proxy.settings.limits.activity()),
-        counted: handle.count_connection(),
-        source,
-        destination,
-        worker,
+        let destination = Destination::Listener { address: self.local, taken };
+        let Self { worker, handle, source, remote, local: _, place } = self;
+        let proxy = &worker.proxy;
+        // Metrics know the gateway as the source, as those of Istio's gateways do: nothing is known of clients outside.
+        let own = proxy.published.load().directory.workload(proxy.settings.uid.as_str()).cloned();
+        let reported = End { workload: own, identity: Some(proxy.identity.clone()), baggage: None };
+        Arc::new(Inbound {
+            certificate: None,
+            trusted_forwarder: false,
+            client_labels: peer_labels(&reported),
+            client: End::default(),
+            recent_series: crate::report::RecentSeries::default(),
+            default_host: destination.host().into(),
+            activity: Arc::new(proxy.settings.limits.activity()),
+            counted: handle.count_connection(),
+            place: Some(place),
+            source,
+            remote,
+            destination,
+            worker,
+        })
     }
 }

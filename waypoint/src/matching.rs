@@ -64,7 +64,7 @@ pub fn find(
         authority: &sane.authority,
         port,
         client_namespace: client,
-        client_address: inbound.source.ip().to_canonical(),
+        client_address: inbound.remote.ip().to_canonical(),
     };
     let matched = routes.find(&head).ok_or(Failure::NoRoute)?;
     if let Some(reason) = &matched.rule.invalid {
@@ -101,7 +101,7 @@ pub fn connection(
         port: inbound.destination.port(),
         destination: inbound.destination.address(),
         client_namespace: inbound.client_namespace(),
-        client_address: inbound.source.ip().to_canonical(),
+        client_address: inbound.remote.ip().to_canonical(),
         tls: tls.map(|hello| ambit_route::ClientHello { server_name: hello.server_name.as_deref() }),
     };
     let matched = match &inbound.destination {

@@ -88,7 +88,7 @@ async fn copy(
 ) -> Result<(), Failure> {
     let worker = &inbound.worker;
     let Chosen { endpoint: chosen, trial, gate } =
-        balance::request_endpoint(worker, inbound.source, target, &[], None)?;
+        balance::request_endpoint(worker, inbound.remote, target, &[], None)?;
     let has_deadline = head.headers().contains_key(GRPC_TIMEOUT);
     let (parts, ()) = head.into_parts();
     let state = match &body {

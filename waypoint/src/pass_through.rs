@@ -77,7 +77,7 @@ async fn dial(
     let key = match &target.balanced {
         Some(balanced) => {
             let by_source = balanced.current(&worker.proxy)?.hash_key() == Some(&HashKey::SourceIp);
-            by_source.then(|| of_address(inbound.source.ip()))
+            by_source.then(|| of_address(inbound.remote.ip()))
         }
         None => None,
     };
@@ -85,7 +85,7 @@ async fn dial(
     let mut last = None;
     let connects = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
     for _ in 0..=Retry::default().attempts {
-        let chosen = match endpoint(worker, inbound.source, target, &tried, key) {
+        let chosen = match endpoint(worker, inbound.remote, target, &tried, key) {
             Ok(chosen) => chosen,
             Err(failure) => {
                 last.get_or_insert(failure);

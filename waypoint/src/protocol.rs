@@ -19,6 +19,7 @@ use crate::accept::Inbound;
 use crate::activity::Exceeded;
 use crate::client::Client;
 use crate::client_stream::ClientStream;
+use crate::clients::Place;
 use crate::failure::Failure;
 use crate::io::ReadAhead;
 use crate::report::Record;
@@ -79,10 +80,17 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
     }
 }
 
-/// Serves a connection on which HTTP is spoken to its end. What TLS has negotiated is the version, whatever the first bytes look
-/// like (RFC 9113 §3.2).
-pub async fn serve_http(inbound: Arc<Inbound>, negotiated: Option<Spoken>, mut client: Client) {
-    let Some((detected, first)) = first_request(&inbound, &mut client).await else {
+/// Serves a connection of a client outside the mesh on which HTTP is spoken to its end. What TLS has negotiated is the version, whatever
+/// the first bytes look like (RFC 9113 §3.2). The connection has its place among the pending ones until its client has begun.
+pub async fn serve_http(
+    inbound: Arc<Inbound>,
+    negotiated: Option<Spoken>,
+    mut client: Client,
+    pending: Place,
+) {
+    let first = first_request(&inbound, &mut client).await;
+    drop(pending);
+    let Some((detected, first)) = first else {
         return drop(client.shutdown().await);
     };
     match negotiated.unwrap_or(detected) {

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use crate::activity::{Activity, Exceeded};
 use crate::backend_policies::BackendPolicies;
 use crate::balancers::Balancers;
+use crate::clients::{self, Clients};
 use crate::config::Limits;
 use crate::dump::RouteSummary;
 use crate::failure::Failure;
@@ -26,6 +27,7 @@ use crate::names::Names;
 use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::traffic::Refusals;
+use crate::trusted_proxies::TrustedProxies;
 use crate::upstream::Upstreams;
 
 /// What the control plane says of this waypoint, at one moment. A request keeps the one that it began with.
@@ -37,6 +39,10 @@ pub struct Published {
     pub addresses: Arc<[GatewayDestination]>,
     /// Whether endpoints learn who the client is.
     pub forwards_client_identity: bool,
+    /// Which proxies in front of a gateway are believed.
+    pub trusted_proxies: Arc<TrustedProxies>,
+    /// SPIFFE ids of gateways that are believed about their clients.
+    pub trusted_forwarders: Arc<[String]>,
     /// Where a gateway takes connections.
     pub listeners: Arc<Listeners>,
     /// The routes of what is bound to it, and of its listeners.
@@ -96,6 +102,11 @@ impl Publication {
 }
 
 impl Published {
+    /// Whether this takes connections of clients outside the mesh.
+    pub fn is_gateway(&self) -> bool {
+        self.listeners.ports().next().is_some()
+    }
+
     /// Whether a service is bound to this waypoint.
     pub fn is_bound(&self, service: &Service) -> bool {
         let weighted = service.weighted_waypoints.iter().map(|weighted| &weighted.gateway);
@@ -132,6 +143,10 @@ pub struct Settings {
 pub struct Tallies {
     /// Tunnels to something that is not bound to this waypoint.
     pub unbound: AtomicU64,
+    /// Tries past a waypoint that is missing, as the owner of the service allows.
+    pub waypoint_bypassed: AtomicU64,
+    /// What limits of clients outside the mesh refused.
+    pub clients: clients::Refusals,
     /// Requests that were not sent again because too many were.
     pub retries_over_budget: AtomicU64,
     /// Requests that were sent to a second endpoint beside the first.
@@ -251,6 +266,8 @@ pub struct Proxy {
     pub names: Names,
     /// Accepts and serves the tunnel connections of other proxies.
     pub server: Server,
+    /// Connections of clients outside the mesh.
+    pub clients: Clients,
     /// Counts.
     pub tallies: Tallies,
 }

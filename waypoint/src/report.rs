@@ -1,7 +1,7 @@
 //! Reports requests: one set of metrics and one line of the access log each, when its answer has ended.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -104,6 +104,8 @@ pub struct Record {
     grpc: bool,
     route: Option<Arc<ambit_route::RouteName>>,
     audited_by: Option<Box<str>>,
+    /// The address of the first client, if proxies stand before it.
+    remote: Option<SocketAddr>,
     request_id: Option<Box<str>>,
     user_agent: Option<Box<str>>,
     body: Option<Source>,
@@ -148,6 +150,7 @@ impl Record {
             grpc: false,
             route: None,
             audited_by: None,
+            remote: None,
             request_id: None,
             user_agent: None,
             body: None,
@@ -174,6 +177,9 @@ impl Record {
     /// What was asked for, in its one form.
     pub fn set_target(&mut self, sane: &Sane, parts: &Parts) {
         self.authority.clone_from(&sane.authority);
+        // Its port is not known.
+        let is_other = |address: &IpAddr| *address != self.inbound.remote.ip();
+        self.remote = sane.remote.filter(is_other).map(|address| SocketAddr::new(address, 0));
         self.path = parts.uri.path().into();
         if self.request_id.is_none() {
             let id = parts.headers.get(X_REQUEST_ID);
@@ -329,7 +335,7 @@ impl Record {
     fn of_open(&self, authority: Box<str>, path: Box<str>) -> RequestEntry {
         let inbound = &self.inbound;
         RequestEntry {
-            source: party(&inbound.client, inbound.source),
+            source: party(&inbound.client, self.remote.unwrap_or(inbound.remote)),
             destination: destination(self.endpoint.as_deref()),
             service: service(inbound, self.endpoint.as_deref()).map(|service| service.host.hostname.clone()),
             dialled: dialled_at(inbound),
@@ -498,7 +504,7 @@ fn entry_of_connection(inbound: &Inbound, endpoint: Option<&Endpoint>, status: S
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
     let destination = endpoint.map(|endpoint| party(&end_of(endpoint), endpoint.address));
     Entry {
-        source: party(&inbound.client, inbound.source),
+        source: party(&inbound.client, inbound.remote),
         destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
         hbone_addr: None,
         service: service(inbound, endpoint).map(|service| service.host.hostname.clone()),

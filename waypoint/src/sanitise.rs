@@ -14,6 +14,7 @@ use http::{HeaderValue, Method, Version};
 use hyper::ext::Protocol;
 
 use crate::failure::Failure;
+use crate::trusted_proxies::{FirstClient, TrustedProxies};
 
 /// Fields of one hop, beside those that `Connection` names (RFC 9110 §7.6.1).
 const HOP_BY_HOP: [HeaderName; 5] = [
@@ -26,6 +27,8 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Envoy's name for the address of the first client.
+const X_ENVOY_EXTERNAL_ADDRESS: HeaderName = HeaderName::from_static("x-envoy-external-address");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
@@ -36,6 +39,8 @@ pub struct Claims<'a> {
     pub client: IpAddr,
     /// Whether what it says of other clients is kept.
     pub trusted: bool,
+    /// At a gateway: the proxies in front of it that are believed, instead of `trusted`.
+    pub proxies: Option<&'a TrustedProxies>,
     /// Whether the client speaks TLS, which ends here.
     pub ends_tls: bool,
     /// The host of requests that may name none.
@@ -59,6 +64,8 @@ pub struct Sane {
     pub grpc: bool,
     /// `http`, or what a trusted proxy in front says.
     pub scheme: &'static str,
+    /// The address of the first client: the client's own, or what trusted proxies in front say. `None` where that can't be read.
+    pub remote: Option<IpAddr>,
 }
 
 /// Brings a request into its one form. The URI is left with the normalised path and query only, and there is no `Host`.
@@ -82,7 +89,8 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
     };
     let upgrade = without_http(upgrade, parts.version)?;
     parts.headers.remove(HTTP2_SETTINGS);
-    if claims.trusted && parts.headers.get_all(X_FORWARDED_FOR).iter().any(|line| line.to_str().is_err()) {
+    let is_believed = claims.proxies.map_or(claims.trusted, |proxies| proxies.believes(claims.client));
+    if is_believed && parts.headers.get_all(X_FORWARDED_FOR).iter().any(|line| line.to_str().is_err()) {
         return Err(Failure::Malformed("X-Forwarded-For is no text"));
     }
     let trailers = accepts_trailers(&parts.headers);
@@ -95,11 +103,11 @@ pub fn sanitise(parts: &mut Parts, claims: &Claims<'_>) -> Result<Sane, Failure>
     if trailers {
         parts.headers.insert(TE, HeaderValue::from_static("trailers"));
     }
-    let scheme = forwarding_headers(&mut parts.headers, claims);
+    let (scheme, remote) = forwarding_headers(&mut parts.headers, claims);
     parts.uri = path.into();
     let content_type = parts.headers.get(http::header::CONTENT_TYPE);
     let grpc = content_type.is_some_and(|value| is_grpc(value.as_bytes()));
-    Ok(Sane { authority, host, upgrade, version: parts.version, grpc, scheme })
+    Ok(Sane { authority, host, upgrade, version: parts.version, grpc, scheme, remote })
 }
 
 /// RFC 8441: in HTTP/2 a change of protocol is a CONNECT with `:protocol`. It is sent on as HTTP/1's upgrade, a GET.
@@ -268,20 +276,39 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Says for whom the request is sent on; returns the scheme that the client used.
-fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> &'static str {
+/// Says for whom the request is sent on; returns the scheme that the client used, and the address of the first client.
+fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> (&'static str, Option<IpAddr>) {
     // Never believed from outside: it would be a certificate that nobody has seen.
     headers.remove(XFCC);
-    if !claims.trusted {
+    let is_believed = claims.proxies.map_or(claims.trusted, |proxies| proxies.believes(claims.client));
+    if !is_believed {
         headers.remove(X_FORWARDED_FOR);
         headers.remove(X_FORWARDED_PROTO);
+    }
+    // At a gateway nobody can say how much of it proxies have written.
+    if !is_believed || claims.proxies.is_some() {
         headers.remove(FORWARDED);
+        headers.remove(X_ENVOY_EXTERNAL_ADDRESS);
     }
     let before: Vec<&str> = tokens(headers, &X_FORWARDED_FOR).collect();
+    let (remote, kept) = match claims.proxies {
+        // What comes before the first client is that one's own claim.
+        Some(proxies) => {
+            let FirstClient { address, believed } = proxies.first_client(claims.client, &before);
+            (Some(address), before.len().saturating_sub(believed))
+        }
+        // A forwarder's last entry is its own client.
+        None => (before.last().map_or(Some(claims.client), |entry| entry.parse().ok()), 0),
+    };
     let client = claims.client.to_string();
-    let chain = before.into_iter().chain([client.as_str()]).collect::<Vec<_>>().join(", ");
+    let chain = before.into_iter().skip(kept).chain([client.as_str()]).collect::<Vec<_>>().join(", ");
     if let Ok(chain) = HeaderValue::try_from(chain) {
         headers.insert(X_FORWARDED_FOR, chain);
+    }
+    if let (Some(_), Some(remote)) = (claims.proxies, remote)
+        && let Ok(remote) = HeaderValue::try_from(remote.to_string())
+    {
+        headers.insert(X_ENVOY_EXTERNAL_ADDRESS, remote);
     }
     let claimed = headers.get(X_FORWARDED_PROTO).is_some_and(|value| value.as_bytes() == b"https");
     let secure = claims.ends_tls || claimed;
@@ -292,7 +319,7 @@ fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> &'static 
     {
         headers.insert(X_REQUEST_ID, id);
     }
-    scheme
+    (scheme, remote)
 }
 
 /// Says to the endpoint who the client is, in the form of Envoy: the proxy's own identity, and the client's.

@@ -7,7 +7,7 @@ use super::*;
 
 fn claims(trusted: bool) -> Claims<'static> {
     let client = [10, 0, 0, 1].into();
-    Claims { client, trusted, ends_tls: false, default_host: "svc.example", target_size: 100 }
+    Claims { client, trusted, proxies: None, ends_tls: false, default_host: "svc.example", target_size: 100 }
 }
 
 fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Parts {
@@ -26,6 +26,55 @@ fn http11(uri: &str, headers: &[(&str, &str)]) -> (Parts, Result<Sane, Failure>)
 
 fn status(result: Result<Sane, Failure>) -> Option<StatusCode> {
     result.err().map(|failure| failure.status())
+}
+
+/// What a request from 10.0.0.1 with these headers says of its client after sanitising: the chain, the scheme, Envoy's header, and the
+/// address that policies see.
+fn forwarded(claims: &Claims<'_>, headers: &[(&str, &str)]) -> [String; 4] {
+    let headers: Vec<_> = headers.iter().copied().chain([("host", "a")]).collect();
+    let mut parts = request(Version::HTTP_11, "/", &headers);
+    let sane = sanitise(&mut parts, claims).unwrap();
+    let text = |name: &str| parts.headers.get(name).map_or("-", |value| value.to_str().unwrap()).to_owned();
+    let remote = sane.remote.map_or_else(|| "-".to_owned(), |address| address.to_string());
+    [text("x-forwarded-for"), sane.scheme.to_owned(), text("x-envoy-external-address"), remote]
+}
+
+const CLAIMED: [(&str, &str); 4] = [
+    ("x-forwarded-for", "198.51.100.1, 203.0.113.7"),
+    ("x-forwarded-proto", "https"),
+    ("x-envoy-external-address", "198.51.100.1"),
+    ("forwarded", "for=198.51.100.1"),
+];
+
+#[test]
+fn a_forwarders_claim_counts_only_if_it_is_trusted() {
+    assert_eq!(forwarded(&claims(false), &CLAIMED), ["10.0.0.1", "http", "-", "10.0.0.1"]);
+    let chain = "198.51.100.1, 203.0.113.7, 10.0.0.1";
+    assert_eq!(forwarded(&claims(true), &CLAIMED), [chain, "https", "198.51.100.1", "203.0.113.7"]);
+    assert_eq!(forwarded(&claims(true), &[]), ["10.0.0.1", "http", "-", "10.0.0.1"]);
+    let unreadable = [("x-forwarded-for", "unknown")];
+    assert_eq!(forwarded(&claims(true), &unreadable), ["unknown, 10.0.0.1", "http", "-", "-"]);
+}
+
+#[test]
+fn a_gateway_believes_its_trusted_proxies_and_nobody_else() {
+    let at_gateway = |hops: u32, networks: &[&str], headers: &[(&str, &str)]| {
+        let networks = networks.iter().map(ToString::to_string).collect();
+        let source = ambit_api::l7::TrustedProxies { hops, networks, proxy_protocol: false };
+        let proxies = TrustedProxies::new(&source);
+        forwarded(&Claims { proxies: Some(&proxies), ..claims(false) }, headers)
+    };
+    let own = ["10.0.0.1", "http", "10.0.0.1", "10.0.0.1"];
+    assert_eq!(at_gateway(0, &[], &CLAIMED), own);
+    // What comes before the first client is its own claim.
+    let first = ["203.0.113.7, 10.0.0.1", "https", "203.0.113.7", "203.0.113.7"];
+    assert_eq!(at_gateway(1, &[], &CLAIMED), first);
+    assert_eq!(at_gateway(0, &["10.0.0.0/8"], &CLAIMED), first);
+    assert_eq!(at_gateway(0, &["172.16.0.0/12"], &CLAIMED), own);
+    let both = ["198.51.100.1, 203.0.113.7, 10.0.0.1", "https", "198.51.100.1", "198.51.100.1"];
+    assert_eq!(at_gateway(2, &[], &CLAIMED), both);
+    // A proxy that names fewer than it should says nothing of the client.
+    assert_eq!(at_gateway(3, &[], &CLAIMED), ["10.0.0.1", "https", "10.0.0.1", "10.0.0.1"]);
 }
 
 #[test]

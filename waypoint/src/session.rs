@@ -285,6 +285,7 @@ mod tests {
             tls: None,
             host: None,
             crossing: None,
+            asked_of_waypoint: None,
         }
     }
 

@@ -15,7 +15,7 @@ use ambit_traffic::{
 };
 
 use crate::accept::{Destination, Inbound};
-use crate::authorize::{Head, remote_ip};
+use crate::authorize::Head;
 use crate::failure::Failure;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
@@ -173,8 +173,8 @@ pub fn facts<'a>(
 fn of_inbound<'a>(inbound: &'a Inbound, asked: Option<RequestView<'a>>) -> Facts<'a> {
     let peer_address = inbound.source.ip();
     let address = match &asked {
-        Some(asked) => remote_ip(peer_address, inbound.trusted_forwarder, asked.head.headers),
-        None => Some(peer_address),
+        Some(asked) => asked.sane.remote,
+        None => Some(inbound.remote.ip()),
     };
     let identity = inbound.identity();
     let source = SourceFacts {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use ambit_directory::WorkloadUid;
+use ambit_directory::{Authority, WorkloadUid};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
@@ -50,6 +50,8 @@ pub struct Key {
     pub tls: Option<TlsKey>,
     /// What its connections have of their own, where a policy says something of connections.
     pub shape: Option<Arc<Shape>>,
+    /// What a waypoint was asked for, if the workload is one.
+    pub asked_of_waypoint: Option<Authority>,
 }
 
 impl Key {
@@ -531,7 +533,8 @@ mod tests {
     use super::*;
 
     fn key() -> Key {
-        Key { workload: None, address: ([10, 0, 0, 1], 80).into(), http2: true, tls: None, shape: None }
+        let address = ([10, 0, 0, 1], 80).into();
+        Key { workload: None, address, http2: true, tls: None, shape: None, asked_of_waypoint: None }
     }
 
     fn now<T>(finding: Pin<&mut impl Future<Output = T>>) -> Poll<T> {

@@ -105,10 +105,12 @@ pub(crate) async fn settings(cluster: &Cluster) -> anyhow::Result<Settings> {
     let mut data = config.and_then(|config| config.data).unwrap_or_default();
     let text = data.remove("config.yaml");
     let config: Value = text.and_then(|text| serde_saphyr::from_str(&text).ok()).unwrap_or_default();
-    let authorizers = data.get("mesh.yaml").and_then(|text| mesh_config::parse(text).ok());
+    let mesh = data.get("mesh.yaml").and_then(|text| mesh_config::parse(text).ok()).unwrap_or_default();
     let default = Settings {
         root_namespace: cluster.system.as_str().into(),
-        authorizers: authorizers.unwrap_or_default(),
+        ingress_namespace: cluster.system.as_str().into(),
+        authorizers: mesh.authorizers,
+        gateway_topology: mesh.gateway_topology,
         ..Settings::default()
     };
     Ok(of_config(&config, default))
@@ -124,7 +126,9 @@ fn of_config(config: &Value, default: Settings) -> Settings {
         root_namespace: text("rootNamespace", default.root_namespace),
         waypoint_classes: default.waypoint_classes,
         gateway_classes: default.gateway_classes,
+        ingress_namespace: default.ingress_namespace,
         authorizers: default.authorizers,
+        gateway_topology: default.gateway_topology,
         l7_deny_at_l4: if config["l7DenyAtL4"] == "deny" { L7DenyAtL4::Deny } else { default.l7_deny_at_l4 },
     }
 }

@@ -1,15 +1,16 @@
 //! Objects in, reports out. Pure: the control plane's index judges what it reads, the table of foreign kinds the rest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use ambit_api::l7;
-use ambit_control::index::{Finding as Condition, Index, ResourceType, Settings};
+use ambit_control::index::{Finding as Condition, Index, ResourceType, Settings, default_gateway};
+use ambit_control::intake;
 use ambit_control::object::{Change, Kind, Object, ObjectRef};
 use ambit_control::source::files::inspect::Content;
 use prost::Message;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::shadows::{self, Shadowed};
 use super::{foreign, remedies};
@@ -96,6 +97,9 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
         places.insert(object.reference(), (place, is_context));
         changes.push(Change::Apply(object));
     }
+    if !is_complete {
+        changes.extend(ingress_gateways(&changes, &settings));
+    }
     let mut index = Index::new(settings);
     index.apply(changes);
     for (object, findings) in index.findings() {
@@ -143,6 +147,32 @@ fn shadows(index: &Index, places: &BTreeMap<ObjectRef, (Option<Place>, bool)>) -
         })
     };
     shadows::shadowed(&routes).into_iter().filter_map(report).collect()
+}
+
+/// The Gateways that the control plane makes for Ingresses, which files never hold.
+fn ingress_gateways(changes: &[Change], settings: &Settings) -> Vec<Change> {
+    let class = |change: &Change| match change {
+        Change::Apply(Object::Ingress(ingress)) => ingress.class.clone(),
+        Change::Apply(Object::IngressClass(class)) if class.is_ours => Some(class.name.clone()),
+        _ => None,
+    };
+    let classes: BTreeSet<_> = changes.iter().filter_map(class).collect();
+    let gateway = |class: &str| {
+        let name = default_gateway(&settings.ingress_namespace, class);
+        let manifest = json!({
+            "apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
+            "metadata": { "name": name.name, "namespace": name.namespace },
+            "spec": {
+                "gatewayClassName": settings.gateway_classes.first(),
+                "listeners": [{ "name": "http", "port": 80, "protocol": "HTTP" }],
+            },
+        });
+        let is_there = changes.iter().any(|change| {
+            change.reference() == ObjectRef { kind: Kind::Gateway, name: name.clone() }
+        });
+        intake::read(Kind::Gateway, &manifest).ok().filter(|_| !is_there).map(Change::Apply)
+    };
+    classes.iter().filter_map(|class| gateway(class)).collect()
 }
 
 /// Whether a finding is of what a controller has not written, which files never hold.
@@ -306,6 +336,22 @@ spec: {clusterIP: 10.0.0.3, ports: [{port: 80}]}
             |reports: &[Report]| reports.iter().filter(|r| r.reason == "WaypointNotReady").count();
         assert_eq!(not_ready(&of(false)), 0);
         assert!(not_ready(&of(true)) > 0);
+    }
+
+    /// Its Gateway is made by the control plane; what is wrong with it is said all the same.
+    #[test]
+    fn an_ingress_is_judged_without_its_gateway() {
+        let ingress = |name: &str, service: &str| {
+            format!(
+                "apiVersion: networking.k8s.io/v1\nkind: Ingress\nmetadata: {{name: {name}, namespace: shop}}\n\
+                 spec: {{ingressClassName: ambit, defaultBackend: {{service: {{name: {service}, port: {{number: 80}}}}}}}}\n---\n"
+            )
+        };
+        let text = format!("{}{}{MANIFESTS}", ingress("right", "api"), ingress("wrong", "absent"));
+        let reports = judge(items(&text), Settings::default(), false);
+        let of_ingresses = reports.iter().filter(|report| report.object.starts_with("Ingress"));
+        let found: Vec<_> = of_ingresses.map(|report| (&*report.object, &*report.message)).collect();
+        assert_eq!(found, [("Ingress shop/wrong", "Service shop/absent does not exist")]);
     }
 
     #[test]

@@ -34,8 +34,13 @@ pub(crate) fn listeners(directory: &Path) -> Vec<Listener> {
     let mut files: Vec<_> = entries.map(|entry| entry.path()).filter(|path| is_small(path)).collect();
     files.sort();
     let texts = files.iter().filter_map(|file| std::fs::read_to_string(file).ok());
-    let mut all: Vec<Listener> = texts.flat_map(|text| of_text(&text)).collect();
-    all.truncate(MOST);
+    let mut all: Vec<Listener> = Vec::new();
+    for listener in texts.flat_map(|text| of_text(&text)) {
+        // Several Ingresses have one Gateway.
+        if !all.contains(&listener) && all.len() < MOST {
+            all.push(listener);
+        }
+    }
     all
 }
 
@@ -44,7 +49,23 @@ fn of_text(text: &str) -> Vec<Listener> {
     documents.iter().flat_map(of_object).collect()
 }
 
+/// Those of an Ingress, at the Gateway that serves the class of the chart.
+fn of_ingress(object: &Value) -> Vec<Listener> {
+    let annotation = object["metadata"]["annotations"]["kubernetes.io/ingress.class"].as_str();
+    if annotation.or(object["spec"]["ingressClassName"].as_str()) != Some(CLASS) {
+        return Vec::new();
+    }
+    let gateway = ServiceName { namespace: "ambit-system".to_owned(), name: format!("{CLASS}-ingress") };
+    let has_tls = object["spec"]["tls"].as_array().is_some_and(|tls| !tls.is_empty());
+    let listener = |port, scheme| Listener { gateway: gateway.clone(), port, scheme };
+    let https = has_tls.then(|| listener(443, "https"));
+    std::iter::once(listener(80, "http")).chain(https).collect()
+}
+
 fn of_object(object: &Value) -> Vec<Listener> {
+    if object["kind"] == "Ingress" {
+        return of_ingress(object);
+    }
     if object["kind"] != "Gateway" || object["spec"]["gatewayClassName"] != CLASS {
         return Vec::new();
     }
@@ -103,6 +124,12 @@ mod tests {
         let opened = gateway("ambit", "{ambit.dev/open: '9080/'}");
         assert_eq!(found(&opened), [(443, "https"), (5432, "tcp")]);
         assert_eq!(found("kind: [\n"), []);
+        let ingress = |class: &str, tls: &str| {
+            format!("kind: Ingress\nmetadata: {{name: a}}\nspec: {{ingressClassName: {class}, tls: {tls}}}\n")
+        };
+        assert_eq!(found(&ingress("ambit", "[{secretName: a}]")), [(80, "http"), (443, "https")]);
+        assert_eq!(found(&ingress("ambit", "[]")), [(80, "http")]);
+        assert_eq!(found(&ingress("nginx", "[]")), []);
     }
 
     #[test]

@@ -33,6 +33,7 @@ use crate::source::kubernetes::ApiServer;
 use crate::source::{Event, SourceName};
 use crate::write::classes::ClassWriter;
 use crate::write::deployments::WaypointWriter;
+use crate::write::ingress::IngressWriter;
 use crate::write::lease::Elector;
 use crate::write::pod_certificates::PodCertificateSigner;
 use crate::write::roots::{Namespaces, RootsWriter};
@@ -344,9 +345,21 @@ fn start_writers(
     };
     tasks.spawn("the signer of pod certificates", signer.run(leads.clone()));
     let (findings, queue) = (observed.findings.clone(), observed.statuses.clone());
-    let statuses = StatusWriter::new(client.clone(), findings, queue, metrics.clone());
+    let gateway_class = config.index.gateway_classes.first().cloned();
+    let has_gateways = gateway_class.is_some();
+    let statuses = StatusWriter::new(client.clone(), findings, queue, metrics.clone(), has_gateways);
     tasks.spawn("the writer of statuses", statuses.run(leads.clone()));
     let Some(template) = config.waypoint_template.clone() else { return };
+    if let Some(gateway_class) = gateway_class {
+        let writer = IngressWriter {
+            client: client.clone(),
+            gateway_class,
+            namespace: config.index.ingress_namespace.clone(),
+            findings: observed.findings.clone(),
+            metrics: metrics.clone(),
+        };
+        tasks.spawn("the writer of Gateways for Ingresses", writer.run(leads.clone()));
+    }
     let classes = config.deployed_waypoint_classes.clone();
     let (of_classes, of_waypoints) = (client.clone(), client.clone());
     let written = metrics.clone();

@@ -19,6 +19,14 @@ pub(super) enum Dependency {
     ReplicaSet(NamespacedName),
     /// A Secret.
     Secret(NamespacedName),
+    /// The IngressClasses.
+    IngressClasses,
+    /// Which Ingresses of a class there are, and whether they have certificates; empty: those that name none.
+    IngressesOfClass(Arc<str>),
+    /// The Ingresses with a certificate for a host; empty: for all.
+    IngressTls(Arc<str>),
+    /// The Ingresses that send requests to this Service.
+    IngressesTo(NamespacedName),
     /// A gateway.
     Gateway(NamespacedName),
     /// A ListenerSet.
@@ -27,6 +35,8 @@ pub(super) enum Dependency {
     ListenerSetsOf(NamespacedName),
     /// The gateways of a class.
     GatewayClass(Arc<str>),
+    /// The Services and namespaces that name a waypoint, and whether gateways send requests through it.
+    BoundTo(NamespacedName),
     /// The gateways into a network.
     Network(Arc<str>),
     /// Whether a pod of this name is there.

@@ -20,10 +20,13 @@ use std::sync::Arc;
 
 use ambit_api::l7 as l7_api;
 
-use crate::object::{Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef};
+use crate::object::{
+    AddressValue, Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef, Topology,
+};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
+pub use l7::ingresses::default_gateway;
 pub use l7::request_authentications::{FetchedKeys, WantedKeys};
 pub use l7::views::root_of_view;
 use outputs::Outputs;
@@ -49,10 +52,14 @@ pub struct Settings {
     pub waypoint_classes: Vec<Arc<str>>,
     /// `gatewayClassName`s of gateways for clients outside the mesh.
     pub gateway_classes: Vec<Arc<str>>,
+    /// Namespace of the Gateways that serve IngressClasses without parameters.
+    pub ingress_namespace: Arc<str>,
     /// What a DENY rule does at L4 that names only what L4 cannot see.
     pub l7_deny_at_l4: L7DenyAtL4,
     /// Whom policies may ask about requests, by name.
     pub authorizers: BTreeMap<Arc<str>, l7_api::ExternalAuthorizer>,
+    /// The proxies in front of every gateway that says nothing of them.
+    pub gateway_topology: Topology,
 }
 
 /// What a DENY rule does at L4 that names only what L4 cannot see (xDS contract).
@@ -122,8 +129,10 @@ impl Default for Settings {
             root_namespace: "ambit-system".into(),
             waypoint_classes: vec!["ambit-waypoint".into(), "istio-waypoint".into()],
             gateway_classes: vec!["ambit".into()],
+            ingress_namespace: "ambit-system".into(),
             l7_deny_at_l4: L7DenyAtL4::default(),
             authorizers: BTreeMap::new(),
+            gateway_topology: Topology::default(),
         }
     }
 }
@@ -150,6 +159,8 @@ pub struct Finding {
     pub listener: Option<ListenerFacts>,
     /// The ListenerSets of the Gateway that the condition is of.
     pub listener_sets: Option<ListenerSetFacts>,
+    /// Where the object is reached that the condition is of.
+    pub addresses: Vec<AddressValue>,
     /// The controller that says so.
     pub controller: &'static str,
 }
@@ -165,6 +176,7 @@ impl Finding {
             parent_ref: None,
             listener: None,
             listener_sets: None,
+            addresses: Vec::new(),
             controller: CONTROLLER,
         }
     }
@@ -363,6 +375,7 @@ impl Index {
                 remote.into_iter().chain(l7::gateways::of_gateway(&reader, id)).collect()
             }
             Kind::ListenerSet => l7::listener_sets::of_set(&reader, id),
+            Kind::Ingress => l7::ingresses::of_ingress(&reader, id),
             Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
                 l7::routes::of_route(&reader, producer)
             }
@@ -379,6 +392,7 @@ impl Index {
             | Kind::ServiceAccount
             | Kind::ConfigMap
             | Kind::Deployment
+            | Kind::IngressClass
             | Kind::ReplicaSet => Vec::new(),
         };
         let (dependencies, findings) = reader.finish();

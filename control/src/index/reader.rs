@@ -6,14 +6,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::dependencies::Dependency;
+use super::l7::ingresses::default_gateway;
 use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, KeyAddress, Kind, Labels, ListenerSet,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, Ingress, KeyAddress, Kind, Labels, ListenerSet,
     Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service,
     ServiceEntry, TrafficPolicy, VirtualService, Visibility,
 };
+
+/// The IngressClass that the chart makes.
+const DEFAULT_CLASS: &str = "ambit";
 
 /// The objects, for the time of one computation.
 pub(super) struct Reader<'a> {
@@ -90,9 +94,88 @@ impl<'a> Reader<'a> {
         sets
     }
 
+    /// The Gateway that serves Ingresses of a class; `None` where that is another controller's. The class of those that name none is the
+    /// default one.
+    ///
+    /// # Errors
+    /// What is wrong with the parameters of the class.
+    pub(super) fn gateway_of_class(&self, class: Option<&Arc<str>>) -> Option<Result<NamespacedName, String>> {
+        self.depend(Dependency::IngressClasses);
+        if self.settings.gateway_classes.is_empty() {
+            return None;
+        }
+        let classes = &self.store.ingress_classes;
+        let default = |name: &str| Ok(default_gateway(&self.settings.ingress_namespace, name));
+        let known = match class {
+            Some(name) => classes.get(name),
+            None => classes.values().filter(|it| it.is_default && it.is_ours).min_by_key(|it| it.name.clone()),
+        };
+        match (known, class) {
+            (Some(known), _) if !known.is_ours => None,
+            (Some(known), _) => Some(match &known.gateway {
+                Ok(Some(gateway)) => Ok(gateway.clone()),
+                Ok(None) => default(&known.name),
+                Err(problem) => Err(format!("IngressClass {}: {problem}", known.name)),
+            }),
+            // The chart makes this class; without the object, as where files are the source, it is the same.
+            (None, Some(name)) if **name == *DEFAULT_CLASS => Some(default(name)),
+            (None, _) => None,
+        }
+    }
+
+    /// The Ingresses that a Gateway serves, in no order.
+    pub(super) fn ingresses_of(&self, gateway: &NamespacedName) -> Vec<&'a Ingress> {
+        let names = self.store.ingress_classes.keys().cloned().chain([DEFAULT_CLASS.into(), "".into()]);
+        let classes: BTreeSet<Arc<str>> = names.collect();
+        let mut found = Vec::new();
+        for class in classes {
+            let named = Some(&class).filter(|class| !class.is_empty());
+            if self.gateway_of_class(named).is_some_and(|known| known.as_ref() == Ok(gateway)) {
+                self.depend(Dependency::IngressesOfClass(class.clone()));
+                let ids = self.store.ingresses_by_class.of(&class);
+                found.extend(ids.filter_map(|id| self.store.ingresses.get(id)).map(AsRef::as_ref));
+            }
+        }
+        found
+    }
+
+    /// The Ingresses with a certificate for a host, the senior first; for an empty one, for all hosts.
+    pub(super) fn ingresses_with_tls(&self, host: &str) -> Vec<&'a Ingress> {
+        let host: Arc<str> = host.into();
+        self.depend(Dependency::IngressTls(host.clone()));
+        let ids = self.store.ingresses_by_tls_host.of(&host);
+        let mut ingresses: Vec<&Ingress> =
+            ids.filter_map(|id| self.store.ingresses.get(id)).map(AsRef::as_ref).collect();
+        ingresses.sort_by_key(|ingress| ingress.meta.seniority());
+        ingresses
+    }
+
+    /// The Ingresses that send requests to a Service.
+    pub(super) fn ingresses_to(&self, service: &NamespacedName) -> Vec<&'a Ingress> {
+        self.depend(Dependency::IngressesTo(service.clone()));
+        let ids = self.store.ingresses_by_backend.of(service);
+        ids.filter_map(|id| self.store.ingresses.get(id)).map(AsRef::as_ref).collect()
+    }
+
     pub(super) fn secret(&self, id: &NamespacedName) -> Option<&'a Secret> {
         self.depend(Dependency::Secret(id.clone()));
         self.store.secrets.get(id).map(AsRef::as_ref)
+    }
+
+    /// Whether gateways send requests through a waypoint: something that names it says so.
+    pub(super) fn is_ingress_waypoint(&self, waypoint: &NamespacedName) -> bool {
+        self.depend(Dependency::BoundTo(waypoint.clone()));
+        let of_namespace = |name: &Arc<str>| self.namespace(name).and_then(|it| it.waypoint.ingress);
+        let mut services = self.store.services_by_waypoint.of(waypoint);
+        let by_service = services.any(|id| {
+            let own = self.store.services.get(id).and_then(|service| service.waypoint.ingress);
+            own.or_else(|| of_namespace(&id.namespace)) == Some(true)
+        });
+        let mut namespaces = self.store.namespaces_by_waypoint.of(waypoint);
+        by_service
+            || namespaces.any(|name| {
+                of_namespace(name) == Some(true) || self.store.ingress_services.of(name).next().is_some()
+            })
     }
 
     /// The gateways of a class, in order.

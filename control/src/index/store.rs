@@ -9,8 +9,8 @@ use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, KeyAddress,
-    Kind, ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, Ingress,
+    IngressClass, KeyAddress, Kind, ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant,
     ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService,
     WorkloadEntry, WorkloadSpec,
 };
@@ -25,6 +25,8 @@ pub(super) struct Store {
     pub(super) slices: HashMap<NamespacedName, Arc<EndpointSlice>>,
     pub(super) replica_sets: HashMap<NamespacedName, Arc<ReplicaSet>>,
     pub(super) secrets: HashMap<NamespacedName, Arc<Secret>>,
+    pub(super) ingress_classes: HashMap<Arc<str>, Arc<IngressClass>>,
+    pub(super) ingresses: HashMap<NamespacedName, Arc<Ingress>>,
     pub(super) policies: HashMap<NamespacedName, Arc<AuthorizationPolicy>>,
     pub(super) authentications: HashMap<NamespacedName, Arc<PeerAuthentication>>,
     pub(super) service_entries: HashMap<NamespacedName, Arc<ServiceEntry>>,
@@ -45,6 +47,12 @@ pub(super) struct Store {
 
     /// Pods and WorkloadEntries by label.
     pub(super) members: Members,
+    /// Services by the waypoints that they name themselves.
+    pub(super) services_by_waypoint: Reverse<NamespacedName>,
+    /// Services whose ingress passes the waypoint of their namespace, by namespace.
+    pub(super) ingress_services: Reverse<Arc<str>>,
+    /// Namespaces by the waypoints that they name.
+    pub(super) namespaces_by_waypoint: Reverse<NamespacedName, Arc<str>>,
     /// Services by selector.
     pub(super) service_selectors: Selectors,
     /// ServiceEntries by selector.
@@ -95,6 +103,12 @@ pub(super) struct Store {
     pub(super) grants_by_namespace: Reverse<Arc<str>>,
     /// ListenerSets by their gateway.
     pub(super) listener_sets_by_gateway: Reverse<NamespacedName>,
+    /// Ingresses by class; empty for those that name none.
+    pub(super) ingresses_by_class: Reverse<Arc<str>>,
+    /// Ingresses by the hosts that they have certificates for; empty for all.
+    pub(super) ingresses_by_tls_host: Reverse<Arc<str>>,
+    /// Ingresses by the Services that they send requests to.
+    pub(super) ingresses_by_backend: Reverse<NamespacedName>,
     /// Gateways by the network that they lead into.
     pub(super) gateways_by_network: Reverse<Arc<str>>,
 }
@@ -121,6 +135,22 @@ impl Store {
 
     fn pods_by_address_of(&mut self, pod: &Pod) -> &mut Reverse<IpAddr> {
         if pod.host_network { &mut self.host_pods_by_address } else { &mut self.pods_by_address }
+    }
+
+    /// Puts a namespace in place and returns what was there.
+    pub(super) fn set_namespace(
+        &mut self,
+        name: &Arc<str>,
+        new: Option<&Arc<Namespace>>,
+    ) -> Option<Arc<Namespace>> {
+        let old = replace(&mut self.namespaces, name, new);
+        for waypoint in old.iter().flat_map(|namespace| namespace.waypoint.names()) {
+            self.namespaces_by_waypoint.remove(waypoint, name);
+        }
+        for waypoint in new.into_iter().flat_map(|namespace| namespace.waypoint.names()) {
+            self.namespaces_by_waypoint.insert(waypoint.clone(), name.clone());
+        }
+        old
     }
 
     /// Puts a node in place and returns what was there.
@@ -167,6 +197,17 @@ impl Store {
             None => self.service_selectors.delete(id),
         }
         let old = replace(&mut self.services, id, new);
+        let is_inherited = |s: &Service| s.waypoint.choice.is_none() && s.waypoint.ingress == Some(true);
+        if let Some(old) = &old {
+            old.waypoint.names().for_each(|waypoint| self.services_by_waypoint.remove(waypoint, id));
+            self.ingress_services.remove(&id.namespace, id);
+        }
+        if let Some(new) = new {
+            new.waypoint.names().for_each(|name| self.services_by_waypoint.insert(name.clone(), id.clone()));
+            if is_inherited(new) {
+                self.ingress_services.insert(id.namespace.clone(), id.clone());
+            }
+        }
         cluster_ips(old.as_ref()).for_each(|address| self.services_by_address.remove(address, id));
         cluster_ips(new).for_each(|address| self.services_by_address.insert(*address, id.clone()));
         old
@@ -190,6 +231,26 @@ impl Store {
         }
         for parent in new.iter().flat_map(|route| route.attaches_to()) {
             self.routes_by_parent.insert(parent, id.clone());
+        }
+        old
+    }
+
+    /// Puts an Ingress in place and returns what was there.
+    pub(super) fn set_ingress(
+        &mut self,
+        id: &NamespacedName,
+        new: Option<&Arc<Ingress>>,
+    ) -> Option<Arc<Ingress>> {
+        let old = replace(&mut self.ingresses, id, new);
+        if let Some(old) = &old {
+            self.ingresses_by_class.remove(&class_of(old), id);
+            old.tls_hosts().for_each(|host| self.ingresses_by_tls_host.remove(&Arc::from(host), id));
+            old.services().iter().for_each(|service| self.ingresses_by_backend.remove(service, id));
+        }
+        if let Some(new) = new {
+            self.ingresses_by_class.insert(class_of(new), id.clone());
+            new.tls_hosts().for_each(|host| self.ingresses_by_tls_host.insert(host.into(), id.clone()));
+            new.services().into_iter().for_each(|service| self.ingresses_by_backend.insert(service, id.clone()));
         }
         old
     }
@@ -435,6 +496,11 @@ pub(super) fn entry_claims(entry: Option<&Arc<WorkloadEntry>>) -> Vec<IpAddr> {
 /// The addresses that a gateway claims, if it is one of another network.
 pub(super) fn gateway_claims(gateway: Option<&Arc<Gateway>>) -> Vec<IpAddr> {
     gateway.into_iter().flat_map(|gateway| gateway.requested_ips()).collect()
+}
+
+/// The class of an Ingress; empty where it names none.
+pub(super) fn class_of(ingress: &Ingress) -> Arc<str> {
+    ingress.class.clone().unwrap_or_default()
 }
 
 /// The service that a slice belongs to.

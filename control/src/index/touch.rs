@@ -11,10 +11,10 @@ use super::dependencies::Dependency;
 use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::placements::PodPlacement;
-use super::store::{cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
+use super::store::{class_of, cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
-    KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
+    Ingress, IngressClass, KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
     PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
     ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
 };
@@ -38,6 +38,8 @@ impl Index {
             Object::EndpointSlice(new) => self.take_slice(&id, Some(&new)),
             Object::Secret(new) => self.take_secret(&id, Some(&new)),
             Object::ReplicaSet(new) => self.take_replica_set(&id, Some(&new)),
+            Object::IngressClass(new) => self.take_ingress_class(&id.name, Some(&new)),
+            Object::Ingress(new) => self.take_ingress(&id, Some(&new)),
             Object::AuthorizationPolicy(new) => self.take_policy(&id, Some(&new)),
             Object::PeerAuthentication(new) => self.take_authentication(&id, Some(&new)),
             Object::ServiceEntry(new) => self.take_service_entry(&id, Some(&new)),
@@ -85,6 +87,8 @@ impl Index {
             Kind::ConfigMap => self.take_config_map(id, None),
             Kind::BackendTlsPolicy => self.take_backend_tls_policy(id, None),
             Kind::TrafficPolicy => self.take_traffic_policy(id, None),
+            Kind::IngressClass => self.take_ingress_class(&id.name, None),
+            Kind::Ingress => self.take_ingress(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -111,7 +115,12 @@ impl Index {
     }
 
     fn take_namespace(&mut self, name: &Arc<str>, new: Option<&Arc<Namespace>>) {
-        let old = replace(&mut self.store.namespaces, name, new);
+        let old = self.store.set_namespace(name, new);
+        let waypoint = |n: &Namespace| n.waypoint.clone();
+        if old.as_deref().map(waypoint) != new.map(|n| waypoint(n)) {
+            let both = [old.as_ref(), new].into_iter().flatten();
+            both.flat_map(|n| n.waypoint.names()).for_each(|w| self.touch_users(&Dependency::BoundTo(w.clone())));
+        }
         let defaults = |n: &Namespace| (n.waypoint.clone(), n.network.clone(), n.distribution);
         if old.as_deref().map(defaults) != new.map(|n| defaults(n)) {
             self.touch_users(&Dependency::Namespace(name.clone()));
@@ -138,6 +147,36 @@ impl Index {
         let old = replace(&mut self.store.replica_sets, id, new);
         if old.as_ref() != new {
             self.touch_users(&Dependency::ReplicaSet(id.clone()));
+        }
+    }
+
+    fn take_ingress_class(&mut self, name: &Arc<str>, new: Option<&Arc<IngressClass>>) {
+        let old = replace(&mut self.store.ingress_classes, name, new);
+        if old.as_ref() != new {
+            self.touch_users(&Dependency::IngressClasses);
+        }
+    }
+
+    fn take_ingress(&mut self, id: &NamespacedName, new: Option<&Arc<Ingress>>) {
+        let old = self.store.set_ingress(id, new);
+        if old.as_ref() == new {
+            return;
+        }
+        self.touch(Kind::Ingress, id);
+        let both = || [old.as_ref(), new].into_iter().flatten();
+        let ends = |it: &Arc<Ingress>| (class_of(it), it.listeners.is_empty());
+        if old.as_ref().map(ends) != new.map(ends) {
+            both().for_each(|it| self.touch_users(&Dependency::IngressesOfClass(class_of(it))));
+        }
+        let tls = |it: &Arc<Ingress>| (class_of(it), it.listeners.clone(), it.meta.created);
+        if old.as_ref().map(tls) != new.map(tls) {
+            let hosts = both().flat_map(|it| it.tls_hosts());
+            hosts.for_each(|host| self.touch_users(&Dependency::IngressTls(host.into())));
+        }
+        let backends = |it: &Arc<Ingress>| (class_of(it), it.services());
+        if old.as_ref().map(backends) != new.map(backends) {
+            let services = both().flat_map(|it| it.services());
+            services.for_each(|service| self.touch_users(&Dependency::IngressesTo(service)));
         }
     }
 
@@ -203,6 +242,7 @@ impl Index {
         }
         let host = self.settings.host_of_service(id);
         self.touch_users(&Dependency::Host(host.into()));
+        self.touch_waypoints(old.as_ref(), new);
         let owned = |service| cluster_ips(service).copied().collect::<Vec<_>>();
         let (before, after) = (owned(old.as_ref()), owned(new));
         if before != after {
@@ -224,6 +264,21 @@ impl Index {
             self.touch(Kind::EndpointSlice, &slice);
             if let Some(slice) = self.store.slices.get(&slice).cloned() {
                 self.touch_pods_of(&slice);
+            }
+        }
+    }
+
+    /// Marks the waypoints that gateways come to see, or need no longer see, by a change of a Service.
+    fn touch_waypoints(&mut self, old: Option<&Arc<Service>>, new: Option<&Arc<Service>>) {
+        let binding = |service: &Arc<Service>| service.waypoint.clone();
+        if old.map(binding) == new.map(binding) {
+            return;
+        }
+        for service in [old, new].into_iter().flatten() {
+            let namespace = self.store.namespaces.get(&service.meta.id.namespace).cloned();
+            let inherited = namespace.iter().flat_map(|namespace| namespace.waypoint.names());
+            for waypoint in service.waypoint.names().chain(inherited) {
+                self.touch_users(&Dependency::BoundTo(waypoint.clone()));
             }
         }
     }

@@ -15,6 +15,9 @@ use std::sync::Arc;
 pub(crate) use self::core::cluster::identity;
 pub use self::core::cluster::{Namespace, Node, ReplicaSet};
 pub use self::core::endpoints::{Endpoint, EndpointSlice};
+pub use self::core::ingress::{
+    BackendPort, HTTPS, INGRESS_CONTROLLER, Ingress, IngressBackend, IngressClass, IngressPath, IngressRule,
+};
 pub use self::core::pod::Pod;
 pub use self::core::secret::{KeyPair, Secret};
 pub use self::core::service::{
@@ -30,6 +33,8 @@ pub use gateway::route::{
     BackendRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, TargetKind,
 };
 pub use gateway::tls::{ClientValidation, GatewayTls};
+pub(crate) use gateway::topology::Manifest as GatewayTopology;
+pub use gateway::topology::Topology;
 pub use gateway::{
     AddressValue, AllowedNamespaces, ApplicationTunnel, Gateway, LabelRequirement, Requirement, WaypointFor,
 };
@@ -139,6 +144,10 @@ pub enum Object {
     Deployment(NamespacedName),
     /// The owner between a pod and its deployment.
     ReplicaSet(Arc<ReplicaSet>),
+    /// Who serves Ingresses.
+    IngressClass(Arc<IngressClass>),
+    /// Where requests of clients outside the mesh go.
+    Ingress(Arc<Ingress>),
     /// Who may talk to whom.
     AuthorizationPolicy(Arc<AuthorizationPolicy>),
     /// Whether plaintext is accepted.
@@ -188,6 +197,8 @@ impl Object {
             Object::EndpointSlice(_) => Kind::EndpointSlice,
             Object::Deployment(_) => Kind::Deployment,
             Object::ReplicaSet(_) => Kind::ReplicaSet,
+            Object::IngressClass(_) => Kind::IngressClass,
+            Object::Ingress(_) => Kind::Ingress,
             Object::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
             Object::PeerAuthentication(_) => Kind::PeerAuthentication,
             Object::ServiceEntry(_) => Kind::ServiceEntry,
@@ -219,6 +230,8 @@ impl Object {
             Object::Secret(o) => o.id.clone(),
             Object::EndpointSlice(o) => o.id.clone(),
             Object::ReplicaSet(o) => o.id.clone(),
+            Object::IngressClass(o) => NamespacedName::new("", o.name.clone()),
+            Object::Ingress(o) => o.meta.id.clone(),
             Object::AuthorizationPolicy(o) => o.id.clone(),
             Object::PeerAuthentication(o) => o.id.clone(),
             Object::ServiceEntry(o) => o.meta.id.clone(),

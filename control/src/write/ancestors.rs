@@ -66,6 +66,7 @@ mod tests {
             parent_ref: None,
             listener: None,
             listener_sets: None,
+            addresses: Vec::new(),
             controller: CONTROLLER,
         }
     }

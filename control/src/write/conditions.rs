@@ -125,6 +125,7 @@ mod tests {
             parent_ref,
             listener,
             listener_sets: None,
+            addresses: Vec::new(),
             controller: CONTROLLER,
         }
     }

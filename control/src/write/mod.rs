@@ -1,6 +1,6 @@
 //! What the control plane writes to the API server, by one replica: the holder of the [`lease`]. [`roots`] are written to
 //! every namespace and, by `trust_bundle`, to the cluster, `status` to objects; `classes` and [`deployments`] make the classes
-//! of waypoints and what runs for a waypoint's Gateway.
+//! of waypoints and what runs for a waypoint's Gateway, `ingress` the Gateways that serve Ingresses.
 //!
 //! Everything is planned by pure functions from what should be and what is, so that nothing is written that is right
 //! already, and a replica that takes the lease over puts everything right.
@@ -10,6 +10,7 @@ mod ancestors;
 pub(crate) mod classes;
 mod conditions;
 pub mod deployments;
+pub(crate) mod ingress;
 pub mod lease;
 mod pending_requests;
 pub(crate) mod pod_certificates;

@@ -71,6 +71,7 @@ mod tests {
             parent_ref: ParentRef::of_value(parent, &"shop".into()),
             listener: None,
             listener_sets: None,
+            addresses: Vec::new(),
             controller: CONTROLLER,
         }
     }

@@ -22,6 +22,7 @@ use super::WriteMetrics;
 use super::allocation::Allocator;
 use super::ancestors;
 use super::conditions;
+use super::ingress;
 use super::queue::{StatusQueue, Work};
 use super::retries::{Failed, Retries};
 use super::routes;
@@ -33,8 +34,9 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 13] = [
+pub(crate) const KINDS: [Kind; 14] = [
     Kind::Service,
+    Kind::Ingress,
     Kind::AuthorizationPolicy,
     Kind::ServiceEntry,
     Kind::WorkloadEntry,
@@ -61,6 +63,8 @@ pub(crate) struct StatusWriter {
     findings: Findings,
     queue: Arc<StatusQueue>,
     metrics: Arc<WriteMetrics>,
+    /// Whether there may be gateways: Ingresses are nobody's business otherwise.
+    has_gateways: bool,
     /// Guards the allocations for one plan; never held across an await.
     allocator: Mutex<Allocator>,
     /// Guards the times of writes alone; never held across an await.
@@ -74,9 +78,11 @@ impl StatusWriter {
         findings: Findings,
         queue: Arc<StatusQueue>,
         metrics: Arc<WriteMetrics>,
+        has_gateways: bool,
     ) -> Self {
         let backoff = Mutex::new(WriteBackoff::new(metrics.backoffs.clone()));
         Self {
+            has_gateways,
             client,
             findings,
             queue,
@@ -126,7 +132,7 @@ impl StatusWriter {
     }
 
     async fn reconcile_kinds(&self, kinds: impl IntoIterator<Item = Kind>, retries: &mut Retries) {
-        for kind in kinds {
+        for kind in kinds.into_iter().filter(|kind| self.has_gateways || *kind != Kind::Ingress) {
             match self.reconcile_kind(kind).await {
                 Ok(failed) => retries.add_objects(failed),
                 Err(error) => {
@@ -211,6 +217,10 @@ impl StatusWriter {
         if Route::KINDS.contains(&kind) {
             if let Some(parents) = routes::plan(&value, &reference.name.namespace, &findings, &now()) {
                 status.insert("parents".to_owned(), parents.into());
+            }
+        } else if kind == Kind::Ingress {
+            if let Some(load_balancer) = ingress::plan(&value, &findings) {
+                status.insert("loadBalancer".to_owned(), load_balancer);
             }
         } else if matches!(kind, Kind::BackendTlsPolicy | Kind::TrafficPolicy) {
             if let Some(ancestors) = ancestors::plan(&value, &findings, &now()) {

@@ -27,7 +27,8 @@ fn settings(case: &Path) -> Settings {
         settings.trust_domain = trust_domain.into();
     }
     if let Some(text) = read("mesh-config.yaml") {
-        settings.authorizers = ambit_control::mesh_config::parse(&text).unwrap();
+        let mesh = ambit_control::mesh_config::parse(&text).unwrap();
+        (settings.authorizers, settings.gateway_topology) = (mesh.authorizers, mesh.gateway_topology);
     }
     if let Some(effect) = read("l7-deny-at-l4") {
         settings.l7_deny_at_l4 = serde_json::from_value(Value::String(effect)).unwrap();

@@ -236,10 +236,17 @@ fn render_match(m: &security::Match) -> Value {
 
 pub(crate) fn gateway_resource(body: &[u8]) -> Value {
     let gateway = l7::Gateway::decode(body).unwrap();
-    list(&gateway.addresses, |address| match address.hostname.as_str() {
-        "" => json!(format!("{}/{}", address.network, ip(&address.ip))),
-        hostname => json!(format!("{}/{hostname}", address.namespace)),
-    })
+    let addresses = gateway.addresses.iter().map(|address| match address.hostname.as_str() {
+        "" => format!("{}/{}", address.network, ip(&address.ip)),
+        hostname => format!("{}/{hostname}", address.namespace),
+    });
+    let trusted = gateway.trusted_proxies.filter(|it| *it != l7::TrustedProxies::default());
+    let trusted = trusted.map(|it| {
+        let l7::TrustedProxies { hops, networks, proxy_protocol } = it;
+        format!("trusted proxies: {hops} hops, in {networks:?}, PROXY {proxy_protocol}")
+    });
+    let forwarders = gateway.trusted_forwarders.iter().map(|identity| format!("believes {identity}"));
+    json!(addresses.chain(trusted).chain(forwarders).collect::<Vec<_>>())
 }
 
 pub(crate) fn waypoint_policy(body: &[u8]) -> Value {

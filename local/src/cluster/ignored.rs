@@ -21,6 +21,8 @@ const HONOURED: &[&str] = &[
     "Gateway",
     "GatewayClass",
     "HTTPRoute",
+    "Ingress",
+    "IngressClass",
     "Job",
     "ListenerSet",
     "Namespace",

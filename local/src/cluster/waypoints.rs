@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::addresses::CONTROL_V4;
 use crate::cluster::Cluster;
-use crate::cluster::mesh::root_file;
+use crate::cluster::mesh::{SYSTEM_NAMESPACE, root_file};
 use crate::cluster::shared::Shared;
 use crate::error::{Error, Result};
 use crate::http::{self, Stream};
@@ -26,6 +26,8 @@ const CLASSES: [&str; 2] = ["ambit-waypoint", "ambit"];
 const PROGRAM: &str = "ambit-waypoint";
 /// Annotation of a Gateway: how many pods its waypoint has here.
 const REPLICAS: &str = "local.ambit.dev/replicas";
+/// Annotation of an Ingress with its class.
+const INGRESS_CLASS: &str = "kubernetes.io/ingress.class";
 /// Says whose gateway a pod or Service is (Gateway API, GEP-1762).
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
@@ -82,6 +84,59 @@ fn gateways(objects: &BTreeMap<Key, Object>) -> Vec<Key> {
     of_kind.map(|(key, _)| key.clone()).collect()
 }
 
+/// Adds the Gateways that serve the Ingresses of IngressClasses without parameters, as the control plane makes them in Kubernetes.
+fn add_ingress_gateways(objects: &mut BTreeMap<Key, Object>) {
+    let classes = classes_without_parameters(objects);
+    let of_kind = objects.iter().filter(|(key, _)| key.kind == "Ingress");
+    let served = of_kind.filter_map(|(_, object)| {
+        let metadata = &object.body["metadata"]["annotations"][INGRESS_CLASS];
+        let named = metadata.as_str().or(object.body["spec"]["ingressClassName"].as_str());
+        let mut matching = classes.iter().filter(|class| match named {
+            Some(name) => class.name == name,
+            None => class.is_default,
+        });
+        Some((matching.next()?.name.clone(), object.file.clone()))
+    });
+    let served: BTreeMap<String, std::path::PathBuf> = served.collect();
+    for (class, file) in served {
+        let key = Key::new("Gateway", SYSTEM_NAMESPACE, &format!("{class}-ingress"));
+        let body = json!({
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "Gateway",
+            "metadata": { "name": key.name, "namespace": key.namespace },
+            "spec": { "gatewayClassName": "ambit", "listeners": [{ "name": "http", "port": 80, "protocol": "HTTP" }] },
+        });
+        objects.entry(key.clone()).or_insert(Object { key, file, body });
+    }
+}
+
+/// An IngressClass of the mesh.
+struct IngressClass {
+    name: String,
+    is_default: bool,
+}
+
+/// The IngressClasses of the mesh that name no Gateway of their own; the one that the chart makes is there without its object.
+fn classes_without_parameters(objects: &BTreeMap<Key, Object>) -> Vec<IngressClass> {
+    let of_kind = || objects.iter().filter(|(key, _)| key.kind == "IngressClass");
+    let is_served = |object: &Object| {
+        let spec = &object.body["spec"];
+        spec["controller"] == "ambit.dev/ingress-controller" && spec["parameters"].is_null()
+    };
+    let mut classes: Vec<IngressClass> = of_kind()
+        .filter(|(_, object)| is_served(object))
+        .map(|(key, object)| {
+            let annotations = &object.body["metadata"]["annotations"];
+            let is_default = annotations["ingressclass.kubernetes.io/is-default-class"] == "true";
+            IngressClass { name: key.name.clone(), is_default }
+        })
+        .collect();
+    if of_kind().all(|(key, _)| key.name != "ambit") {
+        classes.push(IngressClass { name: "ambit".to_owned(), is_default: false });
+    }
+    classes
+}
+
 /// Adds what each waypoint needs, except where the user's own objects have the names. A token that can't be written is a
 /// problem of its Gateway.
 pub(crate) fn add(
@@ -90,6 +145,7 @@ pub(crate) fn add(
     objects: &mut BTreeMap<Key, Object>,
     problems: &mut BTreeMap<String, String>,
 ) {
+    add_ingress_gateways(objects);
     for gateway in gateways(objects) {
         let token = match token(shared, &gateway) {
             Ok(token) => token,
@@ -170,7 +226,14 @@ fn ports(objects: &BTreeMap<Key, Object>, gateway: &Key) -> Vec<Value> {
     let all = objects.get(gateway).into_iter().chain(sets.map(|(_, set)| set));
     let listeners = all.flat_map(|object| object.body["spec"]["listeners"].as_array().into_iter().flatten());
     let mut ports = BTreeMap::new();
-    for listener in listeners {
+    let https = json!({ "port": 443, "protocol": "HTTPS" });
+    // Whichever Gateway serves an Ingress with certificates needs the port.
+    let has_tls = |(key, object): (&Key, &Object)| {
+        key.kind == "Ingress" && object.body["spec"]["tls"].as_array().is_some_and(|tls| !tls.is_empty())
+    };
+    let is_gateway = objects.get(gateway).is_some_and(|object| object.body["spec"]["gatewayClassName"] == "ambit");
+    let of_ingresses = (is_gateway && objects.iter().any(has_tls)).then_some(&https);
+    for listener in listeners.chain(of_ingresses) {
         let Some(port) = listener["port"].as_u64() else { continue };
         let hbone = listener["protocol"] == "HBONE";
         let port = match hbone {

@@ -32,6 +32,8 @@ impl Bed for Gateways {
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_BODY_TIMEOUT", "4s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_HANDSHAKE_TIMEOUT", "4s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_WRITE_TIMEOUT", "4s")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_CONNECTIONS_PER_CLIENT", &crate::limits::OPEN.to_string())
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_PENDING_PER_CLIENT", &crate::limits::PENDING.to_string())
             .start()
             .await?;
         cluster.namespace("edge", true).await?;
@@ -132,6 +134,26 @@ impl Gateways {
             Ok(answer) => answer,
             Err(_) => panic!("the last answer for {host} at {to}: {:?}", last.lock()),
         }
+    }
+
+    /// A gateway with a listener for HTTP on port 80 and with annotations (a YAML map in one line), as [`Gateways::gateway`].
+    pub(crate) async fn annotated(&self, name: &str, annotations: &str) -> SocketAddr {
+        self.apply(&format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+             metadata: {{name: {name}, namespace: edge, annotations: {annotations}}}\n\
+             spec: {{gatewayClassName: ambit, listeners: [{{name: http, port: 80, protocol: HTTP}}]}}\n"
+        ))
+        .await;
+        SocketAddr::new(self.reached(name).await, 80)
+    }
+
+    /// One scrape of the metrics of a gateway's only pod.
+    pub(crate) async fn metric(&self, name: &str, series: &str) -> u64 {
+        let pods = self.cluster.pods_of("edge", GATEWAY_NAME, name);
+        let pod = pods.first().expect("a pod");
+        let to = SocketAddr::new(pod.ip().into(), ambit_api::ports::METRICS);
+        let scrape = http::get(&self.outside, to, "/metrics", "host: metrics\r\n").await.expect("an answer");
+        http::metric(&scrape.body, series)
     }
 
     /// What a gateway's pods have written.

@@ -16,10 +16,14 @@ mod edge;
 mod h2spec;
 mod hostile;
 mod hostile_http2;
+mod hops;
+mod ingress;
+mod limits;
 mod sets;
 mod thin;
 mod tls;
 mod traffic;
+mod waypoints;
 
 use std::process::ExitCode;
 
@@ -36,5 +40,9 @@ fn main() -> ExitCode {
     hostile_http2::add(&mut trials);
     drain::add(&mut trials);
     h2spec::add(&mut trials);
+    hops::add(&mut trials);
+    limits::add(&mut trials);
+    waypoints::add(&mut trials);
+    ingress::add(&mut trials);
     trials.run()
 }

@@ -104,7 +104,7 @@ pub(crate) fn client_config(
     Ok(config)
 }
 
-async fn get(
+pub(crate) async fn get(
     bed: &Gateways,
     to: SocketAddr,
     names: (&str, &str),

@@ -11,6 +11,7 @@ use ambit_telemetry::{Admin, Readiness};
 
 use super::{Parts, Program};
 use crate::balancers::circuit::{CircuitSummary, Overflows};
+use crate::clients::Clients;
 use crate::names::Counts;
 use crate::proxy::{External, Limited, Tallies};
 use crate::traffic::Refusals;
@@ -70,6 +71,8 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
         registry.counter_from(name, help, move || tally(&proxy.tallies).load(Ordering::Relaxed));
     };
     count("ambit_waypoint_unbound", "Tunnels to what is not bound to this waypoint", |t| &t.unbound);
+    let help = "Requests and connections past a missing waypoint, as its owner allows";
+    count("ambit_waypoint_bypassed", help, |t| &t.waypoint_bypassed);
     count("ambit_request_retries_over_budget", "Requests not sent again because too many were", |t| {
         &t.retries_over_budget
     });
@@ -90,6 +93,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_gateway_tls_failures", help, |t| &t.failed_handshakes);
     external(parts, program);
     limits(parts, program);
+    clients(parts, program);
     traffic(parts, program);
     ejections(parts, program);
     lookups(parts, program);
@@ -197,6 +201,32 @@ fn traffic(parts: &Parts, program: &Program) {
     });
     let help = "Requests and connections that TrafficPolicies refused";
     parts.registry.counters_from("ambit_traffic_policy_refusals", help, "reason", series);
+}
+
+fn clients(parts: &Parts, program: &Program) {
+    type Tally = fn(&crate::clients::Refusals) -> &AtomicU64;
+    let families: [(&str, Tally); 5] = [
+        ("address", |refused| &refused.address),
+        ("total", |refused| &refused.total),
+        ("pending_address", |refused| &refused.pending_address),
+        ("pending_total", |refused| &refused.pending_total),
+        ("proxy_protocol", |refused| &refused.proxy_protocol),
+    ];
+    let series = families.map(|(name, tally)| {
+        let proxy = program.proxy.clone();
+        (name.to_owned(), move || tally(&proxy.tallies.clients).load(Ordering::Relaxed))
+    });
+    let help = "Connections of clients outside the mesh that were refused";
+    parts.registry.counters_from("ambit_gateway_connections_refused", help, "limit", series);
+    type Open = fn(&Clients) -> usize;
+    let families: [(&str, Open); 2] =
+        [("open", |clients| clients.open.open()), ("pending", |clients| clients.pending.open())];
+    let series = families.map(|(state, open)| {
+        let proxy = program.proxy.clone();
+        (state.to_owned(), move || i64::try_from(open(&proxy.clients)).unwrap_or(i64::MAX))
+    });
+    let help = "Connections of clients outside the mesh, and those of them whose client has not begun";
+    parts.registry.gauges_from("ambit_gateway_connections", help, "state", series);
 }
 
 fn limits(parts: &Parts, program: &Program) {

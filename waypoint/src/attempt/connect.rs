@@ -135,7 +135,11 @@ async fn transport(worker: &Worker, chosen: &Endpoint, gate: Option<&Gate>) -> R
     let key = TunnelKey { destination, address: *hbone };
     let source = SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, 0)).ip();
     let target = TunnelTarget { address: *hbone, source, tls: &tls, expected };
-    let authority = crossing.map_or(chosen.address.into(), |crossing| crossing.authority.clone());
+    let authority = match (crossing, &chosen.asked_of_waypoint) {
+        (Some(crossing), _) => crossing.authority.clone(),
+        (None, Some(asked)) => asked.clone(),
+        (None, None) => chosen.address.into(),
+    };
     let mut request = ConnectRequest::new(authority);
     let address = *hbone;
     let dial = move || async move {

@@ -72,7 +72,7 @@ impl Sending<'_> {
     /// Another endpoint for the request, within the budget of retries.
     fn second(&self) -> Option<(Chosen, super::retry::RetryCount)> {
         let worker = &self.inbound.worker;
-        let source = self.inbound.source;
+        let source = self.inbound.remote;
         let chosen = request_endpoint(worker, source, self.target, &self.tried, self.key).ok()?;
         let counted = self.count_retry();
         let tallies = &worker.proxy.tallies;

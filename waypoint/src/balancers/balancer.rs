@@ -139,6 +139,7 @@ impl Balancer {
                     address: candidate.address,
                     tunnel: candidate.tunnel,
                     crossing: None,
+                    asked_of_waypoint: None,
                     tls,
                     host: named,
                 }),

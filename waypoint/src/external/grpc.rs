@@ -76,8 +76,10 @@ fn request(question: &Question<'_>, body: Option<&l7::CheckedBody>) -> CheckRequ
             port_specifier: Some(socket_address::PortSpecifier::PortValue(port.into())),
         })),
     };
+    // As Envoy has it: the first client, with the port of the connection.
+    let client = sane.remote.unwrap_or(inbound.remote.ip());
     let source = context::Peer {
-        address: Some(socket(inbound.source.ip(), inbound.source.port())),
+        address: Some(socket(client, inbound.remote.port())),
         principal: inbound.identity().map(|identity| identity.as_str().to_owned()).unwrap_or_default(),
         ..context::Peer::default()
     };

@@ -70,7 +70,7 @@ fn admits(reader: &Reader<'_>, owner: Owner<'_>, listener: &Listener, route: &Ro
 
 /// The hosts of a route that overlap with that of a listener, as the route has them: by these routes take precedence, and no
 /// request comes to a listener for another host than its own. Without any: all hosts. `None`: they have nothing in common.
-fn common_hosts(listener: Option<&Arc<str>>, route: &[Arc<str>]) -> Option<Vec<Arc<str>>> {
+pub(super) fn common_hosts(listener: Option<&Arc<str>>, route: &[Arc<str>]) -> Option<Vec<Arc<str>>> {
     let Some(own) = listener.filter(|_| !route.is_empty()) else { return Some(route.to_vec()) };
     let overlaps = |host: &&Arc<str>| covers(own, host) || covers(host, own);
     let common: Vec<Arc<str>> = route.iter().filter(overlaps).cloned().collect();

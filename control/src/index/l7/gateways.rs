@@ -5,8 +5,9 @@ use prost::Message;
 
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{l4, listener_sets, listeners, views};
-use crate::object::{AddressValue, Kind, NamespacedName};
+use super::virtual_services::HONOURED;
+use super::{Finding, l4, listener_sets, listeners, views};
+use crate::object::{AddressValue, Gateway, Kind, NamespacedName};
 
 /// The resources of a waypoint or gateway.
 pub(in crate::index) fn of_gateway(
@@ -38,6 +39,8 @@ pub(in crate::index) fn of_gateway(
         addresses: addresses.iter().map(address).collect(),
         forwards_client_identity: gateway.forwards_client_identity,
         client_key_pair: shown.as_ref().map(|pair| pair.name.to_string()).unwrap_or_default(),
+        trusted_proxies: (!is_waypoint).then(|| trusted_proxies(reader, gateway)),
+        trusted_forwarders: if is_waypoint { trusted_forwarders(reader, gateway) } else { Vec::new() },
     };
     let resource = Resource {
         name: id.to_string().into(),
@@ -58,6 +61,33 @@ pub(in crate::index) fn of_gateway(
     let is_known = |pair: &Resource| listeners.iter().any(|(_, known)| known.name == pair.name);
     let shown = shown.filter(|pair| !is_known(pair)).map(|pair| (ResourceType::KeyPair, pair));
     std::iter::once((ResourceType::Gateway, resource)).chain(shown).chain(listeners).collect()
+}
+
+/// The proxies in front of a gateway that are believed; nobody where what its annotations say can't be read.
+fn trusted_proxies(reader: &Reader<'_>, gateway: &Gateway) -> l7::TrustedProxies {
+    match &gateway.topology {
+        Ok(topology) => topology.within(&reader.settings.gateway_topology),
+        Err(problem) => {
+            let message = format!("{problem}: no proxy in front of the gateway is believed");
+            reader.find(Finding::new(HONOURED, false, "InvalidParameters", message));
+            l7::TrustedProxies::default()
+        }
+    }
+}
+
+/// The identities of the gateways that a waypoint believes about their clients.
+fn trusted_forwarders(reader: &Reader<'_>, waypoint: &Gateway) -> Vec<String> {
+    let identity = |name: &NamespacedName| {
+        let gateway = reader.gateway(name);
+        if !gateway.is_some_and(|it| reader.settings.gateway_classes.contains(&it.class)) {
+            let message = format!("ambit.dev/trusted-gateways: {name} is no Gateway for clients outside the mesh");
+            reader.find(Finding::new(HONOURED, false, "NoEffect", message));
+            return None;
+        }
+        let trust_domain = &reader.settings.trust_domain;
+        Some(format!("spiffe://{trust_domain}/ns/{}/sa/{}", name.namespace, name.name))
+    };
+    waypoint.trusted_gateways.iter().filter_map(identity).collect()
 }
 
 /// An object as messages name it.

@@ -6,8 +6,8 @@ use super::listeners::{self, Conflict, Owner};
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::routes::NotAttached;
-use super::{Finding, ListenerSetFacts};
-use crate::object::{AllowedNamespaces, Gateway, Listener, ListenerSet, NamespacedName};
+use super::{Finding, ListenerSetFacts, ingresses};
+use crate::object::{AllowedNamespaces, Gateway, HTTPS, Listener, ListenerSet, NamespacedName};
 
 /// The condition that both conditions of a ListenerSet follow.
 const ACCEPTED: &str = "Accepted";
@@ -34,10 +34,11 @@ pub(in crate::index) fn of_set(reader: &Reader<'_>, id: &NamespacedName) -> Vec<
 /// Reports what the ListenerSets of a Gateway add to it.
 pub(super) fn report(reader: &Reader<'_>, gateway: &Gateway) {
     let sets = reader.listener_sets_of(&gateway.meta.id);
-    if sets.is_empty() {
+    let ingress_port = ingresses::has_tls(reader, &gateway.meta.id).then_some(HTTPS);
+    if sets.is_empty() && ingress_port.is_none() {
         return;
     }
-    let mut facts = ListenerSetFacts::default();
+    let mut facts = ListenerSetFacts { ports: ingress_port.into_iter().collect(), ..Default::default() };
     let mut before: Vec<&Listener> = gateway.listeners.iter().collect();
     for set in sets {
         facts.all.push(set.meta.id.clone());
@@ -52,6 +53,13 @@ pub(super) fn report(reader: &Reader<'_>, gateway: &Gateway) {
     }
     let finding = Finding::new("ListenerSets", true, "Attached", String::new());
     reader.find(Finding { listener_sets: Some(facts), ..finding });
+}
+
+/// The ListenerSets that a Gateway takes listeners of, the senior first.
+pub(super) fn attached_to<'a>(reader: &Reader<'a>, gateway: &Gateway) -> Vec<&'a ListenerSet> {
+    let mut sets = reader.listener_sets_of(&gateway.meta.id);
+    sets.retain(|set| admits(reader, gateway, set));
+    sets
 }
 
 /// The listeners of a ListenerSet as a parent of routes; `None` if its Gateway is another controller's.

@@ -10,7 +10,7 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, ListenerFacts, attachment, backend_tls, views};
 use crate::object::{
-    CertificateRef, Gateway, Kind, Listener, ListenerProtocol, ListenerSet, ObjectRef, ParentRef, Route,
+    CertificateRef, Gateway, Ingress, Kind, Listener, ListenerProtocol, ListenerSet, ObjectRef, ParentRef, Route,
     TargetKind,
 };
 
@@ -31,50 +31,77 @@ impl Condition {
     }
 }
 
-/// The listeners of a Gateway itself, or those that a ListenerSet adds to it.
+/// The listeners of a Gateway itself, or those that a ListenerSet or Ingress adds to it.
 #[derive(Clone, Copy)]
 pub(super) struct Owner<'o> {
     pub(super) gateway: &'o Gateway,
-    set: Option<&'o ListenerSet>,
+    added: Added<'o>,
+}
+
+/// What adds listeners.
+#[derive(Clone, Copy)]
+enum Added<'o> {
+    None,
+    Set(&'o ListenerSet),
+    Ingress(&'o Ingress),
 }
 
 impl<'o> Owner<'o> {
     pub(super) fn gateway(gateway: &'o Gateway) -> Self {
-        Self { gateway, set: None }
+        Self { gateway, added: Added::None }
     }
 
     pub(super) fn set(gateway: &'o Gateway, set: &'o ListenerSet) -> Self {
-        Self { gateway, set: Some(set) }
+        Self { gateway, added: Added::Set(set) }
+    }
+
+    pub(super) fn ingress(gateway: &'o Gateway, ingress: &'o Ingress) -> Self {
+        Self { gateway, added: Added::Ingress(ingress) }
     }
 
     /// The object that has the listeners.
     pub(super) fn object(self) -> ObjectRef {
-        match self.set {
-            None => ObjectRef { kind: Kind::Gateway, name: self.gateway.meta.id.clone() },
-            Some(set) => ObjectRef { kind: Kind::ListenerSet, name: set.meta.id.clone() },
-        }
+        let (kind, name) = match self.added {
+            Added::None => (Kind::Gateway, &self.gateway.meta.id),
+            Added::Set(set) => (Kind::ListenerSet, &set.meta.id),
+            Added::Ingress(ingress) => (Kind::Ingress, &ingress.meta.id),
+        };
+        ObjectRef { kind, name: name.clone() }
     }
 
     pub(super) fn listeners(self) -> &'o [Listener] {
-        self.set.map_or(&self.gateway.listeners, |set| &set.listeners)
+        match self.added {
+            Added::None => &self.gateway.listeners,
+            Added::Set(set) => &set.listeners,
+            Added::Ingress(ingress) => &ingress.listeners,
+        }
     }
 
     pub(super) fn namespace(self) -> &'o Arc<str> {
-        &self.set.map_or(&self.gateway.meta, |set| &set.meta).id.namespace
+        match self.added {
+            Added::None => &self.gateway.meta.id.namespace,
+            Added::Set(set) => &set.meta.id.namespace,
+            Added::Ingress(ingress) => &ingress.meta.id.namespace,
+        }
     }
 
     /// Whether a route means this object by a parent reference.
     fn is_parent(self, parent: &ParentRef) -> bool {
-        match self.set {
-            None => parent.kind == TargetKind::Gateway && parent.name == self.gateway.meta.id,
-            Some(set) => parent.kind == TargetKind::ListenerSet && parent.name == set.meta.id,
+        match self.added {
+            Added::None => parent.kind == TargetKind::Gateway && parent.name == self.gateway.meta.id,
+            Added::Set(set) => parent.kind == TargetKind::ListenerSet && parent.name == set.meta.id,
+            Added::Ingress(_) => false,
         }
     }
 
     /// What the names of its resources begin with.
     fn prefix(self) -> String {
         let gateway = &self.gateway.meta.id;
-        self.set.map_or_else(|| gateway.to_string(), |set| format!("{gateway}/{}", set.meta.id))
+        match self.added {
+            Added::None => gateway.to_string(),
+            Added::Set(set) => format!("{gateway}/{}", set.meta.id),
+            Added::Ingress(ingress) => format!("{gateway}/{}/{}", Kind::Ingress, ingress.meta.id),
+        }
     }
 
     /// The name of a listener's resource.
@@ -139,6 +166,27 @@ pub(super) fn of_owner(
         }
     }
     resources
+}
+
+/// The resources of a listener of an Ingress: itself, and its certificate.
+///
+/// # Errors
+/// Why it can't be served.
+pub(super) fn served(
+    reader: &Reader<'_>,
+    owner: Owner<'_>,
+    listener: &Listener,
+) -> Result<Vec<(ResourceType, Resource)>, String> {
+    let validation = client_validation(reader, owner.gateway, listener);
+    let accepted = accepted(listener, None, validation.as_ref());
+    if !accepted.met {
+        return Err(accepted.message);
+    }
+    let pairs = certificates(reader, owner, listener).into_iter().collect::<Result<Vec<_>, Fault>>();
+    let pairs = pairs.map_err(|Fault(_, problem)| problem)?;
+    let listener = resource(owner, listener, &pairs, validation);
+    let pairs = pairs.into_iter().map(|pair| (ResourceType::KeyPair, pair));
+    Ok(listener.into_iter().map(|listener| (ResourceType::Listener, listener)).chain(pairs).collect())
 }
 
 /// The ports of the listeners that are served, one for each.
@@ -250,7 +298,7 @@ pub(super) fn conflicts_with<'o>(
 }
 
 /// Why two listeners can't stand beside each other.
-fn clash(own: &Listener, other: &Listener) -> Option<&'static str> {
+pub(super) fn clash(own: &Listener, other: &Listener) -> Option<&'static str> {
     if own.port != other.port {
         return None;
     }

@@ -8,6 +8,7 @@ pub(super) mod backend_policies;
 pub(super) mod backend_tls;
 pub(super) mod gateways;
 pub(super) mod hosts;
+pub(super) mod ingresses;
 pub(super) mod listener_sets;
 mod listeners;
 mod paths;

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::l4::waypoints::own_gateway;
 use super::listeners::Owner;
 use super::reader::Reader;
-use super::{attachment, listener_sets, policies, virtual_services};
+use super::{attachment, ingresses, listener_sets, policies, virtual_services};
 use crate::object::{
     Choice, Kind, NamespacedName, ObjectRef, ParentRef, Pod, Route, Service, ServiceEntry, TargetKind,
     WaypointBinding,
@@ -36,10 +37,23 @@ pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Ve
             roots.extend(of_route(reader, route));
         }
     }
+    roots.extend(of_waypoint(reader, service));
+    roots.extend(ingresses::roots_to(reader, &service.meta.id));
     let host = reader.settings.host_of_service(&service.meta.id).into();
     roots.extend(virtual_services::roots_to(reader, &host, &own.name.namespace, service.visibility));
     roots.extend(of_authorizer(reader, &own.name.namespace, &host));
     roots.into_iter().collect()
+}
+
+/// The gateways that find the Service of a waypoint, and its pods behind it: all of them, if requests of clients outside the mesh pass it.
+fn of_waypoint(reader: &Reader<'_>, service: &Service) -> Roots {
+    let own = own_gateway(reader, &service.meta.id.namespace, &service.meta.labels);
+    let waypoint = own.filter(|it| reader.settings.waypoint_classes.contains(&it.class));
+    if !waypoint.is_some_and(|waypoint| reader.is_ingress_waypoint(&waypoint.meta.id)) {
+        return Roots::new();
+    }
+    let gateways = reader.settings.gateway_classes.iter().flat_map(|class| reader.gateways_of_class(class));
+    gateways.map(|gateway| root(&gateway.meta.id)).collect()
 }
 
 /// Below what a host of a ServiceEntry is.
@@ -136,7 +150,7 @@ pub(in crate::index) fn gateways_of<'b>(
 pub(in crate::index) fn of_pod(reader: &Reader<'_>, pod: &Pod) -> Roots {
     let namespace = &pod.meta.id.namespace;
     let mut roots = of_binding(reader, namespace, &pod.waypoint);
-    if let Some(gateway) = super::l4::waypoints::own_gateway(reader, namespace, &pod.meta.labels) {
+    if let Some(gateway) = own_gateway(reader, namespace, &pod.meta.labels) {
         roots.insert(root(&gateway.meta.id));
     }
     roots

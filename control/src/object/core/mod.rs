@@ -2,6 +2,7 @@
 
 pub(super) mod cluster;
 pub(super) mod endpoints;
+pub(super) mod ingress;
 pub(super) mod pod;
 pub(super) mod secret;
 pub(super) mod service;

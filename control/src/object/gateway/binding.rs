@@ -52,6 +52,15 @@ pub struct WaypointBinding {
 }
 
 impl WaypointBinding {
+    /// The waypoints that it names.
+    pub fn names(&self) -> impl Iterator<Item = &NamespacedName> {
+        let primary = self.choice.iter().filter_map(|choice| match choice {
+            Choice::Named(name) => Some(name),
+            Choice::OptOut => None,
+        });
+        primary.chain(self.canary.iter().map(|canary| &canary.gateway))
+    }
+
     /// The binding of something that has labels in `namespace` and is no object of its own.
     pub fn of_labels(labels: &Labels, namespace: &Arc<str>) -> WaypointBinding {
         WaypointBinding::read(labels, &ObjectMeta::default(), namespace)

@@ -11,7 +11,9 @@ pub(super) mod route;
 mod session;
 pub(super) mod stream;
 pub(super) mod tls;
+pub(super) mod topology;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -19,10 +21,12 @@ use ambit_api::ports::INBOUND_HBONE;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use serde::Deserialize;
 
+use super::NamespacedName;
 use super::core::cluster::NETWORK;
 use super::meta::{Invalid, Labels, Meta, annotation};
 use listener::Listener;
 use tls::GatewayTls;
+use topology::Topology;
 
 /// What a waypoint is for (label `istio.io/waypoint-for`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +157,10 @@ pub struct Gateway {
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Whether it reports to endpoints who the client is (annotation `ambient.istio.io/xfcc-include-client-identity`).
     pub forwards_client_identity: bool,
+    /// Which proxies in front of it are believed, or what of that can't be read.
+    pub topology: Result<Topology, String>,
+    /// The gateways that it believes about their clients, as a waypoint.
+    pub trusted_gateways: Vec<NamespacedName>,
 }
 
 impl Gateway {
@@ -189,6 +197,14 @@ struct Spec {
     allowed_listeners: AllowedListeners,
     #[serde(default)]
     addresses: Vec<Address>,
+    #[serde(default)]
+    infrastructure: Infrastructure,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct Infrastructure {
+    #[serde(default)]
+    annotations: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -266,6 +282,11 @@ impl TryFrom<Manifest> for Gateway {
             application_tunnel: tunnel.map(application_tunnel).transpose()?,
             forwards_client_identity: annotation(&metadata, "ambient.istio.io/xfcc-include-client-identity")
                 == Some("true"),
+            topology: Topology::read(
+                &metadata,
+                &ObjectMeta { annotations: spec.infrastructure.annotations, ..ObjectMeta::default() },
+            ),
+            trusted_gateways: topology::trusted_gateways(&metadata, &meta.id.namespace),
             meta,
         })
     }

@@ -24,6 +24,9 @@ use watch::KindWatch;
 /// Batches that wait for the index; when there are more, watches wait.
 const BATCHES: usize = 64;
 
+/// Kinds that nothing but gateways needs.
+pub(crate) const OF_GATEWAYS: [Kind; 3] = [Kind::Secret, Kind::IngressClass, Kind::Ingress];
+
 /// A watched API server. Dropping this ends the watches.
 #[derive(Debug)]
 pub struct ApiServer {
@@ -31,16 +34,16 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Watches every kind; Secrets only where gateways may need them, as the right to read them is given only then. Everything
+    /// Watches every kind; those that only gateways need where there may be some, as the right to read them is given only then. Everything
     /// that is there is sent first, then [`Event::Synced`], then changes.
     pub fn watch(
         client: &Client,
         metrics: &Arc<SourceMetrics>,
-        secrets: bool,
+        gateways: bool,
     ) -> (ApiServer, mpsc::Receiver<Event>) {
         let (out, changes) = mpsc::channel(BATCHES);
         let kinds: Vec<Kind> =
-            Kind::ALL.into_iter().filter(|kind| secrets || *kind != Kind::Secret).collect();
+            Kind::ALL.into_iter().filter(|kind| gateways || !OF_GATEWAYS.contains(kind)).collect();
         let pending = Arc::new(Pending { kinds: AtomicUsize::new(kinds.len()), out: out.clone() });
         let mut watches = JoinSet::new();
         for kind in kinds {

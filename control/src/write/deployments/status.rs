@@ -16,7 +16,7 @@ use crate::write::conditions::{self, Condition};
 const HBONE: (&str, u64) = ("HBONE", INBOUND_HBONE as u64);
 
 /// Conditions of a gateway that the index finds.
-const OF_FINDINGS: [&str; 2] = ["ResolvedRefs", "InsecureFrontendValidationMode"];
+const OF_FINDINGS: [&str; 3] = ["ResolvedRefs", "InsecureFrontendValidationMode", "ambit.dev/FieldsHonoured"];
 
 /// The reason of a condition that no controller has written yet.
 const PENDING: &str = "Pending";
@@ -90,7 +90,7 @@ pub(super) fn plan(
     // Those that nothing speaks for any more go.
     let is_stale = |condition: &Value| {
         let is_it = |name: &&str| condition["type"] == **name && wanted.iter().all(|it| it.name != *name);
-        role == Role::Gateway && OF_FINDINGS.iter().any(is_it)
+        OF_FINDINGS.iter().any(is_it)
     };
     present.retain(|condition| !is_stale(condition));
     let mut status = json!({

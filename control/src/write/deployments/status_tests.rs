@@ -31,6 +31,7 @@ fn listeners_of_a_gateway_say_what_the_index_found() {
         parent_ref: None,
         listener: Some(facts(name, 3)),
         listener_sets: None,
+        addresses: Vec::new(),
         controller: CONTROLLER,
     };
     let findings = [
@@ -175,6 +176,7 @@ fn a_listener_set_says_what_the_index_found_and_waits_for_its_gateway() {
             attached: 1,
         }),
         listener_sets: None,
+        addresses: Vec::new(),
         controller: CONTROLLER,
     };
     let mut set = json!({
@@ -221,6 +223,7 @@ fn a_gateway_counts_its_listener_sets_and_says_what_concerns_all_of_it() {
         parent_ref: None,
         listener: None,
         listener_sets: None,
+        addresses: Vec::new(),
         controller: CONTROLLER,
     };
     let mut findings = vec![
@@ -228,6 +231,7 @@ fn a_gateway_counts_its_listener_sets_and_says_what_concerns_all_of_it() {
         finding("InsecureFrontendValidationMode", true, "ConfigurationChanged"),
         Finding {
             listener_sets: Some(crate::index::ListenerSetFacts { attached: 2, ..Default::default() }),
+            addresses: Vec::new(),
             ..finding("ListenerSets", true, "Attached")
         },
     ];

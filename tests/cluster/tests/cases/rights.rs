@@ -77,6 +77,16 @@ async fn exercise(cluster: &Cluster) -> Outcome {
     let kubectl = cluster.kubectl();
     kubectl.apply(OBJECTS).await?;
     kubectl.apply(XMESH).await?;
+    kubectl.apply(INGRESS).await?;
+    // It is reached at the Gateway that was made for its class, which goes with the class.
+    let reached = |object: &Value| object["status"]["loadBalancer"]["ingress"][0]["ip"].is_string();
+    kubectl.wait_for(SOON, &["ingress", "rights", "--namespace", NAMESPACE], reached).await?;
+    kubectl.run(&["delete", "ingressclass", "rights", "--wait"]).await?;
+    let is_gone = |list: &Value| {
+        let mut gateways = list["items"].as_array().into_iter().flatten();
+        gateways.all(|gateway| gateway["metadata"]["name"] != "rights-ingress")
+    };
+    kubectl.wait_for(SOON, &["gateways", "--namespace", mesh::NAMESPACE], is_gone).await?;
     kubectl.run(&["taint", "node", "n1", "ambit.dev/not-ready=:NoSchedule"]).await?;
     // The control plane has the keys in memory and writes them back.
     kubectl.run(&["delete", "secret", "istio-ca-secret", "--namespace", mesh::NAMESPACE]).await?;
@@ -237,6 +247,19 @@ spec:
 "#;
 
 /// Objects whose statuses the control plane writes, and a waypoint with parameters.
+/// An Ingress, and a class of the mesh for it.
+const INGRESS: &str = "\
+apiVersion: networking.k8s.io/v1
+kind: IngressClass
+metadata: {name: rights, annotations: {networking.istio.io/service-type: ClusterIP}}
+spec: {controller: ambit.dev/ingress-controller}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: rights, namespace: rights}
+spec: {ingressClassName: rights, defaultBackend: {service: {name: absent, port: {number: 80}}}}
+";
+
 const OBJECTS: &str = r#"
 apiVersion: v1
 kind: Namespace
