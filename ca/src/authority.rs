@@ -279,6 +279,12 @@ impl Authority {
         self.0.state.load().signer.sign_revocations(revoked, SystemTime::now(), next_update)
     }
 
+    /// A secret that every holder of the signing key derives alike, and that says nothing of it (RFC 5869). `purpose` keeps secrets of
+    /// different uses apart. It changes with the signing key.
+    pub fn derive(&self, purpose: &str) -> [u8; 32] {
+        self.0.state.load().signer.derive(purpose)
+    }
+
     /// Notified when roots, key or revocations change; the number counts the changes.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.0.version.subscribe()

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use ambit_identity::SpiffeId;
+use aws_lc_rs::hmac;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData,
@@ -111,6 +112,17 @@ impl Signer {
         signer.active_root = signer.prove(&material.roots, now)?;
         signer.intermediates_pem = signer.intermediates.iter().map(certificate_pem).collect();
         Ok(signer)
+    }
+
+    /// Extract and expand (RFC 5869, sections 2.2 and 2.3): one block is as long as the secret.
+    pub(crate) fn derive(&self, purpose: &str) -> [u8; 32] {
+        let extract = hmac::Key::new(hmac::HMAC_SHA256, b"ambit derived secrets");
+        let extracted = hmac::sign(&extract, self.issuer.key().serialized_der());
+        let expand = hmac::Key::new(hmac::HMAC_SHA256, extracted.as_ref());
+        let block = hmac::sign(&expand, &[purpose.as_bytes(), &[1]].concat());
+        let mut secret = [0; 32];
+        secret.iter_mut().zip(block.as_ref()).for_each(|(to, from)| *to = *from);
+        secret
     }
 
     /// The root that this key's certificates lead to.

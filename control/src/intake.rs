@@ -15,9 +15,9 @@ use serde_json::Value;
 use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
-    Gateway, Ingress, IngressClass, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef, PeerAuthentication,
-    Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry,
-    TrafficPolicy, VirtualService, WorkloadEntry, manifest,
+    Gateway, Ingress, IngressClass, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
+    ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.

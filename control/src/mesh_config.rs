@@ -292,7 +292,8 @@ mod tests {
 
     #[test]
     fn the_topology_of_gateways_is_read() {
-        let read = parse("defaultConfig: {gatewayTopology: {numTrustedProxies: 1, proxyProtocol: {}}}").unwrap();
+        let read =
+            parse("defaultConfig: {gatewayTopology: {numTrustedProxies: 1, proxyProtocol: {}}}").unwrap();
         assert_eq!((read.gateway_topology.hops, read.gateway_topology.proxy_protocol), (Some(1), true));
         assert!(parse("defaultConfig: {gatewayTopology: {numTrustedProxy: 1}}").is_err());
         assert!(parse("defaultConfig: {concurrency: 1}").is_err());

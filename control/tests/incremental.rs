@@ -234,7 +234,9 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
 fn certificates() -> Vec<Object> {
     let case = include_str!("translation/cases/l7-ingress/objects.yaml");
     let secret = case.split("---\n").find(|text| text.contains("kind: Secret")).unwrap();
-    ["a", "b"].map(|namespace| parse(&secret.replace("namespace: shop", &format!("namespace: {namespace}")))).into()
+    ["a", "b"]
+        .map(|namespace| parse(&secret.replace("namespace: shop", &format!("namespace: {namespace}"))))
+        .into()
 }
 
 /// A TrafficPolicy of which nobody knows what it is for.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use ambit_api::is_local;
 use ambit_directory::{
-    AppProtocol, Authority, ClientRole, DoubleTunnel, HostRef, Load, NamespacedHost, Question, Route, Service,
-    Snapshot, Vip, Workload, WorkloadUid, resolve,
+    AppProtocol, Authority, ClientRole, DoubleTunnel, HostRef, Load, NamespacedHost, Question, Route,
+    Service, Snapshot, Vip, Workload, WorkloadUid, resolve,
 };
 use ambit_identity::SpiffeId;
 use ambit_route::Backend;

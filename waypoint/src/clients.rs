@@ -163,8 +163,8 @@ impl Clients {
         let open = self.open.take(address, !is_proxy);
         let open = open.map_err(|refused| count(refused, &refusals.address, &refusals.total))?;
         let pending = self.pending.take(address, !is_proxy);
-        let pending = pending
-            .map_err(|refused| count(refused, &refusals.pending_address, &refusals.pending_total))?;
+        let pending =
+            pending.map_err(|refused| count(refused, &refusals.pending_address, &refusals.pending_total))?;
         Ok(Places { open, pending })
     }
 }

@@ -126,6 +126,11 @@ impl Applier {
             next.addresses = addresses.filter_map(destination).collect();
             next.forwards_client_identity =
                 self.gateways.values().any(|gateway| gateway.forwards_client_identity);
+            let key =
+                self.gateways.values().map(|gateway| &gateway.session_key[..]).find(|key| !key.is_empty());
+            if let Some(key) = key {
+                next.session_keys = Arc::new(next.session_keys.renewed(key));
+            }
             let trusted = self.gateways.values().find_map(|gateway| gateway.trusted_proxies.as_ref());
             next.trusted_proxies = Arc::new(trusted.map(TrustedProxies::new).unwrap_or_default());
             let forwarders = self.gateways.values().flat_map(|gateway| &gateway.trusted_forwarders);

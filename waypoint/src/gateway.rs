@@ -140,14 +140,14 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, mut stream: TcpStr
 async fn admit(proxy: &Proxy, stream: &mut TcpStream, source: SocketAddr) -> Option<(SocketAddr, Places)> {
     let trusted = proxy.published.load().trusted_proxies.clone();
     let refusals = &proxy.tallies.clients;
-    let take = |address: SocketAddr, is_proxy: bool| match proxy.clients.take(address.ip(), is_proxy, refusals)
-    {
-        Ok(places) => Some(places),
-        Err(refused) => {
-            tracing::debug!(%address, ?refused, "a connection is refused: too many are open");
-            None
-        }
-    };
+    let take =
+        |address: SocketAddr, is_proxy: bool| match proxy.clients.take(address.ip(), is_proxy, refusals) {
+            Ok(places) => Some(places),
+            Err(refused) => {
+                tracing::debug!(%address, ?refused, "a connection is refused: too many are open");
+                None
+            }
+        };
     let is_proxy = trusted.proxy_protocol || trusted.has_network_of(source.ip());
     let places = take(source, is_proxy)?;
     if !trusted.proxy_protocol {

@@ -73,7 +73,8 @@ pub fn find(
     }
     let session = matched.rule.session.as_ref().map(|persistence| {
         let path = (parts.uri.path(), matched.common);
-        Session::read(persistence, &parts.headers, path, sane.scheme, SystemTime::now())
+        let keys = published.session_keys.clone();
+        Session::read(persistence, keys, &parts.headers, path, sane.scheme, SystemTime::now())
     });
     Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix, session }))
 }

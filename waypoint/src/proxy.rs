@@ -26,6 +26,7 @@ use crate::listeners::Listeners;
 use crate::names::Names;
 use crate::policies::Policies;
 use crate::report::Reporter;
+use crate::session::SessionKeys;
 use crate::traffic::Refusals;
 use crate::trusted_proxies::TrustedProxies;
 use crate::upstream::Upstreams;
@@ -39,6 +40,8 @@ pub struct Published {
     pub addresses: Arc<[GatewayDestination]>,
     /// Whether endpoints learn who the client is.
     pub forwards_client_identity: bool,
+    /// What tokens of sessions are authenticated with.
+    pub session_keys: Arc<SessionKeys>,
     /// Which proxies in front of a gateway are believed.
     pub trusted_proxies: Arc<TrustedProxies>,
     /// SPIFFE ids of gateways that are believed about their clients.

@@ -122,7 +122,8 @@ mod tests {
     const V1: &[u8] = b"PROXY TCP4 192.0.2.1 198.51.100.1 4711 80\r\n";
 
     fn v2(command: v2::Command, addresses: impl Into<v2::Addresses>) -> Vec<u8> {
-        let builder = v2::Builder::with_addresses(v2::Version::Two | command, v2::Protocol::Stream, addresses);
+        let builder =
+            v2::Builder::with_addresses(v2::Version::Two | command, v2::Protocol::Stream, addresses);
         builder.write_tlv(v2::Type::NoOp, &[0; 40]).unwrap().build().unwrap()
     }
 

@@ -1,15 +1,17 @@
 //! Sessions: a client that brings the token of an earlier answer back gets to the endpoint that gave it (Gateway API, GEP-1619).
 //!
 //! Nothing is kept here: a token is good at every replica and after a restart. It names backend and endpoint by hashes, which are looked
-//! up among those of the rule, so it leads nowhere else whatever a client writes, and says no address. Its times are the client's to
-//! forge, who gains no more by it than a session that does not end.
+//! up among those of the rule, so it leads nowhere else, and says no address. It is authenticated with a key that the control plane gives to
+//! all replicas, so a client can neither choose its endpoint nor lengthen its session.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ambit_directory::WorkloadUid;
 use ambit_route::{Backend, Rule, SessionCarrier, SessionPersistence};
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{Context, SHA256};
+use aws_lc_rs::hmac;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::header::SET_COOKIE;
@@ -19,9 +21,68 @@ use crate::balance::Endpoint;
 use crate::balancers::key::cookies;
 
 /// The form of tokens that is known.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// How far clocks of replicas may be apart.
 const SKEW: Duration = Duration::from_secs(60);
+
+/// Bytes of a token's tag: half of HMAC-SHA256 (RFC 2104, section 5).
+const TAG: usize = 16;
+
+/// What tokens are authenticated with: the first key makes them, all are believed.
+#[derive(Clone)]
+pub struct SessionKeys {
+    current: hmac::Key,
+    /// The key before, as some clients have tokens of it.
+    former: Option<hmac::Key>,
+    /// Names the current key.
+    fingerprint: [u8; 32],
+    /// Whether the current key is the proxy's own choice.
+    is_own: bool,
+}
+
+impl Default for SessionKeys {
+    /// A key of the proxy's own, until the control plane gives it one that other replicas have too.
+    fn default() -> Self {
+        Self { is_own: true, ..Self::with(&rand::random::<[u8; 32]>()) }
+    }
+}
+
+impl SessionKeys {
+    fn with(key: &[u8]) -> Self {
+        let fingerprint = hashed(&[b"ambit session key", key]);
+        Self { current: hmac::Key::new(hmac::HMAC_SHA256, key), former: None, fingerprint, is_own: false }
+    }
+
+    /// These with another current key; the one before is believed as long as there is no third.
+    pub fn renewed(&self, key: &[u8]) -> Self {
+        let new = Self::with(key);
+        match new.fingerprint == self.fingerprint {
+            true => self.clone(),
+            false => Self { former: (!self.is_own).then(|| self.current.clone()), ..new },
+        }
+    }
+
+    fn tag(&self, token: &[u8]) -> [u8; TAG] {
+        let mut tag = [0; TAG];
+        let signed = hmac::sign(&self.current, token);
+        tag.iter_mut().zip(signed.as_ref()).for_each(|(to, from)| *to = *from);
+        tag
+    }
+
+    fn verify(&self, token: &[u8], tag: &[u8]) -> bool {
+        let is_of = |key: &hmac::Key| {
+            let signed = hmac::sign(key, token);
+            signed.as_ref().get(..TAG).is_some_and(|known| verify_slices_are_equal(known, tag).is_ok())
+        };
+        is_of(&self.current) || self.former.as_ref().is_some_and(is_of)
+    }
+}
+
+impl std::fmt::Debug for SessionKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SessionKeys")
+    }
+}
 
 /// Names an endpoint of a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -86,19 +147,24 @@ pub struct Token {
 impl Token {
     const LENGTH: usize = 1 + 8 + 16 + 8 + 8;
 
-    fn encode(&self) -> String {
+    fn encode(&self, keys: &SessionKeys) -> String {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).to_be_bytes();
-        let mut bytes = Vec::with_capacity(Self::LENGTH);
+        let mut bytes = Vec::with_capacity(Self::LENGTH + TAG);
         bytes.push(VERSION);
         bytes.extend(self.backend.0);
         bytes.extend(self.endpoint.0);
         bytes.extend(millis(self.started));
         bytes.extend(millis(self.used));
+        bytes.extend(keys.tag(&bytes));
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
-    fn decode(text: &str) -> Option<Self> {
-        let bytes = URL_SAFE_NO_PAD.decode(text).ok().filter(|bytes| bytes.len() == Self::LENGTH)?;
+    fn decode(text: &str, keys: &SessionKeys) -> Option<Self> {
+        let bytes = URL_SAFE_NO_PAD.decode(text).ok().filter(|bytes| bytes.len() == Self::LENGTH + TAG)?;
+        let (bytes, tag) = bytes.split_at_checked(Self::LENGTH)?;
+        if !keys.verify(bytes, tag) {
+            return None;
+        }
         let (version, rest) = bytes.split_first()?;
         let (backend, rest) = rest.split_first_chunk()?;
         let (endpoint, rest) = rest.split_first_chunk()?;
@@ -127,6 +193,7 @@ impl Token {
 pub struct Session {
     /// What the client brought back, if that is valid.
     pub token: Option<Token>,
+    keys: Arc<SessionKeys>,
     /// When the request came, since the epoch.
     now: Duration,
     /// Where the client is to bring a cookie back.
@@ -138,13 +205,14 @@ impl Session {
     /// Of a request at `now` whose path all requests of the rule begin with up to `common`.
     pub fn read(
         persistence: &SessionPersistence,
+        keys: Arc<SessionKeys>,
         headers: &HeaderMap,
         (path, common): (&str, usize),
         scheme: &str,
         now: SystemTime,
     ) -> Self {
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let valid = |text: &str| Token::decode(text).filter(|token| token.is_valid(persistence, now));
+        let valid = |text: &str| Token::decode(text, &keys).filter(|token| token.is_valid(persistence, now));
         let token = match &persistence.carrier {
             SessionCarrier::Cookie { name, .. } => cookies(headers, name).find_map(valid),
             SessionCarrier::Header(name) => {
@@ -152,7 +220,7 @@ impl Session {
                 lines.flat_map(|line| line.split(',')).map(str::trim).find_map(valid)
             }
         };
-        Self { token, now, path: cookie_path(path, common).into(), is_secure: scheme == "https" }
+        Self { token, keys, now, path: cookie_path(path, common).into(), is_secure: scheme == "https" }
     }
 
     /// Says in the head of an answer where the client was; true if that is elsewhere than before.
@@ -175,7 +243,7 @@ impl Session {
         let token = Token { backend, endpoint, started, used: self.now };
         match &persistence.carrier {
             SessionCarrier::Header(name) => {
-                if let Ok(value) = HeaderValue::try_from(token.encode()) {
+                if let Ok(value) = HeaderValue::try_from(token.encode(&self.keys)) {
                     headers.insert(name, value);
                 }
             }
@@ -192,7 +260,8 @@ impl Session {
 
     /// RFC 6265 §4.1; GEP-1619, "Secure, HttpOnly, SameSite".
     fn cookie(&self, name: &str, token: &Token, left: Option<Duration>) -> String {
-        let mut text = format!("{name}={}; Path={}; HttpOnly; SameSite=Strict", token.encode(), self.path);
+        let mut text =
+            format!("{name}={}; Path={}; HttpOnly; SameSite=Strict", token.encode(&self.keys), self.path);
         if let Some(left) = left {
             // A browser takes 0 for "delete".
             text.push_str(&format!("; Max-Age={}", left.as_secs().max(1)));
@@ -296,16 +365,18 @@ mod tests {
     struct World {
         rule: Arc<Rule>,
         headers: HeaderMap,
+        keys: SessionKeys,
     }
 
     impl World {
         fn new(session: l7::SessionPersistence) -> Self {
-            Self { rule: rule(session), headers: HeaderMap::new() }
+            Self { rule: rule(session), headers: HeaderMap::new(), keys: SessionKeys::with(&[1; 32]) }
         }
 
         fn session(&self, at: u64) -> Session {
             let persistence = self.rule.session.as_ref().unwrap();
-            Session::read(persistence, &self.headers, ("/cart/x", 5), "https", second(at))
+            let keys = Arc::new(self.keys.clone());
+            Session::read(persistence, keys, &self.headers, ("/cart/x", 5), "https", second(at))
         }
 
         /// A request at this second that this endpoint of backend `to` answers. What the client gets it brings back later. Says what it
@@ -386,6 +457,44 @@ mod tests {
             world.headers.insert(COOKIE, format!("s={value}").parse().unwrap());
             assert!(world.session(1_000).token.is_none(), "{value}");
         }
+    }
+
+    /// The token of a session with one of its bytes changed.
+    fn altered(token: &str, at: usize) -> String {
+        let mut bytes = URL_SAFE_NO_PAD.decode(token).unwrap();
+        bytes[at] ^= 1;
+        URL_SAFE_NO_PAD.encode(bytes)
+    }
+
+    #[test]
+    fn a_token_that_a_client_has_changed_is_no_session() {
+        let in_header = || l7::SessionPersistence { in_header: true, ..persistence("x-session") };
+        let mut world = World::new(in_header());
+        let token = world.ask(0, 0, "a").0.unwrap();
+        assert!(world.session(1).token.is_some());
+        for at in 0..Token::LENGTH + TAG {
+            world.headers.insert("x-session", altered(&token, at).parse().unwrap());
+            assert!(world.session(1).token.is_none(), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn tokens_of_the_key_before_are_believed_until_there_is_a_third() {
+        let mut world = World::new(persistence("s"));
+        world.ask(0, 0, "a");
+        world.keys = world.keys.renewed(&[1; 32]);
+        assert!(world.session(1).token.is_some());
+        world.keys = world.keys.renewed(&[2; 32]);
+        assert!(world.session(1).token.is_some());
+        world.keys = world.keys.renewed(&[3; 32]);
+        assert!(world.session(1).token.is_none());
+        // Nobody else has a key that a proxy chose for itself.
+        let own = SessionKeys::default();
+        world.keys = own.clone();
+        world.ask(2, 0, "a");
+        assert!(world.session(3).token.is_some());
+        world.keys = own.renewed(&[1; 32]);
+        assert!(world.session(3).token.is_none());
     }
 
     #[test]

@@ -167,9 +167,9 @@ fn ingress_gateways(changes: &[Change], settings: &Settings) -> Vec<Change> {
                 "listeners": [{ "name": "http", "port": 80, "protocol": "HTTP" }],
             },
         });
-        let is_there = changes.iter().any(|change| {
-            change.reference() == ObjectRef { kind: Kind::Gateway, name: name.clone() }
-        });
+        let is_there = changes
+            .iter()
+            .any(|change| change.reference() == ObjectRef { kind: Kind::Gateway, name: name.clone() });
         intake::read(Kind::Gateway, &manifest).ok().filter(|_| !is_there).map(Change::Apply)
     };
     classes.iter().filter_map(|class| gateway(class)).collect()

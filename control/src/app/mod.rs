@@ -22,6 +22,7 @@ use tonic::service::Routes;
 
 use crate::api_server::connect;
 use crate::config::Config;
+use crate::index::SessionSecret;
 use crate::keys::{Keys, Wanted};
 use crate::observe::{Findings, Observed, OnKubernetes};
 use crate::serve::admission::TokenAdmission;
@@ -453,9 +454,17 @@ fn start_keys(
     let (send, inputs) = mpsc::channel(INPUTS);
     let (changed, mut fetched) = mpsc::channel(1);
     // The index ends with its sources.
+    let authority = observed.authority.clone();
+    let mut rotated = authority.subscribe();
+    rotated.mark_changed();
     tasks.spawn("the sources", async move {
         loop {
             let input = tokio::select! {
+                // First: no gateway is to choose a key of its own.
+                biased;
+                Ok(()) = rotated.changed() => {
+                    Input::SessionSecret(SessionSecret::new(authority.derive("sessions")))
+                }
                 event = events.recv() => match event {
                     Some(event) => Input::Source(event),
                     None => return,

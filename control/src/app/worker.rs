@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::index::{Changes, FetchedKeys, Finding, Index, ResourceType, Settings};
+use crate::index::{Changes, FetchedKeys, Finding, Index, ResourceType, SessionSecret, Settings};
 use crate::keys::Wanted;
 use crate::kind::Kind;
 use crate::object::{Change, KeyAddress, ObjectRef};
@@ -27,6 +27,8 @@ pub(super) enum Input {
     Source(Event),
     /// What became of fetching keys.
     Keys(KeyAddress, FetchedKeys),
+    /// What keys of sessions are derived from.
+    SessionSecret(SessionSecret),
 }
 
 /// The index and where its results go; runs on a thread of its own.
@@ -63,6 +65,7 @@ impl IndexWorker {
                     Input::Source(Event::Changes(more)) => changes.extend(more),
                     Input::Source(Event::Synced) => is_synced = true,
                     Input::Keys(address, keys) => index.set_keys(address, keys),
+                    Input::SessionSecret(secret) => index.set_session_secret(secret),
                 }
             }
             self.note_namespaces(&changes);

@@ -19,10 +19,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ambit_api::l7 as l7_api;
+use aws_lc_rs::hmac;
 
-use crate::object::{
-    AddressValue, Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef, Topology,
-};
+use crate::object::{AddressValue, Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef, Topology};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
@@ -254,6 +253,29 @@ pub struct Index {
     key_generation: u64,
 }
 
+/// What keys of sessions are derived from; shown to nobody.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct SessionSecret([u8; 32]);
+
+impl SessionSecret {
+    /// A secret that all replicas of the control plane have.
+    pub fn new(secret: [u8; 32]) -> SessionSecret {
+        SessionSecret(secret)
+    }
+
+    /// The key of one waypoint or gateway: that of no other can be computed from it.
+    fn key_of(self, gateway: &NamespacedName) -> Vec<u8> {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &self.0);
+        hmac::sign(&key, format!("sessions of {gateway}").as_bytes()).as_ref().to_vec()
+    }
+}
+
+impl std::fmt::Debug for SessionSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SessionSecret")
+    }
+}
+
 impl Index {
     /// An index without objects. It already has the policies that are always there.
     pub fn new(settings: Settings) -> Index {
@@ -305,6 +327,14 @@ impl Index {
             stream_routes,
             placements,
             findings,
+        }
+    }
+
+    /// Takes what keys of sessions are derived from; what that changes comes with the next batch.
+    pub fn set_session_secret(&mut self, secret: SessionSecret) {
+        if self.store.session_secret.replace(secret) != Some(secret) {
+            let gateways = self.store.gateways.keys();
+            self.touched.extend(gateways.map(|name| ObjectRef { kind: Kind::Gateway, name: name.clone() }));
         }
     }
 

@@ -11,9 +11,9 @@ use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, Ingress, KeyAddress, Kind, Labels, ListenerSet,
-    Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route, Secret, Service,
-    ServiceEntry, TrafficPolicy, VirtualService, Visibility,
+    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, Ingress, KeyAddress, Kind, Labels,
+    ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route,
+    Secret, Service, ServiceEntry, TrafficPolicy, VirtualService, Visibility,
 };
 
 /// The IngressClass that the chart makes.
@@ -99,7 +99,10 @@ impl<'a> Reader<'a> {
     ///
     /// # Errors
     /// What is wrong with the parameters of the class.
-    pub(super) fn gateway_of_class(&self, class: Option<&Arc<str>>) -> Option<Result<NamespacedName, String>> {
+    pub(super) fn gateway_of_class(
+        &self,
+        class: Option<&Arc<str>>,
+    ) -> Option<Result<NamespacedName, String>> {
         self.depend(Dependency::IngressClasses);
         if self.settings.gateway_classes.is_empty() {
             return None;
@@ -108,7 +111,9 @@ impl<'a> Reader<'a> {
         let default = |name: &str| Ok(default_gateway(&self.settings.ingress_namespace, name));
         let known = match class {
             Some(name) => classes.get(name),
-            None => classes.values().filter(|it| it.is_default && it.is_ours).min_by_key(|it| it.name.clone()),
+            None => {
+                classes.values().filter(|it| it.is_default && it.is_ours).min_by_key(|it| it.name.clone())
+            }
         };
         match (known, class) {
             (Some(known), _) if !known.is_ours => None,
@@ -155,6 +160,12 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::IngressesTo(service.clone()));
         let ids = self.store.ingresses_by_backend.of(service);
         ids.filter_map(|id| self.store.ingresses.get(id)).map(AsRef::as_ref).collect()
+    }
+
+    /// What a waypoint or gateway authenticates tokens of sessions with; empty while nothing is known to derive it from. All of them are
+    /// computed again when that changes.
+    pub(super) fn session_key(&self, gateway: &NamespacedName) -> Vec<u8> {
+        self.store.session_secret.map(|secret| secret.key_of(gateway)).unwrap_or_default()
     }
 
     pub(super) fn secret(&self, id: &NamespacedName) -> Option<&'a Secret> {

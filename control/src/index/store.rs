@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::Settings;
 use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
+use super::{SessionSecret, Settings};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, Ingress,
-    IngressClass, KeyAddress, Kind, ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReferenceGrant,
-    ReplicaSet, RequestAuthentication, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService,
-    WorkloadEntry, WorkloadSpec,
+    IngressClass, KeyAddress, Kind, ListenerSet, Namespace, NamespacedName, Node, ObjectRef,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
+    ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -44,6 +44,8 @@ pub(super) struct Store {
     pub(super) traffic_policies: HashMap<NamespacedName, Arc<TrafficPolicy>>,
     /// Keys of token issuers, as far as they were fetched.
     pub(super) keys: HashMap<KeyAddress, FetchedKeys>,
+    /// What keys of sessions are derived from.
+    pub(super) session_secret: Option<SessionSecret>,
 
     /// Pods and WorkloadEntries by label.
     pub(super) members: Members,
@@ -250,7 +252,9 @@ impl Store {
         if let Some(new) = new {
             self.ingresses_by_class.insert(class_of(new), id.clone());
             new.tls_hosts().for_each(|host| self.ingresses_by_tls_host.insert(host.into(), id.clone()));
-            new.services().into_iter().for_each(|service| self.ingresses_by_backend.insert(service, id.clone()));
+            new.services()
+                .into_iter()
+                .for_each(|service| self.ingresses_by_backend.insert(service, id.clone()));
         }
         old
     }

@@ -11,12 +11,14 @@ use super::dependencies::Dependency;
 use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::placements::PodPlacement;
-use super::store::{class_of, cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of};
+use super::store::{
+    class_of, cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of,
+};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
-    Ingress, IngressClass, KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
-    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
-    ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
+    Ingress, IngressClass, KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object,
+    ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret,
+    Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -119,7 +121,8 @@ impl Index {
         let waypoint = |n: &Namespace| n.waypoint.clone();
         if old.as_deref().map(waypoint) != new.map(|n| waypoint(n)) {
             let both = [old.as_ref(), new].into_iter().flatten();
-            both.flat_map(|n| n.waypoint.names()).for_each(|w| self.touch_users(&Dependency::BoundTo(w.clone())));
+            both.flat_map(|n| n.waypoint.names())
+                .for_each(|w| self.touch_users(&Dependency::BoundTo(w.clone())));
         }
         let defaults = |n: &Namespace| (n.waypoint.clone(), n.network.clone(), n.distribution);
         if old.as_deref().map(defaults) != new.map(|n| defaults(n)) {

@@ -62,8 +62,7 @@ impl IngressWriter {
         if call(api.get_opt(&gateway.name)).await?.is_some() {
             return Ok(());
         }
-        let classes: Api<DynamicObject> =
-            Api::all_with(self.client.clone(), &resource_of_classes());
+        let classes: Api<DynamicObject> = Api::all_with(self.client.clone(), &resource_of_classes());
         let class = gateway.name.strip_suffix("-ingress").unwrap_or_default();
         let class = call(classes.get_opt(class)).await?;
         let manifest = manifest(gateway, &self.gateway_class, &resource.api_version, class.as_ref());
@@ -142,7 +141,8 @@ pub(super) fn plan(ingress: &Value, findings: &[Finding]) -> Option<Value> {
     let is_present = |wanted: &[Value]| {
         let present = present.unwrap_or_default();
         // The API server may add what is known of ports.
-        let is_same = |one: &Value, other: &Value| one["ip"] == other["ip"] && one["hostname"] == other["hostname"];
+        let is_same =
+            |one: &Value, other: &Value| one["ip"] == other["ip"] && one["hostname"] == other["hostname"];
         present.len() == wanted.len() && present.iter().zip(wanted).all(|(one, other)| is_same(one, other))
     };
     (!is_present(&wanted)).then(|| json!({ "ingress": wanted }))
@@ -206,9 +206,8 @@ mod tests {
     fn a_status_says_where_the_gateway_is() {
         let ingress = json!({ "status": { "loadBalancer": {} } });
         assert_eq!(plan(&ingress, &[]), None, "another controller's");
-        let addresses = || {
-            vec![AddressValue::Ip([192, 0, 2, 1].into()), AddressValue::Hostname("lb.example".into())]
-        };
+        let addresses =
+            || vec![AddressValue::Ip([192, 0, 2, 1].into()), AddressValue::Hostname("lb.example".into())];
         let accepted = [found("Accepted", "ambit-ingress", addresses())];
         let wanted = plan(&ingress, &accepted).unwrap();
         assert_eq!(wanted, json!({ "ingress": [{ "ip": "192.0.2.1" }, { "hostname": "lb.example" }] }));

@@ -231,7 +231,8 @@ fn ports(objects: &BTreeMap<Key, Object>, gateway: &Key) -> Vec<Value> {
     let has_tls = |(key, object): (&Key, &Object)| {
         key.kind == "Ingress" && object.body["spec"]["tls"].as_array().is_some_and(|tls| !tls.is_empty())
     };
-    let is_gateway = objects.get(gateway).is_some_and(|object| object.body["spec"]["gatewayClassName"] == "ambit");
+    let is_gateway =
+        objects.get(gateway).is_some_and(|object| object.body["spec"]["gatewayClassName"] == "ambit");
     let of_ingresses = (is_gateway && objects.iter().any(has_tls)).then_some(&https);
     for listener in listeners.chain(of_ingresses) {
         let Some(port) = listener["port"].as_u64() else { continue };

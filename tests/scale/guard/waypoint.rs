@@ -39,7 +39,14 @@ fn request() -> Result<Parts> {
 }
 
 fn claims() -> Claims<'static> {
-    Claims { client: CLIENT, trusted: false, ends_tls: false, default_host: SERVICE.1, target_size: 16 << 10 }
+    Claims {
+        client: CLIENT,
+        trusted: false,
+        proxies: None,
+        ends_tls: false,
+        default_host: SERVICE.1,
+        target_size: 16 << 10,
+    }
 }
 
 fn sane() -> Result<(Sane, Parts)> {

@@ -106,7 +106,7 @@ async fn proxy_protocol(bed: &Gateways) {
         ask(text).await.is_ok_and(|answer| answer.status == 200)
     })
     .await;
-    for (header, client) in [(&text[..], "203.0.113.9"), (&binary, "203.0.113.10")] {
+    for (header, client) in [(&text[..], "203.0.113.9"), (&binary[..], "203.0.113.10")] {
         let answer = ask(header).await.unwrap();
         assert_eq!(answer.sent("x-forwarded-for"), Some(client));
         assert_eq!(answer.sent("x-envoy-external-address"), Some(client));

@@ -98,13 +98,18 @@ async fn served(bed: &Gateways) {
     assert!(tls::get(bed, https, names, &[&certificate]).await.is_err());
     // What a Resource backend is for is answered with 500, and the rest is served.
     let resource = "{path: /files, pathType: Prefix, backend: {resource: {kind: Bucket, name: b}}}";
-    let rules = format!("rules: [{{host: faulty.example, http: {{paths: [{resource}, {}]}}}}]", path("/", "Prefix", "in-long"));
+    let rules = format!(
+        "rules: [{{host: faulty.example, http: {{paths: [{resource}, {}]}}}}]",
+        path("/", "Prefix", "in-long")
+    );
     ingress(bed, "in-faulty", &rules).await;
-    bed.eventually(http, "faulty.example", |answer| answer.status == 200 && answer.server() == "in-long").await;
+    bed.eventually(http, "faulty.example", |answer| answer.status == 200 && answer.server() == "in-long")
+        .await;
     assert_eq!(get(bed, http, "faulty.example", "/files").await.status, 500);
     // One that goes is served no longer.
     bed.cluster.delete("Ingress", "edge", "in-first").await.unwrap();
-    bed.eventually(http, "x.in.example", |answer| answer.status == 200 && answer.server() == "in-default").await;
+    bed.eventually(http, "x.in.example", |answer| answer.status == 200 && answer.server() == "in-default")
+        .await;
     wait::until("TLS is served no longer", SOON, || async {
         tls::get(bed, https, ("in.example", "in.example"), &[&certificate]).await.is_err()
     })

@@ -53,6 +53,12 @@ async fn cookies(bed: &Waypoints) {
     // A client that has its token gets no other.
     let again = http::get(&bed.cli, to, "/cart/1", &headers).await.unwrap();
     assert_eq!((again.server(), again.header("set-cookie")), (&*server, None));
+    // One that a client has changed is none, though backend and endpoint are right.
+    let (before, token) = headers.trim_end().rsplit_once('=').unwrap();
+    let last = if token.ends_with('A') { "B" } else { "A" };
+    let changed = format!("{before}={}{last}\r\n", &token[..token.len() - 1]);
+    let answer = http::get(&bed.cli, to, "/cart/1", &changed).await.unwrap();
+    assert!(answer.header("set-cookie").is_some(), "{answer:?}");
     let pod = pods.iter().find(|pod| pod.name() == server).unwrap();
     bed.cluster.delete_pod(pod).await.unwrap();
     let moved = bed

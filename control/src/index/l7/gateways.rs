@@ -39,6 +39,7 @@ pub(in crate::index) fn of_gateway(
         addresses: addresses.iter().map(address).collect(),
         forwards_client_identity: gateway.forwards_client_identity,
         client_key_pair: shown.as_ref().map(|pair| pair.name.to_string()).unwrap_or_default(),
+        session_key: reader.session_key(id).into(),
         trusted_proxies: (!is_waypoint).then(|| trusted_proxies(reader, gateway)),
         trusted_forwarders: if is_waypoint { trusted_forwarders(reader, gateway) } else { Vec::new() },
     };
@@ -80,7 +81,8 @@ fn trusted_forwarders(reader: &Reader<'_>, waypoint: &Gateway) -> Vec<String> {
     let identity = |name: &NamespacedName| {
         let gateway = reader.gateway(name);
         if !gateway.is_some_and(|it| reader.settings.gateway_classes.contains(&it.class)) {
-            let message = format!("ambit.dev/trusted-gateways: {name} is no Gateway for clients outside the mesh");
+            let message =
+                format!("ambit.dev/trusted-gateways: {name} is no Gateway for clients outside the mesh");
             reader.find(Finding::new(HONOURED, false, "NoEffect", message));
             return None;
         }

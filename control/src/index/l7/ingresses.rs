@@ -33,7 +33,10 @@ pub fn default_gateway(namespace: &Arc<str>, class: &str) -> NamespacedName {
 }
 
 /// The resources of an Ingress of a class of the mesh.
-pub(in crate::index) fn of_ingress(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
+pub(in crate::index) fn of_ingress(
+    reader: &Reader<'_>,
+    id: &NamespacedName,
+) -> Vec<(ResourceType, Resource)> {
     let Some(ingress) = reader.store.ingresses.get(id) else { return Vec::new() };
     let name = match reader.gateway_of_class(ingress.class.as_ref()) {
         None => return Vec::new(),
@@ -46,7 +49,8 @@ pub(in crate::index) fn of_ingress(reader: &Reader<'_>, id: &NamespacedName) -> 
     let gateway = reader.gateway(&name).filter(|it| reader.settings.gateway_classes.contains(&it.class));
     let Some(gateway) = gateway else {
         let message = format!("Gateway {name}, which serves its class, does not exist yet");
-        reader.find(Finding::new(ACCEPTED, false, "GatewayMissing", message).relative_to(Kind::Gateway, &name));
+        reader
+            .find(Finding::new(ACCEPTED, false, "GatewayMissing", message).relative_to(Kind::Gateway, &name));
         return Vec::new();
     };
     let message = format!("Gateway {name} serves it");
@@ -109,11 +113,16 @@ impl<'a> Served<'a, '_> {
             ));
         }
         let host = listener.hostname.as_deref().unwrap_or_default();
-        let first = self.for_host(host).into_iter().next().filter(|first| first.meta.id != self.ingress.meta.id)?;
+        let first =
+            self.for_host(host).into_iter().next().filter(|first| first.meta.id != self.ingress.meta.id)?;
         let other = first.listeners.iter().find(|other| other.hostname == listener.hostname)?;
         Some(match other.tls == listener.tls {
             true => String::new(),
-            false => format!("TLS for {}: Ingress {} is older and has another Secret", shown(listener), first.meta.id),
+            false => format!(
+                "TLS for {}: Ingress {} is older and has another Secret",
+                shown(listener),
+                first.meta.id
+            ),
         })
     }
 
@@ -170,7 +179,8 @@ impl<'a> Served<'a, '_> {
 
     fn report<'x>(&self, rules: impl IntoIterator<Item = &'x l7::Rule>) {
         for rule in rules {
-            for fault in rule.backends.iter().map(|backend| &backend.invalid).filter(|text| !text.is_empty()) {
+            for fault in rule.backends.iter().map(|backend| &backend.invalid).filter(|text| !text.is_empty())
+            {
                 let reason = if fault.contains("does not exist") || fault.contains("has no port") {
                     "BackendNotFound"
                 } else {
@@ -247,7 +257,9 @@ impl<'a> Served<'a, '_> {
             let Some(first) = self.for_host(&host).into_iter().next() else { continue };
             let owner = Owner::ingress(self.gateway, first);
             let of_host = |listener: &&Listener| listener.hostname.as_deref().unwrap_or_default() == &*host;
-            targets.extend(first.listeners.iter().filter(of_host).filter_map(|listener| target(owner, listener)));
+            targets.extend(
+                first.listeners.iter().filter(of_host).filter_map(|listener| target(owner, listener)),
+            );
         }
         targets
     }
@@ -318,5 +330,10 @@ pub(super) fn has_tls(reader: &Reader<'_>, gateway: &NamespacedName) -> bool {
 /// Below what a Service is by the Ingresses that send requests to it: the Gateways that serve these.
 pub(super) fn roots_to(reader: &Reader<'_>, service: &NamespacedName) -> Vec<Arc<str>> {
     let gateway = |ingress: &Ingress| reader.gateway_of_class(ingress.class.as_ref())?.ok();
-    reader.ingresses_to(service).into_iter().filter_map(gateway).map(|gateway| views::root(&gateway)).collect()
+    reader
+        .ingresses_to(service)
+        .into_iter()
+        .filter_map(gateway)
+        .map(|gateway| views::root(&gateway))
+        .collect()
 }

@@ -10,8 +10,8 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, ListenerFacts, attachment, backend_tls, views};
 use crate::object::{
-    CertificateRef, Gateway, Ingress, Kind, Listener, ListenerProtocol, ListenerSet, ObjectRef, ParentRef, Route,
-    TargetKind,
+    CertificateRef, Gateway, Ingress, Kind, Listener, ListenerProtocol, ListenerSet, ObjectRef, ParentRef,
+    Route, TargetKind,
 };
 
 /// Ports of the program itself.

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use k8s_openapi::api::networking::v1;
 
 use super::meta::{Invalid, Meta, annotation, name};
-use crate::object::{AllowedNamespaces, CertificateRef, Listener, ListenerProtocol, ListenerTls, NamespacedName};
+use crate::object::{
+    AllowedNamespaces, CertificateRef, Listener, ListenerProtocol, ListenerTls, NamespacedName,
+};
 
 /// The controller that IngressClasses of the mesh name.
 pub const INGRESS_CONTROLLER: &str = "ambit.dev/ingress-controller";
@@ -106,7 +108,9 @@ impl TryFrom<v1::Ingress> for Ingress {
         if let (Some(legacy), Some(class)) = (legacy, &spec.ingress_class_name)
             && legacy != class
         {
-            faults.push(format!("spec.ingressClassName {class}: annotation {CLASS} says {legacy}, which counts"));
+            faults.push(format!(
+                "spec.ingressClassName {class}: annotation {CLASS} says {legacy}, which counts"
+            ));
         }
         let class = legacy.map(str::to_owned).or(spec.ingress_class_name).filter(|class| !class.is_empty());
         let rule = |rule: v1::IngressRule| IngressRule {
@@ -150,10 +154,14 @@ fn backend(backend: v1::IngressBackend) -> IngressBackend {
                     name: service.name.into(),
                     port: BackendPort::Name(name.into()),
                 },
-                (None, None) => IngressBackend::Other(format!("Service {} without a port", service.name).into()),
+                (None, None) => {
+                    IngressBackend::Other(format!("Service {} without a port", service.name).into())
+                }
             }
         }
-        (None, Some(resource)) => IngressBackend::Other(format!("{} {}", resource.kind, resource.name).into()),
+        (None, Some(resource)) => {
+            IngressBackend::Other(format!("{} {}", resource.kind, resource.name).into())
+        }
         (None, None) => IngressBackend::Other("nothing".into()),
     }
 }
