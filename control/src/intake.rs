@@ -16,8 +16,8 @@ use crate::kind::Kind;
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
     Gateway, Ingress, IngressClass, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
-    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
-    ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, manifest,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder, Route, Secret,
+    Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -204,6 +204,7 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         Kind::HttpRoute => Object::HttpRoute(typed::<manifest::HttpRoute, Route>(document)?),
         Kind::GrpcRoute => Object::GrpcRoute(typed::<manifest::GrpcRoute, Route>(document)?),
         Kind::TcpRoute => Object::TcpRoute(typed::<manifest::TcpRoute, Route>(document)?),
+        Kind::UdpRoute => Object::UdpRoute(typed::<manifest::UdpRoute, Route>(document)?),
         Kind::TlsRoute => Object::TlsRoute(typed::<manifest::TlsRoute, Route>(document)?),
         Kind::ReferenceGrant => {
             Object::ReferenceGrant(typed::<manifest::ReferenceGrant, ReferenceGrant>(document)?)
@@ -213,7 +214,10 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         }
         Kind::DestinationRule => return read_destination_rule(document),
         Kind::RequestAuthentication => return read_request_authentication(document),
-        Kind::ConfigMap => Object::ConfigMap(typed::<core::v1::ConfigMap, ConfigMap>(document)?),
+        Kind::ConfigMap => Object::ConfigMap(typed::<core::v1::ConfigMap, RootsHolder>(document)?),
+        Kind::ClusterTrustBundle => {
+            Object::ClusterTrustBundle(typed::<manifest::ClusterTrustBundle, RootsHolder>(document)?)
+        }
         Kind::BackendTlsPolicy => return read_backend_tls_policy(document),
         Kind::TrafficPolicy => return read_traffic_policy(document),
     })

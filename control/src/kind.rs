@@ -49,6 +49,8 @@ pub enum Kind {
     TcpRoute,
     /// Where connections that begin with TLS go.
     TlsRoute,
+    /// Where datagrams go.
+    UdpRoute,
     /// Who may refer to objects of a namespace from outside.
     ReferenceGrant,
     /// Where requests to hosts go.
@@ -61,6 +63,8 @@ pub enum Kind {
     BackendTlsPolicy,
     /// How many requests there may be, and which.
     TrafficPolicy,
+    /// Roots for the whole cluster.
+    ClusterTrustBundle,
 }
 
 /// Where objects of a kind live.
@@ -160,12 +164,14 @@ impl Kind {
         Kind::GrpcRoute,
         Kind::TcpRoute,
         Kind::TlsRoute,
+        Kind::UdpRoute,
         Kind::ReferenceGrant,
         Kind::VirtualService,
         Kind::DestinationRule,
         Kind::RequestAuthentication,
         Kind::BackendTlsPolicy,
         Kind::TrafficPolicy,
+        Kind::ClusterTrustBundle,
     ];
 
     /// The table.
@@ -203,6 +209,7 @@ impl Kind {
             Kind::GrpcRoute => extension(GATEWAY.0, GATEWAY.1, "GRPCRoute", "grpcroutes"),
             Kind::TcpRoute => extension(GATEWAY.0, &["v1", "v1alpha2"], "TCPRoute", "tcproutes"),
             Kind::TlsRoute => extension(GATEWAY.0, &["v1", "v1alpha3", "v1alpha2"], "TLSRoute", "tlsroutes"),
+            Kind::UdpRoute => extension(GATEWAY.0, &["v1", "v1alpha2"], "UDPRoute", "udproutes"),
             Kind::ReferenceGrant => extension(GATEWAY.0, GATEWAY.1, "ReferenceGrant", "referencegrants"),
             Kind::VirtualService => {
                 extension(NETWORKING.0, NETWORKING.1, "VirtualService", "virtualservices")
@@ -217,6 +224,14 @@ impl Kind {
                 extension(GATEWAY.0, &["v1", "v1alpha3"], "BackendTLSPolicy", "backendtlspolicies")
             }
             Kind::TrafficPolicy => extension("ambit.dev", &["v1alpha1"], "TrafficPolicy", "trafficpolicies"),
+            Kind::ClusterTrustBundle => KindInfo {
+                name: "ClusterTrustBundle",
+                plural: "clustertrustbundles",
+                group: "certificates.k8s.io",
+                versions: &["v1", "v1beta1"],
+                scope: Cluster,
+                needed: Everything,
+            },
         }
     }
 

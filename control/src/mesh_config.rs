@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::object::{GatewayTopology, Topology};
 
 /// How long an authorizer may take where nothing else is said.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest part of a body that authorizers see.
 const MAX_BODY: u32 = 1 << 20;
 
@@ -242,6 +242,7 @@ fn common(
         status_on_error: status,
         body: body.transpose()?,
         http: None,
+        include: Vec::new(),
     })
 }
 

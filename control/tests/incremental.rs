@@ -82,7 +82,7 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: $0\nmetadata: {name: r, namespace: $1}\n\
          spec: {parentRefs: [{group: $2, kind: $3, name: $4, namespace: a}], rules: [{backendRefs: [{name: $5, namespace: a, port: 80}]}]}",
-        &[&["HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute"], &["a", "b"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"], &["s1", "s2"]],
+        &[&["HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute", "UDPRoute"], &["a", "b"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"], &["s1", "s2"]],
     ));
     texts.extend(combine(
         "apiVersion: ambit.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: $0, namespace: a}\n\
@@ -106,7 +106,7 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
     ));
     texts.extend(combine(
         "apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {name: $0, namespace: a}\n\
-         spec: {targetRefs: [{group: $1, kind: $2, name: $3}], validation: {hostname: x, caCertificateRefs: [{group: '', kind: ConfigMap, name: c}]}}",
+         spec: {targetRefs: [{group: $1, kind: $2, name: $3}], validation: {hostname: x, caCertificateRefs: [{group: '', kind: ConfigMap, name: c}, {group: certificates.k8s.io, kind: ClusterTrustBundle, name: c}]}}",
         &[&["t1", "t2"], &["''", "networking.istio.io"], &["Service", "ServiceEntry"], &["s1", "se1"]],
     ));
     texts.extend(combine(
@@ -225,6 +225,17 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
             &["", "{hosts: [a.b], secretName: cert}", "{secretName: cert}"],
             &["a.b", "'*.b'", "''"],
         ],
+    ));
+    texts.extend(combine(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: $0\nmetadata: {name: w, namespace: $1}\n\
+         spec: {gatewayClassName: ambit, parentRef: {name: w}, allowedListeners: {namespaces: {from: Same}}, \
+         listeners: [{name: http, port: 80, protocol: HTTP, filters: {requests: [{type: ExternalAuth, \
+         externalAuth: {protocol: GRPC, backendRef: {name: $2, namespace: a, port: 80}}}]}}]}",
+        &[&["Gateway", "ListenerSet"], &["a", "b"], &["s1", "s2"]],
+    ));
+    texts.extend(combine(
+        "apiVersion: certificates.k8s.io/v1\nkind: ClusterTrustBundle\nmetadata: {name: c}\nspec: {trustBundle: $0}",
+        &[&["one", "two"]],
     ));
     let readable = texts.iter().map(|text| parse(text)).chain(certificates());
     readable.chain([lost_policy("a"), lost_policy("ambit-system")]).collect()

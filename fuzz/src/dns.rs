@@ -25,7 +25,8 @@ const ENDPOINTS: u8 = 60;
 static WORLD: LazyLock<Arc<Snapshot>> = LazyLock::new(|| {
     let (mut directory, reader) = Directory::new();
     let endpoints = (0..ENDPOINTS).map(|number| {
-        let ports = PortList { ports: vec![Port { service_port: 80, target_port: 8080, app_protocol: 1 }] };
+        let port = Port { service_port: 80, target_port: 8080, app_protocol: 1 };
+        let ports = PortList { ports: vec![port], ..PortList::default() };
         let workload = Workload {
             uid: format!("Kubernetes//Pod/shop/peer-{number}"),
             name: format!("peer-{number}"),

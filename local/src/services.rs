@@ -120,8 +120,10 @@ fn targets(pod: &Backend, port: &ServicePort) -> Vec<SocketAddr> {
         None => Some(port.port),
         Some(IntOrString::Int(number)) => Some(*number),
         Some(IntOrString::String(name)) => {
-            let mut ports = pod.containers.iter().flat_map(|container| container.ports.iter().flatten());
-            ports.find(|port| port.name.as_deref() == Some(name)).map(|port| port.container_port)
+            let protocol = |of: &Option<String>| of.clone().unwrap_or_else(|| "TCP".to_owned());
+            let ports = pod.containers.iter().flat_map(|container| container.ports.iter().flatten());
+            let mut ports = ports.filter(|own| protocol(&own.protocol) == protocol(&port.protocol));
+            ports.find(|own| own.name.as_deref() == Some(name)).map(|own| own.container_port)
         }
     };
     let number = number.and_then(|number| u16::try_from(number).ok());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use ambit_api::l7;
-use ambit_directory::{AppProtocol, Service, Vip, Workload};
+use ambit_directory::{AppProtocol, Service, Transport, Vip, Workload};
 use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
 use ambit_identity::{PeerCertificate, SpiffeId};
 use ambit_runtime::peers::{End, peer_labels};
@@ -84,6 +84,18 @@ impl Destination {
         }
     }
 
+    /// Whether it takes connections or datagrams.
+    pub fn transport(&self) -> Transport {
+        match self {
+            Self::Listener { taken: Some(listener), .. }
+                if listener.protocol == l7::ListenerProtocol::UdpListener =>
+            {
+                Transport::Udp
+            }
+            Self::Service { .. } | Self::Workload { .. } | Self::Listener { .. } => Transport::Tcp,
+        }
+    }
+
     /// What is spoken there, as far as it was declared.
     pub fn protocol(&self) -> AppProtocol {
         match self {
@@ -100,7 +112,11 @@ impl Destination {
                     AppProtocol::Http11
                 }
                 Some(l7::ListenerProtocol::TlsListener) => AppProtocol::Tls,
-                Some(l7::ListenerProtocol::TcpListener | l7::ListenerProtocol::Unknown) => AppProtocol::Tcp,
+                Some(
+                    l7::ListenerProtocol::TcpListener
+                    | l7::ListenerProtocol::UdpListener
+                    | l7::ListenerProtocol::Unknown,
+                ) => AppProtocol::Tcp,
             },
         }
     }

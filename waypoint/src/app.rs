@@ -36,6 +36,7 @@ use crate::backend_tls::TlsClients;
 use crate::balancers::Balancers;
 use crate::clients::Clients;
 use crate::config::Config;
+use crate::datagrams::Datagrams;
 use crate::names::Names;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
 use crate::report::Reporter;
@@ -272,6 +273,7 @@ fn proxy(parts: &Parts, names: Names, drain: Drain) -> Proxy {
         server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
         clients: Clients::new(&config.limits),
         tallies: Tallies::default(),
+        datagrams: Datagrams::new(config.limits.udp_sessions),
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ambit_api::is_local;
 use ambit_directory::{
     AppProtocol, Authority, ClientRole, DoubleTunnel, HostRef, Load, NamespacedHost, Question, Route,
-    Service, Snapshot, Vip, Workload, WorkloadUid, resolve,
+    Service, Snapshot, Transport, Vip, Workload, WorkloadUid, resolve,
 };
 use ambit_identity::SpiffeId;
 use ambit_route::Backend;
@@ -136,7 +136,8 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
     }
     let drawn = rule.backends.choose(rand::rng().random_range(0..total));
     let backend = drawn.ok_or_else(|| invalid("no backend gets requests"))?;
-    of_backend(proxy, published, backend).map_err(|reason| invalid(&reason))
+    let transport = inbound.destination.transport();
+    of_port(proxy, published, backend, transport).map_err(|reason| invalid(&reason))
 }
 
 /// The backend that the client's session is at, as long as that has endpoints.
@@ -162,7 +163,7 @@ pub fn of_service(
     let Some(mapping) = service.ports.get(port) else {
         return Err(Failure::NoEndpoint(format!("service {} has no port {port}", service.host)));
     };
-    let key = SlotKey { host: service.host.clone(), port, subset: None };
+    let key = SlotKey { host: service.host.clone(), port, transport: Transport::Tcp, subset: None };
     let (balanced, tls) = balanced(proxy, published, &key).map_err(|why| failure(why, &key))?;
     Ok(Target {
         authority: Authority::Host { host: service.host.hostname.clone(), port },
@@ -215,13 +216,28 @@ fn through_waypoint(
 /// # Errors
 /// Why it can be none.
 pub fn of_backend(proxy: &Proxy, published: &Published, backend: &Backend) -> Result<Target, String> {
+    of_port(proxy, published, backend, Transport::Tcp)
+}
+
+/// The same for the backend's port of a transport.
+fn of_port(
+    proxy: &Proxy,
+    published: &Published,
+    backend: &Backend,
+    transport: Transport,
+) -> Result<Target, String> {
     if let Some(reason) = &backend.invalid {
         return Err(reason.to_string());
     }
     let service = service_of(published, backend)?;
-    match through_waypoint(proxy, published, service, backend) {
+    // Waypoints take no datagrams.
+    let through = match transport {
+        Transport::Tcp => through_waypoint(proxy, published, service, backend),
+        Transport::Udp => None,
+    };
+    match through {
         Some(target) => Ok(target),
-        None => of_endpoints(proxy, published, service, backend),
+        None => of_endpoints(proxy, published, service, backend, transport),
     }
 }
 
@@ -237,11 +253,13 @@ fn of_endpoints(
     published: &Published,
     service: &Service,
     backend: &Backend,
+    transport: Transport,
 ) -> Result<Target, String> {
-    let port = service.ports.get(backend.port);
+    let port = service.ports.of(transport, backend.port);
     let key = SlotKey {
         host: NamespacedHost { namespace: backend.namespace.clone(), hostname: backend.hostname.clone() },
         port: backend.port,
+        transport,
         subset: backend.subset.clone(),
     };
     let (balanced, tls) = balanced(proxy, published, &key).map_err(|why| why.to_string())?;
@@ -448,10 +466,11 @@ pub fn endpoint(
 fn in_another_network(
     proxy: &Proxy,
     source: SocketAddr,
-    SlotKey { host, port, subset }: &SlotKey,
+    SlotKey { host, port, transport, subset }: &SlotKey,
     tried: &[WorkloadUid],
 ) -> Result<Option<Endpoint>, Failure> {
-    if subset.is_some() {
+    // Tunnels carry no datagrams.
+    if subset.is_some() || *transport == Transport::Udp {
         return Ok(None);
     }
     let published = proxy.published.load();

@@ -99,6 +99,11 @@ pub struct Limits {
     pub pending_connections: usize,
     /// Such connections of one address, or of one IPv6 network of 64 bits.
     pub pending_per_client: usize,
+    /// Sessions at once of clients that send datagrams to a gateway; a datagram that would begin one more is refused. One client may
+    /// have as many as are left free, and each has a descriptor.
+    pub udp_sessions: usize,
+    /// How long a session of datagrams may be idle; then it ends, and the client's next datagram may go to another endpoint.
+    pub udp_idle_timeout: Span,
 }
 
 impl Config {
@@ -155,6 +160,8 @@ impl Default for Limits {
             connections_per_client: 10_000,
             pending_connections: 8_000,
             pending_per_client: 1_000,
+            udp_sessions: 32_768,
+            udp_idle_timeout: Span::from_secs(30),
         }
     }
 }
@@ -222,6 +229,9 @@ impl Settings for Config {
         ];
         if let Some((key, _)) = of_clients.into_iter().find(|(_, limit)| *limit == 0) {
             return wrong(key, "is 0: no client could ever connect");
+        }
+        if self.limits.udp_sessions == 0 {
+            return wrong("limits.udpSessions", "is 0: no datagram could ever be sent on");
         }
         Ok(())
     }

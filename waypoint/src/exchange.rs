@@ -57,19 +57,30 @@ async fn steps(
     let sane = sanitise::sanitise(&mut parts, &inbound.claims(&published))?;
     record.set_target(&sane, &parts);
     authenticate::remove_outputs(&published, inbound, &mut parts);
-    let matched = matching::find(&published, inbound, &sane, &parts);
-    record.set_route(matched.as_ref().ok().and_then(Option::as_ref));
     let limits = &inbound.worker.proxy.settings.limits;
     let source = (!body.is_end_stream()).then(|| {
         let source = Source::new(body, limits.retry_buffer, limits.body_timeout.get());
         if sane.grpc { source.counting_messages() } else { source }
     });
+    // Gateway API, GEP-5093: what authorizers of a listener change is what routes match.
+    let first = matching::listener(&published, inbound, &sane);
+    let first = first.map(|listener| listener.authorizers.clone()).unwrap_or_default();
+    let of_listener = match external::check(&first, inbound, &sane, &mut parts, source.as_ref()).await? {
+        Checked::Goes(additions) => additions,
+        Checked::Denied(answered, reason) => {
+            record.fail(crate::failure::DENIED, reason);
+            return Ok(*answered);
+        }
+    };
+    let matched = matching::find(&published, inbound, &sane, &parts);
+    record.set_route(matched.as_ref().ok().and_then(Option::as_ref));
     let token = authenticate::authenticate(&published, inbound, &mut parts)?;
     let authorizers = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref(), false);
     record.set_audits(authorize::audits(&published, inbound, &sane, &parts, token.as_ref()));
     let tried_out = authorize::authorizers(&published, inbound, &sane, &parts, token.as_ref(), true);
     if let Some(source) = &source {
-        withhold_trailers(&published, inbound, &authorizers, source);
+        let all: Vec<Arc<Authorizer>> = first.iter().chain(&authorizers).cloned().collect();
+        withhold_trailers(&published, inbound, all, source);
         // Nobody's body is kept who is denied in any case.
         if authorizers.iter().any(|authorizer| authorizer.reads_bodies()) {
             authorize::authorize_asking(&published, inbound, &sane, &parts, token.as_ref())?;
@@ -115,6 +126,7 @@ async fn steps(
     )
     .await;
     sent.map(|mut answered| {
+        of_listener.apply(answered.response.headers_mut());
         additions.apply(answered.response.headers_mut());
         answered
     })
@@ -124,11 +136,10 @@ async fn steps(
 fn withhold_trailers(
     published: &Published,
     inbound: &Inbound,
-    authorizers: &[Arc<Authorizer>],
+    authorizers: Vec<Arc<Authorizer>>,
     source: &Source,
 ) {
     let claims = authenticate::outputs(published, inbound);
-    let authorizers: Vec<Arc<Authorizer>> = authorizers.to_vec();
     if !claims.is_empty() || !authorizers.is_empty() {
         source.withhold(move |name| {
             claims.contains(name) || authorizers.iter().any(|authorizer| authorizer.writes(name))

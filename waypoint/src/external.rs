@@ -14,6 +14,7 @@ use ::http::header::{CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, T
 use ::http::request::Parts;
 use ::http::{Request, Response, StatusCode};
 use ambit_api::l7;
+use ambit_api::security::StringMatch;
 use ambit_route::Backend;
 use bytes::Bytes;
 use hyper::body::Incoming;
@@ -45,6 +46,8 @@ pub struct Authorizer {
     body: Option<l7::CheckedBody>,
     /// By gRPC where there is none.
     http: Option<http::Check>,
+    /// Fields that it sees by gRPC; none: all.
+    include: Vec<StringMatch>,
 }
 
 /// A request as authorizers see it.
@@ -139,6 +142,7 @@ impl Authorizer {
             status_on_error: status.unwrap_or(StatusCode::FORBIDDEN),
             body: source.body,
             http: source.http.as_ref().map(http::Check::new),
+            include: source.include.clone(),
         }
     }
 
@@ -164,7 +168,7 @@ impl Authorizer {
         let asking = async {
             match &self.http {
                 Some(check) => check.ask(question, &target).await,
-                None => grpc::ask(question, &target, self.body.as_ref()).await,
+                None => grpc::ask(question, &target, self.body.as_ref(), &self.include).await,
             }
         };
         let verdict = tokio::time::timeout(self.timeout, Box::pin(asking)).await;

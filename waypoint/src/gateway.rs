@@ -12,11 +12,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ambit_api::l7;
+use ambit_directory::Transport;
+use ambit_net::datagram::BoundDatagrams;
 use ambit_runtime::drain::Drain;
 use ambit_runtime::peers::{End, peer_labels};
 use ambit_runtime::workers::{WorkerHandle, Workers};
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -28,7 +31,7 @@ use crate::clients::{Place, Places};
 use crate::io::ReadAhead;
 use crate::listeners::{Layer, Listener};
 use crate::proxy::{Proxy, Worker};
-use crate::{client_hello, pass_through, protocol, proxy_protocol};
+use crate::{client_hello, datagrams, pass_through, protocol, proxy_protocol};
 
 /// How soon a port that could not be opened is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -36,12 +39,17 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Keeps the ports of the gateway's listeners open until the drain.
 pub async fn run(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>, mut drain: Drain) {
     let mut changes = proxy.published.listener_changes();
-    let mut ports = Ports { open: BTreeMap::new(), refused: BTreeSet::new(), tasks: JoinSet::new() };
+    let mut ports = Ports::default();
     loop {
-        let wanted: BTreeSet<u16> = proxy.published.load().listeners.ports().collect();
-        ports.close_others(&wanted);
+        let listeners = proxy.published.load().listeners.clone();
+        let wanted: BTreeSet<u16> = listeners.ports().collect();
+        let of_datagrams: BTreeSet<u16> = listeners.datagram_ports().collect();
+        ports.close_others(&wanted, &of_datagrams);
         for port in wanted {
             ports.open(port, &workers, &drain);
+        }
+        for port in of_datagrams {
+            ports.open_datagrams(port, &workers, &drain);
         }
         let failed = u64::try_from(ports.refused.len()).unwrap_or(u64::MAX);
         proxy.tallies.closed_listeners.store(failed, Ordering::Relaxed);
@@ -55,17 +63,32 @@ pub async fn run(proxy: Arc<Proxy>, workers: Arc<Workers<Worker>>, mut drain: Dr
 }
 
 /// The ports of the gateway.
+#[derive(Default)]
 struct Ports {
     open: BTreeMap<u16, AbortHandle>,
+    /// Those for datagrams: `true` closes one. When the drain begins they go on with the sessions that there are.
+    datagrams: BTreeMap<u16, watch::Sender<bool>>,
     /// Those that could not be opened.
-    refused: BTreeSet<u16>,
+    refused: BTreeSet<(Transport, u16)>,
     /// One for each open port.
     tasks: JoinSet<()>,
 }
 
 impl Ports {
-    fn close_others(&mut self, wanted: &BTreeSet<u16>) {
-        self.refused.retain(|port| wanted.contains(port));
+    fn close_others(&mut self, wanted: &BTreeSet<u16>, of_datagrams: &BTreeSet<u16>) {
+        self.refused.retain(|(transport, port)| match transport {
+            Transport::Tcp => wanted.contains(port),
+            Transport::Udp => of_datagrams.contains(port),
+        });
+        self.datagrams.retain(|port, closed| {
+            // One that no worker reads any more is opened again.
+            let stays = of_datagrams.contains(port) && !closed.is_closed();
+            if !stays {
+                tracing::info!(port, "a listener's UDP port is closed");
+                closed.send_replace(true);
+            }
+            stays
+        });
         self.open.retain(|port, accepting| {
             // One whose accepting has ended is opened again.
             let stays = wanted.contains(port) && !accepting.is_finished();
@@ -83,21 +106,42 @@ impl Ports {
         }
         match listen((Ipv6Addr::UNSPECIFIED, port).into()) {
             Ok(listener) => {
-                self.refused.remove(&port);
+                self.refused.remove(&(Transport::Tcp, port));
                 tracing::info!(port, "a listener's port is open");
                 let accepting =
                     accept_all(listener, workers.clone(), drain.clone(), "gateway connection", serve);
                 self.open.insert(port, self.tasks.spawn(accepting));
             }
-            Err(error) => {
-                if self.refused.insert(port) {
-                    tracing::error!(
-                        port,
-                        error = format!("{error:#}"),
-                        "a listener's port can't be opened; trying again"
-                    );
-                }
-            }
+            Err(error) => self.refuse(Transport::Tcp, port, &error),
+        }
+    }
+
+    /// Opens a port for datagrams: each worker has a socket of its own.
+    fn open_datagrams(&mut self, port: u16, workers: &Arc<Workers<Worker>>, drain: &Drain) {
+        if self.datagrams.contains_key(&port) {
+            return;
+        }
+        let sockets: io::Result<Vec<BoundDatagrams>> =
+            workers.handles().map(|_| BoundDatagrams::bind(port)).collect();
+        let sockets = match sockets {
+            Ok(sockets) => sockets,
+            Err(error) => return self.refuse(Transport::Udp, port, &error.into()),
+        };
+        self.refused.remove(&(Transport::Udp, port));
+        tracing::info!(port, "a listener's UDP port is open");
+        let (close, closed) = watch::channel(false);
+        for ((handle, worker), socket) in workers.all().zip(sockets) {
+            let (worker, own, at) = (worker.clone(), handle.clone(), (port, socket));
+            let taking = datagrams::port::run(worker, own, at, closed.clone(), drain.clone());
+            handle.spawn("datagrams", taking);
+        }
+        self.datagrams.insert(port, close);
+    }
+
+    fn refuse(&mut self, transport: Transport, port: u16, error: &anyhow::Error) {
+        if self.refused.insert((transport, port)) {
+            let error = format!("{error:#}");
+            tracing::error!(port, ?transport, error, "a listener's port can't be opened; trying again");
         }
     }
 }
@@ -233,26 +277,36 @@ impl Connection {
     }
 
     fn inbound(self, taken: Option<Arc<Listener>>) -> Arc<Inbound> {
-        let destination = Destination::Listener { address: self.local, taken };
-        let Self { worker, handle, source, remote, local: _, place } = self;
-        let proxy = &worker.proxy;
-        // Metrics know the gateway as the source, as those of Istio's gateways do: nothing is known of clients outside.
-        let own = proxy.published.load().directory.workload(proxy.settings.uid.as_str()).cloned();
-        let reported = End { workload: own, identity: Some(proxy.identity.clone()), baggage: None };
-        Arc::new(Inbound {
-            certificate: None,
-            trusted_forwarder: false,
-            client_labels: peer_labels(&reported),
-            client: End::default(),
-            recent_series: crate::report::RecentSeries::default(),
-            default_host: destination.host().into(),
-            activity: Arc::new(proxy.settings.limits.activity()),
-            counted: handle.count_connection(),
-            place: Some(place),
-            source,
-            remote,
-            destination,
-            worker,
-        })
+        let Self { worker, handle, source, remote, local, place } = self;
+        let destination = Destination::Listener { address: local, taken };
+        Arc::new(Inbound { remote, place: Some(place), ..inbound(worker, &handle, source, destination) })
+    }
+}
+
+/// What is known of a client outside the mesh, and where it came to.
+pub(crate) fn inbound(
+    worker: Arc<Worker>,
+    handle: &WorkerHandle,
+    source: SocketAddr,
+    destination: Destination,
+) -> Inbound {
+    let proxy = &worker.proxy;
+    // Metrics know the gateway as the source, as those of Istio's gateways do: nothing is known of clients outside.
+    let own = proxy.published.load().directory.workload(proxy.settings.uid.as_str()).cloned();
+    let reported = End { workload: own, identity: Some(proxy.identity.clone()), baggage: None };
+    Inbound {
+        certificate: None,
+        trusted_forwarder: false,
+        client_labels: peer_labels(&reported),
+        client: End::default(),
+        recent_series: crate::report::RecentSeries::default(),
+        default_host: destination.host().into(),
+        activity: Arc::new(proxy.settings.limits.activity()),
+        counted: handle.count_connection(),
+        place: None,
+        source,
+        remote: source,
+        destination,
+        worker,
     }
 }

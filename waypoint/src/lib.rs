@@ -3,7 +3,7 @@
 //!
 //! A request takes nine steps, each a module, in this order: [`accept`], [`protocol`], [`sanitise`], [`matching`],
 //! [`authorize`] (after [`authenticate`] and [`external`]; then the conditions of [`traffic`]), [`filters`] (with its rate limits), [`balance`], [`attempt`] (or [`pass_through`]), [`answer`];
-//! [`exchange`] leads it through them.
+//! [`exchange`] leads it through them. Datagrams come to a gateway alone ([`datagrams`]).
 
 pub mod accept;
 pub mod activity;
@@ -24,6 +24,7 @@ pub mod client_stream;
 pub mod client_verifier;
 pub mod clients;
 pub mod config;
+pub mod datagrams;
 pub mod dump;
 pub mod exchange;
 pub mod explain;

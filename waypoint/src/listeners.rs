@@ -10,6 +10,7 @@ use ambit_route::Hosts;
 use rustls::ServerConfig;
 
 use crate::certificates::server_config;
+use crate::external::Authorizer;
 
 /// A listener.
 #[derive(Debug, Clone)]
@@ -22,6 +23,8 @@ pub struct Listener {
     pub hostname: Box<str>,
     /// The TLS that ends here; `None` where it is passed on or not spoken.
     pub tls: Option<Arc<ServerConfig>>,
+    /// Asked about each request before it is routed, in order.
+    pub authorizers: Box<[Arc<Authorizer>]>,
 }
 
 /// How the listeners of a port are distinguished.
@@ -45,6 +48,8 @@ struct Port {
 #[derive(Debug, Default)]
 pub struct Listeners {
     ports: BTreeMap<u16, Port>,
+    /// Those for datagrams.
+    datagrams: BTreeMap<u16, Arc<Listener>>,
 }
 
 impl Listeners {
@@ -54,6 +59,17 @@ impl Listeners {
         let mut listeners = Self::default();
         for (name, source) in all {
             let Some(port) = u16::try_from(source.port).ok().filter(|port| *port != 0) else { continue };
+            if source.protocol() == l7::ListenerProtocol::UdpListener {
+                let listener = Listener {
+                    name: name.as_str().into(),
+                    protocol: source.protocol(),
+                    hostname: "".into(),
+                    tls: None,
+                    authorizers: Box::default(),
+                };
+                listeners.datagrams.entry(port).or_insert_with(|| Arc::new(listener));
+                continue;
+            }
             let Some(layer) = layer(source.protocol()) else { continue };
             let mut tls = None;
             if let Some(ends) = source.tls.as_ref().filter(|tls| !tls.passthrough) {
@@ -71,6 +87,7 @@ impl Listeners {
                 protocol: source.protocol(),
                 hostname: source.hostname.to_ascii_lowercase().into(),
                 tls,
+                authorizers: source.authorizers.iter().map(|it| Arc::new(Authorizer::new(it))).collect(),
             };
             let port = listeners.ports.entry(port).or_insert_with(|| Port { layer, hosts: Hosts::default() });
             if port.layer == layer {
@@ -83,6 +100,16 @@ impl Listeners {
     /// The ports that connections are taken on.
     pub fn ports(&self) -> impl Iterator<Item = u16> {
         self.ports.keys().copied()
+    }
+
+    /// The ports that datagrams are taken on.
+    pub fn datagram_ports(&self) -> impl Iterator<Item = u16> {
+        self.datagrams.keys().copied()
+    }
+
+    /// The listener that takes the datagrams of a port.
+    pub fn of_datagrams(&self, port: u16) -> Option<&Arc<Listener>> {
+        self.datagrams.get(&port)
     }
 
     /// How the listeners of a port are distinguished; `None` where there is none.
@@ -98,7 +125,7 @@ impl Listeners {
 
 fn layer(protocol: l7::ListenerProtocol) -> Option<Layer> {
     match protocol {
-        l7::ListenerProtocol::Unknown => None,
+        l7::ListenerProtocol::Unknown | l7::ListenerProtocol::UdpListener => None,
         l7::ListenerProtocol::HttpListener => Some(Layer::Requests),
         l7::ListenerProtocol::HttpsListener | l7::ListenerProtocol::TlsListener => Some(Layer::Encrypted),
         l7::ListenerProtocol::TcpListener => Some(Layer::Plain),
@@ -135,11 +162,16 @@ mod tests {
             ("narrow", listener(80, "*.Foo.example.com")),
             ("exact", listener(80, "abc.foo.example.com")),
             ("other", listener(81, "abc.foo.example.com")),
+            (
+                "datagrams",
+                l7::Listener { protocol: l7::ListenerProtocol::UdpListener.into(), ..listener(80, "") },
+            ),
             ("none", listener(70_000, "")),
         ];
         let all = all.map(|(name, listener)| (name.to_owned(), listener)).into_iter().collect();
         let listeners = Listeners::new(&all, &BTreeMap::new());
         assert_eq!(listeners.ports().collect::<Vec<_>>(), [80, 81]);
+        assert_eq!(listeners.datagram_ports().collect::<Vec<_>>(), [80]);
         for (port, host, wanted) in [
             (80, "bar.com", Some("all")),
             (80, "example.com", Some("all")),

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use ambit_route::{ConnectionHead, RequestHead, Rule, StreamMatched};
+use ambit_route::{Backend, ConnectionHead, RequestHead, Rule, StreamMatched};
 use http::request::Parts;
 
 use crate::accept::{Destination, Inbound};
 use crate::balance::{self, Target};
 use crate::client_hello::ClientHello;
 use crate::failure::Failure;
+use crate::listeners::Listener;
 use crate::proxy::Published;
 use crate::sanitise::Sane;
 use crate::session::Session;
@@ -46,7 +47,7 @@ pub fn find(
             routes
         }
         Destination::Listener { taken, .. } => {
-            let listener = published.listeners.find(port, &sane.host).ok_or(Failure::NoRoute)?;
+            let listener = listener(published, inbound, sane).ok_or(Failure::NoRoute)?;
             // Gateway API, GEP-3567: the name that TLS asked for and the request's host lead to the same listener.
             if taken.as_ref().is_some_and(|taken| taken.hostname != listener.hostname) {
                 return Err(Failure::Misdirected);
@@ -79,6 +80,14 @@ pub fn find(
     Ok(Some(Routed { rule: matched.rule.clone(), prefix: matched.prefix, session }))
 }
 
+/// The listener of a gateway that a request is for.
+pub fn listener<'p>(published: &'p Published, inbound: &Inbound, sane: &Sane) -> Option<&'p Arc<Listener>> {
+    match &inbound.destination {
+        Destination::Service { .. } | Destination::Workload { .. } => None,
+        Destination::Listener { address, .. } => published.listeners.find(address.port(), &sane.host),
+    }
+}
+
 /// Whether the name that a client's TLS asks for decides where its connection goes.
 pub fn needs_client_hello(inbound: &Inbound) -> bool {
     let Some(service) = inbound.destination.service() else { return false };
@@ -98,24 +107,7 @@ pub fn connection(
     inbound: &Inbound,
     tls: Option<&ClientHello>,
 ) -> Result<Target, Failure> {
-    let head = ConnectionHead {
-        port: inbound.destination.port(),
-        destination: inbound.destination.address(),
-        client_namespace: inbound.client_namespace(),
-        client_address: inbound.remote.ip().to_canonical(),
-        tls: tls.map(|hello| ambit_route::ClientHello { server_name: hello.server_name.as_deref() }),
-    };
-    let matched = match &inbound.destination {
-        Destination::Service { service, .. } => {
-            published.streams.find(&service.host.namespace, &service.host.hostname, &head)
-        }
-        Destination::Workload { .. } => StreamMatched::Straight,
-        Destination::Listener { taken: Some(listener), .. } => {
-            published.streams.find_of_listener(&listener.name, &head)
-        }
-        Destination::Listener { taken: None, .. } => StreamMatched::Closed,
-    };
-    let rule = match matched {
+    let rule = match of_connection(published, inbound, tls) {
         StreamMatched::Rule(rule) => rule,
         StreamMatched::Straight => return balance::split(published, None, inbound),
         StreamMatched::Closed => return Err(Failure::NoRoute),
@@ -124,4 +116,35 @@ pub fn connection(
         return Err(Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() });
     }
     balance::split(published, Some(&Routed { rule, prefix: 0, session: None }), inbound)
+}
+
+/// Whether new sessions of a client's datagrams may go to a backend still.
+pub fn leads_to(published: &Published, inbound: &Inbound, backend: &Backend) -> bool {
+    match of_connection(published, inbound, None) {
+        StreamMatched::Rule(rule) if rule.invalid.is_none() => rule.backends.iter().any(|other| {
+            let name = |it: &Backend| (it.namespace.clone(), it.hostname.clone(), it.port, it.subset.clone());
+            other.invalid.is_none() && name(other) == name(backend)
+        }),
+        StreamMatched::Rule(_) | StreamMatched::Straight | StreamMatched::Closed => false,
+    }
+}
+
+fn of_connection(published: &Published, inbound: &Inbound, tls: Option<&ClientHello>) -> StreamMatched {
+    let head = ConnectionHead {
+        port: inbound.destination.port(),
+        destination: inbound.destination.address(),
+        client_namespace: inbound.client_namespace(),
+        client_address: inbound.remote.ip().to_canonical(),
+        tls: tls.map(|hello| ambit_route::ClientHello { server_name: hello.server_name.as_deref() }),
+    };
+    match &inbound.destination {
+        Destination::Service { service, .. } => {
+            published.streams.find(&service.host.namespace, &service.host.hostname, &head)
+        }
+        Destination::Workload { .. } => StreamMatched::Straight,
+        Destination::Listener { taken: Some(listener), .. } => {
+            published.streams.find_of_listener(&listener.name, &head)
+        }
+        Destination::Listener { taken: None, .. } => StreamMatched::Closed,
+    }
 }

@@ -20,6 +20,7 @@ use crate::backend_policies::BackendPolicies;
 use crate::balancers::Balancers;
 use crate::clients::{self, Clients};
 use crate::config::Limits;
+use crate::datagrams::Datagrams;
 use crate::dump::RouteSummary;
 use crate::failure::Failure;
 use crate::listeners::Listeners;
@@ -273,6 +274,8 @@ pub struct Proxy {
     pub clients: Clients,
     /// Counts.
     pub tallies: Tallies,
+    /// Sessions of clients that send datagrams.
+    pub datagrams: Datagrams,
 }
 
 /// What a tunnel connection to a workload may be shared by.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ambit_directory::{Service, Workload};
+use ambit_directory::{Service, Transport, Workload};
 use ambit_runtime::peers::{End, dialled, party, peer_labels, service_labels};
 use ambit_telemetry::access::{AccessLog, Dialled, Direction, Entry, Party, RequestEntry, Status};
 use ambit_telemetry::tcp::{self, Labels, Security};
@@ -422,7 +422,7 @@ pub struct ConnectionReport {
 }
 
 impl Reporter {
-    /// Begins the report of a connection that is passed on.
+    /// Begins the report of a connection that is passed on, or of a session of datagrams, as the destination takes them.
     pub fn connection(&self, inbound: &Arc<Inbound>) -> ConnectionReport {
         let flags = tcp::ResponseFlags::Connect;
         ConnectionReport {
@@ -469,7 +469,11 @@ impl ConnectionReport {
     pub fn finish(self, ended: Result<(u64, u64), String>) {
         let Self { inbound, endpoint, since, flags, is_open } = self;
         let reporter = &inbound.worker.reporter;
-        let series = reporter.connections.series(&labels(&inbound, endpoint.as_deref(), "tcp"));
+        let protocol = match inbound.destination.transport() {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        };
+        let series = reporter.connections.series(&labels(&inbound, endpoint.as_deref(), protocol));
         let (received, sent) = match &ended {
             Ok(bytes) => *bytes,
             Err(_) => {
@@ -509,6 +513,7 @@ fn entry_of_connection(inbound: &Inbound, endpoint: Option<&Endpoint>, status: S
         hbone_addr: None,
         service: service(inbound, endpoint).map(|service| service.host.hostname.clone()),
         dialled: dialled_at(inbound),
+        is_udp: inbound.destination.transport() == Transport::Udp,
         direction: Direction::Inbound,
         status,
         bytes_sent: 0,

@@ -92,7 +92,10 @@ impl Seen<'_> {
             "" => self.text("dst.addr"),
             address => address,
         };
-        format!("{} {address}", self.text("direction"))
+        match self.text("protocol") {
+            "" => format!("{} {address}", self.text("direction")),
+            protocol => format!("{} {protocol} {address}", self.text("direction")),
+        }
     }
 
     fn is_request(&self) -> bool {
@@ -115,7 +118,9 @@ impl Seen<'_> {
                 && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"'\"`$\\;&|<>()".contains(&byte))
         };
         let (client, service) = (self.party("src"), self.text("dst.service"));
-        if self.text("src.workload").is_empty() || !plain(&client) {
+        // Nobody decides about datagrams inside the mesh.
+        let is_udp = self.text("protocol") == "udp";
+        if is_udp || self.text("src.workload").is_empty() || !plain(&client) {
             return None;
         }
         if self.is_request() {

@@ -81,6 +81,11 @@ impl Forward {
         Ok(Self { address, probe: Mutex::new(probe), accepting: accepting.abort_handle() })
     }
 
+    /// A port at which something else is forwarded, until it is dropped.
+    pub(crate) fn of(address: SocketAddr, forwarding: AbortHandle) -> Self {
+        Self { address, probe: Mutex::new(None), accepting: forwarding }
+    }
+
     /// Connects to the port as a person's browser would, from the user's own network namespace. Works once.
     ///
     /// # Errors

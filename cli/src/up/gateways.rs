@@ -1,7 +1,8 @@
 //! Ports of this machine that lead to the Gateways of a directory. Each listener gets the port that it has, where that is free.
 
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use serde_json::Value;
@@ -22,7 +23,7 @@ pub(crate) struct Listener {
     pub(crate) gateway: ServiceName,
     /// Its port.
     pub(crate) port: u16,
-    /// What is spoken there: `http`, `https`, `tls` or `tcp`.
+    /// What is spoken there: `http`, `https`, `tls`, `tcp` or `udp`.
     pub(crate) scheme: &'static str,
 }
 
@@ -81,14 +82,19 @@ fn of_object(object: &Value) -> Vec<Listener> {
             Some("HTTPS") => "https",
             Some("TLS") => "tls",
             Some("TCP") => "tcp",
+            Some("UDP") => "udp",
             _ => continue,
         };
-        if let Some(port) = port.filter(|port| found.iter().all(|known| known.port != *port)) {
+        let is_known =
+            |known: &Listener, port: u16| known.port == port && (known.scheme == "udp") == (scheme == "udp");
+        if let Some(port) = port.filter(|port| found.iter().all(|known| !is_known(known, *port))) {
             found.push(Listener { gateway: gateway.clone(), port, scheme });
         }
     }
-    if expectations::opens(object) && !found.is_empty() {
-        found.remove(0);
+    if expectations::opens(object)
+        && let Some(page) = found.iter().position(|listener| listener.scheme != "udp")
+    {
+        found.remove(page);
     }
     found
 }
@@ -97,9 +103,12 @@ fn of_object(object: &Value) -> Vec<Listener> {
 ///
 /// # Errors
 /// When there is none at all.
-pub(crate) fn bind(listener: &Listener) -> io::Result<TcpListener> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, listener.port))
-        .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+pub(crate) fn bind(listener: &Listener) -> io::Result<OwnedFd> {
+    let (own, any) = ((Ipv4Addr::LOCALHOST, listener.port), (Ipv4Addr::LOCALHOST, 0));
+    Ok(match listener.scheme {
+        "udp" => UdpSocket::bind(own).or_else(|_| UdpSocket::bind(any))?.into(),
+        _ => TcpListener::bind(own).or_else(|_| TcpListener::bind(any))?.into(),
+    })
 }
 
 #[cfg(test)]
@@ -119,10 +128,13 @@ mod tests {
                  {{port: 53, protocol: UDP}}, {{port: 5432, protocol: TCP}}]}}\n"
             )
         };
-        assert_eq!(found(&gateway("ambit", "{}")), [(80, "http"), (443, "https"), (5432, "tcp")]);
+        assert_eq!(
+            found(&gateway("ambit", "{}")),
+            [(80, "http"), (443, "https"), (53, "udp"), (5432, "tcp")]
+        );
         assert_eq!(found(&gateway("ambit-waypoint", "{}")), []);
         let opened = gateway("ambit", "{ambit.dev/open: '9080/'}");
-        assert_eq!(found(&opened), [(443, "https"), (5432, "tcp")]);
+        assert_eq!(found(&opened), [(443, "https"), (53, "udp"), (5432, "tcp")]);
         assert_eq!(found("kind: [\n"), []);
         let ingress = |class: &str, tls: &str| {
             format!("kind: Ingress\nmetadata: {{name: a}}\nspec: {{ingressClassName: {class}, tls: {tls}}}\n")
@@ -137,7 +149,12 @@ mod tests {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let port = taken.local_addr().expect("an address").port();
         let gateway = ServiceName { namespace: "n".to_owned(), name: "a".to_owned() };
-        let other = bind(&Listener { gateway, port, scheme: "http" }).expect("another port");
+        let other = bind(&Listener { gateway: gateway.clone(), port, scheme: "http" }).expect("another port");
+        let other = TcpListener::from(other);
         assert_ne!(other.local_addr().expect("an address").port(), port);
+        let taken = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = taken.local_addr().expect("an address").port();
+        let other = bind(&Listener { gateway, port, scheme: "udp" }).expect("another port");
+        assert_ne!(UdpSocket::from(other).local_addr().expect("an address").port(), port);
     }
 }

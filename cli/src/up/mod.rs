@@ -4,6 +4,7 @@
 //! workloads, opens a port of the host, and checks what the mesh promises.
 
 mod answers;
+mod datagrams;
 mod expectations;
 mod flows;
 mod forward;
@@ -12,7 +13,7 @@ mod proof;
 mod requests;
 mod screen;
 
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -93,7 +94,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
             }
             for listener in gateways::listeners(directory) {
                 let attempt = || format!("open a port for Gateway {}", listener.gateway.name);
-                descriptors.push(OwnedFd::from(gateways::bind(&listener).with_context(attempt)?));
+                descriptors.push(gateways::bind(&listener).with_context(attempt)?);
             }
             Ok(isolate::supervise(&descriptors)?)
         }
@@ -131,7 +132,10 @@ fn open_gateways(
     for (wanted, descriptor) in gateways::listeners(&options.directory).into_iter().zip(descriptors) {
         let gateways::Listener { gateway, port, scheme } = wanted;
         let name = format!("{}/{}", gateway.namespace, gateway.name);
-        let forward = Forward::start(TcpListener::from(descriptor), None, cluster, gateway, Some(port))?;
+        let forward = match scheme {
+            "udp" => datagrams::start(UdpSocket::from(descriptor), cluster, gateway, port)?,
+            _ => Forward::start(TcpListener::from(descriptor), None, cluster, gateway, Some(port))?,
+        };
         screen.say(&format!("gateway {name} port {port}: {scheme}://{}", forward.address()));
         open.push(forward);
     }

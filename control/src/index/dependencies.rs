@@ -73,8 +73,10 @@ pub(super) enum Dependency {
     Label(Arc<str>, Arc<str>),
     /// The policies that ask this provider about requests.
     Asking(Arc<str>),
-    /// A ConfigMap.
-    ConfigMap(NamespacedName),
+    /// The Gateways and ListenerSets whose listeners ask a Service.
+    ListenersAsking(NamespacedName),
+    /// A ConfigMap or ClusterTrustBundle.
+    Roots(ObjectRef),
     /// The BackendTLSPolicies for a Service or ServiceEntry.
     TlsPoliciesOf(ObjectRef),
     /// The TrafficPolicies for something.

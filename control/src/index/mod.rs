@@ -21,7 +21,9 @@ use std::sync::Arc;
 use ambit_api::l7 as l7_api;
 use aws_lc_rs::hmac;
 
-use crate::object::{AddressValue, Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef, Topology};
+use crate::object::{
+    AddressValue, Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef, Topology, Transport,
+};
 use dependencies::Dependencies;
 pub(crate) use l4::authorization::NO_EFFECT_AT_L4;
 use l4::{authentication, authorization, endpoints, entries, services, workloads};
@@ -204,7 +206,7 @@ pub struct ListenerSetFacts {
     /// How many are attached: at least one listener of them is served.
     pub attached: usize,
     /// The ports of their listeners.
-    pub ports: BTreeSet<u16>,
+    pub ports: BTreeSet<(u16, Transport)>,
 }
 
 /// What a batch of changes to objects did.
@@ -406,7 +408,7 @@ impl Index {
             }
             Kind::ListenerSet => l7::listener_sets::of_set(&reader, id),
             Kind::Ingress => l7::ingresses::of_ingress(&reader, id),
-            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
+            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute | Kind::UdpRoute => {
                 l7::routes::of_route(&reader, producer)
             }
             Kind::VirtualService => l7::virtual_services::of_virtual_service(&reader, id),
@@ -421,6 +423,7 @@ impl Index {
             | Kind::Node
             | Kind::ServiceAccount
             | Kind::ConfigMap
+            | Kind::ClusterTrustBundle
             | Kind::Deployment
             | Kind::IngressClass
             | Kind::ReplicaSet => Vec::new(),

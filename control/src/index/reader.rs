@@ -12,8 +12,8 @@ use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, Ingress, KeyAddress, Kind, Labels,
-    ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, Route,
-    Secret, Service, ServiceEntry, TrafficPolicy, VirtualService, Visibility,
+    ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet,
+    RootsHolder, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService, Visibility,
 };
 
 /// The IngressClass that the chart makes.
@@ -305,6 +305,12 @@ impl<'a> Reader<'a> {
         self.store.service_entries.get(id).map(AsRef::as_ref)
     }
 
+    /// The Gateways and ListenerSets whose listeners ask a Service about requests, in order.
+    pub(super) fn listeners_asking(&self, service: &NamespacedName) -> impl Iterator<Item = &'a ObjectRef> {
+        self.depend(Dependency::ListenersAsking(service.clone()));
+        self.store.listeners_by_authorizer.of(service)
+    }
+
     /// The routes that send requests to a Service, in order.
     pub(super) fn routes_to(&self, id: &NamespacedName) -> impl Iterator<Item = &'a Route> {
         self.depend(Dependency::RoutesTo(id.clone()));
@@ -322,10 +328,10 @@ impl<'a> Reader<'a> {
         ids.filter_map(|id| self.store.routes.get(id)).map(AsRef::as_ref)
     }
 
-    /// A ConfigMap.
-    pub(super) fn config_map(&self, id: &NamespacedName) -> Option<&'a ConfigMap> {
-        self.depend(Dependency::ConfigMap(id.clone()));
-        self.store.config_maps.get(id).map(AsRef::as_ref)
+    /// A ConfigMap or ClusterTrustBundle that holds roots.
+    pub(super) fn roots(&self, object: &ObjectRef) -> Option<&'a RootsHolder> {
+        self.depend(Dependency::Roots(object.clone()));
+        self.store.roots.get(object).map(AsRef::as_ref)
     }
 
     /// The BackendTLSPolicies that name a Service or ServiceEntry, in order.

@@ -10,9 +10,9 @@ use super::relations::{Members, Reverse, Selectors};
 use super::{SessionSecret, Settings};
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, Ingress,
-    IngressClass, KeyAddress, Kind, ListenerSet, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret, Service,
-    ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, WorkloadSpec,
+    IngressClass, KeyAddress, Kind, Listener, ListenerSet, Namespace, NamespacedName, Node, ObjectRef,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder, Route, Secret,
+    Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -39,7 +39,10 @@ pub(super) struct Store {
     pub(super) destination_rules: HashMap<NamespacedName, Arc<DestinationRule>>,
     pub(super) request_authentications: HashMap<NamespacedName, Arc<RequestAuthentication>>,
     /// Those that hold roots.
-    pub(super) config_maps: HashMap<NamespacedName, Arc<ConfigMap>>,
+    /// Gateways and ListenerSets by the Services that their listeners ask about requests.
+    pub(super) listeners_by_authorizer: Reverse<NamespacedName, ObjectRef>,
+    /// ConfigMaps and ClusterTrustBundles that hold roots.
+    pub(super) roots: HashMap<ObjectRef, Arc<RootsHolder>>,
     pub(super) backend_tls_policies: HashMap<NamespacedName, Arc<BackendTlsPolicy>>,
     pub(super) traffic_policies: HashMap<NamespacedName, Arc<TrafficPolicy>>,
     /// Keys of token issuers, as far as they were fetched.
@@ -446,7 +449,27 @@ impl Store {
         if let Some(gateway) = new.and_then(|set| set.gateway.clone()) {
             self.listener_sets_by_gateway.insert(gateway, id.clone());
         }
+        let listeners = |set: Option<&Arc<ListenerSet>>| asked(set.map(|set| &set.listeners[..]), id);
+        let (before, after) = (listeners(old.as_ref()), listeners(new));
+        self.set_authorizers(Kind::ListenerSet, id, before, after);
         old
+    }
+
+    /// Notes which Services the listeners of an object ask.
+    fn set_authorizers(
+        &mut self,
+        kind: Kind,
+        id: &NamespacedName,
+        before: Vec<NamespacedName>,
+        after: Vec<NamespacedName>,
+    ) {
+        let owner = ObjectRef { kind, name: id.clone() };
+        for service in before {
+            self.listeners_by_authorizer.remove(&service, &owner);
+        }
+        for service in after {
+            self.listeners_by_authorizer.insert(service, owner.clone());
+        }
     }
 
     /// Puts a gateway in place and returns what was there.
@@ -462,10 +485,19 @@ impl Store {
         if let Some(network) = new.and_then(|g| g.network.clone()) {
             self.gateways_by_network.insert(network, id.clone());
         }
+        let listeners = |gateway: Option<&Arc<Gateway>>| asked(gateway.map(|it| &it.listeners[..]), id);
+        let (before, after) = (listeners(old.as_ref()), listeners(new));
+        self.set_authorizers(Kind::Gateway, id, before, after);
         let object = ObjectRef { kind: Kind::Gateway, name: id.clone() };
         self.set_claims(&object, &gateway_claims(old.as_ref()), &gateway_claims(new));
         old
     }
+}
+
+/// The Services that listeners of an object ask about requests.
+pub(super) fn asked(listeners: Option<&[Listener]>, owner: &NamespacedName) -> Vec<NamespacedName> {
+    let listeners = listeners.into_iter().flatten();
+    listeners.flat_map(|listener| listener.asked(&owner.namespace)).collect()
 }
 
 /// Whether the pod's addresses are its own: not its node's, and not given back.

@@ -12,13 +12,13 @@ use super::l7::hosts;
 use super::l7::request_authentications::FetchedKeys;
 use super::placements::PodPlacement;
 use super::store::{
-    class_of, cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of,
+    asked, class_of, cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of,
 };
 use crate::object::{
     AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
     Ingress, IngressClass, KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object,
-    ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, Route, Secret,
-    Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
+    ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder,
+    Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -52,11 +52,13 @@ impl Index {
             Object::GrpcRoute(new) => self.take_route(Kind::GrpcRoute, &id, Some(&new)),
             Object::TcpRoute(new) => self.take_route(Kind::TcpRoute, &id, Some(&new)),
             Object::TlsRoute(new) => self.take_route(Kind::TlsRoute, &id, Some(&new)),
+            Object::UdpRoute(new) => self.take_route(Kind::UdpRoute, &id, Some(&new)),
             Object::ReferenceGrant(new) => self.take_grant(&id, Some(&new)),
             Object::VirtualService(new) => self.take_virtual_service(&id, Some(&new)),
             Object::DestinationRule(new) => self.take_destination_rule(&id, Some(&new)),
             Object::RequestAuthentication(new) => self.take_request_authentication(&id, Some(&new)),
-            Object::ConfigMap(new) => self.take_config_map(&id, Some(&new)),
+            Object::ConfigMap(new) => self.take_roots(Kind::ConfigMap, &id, Some(&new)),
+            Object::ClusterTrustBundle(new) => self.take_roots(Kind::ClusterTrustBundle, &id, Some(&new)),
             Object::BackendTlsPolicy(new) => self.take_backend_tls_policy(&id, Some(&new)),
             Object::TrafficPolicy(new) => self.take_traffic_policy(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
@@ -79,14 +81,14 @@ impl Index {
             Kind::WorkloadEntry => self.take_workload_entry(id, None),
             Kind::Gateway => self.take_gateway(id, None),
             Kind::ListenerSet => self.take_listener_set(id, None),
-            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute => {
+            Kind::HttpRoute | Kind::GrpcRoute | Kind::TcpRoute | Kind::TlsRoute | Kind::UdpRoute => {
                 self.take_route(kind, id, None);
             }
             Kind::ReferenceGrant => self.take_grant(id, None),
             Kind::VirtualService => self.take_virtual_service(id, None),
             Kind::DestinationRule => self.take_destination_rule(id, None),
             Kind::RequestAuthentication => self.take_request_authentication(id, None),
-            Kind::ConfigMap => self.take_config_map(id, None),
+            Kind::ConfigMap | Kind::ClusterTrustBundle => self.take_roots(kind, id, None),
             Kind::BackendTlsPolicy => self.take_backend_tls_policy(id, None),
             Kind::TrafficPolicy => self.take_traffic_policy(id, None),
             Kind::IngressClass => self.take_ingress_class(&id.name, None),
@@ -254,7 +256,13 @@ impl Index {
         // Pods behind it have a policy where it requires its waypoint.
         let membership = |s: &Service| {
             let waypoint = (s.waypoint.clone(), s.meta.labels.clone());
-            let members = (s.external_name, s.selector.clone(), s.ports.clone(), s.publish_not_ready);
+            let members = (
+                s.external_name,
+                s.selector.clone(),
+                s.ports.clone(),
+                s.udp_ports.clone(),
+                s.publish_not_ready,
+            );
             (members, s.waypoint.required.unwrap_or(true).then_some(waypoint))
         };
         if old.as_deref().map(membership) == new.map(|s| membership(s)) {
@@ -444,12 +452,13 @@ impl Index {
         }
     }
 
-    fn take_config_map(&mut self, id: &NamespacedName, new: Option<&Arc<ConfigMap>>) {
-        // Most hold no roots, and need no place.
-        let new = new.filter(|map| map.roots.is_some());
-        let old = replace(&mut self.store.config_maps, id, new);
+    fn take_roots(&mut self, kind: Kind, id: &NamespacedName, new: Option<&Arc<RootsHolder>>) {
+        let object = ObjectRef { kind, name: id.clone() };
+        // Most ConfigMaps hold no roots, and need no place.
+        let new = new.filter(|holder| holder.roots.is_some());
+        let old = replace(&mut self.store.roots, &object, new);
         if old.as_ref() != new {
-            self.touch_users(&Dependency::ConfigMap(id.clone()));
+            self.touch_users(&Dependency::Roots(object));
         }
     }
 
@@ -528,6 +537,10 @@ impl Index {
         }
         self.touch(Kind::ListenerSet, id);
         self.touch_users(&Dependency::ListenerSet(id.clone()));
+        let sets = [old.as_ref(), new].into_iter().flatten();
+        for service in sets.flat_map(|set| asked(Some(&set.listeners), id)).collect::<Vec<_>>() {
+            self.touch_users(&Dependency::ListenersAsking(service));
+        }
         for gateway in [old.as_ref(), new].into_iter().flatten().filter_map(|set| set.gateway.clone()) {
             self.touch_users(&Dependency::ListenerSetsOf(gateway));
         }
@@ -540,6 +553,10 @@ impl Index {
         }
         self.touch(Kind::Gateway, id);
         self.touch_users(&Dependency::Gateway(id.clone()));
+        let gateways = [old.as_ref(), new].into_iter().flatten();
+        for service in gateways.flat_map(|it| asked(Some(&it.listeners), id)).collect::<Vec<_>>() {
+            self.touch_users(&Dependency::ListenersAsking(service));
+        }
         let class = |gateway: Option<&Arc<Gateway>>| gateway.map(|gateway| gateway.class.clone());
         if class(old.as_ref()) != class(new) {
             for class in class(old.as_ref()).into_iter().chain(class(new)) {

@@ -21,14 +21,16 @@ pub use self::core::ingress::{
 pub use self::core::pod::Pod;
 pub use self::core::secret::{KeyPair, Secret};
 pub use self::core::service::{
-    AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Visibility,
+    AppProtocol, Distribution, IpFamilies, Service, ServicePort, TargetPort, Transport, Visibility,
 };
-pub use gateway::backend_tls::{BackendTlsPolicy, ConfigMap, RootsRef, TlsTarget};
+pub use gateway::backend_tls::{BackendTlsPolicy, TlsTarget};
 pub(crate) use gateway::binding::CANARY_WEIGHT;
 pub use gateway::binding::{Canary, Choice, WaypointBinding};
+pub use gateway::external_auth::{ExternalAuth, ExternalAuthProtocol};
 pub use gateway::grant::ReferenceGrant;
 pub use gateway::listener::{CertificateRef, Listener, ListenerProtocol, ListenerTls};
 pub use gateway::listener_set::ListenerSet;
+pub use gateway::roots::{RootsHolder, RootsRef};
 pub use gateway::route::{
     BackendRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, RuleBackend, TargetKind,
 };
@@ -67,7 +69,10 @@ pub(crate) mod manifest {
     pub(crate) use super::gateway::grpc::Manifest as GrpcRoute;
     pub(crate) use super::gateway::http::Manifest as HttpRoute;
     pub(crate) use super::gateway::listener_set::Manifest as ListenerSet;
-    pub(crate) use super::gateway::stream::{TcpManifest as TcpRoute, TlsManifest as TlsRoute};
+    pub(crate) use super::gateway::roots::BundleManifest as ClusterTrustBundle;
+    pub(crate) use super::gateway::stream::{
+        TcpManifest as TcpRoute, TlsManifest as TlsRoute, UdpManifest as UdpRoute,
+    };
     pub(crate) use super::istio::authentication::Manifest as PeerAuthentication;
     pub(crate) use super::istio::authorization::Manifest as AuthorizationPolicy;
     pub(crate) use super::istio::destination_rule::Manifest as DestinationRule;
@@ -168,6 +173,8 @@ pub enum Object {
     TcpRoute(Arc<Route>),
     /// Where connections that begin with TLS go.
     TlsRoute(Arc<Route>),
+    /// Where datagrams go.
+    UdpRoute(Arc<Route>),
     /// Who may refer to objects of a namespace from outside.
     ReferenceGrant(Arc<ReferenceGrant>),
     /// Where requests to hosts go.
@@ -177,7 +184,9 @@ pub enum Object {
     /// Which tokens of requests are valid.
     RequestAuthentication(Arc<RequestAuthentication>),
     /// One that may hold roots.
-    ConfigMap(Arc<ConfigMap>),
+    ConfigMap(Arc<RootsHolder>),
+    /// One that holds roots.
+    ClusterTrustBundle(Arc<RootsHolder>),
     /// TLS to endpoints.
     BackendTlsPolicy(Arc<BackendTlsPolicy>),
     /// How many requests there may be, and which.
@@ -209,11 +218,13 @@ impl Object {
             Object::GrpcRoute(_) => Kind::GrpcRoute,
             Object::TcpRoute(_) => Kind::TcpRoute,
             Object::TlsRoute(_) => Kind::TlsRoute,
+            Object::UdpRoute(_) => Kind::UdpRoute,
             Object::ReferenceGrant(_) => Kind::ReferenceGrant,
             Object::VirtualService(_) => Kind::VirtualService,
             Object::DestinationRule(_) => Kind::DestinationRule,
             Object::RequestAuthentication(_) => Kind::RequestAuthentication,
             Object::ConfigMap(_) => Kind::ConfigMap,
+            Object::ClusterTrustBundle(_) => Kind::ClusterTrustBundle,
             Object::BackendTlsPolicy(_) => Kind::BackendTlsPolicy,
             Object::TrafficPolicy(_) => Kind::TrafficPolicy,
         }
@@ -238,14 +249,16 @@ impl Object {
             Object::WorkloadEntry(o) => o.meta.id.clone(),
             Object::Gateway(o) => o.meta.id.clone(),
             Object::ListenerSet(o) => o.meta.id.clone(),
-            Object::HttpRoute(o) | Object::GrpcRoute(o) | Object::TcpRoute(o) | Object::TlsRoute(o) => {
-                o.meta.id.clone()
-            }
+            Object::HttpRoute(o)
+            | Object::GrpcRoute(o)
+            | Object::TcpRoute(o)
+            | Object::TlsRoute(o)
+            | Object::UdpRoute(o) => o.meta.id.clone(),
             Object::ReferenceGrant(o) => o.id.clone(),
             Object::VirtualService(o) => o.meta.id.clone(),
             Object::DestinationRule(o) => o.meta.id.clone(),
             Object::RequestAuthentication(o) => o.meta.id.clone(),
-            Object::ConfigMap(o) => o.id.clone(),
+            Object::ConfigMap(o) | Object::ClusterTrustBundle(o) => o.id.clone(),
             Object::BackendTlsPolicy(o) => o.meta.id.clone(),
             Object::TrafficPolicy(o) => o.meta.id.clone(),
         };

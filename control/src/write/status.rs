@@ -44,6 +44,7 @@ pub(crate) const KINDS: [Kind; 14] = [
     Kind::GrpcRoute,
     Kind::TcpRoute,
     Kind::TlsRoute,
+    Kind::UdpRoute,
     Kind::VirtualService,
     Kind::DestinationRule,
     Kind::RequestAuthentication,

@@ -79,6 +79,8 @@ pub(crate) fn address(body: &[u8]) -> Value {
 
 fn render_workload(w: &workload::Workload) -> Value {
     let services = w.services.iter().map(|(name, ports)| (name.clone(), list(&ports.ports, port)));
+    let of_datagrams = w.services.iter().filter(|(_, ports)| !ports.udp_ports.is_empty());
+    let of_datagrams = of_datagrams.map(|(name, ports)| (name.clone(), list(&ports.udp_ports, port)));
     let locality = w.locality.as_ref().map(|l| format!("{}/{}/{}", l.region, l.zone, l.subzone));
     let tunnel = w.application_tunnel.as_ref().map(|t| {
         format!("{:?} port {}", workload::application_tunnel::Protocol::try_from(t.protocol).unwrap(), t.port)
@@ -116,6 +118,7 @@ fn render_workload(w: &workload::Workload) -> Value {
         ("waypoint", gateway(&w.waypoint)),
         ("policies", json!(w.authorization_policies)),
         ("services", Value::Object(services.collect())),
+        ("udpServices", Value::Object(of_datagrams.collect())),
         ("extensions", list(&w.extensions, extension)),
     ])
 }
@@ -134,6 +137,7 @@ fn render_service(s: &workload::Service) -> Value {
         ("hostname", json!(s.hostname)),
         ("addresses", list(&s.addresses, network_address)),
         ("ports", list(&s.ports, port)),
+        ("udpPorts", list(&s.udp_ports, port)),
         ("subjectAltNames", json!(s.subject_alt_names)),
         ("waypoint", gateway(&s.waypoint)),
         (
@@ -349,6 +353,7 @@ pub(crate) fn listener(body: &[u8]) -> Value {
             "insecureFallback",
             json!(tls.and_then(|tls| tls.client_validation.as_ref().map(|it| it.allow_insecure_fallback))),
         ),
+        ("authorizers", list(&listener.authorizers, |it| json!(format!("{it:?}")))),
     ])
 }
 

@@ -40,6 +40,7 @@ const HONOURED: &[&str] = &[
     "StatefulSet",
     "TCPRoute",
     "TLSRoute",
+    "UDPRoute",
     "VirtualService",
     "WorkloadEntry",
 ];

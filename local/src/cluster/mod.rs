@@ -285,6 +285,18 @@ impl Cluster {
     /// Ready pods behind a service, with the port that its port leads to.
     #[must_use]
     pub fn backends(&self, namespace: &str, service: &str, port: Option<u16>) -> Vec<(Pod, u16)> {
+        self.backends_of("TCP", namespace, service, port)
+    }
+
+    /// The same for a port of this protocol, `TCP` or `UDP`.
+    #[must_use]
+    pub fn backends_of(
+        &self,
+        protocol: &str,
+        namespace: &str,
+        service: &str,
+        port: Option<u16>,
+    ) -> Vec<(Pod, u16)> {
         let file = self.shared.directory.join("objects").join(format!("Service_{namespace}_{service}.json"));
         let text = std::fs::read(file).unwrap_or_default();
         let Ok(object) = serde_json::from_slice::<k8s_openapi::api::core::v1::Service>(&text) else {
@@ -294,7 +306,8 @@ impl Cluster {
         let backends: Vec<_> = pods.iter().map(publish::backend).collect();
         let views = crate::services::views(std::slice::from_ref(&object), &[], &backends);
         let ports = views.iter().flat_map(|view| &view.ports);
-        let chosen = ports.into_iter().find(|view| port.is_none_or(|port| view.port == port));
+        let mut ports = ports.into_iter().filter(|view| view.protocol == protocol);
+        let chosen = ports.find(|view| port.is_none_or(|port| view.port == port));
         let targets = chosen.map(|port| port.targets.clone()).unwrap_or_default();
         let pod_at = |ip: IpAddr| pods.iter().find(|pod| pod.inner.addresses.contains(ip)).cloned();
         let v4 = targets.iter().filter(|target| target.is_ipv4());

@@ -236,13 +236,14 @@ fn ports(objects: &BTreeMap<Key, Object>, gateway: &Key) -> Vec<Value> {
     let of_ingresses = (is_gateway && objects.iter().any(has_tls)).then_some(&https);
     for listener in listeners.chain(of_ingresses) {
         let Some(port) = listener["port"].as_u64() else { continue };
-        let hbone = listener["protocol"] == "HBONE";
-        let port = match hbone {
-            true => json!({ "name": "mesh", "port": port, "appProtocol": "hbone" }),
+        let is_udp = listener["protocol"] == "UDP";
+        let object = match listener["protocol"].as_str() {
+            Some("HBONE") => json!({ "name": "mesh", "port": port, "appProtocol": "hbone" }),
+            Some("UDP") => json!({ "name": format!("udp-{port}"), "port": port, "protocol": "UDP" }),
             // Nothing is known of what passes a port before the gateway has read it.
-            false => json!({ "name": format!("tcp-{port}"), "port": port }),
+            _ => json!({ "name": format!("tcp-{port}"), "port": port }),
         };
-        ports.entry(port["port"].as_u64()).or_insert(port);
+        ports.entry((port, is_udp)).or_insert(object);
     }
     ports.into_values().collect()
 }

@@ -153,7 +153,7 @@ fn workload() {
     let (waypoint, waypoint_bytes) = gateway_by_name();
     let (gateway, gateway_bytes) = gateway_by_address();
     let (extension, extension_bytes) = workload_extension();
-    let list = workload::PortList { ports: vec![port] };
+    let list = workload::PortList { ports: vec![port], ..workload::PortList::default() };
     let list_bytes = golden(&list, &[len(1, port_bytes)]);
     let tunnel = workload::ApplicationTunnel { protocol: 1, port: 15088 };
     let tunnel_bytes = golden(&tunnel, &[int(1, 1), int(2, 15088)]);

@@ -9,7 +9,7 @@ use ambit_api::ports::INBOUND_HBONE;
 use crate::endpoints::{Endpoint, Known};
 use crate::name::HostRef;
 use crate::route::Expected;
-use crate::service::{IpFamilies, Mode, Service};
+use crate::service::{IpFamilies, Mode, Service, Transport};
 use crate::snapshot::Snapshot;
 use crate::upstream::expected;
 use crate::workload::{TunnelProtocol, Workload};
@@ -64,10 +64,21 @@ impl ServiceState {
     /// The endpoints that may get requests of `client` to a port of the service, in no order. Those in other networks, and those known
     /// by neither address nor host name, are left out.
     pub fn candidates(&self, client: &Workload, port: u16) -> Vec<Candidate> {
-        self.0.endpoints.iter().filter_map(|endpoint| self.candidate(client, port, endpoint)).collect()
+        self.candidates_of(Transport::Tcp, client, port)
     }
 
-    fn candidate(&self, client: &Workload, port: u16, endpoint: &Endpoint) -> Option<Candidate> {
+    /// The endpoints that may get datagrams or connections of `client`, as [`candidates`](Self::candidates). Tunnels carry no datagrams.
+    pub fn candidates_of(&self, transport: Transport, client: &Workload, port: u16) -> Vec<Candidate> {
+        let candidate = |endpoint| self.candidate(client, (transport, port), endpoint);
+        self.0.endpoints.iter().filter_map(candidate).collect()
+    }
+
+    fn candidate(
+        &self,
+        client: &Workload,
+        (transport, port): (Transport, u16),
+        endpoint: &Endpoint,
+    ) -> Option<Candidate> {
         let (service, workload) = (&self.0.service, &endpoint.workload);
         if workload.capacity == 0 || workload.network != client.network {
             return None;
@@ -87,9 +98,9 @@ impl ServiceState {
         };
         let known = workload.address_like(family(service, client));
         let ip = known.or_else(|| workload.is_only_named().then_some(Ipv4Addr::UNSPECIFIED.into()))?;
-        let port = endpoint.target_port(service, port)?;
+        let port = endpoint.target_port_of(transport, service, port)?;
         let tunnel = match workload.tunnel {
-            TunnelProtocol::Hbone if !workload.is_same(client) => {
+            TunnelProtocol::Hbone if transport == Transport::Tcp && !workload.is_same(client) => {
                 Some((SocketAddr::new(ip, INBOUND_HBONE), expected(workload, Some(service))))
             }
             TunnelProtocol::Hbone | TunnelProtocol::None | TunnelProtocol::LegacyIstioMtls => None,

@@ -14,7 +14,7 @@ use crate::intern::Interner;
 use crate::name::{HostRef, NamespacedHost, NetworkAddress};
 use crate::service::{
     AppProtocol, Gateway, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, Mode, PortMapping,
-    Ports, Scope, Service, Vip, Visibility, WeightedWaypoint,
+    Ports, Scope, Service, Transport, Vip, Visibility, WeightedWaypoint,
 };
 use crate::workload::{
     ApplicationTunnel, Label, Locality, Membership, Status, TunnelProtocol, Workload, WorkloadType,
@@ -125,7 +125,8 @@ pub(crate) fn service(source: &wire::Service, texts: &mut Interner) -> Result<Se
     let names = source.subject_alt_names.iter().filter_map(|name| name.parse::<SpiffeId>().ok());
     Ok(Service {
         vips: vips.into_iter().flatten().collect(),
-        ports: texts.ports(ports("service.ports", &source.ports)?),
+        ports: texts
+            .ports(ports(["service.ports", "service.udp_ports"], [&source.ports, &source.udp_ports])?),
         subject_alt_names: names.collect(),
         waypoint: source.waypoint.as_ref().map(|it| gateway("service.waypoint", it, texts)).transpose()?,
         weighted_waypoints,
@@ -207,8 +208,11 @@ fn vip(source: &wire::NetworkAddress, texts: &mut Interner) -> Result<Option<Vip
     })
 }
 
-fn ports(field: &'static str, source: &[wire::Port]) -> Result<Ports, InvalidResource> {
-    let ports = source.iter().map(|source| {
+/// Those for connections and those for datagrams.
+fn ports(fields: [&'static str; 2], sources: [&[wire::Port]; 2]) -> Result<Ports, InvalidResource> {
+    let transports = [Transport::Tcp, Transport::Udp].into_iter().zip(fields).zip(sources);
+    let sources = transports.flat_map(|(kind, ports)| ports.iter().map(move |port| (kind, port)));
+    let ports = sources.map(|((transport, field), source)| {
         let service_port = port(field, source.service_port)?;
         if service_port == 0 {
             return Err(InvalidResource::Port { field, port: 0 });
@@ -224,6 +228,7 @@ fn ports(field: &'static str, source: &[wire::Port]) -> Result<Ports, InvalidRes
                 Ok(wire::AppProtocol::Tcp) => AppProtocol::Tcp,
                 Ok(wire::AppProtocol::Tls) => AppProtocol::Tls,
             },
+            transport,
         })
     });
     ports.collect()
@@ -235,7 +240,7 @@ fn memberships(source: &wire::Workload, texts: &mut Interner) -> Result<Box<[Mem
     for (name, list) in &source.services {
         let service =
             HostRef::parse(name).ok_or_else(|| InvalidResource::Host { field: FIELD, name: name.clone() })?;
-        let ports = texts.ports(ports(FIELD, &list.ports)?);
+        let ports = texts.ports(ports([FIELD; 2], [&list.ports, &list.udp_ports])?);
         memberships.push(Membership { host: host(service, texts), ports });
     }
     memberships.sort_unstable_by(|one, other| one.host.cmp(&other.host));

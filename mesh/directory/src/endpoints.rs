@@ -12,7 +12,7 @@ use equivalent::Equivalent;
 use smallvec::SmallVec;
 
 use crate::list::{Iter, List};
-use crate::service::{HealthPolicy, LoadBalancing, Mode, Ports, Scope, Service};
+use crate::service::{HealthPolicy, LoadBalancing, Mode, Ports, Scope, Service, Transport};
 use crate::table::Table;
 use crate::workload::Workload;
 
@@ -28,10 +28,16 @@ pub struct Endpoint {
 impl Endpoint {
     /// The port that connections to `service_port` go to: the workload's own mapping, else the service's.
     pub fn target_port(&self, service: &Service, service_port: u16) -> Option<u16> {
-        let own = self.ports.get(service_port).map(|mapping| mapping.target_port).filter(|port| *port != 0);
-        own.or_else(|| {
-            service.ports.get(service_port).map(|mapping| mapping.target_port).filter(|port| *port != 0)
-        })
+        self.target_port_of(Transport::Tcp, service, service_port)
+    }
+
+    /// The port that connections or datagrams to `service_port` go to, as [`target_port`](Self::target_port).
+    pub fn target_port_of(&self, transport: Transport, service: &Service, service_port: u16) -> Option<u16> {
+        let of = |ports: &Ports| {
+            let mapping = ports.of(transport, service_port);
+            mapping.map(|mapping| mapping.target_port).filter(|port| *port != 0)
+        };
+        of(&self.ports).or_else(|| of(&service.ports))
     }
 }
 

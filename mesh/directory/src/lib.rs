@@ -40,7 +40,7 @@ pub use route::{
 };
 pub use service::{
     AppProtocol, Gateway, GatewayDestination, HealthPolicy, IpFamilies, LoadBalancing, Mode, PortMapping,
-    Ports, Scope, Service, Vip, Visibility, WeightedWaypoint,
+    Ports, Scope, Service, Transport, Vip, Visibility, WeightedWaypoint,
 };
 pub use snapshot::{Removed, Revision, Snapshot};
 pub use workload::{

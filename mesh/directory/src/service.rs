@@ -104,36 +104,70 @@ pub struct PortMapping {
     pub target_port: u16,
     /// What is spoken there.
     pub app_protocol: AppProtocol,
+    /// What it takes.
+    #[serde(skip_serializing_if = "Transport::is_tcp")]
+    pub transport: Transport,
 }
 
-/// Ports, by service port.
+/// What a port takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Transport {
+    /// Connections: what the mesh tunnels.
+    #[default]
+    Tcp,
+    /// Datagrams, which gateways send on.
+    Udp,
+}
+
+impl Transport {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+    fn is_tcp(&self) -> bool {
+        *self == Self::Tcp
+    }
+}
+
+/// Ports, by transport and service port.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize)]
 #[serde(transparent)]
 pub struct Ports(Arc<[PortMapping]>);
 
 impl Ports {
-    /// The mapping of `service_port`.
+    /// The mapping of `service_port` for connections.
     pub fn get(&self, service_port: u16) -> Option<&PortMapping> {
-        let at = self.0.binary_search_by_key(&service_port, |mapping| mapping.service_port).ok()?;
+        self.of(Transport::Tcp, service_port)
+    }
+
+    /// The mapping of `service_port` for what `transport` says.
+    pub fn of(&self, transport: Transport, service_port: u16) -> Option<&PortMapping> {
+        let wanted = (transport, service_port);
+        let at = self.0.binary_search_by_key(&wanted, PortMapping::key).ok()?;
         self.0.get(at)
     }
 
-    /// All mappings in the order of service ports.
+    /// The mappings for connections in the order of service ports.
     pub fn iter(&self) -> std::slice::Iter<'_, PortMapping> {
-        self.0.iter()
+        let connections = self.0.partition_point(|mapping| mapping.transport == Transport::Tcp);
+        self.0.get(..connections).unwrap_or_default().iter()
     }
 
-    /// Whether there is none.
+    /// Whether there is none for connections.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.iter().as_slice().is_empty()
+    }
+}
+
+impl PortMapping {
+    fn key(&self) -> (Transport, u16) {
+        (self.transport, self.service_port)
     }
 }
 
 impl FromIterator<PortMapping> for Ports {
     fn from_iter<I: IntoIterator<Item = PortMapping>>(ports: I) -> Self {
         let mut ports: Vec<PortMapping> = ports.into_iter().collect();
-        ports.sort_by_key(|mapping| mapping.service_port);
-        ports.dedup_by_key(|mapping| mapping.service_port);
+        ports.sort_by_key(PortMapping::key);
+        ports.dedup_by_key(|mapping| mapping.key());
         Self(ports.into())
     }
 }

@@ -82,7 +82,11 @@ fn ports() -> impl Strategy<Value = Vec<Port>> {
 fn a_workload() -> impl Strategy<Value = Workload> {
     let names = (text(), text(), text(), text(), select(&["", "far"][..]));
     let numbers = (enumeration(), enumeration(), enumeration(), prop::option::of(number()));
-    let services = prop::collection::hash_map(text(), ports().prop_map(|ports| PortList { ports }), 0..3);
+    let services = prop::collection::hash_map(
+        text(),
+        ports().prop_map(|ports| PortList { ports, ..PortList::default() }),
+        0..3,
+    );
     (names, numbers, prop::collection::vec(octets(), 0..3), services, gateway(), gateway(), any::<bool>())
         .prop_map(
             |(

@@ -6,6 +6,7 @@
 //! - [`netns`]: entering network namespaces, always on threads of their own;
 //! - [`stock`], [`mod@connect`]: marked sockets made ahead, and connections from a chosen source;
 //! - [`listen`], [`accept`]: listening sockets in a namespace, and accepting under pressure;
+//! - [`datagram`]: a socket for datagrams that answers from the address that was asked;
 //! - [`socket`]: options, original destinations, resets;
 //! - [`netlink`]: messages to and from the kernel, for the next two and for nftables;
 //! - [`conntrack`]: original destinations of datagrams, entries made and removed;
@@ -17,6 +18,7 @@
 pub mod accept;
 pub mod connect;
 pub mod conntrack;
+pub mod datagram;
 pub mod listen;
 pub mod netlink;
 pub mod netns;

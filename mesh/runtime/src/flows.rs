@@ -214,6 +214,10 @@ fn seconds(time: SystemTime) -> u64 {
 /// What a record says of a flow. Connections are counted when they open, long requests while they are in progress; their end adds only what
 /// went wrong.
 fn observation(record: &Record, observer: Observer) -> Option<Observation<'_>> {
+    // Policies of the mesh concern no datagrams.
+    if matches!(&record.ended, Ended::Connection(entry) if entry.is_udp) {
+        return None;
+    }
     let was_observed = match &record.ended {
         Ended::Connection(entry) => entry.was_observed,
         Ended::Request(entry) => entry.was_observed,

@@ -30,6 +30,7 @@ fn entry(status: Status) -> Entry {
             host: Some("web.shop.svc.cluster.local".into()),
             port: 80,
         },
+        is_udp: false,
         direction: Direction::Inbound,
         status,
         bytes_sent: 1,

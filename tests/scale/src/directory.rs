@@ -41,7 +41,10 @@ pub fn workload(number: u32, status: WorkloadStatus) -> Update {
     let service = number % SERVICES;
     let service = if number / SERVICES == 9 { service / 100 } else { service };
     let namespace = format!("ns-{}", number % SERVICES % 500);
-    let ports = PortList { ports: vec![Port { service_port: 80, target_port: 8080, ..Port::default() }] };
+    let ports = PortList {
+        ports: vec![Port { service_port: 80, target_port: 8080, ..Port::default() }],
+        ..PortList::default()
+    };
     let workload = Workload {
         uid: uid(number),
         name: format!("app-{number}"),

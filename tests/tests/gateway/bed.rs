@@ -34,6 +34,8 @@ impl Bed for Gateways {
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_WRITE_TIMEOUT", "4s")
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_CONNECTIONS_PER_CLIENT", &crate::limits::OPEN.to_string())
             .waypoint_env("AMBIT_WAYPOINT_LIMITS_PENDING_PER_CLIENT", &crate::limits::PENDING.to_string())
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_UDP_SESSIONS", "400")
+            .waypoint_env("AMBIT_WAYPOINT_LIMITS_UDP_IDLE_TIMEOUT", "3s")
             .start()
             .await?;
         cluster.namespace("edge", true).await?;
@@ -55,7 +57,7 @@ impl Gateways {
         self.reached(name).await
     }
 
-    async fn reached(&self, name: &str) -> IpAddr {
+    pub(crate) async fn reached(&self, name: &str) -> IpAddr {
         let ready = async || self.cluster.pods_of("edge", GATEWAY_NAME, name).iter().any(Pod::is_ready);
         let waited = self.cluster.wait_until(name, Duration::from_secs(30), ready).await;
         waited.unwrap_or_else(|error| panic!("{error}: {:?} {:?}", self.logs(name), self.cluster.problems()));

@@ -11,12 +11,14 @@
 
 mod bed;
 mod client_certificates;
+mod datagrams;
 mod drain;
 mod edge;
+mod filters;
 mod h2spec;
+mod hops;
 mod hostile;
 mod hostile_http2;
-mod hops;
 mod ingress;
 mod limits;
 mod sets;
@@ -44,5 +46,7 @@ fn main() -> ExitCode {
     limits::add(&mut trials);
     waypoints::add(&mut trials);
     ingress::add(&mut trials);
+    datagrams::add(&mut trials);
+    filters::add(&mut trials);
     trials.run()
 }

@@ -12,10 +12,10 @@ use ambit_telemetry::{Admin, Readiness};
 use super::{Parts, Program};
 use crate::balancers::circuit::{CircuitSummary, Overflows};
 use crate::clients::Clients;
-use crate::names::Counts;
+use crate::datagrams::Counts;
 use crate::proxy::{External, Limited, Tallies};
 use crate::traffic::Refusals;
-use crate::{dump, explain};
+use crate::{dump, explain, names};
 
 /// Starts the three servers.
 ///
@@ -91,6 +91,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     registry.gauge_from("ambit_gateway_closed_ports", "Ports of listeners that can't be opened", closed);
     let help = "Connections of clients outside the mesh whose TLS failed";
     count("ambit_gateway_tls_failures", help, |t| &t.failed_handshakes);
+    datagrams(parts, program);
     external(parts, program);
     limits(parts, program);
     clients(parts, program);
@@ -112,6 +113,45 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     registry.gauge_from("ambit_upstream_connections", "HTTP connections to endpoints, idle or shared", open);
 }
 
+fn datagrams(parts: &Parts, program: &Program) {
+    type Tally = fn(&Counts) -> &AtomicU64;
+    let registry = &parts.registry;
+    let proxy = program.proxy.clone();
+    let open = move || i64::try_from(proxy.datagrams.shares.total()).unwrap_or(i64::MAX);
+    registry.gauge_from("ambit_gateway_udp_sessions", "Sessions of clients that send datagrams", open);
+    let proxy = program.proxy.clone();
+    let unreachable = move || proxy.datagrams.counts.unreachable.load(Ordering::Relaxed);
+    let help = "Sessions of datagrams whose endpoint could not be reached";
+    registry.counter_from("ambit_gateway_udp_unreachable", help, unreachable);
+    let series = |families: Vec<(&'static str, Tally)>| {
+        let proxy = program.proxy.clone();
+        families.into_iter().map(move |(name, tally)| {
+            let proxy = proxy.clone();
+            (name.to_owned(), move || tally(&proxy.datagrams.counts).load(Ordering::Relaxed))
+        })
+    };
+    let directions: Vec<(&str, Tally)> =
+        vec![("to_endpoint", |it| &it.to_endpoints), ("to_client", |it| &it.to_clients)];
+    let help = "Datagrams that were sent on";
+    registry.counters_from("ambit_gateway_udp_datagrams", help, "direction", series(directions));
+    let directions: Vec<(&str, Tally)> =
+        vec![("to_endpoint", |it| &it.lost_to_endpoints), ("to_client", |it| &it.lost_to_clients)];
+    let help = "Datagrams that could not be sent on, because a buffer was full or they were too large";
+    registry.counters_from("ambit_gateway_udp_lost", help, "direction", series(directions));
+    let reasons: Vec<(&str, Tally)> = vec![
+        ("limit", |it| &it.refused.total),
+        ("client_share", |it| &it.refused.client),
+        ("policy", |it| &it.refused.policy),
+        ("route", |it| &it.refused.route),
+        ("endpoint", |it| &it.refused.endpoint),
+        ("socket", |it| &it.refused.socket),
+        ("draining", |it| &it.refused.draining),
+        ("own_address", |it| &it.refused.own_address),
+    ];
+    let help = "Datagrams that began no session";
+    registry.counters_from("ambit_gateway_udp_refused", help, "reason", series(reasons));
+}
+
 fn ejections(parts: &Parts, program: &Program) {
     let registry = &parts.registry;
     let counts = program.proxy.balancers.counts.clone();
@@ -127,7 +167,7 @@ fn ejections(parts: &Parts, program: &Program) {
 }
 
 fn lookups(parts: &Parts, program: &Program) {
-    type Tally = fn(&Counts) -> &AtomicU64;
+    type Tally = fn(&names::Counts) -> &AtomicU64;
     let families: [(&str, Tally); 4] = [
         ("found", |it| &it.found),
         ("failed", |it| &it.failed),

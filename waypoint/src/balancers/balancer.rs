@@ -10,7 +10,9 @@ use ambit_api::l7::LocalityPreference;
 use ambit_balance::{
     Algorithm, Level as LevelHealth, Members, OutlierSettings, Pool, TableKind, choose_level, hash,
 };
-use ambit_directory::{Candidate, NoEndpoint, Service, ServiceState, Snapshot, Workload, WorkloadUid};
+use ambit_directory::{
+    Candidate, NoEndpoint, Service, ServiceState, Snapshot, Transport, Workload, WorkloadUid,
+};
 use rand::{Rng, RngExt};
 
 use super::host::HostState;
@@ -94,13 +96,13 @@ impl Balancer {
     pub(super) fn new(
         generation: u64,
         (state, own): (ServiceState, Arc<Workload>),
-        port: u16,
+        (transport, port): (Transport, u16),
         found: Found,
         old: Option<&Balancer>,
         now: Duration,
     ) -> Self {
         let policy = found.policy.clone();
-        let mut candidates = state.candidates(&own, port);
+        let mut candidates = state.candidates_of(transport, &own, port);
         // Those that DNS locates are looked at when they are.
         let may_dial = |it: &Candidate| it.workload.is_only_named() || is_elsewhere(it.address.ip(), &own);
         candidates.retain(may_dial);
@@ -126,7 +128,9 @@ impl Balancer {
             };
             let fresh = || HostState::new(old.map(|_| now));
             let state_of = known.get(&(&candidate.workload.uid, candidate.address));
-            let tls = endpoint_tls(&policy, state.service(), &candidate);
+            // No TLS ends datagrams.
+            let ends_tls = transport == Transport::Tcp;
+            let tls = ends_tls.then(|| endpoint_tls(&policy, state.service(), &candidate)).flatten();
             let is_named = candidate.workload.is_only_named();
             let named = is_named.then(|| names::Host::vouched(&candidate.workload.hostname));
             Host {

@@ -17,7 +17,9 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use ambit_balance::{Outcome, OutlierSettings, may_eject};
-use ambit_directory::{HostRef, NamespacedHost, NoEndpoint, ServiceState, Snapshot, Workload, WorkloadUid};
+use ambit_directory::{
+    HostRef, NamespacedHost, NoEndpoint, ServiceState, Snapshot, Transport, Workload, WorkloadUid,
+};
 use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
 
@@ -36,6 +38,8 @@ pub struct SlotKey {
     pub host: NamespacedHost,
     /// Its port.
     pub port: u16,
+    /// What the port takes.
+    pub transport: Transport,
     /// The part of its endpoints; `None`: all.
     pub subset: Option<Arc<str>>,
 }
@@ -169,7 +173,7 @@ impl Balancers {
 impl SlotKey {
     fn has_port(&self, snapshot: &Snapshot) -> bool {
         let service = snapshot.service(self.host.as_ref());
-        service.is_some_and(|service| service.ports.get(self.port).is_some())
+        service.is_some_and(|service| service.ports.of(self.transport, self.port).is_some())
     }
 
     fn has_subset(&self, policies: &BackendPolicies) -> bool {
@@ -206,7 +210,7 @@ impl SlotKey {
         }
         let parts = (state, sources.own.clone());
         let old = old.map(AsRef::as_ref);
-        Ok(Arc::new(Balancer::new(generation, parts, self.port, found, old, now)))
+        Ok(Arc::new(Balancer::new(generation, parts, (self.transport, self.port), found, old, now)))
     }
 }
 

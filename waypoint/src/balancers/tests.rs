@@ -90,7 +90,7 @@ impl World {
         let own = snapshot.workload(OWN).unwrap();
         let sources = Sources { snapshot: &snapshot, own, policies: &self.policies };
         let host = NamespacedHost { namespace: "shop".into(), hostname: "web".into() };
-        let key = SlotKey { host, port: 80, subset: subset.map(Into::into) };
+        let key = SlotKey { host, port: 80, transport: Transport::Tcp, subset: subset.map(Into::into) };
         let slot = self.balancers.find(&key, &sources)?;
         let balancer = slot.current(&sources)?;
         Ok((slot, balancer))

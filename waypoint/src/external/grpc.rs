@@ -11,6 +11,7 @@ use ambit_api::external_auth::authorization_client::AuthorizationClient;
 use ambit_api::external_auth::check_response::HttpResponse;
 use ambit_api::external_auth::{AttributeContext, CheckRequest, CheckResponse, attribute_context as context};
 use ambit_api::l7;
+use ambit_api::security::StringMatch;
 use futures_util::future::BoxFuture;
 use http::header::{CONTENT_LENGTH, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode, Uri, Version};
@@ -18,6 +19,7 @@ use hyper::body::Incoming;
 use tonic::body::Body;
 use tonic::codegen::Service;
 
+use super::http::is_any;
 use super::{Changes, Denial, Field, MAX_ANSWER, Question, Verdict, Write, exchange};
 use crate::accept::Inbound;
 use crate::balance::Target;
@@ -59,16 +61,17 @@ pub(super) async fn ask(
     question: &Question<'_>,
     target: &Target,
     body: Option<&l7::CheckedBody>,
+    include: &[StringMatch],
 ) -> Result<Verdict, String> {
     let origin = Uri::try_from(format!("http://{}", target.authority)).map_err(|error| error.to_string())?;
     let channel = Channel { inbound: question.inbound.clone(), target: target.clone() };
     let mut client = AuthorizationClient::with_origin(channel, origin).max_decoding_message_size(MAX_ANSWER);
-    let answer = client.check(request(question, body)).await;
+    let answer = client.check(request(question, body, include)).await;
     let answer = answer.map_err(|status| format!("{}: {}", status.code(), status.message()))?;
     Ok(verdict(answer.into_inner()))
 }
 
-fn request(question: &Question<'_>, body: Option<&l7::CheckedBody>) -> CheckRequest {
+fn request(question: &Question<'_>, body: Option<&l7::CheckedBody>, include: &[StringMatch]) -> CheckRequest {
     let Question { inbound, sane, parts, .. } = question;
     let socket = |ip: std::net::IpAddr, port: u16| Address {
         address: Some(address::Address::SocketAddress(SocketAddress {
@@ -90,7 +93,8 @@ fn request(question: &Question<'_>, body: Option<&l7::CheckedBody>) -> CheckRequ
     };
     let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
     let mut headers: BTreeMap<String, String> = BTreeMap::new();
-    for (name, value) in &parts.headers {
+    let is_seen = |name: &HeaderName| include.is_empty() || is_any(include, name);
+    for (name, value) in parts.headers.iter().filter(|(name, _)| is_seen(name)) {
         let value = String::from_utf8_lossy(value.as_bytes());
         match headers.get_mut(name.as_str()) {
             // RFC 9110 §5.3: several lines are one list.

@@ -138,7 +138,7 @@ fn fields(headers: &HeaderMap, is_passed: impl Fn(&HeaderName) -> bool) -> Vec<F
     lines.collect()
 }
 
-fn is_any<'a>(patterns: impl IntoIterator<Item = &'a StringMatch>, name: &HeaderName) -> bool {
+pub(super) fn is_any<'a>(patterns: impl IntoIterator<Item = &'a StringMatch>, name: &HeaderName) -> bool {
     let name = name.as_str();
     patterns.into_iter().filter_map(|pattern| pattern.match_type.as_ref()).any(|pattern| match pattern {
         MatchType::Exact(text) => name == text,

@@ -188,6 +188,7 @@ fn entry(
 ) -> Entry {
     let (status, error) = failure.map_or((Status::Ok, None), |(status, error)| (status, Some(error)));
     Entry {
+        is_udp: false,
         source: party(&record.source, record.source_address),
         destination: party(&record.destination, record.destination_address),
         hbone_addr: record.hbone_address.clone(),

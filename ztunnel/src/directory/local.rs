@@ -170,7 +170,9 @@ impl LocalWorkload {
                 LocalProtocol::Hbone => TunnelProtocol::Hbone.into(),
             },
             status: WorkloadStatus::Healthy.into(),
-            services: services.map(|(name, ports)| (name, PortList { ports: port_list(&ports) })).collect(),
+            services: services
+                .map(|(name, ports)| (name, PortList { ports: port_list(&ports), ..PortList::default() }))
+                .collect(),
             ..Workload::default()
         };
         (self.uid, Type::Workload(workload))

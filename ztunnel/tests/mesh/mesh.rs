@@ -241,7 +241,7 @@ impl Mesh {
         });
         for pod in pods {
             let key = format!("default/{hostname}");
-            pod.workload.services.insert(key, PortList { ports: vec![port] });
+            pod.workload.services.insert(key, PortList { ports: vec![port], ..PortList::default() });
             self.announce(pod).await;
         }
         self.wait("service known", |dump| dump["services"].to_string().contains(&hostname)).await;

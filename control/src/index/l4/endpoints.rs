@@ -112,7 +112,8 @@ fn service_without_selector<'a>(reader: &Reader<'a>, slice: &EndpointSlice) -> O
 /// Adds the slice's service, if it has no selector, with the ports that the slice gives it.
 pub(in crate::index) fn join_slice(reader: &Reader<'_>, services: &mut Memberships, slice: &EndpointSlice) {
     let Some(service) = service_without_selector(reader, slice) else { return };
-    workloads::join(reader, services, service, |port| {
-        slice.ports.iter().find(|(name, _)| *name == port.name).map(|(_, number)| *number)
+    workloads::join(reader, services, service, |transport, port| {
+        let mut ports = slice.ports.iter().filter(|(_, _, own)| *own == transport);
+        ports.find(|(name, ..)| *name == port.name).map(|(_, number, _)| *number)
     });
 }

@@ -132,6 +132,7 @@ fn service(
         ingress_use_waypoint: waypoints.ingress,
         weighted_waypoints: waypoints.weighted,
         visibility: services::visibility(entry.visibility) as i32,
+        udp_ports: Vec::new(),
     };
     wire::service_resource(message, &addresses, super::l7::views::of_entry(reader, entry, host))
 }
@@ -336,7 +337,7 @@ fn memberships(reader: &Reader<'_>, entry: &WorkloadEntry) -> Memberships {
     let mut services = Memberships::new();
     for service in reader.store.service_selectors.selecting(namespace, labels) {
         let Some(service) = reader.store.services.get(&service) else { continue };
-        workloads::join(reader, &mut services, service, |port| {
+        workloads::join(reader, &mut services, service, |_, port| {
             let own = |name: &Arc<str>| entry.spec.ports.get(name).copied();
             // A named target port is looked up by that name only.
             match &port.target {

@@ -36,7 +36,8 @@ pub(in crate::index) fn of_service(
         namespace: id.namespace.to_string(),
         hostname: reader.settings.host_of_service(id),
         addresses: service.addresses.iter().map(|a| wire::network_address(network, *a)).collect(),
-        ports: ports(service),
+        ports: ports(&service.ports),
+        udp_ports: ports(&service.udp_ports),
         subject_alt_names: Vec::new(),
         waypoint: waypoints.primary,
         load_balancing: load_balancing(service, distribution),
@@ -61,7 +62,7 @@ pub(in crate::index) fn visibility(visibility: Visibility) -> api::service::Visi
 }
 
 /// A named target port has no number of its own: 0, and each workload says its own.
-fn ports(service: &Service) -> Vec<api::Port> {
+fn ports(ports: &[crate::object::ServicePort]) -> Vec<api::Port> {
     let port = |port: &crate::object::ServicePort| api::Port {
         service_port: port.number.into(),
         target_port: match port.target {
@@ -70,7 +71,7 @@ fn ports(service: &Service) -> Vec<api::Port> {
         },
         app_protocol: wire::app_protocol(port.protocol) as i32,
     };
-    service.ports.iter().map(port).collect()
+    ports.iter().map(port).collect()
 }
 
 /// How endpoints are preferred; `None` when there is nothing to say.

@@ -9,7 +9,9 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::waypoints::{self, Destination};
 use super::{authentication, l7, required, wire};
-use crate::object::{Gateway, Kind, Labels, NamespacedName, Owner, OwnerKind, Pod, Service, TargetPort};
+use crate::object::{
+    Gateway, Kind, Labels, NamespacedName, Owner, OwnerKind, Pod, Service, ServicePort, TargetPort, Transport,
+};
 
 /// Ports by service, keyed `<namespace>/<hostname>`.
 pub(in crate::index) type Memberships = BTreeMap<String, api::PortList>;
@@ -208,9 +210,9 @@ fn memberships(reader: &Reader<'_>, pod: &Pod) -> Memberships {
     let mut services = Memberships::new();
     for service in reader.store.service_selectors.selecting(&id.namespace, labels) {
         let Some(service) = reader.store.services.get(&service) else { continue };
-        join(reader, &mut services, service, |port| match &port.target {
+        join(reader, &mut services, service, |transport, port| match &port.target {
             TargetPort::Number(number) => Some(*number),
-            TargetPort::Name(name) => pod.port(name),
+            TargetPort::Name(name) => pod.port_of(transport, name),
         });
     }
     for slice in super::endpoints::slices_of_pod(reader, pod) {
@@ -245,17 +247,19 @@ pub(in crate::index) fn join(
     reader: &Reader<'_>,
     services: &mut Memberships,
     service: &Service,
-    target: impl Fn(&crate::object::ServicePort) -> Option<u16>,
+    target: impl Fn(Transport, &ServicePort) -> Option<u16>,
 ) {
     let list = services.entry(key(reader, &service.meta.id)).or_default();
-    for port in &service.ports {
-        let known = list.ports.iter().any(|p| p.service_port == u32::from(port.number));
-        if let Some(target) = target(port).filter(|_| !known) {
-            list.ports.push(api::Port {
-                service_port: port.number.into(),
-                target_port: target.into(),
-                app_protocol: wire::app_protocol(port.protocol) as i32,
-            });
+    for (transport, ports) in [(Transport::Tcp, &mut list.ports), (Transport::Udp, &mut list.udp_ports)] {
+        for port in service.ports_of(transport) {
+            let known = ports.iter().any(|p| p.service_port == u32::from(port.number));
+            if let Some(target) = target(transport, port).filter(|_| !known) {
+                ports.push(api::Port {
+                    service_port: port.number.into(),
+                    target_port: target.into(),
+                    app_protocol: wire::app_protocol(port.protocol) as i32,
+                });
+            }
         }
     }
 }

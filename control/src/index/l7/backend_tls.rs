@@ -72,9 +72,12 @@ fn demanded(reader: &Reader<'_>, policy: &BackendTlsPolicy) -> Demanded {
     let mut pem = String::new();
     let mut unresolved = None;
     for reference in &policy.roots {
-        let found = match &reference.config_map {
-            None => Err(("InvalidKind", format!("{} is no ConfigMap", reference.text))),
-            Some(id) => roots_in(reader, id)
+        let found = match &reference.object {
+            None => {
+                let message = format!("{} is neither a ConfigMap nor a ClusterTrustBundle", reference.text);
+                Err(("InvalidKind", message))
+            }
+            Some(object) => roots_in(reader, object)
                 .map_err(|problem| ("InvalidCACertificateRef", format!("{}: {problem}", reference.text))),
         };
         match found {
@@ -90,9 +93,13 @@ fn demanded(reader: &Reader<'_>, policy: &BackendTlsPolicy) -> Demanded {
     Demanded { tls, unresolved }
 }
 
-pub(super) fn roots_in<'r>(reader: &Reader<'r>, id: &NamespacedName) -> Result<&'r str, &'static str> {
-    let map = reader.config_map(id).ok_or("it does not exist")?;
-    let roots = map.roots.as_deref().ok_or("it has no key ca.crt")?;
+pub(super) fn roots_in<'r>(reader: &Reader<'r>, object: &ObjectRef) -> Result<&'r str, &'static str> {
+    let holder = reader.roots(object);
+    let holder = match object.kind {
+        Kind::ConfigMap => holder.ok_or("it does not exist, or has no key ca.crt")?,
+        _ => holder.ok_or("it does not exist")?,
+    };
+    let roots = holder.roots.as_deref().unwrap_or_default();
     check_roots(roots).map(|()| roots)
 }
 
@@ -100,10 +107,10 @@ pub(super) fn roots_in<'r>(reader: &Reader<'r>, id: &NamespacedName) -> Result<&
 fn check_roots(pem: &str) -> Result<(), &'static str> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-        let certificate = certificate.map_err(|_| "ca.crt is not PEM")?;
-        roots.add(certificate).map_err(|_| "ca.crt has something that is no certificate")?;
+        let certificate = certificate.map_err(|_| "it is not PEM")?;
+        roots.add(certificate).map_err(|_| "it has something that is no certificate")?;
     }
-    if roots.is_empty() { Err("ca.crt has no certificate") } else { Ok(()) }
+    if roots.is_empty() { Err("it has no certificate") } else { Ok(()) }
 }
 
 fn attach(reader: &Reader<'_>, policy: &BackendTlsPolicy, target: &TlsTarget) -> Result<Attached, Refused> {

@@ -47,7 +47,7 @@ pub(super) fn report(reader: &Reader<'_>, gateway: &Gateway) {
         }
         let conflicts = listeners::conflicts_with(&mut before, &set.listeners);
         let owner = Owner::set(gateway, set);
-        let served: Vec<u16> = listeners::served_ports(reader, owner, &conflicts);
+        let served = listeners::served_ports(reader, owner, &conflicts);
         facts.attached += usize::from(!served.is_empty());
         facts.ports.extend(served);
     }

@@ -6,12 +6,13 @@ use ambit_api::{l7, ports};
 use prost::Message;
 
 use super::gateways::object_name;
+use super::listener_filters::{self, Unresolved};
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::{Finding, ListenerFacts, attachment, backend_tls, views};
 use crate::object::{
     CertificateRef, Gateway, Ingress, Kind, Listener, ListenerProtocol, ListenerSet, ObjectRef, ParentRef,
-    Route, TargetKind,
+    RootsRef, Route, TargetKind, Transport,
 };
 
 /// Ports of the program itself.
@@ -127,7 +128,9 @@ pub(super) fn of_owner(
         let validation = client_validation(reader, owner.gateway, listener);
         let of_validation = validation.as_ref().and_then(|validation| validation.fault.as_ref());
         let of_certificates = certificates.iter().find_map(|found| found.as_ref().err());
-        let fault = of_validation.or(of_certificates);
+        let (authorizers, of_filters) = listener_filters::authorizers(reader, owner, listener);
+        let of_filters = of_filters.map(|Unresolved(reason, message)| Fault(reason, message));
+        let fault = of_validation.or(of_certificates).or(of_filters.as_ref());
         let refs = resolved(unknown, fault);
         let key_pairs: Vec<Resource> = certificates.into_iter().filter_map(Result::ok).collect();
         let conflict =
@@ -135,7 +138,7 @@ pub(super) fn of_owner(
         let accepted = accepted(listener, conflict.as_ref(), validation.as_ref());
         let has_certificate = !ends_tls(listener) || !key_pairs.is_empty();
         let is_served = accepted.met && !kinds.is_empty() && has_certificate;
-        if is_served && let Some(resource) = resource(owner, listener, &key_pairs, validation) {
+        if is_served && let Some(resource) = resource(owner, listener, &key_pairs, validation, authorizers) {
             resources.push((ResourceType::Listener, resource));
             // Several listeners may have the same one.
             let is_new = |new: &Resource| {
@@ -194,7 +197,7 @@ pub(super) fn served_ports(
     reader: &Reader<'_>,
     owner: Owner<'_>,
     conflicts: &[Option<Conflict>],
-) -> Vec<u16> {
+) -> Vec<(u16, Transport)> {
     let is_served = |(listener, conflict): &(&Listener, &Option<Conflict>)| {
         let can_be = conflict.is_none()
             && accepted(listener, None, client_validation(reader, owner.gateway, listener).as_ref()).met
@@ -202,7 +205,7 @@ pub(super) fn served_ports(
         can_be && (!ends_tls(listener) || certificates(reader, owner, listener).iter().any(Result::is_ok))
     };
     let served = owner.listeners().iter().zip(conflicts).filter(is_served);
-    served.map(|(listener, _)| listener.port).collect()
+    served.map(|(listener, _)| (listener.port, transport(&listener.protocol))).collect()
 }
 
 fn is_attached(reader: &Reader<'_>, owner: Owner<'_>, listener: &Listener, route: &Route) -> bool {
@@ -218,6 +221,7 @@ pub(super) fn kinds(listener: &Listener) -> (Vec<Kind>, Option<&Arc<str>>) {
         ListenerProtocol::Tls if ends_tls(listener) => &[Kind::TlsRoute, Kind::TcpRoute],
         ListenerProtocol::Tls => &[Kind::TlsRoute],
         ListenerProtocol::Tcp => &[Kind::TcpRoute],
+        ListenerProtocol::Udp => &[Kind::UdpRoute],
         ListenerProtocol::Hbone | ListenerProtocol::Other(_) => &[],
     };
     if listener.kinds.is_empty() {
@@ -246,7 +250,7 @@ fn resolved(unknown_kind: Option<&Arc<str>>, fault: Option<&Fault>) -> Condition
 fn accepted(listener: &Listener, conflict: Option<&Condition>, validation: Option<&Validation>) -> Condition {
     let no = |reason, message: String| Condition::new("Accepted", false, reason, message);
     match &listener.protocol {
-        ListenerProtocol::Http | ListenerProtocol::Tls | ListenerProtocol::Tcp => {}
+        ListenerProtocol::Http | ListenerProtocol::Tls | ListenerProtocol::Tcp | ListenerProtocol::Udp => {}
         ListenerProtocol::Https if ends_tls(listener) => {}
         ListenerProtocol::Https => {
             return no("UnsupportedProtocol", "TLS of protocol HTTPS can't be passed through".into());
@@ -258,7 +262,10 @@ fn accepted(listener: &Listener, conflict: Option<&Condition>, validation: Optio
             return no("UnsupportedProtocol", format!("protocol {name} is not supported"));
         }
     }
-    if OWN_PORTS.contains(&listener.port) {
+    if let Err(reason) = &listener.filters {
+        return no("UnsupportedValue", reason.to_string());
+    }
+    if transport(&listener.protocol) == Transport::Tcp && OWN_PORTS.contains(&listener.port) {
         return no("PortUnavailable", format!("port {} is one of the gateway's own", listener.port));
     }
     match conflict {
@@ -299,7 +306,7 @@ pub(super) fn conflicts_with<'o>(
 
 /// Why two listeners can't stand beside each other.
 pub(super) fn clash(own: &Listener, other: &Listener) -> Option<&'static str> {
-    if own.port != other.port {
+    if own.port != other.port || transport(&own.protocol) != transport(&other.protocol) {
         return None;
     }
     match (layer(&own.protocol), layer(&other.protocol)) {
@@ -324,7 +331,23 @@ fn layer(protocol: &ListenerProtocol) -> Layer {
     match protocol {
         ListenerProtocol::Http => Layer::Requests,
         ListenerProtocol::Https | ListenerProtocol::Tls => Layer::Encrypted,
-        ListenerProtocol::Tcp | ListenerProtocol::Hbone | ListenerProtocol::Other(_) => Layer::Plain,
+        ListenerProtocol::Tcp
+        | ListenerProtocol::Udp
+        | ListenerProtocol::Hbone
+        | ListenerProtocol::Other(_) => Layer::Plain,
+    }
+}
+
+/// What a listener's port takes.
+fn transport(protocol: &ListenerProtocol) -> Transport {
+    match protocol {
+        ListenerProtocol::Udp => Transport::Udp,
+        ListenerProtocol::Http
+        | ListenerProtocol::Https
+        | ListenerProtocol::Tls
+        | ListenerProtocol::Tcp
+        | ListenerProtocol::Hbone
+        | ListenerProtocol::Other(_) => Transport::Tcp,
     }
 }
 
@@ -401,17 +424,7 @@ fn client_validation(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener
     let own = &gateway.meta.id.namespace;
     let (mut roots, mut fault) = (String::new(), None);
     for reference in &asked.roots {
-        let name = &reference.name;
-        let object = ObjectRef { kind: Kind::ConfigMap, name: name.clone() };
-        let found = if !reference.is_config_map {
-            let message = format!("roots are read from ConfigMaps, not from {} {name}", reference.kind_name);
-            Err(Fault("InvalidCACertificateKind", message))
-        } else if name.namespace != *own && !reader.is_granted(Kind::Gateway, own, &object) {
-            Err(Fault("RefNotPermitted", format!("no ReferenceGrant allows a reference to {object}")))
-        } else {
-            let invalid = |problem| Fault("InvalidCACertificateRef", format!("{object}: {problem}"));
-            backend_tls::roots_in(reader, name).map_err(invalid)
-        };
+        let found = client_roots(reader, own, reference);
         match found {
             Ok(pem) => {
                 roots.push_str(pem);
@@ -421,6 +434,21 @@ fn client_validation(reader: &Reader<'_>, gateway: &Gateway, listener: &Listener
         }
     }
     Some(Validation { roots, allow_insecure_fallback: asked.allow_insecure_fallback, fault })
+}
+
+/// The roots of clients that a reference of a Gateway in `own` leads to.
+fn client_roots<'r>(reader: &Reader<'r>, own: &Arc<str>, reference: &RootsRef) -> Result<&'r str, Fault> {
+    let Some(object) = &reference.object else {
+        let message =
+            format!("roots are read from ConfigMaps and ClusterTrustBundles, not from {}", reference.text);
+        return Err(Fault("InvalidCACertificateKind", message));
+    };
+    let is_foreign = object.kind.is_namespaced() && object.name.namespace != *own;
+    if is_foreign && !reader.is_granted(Kind::Gateway, own, object) {
+        return Err(Fault("RefNotPermitted", format!("no ReferenceGrant allows a reference to {object}")));
+    }
+    let invalid = |problem| Fault("InvalidCACertificateRef", format!("{object}: {problem}"));
+    backend_tls::roots_in(reader, object).map_err(invalid)
 }
 
 /// The key pair that a gateway shows to endpoints, reported with its conditions.
@@ -448,12 +476,14 @@ fn resource(
     listener: &Listener,
     key_pairs: &[Resource],
     validation: Option<Validation>,
+    authorizers: Vec<l7::ExternalAuthorizer>,
 ) -> Option<Resource> {
     let protocol = match listener.protocol {
         ListenerProtocol::Http => l7::ListenerProtocol::HttpListener,
         ListenerProtocol::Https => l7::ListenerProtocol::HttpsListener,
         ListenerProtocol::Tls => l7::ListenerProtocol::TlsListener,
         ListenerProtocol::Tcp => l7::ListenerProtocol::TcpListener,
+        ListenerProtocol::Udp => l7::ListenerProtocol::UdpListener,
         ListenerProtocol::Hbone | ListenerProtocol::Other(_) => return None,
     };
     let id = &owner.gateway.meta.id;
@@ -472,6 +502,7 @@ fn resource(
                 allow_insecure_fallback: validation.allow_insecure_fallback,
             }),
         }),
+        authorizers,
     };
     Some(Resource {
         name: owner.resource_name(listener).into(),

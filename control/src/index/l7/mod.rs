@@ -9,6 +9,7 @@ pub(super) mod backend_tls;
 pub(super) mod gateways;
 pub(super) mod hosts;
 pub(super) mod ingresses;
+mod listener_filters;
 pub(super) mod listener_sets;
 mod listeners;
 mod paths;

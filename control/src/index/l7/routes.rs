@@ -13,6 +13,7 @@ use super::virtual_services::HONOURED;
 use super::{Finding, attachment, listener_sets, listeners, paths, views};
 use crate::object::{
     BackendRef, Kind, ObjectRef, ParentRef, Route, RouteFilter, RouteProtocol, RouteRule, TargetKind,
+    Transport,
 };
 
 /// The resource of a route that is attached to something.
@@ -73,6 +74,7 @@ fn encoded(
         RouteProtocol::Grpc => return of_requests(l7::Protocol::Grpc, targets, rules),
         RouteProtocol::Tcp => l7::StreamLayer::TcpStream,
         RouteProtocol::Tls => l7::StreamLayer::TlsStream,
+        RouteProtocol::Udp => l7::StreamLayer::UdpStream,
     };
     let server_names: Vec<String> = route.hostnames.iter().map(ToString::to_string).collect();
     let rule = |rule: l7::Rule| l7::StreamRule {
@@ -192,6 +194,13 @@ impl Lowering<'_, '_> {
         let missing = |kind: &str| {
             Err(NotAttached("NoMatchingParent", format!("{kind} {} does not exist", parent.name)))
         };
+        if self.route.transport() == Transport::Udp
+            && matches!(parent.kind, TargetKind::Service | TargetKind::ServiceEntry)
+        {
+            // The mesh does not carry datagrams.
+            let message = "a UDPRoute can be attached to a gateway only".to_owned();
+            return Some(Err(NotAttached("UnsupportedValue", message)));
+        }
         match parent.kind {
             TargetKind::Service => Some(match self.reader.service(&parent.name) {
                 None => missing("Service"),
@@ -320,7 +329,12 @@ impl Lowering<'_, '_> {
         }
         let service = self.reader.service(&name).ok_or_else(|| format!("Service {name} does not exist"))?;
         let port = to.port.ok_or_else(|| format!("the reference to Service {name} has no port"))?;
-        if !service.ports.iter().any(|known| known.number == port) {
+        let (transport, other) = match self.route.transport() {
+            Transport::Tcp => (Transport::Tcp, None),
+            Transport::Udp => (Transport::Udp, Some("UDP")),
+        };
+        if !service.ports_of(transport).iter().any(|known| known.number == port) {
+            let port = other.map_or_else(|| port.to_string(), |other| format!("{port} of protocol {other}"));
             return Err(format!("Service {name} has no port {port}"));
         }
         Ok(l7::Backend {

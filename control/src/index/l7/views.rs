@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::l4::waypoints::own_gateway;
 use super::listeners::Owner;
 use super::reader::Reader;
-use super::{attachment, ingresses, listener_sets, policies, virtual_services};
+use super::{attachment, ingresses, listener_filters, listener_sets, policies, virtual_services};
 use crate::object::{
     Choice, Kind, NamespacedName, ObjectRef, ParentRef, Pod, Route, Service, ServiceEntry, TargetKind,
     WaypointBinding,
@@ -42,6 +42,7 @@ pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Ve
     let host = reader.settings.host_of_service(&service.meta.id).into();
     roots.extend(virtual_services::roots_to(reader, &host, &own.name.namespace, service.visibility));
     roots.extend(of_authorizer(reader, &own.name.namespace, &host));
+    roots.extend(listener_filters::roots_asking(reader, &service.meta.id));
     roots.into_iter().collect()
 }
 

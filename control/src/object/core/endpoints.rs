@@ -7,6 +7,7 @@ use k8s_openapi::api::discovery::v1;
 
 use super::NamespacedName;
 use super::meta::{Invalid, labels, namespaced};
+use super::service::Transport;
 
 /// One endpoint of a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,8 +35,8 @@ pub struct EndpointSlice {
     pub service: Arc<str>,
     /// The endpoints.
     pub endpoints: Vec<Endpoint>,
-    /// Port numbers by the name of the service's port.
-    pub ports: Vec<(Arc<str>, u16)>,
+    /// Port numbers by the name of the service's port, with what they take.
+    pub ports: Vec<(Arc<str>, u16, Transport)>,
 }
 
 impl TryFrom<v1::EndpointSlice> for EndpointSlice {
@@ -52,9 +53,10 @@ impl TryFrom<v1::EndpointSlice> for EndpointSlice {
             }
         }
         let ports = object.ports.into_iter().flatten();
-        let ports = ports.filter(|p| matches!(p.protocol.as_deref(), None | Some("TCP")));
-        let ports =
-            ports.filter_map(|p| Some((p.name.unwrap_or_default().into(), u16::try_from(p.port?).ok()?)));
+        let ports = ports.filter_map(|port| {
+            let transport = Transport::of_port(port.protocol.as_deref())?;
+            Some((port.name.unwrap_or_default().into(), u16::try_from(port.port?).ok()?, transport))
+        });
         Ok(EndpointSlice { ports: ports.collect(), id, service, endpoints })
     }
 }

@@ -9,6 +9,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::binding::WaypointBinding;
 use super::cluster::NETWORK;
 use super::meta::{Invalid, Meta, Owner, annotation};
+use super::service::Transport;
 
 /// A pod, as far as the mesh reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +40,7 @@ pub struct Pod {
     /// Its controlling owner.
     pub owner: Option<Owner>,
     /// Named container ports, which named target ports of services refer to.
-    pub ports: Vec<(Arc<str>, u16)>,
+    pub ports: Vec<(Arc<str>, u16, Transport)>,
     /// What it says about its waypoint.
     pub waypoint: WaypointBinding,
 }
@@ -56,9 +57,15 @@ impl Pod {
         !self.finished && !self.service_account.is_empty()
     }
 
-    /// The number of a named container port.
+    /// The number of a named container port for connections.
     pub fn port(&self, name: &str) -> Option<u16> {
-        self.ports.iter().find(|(n, _)| &**n == name).map(|(_, number)| *number)
+        self.port_of(Transport::Tcp, name)
+    }
+
+    /// The number of a named container port of this transport.
+    pub fn port_of(&self, transport: Transport, name: &str) -> Option<u16> {
+        let mut ports = self.ports.iter().filter(|(_, _, own)| *own == transport);
+        ports.find(|(own, _, _)| &**own == name).map(|(_, number, _)| *number)
     }
 }
 
@@ -122,15 +129,17 @@ fn addresses(status: &v1::PodStatus) -> Result<Vec<IpAddr>, Invalid> {
     Ok(addresses)
 }
 
-/// Named TCP ports of containers and of init containers that keep running (native sidecars).
-fn named_ports(spec: &v1::PodSpec) -> Vec<(Arc<str>, u16)> {
+/// Named ports of containers and of init containers that keep running (native sidecars).
+fn named_ports(spec: &v1::PodSpec) -> Vec<(Arc<str>, u16, Transport)> {
     let sidecars =
         spec.init_containers.iter().flatten().filter(|c| c.restart_policy.as_deref() == Some("Always"));
     spec.containers
         .iter()
         .chain(sidecars)
         .flat_map(|container| container.ports.iter().flatten())
-        .filter(|port| matches!(port.protocol.as_deref(), None | Some("TCP")))
-        .filter_map(|port| Some((port.name.as_deref()?.into(), u16::try_from(port.container_port).ok()?)))
+        .filter_map(|port| {
+            let transport = Transport::of_port(port.protocol.as_deref())?;
+            Some((port.name.as_deref()?.into(), u16::try_from(port.container_port).ok()?, transport))
+        })
         .collect()
 }

@@ -56,7 +56,27 @@ pub enum TargetPort {
     Name(Arc<str>),
 }
 
-/// A TCP port of a service.
+/// What a port of a service takes. The mesh tunnels connections; datagrams are sent on by gateways only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transport {
+    /// Connections.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+impl Transport {
+    /// The transport of a port with this `protocol`; `None` for others, as SCTP.
+    pub fn of_port(protocol: Option<&str>) -> Option<Transport> {
+        match protocol {
+            None | Some("TCP") => Some(Transport::Tcp),
+            Some("UDP") => Some(Transport::Udp),
+            Some(_) => None,
+        }
+    }
+}
+
+/// A port of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
     /// Its name, empty if it has none.
@@ -149,6 +169,8 @@ pub struct Service {
     pub selector: Option<Labels>,
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
+    /// Its UDP ports.
+    pub udp_ports: Vec<ServicePort>,
     /// `internalTrafficPolicy: Local`: only endpoints on the client's node.
     pub node_local: bool,
     /// Which endpoints are preferred.
@@ -169,6 +191,16 @@ pub struct Service {
 /// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
 const AFFINITY_TIMEOUT: u32 = 10_800;
 
+impl Service {
+    /// Its ports of one transport.
+    pub fn ports_of(&self, transport: Transport) -> &[ServicePort] {
+        match transport {
+            Transport::Tcp => &self.ports,
+            Transport::Udp => &self.udp_ports,
+        }
+    }
+}
+
 impl TryFrom<v1::Service> for Service {
     type Error = Invalid;
 
@@ -186,7 +218,8 @@ impl TryFrom<v1::Service> for Service {
             external_name: spec.type_.as_deref() == Some("ExternalName"),
             addresses: addresses(&spec)?,
             selector: selector.map(|s| s.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect()),
-            ports: ports(&spec)?,
+            ports: ports(&spec, Transport::Tcp)?,
+            udp_ports: ports(&spec, Transport::Udp)?,
             node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
             distribution: spec.traffic_distribution.as_deref().and_then(Distribution::parse).or(annotated),
             publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
@@ -221,11 +254,10 @@ fn addresses(spec: &v1::ServiceSpec) -> Result<Vec<IpAddr>, Invalid> {
     Ok(addresses)
 }
 
-fn ports(spec: &v1::ServiceSpec) -> Result<Vec<ServicePort>, Invalid> {
+fn ports(spec: &v1::ServiceSpec, transport: Transport) -> Result<Vec<ServicePort>, Invalid> {
     let mut ports = Vec::new();
     for (i, port) in spec.ports.iter().flatten().enumerate() {
-        // The mesh carries TCP; datagrams go their ordinary way.
-        if !matches!(port.protocol.as_deref(), None | Some("TCP")) {
+        if Transport::of_port(port.protocol.as_deref()) != Some(transport) {
             continue;
         }
         let number = number(&format!("spec.ports[{i}].port"), port.port)?;

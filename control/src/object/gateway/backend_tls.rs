@@ -1,37 +1,16 @@
-//! BackendTLSPolicies: TLS to the endpoints of Services and ServiceEntries, and the ConfigMaps that their roots are in.
+//! BackendTLSPolicies: TLS to the endpoints of Services and ServiceEntries.
 
 use std::sync::Arc;
 
 use ambit_api::l7;
 use ambit_api::l7::backend_tls::Roots;
-use k8s_openapi::api::core::v1;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::object::meta::{Invalid, Meta, namespaced};
+use super::roots::RootsRef;
+use crate::object::meta::{Invalid, Meta};
 use crate::object::{Kind, NamespacedName, ObjectRef, subject_name};
-
-/// Key of a ConfigMap that holds roots.
-const ROOTS: &str = "ca.crt";
-
-/// A ConfigMap, as far as it holds roots.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigMap {
-    /// Its namespace and name.
-    pub id: NamespacedName,
-    /// Certificates in PEM, as they are written.
-    pub roots: Option<Arc<str>>,
-}
-
-impl TryFrom<v1::ConfigMap> for ConfigMap {
-    type Error = Invalid;
-
-    fn try_from(map: v1::ConfigMap) -> Result<ConfigMap, Invalid> {
-        let roots = map.data.and_then(|mut data| data.remove(ROOTS)).map(Arc::from);
-        Ok(ConfigMap { id: namespaced(&map.metadata)?, roots })
-    }
-}
 
 /// A BackendTLSPolicy.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,15 +55,6 @@ pub struct TlsTarget {
     pub text: String,
     /// The name of one of its ports; none: all that no other policy names.
     pub section: Option<Arc<str>>,
-}
-
-/// An object that holds roots.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RootsRef {
-    /// A ConfigMap; none for anything else.
-    pub config_map: Option<NamespacedName>,
-    /// Its kind and name as written.
-    pub text: String,
 }
 
 /// The manifest.
@@ -200,8 +170,6 @@ impl Reference {
     }
 
     fn roots(self, namespace: &Arc<str>) -> RootsRef {
-        let is_map = matches!((self.group.as_str(), self.kind.as_str()), ("" | "core", "ConfigMap"));
-        let text = format!("{} {}", self.kind, self.name);
-        RootsRef { config_map: is_map.then(|| NamespacedName::new(namespace.clone(), self.name)), text }
+        RootsRef::new(&self.group, &self.kind, namespace, &self.name)
     }
 }

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use super::external_auth::{ExternalAuth, Filters};
+use super::route::TargetKind;
 use super::{AllowedNamespaces, AllowedRoutes, allowed};
 use crate::object::{Kind, NamespacedName};
 
@@ -24,6 +26,17 @@ pub struct Listener {
     pub namespaces: AllowedNamespaces,
     /// The kinds of routes that may be attached, by group and kind; none: all that fit the protocol.
     pub kinds: Vec<(Arc<str>, Arc<str>)>,
+    /// Whom its requests are asked about before they are routed; or why its filters can't be followed.
+    pub filters: Result<Vec<ExternalAuth>, Arc<str>>,
+}
+
+impl Listener {
+    /// The Services that its filters ask, as an object in `namespace` means them.
+    pub fn asked(&self, namespace: &Arc<str>) -> impl Iterator<Item = NamespacedName> {
+        let filters = self.filters.iter().flatten();
+        let services = filters.filter(|filter| filter.backend.kind == TargetKind::Service);
+        services.map(|filter| filter.backend.name_in(namespace))
+    }
 }
 
 /// What a listener takes.
@@ -37,6 +50,8 @@ pub enum ListenerProtocol {
     Tls,
     /// Connections.
     Tcp,
+    /// Datagrams.
+    Udp,
     /// Tunnels of the mesh: the listener of a waypoint.
     Hbone,
     /// Anything else, as written.
@@ -50,6 +65,7 @@ impl ListenerProtocol {
             "HTTPS" => ListenerProtocol::Https,
             "TLS" => ListenerProtocol::Tls,
             "TCP" => ListenerProtocol::Tcp,
+            "UDP" => ListenerProtocol::Udp,
             "HBONE" => ListenerProtocol::Hbone,
             other => ListenerProtocol::Other(other.into()),
         }
@@ -88,6 +104,8 @@ pub(super) struct Manifest {
     tls: Option<Tls>,
     #[serde(default)]
     pub(super) allowed_routes: AllowedRoutes,
+    #[serde(default)]
+    filters: Filters,
 }
 
 #[derive(Debug, Deserialize)]
@@ -116,7 +134,7 @@ pub(super) struct RouteKind {
 impl Manifest {
     /// The listener of a Gateway in `namespace`; `None` if its port is none.
     pub(super) fn read(self, namespace: &Arc<str>) -> Option<Listener> {
-        let Manifest { name, port, protocol, hostname, tls, allowed_routes } = self;
+        let Manifest { name, port, protocol, hostname, tls, allowed_routes, filters } = self;
         let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
         let kinds = allowed_routes.kinds.into_iter().map(|RouteKind { group, kind }| {
             let group = group.map_or_else(|| Arc::from(Kind::HttpRoute.group()), Arc::from);
@@ -130,6 +148,7 @@ impl Manifest {
             tls: tls.map(|tls| tls.read(namespace)),
             kinds: kinds.collect(),
             namespaces: allowed(allowed_routes.namespaces),
+            filters: filters.read(),
         })
     }
 }

@@ -2,11 +2,13 @@
 
 pub(super) mod backend_tls;
 pub(super) mod binding;
+pub(super) mod external_auth;
 pub(super) mod grant;
 pub(super) mod grpc;
 pub(super) mod http;
 pub(super) mod listener;
 pub(super) mod listener_set;
+pub(super) mod roots;
 pub(super) mod route;
 mod session;
 pub(super) mod stream;

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::object::meta::{Invalid, Meta, annotation};
-use crate::object::{Kind, NamespacedName, ObjectRef};
+use crate::object::{Kind, NamespacedName, ObjectRef, Transport};
 
 /// A route.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,11 +39,14 @@ pub enum RouteProtocol {
     Tcp,
     /// Connections that begin with TLS.
     Tls,
+    /// Datagrams.
+    Udp,
 }
 
 impl Route {
     /// The kinds of routes.
-    pub const KINDS: [Kind; 4] = [Kind::HttpRoute, Kind::GrpcRoute, Kind::TcpRoute, Kind::TlsRoute];
+    pub const KINDS: [Kind; 5] =
+        [Kind::HttpRoute, Kind::GrpcRoute, Kind::TcpRoute, Kind::TlsRoute, Kind::UdpRoute];
 
     /// Its kind.
     pub fn kind(&self) -> Kind {
@@ -52,6 +55,17 @@ impl Route {
             RouteProtocol::Grpc => Kind::GrpcRoute,
             RouteProtocol::Tcp => Kind::TcpRoute,
             RouteProtocol::Tls => Kind::TlsRoute,
+            RouteProtocol::Udp => Kind::UdpRoute,
+        }
+    }
+
+    /// What the ports of its backends take.
+    pub fn transport(&self) -> Transport {
+        match self.protocol {
+            RouteProtocol::Http | RouteProtocol::Grpc | RouteProtocol::Tcp | RouteProtocol::Tls => {
+                Transport::Tcp
+            }
+            RouteProtocol::Udp => Transport::Udp,
         }
     }
 
@@ -186,7 +200,7 @@ impl TargetKind {
 }
 
 /// A reference to a backend.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendRef {
     /// What it is.
     pub kind: TargetKind,

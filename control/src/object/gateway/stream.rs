@@ -1,4 +1,4 @@
-//! TCPRoutes and TLSRoutes: a TLSRoute is for the names that the client's TLS asks for, which its `hostnames` list.
+//! TCPRoutes, TLSRoutes and UDPRoutes: a TLSRoute is for the names that the client's TLS asks for, which its `hostnames` list.
 
 use ambit_api::l7;
 use serde::Deserialize;
@@ -11,6 +11,11 @@ use crate::object::meta::Invalid;
 #[derive(Debug, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct TcpManifest(route::Manifest);
+
+/// The manifest of a UDPRoute.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct UdpManifest(route::Manifest);
 
 /// The manifest of a TLSRoute.
 #[derive(Debug, Deserialize)]
@@ -30,10 +35,22 @@ impl TryFrom<TcpManifest> for Route {
     type Error = Invalid;
 
     fn try_from(TcpManifest(manifest): TcpManifest) -> Result<Route, Invalid> {
-        let route = manifest.read(RouteProtocol::Tcp, Vec::new(), Rule::lower)?;
-        // A TCPRoute has no hosts.
-        Ok(Route { hostnames: Vec::new(), ..route })
+        without_hosts(manifest, RouteProtocol::Tcp)
     }
+}
+
+impl TryFrom<UdpManifest> for Route {
+    type Error = Invalid;
+
+    fn try_from(UdpManifest(manifest): UdpManifest) -> Result<Route, Invalid> {
+        without_hosts(manifest, RouteProtocol::Udp)
+    }
+}
+
+/// TCPRoutes and UDPRoutes have no hosts.
+fn without_hosts(manifest: route::Manifest, protocol: RouteProtocol) -> Result<Route, Invalid> {
+    let route = manifest.read(protocol, Vec::new(), Rule::lower)?;
+    Ok(Route { hostnames: Vec::new(), ..route })
 }
 
 impl TryFrom<TlsManifest> for Route {

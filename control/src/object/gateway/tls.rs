@@ -5,7 +5,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::listener;
-use crate::object::{CertificateRef, NamespacedName};
+use super::roots::RootsRef;
+use crate::object::CertificateRef;
 
 /// TLS of a Gateway as a whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,20 +37,9 @@ impl GatewayTls {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientValidation {
     /// Where the roots are.
-    pub roots: Vec<RootsReference>,
+    pub roots: Vec<RootsRef>,
     /// Clients whose certificate is not valid, or that have none, may connect all the same.
     pub allow_insecure_fallback: bool,
-}
-
-/// An object that holds roots.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RootsReference {
-    /// Whether it is a ConfigMap.
-    pub is_config_map: bool,
-    /// Its kind as written.
-    pub kind_name: Arc<str>,
-    /// The object.
-    pub name: NamespacedName,
 }
 
 /// `spec.tls` as written.
@@ -126,11 +116,7 @@ impl Config {
     fn read(self, namespace: &Arc<str>) -> Option<ClientValidation> {
         let Validation { ca_certificate_refs, mode } = self.validation?;
         let roots = ca_certificate_refs.into_iter().map(|Roots { group, kind, namespace: of, name }| {
-            RootsReference {
-                is_config_map: matches!(group.as_str(), "" | "core") && kind == "ConfigMap",
-                kind_name: kind.into(),
-                name: NamespacedName::new(of.map_or_else(|| namespace.clone(), Arc::from), name),
-            }
+            RootsRef::new(&group, &kind, &of.map_or_else(|| namespace.clone(), Arc::from), &name)
         });
         Some(ClientValidation {
             roots: roots.collect(),

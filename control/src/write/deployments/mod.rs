@@ -36,7 +36,7 @@ use crate::kind::Kind;
 use crate::object::{NamespacedName, ObjectRef};
 use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
-use plan::{Part, Role, WaypointGateway};
+use plan::{Part, Role, WantedAddresses, WaypointGateway};
 use status::DeploymentState;
 pub use template::{Template, TemplateError};
 
@@ -281,7 +281,7 @@ impl WaypointWriter {
             Err(reason) => return Ok(DeploymentState::Invalid(reason)),
         };
         let asked = match waypoint.role() {
-            Role::Waypoint => Ok(Vec::new()),
+            Role::Waypoint => Ok(WantedAddresses::default()),
             Role::Gateway => waypoint.wanted_addresses(),
         };
         let asked = match asked {
@@ -296,15 +296,16 @@ impl WaypointWriter {
         for (part, manifest) in parts {
             let object = self.put(name, waypoint, part, manifest).await?;
             match part {
-                Part::Service => addresses = status::addresses(&object),
+                Part::Service => addresses = status::addresses(&object, asked.in_cluster),
                 Part::Deployment => {
                     serves = object["status"]["availableReplicas"].as_u64().is_some_and(|pods| pods > 0);
                 }
                 Part::ServiceAccount | Part::PodDisruptionBudget | Part::HorizontalPodAutoscaler => {}
             }
         }
-        let withheld = asked.into_iter().find(|asked| addresses.iter().all(|known| known != asked));
-        let withheld = withheld.map(str::to_owned);
+        let mut wanted = asked.default.iter().chain(&asked.cluster_ips);
+        let withheld = wanted.find(|wanted| addresses.iter().all(|known| known.value != **wanted));
+        let withheld = withheld.map(ToString::to_string);
         Ok(DeploymentState::Deployed { addresses, withheld, serves })
     }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::overlay::overlay;
 use super::template::Template;
 use crate::api_server::FIELD_MANAGER;
+use crate::object::Transport;
 
 /// Label that names the Gateway of an object, by which pods and Services of waypoints are found.
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
@@ -24,6 +25,8 @@ const MANAGED_GATEWAY: (&str, &str) = ("gateway.istio.io/managed", "istio.io-gat
 const SERVICE_TYPE: &str = "networking.istio.io/service-type";
 /// The type of a gateway's Service unless its annotation names another one.
 const LOAD_BALANCER: &str = "LoadBalancer";
+/// The routability of an address that is a Service's cluster IP.
+const CLUSTER: &str = "Cluster";
 const WAYPOINT_FOR: &str = "istio.io/waypoint-for";
 /// Annotation that changes with the manifest, so that fields that it no longer has are removed.
 const MANIFEST_HASH: &str = "ambit.dev/manifest-hash";
@@ -80,7 +83,7 @@ pub(super) struct WaypointGateway {
     role: Role,
     /// Ports of listeners that are not its own.
     #[serde(skip)]
-    added_ports: BTreeSet<u16>,
+    added_ports: BTreeSet<(u16, Transport)>,
 }
 
 /// Whose connections a Gateway takes.
@@ -119,6 +122,14 @@ struct GatewaySpec {
 #[derive(Debug, Deserialize)]
 struct GatewayListener {
     port: u16,
+    #[serde(default)]
+    protocol: String,
+}
+
+impl GatewayListener {
+    fn transport(&self) -> Transport {
+        if self.protocol == "UDP" { Transport::Udp } else { Transport::Tcp }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -127,6 +138,19 @@ struct GatewayAddress {
     kind: Option<String>,
     #[serde(default)]
     value: String,
+    #[serde(default)]
+    routability: String,
+}
+
+/// Addresses that a Gateway asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct WantedAddresses<'g> {
+    /// Values of those of the load balancer. Its Service asks for the first.
+    pub(super) default: Vec<&'g str>,
+    /// Whether the cluster IP is asked for (`routability: Cluster`), ...
+    pub(super) in_cluster: bool,
+    /// ... and which.
+    pub(super) cluster_ips: Vec<&'g str>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -158,40 +182,52 @@ impl WaypointGateway {
     }
 
     /// With the ports of listeners that ListenerSets add.
-    pub(super) fn with_added_ports(self, added_ports: BTreeSet<u16>) -> Self {
+    pub(super) fn with_added_ports(self, added_ports: BTreeSet<(u16, Transport)>) -> Self {
         Self { added_ports, ..self }
     }
 
-    /// The type of a gateway's Service.
+    /// The type of a gateway's Service: that of its annotation, else as its addresses are to be reached.
     ///
     /// # Errors
     /// When its annotation names none.
     pub(super) fn service_type(&self) -> Result<&str, String> {
-        match self.metadata.annotations.get(SERVICE_TYPE).map_or(LOAD_BALANCER, String::as_str) {
+        let addresses = &self.spec.addresses;
+        let in_cluster = !addresses.is_empty() && addresses.iter().all(|it| it.routability == CLUSTER);
+        let default = if in_cluster { "ClusterIP" } else { LOAD_BALANCER };
+        match self.metadata.annotations.get(SERVICE_TYPE).map_or(default, String::as_str) {
             known @ (LOAD_BALANCER | "NodePort" | "ClusterIP") => Ok(known),
             other => Err(format!("{SERVICE_TYPE} is {other:?}, not LoadBalancer, NodePort or ClusterIP")),
         }
     }
 
-    /// The addresses that a gateway is to have. Its Service asks its load balancer for the first.
+    /// The addresses that a gateway is to have.
     ///
     /// # Errors
     /// What is wrong with those that it asks for.
-    pub(super) fn wanted_addresses(&self) -> Result<Vec<&str>, String> {
-        let asked: Vec<&GatewayAddress> =
-            self.spec.addresses.iter().filter(|address| !address.value.is_empty()).collect();
-        let is_ip = |kind: Option<&str>| kind.is_none_or(|kind| kind == "IPAddress");
-        if let Some(other) = asked.iter().find(|address| !is_ip(address.kind.as_deref())) {
-            let kind = other.kind.as_deref().unwrap_or_default();
-            return Err(format!("an address of type {kind} can't be asked for, only an IPAddress"));
+    pub(super) fn wanted_addresses(&self) -> Result<WantedAddresses<'_>, String> {
+        let mut wanted = WantedAddresses::default();
+        for GatewayAddress { kind, value, routability } in &self.spec.addresses {
+            let is_ip = kind.as_deref().is_none_or(|kind| kind == "IPAddress");
+            if !is_ip && (!value.is_empty() || routability == CLUSTER) {
+                let kind = kind.as_deref().unwrap_or_default();
+                return Err(format!("an address of type {kind} can't be asked for, only an IPAddress"));
+            }
+            match routability.as_str() {
+                "" => wanted.default.extend(Some(value.as_str()).filter(|value| !value.is_empty())),
+                CLUSTER => {
+                    wanted.in_cluster = true;
+                    wanted.cluster_ips.extend(Some(value.as_str()).filter(|value| !value.is_empty()));
+                }
+                other => return Err(format!("addresses can't have the routability {other}, only {CLUSTER}")),
+            }
         }
         let kind = self.service_type().unwrap_or_default();
-        if !asked.is_empty() && kind != LOAD_BALANCER {
+        if !wanted.default.is_empty() && kind != LOAD_BALANCER {
             return Err(format!(
                 "a Service of type {kind} can't have the address that spec.addresses asks for"
             ));
         }
-        Ok(asked.into_iter().map(|address| address.value.as_str()).collect())
+        Ok(wanted)
     }
 
     /// The ConfigMap with the Gateway's parameters, if it names one.
@@ -360,9 +396,16 @@ fn service_spec(gateway: &WaypointGateway) -> Value {
 
 /// The Service of a gateway: the ports of its listeners, each once.
 fn gateway_service_spec(gateway: &WaypointGateway) -> Result<Value, String> {
-    let own = gateway.spec.listeners.iter().map(|listener| listener.port);
-    let ports: BTreeSet<u16> = own.chain(gateway.added_ports.iter().copied()).collect();
-    let port = |port: u16| json!({ "name": format!("port-{port}"), "port": port, "targetPort": port, "protocol": "TCP" });
+    let own = gateway.spec.listeners.iter().map(|listener| (listener.port, listener.transport()));
+    let ports: BTreeSet<(u16, Transport)> = own.chain(gateway.added_ports.iter().copied()).collect();
+    let port = |(port, transport): (u16, Transport)| {
+        // Ports of a Service have names of their own, and one number may be there for both.
+        let (name, protocol) = match transport {
+            Transport::Tcp => (format!("port-{port}"), "TCP"),
+            Transport::Udp => (format!("port-{port}-udp"), "UDP"),
+        };
+        json!({ "name": name, "port": port, "targetPort": port, "protocol": protocol })
+    };
     let kind = gateway.service_type()?;
     let mut spec = json!({
         "selector": selector(gateway),
@@ -370,8 +413,12 @@ fn gateway_service_spec(gateway: &WaypointGateway) -> Result<Value, String> {
         "ipFamilyPolicy": "PreferDualStack",
         "ports": ports.into_iter().map(port).collect::<Vec<_>>(),
     });
-    if let Some(address) = gateway.wanted_addresses()?.first() {
+    let wanted = gateway.wanted_addresses()?;
+    if let Some(address) = wanted.default.first() {
         spec["loadBalancerIP"] = (*address).into();
+    }
+    if let Some(address) = wanted.cluster_ips.first() {
+        spec["clusterIP"] = (*address).into();
     }
     Ok(spec)
 }

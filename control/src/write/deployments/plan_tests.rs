@@ -178,20 +178,44 @@ fn a_gateway_asks_its_load_balancer_for_the_first_of_its_addresses() {
     let service = |annotations: &Value, addresses: &Value| {
         let gateway = json!({
             "metadata": { "name": "web", "namespace": "edge", "uid": "u1", "annotations": annotations },
-            "spec": { "gatewayClassName": "ambit", "listeners": [{ "port": 80 }], "addresses": addresses },
+            "spec": { "gatewayClassName": "ambit", "listeners": [{ "port": 80 }, { "port": 53, "protocol": "UDP" }], "addresses": addresses },
         });
         let gateway = serde_json::from_value::<WaypointGateway>(gateway).unwrap().with_role(Role::Gateway);
-        let gateway = gateway.with_added_ports(BTreeSet::from([80, 8080]));
+        let gateway = gateway.with_added_ports(BTreeSet::from([
+            (80, Transport::Tcp),
+            (8080, Transport::Tcp),
+            (53, Transport::Tcp),
+        ]));
         gateway.wanted_addresses()?;
         Ok::<_, String>(part(&gateway, &Template::default(), None, Part::Service).unwrap()["spec"].clone())
     };
     let ip = |value: &str| json!({ "type": "IPAddress", "value": value });
     let both = service(&json!({}), &json!([ip("192.0.2.1"), ip("192.0.2.2")])).unwrap();
     assert_eq!(both["loadBalancerIP"], "192.0.2.1");
-    let ports: Vec<_> = both["ports"].as_array().unwrap().iter().map(|port| port["port"].clone()).collect();
-    assert_eq!(ports, [80, 8080], "with those of ListenerSets");
+    let ports = both["ports"].as_array().unwrap().iter();
+    let ports: Vec<_> =
+        ports.map(|port| format!("{} {} {}", port["name"], port["port"], port["protocol"])).collect();
+    let wanted = [
+        r#""port-53" 53 "TCP""#,
+        r#""port-53-udp" 53 "UDP""#,
+        r#""port-80" 80 "TCP""#,
+        r#""port-8080" 8080 "TCP""#,
+    ];
+    assert_eq!(ports, wanted, "with those of ListenerSets");
     // An address without a value leaves the choice to the load balancer (GatewayAddressEmpty).
     assert!(service(&json!({}), &json!([{ "type": "IPAddress" }])).unwrap()["loadBalancerIP"].is_null());
     assert!(service(&json!({}), &json!([{ "type": "example.com/odd", "value": "x" }])).is_err());
     assert!(service(&json!({ SERVICE_TYPE: "ClusterIP" }), &json!([ip("192.0.2.1")])).is_err());
+    // GatewayAddressRoutability.
+    let of = |value: &str, routability: &str| json!({ "value": value, "routability": routability });
+    let spec = |addresses: Value| {
+        let spec = service(&json!({}), &addresses)?;
+        Ok::<_, String>((spec["type"].clone(), spec["clusterIP"].clone(), spec["loadBalancerIP"].clone()))
+    };
+    let none = Value::Null;
+    assert_eq!(spec(json!([of("", "Cluster")])), Ok((json!("ClusterIP"), none.clone(), none.clone())));
+    let both = spec(json!([of("10.96.0.7", "Cluster"), ip("192.0.2.1")]));
+    assert_eq!(both, Ok((json!("LoadBalancer"), json!("10.96.0.7"), json!("192.0.2.1"))));
+    assert!(spec(json!([of("", "example.com/near")])).is_err());
+    assert!(spec(json!([{ "type": "Hostname", "routability": "Cluster" }])).is_err());
 }

@@ -33,12 +33,27 @@ pub(super) enum DeploymentState {
     /// All objects are there.
     Deployed {
         /// The addresses of the Service, once it has some.
-        addresses: Vec<String>,
+        addresses: Vec<ServiceAddress>,
         /// An address that it asks for and has not got.
         withheld: Option<String>,
         /// Whether a pod serves.
         serves: bool,
     },
+}
+
+/// An address of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ServiceAddress {
+    /// An IP address or a host name.
+    pub(super) value: String,
+    /// Whether it is a cluster IP that the Gateway asks for as such.
+    pub(super) in_cluster: bool,
+}
+
+impl<T: Into<String>> From<T> for ServiceAddress {
+    fn from(value: T) -> Self {
+        Self { value: value.into(), in_cluster: false }
+    }
 }
 
 /// `status` of a Gateway, if it must differ from what it is. Conditions of others stay. An address stays once it was
@@ -73,7 +88,7 @@ pub(super) fn plan(
                 && !addresses.is_empty()
                 && (*serves || addresses.iter().all(|address| is_address(present, address))) =>
         {
-            addresses.iter().map(|address| address_status(address)).collect()
+            addresses.iter().map(address_status).collect()
         }
         // What runs goes on to serve: neither bad parameters nor a refused write stop it.
         DeploymentState::Deployed { addresses, .. } if !addresses.is_empty() => json!([]),
@@ -144,22 +159,27 @@ fn accepted_gateway(findings: &[Finding]) -> Condition {
     }
 }
 
-/// The addresses at which a Service is reached: those of its load balancer, else its own.
-pub(super) fn addresses(service: &Value) -> Vec<String> {
+/// The addresses at which a Service is reached: those of its load balancer, else its own. With `in_cluster` its own are asked for as
+/// such.
+pub(super) fn addresses(service: &Value, in_cluster: bool) -> Vec<ServiceAddress> {
     let text =
         |value: &Value| value.as_str().filter(|text| !text.is_empty() && *text != "None").map(str::to_owned);
+    let own = text(&service["spec"]["clusterIP"]).map(|value| ServiceAddress { value, in_cluster });
     if service["spec"]["type"] == "LoadBalancer" {
         let ingress = service["status"]["loadBalancer"]["ingress"].as_array().into_iter().flatten();
-        return ingress
-            .filter_map(|ingress| text(&ingress["ip"]).or_else(|| text(&ingress["hostname"])))
-            .collect();
+        let ingress = ingress.filter_map(|it| text(&it["ip"]).or_else(|| text(&it["hostname"])));
+        return ingress.map(ServiceAddress::from).chain(own.filter(|_| in_cluster)).collect();
     }
-    text(&service["spec"]["clusterIP"]).into_iter().collect()
+    own.into_iter().collect()
 }
 
-fn address_status(address: &str) -> Value {
-    let kind = if address.parse::<IpAddr>().is_ok() { "IPAddress" } else { "Hostname" };
-    json!({ "type": kind, "value": address })
+fn address_status(ServiceAddress { value, in_cluster }: &ServiceAddress) -> Value {
+    let kind = if value.parse::<IpAddr>().is_ok() { "IPAddress" } else { "Hostname" };
+    match in_cluster {
+        // A field of Gateway API's experimental channel: who asks has its definition.
+        true => json!({ "type": kind, "value": value, "routability": "Cluster" }),
+        false => json!({ "type": kind, "value": value }),
+    }
 }
 
 /// `status` of a Gateway that is not ours any more, without what this control plane wrote of it; `None` if there is nothing.
@@ -225,8 +245,8 @@ fn is_hbone(listener: &Value) -> bool {
     listener["protocol"] == HBONE.0 && listener["port"].as_u64() == Some(HBONE.1)
 }
 
-fn is_address(addresses: &Value, address: &str) -> bool {
-    addresses.as_array().into_iter().flatten().any(|known| known["value"] == address)
+fn is_address(addresses: &Value, address: &ServiceAddress) -> bool {
+    addresses.as_array().into_iter().flatten().any(|known| known["value"] == address.value)
 }
 
 /// What the status of a listener says: its conditions, the kinds of routes that can be attached, how many are.

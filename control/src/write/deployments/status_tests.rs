@@ -10,7 +10,7 @@ fn gateway(protocol: &str, status: &Value) -> Value {
 }
 
 fn deployed(address: Option<&str>, serves: bool) -> DeploymentState {
-    let addresses = address.map(str::to_owned).into_iter().collect();
+    let addresses = address.map(Into::into).into_iter().collect();
     DeploymentState::Deployed { addresses, withheld: None, serves }
 }
 
@@ -250,4 +250,17 @@ fn a_gateway_counts_its_listener_sets_and_says_what_concerns_all_of_it() {
         (status["conditions"].as_array().unwrap().len(), &status["attachedListenerSets"]),
         (2, &json!(0))
     );
+}
+
+#[test]
+fn a_cluster_ip_is_an_address_where_it_is_asked_for() {
+    let service = json!({
+        "spec": { "type": "LoadBalancer", "clusterIP": "10.96.0.7" },
+        "status": { "loadBalancer": { "ingress": [{ "ip": "192.0.2.1" }] } },
+    });
+    let shown = |in_cluster| addresses(&service, in_cluster).iter().map(address_status).collect::<Vec<_>>();
+    let balanced = json!({ "type": "IPAddress", "value": "192.0.2.1" });
+    assert_eq!(shown(false), std::slice::from_ref(&balanced));
+    let own = json!({ "type": "IPAddress", "value": "10.96.0.7", "routability": "Cluster" });
+    assert_eq!(shown(true), [balanced, own]);
 }

@@ -68,7 +68,9 @@ fn workload() -> impl Strategy<Value = Workload> {
                 workload.addresses = addresses.iter().map(|address| common::octets(address)).collect();
                 for name in services {
                     let ports = ports.map(|target| port(80, target)).into_iter().collect();
-                    workload.services.insert(format!("app/{name}.app.svc"), PortList { ports });
+                    workload
+                        .services
+                        .insert(format!("app/{name}.app.svc"), PortList { ports, ..PortList::default() });
                 }
                 workload.node = node.into();
                 workload.locality =

@@ -93,7 +93,7 @@ fn an_unknown_address_passes_and_an_unknown_name_does_not() {
 
 #[test]
 fn ports_are_those_of_the_workload_before_those_of_the_service() {
-    let own = |target| PortList { ports: vec![port(80, target)] };
+    let own = |target| PortList { ports: vec![port(80, target)], ..PortList::default() };
     let mut world = World::new([
         pod("client", "10.0.0.1").into(),
         pod("mapped", "10.0.0.2")

@@ -235,6 +235,7 @@ mod tests {
             hbone_addr: None,
             service: Some("db.data.svc.cluster.local".into()),
             dialled: Dialled::default(),
+            is_udp: false,
             direction: Direction::Inbound,
             status: Status::Denied,
             bytes_sent: 0,

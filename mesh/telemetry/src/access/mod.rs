@@ -117,6 +117,8 @@ pub struct Entry {
     pub service: Option<Arc<str>>,
     /// What was dialled.
     pub dialled: Dialled,
+    /// Whether it was a client's session of datagrams, not a connection.
+    pub is_udp: bool,
     /// The direction.
     pub direction: Direction,
     /// How it ended.

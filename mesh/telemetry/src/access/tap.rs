@@ -191,6 +191,7 @@ mod tests {
             hbone_addr: None,
             service: None,
             dialled: Dialled::default(),
+            is_udp: false,
             direction: Direction::Outbound,
             status,
             bytes_sent: 7,

@@ -8,7 +8,7 @@ use crate::image::Image;
 use crate::layout::Layout;
 use crate::plan::Plan;
 
-const PROFILES: &str = "GATEWAY-HTTP,GATEWAY-TLS,GATEWAY-GRPC,GATEWAY-TCP";
+const PROFILES: &str = "GATEWAY-HTTP,GATEWAY-TLS,GATEWAY-GRPC,GATEWAY-TCP,GATEWAY-UDP";
 const CLASS: &str = "ambit";
 /// The names that the suite's manifests use.
 const ECHO: [&str; 2] = [

@@ -341,6 +341,13 @@ spec:
   rules: [{backendRefs: [{name: bound, port: 80}]}]
 ---
 apiVersion: gateway.networking.k8s.io/v1
+kind: UDPRoute
+metadata: {name: bound, namespace: rights}
+spec:
+  parentRefs: [{group: "", kind: Service, name: bound, port: 80}]
+  rules: [{backendRefs: [{name: bound, port: 80}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
 kind: TLSRoute
 metadata: {name: bound, namespace: rights}
 spec:
