@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ambit_local::{Cluster, Command, Pod, PodOptions, Process};
 use ambit_scale::machine;
@@ -21,13 +21,20 @@ const SERVER_PORT: u16 = 9200;
 const READY: Duration = Duration::from_secs(60);
 /// Time between two requests that look for a change: the precision of what is measured.
 const LOOK: Duration = Duration::from_millis(1);
+/// Time before a change, so that it is the first one after a quiet time: the control plane gathers what follows on another change.
+const BETWEEN_CHANGES: Duration = Duration::from_millis(500);
 /// Memory is read once it no longer falls, at most this often.
 const RESTING: u32 = 6;
 /// Routes that are applied at once.
 const AT_ONCE: usize = 1000;
-const NAMESPACES: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+const GATEWAYS: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
     metadata: {name: waypoint, namespace: inside}\n\
-    spec: {gatewayClassName: ambit-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n";
+    spec: {gatewayClassName: ambit-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n\
+    ---\napiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: gateway, namespace: inside}\n\
+    spec: {gatewayClassName: ambit, listeners: [{name: http, port: 8080, protocol: HTTP}, \
+    {name: http2, port: 8081, protocol: HTTP}, {name: grpc, port: 8082, protocol: HTTP}]}\n";
+/// Says whose gateway a pod is.
+const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// A proxy outside the mesh.
 struct Other {
@@ -45,12 +52,14 @@ pub(crate) struct Bed {
     /// Outside the mesh: a, b.
     servers: [SocketAddr; 2],
     waypoint: Pod,
+    gateway: Pod,
     /// The virtual addresses of the services with servers in the mesh, and without.
     services: [IpAddr; 2],
     others: Vec<Other>,
     routes: usize,
     change: u32,
     _running: Vec<Process>,
+    _logs: tempfile::TempDir,
 }
 
 impl Bed {
@@ -58,8 +67,16 @@ impl Bed {
     ///
     /// # Errors
     /// Without root, or when a program of ours is missing or does not become ready.
-    pub(crate) async fn start() -> Result<Self> {
-        let cluster = Cluster::builder().nodes(2).waypoint_env("AMBIT_WAYPOINT_WORKERS", "2").start().await?;
+    pub(crate) async fn start(settings: &[(String, String)]) -> Result<Self> {
+        // Every proxy writes its access log to a file.
+        let logs = tempfile::tempdir().context("a directory for access logs")?;
+        let log = logs.path().join("access.log").display().to_string();
+        let mut builder = Cluster::builder().nodes(2).waypoint_env("AMBIT_WAYPOINT_WORKERS", "2");
+        builder = builder.waypoint_env("AMBIT_WAYPOINT_ACCESS_LOG_PATH", &log);
+        for (name, value) in settings {
+            builder = builder.waypoint_env(name, value);
+        }
+        let cluster = builder.start().await?;
         cluster.namespace("outside", false).await?;
         cluster.namespace("inside", true).await?;
         let pod = async |namespace: &str, name: &str, node, app: &str, mode: &str| {
@@ -85,11 +102,10 @@ impl Bed {
             running.push(serve(&server, address).await?);
             addresses.push(address);
         }
-        cluster.apply(NAMESPACES).await?;
+        cluster.apply(GATEWAYS).await?;
         cluster.apply(&services()).await?;
-        let is_ready = async || cluster.waypoints().iter().any(Pod::is_ready);
-        cluster.wait_until("the waypoint is ready", READY, is_ready).await?;
-        let waypoint = cluster.waypoints().pop().context("no waypoint")?;
+        let waypoint = ready(&cluster, "waypoint").await?;
+        let gateway = ready(&cluster, "gateway").await?;
         let vip = |name: &str| {
             let mut vips = cluster.service_ips("inside", name).into_iter();
             vips.find(IpAddr::is_ipv4).with_context(|| format!("service {name} has no address"))
@@ -114,11 +130,13 @@ impl Bed {
             outside,
             servers,
             waypoint,
+            gateway,
             services,
             others,
             routes,
             change,
             _running: running,
+            _logs: logs,
         })
     }
 
@@ -131,7 +149,7 @@ impl Bed {
     /// waypoint holds no more routes than the others.
     pub(crate) fn paths(&self) -> Vec<Path> {
         let others = self.others.iter().map(|other| Path::Rival(other.rival));
-        let own = [Path::Direct, Path::Waypoint, Path::Mesh].into_iter();
+        let own = [Path::Direct, Path::Gateway, Path::Waypoint, Path::Mesh].into_iter();
         own.filter(|path| self.routes <= 1 || *path != Path::Mesh).chain(others).collect()
     }
 
@@ -192,21 +210,20 @@ impl Bed {
     fn client(&self, path: Path) -> &Pod {
         match path {
             Path::Waypoint | Path::Mesh => &self.inside,
-            Path::Direct | Path::Rival(_) => &self.outside,
+            Path::Direct | Path::Gateway | Path::Rival(_) => &self.outside,
         }
     }
 
     /// Where a client sends requests of the protocol with this number.
     fn target(&self, path: Path, protocol: usize) -> Result<SocketAddr> {
         let port = [80, 81, 82].get(protocol).copied().context("no such protocol")?;
+        let outside = PORTS.get(protocol).copied().context("no such protocol")?;
         Ok(match path {
             Path::Direct => self.servers[0],
             Path::Mesh => SocketAddr::new(self.services[0], port),
             Path::Waypoint => SocketAddr::new(self.services[1], port),
-            Path::Rival(rival) => {
-                let port = PORTS.get(protocol).copied().context("no such protocol")?;
-                SocketAddr::new(self.other(rival)?.pod.ip().into(), port)
-            }
+            Path::Gateway => SocketAddr::new(self.gateway.ip().into(), outside),
+            Path::Rival(rival) => SocketAddr::new(self.other(rival)?.pod.ip().into(), outside),
         })
     }
 
@@ -217,8 +234,7 @@ impl Bed {
 
     /// The processes of the proxy itself, and those of the node proxies beside it.
     fn processes(&self, path: Path) -> Result<(Vec<u32>, Vec<u32>)> {
-        let waypoint =
-            || self.waypoint.process(0).context("the waypoint is gone").map(|process| process.pid());
+        let own = |pod: &Pod| pod.process(0).context("the waypoint is gone").map(|process| process.pid());
         let ztunnels = || -> Result<Vec<u32>> {
             (0..self.cluster.nodes())
                 .map(|node| self.cluster.ztunnel(node)?.pid().context("a ztunnel is gone"))
@@ -226,7 +242,8 @@ impl Bed {
         };
         Ok(match path {
             Path::Direct => (Vec::new(), Vec::new()),
-            Path::Mesh | Path::Waypoint => (vec![waypoint()?], ztunnels()?),
+            Path::Gateway => (vec![own(&self.gateway)?], Vec::new()),
+            Path::Mesh | Path::Waypoint => (vec![own(&self.waypoint)?], ztunnels()?),
             Path::Rival(rival) => {
                 let process = self.other(rival)?.process.as_ref();
                 (with_children(process.context("a proxy is gone")?.pid())?, Vec::new())
@@ -288,19 +305,21 @@ impl Bed {
         Ok(last)
     }
 
-    /// How long it takes from a route's change to the first answer by it, in milliseconds.
+    /// How long it takes from a route's change to the first answer by it, in milliseconds. A change of ours begins when its object is in the
+    /// control plane's directory: what the local cluster does before, with every object that it has, is not of the mesh.
     ///
     /// # Errors
     /// When the change does not come into force.
     pub(crate) async fn change(&mut self, path: Path) -> Result<f64> {
+        tokio::time::sleep(BETWEEN_CHANGES).await;
         self.change += 1;
         let wanted = format!("x-change: {}", self.change);
-        let begun = Instant::now();
+        let begun = SystemTime::now();
         let (client, target) = (self.client(path), self.target(path, 0)?);
         let seen = async {
             self.wait_for(client, target, "/change/", |answer| answer.to_ascii_lowercase().contains(&wanted))
                 .await?;
-            Ok(begun.elapsed().as_secs_f64() * 1e3)
+            Ok(SystemTime::now())
         };
         let changing = async {
             match path {
@@ -315,8 +334,16 @@ impl Bed {
             }
             Ok::<_, anyhow::Error>(())
         };
-        let (milliseconds, ()) = tokio::try_join!(seen, changing)?;
-        Ok(milliseconds)
+        let (seen, ()) = tokio::try_join!(seen, changing)?;
+        let begun = match path {
+            Path::Rival(_) => begun,
+            _ => {
+                let file = self.cluster.directory().join("objects/HTTPRoute_inside_plain-change.json");
+                let written = std::fs::metadata(&file).and_then(|file| file.modified());
+                written.with_context(|| format!("the time of {}", file.display()))?
+            }
+        };
+        Ok(seen.duration_since(begun).unwrap_or_default().as_secs_f64() * 1e3)
     }
 
     async fn wait_for(
@@ -338,6 +365,19 @@ impl Bed {
         }
         bail!("{path} of {target} still says {last:?}; {:?}", self.waypoint.logs().last())
     }
+}
+
+/// The pod of a Gateway, once it is ready.
+async fn ready(cluster: &Cluster, name: &str) -> Result<Pod> {
+    let find = || {
+        cluster
+            .waypoints()
+            .into_iter()
+            .find(|pod| pod.labels().get(GATEWAY_NAME).is_some_and(|it| it == name))
+    };
+    let is_ready = async || find().is_some_and(|pod| pod.is_ready());
+    cluster.wait_until(&format!("the {name} is ready"), READY, is_ready).await?;
+    find().with_context(|| format!("no {name}"))
 }
 
 /// One request on a connection of its own.
@@ -388,18 +428,24 @@ fn services() -> String {
     text
 }
 
-/// The services that routes are for, and what the names of their backends begin with.
+/// The services that routes are for, and what the names of their backends begin with. What is for the first is for the gateway too.
 const SERVICES: [(&str, &str); 2] = [("plain", "plain-"), ("web", "")];
 
-/// A route of one port of services.
+/// A route of one port of services, and of the listener of the gateway that stands for it.
 fn route_to(services: &[(&str, &str)], name: &str, port: u16, prefix: &str, filters: &str) -> String {
     let mut text = String::new();
     for (service, before) in services {
+        let listener = match (*service, port) {
+            ("plain", 80) => ", {name: gateway, sectionName: http}",
+            ("plain", 81) => ", {name: gateway, sectionName: http2}",
+            ("plain", 82) => ", {name: gateway, sectionName: grpc}",
+            _ => "",
+        };
         let _ = write!(
             text,
             "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\n\
              metadata: {{name: {service}-{name}, namespace: inside}}\nspec:\n  \
-             parentRefs: [{{group: '', kind: Service, name: {service}, port: {port}}}]\n  rules:\n  - \
+             parentRefs: [{{group: '', kind: Service, name: {service}, port: {port}}}{listener}]\n  rules:\n  - \
              matches: [{{path: {{type: PathPrefix, value: {prefix}}}}}]\n    \
              retry: {{attempts: 2, backoff: 25ms, codes: [503]}}\n{filters}    backendRefs: \
              [{{name: {before}a, port: {port}, weight: 90}}, {{name: {before}b, port: {port}, weight: 10}}]\n"

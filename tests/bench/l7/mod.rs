@@ -42,6 +42,29 @@ pub(crate) struct Run {
     /// No more routes than this.
     #[arg(long, default_value_t = 10_000)]
     max_routes: usize,
+    /// Only rows whose title contains this.
+    #[arg(long)]
+    only: Option<String>,
+    /// Only paths whose title contains this.
+    #[arg(long)]
+    over: Option<String>,
+    /// A setting of the waypoints as NAME=VALUE, to see what it costs.
+    #[arg(long, value_parser = setting)]
+    set: Vec<(String, String)>,
+}
+
+impl Run {
+    fn wants(&self, row: &Row, path: Path) -> bool {
+        let contains = |title: &str, wanted: &Option<String>| {
+            wanted.as_ref().is_none_or(|wanted| title.contains(wanted.as_str()))
+        };
+        contains(&row.title(), &self.only) && contains(path.title(), &self.over)
+    }
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 /// The loads at a number of routes.
@@ -66,7 +89,7 @@ fn rows(routes: usize) -> Vec<Row> {
 /// # Errors
 /// When a program does not start, or a request fails.
 pub(crate) async fn measure(run: &Run) -> Result<()> {
-    let mut bed = Bed::start().await.context("bringing the cluster up")?;
+    let mut bed = Bed::start(&run.set).await.context("bringing the cluster up")?;
     let outcome = measure_on(&mut bed, run).await;
     bed.stop().await;
     let report = outcome?;
@@ -88,20 +111,23 @@ async fn measure_on(bed: &mut Bed, run: &Run) -> Result<Report> {
         eprintln!("{routes} routes");
         bed.set_routes(routes).await?;
         for round in 1..=run.rounds {
-            for (row, path) in
-                rows(routes).iter().flat_map(|row| bed.paths().into_iter().map(move |path| (row, path)))
-            {
+            let of_row = |row: Row| bed.paths().into_iter().map(move |path| (row, path));
+            let wanted = rows(routes).into_iter().flat_map(of_row);
+            for (row, path) in wanted.filter(|(row, path)| run.wants(row, *path)) {
                 eprintln!("round {round}: {row:?} over {}", path.title());
-                let sample = bed.sample(row, path, run.seconds).await;
+                let sample = bed.sample(&row, path, run.seconds).await;
                 let sample = sample.with_context(|| format!("{row:?} over {}", path.title()))?;
-                samples.entry(*row).or_default().entry(path).or_default().push(sample);
+                samples.entry(row).or_default().entry(path).or_default().push(sample);
             }
         }
         for path in bed.paths().into_iter().filter(|path| !matches!(path, Path::Direct | Path::Mesh)) {
+            if run.over.as_ref().is_some_and(|over| !path.title().contains(over.as_str())) {
+                continue;
+            }
             memory.push((routes, path, bed.resident(path).await?));
             let changes_live = match path {
                 Path::Rival(rival) => rival.can_change(),
-                Path::Direct | Path::Waypoint | Path::Mesh => true,
+                Path::Direct | Path::Gateway | Path::Waypoint | Path::Mesh => true,
             };
             if CHANGED.contains(&routes) && changes_live {
                 let mut times = Vec::new();

@@ -26,6 +26,8 @@ const CHANGE: f64 = 30.0;
 pub(crate) enum Path {
     /// Nothing.
     Direct,
+    /// A gateway that takes plain connections and sends to servers outside the mesh: the task of the other proxies.
+    Gateway,
     /// The client's ztunnel and a waypoint that sends to servers outside the mesh.
     Waypoint,
     /// The client's ztunnel, a waypoint and the server's ztunnel.
@@ -40,9 +42,19 @@ impl Path {
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Direct => "no proxy",
-            Self::Waypoint => "Ambit, HBONE in, plain out",
+            Self::Gateway => "Ambit, gateway, plain in and out",
+            Self::Waypoint => "Ambit, waypoint, HBONE in, plain out",
             Self::Mesh => "Ambit, ztunnel → waypoint → ztunnel",
             Self::Rival(rival) => rival.title(),
+        }
+    }
+
+    /// The program alone.
+    fn short(self) -> &'static str {
+        match self {
+            Self::Gateway => "Ambit, gateway",
+            Self::Waypoint => "Ambit, waypoint",
+            Self::Direct | Self::Mesh | Self::Rival(_) => self.title(),
         }
     }
 }
@@ -64,7 +76,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    fn title(&self) -> String {
+    pub(crate) fn title(&self) -> String {
         let protocol = match self.protocol {
             Protocol::Http1 => "HTTP/1.1",
             Protocol::Http2 => "HTTP/2",
@@ -155,8 +167,8 @@ impl Report {
         page.push_str("workers: a route by path prefix with a 90 to 10 split over two servers, retries on 503, kept connections to\n");
         page.push_str("the servers, metrics and an access log. HTTP/1.1: 64 connections; HTTP/2 and gRPC: 8 connections with 8 requests at once;\n");
         page.push_str("one request after the other, unless a rate is given. CPU is that of the proxy, user and system; the client, the servers\n");
-        page.push_str("and the proxies share the machine. Envoy, HAProxy and nginx take plain connections, while the waypoint terminates mutual\n");
-        page.push_str("TLS with HTTP/2 CONNECT at its client's side and, the whole way, at its servers' side too. Medians of alternating runs,\n");
+        page.push_str("and the proxies share the machine. The gateway has the task of Envoy, HAProxy and nginx: plain connections on both sides. The waypoint\n");
+        page.push_str("terminates mutual TLS with HTTP/2 CONNECT at its client's side and, the whole way, at its servers' side too. Medians of alternating runs,\n");
         page.push_str("lowest to highest in brackets.\n\n");
         let _ = writeln!(
             page,
@@ -184,22 +196,24 @@ impl Report {
         let mut verdicts = Vec::new();
         let is_plain = |row: &Row| row.routes == 1 && row.protocol == Protocol::Http1 && row.every_ms == 0;
         if let Some(row) = self.rows.iter().find(|report| is_plain(&report.row)) {
-            for (rival, goal) in [(Rival::Envoy, OF_ENVOY), (Rival::Nginx, OF_NGINX)] {
-                if let (Some(own), Some(other)) = (row.cpu(Path::Waypoint), row.cpu(Path::Rival(rival))) {
-                    let what = format!("{}: CPU / {}", row.row.title(), rival.title());
-                    verdicts.push(Verdict::at_most(what, own / other, goal, ""));
+            for (own, title) in [(Path::Gateway, "gateway"), (Path::Waypoint, "waypoint, with HBONE")] {
+                for (rival, goal) in [(Rival::Envoy, OF_ENVOY), (Rival::Nginx, OF_NGINX)] {
+                    if let (Some(own), Some(other)) = (row.cpu(own), row.cpu(Path::Rival(rival))) {
+                        let what = format!("{}, {title}: CPU / {}", row.row.title(), rival.title());
+                        verdicts.push(Verdict::at_most(what, own / other, goal, ""));
+                    }
                 }
             }
         }
-        let of = |(routes, path, bytes): &(usize, Path, u64)| {
-            (*routes == MEMORY.0 && *path == Path::Waypoint).then_some(*bytes as f64 / 1e6)
-        };
-        if let Some(megabytes) = self.memory.iter().find_map(of) {
-            let what = format!("memory with {} routes", MEMORY.0);
-            verdicts.push(Verdict::at_most(what, megabytes, MEMORY.1, " MB"));
+        let is_own = |path: Path| matches!(path, Path::Gateway | Path::Waypoint);
+        for (routes, path, bytes) in &self.memory {
+            if *routes == MEMORY.0 && is_own(*path) {
+                let what = format!("memory with {} routes, {}", MEMORY.0, path.short());
+                verdicts.push(Verdict::at_most(what, *bytes as f64 / 1e6, MEMORY.1, " MB"));
+            }
         }
-        for (routes, _, times) in self.changes.iter().filter(|(_, path, _)| *path == Path::Waypoint) {
-            let what = format!("a route's change reaches the data path, {routes} in all");
+        for (routes, path, times) in self.changes.iter().filter(|(_, path, _)| is_own(*path)) {
+            let what = format!("a route's change reaches the data path, {routes} in all, {}", path.short());
             verdicts.push(Verdict::at_most(what, Spread::of_all(times, |it| *it).median, CHANGE, " ms"));
         }
         verdicts
@@ -216,7 +230,7 @@ impl Report {
                 let cpu = if *path == Path::Direct { String::new() } else { show(1, Sample::cpu_us) };
                 let nodes = match path {
                     Path::Mesh | Path::Waypoint => show(1, Sample::node_cpu_us),
-                    Path::Direct | Path::Rival(_) => String::new(),
+                    Path::Direct | Path::Gateway | Path::Rival(_) => String::new(),
                 };
                 let _ = writeln!(
                     page,
@@ -235,14 +249,13 @@ impl Report {
         page.push_str("\n## Memory\n\nResident MB after the load with that many routes.\n\n");
         page.push_str("| routes | proxy | MB |\n| --- | --- | --- |\n");
         for (routes, path, bytes) in &self.memory {
-            let title = if *path == Path::Waypoint { "Ambit, waypoint" } else { path.title() };
-            let _ = writeln!(page, "| {routes} | {title} | {:.1} |", *bytes as f64 / 1e6);
+            let _ = writeln!(page, "| {routes} | {} | {:.1} |", path.short(), *bytes as f64 / 1e6);
         }
     }
 
     fn write_changes(&self, page: &mut String) {
-        page.push_str("\n## A route's change\n\nMilliseconds from the moment it is written to the first answer by it, looked for every millisecond. Ambit: an HTTPRoute\n");
-        page.push_str("through the control plane; Envoy: its file of routes, by its file discovery; nginx: its settings and SIGHUP.\n\n");
+        page.push_str("\n## A route's change\n\nMilliseconds from the moment it is written to the first answer by it, looked for every millisecond; half a second after the change before. Ambit: an HTTPRoute\n");
+        page.push_str("in the control plane's directory; Envoy: its file of routes, by its file discovery; nginx: its settings and SIGHUP.\n\n");
         page.push_str("| routes | proxy | ms |\n| --- | --- | --- |\n");
         for (routes, path, times) in &self.changes {
             let spread = Spread::of_all(times, |it| *it);
@@ -264,7 +277,8 @@ mod tests {
     fn goals_are_ratios_of_medians_in_one_run() {
         let row = Row { routes: 1, protocol: Protocol::Http1, connections: 64, streams: 1, every_ms: 0 };
         let paths = BTreeMap::from([
-            (Path::Waypoint, vec![sample(20.0), sample(19.0), sample(30.0)]),
+            (Path::Gateway, vec![sample(20.0), sample(19.0), sample(30.0)]),
+            (Path::Waypoint, vec![sample(40.0)]),
             (Path::Rival(Rival::Envoy), vec![sample(80.0)]),
             (Path::Rival(Rival::Nginx), vec![sample(10.0)]),
         ]);
@@ -278,9 +292,10 @@ mod tests {
         };
         let page = report.markdown();
         for line in [
-            "| HTTP/1.1, 1 route: CPU / Envoy | 0.25 | ≤ 0.25 | yes |",
-            "| HTTP/1.1, 1 route: CPU / nginx | 2.00 | ≤ 1.2 | no |",
-            "| memory with 5000 routes | 39.00 MB | ≤ 40 MB | yes |",
+            "| HTTP/1.1, 1 route, gateway: CPU / Envoy | 0.25 | ≤ 0.25 | yes |",
+            "| HTTP/1.1, 1 route, gateway: CPU / nginx | 2.00 | ≤ 1.2 | no |",
+            "| HTTP/1.1, 1 route, waypoint, with HBONE: CPU / Envoy | 0.50 | ≤ 0.25 | no |",
+            "| memory with 5000 routes, Ambit, waypoint | 39.00 MB | ≤ 40 MB | yes |",
         ] {
             assert!(page.contains(line), "{line}\n{page}");
         }

@@ -122,11 +122,13 @@ impl Rival {
 fn nginx(task: &Task<'_>) -> String {
     let Task { listen, servers: [a, b], routes, change, directory } = task;
     let directory = directory.display();
+    // gRPC has connections of its own: nginx would send it on kept ones of HTTP/1.1.
     let mut text = format!(
         "user root;\ndaemon off;\nworker_processes 2;\npid {directory}/nginx.pid;\nerror_log {directory}/error.log;\n\
          events {{ worker_connections 4096; }}\n\
          http {{\n  access_log {directory}/access.log combined buffer=64k flush=1s;\n  keepalive_requests 100000000;\n\
          \x20 upstream web {{ server {a} weight=9; server {b} weight=1; keepalive 128; keepalive_requests 100000000; }}\n\
+         \x20 upstream grpc {{ server {a} weight=9; server {b} weight=1; keepalive 128; keepalive_requests 100000000; }}\n\
          \x20 proxy_http_version 1.1;\n  proxy_set_header Connection '';\n  proxy_set_header Host $host;\n\
          \x20 proxy_set_header X-Forwarded-For $remote_addr;\n  proxy_set_header X-Request-Id $request_id;\n\
          \x20 proxy_next_upstream error timeout http_503;\n  proxy_next_upstream_tries 3;\n\
@@ -139,7 +141,7 @@ fn nginx(task: &Task<'_>) -> String {
     let _ = write!(
         text,
         "  }}\n  server {{ listen {listen}:{} http2; location / {{ proxy_pass http://web; }} }}\n\
-         \x20 server {{ listen {listen}:{} http2; location / {{ grpc_pass grpc://web; \
+         \x20 server {{ listen {listen}:{} http2; location / {{ grpc_pass grpc://grpc; \
          grpc_next_upstream error timeout http_503; }} }}\n}}\n",
         PORTS[1], PORTS[2]
     );
