@@ -22,6 +22,7 @@ use ambit_runtime::cut::CutReason;
 use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
 use ambit_runtime::flows::{FlowCounter, Flows, Observer};
 use ambit_runtime::hostnames::Hostnames;
+use ambit_runtime::idle_memory;
 use ambit_runtime::loads::Loads;
 use ambit_runtime::resolv_conf::ResolvConf;
 use ambit_runtime::stop::Requests;
@@ -52,15 +53,16 @@ const RELOAD_EVERY: Duration = Duration::from_secs(10);
 /// How often unused connections are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 
-/// Runs the waypoint until it is asked to stop or can't go on.
+/// Runs the waypoint until it is asked to stop or can't go on. `collect` has the allocator give back to the system what the
+/// calling thread has freed.
 ///
 /// # Errors
 /// What kept it from starting, or which essential part ended.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(config: Config, collect: fn()) -> anyhow::Result<()> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
     let logging = logging::init(config.proxy.log_format.into(), &config.proxy.log_level, Target::Stderr)?;
-    let outcome = runtime.block_on(Box::pin(serve(config, &logging)));
+    let outcome = runtime.block_on(Box::pin(serve(config, &logging, collect)));
     runtime.shutdown_background();
     outcome
 }
@@ -89,7 +91,7 @@ struct Program {
     workers: Arc<Workers<Worker>>,
 }
 
-async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
+async fn serve(config: Config, logging: &Logging, collect: fn()) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
     let (signal, drain) = drain::channel();
     let listener = listen(config.listen_address).context("listenAddress")?;
@@ -118,6 +120,7 @@ async fn serve(config: Config, logging: &Logging) -> anyhow::Result<()> {
         accept_all(listener, workers, drain.clone(), "tunnel connection", accept::serve),
     );
     tasks.spawn_once("listeners", gateway::run(program.proxy.clone(), program.workers.clone(), drain));
+    tasks.spawn("idle memory", idle_memory::watch(program.workers.clone(), collect));
     tasks.spawn("maintenance", maintain(program.proxy.clone(), program.workers.clone()));
     tracing::info!(
         identity = %parts.identity,

@@ -4,7 +4,7 @@
 //! [`connections`] lists what is open, and [`cut`] closes it; [`loads`] counts connections by endpoint; [`shares`]
 //! bounds what one pod or peer can take; [`stop`] hears who ends the program and [`drain`] orders the end. [`configuration`]
 //! reads file, flags and environment, [`feed`] subscribes to the control plane, [`hostnames`] asks the resolvers of [`resolv_conf`], [`observe`] and [`peers`]
-//! make metrics, [`flows`] remembers who talked to whom, and [`servers`] shows them. Nothing here knows what a proxy decides.
+//! make metrics, [`flows`] remembers who talked to whom, and [`servers`] shows them; [`idle_memory`] returns memory to the system. Nothing here knows what a proxy decides.
 
 pub mod configuration;
 pub mod connections;
@@ -13,6 +13,7 @@ pub mod drain;
 pub mod feed;
 pub mod flows;
 pub mod hostnames;
+pub mod idle_memory;
 pub mod loads;
 pub mod observe;
 pub mod peers;

@@ -6,7 +6,6 @@
 
 mod authority;
 mod dump;
-mod idle_memory;
 mod servers;
 mod shutdown;
 
@@ -36,6 +35,7 @@ use ambit_runtime::connections::Connections;
 use ambit_runtime::drain::{self, Drain, Drained};
 use ambit_runtime::flows::{FlowCounter, Flows, Observer};
 use ambit_runtime::hostnames::Hostnames;
+use ambit_runtime::idle_memory;
 use ambit_runtime::loads::Loads;
 use ambit_runtime::resolv_conf::ResolvConf;
 use ambit_runtime::shares::Shares;

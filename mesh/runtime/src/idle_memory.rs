@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::proxy::Worker;
-use ambit_runtime::workers::Workers;
+use crate::workers::Workers;
 
 /// Time between two samples.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -39,7 +38,7 @@ impl IdleDetector {
 }
 
 /// Runs for as long as the program. `collect` has the allocator return what the calling thread has freed.
-pub(super) async fn watch(workers: Arc<Workers<Worker>>, collect: fn()) {
+pub async fn watch<W: Send + Sync + 'static>(workers: Arc<Workers<W>>, collect: fn()) {
     let mut detector = IdleDetector::default();
     let mut before = cpu_time();
     let mut samples = tokio::time::interval(INTERVAL);
