@@ -46,6 +46,7 @@ fn add(file: &Path, text: &str, items: &mut Vec<Item>) {
     items.extend(inspect::documents(text).into_iter().map(|document| Item {
         place: Some(Place { file: file.display().to_string(), line: document.line }),
         content: document.content,
+        fields: Some(document.fields),
         is_context: false,
     }));
 }

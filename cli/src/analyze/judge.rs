@@ -7,7 +7,7 @@ use ambit_api::l7;
 use ambit_control::index::{Finding as Condition, Index, ResourceType, Settings, default_gateway};
 use ambit_control::intake;
 use ambit_control::object::{Change, Kind, Object, ObjectRef};
-use ambit_control::source::files::inspect::Content;
+use ambit_control::source::files::inspect::{Content, Fields};
 use prost::Message;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -33,6 +33,8 @@ pub(crate) struct Item {
     pub(crate) place: Option<Place>,
     /// What it is.
     pub(crate) content: Content,
+    /// Where its fields are written; nothing for one of a cluster.
+    pub(crate) fields: Option<Fields>,
     /// It is only there for others to refer to: nothing is said of it.
     pub(crate) is_context: bool,
 }
@@ -40,7 +42,7 @@ pub(crate) struct Item {
 impl Item {
     /// An object of a cluster.
     pub(super) fn of_cluster(content: Content) -> Item {
-        Item { place: None, content, is_context: false }
+        Item { place: None, content, fields: None, is_context: false }
     }
 }
 
@@ -68,9 +70,9 @@ pub(crate) struct Report {
 
 /// Judges objects. `is_complete`: they are all that there is, so that a missing one is missing, and their statuses count.
 pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> Vec<Report> {
-    let mut places: BTreeMap<ObjectRef, (Option<Place>, bool)> = BTreeMap::new();
+    let mut places: BTreeMap<ObjectRef, (Written, bool)> = BTreeMap::new();
     let (mut changes, mut reports) = (Vec::new(), Vec::new());
-    for Item { place, content, is_context } in items {
+    for Item { place, content, fields, is_context } in items {
         let object = match content {
             Content::Object(object) => Some(object),
             Content::Foreign(value) => {
@@ -87,14 +89,14 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
             }
         };
         let Some(object) = object else { continue };
-        if let Some((Some(first), false)) = places.get(&object.reference())
+        if let Some((Written { place: Some(first), .. }, false)) = places.get(&object.reference())
             && let Some(place) = &place
         {
             reports.push(twice(&object, first, place));
             // Of several files with the same object the first counts, as for the control plane.
             continue;
         }
-        places.insert(object.reference(), (place, is_context));
+        places.insert(object.reference(), (Written { place, fields }, is_context));
         changes.push(Change::Apply(object));
     }
     if !is_complete {
@@ -103,7 +105,7 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
     let mut index = Index::new(settings);
     index.apply(changes);
     for (object, findings) in index.findings() {
-        let Some((place, false)) = places.get(object) else { continue };
+        let Some((written, false)) = places.get(object) else { continue };
         // What can't be read was reported with its line.
         let is_unreadable = |finding: &Condition| {
             finding.reason == "Unreadable"
@@ -112,7 +114,7 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
         let is_new = |finding: &Condition| !is_unreadable(finding) && (is_complete || !is_status(finding));
         let counts = |finding: &&Condition| !finding.met && is_new(finding);
         reports.extend(
-            findings.iter().filter(counts).map(|finding| of_condition(object, finding, place.clone())),
+            findings.iter().filter(counts).map(|finding| of_condition(object, finding, written.of(finding))),
         );
     }
     reports.extend(shadows(&index, &places));
@@ -121,15 +123,15 @@ pub(crate) fn judge(items: Vec<Item>, settings: Settings, is_complete: bool) -> 
 }
 
 /// What is to be said of rules that get no request.
-fn shadows(index: &Index, places: &BTreeMap<ObjectRef, (Option<Place>, bool)>) -> Vec<Report> {
+fn shadows(index: &Index, places: &BTreeMap<ObjectRef, (Written, bool)>) -> Vec<Report> {
     let of_routes = index.resources().into_iter().filter(|((kind, _), _)| *kind == ResourceType::Route);
     // What the control plane has encoded can be decoded.
     let routes: Vec<l7::Route> =
         of_routes.filter_map(|(_, resource)| l7::Route::decode(resource.body.as_ref()).ok()).collect();
     let report = |Shadowed { rule, by }: Shadowed| {
-        let (object, (place, is_context)) =
+        let (object, (written, is_context)) =
             places.iter().find(|(object, _)| object.to_string() == rule.route)?;
-        let place = (!is_context).then(|| place.clone())?;
+        let place = (!is_context).then(|| written.place.clone())?;
         let of_other = if by.route == rule.route { String::new() } else { format!(" of {}", by.route) };
         Some(Report {
             place,
@@ -174,6 +176,30 @@ fn ingress_gateways(changes: &[Change], settings: &Settings) -> Vec<Change> {
     };
     classes.iter().filter_map(|class| gateway(class)).collect()
 }
+
+/// Where an object is written.
+struct Written {
+    place: Option<Place>,
+    fields: Option<Fields>,
+}
+
+impl Written {
+    /// Where that is written which a finding is of: a field, where its message begins with one, else the object.
+    fn of(&self, finding: &Condition) -> Option<Place> {
+        let place = self.place.clone()?;
+        let is_of_field = finding.condition == FIELDS_HONOURED && !finding.message.starts_with("annotation ");
+        let named = finding.message.split([' ', ':']).next().filter(|_| is_of_field);
+        let field = named.map(|name| match name.starts_with("spec.") {
+            true => name.to_owned(),
+            false => format!("spec.{name}"),
+        });
+        let line = field.and_then(|field| self.fields.as_ref()?.line(&field));
+        Some(Place { line: line.unwrap_or(place.line), ..place })
+    }
+}
+
+/// The condition whose findings begin with the path of a field.
+const FIELDS_HONOURED: &str = "ambit.dev/FieldsHonoured";
 
 /// Whether a finding is of what a controller has not written, which files never hold.
 fn is_status(finding: &Condition) -> bool {
@@ -318,6 +344,7 @@ spec: {clusterIP: 10.0.0.3, ports: [{port: 80}]}
         let item = |document: inspect::Document| Item {
             place: Some(Place { file: "shop.yaml".into(), line: document.line }),
             content: document.content,
+            fields: Some(document.fields),
             is_context: false,
         };
         inspect::documents(text).into_iter().map(item).collect()

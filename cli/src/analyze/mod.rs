@@ -81,3 +81,43 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 fn concerns(report: &Report, options: &Options) -> bool {
     options.namespace.as_ref().is_none_or(|namespace| *namespace == report.namespace)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::output::Palette;
+
+    /// Services for the rules of the tutorials, with a waypoint.
+    const WORLD: &str = "\
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: waypoint, namespace: bookinfo}
+spec: {gatewayClassName: ambit-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: reviews, namespace: bookinfo, labels: {istio.io/use-waypoint: waypoint}}
+spec: {clusterIP: 10.0.0.1, ports: [{name: http, port: 9080}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: ratings, namespace: bookinfo, labels: {istio.io/use-waypoint: waypoint}}
+spec: {clusterIP: 10.0.0.2, ports: [{name: http, port: 9080}]}
+";
+
+    #[test]
+    fn every_field_of_old_tutorials_without_effect_is_named_with_its_line_and_modern_form() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/old-tutorials");
+        let mut items = read_files(std::slice::from_ref(&folder)).unwrap();
+        let prefix = format!("{}/", folder.display());
+        for place in items.iter_mut().filter_map(|item| item.place.as_mut()) {
+            place.file = place.file.replace(&prefix, "");
+        }
+        let context = read_text("world.yaml", WORLD).into_iter();
+        items.extend(context.map(|item| Item { is_context: true, ..item }));
+        let reports = judge(items, Settings::default(), false);
+        insta::assert_snapshot!(render(&reports, Palette::new(false)));
+    }
+}

@@ -24,6 +24,9 @@ pub(super) fn remedy(finding: &Finding) -> String {
         "NoEffectAtL4" => {
             "bind it to a Service or Gateway that has a waypoint, by targetRefs in place of the selector".to_owned()
         }
+        "NotForMesh" => "write `mesh` into `gateways` too; for requests from outside, write an HTTPRoute with the Gateway of \
+             gateway.networking.k8s.io as parentRef"
+            .to_owned(),
         "UnsupportedAction" => "use ALLOW or DENY".to_owned(),
         _ => String::new(),
     }

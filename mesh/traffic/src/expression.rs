@@ -11,14 +11,13 @@ use cel::common::ast::{EntryExpr, Expr, IdedExpr, operators};
 use cel::parser::Parser;
 use cel::{Context, Env, ExecutionError, Value};
 
+use crate::compile_thread;
 use crate::facts::{Facts, MAPS, VARIABLES, Variables};
 
 /// Most bytes of an expression.
 pub const MAX_SIZE: usize = 2048;
 /// Most levels of an expression's tree.
 pub const MAX_NESTING: usize = 16;
-/// The parser recurses for each level of its grammar, several times a byte at worst. Memory is used only as far as it goes.
-const PARSER_STACK: usize = 64 << 20;
 
 /// Functions that expressions may call, operators included.
 const FUNCTIONS: [&str; 25] = [
@@ -109,7 +108,8 @@ impl PartialEq for Expression {
 }
 
 impl Expression {
-    /// Compiles an expression, on a thread with a stack that the parser can't exhaust.
+    /// Compiles an expression, on a thread with a stack that the parser can't exhaust. All of the process's are compiled on one, one after
+    /// the other.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -117,18 +117,7 @@ impl Expression {
         if text.len() > MAX_SIZE {
             return Err(ExpressionError::TooLong);
         }
-        let source = text.to_owned();
-        let thread = std::thread::Builder::new().name("cel".to_owned()).stack_size(PARSER_STACK);
-        let parsing = thread.spawn(move || {
-            // A tree that is too deep is dropped here too.
-            let tree = Parser::new().parse(&source).map_err(|errors| {
-                let first = errors.errors.first().map(|error| error.msg.clone());
-                ExpressionError::Syntax(first.unwrap_or_default())
-            })?;
-            check(&tree, 1).map(|()| tree)
-        });
-        let parsing = parsing.map_err(|error| ExpressionError::Parser(error.to_string()))?;
-        let tree = parsing.join().map_err(|_| ExpressionError::Parser("the parser failed".to_owned()))??;
+        let tree = compile_thread::run(text)?;
         Ok(Self { text: text.into(), tree: Arc::new(tree) })
     }
 
@@ -164,6 +153,15 @@ impl Expression {
             Err(_) => Err(EvaluationError::Type),
         }
     }
+}
+
+/// Parses and checks an expression. Recurses as deep as that is nested, to drop a tree that is too deep too.
+pub(crate) fn parse(text: &str) -> Result<IdedExpr, ExpressionError> {
+    let tree = Parser::new().parse(text).map_err(|errors| {
+        let first = errors.errors.first().map(|error| error.msg.clone());
+        ExpressionError::Syntax(first.unwrap_or_default())
+    })?;
+    check(&tree, 1).map(|()| tree)
 }
 
 /// Checks that a tree is shallow, has no loop, and asks only for what there is.

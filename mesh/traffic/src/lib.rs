@@ -5,6 +5,7 @@
 //! argument. Nothing here opens a socket or reads a clock.
 
 mod buckets;
+mod compile_thread;
 mod expression;
 mod facts;
 mod policy;

@@ -25,6 +25,9 @@ type Roots = BTreeSet<Arc<str>>;
 /// The resource of a rule that some waypoint goes by.
 pub(in crate::index) fn of_rule(reader: &Reader<'_>, id: &NamespacedName) -> Vec<(ResourceType, Resource)> {
     let Some(rule) = reader.store.destination_rules.get(id) else { return Vec::new() };
+    for field in &rule.unsupported {
+        without_effect(reader, field.clone());
+    }
     if rule.selects_clients {
         report(reader, "UnsupportedField", "spec.workloadSelector: not supported, the rule has no effect");
         return Vec::new();
@@ -44,9 +47,6 @@ pub(in crate::index) fn of_rule(reader: &Reader<'_>, id: &NamespacedName) -> Vec
     }
     let message = format!("waypoints go by it for requests to {host}");
     reader.find(Finding::new(ACCEPTED, true, "Accepted", message));
-    for field in &rule.unsupported {
-        without_effect(reader, field.clone());
-    }
     let is_pattern = host.starts_with('*');
     if is_pattern && !rule.subsets.is_empty() {
         without_effect(reader, "spec.subsets: not supported with a wildcard host");

@@ -3,6 +3,7 @@
 //! [`settings`] and [`limits`] read traffic policies and [`tls`] their TLS; what waypoints can't do of them is listed, and never ignored in
 //! silence.
 
+mod fields;
 mod limits;
 mod settings;
 pub(in crate::object) mod tls;
@@ -76,15 +77,15 @@ impl DestinationRule {
     }
 }
 
-/// The manifest, strictly.
+/// The manifest. Fields that are not known are named; those of `tls` make it unreadable, since requests might go out in the clear.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Manifest {
     metadata: ObjectMeta,
-    spec: Spec,
+    spec: Value,
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 struct Spec {
     host: String,
     #[serde(default)]
@@ -98,7 +99,7 @@ struct Spec {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 struct Subset {
     name: String,
     #[serde(default)]
@@ -111,12 +112,17 @@ impl TryFrom<Manifest> for DestinationRule {
     type Error = Invalid;
 
     fn try_from(manifest: Manifest) -> Result<DestinationRule, Invalid> {
-        let Manifest { metadata, spec } = manifest;
+        let Manifest { metadata, spec: written } = manifest;
+        let spec: Spec = serde_path_to_error::deserialize(&written)
+            .map_err(|error| Invalid::new(format!("spec.{}", error.path()), error.inner().to_string()))?;
         let Spec { host, traffic_policy, subsets, export_to, workload_selector } = spec;
         if host.is_empty() {
             return Err(Invalid::new("spec.host", "is empty"));
         }
         let mut reading = Reading::default();
+        for (field, advice) in fields::unknown(&written) {
+            reading.unsupported(field, advice);
+        }
         match annotation(&metadata, LOAD_BALANCER) {
             None => {}
             Some("ADAPTIVE") => reading.adaptive = true,

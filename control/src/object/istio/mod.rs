@@ -5,6 +5,7 @@ pub(super) mod authorization;
 pub(super) mod condition;
 pub(super) mod destination_rule;
 pub(super) mod entry;
+mod fields;
 pub(super) mod request_authentication;
 pub(super) mod virtual_service;
 pub(super) mod virtual_service_delegate;

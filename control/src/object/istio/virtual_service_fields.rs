@@ -1,19 +1,9 @@
-//! The fields of a VirtualService as one table, to name those that have no effect: misspelt, withdrawn, or not supported.
-
-use serde_json::Value;
-
-/// What a value may hold.
-#[derive(Clone, Copy)]
-enum Shape {
-    /// Nothing that is looked at here.
-    Any,
-    /// These fields.
-    Fields(&'static [(&'static str, Shape)]),
-    /// Values of this shape.
-    Each(&'static Shape),
-}
+//! The fields of a VirtualService as one table, and those of earlier versions.
 
 use Shape::{Any, Each, Fields};
+use serde_json::Value;
+
+use super::fields::{self, Shape, Withdrawn};
 
 const PERCENT: Shape = Fields(&[("value", Any)]);
 const DESTINATION: Shape = Fields(&[("host", Any), ("subset", Any), ("port", Fields(&[("number", Any)]))]);
@@ -125,7 +115,7 @@ const SPEC: Shape = Fields(&[
 ]);
 
 /// Fields of earlier versions and of examples on the web, with what has their effect today.
-const WITHDRAWN: &[(&str, &str)] = &[
+const WITHDRAWN: &[Withdrawn] = &[
     ("retryPolicy", "use `retries: {attempts, perTryTimeout, retryOn}`"),
     ("maxAttempts", "use `attempts`"),
     ("maxRetries", "use `attempts`"),
@@ -147,52 +137,18 @@ const WITHDRAWN: &[(&str, &str)] = &[
     ("outlierDetection", "use `trafficPolicy.outlierDetection` of a DestinationRule"),
     ("exponentialDelay", "use `fixedDelay`"),
     ("http2Error", "use `httpStatus` or `grpcStatus`"),
+    ("name", "use `host`"),
+    ("labels", "use `subset`, and a DestinationRule that names it"),
+    ("request", "put its `headers` into `headers`, `uri`, `method` or `authority` of the match"),
+    ("source", "use `sourceLabels` or `sourceNamespace`"),
+    ("precedence", "rules count in the order in which they are written"),
     ("sourceSubnet", "use `sourceNamespace` or `sourceLabels`"),
 ];
 
 /// The fields of a spec that the table does not have, each with advice.
 pub(super) fn unknown(spec: &Value) -> Vec<String> {
-    /// So many are enough to begin with.
-    const MOST: usize = 50;
-    let mut found = Vec::new();
-    walk(spec, &SPEC, "", &mut found);
-    found.truncate(MOST);
-    found
-}
-
-fn walk(value: &Value, shape: &Shape, at: &str, found: &mut Vec<String>) {
-    match (shape, value) {
-        (Fields(known), Value::Object(fields)) => {
-            for (name, value) in fields {
-                let path = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
-                match known.iter().find(|(known, _)| known == name) {
-                    Some((_, shape)) => walk(value, shape, &path, found),
-                    None => found.push(format!("{path} has no effect: {}", advice(name, known))),
-                }
-            }
-        }
-        (Each(shape), Value::Array(items)) => {
-            for (index, item) in items.iter().enumerate() {
-                walk(item, shape, &format!("{at}[{index}]"), found);
-            }
-        }
-        // Of another type than it must be: reading it says so.
-        (Any | Fields(_) | Each(_), _) => {}
-    }
-}
-
-fn advice(name: &str, known: &[(&'static str, Shape)]) -> String {
-    if let Some((_, advice)) = WITHDRAWN.iter().find(|(withdrawn, _)| *withdrawn == name) {
-        return (*advice).to_owned();
-    }
-    let plain = name.replace(['_', '-'], "").to_ascii_lowercase();
-    let near = known.iter().find(|(known, _)| {
-        plain.len() < 64 && strsim::damerau_levenshtein(&known.to_ascii_lowercase(), &plain) <= 2
-    });
-    match near {
-        Some((known, _)) => format!("did you mean `{known}`?"),
-        None => "there is no such field".to_owned(),
-    }
+    let unknown = fields::unknown(spec, &SPEC, WITHDRAWN).into_iter();
+    unknown.map(|fields::Unknown { path, advice }| format!("{path} has no effect: {advice}")).collect()
 }
 
 #[cfg(test)]

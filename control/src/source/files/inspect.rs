@@ -1,5 +1,7 @@
 //! The documents of a text one by one, with their lines: for commands that explain manifests. The watch does not use it.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use super::document::{self, List, Outcome};
@@ -13,6 +15,29 @@ pub struct Document {
     pub line: u64,
     /// What it is.
     pub content: Content,
+    /// Where its fields are.
+    pub fields: Fields,
+}
+
+/// Where the fields of an object are in the text that it was read from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fields {
+    /// Lines before the document.
+    before: u64,
+    text: Arc<str>,
+    /// Its place, if it is an item of a `List`.
+    item: Option<usize>,
+}
+
+impl Fields {
+    /// The line of a field, as `spec.ports[0].port`, from 1; of what encloses it if it is not there.
+    pub fn line(&self, field: &str) -> Option<u64> {
+        let line = match self.item {
+            Some(item) => yaml::locate_name(&self.text, &format!("items[{item}].{field}")),
+            None => yaml::locate_name(&self.text, field),
+        };
+        line.map(|line| self.before + line)
+    }
 }
 
 /// What a document is.
@@ -46,6 +71,7 @@ fn read(before: u64, text: &str) -> Vec<Document> {
     let mut foreign =
         foreign(text, is_list || matches!(yaml::read::<List>(text), Ok(list) if !list.items.is_empty()));
     let first = before + first_line(text);
+    let shared: Arc<str> = text.into();
     let mut documents = Vec::with_capacity(entries.len());
     for (index, entry) in entries.into_iter().enumerate() {
         let content = match entry.outcome {
@@ -64,7 +90,8 @@ fn read(before: u64, text: &str) -> Vec<Document> {
             },
         };
         // Where no line of its own is known, an entry has that of the marker before the document.
-        documents.push(Document { line: entry.line.max(first), content });
+        let fields = Fields { before, text: shared.clone(), item: is_list.then_some(index) };
+        documents.push(Document { line: entry.line.max(first), content, fields });
     }
     documents
 }

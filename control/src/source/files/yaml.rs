@@ -45,13 +45,22 @@ fn mismatch(error: &serde_saphyr::Error, field: Option<String>) -> Mismatch {
 /// Steps of a path that are followed: no field of ours is deeper, and each costs a reading of the text.
 const MAX_STEPS: usize = 16;
 
-/// The line of a field, as `spec.ports[0].port`, or of the nearest enclosing value that there is.
+/// The line of a field's value, as `spec.ports[0].port`, or of the nearest enclosing value that there is.
 pub(super) fn locate(text: &str, field: &str) -> Option<u64> {
+    locate_as(text, field, Wanted::Value)
+}
+
+/// The same, but the line where the field's name is.
+pub(super) fn locate_name(text: &str, field: &str) -> Option<u64> {
+    locate_as(text, field, Wanted::Name)
+}
+
+fn locate_as(text: &str, field: &str, wanted: Wanted) -> Option<u64> {
     let steps: Vec<Step<'_>> = field.split('.').flat_map(steps).take(MAX_STEPS).collect();
     // A path that ends early leads to what encloses it.
     (1..=steps.len()).rev().find_map(|n| {
         let found = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |deserializer| {
-            Walk(steps.get(..n).unwrap_or_default()).deserialize(deserializer)
+            Walk(steps.get(..n).unwrap_or_default(), wanted).deserialize(deserializer)
         });
         found.ok().flatten()
     })
@@ -70,7 +79,14 @@ fn steps(part: &str) -> impl Iterator<Item = Step<'_>> {
     Some(key).filter(|key| !key.is_empty()).map(Step::Key).into_iter().chain(items)
 }
 
-struct Walk<'a>(&'a [Step<'a>]);
+/// What of a field is looked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Name,
+    Value,
+}
+
+struct Walk<'a>(&'a [Step<'a>], Wanted);
 
 impl<'de> DeserializeSeed<'de> for Walk<'_> {
     type Value = Option<u64>;
@@ -93,10 +109,14 @@ impl<'de> Visitor<'de> for Walk<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Option<u64>, A::Error> {
         let mut line = None;
-        while let Some(key) = map.next_key::<String>()? {
+        while let Some(key) = map.next_key::<Spanned<String>>()? {
             match self.0.split_first() {
-                Some((Step::Key(wanted), rest)) if *wanted == key => {
-                    line = map.next_value_seed(Walk(rest))?;
+                Some((Step::Key(wanted), [])) if *wanted == key.value && self.1 == Wanted::Name => {
+                    map.next_value::<IgnoredAny>()?;
+                    line = Some(key.referenced.line());
+                }
+                Some((Step::Key(wanted), rest)) if *wanted == key.value => {
+                    line = map.next_value_seed(Walk(rest, self.1))?;
                 }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
@@ -113,7 +133,7 @@ impl<'de> Visitor<'de> for Walk<'_> {
                     return Ok(None);
                 }
             }
-            let line = items.next_element_seed(Walk(rest))?.flatten();
+            let line = items.next_element_seed(Walk(rest, self.1))?.flatten();
             while items.next_element::<IgnoredAny>()?.is_some() {}
             return Ok(line);
         }
@@ -132,6 +152,14 @@ mod tests {
     fn a_field_is_found_by_its_path() {
         assert_eq!(locate(TEXT, "spec.ports[1].port"), Some(7));
         assert_eq!(locate(TEXT, "metadata.name"), Some(2));
+    }
+
+    #[test]
+    fn a_name_is_found_above_its_value() {
+        assert_eq!(locate(TEXT, "spec.ports"), Some(5));
+        assert_eq!(locate_name(TEXT, "spec.ports"), Some(4));
+        assert_eq!(locate_name(TEXT, "spec.ports[1].port"), Some(7));
+        assert_eq!(locate_name("{\n\"spec\": {\n\"a\":\n1}}", "spec.a"), Some(3));
     }
 
     #[test]

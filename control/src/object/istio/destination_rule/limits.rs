@@ -7,14 +7,14 @@ use super::Invalid;
 use super::settings::{Read, Reading, nanos};
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub(super) struct ConnectionPool {
     tcp: Tcp,
     http: Http,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct Tcp {
     max_connections: Option<u32>,
     connect_timeout: Option<String>,
@@ -24,7 +24,7 @@ struct Tcp {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 struct TcpKeepalive {
     probes: Option<u32>,
     time: Option<String>,
@@ -32,7 +32,7 @@ struct TcpKeepalive {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct Http {
     http1_max_pending_requests: Option<u32>,
     http2_max_requests: Option<u32>,
@@ -46,14 +46,14 @@ struct Http {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 struct Http2KeepAlive {
     interval: Option<String>,
     timeout: Option<String>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 pub(super) struct OutlierDetection {
     consecutive_errors: Option<u32>,
     split_external_local_origin_errors: bool,
@@ -70,7 +70,7 @@ pub(super) struct OutlierDetection {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 pub(super) struct RetryBudget {
     percent: Option<f64>,
     min_retry_concurrency: Option<u32>,

@@ -15,7 +15,7 @@ use super::tls::Tls;
 
 /// Parts that a policy may have. `None` and empty: not said.
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 pub(super) struct TrafficPolicy {
     #[serde(rename = "loadBalancer")]
     load_balancer: Option<LoadBalancer>,
@@ -29,7 +29,7 @@ pub(super) struct TrafficPolicy {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct PortLevel {
     port: PortSelector,
     load_balancer: Option<LoadBalancer>,
@@ -39,13 +39,13 @@ struct PortLevel {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 struct PortSelector {
     number: u16,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct LoadBalancer {
     simple: String,
     consistent_hash: Option<ConsistentHash>,
@@ -57,7 +57,7 @@ struct LoadBalancer {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct Warmup {
     duration: Option<String>,
     minimum_percent: Option<f64>,
@@ -65,7 +65,7 @@ struct Warmup {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct ConsistentHash {
     http_header_name: String,
     http_query_parameter_name: String,
@@ -77,19 +77,19 @@ struct ConsistentHash {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct RingHash {
     minimum_ring_size: Option<u64>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct Maglev {
     table_size: Option<u64>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct Cookie {
     name: String,
     path: String,
@@ -98,7 +98,7 @@ struct Cookie {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[serde(rename_all = "camelCase", default)]
 struct Locality {
     distribute: Vec<Distribute>,
     failover: Vec<Failover>,
@@ -107,14 +107,14 @@ struct Locality {
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 struct Distribute {
     from: String,
     to: BTreeMap<String, u32>,
 }
 
 #[derive(Debug, Default, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 struct Failover {
     from: String,
     to: String,
