@@ -10,6 +10,7 @@ ISTIO_KINDS=(
     peerauthentications.security.istio.io
     requestauthentications.security.istio.io
     serviceentries.networking.istio.io
+    telemetries.telemetry.istio.io
     virtualservices.networking.istio.io
     workloadentries.networking.istio.io
 )

@@ -184,21 +184,28 @@ fn mesh_config(facts: &Facts) -> Vec<Finding> {
     findings.extend(providers.filter_map(|provider| {
         let name = provider["name"].as_str()?;
         let kind = provider.as_object()?.keys().find(|key| *key != "name")?;
-        // Providers of traces and logs: what they do is a setting of the proxies.
-        let is_telemetry = !kind.starts_with("envoyExtAuthz");
         let subject = format!("extensionProviders {name}");
-        Some(if is_telemetry {
-            Finding::note(subject, format!("{kind} has no effect"))
-                .remedy("see docs/observability.md for logs, metrics and traces")
-        } else {
-            Finding::warning(
+        Some(match kind.as_str() {
+            "envoyExtAuthzGrpc" | "envoyExtAuthzHttp" => Finding::warning(
                 subject,
                 format!("{kind} is used by AuthorizationPolicies with the action CUSTOM"),
             )
-            .remedy("put it into the chart's value meshConfig (docs/external-authorization.md)")
+            .remedy("put it into the chart's value meshConfig (docs/external-authorization.md)"),
+            "opentelemetry" | "envoyOtelAls" | "envoyFileAccessLog" => {
+                Finding::warning(subject, format!("{kind} is used by Telemetry objects"))
+                    .remedy("put it into the chart's value meshConfig (docs/tracing.md)")
+            }
+            _ => Finding::note(subject, format!("{kind} has no effect"))
+                .remedy("see docs/observability.md for logs and metrics, and docs/tracing.md for traces"),
         })
     }));
-    for key in ["accessLogFile", "accessLogFormat", "defaultProviders", "proxyListenPort"] {
+    if !mesh["defaultProviders"].is_null() {
+        findings.push(
+            Finding::warning("defaultProviders", "they count where no Telemetry says otherwise")
+                .remedy("put them into the chart's value meshConfig (docs/tracing.md)"),
+        );
+    }
+    for key in ["accessLogFile", "accessLogFormat", "proxyListenPort"] {
         if !mesh[key].is_null() {
             findings.push(Finding::note(key, "it has no effect: proxies have settings of their own"));
         }
@@ -270,7 +277,9 @@ mod tests {
         let facts = Facts {
             mesh: json!({
                 "trustDomain": "td.example", "outboundTrafficPolicy": { "mode": "REGISTRY_ONLY" },
-                "extensionProviders": [{ "name": "opa", "envoyExtAuthzGrpc": {} }, { "name": "tracing", "zipkin": {} }],
+                "extensionProviders": [
+                    { "name": "opa", "envoyExtAuthzGrpc": {} }, { "name": "tracing", "zipkin": {} }, { "name": "otel", "opentelemetry": {} },
+                ],
                 "accessLogFile": "/dev/stdout",
             }),
             namespaces: enrolment::by_name(vec![serde_json::from_value(namespace).unwrap_or_default()]),

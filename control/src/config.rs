@@ -142,8 +142,9 @@ struct ControlSettings {
     #[serde(rename = "l7DenyAtL4")]
     l7_deny_at_l4: L7DenyAtL4,
     /// File with the part of Istio's MeshConfig that is followed, which the chart makes of its `meshConfig` value:
-    /// `extensionProviders` of external authorizers, and `defaultConfig.gatewayTopology`. None: policies with the action CUSTOM deny, and
-    /// gateways believe no proxy in front of them.
+    /// `extensionProviders` (external authorizers, and who takes spans and log records), `defaultProviders` and
+    /// `defaultConfig.gatewayTopology`. None: policies with the action CUSTOM deny, there are no spans, and gateways believe no proxy in
+    /// front of them.
     mesh_config: Option<PathBuf>,
     /// PEM file with roots of the servers that key sets of RequestAuthentications are fetched from, beside those of Mozilla.
     key_set_roots: Option<PathBuf>,
@@ -287,6 +288,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
         log_format,
     } = settings;
     let sources = parse_sources(&sources)?;
+    let mesh = mesh_config.as_deref().map(read_mesh_config).transpose()?.unwrap_or_default();
     let ca_dir = needed(&sources, ca_dir, "caDir")?;
     let jwks = needed(&sources, jwks, "jwks")?;
     let trust_domain = TrustDomain::new(&trust_domain).map_err(|error| invalid("trustDomain", error))?;
@@ -297,7 +299,6 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
     if let Some(unknown) = deployed_waypoint_classes.iter().find(|class| !waypoint_classes.contains(class)) {
         return Err(invalid("deployedWaypointClasses", format!("{unknown} is not among waypointClasses")));
     }
-    let mesh = mesh_config.as_deref().map(read_mesh_config).transpose()?.unwrap_or_default();
     Ok(Config {
         sources,
         listen,
@@ -329,6 +330,7 @@ fn resolve(settings: ControlSettings) -> Result<Config, ConfigError> {
             l7_deny_at_l4,
             authorizers: mesh.authorizers,
             gateway_topology: mesh.gateway_topology,
+            telemetry: mesh.telemetry,
         },
         waypoint_template: waypoint_template.as_deref().map(read_template).transpose()?,
         deployed_waypoint_classes: deployed_waypoint_classes.into_iter().map(Arc::from).collect(),

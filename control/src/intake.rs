@@ -14,10 +14,10 @@ use serde_json::Value;
 
 use crate::kind::Kind;
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice,
-    Gateway, Ingress, IngressClass, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
+    AuthorizationPolicy, BackendTlsPolicy, DEFAULT_NAMESPACE, DestinationRule, EndpointSlice, Gateway,
+    Ingress, IngressClass, Invalid, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
     PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder, Route, Secret,
-    Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, manifest,
+    Service, ServiceEntry, Telemetry, TrafficPolicy, VirtualService, WorkloadEntry, manifest,
 };
 
 /// An object that cannot be read. Its source knows where it comes from.
@@ -220,6 +220,7 @@ fn read_object(kind: Kind, document: &impl Document) -> Result<Object, Unreadabl
         }
         Kind::BackendTlsPolicy => return read_backend_tls_policy(document),
         Kind::TrafficPolicy => return read_traffic_policy(document),
+        Kind::Telemetry => Object::Telemetry(typed::<manifest::Telemetry, Telemetry>(document)?),
     })
 }
 

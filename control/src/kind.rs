@@ -65,6 +65,8 @@ pub enum Kind {
     TrafficPolicy,
     /// Roots for the whole cluster.
     ClusterTrustBundle,
+    /// `telemetry.istio.io`
+    Telemetry,
 }
 
 /// Where objects of a kind live.
@@ -141,7 +143,7 @@ impl KindInfo {
 
 impl Kind {
     /// Every kind, in declaration order.
-    pub const ALL: [Kind; 28] = [
+    pub const ALL: [Kind; 31] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -172,6 +174,7 @@ impl Kind {
         Kind::BackendTlsPolicy,
         Kind::TrafficPolicy,
         Kind::ClusterTrustBundle,
+        Kind::Telemetry,
     ];
 
     /// The table.
@@ -222,6 +225,9 @@ impl Kind {
             }
             Kind::BackendTlsPolicy => {
                 extension(GATEWAY.0, &["v1", "v1alpha3"], "BackendTLSPolicy", "backendtlspolicies")
+            }
+            Kind::Telemetry => {
+                extension("telemetry.istio.io", &["v1", "v1alpha1"], "Telemetry", "telemetries")
             }
             Kind::TrafficPolicy => extension("ambit.dev", &["v1alpha1"], "TrafficPolicy", "trafficpolicies"),
             Kind::ClusterTrustBundle => KindInfo {

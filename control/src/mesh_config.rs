@@ -1,7 +1,11 @@
-//! The file with the settings of the mesh that Istio calls MeshConfig, of which extension providers and the topology of gateways are
-//! read.
+//! The file with the settings of the mesh that Istio calls MeshConfig, of which are read: extension providers (external authorizers,
+//! and who takes spans and log records) and the topology of gateways.
 //!
-//! A provider of another kind than an external authorizer is skipped: policies that name it deny. Unknown fields are errors.
+//! A provider of a kind that has no effect is only remembered as such; policies that name one as their authorizer deny. Unknown
+//! fields are errors.
+
+mod service;
+mod telemetry;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,6 +19,7 @@ use http::uri::PathAndQuery;
 use serde::Deserialize;
 use serde_json::Value;
 
+pub use self::telemetry::{OWN_LOG, Provider, TelemetryProviders};
 use crate::object::{GatewayTopology, Topology};
 
 /// How long an authorizer may take where nothing else is said.
@@ -25,11 +30,23 @@ const MAX_BODY: u32 = 1 << 20;
 /// Whom policies may ask, by name.
 pub type Authorizers = BTreeMap<Arc<str>, l7::ExternalAuthorizer>;
 
+/// What is followed of the file.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MeshSettings {
+    /// Whom policies may ask.
+    pub authorizers: Authorizers,
+    /// Who takes spans and log records.
+    pub telemetry: TelemetryProviders,
+    /// The proxies in front of every gateway.
+    pub gateway_topology: Topology,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct MeshConfig {
     extension_providers: Vec<BTreeMap<String, Value>>,
     default_config: DefaultConfig,
+    default_providers: DefaultProviders,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -38,13 +55,12 @@ struct DefaultConfig {
     gateway_topology: GatewayTopology,
 }
 
-/// What is followed of the file.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct MeshSettings {
-    /// Whom policies may ask.
-    pub authorizers: Authorizers,
-    /// The proxies in front of every gateway.
-    pub gateway_topology: Topology,
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct DefaultProviders {
+    tracing: Vec<String>,
+    access_logging: Option<Vec<String>>,
+    metrics: Vec<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -102,10 +118,10 @@ pub(crate) fn read(path: &Path) -> Result<MeshSettings, String> {
 pub fn parse(text: &str) -> Result<MeshSettings, String> {
     let config: Option<MeshConfig> =
         serde_saphyr::from_str(text).map_err(|error| error.without_snippet().to_string())?;
-    let MeshConfig { extension_providers, default_config } = config.unwrap_or_default();
+    let MeshConfig { extension_providers, default_config, default_providers } = config.unwrap_or_default();
     let gateway_topology = default_config.gateway_topology.read();
     let gateway_topology = gateway_topology.map_err(|problem| format!("gatewayTopology: {problem}"))?;
-    let mut authorizers = Authorizers::new();
+    let mut settings = MeshSettings { gateway_topology, ..MeshSettings::default() };
     for mut provider in extension_providers {
         let name = provider.remove("name").and_then(|name| name.as_str().map(str::to_owned));
         let name = name.filter(|name| !name.is_empty()).ok_or("an extension provider has no name")?;
@@ -117,18 +133,36 @@ pub fn parse(text: &str) -> Result<MeshSettings, String> {
         let authorizer = match kind.as_str() {
             "envoyExtAuthzGrpc" => grpc(value),
             "envoyExtAuthzHttp" => http(value),
-            _ => {
-                tracing::warn!(name, kind, "an extension provider of this kind has no effect");
+            kind => {
+                settings.telemetry.add(&name, kind, value).map_err(in_provider)?;
                 continue;
             }
         };
         let authorizer = authorizer.map_err(in_provider)?;
         let authorizer = l7::ExternalAuthorizer { provider: name.clone(), ..authorizer };
-        if authorizers.insert(name.as_str().into(), authorizer).is_some() {
+        if settings.authorizers.insert(name.as_str().into(), authorizer).is_some() {
             return Err(in_provider("it is there twice".to_owned()));
         }
     }
-    Ok(MeshSettings { authorizers, gateway_topology })
+    defaults(&mut settings.telemetry, default_providers)?;
+    Ok(settings)
+}
+
+/// Who counts where no Telemetry says otherwise. Metrics are always counted.
+fn defaults(telemetry: &mut TelemetryProviders, defaults: DefaultProviders) -> Result<(), String> {
+    let DefaultProviders { tracing, access_logging, metrics } = defaults;
+    let named = tracing.iter().chain(access_logging.iter().flatten()).chain(&metrics);
+    for name in named {
+        if telemetry.get(name).is_none() {
+            return Err(format!("defaultProviders: there is no extension provider {name}"));
+        }
+    }
+    if tracing.len() > 1 {
+        return Err("defaultProviders.tracing: spans go to one provider".to_owned());
+    }
+    telemetry.default_tracing = tracing.into_iter().next().map(Into::into);
+    telemetry.default_access_logs = access_logging.map(|all| all.into_iter().map(Into::into).collect());
+    Ok(())
 }
 
 fn grpc(value: Value) -> Result<l7::ExternalAuthorizer, String> {
@@ -182,13 +216,6 @@ fn http(value: Value) -> Result<l7::ExternalAuthorizer, String> {
     Ok(l7::ExternalAuthorizer { http: Some(check), ..common })
 }
 
-/// The namespace in `NAME.NAMESPACE.svc` with any cluster domain. Any other host could be offered by every namespace.
-fn namespace_of_cluster_name(host: &str) -> Option<&str> {
-    let mut labels = host.split('.');
-    let (_, namespace, kind) = (labels.next()?, labels.next()?, labels.next()?);
-    kind.eq_ignore_ascii_case("svc").then_some(namespace)
-}
-
 fn common(
     service: &str,
     port: u16,
@@ -198,14 +225,7 @@ fn common(
     status_on_error: Option<&str>,
     body: Option<Body>,
 ) -> Result<l7::ExternalAuthorizer, String> {
-    if service.is_empty() || port == 0 {
-        return Err("it needs service and port".to_owned());
-    }
-    let (namespace, hostname) = service
-        .split_once('/')
-        .or_else(|| Some((namespace_of_cluster_name(service)?, service)))
-        .filter(|(namespace, hostname)| !namespace.is_empty() && !hostname.is_empty())
-        .ok_or_else(|| format!("service {service:?} names no namespace: write it as NAMESPACE/HOST"))?;
+    let (namespace, hostname) = service::read(service, port)?;
     if clear_route_cache {
         return Err("clearRouteCache is not supported: routes are chosen before".to_owned());
     }
@@ -231,8 +251,8 @@ fn common(
     });
     Ok(l7::ExternalAuthorizer {
         provider: String::new(),
-        namespace: namespace.to_owned(),
-        hostname: hostname.to_ascii_lowercase(),
+        namespace,
+        hostname,
         port: port.into(),
         timeout_nanos: match timeout {
             0 => u64::try_from(TIMEOUT.as_nanos()).unwrap_or(u64::MAX),

@@ -11,12 +11,12 @@ use ambit_control::object::{Change, NamespacedName, Object, ObjectRef, TrafficPo
 use ambit_control::source;
 use proptest::prelude::*;
 
-/// With an authorizer for CUSTOM policies to ask.
+/// With an authorizer for CUSTOM policies to ask, and a collector.
 fn settings() -> Settings {
-    let providers =
-        "extensionProviders: [{name: asked, envoyExtAuthzGrpc: {service: s1.a.svc.cluster.local, port: 80}}]";
+    let providers = "extensionProviders: [{name: asked, envoyExtAuthzGrpc: {service: s1.a.svc.cluster.local, port: 80}},\
+         {name: otel, opentelemetry: {service: s2.a.svc.cluster.local, port: 80}}]";
     let mesh = ambit_control::mesh_config::parse(providers).unwrap();
-    Settings { authorizers: mesh.authorizers, ..Settings::default() }
+    Settings { authorizers: mesh.authorizers, telemetry: mesh.telemetry, ..Settings::default() }
 }
 
 /// Every combination of one of each alternatives, put into a template at `$0`, `$1`, ….
@@ -97,6 +97,23 @@ static OBJECTS: LazyLock<Vec<Object>> = LazyLock::new(|| {
             ],
             &["''", "http"],
             &["'true'", "'false'"],
+        ],
+    ));
+    texts.extend(combine(
+        "apiVersion: telemetry.istio.io/v1\nkind: Telemetry\nmetadata: {name: $0, namespace: $1, $2}\nspec: {$3 tracing: [{providers: [{name: $4}]}]}",
+        &[
+            &["t1", "t2"],
+            &["a", "b", "ambit-system"],
+            &["labels: {a: b}", "creationTimestamp: '2026-01-01T00:00:00Z'"],
+            &[
+                "",
+                "targetRefs: [{kind: Service, name: s1}],",
+                "targetRefs: [{group: networking.istio.io, kind: ServiceEntry, name: se1}],",
+                "targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: w}],",
+                "targetRefs: [{group: gateway.networking.k8s.io, kind: GatewayClass, name: ambit-waypoint}],",
+                "selector: {matchLabels: {app: x}},",
+            ],
+            &["otel", "none"],
         ],
     ));
     texts.extend(combine(
@@ -349,7 +366,7 @@ proptest! {
 #[test]
 fn the_variants_cover_every_kind_that_has_an_effect() {
     let kinds: std::collections::BTreeSet<_> = OBJECTS.iter().map(Object::kind).collect();
-    assert_eq!(kinds.len(), 25, "{kinds:?}");
+    assert_eq!(kinds.len(), 26, "{kinds:?}");
     let (index, _) = from_scratch(&OBJECTS.iter().map(|o| (o.reference(), o.clone())).collect());
     assert!(index.resources().len() > 10);
 }

@@ -15,6 +15,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "l7_policy.proto",
         "external_auth.proto",
         "l7_stream.proto",
+        "l7_telemetry.proto",
+        "otlp_collector_logs.proto",
+        "otlp_collector_trace.proto",
     ];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

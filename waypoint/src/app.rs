@@ -17,6 +17,7 @@ use ambit_hbone::{
 };
 use ambit_identity::{CertificateStore, ControlPlane, GrpcIssuer, SpiffeId, Trust};
 use ambit_net::accept::Acceptor;
+use ambit_runtime::configuration::proxy::ProxySettings;
 use ambit_runtime::connections::Connections;
 use ambit_runtime::cut::CutReason;
 use ambit_runtime::drain::{self, Drain, DrainSignal, Drainable, Drained};
@@ -41,6 +42,7 @@ use crate::datagrams::Datagrams;
 use crate::names::Names;
 use crate::proxy::{InProgress, Proxy, Publication, Settings, Tallies, TunnelKey, Worker};
 use crate::report::Reporter;
+use crate::telemetry::Exports;
 use crate::upstream::Upstreams;
 use crate::{accept, feed, gateway};
 
@@ -78,6 +80,7 @@ struct Parts {
     published: Arc<Publication>,
     discovery: ambit_xds::Client,
     reporter: Arc<Reporter>,
+    exports: Exports,
     budget: WindowBudget,
     pool_counters: Arc<PoolCounters>,
     flows: Flows,
@@ -149,6 +152,7 @@ async fn serve(config: Config, logging: &Logging, collect: fn()) -> anyhow::Resu
             Drained::Closed(closed) => tracing::warn!(closed, "the drain time is over"),
         }
     }
+    flush(&program.proxy.published).await;
     // Joining threads blocks; the control tasks are not needed any more.
     if let Err(error) = tokio::task::spawn_blocking(move || supervisor.stop()).await {
         tracing::error!(%error, "the workers did not end in order");
@@ -187,8 +191,16 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
     let roots = config.upstream_roots.as_deref();
     let tls = Arc::new(TlsClients::new(roots).context("the roots of upstreamRoots")?);
     tasks.spawn("certificates of policies", reload(tls.clone()));
-    let (discovery, driver) =
-        feed::subscribe(&config, directory, reader.clone(), published.clone(), tls, control_plane);
+    let exports = Exports::new(config.proxy.worker_count());
+    let (discovery, driver) = feed::subscribe(
+        &config,
+        directory,
+        reader.clone(),
+        published.clone(),
+        tls,
+        exports.clone(),
+        control_plane,
+    );
     tasks.spawn("discovery", driver);
     let (log, access_writer) = config.proxy.access_log.open().context("open the access log")?;
     log.register(&registry);
@@ -210,6 +222,7 @@ async fn parts(config: Config, tasks: &mut Tasks) -> anyhow::Result<Parts> {
         published,
         discovery,
         reporter,
+        exports,
         budget: WindowBudget::new(WINDOW_BUDGET),
         pool_counters: Arc::default(),
         flows,
@@ -259,6 +272,7 @@ fn proxy(parts: &Parts, names: Names, drain: Drain) -> Proxy {
                 &config.proxy.pod_namespace,
                 &config.proxy.pod_name,
             ),
+            node_id: node_id(&config.proxy),
             trusted_forwarders: config.trusted_forwarders.clone(),
             drain_idle: config.proxy.drain_idle.get(),
             limits: config.limits.clone(),
@@ -272,11 +286,30 @@ fn proxy(parts: &Parts, names: Names, drain: Drain) -> Proxy {
         loads: Loads::default(),
         balancers: Balancers::default(),
         names,
+        exports: parts.exports.clone(),
         drain,
         server: Server::new(server, parts.trust.clone(), parts.budget.clone()),
         clients: Clients::new(&config.limits),
         tallies: Tallies::default(),
         datagrams: Datagrams::new(config.limits.udp_sessions),
+    }
+}
+
+/// The proxy as Istio names it: role, address, pod and domain.
+fn node_id(proxy: &ProxySettings) -> Box<str> {
+    let (pod, namespace) = (&proxy.pod_name, &proxy.pod_namespace);
+    format!("waypoint~{}~{pod}.{namespace}~{namespace}.svc.cluster.local", proxy.instance_ip).into()
+}
+
+/// How long the end of the program waits for collectors to take what is left.
+const FLUSH: Duration = Duration::from_secs(2);
+
+/// Sends what waits for collectors.
+async fn flush(published: &Publication) {
+    let table = published.load_full().telemetry.clone();
+    let all = futures_util::future::join_all(table.collectors().map(|it| async move { it.flush().await }));
+    if tokio::time::timeout(FLUSH, all).await.is_err() {
+        tracing::warn!("collectors did not take all spans and log records before the end");
     }
 }
 

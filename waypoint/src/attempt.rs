@@ -190,6 +190,9 @@ impl Sending<'_> {
             Err(failure) => return self.learn(Err(failure)),
         };
         self.record.set_endpoint(&chosen);
+        if let Some(trace) = self.record.trace_mut() {
+            trace.start_try(&chosen, self.head.headers_mut());
+        }
         self.answered = Some(chosen.clone());
         let limit = self.timeouts.backend;
         let outcome = match (self.hedge, limit) {
@@ -221,6 +224,12 @@ impl Sending<'_> {
 
     fn learn(&mut self, outcome: Result<HeadOfAnswer, Failure>) -> Result<HeadOfAnswer, Failure> {
         let awaited = self.source.as_ref().map(Source::awaited).unwrap_or_default();
+        if let Some(trace) = self.record.trace_mut() {
+            trace.learn(match &outcome {
+                Ok((response, _)) => Ok(response.status().as_u16()),
+                Err(failure) => Err(failure.to_string()),
+            });
+        }
         learn(self.trial.take(), awaited, self.has_deadline(), outcome)
     }
 

@@ -556,7 +556,8 @@ fn resolved(
     if let (Some(backend), true) = (&target.backend, is_past_waypoint(&route)) {
         proxy.tallies.waypoint_bypassed.fetch_add(1, Ordering::Relaxed);
         let service = service_of(&published, backend).map_err(Failure::UnknownService)?;
-        let direct = of_endpoints(proxy, &published, service, backend).map_err(Failure::NoEndpoint)?;
+        let direct =
+            of_endpoints(proxy, &published, service, backend, Transport::Tcp).map_err(Failure::NoEndpoint)?;
         return Ok(Resolved::PastWaypoint(Box::new(direct)));
     }
     let endpoint = match route {

@@ -56,6 +56,7 @@ async fn steps(
     let published = inbound.worker.proxy.published.load_full();
     let sane = sanitise::sanitise(&mut parts, &inbound.claims(&published))?;
     record.set_target(&sane, &parts);
+    record.set_telemetry(&published, &sane, &parts);
     authenticate::remove_outputs(&published, inbound, &mut parts);
     let limits = &inbound.worker.proxy.settings.limits;
     let source = (!body.is_end_stream()).then(|| {

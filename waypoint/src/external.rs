@@ -5,7 +5,10 @@
 pub mod grpc;
 pub mod http;
 
+pub(crate) use self::grpc::Channel;
+
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -27,6 +30,7 @@ use crate::exchange::Answered;
 use crate::failure::Failure;
 use crate::filters::OnResponse;
 use crate::names;
+use crate::proxy::Worker;
 use crate::sanitise::Sane;
 use crate::upstream::Returned;
 
@@ -327,26 +331,29 @@ pub fn is_framing(name: &HeaderName) -> bool {
     [CONTENT_LENGTH, HOST, TRANSFER_ENCODING].contains(name) || MORE.contains(&name.as_str())
 }
 
-/// Sends a request to an endpoint of an authorizer, as to any other service; once more, to another one, where none could be
+/// Sends a request of the waypoint's own to an endpoint of a service, as to any other; once more, to another one, where none could be
 /// reached or the connection was closed before.
-async fn exchange(
-    inbound: &Inbound,
+///
+/// # Errors
+/// [`Failure`] of the last try.
+pub(crate) async fn exchange(
+    worker: &Worker,
+    source: SocketAddr,
     target: &Target,
     http2: bool,
     request: Request<RequestBody>,
 ) -> Result<(Response<Incoming>, Returned), Failure> {
-    let worker = &inbound.worker;
     let mut request = Some(request);
     let mut last = Failure::Unavailable("it was sent already".to_owned());
     let mut tried = Vec::new();
     let connects = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
     for _ in 0..3 {
         let Chosen { endpoint: chosen, trial, gate } =
-            match balance::request_endpoint(worker, inbound.remote, target, &tried, None) {
+            match balance::request_endpoint(worker, source, target, &tried, None) {
                 Ok(chosen) => chosen,
                 Err(Failure::NoEndpoint(_)) if !tried.is_empty() => {
                     tried.clear();
-                    balance::request_endpoint(worker, inbound.remote, target, &tried, None)?
+                    balance::request_endpoint(worker, source, target, &tried, None)?
                 }
                 Err(failure) => return Err(failure),
             };

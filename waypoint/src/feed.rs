@@ -23,6 +23,7 @@ use crate::dump;
 use crate::listeners::Listeners;
 use crate::policies::Policies;
 use crate::proxy::{Publication, Published};
+use crate::telemetry::{Exports, TelemetryTable};
 use crate::trusted_proxies::TrustedProxies;
 
 /// One change from the control plane.
@@ -44,6 +45,7 @@ pub fn subscribe(
     reader: Reader,
     published: Arc<Publication>,
     tls: Arc<TlsClients>,
+    exports: Exports,
     control_plane: ControlPlane,
 ) -> (Client, impl Future<Output = ()> + Send + 'static) {
     let proxy = &config.proxy;
@@ -53,7 +55,7 @@ pub fn subscribe(
         &proxy.pod_namespace,
         proxy.node_metadata(),
     );
-    let applier = Applier::new(directory, reader, published, tls);
+    let applier = Applier::new(directory, reader, published, tls, exports);
     let in_directory = |change| Change::Directory(Box::new(change));
     let builder = Client::builder(ClientConfig::new(node), applier)
         .wildcard(AUTHORIZATION_TYPE_URL, move |update| in_directory(policy(update)))
@@ -78,6 +80,7 @@ struct Applier {
     published: Arc<Publication>,
     /// Clients of the TLS that policies demand.
     tls: Arc<TlsClients>,
+    exports: Exports,
     backends: BTreeMap<String, l7::BackendPolicy>,
     gateways: BTreeMap<String, l7::Gateway>,
     key_pairs: BTreeMap<String, l7::KeyPair>,
@@ -89,7 +92,13 @@ struct Applier {
 }
 
 impl Applier {
-    fn new(directory: Directory, reader: Reader, published: Arc<Publication>, tls: Arc<TlsClients>) -> Self {
+    fn new(
+        directory: Directory,
+        reader: Reader,
+        published: Arc<Publication>,
+        tls: Arc<TlsClients>,
+        exports: Exports,
+    ) -> Self {
         let (backends, gateways, key_pairs, listeners) = Default::default();
         let (policies, routes, stream_routes) = Default::default();
         Self {
@@ -97,6 +106,7 @@ impl Applier {
             reader,
             published,
             tls,
+            exports,
             backends,
             gateways,
             key_pairs,
@@ -135,6 +145,8 @@ impl Applier {
             next.trusted_proxies = Arc::new(trusted.map(TrustedProxies::new).unwrap_or_default());
             let forwarders = self.gateways.values().flat_map(|gateway| &gateway.trusted_forwarders);
             next.trusted_forwarders = forwarders.cloned().collect();
+            let telemetry = TelemetryTable::new(self.gateways.values(), &next.telemetry, &self.exports);
+            next.telemetry = Arc::new(telemetry);
         }
         if changed.listeners {
             next.listeners = Arc::new(Listeners::new(&self.listeners, &self.key_pairs));
@@ -304,7 +316,7 @@ mod tests {
     fn a_service_is_seen_with_the_policies_of_its_batch() {
         let (directory, reader) = Directory::new();
         let published = Arc::new(Publication::default());
-        let mut applier = Applier::new(directory, reader, published.clone(), tls());
+        let mut applier = Applier::new(directory, reader, published.clone(), tls(), Exports::new(1));
         let changes = published.changes();
         let before = published.load_full();
         assert!(applier.handle(&mut [service(), gateway(), policy()].into_iter()).is_empty());
@@ -321,7 +333,7 @@ mod tests {
     fn open_connections_are_asked_again_for_policies_only() {
         let (directory, reader) = Directory::new();
         let published = Arc::new(Publication::default());
-        let mut applier = Applier::new(directory, reader, published.clone(), tls());
+        let mut applier = Applier::new(directory, reader, published.clone(), tls(), Exports::new(1));
         let mut changes = published.changes();
         assert!(applier.handle(&mut [service()].into_iter()).is_empty());
         assert!(!changes.has_changed().unwrap());

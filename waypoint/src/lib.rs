@@ -47,6 +47,7 @@ pub mod proxy_protocol;
 pub mod report;
 pub mod sanitise;
 pub mod session;
+pub mod telemetry;
 pub mod traffic;
 pub mod trailers;
 pub mod trusted_proxies;

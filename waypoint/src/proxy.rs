@@ -28,6 +28,7 @@ use crate::names::Names;
 use crate::policies::Policies;
 use crate::report::Reporter;
 use crate::session::SessionKeys;
+use crate::telemetry::{Exports, TelemetryTable};
 use crate::traffic::Refusals;
 use crate::trusted_proxies::TrustedProxies;
 use crate::upstream::Upstreams;
@@ -57,6 +58,8 @@ pub struct Published {
     pub policies: Arc<Policies>,
     /// How the endpoints of services are treated.
     pub backends: Arc<BackendPolicies>,
+    /// What is reported of requests beside metrics.
+    pub telemetry: Arc<TelemetryTable>,
     /// `streams` as the admin server shows them.
     pub streams_dump: Arc<[RouteSummary]>,
 }
@@ -134,6 +137,8 @@ pub struct Settings {
     pub network: Arc<str>,
     /// Uid of the waypoint's own workload.
     pub uid: WorkloadUid,
+    /// The waypoint as Envoys and Istio's tools name proxies.
+    pub node_id: Box<str>,
     /// Clients whose claims about other clients are kept.
     pub trusted_forwarders: Vec<String>,
     /// How long a client's HTTP/2 connection that carries nothing may continue in a drain.
@@ -268,6 +273,8 @@ pub struct Proxy {
     pub drain: Drain,
     /// Resolves host names.
     pub names: Names,
+    /// What became of spans and log records.
+    pub exports: Exports,
     /// Accepts and serves the tunnel connections of other proxies.
     pub server: Server,
     /// Connections of clients outside the mesh.

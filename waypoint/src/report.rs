@@ -1,5 +1,8 @@
 //! Reports requests: one set of metrics and one line of the access log each, when its answer has ended.
 
+mod logs;
+mod spans;
+
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -26,7 +29,10 @@ use crate::body::{ResponseBody, Source};
 use crate::failure::{DENIED, Failure};
 use crate::matching::Routed;
 use crate::messages::Messages;
+use crate::proxy::Published;
 use crate::sanitise::{Sane, is_grpc};
+use crate::telemetry::Telemetry;
+use crate::telemetry::trace::RequestTrace;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -102,6 +108,12 @@ pub struct Record {
     authority: Box<str>,
     path: Box<str>,
     grpc: bool,
+    /// What is reported of it beside metrics, where that is not the default.
+    telemetry: Option<Arc<Telemetry>>,
+    /// What filters of logs see of it.
+    asked: Option<Box<logs::FilterInput>>,
+    /// Its spans, if it is traced.
+    trace: Option<Box<RequestTrace>>,
     route: Option<Arc<ambit_route::RouteName>>,
     audited_by: Option<Box<str>>,
     /// The address of the first client, if proxies stand before it.
@@ -148,6 +160,9 @@ impl Record {
             authority: Box::default(),
             path: Box::default(),
             grpc: false,
+            telemetry: None,
+            asked: None,
+            trace: None,
             route: None,
             audited_by: None,
             remote: None,
@@ -187,6 +202,20 @@ impl Record {
         }
     }
 
+    /// Decides whether it is traced, and which logs it is in.
+    pub fn set_telemetry(&mut self, published: &Published, sane: &Sane, parts: &Parts) {
+        if let Some(telemetry) = published.telemetry.of(&self.inbound.destination) {
+            self.trace = RequestTrace::begin(telemetry, sane, parts, self.since);
+            self.asked = logs::FilterInput::keep(&telemetry.logs, sane, parts);
+            self.telemetry = Some(telemetry.clone());
+        }
+    }
+
+    /// Its trace, if it is traced.
+    pub fn trace_mut(&mut self) -> Option<&mut RequestTrace> {
+        self.trace.as_deref_mut()
+    }
+
     /// Which rule it follows.
     pub fn set_route(&mut self, routed: Option<&Routed>) {
         self.route = routed.map(|routed| routed.rule.route.clone());
@@ -213,6 +242,9 @@ impl Record {
         self.attempts += 1;
         if let Some(endpoint) = winner {
             self.endpoint = Some(endpoint.clone());
+            if let Some(trace) = &mut self.trace {
+                trace.set_endpoint(endpoint);
+            }
         }
     }
 
@@ -282,15 +314,18 @@ impl Record {
         let grpc_status = self.grpc_status.filter(|_| self.grpc);
         let outcome = Outcome { code: self.code, grpc_status, flags: self.flags };
         let retries = self.attempts.saturating_sub(1);
-        let reporter = self.inbound.worker.reporter.clone();
-        let series = self.series(outcome);
-        series.count(duration, received, self.sent, retries);
-        if self.grpc {
-            let sent = self.messages.map_or(0, |messages| messages.count());
-            series.count_messages(self.body.as_ref().map_or(0, Source::messages), sent);
+        if self.telemetry.as_ref().is_none_or(|telemetry| !telemetry.uncounted) {
+            let series = self.series(outcome);
+            series.count(duration, received, self.sent, retries);
+            if self.grpc {
+                let sent = self.messages.map_or(0, |messages| messages.count());
+                series.count_messages(self.body.as_ref().map_or(0, Source::messages), sent);
+            }
         }
-        if reporter.log.is_enabled() {
-            reporter.log.log_request(self.entry(duration, received, grpc_status));
+        let span = self.export_spans(duration, received, grpc_status);
+        if self.is_logged() {
+            let entry = self.entry(duration, received, grpc_status);
+            logs::log_request(&self.inbound, self.telemetry.as_deref(), self.asked.as_deref(), entry, span);
         }
     }
 
@@ -484,7 +519,7 @@ impl ConnectionReport {
         if ended.is_ok() {
             series.open().report(sent, received);
         }
-        if !reporter.log.is_enabled() {
+        if !logs::is_connection_logged(&inbound) {
             return;
         }
         let status = match (&ended, flags) {
@@ -493,14 +528,15 @@ impl ConnectionReport {
             (Err(_), _) => Status::Failed,
         };
         let entry = entry_of_connection(&inbound, endpoint.as_deref(), status);
-        reporter.log.log(Entry {
+        let entry = Entry {
             bytes_sent: sent,
             bytes_received: received,
             duration: since.elapsed(),
             error: ended.err(),
             was_observed: is_open,
             ..entry
-        });
+        };
+        logs::log_connection(&inbound, entry);
     }
 }
 

@@ -111,6 +111,7 @@ pub(crate) async fn settings(cluster: &Cluster) -> anyhow::Result<Settings> {
         ingress_namespace: cluster.system.as_str().into(),
         authorizers: mesh.authorizers,
         gateway_topology: mesh.gateway_topology,
+        telemetry: mesh.telemetry,
         ..Settings::default()
     };
     Ok(of_config(&config, default))
@@ -129,6 +130,7 @@ fn of_config(config: &Value, default: Settings) -> Settings {
         ingress_namespace: default.ingress_namespace,
         authorizers: default.authorizers,
         gateway_topology: default.gateway_topology,
+        telemetry: default.telemetry,
         l7_deny_at_l4: if config["l7DenyAtL4"] == "deny" { L7DenyAtL4::Deny } else { default.l7_deny_at_l4 },
     }
 }

@@ -9,7 +9,7 @@ use crate::network_policy;
 type Row = (&'static str, &'static [&'static str], &'static str, &'static str);
 
 /// Kinds of meshes that are not read, by group; the first row of a kind counts.
-const TABLE: [Row; 28] = [
+const TABLE: [Row; 27] = [
     (
         "networking.istio.io",
         &["EnvoyFilter"],
@@ -46,12 +46,6 @@ const TABLE: [Row; 28] = [
         &[],
         "it has no effect: waypoints load no plugins",
         "do it in the application or a gateway in front",
-    ),
-    (
-        "telemetry.istio.io",
-        &[],
-        "it has no effect: metrics and access logs are settings of the proxies",
-        "see docs/observability.md",
     ),
     ("security.istio.io", &[], NOT_READ, COMING_FROM),
     (

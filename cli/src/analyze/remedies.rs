@@ -18,6 +18,7 @@ pub(super) fn remedy(finding: &Finding) -> String {
         "AttachmentNotApplicable" => "set the label istio.io/waypoint-for of the waypoint to all".to_owned(),
         "TargetNotFound" => "name an object that has a waypoint: label it with istio.io/use-waypoint".to_owned(),
         "NoWaypoint" => "label it with istio.io/use-waypoint".to_owned(),
+        "ProviderNotFound" => "name it in extensionProviders of the chart's meshConfig".to_owned(),
         "Conflicted" => "join the two, or delete one".to_owned(),
         "WeightInvalid" => "set the annotation to a number from 0 to 100".to_owned(),
         "HostTaken" | "AddressTaken" => "use another host or address, or delete the older object".to_owned(),

@@ -81,6 +81,8 @@ pub(super) enum Dependency {
     TlsPoliciesOf(ObjectRef),
     /// The TrafficPolicies for something.
     TrafficPoliciesOf(ObjectRef),
+    /// The Telemetry objects.
+    Telemetries,
     /// A route.
     Route(ObjectRef),
     /// Keys that are fetched.

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use ambit_api::l7 as l7_api;
 use aws_lc_rs::hmac;
 
+use crate::mesh_config::TelemetryProviders;
 use crate::object::{
     AddressValue, Change, KeyAddress, Kind, NamespacedName, ObjectRef, ParentRef, Topology, Transport,
 };
@@ -61,6 +62,8 @@ pub struct Settings {
     pub authorizers: BTreeMap<Arc<str>, l7_api::ExternalAuthorizer>,
     /// The proxies in front of every gateway that says nothing of them.
     pub gateway_topology: Topology,
+    /// Who takes spans and log records, by name.
+    pub telemetry: TelemetryProviders,
 }
 
 /// What a DENY rule does at L4 that names only what L4 cannot see (xDS contract).
@@ -134,6 +137,7 @@ impl Default for Settings {
             l7_deny_at_l4: L7DenyAtL4::default(),
             authorizers: BTreeMap::new(),
             gateway_topology: Topology::default(),
+            telemetry: TelemetryProviders::default(),
         }
     }
 }
@@ -416,6 +420,7 @@ impl Index {
             Kind::RequestAuthentication => l7::request_authentications::of_authentication(&reader, id),
             Kind::BackendTlsPolicy => l7::backend_tls::of_policy(&reader, id),
             Kind::TrafficPolicy => l7::traffic_policies::of_policy(&reader, id),
+            Kind::Telemetry => l7::telemetry::of_telemetry(&reader, id),
             // What a gateway gets of a Secret comes with the Gateway.
             Kind::ReferenceGrant
             | Kind::Secret

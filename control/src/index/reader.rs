@@ -11,9 +11,9 @@ use super::l7::request_authentications::FetchedKeys;
 use super::store::{Store, is_addressable};
 use super::{Finding, Settings};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, Gateway, Ingress, KeyAddress, Kind, Labels,
-    ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet,
-    RootsHolder, Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService, Visibility,
+    AuthorizationPolicy, BackendTlsPolicy, Gateway, Ingress, KeyAddress, Kind, Labels, ListenerSet,
+    Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication, Pod, ReplicaSet, RootsHolder, Route,
+    Secret, Service, ServiceEntry, Telemetry, TrafficPolicy, VirtualService, Visibility,
 };
 
 /// The IngressClass that the chart makes.
@@ -346,6 +346,14 @@ impl<'a> Reader<'a> {
         self.depend(Dependency::TrafficPoliciesOf(target.clone()));
         let ids = self.store.traffic_policies_by_target.of(target);
         ids.filter_map(|id| self.store.traffic_policies.get(id)).map(AsRef::as_ref)
+    }
+
+    /// The Telemetry objects, the oldest first.
+    pub(super) fn telemetries(&self) -> Vec<&'a Telemetry> {
+        self.depend(Dependency::Telemetries);
+        let mut all: Vec<&Telemetry> = self.store.telemetries.values().map(AsRef::as_ref).collect();
+        all.sort_by_key(|telemetry| telemetry.meta.seniority());
+        all
     }
 
     /// A route of Gateway API.

@@ -9,10 +9,10 @@ use super::l7::request_authentications::FetchedKeys;
 use super::relations::{Members, Reverse, Selectors};
 use super::{SessionSecret, Settings};
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, ConfigMap, DestinationRule, EndpointSlice, Gateway, Ingress,
-    IngressClass, KeyAddress, Kind, Listener, ListenerSet, Namespace, NamespacedName, Node, ObjectRef,
-    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder, Route, Secret,
-    Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry, WorkloadSpec,
+    AuthorizationPolicy, BackendTlsPolicy, DestinationRule, EndpointSlice, Gateway, Ingress, IngressClass,
+    KeyAddress, Kind, Listener, ListenerSet, Namespace, NamespacedName, Node, ObjectRef, PeerAuthentication,
+    Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder, Route, Secret, Service,
+    ServiceEntry, Telemetry, TrafficPolicy, VirtualService, WorkloadEntry, WorkloadSpec,
 };
 
 /// Objects by kind, with what finds them by other things than their name.
@@ -45,6 +45,7 @@ pub(super) struct Store {
     pub(super) roots: HashMap<ObjectRef, Arc<RootsHolder>>,
     pub(super) backend_tls_policies: HashMap<NamespacedName, Arc<BackendTlsPolicy>>,
     pub(super) traffic_policies: HashMap<NamespacedName, Arc<TrafficPolicy>>,
+    pub(super) telemetries: HashMap<NamespacedName, Arc<Telemetry>>,
     /// Keys of token issuers, as far as they were fetched.
     pub(super) keys: HashMap<KeyAddress, FetchedKeys>,
     /// What keys of sessions are derived from.

@@ -15,10 +15,10 @@ use super::store::{
     asked, class_of, cluster_ips, entry_claims, gateway_claims, replace, service_claims, service_of,
 };
 use crate::object::{
-    AuthorizationPolicy, BackendTlsPolicy, Change, ConfigMap, DestinationRule, EndpointSlice, Gateway,
-    Ingress, IngressClass, KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object,
-    ObjectRef, PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder,
-    Route, Secret, Service, ServiceEntry, TrafficPolicy, VirtualService, WorkloadEntry,
+    AuthorizationPolicy, BackendTlsPolicy, Change, DestinationRule, EndpointSlice, Gateway, Ingress,
+    IngressClass, KeyAddress, Kind, Labels, ListenerSet, Namespace, NamespacedName, Node, Object, ObjectRef,
+    PeerAuthentication, Pod, ReferenceGrant, ReplicaSet, RequestAuthentication, RootsHolder, Route, Secret,
+    Service, ServiceEntry, Telemetry, TrafficPolicy, VirtualService, WorkloadEntry,
 };
 
 impl Index {
@@ -61,6 +61,7 @@ impl Index {
             Object::ClusterTrustBundle(new) => self.take_roots(Kind::ClusterTrustBundle, &id, Some(&new)),
             Object::BackendTlsPolicy(new) => self.take_backend_tls_policy(&id, Some(&new)),
             Object::TrafficPolicy(new) => self.take_traffic_policy(&id, Some(&new)),
+            Object::Telemetry(new) => self.take_telemetry(&id, Some(&new)),
             // No resource says anything of these: pods name their accounts and owners themselves.
             Object::ServiceAccount(_) | Object::Deployment(_) => {}
         }
@@ -93,6 +94,7 @@ impl Index {
             Kind::TrafficPolicy => self.take_traffic_policy(id, None),
             Kind::IngressClass => self.take_ingress_class(&id.name, None),
             Kind::Ingress => self.take_ingress(id, None),
+            Kind::Telemetry => self.take_telemetry(id, None),
             Kind::ServiceAccount | Kind::Deployment => {}
         }
     }
@@ -483,6 +485,14 @@ impl Index {
         self.touch(Kind::TrafficPolicy, id);
         for target in [old.as_ref(), new].into_iter().flatten().flat_map(|policy| policy.known_targets()) {
             self.touch_users(&Dependency::TrafficPoliciesOf(target.object.clone()));
+        }
+    }
+
+    fn take_telemetry(&mut self, id: &NamespacedName, new: Option<&Arc<Telemetry>>) {
+        let old = replace(&mut self.store.telemetries, id, new);
+        if old.as_ref() != new {
+            self.touch(Kind::Telemetry, id);
+            self.touch_users(&Dependency::Telemetries);
         }
     }
 

@@ -51,6 +51,7 @@ pub use istio::destination_rule::DestinationRule;
 pub(crate) use istio::destination_rule::tls::subject_name;
 pub use istio::entry::{EntryAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry, WorkloadSpec};
 pub use istio::request_authentication::{JwtRule, KeyAddress, KeySource, RequestAuthentication};
+pub use istio::telemetry::{AccessLogRule, MetricOverride, MetricsRule, Mode, Telemetry, TracingRule};
 pub use istio::virtual_service::{Destination, Export, PortSelector, ReadRule, VirtualService};
 pub use istio::virtual_service_delegate::joined;
 pub use istio::virtual_service_http::{Http, Referents};
@@ -80,6 +81,7 @@ pub(crate) mod manifest {
         ServiceManifest as ServiceEntry, WorkloadManifest as WorkloadEntry,
     };
     pub(crate) use super::istio::request_authentication::Manifest as RequestAuthentication;
+    pub(crate) use super::istio::telemetry::Manifest as Telemetry;
     pub(crate) use super::istio::virtual_service::Manifest as VirtualService;
     pub(crate) use super::traffic_policy::Manifest as TrafficPolicy;
 }
@@ -191,6 +193,8 @@ pub enum Object {
     BackendTlsPolicy(Arc<BackendTlsPolicy>),
     /// How many requests there may be, and which.
     TrafficPolicy(Arc<TrafficPolicy>),
+    /// What is reported of requests, and to whom.
+    Telemetry(Arc<Telemetry>),
 }
 
 impl Object {
@@ -227,6 +231,7 @@ impl Object {
             Object::ClusterTrustBundle(_) => Kind::ClusterTrustBundle,
             Object::BackendTlsPolicy(_) => Kind::BackendTlsPolicy,
             Object::TrafficPolicy(_) => Kind::TrafficPolicy,
+            Object::Telemetry(_) => Kind::Telemetry,
         }
     }
 
@@ -261,6 +266,7 @@ impl Object {
             Object::ConfigMap(o) | Object::ClusterTrustBundle(o) => o.id.clone(),
             Object::BackendTlsPolicy(o) => o.meta.id.clone(),
             Object::TrafficPolicy(o) => o.meta.id.clone(),
+            Object::Telemetry(o) => o.meta.id.clone(),
         };
         ObjectRef { kind: self.kind(), name }
     }

@@ -34,7 +34,7 @@ use crate::observe::Findings;
 use crate::source::kubernetes::served_version;
 
 /// The kinds whose status is written here.
-pub(crate) const KINDS: [Kind; 14] = [
+pub(crate) const KINDS: [Kind; 16] = [
     Kind::Service,
     Kind::Ingress,
     Kind::AuthorizationPolicy,
@@ -50,6 +50,7 @@ pub(crate) const KINDS: [Kind; 14] = [
     Kind::RequestAuthentication,
     Kind::BackendTlsPolicy,
     Kind::TrafficPolicy,
+    Kind::Telemetry,
 ];
 /// Objects looked at at the same time.
 const CONCURRENT: usize = 8;

@@ -28,7 +28,8 @@ fn settings(case: &Path) -> Settings {
     }
     if let Some(text) = read("mesh-config.yaml") {
         let mesh = ambit_control::mesh_config::parse(&text).unwrap();
-        (settings.authorizers, settings.gateway_topology) = (mesh.authorizers, mesh.gateway_topology);
+        settings.gateway_topology = mesh.gateway_topology;
+        (settings.authorizers, settings.telemetry) = (mesh.authorizers, mesh.telemetry);
     }
     if let Some(effect) = read("l7-deny-at-l4") {
         settings.l7_deny_at_l4 = serde_json::from_value(Value::String(effect)).unwrap();

@@ -250,7 +250,48 @@ pub(crate) fn gateway_resource(body: &[u8]) -> Value {
         format!("trusted proxies: {hops} hops, in {networks:?}, PROXY {proxy_protocol}")
     });
     let forwarders = gateway.trusted_forwarders.iter().map(|identity| format!("believes {identity}"));
-    json!(addresses.chain(trusted).chain(forwarders).collect::<Vec<_>>())
+    let addresses = json!(addresses.chain(trusted).chain(forwarders).collect::<Vec<_>>());
+    if gateway.telemetry.is_none() && gateway.service_telemetries.is_empty() {
+        return addresses;
+    }
+    let services = list(
+        &gateway.service_telemetries,
+        |of| json!({ format!("{}/{}", of.namespace, of.hostname): of.telemetry.as_ref().map(telemetry) }),
+    );
+    object([
+        ("addresses", addresses),
+        ("telemetry", gateway.telemetry.as_ref().map_or(Value::Null, telemetry)),
+        ("services", services),
+    ])
+}
+
+fn telemetry(telemetry: &l7::Telemetry) -> Value {
+    let collector = |it: &Option<l7::Collector>| match it {
+        Some(it) => {
+            let path = it.http.as_ref().map(|http| http.path.as_str()).unwrap_or_default();
+            format!("{} {}/{}:{}{path}", it.provider, it.namespace, it.hostname, it.port)
+        }
+        None => "own".to_owned(),
+    };
+    let tracing = telemetry.tracing.as_ref().map(|tracing| {
+        object([
+            ("collector", json!(collector(&tracing.collector))),
+            ("sampling", json!(tracing.sampling.to_string())),
+            ("tags", list(&tracing.tags, |tag| json!(format!("{} {:?}", tag.name, tag.value)))),
+        ])
+    });
+    let log = |log: &l7::AccessLog| {
+        object([
+            ("to", json!(collector(&log.collector))),
+            ("filter", json!(log.filter)),
+            ("name", json!(log.log_name)),
+        ])
+    };
+    object([
+        ("tracing", json!(tracing)),
+        ("logs", list(&telemetry.access_logs, log)),
+        ("metrics", list(&telemetry.metrics, |it| json!(format!("{it:?}")))),
+    ])
 }
 
 pub(crate) fn waypoint_policy(body: &[u8]) -> Value {

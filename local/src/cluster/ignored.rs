@@ -40,6 +40,8 @@ const HONOURED: &[&str] = &[
     "StatefulSet",
     "TCPRoute",
     "TLSRoute",
+    "Telemetry",
+    "TrafficPolicy",
     "UDPRoute",
     "VirtualService",
     "WorkloadEntry",

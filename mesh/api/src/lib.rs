@@ -104,6 +104,42 @@ mod packages {
             tonic::include_proto!("google.rpc");
         }
     }
+    pub mod opentelemetry {
+        pub mod proto {
+            pub mod common {
+                pub mod v1 {
+                    tonic::include_proto!("opentelemetry.proto.common.v1");
+                }
+            }
+            pub mod resource {
+                pub mod v1 {
+                    tonic::include_proto!("opentelemetry.proto.resource.v1");
+                }
+            }
+            pub mod trace {
+                pub mod v1 {
+                    tonic::include_proto!("opentelemetry.proto.trace.v1");
+                }
+            }
+            pub mod logs {
+                pub mod v1 {
+                    tonic::include_proto!("opentelemetry.proto.logs.v1");
+                }
+            }
+            pub mod collector {
+                pub mod trace {
+                    pub mod v1 {
+                        tonic::include_proto!("opentelemetry.proto.collector.trace.v1");
+                    }
+                }
+                pub mod logs {
+                    pub mod v1 {
+                        tonic::include_proto!("opentelemetry.proto.collector.logs.v1");
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// `ambit.l7`: the configuration of waypoints and gateways.
@@ -129,6 +165,8 @@ pub use packages::envoy::service::auth::v3 as external_auth;
 pub use packages::envoy::service::discovery::v3 as discovery;
 /// `google.rpc`: the status that a nack carries.
 pub use packages::google::rpc;
+/// `opentelemetry.proto`: spans and log records, and how collectors take them.
+pub use packages::opentelemetry::proto as otlp;
 
 /// Type URL of [`workload::Address`] resources.
 pub const ADDRESS_TYPE_URL: &str = "type.googleapis.com/istio.workload.Address";

@@ -113,7 +113,7 @@ fn service() {
         namespace: "default".into(),
         hostname: "reviews.default.svc.cluster.local".into(),
         addresses: vec![address],
-        ports: vec![port],
+        ports: vec![port.clone()],
         subject_alt_names: vec!["spiffe://td/ns/a/sa/b".into()],
         waypoint: Some(waypoint),
         load_balancing: Some(balancing),
@@ -123,6 +123,7 @@ fn service() {
         ingress_use_waypoint: true,
         weighted_waypoints: vec![weighted],
         visibility: 1,
+        udp_ports: vec![port],
     };
     let bytes = golden(
         &service,
@@ -131,7 +132,7 @@ fn service() {
             len(2, "default"),
             len(3, "reviews.default.svc.cluster.local"),
             len(4, address_bytes),
-            len(5, port_bytes),
+            len(5, port_bytes.clone()),
             len(6, "spiffe://td/ns/a/sa/b"),
             len(7, waypoint_bytes),
             len(8, balancing_bytes),
@@ -141,6 +142,7 @@ fn service() {
             int(12, 1),
             len(13, weighted_bytes),
             int(14, 1),
+            len(100, port_bytes),
         ],
     );
     let address = workload::Address { r#type: Some(workload::address::Type::Service(service)) };

@@ -8,7 +8,7 @@ use std::time::Duration;
 use cel::common::ast::IdedExpr;
 use parking_lot::Mutex;
 
-use crate::expression::{ExpressionError, parse};
+use crate::expression::{ExpressionError, Names, parse};
 
 /// The parser recurses for each level of its grammar, several times a byte at worst. Memory is used only as far as it goes.
 const STACK: usize = 64 << 20;
@@ -19,6 +19,7 @@ type Compiled = Result<IdedExpr, ExpressionError>;
 
 struct Job {
     text: String,
+    names: &'static Names,
     answer: SyncSender<Compiled>,
 }
 
@@ -27,9 +28,9 @@ struct Job {
 static THREAD: Mutex<Option<SyncSender<Job>>> = Mutex::new(None);
 
 /// Compiles an expression, after those that came before it.
-pub(crate) fn run(text: &str) -> Compiled {
+pub(crate) fn run(text: &str, names: &'static Names) -> Compiled {
     let (answer, compiled) = sync_channel(1);
-    hand_in(Job { text: text.to_owned(), answer })?;
+    hand_in(Job { text: text.to_owned(), names, answer })?;
     // Nothing comes if the parser panicked: the next job starts another thread.
     compiled.recv().unwrap_or_else(|_| Err(ExpressionError::Parser("the parser failed".to_owned())))
 }
@@ -58,7 +59,7 @@ fn start() -> std::io::Result<SyncSender<Job>> {
         loop {
             match work.recv_timeout(IDLE) {
                 // Who asked may have given up.
-                Ok(Job { text, answer }) => drop(answer.send(parse(&text))),
+                Ok(Job { text, names, answer }) => drop(answer.send(parse(&text, names))),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
             }
         }
@@ -70,6 +71,7 @@ fn start() -> std::io::Result<SyncSender<Job>> {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+    use crate::facts::OF_REQUESTS;
 
     fn threads() -> usize {
         let names = std::fs::read_dir("/proc/self/task").unwrap();
@@ -89,7 +91,7 @@ mod tests {
                             format!("request.path == '/{part}/{at}' && source.namespace == 'shop'")
                         };
                         (0..500)
-                            .map(|at| run(&text(at)).map(|_| threads()).unwrap())
+                            .map(|at| run(&text(at), &OF_REQUESTS).map(|_| threads()).unwrap())
                             .max()
                             .unwrap_or_default()
                     })
@@ -99,13 +101,13 @@ mod tests {
         });
         // One that has ended may still be there beside its successor.
         assert!(most <= 2, "{most} threads");
-        assert!(matches!(run("a b"), Err(ExpressionError::Syntax(_))));
+        assert!(matches!(run("a b", &OF_REQUESTS), Err(ExpressionError::Syntax(_))));
         let deadline = std::time::Instant::now() + 30 * IDLE;
         while threads() > 0 {
             assert!(std::time::Instant::now() < deadline, "the thread stays");
             thread::sleep(IDLE / 10);
         }
         // The next one finds another thread.
-        run("request.path == '/'").unwrap();
+        run("request.path == '/'", &OF_REQUESTS).unwrap();
     }
 }

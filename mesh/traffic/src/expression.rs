@@ -8,11 +8,12 @@ use std::fmt;
 use std::sync::{Arc, LazyLock};
 
 use cel::common::ast::{EntryExpr, Expr, IdedExpr, operators};
+use cel::context::VariableResolver;
 use cel::parser::Parser;
 use cel::{Context, Env, ExecutionError, Value};
 
 use crate::compile_thread;
-use crate::facts::{Facts, MAPS, VARIABLES, Variables};
+use crate::facts::{Facts, OF_REQUESTS, Variables};
 
 /// Most bytes of an expression.
 pub const MAX_SIZE: usize = 2048;
@@ -107,6 +108,15 @@ impl PartialEq for Expression {
     }
 }
 
+/// What an expression may ask for.
+#[derive(Debug)]
+pub(crate) struct Names {
+    /// All names.
+    pub(crate) variables: &'static [&'static str],
+    /// Those of them that have fields.
+    pub(crate) maps: &'static [&'static str],
+}
+
 impl Expression {
     /// Compiles an expression, on a thread with a stack that the parser can't exhaust. All of the process's are compiled on one, one after
     /// the other.
@@ -114,10 +124,14 @@ impl Expression {
     /// # Errors
     /// What is wrong with it.
     pub fn compile(text: &str) -> Result<Self, ExpressionError> {
+        Self::compile_with(text, &OF_REQUESTS)
+    }
+
+    pub(crate) fn compile_with(text: &str, names: &'static Names) -> Result<Self, ExpressionError> {
         if text.len() > MAX_SIZE {
             return Err(ExpressionError::TooLong);
         }
-        let tree = compile_thread::run(text)?;
+        let tree = compile_thread::run(text, names)?;
         Ok(Self { text: text.into(), tree: Arc::new(tree) })
     }
 
@@ -138,12 +152,15 @@ impl Expression {
     /// # Errors
     /// Where it asks for something that is not there, or is no truth value. Whoever asks fails closed.
     pub fn holds(&self, facts: &Facts<'_>) -> Result<bool, EvaluationError> {
+        self.evaluate(&Variables::new(facts))
+    }
+
+    pub(crate) fn evaluate(&self, variables: &dyn VariableResolver) -> Result<bool, EvaluationError> {
         static ROOT: LazyLock<Context<'static, 'static>> =
             LazyLock::new(|| Context::with_env(Arc::new(Env::stdlib())));
-        let variables = Variables::new(facts);
         let root: &Context<'_, '_> = &ROOT;
         let mut context = root.new_inner_scope();
-        context.set_variable_resolver(&variables);
+        context.set_variable_resolver(variables);
         match Value::resolve(&self.tree, &context) {
             Ok(Value::Bool(holds)) => Ok(holds),
             Ok(_) => Err(EvaluationError::NotBool),
@@ -156,26 +173,26 @@ impl Expression {
 }
 
 /// Parses and checks an expression. Recurses as deep as that is nested, to drop a tree that is too deep too.
-pub(crate) fn parse(text: &str) -> Result<IdedExpr, ExpressionError> {
+pub(crate) fn parse(text: &str, names: &Names) -> Result<IdedExpr, ExpressionError> {
     let tree = Parser::new().parse(text).map_err(|errors| {
         let first = errors.errors.first().map(|error| error.msg.clone());
         ExpressionError::Syntax(first.unwrap_or_default())
     })?;
-    check(&tree, 1).map(|()| tree)
+    check(&tree, 1, names).map(|()| tree)
 }
 
 /// Checks that a tree is shallow, has no loop, and asks only for what there is.
-fn check(expression: &IdedExpr, level: usize) -> Result<(), ExpressionError> {
+fn check(expression: &IdedExpr, level: usize, names: &Names) -> Result<(), ExpressionError> {
     if level > MAX_NESTING {
         return Err(ExpressionError::TooDeep);
     }
-    let inner = |expression| check(expression, level + 1);
+    let inner = |expression| check(expression, level + 1, names);
     match &expression.expr {
         Expr::Unspecified => Err(ExpressionError::Syntax("it is empty".to_owned())),
         Expr::Literal(_) => Ok(()),
-        Expr::Ident(name) => check_name(name),
+        Expr::Ident(name) => check_name(name, names),
         Expr::Select(select) => match name_of(expression) {
-            Some(Ok(name)) => check_name(&name),
+            Some(Ok(name)) => check_name(&name, names),
             Some(Err(deep)) => Err(deep),
             None => inner(&select.operand),
         },
@@ -202,7 +219,7 @@ fn collect(expression: &IdedExpr, variables: &mut BTreeSet<&'static str>) {
         let is_in = |known: &&&'static str| {
             name.strip_prefix(**known).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
-        return variables.extend(VARIABLES.iter().find(is_in));
+        return variables.extend(OF_REQUESTS.variables.iter().find(is_in));
     }
     let mut inner = |expression| collect(expression, variables);
     match &expression.expr {
@@ -248,9 +265,9 @@ fn name_of(expression: &IdedExpr) -> Option<Result<String, ExpressionError>> {
     }
 }
 
-fn check_name(name: &str) -> Result<(), ExpressionError> {
+fn check_name(name: &str, names: &Names) -> Result<(), ExpressionError> {
     let is_field = |map: &str| name.strip_prefix(map).is_some_and(|rest| rest.starts_with('.'));
-    match VARIABLES.contains(&name) || MAPS.iter().any(|map| is_field(map)) {
+    match names.variables.contains(&name) || names.maps.iter().any(|map| is_field(map)) {
         true => Ok(()),
         false => Err(ExpressionError::UnknownVariable(name.to_owned())),
     }

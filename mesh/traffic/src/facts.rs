@@ -11,6 +11,8 @@ use cel::context::VariableResolver;
 use http::HeaderMap;
 use serde_json::{Map, Value};
 
+use crate::expression::Names;
+
 /// A request, or a connection whose bytes are passed on unread.
 #[derive(Debug, Clone, Copy)]
 pub struct Facts<'a> {
@@ -80,8 +82,10 @@ pub struct RouteId<'a> {
     pub rule: u32,
 }
 
-/// Names that expressions may use.
-pub(crate) const VARIABLES: [&str; 14] = [
+/// Names that expressions about requests may use.
+pub(crate) static OF_REQUESTS: Names = Names { variables: &VARIABLES, maps: &MAPS };
+
+const VARIABLES: [&str; 14] = [
     "request.method",
     "request.path",
     "request.query",
@@ -97,8 +101,7 @@ pub(crate) const VARIABLES: [&str; 14] = [
     "destination.namespace",
     "destination.port",
 ];
-/// Those of them that have fields.
-pub(crate) const MAPS: [&str; 3] = ["request.query", "request.headers", "request.auth.claims"];
+const MAPS: [&str; 3] = ["request.query", "request.headers", "request.auth.claims"];
 
 /// The variables of one evaluation. Maps are made where an expression asks for one, once.
 pub(crate) struct Variables<'a> {
@@ -159,7 +162,7 @@ impl VariableResolver for Variables<'_> {
 }
 
 /// RFC 9110 §5.3: lines of one name are one list, joined with commas. Bytes beyond ASCII become U+FFFD where they are no UTF-8.
-fn of_headers(headers: &HeaderMap) -> CelMap<'static> {
+pub(crate) fn of_headers(headers: &HeaderMap) -> CelMap<'static> {
     let mut joined: HashMap<String, String> = HashMap::new();
     for (name, value) in headers {
         let value = String::from_utf8_lossy(value.as_bytes());

@@ -8,9 +8,11 @@ mod buckets;
 mod compile_thread;
 mod expression;
 mod facts;
+mod log_filter;
 mod policy;
 
 pub use buckets::{Buckets, CAPACITY, Id, MOST_OF_ONE_CLIENT, Rate, Taken};
 pub use expression::{EvaluationError, Expression, ExpressionError, MAX_NESTING, MAX_SIZE};
 pub use facts::{DestinationFacts, Facts, RequestFacts, RouteId, SourceFacts};
+pub use log_filter::{LogFacts, LogFilter};
 pub use policy::{Condition, Denial, Limit, Refusal, RefusalReason, TrafficPolicy};

@@ -39,7 +39,9 @@ impl Bed for Waypoints {
     async fn start() -> Result<Self, Box<dyn Error>> {
         let directory = tempfile::tempdir()?;
         let mesh_config = directory.path().join("mesh.yaml");
-        std::fs::write(&mesh_config, crate::external::MESH_CONFIG)?;
+        let providers =
+            [crate::external::MESH_CONFIG, crate::telemetry::PROVIDERS, crate::collector::PROVIDERS].concat();
+        std::fs::write(&mesh_config, providers)?;
         let cluster = Cluster::builder()
             .control_arg(format!("--mesh-config={}", mesh_config.display()))
             .nodes(2)

@@ -12,6 +12,7 @@
 mod authorization;
 mod backend_tls;
 mod bed;
+mod collector;
 mod drain;
 mod egress;
 mod external;
@@ -27,6 +28,7 @@ mod routing;
 mod sessions;
 mod streams;
 mod tasks;
+mod telemetry;
 mod thin;
 mod traffic;
 mod wire;
@@ -44,6 +46,8 @@ fn main() -> ExitCode {
     hardening::add(&mut trials);
     policy::add(&mut trials);
     traffic::add(&mut trials);
+    telemetry::add(&mut trials);
+    collector::add(&mut trials);
     authorization::add(&mut trials);
     required::add(&mut trials);
     external::add(&mut trials);

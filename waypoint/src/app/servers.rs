@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ambit_otlp::Counts as Exported;
 use ambit_runtime::stop::Requests;
 use ambit_runtime::tasks::Tasks;
 use ambit_runtime::{observe, servers};
@@ -12,10 +13,9 @@ use ambit_telemetry::{Admin, Readiness};
 use super::{Parts, Program};
 use crate::balancers::circuit::{CircuitSummary, Overflows};
 use crate::clients::Clients;
-use crate::datagrams::Counts;
 use crate::proxy::{External, Limited, Tallies};
 use crate::traffic::Refusals;
-use crate::{dump, explain, names};
+use crate::{datagrams, dump, explain, names};
 
 /// Starts the three servers.
 ///
@@ -93,6 +93,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
     count("ambit_gateway_tls_failures", help, |t| &t.failed_handshakes);
     datagrams(parts, program);
     external(parts, program);
+    exports(parts);
     limits(parts, program);
     clients(parts, program);
     traffic(parts, program);
@@ -114,7 +115,7 @@ fn register(parts: &Parts, program: &Program, logging: &Logging) {
 }
 
 fn datagrams(parts: &Parts, program: &Program) {
-    type Tally = fn(&Counts) -> &AtomicU64;
+    type Tally = fn(&datagrams::Counts) -> &AtomicU64;
     let registry = &parts.registry;
     let proxy = program.proxy.clone();
     let open = move || i64::try_from(proxy.datagrams.shares.total()).unwrap_or(i64::MAX);
@@ -225,6 +226,23 @@ fn external(parts: &Parts, program: &Program) {
     });
     let help = "Requests that external authorizers were asked about";
     parts.registry.counters_from("ambit_external_authorizations", help, "outcome", series);
+}
+
+fn exports(parts: &Parts) {
+    let signals = [
+        ("ambit_otlp_spans", "Spans for collectors", &parts.exports.spans),
+        ("ambit_otlp_log_records", "Log records for collectors", &parts.exports.logs),
+    ];
+    for (name, help, counts) in signals {
+        type Tally = fn(&Exported) -> &AtomicU64;
+        let families: [(&str, Tally); 3] =
+            [("exported", |it| &it.exported), ("dropped", |it| &it.dropped), ("failed", |it| &it.failed)];
+        let series = families.map(|(outcome, tally)| {
+            let counts = counts.clone();
+            (outcome.to_owned(), move || tally(&counts).load(Ordering::Relaxed))
+        });
+        parts.registry.counters_from(name, help, "outcome", series);
+    }
 }
 
 fn traffic(parts: &Parts, program: &Program) {

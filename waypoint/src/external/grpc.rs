@@ -21,15 +21,19 @@ use tonic::codegen::Service;
 
 use super::http::is_any;
 use super::{Changes, Denial, Field, MAX_ANSWER, Question, Verdict, Write, exchange};
-use crate::accept::Inbound;
 use crate::balance::Target;
 use crate::body::RequestBody;
 use crate::failure::Failure;
+use crate::proxy::Worker;
 
-/// Carries calls to an endpoint of an authorizer.
-struct Channel {
-    inbound: Arc<Inbound>,
-    target: Target,
+/// Carries calls of the waypoint's own to an endpoint of a service.
+pub(crate) struct Channel {
+    /// The worker that the call is made on.
+    pub(crate) worker: Arc<Worker>,
+    /// Whom the endpoint is chosen for.
+    pub(crate) source: std::net::SocketAddr,
+    /// The service.
+    pub(crate) target: Target,
 }
 
 impl Service<Request<Body>> for Channel {
@@ -42,12 +46,12 @@ impl Service<Request<Body>> for Channel {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let (inbound, target) = (self.inbound.clone(), self.target.clone());
+        let (worker, source, target) = (self.worker.clone(), self.source, self.target.clone());
         Box::pin(async move {
             let mut request = request.map(RequestBody::Call);
             *request.version_mut() = Version::HTTP_2;
             // A connection of HTTP/2 is shared: it needs nobody to give it back.
-            let (response, _) = Box::pin(exchange(&inbound, &target, true, request)).await?;
+            let (response, _) = Box::pin(exchange(&worker, source, &target, true, request)).await?;
             Ok(response)
         })
     }
@@ -64,7 +68,11 @@ pub(super) async fn ask(
     include: &[StringMatch],
 ) -> Result<Verdict, String> {
     let origin = Uri::try_from(format!("http://{}", target.authority)).map_err(|error| error.to_string())?;
-    let channel = Channel { inbound: question.inbound.clone(), target: target.clone() };
+    let channel = Channel {
+        worker: question.inbound.worker.clone(),
+        source: question.inbound.remote,
+        target: target.clone(),
+    };
     let mut client = AuthorizationClient::with_origin(channel, origin).max_decoding_message_size(MAX_ANSWER);
     let answer = client.check(request(question, body, include)).await;
     let answer = answer.map_err(|status| format!("{}: {}", status.code(), status.message()))?;

@@ -59,7 +59,8 @@ impl Check {
     /// Why there is none.
     pub(super) async fn ask(&self, question: &Question<'_>, target: &Target) -> Result<Verdict, String> {
         let request = self.request(question).ok_or("the request can't be passed on")?;
-        let answered = exchange(question.inbound, target, false, request).await;
+        let answered =
+            exchange(&question.inbound.worker, question.inbound.remote, target, false, request).await;
         let (answer, returned) = answered.map_err(|failure| failure.to_string())?;
         let (parts, body) = answer.into_parts();
         let body = Limited::new(body, MAX_ANSWER).collect().await;

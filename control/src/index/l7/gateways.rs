@@ -6,7 +6,7 @@ use prost::Message;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::virtual_services::HONOURED;
-use super::{Finding, l4, listener_sets, listeners, views};
+use super::{Finding, l4, listener_sets, listeners, telemetry, views};
 use crate::object::{AddressValue, Gateway, Kind, NamespacedName};
 
 /// The resources of a waypoint or gateway.
@@ -33,6 +33,7 @@ pub(in crate::index) fn of_gateway(
             l7::GatewayAddress { hostname, namespace, ..l7::GatewayAddress::default() }
         }
     };
+    let (telemetry, service_telemetries) = telemetry::of_gateway(reader, gateway);
     let shown = (!is_waypoint).then(|| listeners::client_key_pair(reader, gateway)).flatten();
     let message = l7::Gateway {
         object: Some(object_name(Kind::Gateway, id)),
@@ -42,6 +43,8 @@ pub(in crate::index) fn of_gateway(
         session_key: reader.session_key(id).into(),
         trusted_proxies: (!is_waypoint).then(|| trusted_proxies(reader, gateway)),
         trusted_forwarders: if is_waypoint { trusted_forwarders(reader, gateway) } else { Vec::new() },
+        telemetry,
+        service_telemetries,
     };
     let resource = Resource {
         name: id.to_string().into(),

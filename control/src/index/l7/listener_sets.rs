@@ -7,7 +7,7 @@ use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
 use super::routes::NotAttached;
 use super::{Finding, ListenerSetFacts, ingresses};
-use crate::object::{AllowedNamespaces, Gateway, HTTPS, Listener, ListenerSet, NamespacedName};
+use crate::object::{AllowedNamespaces, Gateway, HTTPS, Listener, ListenerSet, NamespacedName, Transport};
 
 /// The condition that both conditions of a ListenerSet follow.
 const ACCEPTED: &str = "Accepted";
@@ -38,7 +38,10 @@ pub(super) fn report(reader: &Reader<'_>, gateway: &Gateway) {
     if sets.is_empty() && ingress_port.is_none() {
         return;
     }
-    let mut facts = ListenerSetFacts { ports: ingress_port.into_iter().collect(), ..Default::default() };
+    let mut facts = ListenerSetFacts {
+        ports: ingress_port.map(|port| (port, Transport::Tcp)).into_iter().collect(),
+        ..Default::default()
+    };
     let mut before: Vec<&Listener> = gateway.listeners.iter().collect();
     for set in sets {
         facts.all.push(set.meta.id.clone());

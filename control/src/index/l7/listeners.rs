@@ -187,7 +187,7 @@ pub(super) fn served(
     }
     let pairs = certificates(reader, owner, listener).into_iter().collect::<Result<Vec<_>, Fault>>();
     let pairs = pairs.map_err(|Fault(_, problem)| problem)?;
-    let listener = resource(owner, listener, &pairs, validation);
+    let listener = resource(owner, listener, &pairs, validation, Vec::new());
     let pairs = pairs.into_iter().map(|pair| (ResourceType::KeyPair, pair));
     Ok(listener.into_iter().map(|listener| (ResourceType::Listener, listener)).chain(pairs).collect())
 }

@@ -16,6 +16,7 @@ mod paths;
 pub(super) mod policies;
 pub(super) mod request_authentications;
 pub(super) mod routes;
+pub(super) mod telemetry;
 pub(super) mod traffic_policies;
 pub(super) mod views;
 pub(super) mod virtual_services;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::l4::waypoints::own_gateway;
 use super::listeners::Owner;
 use super::reader::Reader;
-use super::{attachment, ingresses, listener_filters, listener_sets, policies, virtual_services};
+use super::{attachment, ingresses, listener_filters, listener_sets, policies, telemetry, virtual_services};
 use crate::object::{
     Choice, Kind, NamespacedName, ObjectRef, ParentRef, Pod, Route, Service, ServiceEntry, TargetKind,
     WaypointBinding,
@@ -43,6 +43,7 @@ pub(in crate::index) fn of_service(reader: &Reader<'_>, service: &Service) -> Ve
     roots.extend(virtual_services::roots_to(reader, &host, &own.name.namespace, service.visibility));
     roots.extend(of_authorizer(reader, &own.name.namespace, &host));
     roots.extend(listener_filters::roots_asking(reader, &service.meta.id));
+    roots.extend(telemetry::roots_of_collector(reader, &own.name.namespace, &host));
     roots.into_iter().collect()
 }
 
@@ -67,6 +68,7 @@ pub(in crate::index) fn of_entry(
     let mut roots = of_binding(reader, namespace, &entry.waypoint);
     roots.extend(virtual_services::roots_to(reader, host, namespace, entry.visibility));
     roots.extend(of_authorizer(reader, namespace, host));
+    roots.extend(telemetry::roots_of_collector(reader, namespace, host));
     roots.into_iter().collect()
 }
 

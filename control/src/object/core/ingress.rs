@@ -194,6 +194,7 @@ fn listeners(id: &NamespacedName, tls: Vec<v1::IngressTLS>, faults: &mut Vec<Str
                 tls: Some(ListenerTls { passthrough: false, certificates: vec![certificate] }),
                 namespaces: AllowedNamespaces::All,
                 kinds: Vec::new(),
+                filters: Ok(Vec::new()),
             });
         }
     }

@@ -7,6 +7,7 @@ pub(super) mod destination_rule;
 pub(super) mod entry;
 mod fields;
 pub(super) mod request_authentication;
+pub(super) mod telemetry;
 pub(super) mod virtual_service;
 pub(super) mod virtual_service_delegate;
 mod virtual_service_fields;

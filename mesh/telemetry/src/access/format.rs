@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
-use super::{Direction, Entry, Party, RequestEntry};
+use super::{Direction, Entry, FieldValue, Party, RequestEntry};
 
 /// RFC 3339 with microseconds, in UTC.
 const TIME: &[BorrowedFormatItem<'_>] =
@@ -163,6 +163,21 @@ fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
     ]
     .into_iter()
     .filter_map(|(name, field)| Some((name, field?)))
+}
+
+/// Shows the fields one by one.
+pub(super) fn each(entry: &impl Fields, see: &mut impl FnMut(&'static str, FieldValue<'_>)) {
+    for (name, field) in entry.fields() {
+        see(
+            name,
+            match field {
+                Field::Address(value) => FieldValue::Text(value.to_string().into()),
+                Field::Text(value) | Field::Authority(value) => FieldValue::Text(value.into()),
+                Field::Number(value) => FieldValue::Number(value),
+                Field::Milliseconds(value) => FieldValue::Text(format!("{value}ms").into()),
+            },
+        );
+    }
 }
 
 /// `time<TAB>level<TAB>access<TAB>name=value<TAB>…`.

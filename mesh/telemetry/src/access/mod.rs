@@ -8,6 +8,7 @@ mod filter;
 mod format;
 mod tap;
 
+use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -213,6 +214,22 @@ impl Record {
         }
     }
 
+    /// Whether it reports a failure.
+    pub fn has_failed(&self) -> bool {
+        match &self.ended {
+            Ended::Connection(entry) => entry.error.is_some(),
+            Ended::Request(entry) => entry.error.is_some(),
+        }
+    }
+
+    /// Its fields, as a line has them.
+    pub fn each_field(&self, mut see: impl FnMut(&'static str, FieldValue<'_>)) {
+        match &self.ended {
+            Ended::Connection(entry) => format::each(entry, &mut see),
+            Ended::Request(entry) => format::each(entry, &mut see),
+        }
+    }
+
     fn render(&self, format: Format, line: &mut Vec<u8>) {
         match (&self.ended, format) {
             (Ended::Connection(entry), Format::Tab) => format::tab(entry, self.time, line),
@@ -221,6 +238,15 @@ impl Record {
             (Ended::Request(entry), Format::Json) => format::json(entry, self.time, line),
         }
     }
+}
+
+/// The value of a field of a record.
+#[derive(Debug, PartialEq)]
+pub enum FieldValue<'a> {
+    /// A text.
+    Text(Cow<'a, str>),
+    /// A number.
+    Number(u64),
 }
 
 /// What is done with every record beside writing and tapping it. Must not block.
@@ -310,18 +336,30 @@ impl AccessLog {
 
     /// Logs a connection that ended now. Never blocks.
     pub fn log(&self, entry: Entry) {
-        self.send(Ended::Connection(entry));
+        if self.is_enabled() {
+            self.share(entry, true);
+        }
     }
 
     /// Logs a request that ended now. Never blocks.
     pub fn log_request(&self, entry: RequestEntry) {
-        self.send(Ended::Request(entry));
+        if self.is_enabled() {
+            self.share_request(entry, true);
+        }
     }
 
-    fn send(&self, ended: Ended) {
-        if !self.is_enabled() {
-            return;
-        }
+    /// As [`log`](Self::log), for who has logs of its own: the record, which is written here only if `is_written`. Taps and the
+    /// observer see it in any case.
+    pub fn share(&self, entry: Entry, is_written: bool) -> Arc<Record> {
+        self.send(Ended::Connection(entry), is_written)
+    }
+
+    /// As [`log_request`](Self::log_request), likewise.
+    pub fn share_request(&self, entry: RequestEntry, is_written: bool) -> Arc<Record> {
+        self.send(Ended::Request(entry), is_written)
+    }
+
+    fn send(&self, ended: Ended, is_written: bool) -> Arc<Record> {
         let record = Arc::new(Record { ended, is_open: false, time: SystemTime::now() });
         if self.taps.is_open() {
             self.taps.offer(&record);
@@ -329,9 +367,10 @@ impl AccessLog {
         if let Some(observe) = &self.observer {
             observe(&record);
         }
-        if let Some((sink, format)) = &self.writer {
-            sink.send(Line { record, format: *format });
+        if let Some((sink, format)) = self.writer.as_ref().filter(|_| is_written) {
+            sink.send(Line { record: record.clone(), format: *format });
         }
+        record
     }
 
     /// Registers `ambit_access_log_dropped_total` and `ambit_access_log_failed_writes_total`, and the metrics of taps.

@@ -333,6 +333,12 @@ spec:
   targetRefs: [{group: "", kind: Service, name: secured}]
   conditions: [{expression: request.method == 'GET'}]
 ---
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: {name: quiet, namespace: rights}
+spec:
+  accessLogging: [{filter: {expression: response.code >= 400}}]
+---
 apiVersion: gateway.networking.k8s.io/v1
 kind: TCPRoute
 metadata: {name: bound, namespace: rights}
