@@ -313,10 +313,16 @@ async fn tries(bed: &Waypoints) {
     )
     .await;
     bed.eventually(to, "/lost", "", |answer| answer.status == 404).await;
-    let all = collector.spans("/lost", 1).await;
-    let failed =
-        all.iter().map(|(_, span)| attributes(&span.attributes)).find(|it| it["response_flags"] == "NR");
-    assert_eq!(failed.unwrap()["http.status_code"], "404");
+    // Requests before the route was in force have tries.
+    let refused = || {
+        let all = collector.collected.0.lock();
+        let spans = all.iter().map(|(_, span)| attributes(&span.attributes));
+        let has =
+            |it: &BTreeMap<String, String>, key: &str, value: &str| it.get(key).is_some_and(|it| it == value);
+        spans.into_iter().find(|it| has(it, "url.path", "/lost") && has(it, "response_flags", "NR"))
+    };
+    wait::until("the refused request is a span", SOON, || async { refused().is_some() }).await;
+    assert_eq!(refused().unwrap()["http.status_code"], "404");
 }
 
 async fn dead(bed: &Waypoints) {
