@@ -1,5 +1,5 @@
 //! Istio's control plane in the same cluster, played: what it writes, with its field managers and in its words. It writes an
-//! object when the object changes, by server-side apply with force, and is not told apart from us by the conditions' types.
+//! object when the object changes, by server-side apply with force, and its conditions have the same types as ours.
 
 use kube::Api;
 use kube::api::{DynamicObject, Patch, PatchParams};

@@ -12,6 +12,9 @@ use crate::http::{self, Client};
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("what requires its waypoint refuses every other way in", async |bed| only_way(bed).await);
     trials.add("a waypoint that is required and missing lets nobody in", async |bed| missing(bed).await);
+    trials.add("a missing waypoint is passed by only where that is allowed, and counted", async |bed| {
+        open(bed).await;
+    });
 }
 
 fn service(name: &str, app: &str, waypoint: &str, annotations: &str) -> String {
@@ -66,4 +69,21 @@ async fn missing(bed: &Waypoints) {
     for to in [direct, vip(bed, "nowayin")] {
         wait::until("nobody gets in", SOON, || is_refused(&bed.cli, to)).await;
     }
+}
+
+async fn open(bed: &Waypoints) {
+    bed.server("waypast", "waypast", http::mirror()).await;
+    let counted = async || {
+        let metrics = bed.cluster.ztunnel(0).expect("a node proxy").metrics().await.expect("its metrics");
+        metrics.sum("ambit_waypoint_bypassed_total", &[])
+    };
+    bed.apply(&service("waypast", "waypast", "nobody", "")).await;
+    let to = vip(bed, "waypast");
+    wait::until("it is refused by default", SOON, || is_refused(&bed.cli, to)).await;
+    let before = counted().await;
+    bed.apply(&service("waypast", "waypast", "nobody", "ambit.dev/waypoint-failure: open")).await;
+    bed.eventually(to, "/", "", |answer| answer.status == 200).await;
+    assert!(counted().await > before, "it was not counted");
+    bed.apply(&service("waypast", "waypast", "nobody", "ambit.dev/waypoint-failure: closed")).await;
+    wait::until("it is refused again", SOON, || is_refused(&bed.cli, to)).await;
 }
