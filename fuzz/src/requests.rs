@@ -57,8 +57,10 @@ fn head(data: &[u8]) -> Option<Parts> {
 }
 
 fn claims(trusted: bool) -> Claims<'static> {
+    static FORWARDED: HeaderValue = HeaderValue::from_static("10.1.2.3");
     Claims {
         client: CLIENT,
+        forwarded_for: &FORWARDED,
         trusted,
         proxies: None,
         ends_tls: false,

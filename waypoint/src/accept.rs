@@ -9,19 +9,20 @@ use ambit_api::l7;
 use ambit_directory::{AppProtocol, Service, Transport, Vip, Workload};
 use ambit_hbone::{Authority, Baggage, Endpoints, Incoming, ServeError};
 use ambit_identity::{PeerCertificate, SpiffeId};
-use ambit_runtime::peers::{End, peer_labels};
+use ambit_runtime::peers::{End, party, peer_labels};
 use ambit_runtime::workers::{ConnectionGuard, WorkerHandle};
+use ambit_telemetry::access::{Dialled, Party};
 use ambit_telemetry::tcp::PeerLabels;
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 use tokio::net::TcpStream;
 
 use crate::activity::Activity;
 use crate::clients::Place;
 use crate::listeners::Listener;
-use crate::protocol;
 use crate::proxy::{Published, Worker};
-use crate::report::RecentSeries;
+use crate::report::{RecentSeries, dialled_at};
 use crate::sanitise::Claims;
+use crate::{protocol, sanitise};
 
 /// Where a tunnel goes.
 #[derive(Debug, Clone)]
@@ -146,10 +147,16 @@ pub struct Inbound {
     pub destination: Destination,
     /// What the client's proxy says of its workload: for metrics and logs, never for a decision.
     pub client: End,
+    /// The same as the access log shows it.
+    pub client_party: Arc<Party>,
+    /// What was dialled, for the access log's observers.
+    pub dialled: Arc<Dialled>,
     /// The client as metrics name it.
     pub client_labels: Arc<PeerLabels>,
     /// Counters of its last requests.
     pub recent_series: RecentSeries,
+    /// The client's address as a value of `X-Forwarded-For`.
+    pub forwarded_for: HeaderValue,
     /// The host of requests that may name none.
     pub default_host: Box<str>,
     /// Whether what the client claims of other clients is kept.
@@ -189,6 +196,7 @@ impl Inbound {
         Claims {
             ends_tls,
             client: self.remote.ip(),
+            forwarded_for: &self.forwarded_for,
             trusted: self.trusted_forwarder || self.identity().is_some_and(is_trusted),
             proxies,
             default_host: &self.default_host,
@@ -259,6 +267,9 @@ async fn tunnel(
     let inbound = Inbound {
         trusted_forwarder: trusted.iter().any(|trusted| trusted == certificate.identity().as_str()),
         client_labels: peer_labels(&client),
+        client_party: Arc::new(party(&client, source)),
+        dialled: Arc::new(dialled_at(&destination)),
+        forwarded_for: sanitise::address_value(source.ip()),
         recent_series: RecentSeries::default(),
         default_host: destination.host().into(),
         worker,

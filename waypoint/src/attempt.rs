@@ -29,6 +29,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 pub use self::budget::ConnectBudget;
 pub use self::connect::{connect, connect_timeout, sender};
 pub use self::dispatch::dispatch;
+use self::head::assemble;
 pub use self::head::{Form, head};
 use self::retry::RetryCount;
 use crate::accept::{Destination, Inbound};
@@ -98,7 +99,9 @@ pub async fn send(
     // RFC 9110 §9.2.1: what is asked twice must change nothing.
     let is_safe = parts.method.is_safe() && source.is_none() && sane.upgrade.is_none();
     let hedge = timeouts.hedge.filter(|_| is_safe);
-    let head = head(&form, http2, target.tls);
+    let host = on_response.host.clone();
+    let Parts { method, uri, headers, .. } = parts;
+    let head = assemble((method, uri, headers), sane, host.as_ref(), http2, target.tls);
     let mut sending = Sending {
         inbound,
         target,
@@ -259,7 +262,7 @@ impl Sending<'_> {
         loop {
             let sender = sender(worker, &key, chosen, gate, &self.connects).await?;
             let Some(taken) = request.take() else { return Err(Failure::Reset("sent already".to_owned())) };
-            match dispatch(worker, &key, sender, taken).await {
+            match dispatch(worker, sender, taken).await {
                 Ok(answered) => return Ok(answered),
                 Err((Failure::GoneAway, None)) if moves < MAX_MOVES && self.can_repeat() => {
                     moves += 1;

@@ -279,12 +279,20 @@ fn of_endpoints(
 /// The endpoints of a port or subset, and whether they are sent requests inside TLS.
 fn balanced(proxy: &Proxy, published: &Published, key: &SlotKey) -> Result<(Balanced, bool), Unresolved> {
     let snapshot = &published.directory;
-    let own = own_workload(proxy, snapshot).map_err(|_| Unresolved::Service)?;
     let policies = published.backends.clone();
-    let sources = Sources { snapshot, own, policies: &policies };
-    let slot = proxy.balancers.find(key, &sources)?;
+    let slot = proxy.balancers.get(key);
+    let known = slot.as_ref().and_then(|slot| slot.known(snapshot, &policies));
     // A subset that is not known any more, and a policy that can't be followed, are known before anything is sent.
-    let balancer = slot.current(&sources)?;
+    let (slot, balancer) = match (slot, known) {
+        (Some(slot), Some(known)) => (slot, known?),
+        _ => {
+            let own = own_workload(proxy, snapshot).map_err(|_| Unresolved::Service)?;
+            let sources = Sources { snapshot, own, policies: &policies };
+            let slot = proxy.balancers.find(key, &sources)?;
+            let balancer = slot.current(&sources)?;
+            (slot, balancer)
+        }
+    };
     let tls = balancer.policy().tls.as_ref().is_some_and(|tls| !tls.is_of_mesh());
     Ok((Balanced { slot, policies }, tls))
 }
@@ -310,9 +318,15 @@ impl Balanced {
     pub fn current(&self, proxy: &Proxy) -> Result<Arc<Balancer>, Failure> {
         let published = proxy.published.load();
         let snapshot = &published.directory;
-        let own = own_workload(proxy, snapshot)?;
-        let sources = Sources { snapshot, own, policies: &self.policies };
-        self.slot.current(&sources).map_err(|why| failure(why, self.slot.key()))
+        let known = self.slot.known(snapshot, &self.policies);
+        let current = match known {
+            Some(known) => known,
+            None => {
+                let own = own_workload(proxy, snapshot)?;
+                self.slot.current(&Sources { snapshot, own, policies: &self.policies })
+            }
+        };
+        current.map_err(|why| failure(why, self.slot.key()))
     }
 }
 

@@ -54,8 +54,9 @@ async fn steps(
 ) -> Result<Answered, Failure> {
     let (mut parts, body) = request.into_parts();
     let published = inbound.worker.proxy.published.load_full();
-    let sane = sanitise::sanitise(&mut parts, &inbound.claims(&published))?;
-    record.set_target(&sane, &parts);
+    let sane = sanitise::sanitise(&mut parts, &inbound.claims(&published));
+    record.set_target(sane.as_ref().ok(), &parts);
+    let sane = sane?;
     record.set_telemetry(&published, &sane, &parts);
     authenticate::remove_outputs(&published, inbound, &mut parts);
     let limits = &inbound.worker.proxy.settings.limits;

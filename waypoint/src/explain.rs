@@ -129,6 +129,7 @@ fn explain(proxy: &Proxy, asked: Inquiry) -> Explanation {
     let host = found.host();
     let claims = Claims {
         client: source,
+        forwarded_for: &sanitise::address_value(source),
         trusted: false,
         proxies: None,
         ends_tls: false,

@@ -361,10 +361,9 @@ pub(crate) async fn exchange(
         let connected = async {
             let chosen = names::locate(worker, chosen).await?;
             let key = chosen.key(http2, gate.as_ref())?;
-            let sender = sender(worker, &key, &chosen, gate.as_ref(), &connects).await?;
-            Ok((key, sender))
+            sender(worker, &key, &chosen, gate.as_ref(), &connects).await
         };
-        let (key, sender) = match Box::pin(connected).await {
+        let sender = match Box::pin(connected).await {
             Ok(connected) => connected,
             Err(failure) => {
                 tried.extend(workload);
@@ -376,7 +375,7 @@ pub(crate) async fn exchange(
         };
         let Some(unsent) = request.take() else { break };
         let mut returned = None;
-        let outcome = dispatch(worker, &key, sender, unsent).await.map_err(|(failure, unsent)| {
+        let outcome = dispatch(worker, sender, unsent).await.map_err(|(failure, unsent)| {
             returned = unsent;
             failure
         });

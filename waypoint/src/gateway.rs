@@ -15,7 +15,7 @@ use ambit_api::l7;
 use ambit_directory::Transport;
 use ambit_net::datagram::BoundDatagrams;
 use ambit_runtime::drain::Drain;
-use ambit_runtime::peers::{End, peer_labels};
+use ambit_runtime::peers::{End, party, peer_labels};
 use ambit_runtime::workers::{WorkerHandle, Workers};
 use bytes::{Bytes, BytesMut};
 use tokio::net::TcpStream;
@@ -31,6 +31,8 @@ use crate::clients::{Place, Places};
 use crate::io::ReadAhead;
 use crate::listeners::{Layer, Listener};
 use crate::proxy::{Proxy, Worker};
+use crate::report::dialled_at;
+use crate::sanitise::address_value;
 use crate::{client_hello, datagrams, pass_through, protocol, proxy_protocol};
 
 /// How soon a port that could not be opened is tried again.
@@ -279,7 +281,13 @@ impl Connection {
     fn inbound(self, taken: Option<Arc<Listener>>) -> Arc<Inbound> {
         let Self { worker, handle, source, remote, local, place } = self;
         let destination = Destination::Listener { address: local, taken };
-        Arc::new(Inbound { remote, place: Some(place), ..inbound(worker, &handle, source, destination) })
+        Arc::new(Inbound {
+            remote,
+            client_party: Arc::new(party(&End::default(), remote)),
+            forwarded_for: address_value(remote.ip()),
+            place: Some(place),
+            ..inbound(worker, &handle, source, destination)
+        })
     }
 }
 
@@ -298,6 +306,9 @@ pub(crate) fn inbound(
         certificate: None,
         trusted_forwarder: false,
         client_labels: peer_labels(&reported),
+        client_party: Arc::new(party(&End::default(), source)),
+        dialled: Arc::new(dialled_at(&destination)),
+        forwarded_for: address_value(source.ip()),
         client: End::default(),
         recent_series: crate::report::RecentSeries::default(),
         default_host: destination.host().into(),

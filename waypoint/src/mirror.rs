@@ -102,13 +102,13 @@ async fn copy(
     let connected = match chosen.key(http2, gate.as_ref()) {
         Ok(key) => {
             let budget = ConnectBudget::new(worker.proxy.settings.limits.connect_budget.get());
-            sender(worker, &key, &chosen, gate.as_ref(), &budget).await.map(|sender| (key, sender))
+            sender(worker, &key, &chosen, gate.as_ref(), &budget).await
         }
         Err(failure) => Err(failure),
     };
     let answered = match connected {
-        Ok((key, sender)) => {
-            let sent = dispatch(worker, &key, sender, Request::from_parts(parts, body)).await;
+        Ok(sender) => {
+            let sent = dispatch(worker, sender, Request::from_parts(parts, body)).await;
             // A copy that broke off breaks the endpoint's connection, which is not to blame.
             let blame = |failure: Failure| match state.is_some_and(|state| state.is_broken()) {
                 true => Failure::RequestBody(failure.to_string()),

@@ -10,8 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ambit_directory::{Service, Transport, Workload};
+use ambit_identity::SpiffeId;
 use ambit_runtime::peers::{End, dialled, party, peer_labels, service_labels};
-use ambit_telemetry::access::{AccessLog, Dialled, Direction, Entry, Party, RequestEntry, Status};
+use ambit_telemetry::access::{
+    AccessLog, Dialled, Direction, Entry, Named, Party, RequestEntry, RequestTexts, Status,
+};
 use ambit_telemetry::tcp::{self, Labels, Security};
 use ambit_telemetry::{Outcome, RequestMetrics, RequestSeries, TcpMetrics};
 use bytes::Bytes;
@@ -50,29 +53,67 @@ pub struct Reporter {
     pub log: AccessLog,
 }
 
-/// The counters of a connection's last requests, by what their labels are made of: to make labels costs several allocations.
+/// What a connection's last requests are counted by and logged with, by what it is made of: to make it costs several allocations.
 #[derive(Debug, Default)]
-pub struct RecentSeries(Mutex<VecDeque<(SeriesKey, Arc<RequestSeries>)>>);
+pub struct RecentSeries(Mutex<VecDeque<(SeriesKey, Arc<Recent>)>>);
+
+/// What requests to one endpoint that end alike have in common.
+#[derive(Debug)]
+struct Recent {
+    /// The counters of their labels.
+    series: Arc<RequestSeries>,
+    /// The endpoint as the access log shows it.
+    destination: Arc<Party>,
+}
 
 /// Series that are kept for a connection: enough for the endpoints of most services.
 const RECENT_SERIES: usize = 16;
 
-/// What the labels of a request depend on beside its client. Holds what it compares, so that no address is used again.
+/// What the labels and the endpoint of a request depend on beside its client. Holds what it compares, so that no address is used again.
 #[derive(Debug, Clone)]
 struct SeriesKey {
     workload: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
+    address: Option<SocketAddr>,
+    identity: Option<SpiffeId>,
     tunnelled: bool,
     grpc: bool,
     outcome: Outcome,
 }
 
-impl PartialEq for SeriesKey {
-    fn eq(&self, other: &Self) -> bool {
-        let Self { workload, service, tunnelled, grpc, outcome } = self;
-        same(workload.as_ref(), other.workload.as_ref())
-            && same(service.as_ref(), other.service.as_ref())
-            && (*tunnelled, *grpc, *outcome) == (other.tunnelled, other.grpc, other.outcome)
+/// The same, of a request.
+#[derive(Clone, Copy)]
+struct SeriesOf<'a> {
+    endpoint: Option<&'a Endpoint>,
+    service: Option<&'a Arc<Service>>,
+    grpc: bool,
+    outcome: Outcome,
+}
+
+impl SeriesOf<'_> {
+    fn is_tunnelled(&self) -> bool {
+        self.endpoint.is_some_and(|endpoint| endpoint.tunnel.is_some())
+    }
+
+    fn to_key(self) -> SeriesKey {
+        SeriesKey {
+            workload: self.endpoint.and_then(|endpoint| endpoint.workload.clone()),
+            service: self.service.cloned(),
+            address: self.endpoint.map(|endpoint| endpoint.address),
+            identity: self.endpoint.and_then(Endpoint::identity).cloned(),
+            tunnelled: self.is_tunnelled(),
+            grpc: self.grpc,
+            outcome: self.outcome,
+        }
+    }
+
+    fn is(&self, key: &SeriesKey) -> bool {
+        let SeriesKey { workload, service, address, identity, tunnelled, grpc, outcome } = key;
+        same(workload.as_ref(), self.endpoint.and_then(|endpoint| endpoint.workload.as_ref()))
+            && same(service.as_ref(), self.service)
+            && *address == self.endpoint.map(|endpoint| endpoint.address)
+            && (*tunnelled, *grpc, *outcome) == (self.is_tunnelled(), self.grpc, self.outcome)
+            && identity.as_ref() == self.endpoint.and_then(Endpoint::identity)
     }
 }
 
@@ -84,17 +125,17 @@ fn same<T>(one: Option<&Arc<T>>, other: Option<&Arc<T>>) -> bool {
 }
 
 impl RecentSeries {
-    fn get(&self, key: SeriesKey, find: impl FnOnce() -> Arc<RequestSeries>) -> Arc<RequestSeries> {
+    fn get(&self, of: SeriesOf<'_>, make: impl FnOnce() -> Recent) -> Arc<Recent> {
         let mut recent = self.0.lock();
-        if let Some((_, series)) = recent.iter().rev().find(|(known, _)| *known == key) {
-            return series.clone();
+        if let Some((_, found)) = recent.iter().rev().find(|(known, _)| of.is(known)) {
+            return found.clone();
         }
-        let series = find();
+        let made = Arc::new(make());
         if recent.len() >= RECENT_SERIES {
             recent.pop_front();
         }
-        recent.push_back((key, series.clone()));
-        series
+        recent.push_back((of.to_key(), made.clone()));
+        made
     }
 }
 
@@ -105,8 +146,7 @@ pub struct Record {
     since: Instant,
     version: Version,
     method: Method,
-    authority: Box<str>,
-    path: Box<str>,
+    texts: RequestTexts,
     grpc: bool,
     /// What is reported of it beside metrics, where that is not the default.
     telemetry: Option<Arc<Telemetry>>,
@@ -118,8 +158,6 @@ pub struct Record {
     audited_by: Option<Box<str>>,
     /// The address of the first client, if proxies stand before it.
     remote: Option<SocketAddr>,
-    request_id: Option<Box<str>>,
-    user_agent: Option<Box<str>>,
     body: Option<Source>,
     endpoint: Option<Arc<Endpoint>>,
     attempts: u32,
@@ -138,36 +176,31 @@ pub struct Record {
 impl Record {
     /// A request came.
     pub fn start(inbound: &Arc<Inbound>, request: &Request<Incoming>) -> Self {
-        let text = |name: HeaderName| request.headers().get(name)?.to_str().ok().map(Into::into);
         let content_type = request.headers().get(http::header::CONTENT_TYPE);
-        let mut record = Self::unread(inbound);
-        record.version = request.version();
-        record.method = request.method().clone();
-        record.path = request.uri().path().into();
-        record.grpc = content_type.is_some_and(|value| is_grpc(value.as_bytes()));
-        record.request_id = text(X_REQUEST_ID);
-        record.user_agent = text(USER_AGENT);
-        record
+        let grpc = content_type.is_some_and(|value| is_grpc(value.as_bytes()));
+        Self::new(inbound.clone(), request.version(), request.method().clone(), grpc)
     }
 
     /// What came could not be read as a request.
     pub fn unread(inbound: &Arc<Inbound>) -> Self {
+        let unknown = Method::from_bytes(b"-").unwrap_or_default();
+        Self::new(inbound.clone(), Version::HTTP_11, unknown, false)
+    }
+
+    fn new(inbound: Arc<Inbound>, version: Version, method: Method, grpc: bool) -> Self {
         Self {
-            inbound: inbound.clone(),
+            inbound,
             since: Instant::now(),
-            version: Version::HTTP_11,
-            method: Method::from_bytes(b"-").unwrap_or_default(),
-            authority: Box::default(),
-            path: Box::default(),
-            grpc: false,
+            version,
+            method,
+            texts: RequestTexts::default(),
+            grpc,
             telemetry: None,
             asked: None,
             trace: None,
             route: None,
             audited_by: None,
             remote: None,
-            request_id: None,
-            user_agent: None,
             body: None,
             endpoint: None,
             attempts: 0,
@@ -189,17 +222,15 @@ impl Record {
         self.finish();
     }
 
-    /// What was asked for, in its one form.
-    pub fn set_target(&mut self, sane: &Sane, parts: &Parts) {
-        self.authority.clone_from(&sane.authority);
+    /// What was asked for, in its one form; as it came where it has none.
+    pub fn set_target(&mut self, sane: Option<&Sane>, parts: &Parts) {
+        let text = |name: &HeaderName| parts.headers.get(name)?.to_str().ok();
+        let authority = sane.map_or("", |sane| &sane.authority);
+        self.texts = RequestTexts::new(authority, parts.uri.path(), text(&X_REQUEST_ID), text(&USER_AGENT));
         // Its port is not known.
         let is_other = |address: &IpAddr| *address != self.inbound.remote.ip();
-        self.remote = sane.remote.filter(is_other).map(|address| SocketAddr::new(address, 0));
-        self.path = parts.uri.path().into();
-        if self.request_id.is_none() {
-            let id = parts.headers.get(X_REQUEST_ID);
-            self.request_id = id.and_then(|id| id.to_str().ok()).map(Into::into);
-        }
+        let remote = sane.and_then(|sane| sane.remote).filter(is_other);
+        self.remote = remote.map(|address| SocketAddr::new(address, 0));
     }
 
     /// Decides whether it is traced, and which logs it is in.
@@ -295,7 +326,8 @@ impl Record {
     /// It is allowed, and has been in progress for long.
     pub fn observe_open(&self) {
         if !self.was_observed.swap(true, Ordering::Relaxed) {
-            let opened = self.of_open(self.authority.clone(), self.path.clone());
+            let destination = Arc::new(destination(self.endpoint.as_deref()));
+            let opened = self.of_open(destination, self.texts.clone());
             self.inbound.worker.reporter.log.observe_open_request(opened);
         }
     }
@@ -314,39 +346,46 @@ impl Record {
         let grpc_status = self.grpc_status.filter(|_| self.grpc);
         let outcome = Outcome { code: self.code, grpc_status, flags: self.flags };
         let retries = self.attempts.saturating_sub(1);
-        if self.telemetry.as_ref().is_none_or(|telemetry| !telemetry.uncounted) {
-            let series = self.series(outcome);
-            series.count(duration, received, self.sent, retries);
+        let inbound = self.inbound.clone();
+        let endpoint = self.endpoint.clone();
+        let is_counted = self.telemetry.as_ref().is_none_or(|telemetry| !telemetry.uncounted);
+        let is_logged = self.is_logged();
+        let recent = (is_counted || is_logged).then(|| self.recent(endpoint.as_deref(), outcome));
+        if let Some(recent) = recent.as_ref().filter(|_| is_counted) {
+            recent.series.count(duration, received, self.sent, retries);
             if self.grpc {
                 let sent = self.messages.map_or(0, |messages| messages.count());
-                series.count_messages(self.body.as_ref().map_or(0, Source::messages), sent);
+                recent.series.count_messages(self.body.as_ref().map_or(0, Source::messages), sent);
             }
         }
         let span = self.export_spans(duration, received, grpc_status);
-        if self.is_logged() {
-            let entry = self.entry(duration, received, grpc_status);
-            logs::log_request(&self.inbound, self.telemetry.as_deref(), self.asked.as_deref(), entry, span);
+        if let Some(recent) = recent.filter(|_| is_logged) {
+            let entry = self.entry(recent.destination.clone(), duration, received, grpc_status);
+            logs::log_request(&inbound, self.telemetry.as_deref(), self.asked.as_deref(), entry, span);
         }
     }
 
-    /// The counters of its labels.
-    fn series(&self, outcome: Outcome) -> Arc<RequestSeries> {
-        let endpoint = self.endpoint.as_deref();
-        let key = SeriesKey {
-            workload: endpoint.and_then(|endpoint| endpoint.workload.clone()),
-            service: service(&self.inbound, endpoint).cloned(),
-            tunnelled: endpoint.is_some_and(|endpoint| endpoint.tunnel.is_some()),
-            grpc: self.grpc,
-            outcome,
-        };
-        self.inbound.recent_series.get(key, || {
-            let labels = labels(&self.inbound, endpoint, if self.grpc { "grpc" } else { "http" });
-            self.inbound.worker.reporter.requests.series(&labels, outcome)
+    /// The counters of its labels, and its endpoint for the log.
+    fn recent(&self, endpoint: Option<&Endpoint>, outcome: Outcome) -> Arc<Recent> {
+        let inbound = &self.inbound;
+        let of = SeriesOf { endpoint, service: service(inbound, endpoint), grpc: self.grpc, outcome };
+        inbound.recent_series.get(of, || {
+            let labels = labels(inbound, endpoint, if self.grpc { "grpc" } else { "http" });
+            Recent {
+                series: inbound.worker.reporter.requests.series(&labels, outcome),
+                destination: Arc::new(destination(endpoint)),
+            }
         })
     }
 
-    fn entry(&mut self, duration: Duration, received: u64, grpc_status: Option<u8>) -> RequestEntry {
-        let (authority, path) = (std::mem::take(&mut self.authority), std::mem::take(&mut self.path));
+    fn entry(
+        &mut self,
+        destination: Arc<Party>,
+        duration: Duration,
+        received: u64,
+        grpc_status: Option<u8>,
+    ) -> RequestEntry {
+        let texts = std::mem::take(&mut self.texts);
         RequestEntry {
             status: match (self.flags, &self.error) {
                 (DENIED, _) => Status::Denied,
@@ -354,43 +393,41 @@ impl Record {
                 (_, None) => Status::Ok,
             },
             grpc_status,
-            route: self.route.as_ref().map(|route| route.to_string().into()),
+            route: self.route.take().map(|route| route as Arc<dyn Named>),
             audited_by: self.audited_by.take(),
-            request_id: self.request_id.take(),
-            user_agent: self.user_agent.take(),
             bytes_received: received,
             duration,
             error: self.error.take(),
             was_observed: self.was_observed.load(Ordering::Relaxed),
-            ..self.of_open(authority, path)
+            ..self.of_open(destination, texts)
         }
     }
 
     /// What is known while it is in progress.
-    fn of_open(&self, authority: Box<str>, path: Box<str>) -> RequestEntry {
+    fn of_open(&self, destination: Arc<Party>, texts: RequestTexts) -> RequestEntry {
         let inbound = &self.inbound;
         RequestEntry {
-            source: party(&inbound.client, self.remote.unwrap_or(inbound.remote)),
-            destination: destination(self.endpoint.as_deref()),
+            source: match self.remote {
+                Some(remote) => Arc::new(party(&inbound.client, remote)),
+                None => inbound.client_party.clone(),
+            },
+            destination,
             service: service(inbound, self.endpoint.as_deref()).map(|service| service.host.hostname.clone()),
-            dialled: dialled_at(inbound),
+            dialled: inbound.dialled.clone(),
             status: Status::Ok,
             protocol: match self.version {
                 Version::HTTP_10 => "HTTP/1.0",
                 Version::HTTP_2 => "HTTP/2",
                 _ => "HTTP/1.1",
             },
-            method: self.method.as_str().into(),
-            authority,
-            path,
+            method: self.method.clone(),
+            texts,
             code: self.code,
             grpc_status: None,
             flags: self.flags,
             route: None,
             audited_by: None,
             attempts: self.attempts,
-            request_id: None,
-            user_agent: None,
             bytes_sent: self.sent,
             bytes_received: 0,
             duration: Duration::ZERO,
@@ -410,9 +447,9 @@ impl Drop for Record {
     }
 }
 
-/// What was dialled.
-fn dialled_at(inbound: &Inbound) -> Dialled {
-    dialled(inbound.destination.service().map(|service| &**service), inbound.destination.port())
+/// What a connection is for, for the access log's observers.
+pub fn dialled_at(destination: &Destination) -> Dialled {
+    dialled(destination.service().map(|service| &**service), destination.port())
 }
 
 /// The service that a request reached: that of its endpoint, else the one that was dialled.
@@ -544,11 +581,11 @@ fn entry_of_connection(inbound: &Inbound, endpoint: Option<&Endpoint>, status: S
     let unknown = SocketAddr::from(([0, 0, 0, 0], 0));
     let destination = endpoint.map(|endpoint| party(&end_of(endpoint), endpoint.address));
     Entry {
-        source: party(&inbound.client, inbound.remote),
+        source: Party::clone(&inbound.client_party),
         destination: destination.unwrap_or(Party { addr: Some(unknown), ..Party::default() }),
         hbone_addr: None,
         service: service(inbound, endpoint).map(|service| service.host.hostname.clone()),
-        dialled: dialled_at(inbound),
+        dialled: Dialled::clone(&inbound.dialled),
         is_udp: inbound.destination.transport() == Transport::Udp,
         direction: Direction::Inbound,
         status,
@@ -579,8 +616,8 @@ mod tests {
         }
     }
 
-    fn key(code: u16) -> SeriesKey {
-        SeriesKey { workload: None, service: None, tunnelled: false, grpc: false, outcome: outcome(code) }
+    fn of(code: u16) -> SeriesOf<'static> {
+        SeriesOf { endpoint: None, service: None, grpc: false, outcome: outcome(code) }
     }
 
     #[test]
@@ -588,9 +625,10 @@ mod tests {
         let metrics = RequestMetrics::register(&ambit_telemetry::Registry::new(), 100);
         let (recent, found) = (RecentSeries::default(), std::cell::Cell::new(0));
         let get = |code| {
-            recent.get(key(code), || {
+            recent.get(of(code), || {
                 found.set(found.get() + 1);
-                metrics.series(&labels(), outcome(code))
+                let series = metrics.series(&labels(), outcome(code));
+                Recent { series, destination: Arc::default() }
             })
         };
         let first = get(200);
@@ -601,6 +639,6 @@ mod tests {
             get(code);
         }
         assert_eq!(recent.0.lock().len(), RECENT_SERIES);
-        assert!(Arc::ptr_eq(&first, &get(200)));
+        assert!(Arc::ptr_eq(&first.series, &get(200).series));
     }
 }

@@ -37,6 +37,8 @@ const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 pub struct Claims<'a> {
     /// The client.
     pub client: IpAddr,
+    /// Its address, as [`address_value`] makes it.
+    pub forwarded_for: &'a HeaderValue,
     /// Whether what it says of other clients is kept.
     pub trusted: bool,
     /// At a gateway: the proxies in front of it that are believed, instead of `trusted`.
@@ -300,9 +302,16 @@ fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> (&'static
         // A forwarder's last entry is its own client.
         None => (before.last().map_or(Some(claims.client), |entry| entry.parse().ok()), 0),
     };
-    let client = claims.client.to_string();
-    let chain = before.into_iter().skip(kept).chain([client.as_str()]).collect::<Vec<_>>().join(", ");
-    if let Ok(chain) = HeaderValue::try_from(chain) {
+    let mut chain = String::new();
+    for before in before.into_iter().skip(kept) {
+        chain.push_str(before);
+        chain.push_str(", ");
+    }
+    let chain = match chain.is_empty() {
+        true => Ok(claims.forwarded_for.clone()),
+        false => HeaderValue::try_from(chain + claims.forwarded_for.to_str().unwrap_or_default()),
+    };
+    if let Ok(chain) = chain {
         headers.insert(X_FORWARDED_FOR, chain);
     }
     if let (Some(_), Some(remote)) = (claims.proxies, remote)
@@ -315,7 +324,7 @@ fn forwarding_headers(headers: &mut HeaderMap, claims: &Claims<'_>) -> (&'static
     let scheme = if secure { "https" } else { "http" };
     headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(scheme));
     if !headers.contains_key(X_REQUEST_ID)
-        && let Ok(id) = HeaderValue::try_from(request_id(rand::random()))
+        && let Ok(id) = HeaderValue::from_bytes(&request_id(rand::random()))
     {
         headers.insert(X_REQUEST_ID, id);
     }
@@ -329,12 +338,24 @@ pub fn forward_identity(headers: &mut HeaderMap, own: &SpiffeId, client: &Spiffe
     }
 }
 
+/// A client's address as a value of `X-Forwarded-For`.
+pub fn address_value(address: IpAddr) -> HeaderValue {
+    // Digits, dots, letters and colons are always a value.
+    HeaderValue::try_from(address.to_string()).unwrap_or(HeaderValue::from_static("unknown"))
+}
+
 /// RFC 9562 §5.4: a UUID of random bits.
-fn request_id(random: u128) -> String {
-    let bits = random & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
-    let (a, b) = ((bits >> 96) as u32, (bits >> 80) as u16);
-    let (c, d) = ((bits >> 64) as u16, (bits >> 48) as u16);
-    format!("{a:08x}-{b:04x}-{c:04x}-{d:04x}-{:012x}", bits & 0xffff_ffff_ffff)
+fn request_id(random: u128) -> [u8; 36] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut bits = random & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    let mut text = [b'-'; 36];
+    let digits = text.iter_mut().enumerate().filter(|(at, _)| !matches!(at, 8 | 13 | 18 | 23));
+    for (_, place) in digits {
+        // From the first digit to the last one.
+        bits = bits.rotate_left(4);
+        *place = DIGITS.get((bits & 0xf) as usize).copied().unwrap_or(b'0');
+    }
+    text
 }
 
 /// The path in normal form, with the query as it is.

@@ -6,8 +6,17 @@ use proptest::prelude::*;
 use super::*;
 
 fn claims(trusted: bool) -> Claims<'static> {
+    static CLIENT: HeaderValue = HeaderValue::from_static("10.0.0.1");
     let client = [10, 0, 0, 1].into();
-    Claims { client, trusted, proxies: None, ends_tls: false, default_host: "svc.example", target_size: 100 }
+    Claims {
+        client,
+        forwarded_for: &CLIENT,
+        trusted,
+        proxies: None,
+        ends_tls: false,
+        default_host: "svc.example",
+        target_size: 100,
+    }
 }
 
 fn request(version: Version, uri: &str, headers: &[(&str, &str)]) -> Parts {

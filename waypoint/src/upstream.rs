@@ -135,11 +135,11 @@ impl Slot {
             if !idle.sender.is_ready() {
                 continue;
             }
-            let Idle { sender, mut wear, counted, .. } = self.idle.swap_remove(at);
+            let Idle { key, sender, mut wear, counted, .. } = self.idle.swap_remove(at);
             // One that is to close for another request is nobody's any more.
             if counted.as_ref().is_none_or(|counted| counted.take()) {
                 wear.count();
-                return Some(Http1 { sender, open: Open::new(&self.open), wear, counted });
+                return Some(Http1 { sender, key, open: Open::new(&self.open), wear, counted });
             }
         }
         None
@@ -175,6 +175,7 @@ impl Slot {
 
 #[derive(Debug)]
 struct Idle {
+    key: Arc<Key>,
     sender: http1::SendRequest<RequestBody>,
     since: Instant,
     wear: Wear,
@@ -196,6 +197,8 @@ struct Shared {
 pub struct Http1 {
     /// Sends the request.
     pub sender: http1::SendRequest<RequestBody>,
+    /// What may share it.
+    key: Arc<Key>,
     open: Open,
     wear: Wear,
     counted: Option<Arc<Connection>>,
@@ -260,8 +263,6 @@ pub enum Used {
     Http1 {
         /// Where it goes.
         upstreams: Upstreams,
-        /// Under which key.
-        key: Box<Key>,
         /// The connection.
         connection: Http1,
     },
@@ -273,8 +274,8 @@ impl Returned {
     /// The answer has ended: the next request may have the connection.
     pub fn give_back(self) {
         match self.used {
-            Used::Http1 { upstreams, key, connection } => {
-                let Http1 { sender, open, wear, counted } = connection;
+            Used::Http1 { upstreams, connection } => {
+                let Http1 { sender, key, open, wear, counted } = connection;
                 drop(open);
                 if sender.is_closed() || key.is_worn(&wear) {
                     return;
@@ -283,8 +284,8 @@ impl Returned {
                 if let Some(counted) = &offered {
                     counted.rest();
                 }
-                let idle = Idle { sender, since: Instant::now(), wear, counted };
-                upstreams.0.lock().entry(*key).or_default().idle.push(idle);
+                let idle = Idle { key: key.clone(), sender, since: Instant::now(), wear, counted };
+                upstreams.keep(&key, idle);
                 if let Some(counted) = offered {
                     counted.offer();
                 }
@@ -334,6 +335,14 @@ enum Turn {
 }
 
 impl Upstreams {
+    fn keep(&self, key: &Key, idle: Idle) {
+        let mut slots = self.0.lock();
+        match slots.get_mut(key) {
+            Some(slot) => slot.idle.push(idle),
+            None => slots.entry(key.clone()).or_default().idle.push(idle),
+        }
+    }
+
     /// A connection that is there.
     pub fn take(&self, key: &Key) -> Option<Sender> {
         let mut slots = self.0.lock();
@@ -428,7 +437,8 @@ impl Upstreams {
             drop(held);
         });
         let open = dial.open.take().unwrap_or_else(|| Open::new(&Arc::default()));
-        Ok(Sender::Http1(Http1 { sender, open, wear: Wear::first(), counted }))
+        let key = Arc::new(key.clone());
+        Ok(Sender::Http1(Http1 { sender, key, open, wear: Wear::first(), counted }))
     }
 
     async fn connect_http2(

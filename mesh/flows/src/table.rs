@@ -112,17 +112,22 @@ impl Table {
 
     /// Counts what was seen at `now`, in seconds since the epoch.
     pub fn observe(&mut self, seen: &Observation<'_>, now: u64) {
+        self.observe_alike(seen, 1, now);
+    }
+
+    /// Counts several that are alike.
+    pub fn observe_alike(&mut self, seen: &Observation<'_>, several: u64, now: u64) {
         let seen = &Observation { method: known_method(seen), ..*seen };
         let mut pattern = std::mem::take(&mut self.pattern);
         match seen.kind {
             Kind::Request => path_pattern(seen.path, &mut pattern),
             Kind::Inbound | Kind::Outbound | Kind::WaypointConnection => pattern.clear(),
         }
-        self.count_in(seen, &pattern, now);
+        self.count_in(seen, &pattern, several, now);
         self.pattern = pattern;
     }
 
-    fn count_in(&mut self, seen: &Observation<'_>, pattern: &str, now: u64) {
+    fn count_in(&mut self, seen: &Observation<'_>, pattern: &str, several: u64, now: u64) {
         let rest = self.hasher.hash_one((
             seen.kind,
             seen.source,
@@ -133,22 +138,22 @@ impl Table {
         ));
         let hash = self.hasher.hash_one((rest, pattern));
         if let Some(row) = self.find(hash, seen, pattern) {
-            return count(row, seen.outcome, now);
+            return count(row, seen.outcome, several, now);
         }
         let known = self.paths.get(&rest).copied().unwrap_or_default();
         if known >= MAX_PATHS && pattern != ANY_PATH {
-            return self.count_in(seen, ANY_PATH, now);
+            return self.count_in(seen, ANY_PATH, several, now);
         }
         let mut row = new_row(seen, pattern, now);
         let bytes = bytes_of(&row);
         let client = self.hasher.hash_one(observed(&row.source));
         let taken = self.clients.get(&client).copied().unwrap_or_default();
         if self.bytes + bytes > self.limits.bytes || taken + bytes > self.limits.bytes / SHARE {
-            self.full += 1;
+            self.full += several;
             return;
         }
         self.clients.insert(client, taken + bytes);
-        count(&mut row, seen.outcome, now);
+        count(&mut row, seen.outcome, several, now);
         self.rows.entry(hash).or_default().push(row);
         *self.paths.entry(rest).or_default() += 1;
         self.bytes += bytes;
@@ -286,16 +291,16 @@ fn new_row(seen: &Observation<'_>, pattern: &str, now: u64) -> Flow {
     }
 }
 
-fn count(row: &mut Flow, outcome: Outcome, now: u64) {
+fn count(row: &mut Flow, outcome: Outcome, several: u64, now: u64) {
     row.last_seen = row.last_seen.max(now);
     match outcome {
-        Outcome::Allowed => row.allowed += 1,
-        Outcome::Denied => row.denied += 1,
+        Outcome::Allowed => row.allowed += several,
+        Outcome::Denied => row.denied += several,
         Outcome::Failed => {
-            row.allowed += 1;
-            row.failed += 1;
+            row.allowed += several;
+            row.failed += several;
         }
-        Outcome::FailedLater => row.failed += 1,
+        Outcome::FailedLater => row.failed += several,
     }
 }
 

@@ -3,6 +3,8 @@
 //! The data path hands a record over through a bounded queue, without waiting; a thread counts it. What the queue has no room for is
 //! counted as lost. `/flows` of the admin server shows the table.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -174,6 +176,7 @@ fn hand_over(shared: Arc<Shared>, queue: SyncSender<Arc<Record>>) -> impl Fn(&Ar
 
 fn count(shared: &Shared, records: &Receiver<Arc<Record>>, observer: Observer, stop: &AtomicBool) {
     let mut expired = shared.since;
+    let mut runs = Runs::default();
     loop {
         let first = match records.recv_timeout(POLL) {
             Ok(record) => Some(record),
@@ -186,12 +189,10 @@ fn count(shared: &Shared, records: &Receiver<Arc<Record>>, observer: Observer, s
             let mut table = shared.table.lock();
             for _ in 0..TURN {
                 let Some(record) = next.take() else { break };
-                if let Some(seen) = observation(&record, observer) {
-                    table.observe(&seen, seconds(record.time));
-                }
-                drop(record);
+                runs.add(record, &mut |record, several| observe(&mut table, record, observer, several));
                 next = records.try_recv().ok();
             }
+            runs.end(&mut |record, several| observe(&mut table, record, observer, several));
         }
         let now = seconds(SystemTime::now());
         if now.saturating_sub(expired) >= EXPIRE_EVERY {
@@ -205,6 +206,54 @@ fn count(shared: &Shared, records: &Receiver<Arc<Record>>, observer: Observer, s
             std::thread::sleep(GATHER);
         }
     }
+}
+
+fn observe(table: &mut Table, record: &Record, observer: Observer, several: u64) {
+    if let Some(seen) = observation(record, observer) {
+        table.observe_alike(&seen, several, seconds(record.time));
+    }
+}
+
+/// Requests of one turn that are alike, by the connection that they came on: the table is asked once for all of them.
+#[derive(Default)]
+struct Runs(HashMap<usize, (Arc<Record>, u64)>);
+
+impl Runs {
+    /// Adds a record; what it ends is handed to `count`.
+    fn add(&mut self, record: Arc<Record>, count: &mut impl FnMut(&Record, u64)) {
+        let Ended::Request(entry) = &record.ended else { return count(&record, 1) };
+        // The requests of a connection share what they say of their client, and the run keeps that.
+        match self.0.entry(Arc::as_ptr(&entry.source).addr()) {
+            Slot::Vacant(vacant) => _ = vacant.insert((record, 1)),
+            Slot::Occupied(mut run) => {
+                let (last, several) = run.get_mut();
+                let is_alike = last.is_open == record.is_open
+                    && matches!(&last.ended, Ended::Request(last) if are_alike(last, entry));
+                if !is_alike {
+                    count(last, *several);
+                    *several = 0;
+                }
+                (*last, *several) = (record, *several + 1);
+            }
+        }
+    }
+
+    /// Hands over what is left.
+    fn end(&mut self, count: &mut impl FnMut(&Record, u64)) {
+        self.0.drain().for_each(|(_, (record, several))| count(&record, several));
+    }
+}
+
+/// Whether two requests are of one row of the table.
+fn are_alike(one: &RequestEntry, other: &RequestEntry) -> bool {
+    Arc::ptr_eq(&one.source, &other.source)
+        && Arc::ptr_eq(&one.dialled, &other.dialled)
+        // Which endpoint of a service it was says nothing of the flow.
+        && (one.dialled.host.is_some() || Arc::ptr_eq(&one.destination, &other.destination))
+        && (one.status, &one.method) == (other.status, &other.method)
+        && one.was_observed == other.was_observed
+        && one.texts.path() == other.texts.path()
+        && one.texts.authority() == other.texts.authority()
 }
 
 fn seconds(time: SystemTime) -> u64 {
@@ -266,9 +315,9 @@ fn of_request(entry: &RequestEntry, outcome: Outcome) -> Observation<'_> {
         destination: dialled_side(entry.dialled.host.is_some(), &entry.destination),
         service: service(entry.dialled.namespace.as_deref(), entry.dialled.host.as_deref()),
         port: entry.dialled.port,
-        method: &entry.method,
-        path: &entry.path,
-        host: &entry.authority,
+        method: entry.method.as_str(),
+        path: entry.texts.path(),
+        host: entry.texts.authority(),
         outcome,
     }
 }

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use ambit_telemetry::access::Dialled;
+use ambit_telemetry::access::{Dialled, RequestTexts};
 
 use super::*;
 use crate::configuration::Span;
@@ -95,23 +95,20 @@ fn a_waypoint_counts_what_was_dialled_and_not_the_endpoint() {
         Flows::observe(AccessLog::disabled(), settings(), Observer::Waypoint).unwrap();
     log.log(entry(Status::Ok));
     let request = |path: &str, destination| RequestEntry {
-        source: party("cli", "10.0.0.1:4000"),
-        destination,
+        source: party("cli", "10.0.0.1:4000").into(),
+        destination: Arc::new(destination),
         service: Some("web-v2.shop.svc.cluster.local".into()),
-        dialled: entry(Status::Ok).dialled,
+        dialled: entry(Status::Ok).dialled.into(),
         status: Status::Ok,
         protocol: "HTTP/1.1",
-        method: "GET".into(),
-        authority: "web:80".into(),
-        path: path.into(),
+        method: http::Method::GET,
+        texts: RequestTexts::new("web:80", path, None, None),
         code: 200,
         grpc_status: None,
         flags: "-",
         route: None,
         audited_by: None,
         attempts: 1,
-        request_id: None,
-        user_agent: None,
         bytes_sent: 0,
         bytes_received: 0,
         duration: Duration::ZERO,
@@ -130,6 +127,56 @@ fn a_waypoint_counts_what_was_dialled_and_not_the_endpoint() {
     assert_eq!((requests.kind, requests.port, requests.allowed), (Kind::Request, 80, 2));
     assert_eq!((&*requests.method, &*requests.path), ("GET", "/users/{*}"));
     assert_eq!(requests.service.as_ref().map(|it| &*it.host), Some("web.shop.svc.cluster.local"));
+}
+
+#[test]
+fn requests_that_are_alike_are_counted_together_and_others_apart() {
+    let request = |source: &Arc<Party>, path: &str, status| RequestEntry {
+        source: source.clone(),
+        destination: Arc::new(party("web", "10.0.0.2:8080")),
+        service: None,
+        dialled: Arc::default(),
+        status,
+        protocol: "HTTP/1.1",
+        method: http::Method::GET,
+        texts: RequestTexts::new("web", path, None, None),
+        code: 200,
+        grpc_status: None,
+        flags: "-",
+        route: None,
+        audited_by: None,
+        attempts: 1,
+        bytes_sent: 0,
+        bytes_received: 0,
+        duration: Duration::ZERO,
+        error: None,
+        was_observed: false,
+    };
+    let (one, other) = (Arc::new(party("cli", "10.0.0.1:1")), Arc::new(party("job", "10.0.0.3:1")));
+    let first = request(&one, "/a", Status::Ok);
+    let alike = RequestEntry { texts: RequestTexts::new("web", "/a", Some("7"), None), ..first.clone() };
+    let entries = [
+        first.clone(),
+        alike,
+        request(&other, "/a", Status::Ok),
+        first.clone(),
+        RequestEntry { texts: RequestTexts::new("web", "/b", None, None), ..first.clone() },
+        RequestEntry { status: Status::Denied, ..first.clone() },
+        first,
+    ];
+    let (mut runs, mut counted) = (Runs::default(), Vec::new());
+    let mut count = |record: &Record, several| {
+        let Ended::Request(entry) = &record.ended else { panic!("a connection") };
+        let owner = entry.source.owner.as_deref().unwrap();
+        counted.push(format!("{owner} {} {:?} {several}", entry.texts.path(), entry.status));
+    };
+    for entry in entries {
+        let ended = Ended::Request(entry);
+        runs.add(Arc::new(Record { ended, is_open: false, time: UNIX_EPOCH }), &mut count);
+    }
+    runs.end(&mut count);
+    counted.sort();
+    assert_eq!(counted, ["cli /a Denied 1", "cli /a Ok 1", "cli /a Ok 3", "cli /b Ok 1", "job /a Ok 1"]);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 #![allow(missing_docs, reason = "a program; its modules document themselves")]
 
+mod access;
 mod decide;
 mod encode;
 mod records;
@@ -31,6 +32,7 @@ fn main() -> Result<()> {
         Some("waypoint-decide") => waypoint::decide(),
         Some("waypoint-sanitise") => waypoint::sanitised(),
         Some("waypoint-fields") => waypoint::fields(),
+        Some("access-line") => access::line(),
         other => bail!("no such function: {other:?}"),
     }
 }

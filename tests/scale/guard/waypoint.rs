@@ -13,7 +13,7 @@ use ambit_waypoint::attempt::{Form, head};
 use ambit_waypoint::sanitise::{Claims, Sane, remove_hop_by_hop, sanitise};
 use anyhow::{Context, Result, ensure};
 use http::request::Parts;
-use http::{HeaderMap, Request};
+use http::{HeaderMap, HeaderValue, Request};
 use prost::Message;
 
 /// Routes of the service.
@@ -39,8 +39,10 @@ fn request() -> Result<Parts> {
 }
 
 fn claims() -> Claims<'static> {
+    static FORWARDED: HeaderValue = HeaderValue::from_static("10.1.2.3");
     Claims {
         client: CLIENT,
+        forwarded_for: &FORWARDED,
         trusted: false,
         proxies: None,
         ends_tls: false,

@@ -6,7 +6,7 @@ use super::HeadOfAnswer;
 use crate::body::RequestBody;
 use crate::failure::Failure;
 use crate::proxy::Worker;
-use crate::upstream::{Key, Returned, Sender, Used};
+use crate::upstream::{Returned, Sender, Used};
 
 /// A request that never left.
 pub(super) type Unsent = Option<Box<Request<RequestBody>>>;
@@ -17,15 +17,13 @@ pub(super) type Unsent = Option<Box<Request<RequestBody>>>;
 /// [`Failure::Reset`], [`Failure::RefusedStream`], [`Failure::GoneAway`].
 pub async fn dispatch(
     worker: &Worker,
-    key: &Key,
     sender: Sender,
     request: Request<RequestBody>,
 ) -> Result<HeadOfAnswer, (Failure, Unsent)> {
     match sender {
         Sender::Http1(mut connection) => match connection.sender.try_send_request(request).await {
             Ok(response) => {
-                let (upstreams, key) = (worker.upstreams.clone(), Box::new(key.clone()));
-                let used = Used::Http1 { upstreams, key, connection };
+                let used = Used::Http1 { upstreams: worker.upstreams.clone(), connection };
                 Ok((response, Returned { used, active: None }))
             }
             Err(mut error) => {

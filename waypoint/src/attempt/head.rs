@@ -4,7 +4,7 @@ use ambit_directory::AppProtocol;
 use http::header::HOST;
 use http::request::Parts;
 use http::uri::{Authority, Scheme};
-use http::{HeaderValue, Request, Uri, Version};
+use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version};
 
 use crate::backend_policies::PoolPolicy;
 use crate::balance::Target;
@@ -50,23 +50,35 @@ impl Form<'_> {
 /// The request's head in the form that the endpoint's version wants.
 pub fn head(form: &Form<'_>, http2: bool, tls: bool) -> Request<()> {
     let Form { parts, sane, host, at_gateway: _ } = form;
+    let parts = (parts.method.clone(), parts.uri.clone(), parts.headers.clone());
+    assemble(parts, sane, *host, http2, tls)
+}
+
+/// The same, of parts that nobody needs any more.
+pub(super) fn assemble(
+    (method, uri, headers): (Method, Uri, HeaderMap),
+    sane: &Sane,
+    host: Option<&Authority>,
+    http2: bool,
+    tls: bool,
+) -> Request<()> {
     let mut request = Request::new(());
-    *request.method_mut() = parts.method.clone();
-    *request.headers_mut() = parts.headers.clone();
-    let authority = match host {
-        Some(host) => Some((*host).clone()),
-        None => Authority::try_from(&*sane.authority).ok(),
-    };
+    *request.method_mut() = method;
+    *request.headers_mut() = headers;
     if http2 {
-        let mut uri = parts.uri.clone().into_parts();
+        let mut parts = uri.clone().into_parts();
         // RFC 9113 §8.3.1; the tunnel encrypts, so the scheme is that of what is in it.
-        uri.scheme = Some(if tls { Scheme::HTTPS } else { Scheme::HTTP });
-        uri.authority = authority;
+        parts.scheme = Some(if tls { Scheme::HTTPS } else { Scheme::HTTP });
+        parts.authority = match host {
+            Some(host) => Some(host.clone()),
+            None => Authority::try_from(&*sane.authority).ok(),
+        };
         *request.version_mut() = Version::HTTP_2;
-        *request.uri_mut() = Uri::from_parts(uri).unwrap_or_else(|_| parts.uri.clone());
+        *request.uri_mut() = Uri::from_parts(parts).unwrap_or(uri);
     } else {
-        *request.uri_mut() = parts.uri.clone();
-        if let Some(host) = authority.and_then(|host| HeaderValue::try_from(host.as_str()).ok()) {
+        *request.uri_mut() = uri;
+        // Sanitising has made sure that the authority is one.
+        if let Ok(host) = HeaderValue::from_str(host.map_or(&*sane.authority, Authority::as_str)) {
             request.headers_mut().insert(HOST, host);
         }
         if let Some(protocol) = &sane.upgrade {

@@ -33,6 +33,8 @@ const OVERPROVISIONING: u64 = 140;
 pub struct Balancer {
     /// The newest state of the policies in which this is what they say.
     generation: AtomicU64,
+    /// The revision of the directory in which this was last found to be of the present state; 0: never.
+    seen: AtomicU64,
     pub(super) state: ServiceState,
     pub(super) own: Arc<Workload>,
     pub(super) found: Found,
@@ -156,6 +158,7 @@ impl Balancer {
         drop(known);
         Self {
             generation: AtomicU64::new(generation),
+            seen: AtomicU64::new(0),
             state,
             own,
             found,
@@ -179,6 +182,18 @@ impl Balancer {
     /// The newest state of the policies that this is of.
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Relaxed)
+    }
+
+    /// Whether it was found to be of the state of this revision of the directory, and these policies.
+    pub(super) fn was_seen(&self, revision: u64, generation: u64) -> bool {
+        revision != 0
+            && self.seen.load(Ordering::Relaxed) == revision
+            && self.generation.load(Ordering::Relaxed) >= generation
+    }
+
+    /// It is of the state of this revision of the directory.
+    pub(super) fn see(&self, revision: u64) {
+        self.seen.store(revision, Ordering::Relaxed);
     }
 
     /// The policies have changed, but not for this.

@@ -74,7 +74,7 @@ pub struct Counts {
 pub struct Sources<'a> {
     /// Who is where.
     pub snapshot: &'a Snapshot,
-    /// The waypoint's own workload.
+    /// The waypoint's own workload, as the snapshot has it.
     pub own: &'a Arc<Workload>,
     /// What is said of services.
     pub policies: &'a BackendPolicies,
@@ -119,13 +119,18 @@ impl Balancers {
         self.started.elapsed()
     }
 
+    /// The slot of a port or subset, if there is one yet.
+    pub fn get(&self, key: &SlotKey) -> Option<Arc<Slot>> {
+        self.slots.read().get(key).cloned()
+    }
+
     /// The slot of a port or subset.
     ///
     /// # Errors
     /// [`Unresolved`].
     pub fn find(&self, key: &SlotKey, sources: &Sources<'_>) -> Result<Arc<Slot>, Unresolved> {
-        if let Some(slot) = self.slots.read().get(key) {
-            return Ok(slot.clone());
+        if let Some(slot) = self.get(key) {
+            return Ok(slot);
         }
         let built = key.build(sources, None, self.now())?;
         let slot = Arc::new(Slot {
@@ -305,12 +310,26 @@ impl Slot {
         self.built.load_full()
     }
 
+    /// The balancer, where an earlier request has found it to be of the state of this snapshot: nothing is looked up.
+    pub fn known(
+        &self,
+        snapshot: &Snapshot,
+        policies: &BackendPolicies,
+    ) -> Option<Result<Arc<Balancer>, Unresolved>> {
+        let built = self.built.load();
+        built.was_seen(snapshot.revision().snapshot, policies.generation()).then(|| usable(&built))
+    }
+
     /// The balancer of the present state, or the one before it, if it has endpoints, while another request builds that.
     ///
     /// # Errors
     /// [`Unresolved`].
     pub fn current(&self, sources: &Sources<'_>) -> Result<Arc<Balancer>, Unresolved> {
+        if let Some(known) = self.known(sources.snapshot, sources.policies) {
+            return known;
+        }
         let built = self.built.load();
+        let revision = sources.snapshot.revision().snapshot;
         let state = self.key.state(sources.snapshot)?;
         let is_current = |built: &Balancer| {
             built.generation() >= sources.policies.generation()
@@ -318,7 +337,10 @@ impl Slot {
                 && Arc::ptr_eq(&built.own, sources.own)
         };
         let built = match is_current(&built) {
-            true => Arc::clone(&built),
+            true => {
+                built.see(revision);
+                Arc::clone(&built)
+            }
             false => match self.building.try_lock() {
                 Some(_one) => self.rebuild(sources, is_current)?,
                 // A service that had no endpoint before may have one now.
@@ -330,10 +352,7 @@ impl Slot {
                 None => Arc::clone(&built),
             },
         };
-        match &built.policy().invalid {
-            Some(reason) => Err(Unresolved::Policy(reason.clone())),
-            None => Ok(built),
-        }
+        usable(&built)
     }
 
     fn rebuild(
@@ -431,6 +450,14 @@ impl Slot {
         self.ejected_until.fetch_max(u64::try_from(until.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         self.counts.ejections.fetch_add(1, Ordering::Relaxed);
         Some(until)
+    }
+}
+
+/// A balancer by whose policy requests can be sent.
+fn usable(built: &Arc<Balancer>) -> Result<Arc<Balancer>, Unresolved> {
+    match &built.policy().invalid {
+        Some(reason) => Err(Unresolved::Policy(reason.clone())),
+        None => Ok(built.clone()),
     }
 }
 

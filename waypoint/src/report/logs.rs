@@ -52,11 +52,12 @@ pub(super) fn log_request(
     let Some(telemetry) = telemetry else { return log.log_request(entry) };
     let none = FilterInput::default();
     let asked = asked.unwrap_or(&none);
-    let (method, path, route) = (entry.method.clone(), entry.path.clone(), entry.route.clone());
+    let (method, texts) = (entry.method.clone(), entry.texts.clone());
+    let route = entry.route.as_ref().map(ToString::to_string);
     let facts = LogFacts {
-        method: &method,
+        method: method.as_str(),
         target: &asked.target,
-        path: &path,
+        path: texts.path(),
         query: asked.query.as_deref(),
         host: &asked.host,
         scheme: asked.scheme,

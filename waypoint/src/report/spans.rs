@@ -150,7 +150,7 @@ impl Record {
             Version::HTTP_2 => "2",
             _ => "1.1",
         };
-        let host = host_of(&self.authority);
+        let host = host_of(self.texts.authority());
         let mut attributes = vec![
             text("component", "proxy"),
             text("node_id", &*proxy.settings.node_id),
@@ -162,7 +162,7 @@ impl Record {
             ),
             text("http.request.method", self.method.as_str()),
             text("url.scheme", trace.scheme),
-            text("url.path", &*self.path),
+            text("url.path", self.texts.path()),
             text("server.address", host),
             integer("server.port", inbound.destination.port()),
             text("network.protocol.name", "http"),
@@ -171,9 +171,9 @@ impl Record {
         ];
         let mut add = |key: &str, value: Option<&str>| attributes.extend(value.map(|value| text(key, value)));
         add("url.query", trace.query.as_deref());
-        add("guid:x-request-id", self.request_id.as_deref());
-        add("user_agent", self.user_agent.as_deref());
-        add("user_agent.original", self.user_agent.as_deref());
+        add("guid:x-request-id", self.texts.request_id());
+        add("user_agent", self.texts.user_agent());
+        add("user_agent.original", self.texts.user_agent());
         let published = proxy.published.load();
         if let Ok(own) = own_workload(proxy, &published.directory) {
             add("zone", Some(&*own.locality.zone).filter(|zone| !zone.is_empty()));

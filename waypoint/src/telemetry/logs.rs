@@ -134,7 +134,8 @@ fn log_record(record: &Record, name: &str, span: Option<SpanRef>) -> LogRecord {
     });
     let body = match &record.ended {
         Ended::Request(entry) => {
-            format!("{} {}{} {}", entry.method, entry.authority, entry.path, entry.code)
+            let texts = &entry.texts;
+            format!("{} {}{} {}", entry.method, texts.authority(), texts.path(), entry.code)
         }
         Ended::Connection(entry) => match &entry.service {
             Some(service) => format!("connection to {service}"),

@@ -116,11 +116,11 @@ impl Filter {
 
     fn matches_request(&self, entry: &RequestEntry) -> bool {
         self.direction.is_none()
-            && self.method.as_deref().is_none_or(|method| method.eq_ignore_ascii_case(&entry.method))
-            && self.path.as_deref().is_none_or(|path| entry.path.starts_with(path))
+            && self.method.as_deref().is_none_or(|method| method.eq_ignore_ascii_case(entry.method.as_str()))
+            && self.path.as_deref().is_none_or(|path| entry.texts.path().starts_with(path))
             && self.code.is_none_or(|code| code.matches(entry.code))
             && self.matches_ends(&entry.source, &entry.destination, entry.service.as_deref())
-            && (self.matches_host(Some(&entry.authority), entry.service.as_deref())
+            && (self.matches_host(Some(entry.texts.authority()), entry.service.as_deref())
                 || self.matches_host(None, entry.dialled.host.as_deref()))
     }
 
@@ -215,7 +215,9 @@ impl Code {
 mod tests {
     use std::time::{Duration, SystemTime};
 
-    use super::super::Dialled;
+    use http::Method;
+
+    use super::super::{Dialled, RequestTexts};
     use super::*;
 
     fn party(namespace: &str, workload: &str, owner: &str, address: &str) -> Party {
@@ -249,23 +251,20 @@ mod tests {
 
     fn request() -> Record {
         let ended = Ended::Request(RequestEntry {
-            source: party("shop", "cli-1", "cli", "10.0.0.1:4000"),
-            destination: party("shop", "web-1", "web", "10.0.0.3:8080"),
+            source: party("shop", "cli-1", "cli", "10.0.0.1:4000").into(),
+            destination: party("shop", "web-1", "web", "10.0.0.3:8080").into(),
             service: Some("web-v2.shop.svc.cluster.local".into()),
-            dialled: Dialled { host: Some("web.shop.svc.cluster.local".into()), ..Dialled::default() },
+            dialled: Dialled { host: Some("web.shop.svc.cluster.local".into()), ..Dialled::default() }.into(),
             status: Status::Ok,
             protocol: "HTTP/1.1",
-            method: "GET".into(),
-            authority: "Web.example:8080".into(),
-            path: "/api/users".into(),
+            method: Method::GET,
+            texts: RequestTexts::new("Web.example:8080", "/api/users", None, None),
             code: 404,
             grpc_status: None,
             flags: "-",
             route: None,
             audited_by: None,
             attempts: 1,
-            request_id: None,
-            user_agent: None,
             bytes_sent: 0,
             bytes_received: 0,
             duration: Duration::ZERO,

@@ -1,25 +1,23 @@
 //! Renders entries: tab-separated for people, JSON for machines. Pure.
+//!
+//! The writer's thread renders a line for each request, so what all lines have is put together without the machinery of `format!`.
 
+use std::fmt::Display;
 use std::io::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::SystemTime;
 
-use serde_json::Value;
 use time::OffsetDateTime;
-use time::format_description::BorrowedFormatItem;
-use time::macros::format_description;
 
 use super::{Direction, Entry, FieldValue, Party, RequestEntry};
-
-/// RFC 3339 with microseconds, in UTC.
-const TIME: &[BorrowedFormatItem<'_>] =
-    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
 
 /// A field's value: how it is written depends on the format.
 pub(super) enum Field<'a> {
     Address(SocketAddr),
     /// Names and reasons from elsewhere; quoted and escaped.
     Text(&'a str),
+    /// The same, of a value that is made into text here.
+    Shown(&'a dyn Display),
     /// An authority; holds no spaces, but comes from a peer.
     Authority(&'a str),
     Number(u64),
@@ -30,16 +28,12 @@ pub(super) enum Field<'a> {
 pub(super) trait Fields {
     /// Whether it reports a failure.
     fn has_failed(&self) -> bool;
-    /// The fields in the order of the contract; those that are not known are left out.
-    fn fields(&self) -> impl Iterator<Item = (&'static str, Field<'_>)>;
+    /// Hands over the fields in the order of the contract; those that are not known are left out.
+    fn each<'a>(&'a self, put: impl FnMut(&'static str, Field<'a>));
 }
 
 fn level(entry: &impl Fields) -> &'static str {
     if entry.has_failed() { "error" } else { "info" }
-}
-
-fn timestamp(time: SystemTime) -> String {
-    OffsetDateTime::from(time).format(TIME).unwrap_or_default()
 }
 
 impl Fields for Entry {
@@ -47,8 +41,42 @@ impl Fields for Entry {
         self.error.is_some()
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&'static str, Field<'_>)> {
-        fields(self)
+    /// In the order of the observability contract.
+    fn each<'a>(&'a self, mut put: impl FnMut(&'static str, Field<'a>)) {
+        let Self {
+            source,
+            destination,
+            hbone_addr,
+            service,
+            dialled: _,
+            is_udp,
+            direction,
+            status: _,
+            bytes_sent,
+            bytes_received,
+            duration,
+            error,
+            was_observed: _,
+        } = self;
+        let direction = match direction {
+            Direction::Inbound => "inbound",
+            Direction::Outbound => "outbound",
+        };
+        each_of_source(source, &mut put);
+        address("dst.addr", destination, &mut put);
+        if let Some(authority) = hbone_addr {
+            put("dst.hbone_addr", Field::Authority(authority));
+        }
+        text("dst.service", service.as_deref(), &mut put);
+        each_of_destination(destination, &mut put);
+        put("direction", Field::Text(direction));
+        if *is_udp {
+            put("protocol", Field::Text("udp"));
+        }
+        put("bytes_sent", Field::Number(*bytes_sent));
+        put("bytes_recv", Field::Number(*bytes_received));
+        put("duration", Field::Milliseconds(duration.as_millis()));
+        text("error", error.as_deref(), &mut put);
     }
 }
 
@@ -57,8 +85,8 @@ impl Fields for RequestEntry {
         self.error.is_some()
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&'static str, Field<'_>)> {
-        let RequestEntry {
+    fn each<'a>(&'a self, mut put: impl FnMut(&'static str, Field<'a>)) {
+        let Self {
             source,
             destination,
             service,
@@ -66,153 +94,137 @@ impl Fields for RequestEntry {
             status: _,
             protocol,
             method,
-            authority,
-            path,
+            texts,
             code,
             grpc_status,
             flags,
             route,
             audited_by,
             attempts,
-            request_id,
-            user_agent,
             bytes_sent,
             bytes_received,
             duration,
             error,
             was_observed: _,
         } = self;
-        [
-            ("src.addr", source.addr.map(Field::Address)),
-            ("src.workload", source.workload.as_deref().map(Field::Text)),
-            ("src.namespace", source.namespace.as_deref().map(Field::Text)),
-            ("src.identity", source.identity.as_deref().map(Field::Text)),
-            ("dst.addr", destination.addr.map(Field::Address)),
-            ("dst.service", service.as_deref().map(Field::Text)),
-            ("dst.workload", destination.workload.as_deref().map(Field::Text)),
-            ("dst.namespace", destination.namespace.as_deref().map(Field::Text)),
-            ("dst.identity", destination.identity.as_deref().map(Field::Text)),
-            ("protocol", Some(Field::Text(protocol))),
-            ("method", Some(Field::Text(method))),
-            ("authority", Some(Field::Text(authority))),
-            ("path", Some(Field::Text(path))),
-            ("response_code", Some(Field::Number(u64::from(*code)))),
-            ("grpc_status", grpc_status.map(|status| Field::Number(u64::from(status)))),
-            ("response_flags", Some(Field::Text(flags))),
-            ("route", route.as_deref().map(Field::Text)),
-            ("audited_by", audited_by.as_deref().map(Field::Text)),
-            ("attempts", Some(Field::Number(u64::from(*attempts)))),
-            ("request_id", request_id.as_deref().map(Field::Text)),
-            ("user_agent", user_agent.as_deref().map(Field::Text)),
-            ("bytes_sent", Some(Field::Number(*bytes_sent))),
-            ("bytes_recv", Some(Field::Number(*bytes_received))),
-            ("duration", Some(Field::Milliseconds(duration.as_millis()))),
-            ("error", error.as_deref().map(Field::Text)),
-        ]
-        .into_iter()
-        .filter_map(|(name, field)| Some((name, field?)))
+        each_of_source(source, &mut put);
+        address("dst.addr", destination, &mut put);
+        text("dst.service", service.as_deref(), &mut put);
+        each_of_destination(destination, &mut put);
+        put("protocol", Field::Text(protocol));
+        put("method", Field::Text(method.as_str()));
+        put("authority", Field::Text(texts.authority()));
+        put("path", Field::Text(texts.path()));
+        put("response_code", Field::Number(u64::from(*code)));
+        if let Some(status) = grpc_status {
+            put("grpc_status", Field::Number(u64::from(*status)));
+        }
+        put("response_flags", Field::Text(flags));
+        if let Some(route) = route {
+            put("route", Field::Shown(route));
+        }
+        text("audited_by", audited_by.as_deref(), &mut put);
+        put("attempts", Field::Number(u64::from(*attempts)));
+        text("request_id", texts.request_id(), &mut put);
+        text("user_agent", texts.user_agent(), &mut put);
+        put("bytes_sent", Field::Number(*bytes_sent));
+        put("bytes_recv", Field::Number(*bytes_received));
+        put("duration", Field::Milliseconds(duration.as_millis()));
+        text("error", error.as_deref(), &mut put);
     }
 }
 
-/// The known fields, in the order of the observability contract.
-fn fields(entry: &Entry) -> impl Iterator<Item = (&'static str, Field<'_>)> {
-    let Entry {
-        source,
-        destination,
-        hbone_addr,
-        service,
-        dialled: _,
-        is_udp,
-        direction,
-        status: _,
-        bytes_sent,
-        bytes_received,
-        duration,
-        error,
-        was_observed: _,
-    } = entry;
-    let Party { addr: source_addr, workload, namespace, identity, owner: _ } = source;
-    let Party {
-        addr: destination_addr,
-        workload: destination_workload,
-        namespace: destination_namespace,
-        identity: destination_identity,
-        owner: _,
-    } = destination;
-    let direction = match direction {
-        Direction::Inbound => "inbound",
-        Direction::Outbound => "outbound",
-    };
-    [
-        ("src.addr", source_addr.map(Field::Address)),
-        ("src.workload", workload.as_deref().map(Field::Text)),
-        ("src.namespace", namespace.as_deref().map(Field::Text)),
-        ("src.identity", identity.as_deref().map(Field::Text)),
-        ("dst.addr", destination_addr.map(Field::Address)),
-        ("dst.hbone_addr", hbone_addr.as_deref().map(Field::Authority)),
-        ("dst.service", service.as_deref().map(Field::Text)),
-        ("dst.workload", destination_workload.as_deref().map(Field::Text)),
-        ("dst.namespace", destination_namespace.as_deref().map(Field::Text)),
-        ("dst.identity", destination_identity.as_deref().map(Field::Text)),
-        ("direction", Some(Field::Text(direction))),
-        ("protocol", is_udp.then_some(Field::Text("udp"))),
-        ("bytes_sent", Some(Field::Number(*bytes_sent))),
-        ("bytes_recv", Some(Field::Number(*bytes_received))),
-        ("duration", Some(Field::Milliseconds(duration.as_millis()))),
-        ("error", error.as_deref().map(Field::Text)),
-    ]
-    .into_iter()
-    .filter_map(|(name, field)| Some((name, field?)))
+fn text<'a>(name: &'static str, value: Option<&'a str>, put: &mut impl FnMut(&'static str, Field<'a>)) {
+    if let Some(value) = value {
+        put(name, Field::Text(value));
+    }
+}
+
+fn address<'a>(name: &'static str, party: &Party, put: &mut impl FnMut(&'static str, Field<'a>)) {
+    if let Some(address) = party.addr {
+        put(name, Field::Address(address));
+    }
+}
+
+fn each_of_source<'a>(source: &'a Party, put: &mut impl FnMut(&'static str, Field<'a>)) {
+    let Party { addr: _, workload, namespace, identity, owner: _ } = source;
+    address("src.addr", source, put);
+    text("src.workload", workload.as_deref(), put);
+    text("src.namespace", namespace.as_deref(), put);
+    text("src.identity", identity.as_deref(), put);
+}
+
+/// Without the address, which the service follows.
+fn each_of_destination<'a>(destination: &'a Party, put: &mut impl FnMut(&'static str, Field<'a>)) {
+    let Party { addr: _, workload, namespace, identity, owner: _ } = destination;
+    text("dst.workload", workload.as_deref(), put);
+    text("dst.namespace", namespace.as_deref(), put);
+    text("dst.identity", identity.as_deref(), put);
 }
 
 /// Shows the fields one by one.
-pub(super) fn each(entry: &impl Fields, see: &mut impl FnMut(&'static str, FieldValue<'_>)) {
-    for (name, field) in entry.fields() {
+pub(super) fn each(entry: &impl Fields, mut see: impl FnMut(&'static str, FieldValue<'_>)) {
+    entry.each(|name, field| {
         see(
             name,
             match field {
                 Field::Address(value) => FieldValue::Text(value.to_string().into()),
                 Field::Text(value) | Field::Authority(value) => FieldValue::Text(value.into()),
+                Field::Shown(value) => FieldValue::Text(value.to_string().into()),
                 Field::Number(value) => FieldValue::Number(value),
                 Field::Milliseconds(value) => FieldValue::Text(format!("{value}ms").into()),
             },
         );
-    }
+    });
 }
 
 /// `time<TAB>level<TAB>access<TAB>name=value<TAB>…`.
 pub(super) fn tab(entry: &impl Fields, time: SystemTime, line: &mut Vec<u8>) {
-    put(line, format_args!("{}\t{}\taccess", timestamp(time), level(entry)));
-    for (name, field) in entry.fields() {
+    put_timestamp(line, time);
+    line.push(b'\t');
+    line.extend_from_slice(level(entry).as_bytes());
+    line.extend_from_slice(b"\taccess");
+    entry.each(|name, field| {
+        line.push(b'\t');
+        line.extend_from_slice(name.as_bytes());
+        line.push(b'=');
         match field {
-            Field::Address(value) => put(line, format_args!("\t{name}={value}")),
+            Field::Address(value) => put_address(line, value),
             Field::Authority(value) if value.bytes().all(|byte| byte.is_ascii_graphic()) => {
-                put(line, format_args!("\t{name}={value}"));
+                line.extend_from_slice(value.as_bytes());
             }
-            // `Debug` escapes quotes and control characters, so a value cannot forge a field.
-            Field::Text(value) | Field::Authority(value) => put(line, format_args!("\t{name}={value:?}")),
-            Field::Number(value) => put(line, format_args!("\t{name}={value}")),
-            Field::Milliseconds(value) => put(line, format_args!("\t{name}=\"{value}ms\"")),
+            Field::Text(value) | Field::Authority(value) => put_quoted(line, value),
+            Field::Shown(value) => put_shown(line, value, put_quoted),
+            Field::Number(value) => put_number(line, value),
+            Field::Milliseconds(value) => put_milliseconds(line, value),
         }
-    }
+    });
     line.push(b'\n');
 }
 
 /// One object, with `time`, `level` and `scope` before the fields.
 pub(super) fn json(entry: &impl Fields, time: SystemTime, line: &mut Vec<u8>) {
-    let quoted = |text: &str| Value::from(text).to_string();
-    let head = (timestamp(time), level(entry));
-    put(line, format_args!(r#"{{"time":"{}","level":"{}","scope":"access""#, head.0, head.1));
-    for (name, field) in entry.fields() {
+    line.extend_from_slice(b"{\"time\":\"");
+    put_timestamp(line, time);
+    line.extend_from_slice(b"\",\"level\":\"");
+    line.extend_from_slice(level(entry).as_bytes());
+    line.extend_from_slice(b"\",\"scope\":\"access\"");
+    entry.each(|name, field| {
+        line.extend_from_slice(b",\"");
+        line.extend_from_slice(name.as_bytes());
+        line.extend_from_slice(b"\":");
         match field {
-            Field::Address(value) => put(line, format_args!(r#","{name}":"{value}""#)),
-            Field::Text(value) | Field::Authority(value) => {
-                put(line, format_args!(r#","{name}":{}"#, quoted(value)));
+            Field::Address(value) => {
+                line.push(b'"');
+                put_address(line, value);
+                line.push(b'"');
             }
-            Field::Number(value) => put(line, format_args!(r#","{name}":{value}"#)),
-            Field::Milliseconds(value) => put(line, format_args!(r#","{name}":"{value}ms""#)),
+            Field::Text(value) | Field::Authority(value) => put_json_text(line, value),
+            Field::Shown(value) => put_shown(line, value, put_json_text),
+            Field::Number(value) => put_number(line, value),
+            Field::Milliseconds(value) => put_milliseconds(line, value),
         }
-    }
+    });
     line.extend_from_slice(b"}\n");
 }
 
@@ -221,11 +233,112 @@ fn put(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     line.write_fmt(text).ok();
 }
 
+/// Whether a text stands in quotes as it is, in both formats.
+fn is_plain(text: &[u8]) -> bool {
+    text.iter().all(|byte| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\'))
+}
+
+fn put_plain(line: &mut Vec<u8>, text: &[u8]) {
+    line.push(b'"');
+    line.extend_from_slice(text);
+    line.push(b'"');
+}
+
+/// `Debug` escapes quotes and control characters, so a value cannot forge a field.
+fn put_quoted(line: &mut Vec<u8>, text: &str) {
+    match is_plain(text.as_bytes()) {
+        true => put_plain(line, text.as_bytes()),
+        false => put(line, format_args!("{text:?}")),
+    }
+}
+
+fn put_json_text(line: &mut Vec<u8>, text: &str) {
+    match is_plain(text.as_bytes()) {
+        true => put_plain(line, text.as_bytes()),
+        // As above.
+        false => serde_json::to_writer(line, text).unwrap_or_default(),
+    }
+}
+
+/// Writes a value's text, quoted by `quote` where it does not stand in quotes as it is.
+fn put_shown(line: &mut Vec<u8>, value: &dyn Display, quote: fn(&mut Vec<u8>, &str)) {
+    let start = line.len();
+    line.push(b'"');
+    put(line, format_args!("{value}"));
+    if line.get(start + 1..).is_some_and(is_plain) {
+        return line.push(b'"');
+    }
+    line.truncate(start);
+    quote(line, &value.to_string());
+}
+
+fn put_number(line: &mut Vec<u8>, mut value: u64) {
+    // The longest has twenty digits.
+    let mut digits = [b'0'; 20];
+    let mut first = digits.len();
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+        first -= 1;
+        if value == 0 {
+            break;
+        }
+    }
+    line.extend_from_slice(digits.get(first..).unwrap_or_default());
+}
+
+fn put_milliseconds(line: &mut Vec<u8>, value: u128) {
+    line.push(b'"');
+    put_number(line, u64::try_from(value).unwrap_or(u64::MAX));
+    line.extend_from_slice(b"ms\"");
+}
+
+fn put_address(line: &mut Vec<u8>, address: SocketAddr) {
+    let IpAddr::V4(ip) = address.ip() else { return put(line, format_args!("{address}")) };
+    let [first, rest @ ..] = ip.octets();
+    put_number(line, first.into());
+    for octet in rest {
+        line.push(b'.');
+        put_number(line, octet.into());
+    }
+    line.push(b':');
+    put_number(line, address.port().into());
+}
+
+/// RFC 3339 with microseconds, in UTC.
+fn put_timestamp(line: &mut Vec<u8>, time: SystemTime) {
+    let time = OffsetDateTime::from(time);
+    let (year, month, day) = time.to_calendar_date();
+    let (hour, minute, second, micro) = time.to_hms_micro();
+    let small: [(u32, usize, u8); 7] = [
+        (u32::try_from(year).unwrap_or_default(), 4, b'-'),
+        (u8::from(month).into(), 2, b'-'),
+        (day.into(), 2, b'T'),
+        (hour.into(), 2, b':'),
+        (minute.into(), 2, b':'),
+        (second.into(), 2, b'.'),
+        (micro, 6, b'Z'),
+    ];
+    for (mut value, width, after) in small {
+        let mut digits = [b'0'; 6];
+        for digit in digits.iter_mut().take(width).rev() {
+            *digit = b'0' + (value % 10) as u8;
+            value /= 10;
+        }
+        line.extend_from_slice(digits.get(..width).unwrap_or_default());
+        line.push(after);
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{Dialled, Status};
-    use super::*;
+    use std::sync::Arc;
     use std::time::Duration;
+
+    use serde_json::Value;
+
+    use super::super::{Dialled, RequestTexts, Status};
+    use super::*;
 
     fn entry() -> Entry {
         Entry {
@@ -282,6 +395,81 @@ mod tests {
         assert_eq!(value["bytes_recv"], 34);
         assert_eq!(value["error"], "denied by policy \"a\"\n");
         assert_eq!(line.lines().count(), 1);
+    }
+
+    fn request(authority: &str, path: &str) -> RequestEntry {
+        RequestEntry {
+            source: entry().source.into(),
+            destination: entry().destination.into(),
+            service: entry().service,
+            dialled: Dialled::default().into(),
+            status: Status::Ok,
+            protocol: "HTTP/1.1",
+            method: http::Method::GET,
+            texts: RequestTexts::new(authority, path, Some("7"), None),
+            code: 200,
+            grpc_status: Some(0),
+            flags: "-",
+            route: Some(Arc::new("HTTPRoute/shop/\"web\"")),
+            audited_by: None,
+            attempts: 1,
+            bytes_sent: 10_000_000_000,
+            bytes_received: 0,
+            duration: Duration::from_millis(120),
+            error: None,
+            was_observed: false,
+        }
+    }
+
+    #[test]
+    fn a_request_has_the_same_fields_in_both_formats() {
+        let entry = request("web:80", "/a b/\u{e9}\\");
+        let (mut line, mut object) = (Vec::new(), Vec::new());
+        tab(&entry, SystemTime::UNIX_EPOCH, &mut line);
+        json(&entry, SystemTime::UNIX_EPOCH, &mut object);
+        assert_eq!(
+            String::from_utf8(line).unwrap(),
+            concat!(
+                "1970-01-01T00:00:00.000000Z\tinfo\taccess\tsrc.addr=10.0.0.1:41000\tsrc.workload=\"sleep-1\"\t",
+                "src.namespace=\"default\"\tsrc.identity=\"spiffe://cluster.local/ns/default/sa/sleep\"\t",
+                "dst.addr=10.0.0.2:15008\tdst.service=\"reviews.default.svc.cluster.local\"\t",
+                "protocol=\"HTTP/1.1\"\tmethod=\"GET\"\tauthority=\"web:80\"\tpath=\"/a b/\u{e9}\\\\\"\t",
+                "response_code=200\tgrpc_status=0\tresponse_flags=\"-\"\troute=\"HTTPRoute/shop/\\\"web\\\"\"\t",
+                "attempts=1\trequest_id=\"7\"\tbytes_sent=10000000000\tbytes_recv=0\tduration=\"120ms\"\n"
+            )
+        );
+        let object: Value = serde_json::from_slice(&object).unwrap();
+        assert_eq!(
+            (&object["path"], &object["bytes_sent"]),
+            (&"/a b/\u{e9}\\".into(), &10_000_000_000_u64.into())
+        );
+        assert_eq!(object["route"], "HTTPRoute/shop/\"web\"");
+    }
+
+    #[test]
+    fn times_numbers_and_addresses_are_written_as_their_types_show_them() {
+        for (seconds, micros, text) in [
+            (0, 0, "1970-01-01T00:00:00.000000Z"),
+            (1_709_210_096, 7, "2024-02-29T12:34:56.000007Z"),
+            (4_102_444_799, 999_999, "2099-12-31T23:59:59.999999Z"),
+        ] {
+            let mut line = Vec::new();
+            put_timestamp(
+                &mut line,
+                SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_micros(micros),
+            );
+            assert_eq!(String::from_utf8(line).unwrap(), text);
+        }
+        for number in [0, 9, 10, 4096, u64::MAX] {
+            let mut line = Vec::new();
+            put_number(&mut line, number);
+            assert_eq!(String::from_utf8(line).unwrap(), number.to_string());
+        }
+        for text in ["0.0.0.0:0", "10.20.30.255:65535", "[2001:db8::1]:80", "[::ffff:10.0.0.1]:80"] {
+            let mut line = Vec::new();
+            put_address(&mut line, text.parse().unwrap());
+            assert_eq!(String::from_utf8(line).unwrap(), text);
+        }
     }
 
     #[test]

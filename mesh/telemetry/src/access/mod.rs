@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use http::Method;
+
 use crate::Registry;
 use crate::sink::{LogWriter, Render, Sink, Target};
 
@@ -139,40 +141,34 @@ pub struct Entry {
 /// A request that ended, as a waypoint or gateway saw it.
 #[derive(Debug, Clone)]
 pub struct RequestEntry {
-    /// The client.
-    pub source: Party,
+    /// The client. Requests of one connection share it.
+    pub source: Arc<Party>,
     /// The endpoint that answered, or was tried last.
-    pub destination: Party,
+    pub destination: Arc<Party>,
     /// Host name of the service of that endpoint, or of the one dialled.
     pub service: Option<Arc<str>>,
-    /// What was dialled.
-    pub dialled: Dialled,
+    /// What was dialled. Requests of one connection share it.
+    pub dialled: Arc<Dialled>,
     /// How it ended.
     pub status: Status,
     /// `HTTP/1.1`, `HTTP/2`, ...
     pub protocol: &'static str,
     /// The method.
-    pub method: Box<str>,
-    /// The host that was asked for.
-    pub authority: Box<str>,
-    /// The path, without the query.
-    pub path: Box<str>,
+    pub method: Method,
+    /// What the request says of itself.
+    pub texts: RequestTexts,
     /// The answer's status; 0 if the client went before there was one.
     pub code: u16,
     /// gRPC's own status.
     pub grpc_status: Option<u8>,
     /// Why the answer is not the endpoint's, or `-`.
     pub flags: &'static str,
-    /// The route that was followed.
-    pub route: Option<Box<str>>,
+    /// The name of the route that was followed.
+    pub route: Option<Arc<dyn Named>>,
     /// The policies with the action AUDIT that matched, separated by commas.
     pub audited_by: Option<Box<str>>,
     /// How often it was sent.
     pub attempts: u32,
-    /// `x-request-id`.
-    pub request_id: Option<Box<str>>,
-    /// `user-agent`.
-    pub user_agent: Option<Box<str>>,
     /// Bytes of the response's body.
     pub bytes_sent: u64,
     /// Bytes of the request's body.
@@ -183,6 +179,60 @@ pub struct RequestEntry {
     pub error: Option<String>,
     /// Whether [`AccessLog::observe_open_request`] had it while it was in progress. Not part of a line.
     pub was_observed: bool,
+}
+
+/// A name that is made into text where it is written.
+pub trait Named: std::fmt::Display + std::fmt::Debug + Send + Sync {}
+
+impl<T: std::fmt::Display + std::fmt::Debug + Send + Sync> Named for T {}
+
+/// What a request says of itself, in one allocation: the record of a request goes from the data path to other threads.
+#[derive(Debug, Clone, Default)]
+pub struct RequestTexts {
+    text: Box<str>,
+    /// Where authority, path and request id end; the user agent is the rest.
+    ends: [usize; 3],
+    has_request_id: bool,
+    has_user_agent: bool,
+}
+
+impl RequestTexts {
+    /// The host that was asked for, the path without the query, `x-request-id` and `user-agent`.
+    pub fn new(authority: &str, path: &str, request_id: Option<&str>, user_agent: Option<&str>) -> Self {
+        let (id, agent) = (request_id.unwrap_or_default(), user_agent.unwrap_or_default());
+        let mut text = String::with_capacity(authority.len() + path.len() + id.len() + agent.len());
+        let ends = [authority, path, id].map(|part| {
+            text.push_str(part);
+            text.len()
+        });
+        text.push_str(agent);
+        let (has_request_id, has_user_agent) = (request_id.is_some(), user_agent.is_some());
+        Self { text: text.into_boxed_str(), ends, has_request_id, has_user_agent }
+    }
+
+    fn between(&self, start: usize, end: usize) -> &str {
+        self.text.get(start..end).unwrap_or_default()
+    }
+
+    /// The host that was asked for.
+    pub fn authority(&self) -> &str {
+        self.between(0, self.ends[0])
+    }
+
+    /// The path, without the query.
+    pub fn path(&self) -> &str {
+        self.between(self.ends[0], self.ends[1])
+    }
+
+    /// `x-request-id`.
+    pub fn request_id(&self) -> Option<&str> {
+        self.has_request_id.then(|| self.between(self.ends[1], self.ends[2]))
+    }
+
+    /// `user-agent`.
+    pub fn user_agent(&self) -> Option<&str> {
+        self.has_user_agent.then(|| self.between(self.ends[2], self.text.len()))
+    }
 }
 
 /// What ended, and when.
@@ -223,14 +273,15 @@ impl Record {
     }
 
     /// Its fields, as a line has them.
-    pub fn each_field(&self, mut see: impl FnMut(&'static str, FieldValue<'_>)) {
+    pub fn each_field(&self, see: impl FnMut(&'static str, FieldValue<'_>)) {
         match &self.ended {
-            Ended::Connection(entry) => format::each(entry, &mut see),
-            Ended::Request(entry) => format::each(entry, &mut see),
+            Ended::Connection(entry) => format::each(entry, see),
+            Ended::Request(entry) => format::each(entry, see),
         }
     }
 
-    fn render(&self, format: Format, line: &mut Vec<u8>) {
+    /// Appends its line, newline included.
+    pub fn render(&self, format: Format, line: &mut Vec<u8>) {
         match (&self.ended, format) {
             (Ended::Connection(entry), Format::Tab) => format::tab(entry, self.time, line),
             (Ended::Connection(entry), Format::Json) => format::json(entry, self.time, line),
@@ -391,5 +442,20 @@ impl AccessLog {
             "Writes to the access log that failed",
             read(|metrics| &metrics.failed_writes),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_texts_of_a_request_are_kept_apart() {
+        let texts = RequestTexts::new("web", "/a", Some("1"), Some("curl"));
+        assert_eq!((texts.authority(), texts.path()), ("web", "/a"));
+        assert_eq!((texts.request_id(), texts.user_agent()), (Some("1"), Some("curl")));
+        let texts = RequestTexts::new("", "/", None, Some(""));
+        assert_eq!((texts.authority(), texts.path()), ("", "/"));
+        assert_eq!((texts.request_id(), texts.user_agent()), (None, Some("")));
     }
 }
