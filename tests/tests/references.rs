@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Pages whose tables say which test holds what.
-const PAGES: [&str; 2] = ["docs/contract-tests.md", "docs/hardening-tests.md"];
+const PAGES: [&str; 3] = ["docs/contract-tests.md", "docs/hardening-tests.md", "docs/kubernetes-tests.md"];
 
 #[test]
 fn pages_name_tests_and_files_that_exist() {
@@ -119,6 +119,8 @@ fn names(root: &Path) -> HashSet<String> {
                 };
                 found.extend(text.split("fn ").skip(1).filter_map(word));
                 found.extend(text.split(".add(\"").skip(1).filter_map(word));
+                let staged = text.split(".add_to(Stage::").skip(1).filter_map(|rest| rest.split('"').nth(1));
+                found.extend(staged.map(str::to_owned));
             }
         }
     }

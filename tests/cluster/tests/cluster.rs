@@ -1,7 +1,8 @@
 //! Everything that is shown on a real Kubernetes: one cluster, one build, cases in the order of their [`Stage`]s.
 //!
 //! The first case that runs starts the cluster, the last ends it. What failed leaves its programs' logs in
-//! `target/cluster/failed`. `AMBIT_CLUSTER=NAME` runs the cases on a cluster that `ambit-cluster up NAME` started.
+//! `target/cluster/failed`. `AMBIT_CLUSTER=NAME` runs the cases on a cluster that `ambit-cluster up NAME` started;
+//! `AMBIT_CASES=PART,…` runs only those whose name has one of the parts, after an installation of the mesh if they need it.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,6 +11,8 @@
     reason = "a test that can't go on says so and ends"
 )]
 
+#[path = "cases/annotations.rs"]
+mod annotations;
 #[path = "cases/apps.rs"]
 mod apps;
 #[path = "cases/bed.rs"]
@@ -22,6 +25,8 @@ mod cli;
 mod disruption;
 #[path = "cases/mesh.rs"]
 mod mesh;
+#[path = "cases/misconfigured.rs"]
+mod misconfigured;
 #[path = "cases/node.rs"]
 mod node;
 #[path = "cases/nodes.rs"]
@@ -58,19 +63,32 @@ type Outcome = Result<(), Box<dyn Error>>;
 /// When a case runs. Cases of one stage run in the order in which they are added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
-    /// On the cluster, then on the mesh.
+    /// Needs no mesh; the last one installs it.
+    Cluster,
+    /// On the mesh.
     Mesh,
     /// Judges what the programs did in every case of the mesh.
     Review,
-    /// Removes the mesh, and what needs a cluster without one.
+    /// Removes the mesh.
     Removal,
+    /// Needs a cluster without the mesh, and each needs what the one before left.
+    Agent,
+}
+
+impl Stage {
+    /// Whether a case of this stage begins with a mesh.
+    fn needs_mesh(self) -> bool {
+        matches!(self, Stage::Mesh | Stage::Review | Stage::Removal)
+    }
 }
 
 /// What all cases share.
 struct Shared {
     runtime: Runtime,
     cluster: OnceCell<Result<Cluster, String>>,
-    /// Cases of [`Stage::Mesh`] that have not passed yet.
+    /// The mesh, once a case needed it.
+    mesh: OnceCell<Result<(), String>>,
+    /// Cases before [`Stage::Review`] that have not passed yet.
     pending: Mutex<BTreeSet<String>>,
 }
 
@@ -101,12 +119,16 @@ impl Cases {
         F: AsyncFnOnce(&Cluster) -> Outcome + Send + 'static,
     {
         let (shared, own) = (Arc::clone(&self.shared), name.to_owned());
-        if stage == Stage::Mesh {
+        if stage < Stage::Review {
             shared.pending().insert(own.clone());
         }
         let trial = Trial::test(name, move || {
             let cluster = shared.runtime.block_on(shared.cluster.get_or_init(start)).as_ref();
             let cluster = cluster.map_err(|error| Failed::from(format!("no cluster: {error}")))?;
+            if stage.needs_mesh() {
+                let installed = shared.runtime.block_on(shared.mesh.get_or_init(|| ensure_mesh(cluster)));
+                installed.clone().map_err(|error| Failed::from(format!("no mesh: {error}")))?;
+            }
             let began = Instant::now();
             let run = || shared.runtime.block_on(case(cluster)).map_err(|error| error.to_string());
             let outcome = catch_unwind(AssertUnwindSafe(run));
@@ -125,8 +147,13 @@ impl Cases {
         self.trials.push((stage, trial));
     }
 
-    /// The cases in the order in which they run.
-    fn in_order(mut self) -> (Arc<Shared>, Vec<Trial>) {
+    /// The cases that are asked for, in the order in which they run.
+    fn in_order(mut self, asked_for: Option<&str>) -> (Arc<Shared>, Vec<Trial>) {
+        if let Some(parts) = asked_for {
+            let is_asked_for = |name: &str| parts.split(',').any(|part| name.contains(part.trim()));
+            self.trials.retain(|(_, trial)| is_asked_for(trial.name()));
+            self.shared.pending().retain(|name| is_asked_for(name));
+        }
         // Stable: the order within a stage stays.
         self.trials.sort_by_key(|(stage, _)| *stage);
         (self.shared, self.trials.into_iter().map(|(_, trial)| trial).collect())
@@ -169,11 +196,14 @@ fn main() -> ExitCode {
     // Cases stop nodes and programs under each other's feet otherwise.
     arguments.test_threads = Some(1);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let shared = Arc::new(Shared { runtime, cluster: OnceCell::new(), pending: Mutex::default() });
+    let (cluster, mesh) = (OnceCell::new(), OnceCell::new());
+    let shared = Arc::new(Shared { runtime, cluster, mesh, pending: Mutex::default() });
     let mut cases = Cases { shared, trials: Vec::new() };
     bed::add(&mut cases);
     nodes::add_before_mesh(&mut cases);
+    misconfigured::add_before_mesh(&mut cases);
     mesh::add(&mut cases);
+    annotations::add(&mut cases);
     cli::add(&mut cases);
     waypoint::add(&mut cases);
     observe::add(&mut cases);
@@ -185,7 +215,7 @@ fn main() -> ExitCode {
     rights::add(&mut cases);
     uninstall::add(&mut cases);
     node::add(&mut cases);
-    let (shared, trials) = cases.in_order();
+    let (shared, trials) = cases.in_order(std::env::var("AMBIT_CASES").ok().as_deref());
     let conclusion = libtest_mimic::run(&arguments, trials);
     let Shared { runtime, cluster, .. } = Arc::into_inner(shared).expect("every case has ended");
     if let Some(Ok(cluster)) = cluster.into_inner() {
@@ -210,6 +240,15 @@ async fn start() -> Result<Cluster, String> {
         Err(_) => Cluster::start(Options::new("test", program())).await,
     };
     started.map_err(|error| error.to_string())
+}
+
+/// Installs the mesh where it is not: a run of single cases begins without.
+async fn ensure_mesh(cluster: &Cluster) -> Result<(), String> {
+    let proxies = ["get", "daemonset", "ztunnel", "--namespace", ambit_cluster::mesh::NAMESPACE];
+    if cluster.kubectl().run(&proxies).await.is_ok() {
+        return Ok(());
+    }
+    mesh::install(cluster).await.map_err(|error| error.to_string())
 }
 
 /// Copies the logs to where the end of the cluster does not remove them.

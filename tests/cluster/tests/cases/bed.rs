@@ -7,15 +7,15 @@ use ambit_cluster::layout::Layout;
 use ambit_cluster::{Cluster, Options, cluster, wait};
 
 use super::apps::{Apps, MARKER, ROLLOUT};
-use super::{Cases, Outcome, program};
+use super::{Cases, Outcome, Stage, program};
 
 const SOON: Duration = Duration::from_secs(240);
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("pods_on_two_nodes_talk_through_a_service", talk);
-    cases.add("a_crashed_node_boots_with_its_pods", crash_and_boot);
-    cases.add("a_node_that_is_cut_off_hears_nothing", cut_off);
-    cases.add("a_killed_supervisor_leaves_nothing_behind", killed_supervisor);
+    cases.add_to(Stage::Cluster, "pods_on_two_nodes_talk_through_a_service", talk);
+    cases.add_to(Stage::Cluster, "a_crashed_node_boots_with_its_pods", crash_and_boot);
+    cases.add_to(Stage::Cluster, "a_node_that_is_cut_off_hears_nothing", cut_off);
+    cases.add_to(Stage::Cluster, "a_killed_supervisor_leaves_nothing_behind", killed_supervisor);
 }
 
 async fn talk(cluster: &Cluster) -> Outcome {

@@ -1,22 +1,26 @@
 //! Ambit on Kubernetes: installed by Helm, switched on by a label.
 
+use std::fs;
 use std::time::Duration;
 
 use ambit_cluster::{Cluster, mesh, wait};
 use serde_json::Value;
 
 use super::apps::{Apps, MARKER, ROLLOUT};
-use super::{Cases, Outcome};
+use super::{Cases, Outcome, Stage};
 
 /// How soon a change has its effect on a busy machine.
 const SOON: Duration = Duration::from_secs(240);
 /// Status annotation of enrolled pods.
 const REDIRECTION: &str = "ambient.istio.io/redirection";
+/// A definition that is there before the chart is installed, and one that is not.
+pub(crate) const THEIRS: &str = "referencegrants.gateway.networking.k8s.io";
+pub(crate) const OURS: &str = "gateways.gateway.networking.k8s.io";
 /// The tunnel's port.
 const HBONE: u16 = 15008;
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add("helm_installs_the_mesh", install);
+    cases.add_to(Stage::Cluster, "helm_installs_the_mesh", install);
     cases.add("helm_test_passes", helm_test);
     cases.add("bookinfo_comes_up_in_the_mesh", bookinfo);
     cases.add("a_label_puts_running_pods_under_mutual_tls", label);
@@ -24,9 +28,24 @@ pub(crate) fn add(cases: &mut Cases) {
     cases.add("an_init_container_is_captured_from_its_first_packet", init_container);
 }
 
-async fn install(cluster: &Cluster) -> Outcome {
+/// Brings the images to the nodes and installs the chart.
+pub(crate) async fn install(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
     cluster.load(&mesh::images(cluster.layout())?).await?;
-    Ok(mesh::install(cluster, &mesh::SETTINGS).await?)
+    let theirs = cluster
+        .layout()
+        .repository()
+        .join("charts/ambit/files/crds/gateway-api")
+        .join(THEIRS.to_owned() + ".yaml");
+    kubectl.apply(&fs::read_to_string(theirs)?).await?;
+    mesh::install(cluster, &mesh::SETTINGS).await?;
+    let owner =
+        |definition: &Value| definition["metadata"]["annotations"]["meta.helm.sh/release-name"].clone();
+    let definition = kubectl.get(&["customresourcedefinition", THEIRS]).await?;
+    assert_eq!(owner(&definition), Value::Null, "a definition that was there became the release's");
+    let definition = kubectl.get(&["customresourcedefinition", OURS]).await?;
+    assert_eq!(owner(&definition), mesh::RELEASE);
+    Ok(())
 }
 
 async fn helm_test(cluster: &Cluster) -> Outcome {

@@ -45,13 +45,13 @@ spec:
 "#;
 
 pub(crate) fn add(cases: &mut Cases) {
-    cases.add_to(Stage::Removal, "running_pods_are_enrolled_by_a_label", label);
-    cases.add_to(Stage::Removal, "pods_that_lose_the_label_have_no_rules", unlabel);
-    cases.add_to(Stage::Removal, "without_an_agent_new_pods_of_the_mesh_wait", no_agent);
-    cases.add_to(Stage::Removal, "a_hundred_pods_that_start_at_once_are_enrolled", many);
-    cases.add_to(Stage::Removal, "pods_of_a_booted_node_are_enrolled", boot);
-    cases.add_to(Stage::Removal, "the_taint_goes_once_a_node_can_enrol_pods", taint);
-    cases.add_to(Stage::Removal, "uninstalling_leaves_nothing_on_a_node", uninstall);
+    cases.add_to(Stage::Agent, "running_pods_are_enrolled_by_a_label", label);
+    cases.add_to(Stage::Agent, "pods_that_lose_the_label_have_no_rules", unlabel);
+    cases.add_to(Stage::Agent, "without_an_agent_new_pods_of_the_mesh_wait", no_agent);
+    cases.add_to(Stage::Agent, "a_hundred_pods_that_start_at_once_are_enrolled", many);
+    cases.add_to(Stage::Agent, "pods_of_a_booted_node_are_enrolled", boot);
+    cases.add_to(Stage::Agent, "the_taint_goes_once_a_node_can_enrol_pods", taint);
+    cases.add_to(Stage::Agent, "uninstalling_leaves_nothing_on_a_node", uninstall);
 }
 
 async fn install(cluster: &Cluster) -> Outcome {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::apps::Apps;
 use super::cli::json;
 use super::mesh::{set_mode, wait_until_tunnelled};
-use super::{Cases, Outcome};
+use super::{Cases, Outcome, Stage};
 
 /// How soon a change has its effect on a busy machine.
 const SOON: Duration = Duration::from_secs(240);
@@ -24,7 +24,7 @@ const OWN_LIST: &str = "/etc/cni/net.d/00-ambit.conflist";
 const MAIN_LIST: &str = "/etc/cni/net.d/10-pods.conflist";
 
 pub(crate) fn add_before_mesh(cases: &mut Cases) {
-    cases.add("probes_try_out_nodes_before_an_installation", probes);
+    cases.add_to(Stage::Cluster, "probes_try_out_nodes_before_an_installation", probes);
 }
 
 pub(crate) fn add(cases: &mut Cases) {
