@@ -6,6 +6,7 @@
   "NETWORK" .Values.network
   "XDS_ADDRESS" (printf "ambit-control.%s.svc:15012" .Release.Namespace)
   "AMBIT_WAYPOINT_CONTROL_PLANE_SERVER_NAME" (printf "ambit-control.%s.svc" .Release.Namespace)
+  "AMBIT_WAYPOINT_WORKLOAD_ROOT" "/var/run/secrets/istio/root-cert.pem"
   "AMBIT_WAYPOINT_TRUST_DOMAIN" .Values.trustDomain
   "AMBIT_WAYPOINT_TRUST_DOMAIN_ALIASES" (join "," .Values.trustDomainAliases)
   "AMBIT_WAYPOINT_LISTEN_ADDRESS" (printf "%s:15008" .Values.listenAddress)

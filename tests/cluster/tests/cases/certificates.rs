@@ -1,12 +1,17 @@
-//! Mesh identities as files: a `podCertificate` volume whose signer is the control plane.
+//! Roots that proxies read from files, and mesh identities as files: a `podCertificate` volume whose signer is the control plane.
 
-use std::time::Duration;
+use std::error::Error;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ambit_cluster::{Cluster, wait};
+use ambit_cluster::{Cluster, mesh, wait};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+use serde_json::json;
 
-use super::apps::ROLLOUT;
+use super::apps::{Apps, ROLLOUT};
+use super::mesh::set_mode;
+use super::waypoint::put_behind_waypoint;
 use super::{Cases, Outcome};
 
 /// How soon a pod without certificate says why.
@@ -14,6 +19,7 @@ const SOON: Duration = Duration::from_secs(240);
 
 pub(crate) fn add(cases: &mut Cases) {
     cases.add("a_pod_gets_its_mesh_identity_as_files", files);
+    cases.add("a_second_root_reaches_every_proxy_by_its_file", second_root);
 }
 
 async fn files(cluster: &Cluster) -> Outcome {
@@ -46,8 +52,77 @@ async fn files(cluster: &Cluster) -> Outcome {
     Ok(())
 }
 
+/// A root that is published beside the one that signs is trusted by running proxies soon, long before they renew, and one that
+/// is taken back is not any more.
+async fn second_root(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
+    let apps = Apps::start(cluster, "rooted", ("n1", "n2")).await?;
+    set_mode(cluster, "rooted", true).await?;
+    put_behind_waypoint(cluster, &apps).await?;
+    expect_roots(cluster, 1).await?;
+    // The mesh's own authority as a plugged-in one, with another root beside it.
+    let secret = kubectl.get(&["secret", "istio-ca-secret", "--namespace", mesh::NAMESPACE]).await?;
+    let decoded = |key: &str| -> Result<String, Box<dyn Error>> {
+        let encoded = secret["data"][key].as_str().ok_or_else(|| format!("no {key} in istio-ca-secret"))?;
+        Ok(String::from_utf8(BASE64_STANDARD.decode(encoded)?)?)
+    };
+    let (certificate, key) = (decoded("ca-cert.pem")?, decoded("ca-key.pem")?);
+    let mut parameters = CertificateParams::new(vec![])?;
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let second = parameters.self_signed(&KeyPair::generate()?)?.pem();
+    let cacerts = json!({
+        "apiVersion": "v1", "kind": "Secret", "metadata": { "name": "cacerts", "namespace": mesh::NAMESPACE },
+        "stringData": {
+            "ca-cert.pem": certificate, "ca-key.pem": key, "cert-chain.pem": certificate,
+            "root-cert.pem": format!("{certificate}\n{second}"),
+        },
+    });
+    kubectl.apply(&cacerts.to_string()).await?;
+    expect_roots(cluster, 2).await?;
+    apps.request(cluster).await?;
+    kubectl.run(&["delete", "secret", "cacerts", "--namespace", mesh::NAMESPACE]).await?;
+    expect_roots(cluster, 1).await?;
+    apps.request(cluster).await?;
+    Ok(apps.stop(cluster).await?)
+}
+
+/// Waits until every node proxy and waypoint trusts as many roots.
+async fn expect_roots(cluster: &Cluster, wanted: usize) -> Outcome {
+    let kubectl = cluster.kubectl();
+    wait::until(&format!("every proxy trusts {wanted} roots"), SOON, async || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let poke = format!("test/poke={}", now / 5);
+        for (namespace, selector) in
+            [(mesh::NAMESPACE, "app=ztunnel"), ("rooted", "gateway.networking.k8s.io/gateway-name=waypoint")]
+        {
+            let selected = ["pods", "--namespace", namespace, "--selector", selector];
+            // Kubelet brings a changed ConfigMap to a pod within a minute or so, or when the pod changes.
+            let annotate = [&["annotate", "--overwrite"], &selected[..], &[poke.as_str()]].concat();
+            kubectl.run(&annotate).await.map_err(|error| error.to_string())?;
+            let pods = kubectl.list(&selected).await.map_err(|error| error.to_string())?;
+            if pods.is_empty() {
+                return Err(format!("no pods {selector}"));
+            }
+            for pod in pods {
+                let address = pod["status"]["podIP"].as_str().unwrap_or_default();
+                let get = format!(
+                    "busybox wget -qO- http://{address}:15020/metrics | grep '^ambit_trusted_roots '"
+                );
+                let ran =
+                    cluster.run_on("n1", &["sh", "-c", &get]).await.map_err(|error| error.to_string())?;
+                if ran.output.trim() != format!("ambit_trusted_roots {wanted}") {
+                    return Err(format!("{}: {}", pod["metadata"]["name"], ran.output));
+                }
+            }
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(())
+}
+
 /// A file of a pod on the first node.
-async fn read(cluster: &Cluster, path: &str) -> Result<String, Box<dyn std::error::Error>> {
+async fn read(cluster: &Cluster, path: &str) -> Result<String, Box<dyn Error>> {
     let ran = cluster.run_on("n1", &["cat", path]).await?;
     match ran.code {
         0 => Ok(ran.output),
