@@ -137,6 +137,9 @@ impl Cases {
                 shared.pending().remove(&own);
             } else {
                 show(cluster);
+                if let Ok(Err(error)) = &outcome {
+                    eprintln!("{own}: {error}");
+                }
                 if stage == Stage::Review {
                     eprintln!("cases that have not passed before: {:?}", shared.pending());
                 }
@@ -210,6 +213,7 @@ fn main() -> ExitCode {
     planted::add(&mut cases);
     certificates::add(&mut cases);
     nodes::add(&mut cases);
+    misconfigured::add(&mut cases);
     prometheus::add(&mut cases);
     disruption::add(&mut cases);
     rights::add(&mut cases);

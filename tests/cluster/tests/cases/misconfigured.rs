@@ -8,6 +8,7 @@ use std::time::Duration;
 use ambit_cluster::{Cluster, mesh, wait};
 use serde_json::Value;
 
+use super::apps::ROLLOUT;
 use super::cli::json;
 use super::{Cases, Outcome, Stage};
 
@@ -17,12 +18,18 @@ const SOON: Duration = Duration::from_secs(240);
 const OF_PROBES: &str = "request.namespace.startsWith('ambit-check-')";
 /// A namespace of that name.
 const LIKE_PROBES: &str = "ambit-check-0";
+/// Of the agents.
+const OF_AGENTS: &str = "request.namespace == 'ambit-system'";
 /// The file of the seccomp profile, below kubelet's directory for them.
 const PROFILE: &str = "ambit-limited.json";
 
 pub(crate) fn add_before_mesh(cases: &mut Cases) {
     cases.add_to(Stage::Cluster, "a_node_whose_clock_differs_is_named", clock);
     cases.add_to(Stage::Cluster, "what_kernel_and_privileges_lack_is_named_by_probes", probes);
+}
+
+pub(crate) fn add(cases: &mut Cases) {
+    cases.add("an_agent_with_read_only_settings_is_explained", read_only);
 }
 
 /// A kubelet renews the lease of its node by its own clock.
@@ -65,6 +72,26 @@ async fn probes(cluster: &Cluster) -> Outcome {
     }
     cluster.kubectl().run(&["delete", "namespace", LIKE_PROBES, "--wait"]).await?;
     Ok(())
+}
+
+/// The agent serves, and what it can't guarantee is said.
+async fn read_only(cluster: &Cluster) -> Outcome {
+    let kubectl = cluster.kubectl();
+    let restart = ["rollout", "restart", "--namespace", mesh::NAMESPACE, "daemonset/ambit-node"];
+    Limit::ReadOnlySettings.set(cluster, OF_AGENTS, mesh::NAMESPACE).await?;
+    kubectl.run(&restart).await?;
+    kubectl.rolled_out(mesh::NAMESPACE, "daemonset/ambit-node", ROLLOUT).await?;
+    let named = wait::until("the command names it", SOON, async || {
+        let (code, sections) = json(cluster, &["check"]).await?;
+        let said = sections.to_string();
+        let parts = ["n1", "n2", "tcp_fwmark_accept", "make its /proc/sys writable"];
+        if code == 0 && parts.iter().all(|part| said.contains(part)) { Ok(()) } else { Err(said) }
+    })
+    .await;
+    lift(cluster, mesh::NAMESPACE).await?;
+    kubectl.run(&restart).await?;
+    kubectl.rolled_out(mesh::NAMESPACE, "daemonset/ambit-node", ROLLOUT).await?;
+    Ok(named?)
 }
 
 /// What containers are kept from.
