@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ambit_control::api_server::{FIELD_MANAGER, call};
+use ambit_control::write::leftovers;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use k8s_openapi::api::apps::v1::DaemonSet;
@@ -76,7 +77,10 @@ fn plan(agent: &DaemonSet, system: &str, release: Option<&str>, keep_release: bo
     let nodes = agent.status.as_ref().map(|status| status.desired_number_scheduled).unwrap_or(0);
     let release = match release {
         _ if keep_release => String::new(),
-        Some(release) => format!("- helm uninstall {release} --namespace {system}\n"),
+        Some(release) => format!(
+            "- helm uninstall {release} --namespace {system}\n\
+             - remove the GatewayClasses, the XMesh and the ClusterTrustBundle that the control plane made\n"
+        ),
         None => "- nothing else: no Helm release is known\n".to_owned(),
     };
     format!(
@@ -194,6 +198,12 @@ async fn remove_release(cluster: &Cluster, release: Option<&str>, options: &Opti
     match ran {
         Ok(status) => {
             ensure!(status.success(), "helm uninstall {release} --namespace {system} failed");
+            // Those that the control plane made: no release owns them.
+            for object in
+                leftovers::remove(&cluster.client).await.context("remove what the control plane made")?
+            {
+                print(&format!("{object} removed\n"));
+            }
             print(&format!("what is left of it: kubectl delete namespace {system}\n"));
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

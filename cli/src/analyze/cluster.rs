@@ -1,5 +1,7 @@
 //! Every object of a cluster that the mesh reads, or that belongs to a mesh.
 
+use std::collections::BTreeSet;
+
 use ambit_control::api_server::call;
 use ambit_control::index::{L7DenyAtL4, Settings};
 use ambit_control::intake;
@@ -16,6 +18,7 @@ use serde_json::Value;
 use super::foreign;
 use super::judge::Item;
 use crate::cluster::{Cluster, Component, list};
+use crate::enrolment;
 
 /// Reads the objects.
 ///
@@ -36,12 +39,20 @@ pub(crate) async fn read(cluster: &Cluster) -> anyhow::Result<Vec<Item>> {
         };
         items.extend(objects.into_iter().map(|value| Item::of_cluster(content(kind, &value))));
     }
+    let excluded = enrolment::settings(&cluster.system).excluded_namespaces;
     for resource in foreign_resources(cluster).await? {
         // A kind that may not be listed is one whose objects are not judged.
         let objects = objects(cluster, &resource, Needed::Everything).await.unwrap_or_default();
-        items.extend(objects.into_iter().map(|value| Item::of_cluster(Content::Foreign(value))));
+        let judged = objects.into_iter().filter(|value| !never_enrolled(value, &excluded));
+        items.extend(judged.map(|value| Item::of_cluster(Content::Foreign(value))));
     }
     Ok(items)
+}
+
+/// Whether an object is a NetworkPolicy of pods that are never in the mesh, to which no tunnel leads.
+fn never_enrolled(object: &Value, excluded: &BTreeSet<String>) -> bool {
+    let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+    object["kind"] == "NetworkPolicy" && excluded.contains(namespace)
 }
 
 fn content(kind: Kind, value: &Value) -> Content {
@@ -140,6 +151,18 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn network_policies_of_pods_outside_the_mesh_are_passed_over() {
+        let excluded = enrolment::settings("ambit-system").excluded_namespaces;
+        let policy = |namespace: &str| json!({ "kind": "NetworkPolicy", "metadata": { "name": "a", "namespace": namespace } });
+        for (namespace, passed_over) in [("ambit-system", true), ("kube-system", true), ("shop", false)] {
+            assert_eq!(never_enrolled(&policy(namespace), &excluded), passed_over, "{namespace}");
+        }
+        let filter =
+            json!({ "kind": "EnvoyFilter", "metadata": { "name": "a", "namespace": "kube-system" } });
+        assert!(!never_enrolled(&filter, &excluded));
+    }
 
     #[test]
     fn settings_are_those_of_the_control_plane() {

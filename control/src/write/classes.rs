@@ -24,7 +24,7 @@ const INTERVAL: Duration = Duration::from_secs(15);
 /// How soon a class whose kind is not installed yet, or that could not be written, is tried again.
 const SOON: Duration = Duration::from_secs(3);
 
-const CLASS: KindInfo = KindInfo {
+pub(super) const CLASS: KindInfo = KindInfo {
     name: "GatewayClass",
     plural: "gatewayclasses",
     group: "gateway.networking.k8s.io",
@@ -32,7 +32,7 @@ const CLASS: KindInfo = KindInfo {
     scope: Scope::Cluster,
     needed: Needed::Everything,
 };
-const MESH: KindInfo = KindInfo {
+pub(super) const MESH: KindInfo = KindInfo {
     name: "XMesh",
     plural: "xmeshes",
     group: "gateway.networking.x-k8s.io",
@@ -143,7 +143,12 @@ pub(super) async fn owner(client: &Client, class: &str) -> Result<Owned, CallErr
 }
 
 fn owner_of(object: &Value) -> Owned {
-    if object["spec"]["controllerName"] == CONTROLLER { Owned::ByUs } else { Owned::ByOthers }
+    if is_ours(object) { Owned::ByUs } else { Owned::ByOthers }
+}
+
+/// Whether a class or mesh names this controller.
+pub(super) fn is_ours(object: &Value) -> bool {
+    object["spec"]["controllerName"] == CONTROLLER
 }
 
 fn api(client: &Client, kind: &KindInfo, version: &str) -> Api<DynamicObject> {

@@ -12,6 +12,7 @@ mod conditions;
 pub mod deployments;
 pub(crate) mod ingress;
 pub mod lease;
+pub mod leftovers;
 mod pending_requests;
 pub(crate) mod pod_certificates;
 mod pod_request;

@@ -19,11 +19,11 @@ use crate::source::kubernetes::served_version;
 /// The signer whose certificates lead to the roots.
 pub(super) const SIGNER: &str = "ambit.dev/workload";
 /// Name of the bundle; the API demands that it begins with the signer's.
-const NAME: &str = "ambit.dev:workload:roots";
+pub(super) const NAME: &str = "ambit.dev:workload:roots";
 /// How often it is compared when the roots do not change, and when it could not be written.
 const INTERVAL: Duration = Duration::from_secs(30);
 
-const KIND: KindInfo = KindInfo {
+pub(super) const KIND: KindInfo = KindInfo {
     name: "ClusterTrustBundle",
     plural: "clustertrustbundles",
     group: "certificates.k8s.io",

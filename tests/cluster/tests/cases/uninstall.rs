@@ -7,14 +7,14 @@ use ambit_cluster::{Cluster, mesh, wait};
 use tokio::process::Command;
 
 use super::apps::{Apps, MARKER};
-use super::mesh::{set_mode, wait_until_enrolled};
+use super::mesh::{OURS, THEIRS, set_mode, wait_until_enrolled};
 use super::{Cases, Outcome, Stage, cli};
 
 /// How soon nodes are clean on a busy machine.
 const SOON: Duration = Duration::from_secs(240);
 /// Kinds whose objects of ours go with the release.
-const KINDS: &str =
-    "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings";
+const KINDS: &str = "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings,\
+                     gatewayclasses,clustertrustbundles";
 /// What the agent puts on a node.
 const HOST_FILES: &str = "ls /opt/cni/bin/ambit-cni /etc/cni/net.d/*ambit* 2>/dev/null; \
                           grep -l ambit /etc/cni/net.d/* 2>/dev/null; nft list tables | grep ambit";
@@ -46,6 +46,10 @@ async fn uninstall(cluster: &Cluster) -> Outcome {
     for what in [HOST_FILES, POD_RULES] {
         let left = on_nodes(cluster, what).await?;
         assert!(left.trim().is_empty(), "{left}");
+    }
+    // Definitions stay, with the objects of their kinds.
+    for definition in [THEIRS, OURS] {
+        kubectl.get(&["customresourcedefinition", definition]).await?;
     }
     let objects = kubectl.run(&["get", KINDS, "--output", "name"]).await?;
     let ours: Vec<_> = objects.lines().filter(|name| name.contains("ambit")).collect();
