@@ -30,7 +30,7 @@ use crate::trusted_proxies::TrustedProxies;
 enum Change {
     Backend(Update<l7::BackendPolicy>),
     Directory(Box<ambit_directory::Update>),
-    Gateway(Update<l7::Gateway>),
+    Gateway(Box<Update<l7::Gateway>>),
     KeyPair(Update<l7::KeyPair>),
     Listener(Update<l7::Listener>),
     Policy(Box<Update<l7::Policy>>),
@@ -61,7 +61,7 @@ pub fn subscribe(
         .wildcard(AUTHORIZATION_TYPE_URL, move |update| in_directory(policy(update)))
         .wildcard(BACKEND_POLICY_TYPE_URL, Change::Backend)
         .wildcard(ADDRESS_TYPE_URL, move |update| in_directory(address(update)))
-        .wildcard(GATEWAY_TYPE_URL, Change::Gateway)
+        .wildcard(GATEWAY_TYPE_URL, |update| Change::Gateway(Box::new(update)))
         .wildcard(KEY_PAIR_TYPE_URL, Change::KeyPair)
         .wildcard(LISTENER_TYPE_URL, Change::Listener)
         .wildcard(POLICY_TYPE_URL, |update| Change::Policy(Box::new(update)))
@@ -211,7 +211,7 @@ impl Handler<Change> for Applier {
                 None
             }
             Change::Gateway(update) => {
-                changed.gateways |= apply(gateways, update);
+                changed.gateways |= apply(gateways, *update);
                 None
             }
             Change::KeyPair(update) => {
@@ -300,7 +300,7 @@ mod tests {
 
     fn gateway() -> Change {
         let resource = l7::Gateway::default();
-        Change::Gateway(Update::Upsert { name: "shop/waypoint".to_owned(), resource })
+        Change::Gateway(Box::new(Update::Upsert { name: "shop/waypoint".to_owned(), resource }))
     }
 
     fn tls() -> Arc<TlsClients> {

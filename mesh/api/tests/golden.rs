@@ -113,7 +113,7 @@ fn service() {
         namespace: "default".into(),
         hostname: "reviews.default.svc.cluster.local".into(),
         addresses: vec![address],
-        ports: vec![port.clone()],
+        ports: vec![port],
         subject_alt_names: vec!["spiffe://td/ns/a/sa/b".into()],
         waypoint: Some(waypoint),
         load_balancing: Some(balancing),

@@ -177,7 +177,8 @@ extensionProviders:
     #[test]
     fn the_nearest_level_that_says_something_of_tracing_counts() {
         let default = "defaultProviders: {tracing: [otel]}";
-        let table: [(&str, &[&str], Option<(&str, f64)>); 13] = [
+        type Row = (&'static str, &'static [&'static str], Option<(&'static str, f64)>);
+        let table: [Row; 13] = [
             ("", &[], None),
             (default, &[], Some(("otel", 1.0))),
             ("", &["tracing: [{randomSamplingPercentage: 50}]"], None),
