@@ -378,7 +378,9 @@ spec: {clusterIP: 10.0.0.3, ports: [{port: 80}]}
         let reports = judge(items(&text), Settings::default(), false);
         let of_ingresses = reports.iter().filter(|report| report.object.starts_with("Ingress"));
         let found: Vec<_> = of_ingresses.map(|report| (&*report.object, &*report.message)).collect();
-        assert_eq!(found, [("Ingress shop/wrong", "Service shop/absent does not exist")]);
+        let shadowed = "rule 1 gets no request: rule 1 of Ingress shop/right matches all that it matches, and comes first";
+        let wrong = "Ingress shop/wrong";
+        assert_eq!(found, [(wrong, "Service shop/absent does not exist"), (wrong, shadowed)]);
     }
 
     #[test]

@@ -47,9 +47,12 @@ pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("logs go where a Telemetry says, as its filter says", async |bed| logs(bed).await);
 }
 
+/// Attributes by name.
+type Texts = BTreeMap<String, String>;
+
 /// What a collector got: spans with the attributes of who reported them.
 #[derive(Clone, Default)]
-struct Collected(Arc<Mutex<Vec<(BTreeMap<String, String>, Span)>>>);
+struct Collected(Arc<Mutex<Vec<(Texts, Span)>>>);
 
 #[tonic::async_trait]
 impl TraceService for Collected {
@@ -68,7 +71,7 @@ impl TraceService for Collected {
 
 /// The log records that a collector got, as texts of their attributes, with the ids of their trace.
 #[derive(Clone, Default)]
-struct Logged(Arc<Mutex<Vec<(String, BTreeMap<String, String>)>>>);
+struct Logged(Arc<Mutex<Vec<(String, Texts)>>>);
 
 #[tonic::async_trait]
 impl LogsService for Logged {
