@@ -108,7 +108,7 @@ spec: {clusterIP: 10.0.0.2, ports: [{name: http, port: 9080}]}
 ";
 
     #[test]
-    fn every_field_of_old_tutorials_without_effect_is_named_with_its_line_and_modern_form() {
+    fn fields_of_old_tutorials_without_effect_are_named_with_line_and_remedy() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/old-tutorials");
         let mut items = read_files(std::slice::from_ref(&folder)).unwrap();
         let prefix = format!("{}/", folder.display());
