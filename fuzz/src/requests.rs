@@ -3,7 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use ambit_api::{l7, security};
-use ambit_policy::{Action, HttpRequest, Peer, Policy, Request as Connection, evaluate_http, normal_path};
+use ambit_policy::{
+    Action, Content, HttpRequest, Peer, Policy, Request as Connection, evaluate_http, normal_path,
+};
 use ambit_route::filter::{Filter, Origin};
 use ambit_route::{Backends, RequestHead, Table};
 use ambit_waypoint::protocol::{Spoken, classify};
@@ -247,13 +249,13 @@ pub(crate) fn policy(data: &[u8]) {
         destination_ip: IpAddr::V4(Ipv4Addr::new(10, 9, 9, 9)),
         destination_port: 80,
     };
-    for http in [Some(&http), None] {
-        let verdict = evaluate_http([&policy].into_iter(), &request, http);
+    for content in [Content::Request(&http), Content::Passed(Some("a.example")), Content::Unread] {
+        let verdict = evaluate_http([&policy].into_iter(), &request, content);
         if policy.dry_run() {
             assert!(verdict.allowed(), "a policy that is tried only decides nothing");
             continue;
         }
-        let matches = policy.matches_http(&request, http);
+        let matches = policy.matches_http(&request, content);
         let expected = match policy.action() {
             Action::Allow => matches,
             Action::Deny => !matches,
@@ -261,5 +263,8 @@ pub(crate) fn policy(data: &[u8]) {
         assert_eq!(verdict.allowed(), expected);
     }
     let closed = Policy::closed(&source);
-    assert!(closed.dry_run() || !evaluate_http([&closed].into_iter(), &request, Some(&http)).allowed());
+    assert!(
+        closed.dry_run()
+            || !evaluate_http([&closed].into_iter(), &request, Content::Request(&http)).allowed()
+    );
 }

@@ -8,7 +8,7 @@ use ambit_api::external_auth::CheckResponse;
 use ambit_api::{l7, workload as wire};
 use ambit_directory::{Directory, NamespacedHost, Service, Update};
 use ambit_identity::SpiffeId;
-use ambit_policy::HttpRequest;
+use ambit_policy::{Content, HttpRequest};
 use ambit_route::{ClientHello, ConnectionHead, StreamMatched, StreamTable, Table};
 use ambit_token::rules;
 use ambit_waypoint::accept::Destination;
@@ -238,8 +238,8 @@ fn decide(mut policies: BTreeMap<String, l7::Policy>, head: &[u8]) {
     compiled.authorizers(&destination, Some(&client), CLIENT, &http, false);
     compiled.authorizers(&destination, Some(&client), CLIENT, &http, true);
     let _audited = compiled.audits(&destination, Some(&client), CLIENT, &http).count();
-    for http in [Some(&http), None] {
-        let verdict = compiled.decide(&destination, Some(&client), CLIENT, http);
+    for content in [Content::Request(&http), Content::Passed(Some("a.example")), Content::Unread] {
+        let verdict = compiled.decide(&destination, Some(&client), CLIENT, content);
         assert!(!(unreadable && verdict.allowed()), "a policy without content lets through");
     }
 }

@@ -159,6 +159,8 @@ pub struct Inbound {
     pub forwarded_for: HeaderValue,
     /// The host of requests that may name none.
     pub default_host: Box<str>,
+    /// The name that the client's TLS asked for, where it ends here; clients in the mesh ask for none.
+    pub server_name: Option<Box<str>>,
     /// Whether what the client claims of other clients is kept.
     pub trusted_forwarder: bool,
     /// What its HTTP connection is doing.
@@ -265,6 +267,7 @@ async fn tunnel(
     let activity = Arc::new(worker.proxy.settings.limits.activity());
     let trusted = &worker.proxy.settings.trusted_forwarders;
     let inbound = Inbound {
+        server_name: None,
         trusted_forwarder: trusted.iter().any(|trusted| trusted == certificate.identity().as_str()),
         client_labels: peer_labels(&client),
         client_party: Arc::new(party(&client, source)),

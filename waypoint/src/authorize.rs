@@ -5,12 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use ambit_identity::{PeerCertificate, PeerError, Trust};
-use ambit_policy::{HttpRequest, Token, Verdict};
+use ambit_policy::{Content, HttpRequest, Token, Verdict};
 use ambit_route::Rule;
 use http::request::Parts;
 use http::{HeaderMap, Method};
 
 use crate::accept::Inbound;
+use crate::client_hello::Opening;
 use crate::external::Authorizer;
 use crate::failure::Failure;
 use crate::proxy::Published;
@@ -33,7 +34,7 @@ pub fn authorize(
     token: Option<&Token>,
     rule: Option<&Rule>,
 ) -> Result<(), Failure> {
-    decide(published, inbound, Some(RequestView { sane, head: Head::of(parts), token, rule }))
+    decide(published, inbound, Sent::Request(RequestView { sane, head: Head::of(parts), token, rule }))
 }
 
 /// Checks what no authorizer changes, before one is asked: the client is still trusted, and no policy denies the request whatever
@@ -50,7 +51,7 @@ pub fn authorize_asking(
 ) -> Result<(), Failure> {
     still_trusted(inbound)?;
     let identity = inbound.identity();
-    let request = request(sane, Head::of(parts), token);
+    let request = request(inbound, sane, Head::of(parts), token);
     let (destination, source) = (&inbound.destination, inbound.source.ip());
     match published.policies.denied_whatever_is_changed(destination, identity, source, &request) {
         Some(decision) => Err(Failure::Denied(decision.to_string())),
@@ -75,7 +76,7 @@ pub fn authorizers(
     token: Option<&Token>,
     dry_run: bool,
 ) -> Vec<Arc<Authorizer>> {
-    let request = request(sane, Head::of(parts), token);
+    let request = request(inbound, sane, Head::of(parts), token);
     let (identity, source) = (inbound.identity(), inbound.source.ip());
     published.policies.authorizers(&inbound.destination, identity, source, &request, dry_run)
 }
@@ -88,7 +89,7 @@ pub fn audits(
     parts: &Parts,
     token: Option<&Token>,
 ) -> Option<String> {
-    let request = request(sane, Head::of(parts), token);
+    let request = request(inbound, sane, Head::of(parts), token);
     let (identity, source) = (inbound.identity(), inbound.source.ip());
     let mut names = String::new();
     for policy in published.policies.audits(&inbound.destination, identity, source, &request) {
@@ -120,7 +121,12 @@ impl<'a> Head<'a> {
     }
 }
 
-fn request<'a>(sane: &'a Sane, head: Head<'a>, token: Option<&'a Token>) -> HttpRequest<'a> {
+fn request<'a>(
+    inbound: &'a Inbound,
+    sane: &'a Sane,
+    head: Head<'a>,
+    token: Option<&'a Token>,
+) -> HttpRequest<'a> {
     HttpRequest {
         authority: &sane.authority,
         host: &sane.host,
@@ -128,7 +134,7 @@ fn request<'a>(sane: &'a Sane, head: Head<'a>, token: Option<&'a Token>) -> Http
         path: head.path,
         headers: head.headers,
         remote_ip: sane.remote,
-        server_name: None,
+        server_name: inbound.server_name.as_deref(),
         token,
     }
 }
@@ -156,19 +162,39 @@ impl AllowedRequest {
     }
 }
 
+/// How an open connection began.
+#[derive(Debug, Clone, Copy)]
+pub enum Began<'a> {
+    /// With a request to change the protocol; `None` where that was not kept.
+    Upgrade(Option<&'a AllowedRequest>),
+    /// It was passed on from the start.
+    Passed(&'a Opening),
+}
+
+/// What a client sends.
+#[derive(Clone, Copy)]
+enum Sent<'a> {
+    Request(RequestView<'a>),
+    /// It is passed on.
+    Passed(Content<'a>),
+}
+
 /// Waits until an open connection is no longer allowed: policies have changed, or the client is not trusted any more.
-/// `asked` is the request that an upgraded connection began with; `None` for bytes that were passed on from the start.
-pub async fn denied_later(inbound: &Inbound, asked: Option<&AllowedRequest>) -> Failure {
+pub async fn denied_later(inbound: &Inbound, began: Began<'_>) -> Failure {
     let proxy = &inbound.worker.proxy;
     let (mut policies, mut trust) = (proxy.published.changes(), proxy.trust.subscribe());
     loop {
         // What changed since the first decision is seen here: the changes to come are listened for already.
         let published = proxy.published.load_full();
-        let asked = asked.map(|AllowedRequest { sane, method, path, query, headers, token, rule }| {
-            let head = Head { method, path, query: query.as_deref(), headers };
-            RequestView { sane, head, token: token.as_ref(), rule: rule.as_deref() }
-        });
-        if let Err(failure) = decide(&published, inbound, asked) {
+        let sent = match began {
+            Began::Upgrade(Some(AllowedRequest { sane, method, path, query, headers, token, rule })) => {
+                let head = Head { method, path, query: query.as_deref(), headers };
+                Sent::Request(RequestView { sane, head, token: token.as_ref(), rule: rule.as_deref() })
+            }
+            Began::Upgrade(None) => Sent::Passed(Content::Unread),
+            Began::Passed(opening) => Sent::Passed(opening.content()),
+        };
+        if let Err(failure) = decide(&published, inbound, sent) {
             return failure;
         }
         drop(published);
@@ -228,21 +254,33 @@ async fn passed(last: SystemTime) {
 ///
 /// # Errors
 /// [`Failure::Denied`].
-pub fn authorize_connection(published: &Published, inbound: &Inbound) -> Result<(), Failure> {
-    decide(published, inbound, None)
+pub fn authorize_connection(
+    published: &Published,
+    inbound: &Inbound,
+    opening: &Opening,
+) -> Result<(), Failure> {
+    decide(published, inbound, Sent::Passed(opening.content()))
 }
 
-fn decide(published: &Published, inbound: &Inbound, asked: Option<RequestView<'_>>) -> Result<(), Failure> {
+fn decide(published: &Published, inbound: &Inbound, sent: Sent<'_>) -> Result<(), Failure> {
     still_trusted(inbound)?;
-    let request = asked.map(|RequestView { sane, head, token, .. }| request(sane, head, token));
+    let asked = match sent {
+        Sent::Request(asked) => Some(asked),
+        Sent::Passed(_) => None,
+    };
+    let request = asked.map(|RequestView { sane, head, token, .. }| request(inbound, sane, head, token));
+    let content = match (&request, sent) {
+        (Some(request), _) => Content::Request(request),
+        (None, Sent::Passed(content)) => content,
+        (None, Sent::Request(_)) => Content::Unread,
+    };
     if request.is_none() && published.policies.needs_requests(&inbound.destination) {
         return Err(Failure::Denied(
             "a RequestAuthentication applies, and what was sent is not HTTP".to_owned(),
         ));
     }
     let identity = inbound.identity();
-    let verdict =
-        published.policies.decide(&inbound.destination, identity, inbound.source.ip(), request.as_ref());
+    let verdict = published.policies.decide(&inbound.destination, identity, inbound.source.ip(), content);
     note_dry_run(inbound, &verdict);
     if !verdict.allowed() {
         return Err(Failure::Denied(verdict.decision.to_string()));

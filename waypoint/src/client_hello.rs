@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ambit_policy::Content;
 use bytes::BytesMut;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -19,30 +20,57 @@ const READ: usize = 4 << 10;
 pub struct ClientHello {
     /// The name that it asks for, lower case (RFC 6066 §3).
     pub server_name: Option<Box<str>>,
+    /// Whether it was understood: one that was not may ask for a name all the same.
+    pub is_understood: bool,
 }
 
-/// Reads on until the beginning is whole; `first` has what was read before and gets the rest. `None` for what is no TLS or
-/// does not come in time.
-pub async fn read(
-    stream: &mut (impl AsyncRead + Unpin),
-    first: &mut BytesMut,
-    limit: Duration,
-) -> Option<ClientHello> {
+/// How a connection begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Opening {
+    /// Nobody has read it, or not far enough.
+    Unread,
+    /// Not with TLS.
+    NoTls,
+    /// With TLS.
+    Tls(ClientHello),
+}
+
+impl Opening {
+    /// What its TLS begins with.
+    pub fn hello(&self) -> Option<&ClientHello> {
+        match self {
+            Self::Tls(hello) => Some(hello),
+            Self::Unread | Self::NoTls => None,
+        }
+    }
+
+    /// What policies see of it.
+    pub fn content(&self) -> Content<'_> {
+        match self {
+            Self::Tls(hello) if hello.is_understood => Content::Passed(hello.server_name.as_deref()),
+            Self::NoTls => Content::Passed(None),
+            Self::Unread | Self::Tls(_) => Content::Unread,
+        }
+    }
+}
+
+/// Reads on until the beginning is whole, or does not come in time; `first` has what was read before and gets the rest.
+pub async fn read(stream: &mut (impl AsyncRead + Unpin), first: &mut BytesMut, limit: Duration) -> Opening {
     let reading = async {
         loop {
             match parse(first) {
-                Parsed::Hello(hello) => return Some(hello),
-                Parsed::NoTls => return None,
-                Parsed::Incomplete if first.len() >= MOST => return None,
+                Parsed::Hello(hello) => return Opening::Tls(hello),
+                Parsed::NoTls => return Opening::NoTls,
+                Parsed::Incomplete if first.len() >= MOST => return Opening::Unread,
                 Parsed::Incomplete => first.reserve(READ),
             }
             match stream.read_buf(first).await {
-                Ok(0) | Err(_) => return None,
+                Ok(0) | Err(_) => return Opening::Unread,
                 Ok(_) => {}
             }
         }
     };
-    timeout(limit, reading).await.ok().flatten()
+    timeout(limit, reading).await.unwrap_or(Opening::Unread)
 }
 
 /// What bytes are the beginning of.
@@ -74,11 +102,11 @@ pub fn parse(first: &[u8]) -> Parsed {
             Ok(Some(accepted)) => {
                 let hello = accepted.client_hello();
                 let server_name = hello.server_name().map(|name| name.to_ascii_lowercase().into());
-                return Parsed::Hello(ClientHello { server_name });
+                return Parsed::Hello(ClientHello { server_name, is_understood: true });
             }
             Ok(None) => {}
             // What rustls would not serve may still be served by the endpoint; no rule by name is for it.
-            Err(_) => return Parsed::Hello(ClientHello { server_name: None }),
+            Err(_) => return Parsed::Hello(ClientHello { server_name: None, is_understood: false }),
         }
     }
     Parsed::Incomplete
@@ -125,7 +153,7 @@ mod tests {
     #[test]
     fn the_name_is_read_once_the_beginning_is_whole() {
         let whole = hello("A.Example");
-        let named = Parsed::Hello(ClientHello { server_name: Some("a.example".into()) });
+        let named = Parsed::Hello(ClientHello { server_name: Some("a.example".into()), is_understood: true });
         assert_eq!(parse(&whole), named);
         for length in 0..whole.len() {
             assert_eq!(parse(&whole[..length]), Parsed::Incomplete, "{length}");
@@ -135,12 +163,35 @@ mod tests {
         assert_eq!(parse(&with_more), named);
     }
 
+    /// A client must not get around a policy by a beginning that is slow or strange.
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_read_to_its_end_may_ask_for_any_name() {
+        let whole = hello("a.example");
+        let limit = Duration::from_secs(1);
+        let opening = async |bytes: &[u8], closes: bool| {
+            let (mut client, mut server) = tokio::io::duplex(4096);
+            tokio::io::AsyncWriteExt::write_all(&mut client, bytes).await.unwrap();
+            let held = (!closes).then_some(client);
+            let opening = read(&mut server, &mut BytesMut::new(), limit).await;
+            drop(held);
+            opening
+        };
+        let strange = &[HANDSHAKE, 3, 1, 0, 4, 9, 9, 9, 9];
+        assert!(matches!(opening(&whole, false).await.content(), Content::Passed(Some("a.example"))));
+        assert!(matches!(opening(b"hello", false).await.content(), Content::Passed(None)));
+        for (bytes, closes) in
+            [(&whole[..20], false), (&whole[..20], true), (&whole[..0], false), (strange, false)]
+        {
+            assert!(matches!(opening(bytes, closes).await.content(), Content::Unread), "{bytes:?}");
+        }
+    }
+
     #[test]
     fn other_bytes_are_no_tls() {
         assert_eq!(parse(b"GET / HTTP/1.1\r\n"), Parsed::NoTls);
         assert_eq!(
             parse(&[HANDSHAKE, 3, 1, 0, 4, 9, 9, 9, 9]),
-            Parsed::Hello(ClientHello { server_name: None })
+            Parsed::Hello(ClientHello { server_name: None, is_understood: false })
         );
     }
 }

@@ -14,7 +14,7 @@ use ambit_api::Authority;
 use ambit_directory::WorkloadUid;
 use ambit_explain::{Considered, Explanation, Next, Workload as Named};
 use ambit_identity::SpiffeId;
-use ambit_policy::{Action, HttpRequest, Policy, Token};
+use ambit_policy::{Action, Content, HttpRequest, Policy, Token};
 use ambit_route::{Backend, Filter, RequestHead, Rule};
 use ambit_telemetry::Admin;
 use ambit_telemetry::http::{Query, Reply, reply, text};
@@ -270,25 +270,25 @@ impl Seen<'_> {
             let text = format!("AuthorizationPolicy/{} (AUDIT) matches: logged and counted", policy.name());
             explanation.passes("authorize", text, Vec::new());
         }
-        decided(published, destination, (client, source), Some(&http), explanation)
+        decided(published, destination, (client, source), Content::Request(&http), explanation)
     }
 }
 
-/// The decision of the policies about a request, or with `None` about a connection that is passed on unread.
+/// The decision of the policies about a request, or about a connection that is passed on.
 fn decided(
     published: &Published,
     destination: &Destination,
     (client, source): (&SpiffeId, IpAddr),
-    http: Option<&HttpRequest<'_>>,
+    content: Content<'_>,
     mut explanation: Explanation,
 ) -> Explanation {
-    let verdict = published.policies.decide(destination, Some(client), source, http);
+    let verdict = published.policies.decide(destination, Some(client), source, content);
     let request = policies::request(destination, Some(client), source);
     let mut applying: Vec<&Policy> = published.policies.applying(destination).collect();
     applying.sort_by_key(|policy| (policy.action() == Action::Allow, policy.name().clone()));
     let considered = applying.iter().map(|policy| {
         let object = policy_name(policy);
-        match policy.unmet(&request, http) {
+        match policy.unmet(&request, content) {
             None if verdict.by() == Some(policy.name()) => Considered::counts(object, "matches and decides"),
             None => Considered::passed_over(object, "matches"),
             Some(unmet) if unmet.is_empty() => {

@@ -27,6 +27,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::accept::{Destination, Inbound};
 use crate::app::{accept_all, listen};
 use crate::client::Client;
+use crate::client_hello::Opening;
 use crate::clients::{Place, Places};
 use crate::io::ReadAhead;
 use crate::listeners::{Layer, Listener};
@@ -165,7 +166,7 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, mut stream: TcpStr
     let layer = connection.worker.proxy.published.load().listeners.layer(local.port());
     match layer {
         Some(Layer::Requests) => {
-            let inbound = connection.inbound(None);
+            let inbound = connection.inbound(None, None);
             Box::pin(protocol::serve_http(inbound, None, Client::plain(stream), pending)).await;
         }
         Some(Layer::Encrypted) => Box::pin(serve_encrypted(connection, stream, pending)).await,
@@ -174,7 +175,8 @@ pub async fn serve(worker: Arc<Worker>, handle: WorkerHandle, mut stream: TcpStr
             drop(pending);
             let Some(taken) = connection.listener("") else { return };
             let stream = ReadAhead::new(Bytes::new(), stream);
-            Box::pin(pass_through::serve(&connection.inbound(Some(taken)), None, stream)).await;
+            Box::pin(pass_through::serve(&connection.inbound(Some(taken), None), &Opening::Unread, stream))
+                .await;
         }
         // The last listener of the port has gone since.
         None => {}
@@ -236,7 +238,8 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream, pending:
     let proxy = connection.worker.proxy.clone();
     let (source, limit) = (connection.source, proxy.settings.limits.handshake_timeout.get());
     let mut first = BytesMut::new();
-    let Some(hello) = client_hello::read(&mut stream, &mut first, limit).await else {
+    let opening = client_hello::read(&mut stream, &mut first, limit).await;
+    let Some(hello) = opening.hello() else {
         proxy.tallies.failed_handshakes.fetch_add(1, Ordering::Relaxed);
         return tracing::debug!(%source, "a client does not begin with TLS");
     };
@@ -249,8 +252,8 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream, pending:
     let stream = ReadAhead::new(first.freeze(), stream);
     let Some(config) = taken.tls.clone() else {
         drop(pending);
-        let inbound = connection.inbound(Some(taken));
-        return pass_through::serve(&inbound, Some(hello), stream).await;
+        let inbound = connection.inbound(Some(taken), None);
+        return pass_through::serve(&inbound, &opening, stream).await;
     };
     let shaken = timeout(limit, TlsAcceptor::from(config).accept(stream)).await;
     let stream = match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
@@ -260,13 +263,13 @@ async fn serve_encrypted(connection: Connection, mut stream: TcpStream, pending:
             return tracing::debug!(%source, %error, "a handshake failed");
         }
     };
-    let inbound = connection.inbound(Some(taken));
+    let inbound = connection.inbound(Some(taken), hello.server_name.clone());
     let negotiated = protocol::of_alpn(stream.get_ref().1.alpn_protocol());
     match is_http {
         true => protocol::serve_http(inbound, negotiated, Client::tls(stream), pending).await,
         false => {
             drop(pending);
-            pass_through::serve(&inbound, Some(hello), ReadAhead::new(Bytes::new(), stream)).await;
+            pass_through::serve(&inbound, &opening, ReadAhead::new(Bytes::new(), stream)).await;
         }
     }
 }
@@ -278,11 +281,12 @@ impl Connection {
         published.listeners.find(self.local.port(), server_name).cloned()
     }
 
-    fn inbound(self, taken: Option<Arc<Listener>>) -> Arc<Inbound> {
+    fn inbound(self, taken: Option<Arc<Listener>>, server_name: Option<Box<str>>) -> Arc<Inbound> {
         let Self { worker, handle, source, remote, local, place } = self;
         let destination = Destination::Listener { address: local, taken };
         Arc::new(Inbound {
             remote,
+            server_name,
             client_party: Arc::new(party(&End::default(), remote)),
             forwarded_for: address_value(remote.ip()),
             place: Some(place),
@@ -304,6 +308,7 @@ pub(crate) fn inbound(
     let reported = End { workload: own, identity: Some(proxy.identity.clone()), baggage: None };
     Inbound {
         certificate: None,
+        server_name: None,
         trusted_forwarder: false,
         client_labels: peer_labels(&reported),
         client_party: Arc::new(party(&End::default(), source)),

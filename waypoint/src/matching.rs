@@ -88,14 +88,18 @@ pub fn listener<'p>(published: &'p Published, inbound: &Inbound, sane: &Sane) ->
     }
 }
 
-/// Whether the name that a client's TLS asks for decides where its connection goes.
+/// Whether the name that a client's TLS asks for decides where its connection goes, or whether it may.
 pub fn needs_client_hello(inbound: &Inbound) -> bool {
+    let published = inbound.worker.proxy.published.load();
+    if published.policies.needs_server_name(&inbound.destination) {
+        return true;
+    }
     let Some(service) = inbound.destination.service() else { return false };
     let (host, port) = (&service.host, inbound.destination.port());
     if service.resolves_dynamically {
         return true;
     }
-    inbound.worker.proxy.published.load().streams.needs_client_hello(&host.namespace, &host.hostname, port)
+    published.streams.needs_client_hello(&host.namespace, &host.hostname, port)
 }
 
 /// Where a connection goes that is passed on unread: by a rule for connections, else straight to its destination.

@@ -16,14 +16,14 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::accept::Inbound;
 use crate::attempt::{ConnectBudget, connect, connect_timeout};
-use crate::authorize::denied_later;
+use crate::authorize::{Began, denied_later};
 use crate::backend_policies::{HashKey, PoolPolicy};
 use crate::backend_tls::Alpn;
 use crate::balance::{Chosen, Target, endpoint};
 use crate::balancers::circuit::Connection;
 use crate::balancers::host::Active;
 use crate::balancers::key::of_address;
-use crate::client_hello::ClientHello;
+use crate::client_hello::Opening;
 use crate::failure::Failure;
 use crate::io::{Endpoint, ReadAhead};
 use crate::names;
@@ -40,20 +40,20 @@ struct Upstream {
 /// Passes bytes on to an endpoint of the destination, unread.
 pub async fn serve(
     inbound: &Arc<Inbound>,
-    tls: Option<ClientHello>,
+    opening: &Opening,
     client: ReadAhead<impl AsyncRead + AsyncWrite + Unpin>,
 ) {
     let worker = &inbound.worker;
     let mut report = worker.reporter.connection(inbound);
     let published = worker.proxy.published.load_full();
-    if let Err(failure) = crate::authorize::authorize_connection(&published, inbound) {
+    if let Err(failure) = crate::authorize::authorize_connection(&published, inbound, opening) {
         return report.deny(failure.to_string());
     }
-    let target = match crate::matching::connection(&published, inbound, tls.as_ref()) {
+    let target = match crate::matching::connection(&published, inbound, opening.hello()) {
         Ok(target) => target,
         Err(failure) => return report.finish(Err(failure.to_string())),
     };
-    let asked = tls.as_ref().and_then(|hello| names::asked_host(hello.server_name.as_deref()?));
+    let asked = opening.hello().and_then(|hello| names::asked_host(hello.server_name.as_deref()?));
     let target = match target.asking(&published, inbound, asked) {
         Ok(target) => target,
         Err(failure) => return report.finish(Err(failure.to_string())),
@@ -64,7 +64,7 @@ pub async fn serve(
         Err(failure) => return report.finish(Err(failure.to_string())),
     };
     report.set_open();
-    relay(inbound, client, upstream, report).await;
+    relay(inbound, opening, client, upstream, report).await;
 }
 
 /// Dials endpoints until one answers.
@@ -132,6 +132,7 @@ async fn dial(
 /// Passes bytes both ways until both ends have closed, policy denies the connection, or it is silent or open for longer than it may.
 async fn relay(
     inbound: &Arc<Inbound>,
+    opening: &Opening,
     mut client: ReadAhead<impl AsyncRead + AsyncWrite + Unpin>,
     upstream: Upstream,
     report: ConnectionReport,
@@ -146,7 +147,7 @@ async fn relay(
             drop((active, counted, load));
             return report.finish(relayed.map_err(|error| error.to_string()));
         }
-        failure = denied_later(inbound, None) => {
+        failure = denied_later(inbound, Began::Passed(opening)) => {
             drop((active, counted, load));
             return report.deny(failure.to_string());
         }

@@ -8,7 +8,7 @@ use ambit_api::{l7, security};
 use ambit_directory::{AppProtocol, NamespacedHost};
 use ambit_identity::SpiffeId;
 use ambit_policy::{
-    Decision, HttpRequest, Peer, Policy, Request, Verdict, denied_whatever_is_changed, evaluate_http,
+    Content, Decision, HttpRequest, Peer, Policy, Request, Verdict, denied_whatever_is_changed, evaluate_http,
 };
 use ambit_token::{Rule, Rules};
 use ambit_traffic::TrafficPolicy;
@@ -163,23 +163,30 @@ impl Policies {
         self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy)
     }
 
-    /// Decides about a request of the client `client`, as far as it proved who it is, at address `source`; `http` is `None` for bytes
-    /// that are passed on unread.
+    /// Whether a policy for a destination asks for the name that a client's TLS asks for.
+    pub fn needs_server_name(&self, destination: &Destination) -> bool {
+        self.groups(destination).any(|group| {
+            let custom = group.custom.iter().map(|(policy, _)| policy);
+            group.policies.iter().chain(custom).any(|policy| policy.needs_server_name())
+        })
+    }
+
+    /// Decides about what the client `client` sends, as far as it proved who it is, at address `source`.
     pub fn decide(
         &self,
         destination: &Destination,
         client: Option<&SpiffeId>,
         source: IpAddr,
-        http: Option<&HttpRequest<'_>>,
+        content: Content<'_>,
     ) -> Verdict {
         let request = request(destination, client, source);
         let applying = self.groups(destination).flat_map(|group| &group.policies).map(|policy| &**policy);
-        if http.is_some() {
-            return evaluate_http(applying, &request, http);
+        if matches!(content, Content::Request(_)) {
+            return evaluate_http(applying, &request, content);
         }
         // Nobody is asked about connections: what would be asked about is denied.
         let custom = self.groups(destination).flat_map(|group| &group.custom).map(|(policy, _)| &**policy);
-        evaluate_http(applying.chain(custom), &request, http)
+        evaluate_http(applying.chain(custom), &request, content)
     }
 
     /// Why a request is denied whatever authorizers say; `None` where that is not known yet.
@@ -235,7 +242,7 @@ impl Policies {
 
 /// Whether a DENY matches a request, in force or not.
 fn denies(policy: &Policy, request: &Request<'_>, http: &HttpRequest<'_>) -> bool {
-    let verdict = evaluate_http(std::iter::once(policy), request, Some(http));
+    let verdict = evaluate_http(std::iter::once(policy), request, Content::Request(http));
     !verdict.dry_run.unwrap_or(verdict.decision).allowed()
 }
 
@@ -309,10 +316,10 @@ mod tests {
         Destination::Workload { workload, address: ([10, 0, 0, 9], 80).into() }
     }
 
-    fn decide(policy: l7::Policy, http: Option<&HttpRequest<'_>>) -> bool {
+    fn decide(policy: l7::Policy, content: Content<'_>) -> bool {
         let all = BTreeMap::from([("shop/p".to_owned(), policy)]);
         let policies = Policies::new(&all, &Policies::default(), |gateway| gateway == "shop/waypoint");
-        policies.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), http).allowed()
+        policies.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), content).allowed()
     }
 
     fn policy(authorization: Option<security::Authorization>) -> l7::Policy {
@@ -321,7 +328,7 @@ mod tests {
 
     #[test]
     fn a_policy_without_rules_to_enforce_denies() {
-        assert!(!decide(policy(None), None));
+        assert!(!decide(policy(None), Content::Unread));
     }
 
     #[test]
@@ -337,7 +344,7 @@ mod tests {
                 rules: vec![security::Rule { clauses }],
                 ..security::Authorization::default()
             };
-            assert!(!decide(policy(Some(authorization)), None), "{action:?}");
+            assert!(!decide(policy(Some(authorization)), Content::Unread), "{action:?}");
         }
     }
 
@@ -409,8 +416,10 @@ mod tests {
         all.remove("b");
         let after = Policies::new(&all, &before, |_| true);
         assert_eq!(first(&before), first(&after));
-        assert!(!before.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), None).allowed());
-        assert!(after.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), None).allowed());
+        assert!(
+            !before.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), Content::Unread).allowed()
+        );
+        assert!(after.decide(&workload(), Some(&client()), [10, 0, 0, 1].into(), Content::Unread).allowed());
         all.get_mut("a").unwrap().authentication.as_mut().unwrap().rules[0].required = true;
         let changed = Policies::new(&all, &after, |_| true);
         assert_ne!(first(&after), first(&changed));
@@ -419,6 +428,6 @@ mod tests {
     #[test]
     fn a_policy_of_another_gateway_does_not_apply() {
         let policy = l7::Policy { gateways: vec!["shop/other".to_owned()], ..policy(None) };
-        assert!(decide(policy, None));
+        assert!(decide(policy, Content::Unread));
     }
 }

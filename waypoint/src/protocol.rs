@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use crate::accept::Inbound;
 use crate::activity::Exceeded;
 use crate::client::Client;
+use crate::client_hello::Opening;
 use crate::client_stream::ClientStream;
 use crate::clients::Place;
 use crate::failure::Failure;
@@ -71,11 +72,11 @@ pub async fn serve(inbound: Arc<Inbound>, tunnel: Tunnel) {
             let mut first = BytesMut::from(first);
             // On a port of plain TCP the server may be the first to speak.
             let reads = declared != AppProtocol::Tcp && matching::needs_client_hello(&inbound);
-            let tls = match reads && (declared == AppProtocol::Tls || !first.is_empty()) {
+            let opening = match reads && (declared == AppProtocol::Tls || !first.is_empty()) {
                 true => client_hello::read(&mut stream, &mut first, limits.head_timeout.get()).await,
-                false => None,
+                false => Opening::Unread,
             };
-            pass_through::serve(&inbound, tls, ReadAhead::new(first.freeze(), stream)).await;
+            pass_through::serve(&inbound, &opening, ReadAhead::new(first.freeze(), stream)).await;
         }
     }
 }

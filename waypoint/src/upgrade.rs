@@ -9,7 +9,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 
 use crate::accept::Inbound;
-use crate::authorize::{self, AllowedRequest};
+use crate::authorize::{self, AllowedRequest, Began};
 use crate::failure::Failure;
 use crate::upstream::Returned;
 
@@ -49,7 +49,7 @@ pub fn join(
         };
         let joined = tokio::select! {
             joined = joined => joined,
-            failure = authorize::denied_later(&inbound, asked.as_ref()) => {
+            failure = authorize::denied_later(&inbound, Began::Upgrade(asked.as_ref())) => {
                 tracing::info!(source = %inbound.source, to = %inbound.default_host, %failure, "an upgraded connection is closed");
                 return;
             }

@@ -13,7 +13,7 @@ use ambit_api::{HTTP_MATCH_TYPE_URL, l7, security};
 use ambit_directory::{GatewayDestination, HostRef, Snapshot, Workload};
 use ambit_flows::{Flow, Kind, ServiceName};
 use ambit_identity::SpiffeId;
-use ambit_policy::{Decision, HttpRequest, Peer, Request, evaluate_http};
+use ambit_policy::{Content, Decision, HttpRequest, Peer, Request, evaluate_http};
 use http::HeaderMap;
 use prost::Message;
 use serde::Serialize;
@@ -191,7 +191,10 @@ impl Judge {
             destination_ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             destination_port: flow.port,
         };
-        let http = (flow.kind == Kind::Request).then_some(&http);
+        let content = match flow.kind == Kind::Request {
+            true => Content::Request(&http),
+            false => Content::Unread,
+        };
         let (external, own): (Vec<_>, Vec<_>) = applying.into_iter().partition(|it| it.is_external);
         let mut unseen: BTreeSet<String> = own.iter().filter_map(|it| unseen_in(&it.source)).collect();
         unseen.extend(external.iter().map(|it| {
@@ -200,7 +203,7 @@ impl Judge {
                 it.source.namespace, it.source.name
             )
         }));
-        let verdict = evaluate_http(own.iter().map(|it| &it.policy), &request, http);
+        let verdict = evaluate_http(own.iter().map(|it| &it.policy), &request, content);
         let traffic = traffic::judge(world, flow, service, gateway.as_deref(), identity);
         Ok(Judge { decision: verdict.decision, denial: traffic.denial, unseen, left_out: traffic.left_out })
     }

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use ambit_api::security;
 use serde::Serialize;
 
-use crate::http::{HttpMatch, HttpRequest};
+use crate::http::{Content, HttpMatch, HttpRequest};
 use crate::matcher::{Nets, Ports, ServiceAccount, ServiceAccounts, Texts};
 use crate::name::PolicyName;
 use crate::place::Place;
@@ -261,30 +261,36 @@ impl Policy {
 
     /// Whether one of its rules matches. A policy with no rules never matches.
     pub fn matches(&self, request: &Request<'_>) -> bool {
-        self.matches_http(request, None)
+        self.matches_http(request, Content::Unread)
     }
 
-    /// The same for an HTTP request; `None` where a connection's requests are not read.
-    pub fn matches_http(&self, request: &Request<'_>, http: Option<&HttpRequest<'_>>) -> bool {
-        let request = Facts { http, ..Facts::of(request) };
+    /// The same with what is known of what is sent.
+    pub fn matches_http(&self, request: &Request<'_>, content: Content<'_>) -> bool {
+        let request = Facts { content, ..Facts::of(request) };
         self.rules.iter().any(|rule| rule.matches(&request))
     }
 
     /// For people: the field that is not met, of each rule; `None` if a rule matches.
-    pub fn unmet(&self, request: &Request<'_>, http: Option<&HttpRequest<'_>>) -> Option<Vec<&'static str>> {
-        let request = Facts { http, ..Facts::of(request) };
+    pub fn unmet(&self, request: &Request<'_>, content: Content<'_>) -> Option<Vec<&'static str>> {
+        let request = Facts { content, ..Facts::of(request) };
         self.rules.iter().map(|rule| rule.unmet(&request)).collect()
     }
 
     /// Whether it matches a request whatever an external authorizer makes of it; `None` where that depends on the authorizer.
     pub(crate) fn settled_match(&self, request: &Request<'_>, http: &HttpRequest<'_>) -> Option<bool> {
-        let request = Facts { http: Some(http), ..Facts::of(request) };
+        let request = Facts { content: Content::Request(http), ..Facts::of(request) };
         let (settled, open): (Vec<&Rule>, Vec<&Rule>) = self.rules.iter().partition(|rule| rule.is_settled());
         match settled.iter().any(|rule| rule.matches(&request)) {
             true => Some(true),
             false if open.is_empty() => Some(false),
             false => None,
         }
+    }
+
+    /// Whether it asks for the name that a client's TLS asks for.
+    pub fn needs_server_name(&self) -> bool {
+        let mut matches = self.rules.iter().flat_map(|rule| &rule.clauses).flat_map(|clause| &clause.matches);
+        matches.any(|candidate| candidate.http.as_ref().is_some_and(|http| http.needs_server_name()))
     }
 
     pub(crate) fn rules(&self) -> &[Rule] {
@@ -310,7 +316,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) source_ip: IpAddr,
     pub(crate) destination_ip: IpAddr,
     pub(crate) destination_port: u16,
-    pub(crate) http: Option<&'a HttpRequest<'a>>,
+    pub(crate) content: Content<'a>,
 }
 
 impl<'a> Facts<'a> {
@@ -322,7 +328,7 @@ impl<'a> Facts<'a> {
             source_ip: request.source_ip.to_canonical(),
             destination_ip: request.destination_ip.to_canonical(),
             destination_port: request.destination_port,
-            http: None,
+            content: Content::Unread,
         }
     }
 }
@@ -485,7 +491,7 @@ impl Match {
         {
             Some("ports")
         } else {
-            self.http.as_ref().and_then(|http| http.unmet(request.http))
+            self.http.as_ref().and_then(|http| http.unmet(request.content))
         }
     }
 }

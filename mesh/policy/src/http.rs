@@ -40,6 +40,17 @@ pub struct HttpRequest<'a> {
     pub token: Option<&'a Token>,
 }
 
+/// What policies for requests see of a connection.
+#[derive(Debug, Clone, Copy)]
+pub enum Content<'a> {
+    /// Nobody reads what is sent.
+    Unread,
+    /// It is passed on. Its beginning was read: TLS that asks for this name, or for none, or no TLS.
+    Passed(Option<&'a str>),
+    /// A request.
+    Request(&'a HttpRequest<'a>),
+}
+
 /// An attribute that is compared as text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -202,11 +213,20 @@ impl HttpMatch {
         self.attributes.iter().all(settled) && self.remote_ips.is_empty() && self.not_remote_ips.is_empty()
     }
 
+    /// Whether it asks for the name that a client's TLS asks for.
+    pub(crate) fn needs_server_name(&self) -> bool {
+        self.attributes.iter().any(|wanted| wanted.attribute == Attribute::ServerName)
+    }
+
     /// The field that is not met, as AuthorizationPolicy names it; `None` if it matches. Of a connection whose requests nobody
-    /// reads, what is demanded counts as met by a DENY and as not met by an ALLOW.
-    pub(crate) fn unmet(&self, request: Option<&HttpRequest<'_>>) -> Option<&'static str> {
+    /// reads, what is demanded counts as met by a DENY and as not met by an ALLOW, but for the name that TLS asks for where that was read.
+    pub(crate) fn unmet(&self, content: Content<'_>) -> Option<&'static str> {
         let denies = self.action == Action::Deny;
-        let Some(request) = request else { return (!denies).then_some("HTTP") };
+        let request = match content {
+            Content::Request(request) => request,
+            Content::Passed(name) => return self.unmet_by_name(name, denies),
+            Content::Unread => return (!denies).then_some("HTTP"),
+        };
         // What matches makes a DENY deny; what may not match makes an ALLOW deny.
         let (values, not_values) =
             if denies { (Reading::Any, Reading::Whole) } else { (Reading::Whole, Reading::Any) };
@@ -224,6 +244,20 @@ impl HttpMatch {
             return Some("paths");
         }
         (!self.remote_ip_matches(request.remote_ip, denies)).then_some("remoteIpBlocks")
+    }
+
+    fn unmet_by_name(&self, name: Option<&str>, denies: bool) -> Option<&'static str> {
+        let is_name = |wanted: &&AttributeMatch| wanted.attribute == Attribute::ServerName;
+        let is_unmet = |wanted: &AttributeMatch| {
+            !(wanted.values.is_empty() || wanted.values.matches(name)) || wanted.not_values.matches(name)
+        };
+        if let Some(unmet) = self.attributes.iter().filter(is_name).find(|wanted| is_unmet(wanted)) {
+            return Some(unmet.attribute.field());
+        }
+        let asks_for_requests = self.attributes.iter().any(|wanted| !is_name(&wanted))
+            || !(self.paths.is_empty() && self.not_paths.is_empty())
+            || !(self.remote_ips.is_empty() && self.not_remote_ips.is_empty());
+        (asks_for_requests && !denies).then_some("HTTP")
     }
 
     fn remote_ip_matches(&self, address: Option<IpAddr>, denies: bool) -> bool {

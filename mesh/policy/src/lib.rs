@@ -19,7 +19,7 @@ mod set;
 mod token;
 
 pub use compile::{Action, CompileError, Field, Policy, Scope};
-pub use http::HttpRequest;
+pub use http::{Content, HttpRequest};
 pub use name::{PolicyList, PolicyName};
 pub use normal::{hides_dots, normal_path, normal_template, normal_text};
 pub use path::{Template, TemplateError};

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use crate::compile::{Action, Policy};
-use crate::http::HttpRequest;
+use crate::http::{Content, HttpRequest};
 use crate::name::PolicyName;
 
 /// The authenticated peer of a connection: the parts of its SPIFFE id.
@@ -105,21 +105,21 @@ impl Verdict {
 ///
 /// xDS contract: a DENY that matches denies; else, no ALLOW policy at all allows; else one ALLOW that matches allows; else deny.
 pub fn evaluate<'p>(policies: impl Iterator<Item = &'p Policy> + Clone, request: &Request<'_>) -> Verdict {
-    evaluate_http(policies, request, None)
+    evaluate_http(policies, request, Content::Unread)
 }
 
-/// The same for an HTTP request and policies of [`Policy::compile_http`]; `http` is `None` where a connection's requests are not read:
-/// then what a policy demands of requests counts as met by a DENY and as not met by an ALLOW.
+/// The same for policies of [`Policy::compile_http`], with what is known of what is sent. Where requests are not read, what a policy demands
+/// of them counts as met by a DENY and as not met by an ALLOW.
 pub fn evaluate_http<'p>(
     policies: impl Iterator<Item = &'p Policy> + Clone,
     request: &Request<'_>,
-    http: Option<&HttpRequest<'_>>,
+    content: Content<'_>,
 ) -> Verdict {
     let has_dry_run = policies.clone().any(Policy::dry_run);
     let enforced = policies.clone().filter(|policy| !policy.dry_run());
     Verdict {
-        decision: decide(enforced, request, http),
-        dry_run: has_dry_run.then(|| decide(policies, request, http)),
+        decision: decide(enforced, request, content),
+        dry_run: has_dry_run.then(|| decide(policies, request, content)),
     }
 }
 
@@ -150,17 +150,17 @@ pub fn denied_whatever_is_changed<'p>(
 fn decide<'p>(
     policies: impl Iterator<Item = &'p Policy>,
     request: &Request<'_>,
-    http: Option<&HttpRequest<'_>>,
+    content: Content<'_>,
 ) -> Decision {
     let mut decision = Decision::AllowedByDefault;
     for policy in policies {
         match policy.action() {
-            Action::Deny if policy.matches_http(request, http) => {
+            Action::Deny if policy.matches_http(request, content) => {
                 return Decision::DeniedBy(policy.name().clone());
             }
             Action::Deny => {}
             Action::Allow if matches!(decision, Decision::AllowedBy(_)) => {}
-            Action::Allow if policy.matches_http(request, http) => {
+            Action::Allow if policy.matches_http(request, content) => {
                 decision = Decision::AllowedBy(policy.name().clone());
             }
             Action::Allow => decision = Decision::DeniedByDefault,
@@ -203,6 +203,43 @@ mod tests {
             ..security::Authorization::default()
         })
         .unwrap()
+    }
+
+    #[test]
+    fn a_connection_that_is_passed_on_is_judged_by_the_name_that_its_tls_asks_for() {
+        use security::Action::{Allow, Deny};
+        let named = |value| rule(Attribute::Named(RequestAttribute::ServerName.into()), value);
+        let method = |value| rule(Attribute::Named(RequestAttribute::Method.into()), value);
+        let both = || security::Rule {
+            clauses: [named("a"), method("GET")].into_iter().flat_map(|it| it.clauses).collect(),
+        };
+        let request = Request {
+            peer: None,
+            source_ip: [10, 0, 0, 1].into(),
+            destination_ip: [10, 0, 0, 2].into(),
+            destination_port: 443,
+        };
+        let (a, b, none) = (Content::Passed(Some("a")), Content::Passed(Some("b")), Content::Passed(None));
+        for (action, of, content, allowed) in [
+            (Allow, named("a"), a, true),
+            (Allow, named("a"), b, false),
+            (Allow, named("a"), none, false),
+            (Allow, named("a"), Content::Unread, false),
+            (Allow, both(), a, false),
+            (Deny, named("a"), a, false),
+            (Deny, named("a"), b, true),
+            (Deny, named("a"), none, true),
+            // It may ask for that name.
+            (Deny, named("a"), Content::Unread, false),
+            (Deny, both(), a, false),
+            (Deny, both(), b, true),
+        ] {
+            let policy = policy(action, vec![of], false);
+            assert!(policy.needs_server_name());
+            let verdict = evaluate_http(std::iter::once(&policy), &request, content);
+            assert_eq!(verdict.allowed(), allowed, "{action:?} {content:?}");
+        }
+        assert!(!policy(Deny, vec![method("GET")], false).needs_server_name());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use ambit_api::security::string_match::MatchType;
 use ambit_api::security::{Action, Authorization, Clause, Extension, Match, Rule, StringMatch};
 use ambit_api::{HTTP_MATCH_TYPE_URL, l7};
-use ambit_policy::{HttpRequest, Peer, Policy, Request as Connection, evaluate_http};
+use ambit_policy::{Content, HttpRequest, Peer, Policy, Request as Connection, evaluate_http};
 use ambit_route::{RequestHead, Table};
 use ambit_scale::routes::{SERVICE, route};
 use ambit_waypoint::attempt::{Form, head};
@@ -181,8 +181,10 @@ fn policy(number: u32) -> Authorization {
 
 #[inline(never)]
 fn guarded_decide_http(policies: &[Policy], connection: &Connection<'_>, http: &HttpRequest<'_>) -> u32 {
-    let allowed =
-        |_: &u32| evaluate_http(black_box(policies).iter(), connection, Some(black_box(http))).allowed();
+    let allowed = |_: &u32| {
+        let content = Content::Request(black_box(http));
+        evaluate_http(black_box(policies).iter(), connection, content).allowed()
+    };
     (0..CALLS / 10).filter(allowed).map(|_| 1).sum()
 }
 

@@ -15,13 +15,14 @@ use crate::http;
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("a TCPRoute splits connections", async |bed| tcp_route(bed).await);
     trials.add("TLS is routed by the name that it asks for", async |bed| by_name(bed).await);
+    trials.add("a policy sees the name that TLS asks for", async |bed| policies_by_name(bed).await);
     trials.add("rules of a VirtualService see names, networks and clients", async |bed| declared(bed).await);
 }
 
 const SPOKEN: u16 = 9090;
 
 /// Servers that greet by their names, each with a service of its name.
-async fn servers(bed: &Waypoints, names: &[&str]) -> Vec<apps::Running> {
+pub(crate) async fn servers(bed: &Waypoints, names: &[&str]) -> Vec<apps::Running> {
     let mut running = Vec::new();
     for name in names {
         let pod = bed.server(name, name, http::mirror()).await;
@@ -37,12 +38,12 @@ async fn servers(bed: &Waypoints, names: &[&str]) -> Vec<apps::Running> {
     running
 }
 
-fn vip(bed: &Waypoints, name: &str) -> IpAddr {
+pub(crate) fn vip(bed: &Waypoints, name: &str) -> IpAddr {
     bed.cluster.service_ips("shop", name).into_iter().find(IpAddr::is_ipv4).unwrap()
 }
 
 /// The beginning of TLS for a name.
-fn hello(name: &str) -> Vec<u8> {
+pub(crate) fn hello(name: &str) -> Vec<u8> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let config = config.unwrap().with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
@@ -53,7 +54,7 @@ fn hello(name: &str) -> Vec<u8> {
 }
 
 /// Who greets a client that sends these bytes; nobody where the connection is closed.
-async fn greeted(client: &ambit_local::Pod, to: SocketAddr, bytes: &[u8]) -> Option<String> {
+pub(crate) async fn greeted(client: &ambit_local::Pod, to: SocketAddr, bytes: &[u8]) -> Option<String> {
     let talk = async {
         let mut stream = client.connect(to).await?;
         apps::exchange(&mut stream, bytes).await
@@ -117,9 +118,36 @@ async fn by_name(bed: &Waypoints) {
     explains(bed, to).await;
 }
 
+async fn policies_by_name(bed: &Waypoints) {
+    let _running = servers(bed, &["bynames"]).await;
+    let to = SocketAddr::new(vip(bed, "bynames"), 443);
+    until_greeted(bed, to, &hello("b.example"), Some("bynames")).await;
+    let policy = async |action: &str, values: &str| {
+        bed.apply(&format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: bynames, namespace: shop}}\n\
+             spec: {{targetRefs: [{{group: '', kind: Service, name: bynames}}], action: {action}, \
+             rules: [{{when: [{{key: connection.sni, values: [{values}]}}]}}]}}\n"
+        ))
+        .await;
+    };
+    policy("DENY", "'b.example', '*.secret'").await;
+    until_greeted(bed, to, &hello("b.example"), None).await;
+    for name in ["a.example", "secret.example"] {
+        assert_eq!(greeted(&bed.cli, to, &hello(name)).await.as_deref(), Some("bynames"), "{name}");
+    }
+    assert_eq!(greeted(&bed.cli, to, &hello("deep.secret")).await, None);
+    policy("ALLOW", "a.example").await;
+    until_greeted(bed, to, &hello("secret.example"), None).await;
+    assert_eq!(greeted(&bed.cli, to, &hello("a.example")).await.as_deref(), Some("bynames"));
+    // What is no TLS asks for no name, and on a port of plain TCP nobody looks for one.
+    assert_eq!(greeted(&bed.cli, to, b"no TLS at all").await, None);
+    let plain = SocketAddr::new(to.ip(), 80);
+    assert_eq!(greeted(&bed.cli, plain, &hello("a.example")).await, None);
+}
+
 /// What `ambit why` learns of the same connections.
 async fn explains(bed: &Waypoints, to: SocketAddr) {
-    let waypoint = bed.cluster.waypoints().into_iter().find(|pod| pod.namespace() == "shop").unwrap();
+    let waypoint = bed.pods().into_iter().find(ambit_local::Pod::is_ready).unwrap();
     let client = bed.cli.spiffe_id();
     for (name, step, text, considered) in [
         ("&server-name=a.example", "balance", "endpoints may get it", ""),

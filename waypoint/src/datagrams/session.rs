@@ -16,13 +16,14 @@ use tokio::sync::Notify;
 use super::shares::Share;
 use super::{Counts, Datagrams, Refused};
 use crate::accept::Inbound;
-use crate::authorize::{authorize_connection, denied_later};
+use crate::authorize::{Began, authorize_connection, denied_later};
 use crate::backend_policies::HashKey;
 use crate::balance::{self, Chosen, Endpoint, Target};
 use crate::balancers::Trial;
 use crate::balancers::circuit::Connection;
 use crate::balancers::host::Active;
 use crate::balancers::key::of_address;
+use crate::client_hello::Opening;
 use crate::failure::Failure;
 use crate::matching;
 use crate::proxy::{Proxy, Published};
@@ -99,7 +100,7 @@ pub fn open(inbound: Arc<Inbound>) -> Result<(Arc<Session>, Held), Refused> {
     let proxy = &inbound.worker.proxy;
     let share = proxy.datagrams.shares.take(inbound.source.ip())?;
     let published = proxy.published.load_full();
-    authorize_connection(&published, &inbound)?;
+    authorize_connection(&published, &inbound, &Opening::Unread)?;
     let target = matching::connection(&published, &inbound, None)?;
     let Chosen { endpoint, trial, gate } = choose(&inbound, &target)?;
     if endpoint.host.is_some() {
@@ -291,7 +292,7 @@ pub async fn run(
     let load = uid.as_ref().map(|uid| proxy.loads.open(uid));
     let end = tokio::select! {
         end = session.ended() => end,
-        failure = denied_later(&session.inbound, None) => End::Denied(failure),
+        failure = denied_later(&session.inbound, Began::Passed(&Opening::Unread)) => End::Denied(failure),
         error = session.answers(&socket, &mut held) => {
             avoid(&proxy, &session);
             End::Unreachable(error)

@@ -6,6 +6,7 @@ use ambit_api::Authority;
 use ambit_directory::AppProtocol;
 use ambit_explain::{Considered, Explanation, Next};
 use ambit_identity::SpiffeId;
+use ambit_policy::Content;
 use ambit_route::{ClientHello, ConnectionHead, StreamMatched};
 use ambit_telemetry::http::Query;
 
@@ -72,7 +73,13 @@ fn of_destination(
         let text = "a RequestAuthentication applies, and what is sent is not HTTP".to_owned();
         return closed(explanation, "authenticate", text, Vec::new());
     }
-    let explanation = decided(published, found, (&asked.client, asked.source), None, explanation);
+    // As on the data path: on a port of plain TCP nobody waits for the client's first bytes.
+    let name = asked.server_name.map(str::to_ascii_lowercase);
+    let content = match found.protocol() {
+        AppProtocol::Tcp => Content::Unread,
+        _ => Content::Passed(name.as_deref().filter(|name| !name.is_empty())),
+    };
+    let explanation = decided(published, found, (&asked.client, asked.source), content, explanation);
     if explanation.refusal().is_some() {
         // There is no answer to a connection.
         return explanation.goes(Next::Nowhere);

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ambit_directory::{Snapshot, Workload};
 use ambit_explain::{Considered, Explanation, Next};
 use ambit_identity::SpiffeId;
-use ambit_policy::{Action, Peer, Policy, Request};
+use ambit_policy::{Action, Content, Peer, Policy, Request};
 use ambit_telemetry::http::Query;
 
 use super::{ExplainError, named, parameter, parse, pod, workload};
@@ -100,7 +100,7 @@ fn considered(policy: &Policy, request: &Request<'_>, decides: bool) -> Consider
     };
     let dry_run = if policy.dry_run() { ", dry run" } else { "" };
     let object = format!("policy {} ({action}{dry_run})", policy.name());
-    match policy.unmet(request, None) {
+    match policy.unmet(request, Content::Unread) {
         None if decides => Considered::counts(object, "matches and decides"),
         None => Considered::passed_over(object, "matches"),
         Some(fields) if fields.is_empty() => {
