@@ -19,12 +19,13 @@ use ambit_identity::{CertificateStore, SpiffeId};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use prost::Message;
-use rustls::client::WantsClientCert;
+use rustls::client::{WantsClientCert, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ConfigBuilder, RootCertStore};
 use tokio_rustls::TlsConnector;
+use webpki::{CertRevocationList, OwnedCertRevocationList};
 
 use self::verifier::{AnyVerifier, Name, NamedVerifier};
 use crate::failure::Failure;
@@ -61,6 +62,14 @@ pub enum TlsError {
     /// The policy does not say who must have signed the certificate.
     #[error("no roots are named")]
     Unsaid,
+    /// A revocation list is none.
+    #[error("the revocation lists in {of} cannot be used: {reason}")]
+    Revocations {
+        /// What they should be in.
+        of: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// rustls refuses it.
     #[error("certificate and key cannot be used")]
     Tls(#[from] rustls::Error),
@@ -142,10 +151,11 @@ struct Loaded {
     client: Result<Arc<Client>, Arc<str>>,
 }
 
-/// The bytes of roots, chain and key.
+/// The bytes of roots, revocation lists, chain and key.
 #[derive(Default, PartialEq, Eq)]
 struct Material {
     roots: Vec<u8>,
+    revoked: Vec<u8>,
     chain: Vec<u8>,
     key: Vec<u8>,
 }
@@ -160,7 +170,13 @@ struct Client {
 
 impl fmt::Debug for BackendTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BackendTls").field("source", &self.source).finish_non_exhaustive()
+        // A key may be in it.
+        let l7::BackendTls { mode, server_name, names, .. } = &self.source;
+        f.debug_struct("BackendTls")
+            .field("mode", mode)
+            .field("server_name", server_name)
+            .field("names", names)
+            .finish_non_exhaustive()
     }
 }
 
@@ -380,7 +396,9 @@ fn chain(error: &TlsError) -> String {
 
 fn has_files(source: &l7::BackendTls) -> bool {
     let certificate = source.certificate.as_ref();
-    matches!(source.roots, Some(Roots::File(_))) || certificate.is_some_and(|it| !it.chain_file.is_empty())
+    matches!(source.roots, Some(Roots::File(_)))
+        || !source.revoked_file.is_empty()
+        || certificate.is_some_and(|it| !it.chain_file.is_empty())
 }
 
 /// Reads a file that a policy names: whoever writes the policy must not make the waypoint read without end, or wait.
@@ -404,8 +422,9 @@ fn material(source: &l7::BackendTls) -> Result<Material, TlsError> {
         Some(Roots::File(file)) => material.roots = read(file)?,
         Some(Roots::System(_) | Roots::DangerousAny(_)) | None => {}
     }
+    let either = |file: &str, bytes: &[u8]| if file.is_empty() { Ok(bytes.to_vec()) } else { read(file) };
+    material.revoked = either(&source.revoked_file, &source.revoked)?;
     if let Some(certificate) = &source.certificate {
-        let either = |file: &str, bytes: &[u8]| if file.is_empty() { Ok(bytes.to_vec()) } else { read(file) };
         material.chain = either(&certificate.chain_file, &certificate.chain)?;
         material.key = either(&certificate.key_file, &certificate.key)?;
     }
@@ -429,22 +448,56 @@ fn client(
         Some(Roots::System(false) | Roots::DangerousAny(false)) | None => return Err(TlsError::Unsaid),
     };
     let builder = match roots {
-        Some(roots) if names.is_empty() => builder.with_root_certificates(roots),
-        roots => builder.dangerous().with_custom_certificate_verifier(verifying(roots, names, &provider)),
+        Some(roots) => {
+            let verifier = verifying(roots, names, revocations(source, material)?, &provider)?;
+            builder.dangerous().with_custom_certificate_verifier(verifier)
+        }
+        None => {
+            let algorithms = provider.signature_verification_algorithms;
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyVerifier { algorithms }))
+        }
     };
     Ok(Client::new(&authenticated(builder, source, material)?))
 }
 
-fn verifying(
-    roots: Option<Arc<RootCertStore>>,
-    names: Vec<Name>,
-    provider: &CryptoProvider,
-) -> Arc<dyn rustls::client::danger::ServerCertVerifier> {
-    let algorithms = provider.signature_verification_algorithms;
-    match roots {
-        Some(roots) => Arc::new(NamedVerifier { roots, names, algorithms }),
-        None => Arc::new(AnyVerifier { algorithms }),
+type RevocationLists = Vec<CertificateRevocationListDer<'static>>;
+
+/// The revocation lists. A text without any is none, since whoever gave it wants certificates to be looked up in it.
+fn revocations(source: &l7::BackendTls, material: &Material) -> Result<RevocationLists, TlsError> {
+    if source.revoked_file.is_empty() && source.revoked.is_empty() {
+        return Ok(Vec::new());
     }
+    let of = || match source.revoked_file.as_str() {
+        "" => "the policy".to_owned(),
+        file => file.to_owned(),
+    };
+    let lists: Result<RevocationLists, _> =
+        CertificateRevocationListDer::pem_slice_iter(&material.revoked).collect();
+    let lists = lists.map_err(|error| TlsError::Revocations { of: of(), reason: error.to_string() })?;
+    match lists.is_empty() {
+        true => Err(TlsError::Revocations { of: of(), reason: "there is none".to_owned() }),
+        false => Ok(lists),
+    }
+}
+
+/// Verifies by roots, and by one of `names` or, without any, the name that is asked for. With revocation lists, every certificate of a
+/// chain must be covered by one, as Envoy has it.
+fn verifying(
+    roots: Arc<RootCertStore>,
+    names: Vec<Name>,
+    revoked: RevocationLists,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<dyn rustls::client::danger::ServerCertVerifier>, TlsError> {
+    let wrong = |reason: String| TlsError::Revocations { of: "the policy".to_owned(), reason };
+    if names.is_empty() {
+        let builder = WebPkiServerVerifier::builder_with_provider(roots, provider.clone()).with_crls(revoked);
+        return Ok(builder.build().map_err(|error| wrong(error.to_string()))?);
+    }
+    let lists = revoked.iter().map(|list| OwnedCertRevocationList::from_der(list).map(Into::into));
+    let revoked: Vec<CertRevocationList<'static>> =
+        lists.collect::<Result<_, _>>().map_err(|error: webpki::Error| wrong(error.to_string()))?;
+    let algorithms = provider.signature_verification_algorithms;
+    Ok(Arc::new(NamedVerifier { roots, names, revoked, algorithms }))
 }
 
 /// With the certificate that the waypoint shows, if there is one.

@@ -22,6 +22,7 @@ use crate::bed::{TLS_PORT, Waypoints};
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("TLS to an endpoint of the mesh is verified", async |bed| simple(bed).await);
     trials.add("TLS begins outside the mesh with a client certificate", async |bed| mutual(bed).await);
+    trials.add("a Secret has what TLS to an endpoint needs", async |bed| by_secret(bed).await);
     trials.add("nothing leaves in the clear where TLS can't be spoken", async |bed| unusable(bed).await);
 }
 
@@ -194,6 +195,66 @@ async fn mutual(bed: &Waypoints) {
     // Without a name of its own, the host of the service is asked for.
     assert_eq!(answer.sent("sni"), Some("bank.example"));
     assert_eq!(answer.sent("shown"), Some("1"));
+}
+
+/// A Secret of the waypoint's namespace with roots, and with a certificate if there is one.
+async fn secret(bed: &Waypoints, name: &str, roots: &Authority, pair: Option<(String, String)>) {
+    let (chain, key) = pair.unwrap_or_default();
+    let entry = |key: &str, text: &str| {
+        let lines: String = text.lines().map(|line| format!("    {line}\n")).collect();
+        format!("  {key}: |\n{lines}")
+    };
+    let entries = [("ca.crt", &roots.issuer.pem()), ("tls.crt", &chain), ("tls.key", &key)];
+    let entries: String = entries.map(|(key, text)| entry(key, text)).concat();
+    bed.apply(&format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{name: {name}, namespace: shop}}\n\
+         type: kubernetes.io/tls\nstringData:\n{entries}"
+    ))
+    .await;
+}
+
+async fn by_secret(bed: &Waypoints) {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let address = bed.tls_outside(9446, "vault", authority.server("vault.example", Some(&clients))).await;
+    bed.apply(&format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\n\
+         metadata: {{name: vault, namespace: shop, labels: {{istio.io/use-waypoint: waypoint}}}}\n\
+         spec: {{hosts: [vault.example], addresses: [240.0.0.92], location: MESH_EXTERNAL, resolution: STATIC, \
+         ports: [{{number: 80, name: http, protocol: HTTP, targetPort: 9446}}], endpoints: [{{address: {address}}}]}}\n"
+    ))
+    .await;
+    let to = SocketAddr::new("240.0.0.92".parse().unwrap(), 80);
+    let answers = async |status: u16| {
+        bed.eventually(to, "/", "host: vault.example\r\n", |answer| answer.status == status).await
+    };
+    demand(bed, "vault.example", "{mode: MUTUAL, credentialName: vault-client}").await;
+    // There is no Secret: nothing is sent.
+    answers(500).await;
+    secret(bed, "vault-client", &authority, None).await;
+    // It has no key.
+    let findings = async || bed.cluster.findings().await.join("\n");
+    ambit_tests::wait::until("the finding", SOON, async || findings().await.contains("vault-client has"))
+        .await;
+    answers(500).await;
+    let issued = |authority: &Authority| {
+        let (chain, key) = authority.issue("waypoint");
+        Some((chain.pem(), key.serialize_pem()))
+    };
+    // The server does not know who issued it.
+    secret(bed, "vault-client", &authority, issued(&authority)).await;
+    answers(503).await;
+    secret(bed, "vault-client", &authority, issued(&clients)).await;
+    let answer = answers(200).await;
+    assert_eq!((answer.server(), answer.sent("shown")), ("vault", Some("1")));
+    // Roots of somebody else, and back.
+    secret(bed, "vault-client", &clients, issued(&clients)).await;
+    answers(503).await;
+    secret(bed, "vault-client", &authority, issued(&clients)).await;
+    answers(200).await;
+    bed.cluster.delete("Secret", "shop", "vault-client").await.unwrap();
+    answers(500).await;
+    let logs = bed.logs().join("\n");
+    assert!(!logs.contains("PRIVATE KEY"), "a key is in the log");
 }
 
 async fn unusable(bed: &Waypoints) {

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use ambit_api::l7::subject_name::Kind;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SanType,
 };
 use rustls::ServerConfig;
 use rustls::server::WebPkiClientVerifier;
@@ -32,6 +33,35 @@ impl Authority {
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.0).unwrap().pem(), key.serialize_pem())
+    }
+
+    /// Chain and key of `a`, with this serial number.
+    fn issue_numbered(&self, serial: u64) -> (String, String) {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![dns("a")];
+        params.serial_number = Some(serial.into());
+        let key = KeyPair::generate().unwrap();
+        (params.signed_by(&key, &self.0).unwrap().pem(), key.serialize_pem())
+    }
+
+    /// A revocation list with the certificate of this number.
+    fn revoking(&self, serial: u64) -> String {
+        let now = std::time::SystemTime::now();
+        let revoked = RevokedCertParams {
+            serial_number: serial.into(),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + std::time::Duration::from_secs(3600)).into(),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.0).unwrap().pem().unwrap()
     }
 
     fn roots(&self) -> Roots {
@@ -198,6 +228,56 @@ async fn a_client_certificate_is_shown_and_read_again() {
     std::fs::remove_file(&key_path).unwrap();
     all.reload();
     connects(&tls, "a", port, Alpn::None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_revoked_is_refused_and_one_without_a_list_too() {
+    let authority = Authority::new();
+    let (good, bad) = (authority.issue_numbered(1), authority.issue_numbered(2));
+    let good = server(good, None, &[]).await;
+    let bad = server(bad, None, &[]).await;
+    let revoking = |authority: &Authority, names: &[l7::SubjectName]| l7::BackendTls {
+        revoked: authority.revoking(2).into_bytes().into(),
+        ..demanded(authority.roots(), names)
+    };
+    for names in [vec![], vec![host("a")]] {
+        let tls = compiled(&revoking(&authority, &names));
+        connects(&tls, "a", good, Alpn::None).await.unwrap();
+        let refused = connects(&tls, "a", bad, Alpn::None).await.unwrap_err().to_string();
+        assert!(refused.contains("Revoked") || refused.contains("revoked"), "{refused}");
+        // The list is another authority's: nobody knows.
+        let revoked = Authority::new().revoking(2).into_bytes().into();
+        let tls = compiled(&l7::BackendTls { revoked, ..demanded(authority.roots(), &names) });
+        assert!(connects(&tls, "a", good, Alpn::None).await.is_err());
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (path, revoked_file) = written(&directory, "crl.pem", &authority.revoking(1));
+    let all = TlsClients::new(None).unwrap();
+    let tls = all.get(&l7::BackendTls { revoked_file, ..demanded(authority.roots(), &[]) }).unwrap();
+    assert!(connects(&tls, "a", good, Alpn::None).await.is_err());
+    std::fs::write(&path, authority.revoking(2)).unwrap();
+    all.reload();
+    connects(&tls, "a", good, Alpn::None).await.unwrap();
+    // A file without a list does not take away the last one, and one that never had any is not "nothing is revoked".
+    std::fs::write(&path, "").unwrap();
+    all.reload();
+    connects(&tls, "a", good, Alpn::None).await.unwrap();
+    let revoked_file = path.display().to_string();
+    for source in [
+        l7::BackendTls { revoked_file, ..demanded(authority.roots(), &[]) },
+        l7::BackendTls { revoked: "nothing".into(), ..demanded(authority.roots(), &[]) },
+    ] {
+        assert!(matches!(compiled(&source).client(), Err(Failure::InvalidPolicy(_))), "{source:?}");
+    }
+}
+
+#[test]
+fn keys_are_not_shown() {
+    let key = "SECRET".to_owned().into_bytes().into();
+    let certificate = l7::ClientCertificate { key, ..l7::ClientCertificate::default() };
+    let source = l7::BackendTls { certificate: Some(certificate), ..demanded(Roots::System(true), &[]) };
+    let shown = format!("{:?}", compiled(&source));
+    assert!(!shown.contains("SECRET") && !shown.contains(&format!("{:?}", b"SECRET")), "{shown}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_t
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use webpki::{CertRevocationList, KeyUsage, RevocationOptionsBuilder};
 
 use super::TlsError;
 
@@ -54,7 +55,37 @@ impl Name {
 pub(super) struct NamedVerifier {
     pub(super) roots: Arc<RootCertStore>,
     pub(super) names: Vec<Name>,
+    /// Where there are any, every certificate of a chain must be covered by one, and not be in it.
+    pub(super) revoked: Vec<CertRevocationList<'static>>,
     pub(super) algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl NamedVerifier {
+    fn check_revocation(
+        &self,
+        certificate: &webpki::EndEntityCert<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), CertificateError> {
+        let lists: Vec<&CertRevocationList<'static>> = self.revoked.iter().collect();
+        // There is no list.
+        let Ok(options) = RevocationOptionsBuilder::new(&lists) else { return Ok(()) };
+        let verified = certificate.verify_for_usage(
+            self.algorithms.all,
+            &self.roots.roots,
+            intermediates,
+            now,
+            KeyUsage::server_auth(),
+            Some(options.build()),
+            None,
+        );
+        match verified {
+            Ok(_) => Ok(()),
+            Err(webpki::Error::CertRevoked) => Err(CertificateError::Revoked),
+            Err(webpki::Error::UnknownRevocationStatus) => Err(CertificateError::UnknownRevocationStatus),
+            Err(error) => Err(CertificateError::Other(rustls::OtherError(Arc::new(error)))),
+        }
+    }
 }
 
 /// Accepts any certificate whose key the endpoint has.
@@ -77,6 +108,7 @@ impl ServerCertVerifier for NamedVerifier {
         verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
         let certificate =
             webpki::EndEntityCert::try_from(end_entity).map_err(|_| CertificateError::BadEncoding)?;
+        self.check_revocation(&certificate, intermediates, now)?;
         match self.names.iter().any(|name| name.is_of(&parsed, &certificate)) {
             true => Ok(ServerCertVerified::assertion()),
             false => Err(CertificateError::NotValidForName.into()),

@@ -12,7 +12,7 @@ use prost::Message;
 use super::gateways::object_name;
 use super::outputs::{Resource, ResourceType};
 use super::reader::Reader;
-use super::{Finding, views};
+use super::{Finding, credentials, views};
 use crate::object::{DestinationRule, Kind, NamespacedName, ServiceEntry, WaypointBinding, subject_name};
 
 /// Whether waypoints go by it.
@@ -60,14 +60,22 @@ pub(in crate::index) fn of_rule(reader: &Reader<'_>, id: &NamespacedName) -> Vec
         subsets: if is_pattern { Vec::new() } else { rule.subsets.clone() },
     };
     let message = with_names_of_entry(reader, message, &host);
-    let resource = Resource {
-        name: format!("{}/{id}", Kind::DestinationRule).into(),
+    let name = format!("{}/{id}", Kind::DestinationRule);
+    let resource = |name: String, parents: Vec<Arc<str>>, message: &l7::BackendPolicy| Resource {
+        name: name.into(),
         aliases: Vec::new(),
         parents,
         body: message.encode_to_vec().into(),
         unhealthy: false,
     };
-    vec![(ResourceType::BackendPolicy, resource)]
+    if !credentials::are_named(&message) {
+        return vec![(ResourceType::BackendPolicy, resource(name, parents, &message))];
+    }
+    let by_namespace = credentials::by_namespace(reader, rule, &message, parents);
+    let resources = by_namespace.map(|(namespace, parents, message)| {
+        (ResourceType::BackendPolicy, resource(format!("{name}/{namespace}"), parents, &message))
+    });
+    resources.collect()
 }
 
 /// Where TLS names no names, the certificate must have one of those of the ServiceEntry, if it names any.

@@ -104,7 +104,7 @@ pub(super) fn roots_in<'r>(reader: &Reader<'r>, object: &ObjectRef) -> Result<&'
 }
 
 /// Checks that a text has certificates, and nothing that can't be read.
-fn check_roots(pem: &str) -> Result<(), &'static str> {
+pub(super) fn check_roots(pem: &str) -> Result<(), &'static str> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
         let certificate = certificate.map_err(|_| "it is not PEM")?;

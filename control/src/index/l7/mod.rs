@@ -6,6 +6,7 @@ mod attachment;
 mod authorization;
 pub(super) mod backend_policies;
 pub(super) mod backend_tls;
+mod credentials;
 pub(super) mod gateways;
 pub(super) mod hosts;
 pub(super) mod ingresses;

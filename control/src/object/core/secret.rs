@@ -27,6 +27,10 @@ pub struct Secret {
     pub id: NamespacedName,
     /// The certificate in it with its key, or why there is none.
     pub key_pair: Result<KeyPair, String>,
+    /// Roots in PEM that servers are verified by (`ca.crt`), as they are written.
+    pub roots: Option<Arc<str>>,
+    /// Revocation lists in PEM (`ca.crl`), as they are written.
+    pub revoked: Option<Arc<str>>,
 }
 
 /// A certificate with its key, both in PEM. They belong together.
@@ -62,7 +66,13 @@ impl TryFrom<Manifest> for Secret {
 
     fn try_from(manifest: Manifest) -> Result<Secret, Invalid> {
         let id = namespaced(&manifest.metadata)?;
-        Ok(Secret { id, key_pair: manifest.key_pair() })
+        // Who asks for them is told why there are none.
+        let text = |key: &str| {
+            let value = manifest.value(key).ok().filter(|value| !value.is_empty() && manifest.kind == TLS)?;
+            Some(String::from_utf8_lossy(&value).into_owned().into())
+        };
+        let (roots, revoked) = (text("ca.crt"), text("ca.crl"));
+        Ok(Secret { id, key_pair: manifest.key_pair(), roots, revoked })
     }
 }
 

@@ -134,7 +134,7 @@ impl TryFrom<Manifest> for BackendTlsPolicy {
                 server_name: hostname.to_ascii_lowercase(),
                 names: names?,
                 roots,
-                certificate: None,
+                ..l7::BackendTls::default()
             },
             unreadable: None,
             meta,

@@ -34,22 +34,34 @@ impl Reading {
         let mode = match tls.mode.as_str() {
             "" | "DISABLE" => return Ok(l7::BackendTls::default()),
             "ISTIO_MUTUAL" => {
+                for (field, value) in [("caCrl", &tls.ca_crl), ("credentialName", &tls.credential_name)] {
+                    if !value.is_empty() {
+                        self.unsupported(format!("{at}.{field}"), "certificates of the mesh need none");
+                    }
+                }
                 let mode = l7::TlsMode::MeshTls.into();
                 return Ok(l7::BackendTls { mode, names: names(), ..l7::BackendTls::default() });
             }
             "SIMPLE" | "MUTUAL" => l7::TlsMode::Tls,
             mode => return refused(self, "mode", &format!("{mode} is not known")),
         };
-        if !tls.ca_crl.is_empty() {
-            return refused(self, "caCrl", "is not supported");
-        }
-        if !tls.credential_name.is_empty() {
-            return refused(self, "credentialName", "is not supported");
-        }
         let is_mutual = tls.mode == "MUTUAL";
         let has_files = !tls.client_certificate.is_empty() && !tls.private_key.is_empty();
-        if is_mutual && !has_files {
+        let is_named = !tls.credential_name.is_empty();
+        if is_mutual && !has_files && !is_named {
             return refused(self, "mode", "MUTUAL needs clientCertificate and privateKey, or credentialName");
+        }
+        let files = [
+            ("clientCertificate", &tls.client_certificate),
+            ("privateKey", &tls.private_key),
+            ("caCertificates", &tls.ca_certificates),
+        ];
+        // Istio refuses both too.
+        if let Some((field, _)) = files.into_iter().find(|(_, file)| is_named && !file.is_empty()) {
+            return refused(self, field, "can't be given beside credentialName");
+        }
+        if tls.insecure_skip_verify == Some(true) && !tls.ca_crl.is_empty() {
+            self.unsupported(format!("{at}.caCrl"), "insecureSkipVerify accepts any certificate");
         }
         let certificate = l7::ClientCertificate {
             chain_file: tls.client_certificate.clone(),
@@ -62,6 +74,9 @@ impl Reading {
             names: names(),
             roots: Some(tls.roots()),
             certificate: is_mutual.then_some(certificate),
+            revoked: Default::default(),
+            revoked_file: tls.ca_crl.clone(),
+            credential_name: tls.credential_name.clone(),
         })
     }
 }
@@ -122,6 +137,15 @@ mod tests {
     }
 
     #[test]
+    fn a_credential_takes_the_place_of_files() {
+        let tls = read(json!({"mode": "MUTUAL", "credentialName": "bank", "caCrl": "/crl.pem"})).unwrap();
+        let shown = (tls.credential_name.as_str(), tls.revoked_file.as_str(), tls.certificate.is_some());
+        assert_eq!(shown, ("bank", "/crl.pem", true));
+        let tls = read(json!({"mode": "SIMPLE", "credentialName": "bank"})).unwrap();
+        assert!(tls.certificate.is_none());
+    }
+
+    #[test]
     fn names_are_hosts_or_uris() {
         use l7::subject_name::Kind;
         let tls = json!({"mode": "SIMPLE", "subjectAltNames": ["A.example", "spiffe://td/ns/a/sa/B", "::1"]});
@@ -135,7 +159,8 @@ mod tests {
         for tls in [
             json!({"mode": "MUTUAL"}),
             json!({"mode": "MUTUAL", "clientCertificate": "/a.pem"}),
-            json!({"mode": "SIMPLE", "caCrl": "/crl.pem"}),
+            json!({"mode": "SIMPLE", "credentialName": "a", "caCertificates": "/ca.pem"}),
+            json!({"mode": "MUTUAL", "credentialName": "a", "clientCertificate": "/a.pem"}),
             json!({"mode": "OTHER"}),
         ] {
             assert!(read(tls.clone()).is_err(), "{tls}");
