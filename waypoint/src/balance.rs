@@ -449,7 +449,9 @@ pub fn endpoint(
     let balancer = balanced.current(proxy)?;
     if let Some(asked) = &target.asked {
         let endpoint = Arc::new(dynamic(&balancer, balanced.slot.key(), asked)?);
-        return Ok(Chosen { endpoint, trial: None, gate: None });
+        let chosen = balanced.slot.choose_asked(&balancer, asked);
+        let (trial, gate) = chosen.ok_or_else(|| Failure::NoEndpoint(format!("{asked} is ejected")))?;
+        return Ok(Chosen { endpoint, trial: Some(trial), gate: Some(gate) });
     }
     let chosen = balanced.slot.choose(
         &balancer,

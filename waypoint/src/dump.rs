@@ -1,11 +1,14 @@
 //! How routes and endpoints show in the admin server's `/config_dump`: of routes what they are for, not what they say.
 
+use std::time::Duration;
+
 use ambit_api::l7;
 use ambit_route::RouteName;
 use serde::Serialize;
 
 use crate::backend_policies::PoolPolicy;
 use crate::balancers::circuit::CircuitSummary;
+use crate::balancers::host::HostState;
 use crate::balancers::{Balancers, Slot};
 use crate::proxy::Published;
 use crate::upstream::Upstreams;
@@ -116,22 +119,23 @@ pub fn balancers(balancers: &Balancers) -> Vec<BalancerSummary> {
 
 fn balancer(slot: &Slot) -> BalancerSummary {
     let (now, built, key) = (slot.now(), slot.last_built(), slot.key());
-    let endpoints = built.hosts().iter().map(|host| {
-        let estimate = host.state.estimate(now);
+    let known = built.hosts().iter().map(|host| {
         let workload = host.endpoint.workload.as_ref();
-        let ejected = host.state.ejected_until(now);
         EndpointSummary {
             workload: workload.map(|workload| workload.uid.to_string()).unwrap_or_default(),
             address: host.endpoint.address.to_string(),
             level: host.level,
             terminating: host.is_terminating,
-            active: host.state.active(),
-            latency_milliseconds: estimate.mean * 1000.0,
-            failures: estimate.errors,
-            ejections: host.state.ejections(),
-            ejected_for_seconds: ejected.map(|until| until.saturating_sub(now).as_secs_f64()),
+            ..endpoint(&host.state, now)
         }
     });
+    let mut asked = slot.asked();
+    asked.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+    let asked = asked.into_iter().map(|(host, state)| EndpointSummary {
+        address: format!("{host}:{}", key.port),
+        ..endpoint(&state, now)
+    });
+    let endpoints = known.chain(asked);
     BalancerSummary {
         service: key.host.to_string(),
         port: key.port,
@@ -141,6 +145,23 @@ fn balancer(slot: &Slot) -> BalancerSummary {
         circuit: slot.circuit().summary(),
         limits: Some(built.policy().pool).filter(|pool| *pool != PoolPolicy::default()),
         endpoints: endpoints.collect(),
+    }
+}
+
+/// What is known of an endpoint, wherever it is.
+fn endpoint(state: &HostState, now: Duration) -> EndpointSummary {
+    let estimate = state.estimate(now);
+    let ejected = state.ejected_until(now);
+    EndpointSummary {
+        workload: String::new(),
+        address: String::new(),
+        level: 0,
+        terminating: false,
+        active: state.active(),
+        latency_milliseconds: estimate.mean * 1000.0,
+        failures: estimate.errors,
+        ejections: state.ejections(),
+        ejected_for_seconds: ejected.map(|until| until.saturating_sub(now).as_secs_f64()),
     }
 }
 

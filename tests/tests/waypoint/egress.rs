@@ -12,6 +12,8 @@ use crate::http;
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("DNS locates the endpoints of a ServiceEntry", async |bed| by_dns(bed).await);
     trials.add("a waypoint resolves the host that a client asks for", async |bed| dynamic(bed).await);
+    trials.add("a host that a client asks for and that fails is ejected", async |bed| ejected(bed).await);
+    trials.add("limits hold for hosts that clients ask for", async |bed| limited(bed).await);
     trials.add("hosts that are not covered, or lead inside, are refused", async |bed| refused(bed).await);
 }
 
@@ -89,6 +91,72 @@ async fn dynamic(bed: &Waypoints) {
     );
     let hidden = authority.get(&bed.cli, SocketAddr::new(to.ip(), 443), "api.other.example").await;
     assert_eq!(hidden, None);
+}
+
+/// A wildcard entry that leads to a port of node 1, with a policy.
+async fn wildcard(bed: &Waypoints, name: &str, address: &str, port: u16, policy: &str) -> SocketAddr {
+    entry(
+        bed,
+        name,
+        &format!("*.{name}.example"),
+        address,
+        &format!(
+            "resolution: DYNAMIC_DNS, ports: [{{number: 80, name: http, protocol: HTTP, targetPort: {port}}}]"
+        ),
+    )
+    .await;
+    bed.apply(&format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: {name}, namespace: shop}}\n\
+         spec: {{host: '*.{name}.example', trafficPolicy: {policy}}}\n"
+    ))
+    .await;
+    SocketAddr::new(address.parse().unwrap(), 80)
+}
+
+async fn ejected(bed: &Waypoints) {
+    let answer: http::Answer =
+        std::sync::Arc::new(|name, head, body| match head.contains("bad.failing.example") {
+            true => http::answer("500 Internal Server Error", "", &format!("server: {name}\n")),
+            false => http::mirror()(name, head, body),
+        });
+    bed.outside(9451, "failing", answer).await;
+    let policy =
+        "{outlierDetection: {consecutive5xxErrors: 3, baseEjectionTime: 3m, maxEjectionPercent: 100}}";
+    let to = wildcard(bed, "failing", "240.0.0.104", 9451, policy).await;
+    for host in ["good.failing.example", "bad.failing.example"] {
+        bed.cluster.set_dns_record(host, vec![bed.node_address()]).await.unwrap();
+    }
+    bed.eventually(to, "/", "host: good.failing.example\r\n", |answer| answer.status == 200).await;
+    let refused = |answer: &http::Response| answer.status == 503 && answer.body == "no healthy upstream\n";
+    bed.eventually(to, "/", "host: bad.failing.example\r\n", refused).await;
+    // Another host of the wildcard, at the same address, is another endpoint.
+    let good = http::get(&bed.cli, to, "/", "host: good.failing.example\r\n").await.unwrap();
+    assert_eq!((good.status, good.server()), (200, "failing"));
+    let shown = bed.dump("balancers").await.to_string();
+    assert!(shown.contains("bad.failing.example:80") && shown.contains("ejectedForSeconds"), "{shown}");
+}
+
+async fn limited(bed: &Waypoints) {
+    let answer: http::Answer = std::sync::Arc::new(|name, head, body| {
+        if head.contains(" /slow") {
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+        http::mirror()(name, head, body)
+    });
+    bed.outside(9452, "limited", answer).await;
+    let policy = "{connectionPool: {tcp: {maxConnections: 1}, http: {http1MaxPendingRequests: 1}}}";
+    let to = wildcard(bed, "capped", "240.0.0.105", 9452, policy).await;
+    bed.cluster.set_dns_record("a.capped.example", vec![bed.node_address()]).await.unwrap();
+    bed.eventually(to, "/", "host: a.capped.example\r\n", |answer| answer.status == 200).await;
+    let overflows = async || {
+        let asked = (0..6).map(|_| http::get(&bed.cli, to, "/slow", "host: a.capped.example\r\n"));
+        let answers = futures_util::future::join_all(asked).await;
+        let statuses: Vec<u16> = answers.into_iter().map(|answer| answer.unwrap().status).collect();
+        let refused = statuses.iter().filter(|status| **status == 503).count();
+        assert!(statuses.iter().all(|status| [200, 503].contains(status)), "{statuses:?}");
+        (4..=5).contains(&refused)
+    };
+    wait::until("what is too much is refused", SOON, overflows).await;
 }
 
 async fn refused(bed: &Waypoints) {

@@ -247,7 +247,7 @@ impl Balancer {
     /// # Errors
     /// Why there is none.
     pub fn choose(&self, choosing: &Choosing<'_>, rng: &mut impl Rng) -> Result<&Host, NoEndpoint> {
-        let heeds_ejections = choosing.some_ejected && !self.is_panicking(choosing.now);
+        let heeds_ejections = choosing.some_ejected && !self.is_panicking(self.ejected(choosing.now));
         let view = View { balancer: self, choosing, heeds_ejections };
         if let Some(host) = choosing.wanted.session.and_then(|id| self.host_of_session(id, &view)) {
             return Ok(host);
@@ -284,11 +284,10 @@ impl Balancer {
         view.is_usable(host).then_some(host)
     }
 
-    /// Whether so many are ejected that ejections are ignored.
-    fn is_panicking(&self, now: Duration) -> bool {
+    /// Whether so many are ejected, of how many, that ejections are ignored.
+    pub(super) fn is_panicking(&self, (ejected, total): (usize, usize)) -> bool {
         let Some(Outliers { min_health, .. }) = &self.policy().outliers else { return false };
         let min_health = *min_health;
-        let (ejected, total) = self.ejected(now);
         min_health > 0 && (total - ejected) * 100 < total * min_health as usize
     }
 

@@ -3,6 +3,7 @@
 //! A slot's [`Balancer`] is built when the service or its policy changes, by the first request after that. What is learned of an
 //! endpoint (latency, errors, ejections) and the slot's counts stay, as long as the endpoint and the service do.
 
+mod asked;
 pub mod balancer;
 pub mod circuit;
 pub mod host;
@@ -23,6 +24,7 @@ use ambit_directory::{
 use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
 
+use self::asked::AskedHosts;
 use self::balancer::{Balancer, Choosing};
 use self::circuit::{Circuit, Overflows};
 use self::host::{Active, HostState};
@@ -137,6 +139,7 @@ impl Balancers {
             key: key.clone(),
             started: self.started,
             built: ArcSwap::new(built),
+            asked: AskedHosts::default(),
             building: Mutex::default(),
             turn: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
@@ -166,7 +169,7 @@ impl Balancers {
     /// How many endpoints are ejected now.
     pub fn ejected(&self) -> usize {
         let now = self.now();
-        self.slots.read().values().map(|slot| slot.built.load().ejected(now).0).sum()
+        self.slots.read().values().map(|slot| slot.ejected(now).0).sum()
     }
 
     /// All slots.
@@ -226,6 +229,8 @@ pub struct Slot {
     /// When the balancers' time began.
     started: Instant,
     built: ArcSwap<Balancer>,
+    /// Hosts that clients ask for, where the service resolves dynamically.
+    asked: AskedHosts,
     /// Held while a new balancer is built, so that it is built once. Only who has no endpoint otherwise waits for it.
     building: Mutex<()>,
     /// Counts the choices.
@@ -376,6 +381,7 @@ impl Slot {
         self.built.store(new.clone());
         if ends_ejections {
             new.hosts().iter().for_each(|host| host.state.readmit());
+            self.asked.readmit();
             self.ejected_until.store(0, Ordering::Relaxed);
         }
     }
@@ -402,19 +408,42 @@ impl Slot {
             some_ejected: now < last_ejection,
         };
         let host = balancer.choose(&choosing, &mut rand::rng())?;
-        let trial = Trial {
-            active: Some(host.state.open()),
-            state: host.state.clone(),
-            slot: self.clone(),
-            since: now,
-            is_learned: false,
-        };
-        let gate = Gate {
+        Ok(Chosen {
+            endpoint: host.endpoint.clone(),
+            trial: self.trial(host.state.clone(), now),
+            gate: self.gate(balancer),
+        })
+    }
+
+    /// Takes a host that a client asks for as the endpoint; `None` while it is ejected.
+    pub fn choose_asked(self: &Arc<Self>, balancer: &Balancer, host: &Arc<str>) -> Option<(Trial, Gate)> {
+        let now = self.now();
+        let state = self.asked.state(host, now);
+        let is_usable = !state.is_ejected(now) || balancer.is_panicking(self.asked.ejected(now));
+        is_usable.then(|| (self.trial(state, now), self.gate(balancer)))
+    }
+
+    fn trial(self: &Arc<Self>, state: Arc<HostState>, now: Duration) -> Trial {
+        Trial { active: Some(state.open()), state, slot: self.clone(), since: now, is_learned: false }
+    }
+
+    fn gate(&self, balancer: &Balancer) -> Gate {
+        Gate {
             circuit: self.circuit.clone(),
             shape: balancer.shape(self.circuit.id()),
             retry_budget: balancer.policy().retry_budget,
-        };
-        Ok(Chosen { endpoint: host.endpoint.clone(), trial, gate })
+        }
+    }
+
+    /// Hosts that clients ask for, and what is known of each.
+    pub fn asked(&self) -> Vec<(Arc<str>, Arc<HostState>)> {
+        self.asked.all()
+    }
+
+    /// How many endpoints are ejected, of how many.
+    fn ejected(&self, now: Duration) -> (usize, usize) {
+        let (known, asked) = (self.built.load().ejected(now), self.asked.ejected(now));
+        (known.0 + asked.0, known.1 + asked.1)
     }
 
     /// Takes the end of a request. The policy of this moment counts, not the one by which the endpoint was chosen.
@@ -441,7 +470,7 @@ impl Slot {
         if built.outlier_settings() != Some(settings) || host.is_ejected(now) {
             return None;
         }
-        let (ejected, total) = built.ejected(now);
+        let (ejected, total) = self.ejected(now);
         if !may_eject(settings, ejected, total) {
             self.counts.ejections_withheld.fetch_add(1, Ordering::Relaxed);
             return None;

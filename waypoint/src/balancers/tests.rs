@@ -183,6 +183,29 @@ fn an_ejected_endpoint_stays_so_when_others_come() {
     assert_eq!((world.balancers.ejected(), world.balancers.counts.ejections.load(Ordering::Relaxed)), (1, 1));
 }
 
+/// Each host that clients ask for is an endpoint; one may always be ejected, and more as far as the policy lets them be.
+#[test]
+fn hosts_that_clients_ask_for_are_ejected_one_by_one() {
+    let mut world = World::new([], ejecting(50, 0));
+    let host = |name: &str| Arc::<str>::from(name);
+    let ask = |world: &World, name: &str, status: u16| {
+        let (slot, balancer) = world.current(None).unwrap();
+        let chosen = slot.choose_asked(&balancer, &host(name));
+        chosen.map(|(trial, _gate)| drop(trial.end(Outcome::Answer(status)))).is_some()
+    };
+    for name in ["a", "b", "c"] {
+        assert!(ask(&world, name, 200));
+    }
+    assert!(ask(&world, "a", 503));
+    assert!(!ask(&world, "a", 200) && ask(&world, "b", 503));
+    assert!(ask(&world, "b", 200) && ask(&world, "c", 200), "more than half would be ejected");
+    assert_eq!(world.balancers.ejected(), 1);
+    // Other settings, another judgement.
+    world.policies = policies(2, ejecting(100, 0));
+    assert!(ask(&world, "a", 200));
+    assert_eq!(world.balancers.ejected(), 0);
+}
+
 #[test]
 fn ejections_have_a_limit_and_a_threshold() {
     let pods = || [pod("a", 1, "here", ""), pod("b", 2, "here", "")];
