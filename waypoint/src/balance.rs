@@ -141,7 +141,7 @@ pub fn split(published: &Published, routed: Option<&Routed>, inbound: &Inbound) 
 }
 
 /// The backend that the client's session is at, as long as that has endpoints.
-fn of_session(proxy: &Proxy, published: &Published, routed: &Routed) -> Option<Target> {
+pub fn of_session(proxy: &Proxy, published: &Published, routed: &Routed) -> Option<Target> {
     let token = routed.session.as_ref()?.token?;
     let rule = &routed.rule;
     let backend = rule.backends.of_sessions().find(|it| BackendId::new(rule, it) == token.backend)?;

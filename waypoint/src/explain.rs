@@ -4,6 +4,7 @@
 //! passed on unread are explained alike.
 
 mod connection;
+mod endpoints;
 mod traffic;
 
 use std::net::IpAddr;
@@ -15,20 +16,22 @@ use ambit_directory::WorkloadUid;
 use ambit_explain::{Considered, Explanation, Next, Workload as Named};
 use ambit_identity::SpiffeId;
 use ambit_policy::{Action, Content, HttpRequest, Policy, Token};
-use ambit_route::{Backend, Filter, RequestHead, Rule};
+use ambit_route::{Filter, RequestHead, Rule};
 use ambit_telemetry::Admin;
 use ambit_telemetry::http::{Query, Reply, reply, text};
 use ambit_token::rules;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, StatusCode};
 
+use self::endpoints::{split, straight_on};
 use self::traffic::Applying;
 use crate::accept::{self, Destination};
-use crate::balance;
 use crate::failure::Failure;
+use crate::matching::Routed;
 use crate::policies;
 use crate::proxy::{Proxy, Published};
 use crate::sanitise::{self, Claims, Sane};
+use crate::session::Session;
 
 /// A parameter that is missing or can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -166,7 +169,7 @@ fn explain(proxy: &Proxy, asked: Inquiry) -> Explanation {
             let text = Failure::NoRoute.to_string();
             return explanation.refuses("match", text, considered).goes(answered(&Failure::NoRoute));
         }
-        Matched::Rule(rule, considered) => Some((rule, considered)),
+        Matched::Rule(routed, considered) => Some((*routed, considered)),
     };
     forward(proxy, &request, rule, &applying, explanation)
 }
@@ -185,13 +188,13 @@ enum Matched {
     Straight,
     /// Routes are attached, and none matches.
     None(Vec<Considered>),
-    Rule(Arc<Rule>, Vec<Considered>),
+    Rule(Box<Routed>, Vec<Considered>),
 }
 
 impl Matched {
     fn rule(&self) -> Option<&Arc<Rule>> {
         match self {
-            Self::Rule(rule, _) => Some(rule),
+            Self::Rule(routed, _) => Some(&routed.rule),
             Self::Straight | Self::None(_) => None,
         }
     }
@@ -217,7 +220,14 @@ impl Seen<'_> {
             client_namespace: client,
             client_address: self.source.to_canonical(),
         };
-        let found = routes.find(&head).map(|matched| matched.rule.clone());
+        let matched = routes.find(&head);
+        let session = matched.as_ref().and_then(|matched| {
+            let path = (parts.uri.path(), matched.common);
+            let persistence = matched.rule.session.as_ref()?;
+            let (keys, scheme) = (self.published.session_keys.clone(), self.sane.scheme);
+            Some(Session::read(persistence, keys, &parts.headers, path, scheme, SystemTime::now()))
+        });
+        let found = matched.map(|matched| matched.rule.clone());
         let considered = routes.candidates(&head).into_iter().map(|candidate| {
             let object = rule_name(&candidate.rule);
             let counts = found.as_ref().is_some_and(|rule| Arc::ptr_eq(rule, &candidate.rule));
@@ -229,7 +239,7 @@ impl Seen<'_> {
         });
         let considered = considered.collect();
         match found {
-            Some(rule) => Matched::Rule(rule, considered),
+            Some(rule) => Matched::Rule(Box::new(Routed { rule, prefix: 0, session }), considered),
             None => Matched::None(considered),
         }
     }
@@ -315,11 +325,11 @@ fn decided(
 fn forward(
     proxy: &Proxy,
     request: &Seen<'_>,
-    rule: Option<(Arc<Rule>, Vec<Considered>)>,
+    routed: Option<(Routed, Vec<Considered>)>,
     applying: &Applying<'_>,
     mut explanation: Explanation,
 ) -> Explanation {
-    let Some((rule, considered)) = rule else {
+    let Some((routed, considered)) = routed else {
         explanation.passes("match", "no route is attached: the request goes straight on", Vec::new());
         let explanation = applying.limits(explanation);
         if explanation.refusal().is_some() {
@@ -327,7 +337,8 @@ fn forward(
         }
         return straight_on(proxy, request.published, request.destination, explanation);
     };
-    let name = rule_name(&rule);
+    let rule = &routed.rule;
+    let name = rule_name(rule);
     if let Some(reason) = &rule.invalid {
         let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason: reason.to_string() };
         return explanation.refuses("match", failure.to_string(), considered).goes(answered(&failure));
@@ -347,136 +358,7 @@ fn forward(
             (text, None) => explanation.passes("filters", text, Vec::new()),
         }
     }
-    split(proxy, request.published, &rule, explanation)
-}
-
-/// Where no route is attached.
-fn straight_on(
-    proxy: &Proxy,
-    published: &Published,
-    destination: &Destination,
-    explanation: Explanation,
-) -> Explanation {
-    match straight(proxy, published, destination) {
-        Ok((considered, next)) => endpoints(explanation, considered, next),
-        Err(failure) => failed(explanation, "balance", &failure),
-    }
-}
-
-fn split(proxy: &Proxy, published: &Published, rule: &Rule, mut explanation: Explanation) -> Explanation {
-    let total = rule.backends.total();
-    let shares: Vec<Considered> = rule
-        .backends
-        .weighted()
-        .map(|(weight, backend)| share(proxy, published, weight, total, backend))
-        .collect();
-    let Some(first) = rule.backends.iter().next() else {
-        let reason = "no backend gets requests".to_owned();
-        let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason };
-        return failed(explanation, "split", &failure);
-    };
-    let faulty = rule.backends.iter().any(|backend| balance::of_backend(proxy, published, backend).is_err());
-    let text =
-        format!("{} of {} backends can take it", shares.iter().filter(|it| it.counts).count(), shares.len());
-    match faulty {
-        true => explanation.warns("split", text, shares),
-        false => explanation.passes("split", text, shares),
-    }
-    let usable = rule.backends.iter().find_map(|backend| balance::of_backend(proxy, published, backend).ok());
-    let Some(target) = usable else {
-        let reason = balance::of_backend(proxy, published, first).err().unwrap_or_default();
-        let failure = Failure::InvalidRoute { route: rule.route.to_string(), reason };
-        return failed(explanation, "split", &failure);
-    };
-    match hosts(proxy, &target) {
-        Ok((considered, next)) => endpoints(explanation, considered, next),
-        Err(failure) => failed(explanation, "balance", &failure),
-    }
-}
-
-fn share(proxy: &Proxy, published: &Published, weight: u64, total: u64, backend: &Backend) -> Considered {
-    let subset = backend.subset.as_deref().map(|subset| format!(", subset {subset}")).unwrap_or_default();
-    let object = format!("{}:{}{subset}", backend.hostname, backend.port);
-    let part = format!("{weight} of {total}");
-    match balance::of_backend(proxy, published, backend) {
-        Ok(_) => Considered::counts(object, part),
-        Err(reason) => Considered::passed_over(object, format!("{part}, answered with 500: {reason}")),
-    }
-}
-
-type Hosts = (Vec<Considered>, Option<Next>);
-
-/// The endpoints of a destination without routes.
-fn straight(proxy: &Proxy, published: &Published, destination: &Destination) -> Result<Hosts, Failure> {
-    match destination {
-        Destination::Workload { workload, address } => {
-            let next = Next::Workload {
-                workload: named(&workload.uid, &workload.namespace, &workload.name, &workload.node),
-                address: *address,
-                tunnel: true,
-                identity: Some(proxy.identity.to_string()),
-            };
-            Ok((Vec::new(), Some(next)))
-        }
-        // A gateway sends on what a route sends, and nothing else.
-        Destination::Listener { .. } => Err(Failure::NoRoute),
-        Destination::Service { service, port, .. } => {
-            let target = balance::of_service(proxy, published, service, *port)?;
-            hosts(proxy, &target)
-        }
-    }
-}
-
-/// The endpoints of a target, and the first that may get the request now.
-fn hosts(proxy: &Proxy, target: &balance::Target) -> Result<Hosts, Failure> {
-    let Some(balanced) = &target.balanced else { return Ok((Vec::new(), None)) };
-    let balancer = balanced.current(proxy)?;
-    let now = balanced.now();
-    let some_ready = balancer.hosts().iter().any(|host| !host.is_terminating && !host.state.is_ejected(now));
-    let mut next = None;
-    let mut all: Vec<_> = balancer.hosts().iter().collect();
-    all.sort_by_key(|host| (host.is_terminating, host.level, host.endpoint.address));
-    let considered = all.into_iter().map(|host| {
-        let uid = host.endpoint.workload.as_ref().map(|workload| workload.uid.to_string());
-        let object = format!("endpoint {} ({})", uid.unwrap_or_default(), host.endpoint.address);
-        if host.is_terminating && some_ready {
-            return Considered::passed_over(object, "it terminates: only while nothing else is left");
-        }
-        if host.state.is_ejected(now) && some_ready {
-            return Considered::passed_over(object, "it is ejected for its failures");
-        }
-        next.get_or_insert_with(|| of_endpoint(proxy, &host.endpoint));
-        let level = if host.level > 0 { format!(", {} levels away", host.level) } else { String::new() };
-        Considered::counts(object, format!("{} requests in progress{level}", host.state.active()))
-    });
-    let considered = considered.collect();
-    Ok((considered, next))
-}
-
-fn of_endpoint(proxy: &Proxy, endpoint: &balance::Endpoint) -> Next {
-    match &endpoint.workload {
-        Some(workload) => Next::Workload {
-            workload: named(&workload.uid, &workload.namespace, &workload.name, &workload.node),
-            address: endpoint.address,
-            tunnel: endpoint.tunnel.is_some(),
-            identity: endpoint.tunnel.is_some().then(|| proxy.identity.to_string()),
-        },
-        None => Next::Outside { address: endpoint.address.to_string() },
-    }
-}
-
-fn endpoints(mut explanation: Explanation, considered: Vec<Considered>, next: Option<Next>) -> Explanation {
-    match next {
-        Some(next) => {
-            let usable = considered.iter().filter(|it| it.counts).count();
-            explanation.passes("balance", format!("{usable} endpoints may get it"), considered);
-            explanation.goes(next)
-        }
-        None => {
-            let failure = Failure::NoEndpoint("none is known, or none is ready".to_owned());
-            explanation.refuses("balance", failure.to_string(), considered).goes(answered(&failure))
-        }
-    }
+    split(proxy, request.published, &routed, explanation)
 }
 
 /// What a filter does, and the answer if it answers.

@@ -50,6 +50,7 @@ async fn cookies(bed: &Waypoints) {
     let server = first.server().to_owned();
     assert_eq!(servers(bed, to, &headers).await, BTreeSet::from([server.clone()]));
     assert!(servers(bed, to, "").await.len() > 1);
+    explains(bed, to, &headers, &server).await;
     // A client that has its token gets no other.
     let again = http::get(&bed.cli, to, "/cart/1", &headers).await.unwrap();
     assert_eq!((again.server(), again.header("set-cookie")), (&*server, None));
@@ -67,6 +68,29 @@ async fn cookies(bed: &Waypoints) {
     let headers = brought_back(&moved).unwrap();
     assert_eq!(servers(bed, to, &headers).await, BTreeSet::from([moved.server().to_owned()]));
     assert!(http::metric(&bed.metrics().await, "ambit_sessions_moved_total ") > 0);
+}
+
+/// What `ambit why` learns of a request with a token: where that leads.
+async fn explains(bed: &Waypoints, to: SocketAddr, token: &str, server: &str) {
+    let asked = async |headers: &str| {
+        let headers: String = headers.trim().bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let path = format!(
+            "/explain/request?from=spiffe://cluster.local/ns/shop/sa/cli&to={to}&path=/cart/1&headers={headers}"
+        );
+        let pod = bed.pods().into_iter().find(ambit_local::Pod::is_ready).unwrap();
+        let (status, body) = bed.cluster.waypoint_admin(&pod, &path).await.unwrap();
+        assert_eq!(status, 200, "{body}");
+        body
+    };
+    let kept = asked(token).await;
+    assert!(
+        kept.contains("the session's token names") && kept.contains("the client's session is there"),
+        "{kept}"
+    );
+    let explained: serde_json::Value = serde_json::from_str(&kept).unwrap();
+    assert_eq!(explained["next"]["workload"]["name"], server, "{kept}");
+    let new = asked("").await;
+    assert!(new.contains("the request has no token of a session"), "{new}");
 }
 
 async fn splits(bed: &Waypoints) {

@@ -10,9 +10,11 @@ use ambit_policy::Content;
 use ambit_route::{ClientHello, ConnectionHead, StreamMatched};
 use ambit_telemetry::http::Query;
 
-use super::{ParameterError, decided, failed, parameter, parse, rule_name, split, straight_on};
+use super::endpoints::{split, straight_on};
+use super::{ParameterError, decided, failed, parameter, parse, rule_name};
 use crate::accept::{self, Destination};
 use crate::failure::Failure;
+use crate::matching::Routed;
 use crate::proxy::{Proxy, Published};
 
 /// A connection to explain.
@@ -142,7 +144,7 @@ fn matched(
             }
             None => {
                 explanation.passes("match", rule_name(&rule), considered);
-                split(proxy, published, &rule, explanation)
+                split(proxy, published, &Routed { rule, prefix: 0, session: None }, explanation)
             }
         },
     };
