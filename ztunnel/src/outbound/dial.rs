@@ -114,6 +114,7 @@ impl Dial<'_> {
         let mut tried: SmallVec<[WorkloadUid; 4]> = SmallVec::new();
         let mut last: Option<ConnectionError> = None;
         let (mut attempts, mut unprocessed) = (0, 0);
+        let mut bypassed = false;
         while attempts < limits.connect_attempts {
             let mut route = self.route(&tried).await?;
             if let (Route::Refuse(refusal), Some(error)) = (&route, &last)
@@ -126,7 +127,9 @@ impl Dial<'_> {
                 route = self.route(&tried).await?;
             }
             record.service = route.service().cloned();
-            if bypasses_waypoint(&route) {
+            // Counted once a connection, however many endpoints it is tried at.
+            if !bypassed && bypasses_waypoint(&route) {
+                bypassed = true;
                 self.worker.proxy.tallies.waypoint_bypassed.add(1);
             }
             let peer = route.peer().cloned();
