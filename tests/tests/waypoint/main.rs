@@ -12,6 +12,7 @@
 mod authorization;
 mod backend_tls;
 mod bed;
+mod canary;
 mod collector;
 mod drain;
 mod egress;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
     required::add(&mut trials);
     external::add(&mut trials);
     resilience::add(&mut trials);
+    canary::add(&mut trials);
     streams::add(&mut trials);
     backend_tls::add(&mut trials);
     egress::add(&mut trials);
