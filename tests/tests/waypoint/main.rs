@@ -14,6 +14,7 @@ mod backend_tls;
 mod bed;
 mod canary;
 mod collector;
+mod connects;
 mod drain;
 mod egress;
 mod external;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     required::add(&mut trials);
     external::add(&mut trials);
     resilience::add(&mut trials);
+    connects::add(&mut trials);
     canary::add(&mut trials);
     streams::add(&mut trials);
     backend_tls::add(&mut trials);

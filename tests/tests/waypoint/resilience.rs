@@ -104,7 +104,7 @@ fn destination_rule(host: &str, policy: &str) -> String {
 }
 
 /// What the waypoint shows of a service's port.
-async fn balancer(bed: &Waypoints, service: &str) -> serde_json::Value {
+pub(crate) async fn balancer(bed: &Waypoints, service: &str) -> serde_json::Value {
     let balancers = bed.dump("balancers").await;
     let is_it = |it: &&serde_json::Value| it["service"].as_str().is_some_and(|name| name.contains(service));
     balancers.as_array().and_then(|all| all.iter().find(is_it)).cloned().unwrap_or_default()
