@@ -33,6 +33,7 @@ mod tasks;
 mod telemetry;
 mod thin;
 mod traffic;
+mod tutorials;
 mod wire;
 
 use std::process::ExitCode;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
     traffic::add(&mut trials);
     telemetry::add(&mut trials);
     collector::add(&mut trials);
+    tutorials::add(&mut trials);
     authorization::add(&mut trials);
     required::add(&mut trials);
     external::add(&mut trials);
