@@ -7,12 +7,14 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use ambit_local::Pod;
 use ambit_tests::beds::Trials;
 use ambit_tests::wait::{self, SOON};
 use parking_lot::Mutex;
@@ -21,6 +23,7 @@ use serde::Deserialize;
 use crate::bed::{PORT, Waypoints};
 use crate::external;
 use crate::http::{self, Answer};
+use crate::streams;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +55,9 @@ struct Server {
     /// Versions that answer 503 to a path that begins with `/failing`.
     #[serde(default)]
     failing: Vec<String>,
+    /// Whether it greets and sends back what it gets, whatever is spoken. Its port `tls` is 443, its port `tcp` 80.
+    #[serde(default)]
+    greets: bool,
     /// The port that it has outside the mesh, where it is no service.
     outside: Option<u16>,
     /// A line of the head without which it answers 403, as an authorizer does. Its service is bound to no waypoint.
@@ -73,6 +79,8 @@ struct Request {
     path: String,
     #[serde(default)]
     headers: BTreeMap<String, String>,
+    /// The name that the client's TLS asks for, in place of a request: the server greets.
+    tls: Option<String>,
     /// Whether the client of namespace `other` sends it.
     #[serde(default)]
     from_other: bool,
@@ -154,11 +162,17 @@ async fn run(bed: &Waypoints, folder: &Path) {
         serde_saphyr::from_str(&case).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let objects = fs::read_to_string(folder.join("objects.yaml")).unwrap();
     let got = Got::default();
-    let mut services = BTreeMap::new();
+    let (mut services, mut greeting) = (BTreeMap::new(), Vec::new());
     for server in case.servers {
         let answer = answering(&server, &got);
         if let Some(port) = server.outside {
             bed.outside(port, &server.name, answer).await;
+            continue;
+        }
+        if server.greets {
+            greeting.extend(streams::servers(bed, &[&server.name]).await);
+            let port = if server.port == "tls" { 443 } else { 80 };
+            services.insert(server.name.clone(), SocketAddr::new(streams::vip(bed, &server.name), port));
             continue;
         }
         if !server.allows.is_empty() {
@@ -249,7 +263,11 @@ async fn send(bed: &Waypoints, to: SocketAddr, request: &Request, got: &Got) -> 
     let expected = &request.expect;
     let sent = async |_: usize| {
         let before = Instant::now();
-        (http::request(client, to, &request.method, &request.path, &headers, "").await, before.elapsed())
+        let answer = match &request.tls {
+            Some(name) => greeting(client, to, name).await,
+            None => http::request(client, to, &request.method, &request.path, &headers, "").await,
+        };
+        (answer, before.elapsed())
     };
     let mut all = VecDeque::new();
     if request.together {
@@ -281,6 +299,14 @@ async fn send(bed: &Waypoints, to: SocketAddr, request: &Request, got: &Got) -> 
         .await;
     }
     Ok(())
+}
+
+/// The greeting of a server, as the answer of one.
+async fn greeting(client: &Pod, to: SocketAddr, name: &str) -> io::Result<http::Response> {
+    let server = streams::greeted(client, to, &streams::hello(name)).await;
+    let server = server.ok_or(io::ErrorKind::ConnectionReset)?;
+    let (head, trailers) = Default::default();
+    Ok(http::Response { status: 200, head, body: format!("server: {server}\n"), trailers })
 }
 
 fn check(expected: &Expected, answer: &http::Response, took: Duration) -> Result<(), String> {
