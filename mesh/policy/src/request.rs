@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_is_passed_on_is_judged_by_the_name_that_its_tls_asks_for() {
+    fn what_is_passed_on_is_judged_by_the_name_that_its_tls_asks_for() {
         use security::Action::{Allow, Deny};
         let named = |value| rule(Attribute::Named(RequestAttribute::ServerName.into()), value);
         let method = |value| rule(Attribute::Named(RequestAttribute::Method.into()), value);

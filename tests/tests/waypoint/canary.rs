@@ -12,7 +12,7 @@ use crate::http::{self, Client};
 
 pub(crate) fn add(trials: &mut Trials<Waypoints>) {
     trials.add("a canary waypoint gets its share of the connections", async |bed| shares(bed).await);
-    trials.add("both waypoints are ways in where one is required", async |bed| required(bed).await);
+    trials.add("both waypoints are seen in where one is required", async |bed| required(bed).await);
     trials.add("a waypoint that is missing is not passed by", async |bed| comes_and_goes(bed).await);
     trials.add("a connection past a missing waypoint counts once", async |bed| passed_by(bed).await);
 }
@@ -112,13 +112,13 @@ async fn required(bed: &Waypoints) {
     let annotations = format!("{annotations}, ambit.dev/require-waypoint: 'true'");
     let to = service(bed, "bothways", &labels, &annotations).await;
     wait::until("both get connections", SOON, || async {
-        let mut ways = BTreeMap::new();
+        let mut seen = BTreeMap::new();
         for _ in 0..20 {
             if let Ok(answer) = http::get(&bed.cli, to, "/", "").await {
-                ways.insert(passed(&answer), answer.status);
+                seen.insert(passed(&answer), answer.status);
             }
         }
-        ways.into_iter().eq([("cnyreq".to_owned(), 200), ("waypoint".to_owned(), 200)])
+        seen.into_iter().eq([("cnyreq".to_owned(), 200), ("waypoint".to_owned(), 200)])
     })
     .await;
     let direct = SocketAddr::new(pod.ip().into(), PORT);

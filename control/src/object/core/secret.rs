@@ -66,7 +66,7 @@ impl TryFrom<Manifest> for Secret {
 
     fn try_from(manifest: Manifest) -> Result<Secret, Invalid> {
         let id = namespaced(&manifest.metadata)?;
-        // Who asks for them is told why there are none.
+        // A finding of the rule that asks for them says why there are none.
         let text = |key: &str| {
             let value = manifest.value(key).ok().filter(|value| !value.is_empty() && manifest.kind == TLS)?;
             Some(String::from_utf8_lossy(&value).into_owned().into())
