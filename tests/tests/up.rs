@@ -170,7 +170,8 @@ impl Up {
     /// Demands that nothing is left of it: no process, no file, no link, and nobody who holds one of `namespaces`.
     async fn assert_gone(&self, namespaces: &BTreeSet<u64>) {
         wait::until("its processes are gone", wait::SOON, || async { self.processes().is_empty() }).await;
-        wait::until("its namespaces are gone", wait::SOON, || async { held().is_disjoint(namespaces) }).await;
+        wait::until("its namespaces are gone", 4 * wait::SOON, || async { held().is_disjoint(namespaces) })
+            .await;
         let files: Vec<_> = fs::read_dir(self.temporary.path()).unwrap().flatten().collect();
         assert!(files.is_empty(), "files are left: {files:?}");
         assert_eq!(Machine::now(), self.before);
